@@ -1,0 +1,294 @@
+"""Bytes by content: stores whose only keys are SHA-256 digests.
+
+- A key names exactly one content; `put` of present content writes nothing (create if absent).
+- A blob is either whole under its key or absent: a writer killed at any moment leaves no partial blob.
+- Bytes that are read are hashed before they are believed: damage is a `DataLoss`, never a wrong answer.
+- A damaged blob is healed by the next `put` of its content, because `put` compares lengths.
+- With a local directory, `put` returns after the bytes and their name have reached the disk.
+"""
+
+import asyncio
+import errno
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+from urllib.parse import unquote, urlsplit
+
+import zstandard
+from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError
+from obstore.store import LocalStore, MemoryStore, ObjectStore, S3Store
+
+from regreen.rpc.errors import DataLoss, DiskFull, InvalidArgument, NotFound, Unavailable
+
+CHUNK_BYTES = 4 << 20
+"""Size of the pieces in which blobs are streamed."""
+
+T = TypeVar("T")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Digest:
+    """The name of a sequence of bytes: lower-case hexadecimal SHA-256 and length."""
+
+    sha256: str
+    size_bytes: int
+
+    def __str__(self) -> str:
+        return f"sha256:{self.sha256}/{self.size_bytes}"
+
+
+def digest_of(content: bytes) -> Digest:
+    """The digest of `content`."""
+    return Digest(hashlib.sha256(content).hexdigest(), len(content))
+
+
+def check_digest(digest: Digest, field: str = "digest") -> Digest:
+    """`digest` if it is well formed.
+
+    Raises:
+        InvalidArgument: it is not; names `field`.
+    """
+    if not _SHA256.fullmatch(digest.sha256):
+        raise InvalidArgument(f"{field}.sha256", "is not 64 lower-case hexadecimal digits")
+    if digest.size_bytes < 0:
+        raise InvalidArgument(f"{field}.size_bytes", "is negative")
+    return digest
+
+
+class BlobStore(Protocol):
+    """Where bytes live by digest."""
+
+    async def put(self, content: bytes) -> Digest:
+        """Store `content` unless it is there already, and give its digest."""
+        ...
+
+    async def put_file(self, path: Path) -> Digest:
+        """Store a file's content without holding it in memory.
+
+        Raises:
+            DataLoss: the file changed while it was read.
+        """
+        ...
+
+    async def put_stream(self, chunks: AsyncIterable[bytes]) -> Digest:
+        """Store the concatenation of `chunks` without holding it in memory."""
+        ...
+
+    async def get(self, digest: Digest) -> bytes:
+        """The verified content.
+
+        Raises:
+            NotFound: no such blob.
+            DataLoss: the stored bytes do not match the digest.
+        """
+        ...
+
+    def stream(self, digest: Digest) -> AsyncIterator[bytes]:
+        """The content in pieces of about `CHUNK_BYTES`.
+
+        The last piece is held back until the whole has been verified, so that a reader that
+        reaches the end has read true bytes.
+
+        Raises:
+            NotFound: no such blob.
+            DataLoss: the stored bytes do not match the digest.
+        """
+        ...
+
+    async def get_file(self, digest: Digest, path: Path) -> None:
+        """Write the verified content to `path`, which appears whole or not at all."""
+        ...
+
+    async def exists(self, digest: Digest) -> bool:
+        """Whether a blob of this digest and length is stored."""
+        ...
+
+    async def delete(self, digest: Digest) -> None:
+        """Remove a blob; an absent one is ignored."""
+        ...
+
+
+def open_blobs(url: str | Path, *, fsync: bool = True) -> "ObjectBlobs":
+    """The store at `url`: a directory path, `file:///dir`, `memory://` or `s3://bucket/prefix`.
+
+    S3 credentials, region and endpoint come from the usual `AWS_*` environment variables.
+
+    Raises:
+        InvalidArgument: the scheme is not one of these.
+    """
+    text = str(url)
+    parts = urlsplit(text)
+    if isinstance(url, Path) or not parts.scheme:
+        return _local(Path(text), fsync)
+    if parts.scheme == "file":
+        return _local(Path(unquote(parts.path)), fsync)
+    if parts.scheme == "memory":
+        return ObjectBlobs(MemoryStore())
+    if parts.scheme == "s3":
+        return ObjectBlobs(S3Store.from_url(text))
+    raise InvalidArgument(
+        "blobs.url",
+        f"has the unknown scheme {parts.scheme!r}",
+        "use a path, file://, memory:// or s3://",
+    )
+
+
+def _local(root: Path, fsync: bool) -> "ObjectBlobs":
+    root.mkdir(parents=True, exist_ok=True)
+    return ObjectBlobs(LocalStore(root.resolve()), sync_root=root.resolve() if fsync else None)
+
+
+class ObjectBlobs:
+    """A `BlobStore` over any obstore object store; the key is `<first two digits>/<sha256>`."""
+
+    def __init__(self, store: ObjectStore, *, sync_root: Path | None = None) -> None:
+        self._store = store
+        self._sync_root = sync_root
+
+    async def put(self, content: bytes) -> Digest:
+        digest = digest_of(content)
+        try:
+            await self._store.put_async(_key(digest), content, mode="create", use_multipart=False)
+        except AlreadyExistsError:
+            if await self.exists(digest):
+                return digest
+            await _translated(self._store.put_async(_key(digest), content), digest)
+        except BaseError as error:
+            raise _error(error, digest) from error
+        await self._sync(digest)
+        return digest
+
+    async def put_file(self, path: Path) -> Digest:
+        digest = await asyncio.to_thread(_digest_of_file, path)
+        if not await self.exists(digest):
+            await _translated(self._store.put_async(_key(digest), path), digest)
+            if await asyncio.to_thread(_digest_of_file, path) != digest:
+                await self.delete(digest)
+                raise DataLoss(f"{path} changed while it was stored")
+            await self._sync(digest)
+        return digest
+
+    async def put_stream(self, chunks: AsyncIterable[bytes]) -> Digest:
+        with tempfile.NamedTemporaryFile(prefix="regreen-blob-", dir=self._sync_root) as spool:
+            async for chunk in chunks:
+                await asyncio.to_thread(spool.write, chunk)
+            await asyncio.to_thread(spool.flush)
+            return await self.put_file(Path(spool.name))
+
+    async def get(self, digest: Digest) -> bytes:
+        result = await _translated(self._store.get_async(_key(check_digest(digest))), digest)
+        content = bytes(await _translated(result.bytes_async(), digest))
+        if digest_of(content) != digest:
+            raise DataLoss(
+                f"blob {digest} is damaged: {digest_of(content)} is stored under its name"
+            )
+        return content
+
+    async def stream(self, digest: Digest) -> AsyncIterator[bytes]:
+        result = await _translated(self._store.get_async(_key(check_digest(digest))), digest)
+        hasher, size_bytes, held = hashlib.sha256(), 0, b""
+        try:
+            async for piece in result.stream(min_chunk_size=CHUNK_BYTES):
+                if held:
+                    yield held
+                held = bytes(piece)
+                hasher.update(held)
+                size_bytes += len(held)
+        except BaseError as error:
+            raise _error(error, digest) from error
+        if Digest(hasher.hexdigest(), size_bytes) != digest:
+            raise DataLoss(f"blob {digest} is damaged")
+        if held:
+            yield held
+
+    async def get_file(self, digest: Digest, path: Path) -> None:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        partial = Path(name)
+        try:
+            with os.fdopen(handle, "wb") as target:
+                async for chunk in self.stream(digest):
+                    await asyncio.to_thread(target.write, chunk)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    async def exists(self, digest: Digest) -> bool:
+        try:
+            meta = await self._store.head_async(_key(check_digest(digest)))
+        except (NotFoundError, FileNotFoundError):
+            return False
+        except BaseError as error:
+            raise _error(error, digest) from error
+        return bool(meta["size"] == digest.size_bytes)
+
+    async def delete(self, digest: Digest) -> None:
+        try:
+            await self._store.delete_async(_key(check_digest(digest)))
+        except (NotFoundError, FileNotFoundError):
+            return
+        except BaseError as error:
+            raise _error(error, digest) from error
+
+    async def _sync(self, digest: Digest) -> None:
+        if self._sync_root is not None:
+            await asyncio.to_thread(_sync_file, self._sync_root / _key(digest))
+
+
+def compress(content: bytes, level: int = 6) -> bytes:
+    """`content` as one zstd frame that records its length and a checksum."""
+    return zstandard.ZstdCompressor(level=level, write_checksum=True).compress(content)
+
+
+def decompress(frame: bytes, max_bytes: int) -> bytes:
+    """The content of a frame made by `compress`.
+
+    Raises:
+        DataLoss: the frame is damaged, or would unpack to more than `max_bytes`.
+    """
+    try:
+        size_bytes = zstandard.frame_content_size(frame)
+        if not 0 <= size_bytes <= max_bytes:
+            raise DataLoss(f"compressed blob would unpack to {size_bytes} bytes, over {max_bytes}")
+        return zstandard.ZstdDecompressor().decompress(frame, max_output_size=max(size_bytes, 1))
+    except zstandard.ZstdError as error:
+        raise DataLoss(f"compressed blob is damaged: {error}") from error
+
+
+def _key(digest: Digest) -> str:
+    return f"{digest.sha256[:2]}/{digest.sha256}"
+
+
+def _digest_of_file(path: Path) -> Digest:
+    with path.open("rb") as source:
+        hashed = hashlib.file_digest(source, "sha256")
+        return Digest(hashed.hexdigest(), source.tell())
+
+
+def _sync_file(path: Path) -> None:
+    for target, flags in ((path, os.O_RDONLY), (path.parent, os.O_RDONLY | os.O_DIRECTORY)):
+        handle = os.open(target, flags)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+async def _translated(call: Awaitable[T], digest: Digest) -> T:
+    try:
+        return await call
+    except (BaseError, OSError) as error:
+        raise _error(error, digest) from error
+
+
+def _error(error: Exception, digest: Digest) -> Exception:
+    if isinstance(error, (NotFoundError, FileNotFoundError)):
+        return NotFound(f"blob {digest} is not stored")
+    if getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error):
+        return DiskFull(f"no space left to store blob {digest}", retry_after_s=30.0)
+    return Unavailable(f"blob store: {error}", retry_after_s=1.0)
