@@ -1,0 +1,1 @@
+"""Builders turn an `EnvironmentSpec` into the layers of a State."""
