@@ -1,0 +1,113 @@
+"""Channels and calls: deadlines, retries and typed errors for every client.
+
+- Every call has a deadline.
+- UNAVAILABLE is retried with backoff within the client's patience, because every mutation carries
+  a `request_id` and so may be sent twice; nothing else is retried.
+- A stream is read inside `stream(...)`, which always cancels: a dropped one would never be
+  collected (grpc#43462).
+"""
+
+import asyncio
+import contextlib
+import random
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+import structlog
+
+from regreen.rpc.errors import RegreenError, ResourceExhausted, Unavailable
+from regreen.rpc.logging import TRAJECTORY_HEADER
+from regreen.rpc.wire import from_rpc_error
+
+T = TypeVar("T")
+READ_S = 15.0
+"""Deadline of reads."""
+WRITE_S = 60.0
+"""Deadline of mutations."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """Certificates of a client."""
+
+    ca: Path
+    """Authority of the server's certificate (PEM)."""
+    cert: Path | None = None
+    """The client's own certificate chain (PEM)."""
+    key: Path | None = None
+    """Its private key (PEM)."""
+
+
+def new_request_id() -> str:
+    """A fresh id for one mutation; repeat it to repeat the request safely."""
+    return uuid.uuid4().hex
+
+
+def connect(target: str, tls: Tls | None = None) -> grpc.aio.Channel:
+    """A channel to `host:port` or `unix:/path`."""
+    options = [
+        ("grpc.max_receive_message_length", 64 << 20),
+        ("grpc.max_send_message_length", 64 << 20),
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.initial_reconnect_backoff_ms", 200),
+        ("grpc.max_reconnect_backoff_ms", 2_000),
+    ]
+    if tls is None:
+        return grpc.aio.insecure_channel(target, options=options)
+    credentials = grpc.ssl_channel_credentials(
+        tls.ca.read_bytes(),
+        tls.key.read_bytes() if tls.key else None,
+        tls.cert.read_bytes() if tls.cert else None,
+    )
+    return grpc.aio.secure_channel(target, credentials, options=options)
+
+
+class Caller:
+    """Makes calls on one channel; base of the typed clients."""
+
+    def __init__(self, channel: grpc.aio.Channel, *, patience_s: float = 30.0) -> None:
+        self._channel = channel
+        self.patience_s = patience_s
+        """How long UNAVAILABLE is retried."""
+
+    async def _call(self, method: Callable[..., Any], request: Any, timeout_s: float) -> Any:
+        give_up_s = time.monotonic() + self.patience_s
+        delay_s = 0.1
+        while True:
+            try:
+                return await method(request, timeout=timeout_s, metadata=_metadata())
+            except grpc.aio.AioRpcError as raw:
+                error = from_rpc_error(raw)
+                if not _retryable(error) or time.monotonic() + delay_s > give_up_s:
+                    raise error from raw
+                wait_s = error.retry_after_s or delay_s * (0.5 + random.random())
+            await asyncio.sleep(wait_s)
+            delay_s = min(delay_s * 2, 2.0)
+
+
+@contextlib.asynccontextmanager
+async def stream(call: Any) -> AsyncIterator[AsyncIterator[Any]]:
+    """Read a streaming call; it is cancelled on the way out, and its errors are typed."""
+    try:
+        yield call
+    except grpc.aio.AioRpcError as error:
+        raise from_rpc_error(error) from error
+    finally:
+        call.cancel()
+
+
+def _retryable(error: RegreenError) -> bool:
+    if isinstance(error, ResourceExhausted):
+        return error.retry_after_s is not None or "Concurrent RPC limit" in error.message
+    return isinstance(error, Unavailable)
+
+
+def _metadata() -> tuple[tuple[str, str], ...]:
+    trajectory_id = structlog.contextvars.get_contextvars().get("trajectory_id", "")
+    return ((TRAJECTORY_HEADER, trajectory_id),) if trajectory_id else ()

@@ -1,0 +1,158 @@
+"""What happens around every call: metrics, log context, deadline, idempotency, error mapping.
+
+- One interceptor wraps all four call kinds, so that no call goes uncounted or unmapped.
+- `CancelledError` is always raised on: swallowing it leaks the call in grpc's core (grpc#43360).
+- A `request_id` in a unary request makes it idempotent without the servicer knowing.
+- What is not a `RegreenError` is our own trouble: logged with its stack, answered INTERNAL/INFRA.
+- In grpc.aio the code of a call that went well is unset; it is recorded as OK.
+"""
+
+import asyncio
+import inspect
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+import structlog
+
+from regreen.rpc import metrics, wire
+from regreen.rpc.errors import DeadlineExceeded, InfraError, RegreenError
+from regreen.rpc.idempotency import Idempotency
+from regreen.rpc.logging import TRACE_HEADER, TRAJECTORY_HEADER, get
+
+Context = grpc.aio.ServicerContext[Any, Any]
+_UNCOUNTED = ("grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection")
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps every handler of a server."""
+
+    def __init__(self, call_timeout_s: float) -> None:
+        self._call_timeout_s = call_timeout_s
+        self._idempotency: Idempotency[Any] = Idempotency()
+        self._log = get()
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """Replace the handler's behaviour by the wrapped one."""
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        service, _, method = handler_call_details.method.lstrip("/").partition("/")
+        if service in _UNCOUNTED:
+            return handler
+        metadata = {str(key): str(value) for key, value in handler_call_details.invocation_metadata}
+        call = _Call(self, service, method, metadata)
+        if handler.request_streaming and handler.response_streaming:
+            wrapped = call.streaming(handler.stream_stream, "bidi_stream")
+            return grpc.stream_stream_rpc_method_handler(wrapped, *_codecs(handler))
+        if handler.response_streaming:
+            wrapped = call.streaming(handler.unary_stream, "server_stream")
+            return grpc.unary_stream_rpc_method_handler(wrapped, *_codecs(handler))
+        if handler.request_streaming:
+            single = call.single(handler.stream_unary, "client_stream", merge=False)
+            return grpc.stream_unary_rpc_method_handler(single, *_codecs(handler))
+        single = call.single(handler.unary_unary, "unary", merge=True)
+        return grpc.unary_unary_rpc_method_handler(single, *_codecs(handler))
+
+
+class _Call:
+    """One method's handler, wrapped."""
+
+    def __init__(
+        self, owner: CallInterceptor, service: str, method: str, metadata: dict[str, str]
+    ) -> None:
+        self._owner, self._service, self._method = owner, service, method
+        self._metadata = metadata
+
+    def single(
+        self, behaviour: Callable[..., Awaitable[Any]], kind: str, *, merge: bool
+    ) -> Callable[[Any, Context], Awaitable[Any]]:
+        """Wrap a handler with one response."""
+
+        async def handle(request: Any, context: Context) -> Any:
+            async with _Observed(self, kind, context) as observed:
+                async with asyncio.timeout(observed.timeout_s):
+                    request_id = getattr(request, "request_id", "") if merge else ""
+                    if not request_id:
+                        return await behaviour(request, context)
+                    return await self._owner._idempotency.once(
+                        self._method, request_id, request, lambda: behaviour(request, context)
+                    )
+
+        return handle
+
+    def streaming(
+        self, behaviour: Callable[..., Any], kind: str
+    ) -> Callable[[Any, Context], AsyncIterator[Any]]:
+        """Wrap a handler with a stream of responses."""
+
+        async def handle(request: Any, context: Context) -> AsyncIterator[Any]:
+            async with _Observed(self, kind, context):
+                responses = behaviour(request, context)
+                if inspect.isawaitable(responses):
+                    await responses
+                    return
+                try:
+                    async for response in responses:
+                        yield response
+                finally:
+                    await responses.aclose()
+
+        return handle
+
+
+class _Observed:
+    """Counts one call, binds its log context and maps what it raises."""
+
+    def __init__(self, call: _Call, kind: str, context: Context) -> None:
+        self._call, self._context = call, context
+        self._labels = (kind, call._service, call._method)
+        remaining_s = context.time_remaining()
+        limit_s = call._owner._call_timeout_s
+        self.timeout_s = limit_s if remaining_s is None else min(remaining_s, limit_s)
+        self._start_s = 0.0
+
+    async def __aenter__(self) -> "_Observed":
+        metadata = self._call._metadata
+        structlog.contextvars.bind_contextvars(
+            method=f"{self._call._service}/{self._call._method}",
+            trajectory_id=metadata.get(TRAJECTORY_HEADER, ""),
+            trace_id=metadata.get(TRACE_HEADER, "")[3:35],
+        )
+        self._start_s = time.monotonic()
+        metrics.STARTED.labels(*self._labels).inc()
+        return self
+
+    async def __aexit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        seconds = time.monotonic() - self._start_s
+        mapped = self._map(error)
+        code = mapped.status if mapped else ("CANCELLED" if error else "OK")
+        metrics.SECONDS.labels(*self._labels).observe(seconds)
+        metrics.HANDLED.labels(*self._labels, code).inc()
+        log = self._call._owner._log
+        if isinstance(mapped, InfraError):
+            log.error("call failed", code=code, seconds=round(seconds, 4), exc_info=error)
+        else:
+            log.debug("call", code=code, seconds=round(seconds, 4))
+        if mapped:
+            await self._context.abort_with_status(wire.to_status(mapped))
+
+    def _map(self, error: BaseException | None) -> RegreenError | None:
+        if error is None or isinstance(error, asyncio.CancelledError | GeneratorExit):
+            return None
+        if isinstance(error, RegreenError):
+            return error
+        if isinstance(error, TimeoutError):
+            return DeadlineExceeded(f"the call took longer than {self.timeout_s:.1f} s")
+        if isinstance(error, grpc.aio.AbortError) or not isinstance(error, Exception):
+            return None
+        return InfraError(f"internal error: {type(error).__name__}")
+
+
+def _codecs(handler: Any) -> tuple[Any, Any]:
+    return handler.request_deserializer, handler.response_serializer

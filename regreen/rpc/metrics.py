@@ -1,0 +1,70 @@
+"""Prometheus metrics of every call, and the HTTP endpoint that shows them.
+
+- Names and labels as in go-grpc-middleware, so that stock dashboards fit.
+- Labels are bounded: service, method and code come from descriptors and enums, never from requests.
+- `/healthz` answers 200 while the service serves and 503 before and while it drains.
+"""
+
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, make_server
+from wsgiref.types import StartResponse
+
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram, make_wsgi_app
+from prometheus_client.exposition import ThreadingWSGIServer
+
+import regreen
+
+_CALL = ["grpc_type", "grpc_service", "grpc_method"]
+STARTED = Counter("grpc_server_started", "Calls started.", _CALL)
+HANDLED = Counter("grpc_server_handled", "Calls ended.", [*_CALL, "grpc_code"])
+SECONDS = Histogram(
+    "grpc_server_handling_seconds",
+    "Time from start to end of calls.",
+    _CALL,
+    buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000),
+)
+BUILD_INFO = Gauge("regreen_build_info", "Always 1; the version is a label.", ["version"])
+BUILD_INFO.labels(regreen.__version__).set(1)
+
+
+class _Quiet(WSGIRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing; scrapes are not worth a log line."""
+
+
+class MetricsServer:
+    """Serves `/metrics` and `/healthz` from a thread of its own."""
+
+    def __init__(self, address: str, healthy: Callable[[], bool]) -> None:
+        self._healthy = healthy
+        self._metrics = make_wsgi_app(REGISTRY)
+        host, _, port = address.rpartition(":")
+        self._httpd = make_server(
+            host.strip("[]"), int(port), self._app, ThreadingWSGIServer, handler_class=_Quiet
+        )
+        self.port: int = self._httpd.server_port
+        self._thread = threading.Thread(target=self._httpd.serve_forever, name="metrics", daemon=True)
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop answering."""
+        self._httpd.shutdown()
+        self._httpd.server_close()
+
+    def _app(self, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
+        path = environ.get("PATH_INFO", "")
+        if path == "/healthz":
+            ok = self._healthy()
+            status, body = ("200 OK", b"ok\n") if ok else ("503 Service Unavailable", b"not serving\n")
+            start_response(status, [("Content-Type", "text/plain")])
+            return [body]
+        if path == "/metrics":
+            result: Iterable[bytes] = self._metrics(environ, start_response)
+            return result
+        start_response("404 Not Found", [("Content-Type", "text/plain")])
+        return [b"try /metrics or /healthz\n"]

@@ -1,0 +1,125 @@
+"""The aio gRPC server that every service runs in.
+
+- Health and reflection are always there; health says NOT_SERVING before a drain begins.
+- `/metrics` and `/healthz` answer on an address of their own.
+- SIGTERM and SIGINT drain: no new calls, running ones get `drain_s`, then the process ends.
+- Plain text is served on loopback and unix sockets alone, unless the settings say `insecure`.
+"""
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from grpc_reflection.v1alpha import reflection
+
+from regreen.rpc.errors import FailedPrecondition
+from regreen.rpc.interceptors import CallInterceptor
+from regreen.rpc.logging import get
+from regreen.rpc.metrics import MetricsServer
+from regreen.settings import ServiceSettings
+
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+
+
+class Server:
+    """One service's server; add servicers to `grpc` before entering it.
+
+    `services` are full names such as "regreen.sandbox.v1.SandboxService".
+    """
+
+    def __init__(self, settings: ServiceSettings, services: Sequence[str]) -> None:
+        self._settings, self._services = settings, tuple(services)
+        self._log = get()
+        self.grpc: grpc.aio.Server = grpc.aio.server(
+            interceptors=[CallInterceptor(settings.call_timeout_s)],
+            maximum_concurrent_rpcs=settings.max_rpcs,
+            options=[
+                ("grpc.max_receive_message_length", settings.max_message_bytes),
+                ("grpc.max_send_message_length", settings.max_message_bytes),
+                ("grpc.so_reuseport", 0),
+                ("grpc.keepalive_time_ms", 30_000),
+                ("grpc.keepalive_timeout_ms", 10_000),
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+            ],
+        )
+        self._health = HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
+        names = (*services, "grpc.health.v1.Health", reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self.grpc)
+        self._serving = False
+        self._metrics = MetricsServer(settings.metrics, lambda: self._serving)
+        self._stop = asyncio.Event()
+        self.port = 0
+
+    @property
+    def metrics_port(self) -> int:
+        """Port of `/metrics` and `/healthz`."""
+        return self._metrics.port
+
+    @property
+    def address(self) -> str:
+        """Address that clients connect to."""
+        listen = self._settings.listen
+        if listen.startswith("unix:"):
+            return listen
+        return f"{listen.rpartition(':')[0]}:{self.port}"
+
+    async def __aenter__(self) -> "Server":
+        self.port = self._bind()
+        await self.grpc.start()
+        self._metrics.start()
+        for name in ("", *self._services):
+            await self._health.set(name, _SERVING)
+        self._serving = True
+        self._log.info("serving", address=self.address, metrics_port=self.metrics_port)
+        return self
+
+    async def __aexit__(self, *exc: Any) -> None:
+        self._serving = False
+        await self._health.enter_graceful_shutdown()
+        self._log.info("draining", seconds=self._settings.drain_s)
+        await self.grpc.stop(self._settings.drain_s)
+        self._metrics.close()
+
+    async def wait(self) -> None:
+        """Return when the process is asked to end."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        try:
+            await self._stop.wait()
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                with contextlib.suppress(ValueError):
+                    loop.remove_signal_handler(number)
+
+    def stop(self) -> None:
+        """Make `wait` return."""
+        self._stop.set()
+
+    def _bind(self) -> int:
+        settings = self._settings
+        try:
+            if settings.tls_cert and settings.tls_key:
+                port = self.grpc.add_secure_port(settings.listen, self._credentials())
+            else:
+                port = self.grpc.add_insecure_port(settings.listen)
+        except RuntimeError as error:
+            raise FailedPrecondition(
+                f"listen: cannot bind {settings.listen}; is another instance running? ({error})"
+            ) from error
+        return port
+
+    def _credentials(self) -> grpc.ServerCredentials:
+        settings = self._settings
+        if settings.tls_cert is None or settings.tls_key is None:
+            raise FailedPrecondition("tls_cert and tls_key: both are needed for TLS")
+        authority = settings.tls_ca.read_bytes() if settings.tls_ca else None
+        pair = (settings.tls_key.read_bytes(), settings.tls_cert.read_bytes())
+        return grpc.ssl_server_credentials([pair], authority, require_client_auth=bool(authority))

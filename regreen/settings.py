@@ -1,0 +1,153 @@
+"""Settings of every service and of the command line: file < environment < flag.
+
+- A key that nobody reads is an error (`extra="forbid"`), in files and in flags.
+- The file is TOML, one table per service; its path comes from `--config` or `REGREEN_CONFIG`.
+- Environment variables are `REGREEN_<SERVICE>__<FIELD>`, for example `REGREEN_SANDBOX__LISTEN`.
+- Binding wider than loopback or a unix socket needs TLS, or `insecure` said out loud.
+"""
+
+import argparse
+import ipaddress
+import os
+import sys
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from pydantic import Field, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from regreen.rpc.errors import InvalidArgument
+
+
+def default_home() -> Path:
+    """`REGREEN_HOME`, else the user's data directory."""
+    if home := os.environ.get("REGREEN_HOME"):
+        return Path(home)
+    base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(base) / "regreen"
+
+
+def is_local(address: str) -> bool:
+    """Whether a listen address is a unix socket or on loopback."""
+    if address.startswith("unix:"):
+        return True
+    host = address.rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class ServiceSettings(BaseSettings):
+    """What every service can be told; each service adds its own fields."""
+
+    model_config = SettingsConfigDict(extra="forbid", validate_default=True)
+    section: ClassVar[str] = "service"
+
+    listen: str = "127.0.0.1:0"
+    """gRPC address: `host:port` or `unix:/path`. Port 0 picks a free one."""
+    metrics: str = "127.0.0.1:0"
+    """HTTP address of `/metrics` and `/healthz`."""
+    home: Path = Field(default_factory=default_home)
+    """Directory for everything written at run time."""
+    insecure: bool = False
+    """Allow plain text beyond loopback. For networks that are private by other means."""
+    tls_cert: Path | None = None
+    """Server certificate chain (PEM)."""
+    tls_key: Path | None = None
+    """Private key of the certificate (PEM)."""
+    tls_ca: Path | None = None
+    """Authority that client certificates must come from; given, clients must show one."""
+    max_rpcs: int = Field(default=256, ge=1)
+    """Calls served at once; more are answered RESOURCE_EXHAUSTED."""
+    max_message_bytes: int = Field(default=64 << 20, ge=1 << 16)
+    """Largest request or response."""
+    call_timeout_s: float = Field(default=3600.0, gt=0)
+    """Bound on a call that comes without a deadline."""
+    drain_s: float = Field(default=10.0, ge=0)
+    """Time that running calls get to finish after SIGTERM."""
+    log_level: str = Field(default="info", pattern="^(debug|info|warning|error)$")
+    """Least severe level that is logged."""
+
+    @model_validator(mode="after")
+    def _refuse_open_plain_text(self) -> Self:
+        for field in ("listen", "metrics"):
+            address: str = getattr(self, field)
+            if not address.startswith("unix:") and not address.rpartition(":")[2].isdigit():
+                raise ValueError(f"{field}: {address!r} is no address; give host:port or unix:/path")
+            if field == "listen" and not (is_local(address) or self.tls_cert or self.insecure):
+                raise ValueError(
+                    f"{field}: {address} is reachable from other machines in plain text; "
+                    "set tls_cert and tls_key, or insecure=true if the network is private"
+                )
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise ValueError("tls_cert and tls_key belong together; give both")
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        from_file = InitSettingsSource(settings_cls, init_kwargs=_read_file(cls.section))
+        prefix = f"REGREEN_{cls.section.upper()}__"
+        from_environment = EnvSettingsSource(settings_cls, env_prefix=prefix)
+        return init_settings, from_environment, from_file
+
+    @classmethod
+    def load(cls, argv: Sequence[str] | None = None) -> Self:
+        """Settings from file, environment and command-line flags; exits with 2 on bad ones."""
+        parser = argparse.ArgumentParser(prog=f"{cls.section}_svc", description=cls.__doc__)
+        parser.add_argument("--config", help="TOML file; its table is [%s]" % cls.section)
+        for name, field in cls.model_fields.items():
+            flag = "--" + name.replace("_", "-")
+            action: Any = argparse.BooleanOptionalAction if field.annotation is bool else None
+            options = {"action": action} if action else {}
+            parser.add_argument(flag, default=None, help=f"default: {field.default}", **options)
+        given = vars(parser.parse_args(argv))
+        if config := given.pop("config"):
+            os.environ["REGREEN_CONFIG"] = config
+        try:
+            return cls(**{name: value for name, value in given.items() if value is not None})
+        except (ValidationError, InvalidArgument) as error:
+            print(f"{cls.section}_svc: {describe(error)}", file=sys.stderr)  # noqa: T201
+            raise SystemExit(2) from None
+
+
+def describe(error: ValidationError | InvalidArgument) -> str:
+    """One line per wrong setting: its name and what is wrong with it."""
+    if isinstance(error, InvalidArgument):
+        return error.message
+    lines = []
+    for item in error.errors():
+        name = ".".join(str(part) for part in item["loc"])
+        lines.append(f"{name}: {item['msg']}" if name else str(item["msg"]))
+    return "; ".join(lines)
+
+
+def _read_file(section: str) -> dict[str, Any]:
+    path = os.environ.get("REGREEN_CONFIG")
+    if not path:
+        return {}
+    try:
+        tables = tomllib.loads(Path(path).read_text())
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise InvalidArgument("config", f"{path}: {error}", "give a readable TOML file") from error
+    table = tables.get(section, {})
+    if not isinstance(table, dict):
+        raise InvalidArgument("config", f"[{section}] in {path} is no table")
+    return table
