@@ -84,7 +84,9 @@ class ServiceSettings(BaseSettings):
         for field in ("listen", "metrics"):
             address: str = getattr(self, field)
             if not address.startswith("unix:") and not address.rpartition(":")[2].isdigit():
-                raise ValueError(f"{field}: {address!r} is no address; give host:port or unix:/path")
+                raise ValueError(
+                    f"{field}: {address!r} is no address; give host:port or unix:/path"
+                )
             if field == "listen" and not (is_local(address) or self.tls_cert or self.insecure):
                 raise ValueError(
                     f"{field}: {address} is reachable from other machines in plain text; "

@@ -105,9 +105,7 @@ class LearnerClient(Caller):
         ).run
         return run
 
-    async def list_runs(
-        self, *, page_size: int = 0, page_token: str = ""
-    ) -> pb.ListRunsResponse:
+    async def list_runs(self, *, page_size: int = 0, page_token: str = "") -> pb.ListRunsResponse:
         """One page of runs."""
         request = pb.ListRunsRequest(page_size=page_size, page_token=page_token)
         response: pb.ListRunsResponse = await self._call(self._stub.ListRuns, request, READ_S)

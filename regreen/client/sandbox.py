@@ -56,7 +56,12 @@ class StateClient(Caller):
         return state
 
     async def list_states(
-        self, *, page_size: int = 0, page_token: str = "", spec_sha256: str = "", parent_id: str = ""
+        self,
+        *,
+        page_size: int = 0,
+        page_token: str = "",
+        spec_sha256: str = "",
+        parent_id: str = "",
     ) -> pb.ListStatesResponse:
         """One page of states."""
         request = pb.ListStatesRequest(
@@ -118,9 +123,7 @@ class SandboxClient(Caller):
             labels=labels or {},
             ttl=duration(ttl_s),
         )
-        sandbox: pb.Sandbox = (
-            await self._call(self._stub.CreateSandbox, request, WRITE_S)
-        ).sandbox
+        sandbox: pb.Sandbox = (await self._call(self._stub.CreateSandbox, request, WRITE_S)).sandbox
         return sandbox
 
     async def get_sandbox(self, id: str) -> pb.Sandbox:

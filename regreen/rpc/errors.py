@@ -67,7 +67,9 @@ class InvalidArgument(RegreenError):
         *,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(f"{field}: {problem}" + (f"; {remedy}" if remedy else ""), metadata=metadata)
+        super().__init__(
+            f"{field}: {problem}" + (f"; {remedy}" if remedy else ""), metadata=metadata
+        )
         self.field, self.problem, self.remedy = field, problem, remedy
 
 

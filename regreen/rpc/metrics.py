@@ -45,7 +45,9 @@ class MetricsServer:
             host.strip("[]"), int(port), self._app, ThreadingWSGIServer, handler_class=_Quiet
         )
         self.port: int = self._httpd.server_port
-        self._thread = threading.Thread(target=self._httpd.serve_forever, name="metrics", daemon=True)
+        self._thread = threading.Thread(
+            target=self._httpd.serve_forever, name="metrics", daemon=True
+        )
 
     def start(self) -> None:
         """Begin to answer."""
@@ -60,7 +62,9 @@ class MetricsServer:
         path = environ.get("PATH_INFO", "")
         if path == "/healthz":
             ok = self._healthy()
-            status, body = ("200 OK", b"ok\n") if ok else ("503 Service Unavailable", b"not serving\n")
+            status, body = (
+                ("200 OK", b"ok\n") if ok else ("503 Service Unavailable", b"not serving\n")
+            )
             start_response(status, [("Content-Type", "text/plain")])
             return [body]
         if path == "/metrics":

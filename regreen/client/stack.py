@@ -1,0 +1,85 @@
+"""The five services as one object: what a driver holds.
+
+- Channels are lazy: a service that is not needed need not run.
+- Where the services are comes from the caller, or from `REGREEN_HOME/run/stack.json`, which
+  `regreen up` writes.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from regreen.client.channel import Tls, connect
+from regreen.client.dataset import RolloutQueueClient, RunClient, TaskClient, TrajectoryClient
+from regreen.client.judge import JudgeClient
+from regreen.client.learner import LearnerClient
+from regreen.client.policy import PolicyClient
+from regreen.client.sandbox import SandboxClient, StateClient
+from regreen.rpc.errors import InvalidArgument, Unavailable
+from regreen.settings import default_home
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoints:
+    """Where the services are."""
+
+    dataset: str = "127.0.0.1:50051"
+    sandbox: str = "127.0.0.1:50052"
+    policy: str = "127.0.0.1:50053"
+    judge: str = "127.0.0.1:50054"
+    learner: str = "127.0.0.1:50055"
+
+    @classmethod
+    def load(cls, home: Path | None = None) -> "Endpoints":
+        """The endpoints of the running local stack.
+
+        Raises:
+            Unavailable: no stack was started from this home.
+        """
+        path = (home or default_home()) / "run" / "stack.json"
+        try:
+            found: Mapping[str, Any] = json.loads(path.read_text())["endpoints"]
+        except FileNotFoundError as error:
+            raise Unavailable(
+                f"no local stack is running ({path} is absent); start one with `regreen up`"
+            ) from error
+        except (json.JSONDecodeError, KeyError) as error:
+            raise InvalidArgument(
+                "stack.json", f"{path} is damaged", "run `regreen up` again"
+            ) from error
+        return cls(**{name: found[name] for name in asdict(cls()) if name in found})
+
+
+class Stack:
+    """Clients of all services; use as an async context manager."""
+
+    def __init__(
+        self, endpoints: Endpoints, *, tls: Tls | None = None, patience_s: float = 30.0
+    ) -> None:
+        self.endpoints = endpoints
+        channels = {name: connect(target, tls) for name, target in asdict(endpoints).items()}
+        self._channels: list[grpc.aio.Channel] = list(channels.values())
+        self.tasks = TaskClient(channels["dataset"], patience_s=patience_s)
+        self.trajectories = TrajectoryClient(channels["dataset"], patience_s=patience_s)
+        self.queue = RolloutQueueClient(channels["dataset"], patience_s=patience_s)
+        self.runs = RunClient(channels["dataset"], patience_s=patience_s)
+        self.state = StateClient(channels["sandbox"], patience_s=patience_s)
+        self.sandbox = SandboxClient(channels["sandbox"], patience_s=patience_s)
+        self.policy = PolicyClient(channels["policy"], patience_s=patience_s)
+        self.judge = JudgeClient(channels["judge"], patience_s=patience_s)
+        self.learner = LearnerClient(channels["learner"], patience_s=patience_s)
+
+    async def __aenter__(self) -> "Stack":
+        return self
+
+    async def __aexit__(self, *exc: Any) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close every channel."""
+        for channel in self._channels:
+            await channel.close()
