@@ -26,50 +26,47 @@ TOOLS = "/opt/regreen"
 
 
 @dataclass(frozen=True, slots=True)
-class File:
-    """A file of a package index, named by content."""
+class DistFile:
+    """A release file of a package, named by content."""
 
     filename: str
     sha256: str
-    size_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class Distribution:
-    """One release of one package and the files of it that may be used."""
+class Pin:
+    """One exact version of one package and the files that may provide it."""
 
     name: str
     version: str
-    files: tuple[File, ...]
+    files: tuple[DistFile, ...] = ()
 
-    @property
-    def pin(self) -> str:
+    def __str__(self) -> str:
         return f"{self.name}=={self.version}"
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """Where the repository's tree comes from: an archive, and another one's files over it."""
+class FileChange:
+    """One changed regular file; `content` None deletes it."""
 
-    name: str
-    version: str
-    archive: File
-    overlay: File | None = None
-    """A later release whose `overlay_paths` replace those of `archive` (release-bugfix tasks)."""
-    overlay_version: str = ""
-    overlay_paths: tuple[str, ...] = ()
+    path: str
+    content: bytes | None
+    mode: int = 0o644
 
 
 @dataclass(frozen=True, slots=True)
-class TestPlan:
+class TestSpec:
     """How the repository's tests are run and which of them a fix must turn green."""
 
     __test__ = False
 
-    paths: tuple[str, ...] = ()
-    args: tuple[str, ...] = ()
-    fail_to_pass: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = ()
+    """Arguments for pytest: paths and options."""
+    environment: Mapping[str, str] = field(default_factory=dict)
     timeout_s: float = 300.0
+    protected_paths: tuple[str, ...] = ()
+    fail_to_pass: tuple[str, ...] = ()
+    """Ids that must pass after a fix; empty means every failing id of the baseline."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,38 +74,52 @@ class EnvironmentSpec:
     """A complete recipe for a State; every input is pinned by hash."""
 
     builder: str
-    source: Source
+    package: str
+    version: str
     python: str
-    """Version of the interpreter of the broken State, `major.minor`."""
-    pins: tuple[str, ...]
-    """`name==version` of everything installed in the broken State."""
-    wheelhouse: tuple[Distribution, ...]
-    """Everything a fix may install; holds at least the releases named by `pins`."""
-    build_tools: tuple[Distribution, ...] = ()
+    """Interpreter of the broken State, `major.minor`."""
+    source: DistFile | None = None
+    source_tree: str = ""
+    """Hex sha256 of a tar archive in the blob store, instead of `source`."""
+    source_tree_bytes: int = 0
+    pins: tuple[Pin, ...] = ()
+    """Everything installed in the broken State."""
+    wheelhouse: tuple[Pin, ...] = ()
+    """Further releases that a fix may install."""
+    install_mode: str = "editable"
+    """`editable`: in place; `path`: the repository root is on the path; `none`."""
+    build_requirements: tuple[str, ...] = ()
+    build_pins: tuple[Pin, ...] = ()
     """What builds the project and source-only pins; never visible to the environment."""
+    exclude_newer: str = ""
+    test: TestSpec = field(default_factory=TestSpec)
+    overlay: tuple[FileChange, ...] = ()
+    overlay_source: DistFile | None = None
+    """An archive whose files under `overlay_paths` replace those of `source`."""
+    overlay_paths: tuple[str, ...] = ()
     pythons: tuple[str, ...] = ()
     """Interpreters that a fix may choose, `python` among them; empty means `python` only."""
-    tests: TestPlan = field(default_factory=TestPlan)
 
     def canonical(self) -> bytes:
         """The JSON form that the digest is taken of: sorted keys, no spaces."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":")).encode()
+        return json.dumps(
+            asdict(self), sort_keys=True, separators=(",", ":"), default=_hex
+        ).encode()
 
     @property
     def digest(self) -> str:
         """Hex sha256 that names the State this spec leads to."""
         return hashlib.sha256(b"regreen-env-%d\n" % FORMAT + self.canonical()).hexdigest()
 
+    @property
+    def allowed_pythons(self) -> tuple[str, ...]:
+        return self.pythons or (self.python,)
 
-def spec_from_json(data: bytes | str) -> EnvironmentSpec:
-    """The inverse of `canonical`.
 
-    Raises:
-        InvalidArgument: a field is missing or of the wrong type.
-    """
-    from sandbox_svc.builders.specjson import parse_spec
-
-    return parse_spec(data)
+def _hex(value: object) -> str:
+    if isinstance(value, bytes):
+        return value.hex()
+    raise TypeError(type(value).__name__)
 
 
 @dataclass(frozen=True, slots=True)

@@ -194,6 +194,7 @@ class TestSpec(_message.Message):
     ENVIRONMENT_FIELD_NUMBER: _builtins.int
     TIMEOUT_FIELD_NUMBER: _builtins.int
     PROTECTED_PATHS_FIELD_NUMBER: _builtins.int
+    FAIL_TO_PASS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def arguments(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Arguments for pytest: paths and options, for example ["tests"]."""
@@ -210,6 +211,10 @@ class TestSpec(_message.Message):
     def protected_paths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Paths, relative to the repository, that hold tests or validation configuration and are always restored."""
 
+    @_builtins.property
+    def fail_to_pass(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Ids of the tests that a fix must turn green; empty means every test that fails in the baseline."""
+
     def __init__(
         self,
         *,
@@ -217,10 +222,11 @@ class TestSpec(_message.Message):
         environment: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         timeout: _duration_pb2.Duration | None = ...,
         protected_paths: _abc.Iterable[_builtins.str] | None = ...,
+        fail_to_pass: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["timeout", b"timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "environment", b"environment", "protected_paths", b"protected_paths", "timeout", b"timeout"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "environment", b"environment", "fail_to_pass", b"fail_to_pass", "protected_paths", b"protected_paths", "timeout", b"timeout"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -248,6 +254,7 @@ class EnvironmentSpec(_message.Message):
     OVERLAY_PATHS_FIELD_NUMBER: _builtins.int
     SOURCE_TREE_FIELD_NUMBER: _builtins.int
     PYTHONS_FIELD_NUMBER: _builtins.int
+    BUILD_PINS_FIELD_NUMBER: _builtins.int
     builder: _builtins.str
     """Builder that understands this spec: "python"."""
     package: _builtins.str
@@ -300,6 +307,10 @@ class EnvironmentSpec(_message.Message):
     def pythons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Interpreters that dependency actions may choose, for example ["3.9", "3.13"]."""
 
+    @_builtins.property
+    def build_pins(self) -> _containers.RepeatedCompositeFieldContainer[Global___Pin]:
+        """Packages that build the project and source-only pins, pinned; never visible to the environment."""
+
     def __init__(
         self,
         *,
@@ -319,10 +330,11 @@ class EnvironmentSpec(_message.Message):
         overlay_paths: _abc.Iterable[_builtins.str] | None = ...,
         source_tree: _common_pb2.Digest | None = ...,
         pythons: _abc.Iterable[_builtins.str] | None = ...,
+        build_pins: _abc.Iterable[Global___Pin] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["overlay_source", b"overlay_source", "source", b"source", "source_tree", b"source_tree", "test", b"test"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_requirements", b"build_requirements", "builder", b"builder", "exclude_newer", b"exclude_newer", "install_mode", b"install_mode", "overlay", b"overlay", "overlay_paths", b"overlay_paths", "overlay_source", b"overlay_source", "package", b"package", "pins", b"pins", "python", b"python", "pythons", b"pythons", "source", b"source", "source_tree", b"source_tree", "test", b"test", "version", b"version", "wheelhouse", b"wheelhouse"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_pins", b"build_pins", "build_requirements", b"build_requirements", "builder", b"builder", "exclude_newer", b"exclude_newer", "install_mode", b"install_mode", "overlay", b"overlay", "overlay_paths", b"overlay_paths", "overlay_source", b"overlay_source", "package", b"package", "pins", b"pins", "python", b"python", "pythons", b"pythons", "source", b"source", "source_tree", b"source_tree", "test", b"test", "version", b"version", "wheelhouse", b"wheelhouse"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
