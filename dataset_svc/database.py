@@ -1,0 +1,133 @@
+"""Connections, transactions and the schema's version.
+
+- Work passed to `Database.run` happens in one transaction: all of it or none.
+- Deadlocks and serialization failures are tried again until a deadline; nothing else is.
+- What the driver raises leaves as a `RegreenError`; a message never holds the password.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TypeVar
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import Connection, create_engine, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+
+from regreen.rpc.errors import Aborted, DiskFull, InvalidArgument, RegreenError, Unavailable
+
+T = TypeVar("T")
+_RETRY_S = 10.0
+_TRY_AGAIN = ("40001", "40P01")
+"""SQLSTATE of a serialization failure and of a deadlock."""
+
+
+def normal_url(url: str) -> str:
+    """The URL with the driver that we use; `postgresql://` and `postgres://` are fine.
+
+    Raises:
+        InvalidArgument: it is no Postgres URL.
+    """
+    try:
+        parsed = make_url(url.replace("postgres://", "postgresql://", 1))
+    except ArgumentError as error:
+        raise InvalidArgument(
+            "database_url", "is no URL", "give postgresql://user@host/db"
+        ) from error
+    if parsed.get_backend_name() != "postgresql":
+        raise InvalidArgument(
+            "database_url",
+            f"{parsed.get_backend_name()!r} is not supported",
+            "give postgresql://...",
+        )
+    return parsed.set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
+
+
+def alembic_config(connection: Connection) -> Config:
+    """Alembic's settings for the migrations of this package."""
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    config.attributes["connection"] = connection
+    return config
+
+
+def upgrade(url: str, revision: str = "head") -> None:
+    """Bring the schema to `revision`; blocks. Safe to call from several processes at once.
+
+    Raises:
+        Unavailable: the server does not answer.
+    """
+    engine = create_engine(normal_url(url))
+    try:
+        with engine.connect() as connection:
+            command.upgrade(alembic_config(connection), revision)
+    except DBAPIError as error:
+        raise translated(error) from error
+    finally:
+        engine.dispose()
+
+
+class Database:
+    """A pool of connections and the transactions made on them."""
+
+    def __init__(self, url: str, *, pool_size: int = 10, pool_timeout_s: float = 30.0) -> None:
+        self._engine = create_async_engine(
+            normal_url(url),
+            pool_size=pool_size,
+            max_overflow=0,
+            pool_timeout=pool_timeout_s,
+            pool_pre_ping=True,
+            connect_args={"connect_timeout": 10},
+        )
+        self._sessions = async_sessionmaker(self._engine, expire_on_commit=False, autoflush=False)
+
+    async def run(self, work: Callable[[AsyncSession], Awaitable[T]]) -> T:
+        """The result of `work`, done in one transaction.
+
+        `work` may be called again after a deadlock, so it must keep nothing outside the session.
+
+        Raises:
+            Unavailable: the server does not answer or the pool is empty.
+            Aborted: concurrent work kept getting in the way, or broke a constraint.
+        """
+        deadline = time.monotonic() + _RETRY_S
+        pause_s = 0.01
+        while True:
+            try:
+                async with self._sessions() as session, session.begin():
+                    return await work(session)
+            except SQLAlchemyError as error:
+                again = _sqlstate(error) in _TRY_AGAIN and time.monotonic() < deadline
+                if not again:
+                    raise translated(error) from error
+            await asyncio.sleep(pause_s * random.uniform(0.5, 1.5))
+            pause_s = min(pause_s * 2, 0.5)
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._engine.dispose()
+
+
+def translated(error: SQLAlchemyError) -> RegreenError:
+    """The error of ours that stands for one of the driver's."""
+    state = _sqlstate(error)
+    text = str(getattr(error, "orig", None) or error).strip().splitlines()[0:1]
+    message = text[0] if text else type(error).__name__
+    if isinstance(error, PoolTimeout):
+        return Unavailable("all database connections are busy", retry_after_s=1.0)
+    if state == "53100":
+        return DiskFull("the database has no space left", retry_after_s=30.0)
+    if state in _TRY_AGAIN or isinstance(error, IntegrityError):
+        return Aborted(f"concurrent change: {message}")
+    if state[:2] in ("22", "54"):
+        return InvalidArgument("request", f"the database refuses a value: {message}")
+    return Unavailable(f"database: {message}", retry_after_s=1.0)
+
+
+def _sqlstate(error: SQLAlchemyError) -> str:
+    return str(getattr(getattr(error, "orig", None), "sqlstate", None) or "")

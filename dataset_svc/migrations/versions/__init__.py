@@ -1,0 +1,1 @@
+"""One module per schema change; the number at its start gives the order."""
