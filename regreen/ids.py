@@ -38,7 +38,9 @@ def check_id(value: str, prefix: str, field: str) -> str:
     if not value:
         raise InvalidArgument(field, "is empty", f"give an id like {prefix}_...")
     if not _ID.fullmatch(value) or not value.startswith(prefix + "_"):
-        raise InvalidArgument(field, f"{value[:80]!r} is no {prefix}_ id", f"give {prefix}_<32 hex>")
+        raise InvalidArgument(
+            field, f"{value[:80]!r} is no {prefix}_ id", f"give {prefix}_<32 hex>"
+        )
     return value
 
 

@@ -114,7 +114,7 @@ class ServiceSettings(BaseSettings):
     def load(cls, argv: Sequence[str] | None = None) -> Self:
         """Settings from file, environment and command-line flags; exits with 2 on bad ones."""
         parser = argparse.ArgumentParser(prog=f"{cls.section}_svc", description=cls.__doc__)
-        parser.add_argument("--config", help="TOML file; its table is [%s]" % cls.section)
+        parser.add_argument("--config", help=f"TOML file; its table is [{cls.section}]")
         for name, field in cls.model_fields.items():
             flag = "--" + name.replace("_", "-")
             action: Any = argparse.BooleanOptionalAction if field.annotation is bool else None

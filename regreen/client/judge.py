@@ -24,7 +24,7 @@ class JudgeClient(Caller):
         self,
         evidence: pb.Evidence,
         *,
-        model_use: pb.ModelUse = pb.MODEL_USE_UNSPECIFIED,
+        model_use: pb.ModelUse.ValueType = pb.MODEL_USE_UNSPECIFIED,
         request_id: str = "",
     ) -> pb.Verdict:
         """Findings on one trajectory."""
@@ -38,7 +38,7 @@ class JudgeClient(Caller):
         self,
         members: Sequence[pb.Evidence],
         *,
-        model_use: pb.ModelUse = pb.MODEL_USE_UNSPECIFIED,
+        model_use: pb.ModelUse.ValueType = pb.MODEL_USE_UNSPECIFIED,
         request_id: str = "",
     ) -> Sequence[pb.Verdict]:
         """Findings on the members of a group, contrasted."""
@@ -53,7 +53,7 @@ class JudgeClient(Caller):
         self,
         examples: Sequence[pb.LabelledEvidence],
         *,
-        model_use: pb.ModelUse = pb.MODEL_USE_UNSPECIFIED,
+        model_use: pb.ModelUse.ValueType = pb.MODEL_USE_UNSPECIFIED,
         request_id: str = "",
     ) -> Sequence[pb.ClassCalibration]:
         """Precision and recall on labelled evidence."""

@@ -26,7 +26,7 @@ class LearnerClient(Caller):
     async def start_run(
         self,
         run_id: str,
-        kind: pb.RunKind,
+        kind: pb.RunKind.ValueType,
         base_uri: str,
         *,
         hyperparameters: pb.Hyperparameters | None = None,

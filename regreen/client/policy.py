@@ -81,7 +81,7 @@ class PolicyClient(Caller):
         return response
 
     async def pause(
-        self, mode: pb.PauseMode = pb.PAUSE_MODE_DRAIN, *, request_id: str = ""
+        self, mode: pb.PauseMode.ValueType = pb.PAUSE_MODE_DRAIN, *, request_id: str = ""
     ) -> pb.PauseResponse:
         """Stop taking new work."""
         request = pb.PauseRequest(request_id=request_id or new_request_id(), mode=mode)
