@@ -23,7 +23,13 @@ def plain_type(kind: str, item: Any, _context: AutogenContext) -> str | Literal[
 
 def run(connection: Connection) -> None:
     """Apply what is missing."""
-    context.configure(connection=connection, target_metadata=Base.metadata, transactional_ddl=True)
+    context.configure(
+        connection=connection,
+        target_metadata=Base.metadata,
+        transactional_ddl=True,
+        compare_server_default=True,
+        render_item=plain_type,
+    )
     with context.begin_transaction():
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
         context.run_migrations()

@@ -925,6 +925,7 @@ class Run(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     SUMMARY_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Opaque id, prefixed "run_"."""
     name: _builtins.str
@@ -933,6 +934,10 @@ class Run(_message.Message):
     """Kind: "sft", "grpo", "eval"."""
     state: _builtins.str
     """State: "active", "done", "failed"."""
+    epoch: _builtins.int
+    """Number of times the run was rewound, plus one. A driver that gives it back is refused once another driver has
+    rewound the run.
+    """
     @_builtins.property
     def config(self) -> _struct_pb2.Struct:
         """Configuration."""
@@ -960,10 +965,11 @@ class Run(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
         summary: _struct_pb2.Struct | None = ...,
+        epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "create_time", b"create_time", "summary", b"summary", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "create_time", b"create_time", "id", b"id", "kind", b"kind", "name", b"name", "state", b"state", "summary", b"summary", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "create_time", b"create_time", "epoch", b"epoch", "id", b"id", "kind", b"kind", "name", b"name", "state", b"state", "summary", b"summary", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

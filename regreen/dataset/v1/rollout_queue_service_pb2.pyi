@@ -314,6 +314,7 @@ class TakeGroupsRequest(_message.Message):
     RUN_ID_FIELD_NUMBER: _builtins.int
     COUNT_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Client-chosen id of this request."""
     run_id: _builtins.str
@@ -322,6 +323,8 @@ class TakeGroupsRequest(_message.Message):
     """At most this many."""
     step: _builtins.int
     """Only groups meant for this step; 0 means any."""
+    epoch: _builtins.int
+    """Epoch of the run that the caller started under; 0 means any."""
     def __init__(
         self,
         *,
@@ -329,10 +332,11 @@ class TakeGroupsRequest(_message.Message):
         run_id: _builtins.str = ...,
         count: _builtins.int = ...,
         step: _builtins.int = ...,
+        epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "request_id", b"request_id", "run_id", b"run_id", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "epoch", b"epoch", "request_id", b"request_id", "run_id", b"run_id", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -405,10 +409,13 @@ class AcknowledgeGroupsRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     GROUP_IDS_FIELD_NUMBER: _builtins.int
     CHECKPOINT_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Client-chosen id of this request."""
     checkpoint_id: _builtins.str
     """Checkpoint that contains them."""
+    epoch: _builtins.int
+    """Epoch of the run that the groups were taken under; 0 means any."""
     @_builtins.property
     def group_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Groups."""
@@ -419,10 +426,11 @@ class AcknowledgeGroupsRequest(_message.Message):
         request_id: _builtins.str = ...,
         group_ids: _abc.Iterable[_builtins.str] | None = ...,
         checkpoint_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_id", b"checkpoint_id", "group_ids", b"group_ids", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_id", b"checkpoint_id", "epoch", b"epoch", "group_ids", b"group_ids", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -482,16 +490,20 @@ class RewindRunResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     GROUPS_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     groups: _builtins.int
     """Groups that became takeable again."""
+    epoch: _builtins.int
+    """Epoch of the run from now on."""
     def __init__(
         self,
         *,
         groups: _builtins.int = ...,
+        epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["groups", b"groups"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "groups", b"groups"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -569,7 +581,7 @@ class GetQueueResponse(_message.Message):
     GROUPS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def rollouts(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
-        """Rollouts by state: "waiting", "leased", "committed", "lost"."""
+        """Rollouts by state: "waiting", "leased", "committed", "lost". One whose lease ran out counts as waiting."""
 
     @_builtins.property
     def groups(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:

@@ -142,10 +142,13 @@ class RolloutQueueServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def TakeGroups(self, request, context):
-        """Takes complete groups of a run for learning; taken groups are not given again unless released or rewound.
+        """Takes complete groups of a run for learning, oldest step first; taken groups are not given again unless the run
+        is rewound. Returns fewer groups than asked for when a response would become too large.
 
         Errors:
         - NOT_FOUND: no such run.
+        - ABORTED: the run was rewound since `epoch`.
+        - DATA_LOSS: the tokens of a trajectory do not match their digest.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -157,6 +160,7 @@ class RolloutQueueServiceServicer:
         Errors:
         - NOT_FOUND: no such group or checkpoint.
         - FAILED_PRECONDITION: a group that was not taken, or is acknowledged in another checkpoint.
+        - ABORTED: the run was rewound since `epoch`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -165,8 +169,11 @@ class RolloutQueueServiceServicer:
     def RewindRun(self, request, context):
         """Puts a run back to a checkpoint: groups taken or acknowledged after it become takeable again.
 
+        Checkpoints recorded after it are abandoned: no longer listed, and never to be rewound to.
+
         Errors:
         - NOT_FOUND: no such run or checkpoint.
+        - FAILED_PRECONDITION: the checkpoint was abandoned by an earlier rewind.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -69,10 +69,13 @@ class RolloutQueueServiceStub:
     - NOT_FOUND: no such lease.
     """
     TakeGroups: _grpc.UnaryUnaryMultiCallable[_rollout_queue_service_pb2.TakeGroupsRequest, _rollout_queue_service_pb2.TakeGroupsResponse]
-    """Takes complete groups of a run for learning; taken groups are not given again unless released or rewound.
+    """Takes complete groups of a run for learning, oldest step first; taken groups are not given again unless the run
+    is rewound. Returns fewer groups than asked for when a response would become too large.
 
     Errors:
     - NOT_FOUND: no such run.
+    - ABORTED: the run was rewound since `epoch`.
+    - DATA_LOSS: the tokens of a trajectory do not match their digest.
     """
     AcknowledgeGroups: _grpc.UnaryUnaryMultiCallable[_rollout_queue_service_pb2.AcknowledgeGroupsRequest, _rollout_queue_service_pb2.AcknowledgeGroupsResponse]
     """Records that taken groups are contained in a checkpoint.
@@ -80,12 +83,16 @@ class RolloutQueueServiceStub:
     Errors:
     - NOT_FOUND: no such group or checkpoint.
     - FAILED_PRECONDITION: a group that was not taken, or is acknowledged in another checkpoint.
+    - ABORTED: the run was rewound since `epoch`.
     """
     RewindRun: _grpc.UnaryUnaryMultiCallable[_rollout_queue_service_pb2.RewindRunRequest, _rollout_queue_service_pb2.RewindRunResponse]
     """Puts a run back to a checkpoint: groups taken or acknowledged after it become takeable again.
 
+    Checkpoints recorded after it are abandoned: no longer listed, and never to be rewound to.
+
     Errors:
     - NOT_FOUND: no such run or checkpoint.
+    - FAILED_PRECONDITION: the checkpoint was abandoned by an earlier rewind.
     """
     GetQueue: _grpc.UnaryUnaryMultiCallable[_rollout_queue_service_pb2.GetQueueRequest, _rollout_queue_service_pb2.GetQueueResponse]
     """Counts rollouts and groups by state.
@@ -135,10 +142,13 @@ class RolloutQueueServiceAsyncStub(RolloutQueueServiceStub):
     - NOT_FOUND: no such lease.
     """
     TakeGroups: _aio.UnaryUnaryMultiCallable[_rollout_queue_service_pb2.TakeGroupsRequest, _rollout_queue_service_pb2.TakeGroupsResponse]  # type: ignore[assignment]
-    """Takes complete groups of a run for learning; taken groups are not given again unless released or rewound.
+    """Takes complete groups of a run for learning, oldest step first; taken groups are not given again unless the run
+    is rewound. Returns fewer groups than asked for when a response would become too large.
 
     Errors:
     - NOT_FOUND: no such run.
+    - ABORTED: the run was rewound since `epoch`.
+    - DATA_LOSS: the tokens of a trajectory do not match their digest.
     """
     AcknowledgeGroups: _aio.UnaryUnaryMultiCallable[_rollout_queue_service_pb2.AcknowledgeGroupsRequest, _rollout_queue_service_pb2.AcknowledgeGroupsResponse]  # type: ignore[assignment]
     """Records that taken groups are contained in a checkpoint.
@@ -146,12 +156,16 @@ class RolloutQueueServiceAsyncStub(RolloutQueueServiceStub):
     Errors:
     - NOT_FOUND: no such group or checkpoint.
     - FAILED_PRECONDITION: a group that was not taken, or is acknowledged in another checkpoint.
+    - ABORTED: the run was rewound since `epoch`.
     """
     RewindRun: _aio.UnaryUnaryMultiCallable[_rollout_queue_service_pb2.RewindRunRequest, _rollout_queue_service_pb2.RewindRunResponse]  # type: ignore[assignment]
     """Puts a run back to a checkpoint: groups taken or acknowledged after it become takeable again.
 
+    Checkpoints recorded after it are abandoned: no longer listed, and never to be rewound to.
+
     Errors:
     - NOT_FOUND: no such run or checkpoint.
+    - FAILED_PRECONDITION: the checkpoint was abandoned by an earlier rewind.
     """
     GetQueue: _aio.UnaryUnaryMultiCallable[_rollout_queue_service_pb2.GetQueueRequest, _rollout_queue_service_pb2.GetQueueResponse]  # type: ignore[assignment]
     """Counts rollouts and groups by state.
@@ -234,10 +248,13 @@ class RolloutQueueServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _rollout_queue_service_pb2.TakeGroupsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_rollout_queue_service_pb2.TakeGroupsResponse, _abc.Awaitable[_rollout_queue_service_pb2.TakeGroupsResponse]]:
-        """Takes complete groups of a run for learning; taken groups are not given again unless released or rewound.
+        """Takes complete groups of a run for learning, oldest step first; taken groups are not given again unless the run
+        is rewound. Returns fewer groups than asked for when a response would become too large.
 
         Errors:
         - NOT_FOUND: no such run.
+        - ABORTED: the run was rewound since `epoch`.
+        - DATA_LOSS: the tokens of a trajectory do not match their digest.
         """
 
     @_abc_1.abstractmethod
@@ -251,6 +268,7 @@ class RolloutQueueServiceServicer(metaclass=_abc_1.ABCMeta):
         Errors:
         - NOT_FOUND: no such group or checkpoint.
         - FAILED_PRECONDITION: a group that was not taken, or is acknowledged in another checkpoint.
+        - ABORTED: the run was rewound since `epoch`.
         """
 
     @_abc_1.abstractmethod
@@ -261,8 +279,11 @@ class RolloutQueueServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_rollout_queue_service_pb2.RewindRunResponse, _abc.Awaitable[_rollout_queue_service_pb2.RewindRunResponse]]:
         """Puts a run back to a checkpoint: groups taken or acknowledged after it become takeable again.
 
+        Checkpoints recorded after it are abandoned: no longer listed, and never to be rewound to.
+
         Errors:
         - NOT_FOUND: no such run or checkpoint.
+        - FAILED_PRECONDITION: the checkpoint was abandoned by an earlier rewind.
         """
 
     @_abc_1.abstractmethod

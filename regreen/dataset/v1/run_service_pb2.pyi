@@ -373,8 +373,11 @@ class RecordCheckpointRequest(_message.Message):
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     CHECKPOINT_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Client-chosen id of this request."""
+    epoch: _builtins.int
+    """Epoch of the run that its groups were taken under; 0 means any."""
     @_builtins.property
     def checkpoint(self) -> _dataset_pb2.CheckpointRecord:
         """The checkpoint; its id is filled by the server."""
@@ -384,10 +387,11 @@ class RecordCheckpointRequest(_message.Message):
         *,
         request_id: _builtins.str = ...,
         checkpoint: _dataset_pb2.CheckpointRecord | None = ...,
+        epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "epoch", b"epoch", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

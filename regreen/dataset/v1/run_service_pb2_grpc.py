@@ -150,13 +150,14 @@ class RunServiceServicer:
         Errors:
         - NOT_FOUND: no such run or group.
         - FAILED_PRECONDITION: a group that was not taken by this run.
+        - ABORTED: the run was rewound since `epoch`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListCheckpoints(self, request, context):
-        """Lists checkpoints of a run, newest first.
+        """Lists checkpoints of a run, newest first, without those that a rewind has abandoned.
 
         Errors:
         - NOT_FOUND: no such run.

@@ -78,9 +78,10 @@ class RunServiceStub:
     Errors:
     - NOT_FOUND: no such run or group.
     - FAILED_PRECONDITION: a group that was not taken by this run.
+    - ABORTED: the run was rewound since `epoch`.
     """
     ListCheckpoints: _grpc.UnaryUnaryMultiCallable[_run_service_pb2.ListCheckpointsRequest, _run_service_pb2.ListCheckpointsResponse]
-    """Lists checkpoints of a run, newest first.
+    """Lists checkpoints of a run, newest first, without those that a rewind has abandoned.
 
     Errors:
     - NOT_FOUND: no such run.
@@ -136,9 +137,10 @@ class RunServiceAsyncStub(RunServiceStub):
     Errors:
     - NOT_FOUND: no such run or group.
     - FAILED_PRECONDITION: a group that was not taken by this run.
+    - ABORTED: the run was rewound since `epoch`.
     """
     ListCheckpoints: _aio.UnaryUnaryMultiCallable[_run_service_pb2.ListCheckpointsRequest, _run_service_pb2.ListCheckpointsResponse]  # type: ignore[assignment]
-    """Lists checkpoints of a run, newest first.
+    """Lists checkpoints of a run, newest first, without those that a rewind has abandoned.
 
     Errors:
     - NOT_FOUND: no such run.
@@ -233,6 +235,7 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         Errors:
         - NOT_FOUND: no such run or group.
         - FAILED_PRECONDITION: a group that was not taken by this run.
+        - ABORTED: the run was rewound since `epoch`.
         """
 
     @_abc_1.abstractmethod
@@ -241,7 +244,7 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _run_service_pb2.ListCheckpointsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_run_service_pb2.ListCheckpointsResponse, _abc.Awaitable[_run_service_pb2.ListCheckpointsResponse]]:
-        """Lists checkpoints of a run, newest first.
+        """Lists checkpoints of a run, newest first, without those that a rewind has abandoned.
 
         Errors:
         - NOT_FOUND: no such run.

@@ -85,7 +85,7 @@ class TrajectoryServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListTrajectories(self, request, context):
-        """Lists trajectories, newest first, without tokens, turns and logs.
+        """Lists trajectories, newest first, without tokens, turns, tests, logs and the contents of changed files.
 
         Errors:
         - INVALID_ARGUMENT: bad page token, size or filter.

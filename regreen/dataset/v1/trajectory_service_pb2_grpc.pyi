@@ -49,7 +49,7 @@ class TrajectoryServiceStub:
     - DATA_LOSS: its tokens do not match their digest.
     """
     ListTrajectories: _grpc.UnaryUnaryMultiCallable[_trajectory_service_pb2.ListTrajectoriesRequest, _trajectory_service_pb2.ListTrajectoriesResponse]
-    """Lists trajectories, newest first, without tokens, turns and logs.
+    """Lists trajectories, newest first, without tokens, turns, tests, logs and the contents of changed files.
 
     Errors:
     - INVALID_ARGUMENT: bad page token, size or filter.
@@ -82,7 +82,7 @@ class TrajectoryServiceAsyncStub(TrajectoryServiceStub):
     - DATA_LOSS: its tokens do not match their digest.
     """
     ListTrajectories: _aio.UnaryUnaryMultiCallable[_trajectory_service_pb2.ListTrajectoriesRequest, _trajectory_service_pb2.ListTrajectoriesResponse]  # type: ignore[assignment]
-    """Lists trajectories, newest first, without tokens, turns and logs.
+    """Lists trajectories, newest first, without tokens, turns, tests, logs and the contents of changed files.
 
     Errors:
     - INVALID_ARGUMENT: bad page token, size or filter.
@@ -130,7 +130,7 @@ class TrajectoryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _trajectory_service_pb2.ListTrajectoriesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_trajectory_service_pb2.ListTrajectoriesResponse, _abc.Awaitable[_trajectory_service_pb2.ListTrajectoriesResponse]]:
-        """Lists trajectories, newest first, without tokens, turns and logs.
+        """Lists trajectories, newest first, without tokens, turns, tests, logs and the contents of changed files.
 
         Errors:
         - INVALID_ARGUMENT: bad page token, size or filter.
