@@ -1,7 +1,7 @@
 """Clients of the sandbox service: states and sandboxes.
 
 - Each method is one RPC; it returns the response's main message.
-- Timeouts of commands and validations travel in the request; the call's deadline is a little longer.
+- Timeouts of commands and validations travel in the request; the deadline is a little longer.
 """
 
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence

@@ -1,0 +1,55 @@
+# Every recipe delegates to a script or to the `regreen` command. `make help` lists them.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+export REGREEN_HOME ?= $(CURDIR)/build/home
+BIN := .venv/bin
+STAMP := .venv/.regreen-setup
+PYTEST_ARGS ?=
+
+.PHONY: help setup demo up down status logs test test-fast check fmt bench proto proto-check clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  \1|\2/' | column -t -s '|'
+
+setup: $(STAMP) ## Install everything into .venv
+$(STAMP): requirements/lock.txt requirements/peer.txt pyproject.toml infra/scripts/setup.sh
+	@infra/scripts/setup.sh
+
+demo: $(STAMP) ## Run the whole loop on real broken builds and write a report (QUICK=1: shorter)
+	@$(BIN)/regreen demo $(if $(QUICK),--quick)
+
+up: $(STAMP) ## Start the local stack; it stays up
+	@$(BIN)/regreen up
+
+down: $(STAMP) ## Stop the local stack
+	@$(BIN)/regreen down
+
+status: $(STAMP) ## Show the local stack
+	@$(BIN)/regreen status
+
+logs: $(STAMP) ## Print the ends of the services' logs
+	@$(BIN)/regreen logs
+
+test: $(STAMP) ## Run every test, fast ones first
+	@infra/scripts/test.sh $(PYTEST_ARGS)
+
+test-fast: $(STAMP) ## Run the unit tests
+	@$(BIN)/pytest tests/unit $(PYTEST_ARGS)
+
+check: $(STAMP) proto-check ## Format, lint, types, import rules, proto drift and breaking changes
+	@infra/scripts/check.sh
+
+fmt: $(STAMP) ## Format code and protos
+	@$(BIN)/ruff format . && $(BIN)/ruff check --fix . && $(BIN)/buf format -w proto
+
+bench: $(STAMP) ## Measure against named peers; tables here, JSON under build/bench
+	@$(BIN)/regreen bench
+
+proto: $(STAMP) ## Regenerate the stubs from proto/
+	@infra/scripts/proto.sh
+
+proto-check: $(STAMP) ## Lint contracts, find drift of the stubs and breaking changes
+	@infra/scripts/proto_check.sh
+
+clean: ## Remove everything that was built or downloaded here
+	@rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache

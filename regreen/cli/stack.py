@@ -1,0 +1,127 @@
+"""`regreen up|down|status|logs`: the local integrated stack."""
+
+import json
+import time
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from regreen.cli import output
+from regreen.cli.options import Home, Json
+from regreen.rpc.errors import InvalidArgument
+from regreen.settings import default_home
+from regreen.stack import control
+from regreen.stack.layout import SERVICES, Layout
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command()(up)
+    app.command()(down)
+    app.command()(status)
+    app.command()(logs)
+
+
+def up(
+    home: Home = None,
+    engine: Annotated[
+        str, typer.Option(help="Policy engine: auto, openvino, torch, scripted, sglang, openai.")
+    ] = "auto",
+    ports: Annotated[
+        str, typer.Option(help="fixed (5005x where free) or any (free ports).")
+    ] = "fixed",
+    json_output: Json = False,
+) -> None:
+    """Start the five services on this machine and wait until they serve."""
+    layout = Layout(home or default_home())
+    if ports not in ("fixed", "any"):
+        output.fail(InvalidArgument("ports", f"{ports!r} is unknown", "give fixed or any"))
+    arguments = {} if engine == "auto" else {"policy": ["--engine", engine]}
+    with output.progress() as show:
+
+        def progress(rows: list[control.ServiceStatus]) -> None:
+            ready = [row.name for row in rows if row.state == "serving"]
+            waiting = [row.name for row in rows if row.state != "serving"]
+            show("starting services", len(ready), len(rows), f"waiting for {', '.join(waiting)}")
+
+        rows = output.run(
+            control.up(layout, arguments=arguments, fixed_ports=ports == "fixed", progress=progress)
+        )
+    _print(rows, json_output)
+    if not json_output:
+        output.STDERR.print(f"data in {layout.home}; stop it with `regreen down`", highlight=False)
+
+
+def down(home: Home = None) -> None:
+    """Stop the services; nothing that was committed is lost."""
+    layout = Layout(home or default_home())
+    ran = output.run(control.down(layout))
+    output.STDERR.print("stack is down" if ran else "no stack was running")
+
+
+def status(home: Home = None, json_output: Json = False) -> None:
+    """Show each service; exits with 3 unless all serve."""
+    rows = output.run(control.status(Layout(home or default_home())))
+    _print(rows, json_output)
+    if any(row.state != "serving" for row in rows):
+        raise typer.Exit(output.UNAVAILABLE)
+
+
+def logs(
+    service: Annotated[str, typer.Argument(help="Service, or supervisor; empty for all.")] = "",
+    home: Home = None,
+    lines: Annotated[int, typer.Option("-n", "--lines", min=1, help="Lines of each log.")] = 20,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on printing.")] = False,
+) -> None:
+    """Print the ends of the services' logs."""
+    layout = Layout(home or default_home())
+    known = [*(item.name for item in SERVICES), "supervisor"]
+    if service and service not in known:
+        output.fail(
+            InvalidArgument("service", f"{service!r} is unknown", f"give one of {', '.join(known)}")
+        )
+    names = [service] if service else known
+    for name in names:
+        for line in control.tail(layout, name, lines).splitlines():
+            typer.echo(f"{name:10} {line}")
+    if follow:
+        _follow(layout, names)
+
+
+def _follow(layout: Layout, names: list[str]) -> None:
+    positions = {name: _size(layout, name) for name in names}
+    try:
+        while True:
+            for name in names:
+                size = _size(layout, name)
+                if size > positions[name]:
+                    with layout.log(name).open("rb") as log:
+                        log.seek(positions[name])
+                        for line in (
+                            log.read(size - positions[name]).decode(errors="replace").splitlines()
+                        ):
+                            typer.echo(f"{name:10} {line}")
+                positions[name] = size
+            time.sleep(0.5)
+    except KeyboardInterrupt:
+        raise typer.Exit from None
+
+
+def _size(layout: Layout, name: str) -> int:
+    path = layout.log(name)
+    return path.stat().st_size if path.exists() else 0
+
+
+def _print(rows: list[control.ServiceStatus], json_output: bool) -> None:
+    if json_output:
+        typer.echo(json.dumps([asdict(row) for row in rows], indent=2))
+        return
+    output.print_table(
+        "",
+        ["service", "state", "gRPC", "metrics", "HTTP"],
+        [
+            [row.name, row.state, row.address, row.metrics and f"{row.metrics}/metrics", row.http]
+            for row in rows
+        ],
+    )

@@ -1,0 +1,1 @@
+"""The local integrated stack: five services as processes on this machine."""

@@ -1,0 +1,90 @@
+"""Where the local stack keeps its files, and what it runs.
+
+- Everything lives under one home; two homes never share a file or a port.
+- A service is a process of the same interpreter: `python -m <name>_svc`.
+"""
+
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """One service of the stack."""
+
+    name: str
+    port: int
+    """Preferred gRPC port."""
+    metrics_port: int
+    """Preferred port of `/metrics` and `/healthz`."""
+    health: str
+    """Full name of the service that health is asked for."""
+    http_port: int = 0
+    """Preferred port of a further HTTP endpoint; 0 for none."""
+
+    @property
+    def module(self) -> str:
+        """Module that runs it."""
+        return f"{self.name}_svc"
+
+
+SERVICES = (
+    Service("dataset", 50051, 9051, "regreen.dataset.v1.TaskService"),
+    Service("sandbox", 50052, 9052, "regreen.sandbox.v1.SandboxService"),
+    Service("policy", 50053, 9053, "regreen.policy.v1.PolicyService", http_port=50063),
+    Service("judge", 50054, 9054, "regreen.judge.v1.JudgeService"),
+    Service("learner", 50055, 9055, "regreen.learner.v1.LearnerService"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Paths of one home."""
+
+    home: Path
+
+    @property
+    def run(self) -> Path:
+        """Pid files, sockets and the description of the running stack."""
+        return self.home / "run"
+
+    @property
+    def logs(self) -> Path:
+        """One log file per service."""
+        return self.home / "logs"
+
+    @property
+    def description(self) -> Path:
+        """JSON that says which services run where."""
+        return self.run / "stack.json"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the supervisor as long as it lives."""
+        return self.run / "supervisor.lock"
+
+    def log(self, name: str) -> Path:
+        """Log file of one service, or of the supervisor."""
+        return self.logs / f"{name}.log"
+
+    def make(self) -> None:
+        """Create the directories."""
+        for path in (self.home, self.run, self.logs):
+            path.mkdir(parents=True, exist_ok=True)
+
+
+def pick_port(preferred: int, taken: set[int], host: str = "127.0.0.1") -> int:
+    """`preferred` if it can be bound now, else a free port; never one of `taken`."""
+    for candidate in (preferred, 0, 0, 0, 0):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, candidate))
+            except OSError:
+                continue
+            port: int = probe.getsockname()[1]
+        if port not in taken:
+            taken.add(port)
+            return port
+    raise OSError(f"no free port on {host}")

@@ -1,0 +1,198 @@
+"""Runs the local stack: starts the services, restarts what dies, stops everything in order.
+
+- One supervisor per home: it holds a lock for as long as it lives.
+- Every service dies with the supervisor, whichever way it ends (parent-death signal).
+- A service that dies is started again on its ports with growing delay; clients retry meanwhile.
+- `stack.json` is written before the services start and removed when the stack is down.
+- What a service prints goes to its log file, never to the terminal.
+"""
+
+import asyncio
+import contextlib
+import ctypes
+import fcntl
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from regreen.rpc.errors import FailedPrecondition
+from regreen.stack.layout import SERVICES, Layout, Service, pick_port
+
+_PR_SET_PDEATHSIG = 1
+_STOP_S = 20.0
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(slots=True)
+class _Running:
+    service: Service
+    argv: list[str]
+    process: asyncio.subprocess.Process | None = None
+    restarts: int = 0
+    stopping: bool = False
+    started_s: float = field(default_factory=time.monotonic)
+
+
+class Supervisor:
+    """Keeps the services of one home running."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        *,
+        arguments: Mapping[str, list[str]] | None = None,
+        fixed_ports: bool = True,
+    ) -> None:
+        self._layout = layout
+        self._arguments = dict(arguments or {})
+        self._fixed_ports = fixed_ports
+        self._services: list[_Running] = []
+        self._stop = asyncio.Event()
+        self._lock: int | None = None
+
+    async def run(self) -> None:
+        """Run the stack until SIGTERM or SIGINT."""
+        self._layout.make()
+        self._take_lock()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            loop.add_signal_handler(number, self._stop.set)
+        try:
+            self._plan()
+            watchers = [asyncio.create_task(self._watch(running)) for running in self._services]
+            await self._stop.wait()
+            await self._shut_down(watchers)
+        finally:
+            self._layout.description.unlink(missing_ok=True)
+
+    def _take_lock(self) -> None:
+        self._lock = os.open(self._layout.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FailedPrecondition(
+                f"a stack is already running in {self._layout.home}; see `regreen status`"
+            ) from error
+
+    def _plan(self) -> None:
+        taken: set[int] = set()
+        endpoints: dict[str, str] = {}
+        metrics: dict[str, str] = {}
+        http: dict[str, str] = {}
+        for service in SERVICES:
+            preferred = (service.port, service.metrics_port, service.http_port)
+            wanted = preferred if self._fixed_ports else (0, 0, 0)
+            port, metrics_port = pick_port(wanted[0], taken), pick_port(wanted[1], taken)
+            endpoints[service.name] = f"127.0.0.1:{port}"
+            metrics[service.name] = f"http://127.0.0.1:{metrics_port}"
+            argv = ["--listen", endpoints[service.name], "--metrics", f"127.0.0.1:{metrics_port}"]
+            argv += ["--home", str(self._layout.home)]
+            if service.http_port:
+                http_port = pick_port(wanted[2], taken)
+                http[service.name] = f"http://127.0.0.1:{http_port}"
+                argv += ["--http", f"127.0.0.1:{http_port}"]
+            argv += self._arguments.get(service.name, [])
+            command = [sys.executable, "-m", service.module, *argv]
+            self._services.append(_Running(service, command))
+        self._describe(
+            {"pid": os.getpid(), "endpoints": endpoints, "metrics": metrics, "http": http}
+        )
+
+    def _describe(self, description: Mapping[str, Any]) -> None:
+        temporary = self._layout.description.with_suffix(".tmp")
+        temporary.write_text(json.dumps(description, indent=2) + "\n")
+        temporary.replace(self._layout.description)
+
+    async def _watch(self, running: _Running) -> None:
+        """Keep one service running."""
+        name = running.service.name
+        while not self._stop.is_set():
+            running.process = await self._spawn(running)
+            running.started_s = time.monotonic()
+            (self._layout.run / f"{name}.pid").write_text(f"{running.process.pid}\n")
+            code = await running.process.wait()
+            if self._stop.is_set():
+                return
+            lived_s = time.monotonic() - running.started_s
+            running.restarts = 0 if lived_s > 60 else running.restarts + 1
+            delay_s = min(0.2 * 2 ** min(running.restarts, 7), 15.0)
+            self._note(name, f"{name} ended with {code}; starting it again in {delay_s:.1f} s")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stop.wait(), delay_s)
+
+    async def _spawn(self, running: _Running) -> asyncio.subprocess.Process:
+        log = os.open(
+            self._layout.log(running.service.name),
+            os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC,
+            0o644,
+        )
+        parent = os.getpid()
+
+        def die_with_parent() -> None:
+            _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+            if os.getppid() != parent:
+                os._exit(1)
+
+        try:
+            # preexec_fn is safe here: the supervisor is single-threaded.
+            return await asyncio.create_subprocess_exec(
+                *running.argv,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "REGREEN_HOME": str(self._layout.home)},
+                preexec_fn=die_with_parent,
+                start_new_session=True,
+            )
+        finally:
+            os.close(log)
+
+    async def _shut_down(self, watchers: list[asyncio.Task[None]]) -> None:
+        """Stop services in reverse order of dependence: the database last."""
+        for running in reversed(self._services):
+            process = running.process
+            if process is None or process.returncode is not None:
+                continue
+            process.terminate()
+        give_up_s = time.monotonic() + _STOP_S
+        for running in reversed(self._services):
+            process = running.process
+            if process is None:
+                continue
+            try:
+                await asyncio.wait_for(process.wait(), max(0.1, give_up_s - time.monotonic()))
+            except TimeoutError:
+                self._note(running.service.name, f"{running.service.name} did not end; killing it")
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+                await process.wait()
+            (self._layout.run / f"{running.service.name}.pid").unlink(missing_ok=True)
+        for watcher in watchers:
+            watcher.cancel()
+        await asyncio.gather(*watchers, return_exceptions=True)
+
+    def _note(self, name: str, text: str) -> None:
+        line = json.dumps({"event": text, "service": name, "time": time.time()})
+        with self._layout.log("supervisor").open("a") as log:
+            log.write(line + "\n")
+
+
+def main() -> None:
+    """Run the stack described by JSON on the command line; used by `regreen up`."""
+    options = json.loads(sys.argv[1])
+    supervisor = Supervisor(
+        Layout(Path(options["home"])),
+        arguments=options.get("arguments", {}),
+        fixed_ports=options.get("fixed_ports", True),
+    )
+    asyncio.run(supervisor.run())
+
+
+if __name__ == "__main__":
+    main()
