@@ -1,0 +1,217 @@
+"""The server toolkit, through a real server on port 0: errors, metrics, health, idempotency."""
+
+import asyncio
+import gc
+import weakref
+from collections.abc import AsyncIterator
+
+import grpc
+import httpx
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from regreen.client.channel import Caller, connect, stream
+from regreen.rpc.errors import (
+    DeadlineExceeded,
+    InfraError,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+    error_classes,
+)
+from regreen.rpc.server import Server
+from regreen.sandbox import v1 as pb
+from regreen.settings import ServiceSettings
+
+NAME = "regreen.sandbox.v1.StateService"
+
+
+class States(pb.StateServiceServicer):
+    """A servicer with one method of each call kind, whose behaviour the request chooses."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.cancelled = asyncio.Event()
+
+    async def GetState(self, request, context):
+        self.calls += 1
+        if request.id == "wrong":
+            raise InvalidArgument("id", "is wrong", "give a right one")
+        if request.id == "full":
+            raise ResourceExhausted("no room", retry_after_s=0.05)
+        if request.id == "bug":
+            raise ZeroDivisionError
+        if request.id == "slow":
+            await asyncio.sleep(60)
+        return pb.GetStateResponse(state=pb.State(id=request.id))
+
+    async def DeleteState(self, request, context):
+        self.calls += 1
+        await asyncio.sleep(0.05)
+        if request.id == "gone":
+            raise NotFound("no such state")
+        return pb.DeleteStateResponse()
+
+    async def ExportState(self, request, context) -> AsyncIterator[pb.ExportStateResponse]:
+        try:
+            for number in range(1000):
+                if request.id == "broken" and number == 2:
+                    raise InfraError("layer lost")
+                yield pb.ExportStateResponse(chunk=b"x")
+                await asyncio.sleep(0.01)
+        finally:
+            self.cancelled.set()
+
+    async def ImportState(self, request_iterator, context):
+        size = 0
+        async for part in request_iterator:
+            size += len(part.chunk)
+        if not size:
+            raise InvalidArgument("chunk", "is empty")
+        return pb.ImportStateResponse(state=pb.State(size_bytes=size))
+
+
+@pytest.fixture
+async def served():
+    servicer = States()
+    server = Server(ServiceSettings(drain_s=0.2), [NAME])
+    pb.add_StateServiceServicer_to_server(servicer, server.grpc)
+    async with server:
+        channel = connect(server.address)
+        yield servicer, server, pb.StateServiceStub(channel), Caller(channel, patience_s=0.5)
+        await channel.close()
+
+
+async def test_errors_keep_their_class_field_and_hint(served):
+    _, _, stub, caller = served
+    with pytest.raises(InvalidArgument) as wrong:
+        await caller._call(stub.GetState, pb.GetStateRequest(id="wrong"), 5)
+    assert (wrong.value.field, wrong.value.remedy) == ("id", "give a right one")
+    with pytest.raises(ResourceExhausted) as full:
+        await caller._call(stub.GetState, pb.GetStateRequest(id="full"), 5)
+    assert full.value.retry_after_s == pytest.approx(0.05)
+    with pytest.raises(InfraError, match="ZeroDivisionError"):
+        await caller._call(stub.GetState, pb.GetStateRequest(id="bug"), 5)
+    with pytest.raises(DeadlineExceeded):
+        await caller._call(stub.GetState, pb.GetStateRequest(id="slow"), 0.2)
+
+
+async def test_a_repeated_request_runs_once(served):
+    servicer, _, stub, caller = served
+    request = pb.DeleteStateRequest(id="a", request_id="r1")
+    await asyncio.gather(*(caller._call(stub.DeleteState, request, 5) for _ in range(5)))
+    await caller._call(stub.DeleteState, request, 5)
+    assert servicer.calls == 1
+    with pytest.raises(InvalidArgument, match="another request"):
+        other = pb.DeleteStateRequest(id="b", request_id="r1")
+        await caller._call(stub.DeleteState, other, 5)
+
+
+async def test_a_failure_is_not_remembered(served):
+    servicer, _, stub, caller = served
+    request = pb.DeleteStateRequest(id="gone", request_id="r2")
+    for _ in range(2):
+        with pytest.raises(NotFound):
+            await caller._call(stub.DeleteState, request, 5)
+    assert servicer.calls == 2
+
+
+async def test_one_waiter_leaving_does_not_stop_the_others(served):
+    servicer, _, stub, caller = served
+    request = pb.DeleteStateRequest(id="a", request_id="r3")
+    first = asyncio.create_task(caller._call(stub.DeleteState, request, 5))
+    await asyncio.sleep(0.02)
+    second = asyncio.create_task(caller._call(stub.DeleteState, request, 5))
+    await asyncio.sleep(0.01)
+    first.cancel()
+    await second
+    assert servicer.calls == 1
+
+
+async def test_streams_are_typed_and_cancelled(served):
+    servicer, _, stub, _ = served
+    with pytest.raises(InfraError, match="layer lost"):
+        async with stream(stub.ExportState(pb.ExportStateRequest(id="broken"), timeout=5)) as parts:
+            async for _ in parts:
+                pass
+    servicer.cancelled.clear()
+    call = stub.ExportState(pb.ExportStateRequest(id="a"), timeout=60)
+    seen = weakref.ref(call)
+    async with stream(call) as parts:
+        async for _ in parts:
+            break
+    await asyncio.wait_for(servicer.cancelled.wait(), 5)
+    del call, parts
+    for _ in range(10):
+        gc.collect()
+        await asyncio.sleep(0.02)
+    assert seen() is None
+
+
+async def test_client_streams_work(served):
+    _, _, stub, _ = served
+
+    async def parts():
+        for _ in range(3):
+            yield pb.ImportStateRequest(chunk=b"abc")
+
+    assert (await stub.ImportState(parts(), timeout=5)).state.size_bytes == 9
+
+
+async def test_health_reflection_and_metrics(served):
+    _, server, stub, caller = served
+    await caller._call(stub.GetState, pb.GetStateRequest(id="x"), 5)
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        answer = await health.Check(health_pb2.HealthCheckRequest(service=NAME), timeout=5)
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
+
+        async def ask():
+            yield reflection_pb2.ServerReflectionRequest(list_services="")
+
+        async with stream(reflection.ServerReflectionInfo(ask(), timeout=5)) as answers:
+            async for item in answers:
+                names = [service.name for service in item.list_services_response.service]
+                break
+        assert NAME in names
+    async with httpx.AsyncClient() as http:
+        base = f"http://127.0.0.1:{server.metrics_port}"
+        text = (await http.get(f"{base}/metrics")).text
+        assert 'grpc_server_handled_total{grpc_code="OK",grpc_method="GetState"' in text
+        assert (await http.get(f"{base}/healthz")).status_code == 200
+        assert (await http.get(f"{base}/else")).status_code == 404
+
+
+async def test_overload_is_refused_with_a_status():
+    servicer = States()
+    server = Server(ServiceSettings(max_rpcs=2, drain_s=0), [NAME])
+    pb.add_StateServiceServicer_to_server(servicer, server.grpc)
+    async with server, grpc.aio.insecure_channel(server.address) as channel:
+        stub = pb.StateServiceStub(channel)
+        caller = Caller(channel, patience_s=0)
+        slow = [
+            asyncio.create_task(caller._call(stub.GetState, pb.GetStateRequest(id="slow"), 1))
+            for _ in range(2)
+        ]
+        await asyncio.sleep(0.2)
+        with pytest.raises(ResourceExhausted):
+            await caller._call(stub.GetState, pb.GetStateRequest(id="x"), 1)
+        await asyncio.gather(*slow, return_exceptions=True)
+
+
+async def test_a_missing_server_is_unavailable():
+    channel = connect("127.0.0.1:1")
+    stub = pb.StateServiceStub(channel)
+    with pytest.raises(Unavailable):
+        await Caller(channel, patience_s=0)._call(stub.GetState, pb.GetStateRequest(id="x"), 2)
+    await channel.close()
+
+
+def test_every_error_class_is_a_reason_of_the_contract():
+    from regreen.common.v1 import ErrorReason
+
+    known = {name.removeprefix("ERROR_REASON_") for name in ErrorReason.keys()}
+    assert {reason for _, reason in error_classes()} <= known
