@@ -1,0 +1,271 @@
+"""The embedded runtime: namespaces, overlayfs and cgroups, without a daemon, root or not.
+
+- Sandboxes are cloned by a spawner process with one thread, never by this process.
+- One service per home: a second one is refused by a file lock.
+- A crash leaves nothing alive: the spawner and every sandbox end with their sockets; `start`
+  sweeps directories and groups that are left.
+- Inside there is one user (1000) without capabilities; on the host it is `layers.HOST_ID` when
+  the service is root, else the service's own user. All sandboxes share it, so layers are shared
+  too; pid, mount, network and ipc namespaces keep sandboxes apart.
+- `start` refuses with the reason and the remedy when this host cannot isolate.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import hashlib
+import os
+import secrets
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+from regreen.rpc.errors import FailedPrecondition, InfraError, InvalidArgument, MissingDependency
+from sandbox_svc.backends import cgroups, linux, probe, wire
+from sandbox_svc.backends.base import Capability, Limits, Mount
+from sandbox_svc.backends.embedded_box import EmbeddedBox
+from sandbox_svc.backends.layers import HOST_ID, Layout
+from sandbox_svc.backends.link import Link, LinkClosed
+
+DEFAULT_LIMITS = Limits(
+    memory_bytes=4 << 30,
+    pids=512,
+    cpus=2.0,
+    disk_bytes=8 << 30,
+    inodes=500_000,
+    output_bytes=1 << 30,
+    wall_s=3600.0,
+)
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+_REMEDY = (
+    "run the service as root or allow unprivileged user namespaces "
+    "(sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone, "
+    "kernel.apparmor_restrict_unprivileged_userns), or use --backend docker"
+)
+
+
+class EmbeddedRuntime:
+    """See `backends.base.Runtime`."""
+
+    name = "embedded"
+
+    def __init__(
+        self, home: Path, *, defaults: Limits = DEFAULT_LIMITS, run_probes: bool = True
+    ) -> None:
+        self._home, self._defaults, self._run_probes = home.absolute(), defaults, run_probes
+        self._root_mode = os.geteuid() == 0
+        self._instance = hashlib.sha256(os.fsencode(self._home)).hexdigest()[:8]
+        self._lock_fd = -1
+        self._process: subprocess.Popen[bytes] | None = None
+        self._link: Link | None = None
+        self._boxes: dict[str, EmbeddedBox] = {}
+        self._mounts: dict[str, tuple[tuple[Mount, ...], bool]] = {}
+        self._capabilities: tuple[Capability, ...] = ()
+        self._threads = ThreadPoolExecutor(4, thread_name_prefix="sandbox-files")
+        self._volatile = True
+        self._trash: set[asyncio.Task[None]] = set()
+        self.cgroups: cgroups.CgroupV1 | cgroups.CgroupV2 | cgroups.NoCgroup = cgroups.NoCgroup()
+
+    async def start(self) -> None:
+        """Probe the host, sweep what a crashed predecessor left, get ready.
+
+        Raises:
+            MissingDependency: this host cannot isolate; the message names the remedy.
+            FailedPrecondition: another service uses the same home.
+        """
+        if sys.platform != "linux" or not linux.supported_machine():
+            raise MissingDependency(f"the embedded runtime does not know {linux.ARCH}; {_REMEDY}")
+        self._home.mkdir(mode=0o755, parents=True, exist_ok=True)
+        self._lock()
+        owner = HOST_ID if self._root_mode else None
+        self.layout = Layout(self._home, owner)
+        self.cgroups = cgroups.choose(self._instance)
+        await self.blocking(self._sweep)
+        self._start_spawner()
+        try:
+            await self._prove()
+        except InfraError as error:
+            await self.close()
+            raise MissingDependency(f"sandboxes do not work here: {error}; {_REMEDY}") from error
+
+    def _lock(self) -> None:
+        self._lock_fd = os.open(self._home / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+            raise FailedPrecondition(
+                f"another sandbox service uses {self._home}; stop it or choose another home"
+            ) from error
+
+    def _sweep(self) -> None:
+        self.cgroups.sweep()
+        self.layout.sweep()
+
+    def _start_spawner(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        package_root = str(Path(__file__).resolve().parents[2])
+        code = (
+            f"import sys; sys.path.insert(0, {package_root!r});"
+            "from sandbox_svc.backends.spawner import main; main(sys.argv[1:])"
+        )
+        ids = [str(HOST_ID), str(HOST_ID)] if self._root_mode else ["-"]
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", code, str(theirs.fileno()), self._home, *ids],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                env={"LANG": "C.UTF-8"},
+                start_new_session=True,
+            )
+        self._link = Link(ours)
+
+    async def _prove(self) -> None:
+        """Find out whether `volatile` works, then what this host enforces."""
+        try:
+            box = await self.create([], limits=Limits())
+        except InfraError:
+            self._volatile = False
+            box = await self.create([], limits=Limits())
+        await box.delete()
+        if self._run_probes:
+            self._capabilities = tuple(await probe.prove(self))
+
+    async def close(self) -> None:
+        """Delete every box and stop helpers."""
+        await asyncio.gather(*(box.delete() for box in list(self._boxes.values())))
+        await asyncio.gather(*self._trash)
+        if self._link is not None:
+            self._link.close()
+        if self._process is not None:
+            process, self._process = self._process, None
+            try:
+                await self.blocking(process.wait, 5.0)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                await self.blocking(process.wait, 5.0)
+        await self.blocking(self.cgroups.close)
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+        self._threads.shutdown()
+
+    async def create(
+        self,
+        layers: Sequence[str],
+        *,
+        limits: Limits,
+        mounts: Sequence[Mount] = (),
+        network: bool = False,
+    ) -> EmbeddedBox:
+        """Start a box over `layers` (lowest first); an empty sequence is the bare base."""
+        _check_mounts(mounts)
+        box = EmbeddedBox(self, secrets.token_hex(6), layers, self._complete(limits))
+        self._mounts[box.id] = (tuple(mounts), network)
+        self._boxes[box.id] = box
+        try:
+            self.layout.new_upper(box.id)
+            await box.launch()
+        except BaseException:
+            await asyncio.shield(box.delete())
+            raise
+        return box
+
+    def _complete(self, limits: Limits) -> Limits:
+        default = self._defaults
+        return replace(
+            limits,
+            memory_bytes=limits.memory_bytes or default.memory_bytes,
+            pids=limits.pids or default.pids,
+            cpus=limits.cpus or default.cpus,
+            disk_bytes=limits.disk_bytes or default.disk_bytes,
+            inodes=limits.inodes or default.inodes,
+            output_bytes=limits.output_bytes or default.output_bytes,
+            wall_s=limits.wall_s or default.wall_s,
+        )
+
+    async def spawn(self, box: EmbeddedBox) -> tuple[int, int, socket.socket]:
+        """Clone the first process of a box: its host pid, pidfd and socket."""
+        if self._link is None or self._link.closed:
+            raise InfraError("the spawner has ended; restart the sandbox service")
+        mounts, network = self._mounts[box.id]
+        targets = [(mount.target, mount.source.is_dir()) for mount in mounts]
+        base = self.layout.ensure_base(network=network)
+        lower = self.layout.lower_names(base, self.layout.ensure_targets(targets), box.layers)
+        request: wire.Message = {
+            "box": box.id,
+            "lower": lower,
+            "mounts": [[str(m.source), m.target, m.read_only] for m in mounts],
+            "network": network,
+            "volatile": self._volatile,
+            "cgroups": self._group(box),
+            "rlimits": self._rlimits(box.limits),
+            "tmp_bytes": box.limits.memory_bytes // 2,
+            "tmp_inodes": box.limits.inodes,
+            "shm_bytes": box.limits.memory_bytes // 4,
+        }
+        try:
+            reply, fds = await self._link.request(request)
+        except (LinkClosed, TimeoutError) as error:
+            raise InfraError("the spawner does not answer") from error
+        if len(fds) != 2:
+            raise InfraError(f"the spawner refused: {reply.get('error', reply)}")
+        return int(reply["pid"]), fds[1], socket.socket(fileno=fds[0])
+
+    def _group(self, box: EmbeddedBox) -> list[str]:
+        self.cgroups.destroy(box.id)
+        try:
+            return self.cgroups.create(box.id, box.limits)
+        except OSError as error:
+            raise InfraError(f"cannot make a control group: {error}") from error
+
+    def _rlimits(self, limits: Limits) -> dict[str, int]:
+        values = {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": 65_536, "RLIMIT_FSIZE": limits.disk_bytes}
+        if isinstance(self.cgroups, cgroups.NoCgroup):
+            values |= {"RLIMIT_NPROC": limits.pids + 1, "RLIMIT_DATA": limits.memory_bytes}
+        return values
+
+    async def forget(self, box: EmbeddedBox) -> None:
+        """Release what the runtime holds for a box whose processes are dead."""
+        self._boxes.pop(box.id, None)
+        self._mounts.pop(box.id, None)
+        task = asyncio.create_task(self._clean(box.id))
+        self._trash.add(task)
+        task.add_done_callback(self._trash.discard)
+
+    async def _clean(self, box: str) -> None:
+        with contextlib.suppress(RuntimeError):
+            await self.blocking(self.cgroups.destroy, box)
+            await self.blocking(self.layout.discard, self.layout.box(box))
+
+    async def blocking(self, call: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        """Run a blocking call in the runtime's own threads."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, lambda: call(*args, **kwargs))
+
+    async def drop_layer(self, layer: str) -> None:
+        """Remove a layer that no state uses; unknown ids are ignored."""
+        if not layer.isalnum():
+            raise InvalidArgument("layer", f"is not a layer id: {layer!r}")
+        await self.blocking(self.layout.discard, self.layout.layer(layer))
+
+    def capabilities(self) -> Sequence[Capability]:
+        """What this host was proven to enforce."""
+        return self._capabilities
+
+
+def _check_mounts(mounts: Sequence[Mount]) -> None:
+    for mount in mounts:
+        parts = mount.target.strip("/").split("/")
+        if not mount.target.startswith("/") or not parts[0] or ".." in parts or "." in parts:
+            raise InvalidArgument("mounts", f"target is not a plain absolute path: {mount.target}")
+        if not mount.source.is_absolute() or not mount.source.exists():
+            raise MissingDependency(f"mount source does not exist: {mount.source}")

@@ -1,0 +1,433 @@
+"""A sandbox of the embedded runtime.
+
+- A command ends when its main process ends; descendants may live on until freeze or delete.
+- Whoever stops a command (timeout, watchdog, cancellation) names the reason first, then kills.
+- File operations run in the sandbox's own first process; the service reads from descriptors that
+  it has checked to be regular files.
+- Freezing and file operations exclude each other: no descriptor may pin the old mounts.
+- A box whose first process has died refuses everything but `delete`.
+"""
+
+import asyncio
+import contextlib
+import errno
+import os
+import signal
+import stat
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from regreen.rpc.errors import FailedPrecondition, InfraError, InvalidArgument, NotFound
+from sandbox_svc.backends import uppers, watchdog, wire
+from sandbox_svc.backends.base import Captured, Command, EndReason, ExecResult, Limits, OutputSink
+from sandbox_svc.backends.cgroups import Counters
+from sandbox_svc.backends.link import Link, LinkClosed
+from sandbox_svc.backends.output import Collector, PipeReader
+
+if TYPE_CHECKING:
+    from sandbox_svc.backends.embedded import EmbeddedRuntime
+
+_ENVIRONMENT = {
+    "PATH": "/work/env/bin:/usr/local/bin:/usr/bin:/bin",
+    "HOME": "/work/home",
+    "USER": "regreen",
+    "LOGNAME": "regreen",
+    "SHELL": "/bin/sh",
+    "LANG": "C.UTF-8",
+    "TZ": "UTC",
+    "TMPDIR": "/tmp",
+    "TERM": "dumb",
+}
+_KILL_GRACE_S = 2.0
+_END_S = 10.0
+_INLINE_READ_BYTES = 1 << 20
+
+
+@dataclass(slots=True)
+class Job:
+    """One running command."""
+
+    id: int
+    done: asyncio.Future[wire.Message]
+    readers: list[PipeReader] = field(default_factory=list)
+    reason: EndReason | None = None
+    """Set by whoever stops the command."""
+
+
+class EmbeddedBox:
+    """See `backends.base.Box`."""
+
+    root: Path | None = None
+
+    def __init__(
+        self, runtime: "EmbeddedRuntime", box: str, layers: Sequence[str], limits: Limits
+    ) -> None:
+        self.id, self.limits = box, limits
+        self._runtime = runtime
+        self._base_layers = list(layers)
+        self._own_layers: list[str] = []
+        self._link: Link | None = None
+        self._pidfd = -1
+        self._pid = 0
+        self._ready: asyncio.Future[None] | None = None
+        self._jobs: dict[int, Job] = {}
+        self._ended = False
+        self._deleted = False
+        self._files = asyncio.Lock()
+        self._seen = Counters()
+        self._watch: asyncio.Task[None] | None = None
+
+    @property
+    def layers(self) -> list[str]:
+        """All layers below the upper, lowest first."""
+        return [*self._base_layers, *self._own_layers]
+
+    @property
+    def pid(self) -> int:
+        """Host pid of the first process."""
+        return self._pid
+
+    async def launch(self) -> None:
+        """Start the first process over the present layers; used at birth and after a freeze."""
+        self._ready = asyncio.get_running_loop().create_future()
+        self._ended = False
+        self._pid, self._pidfd, sock = await self._runtime.spawn(self)
+        self._link = Link(sock, self._on_event)
+        try:
+            async with asyncio.timeout(_END_S * 3):
+                await self._ready
+        except TimeoutError as error:
+            raise InfraError("the sandbox did not get ready in time") from error
+
+    def _on_event(self, message: wire.Message) -> None:
+        if "ready" in message or "closed" in message:
+            self._on_life(message)
+            return
+        job = self._jobs.get(message["id"])
+        if job is not None and not job.done.done():
+            job.done.set_result(message)
+
+    def _on_life(self, message: wire.Message) -> None:
+        ready = self._ready
+        if ready is not None and not ready.done():
+            if message.get("ready"):
+                ready.set_result(None)
+                return
+            step, error = message.get("step", "clone"), message.get("error", "it ended")
+            ready.set_exception(InfraError(f"sandbox set-up failed at {step}: {error}"))
+        if "closed" in message:
+            self._ended = True
+            for job in self._jobs.values():
+                if not job.done.done():
+                    job.done.set_exception(LinkClosed())
+
+    async def run(self, command: Command, sink: OutputSink | None = None) -> ExecResult:
+        """Run one command to its end."""
+        _check(command)
+        link = self._require()
+        job = Job(link.next_id(), asyncio.get_running_loop().create_future())
+        channel = Collector(command.channel_bytes, head_only=True)
+        job.readers = [
+            PipeReader("stdout", Collector(command.output_bytes), sink),
+            PipeReader("stderr", Collector(command.output_bytes), sink),
+        ]
+        if command.channel:
+            job.readers.append(PipeReader("channel", channel, None))
+        self._jobs[job.id] = job
+        began = time.monotonic()
+        try:
+            refused = await self._start(link, job, command)
+            if refused is not None:
+                return refused
+            self._watch = self._watch or asyncio.create_task(watchdog.watch(self, self._jobs))
+            ended = await self._wait(link, job, command.timeout_s)
+            return await self._result(job, ended, time.monotonic() - began)
+        except asyncio.CancelledError:
+            job.reason = job.reason or EndReason.SIGNAL
+            await asyncio.shield(self._stop(link, job))
+            raise
+        finally:
+            self._jobs.pop(job.id, None)
+            for reader in job.readers:
+                reader.close()
+            if not self._jobs and self._watch is not None:
+                self._watch.cancel()
+                self._watch = None
+
+    async def _start(self, link: Link, job: Job, command: Command) -> ExecResult | None:
+        env = _ENVIRONMENT | dict(command.env)
+        if command.channel:
+            env["REGREEN_CHANNEL_FD"] = "3"
+        request: wire.Message = {
+            "id": job.id,
+            "op": "run",
+            "argv": list(command.argv),
+            "env": env,
+            "cwd": command.cwd,
+        }
+        stdin = wire.bytes_fd(command.stdin)
+        try:
+            fds = (stdin, *(reader.write_fd for reader in job.readers))
+            reply, _ = await link.request(request, fds)
+        except (LinkClosed, TimeoutError) as error:
+            raise self._lost() from error
+        finally:
+            os.close(stdin)
+            for reader in job.readers:
+                reader.handed_over()
+        if reply.get("cwd"):
+            raise InvalidArgument("cwd", f"no such directory in the sandbox: {command.cwd}")
+        if "spawn" in reply:
+            if reply["errno"] == errno.EAGAIN:
+                return ExecResult(EndReason.PIDS, 126, stderr=_note(reply["error"]))
+            code = 127 if reply["errno"] in (errno.ENOENT, errno.ENOTDIR) else 126
+            return ExecResult(EndReason.EXIT, code, stderr=_note(reply["error"]))
+        if "error" in reply:
+            raise InvalidArgument("argv", f"cannot be executed: {reply['error']}")
+        return None
+
+    async def _wait(self, link: Link, job: Job, timeout_s: float) -> wire.Message | None:
+        """The exit message, or None when the whole sandbox died under the command."""
+        limit = timeout_s
+        if self.limits.wall_s:
+            limit = min(limit, self.limits.wall_s)
+        try:
+            async with asyncio.timeout(limit):
+                return await asyncio.shield(job.done)
+        except TimeoutError:
+            job.reason = job.reason or EndReason.TIMEOUT
+            await self._stop(link, job)
+            with contextlib.suppress(LinkClosed, TimeoutError):
+                async with asyncio.timeout(_END_S):
+                    return await asyncio.shield(job.done)
+            return None
+        except LinkClosed:
+            return None
+
+    async def stop(self, job: Job, reason: EndReason) -> None:
+        """Stop a command for a reason that is not its own."""
+        if job.reason is None and not job.done.done() and self._link is not None:
+            job.reason = reason
+            await self._stop(self._link, job)
+
+    async def _stop(self, link: Link, job: Job) -> None:
+        """Kill a command's processes: politely attributed, then the group, then the sandbox."""
+        with contextlib.suppress(LinkClosed, TimeoutError):
+            await link.request({"op": "kill", "job": job.id}, timeout_s=_KILL_GRACE_S)
+        if not job.done.done():
+            await asyncio.wait([job.done], timeout=_KILL_GRACE_S)
+        if not job.done.done():
+            self._runtime.cgroups.kill(self.id, self._pid)
+            await asyncio.wait([job.done], timeout=_KILL_GRACE_S)
+        if not job.done.done():
+            await self._end()
+
+    async def _result(self, job: Job, ended: wire.Message | None, wall_s: float) -> ExecResult:
+        out = await job.readers[0].finish()
+        err = await job.readers[1].finish()
+        channel = (await job.readers[2].finish()).head if len(job.readers) > 2 else b""
+        before, self._seen = self._seen, self._runtime.cgroups.counters(self.id)
+        if ended is None:
+            oom = self._seen.oom_kills > before.oom_kills
+            killed = EndReason.SIGNAL if self._deleted or self._files.locked() else EndReason.INFRA
+            reason = job.reason or (EndReason.OOM if oom else killed)
+            return ExecResult(reason, -9, 9, out, err, wall_s, channel=channel)
+        status = int(ended["status"])
+        number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+        code = -number if number else os.waitstatus_to_exitcode(status)
+        reason = EndReason.SIGNAL if number else EndReason.EXIT
+        if code != 0:
+            if self._seen.oom_kills > before.oom_kills:
+                reason = EndReason.OOM
+            elif self._seen.pid_refusals > before.pid_refusals:
+                reason = EndReason.PIDS
+            elif number == signal.SIGXFSZ:
+                reason = EndReason.DISK
+        cpu_s, peak = float(ended["cpu_s"]), int(ended["peak_bytes"])
+        return ExecResult(
+            job.reason or reason, code, number, out, err, wall_s, cpu_s, peak, channel
+        )
+
+    async def usage(self) -> wire.Message:
+        """Memory, processes and unlinked bytes, as the first process sees them."""
+        return (await self._require().request({"op": "usage"}))[0]
+
+    @property
+    def upper_path(self) -> str:
+        """Host path of the upper directory."""
+        return str(self._runtime.layout.box(self.id) / "u")
+
+    @property
+    def soft_memory(self) -> bool:
+        """Whether memory is watched by the service instead of a cgroup."""
+        return self._runtime.cgroups.name == "rlimit"
+
+    async def measure(self) -> uppers.Usage:
+        """Bytes and inodes in the upper."""
+        return await self._runtime.blocking(uppers.usage, Path(self.upper_path))
+
+    async def read_file(self, path: str, max_bytes: int) -> bytes:
+        """Read a regular file, resolved inside the sandbox's root; links never leave it."""
+        async with self._files:
+            _, fd = await self._open({"op": "open", "path": _absolute(path)})
+            with os.fdopen(fd, "rb", buffering=0) as source:
+                info = os.fstat(fd)
+                if not stat.S_ISREG(info.st_mode):
+                    raise InvalidArgument("path", f"not a regular file: {path}")
+                if info.st_size > max_bytes:
+                    raise FailedPrecondition(
+                        f"{path} has {info.st_size} bytes, more than the {max_bytes} asked for",
+                        metadata={"size_bytes": str(info.st_size)},
+                    )
+                if info.st_size <= _INLINE_READ_BYTES:
+                    return _read_upto(fd, max_bytes)
+                return await self._runtime.blocking(_read_upto, fd, max_bytes)
+
+    async def write_file(self, path: str, content: bytes, mode: int = 0o644) -> None:
+        """Write a regular file, creating parent directories."""
+        if self.limits.disk_bytes and len(content) > self.limits.disk_bytes:
+            raise InvalidArgument("content", "larger than the sandbox's disk limit")
+        async with self._files:
+            request = {"op": "create", "path": _absolute(path), "mode": mode}
+            _, fd = await self._open(request)
+            with os.fdopen(fd, "wb", buffering=0):
+                if not stat.S_ISREG(os.fstat(fd).st_mode):
+                    raise InvalidArgument("path", f"not a regular file: {path}")
+                if len(content) <= _INLINE_READ_BYTES:
+                    _write_all(fd, content)
+                else:
+                    await self._runtime.blocking(_write_all, fd, content)
+
+    async def _open(self, request: wire.Message) -> tuple[wire.Message, int]:
+        try:
+            reply, fds = await self._require().request(request)
+        except (LinkClosed, TimeoutError) as error:
+            raise self._lost() from error
+        if fds:
+            return reply, fds[0]
+        path, problem = request["path"], str(reply.get("error", "refused"))
+        match reply.get("errno"):
+            case errno.ENOENT | errno.ENOTDIR:
+                raise NotFound(f"no such file in the sandbox: {path}", metadata={"path": path})
+            case errno.EACCES | errno.EPERM | errno.EROFS:
+                raise FailedPrecondition(f"not permitted inside the sandbox: {path}: {problem}")
+            case _:
+                raise InvalidArgument("path", f"{problem}: {path}")
+
+    async def freeze(self) -> str:
+        """Stop every process, turn the upper into a layer, go on over it; return its id."""
+        self._require()
+        async with self._files:
+            await self._end()
+            layout = self._runtime.layout
+            layer = layout.freeze(self.id)
+            self._own_layers.append(layer)
+            layout.discard(layout.box(self.id) / "m")
+            layout.new_upper(self.id)
+            await self.launch()
+            return layer
+
+    async def changed_paths(self, under: str) -> Sequence[str]:
+        """Absolute paths that were added, changed or deleted since the box was created, sorted."""
+        layout = self._runtime.layout
+        own = [layout.layer(layer) for layer in self._own_layers]
+        tops = [*own, layout.box(self.id) / "u"]
+        lowers = [layout.layer(layer) for layer in self._base_layers]
+        found = await self._runtime.blocking(uppers.changed, tops, lowers, _absolute(under))
+        return sorted(found)
+
+    async def delete(self) -> None:
+        """Kill all processes and remove everything; safe to call twice."""
+        if self._deleted:
+            return
+        self._deleted = True
+        if self._watch is not None:
+            self._watch.cancel()
+        async with self._files:
+            await self._end()
+            await self._runtime.forget(self)
+
+    async def _end(self) -> None:
+        """Kill the first process and wait until the kernel has ended the whole sandbox."""
+        self._ended = True
+        pidfd, self._pidfd = self._pidfd, -1
+        if pidfd >= 0:
+            try:
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                await _readable(pidfd, _END_S)
+            finally:
+                os.close(pidfd)
+        if self._link is not None:
+            self._link.close()
+
+    def _require(self) -> Link:
+        if self._deleted:
+            raise NotFound(f"sandbox {self.id} was deleted")
+        if self._link is None or self._ended:
+            raise self._lost()
+        return self._link
+
+    def _lost(self) -> FailedPrecondition:
+        return FailedPrecondition(
+            f"sandbox {self.id} has lost its processes (out of memory or killed); "
+            "restore it or create a new one"
+        )
+
+
+def _check(command: Command) -> None:
+    if not command.argv or not command.argv[0]:
+        raise InvalidArgument("argv", "is empty", "give the program and its arguments")
+    texts = [*command.argv, command.cwd, *command.env, *command.env.values()]
+    if any("\0" in text for text in texts):
+        raise InvalidArgument("argv", "contains a NUL character")
+    if not command.cwd.startswith("/"):
+        raise InvalidArgument("cwd", "is not absolute", "give a path such as /work/repo")
+    if any(not name or "=" in name for name in command.env):
+        raise InvalidArgument("env", "has an empty name or one with '='")
+    if command.timeout_s <= 0:
+        raise InvalidArgument("timeout_s", "must be positive")
+
+
+def _absolute(path: str) -> str:
+    if not path.startswith("/") or "\0" in path:
+        raise InvalidArgument("path", f"is not an absolute path: {path!r}")
+    return os.path.normpath("/" + path.lstrip("/"))
+
+
+def _note(text: str) -> Captured:
+    data = f"regreen: {text}\n".encode("utf-8", "replace")
+    return Captured(data, b"", len(data))
+
+
+def _read_upto(fd: int, limit: int) -> bytes:
+    chunks, left = [], limit
+    while left > 0:
+        chunk = os.read(fd, min(left, 1 << 20))
+        if not chunk:
+            break
+        chunks.append(chunk)
+        left -= len(chunk)
+    return b"".join(chunks)
+
+
+def _write_all(fd: int, content: bytes) -> None:
+    view = memoryview(content)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+async def _readable(fd: int, timeout_s: float) -> None:
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[None] = loop.create_future()
+    loop.add_reader(fd, lambda: None if future.done() else future.set_result(None))
+    try:
+        async with asyncio.timeout(timeout_s):
+            await future
+    except TimeoutError as error:
+        raise InfraError("a sandbox did not end within its time") from error
+    finally:
+        loop.remove_reader(fd)

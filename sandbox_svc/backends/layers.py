@@ -1,0 +1,250 @@
+"""Directories of the embedded runtime: base skeleton, layers, live uppers, trash.
+
+- `layers/<id>` never changes after its rename into place; `run/<box>/{u,w,m}` dies with its box.
+- All of them lie on one file system, so freezing is a rename.
+- Names are short and relative: an overlay's options must fit into one page (4096 bytes).
+- Every file belongs to one host id for all sandboxes (root: `HOST_ID`; otherwise the caller),
+  so any sandbox may run over any layer.
+- Nothing is followed: a hostile link in an upper is data, never a path.
+"""
+
+import contextlib
+import hashlib
+import os
+import secrets
+import shutil
+import stat
+import subprocess
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from regreen.rpc.errors import FailedPrecondition, InfraError
+
+HOST_ID = 101_000
+"""The unprivileged host uid and gid of every sandbox when the service runs as root."""
+_OPTION_BYTES = 3_900
+_SKELETON_VERSION = "2"
+_DIRECTORIES = (
+    "dev proc sys tmp etc run opt srv mnt home root usr usr/local var var/tmp var/log var/lib"
+    " var/cache work work/repo work/env work/home etc/ssl"
+).split()
+_HOST_LINKS = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
+_ETC_COPIES = (
+    "alternatives ssl/certs ssl/openssl.cnf ld.so.cache ld.so.conf ld.so.conf.d protocols"
+    " services mime.types fonts pki ca-certificates.conf host.conf gai.conf maven gradle"
+).split()
+_ETC_FILES = {
+    "passwd": "root:x:0:0:root:/root:/bin/sh\n"
+    "regreen:x:1000:1000:regreen:/work/home:/bin/sh\n"
+    "nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n",
+    "group": "root:x:0:\nregreen:x:1000:\nnogroup:x:65534:\n",
+    "hosts": "127.0.0.1\tlocalhost regreen\n::1\tlocalhost\n",
+    "hostname": "regreen\n",
+    "nsswitch.conf": "passwd: files\ngroup: files\nhosts: files dns\n",
+    "machine-id": "",
+    "timezone": "UTC\n",
+}
+
+
+class Layout:
+    """Paths below a runtime's home and the operations on them; blocking, for worker threads."""
+
+    def __init__(self, home: Path, owner: int | None) -> None:
+        self.home, self._owner = home, owner
+        for name in ("layers", "run", "base", "trash"):
+            (home / name).mkdir(mode=0o755, parents=True, exist_ok=True)
+
+    def layer(self, layer: str) -> Path:
+        """The directory of a layer."""
+        return self.home / "layers" / layer
+
+    def box(self, box: str) -> Path:
+        """The directory of a live sandbox."""
+        return self.home / "run" / box
+
+    def own(self, path: Path | str) -> None:
+        """Give a path to the sandboxes' host id."""
+        if self._owner is not None:
+            os.lchown(path, self._owner, self._owner)
+
+    def new_upper(self, box: str) -> None:
+        """Make fresh upper, work and mount directories of a box."""
+        root = self.box(box)
+        root.mkdir(mode=0o755, exist_ok=True)
+        for name in "uwm":
+            (root / name).mkdir(mode=0o755)
+        self.own(root / "u")
+
+    def freeze(self, box: str) -> str:
+        """Turn the unmounted upper of a box into a layer; returns its id."""
+        layer = secrets.token_hex(6)
+        root = self.box(box)
+        os.rename(root / "u", self.layer(layer))
+        self.discard(root / "w")
+        return layer
+
+    def discard(self, path: Path) -> None:
+        """Remove a tree: out of sight at once, then from the disk."""
+        hidden = self.home / "trash" / secrets.token_hex(8)
+        try:
+            os.rename(path, hidden)
+        except FileNotFoundError:
+            return
+        remove_tree(hidden)
+
+    def sweep(self) -> None:
+        """Remove what a predecessor left in `run` and `trash`."""
+        for name in ("run", "trash"):
+            for entry in list((self.home / name).iterdir()):
+                remove_tree(entry)
+
+    def lower_names(self, base: str, targets: str, layers: Sequence[str]) -> list[str]:
+        """Relative lower directories, lowest first; raises when a layer is missing."""
+        for layer in layers:
+            if not self.layer(layer).is_dir():
+                raise FailedPrecondition(
+                    f"layer {layer} is not on this host; import or prepare its state again",
+                    metadata={"layer": layer},
+                )
+        names = [base, targets, *(f"layers/{layer}" for layer in layers)]
+        if sum(len(name) + 1 for name in names) > _OPTION_BYTES:
+            raise FailedPrecondition(f"{len(layers)} layers are too many; flatten the state")
+        return names
+
+    def ensure_base(self, *, network: bool) -> str:
+        """Build the base skeleton when it is missing; returns its relative name."""
+        resolver = _read_or_empty(Path("/etc/resolv.conf")) if network else b""
+        digest = hashlib.sha256(_SKELETON_VERSION.encode() + resolver)
+        digest.update(_read_or_empty(Path("/etc/ld.so.cache")))
+        digest.update(_listing(Path("/etc/alternatives")))
+        name = f"base/b{digest.hexdigest()[:10]}{'n' if network else ''}"
+        if not (self.home / name).is_dir():
+            self._build(name, lambda root: _fill_base(root, resolver))
+        return name
+
+    def ensure_targets(self, targets: Iterable[tuple[str, bool]]) -> str:
+        """Build a layer with the mount points (absolute path, is a directory)."""
+        wanted = sorted(set(targets))
+        name = f"base/t{hashlib.sha256(repr(wanted).encode()).hexdigest()[:10]}"
+        if not (self.home / name).is_dir():
+            self._build(name, lambda root: _fill_targets(root, wanted))
+        return name
+
+    def _build(self, name: str, fill: Callable[[Path], None]) -> None:
+        draft = self.home / "trash" / secrets.token_hex(8)
+        draft.mkdir(mode=0o755)
+        fill(draft)
+        for directory, folders, files in os.walk(draft):
+            for entry in (*folders, *files):
+                self.own(os.path.join(directory, entry))
+        self.own(draft)
+        try:
+            os.rename(draft, self.home / name)
+        except OSError as error:
+            remove_tree(draft)
+            if not (self.home / name).is_dir():
+                raise InfraError(f"cannot build the base file system: {error}") from error
+
+
+def _read_or_empty(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def _listing(path: Path) -> bytes:
+    try:
+        return repr(sorted((entry.name, os.readlink(entry)) for entry in path.iterdir())).encode()
+    except OSError:
+        return b""
+
+
+def _fill_base(root: Path, resolver: bytes) -> None:
+    for name in _DIRECTORIES:
+        (root / name).mkdir(mode=0o755, exist_ok=True)
+    (root / "var/tmp").chmod(0o1777)
+    for name in _HOST_LINKS:
+        host = Path("/") / name
+        if host.is_symlink():
+            (root / name).symlink_to(os.readlink(host))
+        elif host.is_dir():
+            (root / name).mkdir()
+    etc = root / "etc"
+    java = [entry.name for entry in Path("/etc").glob("java*")]
+    for name in (*_ETC_COPIES, *java):
+        _copy(Path("/etc") / name, etc / name)
+    for name, text in _ETC_FILES.items():
+        (etc / name).write_text(text)
+    (etc / "localtime").symlink_to("/usr/share/zoneinfo/UTC")
+    (etc / "mtab").symlink_to("/proc/self/mounts")
+    (root / "var/run").symlink_to("/run")
+    (etc / "resolv.conf").write_bytes(resolver)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy public configuration, leaving out what this user may not read."""
+    if source.is_dir():
+        shutil.copytree(
+            source, target, symlinks=True, ignore_dangling_symlinks=True, ignore=_unreadable
+        )
+    elif source.is_file() and os.access(source, os.R_OK):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+
+
+def _unreadable(directory: str, names: list[str]) -> set[str]:
+    left_out = set()
+    for name in names:
+        mode = os.lstat(os.path.join(directory, name)).st_mode
+        public = stat.S_ISLNK(mode) or (mode & stat.S_IROTH and not stat.S_ISFIFO(mode))
+        if not public:
+            left_out.add(name)
+    return left_out
+
+
+def _fill_targets(root: Path, targets: Sequence[tuple[str, bool]]) -> None:
+    for target, directory in targets:
+        place = root / target.strip("/")
+        if directory:
+            place.mkdir(mode=0o755, parents=True, exist_ok=True)
+        else:
+            place.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+            place.touch(0o644)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a tree that nothing uses any more, however deep or unreadable it is."""
+    stack: list[tuple[str, bool]] = [(str(path), False)]
+    try:
+        while stack:
+            here, emptied = stack.pop()
+            if emptied:
+                os.rmdir(here)
+                continue
+            if not stat.S_ISDIR(os.lstat(here).st_mode):
+                os.unlink(here)
+                continue
+            _make_enterable(here)
+            stack.append((here, True))
+            with os.scandir(here) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        stack.append((entry.path, False))
+                    else:
+                        os.unlink(entry.path)
+    except FileNotFoundError:
+        return
+    except OSError:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run(
+                ["/bin/rm", "-rf", "--one-file-system", "--", str(path)],
+                check=False,
+                capture_output=True,
+                timeout=600,
+            )
+
+
+def _make_enterable(directory: str) -> None:
+    if os.lstat(directory).st_mode & 0o700 != 0o700:
+        os.chmod(directory, 0o700)

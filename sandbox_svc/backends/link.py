@@ -1,0 +1,125 @@
+"""Request and reply over a SEQPACKET socket on the event loop.
+
+- Every request has an id; a reply carries it back; other messages go to `on_event`.
+- When the other side ends, every waiting request fails with `LinkClosed` at once.
+- Descriptors that arrive for nobody are closed.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import socket
+from collections.abc import Callable
+
+from sandbox_svc.backends import wire
+
+_REPLY_S = 60.0
+_BATCH = 32
+
+
+class LinkClosed(Exception):
+    """The process at the other end is gone."""
+
+
+Reply = tuple[wire.Message, list[int]]
+
+
+class Link:
+    """One socket to a spawner or to the first process of a sandbox."""
+
+    def __init__(
+        self, sock: socket.socket, on_event: Callable[[wire.Message], None] | None = None
+    ) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._loop = asyncio.get_running_loop()
+        self._on_event = on_event
+        self._waiting: dict[int, asyncio.Future[Reply]] = {}
+        self._ids = itertools.count(1)
+        self.closed = False
+        self._loop.add_reader(sock.fileno(), self._on_readable)
+
+    def next_id(self) -> int:
+        """A fresh id for a request."""
+        return next(self._ids)
+
+    async def request(
+        self, message: wire.Message, fds: tuple[int, ...] = (), *, timeout_s: float = _REPLY_S
+    ) -> Reply:
+        """Send a request and wait for its reply; the caller owns the descriptors in it.
+
+        Raises:
+            LinkClosed: the other side has ended.
+            TimeoutError: no reply came in time.
+        """
+        number = message.setdefault("id", self.next_id())
+        future: asyncio.Future[Reply] = self._loop.create_future()
+        self._waiting[number] = future
+        try:
+            await self._send(message, fds)
+            async with asyncio.timeout(timeout_s):
+                return await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled() and not future.exception():
+                _close_all(future.result()[1])
+            raise
+        finally:
+            self._waiting.pop(number, None)
+
+    async def _send(self, message: wire.Message, fds: tuple[int, ...]) -> None:
+        while True:
+            if self.closed:
+                raise LinkClosed
+            try:
+                wire.send(self._sock, message, fds)
+                return
+            except BlockingIOError:
+                await asyncio.sleep(0.001)
+            except OSError as error:
+                raise LinkClosed from error
+
+    def _on_readable(self) -> None:
+        for _ in range(_BATCH):
+            try:
+                received = wire.receive(self._sock)
+            except BlockingIOError:
+                return
+            except (OSError, json.JSONDecodeError):
+                received = None
+            if received is None:
+                self.close()
+                return
+            self._dispatch(*received)
+
+    def _dispatch(self, message: wire.Message, fds: list[int]) -> None:
+        number = message.get("id")
+        is_event = "status" in message or "ready" in message
+        if not is_event and isinstance(number, int) and number in self._waiting:
+            future = self._waiting[number]
+            if not future.done():
+                future.set_result((message, fds))
+                return
+        _close_all(fds)
+        if is_event and self._on_event is not None:
+            self._on_event(message)
+
+    def close(self) -> None:
+        """Close the socket and fail what waits; safe to call twice."""
+        if self.closed:
+            return
+        self.closed = True
+        self._loop.remove_reader(self._sock.fileno())
+        self._sock.close()
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(LinkClosed())
+        if self._on_event is not None:
+            self._on_event({"closed": True})
+
+
+def _close_all(fds: list[int]) -> None:
+    for fd in fds:
+        with contextlib.suppress(OSError):
+            os.close(fd)

@@ -1,0 +1,254 @@
+"""The first process of a sandbox: runs commands, opens files, reaps orphans.
+
+- It is pid 1 of the sandbox's pid namespace: when it ends, every process of the sandbox ends.
+- It holds no capability, cannot be dumped or traced, and takes no signal but SIGCHLD.
+- It ends when its socket ends, so no sandbox outlives its service.
+- One thread, no state on disk; commands start by posix_spawn and inherit its confinement.
+- Paths are resolved by the kernel inside the sandbox's root; only regular files are handed out.
+"""
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import stat
+from dataclasses import dataclass
+
+from sandbox_svc.backends import linux, wire
+
+CHANNEL_FD = 3
+_KILL_ROUNDS = 25
+
+
+@dataclass(slots=True)
+class _Job:
+    id: int
+    pid: int
+    earlier: frozenset[int]
+    """Processes that ran before this command; they are not its own."""
+
+
+class Pid1:
+    """The event loop of a sandbox's first process."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._jobs: dict[int, _Job] = {}
+        self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+
+    def serve(self) -> None:
+        """Answer requests until the socket ends."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+        poller = select.poll()
+        poller.register(self._sock, select.POLLIN)
+        poller.register(self._wake_read, select.POLLIN)
+        while True:
+            ready = {fd for fd, _ in poller.poll()}
+            if self._wake_read in ready:
+                with contextlib.suppress(BlockingIOError):
+                    os.read(self._wake_read, 4096)
+                self._reap()
+            if self._sock.fileno() in ready:
+                received = wire.receive(self._sock)
+                if received is None:
+                    return
+                self._handle(*received)
+
+    def _handle(self, request: wire.Message, fds: list[int]) -> None:
+        out: int | None = None
+        try:
+            reply, out = self._dispatch(request, fds)
+        except (OSError, ValueError) as error:
+            reply = {"errno": getattr(error, "errno", None) or 22, "error": str(error)}
+        finally:
+            for fd in fds:
+                os.close(fd)
+        wire.send(self._sock, {"id": request["id"], **reply}, () if out is None else (out,))
+        if out is not None:
+            os.close(out)
+
+    def _dispatch(self, request: wire.Message, fds: list[int]) -> tuple[wire.Message, int | None]:
+        match request["op"]:
+            case "run":
+                return self._run(request, fds), None
+            case "kill":
+                return self._kill(request["job"]), None
+            case "open":
+                return _open_read(request["path"])
+            case "create":
+                return _open_write(request["path"], request["mode"])
+            case "usage":
+                return _usage(), None
+            case other:
+                raise ValueError(f"unknown request {other}")
+
+    def _run(self, request: wire.Message, fds: list[int]) -> wire.Message:
+        env: dict[str, str] = request["env"]
+        argv: list[str] = request["argv"]
+        try:
+            os.chdir(request["cwd"])
+        except OSError as error:
+            return {"errno": error.errno, "error": str(error), "cwd": True}
+        actions = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(fds)]
+        earlier = frozenset(_pids())
+        try:
+            pid = os.posix_spawn(
+                _find(argv[0], env.get("PATH", "")),
+                argv,
+                env,
+                file_actions=actions,
+                setsid=True,
+                setsigmask=(),
+                setsigdef=(signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD),
+            )
+        except OSError as error:
+            return {"errno": error.errno, "error": str(error), "spawn": True}
+        finally:
+            os.chdir("/")
+        self._jobs[pid] = _Job(request["id"], pid, earlier)
+        return {"pid": pid}
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status, usage = os.wait4(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            job = self._jobs.pop(pid, None)
+            if job is not None:
+                message = {
+                    "id": job.id,
+                    "status": status,
+                    "cpu_s": usage.ru_utime + usage.ru_stime,
+                    "peak_bytes": usage.ru_maxrss * 1024,
+                }
+                wire.send(self._sock, message)
+
+    def _kill(self, job_id: int) -> wire.Message:
+        """Kill what a command started, and nothing that belongs to another running command.
+
+        A process that detached itself is attributed by time: everything that appeared since the
+        command began and descends from no other running command.
+        """
+        job = next((job for job in self._jobs.values() if job.id == job_id), None)
+        if job is None:
+            return {"killed": 0}
+        others = {other.pid for other in self._jobs.values()} - {job.pid}
+        killed = 0
+        for _ in range(_KILL_ROUNDS):
+            doomed = _doomed(job, others)
+            if not doomed:
+                return {"killed": killed}
+            for pid in doomed:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            killed += len(doomed)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(-1, signal.SIGKILL)
+        return {"killed": killed, "all": True}
+
+
+def _pids() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdigit() and name != "1"]
+
+
+def _parent_and_state(pid: int) -> tuple[int, str]:
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as source:
+            fields = source.read().rsplit(b")", 1)[1].split()
+    except (OSError, IndexError):
+        return 0, "Z"
+    return int(fields[1]), fields[0].decode()
+
+
+def _doomed(job: _Job, others: set[int]) -> list[int]:
+    info = {pid: _parent_and_state(pid) for pid in _pids()}
+
+    def belongs_to_other(pid: int) -> bool:
+        seen = 0
+        while pid > 1 and seen < len(info) + 1:
+            if pid in others:
+                return True
+            pid, seen = info.get(pid, (0, ""))[0], seen + 1
+        return False
+
+    alive = (pid for pid, (_, state) in info.items() if state not in "ZX")
+    return [pid for pid in alive if pid not in job.earlier and not belongs_to_other(pid)]
+
+
+def _find(program: str, path: str) -> str:
+    if "/" in program:
+        return program
+    for directory in path.split(":"):
+        candidate = os.path.join(directory or ".", program)
+        if os.path.isfile(candidate) and os.access(candidate, os.X_OK):
+            return candidate
+    raise FileNotFoundError(2, f"{program}: command not found")
+
+
+def _refuse_odd(fd: int, path: str) -> os.stat_result:
+    info = os.fstat(fd)
+    if not stat.S_ISREG(info.st_mode):
+        raise OSError(21 if stat.S_ISDIR(info.st_mode) else 22, f"not a regular file: {path}")
+    if info.st_dev == os.stat("/proc").st_dev:
+        raise OSError(13, f"a file of /proc: {path}")
+    return info
+
+
+def _open_inside(path: str, flags: int, mode: int = 0) -> int:
+    flags |= os.O_NONBLOCK | os.O_NOCTTY
+    root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        resolve = linux.RESOLVE_IN_ROOT | linux.RESOLVE_NO_MAGICLINKS
+        return linux.openat2(root, path, flags, resolve, mode)
+    finally:
+        os.close(root)
+
+
+def _open_read(path: str) -> tuple[wire.Message, int]:
+    fd = _open_inside(path, os.O_RDONLY)
+    try:
+        info = _refuse_odd(fd, path)
+    except OSError:
+        os.close(fd)
+        raise
+    return {"size": info.st_size, "mode": stat.S_IMODE(info.st_mode)}, fd
+
+
+def _open_write(path: str, mode: int) -> tuple[wire.Message, int]:
+    os.makedirs(os.path.dirname(path) or "/", exist_ok=True)
+    fd = _open_inside(path, os.O_WRONLY | os.O_CREAT, mode & 0o777)
+    try:
+        _refuse_odd(fd, path)
+        os.fchmod(fd, mode & 0o777)
+        os.ftruncate(fd, 0)
+    except OSError:
+        os.close(fd)
+        raise
+    return {}, fd
+
+
+def _usage() -> wire.Message:
+    """Resident memory, processes, and bytes of files that are open but unlinked."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    resident = processes = 0
+    unlinked: dict[tuple[int, int], int] = {}
+    device = os.stat("/").st_dev
+    for pid in _pids():
+        try:
+            with open(f"/proc/{pid}/statm", "rb") as source:
+                resident += int(source.read().split()[1]) * page
+            processes += 1
+            for name in os.listdir(f"/proc/{pid}/fd"):
+                info = os.stat(f"/proc/{pid}/fd/{name}")
+                if info.st_nlink == 0 and info.st_dev == device:
+                    unlinked[info.st_dev, info.st_ino] = info.st_blocks * 512
+        except OSError:
+            continue
+    return {"memory": resident, "processes": processes, "unlinked": sum(unlinked.values())}
