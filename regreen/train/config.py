@@ -1,0 +1,164 @@
+"""Settings of training runs.
+
+- What is fixed once a run exists is listed by `settings()` and stored with the run; the rest only
+  says how this process works on it and may differ at every start.
+- A wrong value is refused when the settings are made, with its name and the remedy.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from regreen.rpc.errors import InvalidArgument
+from regreen.train.ledger import hyperparameters
+from regreen.train.names import grader_of, mode_of, pipeline_of
+
+_OPERATIONAL = frozenset(
+    {"name", "concurrency", "idle_deadline_s", "recovery_deadline_s", "publish"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SftConfig:
+    """Settings of a supervised run."""
+
+    name: str
+    """Name of the run; the same name continues it."""
+    start: str = "base"
+    """Weights to start from: "base", or the name of a run."""
+    base_uri: str = ""
+    """Model folder of "base"; empty asks the policy service."""
+    tasks: tuple[str, ...] = ()
+    """Task ids; empty means every admitted task of `split`."""
+    split: str = "train"
+    """Split to take tasks from."""
+    modes: tuple[str, ...] = ("any_fix", "keep_new")
+    """Modes that expert trajectories are made and used for."""
+    pipelines: tuple[str, ...] = ("simplified",)
+    """Workflows that expert trajectories are made and used for."""
+    samples_per_task: int = 1
+    """Expert trajectories of each task, mode and pipeline."""
+    validation_share: float = 0.15
+    """Share of packages whose trajectories are held out."""
+    epochs: int = 2
+    """Passes over the training trajectories."""
+    batch_size: int = 8
+    """Trajectories of one optimizer step."""
+    max_tokens: int = 4096
+    """Longer trajectories are left out."""
+    checkpoint_every: int = 5
+    """Steps between checkpoints."""
+    seed: int = 0
+    """Seed of order and experts."""
+    hyperparameters: Mapping[str, float | int | str] = field(default_factory=dict)
+    """Fields of `regreen.learner.v1.Hyperparameters`; the rest is the learner's default."""
+    engine: str = ""
+    """Learner engine; empty means the service's default."""
+
+    publish: bool = True
+    """Have the policy service serve the result."""
+    concurrency: int = 2
+    """Expert episodes at a time."""
+    recovery_deadline_s: float = 900.0
+    """Longest wait for a service to come back."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "epochs", "batch_size", "checkpoint_every", "samples_per_task")
+        _at_least(self, 2, "max_tokens")
+        if not 0.0 <= self.validation_share < 1.0:
+            raise InvalidArgument("validation_share", f"is {self.validation_share}", "give 0 to <1")
+        _check_names(self.modes, self.pipelines)
+        hyperparameters(self.hyperparameters)
+
+    def settings(self) -> dict[str, Any]:
+        """What is fixed once the run exists, as plain values."""
+        return plain_settings(asdict(self))
+
+
+@dataclass(frozen=True, slots=True)
+class GrpoConfig:
+    """Settings of a GRPO run."""
+
+    name: str
+    """Name of the run; the same name continues it."""
+    start: str = "base"
+    """Weights to start from: "base", or the name of a run, for example an SFT run."""
+    base_uri: str = ""
+    """Model folder of "base"; empty asks the policy service."""
+    tasks: tuple[str, ...] = ()
+    """Task ids; empty means every admitted task of `split`."""
+    split: str = "train"
+    """Split to take tasks from."""
+    modes: tuple[str, ...] = ("any_fix",)
+    """Modes to train in."""
+    pipeline: str = "simplified"
+    """Workflow."""
+    grader: str = "build_gates"
+    """What the reward is composed of."""
+    steps: int = 20
+    """Driver steps."""
+    groups_per_step: int = 4
+    """Groups that should teach in each step."""
+    group_size: int = 4
+    """Rollouts of one group."""
+    max_refills: int = 4
+    """Most groups added to a step to replace groups of equal rewards."""
+    checkpoint_every: int = 1
+    """Steps between checkpoints; between them rollouts come from an older version."""
+    prefetch: bool = False
+    """Roll out step n + 1 while step n is learned (one step off-policy)."""
+    max_staleness: int = 8
+    """Groups with older tokens than this many versions are not trained on."""
+    seed: int = 0
+    """Seed of the whole run."""
+    hard_share: float = 0.25
+    """Share of groups given to tasks that always failed so far."""
+    hyperparameters: Mapping[str, float | int | str] = field(default_factory=dict)
+    """Fields of `regreen.learner.v1.Hyperparameters`; the rest is the learner's default."""
+    engine: str = ""
+    """Learner engine; empty means the service's default."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Labels of every group, for example sampling settings that workers read."""
+
+    concurrency: int = 4
+    """Rollouts at a time in this process; 0 leaves all of them to other workers."""
+    idle_deadline_s: float = 3600.0
+    """Longest wait without any rollout being committed."""
+    recovery_deadline_s: float = 900.0
+    """Longest wait for a service to come back."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "steps", "groups_per_step", "checkpoint_every")
+        _at_least(self, 2, "group_size")
+        _at_least(self, 0, "max_refills", "max_staleness", "concurrency")
+        _check_names(self.modes, (self.pipeline,))
+        grader_of(self.grader)
+        hyperparameters(self.hyperparameters)
+
+    def settings(self) -> dict[str, Any]:
+        """What is fixed once the run exists, as plain values."""
+        return plain_settings(asdict(self))
+
+
+def plain_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that are stored with a run, as JSON-like values."""
+    kept = {name: value for name, value in values.items() if name not in _OPERATIONAL}
+    return {n: list(v) if isinstance(v, tuple) else v for n, v in kept.items()}
+
+
+def _at_least(config: object, least: int, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value < least:
+            raise InvalidArgument(name, f"is {value}", f"give at least {least}")
+
+
+def _check_names(modes: tuple[str, ...], pipelines: tuple[str, ...]) -> None:
+    if not modes or not pipelines:
+        raise InvalidArgument(
+            "modes" if not modes else "pipelines", "is empty", "name at least one"
+        )
+    for name in modes:
+        mode_of(name, "modes")
+    for name in pipelines:
+        pipeline_of(name, "pipelines")

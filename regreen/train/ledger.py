@@ -1,0 +1,168 @@
+"""Where a run stands: one place that starts, resumes, saves and publishes.
+
+- The learner's checkpoint is the commit point. A checkpoint that was written but not recorded
+  before a crash is recorded first (rolled forward), so no consumed group is consumed again.
+- After `resume`, queue, learner and policy stand at the same step: groups taken after the
+  checkpoint are takeable again and steps after it are forgotten.
+- `policy_version = base_version + driver step`, so a checkpoint tells its driver step by itself;
+  the learner's own step number only counts optimizer steps (a step may have nothing to learn).
+- Recording a checkpoint and acknowledging its groups is one transaction of the dataset service.
+- Weights move by reference.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from regreen.client.stack import Stack
+from regreen.dataset import v1 as dataset_pb
+from regreen.learner import v1 as learner_pb
+from regreen.rpc.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
+from regreen.train.rows import last_checkpoint
+from regreen.train.weights import Weights, weights_of
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where a resumed run stands."""
+
+    step: int
+    """Driver steps that are contained in the weights."""
+    learner_step: int
+    """Optimizer steps that the learner has done."""
+    weights: Weights
+    """What the policy should serve."""
+
+
+@dataclass(slots=True)
+class Ledger:
+    """Start, resume, save and publish one run."""
+
+    stack: Stack
+    run_id: str
+    kind: learner_pb.RunKind.ValueType
+    base: Weights
+    """Weights before the first step, stamped with the run's base version."""
+    hyperparameters: learner_pb.Hyperparameters
+    engine: str = ""
+
+    async def resume(self) -> Position:
+        """Bring queue and learner to the last checkpoint.
+
+        Raises:
+            FailedPrecondition: the learner is busy with another run, or does not give back the
+                recorded position.
+        """
+        record = await last_checkpoint(self.stack, self.run_id)
+        started = await self._start(record)
+        record = await self._roll_forward(record, started)
+        await self.stack.queue.rewind_run(self.run_id, checkpoint_id=record.id if record else "")
+        weights = weights_of(record) if record else self.base
+        return Position(weights.version - self.base.version, started.step, weights)
+
+    async def step(
+        self, learner_step: int, batch: bytes, group_ids: Sequence[str]
+    ) -> learner_pb.StepResponse:
+        """One optimizer step.
+
+        Raises:
+            Unavailable: the learner no longer knows the run or the position; resume.
+        """
+        try:
+            return await self.stack.learner.step(
+                self.run_id, learner_step, batch=batch, group_ids=group_ids
+            )
+        except (NotFound, FailedPrecondition) as error:
+            raise Unavailable(f"the learner lost run {self.run_id}: {error}") from error
+        except InvalidArgument as error:
+            if error.field != "step":
+                raise
+            raise Unavailable(f"the learner is at another step: {error}") from error
+
+    async def save(self, step: int, group_ids: Sequence[str]) -> dataset_pb.CheckpointRecord:
+        """Checkpoint after driver step `step`, with all groups consumed since the last one."""
+        try:
+            checkpoint = await self.stack.learner.save_checkpoint(
+                self.run_id, policy_version=self.base.version + step
+            )
+        except (NotFound, FailedPrecondition) as error:
+            raise Unavailable(f"the learner lost run {self.run_id}: {error}") from error
+        return await self._record(checkpoint, group_ids)
+
+    async def publish(self, weights: Weights) -> float:
+        """Have the policy service serve `weights`; seconds for which no token was sampled."""
+        response = await self.stack.policy.load_version(weights.to_policy(), allow_older=True)
+        return response.pause.seconds + response.pause.nanos * 1e-9
+
+    async def stop(self) -> None:
+        """Free the learner; the run can be resumed from its last checkpoint."""
+        try:
+            await self.stack.learner.stop_run(self.run_id)
+        except NotFound:
+            return
+
+    async def _start(self, record: dataset_pb.CheckpointRecord | None) -> learner_pb.LearnerRun:
+        await self.stop()
+        started = await self._start_at("")
+        if record is not None and self._version(started) < record.policy_version:
+            # The learner has lost or never had its own copy: take the recorded one.
+            await self.stop()
+            started = await self._start_at(record.uri)
+            if self._version(started) != record.policy_version:
+                raise FailedPrecondition(
+                    f"checkpoint {record.uri} holds policy version {self._version(started)}, "
+                    f"recorded is {record.policy_version}; was the directory overwritten?"
+                )
+        return started
+
+    async def _start_at(self, resume_uri: str) -> learner_pb.LearnerRun:
+        return await self.stack.learner.start_run(
+            self.run_id,
+            self.kind,
+            self.base.uri,
+            hyperparameters=self.hyperparameters,
+            engine=self.engine,
+            resume_uri=resume_uri,
+        )
+
+    def _version(self, run: learner_pb.LearnerRun) -> int:
+        return run.checkpoint.policy_version if run.HasField("checkpoint") else self.base.version
+
+    async def _roll_forward(
+        self, record: dataset_pb.CheckpointRecord | None, started: learner_pb.LearnerRun
+    ) -> dataset_pb.CheckpointRecord | None:
+        recorded = record.policy_version if record else self.base.version
+        if self._version(started) <= recorded:
+            return record
+        return await self._record(started.checkpoint, started.checkpoint.group_ids)
+
+    async def _record(
+        self, checkpoint: learner_pb.Checkpoint, group_ids: Sequence[str]
+    ) -> dataset_pb.CheckpointRecord:
+        record = dataset_pb.CheckpointRecord(
+            run_id=self.run_id,
+            step=checkpoint.policy_version - self.base.version,
+            uri=checkpoint.uri,
+            digest=checkpoint.digest,
+            policy_version=checkpoint.policy_version,
+            group_ids=sorted(set(group_ids)),
+        )
+        return await self.stack.runs.record_checkpoint(record)
+
+
+def hyperparameters(values: Mapping[str, float | int | str]) -> learner_pb.Hyperparameters:
+    """Hyperparameters by name.
+
+    Raises:
+        InvalidArgument: an unknown name or a value of the wrong type; lists the names.
+    """
+    names = sorted(learner_pb.Hyperparameters.DESCRIPTOR.fields_by_name)
+    for name, value in values.items():
+        if name not in names:
+            raise InvalidArgument(
+                f"hyperparameters.{name}", "is unknown", f"use one of {', '.join(names)}"
+            )
+        try:
+            learner_pb.Hyperparameters(**{name: value})
+        except (TypeError, ValueError) as error:
+            raise InvalidArgument(f"hyperparameters.{name}", str(error)) from error
+    return learner_pb.Hyperparameters(**values)

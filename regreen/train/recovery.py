@@ -1,0 +1,70 @@
+"""What a driver does when a service goes away: wait, with backoff, for a bounded time.
+
+- Only errors that another try can cure are waited out; everything else is raised at once.
+- The deadline counts from the last progress, so that a service that never comes back ends the run
+  with its error, and one that comes back late does not.
+- There is one way back in: the caller resumes from the last checkpoint, as after a restart.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+
+from regreen.rpc.errors import (
+    Aborted,
+    DeadlineExceeded,
+    DiskFull,
+    InfraError,
+    RegreenError,
+    ResourceExhausted,
+    Unavailable,
+)
+from regreen.train.progress import Listener, Progress
+
+_CURABLE = (Unavailable, DeadlineExceeded, Aborted, InfraError, ResourceExhausted)
+_FIRST_WAIT_S = 0.2
+_LONGEST_WAIT_S = 5.0
+
+
+def curable(error: RegreenError) -> bool:
+    """Whether waiting can cure `error`; a full disk needs a person."""
+    return isinstance(error, _CURABLE) and not isinstance(error, DiskFull)
+
+
+class Recovery:
+    """Bounds how long a driver waits without getting anywhere."""
+
+    def __init__(
+        self,
+        deadline_s: float,
+        listener: Listener,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._deadline_s, self._listener = deadline_s, listener
+        self._clock, self._sleep = clock, sleep
+        self._since_s: float | None = None
+        self._wait_s = _FIRST_WAIT_S
+
+    def progressed(self) -> None:
+        """Something was finished: the deadline starts anew at the next failure."""
+        self._since_s, self._wait_s = None, _FIRST_WAIT_S
+
+    async def wait_out(self, error: RegreenError) -> None:
+        """Wait before the next try.
+
+        Raises:
+            RegreenError: `error` itself, when waiting cannot cure it or has lasted too long.
+        """
+        now_s = self._clock()
+        self._since_s = now_s if self._since_s is None else self._since_s
+        waited_s = now_s - self._since_s
+        if not curable(error) or waited_s >= self._deadline_s:
+            raise error
+        left_s = self._deadline_s - waited_s
+        self._listener(
+            Progress("recover", int(waited_s), int(self._deadline_s), left_s, str(error))
+        )
+        await self._sleep(min(max(self._wait_s, error.retry_after_s or 0.0), left_s))
+        self._wait_s = min(self._wait_s * 2, _LONGEST_WAIT_S)

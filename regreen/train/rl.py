@@ -1,0 +1,306 @@
+"""GRPO on rollouts of real repairs: the driver of a reinforcement learning run.
+
+What differs from arXiv:2510.22075, which leaves these open: leave-one-out baseline without division
+by the deviation, no KL, clip-higher, truncated members out of the loss and in the baseline, dynamic
+refill of groups that do not teach, a curriculum by running pass rates.
+
+- Emit everything: each group that is enqueued is collected by exactly one step, with a recorded
+  fate, and is acknowledged by exactly one checkpoint.
+- One way in: a fresh start, a restart after kill -9 and the return of a service all go through
+  `Ledger.resume`; the queue is put back to the checkpoint that the learner continues from.
+- A checkpoint is recorded and its groups acknowledged in one transaction, before the policy serves
+  it; metrics of a step are stored before the checkpoint that contains it.
+- The tasks of a step depend on recorded outcomes of earlier steps only, so a resumed run asks for
+  the groups that it had asked for.
+- A step whose groups teach nothing takes no optimizer step; it is counted, not repeated.
+- Token ids, logprobs and versions go from trajectory to batch unchanged; weights go by reference.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+
+from regreen.client.stack import Stack
+from regreen.dataset import v1 as dataset_pb
+from regreen.learner import v1 as learner_pb
+from regreen.rpc.errors import RegreenError
+from regreen.train.batches import grpo_batch
+from regreen.train.config import GrpoConfig
+from regreen.train.gather import Collected, Gatherer, GatherSettings, group_id
+from regreen.train.ledger import Ledger, Position, hyperparameters
+from regreen.train.names import grader_of, mode_name, mode_of, pipeline_of
+from regreen.train.progress import Listener, Meter, Progress, ignore
+from regreen.train.recovery import Recovery
+from regreen.train.rows import TrainResult, all_trajectories, candidates_of, open_run, result_of
+from regreen.train.schedule import Candidate, Curriculum, History
+from regreen.train.signals import step_metrics
+from regreen.train.weights import BASE, Weights, next_version_block, resolve_weights, weights_of
+
+Workers = Callable[[Stack, str, int], AbstractAsyncContextManager[object]]
+"""Rollout workers of a run (stack, run id, rollouts at a time) for as long as the context is open."""
+
+
+async def train_grpo(
+    stack: Stack,
+    config: GrpoConfig,
+    progress: Listener = ignore,
+    *,
+    workers: Workers | None = None,
+) -> TrainResult:
+    """Run, or continue, the GRPO run `config.name` to its last step.
+
+    Raises:
+        FailedPrecondition: the name is taken by a run with other settings, or no rollout arrives.
+        RegreenError: a service did not come back within `config.recovery_deadline_s`.
+    """
+    driver = await _prepare(stack, config, progress)
+    if driver.run.state == "done":
+        return await result_of(stack, driver.run)
+    if config.concurrency == 0:
+        return await driver.drive()
+    async with (workers or _own_workers)(stack, driver.run.id, config.concurrency):
+        return await driver.drive()
+
+
+def _own_workers(stack: Stack, run_id: str, count: int) -> AbstractAsyncContextManager[object]:
+    from regreen.rollout.worker import worker_pool
+
+    return worker_pool(stack, run_id=run_id, concurrency=count)
+
+
+async def _prepare(stack: Stack, config: GrpoConfig, progress: Listener) -> "_Driver":
+    candidates = await candidates_of(stack, config.tasks, config.split, config.modes)
+    start = await resolve_weights(stack, config.start, base_uri=config.base_uri)
+    resolved = {
+        "base_version": await next_version_block(stack),
+        "base_uri": start.uri if config.start == BASE else "",
+        "start": start.to_json(),
+        "candidates": [[c.task_id, mode_name(c.mode)] for c in candidates],
+    }
+    opened = await open_run(stack, config.name, "grpo", config.settings(), resolved)
+    kept, run_id = opened.resolved, opened.run.id
+    base = Weights.from_json(kept["start"]).stamped(int(kept["base_version"]))
+    settings = GatherSettings(
+        groups_per_step=config.groups_per_step,
+        group_size=config.group_size,
+        max_refills=config.max_refills,
+        pipeline=pipeline_of(config.pipeline),
+        grader=grader_of(config.grader),
+        seed=config.seed,
+        max_staleness=config.max_staleness,
+        idle_deadline_s=config.idle_deadline_s,
+        curriculum=Curriculum(hard_share=config.hard_share),
+        labels=config.labels,
+    )
+    return _Driver(
+        stack=stack,
+        config=config,
+        run=opened.run,
+        listener=progress,
+        candidates=[Candidate(task, mode_of(mode)) for task, mode in kept["candidates"]],
+        settings=settings,
+        ledger=Ledger(
+            stack,
+            run_id,
+            learner_pb.RUN_KIND_GRPO,
+            base,
+            hyperparameters(config.hyperparameters),
+            config.engine,
+        ),
+        recovery=Recovery(config.recovery_deadline_s, progress),
+    )
+
+
+@dataclass(slots=True)
+class _Driver:
+    """One GRPO run in this process."""
+
+    stack: Stack
+    config: GrpoConfig
+    run: dataset_pb.Run
+    listener: Listener
+    candidates: Sequence[Candidate]
+    settings: GatherSettings
+    ledger: Ledger
+    recovery: Recovery
+
+    async def drive(self) -> TrainResult:
+        """Resume and go on, as often as services come back in time."""
+        try:
+            while True:
+                try:
+                    position = await self.ledger.resume()
+                    await self.ledger.publish(position.weights)
+                    life = await _Life.begin(self, position)
+                    await life.finish()
+                    return await result_of(self.stack, self.run)
+                except RegreenError as error:
+                    await self.recovery.wait_out(error)
+        finally:
+            await self._release()
+
+    async def _release(self) -> None:
+        try:
+            await self.ledger.stop()
+        except RegreenError as error:
+            # The learner is gone or busy; the next start stops the run itself.
+            self.listener(Progress("stopped", 0, 0, None, str(error)))
+
+
+@dataclass(slots=True)
+class _Life:
+    """From one resume to the end or the next failure."""
+
+    driver: _Driver
+    gatherer: Gatherer
+    history: History
+    meter: Meter
+    step: int
+    learner_step: int
+    version: int
+    pending: list[str] = field(default_factory=list)
+    """Groups consumed since the last checkpoint."""
+    sent: int = 0
+    """How many of `pending` the learner was told of."""
+    dirty: bool = False
+    """Whether an optimizer step was taken since the last checkpoint."""
+
+    @classmethod
+    async def begin(cls, driver: _Driver, position: Position) -> "_Life":
+        """The state that the recorded rows determine, with the next step's groups enqueued."""
+        config = driver.config
+        life = cls(
+            driver=driver,
+            gatherer=Gatherer(driver.stack, driver.run.id, driver.candidates, driver.settings),
+            history=History(driver.settings.curriculum.window),
+            meter=Meter(driver.listener, "grpo", config.steps, done=position.step),
+            step=position.step,
+            learner_step=position.learner_step,
+            version=position.weights.version,
+        )
+        past = await _recorded_outcomes(driver.stack, driver.run.id, position.step, driver.settings)
+        # With prefetch, a step was planned before the outcomes of the step before it were known.
+        lag = 1 if config.prefetch else 0
+        for step in range(1, position.step + 1):
+            if step == position.step + 1 - lag and step < config.steps:
+                await life.gatherer.enqueue(position.step + 1, life.history)
+            for candidate, solved in past.get(step, ()):
+                life.history.add(candidate, solved)
+        return life
+
+    async def finish(self) -> None:
+        """All remaining steps, then the end of the run."""
+        self.meter.report()
+        while self.step < self.driver.config.steps:
+            await self._one_step(self.step + 1)
+            self.driver.recovery.progressed()
+        record = None
+        if self.dirty:
+            record = await self._save()
+        summary = {"steps": self.step, "learner_steps": self.learner_step, "version": self.version}
+        await self.driver.stack.runs.update_run(self.driver.run.id, state="done", summary=summary)
+        if self.pending and record is None and self.step:
+            await self._acknowledge_rest()
+
+    async def _one_step(self, step: int) -> None:
+        config, driver = self.driver.config, self.driver
+        began_s = time.monotonic()
+        await self.gatherer.enqueue(step, self.history)
+        collected = await self.gatherer.collect(step, self.version, self._report_rollouts)
+        if config.prefetch and step < config.steps:
+            await self.gatherer.enqueue(step + 1, self.history)
+        metrics = step_metrics(collected.groups, collected.fates, version=self.version)
+        metrics |= {"refills": float(collected.refills), "seconds/rollout": _since(began_s)}
+        self.pending += collected.group_ids
+        began_s = time.monotonic()
+        metrics |= await self._learn(collected, metrics)
+        metrics |= {"seconds/learn": _since(began_s), "version": float(self.version)}
+        self._absorb(collected)
+        self.step = step
+        await driver.stack.runs.record_metrics(driver.run.id, step, metrics)
+        if self.dirty and (step % config.checkpoint_every == 0 or step == config.steps):
+            await self._save()
+        self.meter.report(step, _headline(metrics))
+
+    async def _learn(self, collected: Collected, metrics: dict[str, float]) -> dict[str, float]:
+        """One optimizer step on the groups that teach; nothing when none does."""
+        if not collected.teaching:
+            return {"learned_groups": 0.0}
+        batch = grpo_batch(collected.teaching, metrics)
+        fresh = self.pending[self.sent :]
+        self.driver.listener(
+            Progress("learn", 0, batch.trained_tokens, None, f"{batch.tokens} tokens")
+        )
+        response = await self.driver.ledger.step(self.learner_step + 1, batch.to_bytes(), fresh)
+        self.learner_step, self.sent, self.dirty = self.learner_step + 1, len(self.pending), True
+        found = {f"learner/{name}": value for name, value in response.metrics.items()}
+        found["learned_groups"] = float(len(collected.teaching))
+        found["trained_tokens"] = float(batch.trained_tokens)
+        return found
+
+    async def _save(self) -> dataset_pb.CheckpointRecord:
+        began_s = time.monotonic()
+        self.driver.listener(Progress("checkpoint", self.step, self.driver.config.steps, None))
+        record = await self.driver.ledger.save(self.step, self.pending)
+        self.pending, self.sent, self.dirty = [], 0, False
+        self.version = record.policy_version
+        pause_s = await self.driver.ledger.publish(weights_of(record))
+        seconds = {"seconds/checkpoint": _since(began_s), "seconds/policy_pause": pause_s}
+        await self.driver.stack.runs.record_metrics(self.driver.run.id, self.step, seconds)
+        return record
+
+    async def _acknowledge_rest(self) -> None:
+        """Groups of last steps that taught nothing belong to the last checkpoint."""
+        page = await self.driver.stack.runs.list_checkpoints(self.driver.run.id, page_size=1)
+        for record in page.checkpoints:
+            await self.driver.stack.queue.acknowledge_groups(self.pending, record.id)
+
+    def _absorb(self, collected: Collected) -> None:
+        for group in collected.groups:
+            candidate = Candidate(group.group.task_id, group.group.mode)
+            members = sorted(group.trajectories, key=lambda t: t.group_index)
+            self.history.add(candidate, [member.reward.solved for member in members])
+
+    def _report_rollouts(self, done: int, total: int, detail: str) -> None:
+        self.driver.listener(
+            Progress("rollouts", done, total, None, detail or f"step {self.step + 1}")
+        )
+
+
+Outcomes = dict[int, list[tuple[Candidate, list[bool]]]]
+
+
+async def _recorded_outcomes(
+    stack: Stack, run_id: str, steps: int, settings: GatherSettings
+) -> Outcomes:
+    """Outcomes of the groups of steps 1 to `steps`, in slot order, as `_absorb` saw them."""
+    if steps == 0:
+        return {}
+    slots = settings.groups_per_step + settings.max_refills
+    places = {
+        group_id(run_id, step, slot): (step, slot)
+        for step in range(1, steps + 1)
+        for slot in range(slots)
+    }
+    members: dict[tuple[int, int], list[dataset_pb.Trajectory]] = {}
+    async for row in all_trajectories(stack, dataset_pb.TrajectoryFilter(run_id=run_id)):
+        if row.group_id in places:
+            members.setdefault(places[row.group_id], []).append(row)
+    found: Outcomes = {}
+    for (step, _), rows in sorted(members.items()):
+        rows.sort(key=lambda row: row.group_index)
+        candidate = Candidate(rows[0].task_id, rows[0].mode)
+        found.setdefault(step, []).append((candidate, [row.reward.solved for row in rows]))
+    return found
+
+
+def _since(began_s: float) -> float:
+    return time.monotonic() - began_s
+
+
+def _headline(metrics: dict[str, float]) -> str:
+    return (
+        f"reward {metrics.get('reward_mean', 0.0):+.3f}, solved {metrics.get('solve_rate', 0.0):.0%}, "
+        f"hacks {metrics.get('hack_rate', 0.0):.0%}"
+    )

@@ -1,0 +1,154 @@
+"""Reading rows of the dataset service, and the config of a run.
+
+- A run's config is fixed when it is created: `settings` is what was asked for, `resolved` what was
+  worked out then and must not be worked out again (ids, versions).
+- A name used again with other settings is refused, never mixed.
+"""
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from google.protobuf.json_format import MessageToDict
+
+from regreen.client.dataset import struct
+from regreen.client.stack import Stack
+from regreen.dataset import v1 as dataset_pb
+from regreen.rpc.errors import FailedPrecondition, NotFound
+from regreen.train.names import mode_of
+from regreen.train.schedule import Candidate
+
+_PAGE = 500
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRun:
+    """A run and what was worked out when it was created."""
+
+    run: dataset_pb.Run
+    resolved: Mapping[str, Any]
+    """Numbers come back as floats."""
+
+
+async def all_trajectories(
+    stack: Stack, filter: dataset_pb.TrajectoryFilter
+) -> AsyncIterator[dataset_pb.Trajectory]:
+    """Every matching trajectory, newest first, without tokens, turns and logs."""
+    token = ""
+    while True:
+        page = await stack.trajectories.list_trajectories(
+            page_size=_PAGE, page_token=token, filter=filter
+        )
+        for trajectory in page.trajectories:
+            yield trajectory
+        token = page.next_page_token
+        if not token:
+            return
+
+
+async def find_run(stack: Stack, name: str) -> dataset_pb.Run | None:
+    """The run of that name, or None."""
+    try:
+        return await stack.runs.get_run(name)
+    except NotFound:
+        return None
+
+
+async def open_run(
+    stack: Stack, name: str, kind: str, settings: Mapping[str, Any], resolved: Mapping[str, Any]
+) -> OpenRun:
+    """Create the run, or take up the one of that name with the same settings.
+
+    Raises:
+        FailedPrecondition: the name is taken by a run with other settings; says which differ.
+    """
+    config = {"settings": dict(settings), "resolved": dict(resolved)}
+    run = (await stack.runs.create_run(name, kind, config=config)).run
+    stored = run.config.fields["settings"].struct_value
+    wanted = struct(settings)
+    assert wanted is not None
+    if stored != wanted:
+        old, new = MessageToDict(stored), MessageToDict(wanted)
+        different = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+        raise FailedPrecondition(
+            f"run {name!r} exists with other settings ({', '.join(different)}); "
+            "choose another name, or give the settings that it was created with"
+        )
+    return OpenRun(run, MessageToDict(run.config.fields["resolved"].struct_value))
+
+
+async def last_checkpoint(stack: Stack, run_id: str) -> dataset_pb.CheckpointRecord | None:
+    """The newest recorded checkpoint of a run, or None."""
+    page = await stack.runs.list_checkpoints(run_id, page_size=1)
+    return page.checkpoints[0] if page.checkpoints else None
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """Where a training run ended."""
+
+    run_id: str
+    name: str
+    state: str
+    steps: int
+    """Driver steps contained in the last checkpoint."""
+    uri: str
+    """Last checkpoint; empty when nothing was learned."""
+    policy_version: int
+    sha256: str
+
+
+async def result_of(stack: Stack, run: dataset_pb.Run) -> TrainResult:
+    """Where a run stands by its last recorded checkpoint."""
+    fresh = await stack.runs.get_run(run.id)
+    record = await last_checkpoint(stack, run.id) or dataset_pb.CheckpointRecord()
+    return TrainResult(
+        run_id=run.id,
+        name=run.name,
+        state=fresh.state,
+        steps=record.step,
+        uri=record.uri,
+        policy_version=record.policy_version,
+        sha256=record.digest.sha256,
+    )
+
+
+async def wanted_tasks(stack: Stack, ids: Sequence[str], split: str) -> list[dataset_pb.Task]:
+    """Tasks by id, or every admitted task of a split, in id order.
+
+    Raises:
+        NotFound: an unknown id.
+        FailedPrecondition: a task that is not admitted, or no task at all.
+    """
+    if ids:
+        tasks = [await stack.tasks.get_task(id) for id in sorted(set(ids))]
+        refused = [task.id for task in tasks if task.status != dataset_pb.TASK_STATUS_ADMITTED]
+        if refused:
+            raise FailedPrecondition(
+                f"not admitted: {', '.join(refused)}; run `regreen tasks gate` on them first"
+            )
+        return tasks
+    admitted = [dataset_pb.TASK_STATUS_ADMITTED]
+    filter = dataset_pb.TaskFilter(statuses=admitted, split=split)
+    tasks = sorted(await stack.tasks.all_tasks(filter), key=lambda task: task.id)
+    if not tasks:
+        raise FailedPrecondition(
+            f"no admitted task in split {split!r}; import tasks, gate and split them first"
+        )
+    return tasks
+
+
+async def candidates_of(
+    stack: Stack, ids: Sequence[str], split: str, modes: Sequence[str]
+) -> list[Candidate]:
+    """Every (task, mode) pair that is wanted and fair.
+
+    Raises:
+        FailedPrecondition: none is.
+    """
+    wanted = [mode_of(mode, "modes") for mode in modes]
+    tasks = await wanted_tasks(stack, ids, split)
+    found = [Candidate(t.id, mode) for t in tasks for mode in wanted if mode in t.modes]
+    if not found:
+        raise FailedPrecondition(f"none of the {len(tasks)} tasks is fair in {', '.join(modes)}")
+    return found
