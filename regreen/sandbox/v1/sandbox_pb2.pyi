@@ -195,6 +195,7 @@ class TestSpec(_message.Message):
     TIMEOUT_FIELD_NUMBER: _builtins.int
     PROTECTED_PATHS_FIELD_NUMBER: _builtins.int
     FAIL_TO_PASS_FIELD_NUMBER: _builtins.int
+    UNSTABLE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def arguments(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Arguments for pytest: paths and options, for example ["tests"]."""
@@ -215,6 +216,10 @@ class TestSpec(_message.Message):
     def fail_to_pass(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Ids of the tests that a fix must turn green; empty means every test that fails in the baseline."""
 
+    @_builtins.property
+    def unstable(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Ids seen to change between runs of the same bytes; never required."""
+
     def __init__(
         self,
         *,
@@ -223,10 +228,11 @@ class TestSpec(_message.Message):
         timeout: _duration_pb2.Duration | None = ...,
         protected_paths: _abc.Iterable[_builtins.str] | None = ...,
         fail_to_pass: _abc.Iterable[_builtins.str] | None = ...,
+        unstable: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["timeout", b"timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "environment", b"environment", "fail_to_pass", b"fail_to_pass", "protected_paths", b"protected_paths", "timeout", b"timeout"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "environment", b"environment", "fail_to_pass", b"fail_to_pass", "protected_paths", b"protected_paths", "timeout", b"timeout", "unstable", b"unstable"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
