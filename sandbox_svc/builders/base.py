@@ -67,6 +67,8 @@ class TestSpec:
     protected_paths: tuple[str, ...] = ()
     fail_to_pass: tuple[str, ...] = ()
     """Ids that must pass after a fix; empty means every failing id of the baseline."""
+    unstable: tuple[str, ...] = ()
+    """Ids seen to change between runs of the same bytes; never required."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,1 @@
+"""Tasks: the file format, the shipped set, importers and the admission gate."""

@@ -1,0 +1,106 @@
+"""Reads and writes task files; every refusal names the file, line, field and remedy.
+
+- A file with one bad line is refused as a whole; nothing is skipped silently.
+- Writing is canonical: one record per line, keys in the model's order, defaults left out.
+- The shipped task set is package data and read only through here.
+"""
+
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from regreen.rpc.errors import InvalidArgument, NotFound
+from regreen.tasks.model import DistributionRecord, TaskRecord
+
+_Model = TypeVar("_Model", bound=BaseModel)
+MAX_LINE_BYTES = 8 << 20
+
+
+def parse_lines(text: str, model: type[_Model], source: str) -> list[_Model]:
+    """Records of a JSON Lines text.
+
+    Raises:
+        InvalidArgument: a line is malformed; says which, which field and what to do.
+    """
+    records: list[_Model] = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{source} line {number}"
+        if len(line) > MAX_LINE_BYTES:
+            raise InvalidArgument(where, "is too long", f"keep it under {MAX_LINE_BYTES} bytes")
+        try:
+            records.append(model.model_validate_json(line))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            path = ".".join(str(part) for part in first["loc"])
+            remedy = f"give a {model.__name__} as described in regreen/tasks/model.py"
+            raise InvalidArgument(
+                f"{where} field {path or '(all)'}", first["msg"], remedy
+            ) from error
+    return records
+
+
+def dump_lines(records: Iterable[BaseModel]) -> str:
+    """The canonical text of records."""
+    return "".join(record.model_dump_json(exclude_defaults=True) + "\n" for record in records)
+
+
+def load_tasks(path: Path) -> list[TaskRecord]:
+    """Tasks of a file; ids must be unique."""
+    return _unique(parse_lines(_read(path), TaskRecord, path.name), path.name)
+
+
+def load_distributions(path: Path) -> dict[str, DistributionRecord]:
+    """Releases of a file by `name==version`."""
+    records = parse_lines(_read(path), DistributionRecord, path.name)
+    return {record.pin: record for record in records}
+
+
+def shipped_tasks() -> list[TaskRecord]:
+    """The task set that comes with Regreen, whatever its status."""
+    text = resources.files("regreen.tasks").joinpath("data/tasks.jsonl").read_text("utf-8")
+    return _unique(parse_lines(text, TaskRecord, "tasks.jsonl"), "tasks.jsonl")
+
+
+def shipped_distributions() -> Mapping[str, DistributionRecord]:
+    """The releases that the shipped tasks refer to."""
+    data = resources.files("regreen.tasks").joinpath("data/distributions.jsonl")
+    records = parse_lines(data.read_text("utf-8"), DistributionRecord, "distributions.jsonl")
+    return {record.pin: record for record in records}
+
+
+def find_task(task_id: str, tasks: Iterable[TaskRecord] | None = None) -> TaskRecord:
+    """The task with this id, or the only one whose id starts with it.
+
+    Raises:
+        NotFound: none or several match; lists the closest ids.
+    """
+    every = list(shipped_tasks() if tasks is None else tasks)
+    exact = [task for task in every if task.id == task_id]
+    matches = exact or [task for task in every if task.id.startswith(task_id)]
+    if len(matches) == 1:
+        return matches[0]
+    near = ", ".join(task.id for task in (matches or every)[:8])
+    raise NotFound(f"task {task_id!r}: {len(matches)} match; for example: {near}")
+
+
+def _unique(tasks: list[TaskRecord], source: str) -> list[TaskRecord]:
+    seen: set[str] = set()
+    for task in tasks:
+        if task.id in seen:
+            raise InvalidArgument(source, f"has task {task.id} twice", "give each its own id")
+        seen.add(task.id)
+    return tasks
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except FileNotFoundError as error:
+        raise NotFound(f"{path}: no such file") from error
+    except UnicodeDecodeError as error:
+        raise InvalidArgument(str(path), "is not UTF-8", "give JSON Lines") from error

@@ -1,0 +1,154 @@
+"""The file format of tasks: facts and hashes, no third-party source.
+
+- A task file is JSON Lines of `TaskRecord`; release files are listed once for all tasks in
+  `distributions.jsonl` (`DistributionRecord`), referred to by `name==version`.
+- Loading checks every line and names the line, the field and the remedy of what is wrong.
+- Test id digests are sha256 over the sorted ids joined by newlines.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+PinText = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*==[A-Za-z0-9][A-Za-z0-9.!+_-]*$")]
+PythonText = Annotated[str, Field(pattern=r"^\d+\.\d+$")]
+Kind = Literal["dependency-upgrade", "interpreter-upgrade", "release-bugfix"]
+ModeName = Literal["any_fix", "keep_new"]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileRecord(_Record):
+    """A file of a package index."""
+
+    filename: str = Field(min_length=1, max_length=300)
+    sha256: Sha256
+
+
+class DistributionRecord(_Record):
+    """One release and the files of it that may be used."""
+
+    name: str
+    version: str
+    files: list[FileRecord]
+
+    @property
+    def pin(self) -> str:
+        return f"{self.name}=={self.version}"
+
+
+class Overlay(_Record):
+    """A later release whose files under `paths` replace those of the task's source."""
+
+    version: str
+    sdist: FileRecord
+    paths: list[str]
+    fix_paths: list[str] = []
+    """Files of the later release that make up the reference fix."""
+
+
+class Build(_Record):
+    """How the project is installed."""
+
+    mode: Literal["editable", "path", "none"] = "editable"
+    tools: list[PinText] = []
+    """Releases that build the project and source-only pins."""
+
+
+class Culprit(_Record):
+    """The package whose release broke the build."""
+
+    name: str
+    good: str
+    bad: str
+    direct: bool = True
+    """Whether the project's own metadata names it."""
+
+
+class Edit(_Record):
+    """One replacement in a file; `old` occurs exactly `count` times."""
+
+    path: str
+    old: str
+    new: str
+    count: int = Field(default=1, ge=1)
+
+
+class Fix(_Record):
+    """A reference fix: restored pins, edits of our own, or files of a later release."""
+
+    mode: ModeName
+    origin: Literal["pins-restored", "source-edit", "upstream"]
+    edits: list[Edit] = []
+
+
+class Tests(_Record):
+    """How the tests run and what they say."""
+
+    __test__ = False
+
+    arguments: list[str]
+    timeout_s: float = 300.0
+    fail_to_pass: list[str] = []
+    fail_to_pass_count: int = Field(ge=1)
+    fail_to_pass_sha256: str = ""
+    pass_to_pass_count: int = Field(default=0, ge=0)
+    pass_to_pass_sha256: str = ""
+    unstable: list[str] = []
+    """Ids seen to change between runs of the same bytes; never required."""
+
+
+class TaskRecord(_Record):
+    """One broken repository with the spec of its environment and a verified reference fix."""
+
+    id: str = Field(pattern=r"^[a-z0-9][A-Za-z0-9._-]*$")
+    kind: Kind
+    package: str
+    version: str
+    python: PythonText
+    """Interpreter of the broken environment."""
+    pythons: list[PythonText] = []
+    """Interpreters on which the gate has admitted the record."""
+    choices: list[PythonText] = []
+    """Interpreters that a fix may choose; empty means `python` only."""
+    sdist: FileRecord
+    overlay: Overlay | None = None
+    build: Build = Build()
+    pins_pass: list[PinText]
+    pins_fail: list[PinText]
+    good_python: PythonText | None = None
+    """Interpreter of the working environment where that is the difference."""
+    wheelhouse: list[PinText] = []
+    """Further releases a fix may install."""
+    culprit: Culprit | None = None
+    changed: dict[str, str] = {}
+    """Packages that moved: name to "from to"."""
+    tests: Tests
+    stage: str = ""
+    category: str = ""
+    blame: str = ""
+    error_lines: list[str] = []
+    modes: list[ModeName] = ["any_fix"]
+    fixes: list[Fix] = []
+    licence: str = ""
+    split: Literal["train", "validation", "test"] = "train"
+    demo: bool = False
+    seconds: float = 0.0
+    """Wall time of one validation where it was measured, for planning only."""
+    status: Literal["unjudged", "admitted", "rejected", "quarantined"] = "unjudged"
+    reason: str = ""
+
+
+def ids_sha256(ids: Iterable[str]) -> str:
+    """Digest of a set of test ids."""
+    return hashlib.sha256("\n".join(sorted(set(ids))).encode()).hexdigest()
+
+
+def pins_by_name(pins: Iterable[str]) -> Mapping[str, str]:
+    """`name==version` strings as a mapping."""
+    return dict(pin.split("==", 1) for pin in pins)

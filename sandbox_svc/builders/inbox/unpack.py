@@ -1,0 +1,121 @@
+"""Unpacks a source archive inside a sandbox: `unpack.py ARCHIVE TARGET [--only PATH]...`.
+
+- Standard library only, Python 3.7 and newer; the archive is hostile, the sandbox is the wall.
+- A single top-level directory is stripped; with `--only`, those paths are replaced as a whole.
+- Links, devices and names that leave the target are refused with exit status 2.
+"""
+
+import argparse
+import os
+import shutil
+import stat
+import sys
+import tarfile
+import tempfile
+import zipfile
+
+MAX_BYTES = 2 << 30
+MAX_FILES = 200_000
+
+
+def fail(message):
+    sys.stderr.write("unpack: " + message + "\n")
+    sys.exit(2)
+
+
+def safe_path(root, name):
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    if name.startswith("/") or ".." in parts or "\0" in name:
+        fail(f"a name leaves the target: {name!r}")
+    return os.path.join(root, *parts) if parts else root
+
+
+def write(stream, path, mode, mtime):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "wb") as out:
+        shutil.copyfileobj(stream, out, 1 << 20)
+    os.chmod(path, 0o755 if mode & 0o100 else 0o644)
+    os.utime(path, (mtime, mtime))
+
+
+def unpack_tar(archive, root):
+    with tarfile.open(archive) as tar:
+        total = count = 0
+        for member in tar:
+            total, count = total + member.size, count + 1
+            if total > MAX_BYTES or count > MAX_FILES:
+                fail("the archive is too large")
+            path = safe_path(root, member.name)
+            if member.isdir():
+                os.makedirs(path, exist_ok=True)
+            elif member.isfile():
+                write(tar.extractfile(member), path, member.mode, member.mtime)
+            elif member.issym() or member.islnk():
+                link(tar, member, root, path)
+            else:
+                fail(f"{member.name!r} is no regular file")
+
+
+def link(tar, member, root, path):
+    """A link inside the archive becomes a copy of what it names; one that leaves is refused."""
+    base = os.path.dirname(member.name) if member.issym() else ""
+    target = safe_path(root, os.path.normpath(os.path.join(base, member.linkname)))
+    if os.path.isfile(target):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        shutil.copy2(target, path)
+
+
+def unpack_zip(archive, root):
+    with zipfile.ZipFile(archive) as bundle:
+        if sum(i.file_size for i in bundle.infolist()) > MAX_BYTES:
+            fail("the archive is too large")
+        for info in bundle.infolist():
+            path = safe_path(root, info.filename)
+            mode = info.external_attr >> 16
+            if info.filename.endswith("/"):
+                os.makedirs(path, exist_ok=True)
+            elif mode and not stat.S_ISREG(mode) and stat.S_IFMT(mode):
+                fail(f"{info.filename!r} is no regular file")
+            else:
+                with bundle.open(info) as stream:
+                    write(stream, path, mode or 0o644, 1_600_000_000)
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("archive")
+    parser.add_argument("target")
+    parser.add_argument("--only", action="append", default=[])
+    parser.add_argument("--keep-top", action="store_true")
+    options = parser.parse_args()
+    os.makedirs(os.path.dirname(options.target), exist_ok=True)
+    staging = tempfile.mkdtemp(prefix=".unpack-", dir=os.path.dirname(options.target))
+    if zipfile.is_zipfile(options.archive):
+        unpack_zip(options.archive, staging)
+    else:
+        unpack_tar(options.archive, staging)
+    entries = os.listdir(staging)
+    top = staging
+    if (
+        not options.keep_top
+        and len(entries) == 1
+        and os.path.isdir(os.path.join(staging, entries[0]))
+    ):
+        top = os.path.join(staging, entries[0])
+    if not options.only:
+        shutil.rmtree(options.target, ignore_errors=True)
+        shutil.move(top, options.target)
+    for path in options.only:
+        source, target = safe_path(top, path), safe_path(options.target, path)
+        if os.path.isdir(target):
+            shutil.rmtree(target)
+        elif os.path.exists(target):
+            os.unlink(target)
+        if os.path.exists(source):
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            shutil.move(source, target)
+    shutil.rmtree(staging, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

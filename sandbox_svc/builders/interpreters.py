@@ -1,0 +1,108 @@
+"""Finds the CPython interpreters of this host.
+
+- Only interpreters that ran and told their own version count; their prefix is shown read-only
+  inside sandboxes at the same path.
+- A missing one is a typed error that names the version and how to get it.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from regreen.rpc.errors import MissingDependency
+from sandbox_svc.backends.base import Mount
+
+VERSIONS = ("3.7", "3.8", "3.9", "3.10", "3.11", "3.12", "3.13", "3.14")
+_ASK = (
+    "import json,sys;print(json.dumps([list(sys.version_info[:3]),sys.base_prefix,"
+    "sys.base_exec_prefix,sys.implementation.name,"
+    "getattr(sys,'_base_executable',sys.executable)]))"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Interpreter:
+    """One CPython of the host."""
+
+    version: str
+    """`major.minor`."""
+    full_version: str
+    executable: Path
+    prefix: Path
+
+    @property
+    def mount(self) -> Mount | None:
+        """What a sandbox needs to see to run it; None where its base already has it."""
+        if self.prefix.is_relative_to("/usr"):
+            return None
+        return Mount(self.prefix, str(self.prefix), read_only=True)
+
+
+def _candidates(version: str, env: Mapping[str, str]) -> Iterator[Path]:
+    """Places to look, best first; shims are left out because they run a shell."""
+    home = Path(env.get("HOME") or "/nonexistent")
+    pyenv = Path(env.get("PYENV_ROOT") or home / ".pyenv") / "versions"
+    uv = Path(env.get("UV_PYTHON_INSTALL_DIR") or home / ".local/share/uv/python")
+    for root, pattern in ((pyenv, f"{version}.*"), (uv, f"cpython-{version}.*")):
+        try:
+            found = sorted(root.glob(pattern), reverse=True)
+        except OSError:
+            found = []
+        for folder in found:
+            yield folder / "bin" / f"python{version}"
+    for folder_name in ("/usr/bin", "/usr/local/bin", f"/opt/python{version}/bin"):
+        yield Path(folder_name) / f"python{version}"
+    on_path = shutil.which(f"python{version}", path=env.get("PATH"))
+    if on_path and "shims" not in on_path:
+        yield Path(on_path)
+
+
+def _ask(path: Path, version: str) -> Interpreter | None:
+    try:
+        if not os.access(path, os.X_OK):
+            return None
+        command = [str(path), "-I", "-c", _ASK]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        numbers, prefix, _, name, executable = json.loads(done.stdout)
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
+    short = f"{numbers[0]}.{numbers[1]}"
+    if name != "cpython" or short != version:
+        return None
+    full = ".".join(map(str, numbers))
+    return Interpreter(short, full, Path(executable), Path(prefix))
+
+
+@lru_cache(maxsize=32)
+def _find(version: str) -> Interpreter | None:
+    for path in _candidates(version, os.environ):
+        found = _ask(path, version)
+        if found is not None:
+            return found
+    return None
+
+
+def find_interpreter(version: str) -> Interpreter:
+    """The host's CPython `version` (`3.9`).
+
+    Raises:
+        MissingDependency: there is none; says how to install one.
+    """
+    found = _find(version)
+    if found is None:
+        raise MissingDependency(
+            f"Python {version} is not on this host; install it with `uv python install {version}`"
+            f" or pyenv, or choose a task made for one of: {', '.join(find_all()) or 'none'}"
+        )
+    return found
+
+
+def find_all() -> dict[str, Interpreter]:
+    """Every supported CPython of the host by version."""
+    found = {version: _find(version) for version in VERSIONS}
+    return {version: value for version, value in found.items() if value is not None}

@@ -1,0 +1,185 @@
+"""Decides which changes of an agent's diff never reach a validation.
+
+- Tests, test configuration, plugins and interpreter hooks are always those of the State.
+- A refused path is an error; a protected one is left out and reported with a reason.
+- Settings files are shared with builds: they are kept unless pytest's own part changed.
+"""
+
+import configparser
+import hashlib
+import json
+import sys
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from regreen.rpc.errors import InvalidArgument
+from sandbox_svc.builders.base import LOCK, FileChange, TestSpec
+
+MAX_CHANGES = 2000
+MAX_CHANGE_BYTES = 8 << 20
+MAX_PATH = 400
+_TEST_FOLDERS = frozenset({"test", "tests"})
+_CONFIG = frozenset({"pytest.ini", ".pytest.ini", "pytest.toml", ".pytest.toml", "conftest.py"})
+_HOOKS = frozenset({"sitecustomize.py", "usercustomize.py", "pyvenv.cfg"})
+_SETTINGS = frozenset({"pyproject.toml", "setup.cfg", "tox.ini"})
+_RUNNER = frozenset(
+    [
+        "pytest",
+        "_pytest",
+        "pluggy",
+        "py",
+        "iniconfig",
+        "attr",
+        "attrs",
+        "packaging",
+        "exceptiongroup",
+        "tomli",
+        "toml",
+        "coverage",
+        "six",
+        "importlib_metadata",
+        "zipp",
+        "pyparsing",
+        "more_itertools",
+        "atomicwrites",
+        "hypothesis",
+        "pygments",
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Reverted:
+    """A change that was left out, and why."""
+
+    path: str
+    reason: str
+
+
+def check_path(path: str) -> None:
+    """Refuse a path that is malformed or leaves the repository.
+
+    Raises:
+        InvalidArgument: it is.
+    """
+    parts = path.split("/")
+    problem = ""
+    if not path or len(path) > MAX_PATH:
+        problem = "is empty or too long"
+    elif path.startswith("/") or "\\" in path:
+        problem = "is not relative with forward slashes"
+    elif any(part in ("", ".", "..") for part in parts):
+        problem = "has an empty, '.' or '..' part"
+    elif any(ord(c) < 32 or ord(c) == 127 for c in path):
+        problem = "has a control character"
+    if problem:
+        raise InvalidArgument(
+            "changes.path", f"{path[:120]!r} {problem}", "name a file in the repo"
+        )
+
+
+def check_changes(changes: Iterable[FileChange]) -> tuple[FileChange, ...]:
+    """The changes sorted by path.
+
+    Raises:
+        InvalidArgument: too many, too large, one path twice, or a path within another.
+    """
+    ordered = tuple(sorted(changes, key=lambda change: change.path))
+    if len(ordered) > MAX_CHANGES:
+        raise InvalidArgument("changes", f"has {len(ordered)} files", f"at most {MAX_CHANGES}")
+    seen: set[str] = set()
+    for change in ordered:
+        check_path(change.path)
+        if change.content is not None and len(change.content) > MAX_CHANGE_BYTES:
+            raise InvalidArgument("changes.content", f"{change.path} is too large", "shrink it")
+        if change.path in seen:
+            raise InvalidArgument("changes", f"names {change.path} twice", "merge them")
+        seen.add(change.path)
+    return ordered
+
+
+def protected_roots(test: TestSpec) -> tuple[str, ...]:
+    """Paths that hold tests: those the tests are run from and those the spec names."""
+    named = [a.partition("::")[0] for a in test.arguments if a and not a.startswith("-")]
+    roots = {path.strip("/") for path in (*named, *test.protected_paths)}
+    return tuple(sorted(root for root in roots if root not in ("", ".")))
+
+
+def protection(change: FileChange, roots: Iterable[str], settings: Mapping[str, str]) -> str:
+    """Why a change is left out, or empty if it is applied."""
+    parts = change.path.split("/")
+    name = parts[-1]
+    if ".git" in parts:
+        return "repository-internals"
+    if "__pycache__" in parts or name.endswith((".pyc", ".pyo")):
+        return "generated"
+    if name in _CONFIG:
+        return "validation-configuration"
+    if name in _HOOKS or name.endswith(".pth"):
+        return "plugin"
+    if any(part.endswith((".egg-info", ".dist-info", ".egg-link")) for part in parts):
+        return "plugin"
+    if any(change.path == root or change.path.startswith(root + "/") for root in roots):
+        return "test"
+    if not _TEST_FOLDERS.isdisjoint(parts[:-1]) or _is_test_file(name):
+        return "test"
+    if name in _SETTINGS and len(parts) == 1:
+        kept = pytest_settings(name, change.content or b"")
+        return "" if kept == settings.get(name, "") else "validation-configuration"
+    return "shadows" if _shadows(parts) else ""
+
+
+def _is_test_file(name: str) -> bool:
+    return name.endswith(".py") and (name.startswith("test_") or name.endswith("_test.py"))
+
+
+def _shadows(parts: list[str]) -> bool:
+    """Whether a file would be imported instead of the standard library or the test runner."""
+    below = parts[1:] if parts[0] in ("src", "lib") else parts
+    if not below:
+        return False
+    module = below[0].removesuffix(".py") if len(below) == 1 else below[0]
+    if len(below) == 1 and not below[0].endswith((".py", ".so")):
+        return False
+    return module.partition(".")[0] in _RUNNER or module in sys.stdlib_module_names
+
+
+def pytest_settings(name: str, content: bytes) -> str:
+    """pytest's part of a settings file in a form that can be compared; empty if it has none."""
+    try:
+        text = content.decode("utf-8")
+        if name == "pyproject.toml":
+            found = tomllib.loads(text).get("tool", {}).get("pytest")
+            return "" if found is None else json.dumps(found, sort_keys=True, default=str)
+        parser = configparser.ConfigParser(interpolation=None, strict=False)
+        parser.read_string(text)
+        sections = {s: dict(parser[s]) for s in ("pytest", "tool:pytest") if s in parser}
+        return json.dumps(sections, sort_keys=True) if sections else ""
+    except (ValueError, configparser.Error, AttributeError):
+        return "unreadable " + hashlib.sha256(content).hexdigest()
+
+
+def split_changes(
+    changes: Iterable[FileChange],
+    roots: Iterable[str],
+    settings: Mapping[str, str],
+    existing: frozenset[str] = frozenset(),
+) -> tuple[tuple[FileChange, ...], tuple[Reverted, ...], FileChange | None]:
+    """Changes to apply, changes left out, and the change of the lock file."""
+    roots = tuple(roots)
+    kept: list[FileChange] = []
+    reverted: list[Reverted] = []
+    lock: FileChange | None = None
+    for change in changes:
+        if change.path == LOCK:
+            lock = change
+            continue
+        reason = protection(change, roots, settings)
+        if reason == "shadows" and change.path in existing:
+            reason = ""
+        if reason:
+            reverted.append(Reverted(change.path, reason))
+        else:
+            kept.append(change)
+    return tuple(kept), tuple(reverted), lock

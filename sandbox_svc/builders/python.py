@@ -1,0 +1,354 @@
+"""Builds Python environments: unpack, install by hash, in place, compile, test once, freeze.
+
+- The host only fetches and stores; every byte of the task runs in boxes without a network.
+- The environment holds exactly the pins of the spec and the project; build tools live elsewhere.
+- The same spec gives the same layers' content, whatever else the store holds.
+- The baseline is what the broken State itself says, run by the validator's own test runner.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from regreen.blobs import BlobStore, Digest
+from regreen.lockfile import format_lock, lock_of, normalize, parse_lock
+from regreen.pkgindex import find_uv
+from regreen.rpc.errors import InfraError, InvalidArgument, MissingDependency
+from sandbox_svc.backends.base import Box, Command, EndReason, ExecResult, Limits, Mount, Runtime
+from sandbox_svc.builders import testrun
+from sandbox_svc.builders.base import (
+    BUILDHOUSE,
+    ENV,
+    HOME,
+    LOCK,
+    REPO,
+    TOOLS,
+    WHEELHOUSE,
+    DistFile,
+    EnvironmentSpec,
+    Pin,
+    Prepared,
+    Progress,
+    Stage,
+)
+from sandbox_svc.builders.interpreters import Interpreter, find_interpreter
+from sandbox_svc.builders.protect import protected_roots, pytest_settings
+from sandbox_svc.wheelhouse import DistStore, Wheel, pick
+
+INBOX = Path(__file__).parent / "inbox"
+DISTS = "/dists"
+FACTS = "/work/.regreen/env.json"
+SETTINGS_FILES = ("pyproject.toml", "setup.cfg", "tox.ini")
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What the host has laid out for one spec."""
+
+    interpreters: Mapping[str, Interpreter]
+    archives: Path
+    buildhouse: Path
+    mounts: tuple[Mount, ...]
+
+    @property
+    def python(self) -> str:
+        """Any interpreter that can run the scripts of `inbox`."""
+        newest = max(self.interpreters, key=lambda v: [int(part) for part in v.split(".")])
+        return str(self.interpreters[newest].executable)
+
+
+class PythonBuilder:
+    """See `builders.base.Builder`."""
+
+    name = "python"
+
+    def __init__(self, store: DistStore, tools: Path, blobs: BlobStore | None = None) -> None:
+        self.store, self.blobs = store, blobs
+        self.tools = _lay_out_tools(tools)
+
+    async def prepare(
+        self, spec: EnvironmentSpec, runtime: Runtime, limits: Limits, progress: Progress
+    ) -> Prepared:
+        """Fetch, build, install, freeze, then run the broken State's tests."""
+        _check(spec)
+        interpreters = {v: find_interpreter(v) for v in spec.allowed_pythons}
+        inputs = await self._fetch(spec, interpreters, progress)
+        house = await self._wheelhouse(spec, inputs, runtime, limits, progress)
+        inputs = replace(inputs, mounts=(*inputs.mounts, Mount(house, WHEELHOUSE)))
+        box = await runtime.create((), limits=limits, mounts=inputs.mounts)
+        try:
+            await self._install(spec, inputs, box, progress)
+            settings = await _read_settings(box)
+            progress(Stage("snapshot", 0, 1))
+            layer = await box.freeze()
+        finally:
+            await box.delete()
+        kept = tuple(m for m in inputs.mounts if m.target != DISTS)
+        env = box_environment()
+        facts = {
+            "spec": json.loads(spec.canonical()),
+            "python": spec.python,
+            "interpreters": {v: str(i.executable) for v, i in interpreters.items()},
+            "full_versions": {v: i.full_version for v, i in interpreters.items()},
+            "wheelhouse": str(house),
+            "lock": _lock_text(spec),
+            "protected": list(protected_roots(spec.test)),
+            "settings": settings,
+        }
+        progress(Stage("baseline", 0, 1))
+        baseline = await testrun.baseline(runtime, (layer,), kept, env, facts, limits)
+        progress(Stage("baseline", 1, 1, f"{len(baseline.failing)} tests fail"))
+        return Prepared((layer,), kept, env, {**facts, "baseline": asdict(baseline)})
+
+    async def _fetch(
+        self, spec: EnvironmentSpec, interpreters: Mapping[str, Interpreter], progress: Progress
+    ) -> Inputs:
+        wanted: list[tuple[str, DistFile]] = []
+        for pin in (*spec.pins, *spec.wheelhouse):
+            wanted += [(pin.name, f) for f in _files_for(pin, spec.allowed_pythons)]
+        tools = [(p.name, f) for p in spec.build_pins if (f := pick(p, spec.python)) is not None]
+        archives = [(spec.package, f) for f in (spec.source, spec.overlay_source) if f is not None]
+        await self.store.ensure([*wanted, *tools, *archives], progress)
+        files = [f for _, f in archives]
+        if spec.source_tree:
+            files.append(await self._source_tree(spec))
+        files += [f for _, f in wanted if not f.filename.endswith(".whl")]
+        folder = self.store.folder(files)
+        buildhouse = self.store.folder([f for _, f in tools])
+        mounts = [Mount(folder, DISTS), Mount(buildhouse, BUILDHOUSE), Mount(self.tools, TOOLS)]
+        mounts += [i.mount for i in interpreters.values() if i.mount is not None]
+        return Inputs(interpreters, folder, buildhouse, tuple(mounts))
+
+    async def _source_tree(self, spec: EnvironmentSpec) -> DistFile:
+        if self.blobs is None:
+            raise MissingDependency("this service has no blob store; send `source` instead")
+        with tempfile.TemporaryDirectory(dir=self.store.root) as folder:
+            path = Path(folder) / "source-tree.tar"
+            await self.blobs.get_file(Digest(spec.source_tree, spec.source_tree_bytes), path)
+            return self.store.adopt(path)
+
+    async def _wheelhouse(
+        self,
+        spec: EnvironmentSpec,
+        inputs: Inputs,
+        runtime: Runtime,
+        limits: Limits,
+        progress: Progress,
+    ) -> Path:
+        """Wheels of every release for every allowed interpreter; sdists are built first."""
+        wheels: set[Wheel] = set()
+        to_build: list[tuple[Pin, DistFile, str]] = []
+        for pin in {(p.name, p.version): p for p in (*spec.pins, *spec.wheelhouse)}.values():
+            for python in spec.allowed_pythons:
+                file = pick(pin, python)
+                if file is None:
+                    continue
+                if file.filename.endswith(".whl"):
+                    wheels.add(Wheel(pin.name, pin.version, file.filename, file.sha256))
+                elif built := self.store.built(self._build_key(spec, file, inputs, python)):
+                    wheels.add(built)
+                elif pin in spec.pins or python == spec.python:
+                    to_build.append((pin, file, python))
+        for number, (pin, file, python) in enumerate(to_build):
+            progress(Stage("build", number, len(to_build), str(pin)))
+            wheel = await self._build_wheel(spec, inputs, runtime, limits, (pin, file, python))
+            if wheel is not None:
+                wheels.add(wheel)
+        have = {(w.name, w.version) for w in wheels}
+        lost = [str(p) for p in spec.pins if (p.name, p.version) not in have]
+        if lost:
+            raise MissingDependency(
+                f"no wheel of {', '.join(lost)} for Python {spec.python} can be had or built here"
+            )
+        return self.store.house(wheels)
+
+    def _build_key(self, spec: EnvironmentSpec, file: DistFile, inputs: Inputs, python: str) -> str:
+        parts = [file.sha256, inputs.interpreters[python].full_version, os.uname().machine]
+        parts += sorted(f"{p}" for p in spec.build_pins)
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    async def _build_wheel(
+        self,
+        spec: EnvironmentSpec,
+        inputs: Inputs,
+        runtime: Runtime,
+        limits: Limits,
+        job: tuple[Pin, DistFile, str],
+    ) -> Wheel | None:
+        """Build one sdist in a box of its own; None where it cannot be built."""
+        pin, file, python = job
+        executable = str(inputs.interpreters[python].executable)
+        box = await runtime.create((), limits=limits, mounts=inputs.mounts)
+        try:
+            await box.write_file("/work/home/.keep", b"")
+            argv = (f"{TOOLS}/bin/uv", "build", "--wheel", "--offline", "--no-index")
+            argv += ("--find-links", BUILDHOUSE, "--python", executable)
+            argv += ("--out-dir", "/work/wheels", f"{DISTS}/{file.filename}")
+            done = await box.run(Command(argv, env=_build_environment(), cwd="/work"))
+            if not done.ok:
+                return None
+            listing = await box.run(Command(("ls", "/work/wheels"), cwd="/work"))
+            names = [n for n in listing.stdout.text.split() if n.endswith(".whl")]
+            if len(names) != 1:
+                return None
+            data = await box.read_file(f"/work/wheels/{names[0]}", 256 << 20)
+        finally:
+            await box.delete()
+        key = self._build_key(spec, file, inputs, python)
+        return self.store.record_built(key, pin.name, pin.version, names[0], data)
+
+    async def _install(
+        self, spec: EnvironmentSpec, inputs: Inputs, box: Box, progress: Progress
+    ) -> None:
+        """Source, overlay, environment, project, lock file and byte code."""
+        await box.write_file(f"{HOME}/.keep", b"")
+        unpack = (inputs.python, "-I", f"{TOOLS}/lib/unpack.py")
+        archive = spec.source.filename if spec.source else "source-tree.tar"
+        keep = () if spec.source else ("--keep-top",)
+        await _must(box, (*unpack, f"{DISTS}/{archive}", REPO, *keep), "unpack the source")
+        if spec.overlay_source is not None:
+            only = [part for path in spec.overlay_paths for part in ("--only", path)]
+            overlay = (f"{DISTS}/{spec.overlay_source.filename}", REPO, *only)
+            await _must(box, (*unpack, *overlay), "unpack the overlay")
+        for change in spec.overlay:
+            await box.write_file(f"{REPO}/{change.path}", change.content or b"", change.mode)
+        facts = {
+            "project": normalize(spec.package),
+            "install_mode": spec.install_mode,
+            "python": spec.python,
+            "interpreters": {v: str(i.executable) for v, i in inputs.interpreters.items()},
+            "wheelhouse": WHEELHOUSE,
+            "buildhouse": BUILDHOUSE,
+            "repo": REPO,
+            "env": ENV,
+            "path": [REPO, f"{REPO}/src"],
+        }
+        await box.write_file(FACTS, json.dumps(facts, indent=1).encode())
+        await box.write_file(f"{REPO}/{LOCK}", _lock_text(spec).encode())
+        progress(Stage("install", 0, 2, f"{len(spec.pins)} packages"))
+        await _must(box, (inputs.python, "-I", f"{TOOLS}/lib/sync_env.py"), "install the pins")
+        progress(Stage("compile", 1, 2))
+        compile_all = (f"{ENV}/bin/python", "-m", "compileall", "-q", "-j", "2")
+        await box.run(Command((*compile_all, f"{ENV}/lib", REPO), env=box_environment()))
+        clean = "rm -rf /work/home/.cache /tmp/* /work/repo/.pytest_cache /work/.cache"
+        await box.run(Command(("sh", "-c", clean), cwd="/"))
+
+
+def box_environment() -> dict[str, str]:
+    """Variables of every command in a Python State."""
+    return {
+        "PATH": f"{ENV}/bin:{TOOLS}/bin:/usr/local/bin:/usr/bin:/bin",
+        "HOME": HOME,
+        "VIRTUAL_ENV": ENV,
+        "PYTHONPYCACHEPREFIX": "/work/pycache",
+        "PYTHONHASHSEED": "0",
+        "TZ": "UTC",
+        "LANG": "C.UTF-8",
+        "UV_OFFLINE": "1",
+        "UV_NO_CONFIG": "1",
+        "UV_NO_INDEX": "1",
+        "UV_FIND_LINKS": WHEELHOUSE,
+        "UV_NO_CACHE": "1",
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": WHEELHOUSE,
+    }
+
+
+def _build_environment() -> dict[str, str]:
+    environment = box_environment()
+    for name in ("UV_FIND_LINKS", "VIRTUAL_ENV", "PIP_FIND_LINKS"):
+        del environment[name]
+    return environment
+
+
+def _lock_text(spec: EnvironmentSpec) -> str:
+    return format_lock(lock_of([str(pin) for pin in spec.pins], spec.python))
+
+
+def _files_for(pin: Pin, pythons: Sequence[str]) -> list[DistFile]:
+    return [f for f in {pick(pin, python) for python in pythons} if f is not None]
+
+
+def _check(spec: EnvironmentSpec) -> None:
+    """Refuse a spec that cannot be followed, naming the field."""
+    if (spec.source is None) == (not spec.source_tree):
+        raise InvalidArgument("source", "or source_tree must be given, not both", "give one")
+    if spec.python not in spec.allowed_pythons:
+        raise InvalidArgument("pythons", f"lacks {spec.python}", "add the spec's own python")
+    if spec.install_mode not in ("editable", "path", "none"):
+        raise InvalidArgument("install_mode", f"{spec.install_mode!r}", "use editable, path, none")
+    parse_lock("\n".join(str(pin) for pin in spec.pins), "pins")
+    for pin in (*spec.pins, *spec.wheelhouse, *spec.build_pins):
+        for file in pin.files:
+            if len(file.sha256) != 64 or "/" in file.filename or file.filename.startswith("."):
+                raise InvalidArgument(f"pins[{pin}].files", "bad name or sha256", "fix the file")
+        if pin in spec.pins and not pin.files:
+            raise InvalidArgument(f"pins[{pin}].files", "is empty", "name a file with its sha256")
+    for change in spec.overlay:
+        parts = change.path.split("/")
+        if change.path.startswith("/") or ".." in parts or not change.path:
+            raise InvalidArgument("overlay.path", f"{change.path!r}", "give a relative path")
+
+
+async def _must(box: Box, argv: tuple[str, ...], what: str) -> ExecResult:
+    """Run a step of the preparation that has to work.
+
+    Raises:
+        InfraError: the runtime failed or the step ran out of a limit.
+        InvalidArgument: the step itself refused; the spec cannot be followed here.
+    """
+    done = await box.run(Command(argv, env=_build_environment(), cwd="/work"))
+    if done.ok:
+        return done
+    text = (done.stderr.text + done.stdout.text).strip()[-2000:]
+    if done.reason is not EndReason.EXIT:
+        raise InfraError(f"cannot {what}: ended by {done.reason}: {text}")
+    raise InvalidArgument("spec", f"cannot {what}: {text}", "correct the spec or the pins")
+
+
+async def _read_settings(box: Box) -> dict[str, str]:
+    """pytest's part of each settings file, as the State has it."""
+    found: dict[str, str] = {}
+    for name in SETTINGS_FILES:
+        listing = await box.run(Command(("test", "-f", f"{REPO}/{name}"), cwd="/"))
+        if listing.ok:
+            content = await box.read_file(f"{REPO}/{name}", 1 << 20)
+            found[name] = pytest_settings(name, content)
+    return found
+
+
+def _lay_out_tools(root: Path) -> Path:
+    """uv and the scripts of `inbox` under a directory named by their content."""
+    uv = Path(find_uv())
+    scripts = sorted(INBOX.glob("*.py"))
+    digest = hashlib.sha256(f"{uv}:{uv.stat().st_size}:{uv.stat().st_mtime_ns}".encode())
+    for script in scripts:
+        digest.update(script.read_bytes())
+    final = root / digest.hexdigest()[:16]
+    if final.is_dir():
+        return final
+    root.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=".new-", dir=root))
+    try:
+        (building / "bin").mkdir()
+        (building / "lib").mkdir()
+        shutil.copy(uv, building / "bin" / "uv")
+        for script in scripts:
+            shutil.copy(script, building / "lib" / script.name)
+        launcher = f'#!/bin/sh\nexec {ENV}/bin/python -I {TOOLS}/lib/sync_env.py "$@"\n'
+        (building / "bin" / "sync-env").write_text(launcher, "ascii")
+        (building / "bin" / "sync-env").chmod(0o755)
+        for folder in (building, building / "bin", building / "lib"):
+            folder.chmod(0o755)
+        os.rename(building, final)
+    except OSError as error:
+        if not final.is_dir():
+            raise InfraError(f"tools cannot be laid out in {root}: {error}") from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return final

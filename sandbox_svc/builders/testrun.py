@@ -1,0 +1,249 @@
+"""Runs a State's tests with the trusted runner and reads what it reported.
+
+- Results are believed only if every frame carries the right HMAC in sequence and the stream ends
+  with the runner's own farewell, whose status is the status that the process ended with.
+- What a test prints never counts.
+- Ids come from the runner; the worst outcome wins where one id reports twice.
+"""
+
+import hashlib
+import hmac
+import json
+import re
+import secrets
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from regreen.rpc.errors import InfraError
+from sandbox_svc.backends.base import Box, Command, EndReason, ExecResult, Limits, Mount, Runtime
+from sandbox_svc.builders.base import ENV, REPO, TOOLS, Baseline
+
+MAX_FRAME = 4 << 20
+LOG_BYTES = 24 * 1024
+_RANK = ("passed", "xfailed", "xpassed", "skipped", "failed", "error")
+OUTCOMES = frozenset(_RANK)
+_NOISE = re.compile(r"^(=+ (FAILURES|ERRORS|warnings summary) =+|\s*$)")
+
+
+@dataclass(frozen=True, slots=True)
+class TestResult:
+    """What one test id reported."""
+
+    __test__ = False
+
+    id: str
+    outcome: str
+    message: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class TestRun:
+    """One run of the tests."""
+
+    __test__ = False
+
+    tests: Mapping[str, TestResult]
+    collect_errors: Mapping[str, str]
+    collected: int
+    deselected: int
+    crash: str
+    """Why pytest itself could not run; empty if it could."""
+    complete: bool
+    """The runner reported its end and agrees with the process about the status."""
+    tampered: str
+    """What was wrong with the result stream; empty if nothing."""
+    status: int
+    result: ExecResult
+    coverage: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    def ids(self, *outcomes: str) -> frozenset[str]:
+        return frozenset(i for i, test in self.tests.items() if test.outcome in outcomes)
+
+    @property
+    def log(self) -> str:
+        return readable_log(self.result)
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How to run the tests."""
+
+    arguments: tuple[str, ...]
+    environment: Mapping[str, str]
+    timeout_s: float
+    skip: tuple[str, ...] = ()
+    """Roots that coverage leaves out."""
+    coverage: bool = False
+    seed: int = 0
+
+
+def pytest_arguments(arguments: Sequence[str]) -> list[str]:
+    """The fixed options of every run, then the task's own arguments."""
+    fixed = ["-o", "addopts=", "-o", "cache_dir=/tmp/pytest-cache"]
+    return [*fixed, "--continue-on-collection-errors", "--tb=short", "--color=no", *arguments]
+
+
+async def run_tests(box: Box, options: RunOptions) -> TestRun:
+    """Run the tests in a box in which nothing of an agent has run.
+
+    Raises:
+        InfraError: the runtime failed.
+    """
+    key = secrets.token_bytes(32)
+    setup = {
+        "key": key.hex(),
+        "arguments": pytest_arguments(options.arguments),
+        "coverage": options.coverage,
+        "root": REPO,
+        "skip": list(options.skip),
+    }
+    environment = {**options.environment, "PYTHONHASHSEED": str(options.seed % 4294967296)}
+    command = Command(
+        (f"{ENV}/bin/python", f"{TOOLS}/lib/run_tests.py"),
+        env=environment,
+        cwd=REPO,
+        stdin=json.dumps(setup).encode(),
+        timeout_s=options.timeout_s,
+        channel=True,
+    )
+    result = await box.run(command)
+    if result.reason is EndReason.INFRA:
+        raise InfraError(f"the test run could not be carried out: {result.stderr.text[-500:]}")
+    return read_run(result, key)
+
+
+def read_frames(data: bytes, key: bytes) -> tuple[list[dict[str, Any]], str]:
+    """The authentic frames at the start of a stream, and what is wrong after them."""
+    frames: list[dict[str, Any]] = []
+    offset = 0
+    while offset < len(data):
+        if len(data) - offset < 36:
+            return frames, "the result stream is cut"
+        (length,) = struct.unpack_from(">I", data, offset)
+        if length > MAX_FRAME:
+            return frames, "a result frame is too long"
+        mac, body = data[offset + 4 : offset + 36], data[offset + 36 : offset + 36 + length]
+        if len(body) < length:
+            return frames, "the result stream is cut"
+        expected = hmac.new(key, struct.pack(">Q", len(frames)) + body, hashlib.sha256).digest()
+        if not hmac.compare_digest(mac, expected):
+            return frames, "a result frame was not written by the runner"
+        try:
+            frame = json.loads(body)
+        except ValueError:
+            return frames, "a result frame is no JSON"
+        if not isinstance(frame, dict):
+            return frames, "a result frame is no object"
+        frames.append(frame)
+        offset += 36 + length
+    return frames, ""
+
+
+def read_run(result: ExecResult, key: bytes) -> TestRun:
+    """Turn the frames of a finished run into results."""
+    frames, tampered = read_frames(result.channel, key)
+    if tampered == "the result stream is cut" and result.reason is not EndReason.EXIT:
+        tampered = ""
+    tests: dict[str, TestResult] = {}
+    errors: dict[str, str] = {}
+    coverage: dict[str, tuple[int, int]] = {}
+    collected = deselected = 0
+    crash, status, ended = "", -1, False
+    for frame in frames:
+        kind = frame.get("t")
+        if kind == "test":
+            _add(tests, frame)
+        elif kind == "collect":
+            errors[str(frame.get("id"))] = str(frame.get("msg", ""))
+        elif kind == "collected":
+            collected = int(frame.get("n", 0))
+        elif kind == "deselected":
+            deselected += int(frame.get("n", 0))
+        elif kind == "coverage":
+            coverage = {str(k): (int(v[0]), int(v[1])) for k, v in frame["files"].items()}
+        elif kind == "crash":
+            crash = str(frame.get("msg", "")) or "unknown"
+        elif kind == "exit":
+            status, ended = int(frame.get("status", -1)), True
+    agreed = ended and result.reason is EndReason.EXIT and result.exit_code == status & 0xFF
+    return TestRun(
+        tests, errors, collected, deselected, crash, agreed, tampered, status, result, coverage
+    )
+
+
+def _add(tests: dict[str, TestResult], frame: Mapping[str, Any]) -> None:
+    outcome = str(frame.get("o"))
+    outcome = outcome if outcome in OUTCOMES else "error"
+    new = TestResult(
+        str(frame.get("id")), outcome, str(frame.get("msg", "")), float(frame.get("s", 0.0))
+    )
+    old = tests.get(new.id)
+    if old is None or _RANK.index(new.outcome) >= _RANK.index(old.outcome):
+        tests[new.id] = new
+
+
+def readable_log(result: ExecResult, limit: int = LOG_BYTES) -> str:
+    """Head and tail of what the run printed, at most `limit` characters."""
+    text = result.stdout.text
+    errors = result.stderr.text.strip()
+    if errors:
+        text = f"{text.rstrip()}\n{errors}\n" if text.strip() else errors + "\n"
+    if len(text) <= limit:
+        return text
+    head, tail = limit // 4, limit - limit // 4
+    return f"{text[:head]}\n[... {len(text) - limit} characters left out ...]\n{text[-tail:]}"
+
+
+def error_lines(run: TestRun, limit: int = 8) -> tuple[str, ...]:
+    """The distinct first lines of what went wrong, most frequent first."""
+    counts: dict[str, int] = {}
+    messages = [run.crash, *run.collect_errors.values()]
+    messages += [t.message for t in run.tests.values() if t.outcome in ("failed", "error")]
+    for message in messages:
+        line = message.strip()
+        if line:
+            counts[line] = counts.get(line, 0) + 1
+    return tuple(sorted(counts, key=lambda line: (-counts[line], line))[:limit])
+
+
+async def baseline(
+    runtime: Runtime,
+    layers: Sequence[str],
+    mounts: Sequence[Mount],
+    env: Mapping[str, str],
+    facts: Mapping[str, Any],
+    limits: Limits,
+) -> Baseline:
+    """What the tests of an untouched State say.
+
+    Raises:
+        InfraError: the runtime failed.
+    """
+    box = await runtime.create(layers, limits=limits, mounts=mounts)
+    try:
+        run = await run_tests(box, options_of(facts, env))
+    finally:
+        await box.delete()
+    failing = run.ids("failed", "error") | frozenset(run.collect_errors)
+    return Baseline(
+        passing=tuple(sorted(run.ids("passed"))),
+        failing=tuple(sorted(failing)),
+        collected=run.collected,
+        log=run.log,
+        error_lines=error_lines(run),
+        seconds=round(run.result.wall_s, 3),
+    )
+
+
+def options_of(facts: Mapping[str, Any], env: Mapping[str, str]) -> RunOptions:
+    """The options that a State's recorded facts ask for."""
+    test = facts["spec"]["test"]
+    return RunOptions(
+        arguments=tuple(test["arguments"]),
+        environment={**env, **test["environment"]},
+        timeout_s=float(test["timeout_s"]),
+        skip=tuple(facts["protected"]),
+    )
