@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 
@@ -107,6 +108,14 @@ class ExecResult:
         return self.reason is EndReason.EXIT and self.exit_code == 0
 
 
+@dataclass(frozen=True, slots=True)
+class FileStat:
+    """What is known of a regular file."""
+
+    size_bytes: int
+    mode: int
+
+
 OutputSink = Callable[[str, bytes], Awaitable[None]]
 """Called with ("stdout" or "stderr", chunk) while the command runs."""
 
@@ -136,6 +145,12 @@ class Box(Protocol):
         """Read a regular file, resolved inside the sandbox's root; links never leave it."""
         ...
 
+    async def read_range(
+        self, path: str, *, offset: int = 0, max_bytes: int
+    ) -> tuple[bytes, FileStat]:
+        """Read part of a regular file; the stat tells the size of the whole."""
+        ...
+
     async def write_file(self, path: str, content: bytes, mode: int = 0o644) -> None:
         """Write a regular file, creating parent directories."""
         ...
@@ -147,13 +162,19 @@ class Box(Protocol):
         """
         ...
 
-    async def changed_paths(self, under: str) -> Sequence[str]:
-        """Absolute paths that were added, changed or deleted in the upper, sorted."""
+    async def changed_paths(self, under: str, *, since: int | None = None) -> Sequence[str]:
+        """Absolute paths touched since creation, or above the first `since` layers, sorted.
+
+        May name a path that turns out equal; never leaves out one that differs.
+        """
         ...
 
     async def delete(self) -> None:
         """Kill all processes and remove everything; safe to call twice."""
         ...
+
+
+NO_ENV: Mapping[str, str] = MappingProxyType({})
 
 
 class Runtime(Protocol):
@@ -176,8 +197,24 @@ class Runtime(Protocol):
         limits: Limits,
         mounts: Sequence[Mount] = (),
         network: bool = False,
+        env: Mapping[str, str] = NO_ENV,
     ) -> Box:
-        """Start a box over `layers` (lowest first); an empty sequence is the bare base."""
+        """Start a box over `layers` (lowest first); an empty sequence is the bare base.
+
+        `env` goes below every command's own variables.
+        """
+        ...
+
+    async def layers(self) -> Sequence[str]:
+        """Ids of all layers that this host holds."""
+        ...
+
+    async def layer_size(self, layer: str) -> int:
+        """Bytes of one layer."""
+        ...
+
+    async def make_durable(self) -> None:
+        """Write all frozen layers to the disk."""
         ...
 
     async def drop_layer(self, layer: str) -> None:

@@ -19,15 +19,15 @@ import secrets
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from regreen.rpc.errors import FailedPrecondition, InfraError, InvalidArgument, MissingDependency
-from sandbox_svc.backends import cgroups, linux, probe, wire
-from sandbox_svc.backends.base import Capability, Limits, Mount
+from sandbox_svc.backends import cgroups, linux, probe, uppers, wire
+from sandbox_svc.backends.base import NO_ENV, Capability, Limits, Mount
 from sandbox_svc.backends.embedded_box import EmbeddedBox
 from sandbox_svc.backends.layers import HOST_ID, Layout
 from sandbox_svc.backends.link import Link, LinkClosed
@@ -165,10 +165,11 @@ class EmbeddedRuntime:
         limits: Limits,
         mounts: Sequence[Mount] = (),
         network: bool = False,
+        env: Mapping[str, str] = NO_ENV,
     ) -> EmbeddedBox:
         """Start a box over `layers` (lowest first); an empty sequence is the bare base."""
         _check_mounts(mounts)
-        box = EmbeddedBox(self, secrets.token_hex(6), layers, self._complete(limits))
+        box = EmbeddedBox(self, secrets.token_hex(6), layers, self._complete(limits), env)
         self._mounts[box.id] = (tuple(mounts), network)
         self._boxes[box.id] = box
         try:
@@ -250,6 +251,18 @@ class EmbeddedRuntime:
         """Run a blocking call in the runtime's own threads."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, lambda: call(*args, **kwargs))
+
+    async def layers(self) -> Sequence[str]:
+        """Ids of all layers that this host holds."""
+        return sorted(os.listdir(self._home / "layers"))
+
+    async def layer_size(self, layer: str) -> int:
+        """Bytes of one layer."""
+        return (await self.blocking(uppers.usage, self.layout.layer(layer))).size_bytes
+
+    async def make_durable(self) -> None:
+        """Write all frozen layers to the disk."""
+        await self.blocking(self.layout.sync)
 
     async def drop_layer(self, layer: str) -> None:
         """Remove a layer that no state uses; unknown ids are ignored."""

@@ -15,14 +15,22 @@ import os
 import signal
 import stat
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from regreen.rpc.errors import FailedPrecondition, InfraError, InvalidArgument, NotFound
 from sandbox_svc.backends import uppers, watchdog, wire
-from sandbox_svc.backends.base import Captured, Command, EndReason, ExecResult, Limits, OutputSink
+from sandbox_svc.backends.base import (
+    Captured,
+    Command,
+    EndReason,
+    ExecResult,
+    FileStat,
+    Limits,
+    OutputSink,
+)
 from sandbox_svc.backends.cgroups import Counters
 from sandbox_svc.backends.link import Link, LinkClosed
 from sandbox_svc.backends.output import Collector, PipeReader
@@ -30,7 +38,7 @@ from sandbox_svc.backends.output import Collector, PipeReader
 if TYPE_CHECKING:
     from sandbox_svc.backends.embedded import EmbeddedRuntime
 
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "PATH": "/work/env/bin:/usr/local/bin:/usr/bin:/bin",
     "HOME": "/work/home",
     "USER": "regreen",
@@ -63,9 +71,15 @@ class EmbeddedBox:
     root: Path | None = None
 
     def __init__(
-        self, runtime: "EmbeddedRuntime", box: str, layers: Sequence[str], limits: Limits
+        self,
+        runtime: "EmbeddedRuntime",
+        box: str,
+        layers: Sequence[str],
+        limits: Limits,
+        env: Mapping[str, str],
     ) -> None:
         self.id, self.limits = box, limits
+        self._env = ENVIRONMENT | dict(env)
         self._runtime = runtime
         self._base_layers = list(layers)
         self._own_layers: list[str] = []
@@ -158,7 +172,7 @@ class EmbeddedBox:
                 self._watch = None
 
     async def _start(self, link: Link, job: Job, command: Command) -> ExecResult | None:
-        env = _ENVIRONMENT | dict(command.env)
+        env = self._env | dict(command.env)
         if command.channel:
             env["REGREEN_CHANNEL_FD"] = "3"
         request: wire.Message = {
@@ -271,20 +285,32 @@ class EmbeddedBox:
 
     async def read_file(self, path: str, max_bytes: int) -> bytes:
         """Read a regular file, resolved inside the sandbox's root; links never leave it."""
+        content, info = await self.read_range(path, max_bytes=max_bytes)
+        if info.size_bytes > max_bytes:
+            raise FailedPrecondition(
+                f"{path} has {info.size_bytes} bytes, more than the {max_bytes} asked for",
+                metadata={"size_bytes": str(info.size_bytes)},
+            )
+        return content
+
+    async def read_range(
+        self, path: str, *, offset: int = 0, max_bytes: int
+    ) -> tuple[bytes, FileStat]:
+        """Read part of a regular file; the stat tells the size of the whole."""
         async with self._files:
             _, fd = await self._open({"op": "open", "path": _absolute(path)})
-            with os.fdopen(fd, "rb", buffering=0) as source:
+            try:
                 info = os.fstat(fd)
                 if not stat.S_ISREG(info.st_mode):
                     raise InvalidArgument("path", f"not a regular file: {path}")
-                if info.st_size > max_bytes:
-                    raise FailedPrecondition(
-                        f"{path} has {info.st_size} bytes, more than the {max_bytes} asked for",
-                        metadata={"size_bytes": str(info.st_size)},
-                    )
-                if info.st_size <= _INLINE_READ_BYTES:
-                    return _read_upto(fd, max_bytes)
-                return await self._runtime.blocking(_read_upto, fd, max_bytes)
+                wanted = max(0, min(max_bytes, info.st_size - offset))
+                if wanted <= _INLINE_READ_BYTES:
+                    content = _read_upto(fd, offset, wanted)
+                else:
+                    content = await self._runtime.blocking(_read_upto, fd, offset, wanted)
+            finally:
+                os.close(fd)
+            return content, FileStat(info.st_size, stat.S_IMODE(info.st_mode))
 
     async def write_file(self, path: str, content: bytes, mode: int = 0o644) -> None:
         """Write a regular file, creating parent directories."""
@@ -330,12 +356,13 @@ class EmbeddedBox:
             await self.launch()
             return layer
 
-    async def changed_paths(self, under: str) -> Sequence[str]:
-        """Absolute paths that were added, changed or deleted since the box was created, sorted."""
-        layout = self._runtime.layout
-        own = [layout.layer(layer) for layer in self._own_layers]
-        tops = [*own, layout.box(self.id) / "u"]
-        lowers = [layout.layer(layer) for layer in self._base_layers]
+    async def changed_paths(self, under: str, *, since: int | None = None) -> Sequence[str]:
+        """Absolute paths touched since creation, or above the first `since` layers, sorted."""
+        layout, layers = self._runtime.layout, [*self._base_layers, *self._own_layers]
+        split = len(self._base_layers) if since is None else since
+        lowers = [layout.layer(layer) for layer in layers[:split]]
+        tops = [layout.layer(layer) for layer in layers[split:]]
+        tops.append(Path(self.upper_path))
         found = await self._runtime.blocking(uppers.changed, tops, lowers, _absolute(under))
         return sorted(found)
 
@@ -403,14 +430,14 @@ def _note(text: str) -> Captured:
     return Captured(data, b"", len(data))
 
 
-def _read_upto(fd: int, limit: int) -> bytes:
-    chunks, left = [], limit
-    while left > 0:
-        chunk = os.read(fd, min(left, 1 << 20))
+def _read_upto(fd: int, offset: int, limit: int) -> bytes:
+    chunks, end = [], offset + limit
+    while offset < end:
+        chunk = os.pread(fd, min(end - offset, 1 << 20), offset)
         if not chunk:
             break
         chunks.append(chunk)
-        left -= len(chunk)
+        offset += len(chunk)
     return b"".join(chunks)
 
 

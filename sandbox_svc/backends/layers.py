@@ -19,20 +19,56 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from regreen.rpc.errors import FailedPrecondition, InfraError
+from sandbox_svc.backends import linux
 
 HOST_ID = 101_000
 """The unprivileged host uid and gid of every sandbox when the service runs as root."""
 _OPTION_BYTES = 3_900
 _SKELETON_VERSION = "2"
-_DIRECTORIES = (
-    "dev proc sys tmp etc run opt srv mnt home root usr usr/local var var/tmp var/log var/lib"
-    " var/cache work work/repo work/env work/home etc/ssl"
-).split()
+_DIRECTORIES = [
+    "dev",
+    "proc",
+    "sys",
+    "tmp",
+    "etc",
+    "run",
+    "opt",
+    "srv",
+    "mnt",
+    "home",
+    "root",
+    "usr",
+    "usr/local",
+    "var",
+    "var/tmp",
+    "var/log",
+    "var/lib",
+    "var/cache",
+    "work",
+    "work/repo",
+    "work/env",
+    "work/home",
+    "etc/ssl",
+]
 _HOST_LINKS = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
-_ETC_COPIES = (
-    "alternatives ssl/certs ssl/openssl.cnf ld.so.cache ld.so.conf ld.so.conf.d protocols"
-    " services mime.types fonts pki ca-certificates.conf host.conf gai.conf maven gradle"
-).split()
+_ETC_COPIES = [
+    "alternatives",
+    "ssl/certs",
+    "ssl/openssl.cnf",
+    "ld.so.cache",
+    "ld.so.conf",
+    "ld.so.conf.d",
+    "protocols",
+    "services",
+    "mime.types",
+    "fonts",
+    "pki",
+    "ca-certificates.conf",
+    "host.conf",
+    "gai.conf",
+    "maven",
+    "gradle",
+]
 _ETC_FILES = {
     "passwd": "root:x:0:0:root:/root:/bin/sh\n"
     "regreen:x:1000:1000:regreen:/work/home:/bin/sh\n"
@@ -91,6 +127,14 @@ class Layout:
         except FileNotFoundError:
             return
         remove_tree(hidden)
+
+    def sync(self) -> None:
+        """Write the file system that holds the layers to its disk."""
+        fd = os.open(self.home, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            linux.syncfs(fd)
+        finally:
+            os.close(fd)
 
     def sweep(self) -> None:
         """Remove what a predecessor left in `run` and `trash`."""

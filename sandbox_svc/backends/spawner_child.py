@@ -253,7 +253,7 @@ def become_first_process(
         wire.send(sock, {"ready": True})
         Pid1(sock).serve()
         status = 0
-    except BaseException as error:  # the last frame of this process: report, then end
+    except Exception as error:  # noqa: BLE001  (last frame of this process: report, end)
         with contextlib.suppress(OSError):
             wire.send(sock, {"ready": False, "step": setup.step, "error": str(error)})
         if os.environ.get("REGREEN_SPAWNER_DEBUG"):

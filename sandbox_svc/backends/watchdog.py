@@ -80,11 +80,10 @@ async def watch(box: "EmbeddedBox", jobs: Mapping[int, "Job"]) -> None:
 
 
 async def _overrun(box: "EmbeddedBox", disk: _Disk) -> EndReason | None:
-    now = time.monotonic()
-    if (box.limits.disk_bytes or box.limits.inodes) and disk.could_be_over(now):
-        if await disk.is_over(now):
-            return EndReason.DISK
-    if box.soft_memory and box.limits.memory_bytes:
-        if int((await box.usage())["memory"]) > box.limits.memory_bytes:
-            return EndReason.OOM
+    now, limits = time.monotonic(), box.limits
+    bounded = limits.disk_bytes or limits.inodes
+    if bounded and disk.could_be_over(now) and await disk.is_over(now):
+        return EndReason.DISK
+    if box.soft_memory and 0 < limits.memory_bytes < int((await box.usage())["memory"]):
+        return EndReason.OOM
     return None

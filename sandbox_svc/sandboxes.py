@@ -1,0 +1,350 @@
+"""Running sandboxes: forked from states, bounded in number, ended by time.
+
+- A sandbox keeps its id through snapshot and restore; its box may change beneath it.
+- Operations that replace or end a box exclude each other; commands end when their box does.
+- A sandbox with a call in progress does not expire; any other ends at `expires_s`.
+- Layers below a live sandbox are held, so that deleting its state cannot pull them away.
+- Sandboxes of agents and fresh forks for validations draw on separate allowances: a full pool of
+  agents cannot block a verdict.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from regreen.ids import new_id
+from regreen.rpc.errors import InvalidArgument, NotFound, ResourceExhausted
+from sandbox_svc.backends.base import Box, Limits, Mount, Runtime
+from sandbox_svc.states import State, StateStore
+
+_MAX_FORKS = 256
+_REAP_S = 1.0
+_NO_LIMITS = Limits()
+
+
+@dataclass(slots=True, eq=False)
+class Sandbox:
+    """A running, disposable fork of a state."""
+
+    id: str
+    state_id: str
+    box: Box
+    layers: tuple[str, ...]
+    """Layers below the box that are held for it, lowest first."""
+    limits: Limits
+    labels: Mapping[str, str]
+    ttl_s: float
+    created_s: float
+    expires_s: float
+    calls: int = 0
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    deleted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PoolLimits:
+    """How many sandboxes there may be, and for how long."""
+
+    max_sandboxes: int = 64
+    max_validations: int = 8
+    default_ttl_s: float = 900.0
+    max_ttl_s: float = 24 * 3600.0
+    retry_after_s: float = 2.0
+
+
+class Manager:
+    """Creates, forks, snapshots, restores and ends sandboxes of one runtime."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        states: StateStore,
+        *,
+        pool: PoolLimits | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.runtime, self.states = runtime, states
+        self.pool = pool or PoolLimits()
+        self._clock = clock
+        self._sandboxes: dict[str, Sandbox] = {}
+        self._reserved = 0
+        self._validations = asyncio.Semaphore(self.pool.max_validations)
+        self._reaper: asyncio.Task[None] | None = None
+        self.expired = 0
+
+    async def start(self) -> None:
+        """Start ending sandboxes whose time is over."""
+        self._reaper = asyncio.create_task(self._reap())
+
+    async def close(self) -> None:
+        """Delete every sandbox."""
+        if self._reaper is not None:
+            self._reaper.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._reaper
+        await asyncio.gather(*(self.delete(sandbox) for sandbox in list(self._sandboxes)))
+
+    def get(self, sandbox_id: str) -> Sandbox:
+        """One live sandbox.
+
+        Raises:
+            NotFound: there is none, or it has expired.
+        """
+        sandbox = self._sandboxes.get(sandbox_id)
+        if sandbox is None or self._is_over(sandbox):
+            raise NotFound(f"no such sandbox: {sandbox_id}", metadata={"id": sandbox_id})
+        return sandbox
+
+    def list(self, labels: Mapping[str, str] | None = None) -> Sequence[Sandbox]:
+        """Live sandboxes that carry all `labels`, oldest first."""
+        wanted = set((labels or {}).items())
+        found = (s for s in self._sandboxes.values() if wanted <= set(s.labels.items()))
+        return sorted(found, key=lambda sandbox: (sandbox.created_s, sandbox.id))
+
+    def _is_over(self, sandbox: Sandbox) -> bool:
+        return sandbox.calls == 0 and self._clock() >= sandbox.expires_s
+
+    async def create(
+        self,
+        state_id: str,
+        *,
+        limits: Limits | None = None,
+        labels: Mapping[str, str] | None = None,
+        ttl_s: float = 0.0,
+    ) -> Sandbox:
+        """Fork a state.
+
+        Raises:
+            NotFound: no such state.
+            ResourceExhausted: too many sandboxes; carries a delay.
+        """
+        state = self.states.get(state_id)
+        self._check_ttl(ttl_s)
+        with self._reserve(1):
+            return await self._create(state, limits or _NO_LIMITS, labels or {}, ttl_s)
+
+    async def _create(
+        self, state: State, limits: Limits, labels: Mapping[str, str], ttl_s: float
+    ) -> Sandbox:
+        box = await self._box(state, limits, ())
+        now = self._clock()
+        ttl_s = ttl_s or self.pool.default_ttl_s
+        sandbox = Sandbox(
+            id=new_id("sbx"),
+            state_id=state.id,
+            box=box,
+            layers=state.layers,
+            limits=limits,
+            labels=dict(labels),
+            ttl_s=ttl_s,
+            created_s=now,
+            expires_s=now + ttl_s,
+        )
+        self._sandboxes[sandbox.id] = sandbox
+        return sandbox
+
+    async def _box(self, state: State, limits: Limits, extra: Sequence[Mount]) -> Box:
+        """A box over a state, whose layers are then held once."""
+        self.states.hold(state.layers)
+        try:
+            mounts = (*state.mounts, *extra)
+            return await self.runtime.create(
+                state.layers, limits=limits, mounts=mounts, env=state.env
+            )
+        except BaseException:
+            self.states.release(state.layers)
+            raise
+
+    def _check_ttl(self, ttl_s: float) -> None:
+        if not 0 <= ttl_s <= self.pool.max_ttl_s:
+            raise InvalidArgument("ttl", f"{ttl_s} s", f"give 0 to {self.pool.max_ttl_s:.0f} s")
+
+    @contextlib.contextmanager
+    def _reserve(self, count: int) -> Iterator[None]:
+        if len(self._sandboxes) + self._reserved + count > self.pool.max_sandboxes:
+            raise ResourceExhausted(
+                f"{len(self._sandboxes)} of {self.pool.max_sandboxes} sandboxes are in use",
+                metadata={"limit": str(self.pool.max_sandboxes)},
+                retry_after_s=self.pool.retry_after_s,
+            )
+        self._reserved += count
+        try:
+            yield
+        finally:
+            self._reserved -= count
+
+    @contextlib.contextmanager
+    def using(self, sandbox_id: str) -> Iterator[Sandbox]:
+        """A sandbox that does not expire meanwhile."""
+        sandbox = self.get(sandbox_id)
+        sandbox.calls += 1
+        try:
+            yield sandbox
+        finally:
+            sandbox.calls -= 1
+            sandbox.expires_s = max(sandbox.expires_s, self._clock() + 1.0)
+
+    async def snapshot(self, sandbox_id: str, labels: Mapping[str, str] | None = None) -> State:
+        """Freeze a sandbox into a state; its processes end, it goes on over the same files."""
+        with self.using(sandbox_id) as sandbox:
+            async with sandbox.lock:
+                return await self._snapshot(sandbox, labels or {})
+
+    async def _snapshot(self, sandbox: Sandbox, labels: Mapping[str, str]) -> State:
+        parent = self._parent_of(sandbox)
+        with self.states.growing():
+            layer = await sandbox.box.freeze()
+            self.states.hold([layer])
+            sandbox.layers = (*sandbox.layers, layer)
+            return await self.states.add(
+                sandbox.layers, action=f"snapshot {layer}", parent=parent, labels=labels
+            )
+
+    def _parent_of(self, sandbox: Sandbox) -> State:
+        """The state with the most layers that the sandbox still stands on."""
+        best = self.states.get(sandbox.state_id)
+        for state in self.states.list():
+            covered = sandbox.layers[: len(state.layers)] == state.layers
+            if covered and len(state.layers) > len(best.layers):
+                best = state
+        return best
+
+    async def fork(
+        self, sandbox_id: str, count: int, labels: Mapping[str, str] | None = None
+    ) -> tuple[State, Sequence[Sandbox]]:
+        """Snapshot a sandbox and start `count` more from there.
+
+        Raises:
+            ResourceExhausted: not enough room for all of them; none was started.
+        """
+        if not 1 <= count <= _MAX_FORKS:
+            raise InvalidArgument("count", f"{count}", f"give 1 to {_MAX_FORKS}")
+        with self.using(sandbox_id) as sandbox, self._reserve(count):
+            async with sandbox.lock:
+                state = await self._snapshot(sandbox, {})
+            forks: deque[Sandbox] = deque()
+            try:
+                for _ in range(count):
+                    merged = {**sandbox.labels, **(labels or {})}
+                    forks.append(await self._create(state, sandbox.limits, merged, sandbox.ttl_s))
+            except BaseException:
+                await asyncio.gather(*(self.delete(fork.id) for fork in forks))
+                raise
+            return state, tuple(forks)
+
+    async def restore(self, sandbox_id: str, state_id: str) -> Sandbox:
+        """Put a sandbox, in place, on another state; its processes and changes end."""
+        state = self.states.get(state_id)
+        with self.using(sandbox_id) as sandbox:
+            async with sandbox.lock:
+                fresh = await self._box(state, sandbox.limits, ())
+                old, held = sandbox.box, sandbox.layers
+                sandbox.box, sandbox.layers = fresh, state.layers
+                sandbox.state_id = state.id
+                await old.delete()
+                self.states.release(held)
+        return sandbox
+
+    def keep_alive(self, sandbox_id: str, ttl_s: float = 0.0) -> Sandbox:
+        """Move the expiry to `ttl_s` from now."""
+        self._check_ttl(ttl_s)
+        sandbox = self.get(sandbox_id)
+        sandbox.ttl_s = ttl_s or sandbox.ttl_s
+        sandbox.expires_s = self._clock() + sandbox.ttl_s
+        return sandbox
+
+    async def delete(self, sandbox_id: str) -> None:
+        """Kill everything in a sandbox and remove it; absent ones are fine."""
+        sandbox = self._sandboxes.pop(sandbox_id, None)
+        if sandbox is None:
+            return
+        async with sandbox.lock:
+            sandbox.deleted = True
+            await sandbox.box.delete()
+            self.states.release(sandbox.layers)
+
+    async def delete_state(self, state_id: str) -> None:
+        """Forget a state.
+
+        Raises:
+            FailedPrecondition: sandboxes run on it.
+        """
+        in_use = any(s.state_id == state_id for s in self._sandboxes.values())
+        await self.states.delete(state_id, in_use=in_use)
+
+    @contextlib.asynccontextmanager
+    async def fresh(
+        self,
+        state_id: str,
+        *,
+        limits: Limits | None = None,
+        extra_mounts: Sequence[Mount] = (),
+    ) -> AsyncIterator[Box]:
+        """A box over a state for one validation; waits for a free place, always deleted."""
+        box = await self.open_box(state_id, limits=limits or _NO_LIMITS, extra_mounts=extra_mounts)
+        try:
+            yield box
+        finally:
+            await asyncio.shield(box.delete())
+
+    async def open_box(
+        self, state_id: str, *, limits: Limits = _NO_LIMITS, extra_mounts: Sequence[Mount] = ()
+    ) -> "LeasedBox":
+        """A fresh box over a state, outside the pool of agents; the caller must delete it."""
+        state = self.states.get(state_id)
+        await self._validations.acquire()
+        try:
+            box = await self._box(state, limits, extra_mounts)
+        except BaseException:
+            self._validations.release()
+            raise
+
+        def released() -> None:
+            self._validations.release()
+            self.states.release(state.layers)
+
+        return LeasedBox(box, released)
+
+    def metadata(self, state_id: str) -> Mapping[str, Any]:
+        """What the builder recorded with a state."""
+        return self.states.get(state_id).metadata
+
+    async def _reap(self) -> None:
+        while True:
+            await asyncio.sleep(_REAP_S)
+            await self.reap()
+
+    async def reap(self) -> int:
+        """Delete sandboxes whose time is over; returns how many."""
+        over = [s.id for s in list(self._sandboxes.values()) if self._is_over(s)]
+        await asyncio.gather(*(self.delete(sandbox_id) for sandbox_id in over))
+        self.expired += len(over)
+        return len(over)
+
+
+class LeasedBox:
+    """A box that gives its place back when it is deleted."""
+
+    def __init__(self, box: Box, released: Callable[[], None]) -> None:
+        self._box, self._released = box, released
+        self.id, self.root = box.id, box.root
+        self.run, self.read_file, self.read_range = box.run, box.read_file, box.read_range
+        self.write_file, self.freeze, self.changed_paths = (
+            box.write_file,
+            box.freeze,
+            box.changed_paths,
+        )
+        self._open = True
+
+    async def delete(self) -> None:
+        """Delete the box; safe to call twice."""
+        if self._open:
+            self._open = False
+            try:
+                await self._box.delete()
+            finally:
+                self._released()

@@ -1,0 +1,365 @@
+"""Immutable states: what they are made of, which exist, and making each of them once.
+
+- A state is an ordered list of layers and a record; the record is written last, by an atomic
+  rename, so a state is whole or absent whenever the process dies.
+- A state's id depends on its parent and on the action that made it, on nothing else.
+- A state made before a crash of the host counts only if its layers had reached the disk; a crash
+  of the process alone loses nothing that was answered.
+- Layers without a state and without a running sandbox are removed; nothing else removes layers.
+- Preparations of one spec digest share one run, which ends when nobody waits for it any more.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from regreen.rpc.errors import FailedPrecondition, NotFound
+from sandbox_svc.backends.base import Mount, Runtime
+from sandbox_svc.builders.base import Prepared, Progress, Stage
+
+_FORMAT = 1
+
+Build = Callable[[Progress], Awaitable[Prepared]]
+Clock = Callable[[], float]
+
+
+def host_fingerprint() -> str:
+    """What a state's binaries depend on: machine, C library, distribution."""
+    release = ""
+    with contextlib.suppress(OSError):
+        for line in Path("/etc/os-release").read_text(encoding="utf-8").splitlines():
+            if line.startswith(("ID=", "VERSION_ID=")):
+                release += line.split("=", 1)[1].strip('"') + "-"
+    return f"{release}{platform.machine()}-{'-'.join(platform.libc_ver())}"
+
+
+def boot_id() -> str:
+    """Changes when the host starts anew."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+
+def state_id(parent_id: str, action: str) -> str:
+    """The id of the state that `action` makes of `parent_id`."""
+    digest = hashlib.sha256(f"regreen-state\n{parent_id}\n{action}".encode()).hexdigest()
+    return f"st_{digest[:32]}"
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """An immutable snapshot of a prepared file system."""
+
+    id: str
+    layers: tuple[str, ...]
+    parent_id: str = ""
+    spec_sha256: str = ""
+    created_s: float = 0.0
+    """Unix time."""
+    size_bytes: int = 0
+    python: str = ""
+    mounts: tuple[Mount, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    host: str = ""
+    boot: str = ""
+    durable: bool = False
+
+    def encode(self) -> bytes:
+        """The record as JSON."""
+        fields = asdict(self)
+        fields["mounts"] = [[str(m.source), m.target, m.read_only] for m in self.mounts]
+        return json.dumps({"format": _FORMAT, **fields}, sort_keys=True).encode()
+
+    @classmethod
+    def decode(cls, data: bytes) -> "State":
+        """The state of a record.
+
+        Raises:
+            ValueError: the bytes are no record of this format.
+        """
+        fields = json.loads(data)
+        if not isinstance(fields, dict) or fields.pop("format", None) != _FORMAT:
+            raise ValueError("not a state record")
+        try:
+            fields["mounts"] = tuple(Mount(Path(a), b, bool(c)) for a, b, c in fields["mounts"])
+            fields["layers"] = tuple(fields["layers"])
+            return cls(**fields)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a state record: {error}") from error
+
+
+@dataclass(slots=True)
+class _Flight:
+    task: "asyncio.Task[State]"
+    listeners: list[Progress] = field(default_factory=list)
+    last: Stage | None = None
+    waiters: int = 0
+
+
+class StateStore:
+    """The states of one runtime, indexed by small files below `home`."""
+
+    def __init__(self, home: Path, runtime: Runtime, *, clock: Clock = time.time) -> None:
+        self._directory = home / "states"
+        self._runtime, self._clock = runtime, clock
+        self._states: dict[str, State] = {}
+        self._flights: dict[str, _Flight] = {}
+        self._used: dict[str, int] = {}
+        self._growing = 0
+        self._collect_later = False
+        self._background: set[asyncio.Task[None]] = set()
+        self._host, self._boot = host_fingerprint(), boot_id()
+
+    async def open(self) -> None:
+        """Load the index; drop what is not whole and layers that belong to nothing."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        held = set(await self._runtime.layers())
+        for path in sorted(self._directory.iterdir()):
+            try:
+                state = State.decode(path.read_bytes())
+            except (OSError, ValueError):
+                path.unlink(missing_ok=True)
+                continue
+            survived = state.durable or state.boot == self._boot
+            if path.name != f"{state.id}.json" or not survived or not held.issuperset(state.layers):
+                path.unlink(missing_ok=True)
+                continue
+            self._states[state.id] = state
+            if not state.durable:
+                self._save_later(state.id)
+        await self.collect()
+
+    async def close(self) -> None:
+        """End preparations and wait until all states are durable."""
+        for flight in self._flights.values():
+            flight.task.cancel()
+        await asyncio.gather(*(f.task for f in self._flights.values()), return_exceptions=True)
+        await asyncio.gather(*self._background, return_exceptions=True)
+
+    def get(self, state_id: str) -> State:
+        """One state.
+
+        Raises:
+            NotFound: there is none of this id.
+        """
+        try:
+            return self._states[state_id]
+        except KeyError:
+            raise NotFound(f"no such state: {state_id}", metadata={"id": state_id}) from None
+
+    def find(self, spec_sha256: str) -> State | None:
+        """The prepared state of a spec, if there is one."""
+        return self._states.get(state_id("", spec_sha256))
+
+    def list(self, *, spec_sha256: str = "", parent_id: str = "") -> Sequence[State]:
+        """States that match, oldest first."""
+        matching = (
+            state
+            for state in self._states.values()
+            if (not spec_sha256 or state.spec_sha256 == spec_sha256)
+            and (not parent_id or state.parent_id == parent_id)
+        )
+        return sorted(matching, key=lambda state: (state.created_s, state.id))
+
+    async def add(
+        self,
+        layers: Sequence[str],
+        *,
+        action: str,
+        parent: State | None = None,
+        spec_sha256: str = "",
+        prepared: Prepared | None = None,
+        labels: Mapping[str, str] | None = None,
+    ) -> State:
+        """Record a state over frozen layers; a snapshot inherits its parent's mounts and env."""
+        own = layers[len(parent.layers) :] if parent else layers
+        sizes = [await self._runtime.layer_size(layer) for layer in own]
+        state = State(
+            id=state_id(parent.id if parent else "", action),
+            layers=tuple(layers),
+            parent_id=parent.id if parent else "",
+            spec_sha256=spec_sha256,
+            created_s=self._clock(),
+            size_bytes=sum(sizes),
+            host=self._host,
+            boot=self._boot,
+            labels=dict(labels or {}),
+        )
+        if prepared is not None:
+            python = str(prepared.metadata.get("python", ""))
+            state = replace(
+                state,
+                mounts=tuple(prepared.mounts),
+                env=dict(prepared.env),
+                metadata=dict(prepared.metadata),
+                python=python,
+            )
+        elif parent is not None:
+            state = replace(
+                state,
+                mounts=parent.mounts,
+                env=parent.env,
+                metadata=parent.metadata,
+                python=parent.python,
+            )
+        self.record(state)
+        return state
+
+    def record(self, state: State) -> None:
+        """Make a state exist from now on."""
+        self._write(state, durable=False)
+        self._states[state.id] = state
+        self._save_later(state.id)
+
+    def _write(self, state: State, *, durable: bool) -> None:
+        path = self._directory / f"{state.id}.json"
+        draft = self._directory / f".{state.id}.{secrets.token_hex(4)}"
+        with draft.open("wb") as target:
+            target.write(state.encode())
+            if durable:
+                target.flush()
+                os.fsync(target.fileno())
+        draft.rename(path)
+
+    def _save_later(self, state_id: str) -> None:
+        self._in_background(self._save(state_id))
+
+    async def _save(self, state_id: str) -> None:
+        """Bring a state's layers to the disk, then say so in its record."""
+        await self._runtime.make_durable()
+        state = self._states.get(state_id)
+        if state is None:
+            return
+        state = replace(state, durable=True)
+        await asyncio.to_thread(self._write, state, durable=True)
+        if state_id in self._states:
+            self._states[state_id] = state
+        else:
+            (self._directory / f"{state_id}.json").unlink(missing_ok=True)
+
+    async def prepare(
+        self,
+        spec_sha256: str,
+        build: Build,
+        *,
+        rebuild: bool = False,
+        progress: Progress | None = None,
+    ) -> State:
+        """The state of a spec: found, or built once for all who ask meanwhile."""
+        flight = self._flights.get(spec_sha256)
+        if flight is None:
+            found = self.find(spec_sha256)
+            if found is not None and not rebuild:
+                return found
+            task = asyncio.create_task(self._build(spec_sha256, build))
+            flight = self._flights[spec_sha256] = _Flight(task)
+            task.add_done_callback(lambda _: self._flights.pop(spec_sha256, None))
+        return await self._join(flight, progress)
+
+    async def _join(self, flight: _Flight, progress: Progress | None) -> State:
+        if progress is not None:
+            flight.listeners.append(progress)
+            if flight.last is not None:
+                progress(flight.last)
+        flight.waiters += 1
+        try:
+            return await asyncio.shield(flight.task)
+        except asyncio.CancelledError:
+            if flight.waiters == 1 and not flight.task.done():
+                flight.task.cancel()
+            raise
+        finally:
+            flight.waiters -= 1
+            if progress is not None:
+                flight.listeners.remove(progress)
+
+    async def _build(self, spec_sha256: str, build: Build) -> State:
+        def report(stage: Stage) -> None:
+            flight = self._flights.get(spec_sha256)
+            if flight is not None:
+                flight.last = stage
+                for listener in list(flight.listeners):
+                    listener(stage)
+
+        with self.growing():
+            self._collect_later = True
+            prepared = await build(report)
+            return await self.add(
+                prepared.layers, action=spec_sha256, spec_sha256=spec_sha256, prepared=prepared
+            )
+
+    def hold(self, layers: Iterable[str]) -> None:
+        """Protect layers that a running sandbox uses."""
+        for layer in layers:
+            self._used[layer] = self._used.get(layer, 0) + 1
+
+    def release(self, layers: Iterable[str]) -> None:
+        """Undo one `hold`."""
+        for layer in layers:
+            self._used[layer] -= 1
+            if not self._used[layer]:
+                del self._used[layer]
+
+    async def delete(self, state_id: str, *, in_use: bool = False) -> None:
+        """Forget a state and remove layers that nothing else uses; absent ones are fine.
+
+        Raises:
+            FailedPrecondition: sandboxes run on it.
+        """
+        if state_id not in self._states:
+            return
+        if in_use:
+            raise FailedPrecondition(
+                f"sandboxes run on state {state_id}; delete them first", metadata={"id": state_id}
+            )
+        del self._states[state_id]
+        (self._directory / f"{state_id}.json").unlink(missing_ok=True)
+        await self.collect()
+
+    async def collect(self) -> int:
+        """Remove layers that no state and no sandbox uses; returns how many.
+
+        While layers are being made nothing is removed; it is done afterwards instead.
+        """
+        if self._growing:
+            self._collect_later = True
+            return 0
+        self._collect_later = False
+        held = await self._runtime.layers()
+        if self._growing:
+            self._collect_later = True
+            return 0
+        wanted = {layer for state in self._states.values() for layer in state.layers}
+        unused = [layer for layer in held if layer not in wanted and layer not in self._used]
+        for layer in unused:
+            await self._runtime.drop_layer(layer)
+        return len(unused)
+
+    @contextlib.contextmanager
+    def growing(self) -> Iterator[None]:
+        """Around anything that makes layers before they are held or recorded."""
+        self._growing += 1
+        try:
+            yield
+        finally:
+            self._growing -= 1
+            if not self._growing and self._collect_later:
+                self._in_background(self._collect_quietly())
+
+    async def _collect_quietly(self) -> None:
+        with contextlib.suppress(OSError):
+            await self.collect()
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
