@@ -75,7 +75,7 @@ class Knobs:
     """What is varied between groups (paper.md, question 2: diversity transfers)."""
 
     hint: Hint = "none"
-    """`past`: the best past fix; `fix`: the reference fix itself (privileged: a difficulty knob)."""
+    """`past`: the best past fix; `fix`: the reference fix itself (privileged; sets difficulty)."""
     vary_tools: bool = False
     """Rename tools and arguments and change the result format."""
     vary_budget: bool = False

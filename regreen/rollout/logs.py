@@ -39,7 +39,7 @@ _FRAME_SHORT = re.compile(
     r"([^\s:'\"][^:'\"]{0,300}\.pyx?|<[\w ]+>):(\d{1,7}):(?: in (.{1,200})| [\w.]+)?$"
 )
 _FRAME_LONG = re.compile(r'\s*File "([^"]{1,400})", line (\d{1,7})(?:, in (.{1,200}))?$')
-_SUMMARY = re.compile(r"(FAILED|ERROR) (\S+)(?: .*?)?(?: - (.*))?$")
+_SUMMARY = re.compile(r"(FAILED|ERROR) (\S.*?)(?: - (.*))?$")
 _SECTION = re.compile(r"_{3,} (.{1,200}) _{3,}$")
 _BANNER = re.compile(r"={3,} (.{1,100}?) ={3,}$")
 _LOADING = re.compile(r"\w*Error while (loading conftest|importing test module) '([^']{1,400})'")

@@ -1,0 +1,131 @@
+"""The agent loop: render, generate, parse, act, observe; nothing else.
+
+- Tokens are only ever appended: prompt ids, sampled ids, and the ids that `RenderChat` says
+  follow a sampled turn. Text is never tokenized again.
+- Every limit ends the loop with its own name; an unusable call is an observation, not an end,
+  until there are too many in a row.
+- The loop knows no reward and no grader.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from regreen.policy.v1 import ChatMessage
+from regreen.rollout.actors import Actor, View
+from regreen.rollout.calls import Call, CallError, parse_call
+from regreen.rollout.context import EpisodeSpec
+from regreen.rollout.logs import PrimaryError
+from regreen.rollout.prompts import harmless
+from regreen.rollout.record import TokenStream
+from regreen.rollout.tools import Observation, Workbench
+from regreen.rollout.toolset import ToolSet
+
+if TYPE_CHECKING:
+    from regreen.client.stack import Stack
+
+Stop = Literal[
+    "passed", "gave-up", "turn-limit", "token-limit", "time-limit", "bad-calls", "changed"
+]
+_LEAST_TOKENS = 8
+
+
+@dataclass(slots=True)
+class Agent:
+    """One actor at one workbench; survives context resets."""
+
+    stack: "Stack"
+    bench: Workbench
+    actor: Actor
+    spec: EpisodeSpec
+    tools: ToolSet
+    trajectory_id: str
+    deadline_s: float
+    """On the scale of `clock`."""
+    clock: Callable[[], float] = time.monotonic
+    stream: TokenStream = field(default_factory=TokenStream)
+    turns: int = 0
+    error: PrimaryError | None = None
+    """The error that is being repaired."""
+    history: list[tuple[Call | None, Observation]] = field(default_factory=list)
+
+    async def begin(self, messages: Sequence[ChatMessage], error: PrimaryError | None) -> None:
+        """Start a fresh context with a prompt."""
+        rendered = await self.stack.policy.render_chat(messages)
+        self.stream.add_prompt(list(rendered.token_ids), rendered.text)
+        self.error, self.history = error, []
+
+    async def run(
+        self, turns: int, changed: Callable[[Observation], bool] = lambda seen: False
+    ) -> Stop:
+        """Act until something ends the episode, `turns` are used, or `changed` says so."""
+        bad = 0
+        for _ in range(turns):
+            if self.clock() >= self.deadline_s:
+                return "time-limit"
+            room = self.spec.budget.context_tokens - len(self.stream.context)
+            if room < _LEAST_TOKENS:
+                return "token-limit"
+            call, seen = await self._step(min(room, self.spec.budget.turn_tokens))
+            if seen.ending:
+                return seen.ending
+            if changed(seen):
+                return "changed"
+            bad = bad + 1 if call is None else 0
+            if bad >= self.spec.budget.bad_calls:
+                return "bad-calls"
+        return "turn-limit"
+
+    async def _step(self, max_new_tokens: int) -> tuple[Call | None, Observation]:
+        started = self.clock()
+        view = View(
+            self.stream.sending(),
+            max_new_tokens,
+            self.turns,
+            self.trajectory_id,
+            self.spec,
+            self.tools,
+            self.bench.facts,
+            self.error,
+            self.history,
+        )
+        sample = await self.actor.act(self.stack, view)
+        said_s = self.clock() - started
+        self.bench.spend("generate", said_s)
+        self.turns += 1
+        call: Call | None = None
+        problem = ""
+        try:
+            call = parse_call(sample.text, self.tools)
+        except CallError as error:
+            problem = str(error)
+        self.stream.add_sample(
+            sample,
+            tool=call.key if call else "",
+            arguments_json=call.arguments_json if call else "",
+            ok=call is not None,
+            duration_s=said_s,
+        )
+        if call is None:
+            seen = Observation(f"error: {problem}", ok=False)
+        else:
+            seen = await self.bench.call(call)
+        await self._observe(call, seen, self.clock() - started - said_s)
+        return call, seen
+
+    async def _observe(self, call: Call | None, seen: Observation, seconds: float) -> None:
+        name = call.name if call else "error"
+        text = self.tools.render_result(name, harmless(seen.text, self.tools))
+        ids: list[int] = []
+        if not seen.ending:
+            rendered = await self.stack.policy.render_chat(
+                [ChatMessage(role="user", content=text)],
+                continues=True,
+                last_token_id=self.stream.token_ids[-1],
+            )
+            ids = list(rendered.token_ids)
+        self.stream.add_result(
+            ids, text, tool=call.key if call else "", ok=seen.ok, duration_s=seconds
+        )
+        self.history.append((call, seen))

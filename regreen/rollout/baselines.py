@@ -1,0 +1,91 @@
+"""Scripted baselines: actors over the same loop, tools and grading as the policy.
+
+- `noop` changes nothing; its success rate is the rate of broken gates and flaky tasks.
+- `newest` moves everything to the newest version on offer; it uses visible facts alone.
+- `pin-back` undoes every move since the last green build; it reads `task.moved`, which no policy
+  sees, and is an upper bound of what dependency actions alone can do.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from regreen.dataset import v1 as pb
+from regreen.lockfile import Lock, format_lock, normalize
+from regreen.rollout.actors import ScriptedActor, View
+from regreen.rpc.errors import InvalidArgument
+
+NAMES = ("noop", "pin-back", "newest")
+PRIVILEGED = frozenset({"pin-back"})
+"""Baselines that read what a policy may not."""
+
+
+def baseline(name: str, task: pb.Task) -> ScriptedActor:
+    """The actor of a baseline; `actor.name` is `baseline:<name>`.
+
+    Raises:
+        InvalidArgument: no such baseline.
+    """
+    if name == "noop":
+        edit: Callable[[View], Lock | None] = _nothing
+    elif name == "newest":
+        edit = _newest
+    elif name == "pin-back":
+        edit = _PinBack(task)
+    else:
+        raise InvalidArgument("baseline", f"{name!r} is unknown", f"use one of {', '.join(NAMES)}")
+    return ScriptedActor(f"baseline:{name}", _Script(edit))
+
+
+@dataclass(slots=True)
+class _Script:
+    """Write the lock once, validate once, give up."""
+
+    edit: Callable[[View], Lock | None]
+    steps: list[str] = field(default_factory=list)
+    started: bool = False
+
+    async def __call__(self, view: View) -> str:
+        if not self.started:
+            self.started = True
+            lock = self.edit(view)
+            if lock is not None:
+                content = {"path": "requirements.lock", "content": format_lock(lock)}
+                self.steps.append(view.tools.render_call("write_file", content))
+            self.steps.append(view.tools.render_call("validate_and_build", {}))
+            self.steps.append(view.tools.render_call("give_up", {"reason": "the script ends"}))
+        return self.steps.pop(0) if self.steps else ""
+
+
+def _nothing(view: View) -> Lock | None:
+    return None
+
+
+def _newest(view: View) -> Lock | None:
+    lock = view.facts.lock
+    for name in lock.pins:
+        if offered := view.facts.offered.get(name):
+            lock = lock.with_pin(name, offered[-1])
+    return lock
+
+
+@dataclass(frozen=True, slots=True)
+class _PinBack:
+    task: pb.Task
+
+    def __call__(self, view: View) -> Lock | None:
+        lock = view.facts.lock
+        for name, (before, _) in moves_of(self.task).items():
+            lock = lock.with_pin(name, before) if before else lock.without(name)
+        return lock
+
+
+def moves_of(task: pb.Task) -> dict[str, tuple[str, str]]:
+    """`task.moved` as (before, after) by normalised name; an empty text means absent."""
+    moves: dict[str, tuple[str, str]] = {}
+    for name, text in task.moved.items():
+        before, _, after = text.partition(" ")
+        moves[normalize(name)] = (
+            "" if before in ("None", "-", "") else before,
+            "" if after in ("None", "-") else after,
+        )
+    return moves

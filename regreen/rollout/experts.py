@@ -1,0 +1,221 @@
+"""Experts: scripted repairs whose every action follows from what is visible.
+
+- The expert drives the real loop: same prompt, tools, validation and grading as the policy; only
+  solved, accepted rollouts without findings are kept.
+- Which package to act on is told by the error at hand (`Facts.suspects`); the reference fix only
+  chooses among what the error names, and to which version. Steps that no visible fact suggests are
+  counted in the label `guesses`, so that training data can leave them out.
+- Tokens come from the policy's own tokenizer, logprobs are 0, the actor is `expert`.
+"""
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from regreen.common.v1 import MODE_KEEP_NEW
+from regreen.dataset import v1 as pb
+from regreen.lockfile import normalize
+from regreen.rollout.actors import ScriptedActor, View
+from regreen.rollout.context import EpisodeSpec
+from regreen.rollout.episode import Runner
+from regreen.rollout.facts import REPO
+from regreen.rollout.knowledge import LOCK_NAME, Move, reference_moves
+from regreen.rollout.logs import PrimaryError
+from regreen.rpc.errors import InvalidArgument, NotFound
+
+if TYPE_CHECKING:
+    from regreen.client.stack import Stack
+
+_MOVED = re.compile(r"([\w.-]+) \S+ -> ([^\s,;]+)")
+_MOST_EDITS = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """One way of saying the same repair; several per task enrich supervised data."""
+
+    listing: bool = False
+    """List the versions on offer before choosing one."""
+    help_first: bool = False
+    """Search past fixes first."""
+    keyword: bool = False
+    """Say `previous` where it means the same version."""
+    look_first: bool = False
+    """Look at the failing file first."""
+
+
+STYLES: tuple[Style, ...] = (
+    Style(),
+    Style(listing=True),
+    Style(keyword=True),
+    Style(listing=True, look_first=True),
+    Style(help_first=True, listing=True),
+)
+
+
+@dataclass(slots=True)
+class Expert:
+    """The script: act on what the error names, validate, look at the next error."""
+
+    style: Style
+    moves: Mapping[str, Move]
+    edits: Sequence[str] = ()
+    """Shell commands that make the reference source edit."""
+    queue: list[str] = field(default_factory=list)
+    done: set[str] = field(default_factory=set)
+    now: dict[str, str] = field(default_factory=dict)
+    guesses: int = 0
+    started: bool = False
+    edited: bool = False
+
+    async def __call__(self, view: View) -> str:
+        if not self.started:
+            self.started = True
+            self.now = dict(view.facts.lock.pins)
+            self._prelude(view)
+        for _, seen in view.history[-1:]:
+            for name, version in _MOVED.findall(seen.text):
+                self.now[normalize(name)] = version
+        if not self.queue:
+            self._plan(view)
+        return self.queue.pop(0)
+
+    def _prelude(self, view: View) -> None:
+        error = view.error
+        if self.style.help_first and error is not None:
+            self._say(view, "ask_for_help", {"question": error.text[:120]})
+        frame = error.frame if error else None
+        if self.style.look_first and frame is not None and frame.place in ("source", "tests"):
+            start = max(1, frame.line - 2)
+            path = frame.file.removeprefix(REPO + "/")
+            self._say(view, "read_file", {"path": path, "start": start})
+
+    def _plan(self, view: View) -> None:
+        """Fill the queue with the next action and a validation."""
+        if self.edits and not self.edited:
+            self.edited = True
+            for command in self.edits:
+                self._say(view, "run_sh", {"cmd": command})
+            self._say(view, "validate_and_build", {})
+            return
+        name = self._next(view)
+        if name is None:
+            self._say(view, "give_up", {"reason": "no version on offer repairs this"})
+            return
+        self.done.add(name)
+        target = self.moves[name].after
+        if not target:
+            self._say(view, "remove_dependency", {"name": name})
+        else:
+            if self.style.listing:
+                self._say(view, "dependency_upgrade", {"name": name})
+            version = "previous" if self._is_previous(view, name, target) else target
+            self._say(view, "dependency_upgrade", {"name": name, "version": version})
+        self._say(view, "validate_and_build", {})
+
+    def _next(self, view: View) -> str | None:
+        """The package to move: what the error names, else what the project declares, else any."""
+        error = _latest(view)
+        open_moves = [n for n, m in self.moves.items() if n not in self.done and self._due(m)]
+        for name in view.facts.suspects(error):
+            if name in open_moves:
+                return name
+        self.guesses += 1
+        for name in view.facts.direct:
+            if name in open_moves:
+                return name
+        return open_moves[0] if open_moves else None
+
+    def _due(self, move: Move) -> bool:
+        # Packages that only came along with others leave by themselves.
+        return bool(move.after) and self.now.get(move.name, "") != move.after
+
+    def _is_previous(self, view: View, name: str, target: str) -> bool:
+        offered = view.facts.offered.get(name, ())
+        now = self.now.get(name, "")
+        if not self.style.keyword or now not in offered:
+            return False
+        index = offered.index(now)
+        return index > 0 and offered[index - 1] == target
+
+    def _say(self, view: View, key: str, arguments: Mapping[str, object]) -> None:
+        self.queue.append(view.tools.render_call(key, arguments))
+
+
+async def expert_trajectories(
+    runner: Runner, task: pb.Task, spec: EpisodeSpec, styles: Sequence[Style] = STYLES
+) -> list[pb.Trajectory]:
+    """Solved, clean expert rollouts of a task in several styles; distinct, may be none.
+
+    Raises:
+        RegreenError: trouble of the platform.
+    """
+    fix = next((f for f in task.fixes if f.mode == spec.mode), None)
+    if fix is None:
+        return []
+    moves = {move.name: move for move in reference_moves(task, fix)}
+    edits: Sequence[str] = ()
+    if spec.mode == MODE_KEEP_NEW or not moves:
+        edits = await _edit_commands(runner.stack, task, fix)
+        if not edits and not moves:
+            return []
+    kept: list[pb.Trajectory] = []
+    seen: set[tuple[str, ...]] = set()
+    for index, style in enumerate(styles):
+        expert = Expert(style, moves, edits)
+        one = replace(spec, seed=spec.seed + index, group_index=index)
+        found = await runner.run(task, one, ScriptedActor("expert", expert))
+        said = tuple(t.text for t in found.turns if t.role == pb.TURN_ROLE_POLICY)
+        if found.reward.solved and not found.reward.hacks and said not in seen:
+            seen.add(said)
+            found.labels["guesses"] = str(expert.guesses)
+            kept.append(found)
+        elif not found.reward.solved and index == 0:
+            break  # other wordings of the same repair fail alike
+    return kept
+
+
+def _latest(view: View) -> PrimaryError | None:
+    for _, seen in reversed(view.history):
+        if seen.validation is not None:
+            return seen.error or view.error
+    return view.error
+
+
+async def _edit_commands(stack: "Stack", task: pb.Task, fix: pb.ReferenceFix) -> Sequence[str]:
+    """The source edit as short `sed` commands; empty when it is not small enough for that."""
+    commands: list[str] = []
+    sandbox = await stack.sandbox.create_sandbox(task.state_id, labels={"task": task.id})
+    try:
+        for change in fix.changes:
+            if change.path == LOCK_NAME:
+                continue
+            try:
+                before = await stack.sandbox.read_file(sandbox.id, f"{REPO}/{change.path}")
+            except (NotFound, InvalidArgument):
+                return ()
+            found = line_edits(before.content, change.content, change.path)
+            if found is None:
+                return ()
+            commands += found
+    finally:
+        await stack.sandbox.delete_sandbox(sandbox.id)
+    return commands if len(commands) <= _MOST_EDITS else ()
+
+
+def line_edits(before: bytes, after: bytes, path: str) -> list[str] | None:
+    """`sed` commands that turn one text into another line by line; None when lines were added."""
+    try:
+        old, new = before.decode().split("\n"), after.decode().split("\n")
+    except UnicodeDecodeError:
+        return None
+    if len(old) != len(new):
+        return None
+    commands = []
+    for number, (left, right) in enumerate(zip(old, new, strict=True), 1):
+        if left != right:
+            quoted = right.replace("\\", "\\\\")
+            commands.append(f"sed -i {shlex.quote(f'{number}c\\{quoted}')} {shlex.quote(path)}")
+    return commands

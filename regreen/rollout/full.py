@@ -1,0 +1,120 @@
+"""The full pipeline: an outer loop over errors and candidate fixes (arXiv 2510.22075, 1.2).
+
+- One primary error at a time. A validation with a *new* primary error keeps the work: the sandbox
+  is frozen as a State, the context is reset. The same error reverts to the last kept State and
+  tries the next candidate; at most `tries` attempts per error.
+- An error seen earlier in the episode never counts as new, so that the loop cannot go in circles.
+- Tool calls and wall time are bounded over the whole episode, not per attempt.
+"""
+
+from collections.abc import Sequence
+
+from regreen.rollout.agent import Agent, Stop
+from regreen.rollout.dependencies import ToolError
+from regreen.rollout.knowledge import Hit, Knowledge
+from regreen.rollout.logs import PrimaryError
+from regreen.rollout.prompts import first_messages
+from regreen.rollout.simplified import hint_for
+from regreen.rollout.tools import Observation, describe
+
+
+async def run_full(agent: Agent, knowledge: Knowledge | None) -> Stop:
+    """Repair error after error until green, or until a limit."""
+    bench = agent.bench
+    kept = bench.task.state_id
+    error = bench.facts.error
+    known: set[str] = set()
+    while True:
+        known.add(error.signature if error else "")
+        stop, found = await _repair(agent, error, _candidates(agent, error, knowledge), known, kept)
+        if found is None:
+            return stop
+        state = await agent.stack.sandbox.snapshot_sandbox(
+            bench.sandbox_id, labels={"trajectory": agent.trajectory_id}
+        )
+        kept = state.id
+        agent.stream.turns[-1].state_id = kept
+        error = found
+
+
+def _candidates(
+    agent: Agent, error: PrimaryError | None, knowledge: Knowledge | None
+) -> Sequence[Hit]:
+    if error is None or knowledge is None:
+        return ()
+    facts = agent.bench.facts
+    return knowledge.candidates(
+        error,
+        facts,
+        exclude_package=facts.package,
+        mode=agent.spec.mode,
+        limit=agent.spec.budget.tries,
+    )
+
+
+async def _repair(
+    agent: Agent,
+    error: PrimaryError | None,
+    candidates: Sequence[Hit],
+    known: set[str],
+    kept: str,
+) -> tuple[Stop, PrimaryError | None]:
+    """Attempts on one error; the new error that took its place, or why it ended."""
+    budget = agent.spec.budget
+    stop: Stop = "turn-limit"
+    for attempt in range(budget.tries):
+        left = agent.spec.turns() - agent.turns
+        if left <= 0:
+            return "turn-limit", None
+        hint = candidates[attempt].advice if attempt < len(candidates) else ""
+        await _begin(agent, error, hint, attempt)
+        stop = await agent.run(
+            min(left, budget.attempt_turns), lambda seen: _new_error(seen, known) is not None
+        )
+        if stop in ("passed", "gave-up", "time-limit"):
+            return stop, None
+        seen = agent.history[-1][1] if stop == "changed" else await _look(agent)
+        if seen.ending == "passed":
+            return "passed", None
+        found = _new_error(seen, known)
+        if found is not None:
+            return "changed", found
+        await agent.stack.sandbox.restore_sandbox(agent.bench.sandbox_id, kept)
+    return stop, None
+
+
+def _new_error(seen: Observation, known: set[str]) -> PrimaryError | None:
+    """The primary error of a failed validation if it was not met before."""
+    if seen.validation is None or seen.error is None or seen.error.signature in known:
+        return None
+    return seen.error
+
+
+async def _begin(agent: Agent, error: PrimaryError | None, hint: str, attempt: int) -> None:
+    bench = agent.bench
+    if not hint and agent.spec.knobs.hint == "fix":
+        hint = hint_for(bench.task, bench.facts, agent.spec, None)
+    try:
+        versions = (await bench.dependencies.lock()).pins
+    except ToolError:
+        versions = bench.facts.lock.pins
+    note = f"Attempt {attempt + 1} of {agent.spec.budget.tries}." if attempt else ""
+    messages = first_messages(
+        bench.facts,
+        agent.tools,
+        mode=agent.spec.mode,
+        error=error,
+        hint=hint,
+        attempt=note,
+        versions=versions,
+    )
+    await agent.begin(messages, error)
+
+
+async def _look(agent: Agent) -> Observation:
+    """What the work of an attempt that ended without a new error amounts to."""
+    try:
+        changes, _ = await agent.bench.diff()
+    except ToolError as error:
+        return Observation(str(error), ok=False)
+    return describe(await agent.bench.validate(changes), agent.bench.facts)

@@ -1,0 +1,133 @@
+"""The end of an episode: diff, validation on fresh forks, judge, reward.
+
+- The verdict depends on the diff alone; what the agent's own validations said is not looked at.
+- A pass counts only when another fresh fork confirms it without the result cache.
+- The judge's rules look at every rollout, so that hacks are counted under every grader; its model
+  is asked only when the grader says so and the build is green.
+- Trouble of the platform raises; it never becomes a reward.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from regreen.common.v1 import (
+    CHANGE_KIND_ADD,
+    CHANGE_KIND_MODIFY,
+    GRADER_BUILD_GATES_JUDGE,
+    FileChange,
+)
+from regreen.dataset import v1 as pb
+from regreen.judge import v1 as judge_pb
+from regreen.rollout.context import EpisodeSpec
+from regreen.rollout.dependencies import ToolError
+from regreen.rollout.facts import REPO
+from regreen.rollout.record import TokenStream
+from regreen.rollout.reward import compose
+from regreen.rollout.tools import Workbench
+from regreen.rpc.errors import InvalidArgument, NotFound
+from regreen.sandbox import v1 as sandbox_pb
+
+_LOG_CHARS = 20_000
+_ORIGINAL_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Grade:
+    """What an episode amounts to."""
+
+    changes: Sequence[FileChange]
+    validation: sandbox_pb.Validation
+    verdict: judge_pb.Verdict
+    reward: pb.Reward
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+async def conclude(
+    bench: Workbench,
+    spec: EpisodeSpec,
+    stream: TokenStream,
+    end: pb.EpisodeEnd.ValueType,
+    trajectory_id: str,
+    before: dict[str, sandbox_pb.Validation],
+) -> Grade:
+    """Grade what the sandbox of a finished episode holds.
+
+    Raises:
+        RegreenError: trouble of the platform.
+    """
+    labels: dict[str, str] = {}
+    unified = ""
+    changes: list[FileChange] = []
+    try:
+        changes, unified = await bench.diff()
+    except ToolError as error:
+        labels["diff"] = str(error)
+    validation = await _validate(bench, spec, changes, labels)
+    if bench.task.state_id not in before:
+        before[bench.task.state_id] = await bench.validate([])
+    evidence = judge_pb.Evidence(
+        trajectory_id=trajectory_id,
+        task_id=bench.task.id,
+        error_log=bench.facts.log[-_LOG_CHARS:],
+        changes=changes,
+        unified_diff=unified,
+        originals=await _originals(bench, changes),
+        before=before[bench.task.state_id],
+        after=validation,
+        commands=bench.commands,
+        mode=spec.mode,
+        protected_paths=bench.task.environment.test.protected_paths,
+        rebuilds_without_edit=bench.rebuilds_without_edit,
+    )
+    verdict = await _judge(bench, spec, evidence, validation)
+    reward = compose(
+        grader=spec.grader, validation=validation, verdict=verdict, end=end, turns=stream.turns
+    )
+    return Grade(changes, validation, verdict, reward, labels)
+
+
+async def _validate(
+    bench: Workbench, spec: EpisodeSpec, changes: Sequence[FileChange], labels: dict[str, str]
+) -> sandbox_pb.Validation:
+    validation = await bench.validate(changes, coverage=spec.knobs.coverage)
+    if validation.outcome != sandbox_pb.VALIDATION_OUTCOME_PASSED or not spec.knobs.confirm:
+        return validation
+    again = await bench.validate(changes, fresh=True, coverage=spec.knobs.coverage)
+    if again.outcome != validation.outcome:
+        labels["flaky"] = "a pass was not confirmed on another fresh fork"
+    return again
+
+
+async def _judge(
+    bench: Workbench,
+    spec: EpisodeSpec,
+    evidence: judge_pb.Evidence,
+    validation: sandbox_pb.Validation,
+) -> judge_pb.Verdict:
+    green = validation.outcome == sandbox_pb.VALIDATION_OUTCOME_PASSED
+    asked = green and spec.grader == GRADER_BUILD_GATES_JUDGE
+    started = bench.clock()
+    verdict = await bench.stack.judge.judge(
+        evidence,
+        model_use=judge_pb.MODEL_USE_IF_AVAILABLE if asked else judge_pb.MODEL_USE_NEVER,
+    )
+    bench.spend("judge", bench.clock() - started)
+    return verdict
+
+
+async def _originals(bench: Workbench, changes: Sequence[FileChange]) -> list[FileChange]:
+    """Content before the change; puts the sandbox back to the State to read it."""
+    paths = [change.path for change in changes if change.kind != CHANGE_KIND_ADD]
+    if not paths:
+        return []
+    await bench.stack.sandbox.restore_sandbox(bench.sandbox_id, bench.task.state_id)
+    found: list[FileChange] = []
+    for path in paths:
+        try:
+            file = await bench.stack.sandbox.read_file(
+                bench.sandbox_id, f"{REPO}/{path}", max_bytes=_ORIGINAL_BYTES
+            )
+        except (NotFound, InvalidArgument):
+            continue  # was no regular file
+        found.append(FileChange(path=path, kind=CHANGE_KIND_MODIFY, content=file.content))
+    return found

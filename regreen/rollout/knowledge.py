@@ -1,0 +1,275 @@
+"""Past fixes: which error was repaired by what, ranked by relevance and past success.
+
+- Built from verified reference fixes of admitted training tasks alone; `build` refuses others.
+- A search never returns a fix of the asking task's own package (leave one package out).
+- Advice names only versions that the asking environment offers.
+- The artefact is JSON lines, one fix per line; equal fixes give equal bytes.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from packaging.version import InvalidVersion, Version
+
+from regreen.common.v1 import MODE_ANY_FIX, MODE_KEEP_NEW, Mode
+from regreen.dataset import v1 as pb
+from regreen.lockfile import lock_change, lock_of, normalize, parse_lock
+from regreen.rollout.facts import Facts
+from regreen.rollout.logs import PrimaryError, analyse, imported_from, signature_of
+from regreen.rpc.errors import InvalidArgument
+
+LOCK_NAME = "requirements.lock"
+_K1, _B = 1.2, 0.75
+_MOST_MOVES = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One package that a fix moved; an empty text means absent."""
+
+    name: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True, slots=True)
+class PastFix:
+    """An error and what repaired it."""
+
+    task_id: str
+    package: str
+    mode: int
+    error: str
+    """`Type: message` of the primary error."""
+    signature: str
+    moves: tuple[Move, ...] = ()
+    edited: tuple[str, ...] = ()
+    """Source files that the fix changed."""
+    successes: int = 1
+    attempts: int = 1
+
+    @property
+    def success(self) -> float:
+        """Expected success of trying it again (Laplace)."""
+        return (self.successes + 1) / (self.attempts + 2)
+
+    @property
+    def words(self) -> list[str]:
+        """What a search can match."""
+        moved = " ".join(f"{move.name} {move.name}" for move in self.moves)
+        return tokens(f"{self.error} {moved} {' '.join(self.edited)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A fix that fits a question."""
+
+    fix: PastFix
+    score: float
+    advice: str
+
+
+@dataclass(slots=True)
+class Knowledge:
+    """A searchable set of past fixes."""
+
+    fixes: list[PastFix] = field(default_factory=list)
+
+    def search(
+        self,
+        question: str,
+        facts: Facts,
+        *,
+        exclude_package: str,
+        mode: Mode.ValueType = MODE_ANY_FIX,
+        limit: int = 2,
+    ) -> list[Hit]:
+        """The best past fixes for a question, best first; advice is distinct."""
+        left_out = normalize(exclude_package)
+        pool = [fix for fix in self.fixes if fix.package != left_out and fix.mode in (0, int(mode))]
+        hits: dict[str, Hit] = {}
+        for fix, score in _rank(pool, tokens(question)):
+            text = _advice(fix, facts)
+            if text and text not in hits:
+                hits[text] = Hit(fix, score, text)
+            if len(hits) >= limit:
+                break
+        return list(hits.values())
+
+    def candidates(
+        self,
+        error: PrimaryError,
+        facts: Facts,
+        *,
+        exclude_package: str,
+        mode: Mode.ValueType = MODE_ANY_FIX,
+        limit: int = 3,
+    ) -> list[Hit]:
+        """Ranked candidate fixes for an error (the full pipeline's retrieval)."""
+        question = f"{error.text} {' '.join(facts.suspects(error)[:3])}"
+        return self.search(question, facts, exclude_package=exclude_package, mode=mode, limit=limit)
+
+    def record(self, task_id: str, *, success: bool) -> None:
+        """Count another use of the fix that was learnt from `task_id`."""
+        self.fixes = [
+            replace(fix, successes=fix.successes + success, attempts=fix.attempts + 1)
+            if fix.task_id == task_id
+            else fix
+            for fix in self.fixes
+        ]
+
+    def dumps(self) -> str:
+        """JSON lines, sorted by task and mode."""
+        ordered = sorted(self.fixes, key=lambda fix: (fix.task_id, fix.mode, fix.signature))
+        return "".join(json.dumps(asdict(fix), sort_keys=True) + "\n" for fix in ordered)
+
+    @classmethod
+    def loads(cls, text: str) -> "Knowledge":
+        """The inverse of `dumps`.
+
+        Raises:
+            InvalidArgument: a line is malformed; names it.
+        """
+        fixes = []
+        for number, line in enumerate(text.splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                data: dict[str, Any] = json.loads(line)
+                data["moves"] = tuple(Move(**move) for move in data["moves"])
+                data["edited"] = tuple(data["edited"])
+                fixes.append(PastFix(**data))
+            except (ValueError, TypeError, KeyError) as error:
+                raise InvalidArgument(
+                    f"knowledge line {number}", f"is no past fix: {error}"
+                ) from error
+        return cls(fixes)
+
+    @classmethod
+    def load(cls, path: Path) -> "Knowledge":
+        """Read an artefact; an absent file is an empty knowledge base."""
+        return cls.loads(path.read_text("utf-8")) if path.exists() else cls()
+
+
+def build(tasks: Iterable[pb.Task]) -> Knowledge:
+    """The knowledge base of training tasks.
+
+    Raises:
+        InvalidArgument: a task is not an admitted training task.
+    """
+    fixes: list[PastFix] = []
+    for task in tasks:
+        if task.status != pb.TASK_STATUS_ADMITTED or task.split != "train":
+            raise InvalidArgument(
+                "tasks",
+                f"{task.id} is not an admitted training task",
+                "filter by status ADMITTED and split train",
+            )
+        error = analyse(task.error_log)
+        if error is not None:
+            fixes += [_past_fix(task, fix, error) for fix in task.fixes]
+    return Knowledge([fix for fix in fixes if fix.moves or fix.edited])
+
+
+def reference_moves(task: pb.Task, fix: pb.ReferenceFix) -> tuple[Move, ...]:
+    """What a reference fix does to the environment, as moves of packages."""
+    change = next((c for c in fix.changes if c.path == LOCK_NAME), None)
+    if change is None:
+        return ()
+    environment = task.environment
+    before = lock_of({pin.name: pin.version for pin in environment.pins}, environment.python)
+    after = parse_lock(change.content)
+    found = lock_change(before, after)
+    moves = [Move(n, before.pins.get(n, ""), v) for n, v in sorted(found.installed.items())]
+    moves += [Move(name, before.pins[name], "") for name in found.removed]
+    if found.python:
+        moves.insert(0, Move("python", before.python, found.python))
+    return tuple(moves)
+
+
+def tokens(text: str) -> list[str]:
+    """Search words of a text: identifiers, also split at dots and underscores, lower case."""
+    words: list[str] = []
+    for word in re.findall(r"[A-Za-z_][\w.-]*", text):
+        lower = word.lower().strip("._-")
+        parts = [part for part in re.split(r"[._-]", lower) if part]
+        words.append(lower)
+        if len(parts) > 1:
+            words += parts
+    return words
+
+
+def _past_fix(task: pb.Task, fix: pb.ReferenceFix, error: PrimaryError) -> PastFix:
+    moves = reference_moves(task, fix)
+    module = imported_from(error.message)[0].partition(".")[0]
+    # Moves that the error names come first: they are what a reader can act on.
+    named = sorted(moves, key=lambda m: (normalize(module) != m.name, m.name != task.culprit))
+    edited = tuple(sorted(change.path for change in fix.changes if change.path != LOCK_NAME))
+    return PastFix(
+        task.id,
+        normalize(task.environment.package),
+        int(fix.mode),
+        error.text[:300],
+        signature_of(error.type, error.message),
+        tuple(named[:_MOST_MOVES]),
+        edited[:5],
+    )
+
+
+def _rank(pool: Sequence[PastFix], query: Sequence[str]) -> list[tuple[PastFix, float]]:
+    """BM25 times past success, best first; fixes without a common word are left out."""
+    documents = [Counter(fix.words) for fix in pool]
+    if not documents:
+        return []
+    mean = sum(sum(d.values()) for d in documents) / len(documents)
+    frequency = Counter(word for d in documents for word in d)
+    ranked: list[tuple[PastFix, float]] = []
+    for fix, document in zip(pool, documents, strict=True):
+        length = sum(document.values())
+        score = 0.0
+        for word in set(query):
+            if not (count := document[word]):
+                continue
+            rarity = math.log(1 + (len(pool) - frequency[word] + 0.5) / (frequency[word] + 0.5))
+            score += rarity * count * (_K1 + 1) / (count + _K1 * (1 - _B + _B * length / mean))
+        if score > 0:
+            ranked.append((fix, score * fix.success))
+    return sorted(ranked, key=lambda item: (-item[1], item[0].task_id))
+
+
+def _advice(fix: PastFix, facts: Facts) -> str:
+    """One line that fits this environment; empty when the fix says nothing here."""
+    error = fix.error if len(fix.error) <= 90 else fix.error[:87] + "..."
+    if fix.mode == MODE_KEEP_NEW or not fix.moves:
+        return f"{error} was fixed by editing {', '.join(fix.edited)}" if fix.edited else ""
+    steps = []
+    for move in fix.moves:
+        if move.name != "python" and move.name not in facts.lock.pins:
+            continue
+        wanted = _nearest(
+            move.after, facts.pythons if move.name == "python" else facts.offered.get(move.name, ())
+        )
+        if wanted and wanted != facts.lock.pins.get(move.name):
+            steps.append(f"{move.name} to {wanted}")
+        if len(steps) == 2:
+            break
+    if not steps:
+        return ""
+    return f"{error} was fixed by moving {', '.join(steps)} ({fix.successes}/{fix.attempts})"
+
+
+def _nearest(wanted: str, offered: Sequence[str]) -> str:
+    """The newest offered version that is not above `wanted`; else the oldest on offer."""
+    if not wanted or not offered:
+        return ""
+    try:
+        below = [v for v in offered if Version(v) <= Version(wanted)]
+    except InvalidVersion:
+        return ""
+    return below[-1] if below else offered[0]
