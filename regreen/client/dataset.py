@@ -235,11 +235,15 @@ class RolloutQueueClient(Caller):
         return retried
 
     async def take_groups(
-        self, run_id: str, count: int, *, step: int = 0, request_id: str = ""
+        self, run_id: str, count: int, *, step: int = 0, epoch: int = 0, request_id: str = ""
     ) -> Sequence[pb.CompleteGroup]:
         """Take complete groups for learning; may be none."""
         request = pb.TakeGroupsRequest(
-            request_id=request_id or new_request_id(), run_id=run_id, count=count, step=step
+            request_id=request_id or new_request_id(),
+            run_id=run_id,
+            count=count,
+            step=step,
+            epoch=epoch,
         )
         groups: Sequence[pb.CompleteGroup] = (
             await self._call(self._stub.TakeGroups, request, WRITE_S)
@@ -247,25 +251,31 @@ class RolloutQueueClient(Caller):
         return groups
 
     async def acknowledge_groups(
-        self, group_ids: Sequence[str], checkpoint_id: str, *, request_id: str = ""
+        self,
+        group_ids: Sequence[str],
+        checkpoint_id: str,
+        *,
+        epoch: int = 0,
+        request_id: str = "",
     ) -> None:
         """Record that groups are contained in a checkpoint."""
         request = pb.AcknowledgeGroupsRequest(
             request_id=request_id or new_request_id(),
             group_ids=group_ids,
             checkpoint_id=checkpoint_id,
+            epoch=epoch,
         )
         await self._call(self._stub.AcknowledgeGroups, request, WRITE_S)
 
     async def rewind_run(
         self, run_id: str, *, checkpoint_id: str = "", request_id: str = ""
-    ) -> int:
-        """Put a run back to a checkpoint; groups that became takeable again."""
+    ) -> pb.RewindRunResponse:
+        """Put a run back to a checkpoint; groups that became takeable again, and the new epoch."""
         request = pb.RewindRunRequest(
             request_id=request_id or new_request_id(), run_id=run_id, checkpoint_id=checkpoint_id
         )
-        groups: int = (await self._call(self._stub.RewindRun, request, WRITE_S)).groups
-        return groups
+        response: pb.RewindRunResponse = await self._call(self._stub.RewindRun, request, WRITE_S)
+        return response
 
     async def get_queue(self, run_id: str = "") -> pb.GetQueueResponse:
         """Counts by state."""
@@ -355,11 +365,11 @@ class RunClient(Caller):
                 return points
 
     async def record_checkpoint(
-        self, checkpoint: pb.CheckpointRecord, *, request_id: str = ""
+        self, checkpoint: pb.CheckpointRecord, *, epoch: int = 0, request_id: str = ""
     ) -> pb.CheckpointRecord:
         """Record a checkpoint and acknowledge its groups."""
         request = pb.RecordCheckpointRequest(
-            request_id=request_id or new_request_id(), checkpoint=checkpoint
+            request_id=request_id or new_request_id(), checkpoint=checkpoint, epoch=epoch
         )
         record: pb.CheckpointRecord = (
             await self._call(self._stub.RecordCheckpoint, request, WRITE_S)

@@ -1,8 +1,10 @@
 """Training batches from trajectories: copies of what was sampled, nothing else.
 
 - Token ids, masks, logprobs and version spans are taken over unchanged; no text is looked at.
-- A group's baseline includes its truncated members; the learner masks their loss
-  (`KEEP_BASELINE` in its `algo.advantages`), so they carry `truncated` and their reward.
+- One sample is one unbroken context: a trajectory whose context was reset gives several, which all
+  carry the trajectory's advantage and weigh together as much as one.
+- A group's baseline includes its truncated members; only their loss is masked (compact filtering,
+  DeepSWE). Rewards count once per trajectory, however many samples it gives.
 - Members whose ids are not exactly what was sampled are left out, never repaired.
 - The same trajectories always give the same bytes, whatever order they come in.
 """
@@ -14,6 +16,7 @@ from numpy.typing import NDArray
 
 from regreen.batch import Batch, Sample, VersionSpan
 from regreen.dataset import v1 as dataset_pb
+from regreen.rollout.record import Segment, segments
 from regreen.rpc.errors import InvalidArgument
 
 _TRUNCATED = frozenset(
@@ -35,19 +38,35 @@ def trainable(trajectory: dataset_pb.Trajectory) -> bool:
     return trajectory.token_exact and any(trajectory.loss_mask)
 
 
+def leave_one_out(rewards: Sequence[float]) -> NDArray[np.float64]:
+    """Reward minus the mean of the other members' (RLOO, arXiv:2402.14740); zeros for one member."""
+    values = np.asarray(rewards, dtype=np.float64)
+    if values.size < 2:
+        return np.zeros(values.shape)
+    return (values - values.mean()) * values.size / (values.size - 1)
+
+
 def grpo_batch(
     groups: Sequence[dataset_pb.CompleteGroup], metrics: Mapping[str, float] | None = None
 ) -> Batch:
-    """The batch of one policy step; advantages are left to the learner.
+    """The batch of one policy step.
+
+    With one sample per trajectory the learner computes advantages from rewards, under its own
+    settings; with several they are computed here, so that each trajectory counts once.
 
     Raises:
         InvalidArgument: no group has a trainable member.
     """
     samples: list[Sample] = []
-    for group in sorted(groups, key=lambda g: g.group.id):
+    ordered = sorted(groups, key=lambda group: group.group.id)
+    resets = any(
+        len(_trained_segments(member)) > 1
+        for group in ordered
+        for member in filter(trainable, group.trajectories)
+    )
+    for group in ordered:
         members = sorted(filter(trainable, group.trajectories), key=lambda t: t.group_index)
-        prompt_len = shared_prompt_len(members)
-        samples.extend(_sampled(member, group.group.id, prompt_len) for member in members)
+        samples.extend(_group_samples(group.group.id, members, with_advantages=resets))
     if not samples:
         raise InvalidArgument("groups", "hold no trainable trajectory", "check `token_exact`")
     batch = Batch(samples=tuple(samples), kind="grpo", metrics=dict(metrics or {}))
@@ -61,54 +80,70 @@ def sft_batch(
     """The batch of one supervised step; the order of samples is that of the arguments."""
     samples = [
         Sample.make(
-            np.array(t.token_ids, np.int32), mask_of(t), reward=t.reward.value, sample_id=t.id
+            np.array(segment.token_ids, np.int32),
+            _mask(segment),
+            reward=trajectory.reward.value,
+            sample_id=trajectory.id,
         )
-        for t in trajectories
+        for trajectory in trajectories
+        for segment in _trained_segments(trajectory)
     ]
     batch = Batch(samples=tuple(samples), kind="sft", metrics=dict(metrics or {}))
     batch.check()
     return batch
 
 
-def mask_of(trajectory: dataset_pb.Trajectory) -> NDArray[np.uint8]:
-    """The loss mask, one entry per token."""
-    return np.frombuffer(trajectory.loss_mask, dtype=np.uint8)
+def _group_samples(
+    group_id: str, members: Sequence[dataset_pb.Trajectory], *, with_advantages: bool
+) -> list[Sample]:
+    advantages = leave_one_out([member.reward.value for member in members])
+    parts = [_trained_segments(member) for member in members]
+    prompt_len = shared_prompt_len([segment for found in parts for segment in found])
+    samples: list[Sample] = []
+    for index, (member, found) in enumerate(zip(members, parts, strict=True)):
+        silenced = with_advantages and is_truncated(member)
+        for segment in found:
+            samples.append(
+                Sample.make(
+                    np.array(segment.token_ids, np.int32),
+                    _mask(segment),
+                    logprobs=np.array(segment.logprobs, np.float32),
+                    group_id=group_id,
+                    prompt_len=prompt_len,
+                    reward=member.reward.value,
+                    advantage=float(advantages[index]) if with_advantages else None,
+                    weight=0.0 if silenced else 1.0 / len(found),
+                    truncated=is_truncated(member),
+                    spans=[
+                        VersionSpan(start, end, number) for number, start, end in segment.versions
+                    ],
+                    sample_id=member.id,
+                )
+            )
+    return samples
 
 
-def shared_prompt_len(members: Sequence[dataset_pb.Trajectory]) -> int:
-    """Length of the prefix that all members share and none is trained on; at least 1."""
-    if not members:
+def shared_prompt_len(found: Sequence[Segment]) -> int:
+    """Length of the prefix that all samples share and none is trained on; at least 1."""
+    if not found:
         return 1
-    lengths = [_untrained_prefix(member) for member in members]
-    lengths += [m.prompt_tokens for m in members if m.prompt_tokens > 0]
-    shared = min(lengths)
-    first = np.array(members[0].token_ids[:shared], np.int32)
-    for member in members[1:]:
-        other = np.array(member.token_ids[:shared], np.int32)
-        different = np.flatnonzero(first[: other.size] != other[: first.size])
-        shared = min(shared, int(different[0]) if different.size else other.size)
+    shared = min(_untrained_prefix(segment) for segment in found)
+    first = np.array(found[0].token_ids[:shared], np.int32)
+    for segment in found[1:]:
+        other = np.array(segment.token_ids[:shared], np.int32)
+        different = np.flatnonzero(first != other)
+        if different.size:
+            shared = min(shared, int(different[0]))
     return max(shared, 1)
 
 
-def _untrained_prefix(trajectory: dataset_pb.Trajectory) -> int:
-    trained = np.flatnonzero(mask_of(trajectory))
-    return int(trained[0]) if trained.size else len(trajectory.token_ids)
+def _trained_segments(trajectory: dataset_pb.Trajectory) -> list[Segment]:
+    return [segment for segment in segments(trajectory) if any(segment.loss_mask)]
 
 
-def _sampled(trajectory: dataset_pb.Trajectory, group_id: str, prompt_len: int) -> Sample:
-    mask = mask_of(trajectory)
-    logprobs = np.array(trajectory.logprobs, np.float32)
-    if logprobs.shape == mask.shape:
-        # Sampled tokens that are not trained on keep their logprob in the record, not in a batch.
-        logprobs = np.where(mask == 1, logprobs, np.float32(0))
-    return Sample.make(
-        np.array(trajectory.token_ids, np.int32),
-        mask,
-        logprobs=logprobs,
-        group_id=group_id,
-        prompt_len=prompt_len,
-        reward=trajectory.reward.value,
-        truncated=is_truncated(trajectory),
-        spans=[VersionSpan(s.start, s.end, s.version) for s in trajectory.versions],
-        sample_id=trajectory.id,
-    )
+def _mask(segment: Segment) -> NDArray[np.uint8]:
+    return np.frombuffer(segment.loss_mask, dtype=np.uint8)
+
+
+def _untrained_prefix(segment: Segment) -> int:
+    return min(int(np.flatnonzero(_mask(segment))[0]), segment.prompt_tokens)

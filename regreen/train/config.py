@@ -93,6 +93,8 @@ class GrpoConfig:
     """Modes to train in."""
     pipeline: str = "simplified"
     """Workflow."""
+    full_share: float = 0.0
+    """Share of groups that run the full pipeline, to train under the target conditions too."""
     grader: str = "build_gates"
     """What the reward is composed of."""
     steps: int = 20
@@ -130,6 +132,8 @@ class GrpoConfig:
     def __post_init__(self) -> None:
         _at_least(self, 1, "steps", "groups_per_step", "checkpoint_every")
         _at_least(self, 2, "group_size")
+        if not 0.0 <= self.full_share <= 1.0:
+            raise InvalidArgument("full_share", f"is {self.full_share}", "give 0 to 1")
         _at_least(self, 0, "max_refills", "max_staleness", "concurrency")
         _check_names(self.modes, (self.pipeline,))
         grader_of(self.grader)

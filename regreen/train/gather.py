@@ -11,12 +11,14 @@
 
 import asyncio
 import hashlib
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from regreen.client.stack import Stack
 from regreen.common import v1 as common_pb
+from regreen.common.v1 import PIPELINE_FULL
 from regreen.dataset import v1 as dataset_pb
 from regreen.ids import derive_seed
 from regreen.rpc.errors import FailedPrecondition
@@ -36,6 +38,8 @@ class GatherSettings:
     pipeline: common_pb.Pipeline.ValueType
     grader: common_pb.Grader.ValueType
     seed: int
+    full_share: float
+    """Share of groups that run the full pipeline whatever `pipeline` says."""
     max_staleness: int
     idle_deadline_s: float
     curriculum: Curriculum = field(default_factory=Curriculum)
@@ -84,13 +88,14 @@ def plan_step(
         seed=seed,
         curriculum=settings.curriculum,
     )
+    rng = random.Random(derive_seed(seed, "pipeline"))
     return tuple(
         dataset_pb.Group(
             id=group_id(run_id, step, slot),
             run_id=run_id,
             task_id=pick.candidate.task_id,
             size=settings.group_size,
-            pipeline=settings.pipeline,
+            pipeline=PIPELINE_FULL if rng.random() < settings.full_share else settings.pipeline,
             mode=pick.candidate.mode,
             grader=settings.grader,
             seed=derive_seed(settings.seed, run_id, "group", step, slot),
@@ -111,15 +116,16 @@ class Gatherer:
         candidates: Sequence[Candidate],
         settings: GatherSettings,
         *,
+        epoch: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._stack, self._run_id = stack, run_id
         self._candidates, self._settings = candidates, settings
-        self._clock = clock
+        self._epoch, self._clock = epoch, clock
         self._plans: dict[int, tuple[dataset_pb.Group, ...]] = {}
 
     async def enqueue(self, step: int, history: History) -> None:
-        """Enqueue the first wave of a step, once per driver life; harmless if it is there already."""
+        """Enqueue the first wave of a step, once; harmless when it is there already."""
         if step in self._plans:
             return
         plan = plan_step(self._run_id, step, self._candidates, history, self._settings)
@@ -143,7 +149,9 @@ class Gatherer:
         patience = _Patience(self._stack, self._run_id, self._settings.idle_deadline_s, self._clock)
         while True:
             count = max(1, asked - len(taken))
-            fresh = await self._stack.queue.take_groups(self._run_id, count, step=step)
+            fresh = await self._stack.queue.take_groups(
+                self._run_id, count, step=step, epoch=self._epoch
+            )
             taken |= {group.group.id: group for group in fresh}
             # Refills of an earlier life may come before groups of the first wave.
             asked = max([asked, *(slots[name] + 1 for name in taken)])

@@ -6,12 +6,14 @@
   checkpoint are takeable again and steps after it are forgotten.
 - `policy_version = base_version + driver step`, so a checkpoint tells its driver step by itself;
   the learner's own step number only counts optimizer steps (a step may have nothing to learn).
+- A driver that another one has replaced is told so at its next mutation (the run's epoch), and
+  never resumes.
 - Recording a checkpoint and acknowledging its groups is one transaction of the dataset service.
 - Weights move by reference.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from regreen.client.stack import Stack
 from regreen.dataset import v1 as dataset_pb
@@ -44,6 +46,8 @@ class Ledger:
     """Weights before the first step, stamped with the run's base version."""
     hyperparameters: learner_pb.Hyperparameters
     engine: str = ""
+    epoch: int = field(default=0, init=False)
+    """Epoch of the run since the last `resume`; 0 before it."""
 
     async def resume(self) -> Position:
         """Bring queue and learner to the last checkpoint.
@@ -55,9 +59,22 @@ class Ledger:
         record = await last_checkpoint(self.stack, self.run_id)
         started = await self._start(record)
         record = await self._roll_forward(record, started)
-        await self.stack.queue.rewind_run(self.run_id, checkpoint_id=record.id if record else "")
+        checkpoint_id = record.id if record else ""
+        rewound = await self.stack.queue.rewind_run(self.run_id, checkpoint_id=checkpoint_id)
+        self.epoch = rewound.epoch
         weights = weights_of(record) if record else self.base
         return Position(weights.version - self.base.version, started.step, weights)
+
+    async def check_sole(self) -> None:
+        """Make sure that no other driver has taken the run over since `resume`.
+
+        Raises:
+            FailedPrecondition: one has; two drivers of one run would undo each other's work.
+        """
+        if self.epoch and (await self.stack.runs.get_run(self.run_id)).epoch != self.epoch:
+            raise FailedPrecondition(
+                f"another driver has taken over run {self.run_id}; this one stops"
+            )
 
     async def step(
         self, learner_step: int, batch: bytes, group_ids: Sequence[str]
@@ -146,7 +163,7 @@ class Ledger:
             policy_version=checkpoint.policy_version,
             group_ids=sorted(set(group_ids)),
         )
-        return await self.stack.runs.record_checkpoint(record)
+        return await self.stack.runs.record_checkpoint(record, epoch=self.epoch)
 
 
 def hyperparameters(values: Mapping[str, float | int | str]) -> learner_pb.Hyperparameters:
@@ -156,13 +173,15 @@ def hyperparameters(values: Mapping[str, float | int | str]) -> learner_pb.Hyper
         InvalidArgument: an unknown name or a value of the wrong type; lists the names.
     """
     names = sorted(learner_pb.Hyperparameters.DESCRIPTOR.fields_by_name)
+    found = learner_pb.Hyperparameters()
     for name, value in values.items():
         if name not in names:
             raise InvalidArgument(
                 f"hyperparameters.{name}", "is unknown", f"use one of {', '.join(names)}"
             )
+        whole = isinstance(getattr(found, name), int) and isinstance(value, float)
         try:
-            learner_pb.Hyperparameters(**{name: value})
+            setattr(found, name, int(value) if whole and value == int(value) else value)
         except (TypeError, ValueError) as error:
             raise InvalidArgument(f"hyperparameters.{name}", str(error)) from error
-    return learner_pb.Hyperparameters(**values)
+    return found

@@ -3,6 +3,8 @@
 - A word and its enum value determine each other; unknown words are refused with the list of known.
 """
 
+from collections.abc import Iterable
+
 from regreen.common import v1 as pb
 from regreen.rpc.errors import InvalidArgument
 
@@ -58,5 +60,5 @@ def grader_name(value: int) -> str:
     return _GRADER_NAMES.get(pb.Grader.ValueType(value), "unspecified")
 
 
-def _unknown(field: str, name: str, known: dict[str, int]) -> InvalidArgument:
+def _unknown(field: str, name: str, known: Iterable[str]) -> InvalidArgument:
     return InvalidArgument(field, f"{name!r} is unknown", f"use one of {', '.join(known)}")

@@ -31,14 +31,14 @@ from regreen.train.gather import Collected, Gatherer, GatherSettings, group_id
 from regreen.train.ledger import Ledger, Position, hyperparameters
 from regreen.train.names import grader_of, mode_name, mode_of, pipeline_of
 from regreen.train.progress import Listener, Meter, Progress, ignore
-from regreen.train.recovery import Recovery
+from regreen.train.recovery import Recovery, curable
 from regreen.train.rows import TrainResult, all_trajectories, candidates_of, open_run, result_of
 from regreen.train.schedule import Candidate, Curriculum, History
 from regreen.train.signals import step_metrics
 from regreen.train.weights import BASE, Weights, next_version_block, resolve_weights, weights_of
 
 Workers = Callable[[Stack, str, int], AbstractAsyncContextManager[object]]
-"""Rollout workers of a run (stack, run id, rollouts at a time) for as long as the context is open."""
+"""Rollout workers of a run (stack, run id, rollouts at a time) while the context is open."""
 
 
 async def train_grpo(
@@ -88,6 +88,7 @@ async def _prepare(stack: Stack, config: GrpoConfig, progress: Listener) -> "_Dr
         pipeline=pipeline_of(config.pipeline),
         grader=grader_of(config.grader),
         seed=config.seed,
+        full_share=config.full_share,
         max_staleness=config.max_staleness,
         idle_deadline_s=config.idle_deadline_s,
         curriculum=Curriculum(hard_share=config.hard_share),
@@ -137,8 +138,17 @@ class _Driver:
                     return await result_of(self.stack, self.run)
                 except RegreenError as error:
                     await self.recovery.wait_out(error)
+                    await self._check_sole()
         finally:
             await self._release()
+
+    async def _check_sole(self) -> None:
+        try:
+            await self.ledger.check_sole()
+        except RegreenError as error:
+            # A dataset service that is away cannot tell; the next resume will meet it again.
+            if not curable(error):
+                raise
 
     async def _release(self) -> None:
         try:
@@ -172,7 +182,13 @@ class _Life:
         config = driver.config
         life = cls(
             driver=driver,
-            gatherer=Gatherer(driver.stack, driver.run.id, driver.candidates, driver.settings),
+            gatherer=Gatherer(
+                driver.stack,
+                driver.run.id,
+                driver.candidates,
+                driver.settings,
+                epoch=driver.ledger.epoch,
+            ),
             history=History(driver.settings.curriculum.window),
             meter=Meter(driver.listener, "grpo", config.steps, done=position.step),
             step=position.step,
@@ -254,7 +270,9 @@ class _Life:
         """Groups of last steps that taught nothing belong to the last checkpoint."""
         page = await self.driver.stack.runs.list_checkpoints(self.driver.run.id, page_size=1)
         for record in page.checkpoints:
-            await self.driver.stack.queue.acknowledge_groups(self.pending, record.id)
+            await self.driver.stack.queue.acknowledge_groups(
+                self.pending, record.id, epoch=self.driver.ledger.epoch
+            )
 
     def _absorb(self, collected: Collected) -> None:
         for group in collected.groups:
@@ -300,7 +318,6 @@ def _since(began_s: float) -> float:
 
 
 def _headline(metrics: dict[str, float]) -> str:
-    return (
-        f"reward {metrics.get('reward_mean', 0.0):+.3f}, solved {metrics.get('solve_rate', 0.0):.0%}, "
-        f"hacks {metrics.get('hack_rate', 0.0):.0%}"
-    )
+    names = ("reward_mean", "solve_rate", "hack_rate")
+    reward, solved, hacked = (metrics.get(name, 0.0) for name in names)
+    return f"reward {reward:+.3f}, solved {solved:.0%}, hacks {hacked:.0%}"

@@ -1,0 +1,196 @@
+"""Supervised fine-tuning on verified expert trajectories.
+
+- Only trajectories that were solved without a flagged hack are learned from (School of Reward
+  Hacks, arXiv:2508.17511), and only tokens that the actor said carry loss.
+- The trajectories of a run are fixed when it is created; the batch of step s is a pure function of
+  (run config, s), so a run killed anywhere continues from its last checkpoint exactly.
+- Packages, not trajectories, are held out for validation: no package is on both sides.
+- Weights move by reference; the result is served only once its checkpoint is recorded.
+"""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from regreen.client.stack import Stack
+from regreen.dataset import v1 as dataset_pb
+from regreen.ids import derive_seed
+from regreen.learner import v1 as learner_pb
+from regreen.rpc.errors import FailedPrecondition, RegreenError
+from regreen.train.batches import sft_batch, trainable
+from regreen.train.config import SftConfig
+from regreen.train.experts import expert_rows
+from regreen.train.ledger import Ledger, hyperparameters
+from regreen.train.progress import Listener, Meter, Progress, ignore
+from regreen.train.recovery import Recovery, curable
+from regreen.train.rows import TrainResult, find_run, open_run, result_of, wanted_tasks
+from regreen.train.weights import BASE, Weights, next_version_block, resolve_weights, weights_of
+
+
+async def train_sft(stack: Stack, config: SftConfig, progress: Listener = ignore) -> TrainResult:
+    """Run, or continue, the supervised run `config.name` to its last step.
+
+    Expert trajectories that are missing are made first.
+
+    Raises:
+        FailedPrecondition: the name is taken by a run with other settings, or no expert
+            trajectory was solved.
+        RegreenError: a service did not come back within `config.recovery_deadline_s`.
+    """
+    driver = await _prepare(stack, config, progress)
+    if driver.run.state != "done":
+        await driver.drive()
+    result = await result_of(stack, driver.run)
+    if config.publish and result.uri:
+        weights = await resolve_weights(stack, config.name)
+        await stack.policy.load_version(weights.to_policy(), allow_older=True)
+    return result
+
+
+async def _prepare(stack: Stack, config: SftConfig, progress: Listener) -> "_Driver":
+    resolved: Mapping[str, object] = {}
+    if await find_run(stack, config.name) is None:
+        resolved = await _resolve(stack, config, progress)
+    opened = await open_run(stack, config.name, "sft", config.settings(), resolved)
+    kept = opened.resolved
+    return _Driver(
+        stack=stack,
+        config=config,
+        run=opened.run,
+        listener=progress,
+        train_ids=list(kept["train_ids"]),
+        ledger=Ledger(
+            stack,
+            opened.run.id,
+            learner_pb.RUN_KIND_SFT,
+            Weights.from_json(kept["start"]).stamped(int(kept["base_version"])),
+            hyperparameters(config.hyperparameters),
+            config.engine,
+        ),
+        recovery=Recovery(config.recovery_deadline_s, progress),
+    )
+
+
+async def _resolve(stack: Stack, config: SftConfig, progress: Listener) -> dict[str, object]:
+    """What is worked out once: start, versions, and which trajectories are on which side."""
+    start = await resolve_weights(stack, config.start, base_uri=config.base_uri)
+    tasks = await wanted_tasks(stack, config.tasks, config.split)
+    rows = await expert_rows(stack, tasks, config, progress)
+    packages = {task.id: task.environment.package or task.id for task in tasks}
+    held_out = choose_held_out(sorted(set(packages.values())), config)
+    train, validation = [], []
+    for row in rows:
+        (validation if packages[row.task_id] in held_out else train).append(row.id)
+    if not train:
+        raise FailedPrecondition(
+            f"no solved expert trajectory among {len(tasks)} tasks; check that the reference fixes "
+            "pass with `regreen tasks gate`"
+        )
+    return {
+        "base_version": await next_version_block(stack),
+        "base_uri": start.uri if config.start == BASE else "",
+        "start": start.to_json(),
+        "train_ids": train,
+        "validation_ids": validation,
+        "held_out_packages": sorted(held_out),
+    }
+
+
+def choose_held_out(packages: Sequence[str], config: SftConfig) -> set[str]:
+    """Packages held out for validation, by seed; at least one stays for training."""
+    count = min(math.ceil(len(packages) * config.validation_share), len(packages) - 1)
+    key = lambda name: (derive_seed(config.seed, "held-out", name), name)  # noqa: E731
+    return set(sorted(packages, key=key)[: max(0, count)])
+
+
+def batch_ids(ids: Sequence[str], step: int, *, batch_size: int, seed: int) -> list[str]:
+    """Ids of the trajectories of step `step` (from 1): every epoch passes over all, reshuffled."""
+    per_epoch = math.ceil(len(ids) / batch_size)
+    epoch, place = divmod(step - 1, per_epoch)
+    order = np.random.default_rng(derive_seed(seed, "epoch", epoch)).permutation(len(ids))
+    chosen = order[place * batch_size : (place + 1) * batch_size]
+    return [ids[index] for index in chosen]
+
+
+@dataclass(slots=True)
+class _Driver:
+    """One supervised run in this process."""
+
+    stack: Stack
+    config: SftConfig
+    run: dataset_pb.Run
+    listener: Listener
+    train_ids: list[str]
+    ledger: Ledger
+    recovery: Recovery
+    _cache: dict[str, dataset_pb.Trajectory] = field(default_factory=dict)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.config.epochs * math.ceil(len(self.train_ids) / self.config.batch_size)
+
+    async def drive(self) -> None:
+        """Resume and go on, as often as services come back in time."""
+        try:
+            while True:
+                try:
+                    await self._to_the_end()
+                    return
+                except RegreenError as error:
+                    await self.recovery.wait_out(error)
+                    await self._check_sole()
+        finally:
+            await self._release()
+
+    async def _to_the_end(self) -> None:
+        position = await self.ledger.resume()
+        meter = Meter(self.listener, "sft", self.total_steps, done=position.step)
+        meter.report()
+        for step in range(position.step + 1, self.total_steps + 1):
+            metrics = await self._one_step(step)
+            self.recovery.progressed()
+            meter.report(step, f"loss {metrics.get('learner/loss', math.nan):.4f}")
+        summary = {"steps": self.total_steps, "trajectories": len(self.train_ids)}
+        await self.stack.runs.update_run(self.run.id, state="done", summary=summary)
+
+    async def _one_step(self, step: int) -> dict[str, float]:
+        began_s = time.monotonic()
+        config = self.config
+        wanted = batch_ids(self.train_ids, step, batch_size=config.batch_size, seed=config.seed)
+        batch = sft_batch([await self._trajectory(id) for id in wanted])
+        response = await self.ledger.step(step, batch.to_bytes(), ())
+        metrics = {f"learner/{name}": value for name, value in response.metrics.items()}
+        metrics |= {
+            "trajectories": float(len(wanted)),
+            "trained_tokens": float(batch.trained_tokens),
+            "seconds/learn": time.monotonic() - began_s,
+        }
+        await self.stack.runs.record_metrics(self.run.id, step, metrics)
+        if step % config.checkpoint_every == 0 or step == self.total_steps:
+            self.listener(Progress("checkpoint", step, self.total_steps, None))
+            weights_of(await self.ledger.save(step, ()))
+        return metrics
+
+    async def _trajectory(self, id: str) -> dataset_pb.Trajectory:
+        if id not in self._cache:
+            self._cache[id] = await self.stack.trajectories.get_trajectory(id)
+        return self._cache[id]
+
+    async def _check_sole(self) -> None:
+        try:
+            await self.ledger.check_sole()
+        except RegreenError as error:
+            # A dataset service that is away cannot tell; the next resume will meet it again.
+            if not curable(error):
+                raise
+
+    async def _release(self) -> None:
+        try:
+            await self.ledger.stop()
+        except RegreenError as error:
+            # The learner is gone or busy; the next start stops the run itself.
+            self.listener(Progress("stopped", 0, 0, None, str(error)))
