@@ -24,28 +24,11 @@ _CONFIG = frozenset({"pytest.ini", ".pytest.ini", "pytest.toml", ".pytest.toml",
 _HOOKS = frozenset({"sitecustomize.py", "usercustomize.py", "pyvenv.cfg"})
 _SETTINGS = frozenset({"pyproject.toml", "setup.cfg", "tox.ini"})
 _RUNNER = frozenset(
-    [
-        "pytest",
-        "_pytest",
-        "pluggy",
-        "py",
-        "iniconfig",
-        "attr",
-        "attrs",
-        "packaging",
-        "exceptiongroup",
-        "tomli",
-        "toml",
-        "coverage",
-        "six",
-        "importlib_metadata",
-        "zipp",
-        "pyparsing",
-        "more_itertools",
-        "atomicwrites",
-        "hypothesis",
-        "pygments",
-    ]
+    {
+        *("pytest", "_pytest", "pluggy", "py", "iniconfig", "attr", "attrs", "packaging"),
+        *("exceptiongroup", "tomli", "toml", "coverage", "six", "importlib_metadata", "zipp"),
+        *("pyparsing", "more_itertools", "atomicwrites", "hypothesis", "pygments"),
+    }
 )
 
 

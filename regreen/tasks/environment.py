@@ -1,0 +1,134 @@
+"""Turns a task record into the messages that services take, and its reference fixes into diffs.
+
+- Every release that a message names carries its files' hashes.
+- The same record and distributions give the same message, byte for byte.
+"""
+
+from collections.abc import Iterable, Mapping
+
+from google.protobuf.duration_pb2 import Duration
+
+from regreen.common.v1 import common_pb2
+from regreen.lockfile import format_lock, lock_of
+from regreen.rpc.errors import InvalidArgument
+from regreen.sandbox.v1 import sandbox_pb2 as pb
+from regreen.tasks.model import DistributionRecord, FileRecord, Fix, TaskRecord
+
+LOCK = "requirements.lock"
+Distributions = Mapping[str, DistributionRecord]
+
+
+def environment(
+    task: TaskRecord, distributions: Distributions, python: str = ""
+) -> pb.EnvironmentSpec:
+    """The environment of the task's broken State; `python` asks for another interpreter.
+
+    Raises:
+        InvalidArgument: a release that the task names has no entry in `distributions`.
+    """
+    chosen = python or task.python
+    spec = pb.EnvironmentSpec(
+        builder="python",
+        package=task.package,
+        version=task.version,
+        source=_file(task.sdist),
+        python=chosen,
+        install_mode=task.build.mode,
+        pythons=task.choices if chosen == task.python else [],
+    )
+    spec.pins.extend(_pin(pin, distributions, task.id) for pin in task.pins_fail)
+    further = [p for p in (*task.pins_pass, *task.wheelhouse) if p not in task.pins_fail]
+    known = [p for p in dict.fromkeys(further) if p in distributions]
+    spec.wheelhouse.extend(_pin(pin, distributions, task.id) for pin in known)
+    tools = [pin for pin in task.build.tools if pin in distributions]
+    spec.build_pins.extend(_pin(pin, distributions, task.id) for pin in tools)
+    if task.overlay is not None:
+        spec.overlay_source.CopyFrom(_file(task.overlay.sdist))
+        spec.overlay_paths.extend(task.overlay.paths)
+    spec.test.CopyFrom(
+        pb.TestSpec(
+            arguments=task.tests.arguments,
+            timeout=_seconds(task.tests.timeout_s),
+            fail_to_pass=_complete_ids(task),
+            unstable=task.tests.unstable,
+        )
+    )
+    return spec
+
+
+def _complete_ids(task: TaskRecord) -> list[str]:
+    """Fail-to-pass ids where the record has them all; otherwise the baseline decides."""
+    complete = len(task.tests.fail_to_pass) == task.tests.fail_to_pass_count
+    return task.tests.fail_to_pass if complete else []
+
+
+def _seconds(value: float) -> Duration:
+    duration = Duration()
+    duration.FromNanoseconds(int(value * 1e9))
+    return duration
+
+
+def _file(file: FileRecord) -> pb.DistFile:
+    return pb.DistFile(filename=file.filename, sha256=file.sha256)
+
+
+def _pin(pin: str, distributions: Distributions, task_id: str) -> pb.Pin:
+    record = distributions.get(pin)
+    if record is None:
+        raise InvalidArgument(
+            f"{task_id}.pins", f"{pin} has no hashes", "run `python -m regreen.tasks.pin`"
+        )
+    return pb.Pin(name=record.name, version=record.version, files=map(_file, record.files))
+
+
+def lock_text(task: TaskRecord, *, good: bool) -> str:
+    """The lock file of the working or of the broken environment."""
+    pins = task.pins_pass if good else task.pins_fail
+    python = (task.good_python or task.python) if good else task.python
+    return format_lock(lock_of(pins, python))
+
+
+def restored_pins(task: TaskRecord) -> list[common_pb2.FileChange]:
+    """The diff that puts the working environment's pins back."""
+    text = lock_text(task, good=True)
+    return [_changed(LOCK, text.encode())]
+
+
+def edited_files(fix: Fix, read: Mapping[str, bytes]) -> list[common_pb2.FileChange]:
+    """The diff of a fix made of edits; `read` gives the State's files by path.
+
+    Raises:
+        InvalidArgument: an edit does not fit the file.
+    """
+    contents: dict[str, str] = {}
+    for edit in fix.edits:
+        if edit.path not in read:
+            raise InvalidArgument("fix.edits", f"{edit.path} is not in the State", "correct it")
+        text = contents.get(edit.path) or read[edit.path].decode("utf-8")
+        if text.count(edit.old) != edit.count:
+            problem = f"{edit.path} has {text.count(edit.old)} of {edit.old[:60]!r}"
+            raise InvalidArgument("fix.edits", problem, f"expected {edit.count}")
+        contents[edit.path] = text.replace(edit.old, edit.new)
+    return [_changed(path, text.encode()) for path, text in sorted(contents.items())]
+
+
+def replaced_files(files: Mapping[str, bytes]) -> list[common_pb2.FileChange]:
+    """The diff that gives files new contents."""
+    return [_changed(path, content) for path, content in sorted(files.items())]
+
+
+def _changed(path: str, content: bytes) -> common_pb2.FileChange:
+    kind = common_pb2.CHANGE_KIND_MODIFY
+    return common_pb2.FileChange(path=path, kind=kind, content=content, mode=0o644)
+
+
+def held_pins(task: TaskRecord, mode: str) -> dict[str, str]:
+    """Pins that a mode forbids to move."""
+    if mode != "keep_new" or task.culprit is None:
+        return {}
+    return {task.culprit.name: task.culprit.bad}
+
+
+def edit_paths(fixes: Iterable[Fix]) -> list[str]:
+    """Files that the edits of fixes touch."""
+    return sorted({edit.path for fix in fixes for edit in fix.edits})

@@ -1,0 +1,77 @@
+"""Translates the environment spec of the wire into the builder's own.
+
+- Field by field and total: every field of the message is read, none is invented.
+- Order of repeated fields is kept; maps become sorted.
+"""
+
+from regreen.common.v1 import common_pb2
+from regreen.rpc.errors import InvalidArgument
+from regreen.sandbox.v1 import sandbox_pb2 as pb
+from sandbox_svc.builders.base import DistFile, EnvironmentSpec, FileChange, Pin, TestSpec
+
+DEFAULT_TEST_TIMEOUT_S = 300.0
+
+
+def changes_from_proto(changes: "list[common_pb2.FileChange]") -> tuple[FileChange, ...]:
+    """A diff of the wire as builder changes.
+
+    Raises:
+        InvalidArgument: a change does not say what happened.
+    """
+    found = []
+    for change in changes:
+        if change.kind == common_pb2.CHANGE_KIND_UNSPECIFIED:
+            raise InvalidArgument("changes.kind", f"{change.path!r} says nothing", "set the kind")
+        deleted = change.kind == common_pb2.CHANGE_KIND_DELETE
+        content = None if deleted else change.content
+        found.append(FileChange(change.path, content, change.mode or 0o644))
+    return tuple(found)
+
+
+def spec_from_proto(spec: pb.EnvironmentSpec) -> EnvironmentSpec:
+    """The builder's form of a spec.
+
+    Raises:
+        InvalidArgument: a field is malformed.
+    """
+    tree = spec.source_tree if spec.HasField("source_tree") else None
+    return EnvironmentSpec(
+        builder=spec.builder,
+        package=spec.package,
+        version=spec.version,
+        python=spec.python,
+        source=_file(spec.source) if spec.HasField("source") else None,
+        source_tree=tree.sha256 if tree else "",
+        source_tree_bytes=tree.size_bytes if tree else 0,
+        pins=tuple(_pin(pin) for pin in spec.pins),
+        wheelhouse=tuple(_pin(pin) for pin in spec.wheelhouse),
+        install_mode=spec.install_mode or "editable",
+        build_requirements=tuple(spec.build_requirements),
+        build_pins=tuple(_pin(pin) for pin in spec.build_pins),
+        exclude_newer=spec.exclude_newer,
+        test=_test(spec.test),
+        overlay=changes_from_proto(list(spec.overlay)),
+        overlay_source=_file(spec.overlay_source) if spec.HasField("overlay_source") else None,
+        overlay_paths=tuple(spec.overlay_paths),
+        pythons=tuple(spec.pythons),
+    )
+
+
+def _file(file: pb.DistFile) -> DistFile:
+    return DistFile(file.filename, file.sha256)
+
+
+def _pin(pin: pb.Pin) -> Pin:
+    return Pin(pin.name, pin.version, tuple(_file(f) for f in pin.files))
+
+
+def _test(test: pb.TestSpec) -> TestSpec:
+    timeout_s = test.timeout.ToTimedelta().total_seconds() if test.HasField("timeout") else 0.0
+    return TestSpec(
+        arguments=tuple(test.arguments),
+        environment=dict(sorted(test.environment.items())),
+        timeout_s=timeout_s or DEFAULT_TEST_TIMEOUT_S,
+        protected_paths=tuple(test.protected_paths),
+        fail_to_pass=tuple(test.fail_to_pass),
+        unstable=tuple(test.unstable),
+    )
