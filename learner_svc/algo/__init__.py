@@ -1,0 +1,1 @@
+"""The mathematics of training: pure tensors, no files, no sockets, no models."""

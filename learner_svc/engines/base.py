@@ -1,0 +1,125 @@
+"""The interface of training engines, the learning-rate schedule, and the probe for number types.
+
+- An engine owns the weights, the optimizer and the gradients; the trainer owns the mathematics.
+- `backward` adds gradients; losses handed in are shares of one global loss and simply add up, also
+  over ranks. `step` clips, updates, and forgets the gradients.
+- Every rank calls every method in the same order.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from learner_svc.algo.batch import Pack
+from learner_svc.spec import Hyperparameters
+from regreen.rpc.errors import InvalidArgument
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerState:
+    """AdamW moments by parameter name, and the number of updates; the same for every engine."""
+
+    updates: int
+    tensors: dict[str, Tensor]
+    """`exp_avg.<parameter>` and `exp_avg_sq.<parameter>`, f32."""
+
+
+class Engine(Protocol):
+    """Weights, gradients and optimizer of one rank."""
+
+    name: str
+    rank: int
+    world_size: int
+    packs: bool
+    """Whether samples may share prefixes and rows."""
+    state_format: str
+    """`adamw` = `optimizer_state` is complete; anything else is a format of `save_state`."""
+
+    def logprobs(self, pack: Pack) -> Tensor:
+        """f32 [R] with gradient."""
+        ...
+
+    def score(self, pack: Pack) -> Tensor:
+        """f32 [R] without gradient."""
+        ...
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradients of one share of the loss; `last` = the update follows."""
+        ...
+
+    def step(self, learning_rate: float) -> float:
+        """Clip, update, clear; gives the gradient norm before clipping."""
+        ...
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Full weights by their names in the model file, one after another."""
+        ...
+
+    def optimizer_state(self) -> OptimizerState:
+        """The moments, where `state_format` is `adamw`."""
+        ...
+
+    def load_optimizer_state(self, state: OptimizerState) -> None:
+        """Put moments back."""
+        ...
+
+    def save_state(self, directory: Path) -> None:
+        """Write engine-specific state, where `state_format` is not `adamw`."""
+        ...
+
+    def load_state(self, directory: Path) -> None:
+        """Read what `save_state` wrote."""
+        ...
+
+    def parameters(self) -> tuple[int, int]:
+        """Number of trained parameters and of all."""
+        ...
+
+    def vocab_size(self) -> int:
+        """Number of token ids the model knows."""
+        ...
+
+    def close(self) -> None:
+        """Free what can be freed before the process ends."""
+        ...
+
+
+def learning_rate_at(update: int, hyperparameters: Hyperparameters) -> float:
+    """Learning rate of an update, from 1: linear warm-up, then constant or cosine to 10 %."""
+    peak, warmup = hyperparameters.learning_rate, hyperparameters.warmup_steps
+    if update <= warmup:
+        return peak * update / warmup
+    total = hyperparameters.total_steps
+    if not total:
+        return peak
+    progress = min(1.0, (update - warmup) / max(1, total - warmup))
+    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def choose_dtype(name: str) -> torch.dtype:
+    """The number type of weights in the forward pass.
+
+    Raises:
+        InvalidArgument: bf16 was asked for on a host where it would be emulated.
+    """
+    fast = torch.cuda.is_available() or _cpu_has("amx_bf16")
+    if name == "bf16" and not (fast or _cpu_has("avx512_bf16")):
+        raise InvalidArgument(
+            "hyperparameters.dtype", "is bf16, which this processor only emulates", "use fp32"
+        )
+    if name == "bf16" or (name == "" and fast):
+        return torch.bfloat16
+    return torch.float32
+
+
+def _cpu_has(flag: str) -> bool:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return any(line.startswith("flags") and flag in line.split() for line in text.splitlines())

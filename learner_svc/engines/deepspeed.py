@@ -1,0 +1,195 @@
+"""DeepSpeed: ZeRO 0-3 over any number of processes, on CPU (gloo) and GPU.
+
+- Stage 0 in fp32 keeps an ordinary AdamW, so its checkpoints are the same as the plain engine's;
+  other stages write sharded state in DeepSpeed's own format.
+- Losses are shares of a global loss; DeepSpeed averages over ranks, so they are multiplied back.
+- Nothing is compiled unless asked for: torch's AdamW, gloo instead of the shared-memory op. Where
+  something is compiled, it lives in a directory of ours, cleared of locks whose owner is gone: a
+  stale lock would hang every later start in silence.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from learner_svc.algo.batch import Pack
+from learner_svc.engines.base import OptimizerState
+from learner_svc.engines.plain import adamw_state, load_adamw_state
+from learner_svc.model import TrainModel
+from learner_svc.spec import Hyperparameters
+from regreen.rpc.errors import FailedPrecondition, InfraError
+
+_SHM_OP = "deepspeed_shm_comm"
+
+
+def prepare_environment(extensions: Path) -> None:
+    """Set what DeepSpeed reads from the environment; call before importing it.
+
+    Without rank variables it would ask for mpi4py, even for one process.
+    """
+    extensions.mkdir(parents=True, exist_ok=True)
+    _clear_stale_locks(extensions)
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions)
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("RANK", "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+
+
+def _clear_stale_locks(extensions: Path) -> None:
+    """Remove build locks; the caller holds the learner's home, so no other builder is alive."""
+    for lock in extensions.glob("*/lock"):
+        lock.unlink(missing_ok=True)
+    for lock in extensions.glob("*/*/lock"):
+        lock.unlink(missing_ok=True)
+
+
+def config_for(hyperparameters: Hyperparameters, dtype: torch.dtype, stage: int) -> dict[str, Any]:
+    """The DeepSpeed configuration: the file of the stage, with the run's numbers filled in."""
+    name = "cpu.json" if stage == 0 else "zero3.json" if stage == 3 else "zero2.json"
+    text = resources.files("learner_svc").joinpath("configs", name).read_text()
+    config: dict[str, Any] = json.loads(text)
+    config["gradient_clipping"] = hyperparameters.gradient_clip
+    config["zero_optimization"]["stage"] = stage
+    config["bf16"] = {"enabled": dtype == torch.bfloat16}
+    config["optimizer"]["params"] |= {
+        "lr": hyperparameters.learning_rate,
+        "betas": [hyperparameters.beta1, hyperparameters.beta2],
+        "weight_decay": hyperparameters.weight_decay,
+    }
+    return config
+
+
+def choose_stage(asked: int, world_size: int, dtype: torch.dtype) -> int:
+    """ZeRO stage: as asked, else 2 where there is something to shard or masters to keep, else 0."""
+    if asked >= 0:
+        return asked
+    return 0 if world_size == 1 and dtype == torch.float32 else 2
+
+
+class DeepSpeedEngine:
+    """One rank of a DeepSpeed run."""
+
+    name = "deepspeed"
+
+    def __init__(
+        self, model: TrainModel, hyperparameters: Hyperparameters, dtype: torch.dtype
+    ) -> None:
+        # The library prints while it is imported and started; stdout must stay ours.
+        with contextlib.redirect_stdout(sys.stderr):
+            self._deepspeed = _import(model)
+            self.rank = int(os.environ["RANK"])
+            self.world_size = int(os.environ["WORLD_SIZE"])
+            self._stage = choose_stage(hyperparameters.zero_stage, self.world_size, dtype)
+            config = config_for(hyperparameters, dtype, self._stage)
+            trained = [p for p in model.parameters() if p.requires_grad]
+            self._engine, *_ = self._deepspeed.initialize(
+                model=model, model_parameters=trained, config=config
+            )
+        self._model = model
+        self.packs = model.packs
+        self._trained = {n: p for n, p in model.model.named_parameters() if p.requires_grad}
+        ordinary = self._stage == 0 and dtype == torch.float32
+        self.state_format = (
+            "adamw" if ordinary else f"deepspeed-zero{self._stage}-world{self.world_size}"
+        )
+
+    def logprobs(self, pack: Pack) -> Tensor:
+        logprobs: Tensor = self._engine(pack)
+        return logprobs
+
+    @torch.no_grad()
+    def score(self, pack: Pack) -> Tensor:
+        logprobs: Tensor = self._engine(pack)
+        return logprobs
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss * self.world_size)
+
+    def step(self, learning_rate: float) -> float:
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        get = self._deepspeed.utils.safe_get_full_fp32_param
+        for name, parameter in self._model.model.named_parameters():
+            master = get(parameter) if parameter.requires_grad and self._stage else None
+            if master is not None:
+                yield name, master
+                continue
+            with self._deepspeed.zero.GatheredParameters([parameter], enabled=self._stage == 3):
+                yield name, parameter.detach()
+
+    def optimizer_state(self) -> OptimizerState:
+        self._need_ordinary()
+        return adamw_state(self._engine.optimizer, dict(self._trained))
+
+    def load_optimizer_state(self, state: OptimizerState) -> None:
+        self._need_ordinary()
+        load_adamw_state(self._engine.optimizer, dict(self._trained), state)
+
+    def _need_ordinary(self) -> None:
+        if self.state_format != "adamw":
+            raise FailedPrecondition(
+                f"the optimizer state of {self.state_format} is sharded; use save_state"
+            )
+
+    def save_state(self, directory: Path) -> None:
+        with contextlib.redirect_stdout(sys.stderr):
+            self._engine.save_checkpoint(
+                str(directory), tag="state", exclude_frozen_parameters=True
+            )
+
+    def load_state(self, directory: Path) -> None:
+        with contextlib.redirect_stdout(sys.stderr):
+            path, _ = self._engine.load_checkpoint(
+                str(directory), tag="state", load_module_strict=False
+            )
+        if path is None:
+            raise FailedPrecondition(f"DeepSpeed found no state in {directory}")
+
+    def parameters(self) -> tuple[int, int]:
+        def size(parameter: Any) -> int:
+            return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+        everything = sum(size(p) for p in self._model.model.parameters())
+        return sum(size(p) for p in self._trained.values()), everything
+
+    def vocab_size(self) -> int:
+        return int(self._model.model.config.vocab_size)
+
+    def close(self) -> None:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def _import(model: TrainModel) -> Any:
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise InfraError(
+            f"cannot import deepspeed ({error}); install regreen[learner] or use engine=plain"
+        ) from error
+    # gloo does what the compiled shared-memory op would do, without a compiler at run time.
+    deepspeed.ops.__compatible_ops__[_SHM_OP] = False
+    on_gpu = next(model.parameters()).is_cuda
+    deepspeed.comm.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+    return deepspeed

@@ -1,0 +1,181 @@
+"""A causal language model prepared for training on packs: tree attention and scored rows only.
+
+- `TrainModel.forward` gives the logprobs of a pack's scored targets, and nothing else: logits exist
+  for one chunk of rows at a time, in the forward and again in the backward pass.
+- Attention work is that of the tree: a segment's queries meet its own path, never other branches.
+- Frozen parameters get no gradient and cost no backward work; they are the embedding and the lowest
+  layers, so that backward stops at the lowest trained layer.
+- Models whose attention is not plain causal (sliding windows, recurrent layers) are never packed.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+
+from learner_svc.algo.batch import Pack
+from regreen.rpc.errors import InvalidArgument, NotFound
+
+TREE_ATTENTION = "regreen_tree"
+LOGIT_ROWS = 256
+"""Rows whose logits are held at once (256 x 49152 x 4 B = 50 MB)."""
+
+
+def load_model(path: Path) -> PreTrainedModel:
+    """Load a model folder (config.json, model.safetensors) in fp32; engines cast it.
+
+    Raises:
+        NotFound: no model folder at `path`.
+        InvalidArgument: the folder holds no causal language model.
+    """
+    if not (path / "config.json").is_file():
+        raise NotFound(f"no model folder at {path}: config.json is missing")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, local_files_only=True, use_safetensors=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InvalidArgument(
+            "base_uri", f"cannot load a causal language model from {path}: {error}"
+        ) from error
+    if not isinstance(model, PreTrainedModel):
+        raise InvalidArgument("base_uri", f"{path} holds no causal language model")
+    return model
+
+
+def shares_prefixes(model: PreTrainedModel) -> bool:
+    """Whether every layer is plain causal attention, so that a prefix can be computed once."""
+    config = model.config
+    layers = getattr(config, "layer_types", None) or ["full_attention"]
+    if getattr(config, "use_sliding_window", bool(getattr(config, "sliding_window", None))):
+        return False
+    plain = all(kind == "full_attention" for kind in layers)
+    return plain and bool(getattr(model, "_supports_attention_backend", False))
+
+
+def freeze(model: PreTrainedModel, trainable_layers: int) -> None:
+    """Train only the top `trainable_layers` layers and the final norm; 0 trains everything.
+
+    Raises:
+        InvalidArgument: the model has fewer layers.
+    """
+    layers = _layers(model)
+    if not 0 <= trainable_layers <= len(layers):
+        raise InvalidArgument(
+            "hyperparameters.trainable_layers",
+            f"is {trainable_layers}, but the model has {len(layers)} layers",
+            f"give 0 (all) to {len(layers)}",
+        )
+    if trainable_layers == 0:
+        return
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    trained: list[nn.Module] = list(layers[len(layers) - trainable_layers :])
+    norm = getattr(model.base_model, "norm", None)
+    if isinstance(norm, nn.Module):
+        trained.append(norm)
+    for module in trained:
+        module.requires_grad_(True)
+
+
+def _layers(model: PreTrainedModel) -> Sequence[nn.Module]:
+    layers = getattr(model.base_model, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise InvalidArgument(
+            "base_uri", f"{type(model).__name__} has no list of layers", "use a decoder-only model"
+        )
+    return list(layers)
+
+
+class TrainModel(nn.Module):
+    """A model whose forward takes a pack and gives the logprobs of its targets."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.packs = shares_prefixes(model)
+        if self.packs:
+            model.set_attn_implementation(TREE_ATTENTION)
+        model.config.use_cache = False
+
+    def forward(self, pack: Pack) -> Tensor:
+        """f32 [R]: logprob of every target of the pack."""
+        device = next(self.model.parameters()).device
+        extra: dict[str, Any] = {"tree": pack} if self.packs else {}
+        hidden = self.model.base_model(
+            input_ids=pack.token_ids[None].to(device),
+            position_ids=pack.position_ids[None].to(device),
+            use_cache=False,
+            **extra,
+        ).last_hidden_state[0]
+        head: nn.Module = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        rows, targets = pack.rows.to(device), pack.targets.to(device)
+        return target_logprobs(hidden.index_select(0, rows), targets, head)
+
+
+def target_logprobs(hidden: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
+    """f32 [R] logprobs of `targets` i64 [R] from `hidden` [R, d], in chunks of rows."""
+    parts: list[Tensor] = []
+    for start in range(0, hidden.shape[0], LOGIT_ROWS):
+        rows, wanted = hidden[start : start + LOGIT_ROWS], targets[start : start + LOGIT_ROWS]
+        if torch.is_grad_enabled() and rows.requires_grad:
+            parts.append(checkpoint(_chunk_logprobs, rows, wanted, head, use_reentrant=False))
+        else:
+            parts.append(_chunk_logprobs(rows, wanted, head))
+    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
+
+
+def _chunk_logprobs(hidden: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
+    return -F.cross_entropy(head(hidden).float(), targets, reduction="none")
+
+
+def _tree_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    tree: Pack | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """Attention over a tree of segments.
+
+    `query` [1, H, N, d], `key` and `value` [1, K, N, d] with K dividing H; gives [1, N, H, d].
+    Query heads that share a key head are folded into the query length, so that keys and values are
+    read once instead of being repeated.
+    """
+    if tree is None:
+        raise InvalidArgument("tree", "is missing", "call the model through TrainModel")
+    heads, kv_heads = query.shape[1], key.shape[1]
+    fold = heads // kv_heads
+    parts: list[Tensor] = []
+    for segment, path in zip(tree.segments, tree.paths(), strict=True):
+        spans = [(tree.segments[i].start, tree.segments[i].end) for i in path]
+        keys = torch.cat([key[:, :, start:end] for start, end in spans], 2)
+        values = torch.cat([value[:, :, start:end] for start, end in spans], 2)
+        size = segment.end - segment.start
+        queries = query[:, :, segment.start : segment.end].reshape(1, kv_heads, fold * size, -1)
+        seen = torch.ones(size, segment.depth + size, dtype=torch.bool, device=query.device)
+        seen = seen.tril(segment.depth).repeat(fold, 1)
+        mixed = F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=seen, dropout_p=dropout, scale=scaling
+        )
+        parts.append(mixed.reshape(1, heads, size, -1))
+    return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
+
+
+def _no_mask(*_: object, **__: object) -> None:
+    """Tree attention builds its own masks."""
+
+
+AttentionInterface.register(TREE_ATTENTION, _tree_attention)
+AttentionMaskInterface.register(TREE_ATTENTION, _no_mask)
