@@ -36,8 +36,12 @@ class CgroupDriver(Protocol):
 
     name: str
 
-    def create(self, box: str, limits: Limits) -> list[str]:
+    def create(self, box: str) -> list[str]:
         """Make the group; returns the files into which its first process writes "0"."""
+        ...
+
+    def limit(self, box: str, limits: Limits) -> None:
+        """Set the limits of a group."""
         ...
 
     def counters(self, box: str) -> Counters:
@@ -129,9 +133,12 @@ class CgroupV1(_Base):
 
     name = "cgroup-v1"
 
-    def create(self, box: str, limits: Limits) -> list[str]:
+    def create(self, box: str) -> list[str]:
         for path in self._groups.values():
             (path / box).mkdir()
+        return [str(path / box / "cgroup.procs") for path in self._groups.values()]
+
+    def limit(self, box: str, limits: Limits) -> None:
         if limits.memory_bytes:
             memory = self._of("memory", box)
             (memory / "memory.limit_in_bytes").write_text(str(limits.memory_bytes))
@@ -143,7 +150,6 @@ class CgroupV1(_Base):
             cpu = self._of("cpu", box)
             (cpu / "cpu.cfs_period_us").write_text(str(_PERIOD_US))
             (cpu / "cpu.cfs_quota_us").write_text(str(max(1000, int(limits.cpus * _PERIOD_US))))
-        return [str(path / box / "cgroup.procs") for path in self._groups.values()]
 
     def counters(self, box: str) -> Counters:
         return Counters(
@@ -158,9 +164,13 @@ class CgroupV2(_Base):
 
     name = "cgroup-v2"
 
-    def create(self, box: str, limits: Limits) -> list[str]:
+    def create(self, box: str) -> list[str]:
         group = self._of("pids", box)
         group.mkdir()
+        return [str(group / "cgroup.procs")]
+
+    def limit(self, box: str, limits: Limits) -> None:
+        group = self._of("pids", box)
         if limits.memory_bytes:
             (group / "memory.max").write_text(str(limits.memory_bytes))
             with contextlib.suppress(OSError):
@@ -170,7 +180,6 @@ class CgroupV2(_Base):
         if limits.cpus:
             quota = max(1000, int(limits.cpus * _PERIOD_US))
             (group / "cpu.max").write_text(f"{quota} {_PERIOD_US}")
-        return [str(group / "cgroup.procs")]
 
     def counters(self, box: str) -> Counters:
         group = self._of("pids", box)
@@ -186,8 +195,11 @@ class NoCgroup:
 
     name = "rlimit"
 
-    def create(self, box: str, limits: Limits) -> list[str]:
+    def create(self, box: str) -> list[str]:
         return []
+
+    def limit(self, box: str, limits: Limits) -> None:
+        return
 
     def counters(self, box: str) -> Counters:
         return Counters()

@@ -11,26 +11,23 @@
 """
 
 import asyncio
-import contextlib
 import fcntl
 import hashlib
 import os
 import secrets
-import socket
-import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from regreen.rpc.errors import FailedPrecondition, InfraError, InvalidArgument, MissingDependency
 from sandbox_svc.backends import cgroups, linux, probe, uppers, wire
 from sandbox_svc.backends.base import NO_ENV, Capability, Limits, Mount
 from sandbox_svc.backends.embedded_box import EmbeddedBox
 from sandbox_svc.backends.layers import HOST_ID, Layout
-from sandbox_svc.backends.link import Link, LinkClosed
+from sandbox_svc.backends.seats import Seat, Seats
 
 DEFAULT_LIMITS = Limits(
     memory_bytes=4 << 30,
@@ -56,14 +53,20 @@ class EmbeddedRuntime:
     name = "embedded"
 
     def __init__(
-        self, home: Path, *, defaults: Limits = DEFAULT_LIMITS, run_probes: bool = True
+        self,
+        home: Path,
+        *,
+        defaults: Limits = DEFAULT_LIMITS,
+        run_probes: bool = True,
+        warm_seats: int = 4,
     ) -> None:
+        self._warm = warm_seats
         self._home, self._defaults, self._run_probes = home.absolute(), defaults, run_probes
         self._root_mode = os.geteuid() == 0
         self._instance = hashlib.sha256(os.fsencode(self._home)).hexdigest()[:8]
         self._lock_fd = -1
-        self._process: subprocess.Popen[bytes] | None = None
-        self._link: Link | None = None
+        self._seats: Seats | None = None
+        self._base: dict[bool, str] = {}
         self._boxes: dict[str, EmbeddedBox] = {}
         self._mounts: dict[str, tuple[tuple[Mount, ...], bool]] = {}
         self._capabilities: tuple[Capability, ...] = ()
@@ -87,7 +90,12 @@ class EmbeddedRuntime:
         self.layout = Layout(self._home, owner)
         self.cgroups = cgroups.choose(self._instance)
         await self.blocking(self._sweep)
-        self._start_spawner()
+        self._base = {
+            network: await self.blocking(self.layout.ensure_base, network=network)
+            for network in (False, True)
+        }
+        self._seats = Seats(self.cgroups, self._warm)
+        self._seats.start(self._home, owner)
         try:
             await self._prove()
         except InfraError as error:
@@ -109,25 +117,6 @@ class EmbeddedRuntime:
         self.cgroups.sweep()
         self.layout.sweep()
 
-    def _start_spawner(self) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        package_root = str(Path(__file__).resolve().parents[2])
-        code = (
-            f"import sys; sys.path.insert(0, {package_root!r});"
-            "from sandbox_svc.backends.spawner import main; main(sys.argv[1:])"
-        )
-        ids = [str(HOST_ID), str(HOST_ID)] if self._root_mode else ["-"]
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", code, str(theirs.fileno()), self._home, *ids],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                env={"LANG": "C.UTF-8"},
-                start_new_session=True,
-            )
-        self._link = Link(ours)
-
     async def _prove(self) -> None:
         """Find out whether `volatile` works, then what this host enforces."""
         try:
@@ -142,16 +131,9 @@ class EmbeddedRuntime:
     async def close(self) -> None:
         """Delete every box and stop helpers."""
         await asyncio.gather(*(box.delete() for box in list(self._boxes.values())))
-        await asyncio.gather(*self._trash)
-        if self._link is not None:
-            self._link.close()
-        if self._process is not None:
-            process, self._process = self._process, None
-            try:
-                await self.blocking(process.wait, 5.0)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                await self.blocking(process.wait, 5.0)
+        if self._seats is not None:
+            await self._seats.close()
+        await asyncio.gather(*self._trash, return_exceptions=True)
         await self.blocking(self.cgroups.close)
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
@@ -193,40 +175,45 @@ class EmbeddedRuntime:
             wall_s=limits.wall_s or default.wall_s,
         )
 
-    async def spawn(self, box: EmbeddedBox) -> tuple[int, int, socket.socket]:
-        """Clone the first process of a box: its host pid, pidfd and socket."""
-        if self._link is None or self._link.closed:
-            raise InfraError("the spawner has ended; restart the sandbox service")
+    async def seat_for(self, box: EmbeddedBox) -> Seat:
+        """A seat with the box's limits set."""
+        if self._seats is None:
+            raise InfraError("the runtime was not started")
+        seat = await self._seats.take(network=self._mounts[box.id][1])
+        try:
+            self.cgroups.limit(seat.group, box.limits)
+        except OSError as error:
+            await self.leave(seat)
+            raise InfraError(f"cannot set limits: {error}") from error
+        return seat
+
+    def specification(self, box: EmbeddedBox) -> wire.Message:
+        """What a seat needs to become the first process of a box."""
         mounts, network = self._mounts[box.id]
-        targets = [(mount.target, mount.source.is_dir()) for mount in mounts]
-        base = self.layout.ensure_base(network=network)
-        lower = self.layout.lower_names(base, self.layout.ensure_targets(targets), box.layers)
-        request: wire.Message = {
+        targets = self.layout.ensure_targets((m.target, m.source.is_dir()) for m in mounts)
+        return {
             "box": box.id,
-            "lower": lower,
+            "lower": self.layout.lower_names(self._base[network], targets, box.layers),
             "mounts": [[str(m.source), m.target, m.read_only] for m in mounts],
-            "network": network,
             "volatile": self._volatile,
-            "cgroups": self._group(box),
             "rlimits": self._rlimits(box.limits),
             "tmp_bytes": box.limits.memory_bytes // 2,
             "tmp_inodes": box.limits.inodes,
             "shm_bytes": box.limits.memory_bytes // 4,
         }
-        try:
-            reply, fds = await self._link.request(request)
-        except (LinkClosed, TimeoutError) as error:
-            raise InfraError("the spawner does not answer") from error
-        if len(fds) != 2:
-            raise InfraError(f"the spawner refused: {reply.get('error', reply)}")
-        return int(reply["pid"]), fds[1], socket.socket(fileno=fds[0])
 
-    def _group(self, box: EmbeddedBox) -> list[str]:
-        self.cgroups.destroy(box.id)
+    async def leave(self, seat: Seat) -> None:
+        """End a seat's processes; its control group goes in the background."""
         try:
-            return self.cgroups.create(box.id, box.limits)
-        except OSError as error:
-            raise InfraError(f"cannot make a control group: {error}") from error
+            if self._seats is not None:
+                await self._seats.leave(seat)
+        finally:
+            self._in_background(self.blocking(self.cgroups.destroy, seat.group))
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._trash.add(task)
+        task.add_done_callback(self._trash.discard)
 
     def _rlimits(self, limits: Limits) -> dict[str, int]:
         values = {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": 65_536, "RLIMIT_FSIZE": limits.disk_bytes}
@@ -238,14 +225,7 @@ class EmbeddedRuntime:
         """Release what the runtime holds for a box whose processes are dead."""
         self._boxes.pop(box.id, None)
         self._mounts.pop(box.id, None)
-        task = asyncio.create_task(self._clean(box.id))
-        self._trash.add(task)
-        task.add_done_callback(self._trash.discard)
-
-    async def _clean(self, box: str) -> None:
-        with contextlib.suppress(RuntimeError):
-            await self.blocking(self.cgroups.destroy, box)
-            await self.blocking(self.layout.discard, self.layout.box(box))
+        self._in_background(self.blocking(self.layout.discard, self.layout.box(box.id)))
 
     async def blocking(self, call: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
         """Run a blocking call in the runtime's own threads."""

@@ -34,6 +34,7 @@ from sandbox_svc.backends.base import (
 from sandbox_svc.backends.cgroups import Counters
 from sandbox_svc.backends.link import Link, LinkClosed
 from sandbox_svc.backends.output import Collector, PipeReader
+from sandbox_svc.backends.seats import Seat
 
 if TYPE_CHECKING:
     from sandbox_svc.backends.embedded import EmbeddedRuntime
@@ -51,6 +52,7 @@ ENVIRONMENT = {
 }
 _KILL_GRACE_S = 2.0
 _END_S = 10.0
+_READY_S = 30.0
 _INLINE_READ_BYTES = 1 << 20
 
 
@@ -84,8 +86,7 @@ class EmbeddedBox:
         self._base_layers = list(layers)
         self._own_layers: list[str] = []
         self._link: Link | None = None
-        self._pidfd = -1
-        self._pid = 0
+        self._seat: Seat | None = None
         self._ready: asyncio.Future[None] | None = None
         self._jobs: dict[int, Job] = {}
         self._ended = False
@@ -99,20 +100,18 @@ class EmbeddedBox:
         """All layers below the upper, lowest first."""
         return [*self._base_layers, *self._own_layers]
 
-    @property
-    def pid(self) -> int:
-        """Host pid of the first process."""
-        return self._pid
-
     async def launch(self) -> None:
         """Start the first process over the present layers; used at birth and after a freeze."""
         self._ready = asyncio.get_running_loop().create_future()
-        self._ended = False
-        self._pid, self._pidfd, sock = await self._runtime.spawn(self)
-        self._link = Link(sock, self._on_event)
+        self._ended, self._seen = False, Counters()
+        seat = self._seat = await self._runtime.seat_for(self)
+        self._link = Link(seat.sock, self._on_event)
         try:
-            async with asyncio.timeout(_END_S * 3):
+            async with asyncio.timeout(_READY_S):
+                await self._link.post(self._runtime.specification(self))
                 await self._ready
+        except LinkClosed as error:
+            raise InfraError("a warm sandbox process died") from error
         except TimeoutError as error:
             raise InfraError("the sandbox did not get ready in time") from error
 
@@ -234,7 +233,8 @@ class EmbeddedBox:
         if not job.done.done():
             await asyncio.wait([job.done], timeout=_KILL_GRACE_S)
         if not job.done.done():
-            self._runtime.cgroups.kill(self.id, self._pid)
+            if self._seat is not None:
+                self._runtime.cgroups.kill(self._seat.group, self._seat.pid)
             await asyncio.wait([job.done], timeout=_KILL_GRACE_S)
         if not job.done.done():
             await self._end()
@@ -243,7 +243,7 @@ class EmbeddedBox:
         out = await job.readers[0].finish()
         err = await job.readers[1].finish()
         channel = (await job.readers[2].finish()).head if len(job.readers) > 2 else b""
-        before, self._seen = self._seen, self._runtime.cgroups.counters(self.id)
+        before, self._seen = self._seen, self.counters()
         if ended is None:
             oom = self._seen.oom_kills > before.oom_kills
             killed = EndReason.SIGNAL if self._deleted or self._files.locked() else EndReason.INFRA
@@ -264,6 +264,11 @@ class EmbeddedBox:
         return ExecResult(
             job.reason or reason, code, number, out, err, wall_s, cpu_s, peak, channel
         )
+
+    def counters(self) -> Counters:
+        """Events of the sandbox's control group."""
+        group = self._seat.group if self._seat is not None else ""
+        return self._runtime.cgroups.counters(group) if group else Counters()
 
     async def usage(self) -> wire.Message:
         """Memory, processes and unlinked bytes, as the first process sees them."""
@@ -380,14 +385,9 @@ class EmbeddedBox:
     async def _end(self) -> None:
         """Kill the first process and wait until the kernel has ended the whole sandbox."""
         self._ended = True
-        pidfd, self._pidfd = self._pidfd, -1
-        if pidfd >= 0:
-            try:
-                with contextlib.suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-                await _readable(pidfd, _END_S)
-            finally:
-                os.close(pidfd)
+        seat, self._seat = self._seat, None
+        if seat is not None:
+            await self._runtime.leave(seat)
         if self._link is not None:
             self._link.close()
 
@@ -445,16 +445,3 @@ def _write_all(fd: int, content: bytes) -> None:
     view = memoryview(content)
     while view:
         view = view[os.write(fd, view) :]
-
-
-async def _readable(fd: int, timeout_s: float) -> None:
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[None] = loop.create_future()
-    loop.add_reader(fd, lambda: None if future.done() else future.set_result(None))
-    try:
-        async with asyncio.timeout(timeout_s):
-            await future
-    except TimeoutError as error:
-        raise InfraError("a sandbox did not end within its time") from error
-    finally:
-        loop.remove_reader(fd)

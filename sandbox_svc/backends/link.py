@@ -58,7 +58,7 @@ class Link:
         future: asyncio.Future[Reply] = self._loop.create_future()
         self._waiting[number] = future
         try:
-            await self._send(message, fds)
+            await self.post(message, fds)
             async with asyncio.timeout(timeout_s):
                 return await future
         except asyncio.CancelledError:
@@ -68,7 +68,8 @@ class Link:
         finally:
             self._waiting.pop(number, None)
 
-    async def _send(self, message: wire.Message, fds: tuple[int, ...]) -> None:
+    async def post(self, message: wire.Message, fds: tuple[int, ...] = ()) -> None:
+        """Send a message that has no reply."""
         while True:
             if self.closed:
                 raise LinkClosed

@@ -56,7 +56,7 @@ async def _run(box: "EmbeddedBox", script: str, timeout_s: float) -> ExecResult:
 async def _kernel_limits(runtime: "EmbeddedRuntime", box: "EmbeddedBox") -> list[Capability]:
     driver = runtime.cgroups.name
     spin = await _run(box, _SPIN, 0.3)
-    throttled = runtime.cgroups.counters(box.id).throttled
+    throttled = box.counters().throttled
     memory = await _run(box, _MEMORY, 3.0)
     memory_held = memory.reason is EndReason.OOM or b"200000000" not in memory.stdout.head
     forks = await _run(box, _FORKS, 2.0)

@@ -62,28 +62,28 @@ class Spawner:
                 return
             self._alive.discard(pid)
 
-    def _create(self, spec: wire.Message) -> None:
+    def _create(self, seat: wire.Message) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         flags = _NAMESPACES
-        if not spec["network"]:
+        if not seat["network"]:
             flags |= linux.CLONE_NEWNET
         if self._host_id is None:
             flags |= linux.CLONE_NEWUSER
-            spec |= {"uid": os.geteuid(), "gid": os.getegid()}
+            seat |= {"uid": os.geteuid(), "gid": os.getegid()}
         with ours, theirs:
             try:
                 pid = linux.clone(flags)
             except OSError as error:
-                wire.send(self._control, {"id": spec["id"], "error": str(error)})
+                wire.send(self._control, {"id": seat["id"], "error": str(error)})
                 return
             if pid == 0:
                 signal.set_wakeup_fd(-1)
-                become_first_process(spec, theirs, self._home, self._host_id)
+                become_first_process(seat, theirs, self._home, self._host_id)
             self._alive.add(pid)
             pidfd = os.pidfd_open(pid)
             try:
                 fds = (ours.fileno(), pidfd)
-                wire.send(self._control, {"id": spec["id"], "pid": pid}, fds)
+                wire.send(self._control, {"id": seat["id"], "pid": pid}, fds)
             finally:
                 os.close(pidfd)
 

@@ -1,7 +1,9 @@
 """From a freshly cloned process to the confined first process of a sandbox.
 
-- Order: private mounts, overlay root, read-only host programs, caller's mounts, /proc, /dev,
-  pivot_root, network, identity, capabilities, no_new_privs, seccomp; then `Pid1.serve`.
+- It settles first (cgroup, private mounts, network) and waits there until it is needed, so that
+  a service can keep a few seats warm; then it gets its file system and loses its privileges.
+- Order: overlay root, read-only host programs, caller's mounts, /proc, /dev,
+  pivot_root, identity, capabilities, no_new_privs, seccomp; then `Pid1.serve`.
 - The mounts belong to a user namespace in which the sandbox has no capability: as root the
   initial one, otherwise an outer one that only this set-up code ever entered with privileges.
 - Inside there is one user (1000), mapped to one unprivileged host id; the host's root is unmapped.
@@ -38,6 +40,7 @@ _DEVICE_LINKS = {
 _PROC_READ_ONLY = ("sys", "irq", "bus", "fs", "sysrq-trigger")
 _PROC_MASKED = ("kcore", "keys", "timer_list", "sched_debug", "kallsyms", "kmsg")
 _HOST_PROGRAMS = ("usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32")
+_FILTER = seccomp.deny_list()
 _BASE_FLAGS = linux.MS_NOSUID | linux.MS_NODEV
 _ATTRIBUTES = linux.MOUNT_ATTR_NOSUID | linux.MOUNT_ATTR_NODEV
 
@@ -45,20 +48,30 @@ _ATTRIBUTES = linux.MOUNT_ATTR_NOSUID | linux.MOUNT_ATTR_NODEV
 class _Setup:
     """The steps in order; `step` names the one that runs, for the error report."""
 
-    def __init__(self, spec: wire.Message, home: str, host_id: tuple[int, int] | None) -> None:
-        self.spec, self.home, self.host_id = spec, home, host_id
+    def __init__(self, home: str, host_id: tuple[int, int] | None) -> None:
+        self.home, self.host_id = home, host_id
+        self.spec: wire.Message = {}
         self.step = "start"
 
-    def run(self) -> None:
+    def settle(self, seat: wire.Message) -> None:
+        """What can be done before it is known which layers the sandbox gets."""
         self.step = "outer identity"
         if self.host_id is None:
-            _map_ids(0, self.spec["uid"], self.spec["gid"])
+            _map_ids(0, seat["uid"], seat["gid"])
         self.step = "cgroup"
-        for path in self.spec["cgroups"]:
+        for path in seat["cgroups"]:
             _write(path, "0")
         linux.unshare(linux.CLONE_NEWCGROUP)
         self.step = "private mounts"
         linux.mount(None, "/", None, linux.MS_REC | linux.MS_PRIVATE, None)
+        self.step = "network"
+        socket.sethostname("regreen")
+        if not seat["network"]:
+            linux.loopback_up()
+
+    def finish(self, spec: wire.Message) -> None:
+        """The file system, then the confinement."""
+        self.spec = spec
         sources = self._open_sources()
         self._overlay()
         self._attach(sources)
@@ -68,10 +81,6 @@ class _Setup:
         linux.pivot_root(".", ".")
         linux.umount(".")
         os.chdir("/")
-        self.step = "network"
-        socket.sethostname("regreen")
-        if not self.spec["network"]:
-            linux.loopback_up()
         self._confine()
 
     def _open_sources(self) -> list[tuple[int, str, bool]]:
@@ -197,7 +206,7 @@ class _Setup:
         self.step = "no_new_privs"
         linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
         self.step = "seccomp"
-        linux.install_seccomp(seccomp.deny_list())
+        linux.install_seccomp(_FILTER)
         linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
         linux.prctl(linux.PR_SET_DUMPABLE, 0)
 
@@ -240,18 +249,21 @@ def _forbid_imports() -> None:
 
 
 def become_first_process(
-    spec: wire.Message, sock: socket.socket, home: str, host_id: tuple[int, int] | None
+    seat: wire.Message, sock: socket.socket, home: str, host_id: tuple[int, int] | None
 ) -> NoReturn:
-    """Confine this process and serve the sandbox; never returns."""
+    """Settle, wait for the specification, confine this process, serve; never returns."""
     status = 1
-    setup = _Setup(spec, home, host_id)
+    setup = _Setup(home, host_id)
     try:
         _keep_only(sock)
         os.setsid()
         _forbid_imports()
-        setup.run()
-        wire.send(sock, {"ready": True})
-        Pid1(sock).serve()
+        setup.settle(seat)
+        received = wire.receive(sock)
+        if received is not None:
+            setup.finish(received[0])
+            wire.send(sock, {"ready": True})
+            Pid1(sock).serve()
         status = 0
     except Exception as error:  # noqa: BLE001  (last frame of this process: report, end)
         with contextlib.suppress(OSError):

@@ -1,0 +1,158 @@
+"""The spawner process and its seats: first processes that wait for a sandbox to become.
+
+- Joining control groups and making namespaces takes most of a sandbox's start (the kernel waits
+  for grace periods); seats do it ahead of time, so that a fork takes a few milliseconds.
+- A seat is used once. It has no file system of a sandbox yet and has run no code of one.
+- Each seat has its own control group; its limits are set when it is taken.
+- When the spawner has ended nothing new can start; that is reported, not worked around.
+"""
+
+import asyncio
+import contextlib
+import os
+import secrets
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+from regreen.rpc.errors import InfraError
+from sandbox_svc.backends.cgroups import CgroupV1, CgroupV2, NoCgroup
+from sandbox_svc.backends.link import Link, LinkClosed
+
+_END_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """A first process that has settled in its namespaces and control group."""
+
+    group: str
+    pid: int
+    pidfd: int
+    sock: socket.socket
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process still waits."""
+        poller = select.poll()
+        poller.register(self.pidfd, select.POLLIN)
+        return not poller.poll(0)
+
+
+class Seats:
+    """Owns the spawner; hands out seats and keeps a few warm."""
+
+    def __init__(self, cgroups: CgroupV1 | CgroupV2 | NoCgroup, warm: int) -> None:
+        self._cgroups, self._wanted = cgroups, warm
+        self._process: subprocess.Popen[bytes] | None = None
+        self._link: Link | None = None
+        self._warm: deque[Seat] = deque()
+        self._refill: asyncio.Task[None] | None = None
+        self._closing = False
+
+    def start(self, home: Path, host_id: int | None) -> None:
+        """Start the spawner."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        package_root = str(Path(__file__).resolve().parents[2])
+        code = (
+            f"import sys; sys.path.insert(0, {package_root!r});"
+            "from sandbox_svc.backends.spawner import main; main(sys.argv[1:])"
+        )
+        ids = ["-"] if host_id is None else [str(host_id), str(host_id)]
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", code, str(theirs.fileno()), home, *ids],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                env={"LANG": "C.UTF-8"},
+                start_new_session=True,
+            )
+        self._link = Link(ours)
+
+    async def take(self, *, network: bool) -> Seat:
+        """A seat: a warm one, or a new one when there is none or it needs the host's network."""
+        seat = None
+        while not network and self._warm and seat is None:
+            seat = self._warm.popleft()
+            if not seat.alive:
+                await self._discard(seat)
+                seat = None
+        self._refill_later()
+        return seat or await self._make(network=network)
+
+    async def _make(self, *, network: bool) -> Seat:
+        if self._link is None or self._link.closed:
+            raise InfraError("the spawner has ended; restart the sandbox service")
+        group = secrets.token_hex(6)
+        try:
+            joins = self._cgroups.create(group)
+        except OSError as error:
+            raise InfraError(f"cannot make a control group: {error}") from error
+        try:
+            reply, fds = await self._link.request({"network": network, "cgroups": joins})
+        except (LinkClosed, TimeoutError) as error:
+            raise InfraError("the spawner does not answer") from error
+        if len(fds) != 2:
+            raise InfraError(f"the spawner refused: {reply.get('error', reply)}")
+        return Seat(group, int(reply["pid"]), fds[1], socket.socket(fileno=fds[0]))
+
+    def _refill_later(self) -> None:
+        busy = self._refill is not None and not self._refill.done()
+        if not busy and not self._closing and len(self._warm) < self._wanted:
+            self._refill = asyncio.create_task(self._fill())
+
+    async def _fill(self) -> None:
+        with contextlib.suppress(InfraError):
+            while len(self._warm) < self._wanted and not self._closing:
+                self._warm.append(await self._make(network=False))
+
+    async def leave(self, seat: Seat) -> None:
+        """Kill a seat's process and wait until the kernel has ended everything below it."""
+        try:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(seat.pidfd, signal.SIGKILL)
+            await _readable(seat.pidfd, _END_S)
+        finally:
+            os.close(seat.pidfd)
+
+    async def _discard(self, seat: Seat) -> None:
+        await self.leave(seat)
+        seat.sock.close()
+        await asyncio.to_thread(self._cgroups.destroy, seat.group)
+
+    async def close(self) -> None:
+        """End the warm seats and the spawner."""
+        self._closing = True
+        if self._refill is not None:
+            await asyncio.gather(self._refill, return_exceptions=True)
+        while self._warm:
+            await self._discard(self._warm.popleft())
+        if self._link is not None:
+            self._link.close()
+        process, self._process = self._process, None
+        if process is None:
+            return
+        try:
+            await asyncio.to_thread(process.wait, _END_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            await asyncio.to_thread(process.wait, _END_S)
+
+
+async def _readable(fd: int, timeout_s: float) -> None:
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[None] = loop.create_future()
+    loop.add_reader(fd, lambda: None if future.done() else future.set_result(None))
+    try:
+        async with asyncio.timeout(timeout_s):
+            await future
+    except TimeoutError as error:
+        raise InfraError("a sandbox did not end within its time") from error
+    finally:
+        loop.remove_reader(fd)
