@@ -64,7 +64,7 @@ class Base(DeclarativeBase):
         int: BigInteger(),
         bytes: LargeBinary(),
         datetime: DateTime(timezone=True),
-        Document: JSON(),
+        Document: JSON(none_as_null=True),
         list[str]: ARRAY(AnyText()),
     }
 
@@ -133,7 +133,7 @@ class GateCheck(Base):
 
 
 class Run(Base):
-    """A training or evaluation run; `epoch` counts its rewinds."""
+    """A training or evaluation run; `epoch` is one plus its rewinds."""
 
     __tablename__ = "runs"
     __table_args__ = (
@@ -148,7 +148,7 @@ class Run(Base):
     name: Mapped[str]
     kind: Mapped[str]
     state: Mapped[str]
-    epoch: Mapped[int] = mapped_column(server_default="0")
+    epoch: Mapped[int] = mapped_column(server_default="1")
     config: Mapped[Document | None]
     summary: Mapped[Document | None]
     create_time: Mapped[datetime] = mapped_column(server_default=func.now())

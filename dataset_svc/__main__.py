@@ -1,0 +1,92 @@
+"""`python -m dataset_svc`: the dataset service as a process.
+
+- It serves only after its schema is the newest.
+- With no `database_url` it owns a private Postgres that ends with it, however it ends.
+"""
+
+import asyncio
+import contextlib
+import sys
+from collections.abc import AsyncIterator
+
+from dataset_svc import upkeep
+from dataset_svc.database import Database, upgrade
+from dataset_svc.localpg import LocalPostgres, LocalPostgresConfig
+from dataset_svc.queries.rollouts import QueuePolicy
+from dataset_svc.servicers.queue import RolloutQueueServicer
+from dataset_svc.servicers.runs import RunServicer
+from dataset_svc.servicers.tasks import TaskServicer
+from dataset_svc.servicers.trajectories import TrajectoryServicer
+from dataset_svc.servicers.transactions import Transactions
+from dataset_svc.settings import DatasetSettings
+from dataset_svc.store import TrajectoryStore
+from regreen.blobs import open_blobs
+from regreen.dataset import v1 as pb
+from regreen.rpc import logging
+from regreen.rpc.errors import RegreenError
+from regreen.rpc.server import Server
+
+_RESPONSE_SLACK_BYTES = 1 << 20
+SERVICES = tuple(
+    f"regreen.dataset.v1.{name}"
+    for name in ("TaskService", "TrajectoryService", "RolloutQueueService", "RunService")
+)
+
+
+@contextlib.asynccontextmanager
+async def serving(settings: DatasetSettings, database_url: str) -> AsyncIterator[Server]:
+    """The running server over a database whose schema is the newest."""
+    database = Database(database_url, pool_size=settings.pool_size)
+    blobs = open_blobs(settings.blobs or settings.home / "blobs", fsync=settings.fsync)
+    store = TrajectoryStore(database, blobs, settings.max_message_bytes - _RESPONSE_SLACK_BYTES)
+    transactions = Transactions(database)
+    policy = QueuePolicy(settings.max_attempts, settings.lease_s, settings.max_lease_s)
+    server = Server(settings, SERVICES)
+    pb.add_TaskServiceServicer_to_server(TaskServicer(transactions), server.grpc)
+    pb.add_TrajectoryServiceServicer_to_server(TrajectoryServicer(transactions, store), server.grpc)
+    queue = RolloutQueueServicer(transactions, store, policy)
+    pb.add_RolloutQueueServiceServicer_to_server(queue, server.grpc)
+    pb.add_RunServiceServicer_to_server(RunServicer(transactions), server.grpc)
+    keeper = asyncio.create_task(
+        upkeep.forever(database, policy, every_s=settings.upkeep_s, remember_s=settings.remember_s)
+    )
+    try:
+        async with server:
+            yield server
+    finally:
+        keeper.cancel()
+        await asyncio.gather(keeper, return_exceptions=True)
+        await database.close()
+
+
+async def serve(settings: DatasetSettings, database_url: str) -> None:
+    """Serve until the process is asked to end."""
+    async with serving(settings, database_url) as server:
+        await server.wait()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the service; the exit code."""
+    settings = DatasetSettings.load(argv)
+    logging.configure("dataset", settings.log_level)
+    try:
+        with contextlib.ExitStack() as stack:
+            url = settings.database_url
+            if not url:
+                config = LocalPostgresConfig(
+                    home=settings.home / "pg",
+                    pg_bin=settings.pg_bin,
+                    run_as=settings.pg_user,
+                    fsync=settings.fsync,
+                )
+                url = stack.enter_context(LocalPostgres(config)).url()
+            upgrade(url)
+            asyncio.run(serve(settings, url))
+    except RegreenError as error:
+        sys.stderr.write(f"dataset_svc: {error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,222 @@
+"""The rollout queue, learner's side: take, acknowledge, rewind, count.
+
+    open ──last slot final──▶ complete ──take──▶ taken ──acknowledge──▶ acknowledged
+                                 ▲                │                          │
+                                 └────────────────┴────────rewind────────────┘
+
+- A complete group is handed out once. It comes back only by a rewind of its run.
+- Consumed means contained in a checkpoint: an acknowledgement names it, and they commit together.
+- After a rewind to checkpoint C, takeable are exactly the complete groups that C and the
+  checkpoints before it do not contain.
+- A checkpoint recorded after C is abandoned: never listed, rewound to or acknowledged again.
+- Every rewind starts a new epoch; a driver that says its epoch cannot act in a later one.
+- Taking and acknowledging share the run's row, rewinding has it alone: they never interleave.
+"""
+
+from collections.abc import Sequence
+
+from sqlalchemy import case, func, select, update
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from dataset_svc.models import Checkpoint, Group, Rollout, Run, Trajectory
+from dataset_svc.queries.rollouts import QueuePolicy, group_record, sweep
+from dataset_svc.records import TakenGroup
+from regreen.rpc.errors import Aborted, FailedPrecondition, NotFound
+
+
+async def take(
+    session: AsyncSession,
+    policy: QueuePolicy,
+    *,
+    run_id: str,
+    count: int,
+    taker: str,
+    step: int = 0,
+    epoch: int = 0,
+    max_wire_bytes: int = 32 << 20,
+) -> list[TakenGroup]:
+    """Take up to `count` complete groups, lowest step and oldest first.
+
+    Fewer are taken when their trajectories would go over `max_wire_bytes`; the first always is.
+    `taker` is remembered, so that `retake` can answer a repeated request.
+
+    Raises:
+        NotFound: no such run.
+        Aborted: the run was rewound since `epoch`.
+    """
+    await sweep(session, policy)
+    await locked_run(session, run_id, epoch, shared=True)
+    wanted = select(Group).where(Group.run_id == run_id, Group.state == "complete")
+    if step:
+        wanted = wanted.where(Group.step == step)
+    wanted = wanted.order_by(Group.step, Group.seq).limit(count)
+    groups = list(await session.scalars(wanted.with_for_update(skip_locked=True)))
+    sizes = await _wire_bytes(session, [group.id for group in groups])
+    taken: list[Group] = []
+    total_bytes = 0
+    for group in groups:
+        total_bytes += sizes.get(group.id, 0)
+        if taken and total_bytes > max_wire_bytes:
+            break
+        group.state, group.taken_by = "taken", taker
+        taken.append(group)
+    await session.flush()
+    return await _with_members(session, taken)
+
+
+async def retake(session: AsyncSession, group_ids: Sequence[str], taker: str) -> list[TakenGroup]:
+    """Those of the groups that `taker` took and still has, for a repeated request."""
+    rows = await session.scalars(
+        select(Group)
+        .where(Group.id.in_(group_ids), Group.state == "taken", Group.taken_by == taker)
+        .order_by(Group.step, Group.seq)
+    )
+    return await _with_members(session, list(rows))
+
+
+async def acknowledge(
+    session: AsyncSession, group_ids: Sequence[str], checkpoint_id: str, epoch: int = 0
+) -> None:
+    """Record that taken groups are contained in a checkpoint; again is the same.
+
+    Raises:
+        NotFound: no such checkpoint or group.
+        FailedPrecondition: the checkpoint is abandoned, or a group not taken or of another run.
+        Aborted: the run was rewound since `epoch`.
+    """
+    checkpoint = await _checkpoint(session, checkpoint_id)
+    await locked_run(session, checkpoint.run_id, epoch, shared=True)
+    await session.refresh(checkpoint)
+    if checkpoint.abandoned:
+        raise FailedPrecondition(f"checkpoint {checkpoint_id} was abandoned by a rewind")
+    rows = await session.scalars(
+        select(Group).where(Group.id.in_(group_ids)).order_by(Group.id).with_for_update()
+    )
+    groups = {group.id: group for group in rows}
+    for group_id in group_ids:
+        group = groups.get(group_id)
+        if group is None:
+            raise NotFound(f"no group {group_id[:200]!r}")
+        if group.checkpoint_id == checkpoint_id:
+            continue
+        if group.run_id != checkpoint.run_id or group.state != "taken":
+            raise FailedPrecondition(
+                f"group {group_id} is {group.state} in run {group.run_id}; take it first, once",
+                metadata={"group_id": group_id, "group_state": group.state},
+            )
+        group.state, group.checkpoint_id = "acknowledged", checkpoint_id
+    await session.flush()
+
+
+async def rewind(session: AsyncSession, run_id: str, checkpoint_id: str = "") -> tuple[int, int]:
+    """Put a run back to a checkpoint (empty: before the first); groups given back, new epoch.
+
+    Raises:
+        NotFound: no such run or checkpoint.
+        FailedPrecondition: the checkpoint was abandoned by an earlier rewind.
+    """
+    run = await locked_run(session, run_id, 0, shared=False)
+    kept_seq = 0
+    if checkpoint_id:
+        checkpoint = await _checkpoint(session, checkpoint_id)
+        if checkpoint.run_id != run_id:
+            raise NotFound(f"run {run_id} has no checkpoint {checkpoint_id[:200]!r}")
+        if checkpoint.abandoned:
+            raise FailedPrecondition(f"checkpoint {checkpoint_id} was abandoned by a rewind")
+        kept_seq = checkpoint.seq
+    later = select(Checkpoint.id).where(
+        Checkpoint.run_id == run_id, Checkpoint.seq > kept_seq, ~Checkpoint.abandoned
+    )
+    back = await session.execute(
+        update(Group)
+        .where(
+            Group.run_id == run_id,
+            (Group.state == "taken") | Group.checkpoint_id.in_(later),
+        )
+        .values(state="complete", taken_by="", checkpoint_id=None)
+        .returning(Group.id)
+    )
+    groups = len(back.all())
+    await session.execute(
+        update(Checkpoint)
+        .where(Checkpoint.run_id == run_id, Checkpoint.seq > kept_seq)
+        .values(abandoned=True)
+    )
+    run.epoch += 1
+    await session.flush()
+    return groups, run.epoch
+
+
+async def counts(
+    session: AsyncSession, policy: QueuePolicy, run_id: str = ""
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Rollouts and groups by state; a rollout whose lease ran out counts as waiting."""
+    ran_out = (Rollout.state == "leased") & (Rollout.expire_time < policy.clock())
+    state = case((ran_out, "waiting"), else_=Rollout.state).label("state")
+    rollouts = select(state, func.count()).group_by(state)
+    groups = select(Group.state, func.count()).group_by(Group.state)
+    if run_id:
+        rollouts = rollouts.where(Rollout.run_id == run_id)
+        groups = groups.where(Group.run_id == run_id)
+    by_rollout = {str(row[0]): int(row[1]) for row in await session.execute(rollouts)}
+    by_group = {str(row[0]): int(row[1]) for row in await session.execute(groups)}
+    return by_rollout, by_group
+
+
+async def locked_run(session: AsyncSession, run_id: str, epoch: int, *, shared: bool) -> Run:
+    """The run's row, locked against rewinds (shared) or against everything that takes groups.
+
+    Raises:
+        NotFound: no such run.
+        Aborted: the run was rewound since `epoch` (0 asks for no check).
+    """
+    rows = await session.scalars(
+        select(Run)
+        .where(Run.id == run_id)
+        .with_for_update(read=shared, key_share=not shared)
+        .execution_options(populate_existing=True)
+    )
+    run = rows.first()
+    if run is None:
+        raise NotFound(f"no run {run_id[:200]!r}")
+    if epoch and epoch != run.epoch:
+        raise Aborted(
+            f"run {run_id} was rewound: it is in epoch {run.epoch}, not {epoch}; read its "
+            "checkpoints again and start from the newest",
+            metadata={"epoch": str(run.epoch)},
+        )
+    return run
+
+
+async def _checkpoint(session: AsyncSession, checkpoint_id: str) -> Checkpoint:
+    checkpoint = await session.get(Checkpoint, checkpoint_id)
+    if checkpoint is None:
+        raise NotFound(f"no checkpoint {checkpoint_id[:200]!r}")
+    return checkpoint
+
+
+async def _wire_bytes(session: AsyncSession, group_ids: Sequence[str]) -> dict[str, int]:
+    rows = await session.execute(
+        select(Rollout.group_id, func.sum(Trajectory.wire_bytes))
+        .join(Trajectory, Trajectory.id == Rollout.trajectory_id)
+        .where(Rollout.group_id.in_(group_ids))
+        .group_by(Rollout.group_id)
+    )
+    return {row[0]: int(row[1]) for row in rows}
+
+
+async def _with_members(session: AsyncSession, groups: Sequence[Group]) -> list[TakenGroup]:
+    rows = await session.execute(
+        select(Rollout.group_id, Rollout.trajectory_id)
+        .where(
+            Rollout.group_id.in_([group.id for group in groups]), Rollout.trajectory_id.is_not(None)
+        )
+        .order_by(Rollout.group_id, Rollout.group_index)
+    )
+    members: dict[str, list[str]] = {}
+    for group_id, trajectory_id in rows:
+        members.setdefault(group_id, []).append(str(trajectory_id))
+    return [
+        TakenGroup(group_record(group), tuple(members.get(group.id, ())), group.lost)
+        for group in groups
+    ]

@@ -1,0 +1,65 @@
+"""Remembers the answers of mutations in the same transaction that makes them.
+
+- An answer is stored if and only if its mutation is committed: a repeat after a crash is exact.
+- A repeat that overlaps the first call waits for it, then gets its answer.
+- An id that comes back with another request is refused.
+"""
+
+from datetime import timedelta
+
+from sqlalchemy import delete, func, select, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from dataset_svc.models import Request
+from regreen.rpc.errors import InvalidArgument
+
+MAX_ID_CHARS = 200
+
+
+async def claim(
+    session: AsyncSession, method: str, request_id: str, fingerprint: bytes
+) -> bytes | None:
+    """The answer given before, or None if this transaction is to make it.
+
+    Raises:
+        InvalidArgument: the id is missing, too long, or was used for another request.
+    """
+    if not request_id:
+        raise InvalidArgument("request_id", "is empty", "give a fresh UUID with every mutation")
+    if len(request_id) > MAX_ID_CHARS:
+        raise InvalidArgument("request_id", f"has over {MAX_ID_CHARS} characters", "give a UUID")
+    new = insert(Request).values(method=method, request_id=request_id, fingerprint=fingerprint)
+    taken = await session.execute(new.on_conflict_do_nothing().returning(Request.method))
+    if taken.first() is not None:
+        return None
+    row = (
+        await session.execute(
+            select(Request.fingerprint, Request.answer).where(
+                Request.method == method, Request.request_id == request_id
+            )
+        )
+    ).one()
+    if row.fingerprint != fingerprint:
+        raise InvalidArgument(
+            "request_id", f"{request_id[:80]!r} was used for another request", "use a fresh id"
+        )
+    return row.answer or b""
+
+
+async def remember(session: AsyncSession, method: str, request_id: str, answer: bytes) -> None:
+    """Store the answer of a claimed request."""
+    await session.execute(
+        update(Request)
+        .where(Request.method == method, Request.request_id == request_id)
+        .values(answer=answer)
+    )
+
+
+async def purge(session: AsyncSession, older_than_s: float) -> int:
+    """Forget answers that are older than this; how many they were."""
+    limit = func.now() - timedelta(seconds=older_than_s)
+    gone = await session.execute(
+        delete(Request).where(Request.create_time < limit).returning(Request.method)
+    )
+    return len(gone.all())

@@ -1,0 +1,270 @@
+"""Trajectories: one row, its turns, reward parts and verdict; tokens by digest.
+
+- A stored trajectory never changes; the same id and content again is answered, not stored.
+- The blob with the tokens is in the store before the row that names it is visible.
+- Lists read no tokens, turns, tests, logs or file contents.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from sqlalchemy import ColumnElement, insert, select
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import undefer
+
+from dataset_svc.arrays import unpack
+from dataset_svc.models import Document, RewardPart, Run, Trajectory, Turn, Verdict
+from dataset_svc.queries.paging import Cursor, Page
+from dataset_svc.queries.tasks import known_tasks
+from dataset_svc.records import (
+    PartRecord,
+    RewardRecord,
+    TrajectoryQuery,
+    TrajectoryRecord,
+    TurnRecord,
+)
+from regreen.blobs import BlobStore, Digest
+from regreen.rpc.errors import AlreadyExists, DataLoss, NotFound
+
+BRIEF_FIELDS = ("state_id", "changes_sha256", "outcome", "summary", "counts", "duration", "cached")
+"""What lists keep of a validation."""
+_SAME = (
+    "id",
+    "task_id",
+    "group_id",
+    "group_index",
+    "attempt",
+    "seed",
+    "pipeline",
+    "mode",
+    "grader",
+    "actor",
+    "policy",
+    "state_id",
+    "token_exact",
+    "prompt_tokens",
+    "start_time",
+    "end_time",
+    "wire_bytes",
+)
+"""Fields that the record and the row hold under one name and type."""
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A checked trajectory whose tokens are in the blob store."""
+
+    record: TrajectoryRecord
+    blob: Digest
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A stored trajectory and where its tokens are; `record.stream` is not filled yet."""
+
+    seq: int
+    record: TrajectoryRecord
+    blob: Digest
+
+
+async def insert_trajectory(session: AsyncSession, packed: Packed, lease_id: str = "") -> str:
+    """Store a trajectory and give its id.
+
+    Raises:
+        AlreadyExists: the id is stored with other content.
+        NotFound: an unknown task or run.
+    """
+    record = packed.record
+    found = (
+        await session.execute(
+            select(Trajectory.content_sha256).where(Trajectory.id == record.id).with_for_update()
+        )
+    ).scalar_one_or_none()
+    if found == packed.fingerprint:
+        return record.id
+    if found is not None:
+        raise AlreadyExists(f"trajectory {record.id} is stored with other content; use a new id")
+    await known_tasks(session, {record.task_id})
+    if record.run_id and await session.get(Run, record.run_id) is None:
+        raise NotFound(f"no run {record.run_id[:200]!r}")
+    await session.execute(insert(Trajectory), [_row(packed, lease_id)])
+    if record.turns:
+        rows = [_plain(turn) | {"trajectory_id": record.id} for turn in record.turns]
+        await session.execute(insert(Turn), rows)
+    if record.reward is not None and record.reward.parts:
+        parts = [
+            _plain(part) | {"trajectory_id": record.id, "position": position}
+            for position, part in enumerate(record.reward.parts)
+        ]
+        await session.execute(insert(RewardPart), parts)
+    if record.verdict is not None:
+        await session.execute(insert(Verdict), [_verdict_row(record.id, record.verdict)])
+    return record.id
+
+
+async def load(session: AsyncSession, trajectory_ids: Sequence[str]) -> list[Stored]:
+    """Whole trajectories, without tokens, in the order of the ids.
+
+    Raises:
+        NotFound: names the first that is not stored.
+    """
+    statement = select(Trajectory).where(Trajectory.id.in_(trajectory_ids))
+    rows = await session.scalars(
+        statement.options(undefer(Trajectory.changes), undefer(Trajectory.validation))
+    )
+    by_id = {row.id: row for row in rows}
+    for trajectory_id in trajectory_ids:
+        if trajectory_id not in by_id:
+            raise NotFound(f"no trajectory {trajectory_id[:200]!r}")
+    turns: dict[str, list[TurnRecord]] = {}
+    turn_rows = await session.execute(
+        select(*(getattr(Turn, name) for name in (*TurnRecord.__slots__, "trajectory_id")))
+        .where(Turn.trajectory_id.in_(trajectory_ids))
+        .order_by(Turn.trajectory_id, Turn.index)
+    )
+    for *values, trajectory_id in turn_rows:
+        turns.setdefault(trajectory_id, []).append(TurnRecord(*values))
+    extras = await _extras(session, trajectory_ids)
+    return [
+        _stored(by_id[trajectory_id], extras, tuple(turns.get(trajectory_id, ())), whole=True)
+        for trajectory_id in trajectory_ids
+    ]
+
+
+async def list_page(
+    session: AsyncSession, query: TrajectoryQuery, cursor: Cursor
+) -> Page[TrajectoryRecord]:
+    """Trajectories, newest first, in brief."""
+    statement = select(Trajectory).where(*_conditions(query))
+    if cursor.after is not None:
+        statement = statement.where(Trajectory.seq < int(cursor.after[0]))
+    rows = list(
+        await session.scalars(statement.order_by(Trajectory.seq.desc()).limit(cursor.size + 1))
+    )
+    extras = await _extras(session, [row.id for row in rows])
+    records = [_stored(row, extras, (), whole=False).record for row in rows]
+    return cursor.page(records, [[row.seq] for row in rows])
+
+
+async def next_ids(
+    session: AsyncSession, query: TrajectoryQuery, after_seq: int, limit: int
+) -> list[tuple[int, str, int]]:
+    """(seq, id, bytes on the wire) of the next trajectories in order of insertion."""
+    rows = await session.execute(
+        select(Trajectory.seq, Trajectory.id, Trajectory.wire_bytes)
+        .where(*_conditions(query), Trajectory.seq > after_seq)
+        .order_by(Trajectory.seq)
+        .limit(limit)
+    )
+    return [(row.seq, row.id, row.wire_bytes) for row in rows]
+
+
+async def read_tokens(blobs: BlobStore, stored: Stored) -> TrajectoryRecord:
+    """The record with its tokens.
+
+    Raises:
+        DataLoss: the blob is gone or damaged.
+    """
+    try:
+        blob = await blobs.get(stored.blob)
+    except NotFound as error:
+        raise DataLoss(f"the tokens of trajectory {stored.record.id} are gone: {error}") from error
+    return replace(stored.record, stream=unpack(blob))
+
+
+@dataclass(frozen=True, slots=True)
+class _Extras:
+    parts: dict[str, list[PartRecord]]
+    verdicts: dict[str, Document]
+
+
+async def _extras(session: AsyncSession, ids: Sequence[str]) -> _Extras:
+    parts: dict[str, list[PartRecord]] = {}
+    part_rows = await session.execute(
+        select(RewardPart.trajectory_id, RewardPart.name, RewardPart.value, RewardPart.detail)
+        .where(RewardPart.trajectory_id.in_(ids))
+        .order_by(RewardPart.trajectory_id, RewardPart.position)
+    )
+    for row in part_rows:
+        parts.setdefault(row[0], []).append(PartRecord(row[1], row[2], row[3]))
+    verdict_rows = await session.execute(
+        select(Verdict.trajectory_id, Verdict.document).where(Verdict.trajectory_id.in_(ids))
+    )
+    return _Extras(parts, {row[0]: row[1] for row in verdict_rows})
+
+
+def _conditions(query: TrajectoryQuery) -> list[ColumnElement[bool]]:
+    conditions: list[ColumnElement[bool]] = []
+    for name in ("run_id", "task_id", "actor", "policy", "pipeline", "mode", "group_id"):
+        if value := getattr(query, name):
+            conditions.append(getattr(Trajectory, name) == value)
+    if query.solved_only:
+        conditions.append(Trajectory.solved.is_(True))
+    if query.hack:
+        conditions.append(Trajectory.hacks.contains([query.hack]))
+    return conditions
+
+
+def _row(packed: Packed, lease_id: str) -> dict[str, object]:
+    record, stream = packed.record, packed.record.stream
+    versions = [span[0] for span in stream.versions] if stream is not None else []
+    reward = record.reward
+    brief = record.validation and {k: v for k, v in record.validation.items() if k in BRIEF_FIELDS}
+    row: dict[str, object] = {name: getattr(record, name) for name in _SAME}
+    return row | {
+        "run_id": record.run_id or None,
+        "lease_id": lease_id,
+        "episode_end": record.end,
+        "token_count": len(stream) if stream is not None else 0,
+        "min_version": min(versions, default=None),
+        "max_version": max(versions, default=None),
+        "reward": reward.value if reward else None,
+        "solved": bool(reward and reward.solved),
+        "hacks": list(reward.hacks) if reward else [],
+        "labels": dict(record.labels),
+        "stage_seconds": dict(record.stage_seconds),
+        "arrays_sha256": packed.blob.sha256,
+        "arrays_bytes": packed.blob.size_bytes,
+        "changes": {"changes": list(record.changes)},
+        "validation": record.validation,
+        "validation_brief": brief,
+        "content_sha256": packed.fingerprint,
+    }
+
+
+def _verdict_row(trajectory_id: str, verdict: Document) -> dict[str, object]:
+    named = ("model", "prompt_version", "rules_version", "evidence_sha256")
+    row: dict[str, object] = {name: str(verdict.get(name, "")) for name in named}
+    return row | {
+        "trajectory_id": trajectory_id,
+        "accepted": bool(verdict.get("accepted", False)),
+        "document": verdict,
+    }
+
+
+def _stored(
+    row: Trajectory, extras: _Extras, turns: tuple[TurnRecord, ...], *, whole: bool
+) -> Stored:
+    same = {name: getattr(row, name) for name in _SAME}
+    reward = None
+    if row.reward is not None:
+        parts = tuple(extras.parts.get(row.id, ()))
+        reward = RewardRecord(row.reward, row.solved, parts, tuple(row.hacks))
+    record = TrajectoryRecord(
+        **same,
+        run_id=row.run_id or "",
+        end=row.episode_end,
+        turns=turns,
+        reward=reward,
+        verdict=extras.verdicts.get(row.id),
+        validation=row.validation if whole else row.validation_brief,
+        changes=tuple(row.changes["changes"]) if whole else (),
+        labels=row.labels,
+        stage_seconds=row.stage_seconds,
+    )
+    return Stored(row.seq, record, Digest(row.arrays_sha256, row.arrays_bytes))
+
+
+def _plain(record: TurnRecord | PartRecord) -> dict[str, object]:
+    return {name: getattr(record, name) for name in record.__slots__}

@@ -1,0 +1,137 @@
+"""Stores and reads whole trajectories: tokens in the blob store, the rest in Postgres.
+
+- Tokens are stored before the row that names them: a crash in between leaves an unnamed blob, which
+  the next attempt uses.
+- What a lease says of its rollout fills what is empty and must equal what is not.
+- A commit that cannot succeed is refused before its tokens are written.
+"""
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from dataset_svc import arrays, checks
+from dataset_svc.database import Database
+from dataset_svc.queries import rollouts, trajectories
+from dataset_svc.queries.trajectories import Packed
+from dataset_svc.records import LeaseRecord, TrajectoryQuery, TrajectoryRecord
+from regreen.blobs import BlobStore, digest_of
+from regreen.ids import check_id, new_id
+from regreen.rpc.errors import InvalidArgument, LeaseExpired
+
+_EXPORT_ROWS = 64
+_EXPORT_BYTES = 32 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class TrajectoryStore:
+    """Postgres and the blob store as one place for trajectories."""
+
+    database: Database
+    blobs: BlobStore
+    max_wire_bytes: int = 60 << 20
+    """Bound on a response; no trajectory or group may need more."""
+
+    async def pack(self, record: TrajectoryRecord, *, share: int = 1) -> Packed:
+        """Check a trajectory, store its tokens, and give what a transaction then inserts.
+
+        `share` trajectories must fit into one response.
+
+        Raises:
+            InvalidArgument: it is malformed; names the field.
+        """
+        record = replace(record, id=record.id or new_id("trj"))
+        check_id(record.id, "trj", "trajectory.id")
+        checks.check_trajectory(record, max_wire_bytes=self.max_wire_bytes // share)
+        if record.stream is None:
+            raise InvalidArgument("trajectory.token_ids", "is empty")
+        blob = arrays.pack(record.stream)
+        packed = Packed(record, digest_of(blob), record.fingerprint(blob))
+        await self.blobs.put(blob)
+        return packed
+
+    async def pack_for_lease(self, lease_id: str, record: TrajectoryRecord) -> Packed:
+        """As `pack`, for the rollout of a lease.
+
+        Raises:
+            InvalidArgument: it is malformed, or is not of that rollout.
+            LeaseExpired: the rollout is lost.
+            NotFound: there never was such a lease.
+        """
+
+        async def find(session: AsyncSession) -> tuple[LeaseRecord, str]:
+            return await rollouts.slot(session, lease_id)
+
+        lease, state = await self.database.run(find)
+        if state == "lost":
+            raise LeaseExpired(f"the rollout of lease {lease_id} is lost; drop this work")
+        return await self.pack(fill(record, lease), share=lease.group.size)
+
+    async def load(
+        self, trajectory_ids: Sequence[str], *, tokens: bool = True
+    ) -> list[TrajectoryRecord]:
+        """Whole trajectories in the order of the ids.
+
+        Raises:
+            NotFound: an id is not stored.
+            DataLoss: tokens are gone or damaged.
+        """
+
+        async def read(session: AsyncSession) -> list[trajectories.Stored]:
+            return await trajectories.load(session, trajectory_ids)
+
+        stored = await self.database.run(read)
+        if not tokens:
+            return [item.record for item in stored]
+        return [await trajectories.read_tokens(self.blobs, item) for item in stored]
+
+    async def export(self, query: TrajectoryQuery) -> AsyncIterator[TrajectoryRecord]:
+        """Whole trajectories in order of insertion, read in bounded batches."""
+        after = 0
+        while True:
+
+            async def ids(session: AsyncSession, after: int = after) -> list[tuple[int, str, int]]:
+                return await trajectories.next_ids(session, query, after, _EXPORT_ROWS)
+
+            rows = await self.database.run(ids)
+            if not rows:
+                return
+            wanted: list[str] = []
+            total_bytes = 0
+            for seq, trajectory_id, wire_bytes in rows:
+                total_bytes += wire_bytes
+                if wanted and total_bytes > _EXPORT_BYTES:
+                    break
+                wanted.append(trajectory_id)
+                after = seq
+            for record in await self.load(wanted):
+                yield record
+
+
+def fill(record: TrajectoryRecord, lease: LeaseRecord) -> TrajectoryRecord:
+    """The record with what the lease knows.
+
+    Raises:
+        InvalidArgument: a field that is set says something else.
+    """
+    group = lease.group
+    known: dict[str, str | int] = {
+        "task_id": group.task_id,
+        "run_id": group.run_id,
+        "group_id": group.id,
+        "group_index": lease.group_index,
+        "seed": lease.seed,
+        "pipeline": group.pipeline,
+        "mode": group.mode,
+        "grader": group.grader,
+    }
+    for name, value in known.items():
+        given = getattr(record, name)
+        if given and given != value:
+            raise InvalidArgument(
+                f"trajectory.{name}",
+                f"is {given!r} and its rollout's is {value!r}",
+                "copy the lease's",
+            )
+    return replace(record, **known, attempt=lease.attempt)  # type: ignore[arg-type]
