@@ -85,9 +85,10 @@ def sample_of(completion: policy_pb.Completion) -> Sample:
 
 @dataclass(slots=True)
 class PolicyActor:
-    """The current policy. `first` is an output already sampled for the first turn (a group)."""
+    """The current policy. `first` is an output that a group sampled from `prompt` already."""
 
     first: Sample | None = None
+    prompt: tuple[int, ...] = ()
     name: str = field(default="policy", init=False)
 
     async def act(self, stack: "Stack", view: View) -> Sample:
@@ -96,8 +97,9 @@ class PolicyActor:
         Raises:
             Unavailable: the service aborted this output again and again.
         """
-        if view.turn == 0 and self.first is not None:
-            return self.first
+        first, self.first = self.first, None
+        if first is not None and first.finish != "abort" and tuple(view.context) == self.prompt:
+            return first
         sampling = sampling_of(
             view.spec,
             view.tools,

@@ -38,7 +38,7 @@ class Budget:
     """Wall time of the episode, its final validation not counted."""
     tool_s: float = 60.0
     """Time of one tool, validation excepted."""
-    validation_s: float = 600.0
+    validation_s: float = 900.0
     """Time of one validation."""
     observation_chars: int = 480
     """Longest observation; about 150 tokens."""

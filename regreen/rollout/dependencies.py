@@ -138,6 +138,7 @@ class Dependencies:
                 "--no-progress",
                 "--color",
                 "never",
+                "--no-build",
                 "--find-links",
                 WHEELHOUSE,
                 "--python",

@@ -98,7 +98,7 @@ class Runner:
                     task, spec, actor or PolicyActor(), trajectory_id, sandbox.id
                 )
             finally:
-                await self._discard(sandbox.id)
+                await self.discard(sandbox.id)
 
     async def _in_sandbox(
         self, task: pb.Task, spec: EpisodeSpec, actor: Actor, trajectory_id: str, sandbox_id: str
@@ -152,7 +152,8 @@ class Runner:
         agent.stream.fill(trajectory)
         return trajectory
 
-    async def _discard(self, sandbox_id: str) -> None:
+    async def discard(self, sandbox_id: str) -> None:
+        """Delete a sandbox that is not needed any more."""
         try:
             await self.stack.sandbox.delete_sandbox(sandbox_id)
         except RegreenError as error:
@@ -193,7 +194,6 @@ async def run_episode(
     knobs: Knobs | None = None,
     policy_name: str = "",
     knowledge: Knowledge | None = None,
-    run_id: str = "",
 ) -> pb.Trajectory:
     """One graded rollout outside any queue; see `Runner.run` for what it raises."""
     spec = EpisodeSpec(
@@ -202,7 +202,6 @@ async def run_episode(
         grader=grader,
         seed=seed,
         group_seed=seed,
-        run_id=run_id,
         policy_name=policy_name,
         budget=budget or (FULL if pipeline == PIPELINE_FULL else SIMPLIFIED),
     )

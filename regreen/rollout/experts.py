@@ -216,6 +216,6 @@ def line_edits(before: bytes, after: bytes, path: str) -> list[str] | None:
     commands = []
     for number, (left, right) in enumerate(zip(old, new, strict=True), 1):
         if left != right:
-            quoted = right.replace("\\", "\\\\")
-            commands.append(f"sed -i {shlex.quote(f'{number}c\\{quoted}')} {shlex.quote(path)}")
+            script = f"{number}c" + "\\" + right.replace("\\", "\\\\")
+            commands.append(f"sed -i {shlex.quote(script)} {shlex.quote(path)}")
     return commands

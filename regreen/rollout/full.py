@@ -9,13 +9,18 @@
 
 from collections.abc import Sequence
 
+from regreen.dataset import v1 as pb
+from regreen.policy.v1 import ChatMessage
 from regreen.rollout.agent import Agent, Stop
+from regreen.rollout.context import EpisodeSpec
 from regreen.rollout.dependencies import ToolError
+from regreen.rollout.facts import Facts
 from regreen.rollout.knowledge import Hit, Knowledge
 from regreen.rollout.logs import PrimaryError
 from regreen.rollout.prompts import first_messages
 from regreen.rollout.simplified import hint_for
 from regreen.rollout.tools import Observation, describe
+from regreen.rollout.toolset import ToolSet
 
 
 async def run_full(agent: Agent, knowledge: Knowledge | None) -> Stop:
@@ -90,10 +95,32 @@ def _new_error(seen: Observation, known: set[str]) -> PrimaryError | None:
     return seen.error
 
 
+def first_opening(
+    task: pb.Task, facts: Facts, spec: EpisodeSpec, tools: ToolSet, knowledge: Knowledge | None
+) -> Sequence[ChatMessage]:
+    """The first prompt of an episode; the same for every member of a group."""
+    hits: Sequence[Hit] = ()
+    if facts.error is not None and knowledge is not None:
+        hits = knowledge.candidates(
+            facts.error,
+            facts,
+            exclude_package=facts.package,
+            mode=spec.mode,
+            limit=spec.budget.tries,
+        )
+    hint = hits[0].advice if hits else _privileged(task, facts, spec)
+    return first_messages(
+        facts, tools, mode=spec.mode, error=facts.error, hint=hint, versions=facts.lock.pins
+    )
+
+
+def _privileged(task: pb.Task, facts: Facts, spec: EpisodeSpec) -> str:
+    return hint_for(task, facts, spec, None) if spec.knobs.hint == "fix" else ""
+
+
 async def _begin(agent: Agent, error: PrimaryError | None, hint: str, attempt: int) -> None:
     bench = agent.bench
-    if not hint and agent.spec.knobs.hint == "fix":
-        hint = hint_for(bench.task, bench.facts, agent.spec, None)
+    hint = hint or _privileged(bench.task, bench.facts, agent.spec)
     try:
         versions = (await bench.dependencies.lock()).pins
     except ToolError:

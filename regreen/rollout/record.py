@@ -77,12 +77,16 @@ class TokenStream:
         self, sample: Sample, *, tool: str, arguments_json: str, ok: bool, duration_s: float = 0.0
     ) -> None:
         """What the actor said, call parsed or not."""
-        if len(sample.logprobs) != len(sample.token_ids):
-            raise InfraError("the policy returned another number of logprobs than of tokens")
         start = len(self.token_ids)
+        if len(sample.logprobs) == len(sample.token_ids):
+            logprobs = [float(value) for value in sample.logprobs]
+        elif not sample.token_exact:
+            logprobs = [0.0] * len(sample.token_ids)
+        else:
+            raise InfraError("the policy returned another number of logprobs than of tokens")
         self._append(sample.token_ids)
         self.mask[start:] = b"\x01" * len(sample.token_ids)
-        self.logprobs[start:] = [float(value) for value in sample.logprobs]
+        self.logprobs[start:] = logprobs
         for version, first, last in sample.versions:
             self.versions.append(
                 pb.TokenVersion(version=version, start=start + first, end=start + last)
@@ -121,7 +125,7 @@ class TokenStream:
         covered = bytearray(size)
         for span in self.versions:
             covered[span.start : span.end] = b"\x01" * (span.end - span.start)
-        if covered != self.mask:
+        if self.token_exact and covered != self.mask:
             raise InfraError("policy versions do not cover the sampled tokens")
         if any(not math.isfinite(value) for value in self.logprobs):
             raise InfraError("a logprob is not finite")

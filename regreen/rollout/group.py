@@ -1,0 +1,114 @@
+"""n rollouts of one task that share their first prompt.
+
+- The first output of all members comes from one `Generate(n)` call, so that the prompt is computed
+  once; a member uses its share only if its prompt is, id for id, the one that was sent.
+- Members run concurrently and independently; the first trouble of the platform is raised after all
+  have ended, so that nothing is left running.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from regreen.common.v1 import PIPELINE_FULL
+from regreen.dataset import v1 as pb
+from regreen.ids import derive_seed
+from regreen.rollout.actors import PolicyActor, sample_of, sampling_of
+from regreen.rollout.context import EpisodeSpec
+from regreen.rollout.episode import Runner, check_fair
+from regreen.rollout.facts import Facts
+from regreen.rollout.full import first_opening
+from regreen.rollout.record import Sample
+from regreen.rollout.simplified import opening
+
+
+@dataclass(frozen=True, slots=True)
+class SharedStart:
+    """A first prompt and outputs that were sampled from it together."""
+
+    prompt: tuple[int, ...]
+    samples: tuple[Sample, ...]
+
+    def actor(self, index: int) -> PolicyActor:
+        """The policy with its share of the first outputs."""
+        return PolicyActor(self.samples[index], self.prompt)
+
+
+async def shared_start(runner: Runner, task: pb.Task, spec: EpisodeSpec, count: int) -> SharedStart:
+    """Sample the first output of `count` members of a group in one call.
+
+    Raises:
+        RegreenError: trouble of the platform, or the task is not prepared here.
+    """
+    check_fair(task, spec)
+    facts = await _facts(runner, task)
+    tools = runner.tools(spec)
+    begin = first_opening if spec.pipeline == PIPELINE_FULL else opening
+    rendered = await runner.stack.policy.render_chat(
+        begin(task, facts, spec, tools, runner.knowledge)
+    )
+    prompt = tuple(rendered.token_ids)
+    room = spec.budget.context_tokens - len(prompt)
+    response = await runner.stack.policy.generate(
+        prompt,
+        n=count,
+        sampling=sampling_of(
+            spec,
+            tools,
+            seed=derive_seed(spec.group_seed, spec.seed, "first"),
+            max_new_tokens=max(1, min(room, spec.budget.turn_tokens)),
+        ),
+        min_version=spec.min_version,
+    )
+    samples = tuple(sample_of(completion) for completion in response.completions)
+    return SharedStart(prompt, samples)
+
+
+async def run_group(
+    runner: Runner,
+    task: pb.Task,
+    spec: EpisodeSpec,
+    size: int,
+    *,
+    concurrency: int = 4,
+    share: bool = True,
+) -> list[pb.Trajectory]:
+    """All members of a group, in index order.
+
+    Raises:
+        RegreenError: trouble of the platform in some member; the group must be tried again.
+    """
+    members = [
+        replace(spec, group_index=index, seed=derive_seed(spec.group_seed, index))
+        for index in range(size)
+    ]
+    start = await shared_start(runner, task, members[0], size) if share and size > 1 else None
+    gate = asyncio.Semaphore(concurrency)
+
+    async def one(member: EpisodeSpec) -> pb.Trajectory:
+        async with gate:
+            actor = start.actor(member.group_index) if start else PolicyActor()
+            return await runner.run(task, member, actor)
+
+    found = await asyncio.gather(*map(one, members), return_exceptions=True)
+    return _all_or_raise(found)
+
+
+def _all_or_raise(found: Sequence[pb.Trajectory | BaseException]) -> list[pb.Trajectory]:
+    done: list[pb.Trajectory] = []
+    for result in found:
+        if isinstance(result, BaseException):
+            raise result
+        done.append(result)
+    return done
+
+
+async def _facts(runner: Runner, task: pb.Task) -> Facts:
+    known = runner.facts.peek(task.state_id)
+    if known is not None:
+        return known
+    sandbox = await runner.stack.sandbox.create_sandbox(task.state_id, labels={"task": task.id})
+    try:
+        return await runner.facts.get(runner.stack, task, sandbox.id)
+    finally:
+        await runner.discard(sandbox.id)

@@ -1,0 +1,296 @@
+"""A rollout worker: leases rollouts, runs them, commits them; stateless.
+
+- A lease ends in exactly one of: committed, given back, or expired (this worker was killed); the
+  queue hands it on in the last two cases, so no rollout is lost.
+- A commit is repeated with the same request id until it is answered or the lease is gone, so no
+  rollout is stored twice.
+- Trouble of the platform gives the rollout back and is never scored; a defect of our own ends the
+  worker loudly, after its leases were given back.
+- Any service may restart: every wait for one is bounded by `patience_s`.
+"""
+
+import asyncio
+import os
+import socket
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
+
+import structlog
+
+from regreen.client.channel import new_request_id
+from regreen.dataset import v1 as pb
+from regreen.rollout.actors import PolicyActor
+from regreen.rollout.context import EpisodeSpec, spec_of_lease
+from regreen.rollout.episode import Runner
+from regreen.rollout.group import SharedStart, shared_start
+from regreen.rollout.knowledge import Knowledge, build
+from regreen.rpc.errors import (
+    Aborted,
+    DeadlineExceeded,
+    InfraError,
+    LeaseExpired,
+    NotFound,
+    RegreenError,
+    ResourceExhausted,
+    Unavailable,
+)
+
+if TYPE_CHECKING:
+    from regreen.client.stack import Stack
+
+log = structlog.get_logger(__name__)
+T = TypeVar("T")
+_PASSING = (Unavailable, InfraError, DeadlineExceeded, Aborted, ResourceExhausted)
+_POLL_S = (0.1, 2.0)
+
+
+@dataclass(slots=True)
+class WorkerStats:
+    """What a worker has done so far."""
+
+    committed: int = 0
+    given_back: int = 0
+    expired: int = 0
+
+
+@dataclass(slots=True)
+class Worker:
+    """Leases and runs rollouts until stopped."""
+
+    stack: "Stack"
+    runner: Runner
+    run_id: str = ""
+    """Only rollouts of this run; empty takes any."""
+    concurrency: int = 4
+    name: str = field(default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}")
+    lease_s: float = 120.0
+    patience_s: float = 600.0
+    """How long a service may be away before the worker ends."""
+    share_prompts: bool = True
+    clock: Callable[[], float] = time.monotonic
+    stats: WorkerStats = field(default_factory=WorkerStats)
+    _stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    _active: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+
+    def stop(self) -> None:
+        """Take no more work; what runs is given back."""
+        self._stopping.set()
+
+    async def run(self, *, until_idle: bool = False) -> WorkerStats:
+        """Work until stopped; with `until_idle`, until the queue has nothing more.
+
+        Raises:
+            RegreenError: a service was away for longer than `patience_s`.
+        """
+        heart = asyncio.create_task(self._beat())
+        wait_s = _POLL_S[0]
+        try:
+            while not self._stopping.is_set():
+                self._raise_defects(heart)
+                leases = await self._lease()
+                if leases:
+                    wait_s = _POLL_S[0]
+                    await self._start(leases)
+                    continue
+                if until_idle and not self._active:
+                    break
+                await self._wait(wait_s)
+                wait_s = min(wait_s * 1.5, _POLL_S[1])
+        finally:
+            heart.cancel()
+            await self._give_all_back()
+            await asyncio.gather(heart, return_exceptions=True)
+        return self.stats
+
+    async def _lease(self) -> Sequence[pb.Lease]:
+        free = self.concurrency - len(self._active)
+        if free <= 0:
+            return ()
+        request_id = new_request_id()
+        return await self._persist(
+            lambda: self.stack.queue.lease_rollouts(
+                self.name,
+                free,
+                run_id=self.run_id,
+                duration_s=self.lease_s,
+                request_id=request_id,
+            )
+        )
+
+    async def _start(self, leases: Sequence[pb.Lease]) -> None:
+        """Start the episodes of new leases, members of one group together."""
+        groups: dict[tuple[str, int], list[pb.Lease]] = defaultdict(list)
+        for lease in leases:
+            groups[lease.group.id, lease.attempt].append(lease)
+        for members in groups.values():
+            start = asyncio.ensure_future(self._shared(members))
+            for index, lease in enumerate(members):
+                task = asyncio.create_task(self._work(lease, start, index))
+                self._active[lease.id] = task
+
+    async def _shared(self, members: Sequence[pb.Lease]) -> SharedStart | None:
+        if len(members) < 2 or not self.share_prompts:
+            return None
+        task = await self.stack.tasks.get_task(members[0].group.task_id)
+        return await shared_start(self.runner, task, spec_of_lease(members[0]), len(members))
+
+    async def _work(
+        self, lease: pb.Lease, start: "asyncio.Future[SharedStart | None]", index: int
+    ) -> None:
+        """One leased rollout, from start to commit or give-back."""
+        try:
+            spec = spec_of_lease(lease)
+            shared = await asyncio.shield(start)
+            actor = shared.actor(index) if shared else PolicyActor()
+            trajectory = await self._episode(lease, spec, actor)
+        except RegreenError as error:
+            log.warning("rollout failed", rollout_id=lease.rollout_id, error=str(error))
+            await self._give_back(lease.id, f"{type(error).__name__}: {error}")
+        else:
+            await self._commit(lease, trajectory)
+        # A defect of our own stays in `_active`, where the main loop finds and raises it.
+        self._active.pop(lease.id, None)
+
+    async def _episode(
+        self, lease: pb.Lease, spec: EpisodeSpec, actor: PolicyActor
+    ) -> pb.Trajectory:
+        task = await self.stack.tasks.get_task(lease.group.task_id)
+        trajectory = await self.runner.run(task, spec, actor)
+        trajectory.labels.update(
+            {k: v for k, v in lease.group.labels.items() if k not in trajectory.labels}
+        )
+        return trajectory
+
+    async def _commit(self, lease: pb.Lease, trajectory: pb.Trajectory) -> None:
+        request_id = new_request_id()
+        try:
+            await self._persist(
+                lambda: self.stack.queue.commit_rollout(lease.id, trajectory, request_id=request_id)
+            )
+            self.stats.committed += 1
+        except (LeaseExpired, NotFound) as error:
+            self.stats.expired += 1
+            log.warning("lease lost", rollout_id=lease.rollout_id, error=str(error))
+        except RegreenError as error:
+            log.error("commit refused", rollout_id=lease.rollout_id, error=str(error))
+            await self._give_back(lease.id, f"commit refused: {error}")
+
+    async def _give_back(self, lease_id: str, reason: str) -> None:
+        request_id = new_request_id()
+        try:
+            await self._persist(
+                lambda: self.stack.queue.fail_rollout(
+                    lease_id, reason[:1000], request_id=request_id
+                )
+            )
+            self.stats.given_back += 1
+        except (LeaseExpired, NotFound):
+            self.stats.expired += 1
+
+    async def _give_all_back(self) -> None:
+        active = dict(self._active)
+        self._active.clear()
+        for task in active.values():
+            task.cancel()
+        await asyncio.gather(*active.values(), return_exceptions=True)
+        for lease_id, task in active.items():
+            if task.cancelled() or task.exception() is not None:
+                try:
+                    await self.stack.queue.fail_rollout(lease_id, "the worker ended")
+                    self.stats.given_back += 1
+                except RegreenError as error:
+                    log.warning("lease left to expire", lease_id=lease_id, error=str(error))
+
+    async def _beat(self) -> None:
+        """Keep every lease alive; drop the work of a lease that is lost."""
+        while True:
+            await asyncio.sleep(self.lease_s / 4)
+            for lease_id in list(self._active):
+                try:
+                    await self.stack.queue.heartbeat([lease_id], duration_s=self.lease_s)
+                except (LeaseExpired, NotFound):
+                    self.stats.expired += 1
+                    if task := self._active.pop(lease_id, None):
+                        task.cancel()
+                except RegreenError as error:
+                    log.warning("heartbeat failed", lease_id=lease_id, error=str(error))
+
+    async def _wait(self, seconds: float) -> None:
+        """Until something ends, the worker is stopped, or the time is over."""
+        stop = asyncio.ensure_future(self._stopping.wait())
+        try:
+            await asyncio.wait(
+                {stop, *self._active.values()},
+                timeout=seconds,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+        finally:
+            stop.cancel()
+
+    def _raise_defects(self, heart: "asyncio.Task[None]") -> None:
+        for task in [heart, *self._active.values()]:
+            if task.done() and not task.cancelled() and (error := task.exception()):
+                raise error
+
+    async def _persist(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Repeat a call while its service is away, for at most `patience_s`."""
+        give_up_s = self.clock() + self.patience_s
+        wait_s = _POLL_S[0]
+        while True:
+            try:
+                return await call()
+            except _PASSING as error:
+                if self.clock() + wait_s > give_up_s:
+                    raise
+                log.warning("service away", error=str(error))
+            await asyncio.sleep(wait_s)
+            wait_s = min(wait_s * 2, 10.0)
+
+
+@asynccontextmanager
+async def worker_pool(
+    stack: "Stack",
+    *,
+    run_id: str = "",
+    concurrency: int = 4,
+    knowledge: Knowledge | None = None,
+    runner: Runner | None = None,
+) -> AsyncIterator[Worker]:
+    """A worker in this process while the context is open; its failure ends the context.
+
+    Raises:
+        RegreenError: what ended the worker.
+    """
+    if runner is None:
+        runner = Runner(stack, knowledge or await knowledge_of(stack))
+    worker = Worker(stack, runner, run_id=run_id, concurrency=concurrency)
+    parent = asyncio.current_task()
+    task = asyncio.create_task(worker.run())
+
+    def ended(done: "asyncio.Task[WorkerStats]") -> None:
+        if parent is not None and not done.cancelled() and done.exception() is not None:
+            parent.cancel()
+
+    task.add_done_callback(ended)
+    try:
+        yield worker
+    except asyncio.CancelledError:
+        if task.done() and not task.cancelled() and (error := task.exception()):
+            if parent is not None:
+                parent.uncancel()
+            raise error from None
+        raise
+    finally:
+        task.remove_done_callback(ended)
+        worker.stop()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def knowledge_of(stack: "Stack") -> Knowledge:
+    """The knowledge base of the admitted training tasks."""
+    wanted = pb.TaskFilter(statuses=[pb.TASK_STATUS_ADMITTED], split="train")
+    return build(await stack.tasks.all_tasks(wanted))
