@@ -6,8 +6,10 @@
 """
 
 import asyncio
+from pathlib import Path
 
-from regreen.client.channel import connect
+import grpc
+
 from regreen.client.policy import PolicyClient
 from regreen.policy import v1 as pb
 from regreen.rpc.errors import RegreenError, Unavailable
@@ -16,8 +18,21 @@ from regreen.rpc.errors import RegreenError, Unavailable
 class PolicyModel:
     """A chat model by gRPC."""
 
-    def __init__(self, client: PolicyClient, *, max_tokens: int = 512) -> None:
-        self._client, self._max_tokens = client, max_tokens
+    def __init__(
+        self,
+        target: str,
+        *,
+        max_tokens: int = 512,
+        tls_ca: Path | None = None,
+        patience_s: float = 2.0,
+    ) -> None:
+        self._channel = (
+            grpc.aio.secure_channel(target, grpc.ssl_channel_credentials(tls_ca.read_bytes()))
+            if tls_ca
+            else grpc.aio.insecure_channel(target)
+        )
+        self._client = PolicyClient(self._channel, patience_s=patience_s)
+        self._max_tokens = max_tokens
 
     async def name(self) -> str:
         """Model and version that serve now."""
@@ -62,7 +77,7 @@ class PolicyModel:
 
     async def close(self) -> None:
         """Close the channel."""
-        await self._client.close()
+        await self._channel.close()
 
 
 def cut_middle(text: str, keep_chars: int) -> str:

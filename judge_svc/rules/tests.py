@@ -212,10 +212,9 @@ def _markers(file: PyFile) -> list[tuple[str, int]]:
             name = dotted(node.exc)
             if not name.endswith("SkipTest"):
                 continue
-        elif (
-            not _SKIP_NAME.match(name)
-            or (isinstance(node, ast.Name)
-            and name not in ("skip", "skipif", "xfail", "expectedFailure"))
+        elif not _SKIP_NAME.match(name) or (
+            isinstance(node, ast.Name)
+            and name not in ("skip", "skipif", "xfail", "expectedFailure")
         ):
             continue
         inside |= {id(n) for n in ast.walk(node)}
