@@ -39,11 +39,12 @@ def trainable(trajectory: dataset_pb.Trajectory) -> bool:
 
 
 def leave_one_out(rewards: Sequence[float]) -> NDArray[np.float64]:
-    """Reward minus the mean of the other members' (RLOO, arXiv:2402.14740); zeros for one member."""
+    """Reward minus the mean of the others (RLOO, arXiv:2402.14740); 0 for one member."""
     values = np.asarray(rewards, dtype=np.float64)
     if values.size < 2:
         return np.zeros(values.shape)
-    return (values - values.mean()) * values.size / (values.size - 1)
+    centred: NDArray[np.float64] = values - values.mean()
+    return centred * (values.size / (values.size - 1))
 
 
 def grpo_batch(
@@ -114,9 +115,7 @@ def _group_samples(
                     advantage=float(advantages[index]) if with_advantages else None,
                     weight=0.0 if silenced else 1.0 / len(found),
                     truncated=is_truncated(member),
-                    spans=[
-                        VersionSpan(start, end, number) for number, start, end in segment.versions
-                    ],
+                    spans=[VersionSpan(start, end, v) for v, start, end in segment.versions],
                     sample_id=member.id,
                 )
             )
@@ -131,7 +130,7 @@ def shared_prompt_len(found: Sequence[Segment]) -> int:
     first = np.array(found[0].token_ids[:shared], np.int32)
     for segment in found[1:]:
         other = np.array(segment.token_ids[:shared], np.int32)
-        different = np.flatnonzero(first != other)
+        different = np.flatnonzero(first[:shared] != other)
         if different.size:
             shared = min(shared, int(different[0]))
     return max(shared, 1)

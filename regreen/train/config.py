@@ -36,8 +36,12 @@ class SftConfig:
     """Modes that expert trajectories are made and used for."""
     pipelines: tuple[str, ...] = ("simplified",)
     """Workflows that expert trajectories are made and used for."""
-    samples_per_task: int = 1
-    """Expert trajectories of each task, mode and pipeline."""
+    styles: int = 3
+    """Most expert trajectories of each task, mode and pipeline, each in other words."""
+    max_guesses: int = 0
+    """Trajectories with more steps that no visible fact suggests are left out."""
+    budget_labels: Mapping[str, str] = field(default_factory=dict)
+    """Episode settings as labels, for example {"budget.context_tokens": "2048"}."""
     validation_share: float = 0.15
     """Share of packages whose trajectories are held out."""
     epochs: int = 2
@@ -63,8 +67,9 @@ class SftConfig:
     """Longest wait for a service to come back."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "epochs", "batch_size", "checkpoint_every", "samples_per_task")
+        _at_least(self, 1, "epochs", "batch_size", "checkpoint_every", "styles")
         _at_least(self, 2, "max_tokens")
+        _at_least(self, 0, "max_guesses")
         if not 0.0 <= self.validation_share < 1.0:
             raise InvalidArgument("validation_share", f"is {self.validation_share}", "give 0 to <1")
         _check_names(self.modes, self.pipelines)

@@ -20,14 +20,14 @@ from regreen.dataset import v1 as dataset_pb
 from regreen.ids import derive_seed
 from regreen.learner import v1 as learner_pb
 from regreen.rpc.errors import FailedPrecondition, RegreenError
-from regreen.train.batches import sft_batch, trainable
+from regreen.train.batches import sft_batch
 from regreen.train.config import SftConfig
 from regreen.train.experts import expert_rows
 from regreen.train.ledger import Ledger, hyperparameters
 from regreen.train.progress import Listener, Meter, Progress, ignore
 from regreen.train.recovery import Recovery, curable
 from regreen.train.rows import TrainResult, find_run, open_run, result_of, wanted_tasks
-from regreen.train.weights import BASE, Weights, next_version_block, resolve_weights, weights_of
+from regreen.train.weights import BASE, Weights, next_version_block, resolve_weights
 
 
 async def train_sft(stack: Stack, config: SftConfig, progress: Listener = ignore) -> TrainResult:
@@ -81,13 +81,14 @@ async def _resolve(stack: Stack, config: SftConfig, progress: Listener) -> dict[
     rows = await expert_rows(stack, tasks, config, progress)
     packages = {task.id: task.environment.package or task.id for task in tasks}
     held_out = choose_held_out(sorted(set(packages.values())), config)
-    train, validation = [], []
+    train: list[str] = []
+    validation: list[str] = []
     for row in rows:
         (validation if packages[row.task_id] in held_out else train).append(row.id)
     if not train:
         raise FailedPrecondition(
             f"no solved expert trajectory among {len(tasks)} tasks; check that the reference fixes "
-            "pass with `regreen tasks gate`"
+            "pass with `regreen data gate`"
         )
     return {
         "base_version": await next_version_block(stack),
@@ -172,7 +173,7 @@ class _Driver:
         await self.stack.runs.record_metrics(self.run.id, step, metrics)
         if step % config.checkpoint_every == 0 or step == self.total_steps:
             self.listener(Progress("checkpoint", step, self.total_steps, None))
-            weights_of(await self.ledger.save(step, ()))
+            await self.ledger.save(step, ())
         return metrics
 
     async def _trajectory(self, id: str) -> dataset_pb.Trajectory:

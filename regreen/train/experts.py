@@ -1,0 +1,124 @@
+"""Expert trajectories for supervised fine-tuning: found in the dataset, or made.
+
+- What is learned from was graded like any rollout: solved, not flagged, tokens exact.
+- A (task, mode, pipeline) that has expert trajectories is never rolled out again.
+- Trouble of the platform is retried for a bounded time and never becomes an absent expert.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from regreen.client.stack import Stack
+from regreen.common import v1 as common_pb
+from regreen.dataset import v1 as dataset_pb
+from regreen.ids import derive_seed
+from regreen.rollout.context import FULL, SIMPLIFIED, EpisodeSpec, with_labels
+from regreen.rollout.episode import Runner
+from regreen.rollout.experts import STYLES, expert_trajectories
+from regreen.rpc.errors import RegreenError
+from regreen.train.config import SftConfig
+from regreen.train.names import mode_of, pipeline_of
+from regreen.train.parallel import run_bounded
+from regreen.train.progress import Listener, Meter
+from regreen.train.recovery import Recovery
+from regreen.train.rows import all_trajectories
+
+EXPERT = "expert"
+"""Actor of expert trajectories."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class _Slot:
+    task_id: str
+    mode: common_pb.Mode.ValueType
+    pipeline: common_pb.Pipeline.ValueType
+
+
+async def expert_rows(
+    stack: Stack, tasks: Sequence[dataset_pb.Task], config: SftConfig, progress: Listener
+) -> list[dataset_pb.Trajectory]:
+    """Rows of the usable expert trajectories of `tasks`, in id order; makes those that are missing.
+
+    Raises:
+        RegreenError: a service did not come back within `config.recovery_deadline_s`.
+    """
+    wanted = _wanted(tasks, config)
+    found = await _stored(stack, wanted)
+    missing = [slot for slot in wanted if slot not in found]
+    meter = Meter(progress, "experts", len(wanted), done=len(wanted) - len(missing))
+    meter.report()
+    if missing:
+        await _make(stack, {task.id: task for task in tasks}, missing, config, meter)
+        found = await _stored(stack, wanted)
+    limit = config.max_guesses
+    usable = [
+        row
+        for rows in found.values()
+        for row in rows
+        if row.reward.solved and not row.reward.hacks and int(row.labels["guesses"] or 0) <= limit
+    ]
+    return sorted(usable, key=lambda row: row.id)
+
+
+def _wanted(tasks: Sequence[dataset_pb.Task], config: SftConfig) -> list[_Slot]:
+    modes = [mode_of(name) for name in config.modes]
+    pipelines = [pipeline_of(name) for name in config.pipelines]
+    return sorted(
+        _Slot(task.id, mode, pipeline)
+        for task in tasks
+        for mode in modes
+        for pipeline in pipelines
+        if mode in task.modes and any(fix.mode == mode for fix in task.fixes)
+    )
+
+
+async def _stored(
+    stack: Stack, wanted: Sequence[_Slot]
+) -> dict[_Slot, list[dataset_pb.Trajectory]]:
+    found: defaultdict[_Slot, list[dataset_pb.Trajectory]] = defaultdict(list)
+    slots = set(wanted)
+    async for row in all_trajectories(stack, dataset_pb.TrajectoryFilter(actor=EXPERT)):
+        slot = _Slot(row.task_id, row.mode, row.pipeline)
+        if slot in slots:
+            found[slot].append(row)
+    return dict(found)
+
+
+async def _make(
+    stack: Stack,
+    tasks: dict[str, dataset_pb.Task],
+    missing: Sequence[_Slot],
+    config: SftConfig,
+    meter: Meter,
+) -> None:
+    runner = Runner(stack)
+
+    async def one(slot: _Slot) -> None:
+        kept = await _rollouts(runner, tasks[slot.task_id], slot, config)
+        for trajectory in kept:
+            await stack.trajectories.commit_trajectory(trajectory)
+        meter.advance(detail=f"{slot.task_id}: {len(kept)} kept")
+
+    await run_bounded((partial(one, slot) for slot in missing), config.concurrency)
+
+
+async def _rollouts(
+    runner: Runner, task: dataset_pb.Task, slot: _Slot, config: SftConfig
+) -> list[dataset_pb.Trajectory]:
+    spec = EpisodeSpec(
+        pipeline=slot.pipeline,
+        mode=slot.mode,
+        grader=common_pb.GRADER_BUILD_GATES,
+        seed=derive_seed(config.seed, EXPERT, slot.task_id, slot.mode, slot.pipeline),
+        policy_name=EXPERT,
+        budget=FULL if slot.pipeline == common_pb.PIPELINE_FULL else SIMPLIFIED,
+    )
+    spec = with_labels(spec, config.budget_labels)
+    recovery = Recovery(config.recovery_deadline_s, lambda _: None)
+    while True:
+        try:
+            return await expert_trajectories(runner, task, spec, STYLES[: config.styles])
+        except RegreenError as error:
+            await recovery.wait_out(error)
