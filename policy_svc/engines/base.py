@@ -1,0 +1,169 @@
+"""What an engine is: token ids in, sampled token ids with logprobs and policy versions out.
+
+- `logprobs` are natural logs under the raw policy: softmax at temperature 1, before top-p, top-k
+  or a regex cut it. Sample at temperature 1 and top_p 1 and they are the behaviour policy's too.
+- Version spans cover every sampled token of a completion exactly once, in order, without gaps.
+- The stop token that ended a completion is its last id; stop texts stay in the output.
+- An aborted request is answered with what it sampled so far, marked ABORT, never lost.
+- `load` is all or nothing: when it raises, the old weights serve on.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Protocol
+
+TokenSink = Callable[[int, Sequence[int], Sequence[float]], None]
+"""Called with (sample index, new token ids, their logprobs) as tokens are sampled."""
+
+
+class FinishReason(StrEnum):
+    """Why a completion ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+class PauseMode(StrEnum):
+    """What happens to running requests on a pause."""
+
+    DRAIN = "drain"
+    IN_PLACE = "in_place"
+    ABORT = "abort"
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn; 0 switches `top_k` and `temperature` (greedy) off."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_new_tokens: int = 256
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    regex: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt and how to continue it `n` times."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    n: int
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class VersionSpan:
+    """Tokens [start, end) were sampled under `version`."""
+
+    version: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled continuation; `token_exact` is False when ids were re-encoded from text."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    versions: tuple[VersionSpan, ...]
+    finish_reason: FinishReason
+    text: str
+    token_exact: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """The answer to a request; `cached_tokens` is 0 where an engine does not say."""
+
+    completions: tuple[Completion, ...]
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What an engine serves."""
+
+    name: str
+    model: str
+    dtype: str
+    vocabulary: int
+    context_length: int
+    end_of_turn_id: int
+    token_exact: bool = True
+    regex: bool = False
+    """Whether `Sampling.regex` is honoured."""
+    swaps_weights: bool = True
+    """Whether `load` works."""
+
+
+class Engine(Protocol):
+    """Samples from one model; every method belongs to the event loop that called `start`."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """What is served; valid after `start`."""
+        ...
+
+    @property
+    def version(self) -> int:
+        """Policy version of tokens sampled from now on."""
+        ...
+
+    async def start(self) -> None:
+        """Load the base model. Raises: RegreenError when it cannot."""
+        ...
+
+    async def close(self) -> None:
+        """End everything that was started; running requests fail."""
+        ...
+
+    async def generate(self, request: Request, on_tokens: TokenSink | None = None) -> Generation:
+        """Sample. A cancelled call frees what it held.
+
+        Raises:
+            Unavailable: the engine died or cannot be reached; retry.
+            InvalidArgument: the engine refuses the request.
+        """
+        ...
+
+    async def load(self, version: int, path: Path) -> float:
+        """Serve the weights at `path` (a folder or file of safetensors) as `version`.
+
+        Returns the seconds in which no token was sampled.
+
+        Raises:
+            FailedPrecondition: the engine cannot swap weights, or they do not fit the model.
+            DataLoss: the files cannot be read.
+        """
+        ...
+
+    async def pause(self, mode: PauseMode) -> int:
+        """Stop sampling (`in_place`, `abort`); the number of requests that were running."""
+        ...
+
+    async def resume(self) -> None:
+        """Sample again."""
+        ...
+
+    async def abort(self, request_id: str | None) -> int:
+        """End one request, or all for None; the number that ended."""
+        ...
+
+
+def spans(versions: Sequence[int]) -> tuple[VersionSpan, ...]:
+    """Join per-token versions into spans."""
+    found: list[VersionSpan] = []
+    for at, version in enumerate(versions):
+        if found and found[-1].version == version:
+            found[-1] = VersionSpan(version, found[-1].start, at + 1)
+        else:
+            found.append(VersionSpan(version, at, at + 1))
+    return tuple(found)

@@ -1,0 +1,207 @@
+"""OpenVINO GenAI's continuous batching on the CPU, driven step by step.
+
+- One request is one group: `n` samples share the prompt, later turns hit the prefix cache.
+- New weights become a new pipeline beside the old one; requests in flight finish on theirs, so a
+  completion has exactly one version here.
+- The number type is f32 unless the CPU has `amx_bf16`; key/value cache entries have the same type.
+- `step` holds the interpreter lock for as long as it computes, which is why this runs in a
+  worker process (`engines/worker.py`).
+- Logprobs of the pipeline are those of the raw model, whatever temperature or top-p did.
+"""
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino
+import openvino_genai
+
+from policy_svc import gguf_file
+from policy_svc.engines.base import Request
+from policy_svc.engines.cpu import has_fast_bf16
+from policy_svc.engines.stepper import Chunk, WeightsError
+from policy_svc.engines.weights import Checkpoint
+from policy_svc.model_store import HEADER, HEADER_TABLE
+
+
+@dataclass(frozen=True, slots=True)
+class OpenVinoOptions:
+    """How pipelines are built."""
+
+    threads: int
+    kv_cache_gib: int = 1
+    dtype: str = "auto"
+    max_batch_tokens: int = 2048
+    max_sequences: int = 256
+
+
+@dataclass(slots=True)
+class _Running:
+    request: Request
+    handle: Any
+    pipeline: "_Pipeline"
+    reported: dict[int, int] = field(default_factory=dict)
+    ended: set[int] = field(default_factory=set)
+
+
+@dataclass(slots=True)
+class _Pipeline:
+    version: int
+    genai: Any
+    running: dict[str, _Running] = field(default_factory=dict)
+
+
+class OpenVinoStepper:
+    """A `Stepper` over one pipeline, or two while requests finish on the older one."""
+
+    def __init__(self, model: Path, weights: Path, version: int, options: OpenVinoOptions) -> None:
+        if not (model / HEADER).is_file():
+            raise WeightsError(
+                f"{model} has no {HEADER}; this engine serves the default model or its fine-tunes"
+            )
+        table = json.loads((model / HEADER_TABLE).read_bytes())
+        self._header = gguf_file.header_from_json((model / HEADER).read_bytes(), table)
+        config = json.loads((model / "config.json").read_bytes())
+        self._heads = (config["num_attention_heads"], config["num_key_value_heads"])
+        self._end_id: int = config["eos_token_id"]
+        self._options = options
+        wanted = options.dtype
+        self.dtype = ("bf16" if has_fast_bf16() else "f32") if wanted == "auto" else wanted
+        self._ids = 0
+        self._old: list[_Pipeline] = []
+        self.version = version
+        self._current = _Pipeline(version, self.prepare(version, weights))
+
+    def add(self, request: Request) -> int:
+        """Take a request; cached prompt tokens are not told by the pipeline."""
+        sampling = request.sampling
+        config = openvino_genai.GenerationConfig()
+        config.max_new_tokens = sampling.max_new_tokens
+        config.num_return_sequences = request.n
+        config.logprobs = 1
+        config.eos_token_id = self._end_id
+        config.stop_token_ids = {self._end_id, *sampling.stop_token_ids}
+        config.do_sample = sampling.temperature > 0
+        config.rng_seed = sampling.seed & 0x7FFFFFFFFFFFFFFF
+        if config.do_sample:
+            config.temperature = sampling.temperature
+            config.top_p = sampling.top_p
+            if sampling.top_k:
+                config.top_k = sampling.top_k
+        else:
+            config.num_return_sequences = 1
+        if sampling.regex:
+            structured = openvino_genai.StructuredOutputConfig()
+            structured.regex = sampling.regex
+            config.structured_output_config = structured
+        self._ids += 1
+        prompt = openvino.Tensor(np.array([request.prompt_token_ids], np.int64))
+        handle = self._current.genai.add_request(self._ids, prompt, config)
+        running = _Running(request, handle, self._current)
+        self._current.running[request.request_id] = running
+        return 0
+
+    def busy(self) -> bool:
+        """Whether any pipeline has a request."""
+        return bool(self._current.running or self._old)
+
+    def step(self) -> list[Chunk]:
+        """Step every pipeline that has requests, the older first."""
+        chunks: list[Chunk] = []
+        for pipeline in [*self._old, self._current]:
+            if not pipeline.running:
+                continue
+            if pipeline.genai.has_non_finished_requests():
+                pipeline.genai.step()
+            for running in list(pipeline.running.values()):
+                chunks += self._collect(running)
+        self._old = [pipeline for pipeline in self._old if pipeline.running]
+        return chunks
+
+    def end_sample(self, request_id: str, sample: int) -> None:
+        """Stop the request's computation once all its samples have ended."""
+        running = self._find(request_id)
+        if running:
+            running.ended.add(sample)
+            if len(running.ended) == running.request.n:
+                self.cancel(request_id)
+
+    def cancel(self, request_id: str) -> list[Chunk]:
+        """Drop a request and give the tokens it had."""
+        running = self._find(request_id)
+        if running is None:
+            return []
+        running.handle.stop()
+        if running.pipeline.genai.has_non_finished_requests():
+            running.pipeline.genai.step()
+        chunks = self._read(running, final=True)
+        running.pipeline.running.pop(request_id, None)
+        self._old = [pipeline for pipeline in self._old if pipeline.running]
+        return chunks
+
+    def prepare(self, version: int, path: Path) -> object:
+        """Build a pipeline from a checkpoint by way of a temporary F16 GGUF file."""
+        checkpoint = Checkpoint(path)
+        scheduler = openvino_genai.SchedulerConfig()
+        scheduler.cache_size = self._options.kv_cache_gib
+        scheduler.enable_prefix_caching = True
+        scheduler.dynamic_split_fuse = True
+        scheduler.max_num_batched_tokens = self._options.max_batch_tokens
+        scheduler.max_num_seqs = self._options.max_sequences
+        properties = {
+            "INFERENCE_NUM_THREADS": self._options.threads,
+            "INFERENCE_PRECISION_HINT": self.dtype,
+            "KV_CACHE_PRECISION": self.dtype,
+        }
+        with tempfile.TemporaryDirectory(prefix=f"regreen-policy-{os.getpid()}-") as folder:
+            file = Path(folder) / "model.gguf"
+            try:
+                gguf_file.write_from_header(self._header, checkpoint.tensor, self._heads, file)
+            except gguf_file.GgufError as error:
+                raise WeightsError(f"{path}: {error}") from error
+            return openvino_genai.ContinuousBatchingPipeline(
+                str(file), scheduler, "CPU", properties
+            )
+
+    def switch(self, version: int, prepared: object) -> None:
+        """Send new requests to the prepared pipeline."""
+        if self._current.running:
+            self._old.append(self._current)
+        self._current = _Pipeline(version, prepared)
+        self.version = version
+
+    def _find(self, request_id: str) -> _Running | None:
+        for pipeline in [self._current, *self._old]:
+            if request_id in pipeline.running:
+                return pipeline.running[request_id]
+        return None
+
+    def _collect(self, running: _Running) -> list[Chunk]:
+        status = running.handle.get_status()
+        over = status != openvino_genai.GenerationStatus.RUNNING
+        chunks = self._read(running, final=over)
+        if over:
+            running.pipeline.running.pop(running.request.request_id, None)
+        return chunks
+
+    def _read(self, running: _Running, *, final: bool) -> list[Chunk]:
+        if not running.handle.can_read():
+            return []
+        outputs = running.handle.read_all() if final else list(running.handle.read().values())
+        return [self._chunk(running, at, output) for at, output in enumerate(outputs)]
+
+    def _chunk(self, running: _Running, sample: int, output: Any) -> Chunk:
+        reasons = openvino_genai.GenerationFinishReason
+        finish = {reasons.STOP: "stop", reasons.LENGTH: "length"}.get(output.finish_reason)
+        return Chunk(
+            running.request.request_id,
+            sample,
+            list(output.generated_ids),
+            list(output.generated_log_probs),
+            running.pipeline.version,
+            finish,
+        )

@@ -1,0 +1,100 @@
+"""Reads checkpoints by reference: a safetensors file, or a folder with one or with shards.
+
+- Reading is lazy and copies nothing but BF16 (which numpy lacks; it is widened to float32).
+- Every tensor that is asked for exists, or the checkpoint is refused with its name.
+
+Source: the safetensors format (huggingface/safetensors, README "Format").
+"""
+
+import json
+import mmap
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from policy_svc.engines.stepper import WeightsError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
+_MAX_HEADER_BYTES = 100 << 20
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    data: mmap.mmap
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+class Checkpoint:
+    """The tensors of a checkpoint, by Hugging Face name.
+
+    Raises:
+        WeightsError: nothing is there, or a file is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._entries: dict[str, _Entry] = {}
+        try:
+            for file in _files(path):
+                self._entries |= _read_header(file)
+        except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+            raise WeightsError(f"{path}: {error}") from error
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def tensor(self, name: str) -> Array:
+        """Return a tensor as F16, F32 or F64. Raises: WeightsError when it is missing."""
+        entry = self._entries.get(name)
+        if entry is None:
+            raise WeightsError(f"{self._path} has no tensor {name}")
+        form = np.dtype(_DTYPES[entry.dtype])
+        count = (entry.end - entry.start) // form.itemsize
+        array: Array = np.frombuffer(entry.data, form, count, entry.start)
+        if entry.dtype == "BF16":
+            array = (array.astype("<u4") << 16).view("<f4")
+        return array.reshape(entry.shape)
+
+
+def _read_header(file: Path) -> dict[str, _Entry]:
+    with file.open("rb") as handle:
+        data = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+    (length,) = struct.unpack_from("<Q", data, 0)
+    if not 2 <= length <= min(_MAX_HEADER_BYTES, len(data) - 8):
+        raise ValueError(f"{file.name} is no safetensors file")
+    header = json.loads(data[8 : 8 + length])
+    header.pop("__metadata__", None)
+    entries = {}
+    for name, item in header.items():
+        start, end = (8 + length + offset for offset in item["data_offsets"])
+        shape, dtype = tuple(item["shape"]), item["dtype"]
+        if dtype not in _DTYPES:
+            continue
+        size_bytes = int(np.prod(shape)) * np.dtype(_DTYPES[dtype]).itemsize
+        if end - start != size_bytes or end > len(data):
+            raise ValueError(f"{file.name} is cut short at {name}")
+        entries[name] = _Entry(data, dtype, shape, start, end)
+    return entries
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    index = path / INDEX
+    if index.is_file():
+        shards = json.loads(index.read_bytes())["weight_map"].values()
+        return [path / shard for shard in sorted(set(shards))]
+    if (path / SINGLE).is_file():
+        return [path / SINGLE]
+    raise ValueError(f"no {SINGLE} and no {INDEX} there")
