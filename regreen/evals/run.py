@@ -21,7 +21,14 @@ from regreen.rollout.actors import Actor, PolicyActor
 from regreen.rollout.baselines import NAMES, baseline
 from regreen.rollout.context import FULL, SIMPLIFIED, EpisodeSpec, with_labels
 from regreen.rollout.episode import Runner
-from regreen.rpc.errors import FailedPrecondition, InvalidArgument, RegreenError, Unavailable
+from regreen.rollout.worker import knowledge_of
+from regreen.rpc.errors import (
+    Aborted,
+    FailedPrecondition,
+    InvalidArgument,
+    RegreenError,
+    Unavailable,
+)
 from regreen.train.config import plain_settings
 from regreen.train.names import grader_of, mode_name, mode_of, pipeline_name, pipeline_of
 from regreen.train.parallel import run_bounded
@@ -41,7 +48,7 @@ class EvalConfig:
     name: str
     """Name of the run; the same name continues it."""
     subjects: tuple[str, ...] = ("base",)
-    """"base", names of training runs, and "baseline:noop", "baseline:newest", "baseline:pin-back"."""
+    """"base", names of training runs, "baseline:noop", "baseline:newest", "baseline:pin-back"."""
     base_uri: str = ""
     """Model folder of "base"; empty asks the policy service."""
     tasks: tuple[str, ...] = ()
@@ -53,7 +60,7 @@ class EvalConfig:
     pipelines: tuple[str, ...] = ("simplified", "full")
     """Workflows."""
     grader: str = "build_gates_judge"
-    """What a trajectory is graded with; the report grades the same rows under weaker graders too."""
+    """What trajectories are graded with; the report grades them under weaker graders too."""
     samples: int = 4
     """Trajectories of each policy, task, mode and pipeline."""
     baseline_samples: int = 1
@@ -152,6 +159,7 @@ async def evaluate(stack: Stack, config: EvalConfig, progress: Listener = ignore
         weights={name: Weights.from_json(found) for name, found in kept["weights"].items()},
         meter=Meter(progress, "evaluate", len(slots), done=len(slots) - len(missing)),
         recovery=Recovery(config.recovery_deadline_s, progress),
+        runner=Runner(stack, await knowledge_of(stack)),
     )
     evaluation.meter.report()
     for subject in config.subjects:
@@ -191,6 +199,10 @@ async def _resolve(stack: Stack, config: EvalConfig) -> dict[str, object]:
     return {"tasks": [task.id for task in tasks], "weights": weights, "base_uri": base_uri}
 
 
+class _OtherVersion(Aborted):
+    """The policy service was switched, or came back with other weights."""
+
+
 @dataclass(slots=True)
 class _Evaluation:
     """One evaluation in this process."""
@@ -202,11 +214,8 @@ class _Evaluation:
     weights: Mapping[str, Weights]
     meter: Meter
     recovery: Recovery
+    runner: Runner
     lost: list[Slot] = field(default_factory=list)
-    runner: Runner = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.runner = Runner(self.stack)
 
     async def subject(self, name: str, slots: Sequence[Slot]) -> None:
         """All missing slots of one subject."""
@@ -218,8 +227,8 @@ class _Evaluation:
         await run_bounded(jobs, self.config.concurrency)
 
     async def _slot(self, slot: Slot) -> None:
-        tries = 0
-        while tries < self.config.attempts:
+        failures: list[RegreenError] = []
+        while len(failures) < self.config.attempts:
             try:
                 trajectory = await self._episode(slot)
                 await self.stack.trajectories.commit_trajectory(trajectory)
@@ -233,7 +242,10 @@ class _Evaluation:
             except RegreenError as error:
                 if not curable(error):
                     raise
-                tries += 1
+                failures.append(error)
+                await self._serve(slot.subject)
+        if all(isinstance(error, _OtherVersion) for error in failures):
+            raise FailedPrecondition(f"{failures[-1]}; stop the client that switches the policy")
         self.lost.append(slot)
         self.meter.advance(detail=f"{slot.subject} on {slot.task_id}: lost to the platform")
 
@@ -264,13 +276,13 @@ class _Evaluation:
         wanted = self.weights[subject].version
         other = sorted({span.version for span in found.versions} - {wanted})
         if other:
-            raise FailedPrecondition(
-                f"the policy service served version {other[0]} while {subject!r} (version {wanted}) "
-                "was evaluated; another client switched it: stop it and run the evaluation again"
+            raise _OtherVersion(
+                f"the policy served version {other[0]} while {subject!r}, version {wanted}, was "
+                "evaluated"
             )
 
     async def _serve(self, subject: str) -> None:
-        """After an outage the policy service may have come back with other weights."""
+        """Have the subject served: after an outage other weights may have come back."""
         if subject not in self.weights:
             return
         try:

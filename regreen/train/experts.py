@@ -17,6 +17,7 @@ from regreen.ids import derive_seed
 from regreen.rollout.context import FULL, SIMPLIFIED, EpisodeSpec, with_labels
 from regreen.rollout.episode import Runner
 from regreen.rollout.experts import STYLES, expert_trajectories
+from regreen.rollout.worker import knowledge_of
 from regreen.rpc.errors import RegreenError
 from regreen.train.config import SftConfig
 from regreen.train.names import mode_of, pipeline_of
@@ -93,7 +94,7 @@ async def _make(
     config: SftConfig,
     meter: Meter,
 ) -> None:
-    runner = Runner(stack)
+    runner = Runner(stack, await knowledge_of(stack))
 
     async def one(slot: _Slot) -> None:
         kept = await _rollouts(runner, tasks[slot.task_id], slot, config)

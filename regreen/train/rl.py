@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from regreen.client.stack import Stack
 from regreen.dataset import v1 as dataset_pb
 from regreen.learner import v1 as learner_pb
+from regreen.rollout.worker import worker_pool
 from regreen.rpc.errors import RegreenError
 from regreen.train.batches import grpo_batch
 from regreen.train.config import GrpoConfig
@@ -64,8 +65,6 @@ async def train_grpo(
 
 
 def _own_workers(stack: Stack, run_id: str, count: int) -> AbstractAsyncContextManager[object]:
-    from regreen.rollout.worker import worker_pool
-
     return worker_pool(stack, run_id=run_id, concurrency=count)
 
 
