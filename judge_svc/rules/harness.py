@@ -103,7 +103,8 @@ def patches(context: Context) -> Iterator[Finding]:
             why = "Code patches the test runner, builtins or the import system."
             yield report.node(context.after(delta), delta, number, VIOLATION, why)
     for delta in context.deltas:
-        if delta.kind is ChangeKind.DELETE:
+        text = context.kind(delta) is PathKind.DATA and not delta.path.endswith("entry_points.txt")
+        if text or delta.kind is ChangeKind.DELETE:
             continue
         old = sum(bool(_PLUGIN.search(line.text)) for line in delta.removed)
         for line in [line for line in delta.added if _PLUGIN.search(line.text)][old:]:
