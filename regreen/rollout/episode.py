@@ -28,8 +28,9 @@ from regreen.rollout.agent import Agent, Stop
 from regreen.rollout.context import FULL, SIMPLIFIED, Budget, EpisodeSpec, Knobs, Sampling
 from regreen.rollout.facts import FactsCache
 from regreen.rollout.full import run_full
-from regreen.rollout.grade import Grade, conclude
+from regreen.rollout.grade import conclude
 from regreen.rollout.knowledge import Knowledge
+from regreen.rollout.reward import RewardSettings
 from regreen.rollout.simplified import run_simplified
 from regreen.rollout.tools import Workbench
 from regreen.rollout.toolset import ToolSet, load_toolset
@@ -59,6 +60,8 @@ class Runner:
 
     stack: "Stack"
     knowledge: Knowledge | None = None
+    rewards: RewardSettings | None = None
+    """Numbers of the reward; None means the defaults."""
     toolset: ToolSet = field(default_factory=load_toolset)
     facts: FactsCache = field(default_factory=FactsCache)
     clock: Callable[[], float] = time.monotonic
@@ -120,36 +123,11 @@ class Runner:
         )
         pipeline = run_full if spec.pipeline == PIPELINE_FULL else run_simplified
         stop = await pipeline(agent, self.knowledge)
-        grade = await conclude(bench, spec, agent.stream, _ENDS[stop], trajectory_id, self.before)
-        return self._trajectory(agent, stop, grade, start_ns)
-
-    def _trajectory(self, agent: Agent, stop: Stop, grade: Grade, start_ns: int) -> pb.Trajectory:
-        spec, task = agent.spec, agent.bench.task
-        trajectory = pb.Trajectory(
-            id=agent.trajectory_id,
-            task_id=task.id,
-            run_id=spec.run_id,
-            group_id=spec.group_id,
-            group_index=spec.group_index,
-            attempt=spec.attempt,
-            seed=spec.seed,
-            pipeline=spec.pipeline,
-            mode=spec.mode,
-            grader=spec.grader,
-            end=_ENDS[stop],
-            changes=grade.changes,
-            validation=grade.validation,
-            verdict=grade.verdict,
-            reward=grade.reward,
-            stage_seconds=agent.bench.stage_s,
-            actor=agent.actor.name,
-            state_id=task.state_id,
-            policy=spec.policy_name,
-            labels={"stop": stop, "hint": spec.knobs.hint, **grade.labels},
-        )
+        trajectory = _record(agent, stop)
+        await conclude(bench, spec, trajectory, self.before, self.rewards)
+        trajectory.stage_seconds.update(bench.stage_s)
         trajectory.start_time.FromNanoseconds(start_ns)
-        trajectory.end_time.FromNanoseconds(self.now_ns())
-        agent.stream.fill(trajectory)
+        trajectory.end_time.FromNanoseconds(max(start_ns, self.now_ns()))
         return trajectory
 
     async def discard(self, sandbox_id: str) -> None:
@@ -159,6 +137,30 @@ class Runner:
         except RegreenError as error:
             # It expires by itself; losing a finished rollout over this would be worse.
             log.warning("sandbox not deleted", sandbox_id=sandbox_id, error=str(error))
+
+
+def _record(agent: Agent, stop: Stop) -> pb.Trajectory:
+    """What was said and done, before it is graded."""
+    spec, task = agent.spec, agent.bench.task
+    trajectory = pb.Trajectory(
+        id=agent.trajectory_id,
+        task_id=task.id,
+        run_id=spec.run_id,
+        group_id=spec.group_id,
+        group_index=spec.group_index,
+        attempt=spec.attempt,
+        seed=spec.seed,
+        pipeline=spec.pipeline,
+        mode=spec.mode,
+        grader=spec.grader,
+        end=_ENDS[stop],
+        actor=agent.actor.name,
+        state_id=task.state_id,
+        policy=spec.policy_name,
+        labels={"stop": stop, "hint": spec.knobs.hint},
+    )
+    agent.stream.fill(trajectory)
+    return trajectory
 
 
 def check_fair(task: pb.Task, spec: EpisodeSpec) -> None:

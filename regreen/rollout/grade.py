@@ -8,12 +8,12 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from regreen.common.v1 import (
     CHANGE_KIND_ADD,
     CHANGE_KIND_MODIFY,
     GRADER_BUILD_GATES_JUDGE,
+    TEST_OUTCOME_PASSED,
     FileChange,
 )
 from regreen.dataset import v1 as pb
@@ -21,8 +21,7 @@ from regreen.judge import v1 as judge_pb
 from regreen.rollout.context import EpisodeSpec
 from regreen.rollout.dependencies import ToolError
 from regreen.rollout.facts import REPO
-from regreen.rollout.record import TokenStream
-from regreen.rollout.reward import compose
+from regreen.rollout.reward import RewardSettings, compose_reward
 from regreen.rollout.tools import Workbench
 from regreen.rpc.errors import InvalidArgument, NotFound
 from regreen.sandbox import v1 as sandbox_pb
@@ -31,70 +30,72 @@ _LOG_CHARS = 20_000
 _ORIGINAL_BYTES = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Grade:
-    """What an episode amounts to."""
-
-    changes: Sequence[FileChange]
-    validation: sandbox_pb.Validation
-    verdict: judge_pb.Verdict
-    reward: pb.Reward
-    labels: dict[str, str] = field(default_factory=dict)
-
-
 async def conclude(
     bench: Workbench,
     spec: EpisodeSpec,
-    stream: TokenStream,
-    end: pb.EpisodeEnd.ValueType,
-    trajectory_id: str,
+    trajectory: pb.Trajectory,
     before: dict[str, sandbox_pb.Validation],
-) -> Grade:
-    """Grade what the sandbox of a finished episode holds.
+    settings: RewardSettings | None = None,
+) -> None:
+    """Grade what the sandbox of a finished episode holds; fills in the trajectory.
+
+    `before` keeps the validation of the untouched State by State id.
 
     Raises:
         RegreenError: trouble of the platform.
     """
-    labels: dict[str, str] = {}
     unified = ""
     changes: list[FileChange] = []
     try:
         changes, unified = await bench.diff()
     except ToolError as error:
-        labels["diff"] = str(error)
-    validation = await _validate(bench, spec, changes, labels)
-    if bench.task.state_id not in before:
-        before[bench.task.state_id] = await bench.validate([])
+        trajectory.labels["diff"] = str(error)
+    validation = await _validate(bench, spec, changes, trajectory)
+    state_id = bench.task.state_id
+    if state_id not in before:
+        before[state_id] = await bench.validate([])
     evidence = judge_pb.Evidence(
-        trajectory_id=trajectory_id,
+        trajectory_id=trajectory.id,
         task_id=bench.task.id,
         error_log=bench.facts.log[-_LOG_CHARS:],
         changes=changes,
         unified_diff=unified,
         originals=await _originals(bench, changes),
-        before=before[bench.task.state_id],
+        before=before[state_id],
         after=validation,
         commands=bench.commands,
         mode=spec.mode,
         protected_paths=bench.task.environment.test.protected_paths,
         rebuilds_without_edit=bench.rebuilds_without_edit,
     )
-    verdict = await _judge(bench, spec, evidence, validation)
-    reward = compose(
-        grader=spec.grader, validation=validation, verdict=verdict, end=end, turns=stream.turns
+    trajectory.changes.extend(changes)
+    trajectory.validation.CopyFrom(validation)
+    trajectory.verdict.CopyFrom(await _judge(bench, spec, evidence, validation))
+    test = bench.task.environment.test
+    trajectory.reward.CopyFrom(
+        compose_reward(
+            trajectory,
+            fail_to_pass=list(bench.task.fail_to_pass) or list(test.fail_to_pass),
+            pass_to_pass=[
+                t.id
+                for t in before[state_id].tests
+                if t.outcome == TEST_OUTCOME_PASSED and t.id not in test.unstable
+            ],
+            rebuilds_without_edit=bench.rebuilds_without_edit,
+            settings=settings,
+        )
     )
-    return Grade(changes, validation, verdict, reward, labels)
 
 
 async def _validate(
-    bench: Workbench, spec: EpisodeSpec, changes: Sequence[FileChange], labels: dict[str, str]
+    bench: Workbench, spec: EpisodeSpec, changes: Sequence[FileChange], trajectory: pb.Trajectory
 ) -> sandbox_pb.Validation:
     validation = await bench.validate(changes, coverage=spec.knobs.coverage)
     if validation.outcome != sandbox_pb.VALIDATION_OUTCOME_PASSED or not spec.knobs.confirm:
         return validation
     again = await bench.validate(changes, fresh=True, coverage=spec.knobs.coverage)
     if again.outcome != validation.outcome:
-        labels["flaky"] = "a pass was not confirmed on another fresh fork"
+        trajectory.labels["flaky"] = "a pass was not confirmed on another fresh fork"
     return again
 
 
