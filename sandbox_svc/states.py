@@ -220,6 +220,12 @@ class StateStore:
         self._states[state.id] = state
         self._save_later(state.id)
 
+    def stamp(self, state: State) -> State:
+        """The state as made on this host, in this boot, now."""
+        return replace(
+            state, boot=self._boot, durable=False, created_s=self._clock(), host=self._host
+        )
+
     def _write(self, state: State, *, durable: bool) -> None:
         path = self._directory / f"{state.id}.json"
         draft = self._directory / f".{state.id}.{secrets.token_hex(4)}"

@@ -244,6 +244,10 @@ class EmbeddedRuntime:
         """Write all frozen layers to the disk."""
         await self.blocking(self.layout.sync)
 
+    def layer_files(self) -> Layout:
+        """The layers as directories, for export and import."""
+        return self.layout
+
     async def drop_layer(self, layer: str) -> None:
         """Remove a layer that no state uses; unknown ids are ignored."""
         if not layer.isalnum():

@@ -86,7 +86,7 @@ class Layout:
     """Paths below a runtime's home and the operations on them; blocking, for worker threads."""
 
     def __init__(self, home: Path, owner: int | None) -> None:
-        self.home, self._owner = home, owner
+        self.home, self.owner = home, owner
         for name in ("layers", "run", "base", "trash"):
             (home / name).mkdir(mode=0o755, parents=True, exist_ok=True)
 
@@ -100,8 +100,8 @@ class Layout:
 
     def own(self, path: Path | str) -> None:
         """Give a path to the sandboxes' host id."""
-        if self._owner is not None:
-            os.lchown(path, self._owner, self._owner)
+        if self.owner is not None:
+            os.lchown(path, self.owner, self.owner)
 
     def new_upper(self, box: str) -> None:
         """Make fresh upper, work and mount directories of a box."""
@@ -127,6 +127,23 @@ class Layout:
         except FileNotFoundError:
             return
         remove_tree(hidden)
+
+    def layer_path(self, layer: str) -> Path:
+        """Directory of a layer."""
+        return self.layer(layer)
+
+    def draft_layer(self) -> Path:
+        """A fresh directory that may become a layer."""
+        draft = self.home / "trash" / secrets.token_hex(8)
+        draft.mkdir(mode=0o755)
+        self.own(draft)
+        return draft
+
+    def adopt_layer(self, draft: Path) -> str:
+        """Turn a directory made by `draft_layer` into a layer; returns its id."""
+        layer = secrets.token_hex(6)
+        os.rename(draft, self.layer(layer))
+        return layer
 
     def sync(self) -> None:
         """Write the file system that holds the layers to its disk."""

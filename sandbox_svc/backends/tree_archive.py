@@ -1,0 +1,155 @@
+"""A layer as tar entries, and back, with nothing trusted on the way back.
+
+- Kept: regular files, directories, symbolic links, whiteouts, opaque marks, permission bits, mtime.
+  Left out: owners, set-id bits, sockets, pipes, other devices.
+- Reading refuses absolute paths, `..`, duplicates, entries below a link, unknown types, and more
+  entries or bytes than it was told to take; it writes only below one fresh directory.
+"""
+
+import os
+import shutil
+import stat
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from regreen.rpc.errors import InvalidArgument, ResourceExhausted
+
+_OPAQUE = "REGREEN.opaque"
+_XATTR = "user.overlay.opaque"
+_MAX_PATH = 4096
+_MAX_PART = 255
+
+
+def write_tree(archive: tarfile.TarFile, top: Path, prefix: str) -> None:
+    """Add the layer at `top` to an archive below `prefix`."""
+    for path, relative in _walk(top):
+        info = path.lstat()
+        member = tarfile.TarInfo(f"{prefix}/{relative}")
+        member.mode, member.mtime = stat.S_IMODE(info.st_mode) & 0o777, int(info.st_mtime)
+        if stat.S_ISDIR(info.st_mode):
+            member.type = tarfile.DIRTYPE
+            if _is_opaque(path):
+                member.pax_headers = {_OPAQUE: "y"}
+            archive.addfile(member)
+        elif stat.S_ISLNK(info.st_mode):
+            member.type, member.linkname = tarfile.SYMTYPE, os.readlink(path)
+            archive.addfile(member)
+        elif stat.S_ISCHR(info.st_mode) and info.st_rdev == 0:
+            member.type = tarfile.CHRTYPE
+            archive.addfile(member)
+        elif stat.S_ISREG(info.st_mode):
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+            with os.fdopen(os.open(path, flags), "rb") as source:
+                member.size = os.fstat(source.fileno()).st_size
+                archive.addfile(member, source)
+
+
+def _walk(top: Path) -> Iterator[tuple[Path, str]]:
+    stack = [""]
+    while stack:
+        here = stack.pop()
+        for name in sorted(os.listdir(top / here)):
+            relative = f"{here}/{name}" if here else name
+            path = top / relative
+            yield path, relative
+            if stat.S_ISDIR(path.lstat().st_mode):
+                stack.append(relative)
+
+
+def _is_opaque(path: Path) -> bool:
+    try:
+        return os.getxattr(path, _XATTR, follow_symlinks=False) == b"y"
+    except OSError:
+        return False
+
+
+@dataclass(slots=True)
+class Quota:
+    """What an archive may still bring."""
+
+    size_bytes: int
+    entries: int = 2_000_000
+
+    def take(self, size_bytes: int) -> None:
+        """Count one entry.
+
+        Raises:
+            ResourceExhausted: the archive is over its bound.
+        """
+        self.size_bytes -= size_bytes
+        self.entries -= 1
+        if self.size_bytes < 0 or self.entries < 0:
+            raise ResourceExhausted("the archive is larger than this service takes (import_bytes)")
+
+
+@dataclass(slots=True)
+class TreeReader:
+    """Unpacks the entries of one layer below a fresh directory."""
+
+    top: Path
+    owner: int | None
+    quota: Quota
+    _directories: set[str] = field(default_factory=lambda: {""})
+    _seen: set[str] = field(default_factory=set)
+
+    def add(self, archive: tarfile.TarFile, member: tarfile.TarInfo, relative: str) -> None:
+        """Unpack one entry.
+
+        Raises:
+            InvalidArgument: the entry is hostile or damaged.
+            ResourceExhausted: the archive is over its bound.
+        """
+        relative = _checked(relative.rstrip("/"))
+        parent = relative.rpartition("/")[0]
+        if relative in self._seen or parent not in self._directories:
+            raise _bad(relative, "twice, or not below a directory of the archive")
+        self._seen.add(relative)
+        self.quota.take(max(0, member.size))
+        path = self.top / relative
+        if member.isdir():
+            path.mkdir(mode=0o755)
+            self._directories.add(relative)
+            if member.pax_headers.get(_OPAQUE) == "y":
+                os.setxattr(path, _XATTR, b"y")
+        elif member.issym():
+            if len(member.linkname) > _MAX_PATH or "\0" in member.linkname or not member.linkname:
+                raise _bad(relative, "has a malformed link")
+            path.symlink_to(member.linkname)
+        elif member.ischr() and member.devmajor == member.devminor == 0:
+            os.mknod(path, stat.S_IFCHR, os.makedev(0, 0))
+        elif member.isreg() and not member.issparse():
+            self._file(archive, member, path)
+        else:
+            raise _bad(relative, "is of a type that layers do not have")
+        self._finish(member, path)
+
+    def _file(self, archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> None:
+        source = archive.extractfile(member)
+        if source is None:
+            raise _bad(member.name, "has no content")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os.fdopen(os.open(path, flags, 0o600), "wb") as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+
+    def _finish(self, member: tarfile.TarInfo, path: Path) -> None:
+        if self.owner is not None:
+            os.lchown(path, self.owner, self.owner)
+        if member.isreg() or member.isdir():
+            path.chmod(member.mode & 0o777)
+            when = max(0, min(int(member.mtime), 1 << 33))
+            os.utime(path, (when, when), follow_symlinks=False)
+
+
+def _checked(relative: str) -> str:
+    parts = relative.split("/")
+    if len(relative) > _MAX_PATH or "\0" in relative:
+        raise _bad(relative, "is too long")
+    if any(part in ("", ".", "..") or len(os.fsencode(part)) > _MAX_PART for part in parts):
+        raise _bad(relative, "is not a plain relative path")
+    return relative
+
+
+def _bad(path: str, problem: str) -> InvalidArgument:
+    return InvalidArgument("archive", f"entry {path[:120]!r} {problem}")

@@ -1,0 +1,244 @@
+"""States as archives: one tar with the record first and the layers after it, lowest first.
+
+- The archive holds layers, not mounts: wheelhouse, tools and interpreters are named relative to
+  the service's directories and must be on the host that runs the state.
+- An imported record may only mount what this service itself offers to sandboxes, read-only.
+- Import is whole or nothing: layers become visible one by one, the state only at the end; on any
+  error the layers go again.
+- Blocking tar work happens in one thread per transfer, joined to the event loop by a pipe.
+"""
+
+import asyncio
+import contextlib
+import io
+import os
+import re
+import tarfile
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from regreen.rpc.errors import FailedPrecondition, InvalidArgument, RegreenError
+from sandbox_svc.backends.base import Mount, Runtime
+from sandbox_svc.backends.tree_archive import Quota, TreeReader, write_tree
+from sandbox_svc.states import State, StateStore, state_id
+
+_CHUNK_BYTES = 1 << 20
+_RECORD_BYTES = 64 << 20
+_ID = re.compile(r"st_[0-9a-f]{32}")
+
+
+class LayerFiles(Protocol):
+    """What a runtime needs to offer so that its layers can travel."""
+
+    def layer_path(self, layer: str) -> Path:
+        """Directory of a layer."""
+        ...
+
+    def draft_layer(self) -> Path:
+        """A fresh directory to unpack into."""
+        ...
+
+    def adopt_layer(self, draft: Path) -> str:
+        """Turn an unpacked directory into a layer; returns its id."""
+        ...
+
+    def discard(self, path: Path) -> None:
+        """Remove a directory."""
+        ...
+
+    @property
+    def owner(self) -> int | None:
+        """Host id that files of layers must have; None when it is the service's own."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """Exports and imports states of one store."""
+
+    states: StateStore
+    runtime: Runtime
+    roots: Callable[[], dict[str, Path]]
+    """Directories that imported states may mount: name to path."""
+    max_bytes: int = 16 << 30
+
+    def _files(self) -> LayerFiles:
+        files = getattr(self.runtime, "layer_files", None)
+        if files is None:
+            raise FailedPrecondition(
+                f"the {self.runtime.name} backend cannot export or import states; "
+                "use the embedded backend"
+            )
+        found: LayerFiles = files()
+        return found
+
+    async def export(self, state_id: str) -> AsyncIterator[bytes]:
+        """The archive of a state, in pieces.
+
+        Raises:
+            NotFound: no such state.
+        """
+        state, files = self.states.get(state_id), self._files()
+        record = self._portable(state)
+        self.states.hold(state.layers)
+        try:
+            read_fd, write_fd = os.pipe()
+            layers = [files.layer_path(layer) for layer in state.layers]
+            writer = asyncio.create_task(asyncio.to_thread(_pack, write_fd, record, layers))
+            try:
+                while chunk := await asyncio.to_thread(os.read, read_fd, _CHUNK_BYTES):
+                    yield chunk
+            finally:
+                os.close(read_fd)
+                await writer
+        finally:
+            self.states.release(state.layers)
+
+    def _portable(self, state: State) -> bytes:
+        roots = self.roots()
+        mounts = []
+        for mount in state.mounts:
+            named = next(
+                (
+                    Path("@" + name) / mount.source.relative_to(root)
+                    for name, root in roots.items()
+                    if mount.source.is_relative_to(root)
+                ),
+                mount.source,
+            )
+            mounts.append(replace(mount, source=named))
+        return replace(state, mounts=tuple(mounts), durable=False, boot="").encode()
+
+    async def import_(self, chunks: AsyncIterator[bytes]) -> State:
+        """Store an archive made by `export`.
+
+        Raises:
+            InvalidArgument: a malformed or hostile archive.
+            ResourceExhausted: it is larger than allowed.
+        """
+        files = self._files()
+        with self.states.growing():
+            read_fd, write_fd = os.pipe()
+            reader = asyncio.create_task(
+                asyncio.to_thread(_unpack, read_fd, files, Quota(self.max_bytes))
+            )
+            try:
+                await _feed(write_fd, chunks)
+            except BaseException:
+                await asyncio.gather(reader, return_exceptions=True)
+                raise
+            record, layers = await reader
+            try:
+                state = self._accept(record, layers)
+                known = state.id in {state.id for state in self.states.list()}
+            except RegreenError:
+                await asyncio.gather(*(self.runtime.drop_layer(layer) for layer in layers))
+                raise
+            if known:
+                await asyncio.gather(*(self.runtime.drop_layer(layer) for layer in layers))
+                return self.states.get(state.id)
+            self.states.record(state)
+            return state
+
+    def _accept(self, record: bytes, layers: Sequence[str]) -> State:
+        try:
+            state = State.decode(record)
+        except (ValueError, RecursionError) as error:
+            raise InvalidArgument("archive", f"its record is malformed: {error}") from None
+        if not _ID.fullmatch(state.id) or len(state.layers) != len(layers):
+            raise InvalidArgument("archive", "record and layers do not fit together")
+        if state.spec_sha256 and state.id != state_id("", state.spec_sha256):
+            raise InvalidArgument("archive", "its id is not that of its spec")
+        mounts = tuple(self._local(mount) for mount in state.mounts)
+        fresh = self.states.stamp(state)
+        return replace(fresh, mounts=mounts, layers=tuple(layers))
+
+    def _local(self, mount: Mount) -> Mount:
+        roots = self.roots()
+        first, *rest = mount.source.parts or ("",)
+        source = mount.source
+        if first.startswith("@") and first[1:] in roots:
+            source = roots[first[1:]].joinpath(*rest)
+        resolved = Path(os.path.realpath(source))
+        inside = any(resolved.is_relative_to(os.path.realpath(root)) for root in roots.values())
+        if not mount.read_only or ".." in source.parts or not inside:
+            raise InvalidArgument("archive", f"its record mounts {mount.source}, which is not ours")
+        return Mount(source, mount.target)
+
+
+def _pack(write_fd: int, record: bytes, layers: Sequence[Path]) -> None:
+    with (
+        contextlib.suppress(BrokenPipeError),
+        os.fdopen(write_fd, "wb") as pipe,
+        tarfile.open(fileobj=pipe, mode="w|", format=tarfile.PAX_FORMAT) as archive,
+    ):
+        member = tarfile.TarInfo("state.json")
+        member.size = len(record)
+        archive.addfile(member, io.BytesIO(record))
+        for number, layer in enumerate(layers):
+            top = tarfile.TarInfo(f"layers/{number}")
+            top.type, top.mode = tarfile.DIRTYPE, 0o755
+            archive.addfile(top)
+            write_tree(archive, layer, f"layers/{number}")
+
+
+async def _feed(write_fd: int, chunks: AsyncIterator[bytes]) -> None:
+    """Write chunks into the reader's pipe; a reader that stops early is not an error here."""
+    with os.fdopen(write_fd, "wb", buffering=0) as pipe:
+        async for chunk in chunks:
+            try:
+                await asyncio.to_thread(_write_all, pipe.fileno(), chunk)
+            except BrokenPipeError:
+                return
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def _unpack(read_fd: int, files: LayerFiles, quota: Quota) -> tuple[bytes, list[str]]:
+    drafts: list[Path] = []
+    try:
+        with os.fdopen(read_fd, "rb") as pipe:
+            try:
+                with tarfile.open(fileobj=pipe, mode="r|") as archive:
+                    record = _unpack_members(archive, files, quota, drafts)
+            except (tarfile.TarError, EOFError, ValueError, UnicodeError) as error:
+                raise InvalidArgument("archive", f"is damaged: {error}") from None
+            while pipe.read(_CHUNK_BYTES):
+                pass
+        return record, [files.adopt_layer(draft) for draft in drafts]
+    except BaseException:
+        for draft in drafts:
+            files.discard(draft)
+        raise
+
+
+def _unpack_members(
+    archive: tarfile.TarFile, files: LayerFiles, quota: Quota, drafts: list[Path]
+) -> bytes:
+    record = b""
+    reader: TreeReader | None = None
+    for member in archive:
+        if not record:
+            source = archive.extractfile(member) if member.name == "state.json" else None
+            if source is None or member.size > _RECORD_BYTES:
+                raise InvalidArgument("archive", "does not begin with a state record")
+            record = source.read()
+            continue
+        prefix, _, below = member.name.partition("/")
+        number, _, path = below.partition("/")
+        if prefix == "layers" and number == str(len(drafts)) and not path and member.isdir():
+            drafts.append(files.draft_layer())
+            reader = TreeReader(drafts[-1], files.owner, quota)
+        elif prefix == "layers" and reader and number == str(len(drafts) - 1) and path:
+            reader.add(archive, member, path)
+        else:
+            raise InvalidArgument("archive", f"has an entry out of place: {member.name[:120]!r}")
+    if not record:
+        raise InvalidArgument("archive", "is empty")
+    return record
