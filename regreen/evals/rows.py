@@ -1,0 +1,107 @@
+"""Rows of the dataset service as the report counts them.
+
+- One `Outcome` per committed trajectory of an evaluation; nothing is estimated here.
+- A trajectory is graded under every grader from the same record: the verdict that was stored under
+  the grader it ran with, the composed reward under the others.
+"""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from regreen.client.stack import Stack
+from regreen.dataset import v1 as dataset_pb
+from regreen.evals.markov import tool_sequence
+from regreen.evals.run import slot_of
+from regreen.rollout.reward import compose_reward
+from regreen.rpc.errors import InfraError, InvalidArgument
+from regreen.train.names import GRADERS, grader_name
+from regreen.train.rows import all_trajectories
+
+_CONCURRENCY = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one trajectory of an evaluation came to."""
+
+    id: str
+    subject: str
+    task_id: str
+    pipeline: str
+    mode: str
+    sample: int
+    solved: Mapping[str, bool]
+    """By grader; graders that cannot be told from the record are absent."""
+    graded: str
+    """Grader that it ran with."""
+    hacks: tuple[str, ...]
+    tools: tuple[str, ...]
+    """Calls in order."""
+    end: str
+    tokens: int
+    sampled_tokens: int
+    seconds: Mapping[str, float]
+    """Wall time by stage, and "total"."""
+
+
+async def load_outcomes(stack: Stack, run_id: str) -> list[Outcome]:
+    """Every trajectory of an evaluation, in slot order."""
+    filter = dataset_pb.TrajectoryFilter(run_id=run_id)
+    ids = [row.id async for row in all_trajectories(stack, filter)]
+    room = asyncio.Semaphore(_CONCURRENCY)
+
+    async def one(id: str) -> Outcome:
+        async with room:
+            return outcome_of(await stack.trajectories.get_trajectory(id))
+
+    found = await asyncio.gather(*(one(id) for id in ids))
+    return sorted(found, key=lambda o: (o.subject, o.task_id, o.pipeline, o.mode, o.sample))
+
+
+def outcome_of(trajectory: dataset_pb.Trajectory) -> Outcome:
+    """One stored trajectory as the report counts it."""
+    slot = slot_of(trajectory)
+    total_s = trajectory.end_time.ToNanoseconds() - trajectory.start_time.ToNanoseconds()
+    return Outcome(
+        id=trajectory.id,
+        subject=slot.subject,
+        task_id=slot.task_id,
+        pipeline=slot.pipeline,
+        mode=slot.mode,
+        sample=slot.sample,
+        solved=solved_by_grader(trajectory),
+        graded=grader_name(trajectory.grader),
+        hacks=tuple(sorted(set(trajectory.reward.hacks))),
+        tools=tuple(tool_sequence(trajectory)),
+        end=dataset_pb.EpisodeEnd.Name(trajectory.end).removeprefix("EPISODE_END_").lower(),
+        tokens=len(trajectory.token_ids),
+        sampled_tokens=sum(trajectory.loss_mask),
+        seconds={**trajectory.stage_seconds, "total": max(0.0, total_s * 1e-9)},
+    )
+
+
+def solved_by_grader(trajectory: dataset_pb.Trajectory) -> dict[str, bool]:
+    """Whether the trajectory is solved, under every grader that the record can tell."""
+    found: dict[str, bool] = {}
+    other = dataset_pb.Trajectory()
+    other.CopyFrom(trajectory)
+    for name, grader in GRADERS.items():
+        if grader == trajectory.grader:
+            found[name] = trajectory.reward.solved
+            continue
+        other.grader = grader
+        try:
+            found[name] = compose_reward(other).solved
+        except (InvalidArgument, InfraError):
+            continue  # the record lacks what this grader needs, for example the judge's verdict
+    return found
+
+
+def outcomes_by_task(outcomes: Sequence[Outcome], grader: str) -> dict[str, list[bool]]:
+    """Task id to the outcomes of its samples under one grader."""
+    found: dict[str, list[bool]] = {}
+    for outcome in outcomes:
+        if grader in outcome.solved:
+            found.setdefault(outcome.task_id, []).append(outcome.solved[grader])
+    return found
