@@ -81,16 +81,9 @@ def _pin(pin: str, distributions: Distributions, task_id: str) -> pb.Pin:
     return pb.Pin(name=record.name, version=record.version, files=map(_file, record.files))
 
 
-def lock_text(task: TaskRecord, *, good: bool) -> str:
-    """The lock file of the working or of the broken environment."""
-    pins = task.pins_pass if good else task.pins_fail
-    python = (task.good_python or task.python) if good else task.python
-    return format_lock(lock_of(pins, python))
-
-
-def restored_pins(task: TaskRecord) -> list[common_pb2.FileChange]:
-    """The diff that puts the working environment's pins back."""
-    text = lock_text(task, good=True)
+def restored_pins(task: TaskRecord, python: str = "") -> list[common_pb2.FileChange]:
+    """The diff that puts the working environment's pins, or interpreter, back."""
+    text = format_lock(lock_of(task.pins_pass, task.good_python or python or task.python))
     return [_changed(LOCK, text.encode())]
 
 

@@ -9,7 +9,6 @@
 import hashlib
 import hmac
 import json
-import re
 import secrets
 import struct
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,6 @@ MAX_FRAME = 4 << 20
 LOG_BYTES = 24 * 1024
 _RANK = ("passed", "xfailed", "xpassed", "skipped", "failed", "error")
 OUTCOMES = frozenset(_RANK)
-_NOISE = re.compile(r"^(=+ (FAILURES|ERRORS|warnings summary) =+|\s*$)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +204,9 @@ def error_lines(run: TestRun, limit: int = 8) -> tuple[str, ...]:
         line = message.strip()
         if line:
             counts[line] = counts.get(line, 0) + 1
+    if not counts:
+        printed = [line[1:].strip() for line in run.log.splitlines() if line.startswith("E  ")]
+        counts = dict.fromkeys(printed[-1:], 1)
     return tuple(sorted(counts, key=lambda line: (-counts[line], line))[:limit])
 
 

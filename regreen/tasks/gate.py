@@ -1,0 +1,311 @@
+"""The admission gate: a task counts only if it is broken, fixable and stable, each shown twice.
+
+- Admitted means: the broken State fails the recorded tests, a diff without effect fails, and the
+  reference fix passes every required test, each in `repeats` fresh forks without a cached answer.
+- A test whose outcome differs between equal runs is never required; a task that has no stable
+  fail-to-pass test is quarantined with the outcomes as evidence.
+- Trouble of the platform is raised, never turned into a verdict.
+"""
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from regreen.common.v1 import common_pb2
+from regreen.pkgindex import PackageIndex
+from regreen.rpc.errors import FailedPrecondition, InvalidArgument, MissingDependency, RegreenError
+from regreen.sandbox.v1 import sandbox_pb2 as pb
+from regreen.tasks import environment as env
+from regreen.tasks.model import Fix, TaskRecord, ids_sha256
+from regreen.tasks.upstream import release_files
+
+NOOP_PATH = "regreen-noop.txt"
+PASSED = common_pb2.TEST_OUTCOME_PASSED
+
+
+class GateClient(Protocol):
+    """What the gate needs of the sandbox service."""
+
+    async def prepare(self, spec: pb.EnvironmentSpec) -> pb.State:
+        """The state of an environment."""
+        ...
+
+    async def validate(
+        self,
+        state_id: str,
+        changes: Sequence[common_pb2.FileChange],
+        *,
+        held_pins: Mapping[str, str],
+        required_tests: Sequence[str],
+        skip_cache_lookup: bool,
+    ) -> pb.Validation:
+        """The verdict on a diff."""
+        ...
+
+    async def read_files(self, state_id: str, paths: Sequence[str]) -> Mapping[str, bytes]:
+        """Files of a state's repository."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One check of the gate on one repeat."""
+
+    name: str
+    repeat: int
+    ok: bool
+    detail: str
+    results_sha256: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The gate's decision with its evidence."""
+
+    task_id: str
+    status: str
+    """`admitted`, `rejected` or `quarantined`."""
+    reason: str
+    checks: tuple[Check, ...] = ()
+    flaky: tuple[str, ...] = ()
+    state_id: str = ""
+    python: str = ""
+    fail_to_pass: tuple[str, ...] = ()
+    """As seen here: fail in the broken State, pass with the reference fix, stable."""
+    pass_to_pass: tuple[str, ...] = ()
+    lost: tuple[str, ...] = ()
+    """Recorded fail-to-pass ids that the reference fix does not turn green here."""
+    error_log: str = ""
+    error_lines: tuple[str, ...] = ()
+    fixes: Mapping[str, str] = field(default_factory=dict)
+    """Per reference fix `mode/origin`: `ok` or what was wrong."""
+    seconds: float = 0.0
+    """Mean wall time of one validation of the reference fix."""
+
+    @property
+    def admitted(self) -> bool:
+        return self.status == "admitted"
+
+
+@dataclass(slots=True)
+class _Seen:
+    """Runs of the same bytes: one mapping of id to passed-or-not per repeat."""
+
+    runs: list[dict[str, bool]] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    def add(self, validation: pb.Validation) -> None:
+        self.runs.append({t.id: t.outcome == PASSED for t in validation.tests})
+        self.seconds.append(validation.duration.ToTimedelta().total_seconds())
+
+    def passing(self) -> set[str]:
+        """Ids that passed in every run."""
+        sets = [{i for i, ok in run.items() if ok} for run in self.runs]
+        return sets[0].intersection(*sets[1:]) if sets else set()
+
+    def flaky(self) -> set[str]:
+        """Ids that passed in one run and not in another."""
+        sets = [{i for i, ok in run.items() if ok} for run in self.runs]
+        return sets[0].union(*sets[1:]) - self.passing() if sets else set()
+
+
+class Gate:
+    """Judges tasks through a sandbox service."""
+
+    def __init__(
+        self,
+        client: GateClient,
+        distributions: env.Distributions,
+        index: PackageIndex,
+        *,
+        repeats: int = 2,
+    ) -> None:
+        if not 1 <= repeats <= 10:
+            raise InvalidArgument("repeats", f"is {repeats}", "use 1 to 10")
+        self.client, self.distributions, self.index = client, distributions, index
+        self.repeats = repeats
+
+    async def judge(self, task: TaskRecord, python: str = "") -> Verdict:
+        """Judge one task; `python` asks for another interpreter than the record's.
+
+        Raises:
+            Unavailable, InfraError: the platform failed; try again.
+        """
+        try:
+            spec = env.environment(task, self.distributions, python)
+            state = await self.client.prepare(spec)
+        except (InvalidArgument, MissingDependency, FailedPrecondition) as error:
+            return Verdict(task.id, "rejected", f"cannot be prepared: {error}", python=python)
+        trial = _Trial(self, task, state, bool(python))
+        return await trial.run()
+
+    async def reference(
+        self, task: TaskRecord, fix: Fix, state: pb.State
+    ) -> list[common_pb2.FileChange]:
+        """The diff of a reference fix against the broken State.
+
+        Raises:
+            InvalidArgument: the fix does not fit the State.
+            Unavailable: a release to take files from cannot be fetched.
+        """
+        if fix.origin == "pins-restored":
+            return env.restored_pins(task, state.python)
+        if fix.origin == "upstream":
+            if task.overlay is None:
+                raise InvalidArgument("overlay", "is missing", "name the later release")
+            overlay = task.overlay
+            files = await release_files(self.index, task.package, overlay.sdist, overlay.fix_paths)
+            return env.replaced_files(files)
+        read = await self.client.read_files(state.id, env.edit_paths([fix]))
+        return env.edited_files(fix, read)
+
+
+class _Trial:
+    """The checks of one task."""
+
+    def __init__(self, gate: Gate, task: TaskRecord, state: pb.State, other_python: bool) -> None:
+        self.gate, self.task, self.state, self.other = gate, task, state, other_python
+        self.checks: list[Check] = []
+        self.fixes: dict[str, str] = {}
+
+    async def run(self) -> Verdict:
+        """Broken, no-op, then every reference fix; then decide."""
+        broken, noop, fixed = _Seen(), _Seen(), _Seen()
+        await self._repeat("broken-fails", [], broken)
+        text = b"A diff without effect must not turn a build green.\n"
+        added = common_pb2.CHANGE_KIND_ADD
+        change = common_pb2.FileChange(path=NOOP_PATH, kind=added, content=text, mode=0o644)
+        await self._repeat("noop-fails", [change], noop)
+        for fix in self.task.fixes:
+            await self._try_fix(fix, broken, fixed)
+        return self._decide(broken, noop, fixed)
+
+    async def _validate(
+        self, changes: Sequence[common_pb2.FileChange], mode: str = "any_fix"
+    ) -> pb.Validation:
+        return await self.gate.client.validate(
+            self.state.id,
+            changes,
+            held_pins=env.held_pins(self.task, mode),
+            required_tests=(),
+            skip_cache_lookup=True,
+        )
+
+    async def _repeat(
+        self, name: str, changes: Sequence[common_pb2.FileChange], seen: _Seen
+    ) -> None:
+        for repeat in range(1, self.gate.repeats + 1):
+            validation = await self._validate(changes)
+            seen.add(validation)
+            ok = validation.outcome != pb.VALIDATION_OUTCOME_PASSED
+            self._note(name, repeat, ok, validation)
+
+    async def _try_fix(self, fix: Fix, broken: _Seen, fixed: _Seen) -> None:
+        """Every repeat of a fix must turn the same tests green and break none."""
+        name = f"{fix.mode}/{fix.origin}"
+        try:
+            changes = await self.gate.reference(self.task, fix, self.state)
+        except (InvalidArgument, MissingDependency) as error:
+            self.fixes[name] = str(error)
+            return
+        seen = _Seen()
+        for repeat in range(1, self.gate.repeats + 1):
+            validation = await self._validate(changes, fix.mode)
+            seen.add(validation)
+            unfixed, spoilt = self._shortfall(seen, broken, validation)
+            ok = not unfixed and not spoilt and bool(seen.runs[-1])
+            self._note(f"reference-passes {name}", repeat, ok, validation, [*unfixed, *spoilt])
+        good = all(c.ok for c in self.checks if c.name == f"reference-passes {name}")
+        self.fixes[name] = "ok" if good else self.checks[-1].detail
+        if fix.mode == "any_fix" or not fixed.runs:
+            fixed.runs, fixed.seconds = seen.runs, seen.seconds
+
+    def _shortfall(
+        self, seen: _Seen, broken: _Seen, validation: pb.Validation
+    ) -> tuple[list[str], list[str]]:
+        """Recorded tests that stay red and passing tests that a fix broke, flaky ones aside."""
+        green = {i for i, ok in seen.runs[-1].items() if ok}
+        flaky = broken.flaky() | seen.flaky() | set(self.task.tests.unstable)
+        if validation.outcome == pb.VALIDATION_OUTCOME_REJECTED:
+            return [validation.summary], []
+        wanted = set(self.task.tests.fail_to_pass)
+        return sorted(wanted - green - flaky), sorted(broken.passing() - green - flaky)
+
+    def _note(
+        self,
+        name: str,
+        repeat: int,
+        ok: bool,
+        validation: pb.Validation,
+        short: Sequence[str] = (),
+    ) -> None:
+        outcome = pb.ValidationOutcome.Name(validation.outcome)
+        detail = f"{outcome.removeprefix('VALIDATION_OUTCOME_').lower()}: {validation.summary}"
+        if short:
+            detail += f"; {len(short)} wrong: {', '.join(short[:4])}"
+        rows = "\n".join(sorted(f"{t.id} {t.outcome}" for t in validation.tests))
+        digest = hashlib.sha256(rows.encode()).hexdigest()
+        seconds = validation.duration.ToTimedelta().total_seconds()
+        self.checks.append(Check(name, repeat, ok, detail[:600], digest, seconds))
+
+    def _decide(self, broken: _Seen, noop: _Seen, fixed: _Seen) -> Verdict:
+        flaky = broken.flaky() | noop.flaky() | fixed.flaky() | set(self.task.tests.unstable)
+        green, before = fixed.passing() - flaky, broken.passing() - flaky
+        turned = sorted(green - before)
+        recorded = set(self.task.tests.fail_to_pass)
+        lost = sorted(recorded - set(turned))
+        status, reason = self._status(flaky, turned, lost, fixed)
+        return Verdict(
+            task_id=self.task.id,
+            status=status,
+            reason=reason,
+            checks=tuple(self.checks),
+            flaky=tuple(sorted(flaky)),
+            state_id=self.state.id,
+            python=self.state.python,
+            fail_to_pass=tuple(turned),
+            pass_to_pass=tuple(sorted(green & before)),
+            lost=tuple(lost),
+            error_log=self.state.baseline.log,
+            fixes=self.fixes,
+            seconds=round(sum(fixed.seconds) / max(1, len(fixed.seconds)), 3),
+        )
+
+    def _status(
+        self, flaky: set[str], turned: list[str], lost: list[str], fixed: _Seen
+    ) -> tuple[str, str]:
+        bad = [c for c in self.checks if not c.ok and not c.name.startswith("reference")]
+        if bad:
+            return "rejected", f"{bad[0].name}: {bad[0].detail}"
+        if not any(result == "ok" for result in self.fixes.values()):
+            first = next(iter(self.fixes.values()), "the record has no reference fix")
+            if turned and flaky and set(lost) <= flaky:
+                return "quarantined", f"only unstable tests differ: {', '.join(sorted(flaky)[:4])}"
+            return "rejected", f"reference fix: {first}"
+        if not turned:
+            where = "quarantined" if flaky else "rejected"
+            return where, "no stable test fails before and passes after the reference fix"
+        return "admitted", f"{len(turned)} tests turn green, {len(flaky)} unstable"
+
+
+def matches_record(task: TaskRecord, verdict: Verdict) -> bool:
+    """Whether the tests that turned green are exactly those of the record."""
+    if task.tests.fail_to_pass_sha256:
+        return ids_sha256(verdict.fail_to_pass) == task.tests.fail_to_pass_sha256
+    return set(verdict.fail_to_pass) == set(task.tests.fail_to_pass)
+
+
+async def judge_patiently(
+    gate: Gate, task: TaskRecord, python: str = "", *, deadline_s: float = 900.0
+) -> Verdict:
+    """`Gate.judge`, tried again after trouble of the platform until `deadline_s` is over."""
+    stop = time.monotonic() + deadline_s
+    while True:
+        try:
+            return await gate.judge(task, python)
+        except RegreenError as error:
+            if error.status not in ("UNAVAILABLE", "INTERNAL") or time.monotonic() > stop:
+                raise
