@@ -23,7 +23,7 @@ import openvino_genai
 from policy_svc import gguf_file
 from policy_svc.engines.base import Request
 from policy_svc.engines.cpu import has_fast_bf16
-from policy_svc.engines.stepper import Chunk, WeightsError
+from policy_svc.engines.stepper import REFUSED, Chunk, WeightsError
 from policy_svc.engines.weights import Checkpoint
 from policy_svc.model_store import HEADER, HEADER_TABLE
 
@@ -99,7 +99,8 @@ class OpenVinoStepper:
             structured.regex = sampling.regex
             config.structured_output_config = structured
         self._ids += 1
-        prompt = openvino.Tensor(np.array([request.prompt_token_ids], np.int64))
+        ids = np.array([request.prompt_token_ids], np.int64)
+        prompt = openvino.Tensor(ids)  # type: ignore[attr-defined]
         handle = self._current.genai.add_request(self._ids, prompt, config)
         running = _Running(request, handle, self._current)
         self._current.running[request.request_id] = running
@@ -185,7 +186,11 @@ class OpenVinoStepper:
         over = status != openvino_genai.GenerationStatus.RUNNING
         chunks = self._read(running, final=over)
         if over:
-            running.pipeline.running.pop(running.request.request_id, None)
+            request = running.request
+            running.pipeline.running.pop(request.request_id, None)
+            finished = {chunk.sample for chunk in chunks if chunk.finish}
+            for sample in set(range(request.n)) - finished:
+                chunks.append(Chunk(request.request_id, sample, (), (), self.version, REFUSED))
         return chunks
 
     def _read(self, running: _Running, *, final: bool) -> list[Chunk]:

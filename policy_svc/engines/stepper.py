@@ -14,9 +14,13 @@ from typing import Protocol
 from policy_svc.engines.base import Request
 
 
+REFUSED = "refused"
+"""The sample cannot be computed: its keys and values do not fit the cache."""
+
+
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """New tokens of one sample; `finish` is "stop" or "length" with the last one."""
+    """New tokens of one sample; with the last one `finish` is "stop", "length" or `REFUSED`."""
 
     request_id: str
     sample: int

@@ -19,6 +19,7 @@ from policy_svc.engines.base import Request, Sampling
 from policy_svc.engines.stepper import Chunk
 from policy_svc.engines.torch_llama import Branches, Llama, LlamaConfig, Prefix
 
+
 @dataclass(slots=True)
 class _Sample:
     index: int

@@ -122,9 +122,7 @@ class Llama:
         self.norm = torch.empty(config.hidden)
         self.layers = [_Layer(config) for _ in range(config.layers)]
         steps = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
-        angles = torch.outer(
-            torch.arange(config.context).float(), 1.0 / (config.rope_theta**steps)
-        )
+        angles = torch.outer(torch.arange(config.context).float(), 1.0 / (config.rope_theta**steps))
         self._cos = torch.cat((angles, angles), -1).cos()
         self._sin = torch.cat((angles, angles), -1).sin()
 
@@ -238,9 +236,9 @@ class Llama:
     def _project(self, layer: _Layer, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         config = self.config
         rows = functional.linear(_norm(hidden, layer.norm_in, config.epsilon), layer.qkv)
-        split = rows.unflatten(-1, (-1, config.head_dim))
-        q, k, v = split.split([config.heads, config.kv_heads, config.kv_heads], dim=-2)
-        return q, k, v
+        split = rows.view(len(rows), -1, config.head_dim)
+        edge = config.heads + config.kv_heads
+        return split[:, : config.heads], split[:, config.heads : edge], split[:, edge:]
 
     def _finish(self, layer: _Layer, hidden: Tensor, mixed: Tensor) -> Tensor:
         hidden = hidden + functional.linear(mixed, layer.out)

@@ -1,0 +1,366 @@
+"""An SGLang server, or several replicas, over plain HTTP; sglang itself is never imported.
+
+- Token ids in and out (`/generate` with `input_ids`); text is never tokenized by the server.
+- Sampling parameters are exactly those that SGLang knows: it answers unknown ones with 400.
+- Weight pushes go to every replica, each versioned; the router has no such route. When one replica
+  fails, those already pushed are put back, and the old version serves on.
+- Version spans are the server's own where it reports them (0.5.23). Where it does not (0.5.16),
+  a push waits for running requests and holds new ones, so that each has one version, stamped here;
+  one that still saw two (a push by someone else) is refused as `Aborted`, never mis-stamped.
+- Retries are bounded by `retry_s` and happen before a first answer only: never after a 4xx.
+
+Source: sglang 0.5.16 and 0.5.23, `srt/entrypoints/http_server.py`, `srt/managers/io_struct.py`.
+"""
+
+import asyncio
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from policy_svc.chat import Tokenizer
+from policy_svc.engines.base import (
+    Completion,
+    EngineInfo,
+    FinishReason,
+    Generation,
+    PauseMode,
+    Request,
+    Sampling,
+    TokenSink,
+    VersionSpan,
+    spans,
+)
+from regreen.rpc.errors import Aborted, FailedPrecondition, InvalidArgument, Unavailable
+
+_MODES = {PauseMode.IN_PLACE: "in_place", PauseMode.ABORT: "abort"}
+_OPENERS = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "abort": FinishReason.ABORT}
+
+
+@dataclass(frozen=True, slots=True)
+class SglangOptions:
+    """Where the replicas are, for example `http://10.0.0.3:30000`."""
+
+    urls: tuple[str, ...]
+    api_key: str = ""
+    base_weights: str = ""
+    """Path of the base model as the server sees it; empty asks the server."""
+    path_map: tuple[str, str] | None = None
+    """Local path prefix and what the servers call it, where they mount storage elsewhere."""
+    request_timeout_s: float = 600.0
+    control_timeout_s: float = 300.0
+    retry_s: float = 30.0
+
+
+@dataclass(slots=True)
+class _Replica:
+    client: httpx.AsyncClient
+    running: set[str] = field(default_factory=set)
+
+
+class SglangEngine:
+    """An `Engine` in front of SGLang replicas; requests go to the least busy one."""
+
+    def __init__(
+        self,
+        options: SglangOptions,
+        tokenizer: Tokenizer,
+        end_id: int,
+        *,
+        version: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._options, self._tokenizer, self._end_id = options, tokenizer, end_id
+        self._version, self._clock = version, clock
+        self._replicas: list[_Replica] = []
+        self._model: dict[str, Any] = {}
+        self._server: dict[str, Any] = {}
+        self._weights = options.base_weights
+        self._native_spans = False
+        self._order = itertools.count()
+        self._base_version = version
+        self._open, self._idle = asyncio.Event(), asyncio.Event()
+        self._open.set()
+        self._idle.set()
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the servers say they serve."""
+        return EngineInfo(
+            name="sglang",
+            model=str(self._model.get("served_model_name") or self._model.get("model_path", "")),
+            dtype=str(self._server.get("dtype") or "server"),
+            vocabulary=self._tokenizer.size,
+            context_length=int(self._server.get("context_length") or 32768),
+            end_of_turn_id=self._end_id,
+            regex=True,
+        )
+
+    @property
+    def version(self) -> int:
+        """Version of tokens sampled from now on."""
+        return self._version
+
+    async def start(self) -> None:
+        """Connect, and wait until every replica is healthy, at most `retry_s`."""
+        headers = (
+            {"Authorization": f"Bearer {self._options.api_key}"} if self._options.api_key else {}
+        )
+        for url in self._options.urls:
+            client = httpx.AsyncClient(
+                base_url=url, headers=headers, timeout=self._options.control_timeout_s
+            )
+            self._replicas.append(_Replica(client))
+        for replica in self._replicas:
+            await self._healthy(replica)
+        first = self._replicas[0]
+        self._model = await self._json(first, "GET", "/model_info")
+        self._server = await self._json(first, "GET", "/server_info")
+        self._weights = self._weights or str(self._model.get("model_path", ""))
+        self._native_spans = _release(self._server.get("version", "")) >= (0, 5, 23)
+
+    async def close(self) -> None:
+        """Close connections."""
+        for replica in self._replicas:
+            await replica.client.aclose()
+
+    async def generate(self, request: Request, on_tokens: TokenSink | None = None) -> Generation:
+        """Sample on one replica, so that the samples share their prompt's cache."""
+        await self._open.wait()
+        replica = min(self._replicas, key=lambda r: (len(r.running), next(self._order)))
+        rids = [f"{request.request_id}/{index}" for index in range(request.n)]
+        replica.running.update(rids)
+        self._idle.clear()
+        began = self._version
+        try:
+            answers = await asyncio.gather(
+                *(self._sample(replica, request, index) for index in range(request.n))
+            )
+        except asyncio.CancelledError:
+            for rid in rids:
+                await asyncio.shield(self._abort_one(replica, rid))
+            raise
+        finally:
+            replica.running.difference_update(rids)
+            if not any(one.running for one in self._replicas):
+                self._idle.set()
+        completions = tuple(self._completion(answer, began) for answer in answers)
+        if on_tokens:
+            for index, completion in enumerate(completions):
+                on_tokens(index, completion.token_ids, completion.logprobs)
+        cached = max(int(a["meta_info"].get("cached_tokens") or 0) for a in answers)
+        return Generation(completions, cached)
+
+    async def load(self, version: int, path: Path) -> float:
+        """Push a version to every replica; all or none have it afterwards."""
+        target = self._remote(path)
+        began_s = self._clock()
+        pushed: list[_Replica] = []
+        try:
+            if not self._native_spans:
+                self._open.clear()
+                await self._idle.wait()
+            for replica in self._replicas:
+                await self._push(replica, target, version)
+                pushed.append(replica)
+        except (FailedPrecondition, Unavailable):
+            for replica in pushed:
+                await self._push(replica, self._weights, self._version)
+            raise
+        else:
+            self._version, self._weights = version, target
+        finally:
+            self._open.set()
+        return self._clock() - began_s
+
+    async def pause(self, mode: PauseMode) -> int:
+        """Freeze or end running requests on every replica."""
+        running = sum(len(replica.running) for replica in self._replicas)
+        if mode in _MODES:
+            await self._control_all("/pause_generation", {"mode": _MODES[mode]})
+        return running
+
+    async def resume(self) -> None:
+        """Go on, on every replica."""
+        await self._control_all("/continue_generation", {})
+
+    async def abort(self, request_id: str | None) -> int:
+        """End the samples of one request, or of all; the number of requests that ended."""
+        ended: set[str] = set()
+        for replica in self._replicas:
+            for rid in list(replica.running):
+                owner = rid.rsplit("/", 1)[0]
+                if request_id in (None, owner):
+                    await self._abort_one(replica, rid)
+                    ended.add(owner)
+        return len(ended)
+
+    async def _sample(self, replica: _Replica, request: Request, index: int) -> dict[str, Any]:
+        body = {
+            "rid": f"{request.request_id}/{index}",
+            "input_ids": list(request.prompt_token_ids),
+            "sampling_params": sampling_params(request.sampling, self._end_id, index),
+            "return_logprob": True,
+            "logprob_start_len": -1,
+            "top_logprobs_num": 0,
+            "stream": False,
+        }
+        return await self._json(
+            replica, "POST", "/generate", body, timeout_s=self._options.request_timeout_s
+        )
+
+    def _completion(self, answer: dict[str, Any], began: int) -> Completion:
+        meta = answer["meta_info"]
+        triples = meta["output_token_logprobs"]
+        ids = tuple(int(triple[1]) for triple in triples)
+        if ids != tuple(answer["output_ids"]):
+            raise Unavailable("the server's output_ids and logprobs disagree", retry_after_s=1.0)
+        finish = meta["finish_reason"]
+        return Completion(
+            ids,
+            tuple(float(triple[0]) for triple in triples),
+            self._spans(meta, len(ids), began),
+            _OPENERS[finish["type"]],
+            self._tokenizer.decode(ids),
+        )
+
+    def _spans(self, meta: dict[str, Any], count: int, began: int) -> tuple[VersionSpan, ...]:
+        reported = meta.get("weight_versions")
+        if reported:
+            found = tuple(
+                VersionSpan(self._number(s["version"]), int(s["start"]), int(s["end"]))
+                for s in reported
+            )
+            edges = [0, *(span.end for span in found)]
+            if edges[-1] != count or [span.start for span in found] != edges[:-1]:
+                raise Unavailable("the server's version spans leave gaps", retry_after_s=1.0)
+            return found
+        ended = self._number(meta.get("weight_version", began))
+        if began != ended:
+            raise Aborted("the policy version changed during the request; sample again")
+        return spans([ended] * count)
+
+    def _number(self, weight_version: object) -> int:
+        """A server's version name as a number; before the first push it has a name of its own."""
+        text = str(weight_version)
+        return int(text) if text.isdecimal() else self._base_version
+
+    async def _push(self, replica: _Replica, path: str, version: int) -> None:
+        body = {
+            "model_path": path,
+            "weight_version": str(version),
+            "abort_all_requests": False,
+            "flush_cache": True,
+            "keep_pause": False,
+        }
+        if not self._native_spans:
+            del body["keep_pause"]
+        try:
+            answer = await self._json(replica, "POST", "/update_weights_from_disk", body)
+        except InvalidArgument as error:
+            raise FailedPrecondition(f"weights were not loaded: {error.message}") from error
+        if not answer.get("success"):
+            raise FailedPrecondition(f"weights were not loaded: {answer.get('message')}")
+
+    async def _control_all(self, route: str, body: dict[str, Any]) -> None:
+        await asyncio.gather(*(self._json(r, "POST", route, body) for r in self._replicas))
+
+    async def _abort_one(self, replica: _Replica, rid: str) -> None:
+        await self._json(replica, "POST", "/abort_request", {"rid": rid})
+
+    async def _healthy(self, replica: _Replica) -> None:
+        deadline_s = self._clock() + self._options.retry_s
+        while True:
+            try:
+                answer = await replica.client.get("/health", timeout=5.0)
+                if answer.status_code == 200:
+                    return
+                problem = f"health says {answer.status_code}"
+            except httpx.TransportError as error:
+                problem = str(error) or type(error).__name__
+            if self._clock() >= deadline_s:
+                raise Unavailable(f"{replica.client.base_url}: {problem}", retry_after_s=5.0)
+            await asyncio.sleep(0.2)
+
+    async def _json(
+        self,
+        replica: _Replica,
+        method: str,
+        route: str,
+        body: dict[str, Any] | None = None,
+        *,
+        timeout_s: float | None = None,
+    ) -> dict[str, Any]:
+        """One exchange; 429, 503 and refused connections are tried again until `retry_s`.
+
+        Raises:
+            InvalidArgument: the server refused the body (4xx).
+            Unavailable: it cannot be reached, or answered 5xx.
+        """
+        deadline_s = self._clock() + self._options.retry_s
+        wait_s = 0.05
+        while True:
+            try:
+                answer = await replica.client.request(
+                    method, route, json=body, timeout=timeout_s or self._options.control_timeout_s
+                )
+            except httpx.ConnectError as error:
+                problem, again = f"cannot connect: {error}", True
+            except httpx.HTTPError as error:
+                problem, again = f"{type(error).__name__}: {error}", False
+            else:
+                if answer.is_success:
+                    return _object(answer)
+                problem = f"{route} answered {answer.status_code}: {answer.text[:500]}"
+                if 400 <= answer.status_code < 500 and answer.status_code != 429:
+                    raise InvalidArgument("request", problem)
+                again = answer.status_code in (429, 503)
+            if not again or self._clock() + wait_s > deadline_s:
+                raise Unavailable(f"{replica.client.base_url}: {problem}", retry_after_s=1.0)
+            await asyncio.sleep(wait_s)
+            wait_s = min(2 * wait_s, 2.0)
+
+    def _remote(self, path: Path) -> str:
+        text = str(path)
+        if self._options.path_map and text.startswith(self._options.path_map[0]):
+            local, remote = self._options.path_map
+            return remote + text[len(local) :]
+        return text
+
+
+def sampling_params(sampling: Sampling, end_id: int, index: int) -> dict[str, Any]:
+    """Return `sampling_params` of `/generate` for one sample, with no key that SGLang lacks."""
+    params: dict[str, Any] = {
+        "max_new_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k or -1,
+        "stop_token_ids": sorted({end_id, *sampling.stop_token_ids}),
+        "skip_special_tokens": False,
+        "no_stop_trim": True,
+        "sampling_seed": (sampling.seed + 0x9E3779B97F4A7C15 * index) & 0x7FFFFFFF,
+    }
+    if sampling.stop:
+        params["stop"] = list(sampling.stop)
+    if sampling.regex:
+        params["regex"] = sampling.regex
+    return params
+
+
+def _object(answer: httpx.Response) -> dict[str, Any]:
+    if "json" not in answer.headers.get("content-type", ""):
+        return {}
+    value = answer.json()
+    return value if isinstance(value, dict) else {}
+
+
+def _release(version: str) -> tuple[int, ...]:
+    parts = []
+    for part in version.split(".")[:3]:
+        digits = "".join(itertools.takewhile(str.isdigit, part))
+        parts.append(int(digits or 0))
+    return tuple(parts)
