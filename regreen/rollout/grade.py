@@ -21,7 +21,7 @@ from regreen.judge import v1 as judge_pb
 from regreen.rollout.context import EpisodeSpec
 from regreen.rollout.dependencies import ToolError
 from regreen.rollout.facts import REPO
-from regreen.rollout.reward import RewardSettings, compose_reward
+from regreen.rollout.reward import RewardSettings, compose
 from regreen.rollout.tools import Workbench
 from regreen.rpc.errors import InvalidArgument, NotFound
 from regreen.sandbox import v1 as sandbox_pb
@@ -68,23 +68,28 @@ async def conclude(
         protected_paths=bench.task.environment.test.protected_paths,
         rebuilds_without_edit=bench.rebuilds_without_edit,
     )
+    verdict = await _judge(bench, spec, evidence, validation)
+    test = bench.task.environment.test
+    reward = compose(
+        grader=spec.grader,
+        end=trajectory.end,
+        validation=validation,
+        verdict=verdict,
+        turns=trajectory.turns,
+        changes=changes,
+        fail_to_pass=list(bench.task.fail_to_pass) or list(test.fail_to_pass),
+        pass_to_pass=[
+            t.id
+            for t in before[state_id].tests
+            if t.outcome == TEST_OUTCOME_PASSED and t.id not in test.unstable
+        ],
+        rebuilds_without_edit=bench.rebuilds_without_edit,
+        settings=settings,
+    )
     trajectory.changes.extend(changes)
     trajectory.validation.CopyFrom(validation)
-    trajectory.verdict.CopyFrom(await _judge(bench, spec, evidence, validation))
-    test = bench.task.environment.test
-    trajectory.reward.CopyFrom(
-        compose_reward(
-            trajectory,
-            fail_to_pass=list(bench.task.fail_to_pass) or list(test.fail_to_pass),
-            pass_to_pass=[
-                t.id
-                for t in before[state_id].tests
-                if t.outcome == TEST_OUTCOME_PASSED and t.id not in test.unstable
-            ],
-            rebuilds_without_edit=bench.rebuilds_without_edit,
-            settings=settings,
-        )
-    )
+    trajectory.verdict.CopyFrom(verdict)
+    trajectory.reward.CopyFrom(reward)
 
 
 async def _validate(

@@ -1,5 +1,6 @@
 """Tool calls in model text: the schema holds, hostile text is harmless."""
 
+import contextlib
 import json
 
 import pytest
@@ -73,10 +74,8 @@ def test_names_the_problem(text, told):
 @settings(max_examples=200, deadline=None)
 def test_any_text_is_a_call_or_a_call_error(text):
     for wrapped in (text, f"<tool>{text}</tool>", f'<tool>{{"name": {text}}}</tool>'):
-        try:
-            parse_call(wrapped, TOOLS)
-        except CallError as error:
-            assert str(error)
+        with contextlib.suppress(CallError):
+            assert parse_call(wrapped, TOOLS).key
 
 
 _VALUES = st.recursive(

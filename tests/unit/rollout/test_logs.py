@@ -24,7 +24,7 @@ tests/test_basic.py:3: in <module>
     from flask import Flask
 /work/env/lib/python3.9/site-packages/flask/__init__.py:14: in <module>
     from jinja2 import escape
-E   ImportError: cannot import name 'escape' from 'jinja2' (/work/env/lib/python3.9/site-packages/jinja2/__init__.py)
+E   ImportError: cannot import name 'escape' from 'jinja2' (/work/env/lib/jinja2/__init__.py)
 =========================== short test summary info ============================
 ERROR tests/test_basic.py
 2 errors in 0.53s
