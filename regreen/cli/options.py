@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from regreen.client.stack import Endpoints, Stack
-from regreen.common import v1 as common_pb
 from regreen.rpc.errors import InvalidArgument
 from regreen.settings import default_home
 
@@ -19,25 +18,6 @@ Home = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 
-MODES = {"any_fix": common_pb.MODE_ANY_FIX, "keep_new": common_pb.MODE_KEEP_NEW}
-PIPELINES = {"simplified": common_pb.PIPELINE_SIMPLIFIED, "full": common_pb.PIPELINE_FULL}
-GRADERS = {
-    "build": common_pb.GRADER_BUILD,
-    "build+gates": common_pb.GRADER_BUILD_GATES,
-    "build+gates+judge": common_pb.GRADER_BUILD_GATES_JUDGE,
-}
-
-
-def choose(field: str, value: str, choices: dict[str, int]) -> int:
-    """The enum value that a word stands for.
-
-    Raises:
-        InvalidArgument: no such word; lists the words.
-    """
-    if value not in choices:
-        raise InvalidArgument(field, f"{value!r} is unknown", f"give one of {', '.join(choices)}")
-    return choices[value]
-
 
 def open_stack(home: Path | None, *, patience_s: float = 60.0) -> Stack:
     """Clients of the running local stack.
@@ -46,3 +26,32 @@ def open_stack(home: Path | None, *, patience_s: float = 60.0) -> Stack:
         Unavailable: no stack runs from this home.
     """
     return Stack(Endpoints.load(home or default_home()), patience_s=patience_s)
+
+
+def parse_labels(values: list[str], field: str = "set") -> dict[str, str]:
+    """`name=value` words as a mapping.
+
+    Raises:
+        InvalidArgument: a word without an equals sign.
+    """
+    labels: dict[str, str] = {}
+    for value in values:
+        name, sign, setting = value.partition("=")
+        if not sign or not name:
+            raise InvalidArgument(field, f"{value!r} is no setting", "write name=value")
+        labels[name] = setting
+    return labels
+
+
+def parse_numbers(values: list[str], field: str = "hyper") -> dict[str, float | int | str]:
+    """`name=value` words as a mapping, numbers as numbers."""
+    return {name: _number(text) for name, text in parse_labels(values, field).items()}
+
+
+def _number(text: str) -> float | int | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

@@ -1,0 +1,74 @@
+"""`regreen eval` and `regreen report`: measure policies and show the result."""
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from regreen.cli import output
+from regreen.cli.listen import listener
+from regreen.cli.options import Home, Json, open_stack, parse_labels
+from regreen.evals.run import EvalConfig, EvalResult, evaluate
+from regreen.train.progress import Listener
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command("eval")(evaluate_command)
+
+
+def evaluate_command(
+    home: Home = None,
+    name: Annotated[str, typer.Option(help="Name; the same name continues it.")] = "eval",
+    subject: Annotated[
+        list[str],
+        typer.Option(help="base, the name of a run, or baseline:noop|newest|pin-back; repeat it."),
+    ] = ["base", "baseline:noop", "baseline:newest", "baseline:pin-back"],  # noqa: B006
+    task: Annotated[
+        list[str], typer.Option(help="Task id; repeat it. Default: admitted test tasks.")
+    ] = [],  # noqa: B006
+    split: Annotated[str, typer.Option(help="Split to take tasks from.")] = "test",
+    mode: Annotated[list[str], typer.Option(help="any_fix, keep_new; repeat it.")] = [  # noqa: B006
+        "any_fix",
+        "keep_new",
+    ],
+    pipeline: Annotated[list[str], typer.Option(help="simplified, full; repeat it.")] = [  # noqa: B006
+        "simplified",
+        "full",
+    ],
+    grader: Annotated[
+        str, typer.Option(help="build, build_gates or build_gates_judge.")
+    ] = "build_gates_judge",
+    samples: Annotated[int, typer.Option(min=1, help="Trajectories of each cell.")] = 4,
+    concurrency: Annotated[int, typer.Option(min=1, help="Episodes at a time.")] = 4,
+    set: Annotated[
+        list[str], typer.Option("--set", help="Episode setting, for example budget.turns=8.")
+    ] = [],  # noqa: B006
+    seed: Annotated[int, typer.Option(help="Seed of every cell.")] = 0,
+    json_output: Json = False,
+) -> None:
+    """Evaluate policies and scripted baselines on the same tasks."""
+
+    async def work(listen: Listener) -> EvalResult:
+        config = EvalConfig(
+            name=name,
+            subjects=tuple(subject),
+            tasks=tuple(task),
+            split=split,
+            modes=tuple(mode),
+            pipelines=tuple(pipeline),
+            grader=grader,
+            samples=samples,
+            concurrency=concurrency,
+            labels=parse_labels(set),
+            seed=seed,
+        )
+        async with open_stack(home, patience_s=120.0) as stack:
+            return await evaluate(stack, config, listen)
+
+    with output.progress() as show:
+        result = output.run(work(listener(show)))
+    if json_output:
+        output.print_json(asdict(result))
+    else:
+        output.print_table("", ["field", "value"], list(asdict(result).items()))

@@ -1,0 +1,117 @@
+"""`regreen rollout run|worker`: run episodes.
+
+- `run` commits every trajectory to the dataset; a failing episode is a result, not an error.
+- `worker` leases rollouts from the queue until it is stopped; stop it at any time, nothing is lost.
+"""
+
+import asyncio
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from regreen.cli import output
+from regreen.cli.options import Home, Json, open_stack
+from regreen.dataset import v1 as pb
+from regreen.ids import derive_seed
+from regreen.rollout.baselines import baseline
+from regreen.rollout.episode import Runner, run_episode
+from regreen.rollout.worker import Worker, WorkerStats, knowledge_of
+from regreen.train.names import grader_of, mode_of, pipeline_of
+
+app = typer.Typer(no_args_is_help=True)
+
+
+@app.command()
+def run(
+    task: Annotated[str, typer.Option(help="Task id.")],
+    home: Home = None,
+    pipeline: Annotated[str, typer.Option(help="simplified or full.")] = "simplified",
+    mode: Annotated[str, typer.Option(help="any_fix or keep_new.")] = "any_fix",
+    grader: Annotated[
+        str, typer.Option(help="build, build_gates or build_gates_judge.")
+    ] = "build_gates_judge",
+    actor: Annotated[
+        str, typer.Option(help="policy, or baseline:noop, baseline:newest, baseline:pin-back.")
+    ] = "policy",
+    samples: Annotated[int, typer.Option(min=1, max=1000, help="Episodes.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the first episode.")] = 0,
+    json_output: Json = False,
+) -> None:
+    """Run episodes on one task and store their trajectories."""
+    with output.progress() as show:
+
+        def report(done: int) -> None:
+            show("episodes", done, samples, task)
+
+        found = output.run(_run(home, task, pipeline, mode, grader, actor, samples, seed, report))
+    if json_output:
+        output.print_json_lines(found)
+        return
+    for item in found:
+        solved = "solved" if item.reward.solved else "not solved"
+        hacks = f"  hacks: {' '.join(item.reward.hacks)}" if item.reward.hacks else ""
+        typer.echo(
+            f"{item.id}  {solved}  reward {item.reward.value:+.2f}  {len(item.turns)} turns{hacks}"
+        )
+
+
+@app.command()
+def worker(
+    home: Home = None,
+    run: Annotated[str, typer.Option(help="Only rollouts of this run (id).")] = "",
+    concurrency: Annotated[int, typer.Option(min=1, help="Episodes at a time.")] = 4,
+    until_idle: Annotated[bool, typer.Option(help="End when nothing waits.")] = False,
+    json_output: Json = False,
+) -> None:
+    """Lease rollouts from the queue and run them."""
+    stats = output.run(_work(home, run, concurrency, until_idle))
+    if json_output:
+        output.print_json({name: getattr(stats, name) for name in stats.__slots__})
+    else:
+        output.STDERR.print(str(stats), highlight=False)
+
+
+async def _run(
+    home: Path | None,
+    task_id: str,
+    pipeline: str,
+    mode: str,
+    grader: str,
+    actor: str,
+    samples: int,
+    seed: int,
+    report: Callable[[int], None],
+) -> list[pb.Trajectory]:
+    found: list[pb.Trajectory] = []
+    async with open_stack(home) as stack:
+        task = await stack.tasks.get_task(task_id)
+        script = baseline(actor.removeprefix("baseline:"), task) if actor != "policy" else None
+        policy = await stack.policy.get_policy()
+        for sample in range(samples):
+            trajectory = await run_episode(
+                stack,
+                task,
+                pipeline=pipeline_of(pipeline),
+                mode=mode_of(mode),
+                grader=grader_of(grader),
+                actor=script,
+                seed=derive_seed(seed, sample),
+                policy_name="" if script else f"v{policy.policy.version}",
+                knowledge=await knowledge_of(stack),
+            )
+            await stack.trajectories.commit_trajectory(trajectory)
+            found.append(trajectory)
+            report(sample + 1)
+    return found
+
+
+async def _work(home: Path | None, run: str, concurrency: int, until_idle: bool) -> WorkerStats:
+    async with open_stack(home, patience_s=120.0) as stack:
+        found = Worker(stack, Runner(stack), run_id=run, concurrency=concurrency)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, found.stop)
+        return await found.run(until_idle=until_idle)

@@ -1,0 +1,248 @@
+"""`regreen tasks import|list|show|prepare|verify`: broken builds as tasks."""
+
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from regreen.cli import output
+from regreen.cli.options import Home, Json, open_stack
+from regreen.client.stack import Stack
+from regreen.common import v1 as common_pb
+from regreen.dataset import v1 as pb
+from regreen.rpc.errors import InvalidArgument, NotFound
+from regreen.tasks.admit import Admission, SandboxGate, import_records
+from regreen.tasks.jsonl import (
+    load_distributions,
+    load_tasks,
+    shipped_distributions,
+    shipped_tasks,
+)
+from regreen.train.parallel import run_bounded
+
+app = typer.Typer(no_args_is_help=True)
+Ids = Annotated[list[str] | None, typer.Argument(help="Task ids.", show_default=False)]
+All = Annotated[bool, typer.Option("--all", help="Every task.")]
+
+
+@app.command("import")
+def import_tasks(
+    path: Annotated[
+        Path | None, typer.Argument(help="JSON Lines of tasks; default: the set that ships.")
+    ] = None,
+    distributions: Annotated[
+        Path | None, typer.Option(help="JSON Lines of releases that the tasks refer to.")
+    ] = None,
+    home: Home = None,
+    json_output: Json = False,
+) -> None:
+    """Store tasks; unchanged ones stay as they are."""
+
+    async def work() -> pb.ImportTasksResponse:
+        records = load_tasks(path) if path else shipped_tasks()
+        known = load_distributions(distributions) if distributions else shipped_distributions()
+        async with open_stack(home) as stack:
+            return await import_records(stack, records, known)
+
+    answer = output.run(work())
+    if json_output:
+        output.print_json({"imported": answer.imported, "unchanged": answer.unchanged})
+    else:
+        typer.echo(f"{answer.imported} imported, {answer.unchanged} unchanged")
+
+
+@app.command("list")
+def list_tasks(
+    home: Home = None,
+    status: Annotated[
+        str, typer.Option(help="new, admitted, rejected, quarantined or waiting.")
+    ] = "",
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "",
+    culprit: Annotated[str, typer.Option(help="Package whose release broke the build.")] = "",
+    json_output: Json = False,
+) -> None:
+    """List tasks."""
+
+    async def work() -> list[pb.Task]:
+        wanted = pb.TaskFilter(split=split, culprit=culprit)
+        if status:
+            wanted.statuses.append(_status(status))
+        async with open_stack(home) as stack:
+            return await stack.tasks.all_tasks(wanted)
+
+    rows = output.run(work())
+    if json_output:
+        output.print_json_lines(rows)
+        return
+    output.print_table(
+        "",
+        ["task", "status", "split", "python", "category", "blame", "modes"],
+        [
+            [
+                row.id,
+                status_name(row.status),
+                row.split,
+                row.environment.python,
+                row.category,
+                row.blame,
+                " ".join(_mode(mode) for mode in row.modes),
+            ]
+            for row in rows
+        ],
+    )
+    counts = Counter(status_name(row.status) for row in rows)
+    output.STDERR.print(", ".join(f"{count} {name}" for name, count in sorted(counts.items())))
+
+
+@app.command()
+def show(
+    id: Annotated[str, typer.Argument(help="Task id.")],
+    home: Home = None,
+    json_output: Json = False,
+) -> None:
+    """Print one task and the gate's evidence."""
+
+    async def work() -> tuple[pb.Task, pb.GateReport | None]:
+        async with open_stack(home) as stack:
+            task = await stack.tasks.get_task(id)
+            try:
+                return task, await stack.tasks.get_gate_report(id)
+            except NotFound:
+                return task, None
+
+    task, report = output.run(work())
+    if json_output:
+        gate = output.as_dict(report) if report else None
+        output.print_json({"task": output.as_dict(task), "gate": gate})
+        return
+    typer.echo(f"{task.id}  {status_name(task.status)}  {task.category}  blame {task.blame}")
+    typer.echo(f"python {task.environment.python}, {len(task.environment.pins)} pins")
+    typer.echo(f"fail to pass {task.fail_to_pass_count}, pass to pass {task.pass_to_pass_count}")
+    for check in report.checks if report else []:
+        typer.echo(f"  {'ok ' if check.ok else 'BAD'} {check.name} {check.repeat}: {check.detail}")
+    typer.echo(task.error_log)
+
+
+@app.command()
+def prepare(
+    ids: Ids = None,
+    every: All = False,
+    home: Home = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Tasks at a time.")] = 2,
+) -> None:
+    """Build the states of tasks, without gating them."""
+    with output.progress() as show_progress:
+        failed = output.run(_prepare(home, _wanted(ids, every), concurrency, show_progress))
+    for task_id, problem in failed.items():
+        output.STDERR.print(f"{task_id}: {problem}", style="red", highlight=False)
+    if failed:
+        raise typer.Exit(output.FAILED)
+
+
+@app.command()
+def verify(
+    ids: Ids = None,
+    every: All = False,
+    home: Home = None,
+    repeats: Annotated[int, typer.Option(min=2, max=10, help="Runs of each check.")] = 2,
+    again: Annotated[bool, typer.Option(help="Also tasks that were decided here before.")] = False,
+    concurrency: Annotated[int, typer.Option(min=1, help="Tasks at a time.")] = 2,
+    json_output: Json = False,
+) -> None:
+    """Prepare and gate tasks: broken fails, the reference fix passes, a no-op fails, repeatedly."""
+    with output.progress() as show_progress:
+        rows = output.run(
+            _verify(home, _wanted(ids, every), repeats, again, concurrency, show_progress)
+        )
+    if json_output:
+        output.print_json_lines(
+            {"id": row.id, "status": status_name(row.status), "state": row.state_id} for row in rows
+        )
+    else:
+        output.print_table(
+            "", ["task", "status"], [[row.id, status_name(row.status)] for row in rows]
+        )
+    counts = Counter(status_name(row.status) for row in rows)
+    output.STDERR.print(", ".join(f"{count} {name}" for name, count in sorted(counts.items())))
+
+
+async def _verify(
+    home: Path | None,
+    ids: list[str],
+    repeats: int,
+    again: bool,
+    concurrency: int,
+    show_progress: output.ProgressPrinter,
+) -> list[pb.Task]:
+    async with open_stack(home, patience_s=120.0) as stack:
+        chosen = ids or [task.id for task in await stack.tasks.all_tasks()]
+        done: set[str] = set()
+
+        def progress(task_id: str, text: str) -> None:
+            if text.partition(":")[0] in ("admitted", "rejected", "quarantined", "waiting"):
+                done.add(task_id)
+            show_progress("tasks", len(done), len(chosen), f"{task_id}: {text[:120]}")
+
+        admission = Admission(
+            stack,
+            shipped_tasks(),
+            shipped_distributions(),
+            repeats=repeats,
+            again=again,
+            progress=progress,
+        )
+        return await admission.run(chosen, concurrency=concurrency)
+
+
+async def _prepare(
+    home: Path | None, ids: list[str], concurrency: int, show_progress: output.ProgressPrinter
+) -> dict[str, str]:
+    failed: dict[str, str] = {}
+    async with open_stack(home, patience_s=120.0) as stack:
+        chosen = ids or [task.id for task in await stack.tasks.all_tasks()]
+        count = 0
+
+        async def one(task_id: str) -> None:
+            nonlocal count
+            try:
+                await _prepare_one(stack, task_id, show_progress, count, len(chosen))
+            except (InvalidArgument, NotFound) as error:
+                failed[task_id] = error.message
+            count += 1
+
+        await run_bounded([partial(one, task_id) for task_id in chosen], concurrency)
+    return failed
+
+
+async def _prepare_one(
+    stack: Stack, task_id: str, show_progress: output.ProgressPrinter, done: int, total: int
+) -> None:
+    task = await stack.tasks.get_task(task_id)
+    report = lambda text: show_progress("prepare", done, total, f"{task_id}: {text}")  # noqa: E731
+    await SandboxGate(stack, report).prepare(task.environment)
+
+
+def _wanted(ids: list[str] | None, every: bool) -> list[str]:
+    if not ids and not every:
+        output.fail(InvalidArgument("ids", "none given", "name tasks, or say --all"))
+    return ids or []
+
+
+def _status(word: str) -> pb.TaskStatus.ValueType:
+    try:
+        return pb.TaskStatus.Value(f"TASK_STATUS_{word.upper()}")
+    except ValueError as error:
+        raise InvalidArgument(
+            "status", f"{word!r} is unknown", "give new, admitted, rejected, quarantined or waiting"
+        ) from error
+
+
+def status_name(status: pb.TaskStatus.ValueType) -> str:
+    """The word for a task's status."""
+    return pb.TaskStatus.Name(status).removeprefix("TASK_STATUS_").lower()
+
+
+def _mode(mode: common_pb.Mode.ValueType) -> str:
+    return common_pb.Mode.Name(mode).removeprefix("MODE_").lower()

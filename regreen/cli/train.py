@@ -1,0 +1,123 @@
+"""`regreen train sft|grpo`: train a policy on the local stack.
+
+- A run is resumed by its name; what is fixed at its creation cannot be changed by resuming it.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from regreen.cli import output
+from regreen.cli.listen import listener
+from regreen.cli.options import Home, Json, open_stack, parse_labels, parse_numbers
+from regreen.train.config import GrpoConfig, SftConfig
+from regreen.train.progress import Listener
+from regreen.train.rl import train_grpo
+from regreen.train.rows import TrainResult
+from regreen.train.sft import train_sft
+
+app = typer.Typer(no_args_is_help=True)
+Name = Annotated[str, typer.Option(help="Name of the run; the same name continues it.")]
+Start = Annotated[str, typer.Option(help="Weights to start from: base, or the name of a run.")]
+Tasks = Annotated[
+    list[str], typer.Option("--task", help="Task id; repeat it. Default: admitted train tasks.")
+]
+Hyper = Annotated[
+    list[str], typer.Option("--hyper", help="Hyperparameter, for example learning_rate=1e-5.")
+]
+
+
+@app.command()
+def sft(
+    home: Home = None,
+    name: Name = "sft",
+    start: Start = "base",
+    task: Tasks = [],  # noqa: B006
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the trajectories.")] = 2,
+    batch_size: Annotated[int, typer.Option(min=1, help="Trajectories of one step.")] = 8,
+    hyper: Hyper = [],  # noqa: B006
+    seed: Annotated[int, typer.Option(help="Seed of order and experts.")] = 0,
+    json_output: Json = False,
+) -> None:
+    """Fine-tune on expert trajectories of verified fixes."""
+
+    async def work(listen: Listener) -> TrainResult:
+        config = SftConfig(
+            name=name,
+            start=start,
+            tasks=tuple(task),
+            epochs=epochs,
+            batch_size=batch_size,
+            hyperparameters=parse_numbers(hyper),
+            seed=seed,
+        )
+        async with open_stack(home, patience_s=120.0) as stack:
+            return await train_sft(stack, config, listen)
+
+    with output.progress() as show:
+        result = output.run(work(listener(show)))
+    _print(result, json_output)
+
+
+@app.command()
+def grpo(
+    home: Home = None,
+    name: Name = "grpo",
+    start: Start = "sft",
+    task: Tasks = [],  # noqa: B006
+    steps: Annotated[int, typer.Option(min=1, help="Learner steps.")] = 20,
+    groups: Annotated[int, typer.Option(min=1, help="Groups of one step.")] = 4,
+    group_size: Annotated[int, typer.Option(min=2, help="Rollouts of one group.")] = 4,
+    pipeline: Annotated[str, typer.Option(help="simplified or full.")] = "simplified",
+    mode: Annotated[list[str], typer.Option(help="any_fix, keep_new; repeat it.")] = ["any_fix"],  # noqa: B006
+    grader: Annotated[
+        str, typer.Option(help="build, build_gates or build_gates_judge.")
+    ] = "build_gates",
+    concurrency: Annotated[
+        int, typer.Option(min=0, help="Rollouts at a time here; 0 leaves them to other workers.")
+    ] = 4,
+    hyper: Hyper = [],  # noqa: B006
+    set: Annotated[
+        list[str], typer.Option("--set", help="Episode setting, for example budget.turns=8.")
+    ] = [],  # noqa: B006
+    seed: Annotated[int, typer.Option(help="Seed of the whole run.")] = 0,
+    json_output: Json = False,
+) -> None:
+    """Train with group relative policy optimisation."""
+
+    async def work(listen: Listener) -> TrainResult:
+        config = GrpoConfig(
+            name=name,
+            start=start,
+            tasks=tuple(task),
+            modes=tuple(mode),
+            pipeline=pipeline,
+            grader=grader,
+            steps=steps,
+            groups_per_step=groups,
+            group_size=group_size,
+            concurrency=concurrency,
+            hyperparameters=parse_numbers(hyper),
+            labels=parse_labels(set),
+            seed=seed,
+        )
+        async with open_stack(home, patience_s=120.0) as stack:
+            return await train_grpo(stack, config, listen)
+
+    with output.progress() as show:
+        result = output.run(work(listener(show)))
+    _print(result, json_output)
+
+
+def _print(result: TrainResult, json_output: bool) -> None:
+    values = {name: _plain(value) for name, value in asdict(result).items()}
+    if json_output:
+        output.print_json(values)
+    else:
+        output.print_table("", ["field", "value"], list(values.items()))
+
+
+def _plain(value: object) -> object:
+    return str(value) if isinstance(value, Path) else value
