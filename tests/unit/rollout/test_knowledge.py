@@ -1,0 +1,132 @@
+"""Past fixes: only from training tasks, never of the own package, only what is on offer."""
+
+import pytest
+
+from regreen.common.v1 import CHANGE_KIND_MODIFY, MODE_ANY_FIX, MODE_KEEP_NEW, FileChange
+from regreen.dataset import v1 as pb
+from regreen.lockfile import format_lock, lock_of
+from regreen.rollout.facts import Facts
+from regreen.rollout.knowledge import Knowledge, build
+from regreen.rollout.logs import analyse
+from regreen.rpc.errors import InvalidArgument
+from regreen.sandbox import v1 as sandbox_pb
+
+SOFT = "E   ImportError: cannot import name 'soft_unicode' from 'markupsafe' (/e/markupsafe.py)"
+QUOTE = "E   ImportError: cannot import name 'url_quote' from 'werkzeug.urls' (/e/urls.py)"
+
+
+def _task(
+    package,
+    log,
+    before,
+    after,
+    *,
+    split="train",
+    status=pb.TASK_STATUS_ADMITTED,
+    mode=MODE_ANY_FIX,
+    edited=(),
+):
+    changes = (
+        [
+            FileChange(
+                path="requirements.lock",
+                kind=CHANGE_KIND_MODIFY,
+                content=format_lock(lock_of(after, "3.9")).encode(),
+            )
+        ]
+        if after
+        else []
+    )
+    changes += [FileChange(path=p, kind=CHANGE_KIND_MODIFY, content=b"x") for p in edited]
+    pins = [sandbox_pb.Pin(name=n, version=v) for n, v in before.items()]
+    return pb.Task(
+        id=f"{package}-1",
+        split=split,
+        status=status,
+        error_log=log,
+        culprit="markupsafe",
+        environment=sandbox_pb.EnvironmentSpec(package=package, python="3.9", pins=pins),
+        fixes=[pb.ReferenceFix(mode=mode, changes=changes)],
+    )
+
+
+def _facts(log=SOFT, package="mine", offered=("1.1.1", "2.0.1", "2.1.5"), pins=None):
+    pins = pins or {"markupsafe": "2.1.5", "werkzeug": "3.0.6"}
+    return Facts(
+        package,
+        "1",
+        "3.9",
+        log,
+        analyse(log),
+        lock=lock_of(pins),
+        offered={"markupsafe": offered, "werkzeug": ("1.0.1", "3.0.6")},
+    )
+
+
+TASKS = [
+    _task("flask-a", SOFT, {"markupsafe": "2.1.5"}, {"markupsafe": "1.1.1"}),
+    _task("flask-b", QUOTE, {"werkzeug": "3.0.6"}, {"werkzeug": "2.2.0"}),
+    _task("edited", SOFT, {}, {}, mode=MODE_KEEP_NEW, edited=("src/a.py",)),
+]
+
+
+def test_the_fix_of_the_same_error_comes_first():
+    knowledge = build(TASKS)
+    facts = _facts()
+    hits = knowledge.candidates(facts.error, facts, exclude_package="mine")
+    assert "markupsafe to 1.1.1" in hits[0].advice
+    assert hits[0].fix.package == "flask-a"
+
+
+def test_the_own_package_is_left_out():
+    facts = _facts()
+    hits = build(TASKS).candidates(facts.error, facts, exclude_package="Flask_A")
+    assert all(hit.fix.package != "flask-a" for hit in hits)
+
+
+def test_advice_names_only_versions_on_offer():
+    facts = _facts(offered=("0.9", "2.0.1", "2.1.5"))
+    hits = build(TASKS).candidates(facts.error, facts, exclude_package="mine")
+    assert "markupsafe to 0.9" in hits[0].advice
+    facts = _facts(QUOTE)
+    assert (
+        "werkzeug to 1.0.1"
+        in build(TASKS).search("url_quote werkzeug", facts, exclude_package="mine")[0].advice
+    )
+
+
+def test_modes_do_not_mix():
+    facts = _facts()
+    hits = build(TASKS).candidates(facts.error, facts, exclude_package="mine", mode=MODE_KEEP_NEW)
+    assert [hit.advice for hit in hits] == [hits[0].advice]
+    assert "editing src/a.py" in hits[0].advice
+
+
+def test_success_moves_the_ranking():
+    twin = _task("flask-c", SOFT, {"markupsafe": "2.1.5"}, {"markupsafe": "2.0.1"})
+    knowledge = build([TASKS[0], twin])
+    facts = _facts()
+    for _ in range(5):
+        knowledge.record("flask-a-1", success=False)
+    hits = knowledge.candidates(facts.error, facts, exclude_package="mine")
+    assert [hit.fix.package for hit in hits] == ["flask-c", "flask-a"]
+
+
+@pytest.mark.parametrize("change", [{"split": "test"}, {"status": pb.TASK_STATUS_NEW}])
+def test_other_tasks_are_refused(change):
+    with pytest.raises(InvalidArgument, match="admitted training task"):
+        build([_task("x", SOFT, {"markupsafe": "2.1.5"}, {"markupsafe": "1.1.1"}, **change)])
+
+
+def test_the_artefact_round_trips_and_names_bad_lines():
+    knowledge = build(TASKS)
+    text = knowledge.dumps()
+    assert Knowledge.loads(text).dumps() == text
+    assert build(reversed(TASKS)).dumps() == text
+    with pytest.raises(InvalidArgument, match="line 2"):
+        Knowledge.loads(text.splitlines()[0] + "\n{}\n")
+
+
+def test_an_empty_base_knows_nothing():
+    facts = _facts()
+    assert Knowledge().candidates(facts.error, facts, exclude_package="mine") == []
