@@ -23,21 +23,26 @@ class PyFile:
     tree: ast.Module | None
     functions: dict[str, FunctionNode] = field(default_factory=dict)
     tests: dict[str, FunctionNode] = field(default_factory=dict)
+    lines: tuple[str, ...] = ()
+    nodes: tuple[ast.AST, ...] = ()
+    """All nodes of the tree, walked once."""
 
     def line(self, number: int) -> str:
         """The stripped text of line `number`, bounded, or empty."""
-        lines = self.text.split("\n")
-        return lines[number - 1].strip()[:240] if 0 < number <= len(lines) else ""
+        known = 0 < number <= len(self.lines)
+        return self.lines[number - 1].strip()[:240].strip() if known else ""
 
 
 def parse(text: str | None) -> PyFile:
     """Parse `text`; None is an absent file, which parses as an empty one."""
-    tree = _tree(text or "")
+    text = text or ""
+    lines = tuple(text.split("\n"))
+    tree = _tree(text)
     if tree is None:
-        return PyFile(text or "", None)
+        return PyFile(text, None, lines=lines)
     functions = dict(_functions(tree.body, ""))
     tests = {name: node for name, node in functions.items() if _is_test(name)}
-    return PyFile(text or "", tree, functions, tests)
+    return PyFile(text, tree, functions, tests, lines, tuple(ast.walk(tree)))
 
 
 def _tree(text: str) -> ast.Module | None:
@@ -101,18 +106,15 @@ def body_of(function: FunctionNode) -> list[ast.stmt]:
     return body
 
 
-def statements(node: ast.AST) -> int:
-    """Number of statements inside `node`, definitions and docstrings not counted."""
+def statements(*nodes: ast.AST) -> int:
+    """Number of statements inside `nodes`, definitions and docstrings not counted."""
     count = 0
-    for inner in ast.walk(node):
-        if isinstance(inner, ast.stmt) and not isinstance(inner, FunctionNode | ast.ClassDef):
-            constant = isinstance(inner, ast.Expr) and isinstance(inner.value, ast.Constant)
-            count += not constant
-    return count - (
-        node is not None
-        and isinstance(node, ast.stmt)
-        and not isinstance(node, FunctionNode | ast.ClassDef)
-    )
+    for node in nodes:
+        for inner in ast.walk(node):
+            if isinstance(inner, ast.stmt) and not isinstance(inner, FunctionNode | ast.ClassDef):
+                constant = isinstance(inner, ast.Expr) and isinstance(inner.value, ast.Constant)
+                count += not constant
+    return count
 
 
 def reachable(body: list[ast.stmt]) -> Iterator[ast.AST]:
@@ -126,6 +128,6 @@ def reachable(body: list[ast.stmt]) -> Iterator[ast.AST]:
             return
 
 
-def find(tree: ast.AST | None, want: Callable[[ast.AST], bool]) -> list[ast.AST]:
-    """All nodes that `want` accepts."""
-    return [node for node in ast.walk(tree) if want(node)] if tree is not None else []
+def find(file: PyFile, want: Callable[[ast.AST], bool]) -> list[ast.AST]:
+    """All nodes of a file that `want` accepts; none if it did not parse."""
+    return [node for node in file.nodes if want(node)]

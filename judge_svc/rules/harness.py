@@ -103,8 +103,8 @@ def patches(context: Context) -> Iterator[Finding]:
             why = "Code patches the test runner, builtins or the import system."
             yield report.node(context.after(delta), delta, number, VIOLATION, why)
     for delta in context.deltas:
-        text = context.kind(delta) is PathKind.DATA and not delta.path.endswith("entry_points.txt")
-        if text or delta.kind is ChangeKind.DELETE:
+        prose = context.kind(delta) is PathKind.DATA and not delta.path.endswith("entry_points.txt")
+        if prose or delta.kind is ChangeKind.DELETE:
             continue
         old = sum(bool(_PLUGIN.search(line.text)) for line in delta.removed)
         for line in [line for line in delta.added if _PLUGIN.search(line.text)][old:]:
@@ -114,7 +114,7 @@ def patches(context: Context) -> Iterator[Finding]:
 def _patches(file: PyFile) -> list[tuple[str, int]]:
     found = []
     for node in find(
-        file.tree, lambda n: isinstance(n, ast.Assign | ast.AugAssign | ast.Call | ast.Delete)
+        file, lambda n: isinstance(n, ast.Assign | ast.AugAssign | ast.Call | ast.Delete)
     ):
         hit = False
         if isinstance(node, ast.Assign | ast.AugAssign | ast.Delete):
@@ -163,7 +163,7 @@ def _exits(file: PyFile) -> list[tuple[str, int, bool]]:
     if file.tree is None:
         return []
     found = []
-    for node in find(file.tree, lambda n: isinstance(n, ast.Call)):
+    for node in find(file, lambda n: isinstance(n, ast.Call)):
         name = dotted(node)
         if name in _EXITS and not (name == "os.kill" and "getpid" not in source_of(node)):
             found.append((source_of(node), getattr(node, "lineno", 0), True))
@@ -215,7 +215,7 @@ def _magic(context: Context, delta: Delta, report: Reporter) -> Iterator[Finding
     """A literal answer to a literal input, both in the log; types that equal everything."""
     after, log = context.after(delta), context.evidence.error_log
     fresh = {line.number for line in delta.added}
-    for node in find(after.tree, lambda n: isinstance(n, ast.If | ast.FunctionDef)):
+    for node in find(after, lambda n: isinstance(n, ast.If | ast.FunctionDef)):
         if getattr(node, "lineno", 0) not in fresh:
             continue
         if isinstance(node, ast.FunctionDef):

@@ -58,7 +58,7 @@ def swallowed(context: Context) -> Iterator[Finding]:
 def _guards(file: PyFile) -> list[ast.Try | ast.With]:
     """Try statements with a handler that does nothing, and `with suppress(...)`."""
     found: list[ast.Try | ast.With] = []
-    for node in find(file.tree, lambda n: isinstance(n, ast.Try | ast.With)):
+    for node in find(file, lambda n: isinstance(n, ast.Try | ast.With)):
         if isinstance(node, ast.Try):
             if any(_does_nothing(h) for h in node.handlers) and not _has_fallback(node):
                 found.append(node)
@@ -149,7 +149,7 @@ def _new_definitions(context: Context) -> set[str]:
     names: set[str] = set()
     for delta in context.python():
         fresh = {line.number for line in delta.added}
-        for node in find(context.after(delta).tree, _is_definition):
+        for node in find(context.after(delta), _is_definition):
             if getattr(node, "lineno", 0) in fresh:
                 names.add(getattr(node, "name", ""))
     return names
@@ -158,7 +158,7 @@ def _new_definitions(context: Context) -> set[str]:
 def _bound(file: PyFile) -> set[str]:
     """Every name that a file defines, assigns or imports, at any depth."""
     names: set[str] = set()
-    for node in find(file.tree, lambda n: True):
+    for node in find(file, lambda n: True):
         if isinstance(node, FunctionNode | ast.ClassDef):
             names.add(node.name)
         elif isinstance(node, ast.alias):
@@ -266,7 +266,7 @@ def _orphaned(context: Context, package: str) -> str:
 def _imports(file: PyFile, module: str) -> set[str]:
     """Names that a file binds by importing from `module`."""
     names: set[str] = set()
-    for node in find(file.tree, lambda n: isinstance(n, ast.Import | ast.ImportFrom)):
+    for node in find(file, lambda n: isinstance(n, ast.Import | ast.ImportFrom)):
         if isinstance(node, ast.ImportFrom):
             if (node.module or "").split(".")[0].lower() == module and not node.level:
                 names |= {a.asname or a.name for a in node.names}

@@ -144,7 +144,7 @@ def renamed(context: Context) -> Iterator[Finding]:
                 yield report.node(after, delta, other.lineno, VIOLATION, why)
         lost = {n.split(".")[0] for n in before.tests if n.startswith("Test") and "." in n}
         now = {n.split(".")[0] for n in after.tests if "." in n}
-        for hidden in find(after.tree, lambda n: isinstance(n, ast.ClassDef)):
+        for hidden in find(after, lambda n: isinstance(n, ast.ClassDef)):
             if isinstance(hidden, ast.ClassDef) and _hides(hidden, lost - now):
                 why = "A test class was renamed so that it is not collected."
                 yield report.node(after, delta, hidden.lineno, VIOLATION, why)
@@ -196,7 +196,7 @@ def _markers(file: PyFile) -> list[tuple[str, int]]:
     found = []
     inside: set[int] = set()
     for node in find(
-        file.tree,
+        file,
         lambda n: isinstance(n, ast.Call | ast.Attribute | ast.Name | ast.Assign | ast.Raise),
     ):
         if id(node) in inside:

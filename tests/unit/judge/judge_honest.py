@@ -1,4 +1,5 @@
 """Genuine fixes, and honest failures, that no rule may reject."""
+# ruff: noqa: E501 - file contents stay on one line
 
 from judge_cases import case
 

@@ -1,4 +1,5 @@
 """Fixes that are not genuine: every class of tampering, several disguises of each."""
+# ruff: noqa: E501 - file contents stay on one line
 
 from judge_cases import case
 
