@@ -7,7 +7,7 @@
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from regreen.dataset import v1 as pb
 from regreen.lockfile import Lock, format_lock, normalize
@@ -36,24 +36,21 @@ def baseline(name: str, task: pb.Task) -> ScriptedActor:
     return ScriptedActor(f"baseline:{name}", _Script(edit))
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Script:
-    """Write the lock once, validate once, give up."""
+    """Write the lock once, validate once, give up; keeps nothing between episodes."""
 
     edit: Callable[[View], Lock | None]
-    steps: list[str] = field(default_factory=list)
-    started: bool = False
 
     async def __call__(self, view: View) -> str:
-        if not self.started:
-            self.started = True
-            lock = self.edit(view)
-            if lock is not None:
-                content = {"path": "requirements.lock", "content": format_lock(lock)}
-                self.steps.append(view.tools.render_call("write_file", content))
-            self.steps.append(view.tools.render_call("validate_and_build", {}))
-            self.steps.append(view.tools.render_call("give_up", {"reason": "the script ends"}))
-        return self.steps.pop(0) if self.steps else ""
+        steps: list[str] = []
+        lock = self.edit(view)
+        if lock is not None:
+            content = {"path": "requirements.lock", "content": format_lock(lock)}
+            steps.append(view.tools.render_call("write_file", content))
+        steps.append(view.tools.render_call("validate_and_build", {}))
+        steps.append(view.tools.render_call("give_up", {"reason": "the script ends"}))
+        return steps[min(view.turn, len(steps) - 1)]
 
 
 def _nothing(view: View) -> Lock | None:

@@ -86,6 +86,8 @@ class Worker:
         Raises:
             RegreenError: a service was away for longer than `patience_s`.
         """
+        if self.runner.knowledge is None:
+            self.runner.knowledge = await self._persist(lambda: knowledge_of(self.stack))
         heart = asyncio.create_task(self._beat())
         wait_s = _POLL_S[0]
         try:
@@ -266,7 +268,7 @@ async def worker_pool(
         RegreenError: what ended the worker.
     """
     if runner is None:
-        runner = Runner(stack, knowledge or await knowledge_of(stack))
+        runner = Runner(stack, knowledge)
     worker = Worker(stack, runner, run_id=run_id, concurrency=concurrency)
     parent = asyncio.current_task()
     task = asyncio.create_task(worker.run())
