@@ -122,7 +122,7 @@ class Manager:
             NotFound: no such state.
             ResourceExhausted: too many sandboxes; carries a delay.
         """
-        state = self.states.get(state_id)
+        state = self.states.runnable(state_id)
         self._check_ttl(ttl_s)
         with self._reserve(1):
             return await self._create(state, limits or _NO_LIMITS, labels or {}, ttl_s)
@@ -238,7 +238,7 @@ class Manager:
 
     async def restore(self, sandbox_id: str, state_id: str) -> Sandbox:
         """Put a sandbox, in place, on another state; its processes and changes end."""
-        state = self.states.get(state_id)
+        state = self.states.runnable(state_id)
         with self.using(sandbox_id) as sandbox:
             async with sandbox.lock:
                 fresh = await self._box(state, sandbox.limits, ())
@@ -295,7 +295,7 @@ class Manager:
         self, state_id: str, *, limits: Limits = _NO_LIMITS, extra_mounts: Sequence[Mount] = ()
     ) -> "LeasedBox":
         """A fresh box over a state, outside the pool of agents; the caller must delete it."""
-        state = self.states.get(state_id)
+        state = self.states.runnable(state_id)
         await self._validations.acquire()
         try:
             box = await self._box(state, limits, extra_mounts)

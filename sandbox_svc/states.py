@@ -156,6 +156,22 @@ class StateStore:
         except KeyError:
             raise NotFound(f"no such state: {state_id}", metadata={"id": state_id}) from None
 
+    def runnable(self, state_id: str) -> State:
+        """One state, if this host can run it.
+
+        Raises:
+            NotFound: there is none of this id.
+            FailedPrecondition: it was made for another machine, C library or distribution.
+        """
+        state = self.get(state_id)
+        if state.host != self._host:
+            raise FailedPrecondition(
+                f"state {state_id} was made on {state.host}, this host is {self._host}; "
+                "prepare it again here",
+                metadata={"id": state_id},
+            )
+        return state
+
     def find(self, spec_sha256: str) -> State | None:
         """The prepared state of a spec, if there is one."""
         return self._states.get(state_id("", spec_sha256))
@@ -221,10 +237,8 @@ class StateStore:
         self._save_later(state.id)
 
     def stamp(self, state: State) -> State:
-        """The state as made on this host, in this boot, now."""
-        return replace(
-            state, boot=self._boot, durable=False, created_s=self._clock(), host=self._host
-        )
+        """The state as recorded in this boot, now."""
+        return replace(state, boot=self._boot, durable=False, created_s=self._clock())
 
     def _write(self, state: State, *, durable: bool) -> None:
         path = self._directory / f"{state.id}.json"

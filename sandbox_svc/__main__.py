@@ -1,0 +1,55 @@
+"""`python -m sandbox_svc`: the sandbox service as a process.
+
+- It serves only after the runtime has proven that it can isolate on this host.
+- Ended or killed, it leaves no process, mount or control group behind.
+"""
+
+import asyncio
+import contextlib
+import sys
+from collections.abc import AsyncIterator
+
+from regreen.rpc import logging
+from regreen.rpc.errors import RegreenError
+from regreen.rpc.server import Server
+from regreen.sandbox import v1 as pb
+from sandbox_svc.service import SandboxHost
+from sandbox_svc.servicer import SandboxServicer, StateServicer
+from sandbox_svc.settings import SandboxSettings
+
+SERVICES = tuple(f"regreen.sandbox.v1.{name}" for name in ("StateService", "SandboxService"))
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    settings: SandboxSettings, host: SandboxHost | None = None
+) -> AsyncIterator[Server]:
+    """The running server; `host` replaces the one that the settings describe."""
+    async with host or SandboxHost(settings) as started:
+        server = Server(settings, SERVICES)
+        pb.add_StateServiceServicer_to_server(StateServicer(started), server.grpc)
+        pb.add_SandboxServiceServicer_to_server(SandboxServicer(started), server.grpc)
+        async with server:
+            yield server
+
+
+async def serve(settings: SandboxSettings) -> None:
+    """Serve until the process is asked to end."""
+    async with serving(settings) as server:
+        await server.wait()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the service; the exit code."""
+    settings = SandboxSettings.load(argv)
+    logging.configure("sandbox", settings.log_level)
+    try:
+        asyncio.run(serve(settings))
+    except RegreenError as error:
+        sys.stderr.write(f"sandbox_svc: {error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

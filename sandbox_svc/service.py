@@ -1,0 +1,135 @@
+"""The parts of one sandbox service, built from its settings and taken down in order.
+
+- Start: runtime (sweeps what a crash left), states, manager, builder, validator; stop: reversed.
+- Validations wait here for a place; agents' sandboxes never wait, they are refused.
+- This module knows no gRPC; the servicers translate and call it.
+"""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+from regreen.blobs import open_blobs
+from regreen.rpc.errors import InvalidArgument
+from sandbox_svc import metrics
+from sandbox_svc.backends.base import Runtime
+from sandbox_svc.backends.embedded import EmbeddedRuntime
+from sandbox_svc.builders.base import Builder, EnvironmentSpec, FileChange, Prepared, Progress
+from sandbox_svc.builders.interpreters import find_all
+from sandbox_svc.builders.python import PythonBuilder
+from sandbox_svc.sandboxes import Manager
+from sandbox_svc.settings import SandboxSettings
+from sandbox_svc.states import State, StateStore
+from sandbox_svc.transfer import Transfer
+from sandbox_svc.validate import Validation, ValidationOptions, Validator
+from sandbox_svc.wheelhouse import DistStore
+
+
+def make_runtime(settings: SandboxSettings) -> Runtime:
+    """The runtime that the settings name."""
+    home = settings.home / "sandbox"
+    if settings.backend == "docker":
+        from sandbox_svc.backends.docker import DockerRuntime
+
+        return DockerRuntime(
+            home,
+            image=settings.docker_image,
+            oci_runtime=settings.docker_runtime,
+            defaults=settings.limits(),
+        )
+    return EmbeddedRuntime(home, defaults=settings.limits(), warm_seats=settings.warm_seats)
+
+
+class SandboxHost:
+    """Everything behind the two servicers; use as an async context manager."""
+
+    def __init__(self, settings: SandboxSettings, runtime: Runtime | None = None) -> None:
+        self.settings = settings
+        self.runtime = runtime or make_runtime(settings)
+        home = settings.home / "sandbox"
+        self.states = StateStore(home, self.runtime)
+        self.manager = Manager(self.runtime, self.states, pool=settings.pool())
+        self.transfer = Transfer(
+            self.states, self.runtime, self._offered, max_bytes=settings.import_bytes
+        )
+        self._dists, self._tools = home / "dists", home / "tools"
+        self._builders: dict[str, Builder] = {}
+        self._validator: Validator | None = None
+        self._places = asyncio.Semaphore(settings.max_validations)
+
+    async def __aenter__(self) -> Self:
+        await self.runtime.start()
+        await self.states.open()
+        await self.manager.start()
+        blobs = open_blobs(self.settings.blobs or self.settings.home / "blobs")
+        python = PythonBuilder(DistStore(self._dists), self._tools, blobs)
+        self._builders[python.name] = python
+        self._validator = Validator(self.states, self.runtime)
+        metrics.ACTIVE.set_function(lambda: len(self.manager.list()))
+        metrics.STATES.set_function(lambda: len(self.states.list()))
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        if self._validator is not None:
+            await self._validator.close()
+        await self.manager.close()
+        await self.states.close()
+        await self.runtime.close()
+
+    def _offered(self) -> dict[str, Path]:
+        """Directories of this host that states may mount."""
+        roots = {"dists": self._dists.absolute(), "tools": self._tools.absolute()}
+        return roots | {f"python{v}": found.prefix for v, found in find_all().items()}
+
+    def interpreters(self) -> dict[str, str]:
+        """Interpreters of this host: version to path."""
+        return {version: str(found.executable) for version, found in find_all().items()}
+
+    async def prepare(
+        self, spec: EnvironmentSpec, *, rebuild: bool = False, progress: Progress | None = None
+    ) -> State:
+        """The state of a spec: found, or built once.
+
+        Raises:
+            InvalidArgument: no builder understands the spec, or it is malformed.
+            MissingDependency: something that the spec names is not to be had here.
+        """
+        builder = self._builders.get(spec.builder)
+        if builder is None:
+            known = ", ".join(sorted(self._builders))
+            raise InvalidArgument("spec.builder", f"{spec.builder!r} is unknown", f"use {known}")
+        found = self.states.find(spec.digest)
+        (metrics.STATE_CACHE_HITS if found and not rebuild else metrics.STATE_CACHE_MISSES).inc()
+
+        async def build(report: Progress) -> Prepared:
+            return await builder.prepare(spec, self.runtime, self.settings.limits(), report)
+
+        return await self.states.prepare(spec.digest, build, rebuild=rebuild, progress=progress)
+
+    async def validate(
+        self,
+        state_id: str,
+        changes: Sequence[FileChange],
+        options: ValidationOptions,
+        *,
+        skip_cache_lookup: bool = False,
+    ) -> Validation:
+        """The verdict on a diff, computed in a fresh fork of its state."""
+        if self._validator is None:
+            raise RuntimeError("the host was not started")
+        state = self.states.runnable(state_id)
+        began = time.monotonic()
+        with metrics.QUEUE_DEPTH.track_inprogress():
+            await self._places.acquire()
+        try:
+            verdict = await self._validator.validate(
+                state.id, changes, options, skip_cache_lookup=skip_cache_lookup
+            )
+        finally:
+            self._places.release()
+        if verdict.cached:
+            metrics.VALIDATION_CACHE_HITS.inc()
+        metrics.VALIDATE_SECONDS.labels(verdict.outcome.value).observe(time.monotonic() - began)
+        return verdict

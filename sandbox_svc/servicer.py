@@ -1,0 +1,362 @@
+"""The two gRPC services over a `SandboxHost`: they translate, nothing else.
+
+- Mutations with a `request_id` answer a repeated request from memory; a missing id means once.
+- Lists are paged by position in a stable order; a token names the last entry that was sent.
+- Streams send a heartbeat or data at least every 15 s, so that idle connections live.
+- A command's stream is backpressure all the way: a slow reader slows the command.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+
+import grpc
+
+from regreen.ids import check_id
+from regreen.rpc.errors import InvalidArgument
+from regreen.rpc.idempotency import Idempotency
+from regreen.sandbox import v1 as pb
+from sandbox_svc import files, metrics, translate
+from sandbox_svc.backends.base import ExecResult
+from sandbox_svc.builders.base import Stage
+from sandbox_svc.service import SandboxHost
+from sandbox_svc.specs import changes_from_proto, spec_from_proto
+
+_HEARTBEAT_S = 10.0
+_PAGE, _MAX_PAGE = 100, 1000
+_READ_BYTES = 1 << 20
+_MAX_TRANSFER_BYTES = 48 << 20
+
+M = TypeVar("M", bound=Any)
+T = TypeVar("T")
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+def page(
+    items: Sequence[T], key: Callable[[T], str], size: int, token: str
+) -> tuple[Sequence[T], str]:
+    """One page of `items` after the entry that `token` names, and the next token.
+
+    Raises:
+        InvalidArgument: bad size or token.
+    """
+    if not 0 <= size <= _MAX_PAGE:
+        raise InvalidArgument("page_size", f"{size}", f"give 0 to {_MAX_PAGE}")
+    start = 0
+    if token:
+        places = [number for number, item in enumerate(items) if key(item) == token]
+        if not places:
+            raise InvalidArgument(
+                "page_token", "is unknown or its entry is gone", "start from the first page"
+            )
+        start = places[0] + 1
+    chosen = items[start : start + (size or _PAGE)]
+    more = start + len(chosen) < len(items)
+    return chosen, key(chosen[-1]) if more and chosen else ""
+
+
+class _Servicer:
+    def __init__(self, host: SandboxHost) -> None:
+        self._host = host
+        self._answers: Idempotency[Any] = Idempotency()
+
+    async def _once(self, method: str, request: M, work: Callable[[], Awaitable[T]]) -> T:
+        if not request.request_id:
+            return await work()
+        answer: T = await self._answers.once(method, request.request_id, request, work)
+        return answer
+
+
+class StateServicer(_Servicer, pb.StateServiceServicer):
+    """`regreen.sandbox.v1.StateService`."""
+
+    async def PrepareState(
+        self, request: pb.PrepareStateRequest, context: Context
+    ) -> AsyncIterator[pb.PrepareStateResponse]:
+        """Build or find the state of a spec."""
+        spec = spec_from_proto(request.spec)
+        began = time.monotonic()
+        events: asyncio.Queue[Stage] = asyncio.Queue()
+        task = asyncio.create_task(
+            self._host.prepare(spec, rebuild=request.rebuild, progress=events.put_nowait)
+        )
+        task.add_done_callback(lambda _: events.put_nowait(Stage("done", 1, 1)))
+        last = Stage("start", 0, 0)
+        try:
+            while not (task.done() and events.empty()):
+                try:
+                    stage = await asyncio.wait_for(events.get(), _HEARTBEAT_S)
+                except TimeoutError:
+                    stage = last
+                if stage.stage != "done":
+                    last = stage
+                    yield translate.progress_to(stage, time.monotonic() - began)
+            yield pb.PrepareStateResponse(state=translate.state_to(await task))
+        finally:
+            task.cancel()
+
+    async def GetState(self, request: pb.GetStateRequest, context: Context) -> pb.GetStateResponse:
+        """Read one state."""
+        state = self._host.states.get(check_id(request.id, "st", "id"))
+        return pb.GetStateResponse(state=translate.state_to(state))
+
+    async def ListStates(
+        self, request: pb.ListStatesRequest, context: Context
+    ) -> pb.ListStatesResponse:
+        """List states, oldest first."""
+        states = self._host.states.list(
+            spec_sha256=request.spec_sha256, parent_id=request.parent_id
+        )
+        chosen, token = page(states, lambda s: s.id, request.page_size, request.page_token)
+        messages = [translate.state_to(state) for state in chosen]
+        return pb.ListStatesResponse(states=messages, next_page_token=token)
+
+    async def DeleteState(
+        self, request: pb.DeleteStateRequest, context: Context
+    ) -> pb.DeleteStateResponse:
+        """Forget a state and the layers that only it uses."""
+        await self._host.manager.delete_state(check_id(request.id, "st", "id"))
+        return pb.DeleteStateResponse()
+
+    async def ExportState(
+        self, request: pb.ExportStateRequest, context: Context
+    ) -> AsyncIterator[pb.ExportStateResponse]:
+        """Stream a state as an archive."""
+        check_id(request.id, "st", "id")
+        async for chunk in self._host.transfer.export(request.id):
+            yield pb.ExportStateResponse(chunk=chunk)
+
+    async def ImportState(
+        self, requests: AsyncIterator[pb.ImportStateRequest], context: Context
+    ) -> pb.ImportStateResponse:
+        """Take an archive."""
+
+        async def chunks() -> AsyncIterator[bytes]:
+            async for request in requests:
+                yield request.chunk
+
+        state = await self._host.transfer.import_(chunks())
+        return pb.ImportStateResponse(state=translate.state_to(state))
+
+
+class SandboxServicer(_Servicer, pb.SandboxServiceServicer):
+    """`regreen.sandbox.v1.SandboxService`."""
+
+    async def CreateSandbox(
+        self, request: pb.CreateSandboxRequest, context: Context
+    ) -> pb.CreateSandboxResponse:
+        """Fork a state."""
+        check_id(request.state_id, "st", "state_id")
+
+        async def work() -> pb.CreateSandboxResponse:
+            with metrics.START_SECONDS.time():
+                sandbox = await self._host.manager.create(
+                    request.state_id,
+                    limits=translate.limits_from(request.limits),
+                    labels=request.labels,
+                    ttl_s=translate.seconds(request.ttl, "ttl"),
+                )
+            return pb.CreateSandboxResponse(sandbox=translate.sandbox_to(sandbox))
+
+        return await self._once("CreateSandbox", request, work)
+
+    async def GetSandbox(
+        self, request: pb.GetSandboxRequest, context: Context
+    ) -> pb.GetSandboxResponse:
+        """Read one sandbox."""
+        sandbox = self._host.manager.get(check_id(request.id, "sbx", "id"))
+        return pb.GetSandboxResponse(sandbox=translate.sandbox_to(sandbox))
+
+    async def ListSandboxes(
+        self, request: pb.ListSandboxesRequest, context: Context
+    ) -> pb.ListSandboxesResponse:
+        """List sandboxes, oldest first."""
+        sandboxes = self._host.manager.list(request.labels)
+        chosen, token = page(sandboxes, lambda s: s.id, request.page_size, request.page_token)
+        messages = [translate.sandbox_to(sandbox) for sandbox in chosen]
+        return pb.ListSandboxesResponse(sandboxes=messages, next_page_token=token)
+
+    async def DeleteSandbox(
+        self, request: pb.DeleteSandboxRequest, context: Context
+    ) -> pb.DeleteSandboxResponse:
+        """Kill everything in a sandbox and remove it."""
+        await asyncio.shield(self._host.manager.delete(check_id(request.id, "sbx", "id")))
+        return pb.DeleteSandboxResponse()
+
+    async def ForkSandbox(
+        self, request: pb.ForkSandboxRequest, context: Context
+    ) -> pb.ForkSandboxResponse:
+        """Snapshot a sandbox and start more from there."""
+        check_id(request.id, "sbx", "id")
+
+        async def work() -> pb.ForkSandboxResponse:
+            state, forks = await self._host.manager.fork(request.id, request.count, request.labels)
+            return pb.ForkSandboxResponse(
+                state=translate.state_to(state),
+                sandboxes=[translate.sandbox_to(fork) for fork in forks],
+            )
+
+        return await self._once("ForkSandbox", request, work)
+
+    async def SnapshotSandbox(
+        self, request: pb.SnapshotSandboxRequest, context: Context
+    ) -> pb.SnapshotSandboxResponse:
+        """Freeze a sandbox into a state."""
+        check_id(request.id, "sbx", "id")
+
+        async def work() -> pb.SnapshotSandboxResponse:
+            state = await self._host.manager.snapshot(request.id, request.labels)
+            return pb.SnapshotSandboxResponse(state=translate.state_to(state))
+
+        return await self._once("SnapshotSandbox", request, work)
+
+    async def RestoreSandbox(
+        self, request: pb.RestoreSandboxRequest, context: Context
+    ) -> pb.RestoreSandboxResponse:
+        """Put a sandbox on another state."""
+        check_id(request.id, "sbx", "id")
+        check_id(request.state_id, "st", "state_id")
+
+        async def work() -> pb.RestoreSandboxResponse:
+            sandbox = await self._host.manager.restore(request.id, request.state_id)
+            return pb.RestoreSandboxResponse(sandbox=translate.sandbox_to(sandbox))
+
+        return await self._once("RestoreSandbox", request, work)
+
+    async def KeepAlive(
+        self, request: pb.KeepAliveRequest, context: Context
+    ) -> pb.KeepAliveResponse:
+        """Move the expiry of a sandbox."""
+        ttl_s = translate.seconds(request.ttl, "ttl")
+        sandbox = self._host.manager.keep_alive(check_id(request.id, "sbx", "id"), ttl_s)
+        return pb.KeepAliveResponse(sandbox=translate.sandbox_to(sandbox))
+
+    async def Exec(
+        self, request: pb.ExecRequest, context: Context
+    ) -> AsyncIterator[pb.ExecResponse]:
+        """Run a command and stream its output."""
+        check_id(request.sandbox_id, "sbx", "sandbox_id")
+        events: asyncio.Queue[pb.ExecResponse] = asyncio.Queue(maxsize=8)
+
+        async def sink(stream: str, data: bytes) -> None:
+            event = pb.ExecResponse(stdout=data) if stream == "stdout" else None
+            await events.put(event or pb.ExecResponse(stderr=data))
+
+        with self._host.manager.using(request.sandbox_id) as sandbox:
+            command = translate.command_from(request.command, sandbox.limits)
+            task = asyncio.create_task(sandbox.box.run(command, sink))
+            try:
+                while not (task.done() and events.empty()):
+                    getter = asyncio.ensure_future(events.get())
+                    await asyncio.wait({getter, task}, return_when=asyncio.FIRST_COMPLETED)
+                    if getter.done():
+                        yield getter.result()
+                    else:
+                        getter.cancel()
+                yield pb.ExecResponse(ended=_ended(await task))
+            finally:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+
+    async def Run(self, request: pb.RunRequest, context: Context) -> pb.RunResponse:
+        """Run a command to its end."""
+        check_id(request.sandbox_id, "sbx", "sandbox_id")
+
+        async def work() -> pb.RunResponse:
+            with self._host.manager.using(request.sandbox_id) as sandbox:
+                command = translate.command_from(request.command, sandbox.limits)
+                return pb.RunResponse(result=_ended(await sandbox.box.run(command)))
+
+        return await self._once("Run", request, work)
+
+    async def ReadFile(self, request: pb.ReadFileRequest, context: Context) -> pb.ReadFileResponse:
+        """Read part of a regular file."""
+        check_id(request.sandbox_id, "sbx", "sandbox_id")
+        size = request.max_bytes or _READ_BYTES
+        if not 0 < size <= _MAX_TRANSFER_BYTES or request.offset < 0:
+            raise InvalidArgument(
+                "max_bytes", f"{size} from {request.offset}", f"give 1 to {_MAX_TRANSFER_BYTES}"
+            )
+        with self._host.manager.using(request.sandbox_id) as sandbox:
+            content, info = await sandbox.box.read_range(
+                request.path, offset=request.offset, max_bytes=size
+            )
+        return pb.ReadFileResponse(content=content, size_bytes=info.size_bytes)
+
+    async def WriteFile(
+        self, request: pb.WriteFileRequest, context: Context
+    ) -> pb.WriteFileResponse:
+        """Write a whole regular file."""
+        check_id(request.sandbox_id, "sbx", "sandbox_id")
+        if len(request.content) > _MAX_TRANSFER_BYTES or request.mode > 0o777:
+            raise InvalidArgument(
+                "content", "too large or bad mode", f"at most {_MAX_TRANSFER_BYTES} bytes, 0777"
+            )
+        with self._host.manager.using(request.sandbox_id) as sandbox:
+            mode = request.mode or 0o644
+            await sandbox.box.write_file(request.path, request.content, mode)
+        return pb.WriteFileResponse()
+
+    async def ListFiles(
+        self, request: pb.ListFilesRequest, context: Context
+    ) -> pb.ListFilesResponse:
+        """List files that match a glob."""
+        check_id(request.sandbox_id, "sbx", "sandbox_id")
+        root = request.root or translate.DEFAULT_CWD
+        with self._host.manager.using(request.sandbox_id) as sandbox:
+            found = await files.list_files(sandbox.box, root, request.glob, request.limit)
+        return translate.entries_to(*found)
+
+    async def FindText(self, request: pb.FindTextRequest, context: Context) -> pb.FindTextResponse:
+        """Find lines that contain a text."""
+        check_id(request.sandbox_id, "sbx", "sandbox_id")
+        root = request.root or translate.DEFAULT_CWD
+        with self._host.manager.using(request.sandbox_id) as sandbox:
+            found = await files.find_text(
+                sandbox.box, request.text, root, request.glob, request.limit
+            )
+        return translate.matches_to(*found)
+
+    async def Diff(self, request: pb.DiffRequest, context: Context) -> pb.DiffResponse:
+        """List what changed since a state."""
+        check_id(request.sandbox_id, "sbx", "sandbox_id")
+        diff = await files.diff(
+            self._host.manager,
+            request.sandbox_id,
+            root=request.root or translate.DEFAULT_CWD,
+            base_state_id=request.base_state_id,
+        )
+        return translate.diff_to(diff)
+
+    async def Validate(self, request: pb.ValidateRequest, context: Context) -> pb.ValidateResponse:
+        """Judge a diff in a fresh fork of a state."""
+        check_id(request.state_id, "st", "state_id")
+        changes = changes_from_proto(list(request.changes))
+
+        async def work() -> pb.ValidateResponse:
+            verdict = await self._host.validate(
+                request.state_id,
+                changes,
+                translate.options_from(request),
+                skip_cache_lookup=request.skip_cache_lookup,
+            )
+            return pb.ValidateResponse(validation=translate.validation_to(verdict))
+
+        return await self._once("Validate", request, work)
+
+    async def GetCapabilities(
+        self, request: pb.GetCapabilitiesRequest, context: Context
+    ) -> pb.GetCapabilitiesResponse:
+        """Tell what this host was proven to enforce."""
+        runtime = self._host.runtime
+        return pb.GetCapabilitiesResponse(
+            runtime=runtime.name,
+            capabilities=[translate.capability_to(c) for c in runtime.capabilities()],
+            interpreters=await asyncio.to_thread(self._host.interpreters),
+        )
+
+
+def _ended(result: ExecResult) -> pb.CommandResult:
+    metrics.EXEC_SECONDS.labels(result.reason.value).observe(result.wall_s)
+    return translate.result_to(result)

@@ -1,0 +1,274 @@
+"""Domain values to messages of `regreen.sandbox.v1` and back.
+
+- Translation only: nothing here decides, waits or touches a runtime.
+- Durations and sizes are checked for sense before they reach the domain.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from regreen.common import v1 as common_pb
+from regreen.rpc.errors import InvalidArgument
+from regreen.sandbox import v1 as pb
+from sandbox_svc import files, validate
+from sandbox_svc.backends.base import Capability, Captured, Command, EndReason, ExecResult, Limits
+from sandbox_svc.builders.base import Stage
+from sandbox_svc.builders.testrun import TestResult
+from sandbox_svc.sandboxes import Sandbox
+from sandbox_svc.states import State
+
+DEFAULT_CWD = "/work/repo"
+MAX_OUTPUT_BYTES = 16 << 20
+_REASONS = {reason: getattr(pb, f"END_REASON_{reason.name}") for reason in EndReason}
+_KINDS = {
+    files.Kind.ADD: common_pb.CHANGE_KIND_ADD,
+    files.Kind.MODIFY: common_pb.CHANGE_KIND_MODIFY,
+    files.Kind.DELETE: common_pb.CHANGE_KIND_DELETE,
+}
+
+
+def seconds(value: Duration, field: str) -> float:
+    """A duration as seconds.
+
+    Raises:
+        InvalidArgument: it is negative.
+    """
+    result = value.seconds + value.nanos / 1e9
+    if result < 0:
+        raise InvalidArgument(field, "is negative")
+    return result
+
+
+def duration(value_s: float) -> Duration:
+    """Seconds as a duration."""
+    message = Duration()
+    message.FromNanoseconds(max(0, int(value_s * 1e9)))
+    return message
+
+
+def timestamp(value_s: float) -> Timestamp:
+    """Unix time as a timestamp."""
+    message = Timestamp()
+    message.FromNanoseconds(int(value_s * 1e9))
+    return message
+
+
+def limits_from(message: pb.Limits) -> Limits:
+    """Limits of a request; zero stays zero.
+
+    Raises:
+        InvalidArgument: one is negative.
+    """
+    numbers = ("memory_bytes", "pids", "cpus", "disk_bytes", "inodes", "output_bytes")
+    for name in numbers:
+        if getattr(message, name) < 0:
+            raise InvalidArgument(f"limits.{name}", "is negative", "give 0 for the default")
+    if 0 < message.memory_bytes < 16 << 20:
+        raise InvalidArgument("limits.memory_bytes", "is below 16 MiB")
+    return Limits(
+        **{name: getattr(message, name) for name in numbers},
+        wall_s=seconds(message.wall, "limits.wall"),
+    )
+
+
+def limits_to(limits: Limits) -> pb.Limits:
+    """Limits as a message."""
+    return pb.Limits(
+        memory_bytes=limits.memory_bytes,
+        pids=limits.pids,
+        cpus=limits.cpus,
+        disk_bytes=limits.disk_bytes,
+        inodes=limits.inodes,
+        output_bytes=limits.output_bytes,
+        wall=duration(limits.wall_s),
+    )
+
+
+def command_from(message: pb.Command, limits: Limits) -> Command:
+    """A command of a request; absent bounds are those of the sandbox.
+
+    Raises:
+        InvalidArgument: a field makes no sense.
+    """
+    timeout_s = seconds(message.timeout, "command.timeout") or limits.wall_s or 600.0
+    output_bytes = message.output_bytes or (1 << 20)
+    if not 0 < output_bytes <= MAX_OUTPUT_BYTES:
+        raise InvalidArgument(
+            "command.output_bytes", f"{output_bytes}", f"give at most {MAX_OUTPUT_BYTES}"
+        )
+    return Command(
+        argv=tuple(message.argv),
+        env=dict(message.environment),
+        cwd=message.cwd or DEFAULT_CWD,
+        stdin=message.stdin,
+        timeout_s=timeout_s,
+        output_bytes=output_bytes,
+    )
+
+
+def _output(captured: Captured) -> pb.Output:
+    return pb.Output(head=captured.head, tail=captured.tail, total_bytes=captured.total_bytes)
+
+
+def result_to(result: ExecResult) -> pb.CommandResult:
+    """The end of a command."""
+    exited = result.reason is EndReason.EXIT or result.exit_code > 0
+    return pb.CommandResult(
+        reason=_REASONS[result.reason],
+        exit_code=result.exit_code if exited else 0,
+        signal=result.signal,
+        stdout=_output(result.stdout),
+        stderr=_output(result.stderr),
+        wall=duration(result.wall_s),
+        cpu=duration(result.cpu_s),
+        peak_memory_bytes=result.peak_memory_bytes,
+    )
+
+
+def sandbox_to(sandbox: Sandbox) -> pb.Sandbox:
+    """A live sandbox."""
+    return pb.Sandbox(
+        id=sandbox.id,
+        state_id=sandbox.state_id,
+        create_time=timestamp(sandbox.created_s),
+        expire_time=timestamp(sandbox.expires_s),
+        limits=limits_to(sandbox.limits),
+        labels=sandbox.labels,
+    )
+
+
+def state_to(state: State) -> pb.State:
+    """A state with its baseline when it was prepared."""
+    message = pb.State(
+        id=state.id,
+        parent_id=state.parent_id,
+        spec_sha256=state.spec_sha256,
+        create_time=timestamp(state.created_s),
+        size_bytes=state.size_bytes,
+        layers=state.layers,
+        python=state.python,
+        host=state.host,
+        labels=state.labels,
+    )
+    baseline = state.metadata.get("baseline")
+    if state.spec_sha256 and isinstance(baseline, Mapping):
+        message.baseline.CopyFrom(
+            pb.Baseline(
+                passing=baseline["passing"],
+                failing=baseline["failing"],
+                log=baseline["log"],
+                duration=duration(baseline["seconds"]),
+            )
+        )
+    return message
+
+
+def progress_to(stage: Stage, elapsed_s: float) -> pb.PrepareStateResponse:
+    """One progress event."""
+    return pb.PrepareStateResponse(
+        progress=pb.PrepareProgress(
+            stage=stage.stage,
+            done=stage.done,
+            total=stage.total,
+            message=stage.detail,
+            elapsed=duration(elapsed_s),
+        )
+    )
+
+
+def capability_to(capability: Capability) -> pb.Capability:
+    """One limit or protection."""
+    return pb.Capability(
+        name=capability.name,
+        proven=capability.proven,
+        driver=capability.driver,
+        detail=capability.detail,
+    )
+
+
+def diff_to(diff: files.Diff) -> pb.DiffResponse:
+    """A diff."""
+    changes = [
+        common_pb.FileChange(
+            path=change.path,
+            kind=_KINDS[change.kind],
+            content=change.content,
+            mode=0 if change.kind is files.Kind.DELETE else change.mode,
+        )
+        for change in diff.changes
+    ]
+    return pb.DiffResponse(changes=changes, unified=diff.unified)
+
+
+def options_from(request: pb.ValidateRequest) -> validate.ValidationOptions:
+    """What else decides a verdict."""
+    return validate.ValidationOptions(
+        held_pins=dict(request.held_pins),
+        required_tests=tuple(request.required_tests),
+        coverage=request.coverage,
+        timeout_s=seconds(request.timeout, "timeout"),
+        seed=request.seed,
+    )
+
+
+def _test(result: TestResult) -> pb.TestResult:
+    outcome = getattr(common_pb, f"TEST_OUTCOME_{result.outcome.upper()}", 0)
+    return pb.TestResult(
+        id=result.id,
+        outcome=outcome,
+        message=result.message,
+        duration=duration(result.seconds),
+    )
+
+
+def _coverage(lines: Mapping[str, tuple[int, int]]) -> pb.Coverage:
+    per_file = [
+        pb.FileCoverage(path=path, covered=covered, lines=total)
+        for path, (covered, total) in sorted(lines.items())
+    ]
+    return pb.Coverage(
+        lines=sum(entry.lines for entry in per_file),
+        covered=sum(entry.covered for entry in per_file),
+        files=per_file,
+    )
+
+
+def validation_to(verdict: validate.Validation) -> pb.Validation:
+    """A verdict."""
+    message = pb.Validation(
+        state_id=verdict.state_id,
+        changes_sha256=verdict.changes_sha256,
+        outcome=getattr(pb, f"VALIDATION_OUTCOME_{verdict.outcome.name}"),
+        summary=verdict.summary,
+        tests=[_test(test) for test in verdict.tests],
+        counts=verdict.counts,
+        failing=verdict.failing,
+        reverted=[pb.RevertedChange(path=r.path, reason=r.reason) for r in verdict.reverted],
+        log=verdict.log,
+        duration=duration(verdict.seconds),
+        cached=verdict.cached,
+    )
+    if verdict.coverage:
+        message.coverage.CopyFrom(_coverage(verdict.coverage))
+    return message
+
+
+def entries_to(entries: Sequence[files.Entry], truncated: bool) -> pb.ListFilesResponse:
+    """A listing."""
+    return pb.ListFilesResponse(
+        files=[
+            pb.FileInfo(path=e.path, size_bytes=e.size_bytes, directory=e.directory, mode=e.mode)
+            for e in entries
+        ],
+        truncated=truncated,
+    )
+
+
+def matches_to(matches: Sequence[files.Match], truncated: bool) -> pb.FindTextResponse:
+    """Lines that contain a text."""
+    return pb.FindTextResponse(
+        matches=[pb.TextMatch(path=m.path, line=m.line, text=m.text) for m in matches],
+        truncated=truncated,
+    )
