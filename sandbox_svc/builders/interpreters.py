@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -45,6 +46,8 @@ class Interpreter:
 
 def _candidates(version: str, env: Mapping[str, str]) -> Iterator[Path]:
     """Places to look, best first; shims are left out because they run a shell."""
+    if version == f"{sys.version_info.major}.{sys.version_info.minor}":
+        yield Path(sys.base_prefix) / "bin" / f"python{version}"
     home = Path(env.get("HOME") or "/nonexistent")
     pyenv = Path(env.get("PYENV_ROOT") or home / ".pyenv") / "versions"
     uv = Path(env.get("UV_PYTHON_INSTALL_DIR") or home / ".local/share/uv/python")

@@ -1,0 +1,257 @@
+"""A whole tiny task in real sandboxes: honest fixes pass, every way of cheating fails."""
+
+import shutil
+import tempfile
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from regreen.lockfile import format_lock, parse_lock
+from regreen.pkgindex import PackageIndex
+from regreen.rpc.errors import InvalidArgument, MissingDependency
+from sandbox_svc.backends.base import Limits
+from sandbox_svc.backends.embedded import EmbeddedRuntime
+from sandbox_svc.builders.base import FileChange, Stage
+from sandbox_svc.builders.python import PythonBuilder
+from sandbox_svc.states import State, StateStore
+from sandbox_svc.validate import Outcome, Validation, ValidationOptions, Validator
+from sandbox_svc.wheelhouse import DistStore
+from tests.fixtures.tasks.tiny_task import FAIL_TO_PASS, missing_file, tiny_spec
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+GREET = "greet/__init__.py"
+FIXED = b"from wordlib import salute\n\n\ndef greeting(name):\n    return f'{salute()}, {name}!'\n"
+
+
+def offline() -> PackageIndex:
+    """An index that nobody serves."""
+    return PackageIndex(["http://127.0.0.1:9"], deadline_s=0.1)
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    runtime: EmbeddedRuntime
+    states: StateStore
+    builder: PythonBuilder
+    validator: Validator
+    state: State
+    stages: list[Stage]
+
+    async def judge(self, *changes: FileChange, **options: object) -> Validation:
+        chosen = ValidationOptions(**options)  # type: ignore[arg-type]
+        return await self.validator.validate(self.state.id, changes, chosen)
+
+    def lock(self, **pins: str) -> FileChange:
+        lock = parse_lock(self.state.metadata["lock"])
+        for name, version in pins.items():
+            lock = lock.with_pin(name, version)
+        return FileChange("requirements.lock", format_lock(lock).encode())
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def world() -> AsyncIterator[World]:
+    home = Path(tempfile.mkdtemp(prefix="regreen-build-"))
+    home.chmod(0o711)
+    runtime = EmbeddedRuntime(home / "rt", run_probes=False)
+    try:
+        await runtime.start()
+    except MissingDependency as error:
+        shutil.rmtree(home, ignore_errors=True)
+        pytest.skip(f"no sandboxes here: {error}")
+    states = StateStore(home, runtime)
+    await states.open()
+    store = DistStore(home / "dists", offline)
+    builder = PythonBuilder(store, home / "tools")
+    (home / "made").mkdir()
+    spec = tiny_spec(store, home / "made")
+    stages: list[Stage] = []
+    state = await states.prepare(
+        spec.digest, lambda p: builder.prepare(spec, runtime, Limits(), p), progress=stages.append
+    )
+    validator = Validator(states, runtime)
+    try:
+        yield World(runtime, states, builder, validator, state, stages)
+    finally:
+        await validator.close()
+        await states.close()
+        await runtime.close()
+        shutil.rmtree(home, ignore_errors=True)
+
+
+async def test_baseline_names_what_fails(world: World) -> None:
+    baseline = world.state.metadata["baseline"]
+    assert baseline["passing"] == ("tests/test_greet.py::test_arithmetic",) or baseline[
+        "passing"
+    ] == ["tests/test_greet.py::test_arithmetic"]
+    assert sorted(baseline["failing"]) == sorted(FAIL_TO_PASS)
+    assert "cannot import name 'hello'" in baseline["log"]
+    assert {"install", "compile", "snapshot", "baseline"} <= {s.stage for s in world.stages}
+
+
+async def test_nothing_changed_fails(world: World) -> None:
+    verdict = await world.judge()
+    assert verdict.outcome is Outcome.FAILED
+    assert set(verdict.failing) == set(FAIL_TO_PASS)
+
+
+async def test_source_edit_passes_and_is_cached(world: World) -> None:
+    verdict = await world.judge(FileChange(GREET, FIXED), held_pins={"wordlib": "2.0"})
+    assert verdict.outcome is Outcome.PASSED, verdict.log
+    assert verdict.counts == {"passed": 3}
+    again = await world.judge(FileChange(GREET, FIXED), held_pins={"wordlib": "2.0"})
+    assert again.cached and again.outcome is Outcome.PASSED
+
+
+async def test_pin_back_passes_unless_held(world: World) -> None:
+    verdict = await world.judge(world.lock(wordlib="1.0"), repeat=2)
+    assert verdict.outcome is Outcome.PASSED, verdict.log
+    refused = await world.judge(world.lock(wordlib="1.0"), held_pins={"wordlib": "2.0"})
+    assert refused.outcome is Outcome.REJECTED
+    assert "wordlib must stay at 2.0" in refused.summary
+
+
+async def test_wrong_version_installs_and_fails(world: World) -> None:
+    verdict = await world.judge(world.lock(wordlib="2.1"))
+    assert verdict.outcome is Outcome.FAILED
+    assert any("wordlib 2.1 is broken" in line for line in verdict.error_lines)
+
+
+async def test_unknown_version_is_rejected_with_the_line(world: World) -> None:
+    verdict = await world.judge(world.lock(wordlib="9.9"))
+    assert verdict.outcome is Outcome.REJECTED
+    assert "requirements.lock line" in verdict.summary
+    assert "it has 1.0, 2.0, 2.1" in verdict.summary
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"wordlib>=1.0\n", "is no pin"),
+        (b"wordlib==1.0\nwordlib==2.0\n", "twice"),
+        (b"-r /etc/passwd\n", "is no pin"),
+        (b"wordlib @ file:///tmp/x\n", "is no pin"),
+        (b"\xff\xfe", "UTF-8"),
+        (None, "deleted"),
+        (b"# python==2.7\nwordlib==1.0\n", "python==2.7 is not offered"),
+    ],
+)
+async def test_bad_locks_are_rejected(world: World, content: bytes | None, message: str) -> None:
+    verdict = await world.judge(FileChange("requirements.lock", content))
+    assert verdict.outcome is Outcome.REJECTED
+    assert message in verdict.summary
+
+
+async def test_removing_pytest_fails_to_build(world: World) -> None:
+    lock = parse_lock(world.state.metadata["lock"]).without("pytest")
+    change = FileChange("requirements.lock", format_lock(lock).encode())
+    verdict = await world.judge(change)
+    assert verdict.outcome is Outcome.BUILD_FAILED
+    assert "No module named 'pytest'" in verdict.summary
+
+
+CHEATS = {
+    "tests deleted": [FileChange("tests/test_greet.py", None)],
+    "tests emptied": [FileChange("tests/test_greet.py", b"def test_greeting(): pass\n")],
+    "conftest skips": [FileChange("tests/conftest.py", b"collect_ignore = ['test_greet.py']\n")],
+    "conftest at the root": [FileChange("conftest.py", b"import os\nos._exit(0)\n")],
+    "conftest exits": [FileChange("greet/conftest.py", b"import os\nos._exit(0)\n")],
+    "pytest.ini": [FileChange("pytest.ini", b"[pytest]\naddopts = --co\n")],
+    "setup.cfg": [FileChange("setup.cfg", b"[tool:pytest]\npython_functions = nothing\n")],
+    "pyproject": [FileChange("pyproject.toml", b"[tool.pytest.ini_options]\ntestpaths=['x']\n")],
+    "tox.ini": [FileChange("tox.ini", b"[pytest]\npython_files = x.py\n")],
+    "sitecustomize": [FileChange("sitecustomize.py", b"import os\nos._exit(0)\n")],
+    "fake pytest": [FileChange("pytest.py", b"def main(*a, **k): return 0\n")],
+    "fake pytest package": [FileChange("_pytest/__init__.py", b"")],
+    "plugin metadata": [
+        FileChange("evil.egg-info/entry_points.txt", b"[pytest11]\nevil = evil\n"),
+        FileChange("evil.egg-info/PKG-INFO", b"Name: evil\nVersion: 1\n"),
+    ],
+    "byte code": [FileChange("greet/__pycache__/__init__.cpython-311.pyc", b"junk")],
+    "git hook": [FileChange(".git/config", b"[core]\n")],
+    "path file": [FileChange("evil.pth", b"import os; os._exit(0)\n")],
+}
+
+
+@pytest.mark.parametrize("name", CHEATS)
+async def test_cheats_are_left_out_and_reported(world: World, name: str) -> None:
+    verdict = await world.judge(*CHEATS[name])
+    assert verdict.outcome is Outcome.FAILED
+    assert set(verdict.failing) == set(FAIL_TO_PASS)
+    assert {r.path for r in verdict.reverted} == {c.path for c in CHEATS[name]}
+
+
+async def test_test_edits_beside_a_fix_do_not_matter(world: World) -> None:
+    changes = (FileChange(GREET, FIXED), FileChange("tests/test_greet.py", None))
+    verdict = await world.judge(*changes)
+    assert verdict.outcome is Outcome.PASSED
+    assert [r.reason for r in verdict.reverted] == ["test"]
+
+
+HOSTILE = {
+    "exit 0": b"import os\nos._exit(0)\n",
+    "sys.exit": b"import sys\nsys.exit(0)\n",
+    "prints passed": b"print('tests/test_greet.py::test_greeting PASSED')\nraise SystemExit(0)\n",
+    "forged frames": (
+        b"import os, json, struct\n"
+        b"for fd in range(3, 64):\n"
+        b"    try:\n"
+        b"        for name in ('test_greeting', 'test_two_names', 'test_arithmetic'):\n"
+        b"            body = json.dumps({'t': 'test', 'id': 'tests/test_greet.py::' + name,\n"
+        b"                               'o': 'passed'}).encode()\n"
+        b"            os.write(fd, struct.pack('>I', len(body)) + bytes(32) + body)\n"
+        b"    except OSError:\n"
+        b"        pass\n"
+        b"os._exit(0)\n"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+async def test_hostile_source_does_not_pass(world: World, name: str) -> None:
+    verdict = await world.judge(FileChange(GREET, HOSTILE[name]))
+    assert verdict.outcome in (Outcome.FAILED, Outcome.BUILD_FAILED)
+    assert set(FAIL_TO_PASS) <= set(verdict.failing)
+
+
+async def test_endless_source_times_out_and_is_not_cached(world: World) -> None:
+    loop = FileChange(GREET, b"while True:\n    pass\n")
+    verdict = await world.judge(loop, timeout_s=1.0)
+    assert verdict.outcome is Outcome.TIMEOUT
+    again = await world.judge(loop, timeout_s=1.0)
+    assert not again.cached
+
+
+@pytest.mark.parametrize(
+    "path", ["/etc/passwd", "../x", "a/../../x", "", "a//b", "./a", "a\nb", "a\\b", "a\x00b"]
+)
+async def test_paths_that_leave_are_refused(world: World, path: str) -> None:
+    with pytest.raises(InvalidArgument):
+        await world.judge(FileChange(path, b"x"))
+
+
+async def test_coverage_counts_lines_of_the_source(world: World) -> None:
+    verdict = await world.judge(FileChange(GREET, FIXED), coverage=True)
+    assert verdict.outcome is Outcome.PASSED
+    covered, lines = verdict.coverage[GREET]
+    assert covered == lines > 0
+    assert not any(path.startswith("tests/") for path in verdict.coverage)
+
+
+async def test_missing_file_names_the_remedy(world: World) -> None:
+    spec = world.state.metadata["spec"]
+    with tempfile.TemporaryDirectory() as folder:
+        store = world.builder.store
+        broken = tiny_spec(store, Path(folder), source=missing_file())
+    assert spec["package"] == "greet"
+    with pytest.raises(MissingDependency, match="cannot be fetched"):
+        await world.builder.prepare(broken, world.runtime, Limits(), lambda _: None)
+
+
+async def test_missing_interpreter_names_the_remedy(world: World) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        spec = tiny_spec(world.builder.store, Path(folder), python="3.1")
+    with pytest.raises(MissingDependency, match=r"Python 3\.1 is not on this host"):
+        await world.builder.prepare(spec, world.runtime, Limits(), lambda _: None)
