@@ -13,7 +13,7 @@ from regreen.client.stack import Stack
 from regreen.dataset import v1 as dataset_pb
 from regreen.evals.markov import tool_sequence
 from regreen.evals.run import slot_of
-from regreen.rollout.reward import compose_reward
+from regreen.rollout.reward import compose
 from regreen.rpc.errors import InfraError, InvalidArgument
 from regreen.train.names import GRADERS, grader_name
 from regreen.train.rows import all_trajectories
@@ -84,15 +84,19 @@ def outcome_of(trajectory: dataset_pb.Trajectory) -> Outcome:
 def solved_by_grader(trajectory: dataset_pb.Trajectory) -> dict[str, bool]:
     """Whether the trajectory is solved, under every grader that the record can tell."""
     found: dict[str, bool] = {}
-    other = dataset_pb.Trajectory()
-    other.CopyFrom(trajectory)
     for name, grader in GRADERS.items():
         if grader == trajectory.grader:
             found[name] = trajectory.reward.solved
             continue
-        other.grader = grader
         try:
-            found[name] = compose_reward(other).solved
+            found[name] = compose(
+                grader=grader,
+                end=trajectory.end,
+                validation=trajectory.validation if trajectory.HasField("validation") else None,
+                verdict=trajectory.verdict if trajectory.HasField("verdict") else None,
+                turns=trajectory.turns,
+                changes=trajectory.changes,
+            ).solved
         except (InvalidArgument, InfraError):
             continue  # the record lacks what this grader needs, for example the judge's verdict
     return found

@@ -16,7 +16,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 12.0, 12.0, 34.0
 
 
 def line_chart(
-    series: Mapping[str, Sequence[Point]], *, y_label: str, percent: bool = False
+    series: Mapping[str, Sequence[Sequence[float | None]]], *, y_label: str, percent: bool = False
 ) -> str:
     """Lines over steps, one per series; empty when nothing is finite."""
     kept = {name: _finite(points) for name, points in series.items()}
@@ -25,7 +25,7 @@ def line_chart(
         return ""
     xs = [x for points in kept.values() for x, _ in points]
     ys = [y for points in kept.values() for _, y in points]
-    y_ticks = _ticks(min(ys + [0.0] if percent else ys), max(ys))
+    y_ticks = _ticks(min([*ys, 0.0] if percent else ys), max(ys))
     x_low, x_high = min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1
     across = _scale(x_low, x_high, _LEFT, _WIDTH - _RIGHT)
     up = _scale(y_ticks[0], y_ticks[-1], _HEIGHT - _BOTTOM, _TOP)
@@ -151,8 +151,12 @@ def heat_map(
     )
 
 
-def _finite(points: Sequence[Point]) -> list[Point]:
-    return [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+def _finite(points: Sequence[Sequence[float | None]]) -> list[Point]:
+    return [
+        (x, y)
+        for x, y in points
+        if x is not None and y is not None and math.isfinite(x) and math.isfinite(y)
+    ]
 
 
 def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
@@ -177,8 +181,9 @@ def _steps(low: float, high: float) -> list[float]:
 
 
 def _grid(ticks: Sequence[float], up: Callable[[float], float], percent: bool) -> str:
+    right = _WIDTH - _RIGHT
     return "".join(
-        f'<line class="grid" x1="{_LEFT}" y1="{up(t):.1f}" x2="{_WIDTH - _RIGHT}" y2="{up(t):.1f}"/>'
+        f'<line class="grid" x1="{_LEFT}" y1="{up(t):.1f}" x2="{right}" y2="{up(t):.1f}"/>'
         + _text(_LEFT - 6, up(t) + 4, _number(t, percent), anchor="end")
         for t in ticks
     )

@@ -1,0 +1,332 @@
+"""The report of evaluations and training runs: `report.html` and `report.json`.
+
+- Everything comes from rows of the dataset service, so it can be written again at any time.
+- The page is one file: no scripts, no external assets; readable in light and dark, and printed.
+- Both files appear whole or not at all; a figure on the page is the figure in the JSON.
+"""
+
+import json
+import os
+import platform
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from google.protobuf.json_format import MessageToDict
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup
+
+from regreen.client.stack import Stack
+from regreen.dataset import v1 as dataset_pb
+from regreen.evals import svg
+from regreen.evals.rows import Outcome, load_outcomes
+from regreen.evals.summary import Json, ReportInput, RunFacts, TaskFacts, document
+from regreen.rpc.errors import FailedPrecondition, NotFound, RegreenError
+from regreen.train.names import mode_name
+from regreen.train.weights import BASE
+
+_PACKAGES = ("regreen", "torch", "deepspeed", "transformers", "openvino", "grpcio", "numpy")
+
+
+@dataclass(frozen=True, slots=True)
+class ReportFiles:
+    """What was written."""
+
+    html: Path
+    json: Path
+    headline: str
+
+
+async def write_report(
+    stack: Stack,
+    out_dir: Path,
+    *,
+    evals: Sequence[str] = (),
+    runs: Sequence[str] = (),
+    commands: Sequence[str] = (),
+    notes: Sequence[str] = (),
+    title: str = "Regreen report",
+    now: datetime | None = None,
+) -> ReportFiles:
+    """Write the report of evaluations `evals` and training runs `runs`, by name; empty means all.
+
+    Raises:
+        NotFound: no run of such a name.
+        FailedPrecondition: there is neither an evaluation nor a training run.
+    """
+    source = await load(
+        stack, evals=evals, runs=runs, commands=commands, notes=notes, title=title, now=now
+    )
+    found = document(source)
+    html = render(found)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    files = ReportFiles(out_dir / "report.html", out_dir / "report.json", found["headline"])
+    _write(files.json, json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    _write(files.html, html)
+    return files
+
+
+async def load(
+    stack: Stack,
+    *,
+    evals: Sequence[str],
+    runs: Sequence[str],
+    commands: Sequence[str],
+    notes: Sequence[str],
+    title: str,
+    now: datetime | None,
+) -> ReportInput:
+    """Read everything that the report is computed from."""
+    every = await _runs(stack)
+    evaluations = _chosen(every, evals, {"eval"})
+    trained = sorted(_chosen(every, runs, {"sft", "grpo"}), key=_created)
+    if not evaluations and not trained:
+        raise FailedPrecondition("nothing was trained or evaluated yet; run `regreen eval` first")
+    outcomes = [o for run in evaluations for o in await load_outcomes(stack, run.id)]
+    task_ids = sorted({outcome.task_id for outcome in outcomes})
+    graders = [outcome.graded for outcome in outcomes]
+    return ReportInput(
+        title=title,
+        created=(now or datetime.now(UTC)).strftime("%Y-%m-%d %H:%M UTC"),
+        environment=await _environment(stack),
+        outcomes=outcomes,
+        subjects=_ordered_subjects(outcomes, [run.name for run in trained]),
+        grader=max(set(graders), key=graders.count) if graders else "build_gates_judge",
+        runs=[await _run_facts(stack, run) for run in trained],
+        tasks=[await _task_facts(stack, id) for id in task_ids],
+        commands=commands,
+        lost=sum(int(MessageToDict(run.summary).get("lost", 0)) for run in evaluations),
+        notes=notes,
+    )
+
+
+def render(found: Json) -> str:
+    """The page of a document."""
+    environment = Environment(
+        loader=PackageLoader("regreen.evals"),
+        autoescape=select_autoescape(default_for_string=True, default=True),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": _percent, "number": _number, "seconds": _seconds}
+    return environment.get_template("report.html.j2").render(doc=found, plots=_plots(found))
+
+
+def _plots(found: Json) -> dict[str, Any]:
+    whole = [
+        (cell["subject"], cell["value"], cell["low"], cell["high"])
+        for cell in found["cells"]
+        if _is_whole(cell, found["cells"]) and cell["value"] is not None
+    ]
+    shares = {name: tools["shares"] for name, tools in found["tools"].items() if tools["shares"]}
+    matrices = {
+        name: _heat(tools["transitions"], tools["transitions"]["probabilities"])
+        for name, tools in found["tools"].items()
+    }
+    changes = [
+        (f"{change['first']} to {change['second']}", _heat(change, change["delta"], signed=True))
+        for change in found["tool_changes"]
+    ]
+    return {
+        "rates": Markup(svg.interval_chart(whole)),
+        "shares": Markup(svg.share_bars(shares)) if shares else "",
+        "matrices": matrices,
+        "changes": changes,
+        "curves": {run["name"]: _curves(run) for run in found["runs"]},
+    }
+
+
+def _is_whole(cell: Json, cells: Sequence[Json]) -> bool:
+    """Whether a cell pools all that its subject did."""
+    own = [other for other in cells if other["subject"] == cell["subject"]]
+    return bool(cell["samples"] == max(other["samples"] for other in own)) and cell is next(
+        other for other in own if other["samples"] == cell["samples"]
+    )
+
+
+def _heat(axes: Json, values: Sequence[Sequence[float]], *, signed: bool = False) -> Markup:
+    return Markup(svg.heat_map(axes["rows"], axes["columns"], values, signed=signed))
+
+
+_CURVES: tuple[tuple[str, bool, Mapping[str, str]], ...] = (
+    ("Loss", False, {"learner/loss": "loss"}),
+    ("Reward", False, {"reward_mean": "mean reward"}),
+    (
+        "Solved, flagged, without spread",
+        True,
+        {
+            "solve_rate": "solved",
+            "hack_rate": "flagged as hack",
+            "zero_variance_share": "groups without spread",
+        },
+    ),
+    (
+        "Distance from the sampling policy",
+        False,
+        {
+            "learner/approx_kl": "KL",
+            "learner/kl": "KL to base",
+            "learner/clip_fraction": "clipped share",
+            "staleness_mean": "staleness (versions)",
+        },
+    ),
+    ("Gradient norm", False, {"learner/grad_norm": "gradient norm"}),
+    ("Sampled tokens per rollout", False, {"sampled_tokens_mean": "tokens"}),
+    ("Seconds per step", False, {"seconds/rollout": "rollouts", "seconds/learn": "learning"}),
+)
+
+
+def _curves(run: Json) -> list[tuple[str, Markup]]:
+    """Titled plots of the metrics that a run has."""
+    found = []
+    for title, percent, names in _CURVES:
+        series = {
+            label: run["metrics"][name] for name, label in names.items() if name in run["metrics"]
+        }
+        if plot := svg.line_chart(series, y_label=title, percent=percent):
+            found.append((title, Markup(plot)))
+    tools = {
+        name.removeprefix("tool_share/"): points
+        for name, points in run["metrics"].items()
+        if name.startswith("tool_share/")
+    }
+    if plot := svg.line_chart(tools, y_label="Tool shares", percent=True):
+        found.append(("Tool shares", Markup(plot)))
+    return found
+
+
+def _ordered_subjects(outcomes: Sequence[Outcome], trained: Sequence[str]) -> list[str]:
+    seen = {outcome.subject for outcome in outcomes}
+    policies = [name for name in [BASE, *trained] if name in seen]
+    others = sorted(seen - set(policies), key=lambda name: (name.startswith("baseline:"), name))
+    return policies + others
+
+
+async def _runs(stack: Stack) -> list[dataset_pb.Run]:
+    found: list[dataset_pb.Run] = []
+    token = ""
+    while True:
+        page = await stack.runs.list_runs(page_size=200, page_token=token)
+        found += page.runs
+        token = page.next_page_token
+        if not token:
+            return found
+
+
+def _chosen(
+    every: Sequence[dataset_pb.Run], names: Sequence[str], kinds: set[str]
+) -> list[dataset_pb.Run]:
+    of_kind = [run for run in every if run.kind in kinds]
+    if not names:
+        return of_kind
+    known = {run.name: run for run in of_kind} | {run.id: run for run in of_kind}
+    for name in names:
+        if name not in known:
+            raise NotFound(f"no {' or '.join(sorted(kinds))} run named {name!r}")
+    return [known[name] for name in names]
+
+
+def _created(run: dataset_pb.Run) -> int:
+    return run.create_time.ToNanoseconds()
+
+
+async def _run_facts(stack: Stack, run: dataset_pb.Run) -> RunFacts:
+    metrics: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
+    for point in await stack.runs.list_metrics(run.id):
+        metrics[point.name].append((float(point.step), point.value))
+    checkpoints = await stack.runs.list_checkpoints(run.id, page_size=1000)
+    config = MessageToDict(run.config)
+    return RunFacts(
+        name=run.name,
+        kind=run.kind,
+        state=run.state,
+        settings=config.get("settings", {}),
+        metrics=dict(sorted(metrics.items())),
+        checkpoints=len(checkpoints.checkpoints),
+    )
+
+
+async def _task_facts(stack: Stack, task_id: str) -> TaskFacts:
+    task = await stack.tasks.get_task(task_id)
+    try:
+        gate = await stack.tasks.get_gate_report(task_id)
+    except NotFound:
+        gate = dataset_pb.GateReport()
+    return TaskFacts(
+        id=task.id,
+        split=task.split,
+        status=dataset_pb.TaskStatus.Name(task.status).removeprefix("TASK_STATUS_").lower(),
+        category=task.category,
+        blame=task.blame,
+        python=task.environment.python,
+        modes=tuple(mode_name(mode) for mode in task.modes),
+        validation_s=task.validation_time.ToNanoseconds() * 1e-9,
+        gate_reason=gate.reason,
+        gate_checks=tuple((check.name, check.repeat, check.ok) for check in gate.checks),
+    )
+
+
+async def _environment(stack: Stack) -> dict[str, str]:
+    """Machine and versions of the process that writes the report, and what the policy serves."""
+    found = {
+        "processor": f"{_processor()}, {os.cpu_count()} cores",
+        "memory": _memory(),
+        "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
+        "packages": ", ".join(f"{name} {version}" for name, version in _versions().items()),
+    }
+    try:
+        policy = await stack.policy.get_policy()
+        found["policy"] = f"{policy.model}, engine {policy.engine}, {policy.dtype}"
+    except RegreenError:
+        found["policy"] = "not running while the report was written"
+    return found
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _memory() -> str:
+    size_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return f"{size_bytes / 2**30:.0f} GiB"
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def _percent(value: float | None, digits: int = 1) -> str:
+    return "–" if value is None else f"{100 * value:.{digits}f}%"
+
+
+def _number(value: float | None, digits: int = 0) -> str:
+    return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.2f} s" if value < 10 else f"{value:.0f} s"

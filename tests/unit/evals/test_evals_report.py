@@ -1,0 +1,123 @@
+"""The report: its figures agree with the rows, and the page is one readable file."""
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+from report_samples import SUBJECTS, outcome, report_input
+
+from regreen.evals import svg
+from regreen.evals.compare import compare
+from regreen.evals.report import render
+from regreen.evals.summary import document
+
+
+class Outline(HTMLParser):
+    """Collects tags and headings; fails on a tag that is closed out of order."""
+
+    VOID = frozenset({"meta", "link", "br", "line", "circle", "rect", "polyline"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.headings: list[str] = []
+        self.tags: set[str] = set()
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href", "xlink:href")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.add(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "h2":
+            self.headings.append(data)
+
+
+def outline_of(page: str) -> Outline:
+    outline = Outline()
+    outline.feed(page)
+    assert outline.open == []
+    return outline
+
+
+def test_the_page_is_one_file_with_every_section():
+    page = render(document(report_input()))
+    outline = outline_of(page)
+    assert outline.headings == [
+        "Solve rates", "Training: sft", "Training: grpo", "Tool use", "Hack flags",
+        "Time per stage", "Tasks", "How this was made",
+    ]  # fmt: skip
+    assert "script" not in outline.tags
+    assert outline.links == ["report.json"]
+    assert "Sample report &lt;script&gt;" in page
+    assert not re.search(r"\bnan\b|undefined|None", page)
+
+
+def test_the_document_is_plain_json_and_repeats():
+    first, second = document(report_input()), document(report_input())
+    assert first == second
+    assert json.loads(json.dumps(first, allow_nan=False)) == first
+    assert first["runs"][1]["metrics"]["learner/clip_fraction"][0] == [1, None]
+
+
+def test_cells_pool_within_tasks_and_count_what_was_sampled():
+    cells = document(report_input())["cells"]
+    whole = {c["subject"]: c for c in cells if c["pipeline"] == "all"}
+    assert set(whole) == set(SUBJECTS)
+    assert whole["base"]["samples"] == 6 * 2 * 4
+    assert whole["baseline:noop"]["samples"] == 12
+    assert whole["baseline:noop"]["value"] == 0.0
+    assert whole["baseline:noop"]["method"] == "wilson"
+    parts = [c for c in cells if c["subject"] == "grpo" and c["pipeline"] != "all"]
+    mean = sum(cell["value"] for cell in parts) / 2
+    assert whole["grpo"]["value"] == pytest.approx(mean)
+    assert whole["grpo"]["low"] <= whole["grpo"]["value"] <= whole["grpo"]["high"]
+
+
+def test_the_headline_compares_the_last_trained_policy_with_the_base():
+    headline = document(report_input())["headline"]
+    assert headline.startswith("grpo solved ")
+    assert "grpo did better than base." in headline
+
+
+def test_a_difference_that_may_be_nothing_is_said_to_be_so():
+    rows = [outcome("base", f"t{i}", "full", 0, solved=i == 0) for i in range(5)]
+    rows += [outcome("grpo", f"t{i}", "full", 0, solved=i in (0, 1)) for i in range(5)]
+    found = compare(rows, "base", "grpo", grader="build")
+    assert found.difference.value == pytest.approx(0.2)
+    assert found.sentence.endswith("these data do not tell the two apart.")
+    assert "5 tasks (5 and 5 attempts): +20.0 points" in found.sentence
+
+
+def test_graders_are_shown_on_the_same_rows():
+    graders = document(report_input())["graders"]
+    row = next(r for r in graders if r["subject"] == "grpo" and r["pipeline"] == "full")
+    assert row["rates"]["build"]["value"] >= row["rates"]["build_gates"]["value"]
+
+
+def test_an_evaluation_without_training_and_training_without_evaluation_render():
+    source = report_input()
+    outline_of(render(document(replace(source, runs=(), tasks=(), commands=()))))
+    nothing = replace(source, outcomes=(), subjects=(), tasks=())
+    page = render(document(nothing))
+    assert outline_of(page).headings == ["Training: sft", "Training: grpo", "How this was made"]
+
+
+def test_plots_escape_text_and_leave_out_what_is_not_finite():
+    plot = svg.line_chart({"<b>": [(1, 0.5), (2, float("inf"))]}, y_label="a & b")
+    assert "&lt;b&gt;" in plot
+    assert "a &amp; b" in plot
+    assert "inf" not in plot
+    assert svg.line_chart({"x": [(1, float("nan"))]}, y_label="") == ""
+    assert svg.share_bars({}) == ""
+    assert "no samples" in svg.interval_chart([("x", float("nan"), 0.0, 0.0)])
