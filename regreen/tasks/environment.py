@@ -12,7 +12,7 @@ from regreen.common.v1 import common_pb2
 from regreen.lockfile import format_lock, lock_of
 from regreen.rpc.errors import InvalidArgument
 from regreen.sandbox.v1 import sandbox_pb2 as pb
-from regreen.tasks.model import DistributionRecord, FileRecord, Fix, TaskRecord
+from regreen.tasks.model import DistributionRecord, FileRecord, Fix, TaskRecord, ids_sha256
 
 LOCK = "requirements.lock"
 Distributions = Mapping[str, DistributionRecord]
@@ -49,17 +49,20 @@ def environment(
         pb.TestSpec(
             arguments=task.tests.arguments,
             timeout=_seconds(task.tests.timeout_s),
-            fail_to_pass=_complete_ids(task),
+            fail_to_pass=complete_ids(task),
             unstable=task.tests.unstable,
         )
     )
     return spec
 
 
-def _complete_ids(task: TaskRecord) -> list[str]:
-    """Fail-to-pass ids where the record has them all; otherwise the baseline decides."""
-    complete = len(task.tests.fail_to_pass) == task.tests.fail_to_pass_count
-    return task.tests.fail_to_pass if complete else []
+def complete_ids(task: TaskRecord) -> list[str]:
+    """Fail-to-pass ids where the record has them all as they are; otherwise none."""
+    tests = task.tests
+    if len(tests.fail_to_pass) != tests.fail_to_pass_count:
+        return []
+    digest = tests.fail_to_pass_sha256
+    return tests.fail_to_pass if digest in ("", ids_sha256(tests.fail_to_pass)) else []
 
 
 def _seconds(value: float) -> Duration:

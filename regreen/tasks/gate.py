@@ -174,7 +174,8 @@ class _Trial:
     async def run(self) -> Verdict:
         """Broken, no-op, then every reference fix; then decide."""
         broken, noop, fixed = _Seen(), _Seen(), _Seen()
-        await self._repeat("broken-fails", [], broken)
+        self._baseline(broken)
+        await self._repeat("broken-fails", [], broken, first=2)
         text = b"A diff without effect must not turn a build green.\n"
         added = common_pb2.CHANGE_KIND_ADD
         change = common_pb2.FileChange(path=NOOP_PATH, kind=added, content=text, mode=0o644)
@@ -194,10 +195,28 @@ class _Trial:
             skip_cache_lookup=True,
         )
 
+    def _baseline(self, seen: _Seen) -> None:
+        """The State's own baseline is the first run of its untouched tests."""
+        baseline = self.state.baseline
+        seen.runs.append(
+            dict.fromkeys(baseline.passing, True) | dict.fromkeys(baseline.failing, False)
+        )
+        seconds = baseline.duration.ToTimedelta().total_seconds()
+        ok = not set(self.task.tests.fail_to_pass) <= set(baseline.passing)
+        detail = f"baseline: {len(baseline.passing)} pass, {len(baseline.failing)} fail"
+        rows = [f"{i} passed" for i in baseline.passing] + [f"{i} failed" for i in baseline.failing]
+        digest = hashlib.sha256("\n".join(sorted(rows)).encode()).hexdigest()
+        self.checks.append(Check("broken-fails", 1, ok, detail, digest, seconds))
+
     async def _repeat(
-        self, name: str, changes: Sequence[common_pb2.FileChange], seen: _Seen
+        self,
+        name: str,
+        changes: Sequence[common_pb2.FileChange],
+        seen: _Seen,
+        *,
+        first: int = 1,
     ) -> None:
-        for repeat in range(1, self.gate.repeats + 1):
+        for repeat in range(first, self.gate.repeats + 1):
             validation = await self._validate(changes)
             seen.add(validation)
             ok = validation.outcome != pb.VALIDATION_OUTCOME_PASSED
@@ -231,7 +250,7 @@ class _Trial:
         flaky = broken.flaky() | seen.flaky() | set(self.task.tests.unstable)
         if validation.outcome == pb.VALIDATION_OUTCOME_REJECTED:
             return [validation.summary], []
-        wanted = set(self.task.tests.fail_to_pass)
+        wanted = set(env.complete_ids(self.task))
         return sorted(wanted - green - flaky), sorted(broken.passing() - green - flaky)
 
     def _note(
@@ -255,7 +274,7 @@ class _Trial:
         flaky = broken.flaky() | noop.flaky() | fixed.flaky() | set(self.task.tests.unstable)
         green, before = fixed.passing() - flaky, broken.passing() - flaky
         turned = sorted(green - before)
-        recorded = set(self.task.tests.fail_to_pass)
+        recorded = set(env.complete_ids(self.task))
         lost = sorted(recorded - set(turned))
         status, reason = self._status(flaky, turned, lost, fixed)
         return Verdict(

@@ -1,0 +1,194 @@
+"""Judges task sets through a running sandbox service.
+
+- `python -m regreen.tasks.judge --sandbox HOST:PORT` judges the shipped set; `--tasks FILE` others.
+- Verdicts are appended to a file as they come; what is in it already is not judged again.
+- `--update DIR` writes the task set with what was seen: counts, digests, status, interpreters.
+"""
+
+import argparse
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from regreen.client.channel import connect
+from regreen.client.sandbox import SandboxClient, StateClient
+from regreen.common.v1 import common_pb2
+from regreen.pkgindex import PackageIndex, index_urls
+from regreen.rpc.errors import RegreenError, Unavailable
+from regreen.sandbox.v1 import sandbox_pb2 as pb
+from regreen.tasks.gate import Gate, Verdict, judge_patiently
+from regreen.tasks.jsonl import (
+    dump_lines,
+    load_distributions,
+    load_tasks,
+    shipped_distributions,
+    shipped_tasks,
+)
+from regreen.tasks.model import TaskRecord, ids_sha256
+
+VALIDATION_S = 1800.0
+
+
+class ServiceGateClient:
+    """`gate.GateClient` over the sandbox service."""
+
+    def __init__(self, states: StateClient, sandboxes: SandboxClient) -> None:
+        self.states, self.sandboxes = states, sandboxes
+
+    async def prepare(self, spec: pb.EnvironmentSpec) -> pb.State:
+        """The state of an environment."""
+        async for event in self.states.prepare_state(spec):
+            if event.HasField("state"):
+                state: pb.State = event.state
+                return state
+        raise Unavailable("the sandbox service ended the preparation without a state")
+
+    async def validate(
+        self,
+        state_id: str,
+        changes: Sequence[common_pb2.FileChange],
+        *,
+        held_pins: Mapping[str, str],
+        required_tests: Sequence[str],
+        skip_cache_lookup: bool,
+    ) -> pb.Validation:
+        """The verdict on a diff."""
+        return await self.sandboxes.validate(
+            state_id,
+            changes,
+            held_pins=held_pins,
+            required_tests=required_tests,
+            skip_cache_lookup=skip_cache_lookup,
+            timeout_s=VALIDATION_S,
+        )
+
+    async def read_files(self, state_id: str, paths: Sequence[str]) -> Mapping[str, bytes]:
+        """Files of a state's repository."""
+        box = await self.sandboxes.create_sandbox(state_id, labels={"for": "gate"})
+        try:
+            found = {}
+            for path in paths:
+                answer = await self.sandboxes.read_file(
+                    box.id, f"/work/repo/{path}", max_bytes=8 << 20
+                )
+                found[path] = answer.content
+            return found
+        finally:
+            await self.sandboxes.delete_sandbox(box.id)
+
+
+def read_verdicts(path: Path) -> list[Verdict]:
+    """Verdicts that `judge_all` wrote."""
+    if not path.exists():
+        return []
+    lines = path.read_text("utf-8").splitlines()
+    fields = [json.loads(line) for line in lines if line.strip()]
+    return [Verdict(**{**f, "checks": ()}) for f in fields]
+
+
+async def judge_all(
+    gate: Gate, tasks: Sequence[TaskRecord], out: Path, *, python: str = "", workers: int = 2
+) -> int:
+    """Judge what is not in `out` yet, shortest first; returns how many could not be judged."""
+    done = {verdict.task_id for verdict in read_verdicts(out)}
+    todo = sorted((t for t in tasks if t.id not in done), key=lambda t: t.tests.timeout_s)
+    queue = list(reversed(todo))
+    failed = 0
+
+    async def work() -> None:
+        nonlocal failed
+        while queue:
+            task = queue.pop()
+            started = time.monotonic()
+            try:
+                verdict = await judge_patiently(gate, task, python)
+            except RegreenError as error:
+                failed += 1
+                sys.stderr.write(f"{task.id}: could not be judged: {error}\n")
+                continue
+            with out.open("a", encoding="utf-8") as sink:
+                sink.write(json.dumps(asdict(verdict)) + "\n")
+            took = time.monotonic() - started
+            left = f"{len(queue)} left"
+            sys.stderr.write(f"{verdict.status} {task.id} {took:.0f}s {left}: {verdict.reason}\n")
+
+    await asyncio.gather(*(work() for _ in range(workers)))
+    return failed
+
+
+def refreshed(task: TaskRecord, verdict: Verdict) -> TaskRecord:
+    """The record with what the gate saw on the record's own interpreter."""
+    if not verdict.admitted:
+        return task.model_copy(update={"status": verdict.status, "reason": verdict.reason[:300]})
+    tests = task.tests.model_copy(
+        update={
+            "fail_to_pass": list(verdict.fail_to_pass),
+            "fail_to_pass_count": len(verdict.fail_to_pass),
+            "fail_to_pass_sha256": ids_sha256(verdict.fail_to_pass),
+            "pass_to_pass_count": len(verdict.pass_to_pass),
+            "pass_to_pass_sha256": ids_sha256(verdict.pass_to_pass),
+            "unstable": sorted(set(task.tests.unstable) | set(verdict.flaky)),
+        }
+    )
+    good = [f for f in task.fixes if verdict.fixes.get(f"{f.mode}/{f.origin}") == "ok"]
+    modes = [mode for mode in ("any_fix", "keep_new") if any(f.mode == mode for f in good)]
+    pythons = sorted({*task.pythons, verdict.python}, key=lambda v: int(v.partition(".")[2]))
+    return task.model_copy(
+        update={
+            "tests": tests,
+            "fixes": good,
+            "modes": modes,
+            "status": "admitted",
+            "reason": "",
+            "pythons": pythons,
+            "seconds": round(verdict.seconds, 1),
+        }
+    )
+
+
+async def run(options: argparse.Namespace) -> int:
+    """Judge, and update the task set if asked to."""
+    tasks = load_tasks(options.tasks / "tasks.jsonl") if options.tasks else shipped_tasks()
+    releases = (
+        load_distributions(options.tasks / "distributions.jsonl")
+        if options.tasks
+        else shipped_distributions()
+    )
+    chosen = [task for task in tasks if not options.only or task.id in options.only]
+    channel = connect(options.sandbox)
+    try:
+        client = ServiceGateClient(StateClient(channel), SandboxClient(channel))
+        async with PackageIndex(index_urls()) as index:
+            gate = Gate(client, releases, index, repeats=options.repeats)
+            failed = await judge_all(
+                gate, chosen, options.out, python=options.python, workers=options.workers
+            )
+    finally:
+        await channel.close()
+    if options.update:
+        verdicts = {verdict.task_id: verdict for verdict in read_verdicts(options.out)}
+        new = [refreshed(t, verdicts[t.id]) if t.id in verdicts else t for t in tasks]
+        (options.update / "tasks.jsonl").write_text(dump_lines(new), "utf-8")
+    return failed
+
+
+def main() -> None:
+    """Command line entry."""
+    parser = argparse.ArgumentParser(prog="python -m regreen.tasks.judge", description=__doc__)
+    parser.add_argument("--sandbox", default="127.0.0.1:50052", help="address of the service")
+    parser.add_argument("--tasks", type=Path, help="directory of a task set; default: the shipped")
+    parser.add_argument("--only", action="append", default=[], help="id of one task; repeatable")
+    parser.add_argument("--python", default="", help="judge on this interpreter instead")
+    parser.add_argument("--repeats", type=int, default=2, help="runs of every check")
+    parser.add_argument("--workers", type=int, default=2, help="tasks judged at a time")
+    parser.add_argument("--out", type=Path, default=Path("verdicts.jsonl"), help="verdict file")
+    parser.add_argument("--update", type=Path, help="directory to write the task set to")
+    sys.exit(1 if asyncio.run(run(parser.parse_args())) else 0)
+
+
+if __name__ == "__main__":
+    main()
