@@ -145,14 +145,13 @@ class LocalPostgres:
             f"?host={quote(str(self._socket_dir), safe='')}&port={SOCKET_PORT}"
         )
 
-    def create_database(self, name: str) -> None:
-        """Create an empty database unless it is there."""
+    def create_database(self, name: str, *, template: str = "template1") -> None:
+        """Create a database, unless it is there, as a copy of `template`."""
+        statement = sql.SQL("CREATE DATABASE {} TEMPLATE {}")
         with self._connect("postgres") as connection:
-            row = connection.execute(
-                "SELECT 1 FROM pg_database WHERE datname = %s", (name,)
-            ).fetchone()
-            if row is None:
-                connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+            found = connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", (name,))
+            if found.fetchone() is None:
+                connection.execute(statement.format(sql.Identifier(name), sql.Identifier(template)))
 
     def drop_database(self, name: str) -> None:
         """Drop a database and its connections; an absent one is ignored."""

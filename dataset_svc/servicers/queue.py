@@ -69,7 +69,7 @@ class RolloutQueueServicer(pb.RolloutQueueServiceServicer):
                 run_id=request.run_id,
                 lease_s=lease_s,
             )
-            return pb.LeaseRolloutsResponse(leases=[translate.lease_message(l) for l in leases])
+            return pb.LeaseRolloutsResponse(leases=list(map(translate.lease_message, leases)))
 
         return await self._transactions.once(
             "LeaseRollouts", request, pb.LeaseRolloutsResponse, work

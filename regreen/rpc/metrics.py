@@ -46,7 +46,7 @@ class MetricsServer:
         )
         self.port: int = self._httpd.server_port
         self._thread = threading.Thread(
-            target=self._httpd.serve_forever, name="metrics", daemon=True
+            target=self._httpd.serve_forever, args=(0.05,), name="metrics", daemon=True
         )
 
     def start(self) -> None:

@@ -1,0 +1,585 @@
+"""The dataset service over the wire: what is stored comes back, what is wrong is refused by name."""
+
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from regreen.client.channel import connect
+from regreen.client.dataset import RolloutQueueClient, RunClient, TaskClient, TrajectoryClient
+from regreen.common import v1 as common_pb
+from regreen.dataset import v1 as pb
+from regreen.rpc.errors import (
+    Aborted,
+    AlreadyExists,
+    DataLoss,
+    FailedPrecondition,
+    InvalidArgument,
+    LeaseExpired,
+    NotFound,
+)
+from tests.integration import dataset_samples as samples
+
+
+class Clients:
+    """The four clients on one channel."""
+
+    def __init__(self, channel) -> None:
+        self.tasks = TaskClient(channel, patience_s=2.0)
+        self.trajectories = TrajectoryClient(channel, patience_s=2.0)
+        self.queue = RolloutQueueClient(channel, patience_s=2.0)
+        self.runs = RunClient(channel, patience_s=2.0)
+
+
+@pytest.fixture
+async def clients(dataset_address: str) -> AsyncIterator[Clients]:
+    async with connect(dataset_address) as channel:
+        yield Clients(channel)
+
+
+async def imported(clients: Clients, count: int = 1) -> list[str]:
+    tasks = [samples.task() for _ in range(count)]
+    await clients.tasks.import_tasks(tasks)
+    return [task.id for task in tasks]
+
+
+async def new_run(clients: Clients) -> str:
+    return (await clients.runs.create_run(samples.fresh("run"), "grpo")).run.id
+
+
+# ---- tasks
+
+
+async def test_a_task_comes_back_as_it_went_in(clients: Clients):
+    task = samples.task()
+    task.split = "train"
+    answer = await clients.tasks.import_tasks([task])
+    assert (answer.imported, answer.unchanged) == (1, 0)
+    stored = await clients.tasks.get_task(task.id)
+    assert stored.status == pb.TASK_STATUS_NEW
+    assert stored.HasField("create_time")
+    stored.ClearField("status")
+    stored.ClearField("create_time")
+    assert stored == task
+
+
+async def test_importing_again_changes_nothing_and_other_content_needs_replace(clients: Clients):
+    task = samples.task()
+    await clients.tasks.import_tasks([task])
+    await clients.tasks.record_gate(samples.report(task.id), validation_time_s=2.5)
+    again = await clients.tasks.import_tasks([task])
+    assert (again.imported, again.unchanged) == (0, 1)
+    assert (await clients.tasks.get_task(task.id)).status == pb.TASK_STATUS_ADMITTED
+    task.category = "attribute-error"
+    other = samples.task()
+    with pytest.raises(AlreadyExists):
+        await clients.tasks.import_tasks([other, task])
+    with pytest.raises(NotFound):
+        await clients.tasks.get_task(other.id)
+    await clients.tasks.import_tasks([task], replace=True)
+    assert (await clients.tasks.get_task(task.id)).status == pb.TASK_STATUS_NEW
+
+
+@pytest.mark.parametrize(
+    ("field", "spoil"),
+    [
+        ("tasks[1].id", lambda t: setattr(t, "id", "../../etc")),
+        ("tasks[1].kind", lambda t: setattr(t, "kind", "")),
+        ("tasks[1].modes", lambda t: t.ClearField("modes")),
+        ("tasks[1].modes[0]", lambda t: t.modes.__setitem__(0, common_pb.MODE_UNSPECIFIED)),
+        ("tasks[1].split", lambda t: setattr(t, "split", "holdout")),
+        ("tasks[1].environment.builder", lambda t: t.ClearField("environment")),
+        ("tasks[1].environment.python", lambda t: setattr(t.environment, "python", "three")),
+        ("tasks[1].environment.source", lambda t: t.environment.ClearField("source")),
+        (
+            "tasks[1].environment.source.sha256",
+            lambda t: setattr(t.environment.source, "sha256", "zz"),
+        ),
+        (
+            "tasks[1].environment.pins[0].files[0].filename",
+            lambda t: setattr(t.environment.pins[0].files[0], "filename", "../x"),
+        ),
+        ("tasks[1].fail_to_pass_count", lambda t: setattr(t, "fail_to_pass_count", 1)),
+        ("tasks[1].fail_to_pass_sha256", lambda t: setattr(t, "fail_to_pass_sha256", "0" * 64)),
+        (
+            "tasks[1].fixes[0].changes[0].path",
+            lambda t: setattr(t.fixes[0].changes[0], "path", "a/../../b"),
+        ),
+    ],
+)
+async def test_a_malformed_task_is_refused_by_field_and_nothing_is_stored(
+    clients: Clients, field: str, spoil
+):
+    good, bad = samples.task(), samples.task()
+    spoil(bad)
+    with pytest.raises(InvalidArgument) as caught:
+        await clients.tasks.import_tasks([good, bad])
+    assert caught.value.field == field
+    with pytest.raises(NotFound):
+        await clients.tasks.get_task(good.id)
+
+
+async def test_gate_reports_need_their_evidence(clients: Clients):
+    (task_id,) = await imported(clients)
+    with pytest.raises(NotFound):
+        await clients.tasks.get_gate_report(task_id)
+    once = samples.report(task_id)
+    del once.checks[1]
+    failed = samples.report(task_id)
+    failed.checks[0].ok = False
+    flaky = samples.report(task_id)
+    flaky.flaky.append("tests/test_a.py::test_one")
+    for report in (once, failed, flaky):
+        with pytest.raises(InvalidArgument):
+            await clients.tasks.record_gate(report)
+    assert (await clients.tasks.get_task(task_id)).status == pb.TASK_STATUS_NEW
+    flaky.status = pb.TASK_STATUS_QUARANTINED
+    await clients.tasks.record_gate(flaky)
+    task = await clients.tasks.record_gate(samples.report(task_id), validation_time_s=2.5)
+    assert task.status == pb.TASK_STATUS_ADMITTED
+    assert task.validation_time.ToMilliseconds() == 2500
+    stored = await clients.tasks.get_gate_report(task_id)
+    stored.ClearField("create_time")
+    assert stored == samples.report(task_id)
+
+
+async def test_no_package_is_in_two_splits(clients: Clients):
+    package = samples.fresh("pkg")
+    tasks = [samples.task(package=package) for _ in range(3)]
+    await clients.tasks.import_tasks(tasks)
+    ids = [task.id for task in tasks]
+    assert await clients.tasks.split_tasks(dict.fromkeys(ids, "train")) == 3
+    with pytest.raises(InvalidArgument, match=package):
+        await clients.tasks.split_tasks({ids[0]: "test"})
+    assert (await clients.tasks.get_task(ids[0])).split == "train"
+    assert await clients.tasks.split_tasks(dict.fromkeys(ids, "test")) == 3
+    with pytest.raises(NotFound):
+        await clients.tasks.split_tasks({"no-such-task": "train"})
+    with pytest.raises(InvalidArgument):
+        await clients.tasks.split_tasks({ids[0]: "holdout"})
+    late = samples.task(package=package)
+    late.split = "train"
+    with pytest.raises(InvalidArgument):
+        await clients.tasks.import_tasks([late])
+
+
+async def test_tasks_are_listed_in_pages_and_by_filter(clients: Clients):
+    culprit = samples.fresh("culprit")
+    tasks = [samples.task() for _ in range(7)]
+    for task in tasks:
+        task.culprit = culprit
+    await clients.tasks.import_tasks(tasks)
+    wanted = pb.TaskFilter(culprit=culprit, mode=common_pb.MODE_KEEP_NEW)
+    seen, token = [], ""
+    while True:
+        page = await clients.tasks.list_tasks(page_size=3, page_token=token, filter=wanted)
+        seen += [task.id for task in page.tasks]
+        token = page.next_page_token
+        if not token:
+            break
+    assert seen == sorted(task.id for task in tasks)
+    admitted = pb.TaskFilter(culprit=culprit, statuses=[pb.TASK_STATUS_ADMITTED])
+    assert await clients.tasks.all_tasks(admitted) == []
+    stats = await clients.tasks.get_task_stats()
+    assert stats.counts["culprit"].values[culprit] == 7
+
+
+async def test_page_tokens_are_checked(clients: Clients):
+    await imported(clients, 3)
+    page = await clients.tasks.list_tasks(page_size=1)
+    assert page.next_page_token
+    tampered = ("A" if page.next_page_token[0] != "A" else "B") + page.next_page_token[1:]
+    for token in ("garbage", "%%%", tampered, "AAAA"):
+        with pytest.raises(InvalidArgument) as caught:
+            await clients.tasks.list_tasks(page_token=token)
+        assert caught.value.field == "page_token"
+    with pytest.raises(InvalidArgument):
+        await clients.tasks.list_tasks(
+            page_token=page.next_page_token, filter=pb.TaskFilter(split="train")
+        )
+    with pytest.raises(InvalidArgument) as caught:
+        await clients.tasks.list_tasks(page_size=1001)
+    assert caught.value.field == "page_size"
+
+
+# ---- trajectories
+
+
+async def test_a_trajectory_comes_back_bit_for_bit(clients: Clients):
+    (task_id,) = await imported(clients)
+    sent = samples.trajectory(task_id, tokens=4000)
+    sent.seed = (1 << 64) - 1
+    sent.id = await clients.trajectories.commit_trajectory(sent)
+    stored = await clients.trajectories.get_trajectory(sent.id)
+    for turn in stored.turns:
+        if not turn.duration.ByteSize():
+            turn.ClearField("duration")
+    assert stored == sent
+    brief = await clients.trajectories.get_trajectory(sent.id, without_tokens=True)
+    assert not brief.token_ids
+    assert len(brief.turns) == 4
+
+
+async def test_the_same_trajectory_id_is_stored_once(clients: Clients):
+    (task_id,) = await imported(clients)
+    sent = samples.trajectory(task_id)
+    sent.id = await clients.trajectories.commit_trajectory(sent)
+    assert await clients.trajectories.commit_trajectory(sent) == sent.id
+    sent.reward.value = 0.5
+    with pytest.raises(AlreadyExists):
+        await clients.trajectories.commit_trajectory(sent)
+
+
+@pytest.mark.parametrize(
+    ("field", "spoil"),
+    [
+        ("trajectory.loss_mask", lambda t: setattr(t, "loss_mask", t.loss_mask[:-1])),
+        ("trajectory.logprobs", lambda t: t.logprobs.append(-1.0)),
+        ("trajectory.logprobs[0]", lambda t: t.logprobs.__setitem__(0, -1.0)),
+        ("trajectory.logprobs[12]", lambda t: t.logprobs.__setitem__(12, float("nan"))),
+        ("trajectory.logprobs[12]", lambda t: t.logprobs.__setitem__(12, 0.5)),
+        (
+            "trajectory.loss_mask[3]",
+            lambda t: setattr(t, "loss_mask", b"\0\0\0\2" + t.loss_mask[4:]),
+        ),
+        ("trajectory.token_ids[2]", lambda t: t.token_ids.__setitem__(2, -1)),
+        ("trajectory.versions[1]", lambda t: setattr(t.versions[1], "start", 15)),
+        ("trajectory.versions[30]", lambda t: t.versions.__delitem__(1)),
+        ("trajectory.turns[2].role", lambda t: setattr(t.turns[2], "token_start", 15)),
+        ("trajectory.turns[1].index", lambda t: setattr(t.turns[1], "index", 5)),
+        ("trajectory.prompt_tokens", lambda t: setattr(t, "prompt_tokens", 41)),
+        ("trajectory.reward.value", lambda t: setattr(t.reward, "value", float("inf"))),
+        ("trajectory.changes[0].path", lambda t: setattr(t.changes[0], "path", "/etc/passwd")),
+        ("trajectory.end", lambda t: t.ClearField("end")),
+        ("trajectory.mode", lambda t: t.ClearField("mode")),
+        ("trajectory.id", lambda t: setattr(t, "id", "trj_1")),
+        ("trajectory.end_time", lambda t: setattr(t.end_time, "seconds", 1)),
+    ],
+)
+async def test_a_malformed_trajectory_is_refused_by_field(clients: Clients, field: str, spoil):
+    (task_id,) = await imported(clients)
+    bad = samples.trajectory(task_id)
+    spoil(bad)
+    if field == "trajectory.turns[2].role":
+        bad.turns[1].token_end = 15
+    with pytest.raises(InvalidArgument) as caught:
+        await clients.trajectories.commit_trajectory(bad)
+    assert caught.value.field == field
+    listed = await clients.trajectories.list_trajectories(
+        filter=pb.TrajectoryFilter(task_id=task_id)
+    )
+    assert not listed.trajectories
+
+
+async def test_unknown_references_are_not_found(clients: Clients):
+    (task_id,) = await imported(clients)
+    with pytest.raises(NotFound, match="task"):
+        await clients.trajectories.commit_trajectory(samples.trajectory("no-such-task"))
+    orphan = samples.trajectory(task_id)
+    orphan.run_id = "run_" + "0" * 32
+    with pytest.raises(NotFound, match="run"):
+        await clients.trajectories.commit_trajectory(orphan)
+    with pytest.raises(NotFound):
+        await clients.trajectories.get_trajectory("trj_" + "0" * 32)
+    with pytest.raises(InvalidArgument):
+        await clients.trajectories.get_trajectory("'; DROP TABLE tasks; --")
+
+
+async def test_trajectories_are_listed_newest_first_and_exported_oldest_first(clients: Clients):
+    (task_id,) = await imported(clients)
+    ids = []
+    for number in range(5):
+        sent = samples.trajectory(task_id, reward=-1.0 if number == 2 else 1.0)
+        ids.append(await clients.trajectories.commit_trajectory(sent))
+    wanted = pb.TrajectoryFilter(task_id=task_id)
+    seen, token = [], ""
+    while True:
+        page = await clients.trajectories.list_trajectories(
+            page_size=2, page_token=token, filter=wanted
+        )
+        seen += page.trajectories
+        token = page.next_page_token
+        if not token:
+            break
+    assert [item.id for item in seen] == ids[::-1]
+    assert not any(item.token_ids or item.turns or item.changes for item in seen)
+    assert seen[0].reward.parts[0].name == "validation"
+    assert seen[0].validation.summary == "42 of 42 tests passed"
+    assert not seen[0].validation.log
+    exported = [item async for item in clients.trajectories.export_trajectories(wanted)]
+    assert [item.id for item in exported] == ids
+    assert len(exported[0].token_ids) == 40
+    hacked = pb.TrajectoryFilter(task_id=task_id, hack="test-deleted")
+    page = await clients.trajectories.list_trajectories(filter=hacked)
+    assert [item.id for item in page.trajectories] == [ids[2]]
+    solved = pb.TrajectoryFilter(task_id=task_id, solved_only=True)
+    assert len((await clients.trajectories.list_trajectories(filter=solved)).trajectories) == 4
+
+
+async def test_damaged_tokens_are_data_loss(clients: Clients, tmp_path: Path):
+    (task_id,) = await imported(clients)
+    trajectory_id = await clients.trajectories.commit_trajectory(samples.trajectory(task_id))
+    for path in (tmp_path / "blobs").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"x" * path.stat().st_size)
+    with pytest.raises(DataLoss):
+        await clients.trajectories.get_trajectory(trajectory_id)
+    assert await clients.trajectories.get_trajectory(trajectory_id, without_tokens=True)
+
+
+# ---- runs
+
+
+async def test_runs_are_found_by_name_and_keep_their_documents(clients: Clients):
+    name = samples.fresh("run")
+    made = await clients.runs.create_run(
+        name, "grpo", config={"lr": 1e-6, "nested": {"a": [1, "x"]}}
+    )
+    assert not made.existed
+    again = await clients.runs.create_run(name, "grpo")
+    assert again.existed
+    assert again.run.id == made.run.id
+    with pytest.raises(AlreadyExists):
+        await clients.runs.create_run(name, "sft")
+    with pytest.raises(InvalidArgument):
+        await clients.runs.create_run(samples.fresh(), "dance")
+    updated = await clients.runs.update_run(made.run.id, state="done", summary={"solved": 3})
+    assert updated.state == "done"
+    assert updated.summary["solved"] == 3
+    assert updated.config["nested"]["a"][1] == "x"
+    assert (await clients.runs.get_run(name)).id == made.run.id
+    with pytest.raises(NotFound):
+        await clients.runs.get_run("nothing")
+    with pytest.raises(InvalidArgument):
+        await clients.runs.update_run(made.run.id, state="asleep")
+    with pytest.raises(NotFound):
+        await clients.runs.update_run("run_" + "0" * 32, state="done")
+    page = await clients.runs.list_runs(page_size=1, kind="grpo")
+    assert page.runs[0].id == made.run.id
+
+
+async def test_metrics_replace_each_other_and_come_in_step_order(clients: Clients):
+    run_id = await new_run(clients)
+    for step in (3, 1, 2):
+        await clients.runs.record_metrics(run_id, step, {"loss": 1.0 / step, "reward": float(step)})
+    await clients.runs.record_metrics(run_id, 2, {"loss": 9.0})
+    points = await clients.runs.list_metrics(run_id, names=["loss"], from_step=2)
+    assert [(point.step, point.value) for point in points] == [(2, 9.0), (3, 1.0 / 3)]
+    with pytest.raises(InvalidArgument):
+        await clients.runs.record_metrics(run_id, 4, {"loss": float("nan")})
+    with pytest.raises(NotFound):
+        await clients.runs.record_metrics("run_" + "0" * 32, 4, {"loss": 1.0})
+
+
+# ---- the queue
+
+
+async def committed_group(
+    clients: Clients, run_id: str, task_id: str, size: int = 2, step: int = 1
+):
+    (group_id,) = await clients.queue.enqueue_groups([samples.group(run_id, task_id, size, step)])
+    leases = await clients.queue.lease_rollouts("worker", size, run_id=run_id)
+    for lease in leases:
+        await clients.queue.commit_rollout(lease.id, samples.trajectory(task_id))
+    return group_id
+
+
+async def test_a_rollout_from_queue_to_checkpoint(clients: Clients):
+    (task_id,) = await imported(clients)
+    run_id = await new_run(clients)
+    (group_id,) = await clients.queue.enqueue_groups([samples.group(run_id, task_id, 3)])
+    leases = await clients.queue.lease_rollouts("worker", 10, run_id=run_id)
+    assert [lease.group_index for lease in leases] == [0, 1, 2]
+    assert len({lease.seed for lease in leases}) == 3
+    assert not await clients.queue.lease_rollouts("worker", 10, run_id=run_id)
+    for position, lease in enumerate(leases):
+        answer = await clients.queue.commit_rollout(lease.id, samples.trajectory(task_id))
+        assert answer.group_complete == (position == 2)
+    (taken,) = await clients.queue.take_groups(run_id, 5)
+    assert taken.group.id == group_id
+    assert [t.group_index for t in taken.trajectories] == [0, 1, 2]
+    assert [t.seed for t in taken.trajectories] == [lease.seed for lease in leases]
+    assert len(taken.trajectories[0].token_ids) == 40
+    assert not await clients.queue.take_groups(run_id, 5)
+    checkpoint = await clients.runs.record_checkpoint(
+        pb.CheckpointRecord(run_id=run_id, step=1, uri="file:///c1", group_ids=[group_id])
+    )
+    queue = await clients.queue.get_queue(run_id)
+    assert dict(queue.groups) == {"acknowledged": 1}
+    assert dict(queue.rollouts) == {"committed": 3}
+    listed = await clients.runs.list_checkpoints(run_id)
+    assert [c.id for c in listed.checkpoints] == [checkpoint.id]
+    assert list(listed.checkpoints[0].group_ids) == [group_id]
+
+
+async def test_enqueue_is_idempotent_by_group_id(clients: Clients):
+    (task_id,) = await imported(clients)
+    run_id = await new_run(clients)
+    group = samples.group(run_id, task_id)
+    group.id = "grp_" + uuid.uuid4().hex
+    for _ in range(3):
+        assert list(await clients.queue.enqueue_groups([group])) == [group.id]
+    assert (await clients.queue.get_queue(run_id)).rollouts["waiting"] == 2
+    group.seed += 1
+    with pytest.raises(AlreadyExists):
+        await clients.queue.enqueue_groups([group])
+
+
+@pytest.mark.parametrize(
+    ("field", "spoil"),
+    [
+        ("groups[0].size", lambda g: setattr(g, "size", 0)),
+        ("groups[0].size", lambda g: setattr(g, "size", 100_000)),
+        ("groups[0].mode", lambda g: g.ClearField("mode")),
+        ("groups[0].pipeline", lambda g: g.ClearField("pipeline")),
+        ("groups[0].grader", lambda g: setattr(g, "grader", 99)),
+        ("groups[0].id", lambda g: setattr(g, "id", "mine")),
+        ("groups[0].run_id", lambda g: setattr(g, "run_id", "")),
+    ],
+)
+async def test_a_malformed_group_is_refused_by_field(clients: Clients, field: str, spoil):
+    (task_id,) = await imported(clients)
+    group = samples.group(await new_run(clients), task_id)
+    spoil(group)
+    with pytest.raises(InvalidArgument) as caught:
+        await clients.queue.enqueue_groups([group])
+    assert caught.value.field == field
+
+
+async def test_a_repeated_request_gets_the_same_answer(clients: Clients):
+    (task_id,) = await imported(clients)
+    run_id = await new_run(clients)
+    group = samples.group(run_id, task_id)
+    first = await clients.queue.enqueue_groups([group], request_id="r-" + run_id)
+    assert await clients.queue.enqueue_groups([group], request_id="r-" + run_id) == first
+    with pytest.raises(InvalidArgument) as caught:
+        await clients.queue.enqueue_groups([group, group], request_id="r-" + run_id)
+    assert caught.value.field == "request_id"
+    leases = await clients.queue.lease_rollouts("w", 1, run_id=run_id, request_id="l-" + run_id)
+    again = await clients.queue.lease_rollouts("w", 1, run_id=run_id, request_id="l-" + run_id)
+    assert again == leases
+
+
+async def test_a_trajectory_must_be_of_its_lease(clients: Clients):
+    first, second = await imported(clients, 2)
+    run_id = await new_run(clients)
+    await clients.queue.enqueue_groups([samples.group(run_id, first)])
+    (lease,) = await clients.queue.lease_rollouts("w", 1, run_id=run_id)
+    with pytest.raises(InvalidArgument) as caught:
+        await clients.queue.commit_rollout(lease.id, samples.trajectory(second))
+    assert caught.value.field == "trajectory.task_id"
+    wrong = samples.trajectory(first)
+    wrong.seed = lease.seed + 1
+    with pytest.raises(InvalidArgument) as caught:
+        await clients.queue.commit_rollout(lease.id, wrong)
+    assert caught.value.field == "trajectory.seed"
+    unknown = "lse_" + "0" * 32
+    for call in (
+        clients.queue.commit_rollout(unknown, samples.trajectory(first)),
+        clients.queue.fail_rollout(unknown, "?"),
+        clients.queue.heartbeat([unknown]),
+    ):
+        with pytest.raises(NotFound):
+            await call
+
+
+async def test_commit_is_idempotent_under_its_lease(clients: Clients):
+    (task_id,) = await imported(clients)
+    run_id = await new_run(clients)
+    await clients.queue.enqueue_groups([samples.group(run_id, task_id, 1)])
+    (lease,) = await clients.queue.lease_rollouts("w", 1, run_id=run_id)
+    done = await clients.queue.commit_rollout(lease.id, samples.trajectory(task_id))
+    again = await clients.queue.commit_rollout(lease.id, samples.trajectory(task_id))
+    assert again.trajectory_id == done.trajectory_id
+    assert again.group_complete
+    with pytest.raises(LeaseExpired):
+        await clients.queue.commit_rollout(lease.id, samples.trajectory(task_id, salt="other"))
+    with pytest.raises(LeaseExpired):
+        await clients.queue.fail_rollout(lease.id, "too late")
+    with pytest.raises(LeaseExpired):
+        await clients.queue.heartbeat([lease.id])
+
+
+async def test_infrastructure_failures_are_retried_then_lost(clients: Clients):
+    (task_id,) = await imported(clients)
+    run_id = await new_run(clients)
+    await clients.queue.enqueue_groups([samples.group(run_id, task_id, 2)])
+    seeds = set()
+    for attempt in range(4):
+        (lease,) = await clients.queue.lease_rollouts("w", 1, run_id=run_id)
+        assert (lease.group_index, lease.attempt) == (0, attempt)
+        seeds.add(lease.seed)
+        assert await clients.queue.fail_rollout(lease.id, "sandbox died \x00") == (attempt < 3)
+    assert len(seeds) == 1
+    (lease,) = await clients.queue.lease_rollouts("w", 1, run_id=run_id)
+    await clients.queue.commit_rollout(lease.id, samples.trajectory(task_id))
+    (taken,) = await clients.queue.take_groups(run_id, 1)
+    assert taken.lost == 1
+    assert [t.group_index for t in taken.trajectories] == [1]
+
+
+async def test_rewinding_gives_back_exactly_what_the_checkpoint_lacks(clients: Clients):
+    (task_id,) = await imported(clients)
+    run_id = await new_run(clients)
+    ids = [await committed_group(clients, run_id, task_id, 1, step) for step in (1, 2, 3, 4)]
+    await clients.queue.take_groups(run_id, 3)
+    first = await clients.runs.record_checkpoint(
+        pb.CheckpointRecord(run_id=run_id, step=1, uri="file:///c1", group_ids=ids[:1])
+    )
+    second = await clients.runs.record_checkpoint(
+        pb.CheckpointRecord(run_id=run_id, step=2, uri="file:///c2", group_ids=ids[1:2])
+    )
+    rewound = await clients.queue.rewind_run(run_id, checkpoint_id=first.id)
+    assert (rewound.groups, rewound.epoch) == (2, 2)
+    assert (await clients.runs.get_run(run_id)).epoch == 2
+    listed = await clients.runs.list_checkpoints(run_id)
+    assert [c.id for c in listed.checkpoints] == [first.id]
+    taken = await clients.queue.take_groups(run_id, 10)
+    assert [item.group.id for item in taken] == ids[1:]
+    with pytest.raises(FailedPrecondition):
+        await clients.queue.acknowledge_groups(ids[1:2], second.id)
+    with pytest.raises(FailedPrecondition):
+        await clients.queue.rewind_run(run_id, checkpoint_id=second.id)
+    assert (await clients.queue.rewind_run(run_id)).groups == 4
+
+
+async def test_a_driver_of_an_earlier_epoch_is_refused(clients: Clients):
+    (task_id,) = await imported(clients)
+    run_id = await new_run(clients)
+    group_id = await committed_group(clients, run_id, task_id, 1)
+    await clients.queue.rewind_run(run_id)
+    checkpoint = pb.CheckpointRecord(run_id=run_id, uri="x", group_ids=[group_id])
+    with pytest.raises(Aborted, match="epoch 2, not 1"):
+        await clients.queue.take_groups(run_id, 1, epoch=1)
+    assert await clients.queue.take_groups(run_id, 1, epoch=2)
+    with pytest.raises(Aborted):
+        await clients.runs.record_checkpoint(checkpoint, epoch=1)
+    await clients.runs.record_checkpoint(checkpoint, epoch=2)
+
+
+async def test_only_taken_groups_of_the_run_can_be_acknowledged(clients: Clients):
+    (task_id,) = await imported(clients)
+    run_id, other_run = await new_run(clients), await new_run(clients)
+    group_id = await committed_group(clients, run_id, task_id, 1)
+    for wrong, error in (
+        (pb.CheckpointRecord(run_id=run_id, uri="x", group_ids=[group_id]), FailedPrecondition),
+        (pb.CheckpointRecord(run_id=run_id, uri="x", group_ids=["grp_" + "0" * 32]), NotFound),
+        (pb.CheckpointRecord(run_id="run_" + "0" * 32, uri="x"), NotFound),
+        (pb.CheckpointRecord(run_id=run_id, uri=""), InvalidArgument),
+    ):
+        with pytest.raises(error):
+            await clients.runs.record_checkpoint(wrong)
+    await clients.queue.take_groups(run_id, 1)
+    with pytest.raises(FailedPrecondition):
+        await clients.runs.record_checkpoint(
+            pb.CheckpointRecord(run_id=other_run, uri="x", group_ids=[group_id])
+        )
+    assert not (await clients.runs.list_checkpoints(run_id)).checkpoints
+
+
+async def test_a_missing_request_id_is_refused(dataset_address: str):
+    async with connect(dataset_address) as channel:
+        with pytest.raises(grpc.aio.AioRpcError, match="request_id"):
+            await pb.RunServiceStub(channel).CreateRun(pb.CreateRunRequest(name="x", kind="sft"))
