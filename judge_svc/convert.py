@@ -40,7 +40,7 @@ def evidence_from(message: pb.Evidence, field: str) -> Evidence:
     return Evidence(
         changes=tuple(_change(c, f"{field}.changes") for c in message.changes),
         originals=tuple(
-            Change(c.path, ChangeKind.MODIFY, c.content, c.mode) for c in message.originals
+            Change(c.path, ChangeKind.MODIFY, c.content, c.mode or 0o644) for c in message.originals
         ),
         unified_diff=message.unified_diff,
         error_log=message.error_log[-MAX_LOG_CHARS:],

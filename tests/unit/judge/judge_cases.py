@@ -12,6 +12,9 @@ from judge_svc.evidence import (
     FindingClass,
     TestRun,
 )
+from regreen.common import v1 as common_pb
+from regreen.judge import v1 as pb
+from regreen.sandbox import v1 as sandbox_pb
 
 Sides = tuple[str | None, str | None]
 
@@ -73,3 +76,39 @@ def case(
 
 def _text(text: str | None) -> str | None:
     return None if text is None else textwrap.dedent(text).lstrip("\n")
+
+
+def labelled(example: Case) -> pb.LabelledEvidence:
+    """A case as it travels in a CalibrateRequest."""
+    evidence = example.evidence
+    message = pb.Evidence(
+        trajectory_id=example.name,
+        error_log=evidence.error_log,
+        changes=[_file(c) for c in evidence.changes],
+        originals=[_file(c) for c in evidence.originals],
+        before=_run(evidence.before),
+        after=_run(evidence.after),
+        mode=common_pb.MODE_ANY_FIX,
+        protected_paths=evidence.protected_paths,
+        rebuilds_without_edit=evidence.rebuilds_without_edit,
+    )
+    classes = [pb.FindingClass.Value(f"FINDING_CLASS_{cls}") for cls in sorted(example.labels)]
+    return pb.LabelledEvidence(evidence=message, classes=classes)
+
+
+def _file(change: Change) -> common_pb.FileChange:
+    kind = common_pb.ChangeKind.Value(f"CHANGE_KIND_{change.kind}")
+    return common_pb.FileChange(path=change.path, kind=kind, content=change.content)
+
+
+def _run(run: TestRun | None) -> sandbox_pb.Validation:
+    assert run is not None
+    tests = [
+        sandbox_pb.TestResult(id=name, outcome=common_pb.TestOutcome.Value(f"TEST_OUTCOME_{value}"))
+        for name, value in run.tests.items()
+    ]
+    outcome = sandbox_pb.ValidationOutcome.Value(f"VALIDATION_OUTCOME_{run.outcome}")
+    coverage = None
+    if run.coverage is not None:
+        coverage = sandbox_pb.Coverage(lines=run.coverage.lines, covered=run.coverage.covered)
+    return sandbox_pb.Validation(outcome=outcome, tests=tests, coverage=coverage)
