@@ -1,0 +1,123 @@
+"""Builds a policy from settings: model folder, engine, versions, limits.
+
+- The version that served last is served again, when its weights are still there.
+- Packages of an engine are imported only when that engine is chosen.
+"""
+
+import asyncio
+import json
+import time
+from pathlib import Path
+
+from policy_svc.chat import ChatMl
+from policy_svc.engines.base import Engine
+from policy_svc.engines.openai import OpenAiEngine, OpenAiOptions
+from policy_svc.engines.process import LocalOptions, ProcessEngine, local_engines
+from policy_svc.engines.scripted import Script, ScriptedEngine
+from policy_svc.engines.sglang import SglangEngine, SglangOptions
+from policy_svc.limits import Limits
+from policy_svc.model_store import HEADER, ensure_default_model
+from policy_svc.policy import Policy
+from policy_svc.settings import PolicySettings
+from policy_svc.versions import PolicyVersion, Serving, Versions, WeightSource, read_record
+from regreen.rpc.errors import FailedPrecondition, MissingDependency, NotFound
+from regreen.rpc.logging import get
+
+
+async def open_policy(settings: PolicySettings) -> Policy:
+    """Build and start; close `policy.engine` when done.
+
+    Raises:
+        RegreenError: the model or engine is missing; says what to install or set.
+    """
+    model = settings.model
+    if model is None:
+        report = get().info
+        found = await asyncio.to_thread(ensure_default_model, settings.home, report)
+        model = found.path
+    if not (model / "tokenizer.json").is_file():
+        raise NotFound(f"model: {model} is no model folder (it has no tokenizer.json)")
+    chat = ChatMl.from_folder(model)
+    record = settings.home / "policy" / "serving.json"
+    serving = _last(settings, record) or Serving(PolicyVersion(), model, time.time())
+    engine = _engine(settings, model.resolve(), chat, serving)
+    await engine.start()
+    if engine.version != serving.policy.version:
+        serving = await _put_back(engine, serving, model)
+    source = WeightSource(model.resolve(), settings.home / "policy" / "weights")
+    limits = Limits(
+        settings.max_running, settings.max_waiting, settings.max_samples, settings.max_new_tokens
+    )
+    return Policy(engine, chat, Versions(engine, source, record, serving), limits)
+
+
+def _last(settings: PolicySettings, record: Path) -> Serving | None:
+    if not settings.restore or settings.engine == "openai":
+        return None
+    return read_record(record)
+
+
+async def _put_back(engine: Engine, serving: Serving, model: Path) -> Serving:
+    """Load the last version into an engine that starts with its own weights."""
+    try:
+        await engine.load(serving.policy.version, serving.path)
+    except FailedPrecondition as error:
+        get().warning("the last version was not restored", error=error.message)
+        return Serving(PolicyVersion(version=engine.version), model, time.time())
+    return serving
+
+
+def _engine(settings: PolicySettings, model: Path, chat: ChatMl, serving: Serving) -> Engine:
+    name: str = settings.engine
+    config = json.loads((model / "config.json").read_bytes())
+    if name == "auto":
+        name = _best_local(config, model)
+    if name == "scripted":
+        assert settings.script is not None
+        script = Script.read(settings.script)
+        context = config["max_position_embeddings"]
+        return ScriptedEngine(script, chat.tokenizer, chat.end_id, context)
+    if name == "openai":
+        return OpenAiEngine(
+            OpenAiOptions(
+                settings.openai_url,
+                settings.openai_model,
+                settings.openai_key.get_secret_value(),
+                logprobs=settings.openai_logprobs,
+            ),
+            chat.tokenizer,
+            chat.end_id,
+        )
+    if name == "sglang":
+        return SglangEngine(_sglang_options(settings), chat.tokenizer, chat.end_id)
+    options = LocalOptions(
+        engine=name,
+        model=model,
+        weights=serving.path.resolve(),
+        version=serving.policy.version,
+        threads=settings.threads,
+        kv_cache_gib=settings.kv_cache_gib,
+        dtype=settings.dtype,
+    )
+    return ProcessEngine(options, chat.end_id)
+
+
+def _sglang_options(settings: PolicySettings) -> SglangOptions:
+    local, _, remote = settings.sglang_path_map.partition("=")
+    return SglangOptions(
+        urls=tuple(url.strip() for url in settings.sglang_urls.split(",") if url.strip()),
+        api_key=settings.sglang_key.get_secret_value(),
+        path_map=(local, remote) if local else None,
+    )
+
+
+def _best_local(config: dict[str, object], model: Path) -> str:
+    installed = local_engines()
+    if "openvino" in installed and (model / HEADER).is_file():
+        return "openvino"
+    if "torch" in installed and config.get("model_type") == "llama":
+        return "torch"
+    raise MissingDependency(
+        "no local engine can serve this model; install openvino-genai or torch, "
+        "or set engine to sglang or openai"
+    )

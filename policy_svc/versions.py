@@ -1,0 +1,215 @@
+"""Which weights serve: loads versions by reference and remembers the current one.
+
+- A load that fails leaves the old version serving; a load that was asked for twice is done once.
+- Versions of one run only go up, unless the caller says `allow_older`; another run may start low.
+- The bytes are hashed before they are used when the caller gives a digest.
+- The current version is written down (atomically) after each switch, so that a service that was
+  killed serves the same version when it comes back.
+"""
+
+import asyncio
+import hashlib
+import json
+import os
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from policy_svc import metrics
+from policy_svc.engines.base import Engine
+from policy_svc.engines.weights import INDEX, SINGLE
+from regreen.blobs import Digest, open_blobs
+from regreen.rpc.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound
+from regreen.rpc.logging import get
+
+_KEPT_DOWNLOADS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyVersion:
+    """Weights by reference; an empty `uri` is the base model, an empty `sha256` is not checked."""
+
+    version: int = 0
+    uri: str = ""
+    sha256: str = ""
+    size_bytes: int = 0
+    run_id: str = ""
+    step: int = 0
+
+    @property
+    def digest(self) -> Digest | None:
+        """The digest, if one was given."""
+        return Digest(self.sha256, self.size_bytes) if self.sha256 else None
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """The version that serves, its local weights, and since when (seconds since the epoch)."""
+
+    policy: PolicyVersion
+    path: Path
+    since_s: float
+
+
+class WeightSource:
+    """Finds the local path of weights; fetches blobs into `folder`."""
+
+    def __init__(self, base: Path, folder: Path) -> None:
+        self._base, self._folder = base, folder
+
+    async def path_of(self, policy: PolicyVersion) -> Path:
+        """Return a safetensors file, or a folder with one, whose digest was checked.
+
+        Raises:
+            NotFound: nothing is there.
+            DataLoss: its bytes do not match the digest.
+            InvalidArgument: the URI is no path and no blob with a digest.
+        """
+        if not policy.uri:
+            return self._base
+        parts = urlsplit(policy.uri)
+        if parts.scheme in ("", "file"):
+            path = Path(unquote(parts.path))
+            if not path.is_absolute():
+                raise InvalidArgument(
+                    "policy.uri", f"{policy.uri!r} is relative", "make it absolute"
+                )
+            if path.is_file() or _is_checkpoint(path):
+                await self._verify(path, policy)
+                return path
+        return await self._fetch(policy)
+
+    async def _verify(self, path: Path, policy: PolicyVersion) -> None:
+        if not policy.sha256:
+            return
+        file = path if path.is_file() else path / SINGLE
+        if not file.is_file():
+            raise InvalidArgument(
+                "policy.digest", "cannot be checked for sharded weights", "omit it"
+            )
+        found = await asyncio.to_thread(_digest, file)
+        if found.sha256 != policy.sha256:
+            raise DataLoss(f"{file} has the digest {found}, not {policy.digest}")
+
+    async def _fetch(self, policy: PolicyVersion) -> Path:
+        digest = policy.digest
+        if digest is None:
+            raise NotFound(f"no weights at {policy.uri}; for a blob store, give the digest too")
+        self._folder.mkdir(parents=True, exist_ok=True)
+        target = self._folder / f"{digest.sha256}.safetensors"
+        if not target.is_file():
+            self._prune()
+            parts = urlsplit(policy.uri)
+            if parts.scheme in ("", "file") and not Path(unquote(parts.path)).is_dir():
+                raise NotFound(f"no weights at {policy.uri}")
+            await open_blobs(policy.uri).get_file(digest, target)
+        return target
+
+    def _prune(self) -> None:
+        files = sorted(self._folder.glob("*.safetensors"), key=lambda f: f.stat().st_mtime)
+        for file in files[: max(0, len(files) - _KEPT_DOWNLOADS + 1)]:
+            file.unlink(missing_ok=True)
+
+
+class Versions:
+    """The one place that changes an engine's weights."""
+
+    def __init__(
+        self, engine: Engine, source: WeightSource, record: Path, serving: Serving
+    ) -> None:
+        self._engine, self._source, self._record = engine, source, record
+        self._serving = serving
+        self._lock = asyncio.Lock()
+        metrics.VERSION.set(serving.policy.version)
+
+    @property
+    def serving(self) -> Serving:
+        """What serves now."""
+        return self._serving
+
+    async def load(
+        self, policy: PolicyVersion, *, allow_older: bool = False
+    ) -> tuple[PolicyVersion, float]:
+        """Switch to a version; what serves now, and the seconds without sampling.
+
+        The switch goes on when the caller leaves, so that engine and record never differ.
+
+        Raises:
+            InvalidArgument, NotFound, DataLoss: see `WeightSource.path_of`.
+            FailedPrecondition: the version is older, or the weights do not fit.
+        """
+        if policy.version < 0:
+            raise InvalidArgument("policy.version", f"is {policy.version}", "use 0 or more")
+        return await asyncio.shield(self._load(policy, allow_older))
+
+    async def _load(self, policy: PolicyVersion, allow_older: bool) -> tuple[PolicyVersion, float]:
+        async with self._lock:
+            current = self._serving.policy
+            if _same(policy, current):
+                return current, 0.0
+            _check_order(policy, current, allow_older)
+            start_s = time.monotonic()
+            try:
+                path = await self._source.path_of(policy)
+                pause_s = await self._engine.load(policy.version, path)
+            except BaseException:
+                metrics.LOADS.labels("failed").inc()
+                raise
+            self._serving = Serving(policy, path, time.time())
+            await asyncio.to_thread(write_record, self._record, self._serving)
+            metrics.LOADS.labels("loaded").inc()
+            metrics.LOAD_SECONDS.observe(time.monotonic() - start_s)
+            metrics.VERSION.set(policy.version)
+            get().info("policy version", version=policy.version, uri=policy.uri)
+            return policy, pause_s
+
+
+def _same(asked: PolicyVersion, current: PolicyVersion) -> bool:
+    return replace(asked, step=0) == replace(current, step=0)
+
+
+def _check_order(asked: PolicyVersion, current: PolicyVersion, allow_older: bool) -> None:
+    if allow_older or asked.version > current.version or asked.run_id != current.run_id:
+        return
+    raise FailedPrecondition(
+        f"version {asked.version} is not newer than {current.version}, which serves; "
+        "set allow_older to go back"
+    )
+
+
+def write_record(path: Path, serving: Serving) -> None:
+    """Write down what serves; atomic."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    value = {
+        "policy": asdict(serving.policy),
+        "path": str(serving.path),
+        "since_s": serving.since_s,
+    }
+    with partial.open("w") as handle:
+        json.dump(value, handle)
+        handle.flush()
+        os.fsync(handle.fileno())
+    partial.replace(path)
+
+
+def read_record(path: Path) -> Serving | None:
+    """Return what served last, if its weights are still there."""
+    try:
+        value = json.loads(path.read_bytes())
+        weights = Path(value["path"])
+        serving = Serving(PolicyVersion(**value["policy"]), weights, float(value["since_s"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return serving if weights.is_file() or _is_checkpoint(weights) else None
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return (path / SINGLE).is_file() or (path / INDEX).is_file()
+
+
+def _digest(path: Path) -> Digest:
+    with path.open("rb") as source:
+        sha256 = hashlib.file_digest(source, "sha256").hexdigest()
+        return Digest(sha256, source.tell())
