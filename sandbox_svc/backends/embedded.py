@@ -210,6 +210,10 @@ class EmbeddedRuntime:
         finally:
             self._in_background(self.blocking(self.cgroups.destroy, seat.group))
 
+    async def settle(self) -> None:
+        """Wait until what was deleted has gone."""
+        await asyncio.gather(*self._trash, return_exceptions=True)
+
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._trash.add(task)

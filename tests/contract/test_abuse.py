@@ -1,0 +1,262 @@
+"""Attacks from inside a sandbox, each with the outcome that the service promises.
+
+Rows follow the table of the design: A resources, B privileges, C network, D files, F leaks.
+Protected files are only looked at (`access`), never written.
+"""
+
+import asyncio
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from sandbox_svc.backends.base import Command, EndReason, Limits
+from tests.contract.runtimes import SMALL, sh, started
+
+_SYSCALLS = r"""
+import ctypes, errno, json, os, socket
+libc = ctypes.CDLL(None, use_errno=True)
+def call(number, *args):
+    ctypes.set_errno(0)
+    result = libc.syscall(number, *[ctypes.c_long(a) for a in args])
+    return errno.errorcode.get(ctypes.get_errno(), "OK") if result < 0 else "OK"
+NEWUSER, NEWNS = 0x10000000, 0x20000
+print(json.dumps({
+    "mount": call(165, 0, 0, 0, 0, 0), "umount2": call(166, 0, 0), "pivot_root": call(155, 0, 0),
+    "open_tree": call(428, -100, 0, 1), "fsopen": call(430, 0, 0), "setns": call(308, 0, 0),
+    "unshare_user": call(272, NEWUSER), "unshare_both": call(272, NEWUSER | NEWNS),
+    "clone_user": call(56, NEWUSER | 17, 0, 0, 0, 0), "clone3": call(435, 0, 0),
+    "ptrace": call(101, 0, 0, 0, 0), "process_vm_readv": call(310, 1, 0, 0, 0, 0, 0),
+    "keyctl": call(250, 0, 0), "add_key": call(248, 0, 0, 0, 0), "bpf": call(321, 0, 0, 0),
+    "perf_event_open": call(298, 0, 0, -1, -1, 0), "userfaultfd": call(323, 0),
+    "io_uring_setup": call(425, 1, 0), "kexec_load": call(246, 0, 0, 0, 0),
+    "personality": call(135, 0x40000), "reboot": call(169, 0, 0, 0, 0),
+    "vsock": call(41, 40, 1, 0), "alg": call(41, 38, 5, 0), "x32": call(0x40000000 + 39),
+}))
+"""
+
+
+@pytest.fixture
+async def runtime(tmp_path):
+    async with started("embedded", tmp_path / "home") as runtime:
+        yield runtime
+
+
+@pytest.fixture
+async def box(runtime):
+    return await runtime.create([], limits=SMALL)
+
+
+async def python(box, script: str, **options):
+    return await box.run(Command(("/usr/bin/python3", "-c", script), cwd="/", **options))
+
+
+needs_python = pytest.mark.skipif(
+    not Path("/usr/bin/python3").exists(), reason="no /usr/bin/python3 on this host"
+)
+
+
+async def test_a1_fork_bomb_ends_at_the_limit_and_the_service_stays_quick(runtime, box):
+    other = await runtime.create([], limits=SMALL)
+    bomb = asyncio.create_task(sh(box, "f() { f | f & }; f; sleep 20", timeout_s=3))
+    began = time.monotonic()
+    assert (await sh(other, "echo fine")).stdout.text == "fine\n"
+    assert time.monotonic() - began < 3.0
+    await bomb
+    await box.delete()
+    limited = await runtime.create([], limits=SMALL)
+    full = await sh(limited, "for i in $(seq 100); do sleep 5 & done; echo all")
+    assert "all" not in full.stdout.text
+    if runtime.cgroups.name != "rlimit":
+        assert full.reason is EndReason.PIDS
+
+
+@needs_python
+async def test_a2_memory_bombs_end_alone(runtime, box):
+    other = await runtime.create([], limits=SMALL)
+    heap = await python(box, "x = bytearray(1 << 30)\nfor i in range(0, 1 << 30, 4096): x[i] = 1")
+    assert not heap.ok
+    shm = await sh(box, "head -c 1000000000 /dev/zero > /dev/shm/x; stat -c %s /dev/shm/x")
+    assert int(shm.stdout.text or 0) <= SMALL.memory_bytes
+    assert (await sh(other, "echo fine")).stdout.text == "fine\n"
+    if runtime.cgroups.name != "rlimit":
+        assert heap.reason is EndReason.OOM
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "cd /work; for i in $(seq 99); do head -c 8000000 /dev/zero > f$i; done; sleep 30",
+        "cd /work; i=0; while :; do i=$((i+1)); : > f$i; done",
+        "cd /work; exec 5> f; rm f; for i in $(seq 7); do head -c 8000000 /dev/zero >&5; done;"
+        " exec 6> g; rm g; for i in $(seq 7); do head -c 8000000 /dev/zero >&6; done; sleep 30",
+    ],
+    ids=["bytes", "inodes", "unlinked"],
+)
+async def test_a3_disk_is_bounded(box, script):
+    result = await sh(box, script, timeout_s=40)
+    assert result.reason is EndReason.DISK
+
+
+async def test_a3_one_file_cannot_pass_the_limit(box):
+    result = await sh(box, "head -c 200000000 /dev/zero > /work/big; stat -c %s /work/big")
+    assert int(result.stdout.text) <= SMALL.disk_bytes
+
+
+async def test_a4_spinning_ends_at_the_wall_time(box):
+    result = await sh(box, "for i in 1 2 3 4; do (while :; do :; done) & done; wait", timeout_s=1.0)
+    assert result.reason is EndReason.TIMEOUT
+    assert 1.0 <= result.wall_s < 4.0
+
+
+async def test_a5_a_flood_is_stopped_and_bad_bytes_survive(runtime):
+    box = await runtime.create([], limits=Limits(output_bytes=4 << 20))
+    result = await sh(box, "yes", output_bytes=1000, timeout_s=30)
+    assert result.reason is EndReason.OUTPUT
+    odd = await sh(box, r"printf '\377\000\303'")
+    assert odd.stdout.head == b"\xff\x00\xc3"
+
+
+async def test_a7_leftovers_end_with_freeze_and_delete(box):
+    await sh(box, "(setsid nohup sleep 1000 >/dev/null 2>&1 &)")
+    assert "sleep" in (await sh(box, "cat /proc/[0-9]*/comm")).stdout.text
+    await box.freeze()
+    assert "sleep" not in (await sh(box, "cat /proc/[0-9]*/comm")).stdout.text
+
+
+async def test_b1_kernel_settings_are_not_writable(box):
+    paths = (
+        "/proc/sys/kernel/core_pattern /proc/sys/vm/overcommit_memory /proc/sysrq-trigger"
+        " /proc/sys/kernel/hostname /proc/sys/net/ipv4/ip_forward"
+        " /usr/bin /bin/sh /etc/alternatives/../../usr/lib"
+    )
+    result = await sh(box, f"for p in {paths}; do test -w $p && echo $p; done; echo done")
+    assert result.stdout.text == "done\n"
+
+
+async def test_b2_other_processes_and_kernel_memory_are_hidden(box):
+    script = (
+        "cat /proc/1/environ /proc/1/mem /proc/1/maps 2>/dev/null; ls /proc/1/root /proc/1/fd;"
+        " cat /proc/kcore /proc/keys; ls /sys /sys/fs/cgroup; ls /proc | grep -c '^[0-9]'"
+    )
+    result = await sh(box, script)
+    assert int(result.stdout.text.split()[-1]) <= 5
+    assert result.stdout.text.split()[:-1] == ["/sys:"] or len(result.stdout.text.split()) == 1
+
+
+@needs_python
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="call numbers of x86_64")
+async def test_b3_b4_b8_dangerous_calls_are_refused(box):
+    import json
+
+    result = await python(box, _SYSCALLS)
+    answers = json.loads(result.stdout.text)
+    missing = {"clone3", "io_uring_setup", "x32"}
+    assert {name: answers[name] for name in missing} == dict.fromkeys(missing, "ENOSYS")
+    others = {name: answer for name, answer in answers.items() if name not in missing}
+    assert others == dict.fromkeys(others, "EPERM")
+
+
+async def test_b5_only_the_standard_descriptors_are_open(box):
+    result = await sh(box, "ls /proc/self/fd | sort -n | tr '\\n' ' '")
+    assert result.stdout.text == "0 1 2 3 "
+
+
+async def test_b6_no_privileges_and_no_way_to_gain_them(box):
+    status = (await sh(box, "grep -E 'Cap|NoNew|Seccomp:|^Uid' /proc/self/status")).stdout.text
+    fields = dict(line.split(":\t", 1) for line in status.splitlines())
+    assert {name: value for name, value in fields.items() if name.startswith("Cap")} == {
+        f"Cap{kind}": "0" * 16 for kind in ("Inh", "Prm", "Eff", "Bnd", "Amb")
+    }
+    assert fields["NoNewPrivs"] == "1"
+    assert fields["Seccomp"] == "2"
+    assert fields["Uid"].split() == ["1000"] * 4
+    assert not (await sh(box, "su -c id 2>&1 </dev/null")).ok
+    setuid = await sh(box, "cp /bin/sh /work/s; chmod 4755 /work/s; /work/s -p -c 'id -u'")
+    assert setuid.stdout.text == "1000\n"
+
+
+async def test_b7_killing_everything_hits_only_the_own_sandbox(runtime, box):
+    other = await runtime.create([], limits=SMALL)
+    result = await sh(
+        box, "kill -9 -1; kill -9 1; kill -INT 1; kill -HUP 1; kill -STOP 1; echo here"
+    )
+    assert result.stdout.text == "here\n" or result.reason is EndReason.SIGNAL
+    assert (await sh(box, "echo again")).stdout.text == "again\n"
+    assert (await sh(other, "echo fine")).stdout.text == "fine\n"
+
+
+async def test_b10_no_device_can_be_made_or_found(box):
+    result = await sh(box, "mknod /work/d b 8 0; ls /dev | tr '\\n' ' '; ls /dev/vda /dev/kvm")
+    assert result.stdout.text.split() == sorted(
+        "fd full null ptmx pts random shm stderr stdin stdout tty urandom zero".split()
+    )
+
+
+async def test_c2_ports_of_the_host_are_not_reachable(box):
+    server = await asyncio.start_server(lambda r, w: w.close(), "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    script = f"exec 3<>/dev/tcp/127.0.0.1/{port} && echo REACHED"
+    result = await box.run(Command(("/bin/bash", "-c", script), cwd="/"))
+    server.close()
+    assert result.stdout.text == ""
+
+
+async def test_c3_sockets_of_the_host_are_absent(box):
+    result = await sh(box, "ls /var/run/docker.sock /run/docker.sock /run/*.sock /root/.ssh")
+    assert not result.ok
+    assert result.stdout.text == ""
+
+
+async def test_d1_magic_links_and_swapped_links_are_refused(box):
+    await sh(box, "ln -s /proc/1/root/etc/passwd /work/magic; ln -s /proc/self/mem /work/mem")
+    for path in ("/work/magic", "/work/mem", "/proc/self/status", "/proc/1/root/etc/passwd"):
+        with pytest.raises(Exception, match="sandbox|/proc|regular|link|loop"):
+            await box.read_file(path, 1 << 20)
+        with pytest.raises(Exception, match="sandbox|/proc|regular|link|loop"):
+            await box.write_file(path, b"x")
+
+
+async def test_d2_replacing_a_mount_point_with_a_link_reaches_nothing(runtime, box, tmp_path):
+    from sandbox_svc.backends.base import Mount
+
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "f").write_text("x")
+    await sh(box, "rmdir /opt; ln -s /etc /opt; rm -rf /tmp /proc 2>/dev/null; ls -d /opt")
+    layer = await box.freeze()
+    with pytest.raises(Exception, match="set-up failed at mount /opt/tool"):
+        await runtime.create([layer], limits=SMALL, mounts=[Mount(tmp_path / "m", "/opt/tool")])
+    plain = await runtime.create([layer], limits=SMALL)
+    assert (await sh(plain, "readlink /opt; ls /proc/self/status")).ok
+
+
+async def test_d3_deep_and_odd_names_can_be_made_and_removed(box, runtime):
+    await sh(
+        box,
+        "cd /work; mkdir -m 0 locked; touch \"$(printf 'a\\nb')\";"
+        " for i in $(seq 600); do mkdir dddddddddd; cd dddddddddd; done",
+    )
+    layer = await box.freeze()
+    await box.delete()
+    await runtime.drop_layer(layer)
+
+
+async def test_f1_nothing_leaks_over_many_sandboxes(runtime):
+    async def once(number: int) -> None:
+        box = await runtime.create([], limits=SMALL)
+        assert (await sh(box, f"echo {number} > /work/x; cat /work/x")).stdout.text == f"{number}\n"
+        if number % 5 == 0:
+            await runtime.drop_layer(await box.freeze())
+        await box.delete()
+
+    await once(0)
+    before = len(os.listdir("/proc/self/fd")), Path("/proc/self/mountinfo").read_text()
+    for start in range(0, 40, 8):
+        await asyncio.gather(*(once(number) for number in range(start, start + 8)))
+    await runtime.settle()
+    after = len(os.listdir("/proc/self/fd")), Path("/proc/self/mountinfo").read_text()
+    assert after[1] == before[1]
+    assert after[0] <= before[0] + 4
+    assert os.listdir(runtime.layout.home / "run") == []
+    assert os.listdir(runtime.layout.home / "trash") == []
