@@ -137,7 +137,8 @@ def new_env(env, executable):
 def main():
     if sys.prefix != sys.base_prefix:
         # The environment may be replaced below: go on under its base interpreter.
-        base = getattr(sys, "_base_executable", None) or os.path.realpath(sys.executable)
+        # (`sys._base_executable` is the environment's own before Python 3.11.)
+        base = os.path.realpath(sys.executable)
         os.execv(base, [base, "-I", os.path.abspath(__file__), *sys.argv[1:]])
     with open(FACTS, encoding="utf-8") as source:
         facts = json.load(source)
