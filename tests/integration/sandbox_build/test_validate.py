@@ -102,7 +102,8 @@ async def test_source_edit_passes_and_is_cached(world: World) -> None:
     assert verdict.outcome is Outcome.PASSED, verdict.log
     assert verdict.counts == {"passed": 3}
     again = await world.judge(FileChange(GREET, FIXED), held_pins={"wordlib": "2.0"})
-    assert again.cached and again.outcome is Outcome.PASSED
+    assert again.cached
+    assert again.outcome is Outcome.PASSED
 
 
 async def test_pin_back_passes_unless_held(world: World) -> None:

@@ -1,0 +1,174 @@
+"""The package index client against a real local server."""
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from regreen.pkgindex import (
+    IndexFile,
+    PackageIndex,
+    index_urls,
+    interpreter_tags,
+    python_allowed,
+    usable_files,
+    wheel_fits,
+)
+from regreen.rpc.errors import DataLoss, MissingDependency, NotFound, Unavailable
+from sandbox_svc.builders.base import DistFile, Pin
+from sandbox_svc.wheelhouse import DistStore, Wheel, pick
+
+BODY = b"wheel bytes"
+SHA = hashlib.sha256(BODY).hexdigest()
+NAME = "demo-1.0-py3-none-any.whl"
+
+
+class _Index(BaseHTTPRequestHandler):
+    hits: list[str] = []
+
+    def do_GET(self) -> None:
+        _Index.hits.append(self.path)
+        kind, body, status = "text/html", b"", 200
+        if self.path == "/json/demo/":
+            kind = "application/vnd.pypi.simple.v1+json"
+            files = [{"filename": NAME, "url": f"../../files/{NAME}", "hashes": {"sha256": SHA}}]
+            body = json.dumps({"files": files}).encode()
+        elif self.path == "/html/demo/":
+            link = f'<a href="/files/{NAME}#sha256={SHA}" data-requires-python="&gt;=3.7">'
+            body = link.encode()
+        elif self.path == f"/files/{NAME}":
+            body = BODY
+        elif self.path == "/busy/demo/":
+            status = 503
+        else:
+            status = 404
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        """Quiet."""
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    _Index.hits.clear()
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), _Index)
+    thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{httpd.server_port}"
+    finally:
+        httpd.shutdown()
+        thread.join()
+        httpd.server_close()
+
+
+@pytest.mark.parametrize("kind", ["json", "html"])
+async def test_lists_and_downloads(server: str, kind: str, tmp_path: Path) -> None:
+    async with PackageIndex([f"{server}/{kind}"]) as index:
+        (entry,) = await index.files("Demo")
+        assert (entry.filename, entry.sha256, entry.version) == (NAME, SHA, "1.0")
+        path = await index.download("demo", NAME, SHA, tmp_path / "x" / NAME)
+        assert path.read_bytes() == BODY
+
+
+async def test_a_second_index_is_asked(server: str) -> None:
+    async with PackageIndex([f"{server}/none", f"{server}/json"]) as index:
+        assert len(await index.files("demo")) == 1
+        with pytest.raises(NotFound):
+            await index.files("unknown")
+
+
+async def test_wrong_bytes_never_get_the_name(server: str, tmp_path: Path) -> None:
+    async with PackageIndex([f"{server}/json"]) as index:
+        with pytest.raises(DataLoss):
+            await index.download("demo", NAME, "1" * 64, tmp_path / NAME)
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_a_busy_index_is_given_up_at_the_deadline(server: str) -> None:
+    async with PackageIndex([f"{server}/busy"], deadline_s=0.6) as index:
+        with pytest.raises(Unavailable, match="503"):
+            await index.files("demo")
+
+
+async def test_the_store_fetches_once_and_offers_a_house(server: str, tmp_path: Path) -> None:
+    store = DistStore(tmp_path, lambda: PackageIndex([f"{server}/json"]))
+    file = DistFile(NAME, SHA)
+    await store.ensure([("demo", file), ("demo", file)])
+    await store.ensure([("demo", file)])
+    assert _Index.hits.count(f"/files/{NAME}") == 1
+    wheel = Wheel("demo", "1.0", NAME, SHA)
+    house = store.house([wheel])
+    assert store.house([wheel]) == house
+    assert (house / NAME).read_bytes() == BODY
+    offered = json.loads((house / "index.json").read_text())
+    assert offered == {"demo": {"1.0": [{"filename": NAME, "sha256": SHA}]}}
+
+
+async def test_the_store_says_what_is_missing(server: str, tmp_path: Path) -> None:
+    store = DistStore(tmp_path, lambda: PackageIndex([f"{server}/json"], deadline_s=0.1))
+    with pytest.raises(MissingDependency, match="1 of 1"):
+        await store.ensure([("demo", DistFile("other.whl", "2" * 64))])
+
+
+async def test_damaged_files_are_found_and_removed(tmp_path: Path) -> None:
+    store = DistStore(tmp_path / "store")
+    (tmp_path / NAME).write_bytes(BODY)
+    file = store.adopt(tmp_path / NAME)
+    store.path(SHA).write_bytes(b"rot")
+    with pytest.raises(DataLoss):
+        store.read(file)
+    assert not store.has(SHA)
+
+
+def test_index_settings_in_order(tmp_path: Path) -> None:
+    env = {
+        "HOME": str(tmp_path),
+        "PIP_INDEX_URL": "http://pip/",
+        "PIP_EXTRA_INDEX_URL": "http://e/",
+    }
+    assert index_urls(env) == ("http://pip/", "http://e/")
+    assert index_urls({**env, "REGREEN_INDEX_URL": "http://own/"})[0] == "http://own/"
+    (tmp_path / "pip.conf").write_text("[global]\nindex-url = http://conf/\n")
+    conf = {"HOME": str(tmp_path), "PIP_CONFIG_FILE": str(tmp_path / "pip.conf")}
+    assert index_urls(conf) == ("http://conf/",)
+
+
+def test_tags() -> None:
+    tags = interpreter_tags("3.9", "x86_64")
+    assert wheel_fits("a-1-cp39-cp39-manylinux_2_17_x86_64.manylinux2014_x86_64.whl", tags)
+    assert wheel_fits("a-1-cp36-abi3-manylinux_2_28_x86_64.whl", tags)
+    assert wheel_fits("a-1-py2.py3-none-any.whl", tags)
+    assert not wheel_fits("a-1-cp310-cp310-manylinux2014_x86_64.whl", tags)
+    assert not wheel_fits("a-1-cp39-cp39-win_amd64.whl", tags)
+    assert wheel_fits("a-1-cp37-cp37m-manylinux1_x86_64.whl", interpreter_tags("3.7", "x86_64"))
+    assert python_allowed(">=3.7,!=3.9.0", "3.9")
+    assert not python_allowed(">=3.10", "3.9")
+
+
+def test_usable_and_picked_files() -> None:
+    def entry(name: str) -> IndexFile:
+        return IndexFile(name, "", "3" * 64)
+
+    files = [
+        entry("a-1.0.tar.gz"),
+        entry("a-1.0-cp39-cp39-manylinux2014_x86_64.whl"),
+        entry("a-1.0-cp39-cp39-win_amd64.whl"),
+        entry("a-1.1-py3-none-any.whl"),
+    ]
+    chosen = usable_files(files, "1.0", ["3.9"], ["x86_64"])
+    assert [f.filename for f in chosen] == ["a-1.0-cp39-cp39-manylinux2014_x86_64.whl"]
+    both = usable_files(files, "1.0", ["3.9", "3.10"], ["x86_64"])
+    assert "a-1.0.tar.gz" in [f.filename for f in both]
+    pin = Pin("a", "1.0", tuple(DistFile(f.filename, f.sha256) for f in both))
+    picked = pick(pin, "3.10")
+    assert picked is not None
+    assert picked.filename == "a-1.0.tar.gz"

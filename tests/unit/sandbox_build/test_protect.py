@@ -1,0 +1,102 @@
+"""Which changes reach a validation."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from regreen.rpc.errors import InvalidArgument
+from sandbox_svc.builders.base import FileChange, TestSpec
+from sandbox_svc.builders.protect import (
+    MAX_CHANGES,
+    check_changes,
+    check_path,
+    protected_roots,
+    protection,
+    pytest_settings,
+    split_changes,
+)
+
+ROOTS = protected_roots(TestSpec(arguments=("pkg/testing", "--deselect", "tests/a.py::test_b")))
+
+
+def reason(path: str, content: bytes = b"x") -> str:
+    return protection(FileChange(path, content), ROOTS, {"setup.cfg": ""})
+
+
+def test_roots_come_from_the_arguments() -> None:
+    assert ROOTS == ("pkg/testing", "tests/a.py")
+    assert protected_roots(TestSpec(arguments=(".",), protected_paths=("ci/",))) == ("ci",)
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("pkg/__init__.py", ""),
+        ("pkg/testing.py", ""),
+        ("docs/test.rst", ""),
+        ("setup.py", ""),
+        ("pkg/logging.py", ""),
+        ("pkg/testing/data.json", "test"),
+        ("other/tests/data.json", "test"),
+        ("pkg/test_it.py", "test"),
+        ("conftest.py", "validation-configuration"),
+        ("a/b/conftest.py", "validation-configuration"),
+        ("pytest.ini", "validation-configuration"),
+        ("sitecustomize.py", "plugin"),
+        ("src/x.egg-info/entry_points.txt", "plugin"),
+        ("a.pth", "plugin"),
+        ("logging.py", "shadows"),
+        ("src/pytest/__init__.py", "shadows"),
+        ("_pytest/x.py", "shadows"),
+        ("a/__pycache__/b.pyc", "generated"),
+        (".git/hooks/pre-commit", "repository-internals"),
+        ("sub/.git/config", "repository-internals"),
+    ],
+)
+def test_reasons(path: str, expected: str) -> None:
+    assert reason(path) == expected
+
+
+def test_settings_files_are_kept_while_pytest_part_is_the_same() -> None:
+    build = b"[options]\ninstall_requires = x\n"
+    assert reason("setup.cfg", build) == ""
+    assert reason("setup.cfg", build + b"[tool:pytest]\naddopts=-x\n") == "validation-configuration"
+    assert reason("pyproject.toml", b"[tool.black]\n") == ""
+    assert reason("pyproject.toml", b"[tool.pytest.ini_options]\n") == "validation-configuration"
+    assert reason("pyproject.toml", b"not toml [") == "validation-configuration"
+    assert pytest_settings("tox.ini", b"[pytest]\nx=1\n") == pytest_settings(
+        "tox.ini", b"[other]\n[pytest]\nx = 1\n"
+    )
+
+
+def test_lock_is_apart_and_reverted_are_listed() -> None:
+    changes = [
+        FileChange("requirements.lock", b""),
+        FileChange("conftest.py", b""),
+        FileChange("a", b""),
+    ]
+    kept, reverted, lock = split_changes(changes, ROOTS, {})
+    assert [c.path for c in kept] == ["a"]
+    assert [r.path for r in reverted] == ["conftest.py"]
+    assert lock is changes[0]
+
+
+@given(st.text(max_size=60))
+def test_accepted_paths_stay_inside(path: str) -> None:
+    try:
+        check_path(path)
+    except InvalidArgument:
+        return
+    assert not path.startswith("/")
+    assert ".." not in path.split("/")
+    assert "\0" not in path
+    assert "\n" not in path
+
+
+def test_bounds() -> None:
+    with pytest.raises(InvalidArgument, match="twice"):
+        check_changes([FileChange("a", b""), FileChange("a", None)])
+    with pytest.raises(InvalidArgument, match="at most"):
+        check_changes([FileChange(f"f{n}", b"") for n in range(MAX_CHANGES + 1)])
+    with pytest.raises(InvalidArgument, match="too large"):
+        check_changes([FileChange("a", bytes((8 << 20) + 1))])
