@@ -13,7 +13,7 @@ from regreen.client.stack import Stack
 from regreen.common import v1 as common_pb
 from regreen.dataset import v1 as pb
 from regreen.rpc.errors import InvalidArgument, NotFound
-from regreen.tasks.admit import Admission, SandboxGate, import_records
+from regreen.tasks.admit import Admission, ReportingGateClient, import_records
 from regreen.tasks.jsonl import (
     load_distributions,
     load_tasks,
@@ -221,7 +221,7 @@ async def _prepare_one(
 ) -> None:
     task = await stack.tasks.get_task(task_id)
     report = lambda text: show_progress("prepare", done, total, f"{task_id}: {text}")  # noqa: E731
-    await SandboxGate(stack, report).prepare(task.environment)
+    await ReportingGateClient(stack.state, stack.sandbox, report).prepare(task.environment)
 
 
 def _wanted(ids: list[str] | None, every: bool) -> list[str]:

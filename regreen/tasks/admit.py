@@ -11,115 +11,43 @@
 import asyncio
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
+from regreen.client.sandbox import SandboxClient, StateClient
 from regreen.client.stack import Stack
 from regreen.common import v1 as common_pb
 from regreen.dataset import v1 as pb
 from regreen.pkgindex import PackageIndex, index_urls
-from regreen.rpc.errors import InvalidArgument, NotFound
+from regreen.rpc.errors import NotFound
 from regreen.sandbox import v1 as sandbox_pb
 from regreen.tasks import environment as env
 from regreen.tasks.gate import Gate, Verdict, judge_patiently
-from regreen.tasks.model import Fix, TaskRecord
+from regreen.tasks.judge import ServiceGateClient
+from regreen.tasks.messages import MODES, gate_report, task_message
+from regreen.tasks.model import TaskRecord
 
 RECORD_LABEL = "record_sha256"
-MODES = {"any_fix": common_pb.MODE_ANY_FIX, "keep_new": common_pb.MODE_KEEP_NEW}
-_STATUSES = {
-    "admitted": pb.TASK_STATUS_ADMITTED,
-    "rejected": pb.TASK_STATUS_REJECTED,
-    "quarantined": pb.TASK_STATUS_QUARANTINED,
-    "waiting": pb.TASK_STATUS_WAITING,
-}
 DECIDED = frozenset({pb.TASK_STATUS_ADMITTED, pb.TASK_STATUS_REJECTED, pb.TASK_STATUS_QUARANTINED})
 ProgressSink = Callable[[str, str], None]
 """Called with the task's id and what is being done."""
 
 
-@dataclass(frozen=True, slots=True)
-class SandboxGate:
-    """The gate's view of a sandbox service."""
+class ReportingGateClient(ServiceGateClient):
+    """The gate's view of the sandbox service, which says what it is doing."""
 
-    stack: Stack
-    report: Callable[[str], None]
+    def __init__(
+        self, states: StateClient, sandboxes: SandboxClient, report: Callable[[str], None]
+    ) -> None:
+        super().__init__(states, sandboxes)
+        self._report = report
 
-    async def prepare(self, spec: sandbox_pb.EnvironmentSpec) -> sandbox_pb.State:
-        """The state of an environment."""
-        async for event in self.stack.state.prepare_state(spec):
-            if event.HasField("state"):
-                return event.state
-            self.report(f"{event.progress.stage} {event.progress.message}".strip())
-        raise NotFound("the preparation ended without a state")
-
-    async def validate(
-        self,
-        state_id: str,
-        changes: Sequence[common_pb.FileChange],
-        *,
-        held_pins: Mapping[str, str],
-        required_tests: Sequence[str],
-        skip_cache_lookup: bool,
-    ) -> sandbox_pb.Validation:
-        """The verdict on a diff."""
-        self.report("validate")
-        return await self.stack.sandbox.validate(
-            state_id,
-            changes,
-            held_pins=held_pins,
-            required_tests=required_tests,
-            skip_cache_lookup=skip_cache_lookup,
-        )
-
-    async def read_files(self, state_id: str, paths: Sequence[str]) -> Mapping[str, bytes]:
-        """Files of a state's repository."""
-        if not paths:
-            return {}
-        sandbox = await self.stack.sandbox.create_sandbox(state_id, ttl_s=60.0)
-        try:
-            found = {}
-            for path in paths:
-                answer = await self.stack.sandbox.read_file(sandbox.id, f"/work/repo/{path}")
-                found[path] = answer.content
-            return found
-        finally:
-            await self.stack.sandbox.delete_sandbox(sandbox.id)
+    def prepared(self, progress: sandbox_pb.PrepareProgress) -> None:
+        """Say how far a preparation is."""
+        self._report(f"{progress.stage} {progress.message}".strip())
 
 
 def record_sha256(record: TaskRecord) -> str:
     """Digest of a record."""
     return hashlib.sha256(record.model_dump_json().encode()).hexdigest()
-
-
-def to_task(
-    record: TaskRecord,
-    distributions: env.Distributions,
-    fixes: Sequence[tuple[Fix, Sequence[common_pb.FileChange]]] = (),
-    python: str = "",
-) -> pb.Task:
-    """The message that stands for a record; `fixes` are those whose diffs are known."""
-    culprit = record.culprit
-    return pb.Task(
-        id=record.id,
-        kind=record.kind,
-        environment=env.environment(record, distributions, python),
-        fail_to_pass=record.tests.fail_to_pass,
-        fail_to_pass_count=record.tests.fail_to_pass_count,
-        fail_to_pass_sha256=record.tests.fail_to_pass_sha256,
-        pass_to_pass_count=record.tests.pass_to_pass_count,
-        category=record.category,
-        blame=record.blame,
-        modes=[MODES[mode] for mode in record.modes],
-        culprit=culprit.name if culprit else "",
-        culprit_version=culprit.bad if culprit else "",
-        culprit_good_version=culprit.good if culprit else "",
-        fixes=[
-            pb.ReferenceFix(mode=MODES[fix.mode], changes=changes, origin=fix.origin)
-            for fix, changes in fixes
-        ],
-        split=record.split,
-        moved=record.changed,
-        labels={RECORD_LABEL: record_sha256(record), "demo": str(record.demo).lower()},
-    )
 
 
 async def import_records(
@@ -128,7 +56,7 @@ async def import_records(
     """Store records as tasks; unchanged ones stay as they are, changed ones start anew."""
     stored = {task.id: task.labels.get(RECORD_LABEL) for task in await stack.tasks.all_tasks()}
     fresh = [record for record in records if stored.get(record.id) != record_sha256(record)]
-    tasks = [to_task(record, distributions) for record in fresh]
+    tasks = [_message(record, distributions) for record in fresh]
     unchanged = len(records) - len(fresh)
     if not tasks:
         return pb.ImportTasksResponse(unchanged=unchanged)
@@ -192,7 +120,9 @@ class Admission:
         python = choose_python(record, interpreters)
         if python is None:
             return await self._wait(record, interpreters)
-        client = SandboxGate(self._stack, lambda text: self._progress(task_id, text))
+        client = ReportingGateClient(
+            self._stack.state, self._stack.sandbox, lambda text: self._progress(task_id, text)
+        )
         gate = Gate(client, self._distributions, index, repeats=self._repeats)
         verdict = await judge_patiently(gate, record, "" if python == record.python else python)
         if verdict.admitted:
@@ -225,53 +155,49 @@ class Admission:
         """Import the task once more with the diffs of the fixes that passed."""
         state = await self._stack.state.get_state(verdict.state_id)
         good = [f for f in record.fixes if verdict.fixes.get(f"{f.mode}/{f.origin}") == "ok"]
-        fixes = [(fix, await gate.reference(record, fix, state)) for fix in good]
+        diffs = {
+            f"{fix.mode}/{fix.origin}": await gate.reference(record, fix, state) for fix in good
+        }
+        held = record.model_copy(update={"fixes": good})
         other = "" if python == record.python else python
-        task = to_task(record, self._distributions, fixes, other)
+        task = _message(held, self._distributions, python=other, fixes=diffs)
+        task.labels[RECORD_LABEL] = record_sha256(record)
         if not task.fail_to_pass:
             task.fail_to_pass.extend(verdict.fail_to_pass[:300])
         task.pass_to_pass_count = len(verdict.pass_to_pass)
-        allowed = {MODES[fix.mode] for fix in good}
         del task.modes[:]
-        task.modes.extend(sorted(allowed))
+        task.modes.extend(sorted({MODES[fix.mode] for fix in good}))
         await self._stack.tasks.import_tasks([task], replace=True)
 
 
+def _message(
+    record: TaskRecord,
+    distributions: env.Distributions,
+    *,
+    python: str = "",
+    fixes: Mapping[str, Sequence[common_pb.FileChange]] | None = None,
+) -> pb.Task:
+    message = task_message(record, distributions, python=python, fixes=fixes)
+    message.id = record.id
+    message.labels[RECORD_LABEL] = record_sha256(record)
+    return message
+
+
 def to_report(record: TaskRecord, verdict: Verdict) -> pb.GateReport:
-    """The evidence of a verdict as the dataset service stores it."""
+    """The evidence of a verdict as the dataset service stores it: one series per kind of check.
+
+    Checks of a reference fix that did not hold count against that fix, not against the task.
+    """
     good = {f"reference-passes {name}" for name, result in verdict.fixes.items() if result == "ok"}
-    report = pb.GateReport(
-        task_id=verdict.task_id,
-        status=_STATUSES[verdict.status],
-        reason=verdict.reason,
-        flaky=verdict.flaky,
-        state_id=verdict.state_id,
-        error_log=verdict.error_log,
-    )
+    report = gate_report(verdict)
     repeats: dict[str, int] = {}
-    for check in verdict.checks:
-        name = check.name.partition(" ")[0]
+    for check in report.checks:
+        name, _, which = check.name.partition(" ")
         if name == "reference-passes" and check.name not in good:
             name = "reference-refused"
         repeats[name] = repeats.get(name, 0) + 1
-        message = pb.GateCheck(
-            name=name,
-            repeat=repeats[name],
-            ok=check.ok,
-            detail=f"{check.name}: {check.detail}",
-            results_sha256=check.results_sha256,
-        )
-        message.duration.FromNanoseconds(int(check.seconds * 1e9))
-        report.checks.append(message)
-    report.checks.append(_pinned(record))
+        check.name, check.repeat = name, repeats[name]
+        check.detail = f"{which}: {check.detail}" if which else check.detail
+    detail = f"source and {len(record.pins_fail)} packages by sha256"
+    report.checks.append(pb.GateCheck(name="pinned", repeat=1, ok=True, detail=detail))
     return report
-
-
-def _pinned(record: TaskRecord) -> pb.GateCheck:
-    """Every input of a record is named by hash: the format does not load otherwise."""
-    count = len(record.pins_fail)
-    if not record.sdist.sha256:
-        raise InvalidArgument("sdist.sha256", "is empty", "name the source by hash")
-    return pb.GateCheck(
-        name="pinned", repeat=1, ok=True, detail=f"{count} pins and the source by hash"
-    )

@@ -20,6 +20,7 @@ from regreen.common.v1 import common_pb2
 from regreen.pkgindex import PackageIndex, index_urls
 from regreen.rpc.errors import RegreenError, Unavailable
 from regreen.sandbox.v1 import sandbox_pb2 as pb
+from regreen.sandbox.v1 import state_service_pb2 as state_pb
 from regreen.tasks.gate import Gate, Verdict, judge_patiently
 from regreen.tasks.jsonl import (
     dump_lines,
@@ -45,7 +46,11 @@ class ServiceGateClient:
             if event.HasField("state"):
                 state: pb.State = event.state
                 return state
+            self.prepared(event.progress)
         raise Unavailable("the sandbox service ended the preparation without a state")
+
+    def prepared(self, progress: state_pb.PrepareProgress) -> None:
+        """Hear how far a preparation is; nothing is done with it here."""
 
     async def validate(
         self,

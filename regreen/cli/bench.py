@@ -1,0 +1,82 @@
+"""`regreen bench`: figures as ratios against named peers, from one run.
+
+- Each benchmark is a module of the service it measures and prints one JSON object.
+- A peer that is absent is named with the reason, never left out silently.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from regreen.cli import output
+from regreen.cli.options import Json
+from regreen.rpc.errors import InvalidArgument
+
+BENCHMARKS = ("sandbox", "policy", "learner")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(bench)
+
+
+def bench(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(help=f"{', '.join(BENCHMARKS)}; default: all.", show_default=False),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Directory for the JSON files.")] = Path("build/bench"),
+    json_output: Json = False,
+) -> None:
+    """Measure sandboxes, generation and training against their peers."""
+    chosen = names or list(BENCHMARKS)
+    unknown = [name for name in chosen if name not in BENCHMARKS]
+    if unknown:
+        known = ", ".join(BENCHMARKS)
+        output.fail(InvalidArgument("names", f"{unknown[0]!r} is unknown", f"give one of {known}"))
+    out.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {}
+    failed = []
+    for number, name in enumerate(chosen):
+        output.STDERR.print(f"[{number + 1}/{len(chosen)}] {name}", highlight=False, markup=False)
+        found = _run(name)
+        if found is None:
+            failed.append(name)
+            continue
+        results[name] = found
+        (out / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
+        if not json_output:
+            output.print_table(name, ["figure", "value"], list(_flat(found).items()))
+    if json_output:
+        output.print_json(results)
+    if failed:
+        output.STDERR.print(f"failed: {', '.join(failed)}", style="red")
+        raise typer.Exit(output.FAILED)
+
+
+def _run(name: str) -> dict[str, Any] | None:
+    command = [sys.executable, "-m", f"{name}_svc.bench", "--json"]
+    ended = subprocess.run(command, stdout=subprocess.PIPE, env=os.environ, check=False)
+    if ended.returncode != 0:
+        return None
+    found: dict[str, Any] = json.loads(ended.stdout)
+    return found
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    rows: dict[str, str] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            rows |= _flat(value, f"{name}.")
+        elif isinstance(value, float):
+            rows[name] = f"{value:.4g}"
+        else:
+            rows[name] = str(value)
+    return rows

@@ -1,0 +1,303 @@
+"""The whole loop on real broken builds: what `make demo` runs.
+
+- Every stage is resumable by the run or task it writes; a killed demo goes on where it was.
+- What is measured is fixed by the plan and the chosen tasks; both are part of the runs' names, so
+  that another plan never mixes with this one.
+- Nothing is scored twice: base, SFT and GRPO policies and the scripts meet the same held-out tasks.
+- A stack that the demo started is stopped at the end; one that was up stays up.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from regreen.client.stack import Endpoints, Stack
+from regreen.dataset import v1 as pb
+from regreen.evals.report import write_report
+from regreen.evals.run import EvalConfig, evaluate
+from regreen.rpc.errors import FailedPrecondition
+from regreen.stack import control
+from regreen.stack.layout import Layout
+from regreen.tasks.admit import Admission, choose_python, import_records
+from regreen.tasks.jsonl import shipped_distributions, shipped_tasks
+from regreen.tasks.model import TaskRecord
+from regreen.train.config import GrpoConfig, SftConfig
+from regreen.train.progress import Listener
+from regreen.train.rl import train_grpo
+from regreen.train.sft import train_sft
+
+T = TypeVar("T")
+BASELINES = ("baseline:noop", "baseline:newest", "baseline:pin-back")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How much the demo does."""
+
+    name: str
+    train_tasks: int
+    test_tasks: int
+    eval_samples: int
+    sft_epochs: int
+    sft_styles: int
+    grpo_steps: int
+    groups_per_step: int
+    group_size: int
+    gate_repeats: int = 2
+    concurrency: int = 4
+    learning_rate_sft: float = 1e-4
+    learning_rate_grpo: float = 5e-6
+    trainable_layers: int = 0
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+EPISODE = {
+    "budget.turns": "8",
+    "budget.turn_tokens": "64",
+    "budget.attempt_turns": "6",
+    "budget.tries": "2",
+    "budget.wall_s": "180",
+}
+FULL = Plan(
+    name="demo",
+    train_tasks=10,
+    test_tasks=5,
+    eval_samples=2,
+    sft_epochs=3,
+    sft_styles=2,
+    grpo_steps=5,
+    groups_per_step=3,
+    group_size=4,
+    labels=EPISODE,
+)
+QUICK = Plan(
+    name="demo-quick",
+    train_tasks=4,
+    test_tasks=2,
+    eval_samples=1,
+    sft_epochs=3,
+    sft_styles=1,
+    grpo_steps=2,
+    groups_per_step=2,
+    group_size=3,
+    labels=EPISODE,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class DemoResult:
+    """Where the demo's report is, and how long each stage took."""
+
+    html: Path
+    json: Path
+    headline: str
+    """The comparison of the trained policy with the base, in one sentence."""
+    seconds: dict[str, float]
+    """Wall time by stage, summed over every start of this demo."""
+
+
+Show = Callable[[str, float, float, str], None]
+"""Called with stage, done, total and a line of text."""
+
+
+async def run_demo(home: Path, plan: Plan, listen: Listener, show: Show) -> DemoResult:
+    """Run the demo, or go on with it.
+
+    Raises:
+        FailedPrecondition: too few tasks can run on this machine; says what is missing.
+        Unavailable: a service did not come up or come back.
+    """
+    layout = Layout(home)
+    clock = StageClock(home / plan.name / "seconds.json")
+    started = control.describe(layout) is None
+
+    def starting(rows: list[control.ServiceStatus]) -> None:
+        waiting = [row.name for row in rows if row.state != "serving"]
+        text = f"waiting for {', '.join(waiting)}" if waiting else ""
+        show("start services", len(rows) - len(waiting), len(rows), text)
+
+    try:
+        await clock.time("start services", control.up(layout, progress=starting))
+        async with Stack(Endpoints.load(home), patience_s=180.0) as stack:
+            return await _Demo(stack, home, plan, clock, listen, show).run()
+    finally:
+        if started:
+            await control.down(layout)
+
+
+class StageClock:
+    """Wall time by stage, kept on disk so that a resumed demo adds to it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self.seconds: dict[str, float] = json.loads(path.read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            self.seconds = {}
+
+    async def time(self, stage: str, work: Awaitable[T]) -> T:
+        """Await `work` and add its wall time to `stage`."""
+        start_s = time.monotonic()
+        try:
+            return await work
+        finally:
+            spent_s = time.monotonic() - start_s
+            self.seconds[stage] = round(self.seconds.get(stage, 0.0) + spent_s, 1)
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self._path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(self.seconds, indent=2) + "\n")
+            temporary.replace(self._path)
+
+
+class _Demo:
+    """One demo on a running stack."""
+
+    def __init__(
+        self, stack: Stack, home: Path, plan: Plan, clock: StageClock, listen: Listener, show: Show
+    ) -> None:
+        self._stack, self._home, self._plan = stack, home, plan
+        self._clock, self._listen, self._show = clock, listen, show
+
+    async def run(self) -> DemoResult:
+        """All stages in order."""
+        plan, clock = self._plan, self._clock
+        train, test = await clock.time("tasks", self._tasks())
+        name = f"{plan.name}-{_digest(plan, train, test)}"
+        await clock.time("evaluate base", self._evaluate(name, "base", test, BASELINES))
+        await clock.time("sft", train_sft(self._stack, self._sft(name, train), self._listen))
+        await clock.time("evaluate sft", self._evaluate(name, f"{name}-sft", test))
+        await clock.time("grpo", train_grpo(self._stack, self._grpo(name, train), self._listen))
+        await clock.time("evaluate grpo", self._evaluate(name, f"{name}-grpo", test))
+        return await self._report(name)
+
+    async def _tasks(self) -> tuple[list[str], list[str]]:
+        """Import the shipped set, then prepare and gate as many tasks as the plan asks for."""
+        records, distributions = shipped_tasks(), shipped_distributions()
+        await import_records(self._stack, records, distributions)
+        interpreters = dict((await self._stack.sandbox.get_capabilities()).interpreters)
+        able = [record for record in records if choose_python(record, interpreters)]
+        chosen = {
+            "train": _fastest(able, "train", self._plan.train_tasks),
+            "test": _fastest(able, "test", self._plan.test_tasks),
+        }
+        ids = [record.id for group in chosen.values() for record in group]
+        found = ", ".join(sorted(interpreters)) or "none"
+        if not all(chosen.values()):
+            raise FailedPrecondition(
+                f"too few tasks can run here (interpreters found: {found}); "
+                "install Python 3.8 to 3.11 so that `uv python find` sees them"
+            )
+        self._show("gate tasks", 0, len(ids), f"{len(ids)} tasks; interpreters {found}")
+        decided: set[str] = set()
+
+        def progress(task_id: str, text: str) -> None:
+            if text.partition(":")[0] in ("admitted", "rejected", "quarantined", "waiting"):
+                decided.add(task_id)
+            self._show("gate tasks", len(decided), len(ids), f"{task_id}: {text[:100]}")
+
+        admission = Admission(
+            self._stack,
+            records,
+            distributions,
+            repeats=self._plan.gate_repeats,
+            progress=progress,
+        )
+        tasks = await admission.run(ids)
+        admitted = {task.id for task in tasks if task.status == pb.TASK_STATUS_ADMITTED}
+        train, test = (
+            [record.id for record in chosen[split] if record.id in admitted]
+            for split in ("train", "test")
+        )
+        if not train or not test:
+            raise FailedPrecondition(
+                f"{len(train)} train and {len(test)} test tasks were admitted; "
+                "see `regreen tasks list` and `regreen tasks show ID`"
+            )
+        return train, test
+
+    async def _evaluate(
+        self, name: str, subject: str, tasks: Sequence[str], more: Sequence[str] = ()
+    ) -> None:
+        label = subject.removeprefix(f"{name}-")
+        config = EvalConfig(
+            name=f"{name}-eval-{label}",
+            subjects=(subject, *more),
+            tasks=tuple(tasks),
+            samples=self._plan.eval_samples,
+            concurrency=self._plan.concurrency,
+            labels=self._plan.labels,
+        )
+        await evaluate(self._stack, config, self._listen)
+
+    def _sft(self, name: str, tasks: Sequence[str]) -> SftConfig:
+        plan = self._plan
+        return SftConfig(
+            name=f"{name}-sft",
+            tasks=tuple(tasks),
+            styles=plan.sft_styles,
+            epochs=plan.sft_epochs,
+            batch_size=4,
+            validation_share=0.0,
+            budget_labels=plan.labels,
+            hyperparameters={
+                "learning_rate": plan.learning_rate_sft,
+                "warmup_steps": 3,
+                "trainable_layers": plan.trainable_layers,
+            },
+            concurrency=plan.concurrency,
+        )
+
+    def _grpo(self, name: str, tasks: Sequence[str]) -> GrpoConfig:
+        plan = self._plan
+        return GrpoConfig(
+            name=f"{name}-grpo",
+            start=f"{name}-sft",
+            tasks=tuple(tasks),
+            steps=plan.grpo_steps,
+            groups_per_step=plan.groups_per_step,
+            group_size=plan.group_size,
+            max_refills=1,
+            hyperparameters={
+                "learning_rate": plan.learning_rate_grpo,
+                "trainable_layers": plan.trainable_layers,
+            },
+            labels=plan.labels,
+            concurrency=plan.concurrency,
+        )
+
+    async def _report(self, name: str) -> DemoResult:
+        folder = self._home.parent / "report" if self._home.name == "home" else self._home
+        self._show("report", 0, 1, "")
+        spent = ", ".join(
+            f"{stage} {seconds:.0f} s" for stage, seconds in self._clock.seconds.items()
+        )
+        files = await self._clock.time(
+            "report",
+            write_report(
+                self._stack,
+                folder / self._plan.name,
+                evals=[f"{name}-eval-{label}" for label in ("base", "sft", "grpo")],
+                runs=[f"{name}-sft", f"{name}-grpo"],
+                commands=[f"make demo{' QUICK=1' if self._plan.name == QUICK.name else ''}"],
+                notes=[f"Wall time by stage: {spent}."],
+            ),
+        )
+        self._show("report", 1, 1, str(files.html))
+        return DemoResult(files.html, files.json, files.headline, self._clock.seconds)
+
+
+def _fastest(records: Sequence[TaskRecord], split: str, count: int) -> list[TaskRecord]:
+    """Tasks of a split, those marked for demos first, then by the time of one validation."""
+    fitting = [
+        record for record in records if record.split == split and record.status != "rejected"
+    ]
+    return sorted(fitting, key=lambda r: (not r.demo, r.seconds or 60.0, r.id))[:count]
+
+
+def _digest(plan: Plan, train: Sequence[str], test: Sequence[str]) -> str:
+    text = json.dumps([asdict(plan), list(train), list(test)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:6]
