@@ -60,6 +60,10 @@ class Engine(Protocol):
         """Full weights by their names in the model file, one after another."""
         ...
 
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the full weights, in the order of `weights`."""
+        ...
+
     def optimizer_state(self) -> OptimizerState:
         """The moments, where `state_format` is `adamw`."""
         ...

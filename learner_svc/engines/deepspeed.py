@@ -124,9 +124,12 @@ class DeepSpeedEngine:
     def step(self, learning_rate: float) -> float:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
+        # DeepSpeed reports no norm for an ordinary optimizer; its gradients are whole here.
+        grads = [p.grad for p in self._trained.values() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads) if self.state_format == "adamw" else None
         self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+        reported = self._engine.get_global_grad_norm() if norm is None else norm
+        return float("nan") if reported is None else float(reported)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         get = self._deepspeed.utils.safe_get_full_fp32_param
@@ -137,6 +140,10 @@ class DeepSpeedEngine:
                 continue
             with self._deepspeed.zero.GatheredParameters([parameter], enabled=self._stage == 3):
                 yield name, parameter.detach()
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        named = self._model.model.named_parameters()
+        return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in named}
 
     def optimizer_state(self) -> OptimizerState:
         self._need_ordinary()
@@ -177,8 +184,8 @@ class DeepSpeedEngine:
         return int(self._model.model.config.vocab_size)
 
     def close(self) -> None:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        # The process group stays: DeepSpeed keeps references to it, and it ends with the process.
+        self._engine.destroy()
 
 
 def _import(model: TrainModel) -> Any:

@@ -77,6 +77,9 @@ class PlainEngine:
         for name, parameter in self._model.model.named_parameters():
             yield name, self._masters.get(name, parameter).detach()
 
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(p.shape) for name, p in self._model.model.named_parameters()}
+
     def optimizer_state(self) -> OptimizerState:
         return adamw_state(self._optimizer, self._masters)
 

@@ -1,0 +1,140 @@
+"""How much memory a run will take, and whether this host has it.
+
+- The estimate is made before weights are loaded, from the model's configuration and file sizes.
+- A run that will not fit is refused with what would fit; it is never left to the OOM killer.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from learner_svc.model import LOGIT_ROWS
+from learner_svc.spec import Hyperparameters
+from regreen.rpc.errors import FailedPrecondition, NotFound
+
+_PROCESS_BYTES = 600 << 20
+"""Interpreter, torch, transformers and allocator slack."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What the estimate needs to know of a model."""
+
+    parameters: int
+    layers: int
+    layer_parameters: int
+    hidden: int
+    intermediate: int
+    vocab: int
+
+
+def model_shape(path: Path) -> ModelShape:
+    """Read the shape from `config.json`.
+
+    Raises:
+        NotFound: there is no readable configuration at `path`.
+    """
+    try:
+        config = json.loads((path / "config.json").read_text())
+        hidden, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
+        vocab = int(config["vocab_size"])
+        heads = int(config.get("num_attention_heads", 1))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise NotFound(f"no decoder model at {path}: config.json {error}") from error
+    intermediate = int(config.get("intermediate_size", 4 * hidden))
+    head_size = int(config.get("head_dim") or hidden // heads)
+    kv_heads = int(config.get("num_key_value_heads") or heads)
+    attention = hidden * head_size * (2 * heads + 2 * kv_heads)
+    per_layer = attention + 3 * hidden * intermediate + 2 * hidden
+    embeddings = vocab * hidden * (1 if config.get("tie_word_embeddings") else 2)
+    return ModelShape(
+        embeddings + layers * per_layer, layers, per_layer, hidden, intermediate, vocab
+    )
+
+
+def estimate_bytes(shape: ModelShape, hyperparameters: Hyperparameters, masters: bool) -> int:
+    """Peak memory of one process in bytes; `masters` = fp32 copies are kept beside the weights.
+
+    Measured against SmolLM2-135M in fp32: 1,040 packed tokens take 3.6 GB, estimated 3.9 GB.
+    """
+    trained = hyperparameters.trainable_layers or shape.layers
+    trained_parameters = (
+        shape.parameters
+        if not hyperparameters.trainable_layers
+        else trained * shape.layer_parameters
+    )
+    weights = 4 * shape.parameters
+    optimizer = (4 + 8 + (4 if masters else 0)) * trained_parameters
+    reference = weights if hyperparameters.kl_coefficient > 0 else 0
+    per_token = 4 * (14 * shape.hidden + 6 * shape.intermediate)
+    kept_layers = 2 if hyperparameters.gradient_checkpointing else trained
+    activations = hyperparameters.micro_batch_tokens * per_token * kept_layers
+    logits = 3 * 4 * LOGIT_ROWS * shape.vocab
+    return _PROCESS_BYTES + weights + optimizer + reference + activations + logits
+
+
+def available_bytes() -> int:
+    """Memory this process may still take: the host's, or the tightest cgroup's."""
+    available = 1 << 62
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) << 10
+    for limit, usage in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        (
+            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        ),
+    ):
+        try:
+            left = int(Path(limit).read_text()) - int(Path(usage).read_text())
+        except (OSError, ValueError):
+            continue
+        available = min(available, max(left, 0))
+    return available
+
+
+def check_fits(
+    shape: ModelShape, hyperparameters: Hyperparameters, masters: bool, available: int
+) -> int:
+    """The estimate, if it fits.
+
+    Raises:
+        FailedPrecondition: it does not; says by how much and which settings would fit.
+    """
+    needed = estimate_bytes(shape, hyperparameters, masters)
+    if needed <= available:
+        return needed
+    advice = _advice(shape, hyperparameters, masters, available)
+    raise FailedPrecondition(
+        f"the run needs about {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are available; "
+        f"{advice}",
+        metadata={"needed_bytes": str(needed), "available_bytes": str(available)},
+    )
+
+
+def _advice(
+    shape: ModelShape, hyperparameters: Hyperparameters, masters: bool, available: int
+) -> str:
+    tokens = hyperparameters.micro_batch_tokens
+    trials = [
+        (f"micro_batch_tokens={size}", replace(hyperparameters, micro_batch_tokens=size))
+        for size in (tokens // 2, tokens // 4)
+        if size >= 256
+    ]
+    trials.append(
+        ("gradient_checkpointing=true", replace(hyperparameters, gradient_checkpointing=True))
+    )
+    few = max(1, shape.layers // 4)
+    small = replace(
+        hyperparameters,
+        trainable_layers=few,
+        gradient_checkpointing=True,
+        micro_batch_tokens=min(tokens, 512),
+    )
+    together = f"trainable_layers={few} with gradient_checkpointing and micro_batch_tokens=512"
+    trials.append((together, small))
+    for name, trial in trials:
+        if estimate_bytes(shape, trial, masters) <= available:
+            return f"it would fit with {name}"
+    return "use a smaller model, free memory, or shard over more processes (ZeRO stage 2 or 3)"
