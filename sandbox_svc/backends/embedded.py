@@ -63,7 +63,7 @@ class EmbeddedRuntime:
         self._warm = warm_seats
         self._home, self._defaults, self._run_probes = home.absolute(), defaults, run_probes
         self._root_mode = os.geteuid() == 0
-        self._instance = hashlib.sha256(os.fsencode(self._home)).hexdigest()[:8]
+        self.instance = hashlib.sha256(os.fsencode(self._home)).hexdigest()[:8]
         self._lock_fd = -1
         self._seats: Seats | None = None
         self._base: dict[bool, str] = {}
@@ -88,7 +88,7 @@ class EmbeddedRuntime:
         self._lock()
         owner = HOST_ID if self._root_mode else None
         self.layout = Layout(self._home, owner)
-        self.cgroups = cgroups.choose(self._instance)
+        self.cgroups = cgroups.choose(self.instance)
         await self.blocking(self._sweep)
         self._base = {
             network: await self.blocking(self.layout.ensure_base, network=network)
@@ -127,6 +127,7 @@ class EmbeddedRuntime:
         await box.delete()
         if self._run_probes:
             self._capabilities = tuple(await probe.prove(self))
+        await self.settle()
 
     async def close(self) -> None:
         """Delete every box and stop helpers."""

@@ -189,9 +189,8 @@ async def test_b7_killing_everything_hits_only_the_own_sandbox(runtime, box):
 
 async def test_b10_no_device_can_be_made_or_found(box):
     result = await sh(box, "mknod /work/d b 8 0; ls /dev | tr '\\n' ' '; ls /dev/vda /dev/kvm")
-    assert result.stdout.text.split() == sorted(
-        "fd full null ptmx pts random shm stderr stdin stdout tty urandom zero".split()
-    )
+    expected = "fd full null ptmx pts random shm stderr stdin stdout tty urandom zero"
+    assert " ".join(result.stdout.text.split()) == expected
 
 
 async def test_c2_ports_of_the_host_are_not_reachable(box):
@@ -212,9 +211,9 @@ async def test_c3_sockets_of_the_host_are_absent(box):
 async def test_d1_magic_links_and_swapped_links_are_refused(box):
     await sh(box, "ln -s /proc/1/root/etc/passwd /work/magic; ln -s /proc/self/mem /work/mem")
     for path in ("/work/magic", "/work/mem", "/proc/self/status", "/proc/1/root/etc/passwd"):
-        with pytest.raises(Exception, match="sandbox|/proc|regular|link|loop"):
+        with pytest.raises(Exception, match=r"sandbox|/proc|regular|link|loop"):
             await box.read_file(path, 1 << 20)
-        with pytest.raises(Exception, match="sandbox|/proc|regular|link|loop"):
+        with pytest.raises(Exception, match=r"sandbox|/proc|regular|link|loop"):
             await box.write_file(path, b"x")
 
 

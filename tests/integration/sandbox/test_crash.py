@@ -1,0 +1,125 @@
+"""Killing the process that owns sandboxes: states are whole or absent, nothing else remains."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from regreen.rpc.errors import FailedPrecondition
+from sandbox_svc.backends.base import Limits
+from sandbox_svc.backends.embedded import EmbeddedRuntime
+from sandbox_svc.sandboxes import Manager
+from sandbox_svc.states import StateStore
+
+_CHILD = Path(__file__).with_name("snapshotting.py")
+_ROOT = Path(__file__).parents[3]
+
+
+def _processes_below(home: Path) -> list[str]:
+    """Command lines of processes that name `home` or hold the marker of the child's daemon."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except OSError:
+                continue
+            if str(home) in line or "sleep 98765" in line:
+                found.append(line)
+    return found
+
+
+def _run_and_kill(home: Path, lines: int) -> dict[str, str]:
+    """Start the child, read `lines` promises, kill it without warning."""
+    child = subprocess.Popen(
+        [sys.executable, str(_CHILD), str(home)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=_ROOT,
+        env={**os.environ, "PYTHONPATH": str(_ROOT)},
+    )
+    assert child.stdout is not None
+    promised = {}
+    for _ in range(lines):
+        state, content = child.stdout.readline().split()
+        promised[state] = content
+    child.send_signal(signal.SIGKILL)
+    rest, _ = child.communicate(timeout=30)
+    for line in rest.splitlines():
+        if len(line.split()) == 2:
+            state, content = line.split()
+            promised[state] = content
+    return promised
+
+
+def _gone(home: Path, timeout_s: float) -> bool:
+    until = time.monotonic() + timeout_s
+    while time.monotonic() < until:
+        if not _processes_below(home):
+            return True
+        time.sleep(0.02)
+    return False
+
+
+@pytest.mark.parametrize("lines", [1, 4, 13])
+async def test_a_killed_service_leaves_whole_states_and_nothing_else(tmp_path, lines):
+    home = tmp_path / "home"
+    promised = await asyncio.to_thread(_run_and_kill, home, lines)
+    assert await asyncio.to_thread(_gone, home, 10.0), _processes_below(home)
+    assert str(home) not in Path("/proc/self/mountinfo").read_text()
+
+    runtime = EmbeddedRuntime(home, run_probes=False)
+    await runtime.start()
+    try:
+        assert os.listdir(home / "run") == []
+        states = StateStore(home, runtime)
+        await states.open()
+        found = {state.id: state for state in states.list()}
+        assert set(promised) <= set(found)
+        assert {layer for s in found.values() for layer in s.layers} == set(await runtime.layers())
+        manager = Manager(runtime, states)
+        for state_id, content in promised.items():
+            async with manager.fresh(state_id) as box:
+                assert (await box.read_file("/work/repo/count", 100)).decode() == content
+        await states.close()
+    finally:
+        await runtime.close()
+    for hierarchy in ("memory", "pids", "cpu"):
+        assert not list(Path("/sys/fs/cgroup", hierarchy).glob(f"**/regreen-{runtime.instance}"))
+
+
+async def test_damaged_and_foreign_records_are_dropped(tmp_path):
+    home = tmp_path / "home"
+    await asyncio.to_thread(_run_and_kill, home, 2)
+    await asyncio.to_thread(_gone, home, 10.0)
+    index = home / "states"
+    whole = sorted(index.glob("st_*.json"))
+    (index / "st_torn.json").write_bytes(whole[0].read_bytes()[:50])
+    (index / ".st_draft.1234").write_bytes(b"{")
+    renamed = index / f"st_{'0' * 32}.json"
+    renamed.write_bytes(whole[0].read_bytes())
+    runtime = EmbeddedRuntime(home, run_probes=False)
+    await runtime.start()
+    states = StateStore(home, runtime)
+    await states.open()
+    assert sorted(path.name for path in index.iterdir()) == [path.name for path in whole]
+    await states.close()
+    await runtime.close()
+
+
+async def test_one_home_has_one_service(tmp_path):
+    first = EmbeddedRuntime(tmp_path / "home", run_probes=False)
+    await first.start()
+    second = EmbeddedRuntime(tmp_path / "home", run_probes=False)
+    with pytest.raises(FailedPrecondition, match="another sandbox service"):
+        await second.start()
+    assert (await first.create([], limits=Limits())).id
+    await first.close()
+    third = EmbeddedRuntime(tmp_path / "home", run_probes=False)
+    await third.start()
+    await third.close()
