@@ -1,0 +1,160 @@
+"""`regreen fix PATH`: repair a Python project with failing tests.
+
+- Exits with 0 when the project is green or a verified patch was found, 1 when it was not fixed.
+- `--endpoint` lets any OpenAI-compatible endpoint act; its key comes from an environment variable.
+"""
+
+import asyncio
+import contextlib
+import os
+import socket
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from regreen.cli import output
+from regreen.cli.options import Home, Json
+from regreen.client.stack import Endpoints, Stack
+from regreen.fix import FixOptions, FixResult, fix_project
+from regreen.rpc.errors import InvalidArgument, Unavailable
+from regreen.settings import default_home
+from regreen.stack import control
+from regreen.stack.layout import Layout
+from regreen.train.names import pipeline_of
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(fix)
+
+
+def fix(
+    path: Annotated[Path, typer.Argument(help="Directory of a Python project.")],
+    home: Home = None,
+    endpoint: Annotated[
+        str, typer.Option(help="OpenAI-compatible base URL; default: the local policy.")
+    ] = "",
+    model: Annotated[str, typer.Option(help="Model to ask for at the endpoint.")] = "",
+    key_env: Annotated[
+        str, typer.Option(help="Environment variable that holds the endpoint's key.")
+    ] = "OPENAI_API_KEY",
+    python: Annotated[str, typer.Option(help="Interpreter, for example 3.11.")] = "",
+    lock: Annotated[Path | None, typer.Option(help="File of name==version lines.")] = None,
+    test: Annotated[list[str] | None, typer.Option(help="pytest argument; repeat it.")] = None,
+    attempts: Annotated[int, typer.Option(min=1, max=1000, help="Most attempts.")] = 4,
+    pipeline: Annotated[str, typer.Option(help="full or simplified.")] = "full",
+    out: Annotated[Path | None, typer.Option(help="Write the patch here.")] = None,
+    apply: Annotated[bool, typer.Option("--apply", help="Apply a verified patch.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the first attempt.")] = 0,
+    json_output: Json = False,
+) -> None:
+    """Find a verified patch for a project with failing tests, or say that none was found."""
+    root = path.resolve()
+    with output.progress() as show:
+
+        async def work() -> FixResult:
+            if bool(endpoint) != bool(model):
+                raise InvalidArgument("model", "belongs with endpoint", "give both or neither")
+            options = FixOptions(attempts=attempts, pipeline=pipeline_of(pipeline), seed=seed)
+            async with _services(home or default_home(), endpoint, model, key_env, show) as stack:
+                return await fix_project(
+                    stack,
+                    root,
+                    (home or default_home()) / "blobs",
+                    options,
+                    show,
+                    python=python,
+                    lock=lock,
+                    tests=test or (),
+                )
+
+        result = output.run(work())
+    if result.patch and out:
+        out.write_text(result.patch)
+    if result.fixed and apply:
+        _apply(root, result)
+    _print(result, json_output)
+    if not (result.fixed or result.already_green):
+        raise typer.Exit(output.FAILED)
+
+
+@contextlib.asynccontextmanager
+async def _services(
+    home: Path, endpoint: str, model: str, key_env: str, show: output.ProgressPrinter
+) -> AsyncIterator[Stack]:
+    """The running stack, or one started for this command; with an endpoint, its policy instead."""
+    layout = Layout(home)
+    started = control.describe(layout) is None
+    try:
+        await control.up(
+            layout,
+            progress=lambda rows: show(
+                "start services", sum(row.state == "serving" for row in rows), len(rows), ""
+            ),
+        )
+        endpoints = Endpoints.load(home)
+        async with contextlib.AsyncExitStack() as exits:
+            if endpoint:
+                address = await exits.enter_async_context(_remote(home, endpoint, model, key_env))
+                endpoints = replace(endpoints, policy=address)
+            stack = await exits.enter_async_context(Stack(endpoints, patience_s=60.0))
+            yield stack
+    finally:
+        if started:
+            await control.down(layout)
+
+
+@contextlib.asynccontextmanager
+async def _remote(home: Path, endpoint: str, model: str, key_env: str) -> AsyncIterator[str]:
+    """A policy service of our own that speaks to an endpoint."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    environment = dict(os.environ)
+    if os.environ.get(key_env):
+        environment["REGREEN_POLICY__OPENAI_KEY"] = os.environ[key_env]
+    command = [sys.executable, "-m", "policy_svc", "--listen", address, "--metrics", "127.0.0.1:0"]
+    command += ["--home", str(home / "endpoint"), "--http", "", "--engine", "openai"]
+    command += ["--openai-url", endpoint, "--openai-model", model]
+    log = (Layout(home).logs / "endpoint.log").open("ab")
+    process = await asyncio.create_subprocess_exec(
+        *command, stdout=log, stderr=log, env=environment
+    )
+    try:
+        async with Stack(replace(Endpoints(), policy=address), patience_s=60.0) as stack:
+            await stack.policy.get_policy()
+        if process.returncode is not None:
+            raise Unavailable(f"the endpoint's policy did not start; see {log.name}")
+        yield address
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+        await process.wait()
+        log.close()
+
+
+def _apply(root: Path, result: FixResult) -> None:
+    from regreen.common.v1 import CHANGE_KIND_DELETE
+
+    for change in result.changes:
+        target = root / change.path
+        if change.kind == CHANGE_KIND_DELETE:
+            target.unlink(missing_ok=True)
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(change.content)
+
+
+def _print(result: FixResult, json_output: bool) -> None:
+    if json_output:
+        values = asdict(replace(result, changes=()))
+        values["changes"] = [change.path for change in result.changes]
+        output.print_json(values)
+        return
+    if result.patch:
+        typer.echo(result.patch)
+    output.STDERR.print(result.summary, style="green" if result.fixed else "yellow")
