@@ -33,7 +33,7 @@ from regreen.pkgindex import (
     wheel_fits,
 )
 from regreen.rpc.errors import NotFound, RegreenError
-from regreen.tasks.jsonl import dump_lines
+from regreen.tasks.jsonl import dump_lines, load_distributions, load_tasks
 from regreen.tasks.model import (
     Build,
     Culprit,
@@ -52,7 +52,8 @@ TOOLS = (
     "hatch-fancy-pypi-readme", "setuptools-scm[toml]", "tomli",
 )  # fmt: skip
 TOOLS_NEWEST = "2023-07-01"
-"""Build tools of this day can still build old sdists in place and know PEP 660."""
+"""Build tools of this day can still build old sdists in place and know PEP 660; a younger
+project gets the tools of its own day."""
 DECOYS_PER_PACKAGE = 3
 DECOY_MAX_BYTES = 12 << 20
 
@@ -63,18 +64,19 @@ class Pinner:
     def __init__(self, index: PackageIndex, uv: str) -> None:
         self.index, self.uv = index, uv
         self.pythons: dict[str, set[str]] = {}
-        self._tools: dict[str, list[str]] = {}
+        self._tools: dict[tuple[str, str], list[str]] = {}
 
     def need(self, pins: Iterable[str], pythons: Iterable[str]) -> None:
         """Remember that `pins` must be installable on `pythons`."""
         for pin in pins:
             self.pythons.setdefault(pin, set()).update(pythons)
 
-    async def tools(self, python: str) -> list[str]:
-        """Pins of the build tools for an interpreter."""
-        if python not in self._tools:
-            self._tools[python] = await self._resolve(TOOLS, python, TOOLS_NEWEST)
-        return self._tools[python]
+    async def tools(self, python: str, day: str) -> list[str]:
+        """Pins of the build tools for an interpreter and a project of that day."""
+        key = (python, max(day, TOOLS_NEWEST))
+        if key not in self._tools:
+            self._tools[key] = await self._resolve(TOOLS, *key)
+        return self._tools[key]
 
     async def _resolve(self, names: Sequence[str], python: str, newest: str = "") -> list[str]:
         """A consistent set of wheels of the newest releases of `names` and what they need."""
@@ -164,7 +166,7 @@ async def complete(mined: dict[str, Any], pinner: Pinner) -> TaskRecord:
         offered.update(await pinner.newest(names, interpreter))
         for pin in pins_pass:
             offered.update(await pinner.decoys(pin, interpreter))
-    tools = await pinner.tools(python)
+    tools = await pinner.tools(python, mined["build"].get("exclude_newer") or "")
     targets = {python, good, *([] if upgrade else [DEMO_PYTHON])}
     pinner.need(every, targets)
     pinner.need(offered - {*every}, {python, good})
@@ -278,11 +280,32 @@ async def run(source: Path, out: Path, only: Sequence[str]) -> int:
             sys.stderr.write(f"[{number}/{len(mined)}] {record['id']}: {note}\n")
         distributions = await pinner.distributions()
     out.mkdir(parents=True, exist_ok=True)
+    if (out / "tasks.jsonl").exists():
+        tasks, distributions = _merged(out, tasks, distributions)
     (out / "tasks.jsonl").write_text(dump_lines(tasks), "utf-8")
     (out / "distributions.jsonl").write_text(dump_lines(distributions), "utf-8")
     digest = hashlib.sha256((out / "tasks.jsonl").read_bytes()).hexdigest()
     sys.stderr.write(f"{len(tasks)} tasks, {len(distributions)} releases, sha256 {digest}\n")
     return failed
+
+
+def _merged(
+    out: Path, tasks: list[TaskRecord], distributions: list[DistributionRecord]
+) -> tuple[list[TaskRecord], list[DistributionRecord]]:
+    """What `out` holds already, with the new records in place of old ones."""
+    new = {task.id: task for task in tasks}
+    old = load_tasks(out / "tasks.jsonl")
+    kept = [new.pop(task.id, task) for task in old]
+    releases = load_distributions(out / "distributions.jsonl")
+    for record in distributions:
+        files = {f.filename: f for f in (*_files(releases, record.pin), *record.files)}
+        ordered = [files[name] for name in sorted(files)]
+        releases[record.pin] = record.model_copy(update={"files": ordered})
+    return [*kept, *new.values()], [releases[pin] for pin in sorted(releases)]
+
+
+def _files(releases: dict[str, DistributionRecord], pin: str) -> list[FileRecord]:
+    return releases[pin].files if pin in releases else []
 
 
 def main() -> None:
