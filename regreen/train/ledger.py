@@ -119,6 +119,7 @@ class Ledger:
 
     async def _start(self, record: dataset_pb.CheckpointRecord | None) -> learner_pb.LearnerRun:
         await self.stop()
+        await self._stop_finished()
         started = await self._start_at("")
         if record is not None and self._version(started) < record.policy_version:
             # The learner has lost or never had its own copy: take the recorded one.
@@ -130,6 +131,18 @@ class Ledger:
                     f"recorded is {record.policy_version}; was the directory overwritten?"
                 )
         return started
+
+    async def _stop_finished(self) -> None:
+        """Free the learner of runs that ended while their driver was being killed."""
+        for run in (await self.stack.learner.list_runs()).runs:
+            if run.state != learner_pb.RUN_STATE_ACTIVE or run.id == self.run_id:
+                continue
+            try:
+                recorded = await self.stack.runs.get_run(run.id)
+                if recorded.state != "active":
+                    await self.stack.learner.stop_run(run.id)
+            except NotFound:
+                continue  # not a run of this dataset service, or it has just been stopped
 
     async def _start_at(self, resume_uri: str) -> learner_pb.LearnerRun:
         return await self.stack.learner.start_run(

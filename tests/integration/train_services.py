@@ -1,0 +1,245 @@
+"""Small true services for driver tests: a learner that hashes, a policy that only remembers.
+
+- `HashLearner` keeps its contract, checkpoints on disk included, but its weights are a hash chain
+  over the batches it was given: equal weights mean equal batches in equal order.
+- `forget` is a kill -9: memory is gone, what was written stays.
+- `scripted_workers` lease, commit and heartbeat through the real queue; a rollout is a pure
+  function of its seed.
+"""
+
+import asyncio
+import hashlib
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from regreen.batch import Batch
+from regreen.client.stack import Endpoints, Stack
+from regreen.common import v1 as common_pb
+from regreen.dataset import v1 as dataset_pb
+from regreen.learner import v1 as learner_pb
+from regreen.policy import v1 as policy_pb
+from regreen.rpc.errors import FailedPrecondition, InvalidArgument, LeaseExpired, NotFound
+from regreen.rpc.server import Server
+from regreen.settings import ServiceSettings
+
+
+@dataclass
+class LearnerState:
+    """A run in memory."""
+
+    weights: str = "base"
+    step: int = 0
+    lineage: list[dict] = field(default_factory=list)
+    fresh_groups: list[str] = field(default_factory=list)
+    checkpoint: dict | None = None
+
+
+class HashLearner(learner_pb.LearnerServiceServicer):
+    """A learner whose weights are a hash chain."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.runs = root, dict[str, LearnerState]()
+
+    def forget(self) -> None:
+        """Lose everything that is not on disk."""
+        self.runs.clear()
+
+    async def StartRun(self, request, context):
+        if request.run_id in self.runs:
+            return learner_pb.StartRunResponse(run=self._run(request.run_id))
+        if self.runs:
+            raise FailedPrecondition(f"run {next(iter(self.runs))} is active; stop it first")
+        found = sorted((self.root / request.run_id).glob("step-*.json"))
+        path = Path(request.resume_uri) if request.resume_uri else (found[-1] if found else None)
+        state = LearnerState()
+        if path is not None:
+            saved = json.loads(path.read_text())
+            state = LearnerState(saved["weights"], saved["step"], saved["lineage"], [], saved)
+        self.runs[request.run_id] = state
+        return learner_pb.StartRunResponse(run=self._run(request.run_id))
+
+    async def Step(self, request, context):
+        state = self._state(request.run_id)
+        if request.step <= state.step:
+            return learner_pb.StepResponse(step=request.step, repeated_step=True)
+        if request.step != state.step + 1:
+            raise InvalidArgument("step", f"is {request.step}, next is {state.step + 1}")
+        batch = Batch.from_bytes(request.batch)
+        state.weights = hashlib.sha256((state.weights + batch.digest).encode()).hexdigest()
+        state.step += 1
+        state.lineage.append({"batch": batch.digest, "groups": list(request.group_ids)})
+        state.fresh_groups += request.group_ids
+        return learner_pb.StepResponse(step=state.step, metrics={"loss": 1.0 / state.step})
+
+    async def SaveCheckpoint(self, request, context):
+        state = self._state(request.run_id)
+        folder = self.root / request.run_id
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"step-{request.policy_version:012d}.json"
+        saved = {
+            "uri": str(path),
+            "weights": state.weights,
+            "step": state.step,
+            "lineage": state.lineage,
+            "version": request.policy_version,
+            "groups": state.fresh_groups,
+        }
+        path.with_suffix(".tmp").write_text(json.dumps(saved))
+        path.with_suffix(".tmp").replace(path)
+        state.checkpoint, state.fresh_groups = saved, []
+        return learner_pb.SaveCheckpointResponse(checkpoint=self._run(request.run_id).checkpoint)
+
+    async def StopRun(self, request, context):
+        run = self._run(request.run_id)
+        del self.runs[request.run_id]
+        return learner_pb.StopRunResponse(run=run)
+
+    async def ListRuns(self, request, context):
+        return learner_pb.ListRunsResponse(runs=[self._run(id) for id in self.runs])
+
+    async def GetRun(self, request, context):
+        return learner_pb.GetRunResponse(run=self._run(request.run_id))
+
+    def _state(self, run_id: str) -> LearnerState:
+        if run_id not in self.runs:
+            raise NotFound(f"no run {run_id}")
+        return self.runs[run_id]
+
+    def _run(self, run_id: str) -> learner_pb.LearnerRun:
+        state = self._state(run_id)
+        run = learner_pb.LearnerRun(id=run_id, step=state.step, state=learner_pb.RUN_STATE_ACTIVE)
+        if state.checkpoint is not None:
+            saved = state.checkpoint
+            sha256 = hashlib.sha256(saved["weights"].encode()).hexdigest()
+            run.checkpoint.CopyFrom(
+                learner_pb.Checkpoint(
+                    uri=saved["uri"],
+                    digest=common_pb.Digest(sha256=sha256, size_bytes=64),
+                    step=saved["step"],
+                    policy_version=saved["version"],
+                    run_id=run_id,
+                    group_ids=saved["groups"],
+                )
+            )
+        return run
+
+
+class RememberingPolicy(policy_pb.PolicyServiceServicer):
+    """Serves nothing, remembers every version that it was told to load."""
+
+    def __init__(self) -> None:
+        self.serving = policy_pb.PolicyVersion(version=0, uri="/models/base")
+        self.loaded: list[int] = []
+
+    async def LoadVersion(self, request, context):
+        self.serving = request.policy
+        self.loaded.append(request.policy.version)
+        return policy_pb.LoadVersionResponse(policy=self.serving)
+
+    async def GetPolicy(self, request, context):
+        return policy_pb.GetPolicyResponse(policy=self.serving, engine="scripted", model="none")
+
+
+@dataclass
+class World:
+    """A dataset service and the two small ones."""
+
+    dataset: str
+    learner: HashLearner
+    policy: RememberingPolicy
+    learner_address: str
+    policy_address: str
+
+    def stack(self, patience_s: float = 2.0) -> Stack:
+        """A fresh client, as a new process would have."""
+        endpoints = Endpoints(
+            dataset=self.dataset, policy=self.policy_address, learner=self.learner_address
+        )
+        return Stack(endpoints, patience_s=patience_s)
+
+
+@asynccontextmanager
+async def world(dataset_address: str, root: Path) -> AsyncIterator[World]:
+    """The small services, running."""
+    learner, policy = HashLearner(root / "learner"), RememberingPolicy()
+    settings = ServiceSettings(listen="127.0.0.1:0", metrics="127.0.0.1:0", home=root, drain_s=0.1)
+    one, two = Server(settings, []), Server(settings, [])
+    learner_pb.add_LearnerServiceServicer_to_server(learner, one.grpc)
+    policy_pb.add_PolicyServiceServicer_to_server(policy, two.grpc)
+    async with one, two:
+        yield World(dataset_address, learner, policy, one.address, two.address)
+
+
+def rollout(lease: dataset_pb.Lease, version: int) -> dataset_pb.Trajectory:
+    """The trajectory of a leased rollout: solved as its group's seed has it."""
+    group = lease.group
+    rng = np.random.default_rng(lease.seed)
+    prompt = np.random.default_rng(group.seed).integers(3, 1000, size=6)
+    said = rng.integers(3, 1000, size=int(rng.integers(2, 6)))
+    start, end = len(prompt), len(prompt) + len(said)
+    # Three groups in four teach; the members of the others all fare alike.
+    solved = bool(lease.group_index % 2 if group.seed % 4 else group.seed % 8)
+    return dataset_pb.Trajectory(
+        task_id=group.task_id,
+        run_id=group.run_id,
+        group_id=group.id,
+        group_index=lease.group_index,
+        attempt=lease.attempt,
+        seed=lease.seed,
+        pipeline=group.pipeline,
+        mode=group.mode,
+        grader=group.grader,
+        token_ids=[*prompt.tolist(), *said.tolist()],
+        loss_mask=bytes(start) + b"\1" * len(said),
+        logprobs=[0.0] * start + [-0.5] * len(said),
+        versions=[dataset_pb.TokenVersion(version=version, start=start, end=end)],
+        turns=[
+            dataset_pb.Turn(index=0, role=dataset_pb.TURN_ROLE_PROMPT, text="p", token_end=start),
+            dataset_pb.Turn(
+                index=1,
+                role=dataset_pb.TURN_ROLE_POLICY,
+                text="s",
+                tool="validate_and_build",
+                ok=True,
+                token_start=start,
+                token_end=end,
+            ),
+        ],
+        end=dataset_pb.EPISODE_END_SUBMITTED,
+        reward=dataset_pb.Reward(value=float(solved), solved=solved),
+        actor="policy",
+        token_exact=True,
+        prompt_tokens=start,
+        stage_seconds={"generate": 0.1},
+    )
+
+
+@asynccontextmanager
+async def scripted_workers(world: World, run_id: str, count: int) -> AsyncIterator[None]:
+    """Workers that outlive their driver, as those of a fleet do."""
+
+    async def work(name: str) -> None:
+        async with world.stack() as stack:
+            while True:
+                leases = await stack.queue.lease_rollouts(name, 4, run_id=run_id, duration_s=30)
+                for lease in leases:
+                    try:
+                        done = rollout(lease, world.policy.serving.version)
+                        await stack.queue.commit_rollout(lease.id, done)
+                    except LeaseExpired:
+                        continue
+                if not leases:
+                    await asyncio.sleep(0.01)
+
+    tasks = [asyncio.create_task(work(f"worker-{index}")) for index in range(count)]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,151 @@
+"""Plans, supervised order, recovery and settings: the pure parts of the drivers."""
+
+import math
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from regreen.common import v1 as common_pb
+from regreen.rpc.errors import DiskFull, InvalidArgument, NotFound, Unavailable
+from regreen.train.config import GrpoConfig, SftConfig
+from regreen.train.gather import GatherSettings, plan_step
+from regreen.train.ledger import hyperparameters
+from regreen.train.parallel import run_bounded
+from regreen.train.progress import Meter, Progress
+from regreen.train.recovery import Recovery
+from regreen.train.schedule import Candidate, History
+from regreen.train.sft import batch_ids, choose_held_out
+
+CANDIDATES = [Candidate(f"task-{i}", common_pb.MODE_KEEP_NEW) for i in range(3)]
+SETTINGS = GatherSettings(
+    groups_per_step=2,
+    group_size=4,
+    max_refills=3,
+    pipeline=common_pb.PIPELINE_SIMPLIFIED,
+    grader=common_pb.GRADER_BUILD_GATES,
+    seed=1,
+    full_share=0.0,
+    max_staleness=4,
+    idle_deadline_s=1.0,
+    labels={"budget.turns": "4"},
+)
+
+
+def test_a_plan_repeats_and_its_groups_are_complete():
+    plan = plan_step("run_a", 3, CANDIDATES, History(), SETTINGS)
+    assert plan == plan_step("run_a", 3, CANDIDATES, History(), SETTINGS)
+    assert len(plan) == 5
+    assert len({group.id for group in plan} | {group.seed for group in plan}) == 10
+    assert {group.step for group in plan} == {3}
+    assert plan[0].mode == common_pb.MODE_KEEP_NEW
+    assert plan[0].labels["budget.turns"] == "4"
+    other = plan_step("run_b", 3, CANDIDATES, History(), SETTINGS)
+    assert not {group.id for group in plan} & {group.id for group in other}
+
+
+def test_a_share_of_groups_runs_the_full_pipeline():
+    settings = replace(SETTINGS, full_share=0.25, groups_per_step=400, max_refills=0)
+    plan = plan_step("run_a", 1, CANDIDATES, History(), settings)
+    full = sum(group.pipeline == common_pb.PIPELINE_FULL for group in plan)
+    assert 70 <= full <= 130
+
+
+@given(st.integers(1, 30), st.integers(1, 9), st.integers(0, 2**31))
+def test_every_epoch_passes_over_every_trajectory_once(count, batch_size, seed):
+    ids = [f"trj_{i}" for i in range(count)]
+    steps = math.ceil(count / batch_size)
+    for epoch in range(2):
+        chosen = [
+            id
+            for step in range(epoch * steps + 1, (epoch + 1) * steps + 1)
+            for id in batch_ids(ids, step, batch_size=batch_size, seed=seed)
+        ]
+        assert Counter(chosen) == Counter(ids)
+
+
+@given(st.integers(1, 20), st.floats(0, 0.99))
+def test_some_packages_are_held_out_and_one_is_always_left(count, share):
+    packages = [f"package-{i}" for i in range(count)]
+    config = SftConfig(name="x", validation_share=share)
+    held_out = choose_held_out(packages, config)
+    assert held_out < set(packages)
+    assert len(held_out) == min(math.ceil(count * share), count - 1)
+
+
+async def test_recovery_waits_with_backoff_until_its_deadline():
+    now, waits, seen = [0.0], [], []
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        now[0] += seconds
+
+    recovery = Recovery(10.0, seen.append, clock=lambda: now[0], sleep=sleep)
+    with pytest.raises(Unavailable):
+        while True:
+            await recovery.wait_out(Unavailable("away"))
+    assert waits == sorted(waits[:-1]) + waits[-1:]
+    assert sum(waits) == pytest.approx(10.0)
+    assert seen[0].stage == "recover"
+    recovery.progressed()
+    await recovery.wait_out(Unavailable("away", retry_after_s=3.0))
+    assert waits[-1] == 3.0
+
+
+@pytest.mark.parametrize("error", [DiskFull("full"), NotFound("gone"), InvalidArgument("x", "bad")])
+async def test_what_waiting_cannot_cure_is_raised_at_once(error):
+    with pytest.raises(type(error)):
+        await Recovery(10.0, lambda _: None).wait_out(error)
+
+
+async def test_bounded_jobs_raise_the_first_error_itself():
+    running, most = [0], [0]
+
+    async def job(fails: bool) -> None:
+        running[0] += 1
+        most[0] = max(most[0], running[0])
+        if fails:
+            raise Unavailable("away")
+        running[0] -= 1
+
+    await run_bounded([lambda: job(False)] * 9, 3)
+    assert most[0] <= 3
+    with pytest.raises(Unavailable):
+        await run_bounded([lambda: job(False), lambda: job(True)], 2)
+
+
+def test_a_meter_estimates_from_what_was_done_since_the_start():
+    now, seen = [0.0], list[Progress]()
+    meter = Meter(seen.append, "sft", 10, done=4, clock=lambda: now[0])
+    meter.report()
+    now[0] = 8.0
+    meter.advance(2, "loss 1.0")
+    assert seen[0].eta_s is None
+    assert (seen[1].done, seen[1].total, seen[1].eta_s) == (6, 10, 16.0)
+
+
+def test_hyperparameters_are_checked_by_name_and_type():
+    found = hyperparameters({"learning_rate": 1e-5, "warmup_steps": 3.0, "loss": "dapo"})
+    assert (found.learning_rate, found.warmup_steps, found.loss) == (1e-5, 3, "dapo")
+    with pytest.raises(InvalidArgument, match=r"hyperparameters.rate: is unknown; use one of"):
+        hyperparameters({"rate": 1})
+    with pytest.raises(InvalidArgument, match=r"hyperparameters.warmup_steps"):
+        hyperparameters({"warmup_steps": "many"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"group_size": 1}, "group_size"),
+        ({"modes": ()}, "modes"),
+        ({"modes": ("any",)}, "modes"),
+        ({"pipeline": "quick"}, "pipelines"),
+        ({"grader": "vibes"}, "grader"),
+        ({"full_share": 2.0}, "full_share"),
+    ],
+)
+def test_wrong_settings_are_refused_by_name(changes, field):
+    with pytest.raises(InvalidArgument, match=f"^{field}: "):
+        GrpoConfig(name="x", **changes)
