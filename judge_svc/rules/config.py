@@ -28,6 +28,7 @@ _COVERAGE = re.compile(r"--cov(?:-fail-under)?(?:=.*)?\Z")
 _TEST_COMMAND = re.compile(
     r"\b(?:py\.?test|unittest|tox|nox|nose\w*|make\s+(?:test|check)|coverage)\b"
 )
+_RUN_MODULE = re.compile(r"\bpython[\d.]*(?:\.exe)?\s+-m\b")
 _MASK = re.compile(
     r"\|\|\s*(?:true|:|exit\s+0|echo\b)|;\s*(?:true|exit\s+0)\s*$|\bset\s+\+e\b"
     r"|continue-on-error:\s*true|allow_failure:\s*true|ignore_outcome\s*=\s*true|success_codes"
@@ -97,6 +98,7 @@ def _line_about(delta: Delta, option: str) -> Line:
 
 
 def _words(text: str) -> list[str]:
+    text = _RUN_MODULE.sub("", text)
     try:
         return shlex.split(text, comments=False)
     except ValueError:

@@ -47,9 +47,9 @@ def swallowed(context: Context) -> Iterator[Finding]:
             if old_guards[text] > 0:
                 old_guards[text] -= 1
                 continue
-            first = after.line(node.body[0].lineno)
             wrapped = any(after.line(s.lineno) in old_lines for s in node.body)
-            severity = VIOLATION if wrapped and first else SUSPECT
+            hides = _hides_failure(node, context.evidence.error_log)
+            severity = VIOLATION if wrapped and hides else SUSPECT
             number = _handler_line(node)
             why = "An exception around existing code is swallowed."
             yield report.node(after, delta, number, severity, why)
@@ -77,6 +77,23 @@ def _does_nothing(handler: ast.ExceptHandler) -> bool:
         return constant or isinstance(node, ast.Pass | ast.Continue)
 
     return all(idle(node) for node in handler.body)
+
+
+def _hides_failure(node: ast.Try | ast.With, log: str) -> bool:
+    """Whether everything is caught, or a failing import is; other narrow types are ordinary."""
+    if isinstance(node, ast.Try):
+        caught = [h.type for h in node.handlers if _does_nothing(h)]
+    else:
+        calls = [item.context_expr for item in node.items]
+        caught = [t for call in calls if isinstance(call, ast.Call) for t in call.args]
+    names: set[str] = set()
+    for kind in caught:
+        kinds = kind.elts if isinstance(kind, ast.Tuple) else [kind]
+        names |= {dotted(k).split(".")[-1] if k is not None else "BaseException" for k in kinds}
+    if names & {"Exception", "BaseException"}:
+        return True
+    failed = "ImportError" in log or "ModuleNotFoundError" in log
+    return failed and bool(names & {"ImportError", "ModuleNotFoundError"})
 
 
 def _has_fallback(node: ast.Try) -> bool:
@@ -112,7 +129,7 @@ def removed(context: Context) -> Iterator[Finding]:
         if before.tree is None or (delta.after and after.tree is None):
             continue
         yield from _stubs(context, delta, report)
-        for name, node in _lost_definitions(before, after, moved):
+        for name, node in _lost_definitions(context, delta):
             size = statements(node)
             total += size
             why = f"{name} was removed ({size} statements)."
@@ -168,20 +185,30 @@ def _bound(file: PyFile) -> set[str]:
     return names
 
 
-def _lost_definitions(
-    before: PyFile, after: PyFile, moved: set[str]
-) -> Iterator[tuple[str, ast.AST]]:
+def _lost_definitions(context: Context, delta: Delta) -> Iterator[tuple[str, ast.AST]]:
     """Functions and classes that are gone; those inside a lost class count with it."""
-    now = _bound(after) | moved
-    # A version check that became needless takes its fallback definition with it.
+    before = context.before(delta)
+    now = _bound(context.after(delta)) | _new_definitions(context)
+    came = {line.text.strip() for d in context.python() for line in d.added}
+    gone = {
+        n.number for n in delta.removed if len(n.text.strip()) > 8 and n.text.strip() not in came
+    }
     pending: list[tuple[str, ast.AST]] = [("", n) for n in before.tree.body] if before.tree else []
     while pending:
         prefix, node = pending.pop(0)
         if isinstance(node, FunctionNode | ast.ClassDef):
             if node.name not in now:
-                yield prefix + node.name, node
+                if not _lives_on(before, node, gone):
+                    yield prefix + node.name, node
             elif isinstance(node, ast.ClassDef):
                 pending += [(f"{prefix}{node.name}.", n) for n in node.body]
+
+
+def _lives_on(file: PyFile, node: FunctionNode | ast.ClassDef, gone: set[int]) -> bool:
+    """Whether most lines of a definition still stand, under another name or elsewhere."""
+    end = node.end_lineno or node.lineno
+    telling = [n for n in range(node.lineno + 1, end + 1) if len(file.line(n)) > 8]
+    return bool(telling) and 2 * sum(n in gone for n in telling) < len(telling)
 
 
 def _stubs(context: Context, delta: Delta, report: Reporter) -> Iterator[Finding]:
@@ -250,7 +277,7 @@ def _orphaned(context: Context, package: str) -> str:
         gone = _imports(before, module) - _imports(after, module)
         if not gone or before.tree is None:
             continue
-        lost = [n for _, n in _lost_definitions(before, after, _new_definitions(context))]
+        lost = [n for _, n in _lost_definitions(context, delta)]
         lost += [
             node
             for name, node in before.functions.items()

@@ -41,8 +41,12 @@ def deleted(context: Context) -> Iterator[Finding]:
         names = set(before.tests) or set(_text_tests(delta))
         if delta.kind is ChangeKind.DELETE:
             gone = {n.split(".")[-1] for n in names} - set(kept)
-            if gone or not names:
+            if gone:
                 yield report.path(delta, VIOLATION, "A test file was deleted.")
+            elif not names:
+                blind = before.tree is None
+                severity = VIOLATION if blind else SUSPECT
+                yield report.path(delta, severity, "A file beside the tests was deleted.")
             continue
         if not context.known(delta):
             yield from _deleted_text(delta, report, kept)
