@@ -45,7 +45,12 @@ def make_runtime(settings: SandboxSettings) -> Runtime:
 class SandboxHost:
     """Everything behind the two servicers; use as an async context manager."""
 
-    def __init__(self, settings: SandboxSettings, runtime: Runtime | None = None) -> None:
+    def __init__(
+        self,
+        settings: SandboxSettings,
+        runtime: Runtime | None = None,
+        builders: Sequence[Builder] = (),
+    ) -> None:
         self.settings = settings
         self.runtime = runtime or make_runtime(settings)
         home = settings.home / "sandbox"
@@ -55,7 +60,7 @@ class SandboxHost:
             self.states, self.runtime, self._offered, max_bytes=settings.import_bytes
         )
         self._dists, self._tools = home / "dists", home / "tools"
-        self._builders: dict[str, Builder] = {}
+        self._builders = {builder.name: builder for builder in builders}
         self._validator: Validator | None = None
         self._places = asyncio.Semaphore(settings.max_validations)
 
@@ -65,7 +70,7 @@ class SandboxHost:
         await self.manager.start()
         blobs = open_blobs(self.settings.blobs or self.settings.home / "blobs")
         python = PythonBuilder(DistStore(self._dists), self._tools, blobs)
-        self._builders[python.name] = python
+        self._builders.setdefault(python.name, python)
         self._validator = Validator(self.states, self.runtime)
         metrics.ACTIVE.set_function(lambda: len(self.manager.list()))
         metrics.STATES.set_function(lambda: len(self.states.list()))

@@ -25,6 +25,8 @@ from sandbox_svc.backends.tree_archive import Quota, TreeReader, write_tree
 from sandbox_svc.states import State, StateStore, state_id
 
 _CHUNK_BYTES = 1 << 20
+_END = "end"
+"""Name of the last entry: an archive without it was cut short."""
 _RECORD_BYTES = 64 << 20
 _ID = re.compile(r"st_[0-9a-f]{32}")
 
@@ -182,6 +184,7 @@ def _pack(write_fd: int, record: bytes, layers: Sequence[Path]) -> None:
             top.type, top.mode = tarfile.DIRTYPE, 0o755
             archive.addfile(top)
             write_tree(archive, layer, f"layers/{number}")
+        archive.addfile(tarfile.TarInfo(_END))
 
 
 async def _feed(write_fd: int, chunks: AsyncIterator[bytes]) -> None:
@@ -223,7 +226,13 @@ def _unpack_members(
 ) -> bytes:
     record = b""
     reader: TreeReader | None = None
+    complete = False
     for member in archive:
+        if complete:
+            raise InvalidArgument("archive", "goes on after its end")
+        complete = bool(record) and member.name == _END
+        if complete:
+            continue
         if not record:
             source = archive.extractfile(member) if member.name == "state.json" else None
             if source is None or member.size > _RECORD_BYTES:
@@ -239,6 +248,6 @@ def _unpack_members(
             reader.add(archive, member, path)
         else:
             raise InvalidArgument("archive", f"has an entry out of place: {member.name[:120]!r}")
-    if not record:
-        raise InvalidArgument("archive", "is empty")
+    if not complete:
+        raise InvalidArgument("archive", "is cut short")
     return record

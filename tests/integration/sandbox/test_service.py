@@ -1,0 +1,371 @@
+"""The sandbox service over gRPC on port 0, through the typed clients."""
+
+import asyncio
+import io
+import tarfile
+import time
+
+import pytest
+
+from regreen.client.channel import connect, new_request_id
+from regreen.client.sandbox import SandboxClient, StateClient
+from regreen.common import v1 as common_pb
+from regreen.rpc.errors import (
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+)
+from regreen.sandbox import v1 as pb
+from sandbox_svc.__main__ import serving
+from sandbox_svc.backends.base import Limits, Runtime
+from sandbox_svc.backends.embedded import EmbeddedRuntime
+from sandbox_svc.builders.base import EnvironmentSpec, Prepared, Progress, Stage
+from sandbox_svc.service import SandboxHost
+from sandbox_svc.settings import SandboxSettings
+
+
+class OverlayBuilder:
+    """Builds a state from a spec's overlay files alone."""
+
+    name = "overlay"
+    builds = 0
+
+    async def prepare(
+        self, spec: EnvironmentSpec, runtime: Runtime, limits: Limits, progress: Progress
+    ) -> Prepared:
+        OverlayBuilder.builds += 1
+        box = await runtime.create([], limits=limits)
+        try:
+            for number, change in enumerate(spec.overlay):
+                progress(Stage("build", number, len(spec.overlay), change.path))
+                await box.write_file(f"/work/repo/{change.path}", change.content or b"")
+            if spec.package == "broken":
+                raise InvalidArgument("spec.package", "is broken", "use another")
+            return Prepared((await box.freeze(),), (), {"SPEC": spec.package}, {"python": "3.11"})
+        finally:
+            await box.delete()
+
+
+@pytest.fixture
+async def service(tmp_path):
+    settings = SandboxSettings(
+        home=tmp_path / "home",
+        listen=f"unix:{tmp_path}/s",
+        metrics="127.0.0.1:0",
+        max_sandboxes=4,
+        drain_s=0.2,
+    )
+    runtime = EmbeddedRuntime(tmp_path / "home" / "sandbox", run_probes=False, warm_seats=1)
+    host = SandboxHost(settings, runtime, [OverlayBuilder()])
+    async with serving(settings, host) as server:
+        channel = connect(server.address)
+        yield StateClient(channel, patience_s=0.0), SandboxClient(channel, patience_s=0.0), server
+        await channel.close()
+
+
+def spec(**files: str) -> pb.EnvironmentSpec:
+    overlay = [
+        common_pb.FileChange(path=path, kind=common_pb.CHANGE_KIND_ADD, content=text.encode())
+        for path, text in files.items()
+    ]
+    return pb.EnvironmentSpec(builder="overlay", package="demo", python="3.11", overlay=overlay)
+
+
+async def prepared(states: StateClient, **files: str) -> pb.State:
+    events = [event async for event in states.prepare_state(spec(**files))]
+    return events[-1].state
+
+
+async def test_preparing_is_single_flight_reports_progress_and_is_cached(service):
+    states, _, _ = service
+    before = OverlayBuilder.builds
+
+    async def all_events() -> list[pb.PrepareStateResponse]:
+        return [event async for event in states.prepare_state(spec(a="1", b="2"))]
+
+    one, two = await asyncio.gather(all_events(), all_events())
+    assert one[-1].state == two[-1].state
+    assert OverlayBuilder.builds == before + 1
+    assert "build" in {event.progress.stage for event in one[:-1]}
+    assert (await prepared(states, a="1", b="2")).id == one[-1].state.id
+    assert OverlayBuilder.builds == before + 1
+    state = await states.get_state(one[-1].state.id)
+    assert state.python == "3.11"
+    assert state.size_bytes > 0
+
+
+async def test_a_failed_preparation_names_its_field_and_leaves_nothing(service):
+    states, _, _ = service
+    broken = spec(a="1")
+    broken.package = "broken"
+    with pytest.raises(InvalidArgument, match=r"spec\.package: is broken; use another"):
+        [event async for event in states.prepare_state(broken)]
+    unknown = spec()
+    unknown.builder = "cobol"
+    with pytest.raises(InvalidArgument, match=r"spec\.builder"):
+        [event async for event in states.prepare_state(unknown)]
+    assert list((await states.list_states()).states) == []
+
+
+async def test_a_rollouts_life(service):
+    states, sandboxes, _ = service
+    state = await prepared(states, **{"pkg/a.py": "x = 1\n", "notes.txt": "needle here\n"})
+    sandbox = await sandboxes.create_sandbox(state.id, labels={"run": "r1"})
+    result = await sandboxes.run(sandbox.id, ["sh", "-c", "cat pkg/a.py; echo $SPEC; exit 4"])
+    assert (result.reason, result.exit_code) == (pb.END_REASON_EXIT, 4)
+    assert result.stdout.head == b"x = 1\ndemo\n"
+    await sandboxes.write_file(sandbox.id, "/work/repo/pkg/a.py", b"x = 2\n")
+    await sandboxes.write_file(sandbox.id, "/work/repo/new.sh", b"echo\n", mode=0o755)
+    await sandboxes.run(sandbox.id, ["rm", "notes.txt"])
+    listed = await sandboxes.list_files(sandbox.id, glob="**/*.py")
+    assert [entry.path for entry in listed.files] == ["pkg/a.py"]
+    found = await sandboxes.find_text(sandbox.id, "x = 2")
+    assert [(m.path, m.line, m.text) for m in found.matches] == [("pkg/a.py", 1, "x = 2")]
+    diff = await sandboxes.diff(sandbox.id)
+    assert [(c.path, c.kind, c.content, c.mode) for c in diff.changes] == [
+        ("new.sh", common_pb.CHANGE_KIND_ADD, b"echo\n", 0o755),
+        ("notes.txt", common_pb.CHANGE_KIND_DELETE, b"", 0),
+        ("pkg/a.py", common_pb.CHANGE_KIND_MODIFY, b"x = 2\n", 0o644),
+    ]
+    assert "--- a/pkg/a.py\n+++ b/pkg/a.py\n@@ -1 +1 @@\n-x = 1\n+x = 2\n" in diff.unified
+    part = await sandboxes.read_file(sandbox.id, "/work/repo/pkg/a.py", offset=4, max_bytes=1)
+    assert (part.content, part.size_bytes) == (b"2", 6)
+    await sandboxes.delete_sandbox(sandbox.id)
+    await sandboxes.delete_sandbox(sandbox.id)
+    with pytest.raises(NotFound):
+        await sandboxes.run(sandbox.id, ["true"])
+
+
+async def test_forks_snapshots_and_restores_form_a_tree(service):
+    states, sandboxes, _ = service
+    root = await prepared(states, x="0")
+    trunk = await sandboxes.create_sandbox(root.id)
+    await sandboxes.write_file(trunk.id, "/work/repo/x", b"1")
+    forked = await sandboxes.fork_sandbox(trunk.id, 2, labels={"fork": "yes"})
+    assert forked.state.parent_id == root.id
+    first, second = forked.sandboxes
+    await sandboxes.write_file(first.id, "/work/repo/x", b"2")
+    assert (await sandboxes.read_file(second.id, "/work/repo/x")).content == b"1"
+    assert (await sandboxes.read_file(trunk.id, "/work/repo/x")).content == b"1"
+    snapshot = await sandboxes.snapshot_sandbox(first.id, labels={"note": "n"})
+    assert snapshot.parent_id == forked.state.id
+    assert list(snapshot.layers[: len(forked.state.layers)]) == list(forked.state.layers)
+    changes = (await sandboxes.diff(first.id, base_state_id=root.id)).changes
+    assert [change.content for change in changes] == [b"2"]
+    unrelated = await prepared(states, x="9", y="9")
+    changes = (await sandboxes.diff(first.id, base_state_id=unrelated.id)).changes
+    assert [(change.path, change.content) for change in changes] == [("x", b"2"), ("y", b"")]
+    restored = await sandboxes.restore_sandbox(first.id, root.id)
+    assert restored.state_id == root.id
+    assert (await sandboxes.read_file(first.id, "/work/repo/x")).content == b"0"
+    with pytest.raises(FailedPrecondition):
+        await states.delete_state(root.id)
+    listing = await sandboxes.list_sandboxes(labels={"fork": "yes"})
+    assert {sandbox.id for sandbox in listing.sandboxes} == {first.id, second.id}
+    for sandbox in (trunk, first, second):
+        await sandboxes.delete_sandbox(sandbox.id)
+    await states.delete_state(root.id)
+    await states.delete_state(root.id)
+    assert root.id not in {state.id for state in (await states.list_states()).states}
+
+
+async def test_exec_streams_and_ends_with_the_result(service):
+    states, sandboxes, _ = service
+    sandbox = await sandboxes.create_sandbox((await prepared(states)).id)
+    command = pb.Command(argv=["sh", "-c", "echo out; echo err >&2; exit 7"])
+    events = [event async for event in sandboxes.exec(sandbox.id, command)]
+    assert b"".join(event.stdout for event in events) == b"out\n"
+    assert b"".join(event.stderr for event in events) == b"err\n"
+    assert events[-1].ended.exit_code == 7
+
+
+async def test_dropping_a_stream_kills_its_command(service):
+    states, sandboxes, _ = service
+    sandbox = await sandboxes.create_sandbox((await prepared(states)).id)
+    command = pb.Command(argv=["sh", "-c", "echo up; exec sleep 4321"])
+    stream = sandboxes.exec(sandbox.id, command)
+    assert (await anext(stream)).stdout == b"up\n"
+    await stream.aclose()
+    gone = "while grep -q '[s]leep.4321' /proc/[0-9]*/cmdline; do :; done; echo gone"
+    result = await sandboxes.run(sandbox.id, ["sh", "-c", gone], timeout_s=20)
+    assert result.stdout.head == b"gone\n"
+
+
+async def test_repeated_requests_are_done_once(service):
+    states, sandboxes, _ = service
+    state = await prepared(states)
+    request_id = new_request_id()
+    one = await sandboxes.create_sandbox(state.id, request_id=request_id)
+    two = await sandboxes.create_sandbox(state.id, request_id=request_id)
+    assert one.id == two.id
+    run_id = new_request_id()
+    for _ in range(2):
+        await sandboxes.run(one.id, ["sh", "-c", "echo x >> n"], request_id=run_id)
+    assert (await sandboxes.read_file(one.id, "/work/repo/n")).content == b"x\n"
+
+
+async def test_a_full_pool_is_refused_with_a_delay(service):
+    states, sandboxes, _ = service
+    state = await prepared(states)
+    held = [await sandboxes.create_sandbox(state.id) for _ in range(4)]
+    with pytest.raises(ResourceExhausted) as caught:
+        await sandboxes.create_sandbox(state.id)
+    assert caught.value.retry_after_s
+    with pytest.raises(ResourceExhausted):
+        await sandboxes.fork_sandbox(held[0].id, 1)
+    assert (await sandboxes.diff(held[0].id)).changes == []
+
+
+async def test_sandboxes_expire_unless_kept_alive(service):
+    states, sandboxes, _ = service
+    state = await prepared(states)
+    brief = await sandboxes.create_sandbox(state.id, ttl_s=0.3)
+    kept = await sandboxes.create_sandbox(state.id, ttl_s=0.3)
+    await sandboxes.keep_alive(kept.id, ttl_s=60)
+    until = time.monotonic() + 10
+    while time.monotonic() < until:
+        if len((await sandboxes.list_sandboxes()).sandboxes) == 1:
+            break
+    with pytest.raises(NotFound):
+        await sandboxes.get_sandbox(brief.id)
+    assert (await sandboxes.get_sandbox(kept.id)).id == kept.id
+    with pytest.raises(InvalidArgument, match="ttl"):
+        await sandboxes.create_sandbox(state.id, ttl_s=1e9)
+
+
+async def test_bad_requests_name_the_field(service):
+    states, sandboxes, _ = service
+    state = await prepared(states)
+    sandbox = await sandboxes.create_sandbox(state.id)
+    missing = "sbx_" + "0" * 32
+    for call, error, text in (
+        (sandboxes.create_sandbox("nonsense"), InvalidArgument, "state_id"),
+        (sandboxes.create_sandbox("st_" + "0" * 32), NotFound, "no such state"),
+        (sandboxes.run(missing, ["true"]), NotFound, "no such sandbox"),
+        (sandboxes.run(sandbox.id, []), InvalidArgument, "argv"),
+        (sandboxes.run(sandbox.id, ["true"], cwd="rel"), InvalidArgument, "cwd"),
+        (sandboxes.read_file(sandbox.id, "rel"), InvalidArgument, "path"),
+        (sandboxes.read_file(sandbox.id, "/nope"), NotFound, "no such file"),
+        (sandboxes.find_text(sandbox.id, ""), InvalidArgument, "text"),
+        (sandboxes.list_files(sandbox.id, root="/nope"), NotFound, "no such directory"),
+        (sandboxes.list_sandboxes(page_size=-1), InvalidArgument, "page_size"),
+        (sandboxes.list_sandboxes(page_token="x"), InvalidArgument, "page_token"),
+        (sandboxes.fork_sandbox(sandbox.id, 0), InvalidArgument, "count"),
+        (sandboxes.create_sandbox(state.id, limits=pb.Limits(pids=-1)), InvalidArgument, "pids"),
+    ):
+        with pytest.raises(error, match=text):
+            await call
+
+
+async def test_lists_are_paged(service):
+    states, _, _ = service
+    made = [(await prepared(states, n=str(number))).id for number in range(3)]
+    first = await states.list_states(page_size=2)
+    rest = await states.list_states(page_size=2, page_token=first.next_page_token)
+    assert [state.id for state in (*first.states, *rest.states)] == made
+    assert rest.next_page_token == ""
+    assert [s.id for s in (await states.list_states(parent_id=made[0])).states] == []
+
+
+async def test_states_travel_as_archives(service, tmp_path):
+    states, sandboxes, _ = service
+    state = await prepared(states, a="1", **{"d/b": "2"})
+    trunk = await sandboxes.create_sandbox(state.id)
+    await sandboxes.run(trunk.id, ["sh", "-c", "rm a; rm -r d; mkdir d; ln -s x d/l; echo 3 > c"])
+    child = await sandboxes.snapshot_sandbox(trunk.id)
+    archive = b"".join([chunk async for chunk in states.export_state(child.id)])
+    await sandboxes.delete_sandbox(trunk.id)
+    await states.delete_state(child.id)
+    imported = await states.import_state([archive[:1000], archive[1000:]])
+    assert imported.id == child.id
+    again = await states.import_state([archive])
+    assert again.layers == imported.layers
+    sandbox = await sandboxes.create_sandbox(imported.id)
+    listed = await sandboxes.run(sandbox.id, ["sh", "-c", "find . | sort; readlink d/l; cat c"])
+    assert listed.stdout.head == b".\n./c\n./d\n./d/l\nx\n3\n"
+
+
+def _hostile(record: bytes, *members: tarfile.TarInfo) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        info = tarfile.TarInfo("state.json")
+        info.size = len(record)
+        archive.addfile(info, io.BytesIO(record))
+        for member in (*members, tarfile.TarInfo("end")):
+            archive.addfile(member, io.BytesIO(b"x" * member.size))
+    return out.getvalue()
+
+
+def _member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname, info.mode = kind, link, 0o755
+    return info
+
+
+async def test_hostile_archives_are_refused_and_leave_nothing(service, tmp_path):
+    states, _, _ = service
+    state = await prepared(states, a="1")
+    archive = b"".join([chunk async for chunk in states.export_state(state.id)])
+    with tarfile.open(fileobj=io.BytesIO(archive)) as good:
+        record = good.extractfile("state.json").read()
+    top = _member("layers/0", tarfile.DIRTYPE)
+    device = _member("layers/0/dev", tarfile.CHRTYPE)
+    device.devmajor = 8
+    link = _member("layers/0/l", tarfile.SYMTYPE, "/etc")
+    mounting = record.replace(b'"mounts": []', b'"mounts": [["/etc", "/x", true]]')
+    assert mounting != record
+    layers_before = sorted(path.name for path in (tmp_path / "home/sandbox/layers").iterdir())
+    for bad in (
+        b"",
+        b"not a tar" * 1000,
+        archive[: archive.index(b"end\0")],
+        archive[:2000],
+        _hostile(b"{}", top),
+        _hostile(record, _member("layers/0/a"), top),
+        _hostile(record, top, _member("layers/0/../../../../etc/x")),
+        _hostile(record, top, _member("layers/0//etc/x")),
+        _hostile(record, top, _member("/etc/x")),
+        _hostile(record, top, link, _member("layers/0/l/x")),
+        _hostile(record, top, _member("layers/0/h", tarfile.LNKTYPE, "/etc/passwd")),
+        _hostile(record, top, _member("layers/0/p", tarfile.FIFOTYPE)),
+        _hostile(record, top, device),
+        _hostile(record, top, _member("layers/0/a"), _member("layers/0/a")),
+        _hostile(record, top, _member("layers/1/a")),
+        _hostile(record),
+        _hostile(mounting.replace(state.id.encode(), b"st_" + b"1" * 32), top),
+    ):
+        with pytest.raises(InvalidArgument):
+            await states.import_state([bad])
+    until = time.monotonic() + 5
+    while time.monotonic() < until:
+        names = sorted(path.name for path in (tmp_path / "home/sandbox/layers").iterdir())
+        if names == layers_before:
+            break
+    assert names == layers_before
+    assert not (tmp_path / "home/sandbox/trash/x").exists()
+
+
+async def test_capabilities_and_metrics_tell_the_truth(service):
+    import urllib.request
+
+    states, sandboxes, server = service
+    answer = await sandboxes.get_capabilities()
+    assert answer.runtime == "embedded"
+    assert list(answer.capabilities) == []
+    sandbox = await sandboxes.create_sandbox((await prepared(states)).id)
+    await sandboxes.run(sandbox.id, ["true"])
+    url = f"http://127.0.0.1:{server.metrics_port}/metrics"
+    text = await asyncio.to_thread(lambda: urllib.request.urlopen(url).read().decode())
+    assert "regreen_sandbox_active 1.0" in text
+    assert 'regreen_sandbox_exec_seconds_count{reason="exit"}' in text
+
+
+async def test_probes_prove_the_limits_of_this_host(tmp_path):
+    runtime = EmbeddedRuntime(tmp_path / "home")
+    await runtime.start()
+    proven = {c.name for c in runtime.capabilities() if c.proven}
+    await runtime.close()
+    always = {"wall_time", "pids", "memory", "disk", "output", "no_capabilities", "no_new_privs"}
+    always |= {"syscall_filter", "no_network", "host_read_only", "no_nested_namespaces"}
+    assert always <= proven
