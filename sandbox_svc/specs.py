@@ -1,16 +1,13 @@
-"""Translates specs, diffs and verdicts between the wire and the domain.
+"""Translates environment specs and diffs of the wire into the builder's own.
 
 - Field by field and total: every field of the message is read, none is invented.
 - Order of repeated fields is kept; maps become sorted.
 """
 
-from google.protobuf.duration_pb2 import Duration
-
 from regreen.common.v1 import common_pb2
 from regreen.rpc.errors import InvalidArgument
 from regreen.sandbox.v1 import sandbox_pb2 as pb
 from sandbox_svc.builders.base import DistFile, EnvironmentSpec, FileChange, Pin, TestSpec
-from sandbox_svc.validate import Validation
 
 DEFAULT_TEST_TIMEOUT_S = 300.0
 
@@ -78,37 +75,3 @@ def _test(test: pb.TestSpec) -> TestSpec:
         fail_to_pass=tuple(test.fail_to_pass),
         unstable=tuple(test.unstable),
     )
-
-
-def validation_to_proto(verdict: Validation) -> pb.Validation:
-    """A verdict as its message."""
-    message = pb.Validation(
-        state_id=verdict.state_id,
-        changes_sha256=verdict.changes_sha256,
-        outcome=pb.ValidationOutcome.Value(f"VALIDATION_OUTCOME_{verdict.outcome.name}"),
-        summary=verdict.summary,
-        counts=verdict.counts,
-        failing=verdict.failing,
-        log=verdict.log,
-        cached=verdict.cached,
-        duration=_duration(verdict.seconds),
-    )
-    for test in verdict.tests:
-        outcome = common_pb2.TestOutcome.Value(f"TEST_OUTCOME_{test.outcome.upper()}")
-        message.tests.add(
-            id=test.id, outcome=outcome, message=test.message, duration=_duration(test.seconds)
-        )
-    for left_out in verdict.reverted:
-        message.reverted.add(path=left_out.path, reason=left_out.reason)
-    if verdict.coverage:
-        for path, (covered, lines) in sorted(verdict.coverage.items()):
-            message.coverage.files.add(path=path, lines=lines, covered=covered)
-            message.coverage.lines += lines
-            message.coverage.covered += covered
-    return message
-
-
-def _duration(seconds: float) -> Duration:
-    duration = Duration()
-    duration.FromNanoseconds(int(seconds * 1e9))
-    return duration

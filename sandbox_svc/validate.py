@@ -164,7 +164,9 @@ class Validator:
             raise InvalidArgument("repeat", f"is {options.repeat}", "use 1 to 10")
         checked = check_changes(changes)
         facts = state.metadata
-        kept, reverted, lock = split_changes(checked, facts["protected"], facts["settings"])
+        kept, reverted, lock = split_changes(
+            checked, facts["protected"], facts["settings"], facts.get("modules", ())
+        )
         digest = changes_sha256([*kept, *([lock] if lock else [])])
         return _Plan(state, kept, reverted, lock, options, digest)
 
@@ -320,7 +322,7 @@ def _key(plan: _Plan) -> str:
 
 
 async def _apply(plan: _Plan, box: Box) -> _Plan:
-    """Write the kept changes into the fork; a file that shadows nothing new may be edited."""
+    """Write the kept changes into the fork; one that cannot be written is reported."""
     deleted = [f"{REPO}/{c.path}" for c in plan.changes if c.content is None]
     if deleted:
         await box.run(Command(("rm", "-f", "--", *deleted), cwd="/"))

@@ -89,8 +89,16 @@ def protected_roots(test: TestSpec) -> tuple[str, ...]:
     return tuple(sorted(root for root in roots if root not in ("", ".")))
 
 
-def protection(change: FileChange, roots: Iterable[str], settings: Mapping[str, str]) -> str:
-    """Why a change is left out, or empty if it is applied."""
+def protection(
+    change: FileChange,
+    roots: Iterable[str],
+    settings: Mapping[str, str],
+    modules: Iterable[str] = (),
+) -> str:
+    """Why a change is left out, or empty if it is applied.
+
+    `modules` are the top-level modules that the State's repository has of its own.
+    """
     parts = change.path.split("/")
     name = parts[-1]
     if ".git" in parts:
@@ -110,22 +118,23 @@ def protection(change: FileChange, roots: Iterable[str], settings: Mapping[str, 
     if name in _SETTINGS and len(parts) == 1:
         kept = pytest_settings(name, change.content or b"")
         return "" if kept == settings.get(name, "") else "validation-configuration"
-    return "shadows" if _shadows(parts) else ""
+    return "shadows" if _shadows(parts, frozenset(modules)) else ""
 
 
 def _is_test_file(name: str) -> bool:
     return name.endswith(".py") and (name.startswith("test_") or name.endswith("_test.py"))
 
 
-def _shadows(parts: list[str]) -> bool:
-    """Whether a file would be imported instead of the standard library or the test runner."""
+def _shadows(parts: list[str], own: frozenset[str]) -> bool:
+    """Whether a new module would be imported instead of the library's or the test runner's."""
     below = parts[1:] if parts[0] in ("src", "lib") else parts
     if not below:
         return False
     module = below[0].removesuffix(".py") if len(below) == 1 else below[0]
     if len(below) == 1 and not below[0].endswith((".py", ".so")):
         return False
-    return module.partition(".")[0] in _RUNNER or module in sys.stdlib_module_names
+    module = module.partition(".")[0]
+    return module not in own and (module in _RUNNER or module in sys.stdlib_module_names)
 
 
 def pytest_settings(name: str, content: bytes) -> str:
@@ -147,21 +156,17 @@ def split_changes(
     changes: Iterable[FileChange],
     roots: Iterable[str],
     settings: Mapping[str, str],
-    existing: frozenset[str] = frozenset(),
+    modules: Iterable[str] = (),
 ) -> tuple[tuple[FileChange, ...], tuple[Reverted, ...], FileChange | None]:
     """Changes to apply, changes left out, and the change of the lock file."""
-    roots = tuple(roots)
+    roots, modules = tuple(roots), frozenset(modules)
     kept: list[FileChange] = []
     reverted: list[Reverted] = []
     lock: FileChange | None = None
     for change in changes:
         if change.path == LOCK:
             lock = change
-            continue
-        reason = protection(change, roots, settings)
-        if reason == "shadows" and change.path in existing:
-            reason = ""
-        if reason:
+        elif reason := protection(change, roots, settings, modules):
             reverted.append(Reverted(change.path, reason))
         else:
             kept.append(change)

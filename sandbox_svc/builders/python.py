@@ -84,6 +84,7 @@ class PythonBuilder:
         try:
             await self._install(spec, inputs, box, progress)
             settings = await _read_settings(box)
+            modules = await _own_modules(box)
             progress(Stage("snapshot", 0, 1))
             layer = await box.freeze()
         finally:
@@ -99,6 +100,7 @@ class PythonBuilder:
             "lock": _lock_text(spec),
             "protected": list(protected_roots(spec.test)),
             "settings": settings,
+            "modules": modules,
         }
         progress(Stage("baseline", 0, 1))
         baseline = await testrun.baseline(runtime, (layer,), kept, env, facts, limits)
@@ -320,6 +322,14 @@ async def _read_settings(box: Box) -> dict[str, str]:
             content = await box.read_file(f"{REPO}/{name}", 1 << 20)
             found[name] = pytest_settings(name, content)
     return found
+
+
+async def _own_modules(box: Box) -> list[str]:
+    """Names of the top-level modules that the repository has itself."""
+    folders = (REPO, f"{REPO}/src", f"{REPO}/lib")
+    listing = await box.run(Command(("ls", "-1", *folders), cwd="/"))
+    names = {line.removesuffix(".py") for line in listing.stdout.text.splitlines()}
+    return sorted(name for name in names if name.isidentifier())
 
 
 def _lay_out_tools(root: Path) -> Path:

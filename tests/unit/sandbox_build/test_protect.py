@@ -57,6 +57,12 @@ def test_reasons(path: str, expected: str) -> None:
     assert reason(path) == expected
 
 
+def test_a_module_that_the_repository_has_may_be_edited() -> None:
+    change = FileChange("attr/_make.py", b"x")
+    assert protection(change, (), {}) == "shadows"
+    assert protection(change, (), {}, ["attr"]) == ""
+
+
 def test_settings_files_are_kept_while_pytest_part_is_the_same() -> None:
     build = b"[options]\ninstall_requires = x\n"
     assert reason("setup.cfg", build) == ""
