@@ -285,7 +285,7 @@ def _content(value: Any, at: int) -> str:
         return ""
     if isinstance(value, str):
         return value
-    parts = value if isinstance(value, list) else [None]
+    parts: list[Any] = value if isinstance(value, list) else [None]
     if not all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
         raise InvalidArgument(f"messages[{at}].content", "is not text", "give text only")
     return "".join(str(part.get("text", "")) for part in parts)
