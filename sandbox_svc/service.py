@@ -19,6 +19,7 @@ from sandbox_svc.backends.embedded import EmbeddedRuntime
 from sandbox_svc.builders.base import Builder, EnvironmentSpec, FileChange, Prepared, Progress
 from sandbox_svc.builders.interpreters import find_all
 from sandbox_svc.builders.python import PythonBuilder
+from sandbox_svc.builders.system import SystemBuilder
 from sandbox_svc.sandboxes import Manager
 from sandbox_svc.settings import SandboxSettings
 from sandbox_svc.states import State, StateStore
@@ -70,7 +71,8 @@ class SandboxHost:
         await self.manager.start()
         blobs = open_blobs(self.settings.blobs or self.settings.home / "blobs")
         python = PythonBuilder(DistStore(self._dists), self._tools, blobs)
-        self._builders.setdefault(python.name, python)
+        for builder in (python, SystemBuilder()):
+            self._builders.setdefault(builder.name, builder)
         self._validator = Validator(self.states, self.runtime)
         metrics.ACTIVE.set_function(lambda: len(self.manager.list()))
         metrics.STATES.set_function(lambda: len(self.states.list()))

@@ -1,6 +1,7 @@
 """`regreen eval` and `regreen report`: measure policies and show the result."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -8,13 +9,17 @@ import typer
 from regreen.cli import output
 from regreen.cli.listen import listener
 from regreen.cli.options import Home, Json, open_stack, parse_labels
+from regreen.evals.report import ReportFiles, write_report
 from regreen.evals.run import EvalConfig, EvalResult, evaluate
 from regreen.train.progress import Listener
+
+OUT = Path("build/report")
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.command("eval")(evaluate_command)
+    app.command()(report)
 
 
 def evaluate_command(
@@ -72,3 +77,28 @@ def evaluate_command(
         output.print_json(asdict(result))
     else:
         output.print_table("", ["field", "value"], list(asdict(result).items()))
+
+
+def report(
+    home: Home = None,
+    out: Annotated[Path, typer.Option(help="Directory for report.html and report.json.")] = OUT,
+    name: Annotated[
+        list[str] | None,
+        typer.Option("--eval", help="Name of an evaluation; repeat it. Default: all."),
+    ] = None,
+    run: Annotated[
+        list[str] | None, typer.Option(help="Name of a training run; repeat it. Default: all.")
+    ] = None,
+    json_output: Json = False,
+) -> None:
+    """Write the report of evaluations and training runs."""
+
+    async def work() -> ReportFiles:
+        async with open_stack(home) as stack:
+            return await write_report(stack, out, evals=name or (), runs=run or ())
+
+    files = output.run(work())
+    if json_output:
+        typer.echo(files.json.read_text())
+    else:
+        typer.echo(f"{files.headline}\n{files.html}\n{files.json}")

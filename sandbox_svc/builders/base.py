@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
+from regreen.rpc.errors import InvalidArgument
 from sandbox_svc.backends.base import Limits, Mount, Runtime
 
 FORMAT = 1
@@ -122,6 +123,18 @@ def _hex(value: object) -> str:
     if isinstance(value, bytes):
         return value.hex()
     raise TypeError(type(value).__name__)
+
+
+def check_overlay(spec: EnvironmentSpec) -> None:
+    """Refuse overlay paths that leave the repository.
+
+    Raises:
+        InvalidArgument: names the path.
+    """
+    for change in spec.overlay:
+        parts = change.path.split("/")
+        if change.path.startswith("/") or ".." in parts or not change.path:
+            raise InvalidArgument("overlay.path", f"{change.path!r}", "give a relative path")
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,7 @@ from sandbox_svc.builders.base import (
     Prepared,
     Progress,
     Stage,
+    check_overlay,
 )
 from sandbox_svc.builders.interpreters import Interpreter, find_interpreter
 from sandbox_svc.builders.protect import protected_roots, pytest_settings
@@ -291,10 +292,7 @@ def _check(spec: EnvironmentSpec) -> None:
                 raise InvalidArgument(f"pins[{pin}].files", "bad name or sha256", "fix the file")
         if pin in spec.pins and not pin.files:
             raise InvalidArgument(f"pins[{pin}].files", "is empty", "name a file with its sha256")
-    for change in spec.overlay:
-        parts = change.path.split("/")
-        if change.path.startswith("/") or ".." in parts or not change.path:
-            raise InvalidArgument("overlay.path", f"{change.path!r}", "give a relative path")
+    check_overlay(spec)
 
 
 async def _must(box: Box, argv: tuple[str, ...], what: str) -> ExecResult:

@@ -9,6 +9,9 @@
 Code under test shares this process and could reach the key; see docs/decisions on what remains.
 """
 
+from __future__ import annotations
+
+import dis
 import hashlib
 import hmac
 import json
@@ -17,6 +20,8 @@ import struct
 import sys
 import threading
 import traceback
+from types import CodeType, FrameType
+from typing import Any
 
 BAD = ("failed", "error")
 
@@ -24,10 +29,10 @@ BAD = ("failed", "error")
 class Pipe:
     """Writes authenticated frames; only in the process that made it."""
 
-    def __init__(self, fd, key):
+    def __init__(self, fd: int, key: bytes) -> None:
         lock, owner, sequence = threading.Lock(), os.getpid(), [0]
 
-        def send(body):
+        def send(body: dict[str, Any]) -> None:
             if os.getpid() != owner:
                 return
             data = json.dumps(body).encode("utf-8", "replace")
@@ -41,7 +46,7 @@ class Pipe:
         self.send = send
 
 
-def first_line(report):
+def first_line(report: Any) -> str:
     crash = getattr(getattr(report, "longrepr", None), "reprcrash", None)
     text = crash.message if crash is not None else str(getattr(report, "longrepr", "") or "")
     lines = [line for line in text.strip().split("\n") if line.strip()]
@@ -54,21 +59,21 @@ def first_line(report):
 class Reporter:
     """pytest hooks that turn reports into one outcome per test id."""
 
-    def __init__(self, pipe):
+    def __init__(self, pipe: Pipe) -> None:
         self.send = pipe.send
-        self.open = {}
+        self.open: dict[str, dict[str, Any]] = {}
 
-    def pytest_collectreport(self, report):
+    def pytest_collectreport(self, report: Any) -> None:
         if report.failed:
             self.send({"t": "collect", "id": report.nodeid, "msg": first_line(report)})
 
-    def pytest_deselected(self, items):
+    def pytest_deselected(self, items: list[Any]) -> None:
         self.send({"t": "deselected", "n": len(items)})
 
-    def pytest_collection_finish(self, session):
+    def pytest_collection_finish(self, session: Any) -> None:
         self.send({"t": "collected", "n": len(session.items)})
 
-    def pytest_runtest_logreport(self, report):
+    def pytest_runtest_logreport(self, report: Any) -> None:
         state = self.open.setdefault(report.nodeid, {"o": "", "msg": "", "s": 0.0})
         state["s"] += report.duration
         expected = hasattr(report, "wasxfail")
@@ -91,7 +96,7 @@ class Reporter:
             body.update(msg=state["msg"], s=round(state["s"], 4))
             self.send(body)
 
-    def pytest_sessionfinish(self, session, exitstatus):
+    def pytest_sessionfinish(self, session: Any, exitstatus: int) -> None:
         for nodeid, state in self.open.items():
             self.send({"t": "test", "id": nodeid, "o": "error", "msg": state["msg"], "s": 0.0})
         self.send({"t": "end", "status": int(exitstatus)})
@@ -100,16 +105,17 @@ class Reporter:
 class Lines:
     """Records executed lines of the files below `root` that are not tests."""
 
-    def __init__(self, root, skip):
-        self.prefix, self.skip, self.seen = root.rstrip("/") + "/", tuple(skip), {}
+    def __init__(self, root: str, skip: list[str]) -> None:
+        self.prefix, self.skip = root.rstrip("/") + "/", tuple(skip)
+        self.seen: dict[str, set[int]] = {}
 
-    def wanted(self, filename):
+    def wanted(self, filename: str) -> bool:
         if not filename.startswith(self.prefix):
             return False
         relative = filename[len(self.prefix) :]
         return not any(relative == s or relative.startswith(s + "/") for s in self.skip)
 
-    def trace(self, frame, event, argument):
+    def trace(self, frame: FrameType, event: str, argument: Any) -> Any:
         name = frame.f_code.co_filename
         lines = self.seen.get(name)
         if lines is None:
@@ -118,26 +124,26 @@ class Lines:
             lines = self.seen[name] = set()
         lines.add(frame.f_lineno)
 
-        def local(inner, kind, value):
+        def local(inner: FrameType, kind: str, value: Any) -> Any:
             if kind == "line":
                 lines.add(inner.f_lineno)
             return local
 
         return local
 
-    def start(self):
+    def start(self) -> None:
         threading.settrace(self.trace)
         sys.settrace(self.trace)
 
-    def report(self):
-        files = {}
+    def report(self) -> dict[str, list[int]]:
+        files: dict[str, list[int]] = {}
         for name, ran in self.seen.items():
             try:
                 with open(name, "rb") as source:
                     code = compile(source.read(), name, "exec", dont_inherit=True)
             except (OSError, SyntaxError, ValueError):
                 continue
-            can = set()
+            can: set[int] = set()
             stack = [code]
             while stack:
                 item = stack.pop()
@@ -148,13 +154,11 @@ class Lines:
         return files
 
 
-def _lines_of(code):
-    import dis
-
+def _lines_of(code: CodeType) -> set[int]:
     return {line for _, line in dis.findlinestarts(code) if line}
 
 
-def main():
+def main() -> None:
     fd = int(os.environ.pop("REGREEN_CHANNEL_FD"))
     os.set_inheritable(fd, False)
     setup = json.loads(sys.stdin.buffer.read().decode())

@@ -6,6 +6,8 @@
 - Exit status: 0 in step, 2 a bad lock, 3 not in the wheelhouse, 4 the installation failed.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import os
@@ -14,23 +16,26 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from typing import Any, NoReturn
 
+Index = Any
 FACTS = "/work/.regreen/env.json"
 PIN = re.compile(r"([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)==([A-Za-z0-9][A-Za-z0-9.!+_-]*)")
 PYTHON = re.compile(r"#\s*python==(\d+\.\d+)")
 
 
-def fail(status, message):
+def fail(status: int, message: str) -> NoReturn:
     sys.stderr.write(f"sync-env: {message}\n")
     sys.exit(status)
 
 
-def normalize(name):
+def normalize(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def read_lock(path):
-    pins, python = {}, ""
+def read_lock(path: str) -> tuple[dict[str, str], str]:
+    pins: dict[str, str] = {}
+    python = ""
     try:
         with open(path, encoding="utf-8") as source:
             lines = source.read().split("\n")
@@ -55,7 +60,7 @@ def read_lock(path):
     return pins, python
 
 
-def site_packages(env):
+def site_packages(env: str) -> str:
     lib = os.path.join(env, "lib")
     for name in sorted(os.listdir(lib)) if os.path.isdir(lib) else []:
         folder = os.path.join(lib, name, "site-packages")
@@ -64,8 +69,8 @@ def site_packages(env):
     return ""
 
 
-def installed(env, project):
-    found = {}
+def installed(env: str, project: str) -> dict[str, str]:
+    found: dict[str, str] = {}
     folder = site_packages(env)
     for entry in os.listdir(folder) if folder else []:
         if entry.endswith(".dist-info"):
@@ -75,14 +80,14 @@ def installed(env, project):
     return found
 
 
-def same_version(left, right):
-    def key(text):
+def same_version(left: str, right: str) -> bool:
+    def key(text: str) -> str:
         return re.sub(r"[-_]", ".", text.lower()).lstrip("v")
 
     return key(left) == key(right)
 
 
-def hashed_requirements(wanted, index):
+def hashed_requirements(wanted: dict[str, str], index: Index) -> str:
     lines = []
     for name, version in sorted(wanted.items()):
         releases = index.get(name, {})
@@ -95,7 +100,7 @@ def hashed_requirements(wanted, index):
     return "".join(lines)
 
 
-def uv(*arguments):
+def uv(*arguments: str) -> None:
     command = [os.environ.get("REGREEN_UV", "/opt/regreen/bin/uv"), *arguments]
     environment = dict(os.environ)
     for name in ("VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME", "UV_FIND_LINKS", "UV_INDEX_URL"):
@@ -109,7 +114,7 @@ def uv(*arguments):
         fail(4, "uv {} failed:\n{}".format(" ".join(arguments[:2]), text[-4000:]))
 
 
-def install(env, wanted, index, wheelhouse):
+def install(env: str, wanted: dict[str, str], index: Index, wheelhouse: str) -> None:
     handle, path = tempfile.mkstemp(prefix="pins-", suffix=".txt")
     with os.fdopen(handle, "w", encoding="utf-8") as out:
         out.write(hashed_requirements(wanted, index))
@@ -119,7 +124,7 @@ def install(env, wanted, index, wheelhouse):
     os.unlink(path)
 
 
-def install_project(env, facts):
+def install_project(env: str, facts: dict[str, Any]) -> None:
     python = os.path.join(env, "bin/python")
     if facts["install_mode"] == "editable":
         uv("pip", "install", "--quiet", "--python", python, "--no-deps", "--no-index",
@@ -129,12 +134,12 @@ def install_project(env, facts):
             out.write("\n".join(facts["path"]) + "\n")
 
 
-def new_env(env, executable):
+def new_env(env: str, executable: str) -> None:
     shutil.rmtree(env, ignore_errors=True)
     uv("venv", "--quiet", "--python", executable, env)
 
 
-def main():
+def main() -> None:
     if sys.prefix != sys.base_prefix:
         # The environment may be replaced below: go on under its base interpreter.
         # (`sys._base_executable` is the environment's own before Python 3.11.)

@@ -5,6 +5,8 @@
 - Links, devices and names that leave the target are refused with exit status 2.
 """
 
+from __future__ import annotations
+
 import argparse
 import os
 import shutil
@@ -13,24 +15,27 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+from typing import IO, NoReturn
 
 MAX_BYTES = 2 << 30
 MAX_FILES = 200_000
 
 
-def fail(message):
+def fail(message: str) -> NoReturn:
     sys.stderr.write("unpack: " + message + "\n")
     sys.exit(2)
 
 
-def safe_path(root, name):
+def safe_path(root: str, name: str) -> str:
     parts = [part for part in name.split("/") if part not in ("", ".")]
     if name.startswith("/") or ".." in parts or "\0" in name:
         fail(f"a name leaves the target: {name!r}")
     return os.path.join(root, *parts) if parts else root
 
 
-def write(stream, path, mode, mtime):
+def write(stream: IO[bytes] | None, path: str, mode: int, mtime: float) -> None:
+    if stream is None:
+        fail(f"{path!r} has no content")
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path, "wb") as out:
         shutil.copyfileobj(stream, out, 1 << 20)
@@ -38,7 +43,7 @@ def write(stream, path, mode, mtime):
     os.utime(path, (mtime, mtime))
 
 
-def unpack_tar(archive, root):
+def unpack_tar(archive: str, root: str) -> None:
     with tarfile.open(archive) as tar:
         total = count = 0
         for member in tar:
@@ -51,12 +56,12 @@ def unpack_tar(archive, root):
             elif member.isfile():
                 write(tar.extractfile(member), path, member.mode, member.mtime)
             elif member.issym() or member.islnk():
-                link(tar, member, root, path)
+                link(member, root, path)
             else:
                 fail(f"{member.name!r} is no regular file")
 
 
-def link(tar, member, root, path):
+def link(member: tarfile.TarInfo, root: str, path: str) -> None:
     """A link inside the archive becomes a copy of what it names; one that leaves is refused."""
     base = os.path.dirname(member.name) if member.issym() else ""
     target = safe_path(root, os.path.normpath(os.path.join(base, member.linkname)))
@@ -65,7 +70,7 @@ def link(tar, member, root, path):
         shutil.copy2(target, path)
 
 
-def unpack_zip(archive, root):
+def unpack_zip(archive: str, root: str) -> None:
     with zipfile.ZipFile(archive) as bundle:
         if sum(i.file_size for i in bundle.infolist()) > MAX_BYTES:
             fail("the archive is too large")
@@ -81,7 +86,7 @@ def unpack_zip(archive, root):
                     write(stream, path, mode or 0o644, 1_600_000_000)
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("archive")
     parser.add_argument("target")

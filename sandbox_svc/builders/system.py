@@ -1,0 +1,42 @@
+"""A State of the bare base system with a few files in it: for callers that bring no project.
+
+- Takes the spec's `overlay` as files under the repository and nothing else of it.
+- Runs no command, needs no network, no interpreter and no release.
+"""
+
+from sandbox_svc.backends.base import Limits, Runtime
+from sandbox_svc.builders.base import (
+    REPO,
+    EnvironmentSpec,
+    Prepared,
+    Progress,
+    Stage,
+    check_overlay,
+)
+
+
+class SystemBuilder:
+    """Builds states that hold only files."""
+
+    name = "system"
+
+    async def prepare(
+        self, spec: EnvironmentSpec, runtime: Runtime, limits: Limits, progress: Progress
+    ) -> Prepared:
+        """Write the overlay into a fresh box and freeze it.
+
+        Raises:
+            InvalidArgument: a path of the overlay leaves the repository.
+            InfraError: the runtime failed.
+        """
+        check_overlay(spec)
+        box = await runtime.create((), limits=limits)
+        try:
+            for number, change in enumerate(spec.overlay):
+                if change.content is not None:
+                    await box.write_file(f"{REPO}/{change.path}", change.content, change.mode)
+                progress(Stage("install", number + 1, len(spec.overlay), change.path))
+            layer = await box.freeze()
+        finally:
+            await box.delete()
+        return Prepared((layer,), (), {}, {"builder": self.name})
