@@ -8,10 +8,11 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from learner_svc.model import LOGIT_ROWS
 from learner_svc.spec import Hyperparameters
 from regreen.rpc.errors import FailedPrecondition, NotFound
 
+LOGIT_ROWS = 256
+"""Rows whose logits are held at once (256 x 49152 x 4 B = 50 MB)."""
 _PROCESS_BYTES = 600 << 20
 """Interpreter, torch, transformers and allocator slack."""
 

@@ -21,11 +21,10 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from learner_svc.algo.batch import Pack
+from learner_svc.memory import LOGIT_ROWS
 from regreen.rpc.errors import InvalidArgument, NotFound
 
 TREE_ATTENTION = "regreen_tree"
-LOGIT_ROWS = 256
-"""Rows whose logits are held at once (256 x 49152 x 4 B = 50 MB)."""
 
 
 def load_model(path: Path) -> PreTrainedModel:

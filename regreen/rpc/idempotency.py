@@ -20,7 +20,7 @@ from regreen.rpc.errors import InvalidArgument
 class Message(Protocol):
     """What this module needs of a protobuf message."""
 
-    def SerializeToString(self, deterministic: bool = ...) -> bytes:
+    def SerializeToString(self, *, deterministic: bool = ...) -> bytes:
         """The message as bytes."""
         ...
 

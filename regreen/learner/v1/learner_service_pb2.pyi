@@ -96,6 +96,14 @@ class Hyperparameters(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     BASELINE_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    UPDATES_PER_STEP_FIELD_NUMBER: _builtins.int
+    ADVANTAGE_SCALE_FIELD_NUMBER: _builtins.int
+    TRUNCATED_FIELD_NUMBER: _builtins.int
+    RATIO_DELTA_FIELD_NUMBER: _builtins.int
+    MAX_COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
+    KEEP_FLAT_GROUPS_FIELD_NUMBER: _builtins.int
+    NO_PREFIX_SHARING_FIELD_NUMBER: _builtins.int
+    GRADIENT_CHECKPOINTING_FIELD_NUMBER: _builtins.int
     learning_rate: _builtins.float
     """Peak learning rate."""
     warmup_steps: _builtins.int
@@ -128,6 +136,22 @@ class Hyperparameters(_message.Message):
     """Baseline of advantages: "leave_one_out" or "group_mean"; used when a batch carries rewards, not advantages."""
     seed: _builtins.int
     """Seed of everything random in the run."""
+    updates_per_step: _builtins.int
+    """Optimizer updates per batch, each on its share of the groups; 0 means 1."""
+    advantage_scale: _builtins.str
+    """Divisor of advantages: "none", "group", "batch"; used when a batch carries rewards, not advantages."""
+    truncated: _builtins.str
+    """Rollouts that hit a limit: "fail", "mask_loss", "keep_baseline"; used like `advantage_scale`."""
+    ratio_delta: _builtins.float
+    """Upper bound of the ratio where the advantage is negative; 0 is off."""
+    max_completion_tokens: _builtins.int
+    """Constant denominator of "dr_grpo"; 0 takes the longest sample of each batch."""
+    keep_flat_groups: _builtins.bool
+    """Keep groups without spread of rewards in the loss denominator."""
+    no_prefix_sharing: _builtins.bool
+    """Compute every sample on its own instead of shared prefixes once."""
+    gradient_checkpointing: _builtins.bool
+    """Recompute activations in the backward pass: less memory, a third slower."""
     def __init__(
         self,
         *,
@@ -147,10 +171,18 @@ class Hyperparameters(_message.Message):
         dtype: _builtins.str = ...,
         baseline: _builtins.str = ...,
         seed: _builtins.int = ...,
+        updates_per_step: _builtins.int = ...,
+        advantage_scale: _builtins.str = ...,
+        truncated: _builtins.str = ...,
+        ratio_delta: _builtins.float = ...,
+        max_completion_tokens: _builtins.int = ...,
+        keep_flat_groups: _builtins.bool = ...,
+        no_prefix_sharing: _builtins.bool = ...,
+        gradient_checkpointing: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["baseline", b"baseline", "clip_high", b"clip_high", "clip_low", b"clip_low", "dtype", b"dtype", "gradient_clip", b"gradient_clip", "importance_cap", b"importance_cap", "kl_coefficient", b"kl_coefficient", "learning_rate", b"learning_rate", "loss", b"loss", "micro_batch_tokens", b"micro_batch_tokens", "seed", b"seed", "total_steps", b"total_steps", "trainable_layers", b"trainable_layers", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay", "zero_stage", b"zero_stage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advantage_scale", b"advantage_scale", "baseline", b"baseline", "clip_high", b"clip_high", "clip_low", b"clip_low", "dtype", b"dtype", "gradient_checkpointing", b"gradient_checkpointing", "gradient_clip", b"gradient_clip", "importance_cap", b"importance_cap", "keep_flat_groups", b"keep_flat_groups", "kl_coefficient", b"kl_coefficient", "learning_rate", b"learning_rate", "loss", b"loss", "max_completion_tokens", b"max_completion_tokens", "micro_batch_tokens", b"micro_batch_tokens", "no_prefix_sharing", b"no_prefix_sharing", "ratio_delta", b"ratio_delta", "seed", b"seed", "total_steps", b"total_steps", "trainable_layers", b"trainable_layers", "truncated", b"truncated", "updates_per_step", b"updates_per_step", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay", "zero_stage", b"zero_stage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

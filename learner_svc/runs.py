@@ -1,0 +1,417 @@
+"""The runs of this learner: at most one trains, in worker processes of its own.
+
+- A step is done once: sent again it is answered from the record; another batch under its number is
+  refused; a number that is not the next one is refused.
+- A step, once begun, is finished and recorded even if its caller has gone.
+- After a kill -9 of anything, `start` with the run's id goes on from its last checkpoint; the steps
+  after it are forgotten, here and in the record, so that their groups can be sent again.
+- Only one learner works in a home at a time (a lock that dies with the process).
+"""
+
+import asyncio
+import fcntl
+import functools
+import hashlib
+import time
+from collections.abc import AsyncIterator, Coroutine
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from learner_svc import checkpoint as ckpt
+from learner_svc import metrics
+from learner_svc.engines.base import choose_dtype
+from learner_svc.memory import available_bytes, check_fits, model_shape
+from learner_svc.process import WorkerProcess
+from learner_svc.record import RunFiles, RunRecord, RunState, StepRecord
+from learner_svc.spec import RunSpec
+from regreen.blobs import BlobStore, Digest
+from regreen.rpc.errors import (
+    FailedPrecondition,
+    InfraError,
+    InvalidArgument,
+    NotFound,
+    RegreenError,
+)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class RunsConfig:
+    """Bounds of the runs of one learner."""
+
+    processes: int = 1
+    keep_checkpoints: int = 3
+    start_timeout_s: float = 600.0
+    step_timeout_s: float = 3600.0
+    save_timeout_s: float = 900.0
+
+
+@dataclass(frozen=True, slots=True)
+class StepProgress:
+    """How far a step is."""
+
+    step: int
+    tokens_done: int
+    tokens_total: int
+
+
+Event = StepRecord | ckpt.Saved | StepProgress
+
+
+@dataclass(slots=True)
+class Run:
+    """A run in memory."""
+
+    record: RunRecord
+    files: RunFiles
+    worker: WorkerProcess | None = None
+    step: int = 0
+    checkpoint: ckpt.Saved | None = None
+    events: list[Event] = field(default_factory=list)
+    progress: StepProgress | None = None
+    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    async def publish(self, event: Event | None) -> None:
+        """Record an event and wake the watchers."""
+        async with self.changed:
+            if event is not None:
+                self.events.append(event)
+            self.changed.notify_all()
+
+
+class Runs:
+    """All runs of a learner."""
+
+    def __init__(self, home: Path, blobs: BlobStore, config: RunsConfig) -> None:
+        self._root = home / "learner"
+        self._root.mkdir(parents=True, exist_ok=True)
+        self._lock_file = (self._root / "lock").open("w")
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FailedPrecondition(
+                f"another learner works in {self._root}; stop it or set another home"
+            ) from None
+        self._blobs, self._config = blobs, config
+        self._runs: dict[str, Run] = {}
+        self._starting = asyncio.Lock()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._load()
+
+    def _load(self) -> None:
+        for path in sorted((self._root / "runs").glob("*/run.json")):
+            files = RunFiles(path.parent)
+            try:
+                record = files.read()
+            except RegreenError:
+                continue
+            if record.state is RunState.ACTIVE:
+                record = replace(record, state=RunState.STOPPED)
+            saved = ckpt.checkpoints(files.checkpoints)
+            latest = saved[-1] if saved else None
+            run = Run(record, files, checkpoint=latest)
+            run.step = latest.manifest.step if latest else 0
+            run.events = [*files.steps]
+            self._runs[record.spec.run_id] = run
+
+    def get(self, run_id: str) -> Run:
+        """A run by id.
+
+        Raises:
+            NotFound: no such run.
+        """
+        run = self._runs.get(run_id)
+        if run is None:
+            raise NotFound(f"no run {run_id[:80]!r} here; start it")
+        return run
+
+    def all(self) -> list[Run]:
+        """All runs, newest first."""
+        return sorted(self._runs.values(), key=lambda run: run.record.created, reverse=True)
+
+    async def start(self, spec: RunSpec, resume_uri: str) -> Run:
+        """Start a run or take it up again.
+
+        Raises:
+            InvalidArgument, NotFound, DataLoss: the spec, model or checkpoint will not do.
+            FailedPrecondition: another run is active, or memory is short.
+        """
+        spec.check()
+        async with self._starting:
+            known = self._runs.get(spec.run_id)
+            if known and known.worker and known.worker.alive:
+                if known.record.spec == spec and not resume_uri:
+                    return known
+                raise FailedPrecondition(f"run {spec.run_id} is active; stop it first")
+            for run in self._runs.values():
+                if run.worker is not None and run.worker.alive:
+                    raise FailedPrecondition(
+                        f"run {run.record.spec.run_id} is active; one run trains at a time"
+                    )
+            return await self._finish(self._start(spec, resume_uri))
+
+    async def _start(self, spec: RunSpec, resume_uri: str) -> Run:
+        files = RunFiles(self._root / "runs" / spec.run_id)
+        resume = self._resume_path(files, resume_uri)
+        base = local_path(spec.base_uri, "base_uri")
+        hyperparameters = spec.hyperparameters
+        half = choose_dtype(hyperparameters.dtype) == torch.bfloat16
+        masters = half or hyperparameters.zero_stage > 0 or self._config.processes > 1
+        shape = model_shape(resume or base)
+        estimate = check_fits(shape, hyperparameters, masters, available_bytes())
+        record = RunRecord(spec, RunState.ACTIVE, ckpt.now(), estimated_memory_bytes=estimate)
+        known = self._runs.get(spec.run_id)
+        if known:
+            record = replace(record, created=known.record.created)
+            files.steps = known.files.steps
+        run = Run(record, files, WorkerProcess(files.log))
+        try:
+            await self._open(run, spec, resume)
+        except RegreenError as error:
+            await _kill(run)
+            if known is None and isinstance(error, InvalidArgument | NotFound):
+                raise
+            run.record = replace(run.record, state=RunState.FAILED, error=error.message)
+            files.write(run.record)
+            self._runs[spec.run_id] = run
+            raise
+        self._runs[spec.run_id] = run
+        return run
+
+    async def _open(self, run: Run, spec: RunSpec, resume: Path | None) -> None:
+        worker, files = _worker(run), run.files
+        await worker.spawn(self._config.processes)
+        local = replace(spec, base_uri=str(local_path(spec.base_uri, "base_uri")))
+        message = {
+            "op": "start",
+            "spec": local.to_json(),
+            "resume": str(resume) if resume else "",
+            "checkpoints": str(files.checkpoints),
+            "extensions": str(self._root / "torch_extensions"),
+        }
+        answer = await worker.call(message, timeout_s=self._config.start_timeout_s)
+        run.step = answer["step"]
+        files.cut(run.step)
+        run.events = [*files.steps]
+        if resume is not None:
+            run.checkpoint = ckpt.Saved(resume, ckpt.load_manifest(resume))
+        run.record = replace(
+            run.record,
+            engine=answer["engine"],
+            trainable_parameters=answer["trainable_parameters"],
+            parameters=answer["parameters"],
+        )
+        files.write(run.record)
+
+    def _resume_path(self, files: RunFiles, resume_uri: str) -> Path | None:
+        if resume_uri:
+            return local_path(resume_uri, "resume_uri")
+        saved = ckpt.checkpoints(files.checkpoints)
+        return saved[-1].path if saved else None
+
+    async def step(
+        self, run_id: str, step: int, batch: bytes | Digest, group_ids: tuple[str, ...]
+    ) -> tuple[StepRecord, bool]:
+        """Do a step, or find that it was done (then the second value is True).
+
+        Raises:
+            NotFound: no such run or batch.
+            InvalidArgument: malformed batch, or not the next step.
+            InfraError: the worker died; start the run again.
+        """
+        run = self.get(run_id)
+        return await self._finish(self._step(run, step, batch, group_ids))
+
+    async def _step(
+        self, run: Run, step: int, batch: bytes | Digest, group_ids: tuple[str, ...]
+    ) -> tuple[StepRecord, bool]:
+        async with run.lock:
+            digest = batch.sha256 if isinstance(batch, Digest) else _sha256(batch)
+            done = self._done(run, step, digest)
+            if done is not None:
+                return done, True
+            worker = _live_worker(run)
+            started = time.monotonic()
+            path = await self._spool(run, step, batch)
+            try:
+                message = {
+                    "op": "step",
+                    "step": step,
+                    "batch": str(path),
+                    "group_ids": list(group_ids),
+                }
+                answer = await self._call(run, worker, message, self._config.step_timeout_s)
+            finally:
+                path.unlink(missing_ok=True)
+            duration_s = time.monotonic() - started
+            record = StepRecord(step, digest, group_ids, answer["metrics"], duration_s)
+            await asyncio.to_thread(run.files.append, record)
+            run.step, run.progress = step, None
+            metrics.observe_step(run.record.spec.kind.value, record)
+            await run.publish(record)
+            return record, False
+
+    def _done(self, run: Run, step: int, digest: str) -> StepRecord | None:
+        """The record of a step that was done; None for the next step."""
+        if step == run.step + 1:
+            return None
+        record = next((item for item in run.files.steps if item.step == step), None)
+        if record is None or step > run.step:
+            raise InvalidArgument(
+                "step", f"is {step}, but the next step of this run is {run.step + 1}"
+            )
+        if record.batch_sha256 != digest:
+            raise InvalidArgument("step", f"{step} was done with another batch", "send the next")
+        return record
+
+    async def _spool(self, run: Run, step: int, batch: bytes | Digest) -> Path:
+        path = run.files.directory / f"batch-{step:08d}"
+        if isinstance(batch, Digest):
+            await self._blobs.get_file(batch, path)
+        else:
+            await asyncio.to_thread(path.write_bytes, batch)
+        return path
+
+    async def _call(
+        self, run: Run, worker: WorkerProcess, message: dict[str, Any], timeout_s: float
+    ) -> dict[str, Any]:
+        """Call the worker; if it dies, the run has failed."""
+
+        def progress(done: int, total: int) -> None:
+            run.progress = StepProgress(run.step + 1, done, total)
+            self._keep(run.publish(None))
+
+        try:
+            return await worker.call(message, timeout_s=timeout_s, progress=progress)
+        except InfraError as error:
+            if not worker.alive:
+                run.record = replace(run.record, state=RunState.FAILED, error=error.message)
+                run.files.write(run.record)
+                await run.publish(None)
+            raise
+
+    async def save(self, run_id: str, policy_version: int) -> ckpt.Saved:
+        """Write a checkpoint.
+
+        Raises:
+            NotFound: no such run.
+            DiskFull: no space; the previous checkpoint is intact.
+        """
+        run = self.get(run_id)
+        return await self._finish(self._save(run, policy_version))
+
+    async def _save(self, run: Run, policy_version: int) -> ckpt.Saved:
+        async with run.lock:
+            message = {
+                "op": "save",
+                "policy_version": policy_version,
+                "keep": self._config.keep_checkpoints,
+            }
+            timeout_s = self._config.save_timeout_s
+            with metrics.CHECKPOINT_SECONDS.time():
+                answer = await self._call(run, _live_worker(run), message, timeout_s)
+            path = Path(answer["path"])
+            saved = ckpt.Saved(path, ckpt.load_manifest(path))
+            run.checkpoint = saved
+            await run.publish(saved)
+            return saved
+
+    async def stop(self, run_id: str) -> Run:
+        """End a run's workers; the run can be started again."""
+        run = self.get(run_id)
+        if run.worker is not None and run.worker.alive:
+            await run.worker.stop()
+        if run.record.state is RunState.ACTIVE:
+            run.record = replace(run.record, state=RunState.STOPPED)
+            run.files.write(run.record)
+        metrics.ACTIVE.set(0)
+        await run.publish(None)
+        return run
+
+    async def watch(self, run_id: str, from_step: int) -> AsyncIterator[Event]:
+        """Events of a run from a step on, until it ends."""
+        run = self.get(run_id)
+        seen, progress = 0, run.progress
+        while True:
+            while seen < len(run.events):
+                event = run.events[seen]
+                seen += 1
+                if not isinstance(event, StepRecord) or event.step >= from_step:
+                    yield event
+            if run.progress is not None and run.progress is not progress:
+                progress = run.progress
+                yield progress
+            if run.record.state is not RunState.ACTIVE or self._runs.get(run_id) is not run:
+                return
+            async with run.changed:
+                moved = functools.partial(self._moved, run, seen, progress)
+                await run.changed.wait_for(moved)
+
+    def _moved(self, run: Run, seen: int, progress: StepProgress | None) -> bool:
+        """Whether a watcher that saw this much has something to do."""
+        return (
+            seen < len(run.events)
+            or (run.progress is not None and run.progress is not progress)
+            or run.record.state is not RunState.ACTIVE
+            or self._runs.get(run.record.spec.run_id) is not run
+        )
+
+    async def close(self) -> None:
+        """End all workers; their runs stay resumable."""
+        for run in self._runs.values():
+            if run.worker is not None and run.worker.alive:
+                await self.stop(run.record.spec.run_id)
+        self._lock_file.close()
+
+    async def _finish(self, work: Coroutine[Any, Any, T]) -> T:
+        """Wait for work that goes on even if the caller gives up."""
+        return await asyncio.shield(self._keep(work))
+
+    def _keep(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+def local_path(uri: str, name: str) -> Path:
+    """The directory that a model or checkpoint URI names.
+
+    Raises:
+        InvalidArgument: the URI is not a local path.
+    """
+    text = uri.removeprefix("file://")
+    if "://" in text or not text.startswith("/"):
+        raise InvalidArgument(
+            name, f"{uri[:200]!r} is no absolute path", "give /path or file:///path"
+        )
+    return Path(text)
+
+
+def _worker(run: Run) -> WorkerProcess:
+    if run.worker is None:
+        raise FailedPrecondition("the run has no worker")
+    return run.worker
+
+
+def _live_worker(run: Run) -> WorkerProcess:
+    if run.worker is None or not run.worker.alive:
+        raise FailedPrecondition(
+            f"run {run.record.spec.run_id} is {run.record.state.value}; StartRun takes it up again "
+            "from its last checkpoint" + (f" ({run.record.error})" if run.record.error else "")
+        )
+    return run.worker
+
+
+async def _kill(run: Run) -> None:
+    if run.worker is not None:
+        await run.worker.kill()
+
+
+def _sha256(batch: bytes) -> str:
+    return hashlib.sha256(batch).hexdigest()

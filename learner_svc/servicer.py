@@ -1,0 +1,202 @@
+"""`regreen.learner.v1.LearnerService`: protobuf in, protobuf out, nothing else.
+
+- Zero and empty mean the default, except where the contract gives zero a meaning of its own.
+- `request_id` is answered once; steps are also idempotent by their number and batch.
+"""
+
+from collections.abc import AsyncIterator
+from dataclasses import asdict, fields, replace
+from datetime import datetime
+from typing import Any
+
+import grpc
+
+from learner_svc.checkpoint import Saved
+from learner_svc.record import RunState, StepRecord
+from learner_svc.runs import Event, Run, Runs, StepProgress
+from learner_svc.spec import Hyperparameters, RunKind, RunSpec, defaults
+from regreen.blobs import Digest, check_digest
+from regreen.common.v1 import Digest as DigestMessage
+from regreen.learner import v1 as pb
+from regreen.rpc.errors import InvalidArgument
+from regreen.rpc.idempotency import Idempotency
+
+Context = grpc.aio.ServicerContext[Any, Any]
+_KINDS = {pb.RUN_KIND_SFT: RunKind.SFT, pb.RUN_KIND_GRPO: RunKind.GRPO}
+_STATES = {
+    RunState.ACTIVE: pb.RUN_STATE_ACTIVE,
+    RunState.STOPPED: pb.RUN_STATE_STOPPED,
+    RunState.FAILED: pb.RUN_STATE_FAILED,
+}
+_PAGE = 100
+_MAX_PAGE = 1000
+
+
+class LearnerServicer(pb.LearnerServiceServicer):
+    """Translates; `Runs` does the work."""
+
+    def __init__(self, runs: Runs, default_engine: str) -> None:
+        self._runs, self._engine = runs, default_engine
+        self._once: Idempotency[Any] = Idempotency()
+
+    async def StartRun(self, request: pb.StartRunRequest, context: Context) -> pb.StartRunResponse:
+        spec = self._spec(request)
+
+        async def work() -> pb.StartRunResponse:
+            run = await self._runs.start(spec, request.resume_uri)
+            return pb.StartRunResponse(run=run_message(run))
+
+        # Not remembered: after a crash the same request must start the run again.
+        return await work()
+
+    def _spec(self, request: pb.StartRunRequest) -> RunSpec:
+        kind = _KINDS.get(request.kind)
+        if kind is None:
+            raise InvalidArgument("kind", "is not given", "give RUN_KIND_SFT or RUN_KIND_GRPO")
+        if not request.run_id or not request.run_id.replace("_", "").replace("-", "").isalnum():
+            raise InvalidArgument(
+                "run_id", f"{request.run_id[:80]!r} is no id", "give letters, digits, _ and -"
+            )
+        return RunSpec(
+            run_id=request.run_id,
+            kind=kind,
+            base_uri=request.base_uri,
+            engine=request.engine or self._engine,
+            hyperparameters=hyperparameters_of(request.hyperparameters, kind),
+        )
+
+    async def Step(self, request: pb.StepRequest, context: Context) -> pb.StepResponse:
+        batch: bytes | Digest = request.batch
+        if not request.batch:
+            if not request.HasField("batch_digest"):
+                raise InvalidArgument("batch", "is empty", "send batch or batch_digest")
+            digest = request.batch_digest
+            batch = check_digest(Digest(digest.sha256, digest.size_bytes), "batch_digest")
+        record, repeated = await self._runs.step(
+            request.run_id, request.step, batch, tuple(request.group_ids)
+        )
+        return step_message(record, repeated=repeated)
+
+    async def WatchRun(
+        self, request: pb.WatchRunRequest, context: Context
+    ) -> AsyncIterator[pb.WatchRunResponse]:
+        async for event in self._runs.watch(request.run_id, request.from_step):
+            yield event_message(event)
+
+    async def SaveCheckpoint(
+        self, request: pb.SaveCheckpointRequest, context: Context
+    ) -> pb.SaveCheckpointResponse:
+        if request.policy_version < 0:
+            raise InvalidArgument("policy_version", "is negative", "give 0 or more")
+
+        async def work() -> pb.SaveCheckpointResponse:
+            saved = await self._runs.save(request.run_id, request.policy_version)
+            return pb.SaveCheckpointResponse(checkpoint=checkpoint_message(saved))
+
+        response: pb.SaveCheckpointResponse = (
+            await self._once.once("SaveCheckpoint", request.request_id, request, work)
+            if request.request_id
+            else await work()
+        )
+        return response
+
+    async def StopRun(self, request: pb.StopRunRequest, context: Context) -> pb.StopRunResponse:
+        return pb.StopRunResponse(run=run_message(await self._runs.stop(request.run_id)))
+
+    async def GetRun(self, request: pb.GetRunRequest, context: Context) -> pb.GetRunResponse:
+        return pb.GetRunResponse(run=run_message(self._runs.get(request.run_id)))
+
+    async def ListRuns(self, request: pb.ListRunsRequest, context: Context) -> pb.ListRunsResponse:
+        size = request.page_size or _PAGE
+        if not 0 < size <= _MAX_PAGE:
+            raise InvalidArgument("page_size", f"is {size}", f"give 1 to {_MAX_PAGE}")
+        runs = self._runs.all()
+        start = 0
+        if request.page_token:
+            ids = [run.record.spec.run_id for run in runs]
+            if request.page_token not in ids:
+                raise InvalidArgument("page_token", "is unknown", "start without one")
+            start = ids.index(request.page_token) + 1
+        page = runs[start : start + size]
+        more = start + size < len(runs)
+        return pb.ListRunsResponse(
+            runs=[run_message(run) for run in page],
+            next_page_token=page[-1].record.spec.run_id if more else "",
+        )
+
+
+def hyperparameters_of(message: pb.Hyperparameters, kind: RunKind) -> Hyperparameters:
+    """Hyperparameters in force: what the message sets, over the defaults of the kind.
+
+    Raises:
+        InvalidArgument: a value is out of range.
+    """
+    base = defaults(kind)
+    given: dict[str, Any] = {}
+    for descriptor in message.DESCRIPTOR.fields:
+        value = getattr(message, descriptor.name)
+        if value:
+            given[descriptor.name] = value
+    # On the wire 0 is "unset", as -1 is: both leave the stage to the engine.
+    if given.get("zero_stage", 0) < 0:
+        given["zero_stage"] = -1
+    result = replace(base, **given)
+    result.check(kind)
+    return result
+
+
+def hyperparameters_message(value: Hyperparameters) -> pb.Hyperparameters:
+    """The message of hyperparameters in force."""
+    known = {descriptor.name for descriptor in pb.Hyperparameters.DESCRIPTOR.fields}
+    raw = {item.name: getattr(value, item.name) for item in fields(value) if item.name in known}
+    return pb.Hyperparameters(**raw)
+
+
+def run_message(run: Run) -> pb.LearnerRun:
+    """The message of a run."""
+    record = run.record
+    kinds = {kind: number for number, kind in _KINDS.items()}
+    return pb.LearnerRun(
+        id=record.spec.run_id,
+        kind=kinds[record.spec.kind],
+        state=_STATES[record.state],
+        step=run.step,
+        checkpoint=checkpoint_message(run.checkpoint) if run.checkpoint else None,
+        hyperparameters=hyperparameters_message(record.spec.hyperparameters),
+        engine=record.engine or record.spec.engine,
+        trainable_parameters=record.trainable_parameters,
+        parameters=record.parameters,
+        error=record.error,
+        estimated_memory_bytes=record.estimated_memory_bytes,
+    )
+
+
+def checkpoint_message(saved: Saved) -> pb.Checkpoint:
+    """The message of a checkpoint."""
+    manifest = saved.manifest
+    message = pb.Checkpoint(
+        uri=str(saved.path),
+        digest=DigestMessage(**asdict(manifest.weights)),
+        step=manifest.step,
+        policy_version=manifest.policy_version,
+        run_id=manifest.run_id,
+        group_ids=manifest.group_ids,
+    )
+    message.create_time.FromDatetime(datetime.fromisoformat(manifest.created))
+    return message
+
+
+def step_message(record: StepRecord, *, repeated: bool = False) -> pb.StepResponse:
+    """The message of a step."""
+    message = pb.StepResponse(step=record.step, metrics=record.metrics, repeated_step=repeated)
+    message.duration.FromMilliseconds(int(record.duration_s * 1000))
+    return message
+
+
+def event_message(event: Event) -> pb.WatchRunResponse:
+    """The message of an event."""
+    if isinstance(event, StepRecord):
+        return pb.WatchRunResponse(step=step_message(event))
+    if isinstance(event, StepProgress):
+        return pb.WatchRunResponse(progress=pb.StepProgress(**asdict(event)))
+    return pb.WatchRunResponse(checkpoint=checkpoint_message(event))

@@ -1,0 +1,32 @@
+"""Settings of the learner service."""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from regreen.settings import ServiceSettings
+
+
+class LearnerSettings(ServiceSettings):
+    """Optimises policies: DeepSpeed or plain torch, SFT and GRPO."""
+
+    section: ClassVar[str] = "learner"
+
+    listen: str = "127.0.0.1:50055"
+    """gRPC address."""
+    metrics: str = "127.0.0.1:9055"
+    """HTTP address of `/metrics` and `/healthz`."""
+    engine: Literal["deepspeed", "plain"] = "deepspeed"
+    """Engine of runs that name none."""
+    processes: int = Field(default=1, ge=1, le=1024)
+    """Ranks of a run on this machine; 1 per GPU, or 1 on CPU."""
+    blobs: str = ""
+    """URL of the blob store that batches come from; empty is `<home>/blobs`."""
+    keep_checkpoints: int = Field(default=3, ge=1)
+    """Newest checkpoints kept per run."""
+    start_timeout_s: float = Field(default=600.0, gt=0)
+    """Time a worker gets to load model and engine before it is ended."""
+    step_timeout_s: float = Field(default=3600.0, gt=0)
+    """Time of one step before its worker is ended."""
+    save_timeout_s: float = Field(default=900.0, gt=0)
+    """Time of one checkpoint before its worker is ended."""
