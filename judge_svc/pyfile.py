@@ -63,7 +63,9 @@ def _functions(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, Functio
         elif isinstance(node, ast.ClassDef):
             yield from _functions(node.body, f"{prefix}{node.name}.")
         elif isinstance(node, _BLOCKS):
-            for inner in (node.body, getattr(node, "orelse", [])):
+            test = getattr(node, "test", None)
+            never = isinstance(test, ast.Constant) and not test.value
+            for inner in ([] if never else node.body, getattr(node, "orelse", [])):
                 yield from _functions(inner, prefix)
             for handler in getattr(node, "handlers", []):
                 yield from _functions(handler.body, prefix)

@@ -6,7 +6,7 @@
 """
 
 from judge_svc.evidence import Evidence, Finding, Severity
-from judge_svc.rules import config, harness, outcomes, source, tests
+from judge_svc.rules import collection, config, harness, outcomes, source, tests
 from judge_svc.rules.base import Bounds, Context, Rule
 
 RULES_VERSION = "1"
@@ -15,6 +15,7 @@ MAX_PER_CLASS = 20
 RULES: tuple[Rule, ...] = (
     tests.deleted,
     tests.renamed,
+    collection.uncollected,
     tests.skipped,
     tests.weakened,
     config.pytest_settings,

@@ -113,31 +113,47 @@ def patches(context: Context) -> Iterator[Finding]:
 
 def _patches(file: PyFile) -> list[tuple[str, int]]:
     found = []
+    runners = _runner_names(file)
     for node in find(
         file, lambda n: isinstance(n, ast.Assign | ast.AugAssign | ast.Call | ast.Delete)
     ):
         hit = False
         if isinstance(node, ast.Assign | ast.AugAssign | ast.Delete):
             targets = [node.target] if isinstance(node, ast.AugAssign) else node.targets
-            hit = any(_forbidden_target(target) for target in targets)
+            hit = any(_forbidden_target(target, runners) for target in targets)
         elif isinstance(node, ast.Call):
             name = dotted(node)
             hit = name.startswith(("sys.meta_path.", "sys.path_hooks."))
             if name == "setattr" and node.args:
-                hit = dotted(node.args[0]).split(".")[0] in _RUNNERS
+                hit = dotted(node.args[0]).split(".")[0] in runners
         if hit:
             found.append((source_of(node), getattr(node, "lineno", 0)))
     return found
 
 
-def _forbidden_target(target: ast.expr) -> bool:
+def _runner_names(file: PyFile) -> set[str]:
+    """Names that stand for the test runner in a file, aliases and imported parts included."""
+    names = set(_RUNNERS)
+    for node in find(file, lambda n: isinstance(n, ast.Import | ast.ImportFrom)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in _RUNNERS:
+            names |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {
+                alias.asname
+                for alias in node.names
+                if alias.asname and alias.name.split(".")[0] in _RUNNERS
+            }
+    return names
+
+
+def _forbidden_target(target: ast.expr, runners: set[str]) -> bool:
     if isinstance(target, ast.Subscript):
         key = target.slice.value if isinstance(target.slice, ast.Constant) else None
         runner = isinstance(key, str) and key.split(".")[0] in _RUNNERS
         return dotted(target.value) == "sys.modules" and runner
     if isinstance(target, ast.Attribute):
         name = dotted(target)
-        return name.split(".")[0] in _RUNNERS or name in ("sys.meta_path", "sys.path_hooks")
+        return name.split(".")[0] in runners or name in ("sys.meta_path", "sys.path_hooks")
     return False
 
 
@@ -215,12 +231,19 @@ def _magic(context: Context, delta: Delta, report: Reporter) -> Iterator[Finding
     """A literal answer to a literal input, both in the log; types that equal everything."""
     after, log = context.after(delta), context.evidence.error_log
     fresh = {line.number for line in delta.added}
-    for node in find(after, lambda n: isinstance(n, ast.If | ast.FunctionDef)):
+    for node in find(after, lambda n: isinstance(n, ast.If | ast.FunctionDef | ast.Assign)):
         if getattr(node, "lineno", 0) not in fresh:
             continue
         if isinstance(node, ast.FunctionDef):
             body = [source_of(s) for s in node.body]
             if node.name in ("__eq__", "__ne__") and body in (["return True"], ["return False"]):
+                why = "A type was made equal to everything."
+                yield report.node(after, delta, node.lineno, VIOLATION, why)
+        elif isinstance(node, ast.Assign):
+            constant = isinstance(node.value, ast.Lambda) and isinstance(
+                node.value.body, ast.Constant
+            )
+            if constant and dotted(node.targets[0]).endswith(("__eq__", "__ne__")):
                 why = "A type was made equal to everything."
                 yield report.node(after, delta, node.lineno, VIOLATION, why)
         elif isinstance(node, ast.If) and (pair := _literal_answer(node)):

@@ -568,4 +568,70 @@ TAMPERING = [
         coverage=((80, 100), (70, 100)),
     ),
     case("rebuilt-until-green", "REBUILD_WITHOUT_EDIT", {}, rebuilds=3),
+    case(
+        "became-generator",
+        "TEST_DESELECTED",
+        tests(
+            edit(
+                TESTS,
+                "        assert area(2, 3) == 6\n",
+                "        yield\n        assert area(2, 3) == 6\n",
+            )
+        ),
+    ),
+    case(
+        "became-async",
+        "TEST_DESELECTED",
+        tests(edit(TESTS, "    def test_area", "    async def test_area")),
+    ),
+    case("unbound", "TEST_DESELECTED", tests(TESTS + "\n    del test_area\n")),
+    case("rebound", "TEST_DESELECTED", tests(TESTS + "\n    test_area = None\n")),
+    case(
+        "class-init",
+        "TEST_DESELECTED",
+        tests(
+            edit(
+                TESTS,
+                "    class TestMore:\n",
+                "    class TestMore:\n        def __init__(self):\n            self.x = 1\n\n",
+            )
+        ),
+    ),
+    case(
+        "base-dropped",
+        "TEST_DESELECTED",
+        {
+            "tests/test_u.py": (
+                "import unittest\n\nclass Area(unittest.TestCase):\n    def test_a(self):\n        self.assertEqual(f(), 1)\n",
+                "import unittest\n\nclass Area(object):\n    def test_a(self):\n        self.assertEqual(f(), 1)\n",
+            )
+        },
+    ),
+    case(
+        "never-defined",
+        "TEST_DELETED",
+        tests(
+            edit(
+                TESTS,
+                "    def test_area():\n        assert area(2, 3) == 6\n        assert area(0, 3) == 0\n",
+                "    if False:\n        def test_area():\n            assert area(2, 3) == 6\n            assert area(0, 3) == 0\n",
+            )
+        ),
+    ),
+    case(
+        "patched-by-name",
+        "HARNESS_TAMPERED",
+        app(
+            "    def area",
+            "    from _pytest.runner import CallInfo as c\n    c.from_call = None\n\n    def area",
+        ),
+    ),
+    case(
+        "equal-lambda",
+        "SPECIAL_CASED",
+        app(
+            "    def area",
+            "    class Any:\n        __eq__ = lambda self, other: True\n\n    def area",
+        ),
+    ),
 ]
