@@ -49,7 +49,7 @@ MACHINES = ("x86_64", "aarch64")
 DEMO_PYTHON = "3.11"
 TOOLS = (
     "setuptools", "wheel", "poetry-core", "flit-core", "hatchling", "hatch-vcs", "pbr",
-    "hatch-fancy-pypi-readme", "setuptools-scm[toml]", "tomli",
+    "hatch-fancy-pypi-readme", "setuptools-scm[toml]", "tomli", "pytest-runner",
 )  # fmt: skip
 TOOLS_NEWEST = "2023-07-01"
 """Build tools of this day can still build old sdists in place and know PEP 660; a younger
