@@ -200,6 +200,7 @@ class LocalPostgres:
                 capture_output=True,
                 timeout=self.config.start_timeout_s,
                 check=False,
+                preexec_fn=pgfind.prepare_initdb,
                 **pgfind.identity(account, binaries),
             )
         except subprocess.TimeoutExpired as error:

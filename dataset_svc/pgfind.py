@@ -28,6 +28,7 @@ log = structlog.get_logger(__name__)
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _PR_SET_PDEATHSIG = 1
+_CLONE_NEWUSER = 0x10000000
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,27 @@ def die_with_parent() -> None:
     _LIBC.prctl(_PR_SET_PDEATHSIG, int(signal.SIGINT), 0, 0, 0)
 
 
+def prepare_initdb() -> None:
+    """In the child: die with the parent, and let `initdb` find a name for our user.
+
+    `initdb` refuses to run for a user id that has no entry in the password database, which is what
+    containers often run as. In a user namespace of its own such an id is shown as a known one.
+    """
+    die_with_parent()
+    uid, gid = os.geteuid(), os.getegid()
+    try:
+        pwd.getpwuid(uid)
+        return
+    except KeyError:
+        known = next(entry for entry in pwd.getpwall() if entry.pw_uid != 0)
+    if _LIBC.unshare(_CLONE_NEWUSER) != 0:
+        return
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"{known.pw_uid} {uid} 1")
+    Path("/proc/self/gid_map").write_text(f"{known.pw_gid} {gid} 1")
+    die_with_parent()
+
+
 def data_version(data: Path) -> int | None:
     """Major version that made this data directory; None if there is none."""
     try:
@@ -136,21 +158,8 @@ def runnable(found: Binaries, who: Account | None, home: Path) -> Binaries:
     problem = _refusal(found, who)
     if problem is None:
         return found
-    source = found.directory.parent
-    name = hashlib.sha256(os.fsencode(source)).hexdigest()[:12]
-    copy = home / f"postgres-{found.major}-{name}"
-    if not copy.exists():
-        log.info("postgres_copied", source=str(source), target=str(copy), because=problem)
-        staging = home / f"{copy.name}.new"
-        shutil.rmtree(staging, ignore_errors=True)
-        shutil.copytree(source, staging, symlinks=True)
-        for path in [staging, *staging.rglob("*")]:
-            if not path.is_symlink():
-                path.chmod(path.stat().st_mode | (0o055 if path.is_dir() else 0o044))
-                if path.stat().st_mode & 0o100:
-                    path.chmod(path.stat().st_mode | 0o011)
-        staging.rename(copy)
-    copied = Binaries(copy / found.directory.name, found.major)
+    copy = _copied(found, home, problem)
+    copied = Binaries(copy, found.major)
     problem = _refusal(copied, who)
     if problem is not None:
         raise MissingDependency(f"{found.directory} cannot be run by {who}: {problem}")
@@ -193,6 +202,34 @@ def processes_in(directory: Path) -> set[int]:
             except OSError:
                 continue
     return found
+
+
+def _copied(found: Binaries, home: Path, because: str) -> Path:
+    """A copy of an installation that everyone who can enter `home` can run; its bin directory.
+
+    A wheel keeps shared libraries in `<package>.libs` beside the package, found relative to the
+    programs, so that directory is copied along at the same relative place.
+    """
+    source = found.directory.parent
+    package = source.parent
+    name = hashlib.sha256(os.fsencode(source)).hexdigest()[:12]
+    copy = home / f"postgres-{found.major}-{name}"
+    placed = Path(package.name) / source.name / found.directory.name
+    if copy.exists():
+        return copy / placed
+    log.info("postgres_copied", source=str(source), target=str(copy), because=because)
+    staging = home / f"{copy.name}.new"
+    shutil.rmtree(staging, ignore_errors=True)
+    shutil.copytree(source, staging / package.name / source.name, symlinks=True)
+    libraries = package.with_name(f"{package.name}.libs")
+    if libraries.is_dir():
+        shutil.copytree(libraries, staging / libraries.name, symlinks=True)
+    for path in [staging, *staging.rglob("*")]:
+        if not path.is_symlink():
+            mode = path.stat().st_mode
+            path.chmod(mode | (0o055 if path.is_dir() or mode & 0o100 else 0o044))
+    staging.rename(copy)
+    return copy / placed
 
 
 def _candidates() -> Iterator[Path]:

@@ -37,12 +37,14 @@ def postgres() -> Iterator[LocalPostgres]:
 
 
 @pytest.fixture(scope="module")
-def database_url(postgres: LocalPostgres) -> Iterator[str]:
-    """URL of an empty database with the newest schema, shared by one test module."""
+def database_url(postgres: LocalPostgres) -> str:
+    """URL of an empty database with the newest schema, shared by one test module.
+
+    It goes with the server at the end of the session: dropping it now would wait for a checkpoint.
+    """
     name = f"test_{os.getpid()}_{uuid.uuid4().hex[:12]}"
     postgres.create_database(name, template=_TEMPLATE)
-    yield postgres.url(name)
-    postgres.drop_database(name)
+    return postgres.url(name)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The dataset service over the wire: what is stored comes back, what is wrong is refused by name."""
+"""The dataset service over the wire: what is stored comes back, what is wrong is refused."""
 
 import uuid
 from collections.abc import AsyncIterator
