@@ -17,7 +17,7 @@ from regreen.rollout.actors import Actor, View
 from regreen.rollout.calls import Call, CallError, parse_call
 from regreen.rollout.context import EpisodeSpec
 from regreen.rollout.logs import PrimaryError
-from regreen.rollout.prompts import harmless
+from regreen.rollout.prompts import harmless, without_turns
 from regreen.rollout.record import TokenStream
 from regreen.rollout.tools import Observation, Workbench
 from regreen.rollout.toolset import ToolSet
@@ -116,7 +116,9 @@ class Agent:
 
     async def _observe(self, call: Call | None, seen: Observation, seconds: float) -> None:
         name = call.name if call else "error"
-        text = self.tools.render_result(name, harmless(seen.text, self.tools))
+        # A complaint about the call shows the format, so its tags must stay as they are.
+        said = harmless(seen.text, self.tools) if call else without_turns(seen.text)
+        text = self.tools.render_result(name, said)
         ids: list[int] = []
         if not seen.ending:
             rendered = await self.stack.policy.render_chat(

@@ -59,8 +59,8 @@ def _nothing(view: View) -> Lock | None:
 
 def _newest(view: View) -> Lock | None:
     lock = view.facts.lock
-    for name in lock.pins:
-        if offered := view.facts.offered.get(name):
+    for name, offered in view.facts.offered.items():
+        if offered:
             lock = lock.with_pin(name, offered[-1])
     return lock
 

@@ -15,7 +15,6 @@ from regreen.common.v1 import (
     GRADER_BUILD_GATES_JUDGE,
     TEST_OUTCOME_PASSED,
     FileChange,
-    Grader,
 )
 from regreen.dataset import v1 as pb
 from regreen.judge import v1 as judge_pb
@@ -91,27 +90,6 @@ async def conclude(
     trajectory.validation.CopyFrom(validation)
     trajectory.verdict.CopyFrom(verdict)
     trajectory.reward.CopyFrom(reward)
-
-
-def regrade(
-    trajectory: pb.Trajectory,
-    grader: Grader.ValueType,
-    settings: RewardSettings | None = None,
-) -> pb.Reward:
-    """The reward of a stored trajectory under another grader.
-
-    Raises:
-        InvalidArgument: the grader needs a judge's verdict and there is none.
-    """
-    return compose(
-        grader=grader,
-        end=trajectory.end,
-        validation=trajectory.validation if trajectory.HasField("validation") else None,
-        verdict=trajectory.verdict if trajectory.HasField("verdict") else None,
-        turns=trajectory.turns,
-        changes=trajectory.changes,
-        settings=settings,
-    )
 
 
 async def _validate(

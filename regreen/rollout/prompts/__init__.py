@@ -95,7 +95,14 @@ def first_messages(
 
 def harmless(text: str, tools: ToolSet) -> str:
     """Text of the task with the marks of a tool call and of chat turns taken out."""
-    for mark in (tools.call_open, tools.call_close, "<|im_start|>", "<|im_end|>"):
+    for mark in (tools.call_open, tools.call_close):
+        text = text.replace(mark, mark.replace("<", "<\u200b"))
+    return without_turns(text)
+
+
+def without_turns(text: str) -> str:
+    """Text with the marks of chat turns taken out."""
+    for mark in ("<|im_start|>", "<|im_end|>"):
         text = text.replace(mark, mark.replace("<", "<\u200b"))
     return text
 
