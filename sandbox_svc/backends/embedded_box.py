@@ -139,7 +139,7 @@ class EmbeddedBox:
 
     async def run(self, command: Command, sink: OutputSink | None = None) -> ExecResult:
         """Run one command to its end."""
-        _check(command)
+        check_command(command)
         link = self._require()
         job = Job(link.next_id(), asyncio.get_running_loop().create_future())
         channel = Collector(command.channel_bytes, head_only=True)
@@ -303,7 +303,7 @@ class EmbeddedBox:
     ) -> tuple[bytes, FileStat]:
         """Read part of a regular file; the stat tells the size of the whole."""
         async with self._files:
-            _, fd = await self._open({"op": "open", "path": _absolute(path)})
+            _, fd = await self._open({"op": "open", "path": absolute(path)})
             try:
                 info = os.fstat(fd)
                 if not stat.S_ISREG(info.st_mode):
@@ -322,7 +322,7 @@ class EmbeddedBox:
         if self.limits.disk_bytes and len(content) > self.limits.disk_bytes:
             raise InvalidArgument("content", "larger than the sandbox's disk limit")
         async with self._files:
-            request = {"op": "create", "path": _absolute(path), "mode": mode}
+            request = {"op": "create", "path": absolute(path), "mode": mode}
             _, fd = await self._open(request)
             with os.fdopen(fd, "wb", buffering=0):
                 if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -368,7 +368,7 @@ class EmbeddedBox:
         lowers = [layout.layer(layer) for layer in layers[:split]]
         tops = [layout.layer(layer) for layer in layers[split:]]
         tops.append(Path(self.upper_path))
-        found = await self._runtime.blocking(uppers.changed, tops, lowers, _absolute(under))
+        found = await self._runtime.blocking(uppers.changed, tops, lowers, absolute(under))
         return sorted(found)
 
     async def delete(self) -> None:
@@ -405,7 +405,12 @@ class EmbeddedBox:
         )
 
 
-def _check(command: Command) -> None:
+def check_command(command: Command) -> None:
+    """Refuse a command that makes no sense.
+
+    Raises:
+        InvalidArgument: names the field.
+    """
     if not command.argv or not command.argv[0]:
         raise InvalidArgument("argv", "is empty", "give the program and its arguments")
     texts = [*command.argv, command.cwd, *command.env, *command.env.values()]
@@ -419,7 +424,12 @@ def _check(command: Command) -> None:
         raise InvalidArgument("timeout_s", "must be positive")
 
 
-def _absolute(path: str) -> str:
+def absolute(path: str) -> str:
+    """The normal form of an absolute path.
+
+    Raises:
+        InvalidArgument: it is relative or malformed.
+    """
     if not path.startswith("/") or "\0" in path:
         raise InvalidArgument("path", f"is not an absolute path: {path!r}")
     return os.path.normpath("/" + path.lstrip("/"))
