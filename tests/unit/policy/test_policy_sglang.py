@@ -1,0 +1,168 @@
+"""The SGLang client against a stand-in that is as strict and as faulty as the real server."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from policy_svc.chat import Tokenizer
+from policy_svc.engines.base import FinishReason, PauseMode, Request, Sampling
+from policy_svc.engines.sglang import SglangEngine, SglangOptions, sampling_params
+from regreen.rpc.errors import FailedPrecondition, InvalidArgument, Unavailable
+from tests.fixtures.policy.http import serving
+from tests.fixtures.policy.model import default_model
+from tests.fixtures.policy.sglang_standin import SAMPLING_KEYS, SglangStandIn
+
+TOKENIZER = Tokenizer(default_model())
+PROMPT = (1, 520, 9531, 198)
+
+
+@asynccontextmanager
+async def replicas(
+    count: int = 1, release: str = "0.5.23"
+) -> AsyncIterator[tuple[SglangEngine, list[SglangStandIn]]]:
+    servers = [SglangStandIn(default_model(), TOKENIZER, release=release) for _ in range(count)]
+    async with asyncio.timeout(60), serving(servers[0].app()) as first:
+        if count == 1:
+            engine = SglangEngine(SglangOptions((first,), retry_s=2.0), TOKENIZER, 2)
+            await engine.start()
+            yield engine, servers
+            await engine.close()
+            return
+        async with serving(servers[1].app()) as second:
+            engine = SglangEngine(SglangOptions((first, second), retry_s=2.0), TOKENIZER, 2)
+            await engine.start()
+            yield engine, servers
+            await engine.close()
+
+
+def ask(rid: str = "r", n: int = 1, tokens: int = 6) -> Request:
+    return Request(rid, PROMPT, n, Sampling(max_new_tokens=tokens, seed=9, top_k=5, stop=("zzz",)))
+
+
+def test_only_known_sampling_keys_are_sent() -> None:
+    sampling = Sampling(top_k=3, stop=("a",), regex="b", stop_token_ids=(7,))
+    params = sampling_params(sampling, 2, 1)
+    assert set(params) <= SAMPLING_KEYS
+    assert params["stop_token_ids"] == [2, 7]
+    assert sampling_params(Sampling(), 2, 0)["top_k"] == -1
+
+
+async def test_server_refusals_are_typed() -> None:
+    async with replicas() as (engine, (server,)):
+        server.faults["/generate"] = [400]
+        with pytest.raises(InvalidArgument, match="400"):
+            await engine.generate(ask())
+        server.faults["/generate"] = [500]
+        with pytest.raises(Unavailable, match="500"):
+            await engine.generate(ask())
+
+
+async def test_busy_answers_are_retried_within_the_deadline() -> None:
+    async with replicas() as (engine, (server,)):
+        server.faults["/generate"] = [503, 429, 503]
+        made = await engine.generate(ask())
+        assert len(made.completions[0].token_ids) == 6
+        server.faults["/generate"] = [503] * 500
+        with pytest.raises(Unavailable, match="503"):
+            await engine.generate(ask())
+
+
+async def test_start_waits_for_health() -> None:
+    server = SglangStandIn(default_model(), TOKENIZER)
+    server.faults["/health"] = [503, 503]
+    async with serving(server.app()) as url:
+        engine = SglangEngine(SglangOptions((url,), retry_s=5.0), TOKENIZER, 2)
+        await engine.start()
+        await engine.close()
+
+
+async def test_an_absent_server_is_unavailable() -> None:
+    options = SglangOptions(("http://127.0.0.1:9",), retry_s=0.3)
+    engine = SglangEngine(options, TOKENIZER, 2)
+    with pytest.raises(Unavailable):
+        await engine.start()
+    await engine.close()
+
+
+async def test_samples_of_a_request_go_to_one_replica() -> None:
+    async with replicas(2) as (engine, servers):
+        await asyncio.gather(engine.generate(ask("a", n=3)), engine.generate(ask("b", n=3)))
+        owners = [{b["rid"][0] for route, b in s.calls if route == "/generate"} for s in servers]
+        assert sorted(map(sorted, owners)) == [["a"], ["b"]]
+
+
+async def test_a_push_reaches_all_replicas_or_none() -> None:
+    async with replicas(2) as (engine, servers):
+        await engine.load(1, default_model())
+        assert [server.version for server in servers] == ["1", "1"]
+        servers[1].faults["/update_weights_from_disk"] = [400]
+        with pytest.raises(FailedPrecondition, match="not loaded"):
+            await engine.load(2, default_model())
+        assert [server.version for server in servers] == ["1", "1"]
+        assert engine.version == 1
+
+
+async def test_native_spans_follow_a_switch() -> None:
+    async with replicas() as (engine, _):
+        call = asyncio.create_task(engine.generate(ask(tokens=300)))
+        await asyncio.sleep(0.05)
+        await engine.load(5, default_model())
+        (completion,) = (await call).completions
+        assert [span.version for span in completion.versions] == [0, 5]
+        assert completion.versions[-1].end == 300
+
+
+async def test_without_native_spans_a_push_waits_for_requests() -> None:
+    async with replicas(release="0.5.16") as (engine, (server,)):
+        call = asyncio.create_task(engine.generate(ask("old", tokens=100)))
+        await asyncio.sleep(0.05)
+        load = asyncio.create_task(engine.load(5, default_model()))
+        await asyncio.sleep(0)
+        late = asyncio.create_task(engine.generate(ask("new")))
+        (old,) = (await call).completions
+        await load
+        (new,) = (await late).completions
+        assert [span.version for span in old.versions] == [0]
+        assert [span.version for span in new.versions] == [5]
+        assert "keep_pause" not in next(b for r, b in server.calls if r.startswith("/update"))
+
+
+async def test_spans_with_gaps_are_refused() -> None:
+    async with replicas() as (engine, (server,)):
+        server.broken_spans = True
+        with pytest.raises(Unavailable, match="gaps"):
+            await engine.generate(ask())
+
+
+async def test_abort_and_cancel_reach_the_server() -> None:
+    async with replicas() as (engine, (server,)):
+        call = asyncio.create_task(engine.generate(ask("gone", n=2, tokens=8000)))
+        await asyncio.sleep(0.05)
+        assert await engine.abort("gone") == 1
+        completions = (await call).completions
+        assert {c.finish_reason for c in completions} == {FinishReason.ABORT}
+        again = asyncio.create_task(engine.generate(ask("cancelled", tokens=8000)))
+        await asyncio.sleep(0.05)
+        again.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await again
+        assert "cancelled/0" in server.aborted
+
+
+async def test_pause_modes_are_sent() -> None:
+    async with replicas() as (engine, (server,)):
+        await engine.pause(PauseMode.IN_PLACE)
+        await engine.resume()
+        await engine.pause(PauseMode.ABORT)
+        await engine.resume()
+        bodies = [b for route, b in server.calls if route == "/pause_generation"]
+        assert bodies == [{"mode": "in_place"}, {"mode": "abort"}]
+
+
+def test_paths_are_mapped() -> None:
+    options = SglangOptions(("http://x",), path_map=("/local", "/remote"))
+    engine = SglangEngine(options, TOKENIZER, 2)
+    assert engine._remote(Path("/local/a")) == "/remote/a"
