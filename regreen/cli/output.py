@@ -8,6 +8,7 @@
 
 import asyncio
 import json
+import sys
 import time
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,8 +31,8 @@ from regreen.rpc.errors import (
 
 T = TypeVar("T")
 OK, FAILED, USAGE, UNAVAILABLE = 0, 1, 2, 3
-STDOUT = Console()
-STDERR = Console(stderr=True)
+STDOUT = Console(soft_wrap=False, width=None if sys.stdout.isatty() else 160)
+STDERR = Console(stderr=True, width=None if sys.stderr.isatty() else 240)
 
 
 def exit_code(error: RegreenError) -> int:

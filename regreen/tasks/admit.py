@@ -23,7 +23,7 @@ from regreen.tasks import environment as env
 from regreen.tasks.gate import Gate, Verdict, judge_patiently
 from regreen.tasks.judge import ServiceGateClient
 from regreen.tasks.messages import MODES, gate_report, task_message
-from regreen.tasks.model import TaskRecord
+from regreen.tasks.model import TaskRecord, ids_sha256
 
 RECORD_LABEL = "record_sha256"
 DECIDED = frozenset({pb.TASK_STATUS_ADMITTED, pb.TASK_STATUS_REJECTED, pb.TASK_STATUS_QUARANTINED})
@@ -179,6 +179,12 @@ def _message(
 ) -> pb.Task:
     message = task_message(record, distributions, python=python, fixes=fixes)
     message.id = record.id
+    if len(message.fail_to_pass) == message.fail_to_pass_count:
+        unique = sorted(set(message.fail_to_pass))
+        del message.fail_to_pass[:]
+        message.fail_to_pass.extend(unique)
+        message.fail_to_pass_count = len(unique)
+        message.fail_to_pass_sha256 = ids_sha256(message.fail_to_pass)
     message.labels[RECORD_LABEL] = record_sha256(record)
     return message
 
