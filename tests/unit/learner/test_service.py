@@ -1,0 +1,211 @@
+"""The learner over gRPC: real server, real workers, the tiny model."""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+
+from learner_svc.memory import check_fits, estimate_bytes, model_shape
+from learner_svc.runs import Runs, RunsConfig
+from learner_svc.servicer import LearnerServicer
+from learner_svc.settings import LearnerSettings
+from learner_svc.spec import Hyperparameters
+from regreen.batch import Batch
+from regreen.blobs import open_blobs
+from regreen.client.learner import LearnerClient
+from regreen.common.v1 import Digest
+from regreen.learner import v1 as pb
+from regreen.rpc.errors import FailedPrecondition, InfraError, InvalidArgument, NotFound
+from regreen.rpc.server import Server
+
+Make = Callable[..., Batch]
+RATE = pb.Hyperparameters(learning_rate=1e-3)
+
+
+@asynccontextmanager
+async def learner(home: Path, **config: int) -> AsyncIterator[tuple[LearnerClient, Runs]]:
+    settings = LearnerSettings(listen="127.0.0.1:0", metrics="127.0.0.1:0", home=home, drain_s=0)
+    runs = Runs(home, open_blobs(home / "blobs"), RunsConfig(**config))
+    server = Server(settings, ("regreen.learner.v1.LearnerService",))
+    pb.add_LearnerServiceServicer_to_server(LearnerServicer(runs, "plain"), server.grpc)
+    try:
+        async with server, grpc.aio.insecure_channel(server.address) as channel:
+            yield LearnerClient(channel, patience_s=0.5), runs
+    finally:
+        await runs.close()
+
+
+async def test_a_run_from_start_to_resume(
+    tiny_model: Path, make_batch: Make, tmp_path: Path
+) -> None:
+    async with learner(tmp_path) as (client, runs):
+        run = await client.start_run(
+            "run_a", pb.RUN_KIND_GRPO, str(tiny_model), hyperparameters=RATE
+        )
+        assert (run.state, run.step, run.engine) == (pb.RUN_STATE_ACTIVE, 0, "plain")
+        assert run.hyperparameters.clip_high == pytest.approx(0.28)
+        assert 0 < run.trainable_parameters == run.parameters
+        first = await client.step("run_a", 1, batch=make_batch().to_bytes())
+        assert not first.repeated_step
+        assert {"loss", "grad_norm", "clip_fraction", "tokens", "batch/hack_rate"} <= set(
+            first.metrics
+        )
+        again = await client.step("run_a", 1, batch=make_batch().to_bytes())
+        assert again.repeated_step
+        assert again.metrics == first.metrics
+        with pytest.raises(InvalidArgument, match="another batch"):
+            await client.step("run_a", 1, batch=make_batch(seed=5).to_bytes())
+        with pytest.raises(InvalidArgument, match="next step of this run is 2"):
+            await client.step("run_a", 3, batch=make_batch().to_bytes())
+        saved = await client.save_checkpoint("run_a", policy_version=1)
+        assert (saved.step, saved.policy_version) == (1, 1)
+        assert list(saved.group_ids) == ["grp_0", "grp_1"]
+        assert (Path(saved.uri) / "model.safetensors").stat().st_size == saved.digest.size_bytes
+        batches = [make_batch(seed=seed).to_bytes() for seed in (1, 2)]
+        lost = [
+            dict((await client.step("run_a", 2 + i, batch=b)).metrics)
+            for i, b in enumerate(batches)
+        ]
+
+        worker = runs.get("run_a").worker
+        assert worker is not None
+        os.kill(worker.pids[0], signal.SIGKILL)
+        with pytest.raises((InfraError, FailedPrecondition), match="SIGKILL"):
+            await client.step("run_a", 4, batch=batches[0])
+        failed = await client.get_run("run_a")
+        assert (failed.state, failed.step) == (pb.RUN_STATE_FAILED, 3)
+
+        resumed = await client.start_run(
+            "run_a", pb.RUN_KIND_GRPO, str(tiny_model), hyperparameters=RATE
+        )
+        assert (resumed.state, resumed.step) == (pb.RUN_STATE_ACTIVE, 1)
+        for index, blob in enumerate(batches):
+            metrics = (await client.step("run_a", 2 + index, batch=blob)).metrics
+            assert (metrics["loss"], metrics["grad_norm"]) == (
+                lost[index]["loss"],
+                lost[index]["grad_norm"],
+            )
+        stopped = await client.stop_run("run_a")
+        assert stopped.state == pb.RUN_STATE_STOPPED
+        assert not worker.alive
+    async with learner(tmp_path) as (client, _):
+        [run] = (await client.list_runs()).runs
+        assert (run.id, run.state, run.step, run.checkpoint.uri) == (
+            "run_a",
+            pb.RUN_STATE_STOPPED,
+            1,
+            saved.uri,
+        )
+        run = await client.start_run(
+            "run_a", pb.RUN_KIND_GRPO, str(tiny_model), hyperparameters=RATE
+        )
+        assert run.step == 1
+
+
+async def test_watching_follows_steps_progress_and_checkpoints(
+    tiny_model: Path, make_batch: Make, tmp_path: Path
+) -> None:
+    async with learner(tmp_path) as (client, _):
+        await client.start_run("run_b", pb.RUN_KIND_SFT, str(tiny_model), hyperparameters=RATE)
+        seen: list[str] = []
+
+        async def watch() -> None:
+            async for event in client.watch_run("run_b"):
+                seen.append(str(event.WhichOneof("event")))
+
+        watcher = asyncio.create_task(watch())
+        for step in (1, 2):
+            await client.step("run_b", step, batch=make_batch(kind="sft", seed=step).to_bytes())
+        await client.save_checkpoint("run_b")
+        await client.stop_run("run_b")
+        await asyncio.wait_for(watcher, 30)
+        assert [item for item in seen if item != "progress"] == ["step", "step", "checkpoint"]
+
+
+async def test_batches_come_from_the_blob_store(
+    tiny_model: Path, make_batch: Make, tmp_path: Path
+) -> None:
+    digest = await open_blobs(tmp_path / "blobs").put(make_batch().to_bytes())
+    async with learner(tmp_path) as (client, _):
+        await client.start_run("run_c", pb.RUN_KIND_GRPO, str(tiny_model))
+        reference = Digest(sha256=digest.sha256, size_bytes=digest.size_bytes)
+        done = await client.step("run_c", 1, batch_digest=reference)
+        assert done.metrics["samples"] == 6
+        with pytest.raises(NotFound):
+            await client.step("run_c", 2, batch_digest=Digest(sha256="0" * 64, size_bytes=1))
+        with pytest.raises(InvalidArgument, match=r"batch\.blob"):
+            await client.step("run_c", 2, batch=b"not a batch")
+        assert (await client.step("run_c", 2, batch=make_batch().to_bytes())).step == 2
+
+
+async def test_one_run_at_a_time_and_typed_refusals(tiny_model: Path, tmp_path: Path) -> None:
+    async with learner(tmp_path) as (client, _):
+        start = client.start_run
+        with pytest.raises(InvalidArgument, match=r"hyperparameters\.clip_low"):
+            bad = pb.Hyperparameters(clip_low=2)
+            await start("run_d", pb.RUN_KIND_GRPO, str(tiny_model), hyperparameters=bad)
+        with pytest.raises(InvalidArgument, match=r"hyperparameters\.loss.*dapo, grpo"):
+            bad = pb.Hyperparameters(loss="ppo")
+            await start("run_d", pb.RUN_KIND_GRPO, str(tiny_model), hyperparameters=bad)
+        with pytest.raises(InvalidArgument, match="base_uri"):
+            await start("run_d", pb.RUN_KIND_GRPO, "s3://bucket/model")
+        with pytest.raises(NotFound, match=r"config\.json"):
+            await start("run_d", pb.RUN_KIND_GRPO, str(tmp_path / "nowhere"))
+        with pytest.raises(NotFound):
+            await client.get_run("run_d")
+        await start("run_d", pb.RUN_KIND_GRPO, str(tiny_model))
+        assert (await start("run_d", pb.RUN_KIND_GRPO, str(tiny_model))).step == 0
+        with pytest.raises(FailedPrecondition, match="run_d is active"):
+            await start("run_e", pb.RUN_KIND_GRPO, str(tiny_model))
+        with pytest.raises(FailedPrecondition, match="another learner"):
+            Runs(tmp_path, open_blobs("memory://"), RunsConfig())
+
+
+async def test_two_ranks_of_deepspeed_match_one(
+    tiny_model: Path, make_batch: Make, tmp_path: Path
+) -> None:
+    losses = []
+    for processes in (1, 2):
+        async with learner(tmp_path / str(processes), processes=processes) as (client, _):
+            await client.start_run(
+                "run_f",
+                pb.RUN_KIND_GRPO,
+                str(tiny_model),
+                engine="deepspeed",
+                hyperparameters=pb.Hyperparameters(learning_rate=1e-3, micro_batch_tokens=150),
+            )
+            done = [
+                await client.step("run_f", i, batch=make_batch(seed=i).to_bytes())
+                for i in (1, 2, 3)
+            ]
+            losses.append(
+                [pytest.approx(step.metrics["loss"], rel=1e-3, abs=1e-6) for step in done]
+            )
+            await client.save_checkpoint("run_f")
+            run = await client.stop_run("run_f")
+            if processes == 2:
+                again = await client.start_run(
+                    "run_f",
+                    pb.RUN_KIND_GRPO,
+                    str(tiny_model),
+                    engine="deepspeed",
+                    hyperparameters=pb.Hyperparameters(learning_rate=1e-3, micro_batch_tokens=150),
+                )
+                assert again.step == run.step == 3
+    assert [value.expected for value in losses[0]] == losses[1]
+
+
+def test_a_run_that_will_not_fit_is_refused_with_advice(tiny_model: Path) -> None:
+    shape = model_shape(tiny_model)
+    big = Hyperparameters(micro_batch_tokens=10**6)
+    needed = estimate_bytes(shape, big, masters=False)
+    with pytest.raises(FailedPrecondition, match="it would fit with micro_batch_tokens=500000"):
+        check_fits(shape, big, False, int(needed * 0.8))
+    with pytest.raises(FailedPrecondition, match="smaller model"):
+        check_fits(shape, big, False, 1 << 20)
+    assert check_fits(shape, big, False, needed) == needed
