@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from typing import Protocol
 
 from regreen.client.stack import Stack
 from regreen.common import v1 as common_pb
@@ -132,7 +133,28 @@ class EvalResult:
     lost: int
 
 
-async def evaluate(stack: Stack, config: EvalConfig, progress: Listener = ignore) -> EvalResult:
+class EpisodeRunner(Protocol):
+    """What rolls out one episode; `regreen.rollout.episode.Runner` is the real one."""
+
+    async def run(
+        self,
+        task: dataset_pb.Task,
+        spec: EpisodeSpec,
+        actor: Actor | None = None,
+        *,
+        trajectory_id: str = "",
+    ) -> dataset_pb.Trajectory:
+        """One graded rollout."""
+        ...
+
+
+async def evaluate(
+    stack: Stack,
+    config: EvalConfig,
+    progress: Listener = ignore,
+    *,
+    runner: EpisodeRunner | None = None,
+) -> EvalResult:
     """Run, or continue, the evaluation `config.name`.
 
     Raises:
@@ -159,7 +181,7 @@ async def evaluate(stack: Stack, config: EvalConfig, progress: Listener = ignore
         weights={name: Weights.from_json(found) for name, found in kept["weights"].items()},
         meter=Meter(progress, "evaluate", len(slots), done=len(slots) - len(missing)),
         recovery=Recovery(config.recovery_deadline_s, progress),
-        runner=Runner(stack, await knowledge_of(stack)),
+        runner=runner or Runner(stack, await knowledge_of(stack)),
     )
     evaluation.meter.report()
     for subject in config.subjects:
@@ -214,7 +236,7 @@ class _Evaluation:
     weights: Mapping[str, Weights]
     meter: Meter
     recovery: Recovery
-    runner: Runner
+    runner: EpisodeRunner
     lost: list[Slot] = field(default_factory=list)
 
     async def subject(self, name: str, slots: Sequence[Slot]) -> None:
@@ -232,7 +254,7 @@ class _Evaluation:
             try:
                 trajectory = await self._episode(slot)
                 await self.stack.trajectories.commit_trajectory(trajectory)
-                self.recovery.progressed()
+                self.recovery.progressed(self.meter.done)
                 solved = "solved" if trajectory.reward.solved else "not solved"
                 self.meter.advance(detail=f"{slot.subject} on {slot.task_id}: {solved}")
                 return

@@ -1,8 +1,9 @@
 """What a driver does when a service goes away: wait, with backoff, for a bounded time.
 
 - Only errors that another try can cure are waited out; everything else is raised at once.
-- The deadline counts from the last progress, so that a service that never comes back ends the run
-  with its error, and one that comes back late does not.
+- The deadline counts from the first failure since the furthest point that was ever reached: a
+  service that never comes back ends the run with its error, one that comes back late does not, and
+  one that dies again and again at the same step does.
 - There is one way back in: the caller resumes from the last checkpoint, as after a restart.
 """
 
@@ -46,10 +47,12 @@ class Recovery:
         self._clock, self._sleep = clock, sleep
         self._since_s: float | None = None
         self._wait_s = _FIRST_WAIT_S
+        self._furthest = -1
 
-    def progressed(self) -> None:
-        """Something was finished: the deadline starts anew at the next failure."""
-        self._since_s, self._wait_s = None, _FIRST_WAIT_S
+    def progressed(self, mark: int) -> None:
+        """Unit number `mark` was finished: if it is further than ever, the deadline starts anew."""
+        if mark > self._furthest:
+            self._furthest, self._since_s, self._wait_s = mark, None, _FIRST_WAIT_S
 
     async def wait_out(self, error: RegreenError) -> None:
         """Wait before the next try.

@@ -209,7 +209,7 @@ class _Life:
         self.meter.report()
         while self.step < self.driver.config.steps:
             await self._one_step(self.step + 1)
-            self.driver.recovery.progressed()
+            self.driver.recovery.progressed(self.step)
         record = None
         if self.dirty:
             record = await self._save()

@@ -153,7 +153,7 @@ class _Driver:
         meter.report()
         for step in range(position.step + 1, self.total_steps + 1):
             metrics = await self._one_step(step)
-            self.recovery.progressed()
+            self.recovery.progressed(step)
             meter.report(step, f"loss {metrics.get('learner/loss', math.nan):.4f}")
         summary = {"steps": self.total_steps, "trajectories": len(self.train_ids)}
         await self.stack.runs.update_run(self.run.id, state="done", summary=summary)

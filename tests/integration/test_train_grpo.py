@@ -9,28 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from regreen.client.channel import Caller
 from regreen.client.stack import Stack
 from regreen.rpc.errors import FailedPrecondition
 from regreen.train.config import GrpoConfig
 from regreen.train.gather import group_id
 from regreen.train.rl import train_grpo
 from tests.integration import dataset_samples as samples
-from tests.integration.train_services import World, scripted_workers, world
+from tests.integration.train_services import Fuse, Killed, World, admitted, scripted_workers, world
 
 
 @pytest.fixture
 async def place(dataset_address: str, tmp_path: Path) -> AsyncIterator[World]:
     async with world(dataset_address, tmp_path) as found:
         yield found
-
-
-async def admitted(stack: Stack, count: int = 3) -> tuple[str, ...]:
-    tasks = [samples.task() for _ in range(count)]
-    await stack.tasks.import_tasks(tasks)
-    for task in tasks:
-        await stack.tasks.record_gate(samples.report(task.id))
-    return tuple(sorted(task.id for task in tasks))
 
 
 def config_of(tasks: tuple[str, ...], **changes) -> GrpoConfig:
@@ -120,34 +111,6 @@ async def test_a_name_with_other_settings_is_refused(place: World):
         other = config_of(tasks, steps=2, name=config.name)
         with pytest.raises(FailedPrecondition, match=r"other settings \(steps\)"):
             await train_grpo(stack, other, workers=external(place))
-
-
-class Killed(BaseException):
-    """The process is gone."""
-
-
-class Fuse:
-    """Counts calls of a process and ends it at one of them, before or after it took effect."""
-
-    def __init__(self, at: int, *, after: bool) -> None:
-        self.at, self.after, self.calls = at, after, 0
-
-    def protect(self, stack: Stack) -> None:
-        for client in vars(stack).values():
-            if isinstance(client, Caller):
-                client._call = self._wrapped(client._call)
-
-    def _wrapped(self, call):
-        async def counted(method, request, timeout_s):
-            self.calls += 1
-            if self.calls > self.at or (self.calls == self.at and not self.after):
-                raise Killed
-            answer = await call(method, request, timeout_s)
-            if self.calls >= self.at:
-                raise Killed
-            return answer
-
-        return counted
 
 
 async def drive_until_killed(place: World, config: GrpoConfig, fuse: Fuse) -> bool:

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from regreen.batch import Batch
+from regreen.client.channel import Caller
 from regreen.client.stack import Endpoints, Stack
 from regreen.common import v1 as common_pb
 from regreen.dataset import v1 as dataset_pb
@@ -26,6 +27,7 @@ from regreen.policy import v1 as policy_pb
 from regreen.rpc.errors import FailedPrecondition, InvalidArgument, LeaseExpired, NotFound
 from regreen.rpc.server import Server
 from regreen.settings import ServiceSettings
+from tests.integration import dataset_samples as samples
 
 
 @dataclass
@@ -243,3 +245,39 @@ async def scripted_workers(world: World, run_id: str, count: int) -> AsyncIterat
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def admitted(stack: Stack, count: int = 3) -> tuple[str, ...]:
+    tasks = [samples.task() for _ in range(count)]
+    await stack.tasks.import_tasks(tasks)
+    for task in tasks:
+        await stack.tasks.record_gate(samples.report(task.id))
+    return tuple(sorted(task.id for task in tasks))
+
+
+class Killed(BaseException):
+    """The process is gone."""
+
+
+class Fuse:
+    """Counts calls of a process and ends it at one of them, before or after it took effect."""
+
+    def __init__(self, at: int, *, after: bool) -> None:
+        self.at, self.after, self.calls = at, after, 0
+
+    def protect(self, stack: Stack) -> None:
+        for client in vars(stack).values():
+            if isinstance(client, Caller):
+                client._call = self._wrapped(client._call)
+
+    def _wrapped(self, call):
+        async def counted(method, request, timeout_s):
+            self.calls += 1
+            if self.calls > self.at or (self.calls == self.at and not self.after):
+                raise Killed
+            answer = await call(method, request, timeout_s)
+            if self.calls >= self.at:
+                raise Killed
+            return answer
+
+        return counted

@@ -83,15 +83,37 @@ async def test_recovery_waits_with_backoff_until_its_deadline():
         now[0] += seconds
 
     recovery = Recovery(10.0, seen.append, clock=lambda: now[0], sleep=sleep)
-    with pytest.raises(Unavailable):
+
+    async def forever() -> None:
         while True:
             await recovery.wait_out(Unavailable("away"))
+
+    with pytest.raises(Unavailable):
+        await forever()
     assert waits == sorted(waits[:-1]) + waits[-1:]
     assert sum(waits) == pytest.approx(10.0)
     assert seen[0].stage == "recover"
-    recovery.progressed()
+    recovery.progressed(1)
     await recovery.wait_out(Unavailable("away", retry_after_s=3.0))
     assert waits[-1] == 3.0
+
+
+async def test_progress_that_was_made_before_does_not_extend_the_deadline():
+    now = [0.0]
+
+    async def sleep(seconds: float) -> None:
+        now[0] += 4.0
+
+    recovery = Recovery(10.0, lambda _: None, clock=lambda: now[0], sleep=sleep)
+
+    async def dies_at_the_same_step() -> None:
+        while True:
+            recovery.progressed(3)
+            await recovery.wait_out(Unavailable("away"))
+
+    with pytest.raises(Unavailable):
+        await dies_at_the_same_step()
+    assert now[0] == 12.0
 
 
 @pytest.mark.parametrize("error", [DiskFull("full"), NotFound("gone"), InvalidArgument("x", "bad")])

@@ -1,0 +1,165 @@
+"""Evaluations against a real dataset service: every slot once, whole versions, honest losses."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from regreen.client.stack import Stack
+from regreen.dataset import v1 as dataset_pb
+from regreen.evals.report import write_report
+from regreen.evals.rows import load_outcomes
+from regreen.evals.run import EvalConfig, evaluate, slot_of
+from regreen.rollout.context import EpisodeSpec
+from regreen.rpc.errors import FailedPrecondition, InfraError, NotFound
+from regreen.train.config import GrpoConfig
+from regreen.train.rl import train_grpo
+from tests.integration import dataset_samples as samples
+from tests.integration.train_services import World, admitted, scripted_workers, world
+
+
+@pytest.fixture
+async def place(dataset_address: str, tmp_path: Path) -> AsyncIterator[World]:
+    async with world(dataset_address, tmp_path) as found:
+        yield found
+
+
+class ScriptedRunner:
+    """Episodes without a sandbox: solved as the seed has it, sampled under what is served."""
+
+    def __init__(self, place: World) -> None:
+        self.place, self.ran = place, Counter[str]()
+        self.fail: dict[int, Exception] = {}
+        self.calls = 0
+
+    async def run(
+        self, task: dataset_pb.Task, spec: EpisodeSpec, actor=None, *, trajectory_id: str = ""
+    ) -> dataset_pb.Trajectory:
+        self.calls += 1
+        if error := self.fail.get(self.calls):
+            raise error
+        await asyncio.sleep(0)
+        self.ran[trajectory_id] += 1
+        found = samples.trajectory(task.id, reward=float(spec.seed % 2))
+        found.id, found.run_id, found.policy = trajectory_id, spec.run_id, spec.policy_name
+        found.pipeline, found.mode, found.grader = spec.pipeline, spec.mode, spec.grader
+        found.seed, found.actor = spec.seed, actor.name
+        for span in found.versions:
+            span.version = self.place.policy.serving.version if actor.name == "policy" else 0
+        return found
+
+
+def config_of(tasks: tuple[str, ...], **changes) -> EvalConfig:
+    settings = {
+        "name": samples.fresh("eval"),
+        "subjects": ("base", "baseline:noop"),
+        "tasks": tasks,
+        "samples": 2,
+        "recovery_deadline_s": 5.0,
+    }
+    return EvalConfig(**(settings | changes))
+
+
+async def trained(place: World, stack: Stack, tasks: tuple[str, ...]) -> str:
+    """A small finished GRPO run; its name."""
+    config = GrpoConfig(
+        name=samples.fresh("grpo"), tasks=tasks, steps=1, groups_per_step=2, group_size=2,
+        max_refills=6, idle_deadline_s=20.0, concurrency=0,
+    )  # fmt: skip
+    async with scripted_workers(place, "", 1):
+        await train_grpo(stack, config)
+    return config.name
+
+
+async def test_every_slot_has_one_trajectory_under_its_own_weights(place: World, tmp_path: Path):
+    async with place.stack() as stack:
+        tasks = await admitted(stack, 2)
+        run = await trained(place, stack, tasks)
+        config = config_of(tasks, subjects=("base", run, "baseline:noop"))
+        runner = ScriptedRunner(place)
+        result = await evaluate(stack, config, runner=runner)
+        outcomes = await load_outcomes(stack, result.run_id)
+        # two tasks, two pipelines, two modes
+        assert Counter(o.subject for o in outcomes) == {"base": 16, run: 16, "baseline:noop": 8}
+        assert (result.slots, result.committed, result.lost) == (40, 40, 0)
+        again = await evaluate(stack, config, runner=runner)
+        assert again == result
+        assert set(runner.ran.values()) == {1}
+        files = await write_report(
+            stack, tmp_path, evals=[config.name], runs=[run], now=datetime(2026, 1, 2, tzinfo=UTC)
+        )
+    assert f"{run} solved " in files.headline
+    assert "2026-01-02" in files.html.read_text()
+    assert files.json.exists()
+
+
+async def test_subjects_meet_the_same_seeds(place: World):
+    async with place.stack() as stack:
+        tasks = await admitted(stack, 1)
+        config = config_of(tasks, baseline_samples=2)
+        result = await evaluate(stack, config, runner=ScriptedRunner(place))
+        page = await stack.trajectories.list_trajectories(
+            filter=dataset_pb.TrajectoryFilter(run_id=result.run_id)
+        )
+        seeds: dict[str, set[int]] = {}
+        for row in page.trajectories:
+            seeds.setdefault(slot_of(row).subject, set()).add(row.seed)
+    assert seeds["base"] == seeds["baseline:noop"]
+    assert len(seeds["base"]) == 8
+
+
+async def test_an_interrupted_evaluation_goes_on_without_repeating(place: World):
+    async with place.stack() as stack:
+        config = config_of(await admitted(stack, 2))
+        runner = ScriptedRunner(place)
+        runner.fail = {9: FailedPrecondition("the state is gone")}
+        with pytest.raises(FailedPrecondition, match="the state is gone"):
+            await evaluate(stack, config, runner=runner)
+        done = sum(runner.ran.values())
+        assert done >= 4
+        result = await evaluate(stack, config, runner=runner)
+    assert result.committed == 24
+    # Only episodes that were running when it broke off may run again.
+    assert sum(runner.ran.values()) <= 24 + config.concurrency
+
+
+async def test_platform_trouble_is_retried_then_lost_and_never_scored(place: World):
+    async with place.stack() as stack:
+        tasks = await admitted(stack, 1)
+        config = config_of(tasks, subjects=("base",), concurrency=1, modes=("any_fix",))
+        runner = ScriptedRunner(place)
+        runner.fail = {n: InfraError("the host is ill") for n in (1, 3, 4, 5)}
+        result = await evaluate(stack, config, runner=runner)
+        outcomes = await load_outcomes(stack, result.run_id)
+    assert (result.slots, result.committed, result.lost) == (4, 3, 1)
+    assert len(outcomes) == 3
+
+
+async def test_a_policy_that_another_client_switches_is_noticed(place: World):
+    async with place.stack() as stack:
+        tasks = await admitted(stack, 1)
+        config = config_of(tasks, subjects=("base",), concurrency=1)
+        runner = ScriptedRunner(place)
+        place.policy.loaded = Stuck(place)
+        with pytest.raises(FailedPrecondition, match="stop the client that switches"):
+            await evaluate(stack, config, runner=runner)
+
+
+class Stuck(list):
+    """Every load is overtaken by somebody else's."""
+
+    def __init__(self, place: World) -> None:
+        super().__init__()
+        self.place = place
+
+    def append(self, version: int) -> None:
+        self.place.policy.serving.version = 77
+
+
+async def test_a_report_of_nothing_is_refused(place: World, tmp_path: Path):
+    async with place.stack() as stack:
+        with pytest.raises(NotFound, match="no eval run named 'nowhere'"):
+            await write_report(stack, tmp_path, evals=["nowhere"])

@@ -1,0 +1,158 @@
+"""The supervised driver: the weights are those of an undisturbed run, whatever is killed."""
+
+import hashlib
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from regreen.client.stack import Stack
+from regreen.common import v1 as common_pb
+from regreen.rpc.errors import FailedPrecondition, InvalidArgument, Unavailable
+from regreen.train.batches import sft_batch
+from regreen.train.config import SftConfig
+from regreen.train.rows import open_run
+from regreen.train.sft import batch_ids, train_sft
+from tests.integration import dataset_samples as samples
+from tests.integration.train_services import Fuse, Killed, World, admitted, world
+
+
+@pytest.fixture
+async def place(dataset_address: str, tmp_path: Path) -> AsyncIterator[World]:
+    async with world(dataset_address, tmp_path) as found:
+        yield found
+
+
+async def with_experts(stack: Stack, count: int = 4) -> tuple[str, ...]:
+    """Admitted tasks that have expert trajectories; one of each kind that must be left out."""
+    tasks = await admitted(stack, count)
+    for index, task_id in enumerate(tasks):
+        for tokens in (24 + 4 * index, 25 + 4 * index):
+            await stack.trajectories.commit_trajectory(expert(task_id, tokens=tokens))
+    await stack.trajectories.commit_trajectory(expert(tasks[0], reward=0.0))
+    await stack.trajectories.commit_trajectory(expert(tasks[0], labels={"guesses": "2"}))
+    hacked = expert(tasks[0])
+    hacked.reward.hacks.append("test-skipped")
+    await stack.trajectories.commit_trajectory(hacked)
+    return tasks
+
+
+def expert(task_id: str, *, tokens: int = 40, reward: float = 1.0, labels=None):
+    found = samples.trajectory(task_id, tokens=tokens, reward=reward)
+    found.mode, found.actor, found.policy = common_pb.MODE_KEEP_NEW, "expert", "expert"
+    found.labels.update(labels or {"guesses": "0"})
+    return found
+
+
+def config_of(tasks: tuple[str, ...], **changes) -> SftConfig:
+    settings = {
+        "name": samples.fresh("sft"),
+        "tasks": tasks,
+        "modes": ("keep_new",),
+        "epochs": 2,
+        "batch_size": 2,
+        "checkpoint_every": 2,
+        "validation_share": 0.25,
+        "recovery_deadline_s": 5.0,
+    }
+    return SftConfig(**(settings | changes))
+
+
+async def undisturbed(stack: Stack, config: SftConfig) -> tuple[str, int]:
+    """Weights and steps that the run must end with, from its config alone."""
+    resolved = (await open_run(stack, config.name, "sft", config.settings(), {})).resolved
+    ids, weights = resolved["train_ids"], "base"
+    steps = config.epochs * -(-len(ids) // config.batch_size)
+    for step in range(1, steps + 1):
+        wanted = batch_ids(ids, step, batch_size=config.batch_size, seed=config.seed)
+        batch = sft_batch([await stack.trajectories.get_trajectory(id) for id in wanted])
+        weights = hashlib.sha256((weights + batch.digest).encode()).hexdigest()
+    return weights, steps
+
+
+async def test_only_clean_solved_experts_of_training_packages_are_learned_from(place: World):
+    async with place.stack() as stack:
+        tasks = await with_experts(stack)
+        config = config_of(tasks)
+        result = await train_sft(stack, config)
+        resolved = (await open_run(stack, config.name, "sft", config.settings(), {})).resolved
+        rows = {
+            id: await stack.trajectories.get_trajectory(id)
+            for id in resolved["train_ids"] + resolved["validation_ids"]
+        }
+        weights, steps = await undisturbed(stack, config)
+        metrics = await stack.runs.list_metrics(result.run_id, names=["learner/loss"])
+    assert (len(resolved["train_ids"]), len(resolved["validation_ids"])) == (6, 2)
+    assert all(row.reward.solved and not row.reward.hacks for row in rows.values())
+    held_out = {rows[id].task_id for id in resolved["validation_ids"]}
+    assert not held_out & {rows[id].task_id for id in resolved["train_ids"]}
+    assert json.loads(Path(result.uri).read_text())["weights"] == weights
+    assert [point.step for point in metrics] == list(range(1, steps + 1))
+    assert (result.state, result.steps) == ("done", steps)
+    assert place.policy.serving.uri == result.uri
+
+
+@pytest.mark.slow
+async def test_a_driver_killed_at_any_call_ends_with_the_same_weights(place: World):
+    async with place.stack() as stack:
+        tasks = await with_experts(stack)
+    at, ended = 2, False
+    while not ended:
+        config = config_of(tasks)
+        async with place.stack() as stack:
+            Fuse(at, after=at % 2 == 1).protect(stack)
+            try:
+                await train_sft(stack, config)
+                ended = True
+            except Killed:
+                if at % 3 == 0:
+                    place.learner.forget()
+        async with place.stack() as stack:
+            result = await train_sft(stack, config)
+            weights, steps = await undisturbed(stack, config)
+        assert json.loads(Path(result.uri).read_text())["weights"] == weights
+        assert result.steps == steps
+        at += 5
+    assert at > 20
+
+
+async def test_a_learner_that_forgets_is_taken_back_to_the_checkpoint(place: World):
+    forgotten = []
+
+    def listener(progress):
+        if progress.stage == "sft" and progress.done == 3 and not forgotten:
+            forgotten.append(progress)
+            place.learner.forget()
+
+    async with place.stack() as stack:
+        config = config_of(await with_experts(stack))
+        result = await train_sft(stack, config, listener)
+        weights, _ = await undisturbed(stack, config)
+    assert json.loads(Path(result.uri).read_text())["weights"] == weights
+
+
+async def test_a_learner_that_always_fails_at_the_same_step_ends_the_run(place: World):
+    def listener(progress):
+        if progress.stage == "sft" and progress.done == 3:
+            place.learner.forget()
+
+    async with place.stack() as stack:
+        config = config_of(await with_experts(stack), recovery_deadline_s=1.0)
+        with pytest.raises(Unavailable, match="the learner lost run"):
+            await train_sft(stack, config, listener)
+
+
+async def test_no_usable_expert_is_said_so(place: World):
+    async with place.stack() as stack:
+        tasks = await admitted(stack, 1)
+        await stack.trajectories.commit_trajectory(expert(tasks[0], reward=0.0))
+        with pytest.raises(FailedPrecondition, match="no solved expert trajectory among 1 task"):
+            await train_sft(stack, config_of(tasks))
+
+
+async def test_an_unknown_start_is_refused(place: World):
+    async with place.stack() as stack:
+        tasks = await with_experts(stack, 1)
+        with pytest.raises(InvalidArgument, match="neither 'base' nor the name of a run"):
+            await train_sft(stack, config_of(tasks, start="nowhere"))
