@@ -195,7 +195,7 @@ async def environment_of(project: Project, tree: Digest) -> pb.EnvironmentSpec:
         offered = set(await pinner.newest(sorted(names), project.python))
         for pin in pins:
             offered.update(await pinner.decoys(pin, project.python))
-        tools = await pinner.tools(project.python)
+        tools = await pinner.tools(project.python, "")
         pinner.need([*pins, *offered, *tools], [project.python])
         known = {record.pin: record for record in await pinner.distributions()}
     lost = [pin for pin in pins if pin not in known]

@@ -192,7 +192,7 @@ async def complete(mined: dict[str, Any], pinner: Pinner) -> TaskRecord:
         },
         tests=Tests(
             arguments=_arguments(mined["test_command"]),
-            timeout_s=max(60.0, round(8 * mined["seconds"].get("test", 30.0))),
+            timeout_s=max(120.0, round(15 * mined["seconds"].get("test", 30.0))),
             fail_to_pass=sorted(tests["fail_to_pass"]),
             fail_to_pass_count=tests["n_fail_to_pass"],
             fail_to_pass_sha256=tests.get("fail_to_pass_sha256", ""),
