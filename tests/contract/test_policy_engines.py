@@ -70,7 +70,7 @@ async def engine(request: pytest.FixtureRequest, chat: ChatMl) -> AsyncIterator[
             yield found
             await found.close()
         return
-    found = ProcessEngine(LocalOptions(name, model, model, threads=2), chat.end_id)
+    found = ProcessEngine(LocalOptions(name, model, model, threads=1), chat.end_id)
     await found.start()
     yield found
     await found.close()
@@ -83,9 +83,7 @@ async def sample(
     return (await engine.generate(Request(rid, prompt, n, wanted))).completions
 
 
-async def test_completions_are_whole(
-    engine: Engine, prompt: tuple[int, ...], chat: ChatMl
-) -> None:
+async def test_completions_are_whole(engine: Engine, prompt: tuple[int, ...], chat: ChatMl) -> None:
     completions = await sample(engine, prompt, n=2)
     assert len(completions) == 2
     for completion in completions:
@@ -130,9 +128,7 @@ async def test_stop_token_is_the_last_id(engine: Engine, prompt: tuple[int, ...]
     assert stopped.token_ids == free.token_ids[: free.token_ids.index(stop) + 1]
 
 
-async def test_stop_text_stays(
-    engine: Engine, prompt: tuple[int, ...], chat: ChatMl
-) -> None:
+async def test_stop_text_stays(engine: Engine, prompt: tuple[int, ...], chat: ChatMl) -> None:
     if not engine.info.token_exact:
         return
     (free,) = await sample(engine, prompt, seed=4, max_new_tokens=12)
@@ -174,9 +170,7 @@ async def test_cancelling_frees_the_engine(engine: Engine, prompt: tuple[int, ..
     assert len(await sample(engine, prompt, rid="next")) == 1
 
 
-async def test_pause_in_place_holds_and_goes_on(
-    engine: Engine, prompt: tuple[int, ...]
-) -> None:
+async def test_pause_in_place_holds_and_goes_on(engine: Engine, prompt: tuple[int, ...]) -> None:
     if engine.info.name == "openai":
         return
     await engine.pause(PauseMode.IN_PLACE)
@@ -247,8 +241,7 @@ async def test_a_switch_amid_a_request_keeps_spans_right(
     await engine.load(began + 2, default_model())
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_scripts_are_checked(tmp_path: Path) -> None:
+async def test_scripts_are_checked(tmp_path: Path) -> None:
     path = tmp_path / "script.json"
     path.write_text(json.dumps({"responses": [{"text": "a", "texts": ["b"]}]}))
     with pytest.raises(FailedPrecondition, match="either text or texts"):

@@ -74,9 +74,7 @@ def test_characters_without_tokens_make_no_control_token() -> None:
 
 def test_digits_are_split_one_by_one() -> None:
     ids = CHAT.tokenizer.encode("werkzeug==2.0.13 in 2026")
-    assert [t for t in (CHAT.tokenizer.decode([i]) for i in ids) if t.isdigit()] == list(
-        "20132026"
-    )
+    assert [t for t in (CHAT.tokenizer.decode([i]) for i in ids) if t.isdigit()] == list("20132026")
 
 
 def test_other_templates_are_refused(tmp_path: Path) -> None:
