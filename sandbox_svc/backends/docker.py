@@ -71,7 +71,7 @@ class DockerRuntime:
             MissingDependency: no engine, or it lacks the image; the message names the remedy.
         """
         try:
-            import docker
+            import docker.client
         except ImportError as error:
             raise MissingDependency(
                 "the docker package is missing; install regreen[sandbox]"
@@ -80,7 +80,7 @@ class DockerRuntime:
 
         (self._home / "docker-layers").mkdir(parents=True, exist_ok=True)
         try:
-            client: Any = await self.blocking(docker.DockerClient.from_env, timeout=120)
+            client: Any = await self.blocking(docker.client.DockerClient.from_env, timeout=120)
             self.api = client.api
             await self.blocking(self.api.ping)
         except DockerException as error:

@@ -111,12 +111,12 @@ class DockerBox:
             raise InvalidArgument("cwd", f"no such directory in the sandbox: {command.cwd}")
         mark = secrets.token_hex(8)
         env = self._env | dict(command.env) | {MARK: mark}
-        argv, channel = list(command.argv), None
+        script, channel = 'exec "$@"', None
         if command.channel:
             channel = _Channel(api, self.container, mark, command.channel_bytes)
             env["REGREEN_CHANNEL_FD"] = "3"
-            script = f'exec 3>{shlex.quote(channel.path)}; exec "$@"'
-            argv = ["/bin/sh", "-c", script, "-", *argv]
+            script = f"exec 3>{shlex.quote(channel.path)}; {script}"
+        argv = ["/bin/sh", "-c", script, "-", *command.argv]
         out, err = Collector(command.output_bytes), Collector(command.output_bytes)
         limit = min(command.timeout_s, self.limits.wall_s or command.timeout_s)
         running = ContainerExec(
