@@ -7,6 +7,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from sqlalchemy import ColumnElement, distinct, func, select, text, update
 from sqlalchemy.dialects.postgresql import insert
@@ -52,11 +53,12 @@ async def import_tasks(
                 f"task {task.id} is stored with other content; set replace to overwrite it"
             )
         written.append(replace(task, split=task.split or (found.split if found else "")))
-    for task in written:
-        values = _columns(task)
-        await session.execute(
-            insert(Task).values(values).on_conflict_do_update(index_elements=[Task.id], set_=values)
-        )
+    if written:
+        rows = [_columns(task) for task in written]
+        new = insert(Task)
+        changed = {name: new.excluded[name] for name in rows[0]}
+        upsert = new.on_conflict_do_update(index_elements=[Task.id], set_=changed)
+        await session.execute(upsert, rows)
     await _check_splits(session, {task.package for task in written}, "tasks")
     return len(written), len(tasks) - len(written)
 
@@ -248,9 +250,9 @@ def _conditions(query: TaskQuery) -> list[ColumnElement[bool]]:
     return conditions
 
 
-def _columns(task: TaskRecord) -> dict[str, object]:
+def _columns(task: TaskRecord) -> dict[str, Any]:
     names = ("id", "kind", "package", "python", "category", "blame", "culprit", "split", "document")
-    values: dict[str, object] = {name: getattr(task, name) for name in names}
+    values: dict[str, Any] = {name: getattr(task, name) for name in names}
     return values | {
         "modes": list(task.modes),
         "content_sha256": task.fingerprint(),

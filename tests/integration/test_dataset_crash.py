@@ -20,7 +20,7 @@ from regreen.dataset import v1 as pb
 from regreen.rpc.errors import LeaseExpired
 from tests.integration import dataset_samples as samples
 
-GROUPS, SIZE, KILLS = 8, 3, 4
+GROUPS, SIZE, KILLS = 6, 3, 3
 
 
 class Service:
@@ -108,7 +108,7 @@ async def test_killing_the_service_during_commits_loses_and_doubles_nothing(serv
         kills = 0
         async with asyncio.timeout(200):
             while len(consumed) < GROUPS:
-                if kills < KILLS and rng.random() < 0.5:
+                if kills < KILLS and len(consumed) * KILLS >= kills * GROUPS:
                     service.kill()
                     service.start()
                     kills += 1
