@@ -8,6 +8,7 @@
 """
 
 import asyncio
+import errno
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ from pathlib import Path
 from regreen.pkgindex import PackageIndex, index_urls, interpreter_tags, wheel_fits
 from regreen.rpc.errors import (
     DataLoss,
+    DiskFull,
     InfraError,
     InvalidArgument,
     MissingDependency,
@@ -121,6 +123,10 @@ class DistStore:
                     f"{len(missing) - done} of {len(missing)} package files are not here and "
                     f"cannot be fetched: {error}; check the package index (REGREEN_INDEX_URL)"
                 ) from error
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise DiskFull(f"no space for package files in {self.root}") from error
+                raise InfraError(f"package files cannot be stored: {error}") from error
             finally:
                 for task in tasks:
                     task.cancel()
@@ -181,12 +187,8 @@ class DistStore:
             for wheel in chosen:
                 os.link(self.path(wheel.sha256), building / wheel.filename)
             (building / "index.json").write_bytes(text)
-            building.chmod(0o755)
-            try:
-                os.rename(building, final)
-            except OSError as error:
-                if not (final / "index.json").is_file():
-                    raise InfraError(f"wheelhouse cannot be placed: {error}") from error
+            (building / "index.json").chmod(0o644)
+            _settle(building, final)
         finally:
             shutil.rmtree(building, ignore_errors=True)
         return final
@@ -202,15 +204,20 @@ class DistStore:
         try:
             for file in chosen:
                 os.link(self.path(file.sha256), building / file.filename)
-            building.chmod(0o755)
-            try:
-                os.rename(building, final)
-            except OSError as error:
-                if not final.is_dir():
-                    raise InfraError(f"folder cannot be placed: {error}") from error
+            _settle(building, final)
         finally:
             shutil.rmtree(building, ignore_errors=True)
         return final
+
+
+def _settle(building: Path, final: Path) -> None:
+    """Give a finished directory its name; another process may have been faster."""
+    building.chmod(0o755)
+    try:
+        os.rename(building, final)
+    except OSError as error:
+        if not final.is_dir():
+            raise InfraError(f"{final.name} cannot be placed: {error}") from error
 
 
 def pick(pin: Pin, python: str) -> DistFile | None:

@@ -345,9 +345,11 @@ def _lay_out_tools(root: Path) -> Path:
     try:
         (building / "bin").mkdir()
         (building / "lib").mkdir()
-        shutil.copy(uv, building / "bin" / "uv")
+        shutil.copyfile(uv, building / "bin" / "uv")
+        (building / "bin" / "uv").chmod(0o755)
         for script in scripts:
-            shutil.copy(script, building / "lib" / script.name)
+            shutil.copyfile(script, building / "lib" / script.name)
+            (building / "lib" / script.name).chmod(0o644)
         launcher = f'#!/bin/sh\nexec {ENV}/bin/python -I {TOOLS}/lib/sync_env.py "$@"\n'
         (building / "bin" / "sync-env").write_text(launcher, "ascii")
         (building / "bin" / "sync-env").chmod(0o755)
