@@ -189,10 +189,10 @@ class PythonBuilder:
         box = await runtime.create((), limits=limits, mounts=inputs.mounts)
         try:
             await box.write_file("/work/home/.keep", b"")
-            argv = (f"{TOOLS}/bin/uv", "build", "--wheel", "--offline", "--no-index")
-            argv += ("--find-links", BUILDHOUSE, "--python", executable)
-            argv += ("--out-dir", "/work/wheels", f"{DISTS}/{file.filename}")
-            done = await box.run(Command(argv, env=_build_environment(), cwd="/work"))
+            argv = [f"{TOOLS}/bin/uv", "build", "--wheel", "--offline", "--no-index"]
+            argv += ["--find-links", BUILDHOUSE, "--python", executable]
+            argv += ["--out-dir", "/work/wheels", f"{DISTS}/{file.filename}"]
+            done = await box.run(Command(tuple(argv), env=_build_environment(), cwd="/work"))
             if not done.ok:
                 return None
             listing = await box.run(Command(("ls", "/work/wheels"), cwd="/work"))

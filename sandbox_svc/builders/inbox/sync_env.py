@@ -93,8 +93,8 @@ def hashed_requirements(wanted: dict[str, str], index: Index) -> str:
         releases = index.get(name, {})
         files = releases.get(version)
         if files is None:
-            have = ", ".join(sorted(releases)) or "no release of it"
-            fail(3, f"{name}=={version} is not in the wheelhouse; it has: {have}")
+            offered = ", ".join(sorted(releases)) or "no release of it"
+            fail(3, f"{name}=={version} is not in the wheelhouse; it has: {offered}")
         hashes = " ".join("--hash=sha256:" + entry["sha256"] for entry in files)
         lines.append(f"{name}=={version} {hashes}\n")
     return "".join(lines)
@@ -156,8 +156,8 @@ def main() -> None:
     env, fresh = facts["env"], False
     python = python or facts["python"]
     if python not in facts["interpreters"]:
-        have = ", ".join(sorted(facts["interpreters"]))
-        fail(3, f"python=={python} cannot be chosen here; there is: {have}")
+        offered = ", ".join(sorted(facts["interpreters"]))
+        fail(3, f"python=={python} cannot be chosen here; there is: {offered}")
     if os.path.basename(os.path.dirname(site_packages(env))) != "python" + python:
         hashed_requirements(pins, index)
         new_env(env, facts["interpreters"][python])
@@ -174,8 +174,7 @@ def main() -> None:
     if fresh:
         install_project(env, facts)
     for name in extra:
-        if name not in pins:
-            sys.stdout.write(f"removed {name} {have[name]}\n")
+        sys.stdout.write(f"removed {name} {have[name]}\n")
     for name, version in sorted(wanted.items()):
         sys.stdout.write("{} {} -> {}\n".format(name, have.get(name, "(new)"), version))
     if not (extra or wanted or fresh):
