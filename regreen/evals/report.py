@@ -11,7 +11,7 @@ import platform
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -87,7 +87,12 @@ async def load(
     trained = sorted(_chosen(every, runs, {"sft", "grpo"}), key=_created)
     if not evaluations and not trained:
         raise FailedPrecondition("nothing was trained or evaluated yet; run `regreen eval` first")
-    outcomes = [o for run in evaluations for o in await load_outcomes(stack, run.id)]
+    short = short_names([run.name for run in trained])
+    outcomes = [
+        replace(outcome, subject=short.get(outcome.subject, outcome.subject))
+        for run in evaluations
+        for outcome in await load_outcomes(stack, run.id)
+    ]
     task_ids = sorted({outcome.task_id for outcome in outcomes})
     graders = [outcome.graded for outcome in outcomes]
     return ReportInput(
@@ -95,9 +100,9 @@ async def load(
         created=(now or datetime.now(UTC)).strftime("%Y-%m-%d %H:%M UTC"),
         environment=await _environment(stack),
         outcomes=outcomes,
-        subjects=_ordered_subjects(outcomes, [run.name for run in trained]),
+        subjects=_ordered_subjects(outcomes, [short[run.name] for run in trained]),
         grader=max(set(graders), key=graders.count) if graders else "build_gates_judge",
-        runs=[await _run_facts(stack, run) for run in trained],
+        runs=[await _run_facts(stack, run, short[run.name]) for run in trained],
         tasks=[await _task_facts(stack, id) for id in task_ids],
         commands=commands,
         lost=sum(int(MessageToDict(run.summary).get("lost", 0)) for run in evaluations),
@@ -208,6 +213,15 @@ def _ordered_subjects(outcomes: Sequence[Outcome], trained: Sequence[str]) -> li
     return policies + others
 
 
+def short_names(names: Sequence[str]) -> dict[str, str]:
+    """Names without the part before the last hyphen that all of them share."""
+    shared = os.path.commonprefix(list(names)) if len(set(names)) > 1 else ""
+    cut = shared.rfind("-") + 1
+    short = {name: name[cut:] for name in names}
+    taken = {"", BASE} & set(short.values())
+    return {name: name for name in names} if taken else short
+
+
 async def _runs(stack: Stack) -> list[dataset_pb.Run]:
     found: list[dataset_pb.Run] = []
     token = ""
@@ -236,14 +250,14 @@ def _created(run: dataset_pb.Run) -> int:
     return run.create_time.ToNanoseconds()
 
 
-async def _run_facts(stack: Stack, run: dataset_pb.Run) -> RunFacts:
+async def _run_facts(stack: Stack, run: dataset_pb.Run, name: str) -> RunFacts:
     metrics: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
     for point in await stack.runs.list_metrics(run.id):
         metrics[point.name].append((float(point.step), point.value))
     checkpoints = await stack.runs.list_checkpoints(run.id, page_size=1000)
     config = MessageToDict(run.config)
     return RunFacts(
-        name=run.name,
+        name=name,
         kind=run.kind,
         state=run.state,
         settings=config.get("settings", {}),

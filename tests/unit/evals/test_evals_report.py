@@ -10,7 +10,7 @@ from report_samples import SUBJECTS, outcome, report_input
 
 from regreen.evals import svg
 from regreen.evals.compare import compare
-from regreen.evals.report import render
+from regreen.evals.report import render, short_names
 from regreen.evals.summary import document
 
 
@@ -111,6 +111,15 @@ def test_an_evaluation_without_training_and_training_without_evaluation_render()
     nothing = replace(source, outcomes=(), subjects=(), tasks=())
     page = render(document(nothing))
     assert outline_of(page).headings == ["Training: sft", "Training: grpo", "How this was made"]
+
+
+def test_names_are_shown_without_what_all_of_them_share():
+    assert short_names(["demo-a1-sft", "demo-a1-grpo"]) == {
+        "demo-a1-sft": "sft",
+        "demo-a1-grpo": "grpo",
+    }
+    for names in (["sft"], ["sft", "grpo"], ["x-base", "x-sft"], ["a-", "a-b"]):
+        assert short_names(names) == {name: name for name in names}
 
 
 def test_plots_escape_text_and_leave_out_what_is_not_finite():
