@@ -10,11 +10,13 @@ from pathlib import Path
 import grpc
 import pytest
 
+from learner_svc.checkpoint import load_manifest
 from learner_svc.memory import check_fits, estimate_bytes, model_shape
 from learner_svc.runs import Runs, RunsConfig
 from learner_svc.servicer import LearnerServicer
+from learner_svc.session import Session
 from learner_svc.settings import LearnerSettings
-from learner_svc.spec import Hyperparameters
+from learner_svc.spec import Hyperparameters, RunKind, RunSpec
 from regreen.batch import Batch
 from regreen.blobs import open_blobs
 from regreen.client.learner import LearnerClient
@@ -101,16 +103,15 @@ async def test_a_run_from_start_to_resume(
             1,
             saved.uri,
         )
-        run = await client.start_run(
-            "run_a", pb.RUN_KIND_GRPO, str(tiny_model), hyperparameters=RATE
-        )
-        assert run.step == 1
 
 
-async def test_watching_follows_steps_progress_and_checkpoints(
+async def test_watching_blobs_and_typed_refusals(
     tiny_model: Path, make_batch: Make, tmp_path: Path
 ) -> None:
+    digest = await open_blobs(tmp_path / "blobs").put(make_batch(kind="sft").to_bytes())
+    reference = Digest(sha256=digest.sha256, size_bytes=digest.size_bytes)
     async with learner(tmp_path) as (client, _):
+        await refusals_before_a_run(client, tiny_model, tmp_path)
         await client.start_run("run_b", pb.RUN_KIND_SFT, str(tiny_model), hyperparameters=RATE)
         seen: list[str] = []
 
@@ -119,85 +120,74 @@ async def test_watching_follows_steps_progress_and_checkpoints(
                 seen.append(str(event.WhichOneof("event")))
 
         watcher = asyncio.create_task(watch())
-        for step in (1, 2):
-            await client.step("run_b", step, batch=make_batch(kind="sft", seed=step).to_bytes())
+        assert (await client.step("run_b", 1, batch_digest=reference)).metrics["samples"] == 6
+        with pytest.raises(NotFound):
+            await client.step("run_b", 2, batch_digest=Digest(sha256="0" * 64, size_bytes=1))
+        with pytest.raises(InvalidArgument, match=r"batch\.blob"):
+            await client.step("run_b", 2, batch=b"not a batch")
+        with pytest.raises(InvalidArgument, match=r"batch\.kind"):
+            await client.step("run_b", 2, batch=make_batch().to_bytes())
+        assert (await client.step("run_b", 2, batch=make_batch(kind="sft").to_bytes())).step == 2
         await client.save_checkpoint("run_b")
+        same = await client.start_run(
+            "run_b", pb.RUN_KIND_SFT, str(tiny_model), hyperparameters=RATE
+        )
+        assert same.step == 2
+        with pytest.raises(FailedPrecondition, match="run_b is active"):
+            await client.start_run("run_e", pb.RUN_KIND_GRPO, str(tiny_model))
+        with pytest.raises(FailedPrecondition, match="another learner"):
+            Runs(tmp_path, open_blobs("memory://"), RunsConfig())
         await client.stop_run("run_b")
         await asyncio.wait_for(watcher, 30)
         assert [item for item in seen if item != "progress"] == ["step", "step", "checkpoint"]
 
 
-async def test_batches_come_from_the_blob_store(
+async def refusals_before_a_run(client: LearnerClient, model: Path, tmp_path: Path) -> None:
+    """Bad requests that start no worker and leave no run behind."""
+
+    async def start(base: str, **values: float | str) -> None:
+        hyperparameters = pb.Hyperparameters(**values)
+        await client.start_run("run_d", pb.RUN_KIND_GRPO, base, hyperparameters=hyperparameters)
+
+    with pytest.raises(InvalidArgument, match=r"hyperparameters\.clip_low"):
+        await start(str(model), clip_low=2)
+    with pytest.raises(InvalidArgument, match=r"hyperparameters\.loss.*dapo, grpo"):
+        await start(str(model), loss="ppo")
+    with pytest.raises(InvalidArgument, match="base_uri"):
+        await start("s3://bucket/model")
+    with pytest.raises(NotFound, match=r"config\.json"):
+        await start(str(tmp_path / "nowhere"))
+    with pytest.raises(NotFound):
+        await client.get_run("run_d")
+
+
+@pytest.mark.slow
+async def test_two_ranks_of_deepspeed_match_one_process(
     tiny_model: Path, make_batch: Make, tmp_path: Path
 ) -> None:
-    digest = await open_blobs(tmp_path / "blobs").put(make_batch().to_bytes())
-    async with learner(tmp_path) as (client, _):
-        await client.start_run("run_c", pb.RUN_KIND_GRPO, str(tiny_model))
-        reference = Digest(sha256=digest.sha256, size_bytes=digest.size_bytes)
-        done = await client.step("run_c", 1, batch_digest=reference)
-        assert done.metrics["samples"] == 6
-        with pytest.raises(NotFound):
-            await client.step("run_c", 2, batch_digest=Digest(sha256="0" * 64, size_bytes=1))
-        with pytest.raises(InvalidArgument, match=r"batch\.blob"):
-            await client.step("run_c", 2, batch=b"not a batch")
-        assert (await client.step("run_c", 2, batch=make_batch().to_bytes())).step == 2
-
-
-async def test_one_run_at_a_time_and_typed_refusals(tiny_model: Path, tmp_path: Path) -> None:
-    async with learner(tmp_path) as (client, _):
-        start = client.start_run
-        with pytest.raises(InvalidArgument, match=r"hyperparameters\.clip_low"):
-            bad = pb.Hyperparameters(clip_low=2)
-            await start("run_d", pb.RUN_KIND_GRPO, str(tiny_model), hyperparameters=bad)
-        with pytest.raises(InvalidArgument, match=r"hyperparameters\.loss.*dapo, grpo"):
-            bad = pb.Hyperparameters(loss="ppo")
-            await start("run_d", pb.RUN_KIND_GRPO, str(tiny_model), hyperparameters=bad)
-        with pytest.raises(InvalidArgument, match="base_uri"):
-            await start("run_d", pb.RUN_KIND_GRPO, "s3://bucket/model")
-        with pytest.raises(NotFound, match=r"config\.json"):
-            await start("run_d", pb.RUN_KIND_GRPO, str(tmp_path / "nowhere"))
-        with pytest.raises(NotFound):
-            await client.get_run("run_d")
-        await start("run_d", pb.RUN_KIND_GRPO, str(tiny_model))
-        assert (await start("run_d", pb.RUN_KIND_GRPO, str(tiny_model))).step == 0
-        with pytest.raises(FailedPrecondition, match="run_d is active"):
-            await start("run_e", pb.RUN_KIND_GRPO, str(tiny_model))
-        with pytest.raises(FailedPrecondition, match="another learner"):
-            Runs(tmp_path, open_blobs("memory://"), RunsConfig())
-
-
-async def test_two_ranks_of_deepspeed_match_one(
-    tiny_model: Path, make_batch: Make, tmp_path: Path
-) -> None:
-    losses = []
-    for processes in (1, 2):
-        async with learner(tmp_path / str(processes), processes=processes) as (client, _):
-            await client.start_run(
-                "run_f",
-                pb.RUN_KIND_GRPO,
-                str(tiny_model),
-                engine="deepspeed",
-                hyperparameters=pb.Hyperparameters(learning_rate=1e-3, micro_batch_tokens=150),
-            )
-            done = [
-                await client.step("run_f", i, batch=make_batch(seed=i).to_bytes())
-                for i in (1, 2, 3)
-            ]
-            losses.append(
-                [pytest.approx(step.metrics["loss"], rel=1e-3, abs=1e-6) for step in done]
-            )
-            await client.save_checkpoint("run_f")
-            run = await client.stop_run("run_f")
-            if processes == 2:
-                again = await client.start_run(
-                    "run_f",
-                    pb.RUN_KIND_GRPO,
-                    str(tiny_model),
-                    engine="deepspeed",
-                    hyperparameters=pb.Hyperparameters(learning_rate=1e-3, micro_batch_tokens=150),
-                )
-                assert again.step == run.step == 3
-    assert [value.expected for value in losses[0]] == losses[1]
+    batches = [make_batch(seed=seed) for seed in range(3)]
+    hyperparameters = Hyperparameters(learning_rate=1e-3, micro_batch_tokens=150)
+    spec = RunSpec("run_f", RunKind.GRPO, str(tiny_model), "plain", hyperparameters)
+    session = Session(spec, tmp_path / "extensions")
+    expected = [session.step(batch, (), lambda done, total: None)["loss"] for batch in batches]
+    message = pb.Hyperparameters(learning_rate=1e-3, micro_batch_tokens=150)
+    async with learner(tmp_path, processes=2) as (client, _):
+        await client.start_run(
+            "run_f",
+            pb.RUN_KIND_GRPO,
+            str(tiny_model),
+            engine="deepspeed",
+            hyperparameters=message,
+        )
+        losses = []
+        for index, batch in enumerate(batches):
+            done = await client.step("run_f", index + 1, batch=batch.to_bytes())
+            losses.append(done.metrics["loss"])
+        assert losses == pytest.approx(expected, rel=1e-3, abs=1e-6)
+        saved = await client.save_checkpoint("run_f")
+        manifest = load_manifest(Path(saved.uri))
+        assert manifest.state_format == "deepspeed-zero2-world2"
+        assert sum(name.startswith("engine/") for name in manifest.files) >= 2
 
 
 def test_a_run_that_will_not_fit_is_refused_with_advice(tiny_model: Path) -> None:

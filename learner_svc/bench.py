@@ -1,0 +1,264 @@
+"""`python -m learner_svc.bench`: one GRPO update, ours against TRL's, on the same batch.
+
+- Both sides start from the same weights and get the same token ids, masks and advantages. Rollouts,
+  rewards and tokenization are outside the clock on both sides.
+- Inside the clock: forward, loss, backward, gradient clipping and AdamW, for the whole batch. TRL's
+  side is `GRPOTrainer._compute_loss` of its trainer, micro-batch by micro-batch, as it calls it.
+- The losses and gradient norms must agree, or there is no ratio: a fast wrong step is no win.
+- Rounds alternate; the best of each side counts, since other load can only slow a round down.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from learner_svc.session import Session
+from learner_svc.spec import Hyperparameters, RunKind, RunSpec
+from regreen.batch import Batch, Sample
+from regreen.settings import default_home
+
+_RATE = 1e-6
+_CLIP = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Size of the batch."""
+
+    groups: int = 2
+    samples: int = 8
+    prompt_tokens: int = 400
+    completion_tokens: int = 80
+    micro_batch: int = 4
+    """Samples per forward pass on TRL's side."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What the benchmark prints."""
+
+    compared: str
+    ours_s: float
+    trl_s: float
+    ratio: float
+    """TRL's time over ours; above 1 we are faster."""
+    tokens: int
+    ours_tokens_per_s: float
+    trl_tokens_per_s: float
+    loss_ours: float
+    loss_trl: float
+    grad_norm_ours: float
+    grad_norm_trl: float
+    engine: str
+    model: str
+    threads: int
+    rounds: int
+    shape: dict[str, int]
+
+
+def make_batch(shape: Shape, vocab: int, seed: int = 0) -> Batch:
+    """Random groups with given advantages and sampled logprobs of zero weight in the loss."""
+    rng = np.random.default_rng(seed)
+    samples = []
+    for group in range(shape.groups):
+        prompt = rng.integers(10, vocab, shape.prompt_tokens)
+        for _ in range(shape.samples):
+            completion = rng.integers(10, vocab, shape.completion_tokens)
+            ids = np.concatenate([prompt, completion])
+            mask = np.zeros(ids.size, int)
+            mask[prompt.size :] = 1
+            advantage = float(rng.normal())
+            samples.append(
+                Sample.make(
+                    ids,
+                    mask,
+                    group_id=f"grp_{group}",
+                    prompt_len=prompt.size,
+                    advantage=advantage,
+                )
+            )
+    return Batch(tuple(samples))
+
+
+def our_round(
+    model: Path, engine: str, batch: Batch, home: Path
+) -> Callable[[], tuple[float, float]]:
+    """A function that performs one update and gives loss and gradient norm."""
+    hyperparameters = Hyperparameters(
+        learning_rate=_RATE, gradient_clip=_CLIP, importance_cap=-1.0, dtype="fp32"
+    )
+    session = Session(RunSpec("bench", RunKind.GRPO, str(model), engine, hyperparameters), home)
+
+    def run() -> tuple[float, float]:
+        metrics = session.step(batch, (), lambda done, total: None)
+        return metrics["loss"], metrics["grad_norm"]
+
+    return run
+
+
+def trl_round(
+    model: Path, batch: Batch, shape: Shape, home: Path
+) -> Callable[[], tuple[float, float]]:
+    """The same update by TRL's trainer.
+
+    Raises:
+        ImportError: TRL is not installed.
+    """
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import GRPOConfig, GRPOTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+    network = AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float32, local_files_only=True
+    )
+    count = len(batch) // shape.micro_batch
+    trainer = GRPOTrainer(
+        model=network,
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        train_dataset=Dataset.from_list([{"prompt": "x"}] * len(batch)),
+        processing_class=tokenizer,
+        args=GRPOConfig(
+            output_dir=str(home / "trl"),
+            use_cpu=True,
+            bf16=False,
+            per_device_train_batch_size=shape.micro_batch,
+            gradient_accumulation_steps=count,
+            num_generations=shape.samples,
+            max_completion_length=shape.completion_tokens,
+            beta=0.0,
+            epsilon_high=0.28,
+            loss_type="dapo",
+            gradient_checkpointing=False,
+            report_to=[],
+            save_strategy="no",
+        ),
+    )
+    trainer.current_gradient_accumulation_steps = count
+    network.train()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=_RATE, betas=(0.9, 0.95), fused=True)
+    optimizer.param_groups[0]["weight_decay"] = 0.0
+    inputs = [_trl_inputs(batch, start, shape) for start in range(0, len(batch), shape.micro_batch)]
+
+    def run() -> tuple[float, float]:
+        total = 0.0
+        for micro in inputs:
+            loss = trainer._compute_loss(network, micro)
+            loss.backward()
+            total += float(loss.detach())
+        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), _CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return total, float(norm)
+
+    return run
+
+
+def _trl_inputs(batch: Batch, start: int, shape: Shape) -> dict[str, Any]:
+    samples = batch.samples[start : start + shape.micro_batch]
+    ids = torch.from_numpy(np.stack([s.token_ids for s in samples]).astype(np.int64))
+    prompt, completion = ids[:, : shape.prompt_tokens], ids[:, shape.prompt_tokens :]
+    return {
+        "prompt_ids": prompt,
+        "prompt_mask": torch.ones_like(prompt),
+        "completion_ids": completion,
+        "completion_mask": torch.ones_like(completion),
+        "advantages": torch.tensor([s.advantage for s in samples]),
+        "num_items_in_batch": torch.tensor(batch.trained_tokens),
+    }
+
+
+def compare(model: Path, engine: str, shape: Shape, rounds: int) -> Result:
+    """Run both sides `rounds` times in turn.
+
+    Raises:
+        ImportError: TRL is not installed.
+        ValueError: the two sides do not compute the same update.
+    """
+    vocab = int(json.loads((model / "config.json").read_text())["vocab_size"])
+    batch = make_batch(shape, vocab)
+    with tempfile.TemporaryDirectory(prefix="regreen-bench-") as name:
+        home = Path(name)
+        sides = {
+            "trl": trl_round(model, batch, shape, home),
+            "ours": our_round(model, engine, batch, home / "extensions"),
+        }
+        seconds: dict[str, list[float]] = {"ours": [], "trl": []}
+        first: dict[str, tuple[float, float]] = {}
+        for _ in range(rounds):
+            for side, run in sides.items():
+                started = time.perf_counter()
+                numbers = run()
+                seconds[side].append(time.perf_counter() - started)
+                first.setdefault(side, numbers)
+    for index, what in enumerate(("loss", "gradient norm")):
+        ours, theirs = first["ours"][index], first["trl"][index]
+        if abs(ours - theirs) > 1e-3 * max(abs(ours), abs(theirs), 1e-3):
+            raise ValueError(f"{what}: ours {ours}, TRL's {theirs}")
+    ours_s, trl_s = min(seconds["ours"]), min(seconds["trl"])
+    return Result(
+        compared="one GRPO update (forward, loss, backward, clip, AdamW), rollouts excluded",
+        ours_s=round(ours_s, 3),
+        trl_s=round(trl_s, 3),
+        ratio=round(trl_s / ours_s, 2),
+        tokens=batch.tokens,
+        ours_tokens_per_s=round(batch.tokens / ours_s, 1),
+        trl_tokens_per_s=round(batch.tokens / trl_s, 1),
+        loss_ours=first["ours"][0],
+        loss_trl=first["trl"][0],
+        grad_norm_ours=first["ours"][1],
+        grad_norm_trl=first["trl"][1],
+        engine=engine,
+        model=model.name,
+        threads=torch.get_num_threads(),
+        rounds=rounds,
+        shape=asdict(shape),
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the result; exit code 0 also when the comparison has to be skipped, with the reason."""
+    parser = argparse.ArgumentParser(prog="learner_svc.bench", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--model", type=Path, default=default_home() / "models" / "smollm2-135m")
+    parser.add_argument("--engine", default="deepspeed", choices=["deepspeed", "plain"])
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--groups", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=0, help="0: all processors")
+    options = parser.parse_args(argv)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
+    if not (options.model / "config.json").is_file():
+        return _skip(f"no model at {options.model}: run python -m policy_svc.model_store", options)
+    shape = Shape(groups=options.groups)
+    try:
+        result = compare(options.model, options.engine, shape, options.rounds)
+    except ImportError as error:
+        return _skip(f"TRL is not installed ({error}): pip install regreen[peer]", options)
+    text = json.dumps(asdict(result))
+    if not options.json:
+        text = (
+            f"GRPO update, {result.tokens} tokens: ours {result.ours_s:.1f} s, "
+            f"TRL {result.trl_s:.1f} s, {result.ratio:.2f} times as fast"
+        )
+    sys.stdout.write(text + "\n")
+    return 0
+
+
+def _skip(reason: str, options: argparse.Namespace) -> int:
+    sys.stdout.write((json.dumps({"skipped": reason}) if options.json else reason) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
