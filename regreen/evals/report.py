@@ -215,9 +215,12 @@ def _ordered_subjects(outcomes: Sequence[Outcome], trained: Sequence[str]) -> li
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
     """Names without the part before the last hyphen that all of them share."""
-    shared = os.path.commonprefix(list(names)) if len(set(names)) > 1 else ""
-    cut = shared.rfind("-") + 1
-    short = {name: name[cut:] for name in names}
+    heads = [name.split("-")[:-1] for name in names] if len(set(names)) > 1 else [[]]
+    shared = next(
+        (i for i, parts in enumerate(zip(*heads, strict=False)) if len(set(parts)) > 1),
+        min(map(len, heads), default=0),
+    )
+    short = {name: "-".join(name.split("-")[shared:]) for name in names}
     taken = {"", BASE} & set(short.values())
     return {name: name for name in names} if taken else short
 

@@ -125,7 +125,7 @@ async def wanted_tasks(stack: Stack, ids: Sequence[str], split: str) -> list[dat
         refused = [task.id for task in tasks if task.status != dataset_pb.TASK_STATUS_ADMITTED]
         if refused:
             raise FailedPrecondition(
-                f"not admitted: {', '.join(refused)}; run `regreen tasks gate` on them first"
+                f"not admitted: {', '.join(refused)}; run `regreen tasks verify` on them first"
             )
         return tasks
     admitted = [dataset_pb.TASK_STATUS_ADMITTED]

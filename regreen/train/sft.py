@@ -88,7 +88,7 @@ async def _resolve(stack: Stack, config: SftConfig, progress: Listener) -> dict[
     if not train:
         raise FailedPrecondition(
             f"no solved expert trajectory among {len(tasks)} tasks; check that the reference fixes "
-            "pass with `regreen tasks gate`"
+            "pass with `regreen tasks verify`"
         )
     return {
         "base_version": await next_version_block(stack),
