@@ -211,6 +211,10 @@ class EmbeddedRuntime:
         finally:
             self._in_background(self.blocking(self.cgroups.destroy, seat.group))
 
+    def tidy(self) -> None:
+        """Remove in the background what a freeze put aside."""
+        self._in_background(self.blocking(self.layout.empty_trash))
+
     async def settle(self) -> None:
         """Wait until what was deleted has gone."""
         await asyncio.gather(*self._trash, return_exceptions=True)

@@ -353,12 +353,10 @@ class EmbeddedBox:
         self._require()
         async with self._files:
             await self._end()
-            layout = self._runtime.layout
-            layer = layout.freeze(self.id)
+            layer = self._runtime.layout.freeze(self.id)
             self._own_layers.append(layer)
-            layout.discard(layout.box(self.id) / "m")
-            layout.new_upper(self.id)
             await self.launch()
+            self._runtime.tidy()
             return layer
 
     async def changed_paths(self, under: str, *, since: int | None = None) -> Sequence[str]:

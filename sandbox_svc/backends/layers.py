@@ -112,12 +112,19 @@ class Layout:
         self.own(root / "u")
 
     def freeze(self, box: str) -> str:
-        """Turn the unmounted upper of a box into a layer; returns its id."""
+        """Turn the unmounted upper of a box into a layer and make a fresh one; its id."""
         layer = secrets.token_hex(6)
         root = self.box(box)
         os.rename(root / "u", self.layer(layer))
-        self.discard(root / "w")
+        os.rename(root, self.home / "trash" / secrets.token_hex(8))
+        self.new_upper(box)
         return layer
+
+    def empty_trash(self) -> None:
+        """Remove what was put out of sight."""
+        for entry in list((self.home / "trash").iterdir()):
+            if not entry.name.startswith("draft-"):
+                remove_tree(entry)
 
     def discard(self, path: Path) -> None:
         """Remove a tree: out of sight at once, then from the disk."""
@@ -134,7 +141,7 @@ class Layout:
 
     def draft_layer(self) -> Path:
         """A fresh directory that may become a layer."""
-        draft = self.home / "trash" / secrets.token_hex(8)
+        draft = self.home / "trash" / f"draft-{secrets.token_hex(8)}"
         draft.mkdir(mode=0o755)
         self.own(draft)
         return draft
@@ -192,7 +199,7 @@ class Layout:
         return name
 
     def _build(self, name: str, fill: Callable[[Path], None]) -> None:
-        draft = self.home / "trash" / secrets.token_hex(8)
+        draft = self.home / "trash" / f"draft-{secrets.token_hex(8)}"
         draft.mkdir(mode=0o755)
         fill(draft)
         for directory, folders, files in os.walk(draft):

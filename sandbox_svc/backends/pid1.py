@@ -14,6 +14,7 @@ import signal
 import socket
 import stat
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from sandbox_svc.backends import linux, wire
 
@@ -25,8 +26,6 @@ _KILL_ROUNDS = 25
 class _Job:
     id: int
     pid: int
-    earlier: frozenset[int]
-    """Processes that ran before this command; they are not its own."""
 
 
 class Pid1:
@@ -94,7 +93,6 @@ class Pid1:
         except OSError as error:
             return {"errno": error.errno, "error": str(error), "cwd": True}
         actions = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(fds)]
-        earlier = frozenset(_pids())
         try:
             pid = os.posix_spawn(
                 _find(argv[0], env.get("PATH", "")),
@@ -109,7 +107,7 @@ class Pid1:
             return {"errno": error.errno, "error": str(error), "spawn": True}
         finally:
             os.chdir("/")
-        self._jobs[pid] = _Job(request["id"], pid, earlier)
+        self._jobs[pid] = _Job(request["id"], pid)
         return {"pid": pid}
 
     def _reap(self) -> None:
@@ -158,28 +156,41 @@ def _pids() -> list[int]:
     return [int(name) for name in os.listdir("/proc") if name.isdigit() and name != "1"]
 
 
-def _parent_and_state(pid: int) -> tuple[int, str]:
+class _Process(NamedTuple):
+    parent: int
+    state: str
+    started: int
+    """Clock ticks since boot."""
+
+
+def _look_at(pid: int) -> _Process:
     try:
         with open(f"/proc/{pid}/stat", "rb") as source:
             fields = source.read().rsplit(b")", 1)[1].split()
     except (OSError, IndexError):
-        return 0, "Z"
-    return int(fields[1]), fields[0].decode()
+        return _Process(0, "X", 0)
+    return _Process(int(fields[1]), fields[0].decode(), int(fields[19]))
 
 
 def _doomed(job: _Job, others: set[int]) -> list[int]:
-    info = {pid: _parent_and_state(pid) for pid in _pids()}
+    info = {pid: _look_at(pid) for pid in _pids()}
+    first = _look_at(job.pid).started
 
     def belongs_to_other(pid: int) -> bool:
         seen = 0
-        while pid > 1 and seen < len(info) + 1:
+        while pid > 1 and seen <= len(info):
             if pid in others:
                 return True
-            pid, seen = info.get(pid, (0, ""))[0], seen + 1
+            pid, seen = info[pid].parent if pid in info else 0, seen + 1
         return False
 
-    alive = (pid for pid, (_, state) in info.items() if state not in "ZX")
-    return [pid for pid in alive if pid not in job.earlier and not belongs_to_other(pid)]
+    return [
+        pid
+        for pid, process in info.items()
+        if process.state not in "ZX"
+        and (process.started, pid) >= (first, job.pid)
+        and not belongs_to_other(pid)
+    ]
 
 
 def _find(program: str, path: str) -> str:

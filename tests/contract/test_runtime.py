@@ -4,21 +4,26 @@ import asyncio
 import time
 
 import pytest
+import pytest_asyncio
 
 from regreen.rpc.errors import FailedPrecondition, InvalidArgument, NotFound
 from sandbox_svc.backends.base import Command, EndReason, Limits, Mount
 from tests.contract.runtimes import NAMES, SMALL, sh, started
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-@pytest.fixture(params=NAMES)
-async def runtime(request, tmp_path):
-    async with started(request.param, tmp_path / "home") as runtime:
+
+@pytest_asyncio.fixture(params=NAMES, scope="module", loop_scope="module")
+async def runtime(request, tmp_path_factory):
+    async with started(request.param, tmp_path_factory.mktemp("runtime")) as runtime:
         yield runtime
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="module")
 async def box(runtime):
-    return await runtime.create([], limits=SMALL)
+    box = await runtime.create([], limits=SMALL)
+    yield box
+    await box.delete()
 
 
 async def test_exit_codes_signals_and_both_streams_are_told_apart(box):

@@ -18,7 +18,7 @@ _ROOT = Path(__file__).parents[3]
 _UID = "12345"
 _CHOSEN = (
     "exit_codes or time_out_kills or files_are_written or freezing or changed_paths or fork_bomb"
-    " or memory or bytes or kernel_settings or b3_ or no_privileges or ports_of or magic or f1_"
+    " or memory or bytes or kernel_settings or b3_ or no_privileges or ports_of or magic"
 )
 
 
