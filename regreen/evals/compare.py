@@ -1,7 +1,7 @@
 """Subjects against each other, in numbers and in one honest sentence.
 
-- A sentence never says more than its interval: where the interval holds zero, it says that the
-  data do not tell the two apart.
+- A sentence never says more than its interval and its test: "did better" needs an interval
+  without zero *and* p <= 0.05, because a bootstrap over few tasks is too sure.
 - Signs, tasks and samples are always in the sentence.
 """
 
@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 
 from regreen.evals.rows import Outcome, outcomes_by_task
 from regreen.evals.stats import Difference, Estimate, paired_difference, solve_rate
+
+_SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,5 +96,10 @@ def sentence(found: Comparison) -> str:
     )
     if gap.low <= 0.0 <= gap.high:
         return f"{facts} The interval holds zero: these data do not tell the two apart."
+    if gap.p_value > _SIGNIFICANT:
+        return (
+            f"{facts} The interval leaves zero out, but a permutation test on so few tasks does "
+            "not: a hint, not a finding."
+        )
     better, worse = (found.second, found.first) if gap.value > 0 else (found.first, found.second)
     return f"{facts} {better} did better than {worse}."

@@ -99,6 +99,19 @@ def test_a_difference_that_may_be_nothing_is_said_to_be_so():
     assert "5 tasks (5 and 5 attempts): +20.0 points" in found.sentence
 
 
+def test_few_tasks_give_a_hint_not_a_finding():
+    rows = [outcome("base", f"t{i}", "full", 0, solved=False) for i in range(4)]
+    rows += [
+        outcome("grpo", f"t{i}", "full", s, solved=s == 0 or i > 1)
+        for i in range(4)
+        for s in (0, 1)
+    ]
+    found = compare(rows, "base", "grpo", grader="build")
+    assert found.difference.low > 0
+    assert found.difference.p_value == 2 / 16
+    assert found.sentence.endswith("a hint, not a finding.")
+
+
 def test_graders_are_shown_on_the_same_rows():
     graders = document(report_input())["graders"]
     row = next(r for r in graders if r["subject"] == "grpo" and r["pipeline"] == "full")
