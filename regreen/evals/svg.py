@@ -115,8 +115,9 @@ def heat_map(
     """A matrix with its numbers; opacity is the magnitude, class `neg` marks negative cells."""
     if not rows or not columns:
         return ""
-    left, top, cell = 150.0, 96.0, 34.0
-    width, height = left + cell * len(columns) + 8, top + cell * len(rows) + 6
+    left, top, cell = 150.0, 100.0, 34.0
+    # Slanted labels of the last columns reach past the cells.
+    width, height = left + cell * len(columns) + 64, top + cell * len(rows) + 6
     parts = []
     for j, column in enumerate(columns):
         x, y = left + cell * j + cell / 2, top - 8
