@@ -8,6 +8,7 @@
 - Tokens come from the policy's own tokenizer, logprobs are 0, the actor is `expert`.
 """
 
+import difflib
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from regreen.client.stack import Stack
 
 _MOVED = re.compile(r"([\w.-]+) \S+ -> ([^\s,;]+)")
-_MOST_EDITS = 12
+_MOST_EDIT_CHARS = 1500
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,20 +203,28 @@ async def _edit_commands(stack: "Stack", task: pb.Task, fix: pb.ReferenceFix) ->
             commands += found
     finally:
         await stack.sandbox.delete_sandbox(sandbox.id)
-    return commands if len(commands) <= _MOST_EDITS else ()
+    return commands if sum(map(len, commands)) <= _MOST_EDIT_CHARS else ()
 
 
 def line_edits(before: bytes, after: bytes, path: str) -> list[str] | None:
-    """`sed` commands that turn one text into another line by line; None when lines were added."""
+    """`sed` commands, last line first, that turn one text into another; None where it cannot."""
+    if not (before.endswith(b"\n") and after.endswith(b"\n")):
+        return None
     try:
-        old, new = before.decode().split("\n"), after.decode().split("\n")
+        old, new = before[:-1].decode().split("\n"), after[:-1].decode().split("\n")
     except UnicodeDecodeError:
         return None
-    if len(old) != len(new):
-        return None
     commands = []
-    for number, (left, right) in enumerate(zip(old, new, strict=True), 1):
-        if left != right:
-            script = f"{number}c" + "\\" + right.replace("\\", "\\\\")
-            commands.append(f"sed -i {shlex.quote(script)} {shlex.quote(path)}")
+    matcher = difflib.SequenceMatcher(None, old, new, autojunk=False)
+    for kind, first, last, start, end in reversed(matcher.get_opcodes()):
+        if kind == "equal":
+            continue
+        if kind == "insert":
+            where, verb = (str(first), "a") if first else ("1", "i")
+        else:
+            where = str(last) if last == first + 1 else f"{first + 1},{last}"
+            verb = "c" if kind == "replace" else "d"
+        lines = [line.replace("\\", "\\\\") for line in new[start:end]]
+        text = "".join(f"\\\n{line}" for line in lines)
+        commands.append(f"sed -i {shlex.quote(where + verb + text)} {shlex.quote(path)}")
     return commands

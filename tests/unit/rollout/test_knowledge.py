@@ -1,10 +1,17 @@
 """Past fixes: only from training tasks, never of the own package, only what is on offer."""
 
+import subprocess
+import tempfile
+from pathlib import Path
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from regreen.common.v1 import CHANGE_KIND_MODIFY, MODE_ANY_FIX, MODE_KEEP_NEW, FileChange
 from regreen.dataset import v1 as pb
 from regreen.lockfile import format_lock, lock_of
+from regreen.rollout.experts import line_edits
 from regreen.rollout.facts import Facts
 from regreen.rollout.knowledge import Knowledge, build
 from regreen.rollout.logs import analyse
@@ -130,3 +137,19 @@ def test_the_artefact_round_trips_and_names_bad_lines():
 def test_an_empty_base_knows_nothing():
     facts = _facts()
     assert Knowledge().candidates(facts.error, facts, exclude_package="mine") == []
+
+
+_LINE = st.text(st.sampled_from("ab \\'\"/&\t$"), max_size=6)
+_TEXT = st.lists(_LINE, max_size=6).map("\n".join)
+
+
+@given(_TEXT, _TEXT)
+@settings(max_examples=40, deadline=None)
+def test_source_edits_become_sed_commands_that_make_them(old, new):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "a file.txt")
+        path.write_text(old + "\n")
+        commands = line_edits((old + "\n").encode(), (new + "\n").encode(), str(path))
+        for command in commands or []:
+            subprocess.run(["/bin/sh", "-c", command], check=True)
+        assert path.read_text() == new + "\n"

@@ -1,0 +1,138 @@
+"""Workers over the real queue: nothing lost, nothing twice, whatever is killed."""
+
+import asyncio
+
+import pytest
+import pytest_asyncio
+
+from dataset_svc.__main__ import serving
+from dataset_svc.settings import DatasetSettings
+from regreen.client.stack import Endpoints, Stack
+from regreen.common.v1 import GRADER_BUILD_GATES, MODE_ANY_FIX, PIPELINE_SIMPLIFIED
+from regreen.dataset import v1 as pb
+from regreen.rollout.context import Budget, Knobs, Sampling, labels_of
+from regreen.rollout.episode import Runner
+from regreen.rollout.knowledge import Knowledge
+from regreen.rollout.worker import Worker, knowledge_of, worker_pool
+from regreen.rpc.errors import Unavailable
+from tests.integration import dataset_samples as samples
+from tests.integration.rollout.world import PIN, VALIDATE, says
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def dataset(database_url, tmp_path):
+    """Address of a dataset service on the loop of these tests."""
+    settings = DatasetSettings(
+        listen="127.0.0.1:0", metrics="127.0.0.1:0", home=tmp_path, drain_s=0.5, fsync=False
+    )
+    async with serving(settings, database_url) as server:
+        yield server.address
+
+
+async def enqueue(stack, world, *, groups=1, size=2, state_id=None):
+    """A run with groups of an admitted task; its id."""
+    task = pb.Task()
+    task.CopyFrom(world.task)
+    task.id = samples.fresh("greet")
+    task.state_id = ""
+    await stack.tasks.import_tasks([task])
+    report = samples.report(task.id)
+    report.state_id = world.task.state_id if state_id is None else state_id
+    report.error_log = "E   ImportError: cannot import name 'hello' from 'wordlib' (/w.py)\n"
+    await stack.tasks.record_gate(report)
+    run = await stack.runs.create_run(samples.fresh("run"), "grpo")
+    labels = labels_of(Budget(turns=3), Sampling(), Knobs())
+    await stack.queue.enqueue_groups(
+        [
+            pb.Group(
+                run_id=run.run.id,
+                task_id=task.id,
+                size=size,
+                seed=seed,
+                step=1,
+                labels=labels,
+                pipeline=PIPELINE_SIMPLIFIED,
+                mode=MODE_ANY_FIX,
+                grader=GRADER_BUILD_GATES,
+            )
+            for seed in range(groups)
+        ]
+    )
+    return run.run.id
+
+
+async def counts(stack, run_id):
+    return dict((await stack.queue.get_queue(run_id)).rollouts)
+
+
+async def until(condition, *, within_s):
+    """Poll until a condition of the queue holds."""
+    async with asyncio.timeout(within_s):
+        while not await condition():  # noqa: ASYNC110 - the queue has no events
+            await asyncio.sleep(0.05)
+
+
+async def test_a_worker_empties_the_queue(world, dataset):
+    async with world.playing(says(PIN, VALIDATE), dataset=dataset) as stack:
+        run_id = await enqueue(stack, world, groups=2, size=2)
+        stats = await Worker(stack, Runner(stack), run_id=run_id).run(until_idle=True)
+        assert stats.committed == 4
+        assert (await counts(stack, run_id))["committed"] == 4
+        taken = await stack.queue.take_groups(run_id, 5)
+        assert sorted(len(group.trajectories) for group in taken) == [2, 2]
+        for member in taken[0].trajectories:
+            assert member.reward.solved
+            assert member.run_id == run_id
+            assert list(member.token_ids)
+        assert (await knowledge_of(stack)).fixes
+
+
+async def test_trouble_gives_the_rollout_back_and_scores_nothing(world, dataset):
+    async with world.playing([], dataset=dataset) as stack:
+        run_id = await enqueue(stack, world, size=1, state_id="st_" + "0" * 32)
+        worker = Worker(stack, Runner(stack, Knowledge()), run_id=run_id)
+        stats = await worker.run(until_idle=True)
+        assert stats.committed == 0
+        assert stats.given_back >= 1
+        assert (await counts(stack, run_id)).get("committed", 0) == 0
+
+
+async def test_a_killed_worker_leaves_its_rollouts_to_another(world, dataset):
+    async with world.playing(says(PIN, VALIDATE), dataset=dataset) as stack:
+        run_id = await enqueue(stack, world, size=2)
+        abandoned = await stack.queue.lease_rollouts("killed", 1, run_id=run_id, duration_s=0.5)
+        assert len(abandoned) == 1
+        async with worker_pool(stack, run_id=run_id, concurrency=2) as worker:
+
+            async def done():
+                return (await counts(stack, run_id)).get("committed", 0) == 2
+
+            await until(done, within_s=60)
+        assert worker.stats.committed == 2
+
+
+async def test_a_stopped_worker_gives_back_what_it_holds(world, dataset):
+    slow = [{"text": PIN, "delay_s": 5.0}]
+    async with world.playing(slow, dataset=dataset) as stack:
+        run_id = await enqueue(stack, world, size=1)
+        async with worker_pool(stack, run_id=run_id) as worker:
+
+            async def leased():
+                return (await counts(stack, run_id)).get("leased", 0) > 0
+
+            await until(leased, within_s=30)
+        assert (worker.stats.committed, worker.stats.given_back) == (0, 1)
+        left = await counts(stack, run_id)
+        assert left.get("leased", 0) == 0
+        assert left["waiting"] == 1
+
+
+async def test_a_service_that_stays_away_ends_the_pool(world):
+    endpoints = Endpoints(**world.endpoints, dataset="127.0.0.1:1")
+    async with Stack(endpoints, patience_s=0.2) as stack:
+        runner = Runner(stack, Knowledge())
+        worker = Worker(stack, runner, patience_s=0.5)
+        with pytest.raises(Unavailable):
+            await worker.run()
