@@ -15,7 +15,13 @@ from typing import Protocol
 
 from regreen.common.v1 import common_pb2
 from regreen.pkgindex import PackageIndex
-from regreen.rpc.errors import FailedPrecondition, InvalidArgument, MissingDependency, RegreenError
+from regreen.rpc.errors import (
+    FailedPrecondition,
+    InvalidArgument,
+    MissingDependency,
+    NotFound,
+    RegreenError,
+)
 from regreen.sandbox.v1 import sandbox_pb2 as pb
 from regreen.tasks import environment as env
 from regreen.tasks.model import Fix, TaskRecord, ids_sha256
@@ -219,15 +225,15 @@ class _Trial:
         for repeat in range(first, self.gate.repeats + 1):
             validation = await self._validate(changes)
             seen.add(validation)
-            ok = validation.outcome != pb.VALIDATION_OUTCOME_PASSED
-            self._note(name, repeat, ok, validation)
+            inconclusive = (pb.VALIDATION_OUTCOME_PASSED, pb.VALIDATION_OUTCOME_TIMEOUT)
+            self._note(name, repeat, validation.outcome not in inconclusive, validation)
 
     async def _try_fix(self, fix: Fix, broken: _Seen, fixed: _Seen) -> None:
         """Every repeat of a fix must turn the same tests green and break none."""
         name = f"{fix.mode}/{fix.origin}"
         try:
             changes = await self.gate.reference(self.task, fix, self.state)
-        except (InvalidArgument, MissingDependency) as error:
+        except (InvalidArgument, MissingDependency, NotFound) as error:
             self.fixes[name] = str(error)
             return
         seen = _Seen()

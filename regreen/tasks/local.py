@@ -16,10 +16,12 @@ import tarfile
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
+from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import Version
 
@@ -27,9 +29,10 @@ from regreen.blobs import Digest
 from regreen.common import v1 as common_pb
 from regreen.lockfile import normalize
 from regreen.pkgindex import PackageIndex, find_uv, index_urls
-from regreen.rpc.errors import InvalidArgument, MissingDependency
+from regreen.rpc.errors import InvalidArgument, MissingDependency, NotFound
 from regreen.sandbox import v1 as pb
 from regreen.tasks.model import DistributionRecord
+from regreen.tasks.offers import neighbours
 from regreen.tasks.pin import Pinner
 
 MAX_TREE_BYTES = 256 << 20
@@ -40,6 +43,9 @@ SKIPPED = frozenset(
 ENVIRONMENTS = (".venv", "venv", "env")
 _MARKERS = ("pyproject.toml", "setup.py", "setup.cfg", "requirements.txt", "requirements.lock")
 _PINNED = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]*)(?:\[[^\]]*\])?==([A-Za-z0-9.!+_-]+)")
+_LOCK_PYTHON = re.compile(r"^#\s*python==(\d+\.\d+)\s*$", re.MULTILINE)
+_MTIME = 1_600_000_000
+_TEST_EXTRAS = frozenset({"test", "tests", "testing", "dev"})
 _INSTALLERS = frozenset({"pip", "wheel", "distribute", "uv"})
 
 
@@ -56,6 +62,10 @@ class Project:
     """Installed packages as `name==version`."""
     origin: str
     """Where the pins come from, for people."""
+    pin_file: str
+    """Path of the file with `name==version` lines that they come from; empty for another source."""
+    requirements: tuple[str, ...]
+    """What it declares that it needs; used when nothing says what is installed."""
     test_arguments: tuple[str, ...]
     installable: bool
     """Whether the project has a build configuration."""
@@ -75,11 +85,7 @@ def detect(
         InvalidArgument: no Python project there.
         MissingDependency: no interpreter here fits.
     """
-    if not root.is_dir():
-        raise InvalidArgument("path", f"{root} is no directory", "give a project's directory")
-    if not any((root / marker).exists() for marker in _MARKERS) and not any(root.glob("*.py")):
-        wanted = ", ".join(_MARKERS)
-        raise InvalidArgument("path", f"{root} is no Python project", f"one of {wanted} is needed")
+    check_root(root)
     declared = _declared(root)
     pins, origin = installed(root, lock)
     return Project(
@@ -89,9 +95,32 @@ def detect(
         python=choose_interpreter(root, declared, interpreters, python),
         pins=tuple(sorted(pins)),
         origin=origin,
+        pin_file=_pin_file(root, origin, lock),
+        requirements=_requirements(root, declared),
         test_arguments=tuple(tests) or _test_arguments(root),
-        installable=any((root / name).exists() for name in ("pyproject.toml", "setup.py")),
+        installable=_installable(root),
     )
+
+
+def check_root(root: Path) -> None:
+    """Whether there is a Python project at all.
+
+    Raises:
+        InvalidArgument: there is none.
+    """
+    if not root.is_dir():
+        raise InvalidArgument("path", f"{root} is no directory", "give a project's directory")
+    if not any((root / marker).exists() for marker in _MARKERS) and not any(root.glob("*.py")):
+        wanted = ", ".join(_MARKERS)
+        raise InvalidArgument("path", f"{root} is no Python project", f"one of {wanted} is needed")
+
+
+def _installable(root: Path) -> bool:
+    """Whether the project says how it is built; a `pyproject.toml` may only configure tools."""
+    if (root / "setup.py").exists():
+        return True
+    path = root / "pyproject.toml"
+    return path.exists() and bool({"project", "build-system"} & set(_toml(path)))
 
 
 def installed(root: Path, lock: Path | None = None) -> tuple[set[str], str]:
@@ -118,6 +147,15 @@ def installed(root: Path, lock: Path | None = None) -> tuple[set[str], str]:
             if pins:
                 return pins, name
     return set(), "a fresh resolution"
+
+
+def _pin_file(root: Path, origin: str, lock: Path | None) -> str:
+    """The text file of pins inside the project, relative to it."""
+    if lock is None:
+        return origin if origin in ("requirements.lock", "requirements.txt") else ""
+    path = lock.resolve()
+    inside = path.is_relative_to(root.resolve())
+    return str(path.relative_to(root.resolve())) if inside else ""
 
 
 def choose_interpreter(
@@ -151,24 +189,28 @@ def choose_interpreter(
 
 
 def pack(root: Path) -> tuple[bytes, Digest]:
-    """The project's files as a deterministic tar archive under one top-level directory.
+    """The project's files as a tar archive; equal trees give equal bytes.
 
     Raises:
         InvalidArgument: the tree is too large.
     """
     buffer = io.BytesIO()
     size = 0
-    with tarfile.open(fileobj=buffer, mode="w:gz", format=tarfile.PAX_FORMAT) as archive:
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
         for path in sorted(_files(root)):
-            info = archive.gettarinfo(str(path), arcname=f"project/{path.relative_to(root)}")
+            info = archive.gettarinfo(str(path), arcname=str(path.relative_to(root)))
             info.uid = info.gid = 0
             info.uname = info.gname = ""
+            info.mtime = _MTIME
             size += info.size
             if size > MAX_TREE_BYTES:
                 limit = MAX_TREE_BYTES >> 20
                 raise InvalidArgument("path", f"holds over {limit} MiB", "remove build products")
-            with path.open("rb") as content:
-                archive.addfile(info, content)
+            try:
+                with path.open("rb") as content:
+                    archive.addfile(info, content)
+            except OSError as error:
+                raise InvalidArgument("path", str(error), "make it readable") from error
     data = buffer.getvalue()
     return data, Digest(hashlib.sha256(data).hexdigest(), len(data))
 
@@ -177,31 +219,49 @@ async def environment_of(project: Project, tree: Digest) -> pb.EnvironmentSpec:
     """The environment spec of a project, every release by hash, with other versions to choose from.
 
     Raises:
-        NotFound: a package is not on the index.
+        InvalidArgument: a package or release is not on the index.
         Unavailable: the index cannot be reached.
     """
+    today = datetime.now(UTC).date().isoformat()
     async with PackageIndex(index_urls()) as index:
         pinner = Pinner(index, find_uv())
-        pins = list(project.pins) or await pinner.newest(
-            _requirements(project.root), project.python
-        )
-        names = {pin.partition("==")[0] for pin in pins}
-        if "pytest" not in names:
-            pins += [
-                pin
-                for pin in await pinner.newest(["pytest"], project.python)
-                if pin.partition("==")[0] not in names
-            ]
-        offered = set(await pinner.newest(sorted(names), project.python))
-        for pin in pins:
-            offered.update(await pinner.decoys(pin, project.python))
-        tools = await pinner.tools(project.python, "")
-        pinner.need([*pins, *offered, *tools], [project.python])
-        known = {record.pin: record for record in await pinner.distributions()}
+        try:
+            pins = await _pins(project, pinner)
+            offered = await _offered(pins, project.python, pinner)
+            tools = await pinner.tools(project.python, today)
+            pinner.need([*pins, *offered, *tools], [project.python])
+            known = {record.pin: record for record in await pinner.distributions()}
+        except NotFound as error:
+            raise InvalidArgument("pins", error.message, f"correct {project.origin}") from error
     lost = [pin for pin in pins if pin not in known]
     if lost:
-        raise InvalidArgument("pins", f"{lost[0]} has no file on the index", "install a release")
+        problem = f"{lost[0]} has no file on the index"
+        raise InvalidArgument("pins", problem, f"correct {project.origin}")
     return _spec(project, tree, pins, sorted(offered - set(pins)), tools, known)
+
+
+async def _pins(project: Project, pinner: Pinner) -> list[str]:
+    """What is installed, or a fresh resolution; pytest is added where it is missing."""
+    pins = list(project.pins)
+    if not pins:
+        pins = await pinner.resolve([*project.requirements, "pytest"], project.python)
+    names = {pin.partition("==")[0] for pin in pins}
+    if "pytest" in names:
+        return pins
+    try:
+        runner = await pinner.resolve(["pytest", *pins], project.python)
+    except NotFound:  # a pin without a wheel, or one that no pytest of today fits
+        runner = await pinner.resolve(["pytest"], project.python)
+    return pins + [pin for pin in runner if pin.partition("==")[0] not in names]
+
+
+async def _offered(pins: Sequence[str], python: str, pinner: Pinner) -> set[str]:
+    """Other releases to choose from: the newest that fit together, and those near each pin."""
+    names = sorted({pin.partition("==")[0] for pin in pins})
+    offered = set(await pinner.newest(names, python))
+    for pin in pins:
+        offered.update(await neighbours(pinner.index, pin, python))
+    return offered
 
 
 def _spec(
@@ -236,11 +296,7 @@ def _spec(
 def _declared(root: Path) -> Mapping[str, Any]:
     path = root / "pyproject.toml"
     if path.exists():
-        try:
-            found = tomllib.loads(_read(path))
-        except tomllib.TOMLDecodeError as error:
-            raise InvalidArgument("pyproject.toml", str(error), "correct it") from error
-        project: Mapping[str, Any] = found.get("project", {})
+        project: Mapping[str, Any] = _toml(path).get("project", {})
         if project:
             return project
     parser = configparser.ConfigParser(interpolation=None)
@@ -254,26 +310,45 @@ def _declared(root: Path) -> Mapping[str, Any]:
     return {
         "name": parser.get("metadata", "name", fallback=""),
         "requires-python": parser.get("options", "python_requires", fallback=""),
+        "dependencies": parser.get("options", "install_requires", fallback="").splitlines(),
+        "optional-dependencies": {
+            name: text.splitlines()
+            for name, text in (
+                parser.items("options.extras_require")
+                if parser.has_section("options.extras_require")
+                else []
+            )
+        },
     }
 
 
-def _requirements(root: Path) -> list[str]:
-    """Names that the project declares, for a fresh resolution."""
-    declared = _declared(root)
+def _requirements(root: Path, declared: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the project declares that it and its tests need, for a fresh resolution."""
     lines = [str(line) for line in declared.get("dependencies", [])]
-    for extra in declared.get("optional-dependencies", {}).values():
-        lines += [str(line) for line in extra]
-    path = root / "requirements.txt"
-    if path.exists():
-        lines += _read(path).splitlines()
-    names = (re.match(r"[A-Za-z0-9][A-Za-z0-9._-]*", line.strip()) for line in lines)
-    return sorted({normalize(found.group()) for found in names if found})
+    for extra, wanted in declared.get("optional-dependencies", {}).items():
+        lines += [str(line) for line in wanted if extra in _TEST_EXTRAS]
+    for name in ("requirements.txt", "requirements-dev.txt", "requirements-test.txt"):
+        if (root / name).exists():
+            lines += _read(root / name).splitlines()
+    own = normalize(str(declared.get("name") or root.resolve().name))
+    found = set()
+    for line in lines:
+        try:
+            requirement = Requirement(line.partition(" #")[0].strip())
+        except InvalidRequirement:
+            continue
+        if requirement.url is None and normalize(requirement.name) != own:
+            found.add(str(requirement))
+    return tuple(sorted(found))
 
 
 def _environment_python(root: Path) -> str:
     pinned = root / ".python-version"
     if pinned.exists():
         return _read(pinned).strip().partition("\n")[0].removeprefix("python")
+    lock = root / "requirements.lock"
+    if lock.exists() and (found := _LOCK_PYTHON.search(_read(lock))):
+        return found.group(1)
     for name in ENVIRONMENTS:
         path = root / name / "pyvenv.cfg"
         if path.exists():
@@ -324,6 +399,13 @@ def _files(root: Path) -> Iterable[Path]:
             path = Path(folder) / name
             if path.is_file() and not path.is_symlink():
                 yield path
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(_read(path))
+    except tomllib.TOMLDecodeError as error:
+        raise InvalidArgument(path.name, str(error), "correct it") from error
 
 
 def _read(path: Path) -> str:

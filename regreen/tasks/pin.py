@@ -98,6 +98,14 @@ class Pinner:
         lines = [line.split(" ;")[0].strip() for line in out.decode().splitlines()]
         return [line for line in lines if "==" in line and not line.startswith("#")]
 
+    async def resolve(self, requirements: Sequence[str], python: str) -> list[str]:
+        """Pins of the newest wheels that satisfy `requirements` together.
+
+        Raises:
+            NotFound: there is no such set; ends with the resolver's reasons.
+        """
+        return await self._resolve(requirements, python)
+
     async def newest(self, names: Sequence[str], python: str) -> list[str]:
         """Newest releases that fit together; names without a usable wheel are left out."""
         usable = [n for n in names if await self._fitting(n, python)]

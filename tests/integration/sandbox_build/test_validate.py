@@ -3,7 +3,7 @@
 import shutil
 import tempfile
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -256,3 +256,22 @@ async def test_missing_interpreter_names_the_remedy(world: World) -> None:
         spec = tiny_spec(world.builder.store, Path(folder), python="3.1")
     with pytest.raises(MissingDependency, match=r"Python 3\.1 is not on this host"):
         await world.builder.prepare(spec, world.runtime, Limits(), lambda _: None)
+
+
+async def test_a_module_that_could_not_be_collected_passes_with_its_tests(world: World) -> None:
+    folder = world.builder.store.root.parent / "uncollected"
+    folder.mkdir()
+    spec = tiny_spec(world.builder.store, folder)
+    (old, broken), (*runner, new) = spec.wheelhouse, spec.pins
+    pins, test = (*runner, broken), replace(spec.test, fail_to_pass=())
+    spec = replace(spec, pins=pins, wheelhouse=(old, new), test=test)
+    state = await world.states.prepare(
+        spec.digest,
+        lambda p: world.builder.prepare(spec, world.runtime, Limits(), p),
+        progress=lambda stage: None,
+    )
+    assert state.metadata["baseline"]["failing"] == ["tests/test_greet.py"]
+    other = replace(world, state=state)
+    assert (await other.judge(other.lock(wordlib="1.0"))).outcome is Outcome.PASSED
+    half = await other.judge(other.lock(wordlib="2.0"))
+    assert (half.outcome, half.failing) == (Outcome.FAILED, ("tests/test_greet.py",))

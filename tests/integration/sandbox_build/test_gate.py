@@ -1,0 +1,186 @@
+"""The gate over a real sandbox service: what it admits, rejects and writes down."""
+
+import shutil
+import tempfile
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from regreen.client.channel import connect
+from regreen.client.sandbox import SandboxClient, StateClient
+from regreen.dataset.v1 import dataset_pb2
+from regreen.pkgindex import PackageIndex
+from regreen.rpc.errors import MissingDependency
+from regreen.tasks.gate import Gate
+from regreen.tasks.jsonl import dump_lines, load_tasks
+from regreen.tasks.judge import ServiceGateClient, judge_all, read_verdicts, refreshed
+from regreen.tasks.messages import gate_report, task_message
+from regreen.tasks.model import (
+    Build,
+    Culprit,
+    DistributionRecord,
+    Edit,
+    FileRecord,
+    Fix,
+    TaskRecord,
+    Tests,
+)
+from sandbox_svc.__main__ import serving
+from sandbox_svc.builders.base import Pin
+from sandbox_svc.settings import SandboxSettings
+from sandbox_svc.wheelhouse import DistStore
+from tests.fixtures.tasks.tiny_task import FAIL_TO_PASS, PYTHON, tiny_spec
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+RENAME = (
+    Edit(path="greet/__init__.py", old="import hello", new="import salute"),
+    Edit(path="greet/__init__.py", old="{hello()}", new="{salute()}"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    gate: Gate
+    task: TaskRecord
+    releases: dict[str, DistributionRecord]
+    home: Path
+
+
+def record_of(pin: Pin) -> DistributionRecord:
+    files = [FileRecord(filename=f.filename, sha256=f.sha256) for f in pin.files]
+    return DistributionRecord(name=pin.name, version=pin.version, files=files)
+
+
+def tiny_record(store: DistStore, folder: Path) -> tuple[TaskRecord, dict[str, DistributionRecord]]:
+    """The tiny task as a record and the releases it refers to."""
+    spec = tiny_spec(store, folder)
+    assert spec.source is not None
+    pins = [str(pin) for pin in spec.pins]
+    task = TaskRecord(
+        id="greet-1.0__wordlib-2.0",
+        kind="dependency-upgrade",
+        package="greet",
+        version="1.0",
+        python=PYTHON,
+        sdist=FileRecord(filename=spec.source.filename, sha256=spec.source.sha256),
+        build=Build(mode="path"),
+        pins_fail=pins,
+        pins_pass=[pin.replace("wordlib==2.0", "wordlib==1.0") for pin in pins],
+        wheelhouse=["wordlib==2.1"],
+        culprit=Culprit(name="wordlib", good="1.0", bad="2.0"),
+        tests=Tests(
+            arguments=["tests"],
+            fail_to_pass=list(FAIL_TO_PASS),
+            fail_to_pass_count=2,
+            timeout_s=60.0,
+        ),
+        fixes=[
+            Fix(mode="any_fix", origin="pins-restored"),
+            Fix(mode="keep_new", origin="source-edit", edits=list(RENAME)),
+        ],
+    )
+    records = [record_of(pin) for pin in (*spec.pins, *spec.wheelhouse)]
+    return task, {record.pin: record for record in records}
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def world() -> AsyncIterator[World]:
+    home = Path(tempfile.mkdtemp(prefix="regreen-gate-"))
+    home.chmod(0o711)
+    (home / "made").mkdir()
+    store = DistStore(home / "sandbox" / "dists")
+    task, releases = tiny_record(store, home / "made")
+    settings = SandboxSettings(home=home, listen="127.0.0.1:0", metrics="127.0.0.1:0")
+    try:
+        async with serving(settings) as server, PackageIndex(["http://127.0.0.1:9"]) as index:
+            channel = connect(f"127.0.0.1:{server.port}")
+            try:
+                client = ServiceGateClient(StateClient(channel), SandboxClient(channel))
+                yield World(Gate(client, releases, index), task, releases, home)
+            finally:
+                await channel.close()
+    except MissingDependency as error:
+        pytest.skip(f"no sandboxes here: {error}")
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+
+
+async def test_a_good_task_is_admitted_with_evidence(world: World) -> None:
+    verdict = await world.gate.judge(world.task)
+    assert verdict.admitted, verdict.reason
+    assert set(verdict.fail_to_pass) == set(FAIL_TO_PASS)
+    assert verdict.pass_to_pass == ("tests/test_greet.py::test_arithmetic",)
+    assert verdict.fixes == {"any_fix/pins-restored": "ok", "keep_new/source-edit": "ok"}
+    names = {(check.name, check.repeat) for check in verdict.checks}
+    assert ("broken-fails", 2) in names
+    assert ("noop-fails", 2) in names
+    assert ("reference-passes keep_new/source-edit", 2) in names
+    assert all(check.ok for check in verdict.checks)
+    assert "cannot import name 'hello'" in verdict.error_log
+
+
+async def test_a_reference_that_does_not_help_is_rejected(world: World) -> None:
+    useless = world.task.model_copy(
+        update={"pins_pass": world.task.pins_fail, "fixes": world.task.fixes[:1]}
+    )
+    verdict = await world.gate.judge(useless)
+    assert verdict.status == "rejected"
+    assert verdict.reason.startswith("reference fix: failed")
+
+
+async def test_an_edit_that_does_not_fit_is_named(world: World) -> None:
+    fix = Fix(mode="keep_new", origin="source-edit", edits=[Edit(path="nope.py", old="a", new="b")])
+    task = world.task.model_copy(update={"fixes": [world.task.fixes[0], fix]})
+    verdict = await world.gate.judge(task)
+    assert verdict.admitted
+    assert verdict.fixes["keep_new/source-edit"] != "ok"
+    assert refreshed(task, verdict).modes == ["any_fix"]
+
+
+async def test_a_build_that_is_not_broken_is_rejected(world: World) -> None:
+    healthy = world.task.model_copy(
+        update={"pins_fail": world.task.pins_pass, "fixes": world.task.fixes[:1]}
+    )
+    verdict = await world.gate.judge(healthy)
+    assert verdict.status == "rejected"
+    assert verdict.reason.startswith("broken-fails")
+
+
+async def test_a_release_without_hashes_is_rejected(world: World) -> None:
+    unknown = world.task.model_copy(update={"pins_fail": [*world.task.pins_fail, "other==1.0"]})
+    verdict = await world.gate.judge(unknown)
+    assert verdict.status == "rejected"
+    assert "other==1.0 has no hashes" in verdict.reason
+
+
+async def test_a_set_is_judged_once_and_updated(world: World) -> None:
+    out = world.home / "verdicts.jsonl"
+    assert await judge_all(world.gate, [world.task], out) == 0
+    size = out.stat().st_size
+    assert await judge_all(world.gate, [world.task], out) == 0
+    assert out.stat().st_size == size
+    (verdict,) = read_verdicts(out)
+    task = refreshed(world.task, verdict)
+    assert (task.status, task.modes, task.pythons) == (
+        "admitted",
+        ["any_fix", "keep_new"],
+        [PYTHON],
+    )
+    assert task.tests.pass_to_pass_count == 1
+    (world.home / "tasks.jsonl").write_text(dump_lines([task]), "utf-8")
+    assert load_tasks(world.home / "tasks.jsonl") == [task]
+
+
+async def test_messages_carry_the_task_and_the_report(world: World) -> None:
+    verdict = await world.gate.judge(world.task)
+    message = task_message(world.task, world.releases)
+    assert message.environment.pins[0].files[0].sha256
+    assert [fix.origin for fix in message.fixes] == ["pins-restored"]
+    assert message.culprit == "wordlib"
+    report = gate_report(verdict, now_s=12.5)
+    assert report.status == dataset_pb2.TASK_STATUS_ADMITTED
+    assert len(report.checks) == len(verdict.checks)
+    assert report.create_time.nanos == 500_000_000
