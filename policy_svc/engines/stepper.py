@@ -13,7 +13,6 @@ from typing import Protocol
 
 from policy_svc.engines.base import Request
 
-
 REFUSED = "refused"
 """The sample cannot be computed: its keys and values do not fit the cache."""
 

@@ -165,15 +165,15 @@ async def test_versions_by_reference(tmp_path: Path) -> None:
         first = pb.PolicyVersion(version=1, uri=str(weights), digest=wire, run_id="run")
         assert (await policy.load_version(first)).policy == first
         assert (await policy.load_version(first)).policy == first, "twice is once"
+        wrong = Digest(sha256="0" * 64, size_bytes=1)
+        bad = pb.PolicyVersion(version=2, uri=str(weights), digest=wrong, run_id="run")
         with pytest.raises(DataLoss):
-            wrong = Digest(sha256="0" * 64, size_bytes=1)
-            bad = pb.PolicyVersion(version=2, uri=str(weights), digest=wrong, run_id="run")
             await policy.load_version(bad)
+        missing = pb.PolicyVersion(version=2, uri=str(tmp_path / "no"), run_id="run")
         with pytest.raises(NotFound):
-            missing = pb.PolicyVersion(version=2, uri=str(tmp_path / "no"), run_id="run")
             await policy.load_version(missing)
+        older = pb.PolicyVersion(version=0, uri=str(weights), run_id="run")
         with pytest.raises(FailedPrecondition, match="not newer"):
-            older = pb.PolicyVersion(version=0, uri=str(weights), run_id="run")
             await policy.load_version(older)
         assert (await policy.get_policy()).policy == first
         blob = pb.PolicyVersion(
@@ -197,7 +197,7 @@ async def test_a_killed_engine_comes_back(tmp_path: Path) -> None:
         engine = found.policy.engine
         assert isinstance(engine, ProcessEngine)
         call = asyncio.create_task(policy.generate(prompt, sampling=sampling(max_new_tokens=500)))
-        while not engine._calls:
+        while not engine._calls:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         process = engine._process
         assert process is not None
@@ -320,5 +320,5 @@ async def test_a_client_that_leaves_ends_its_request(tmp_path: Path) -> None:
             async for _ in answer.aiter_lines():
                 break
         async with asyncio.timeout(10):
-            while found.policy._admission.running:
+            while found.policy._admission.running:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
