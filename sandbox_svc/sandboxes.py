@@ -18,6 +18,7 @@ from typing import Any
 
 from regreen.ids import new_id
 from regreen.rpc.errors import InvalidArgument, NotFound, ResourceExhausted
+from sandbox_svc import metrics
 from sandbox_svc.backends.base import Box, Limits, Mount, Runtime
 from sandbox_svc.states import State, StateStore
 
@@ -74,7 +75,6 @@ class Manager:
         self._reserved = 0
         self._validations = asyncio.Semaphore(self.pool.max_validations)
         self._reaper: asyncio.Task[None] | None = None
-        self.expired = 0
 
     async def start(self) -> None:
         """Start ending sandboxes whose time is over."""
@@ -138,7 +138,7 @@ class Manager:
             state_id=state.id,
             box=box,
             layers=state.layers,
-            limits=limits,
+            limits=box.limits,
             labels=dict(labels),
             ttl_s=ttl_s,
             created_s=now,
@@ -322,7 +322,7 @@ class Manager:
         """Delete sandboxes whose time is over; returns how many."""
         over = [s.id for s in list(self._sandboxes.values()) if self._is_over(s)]
         await asyncio.gather(*(self.delete(sandbox_id) for sandbox_id in over))
-        self.expired += len(over)
+        metrics.EXPIRED.inc(len(over))
         return len(over)
 
 
@@ -331,7 +331,7 @@ class LeasedBox:
 
     def __init__(self, box: Box, released: Callable[[], None]) -> None:
         self._box, self._released = box, released
-        self.id, self.root = box.id, box.root
+        self.id, self.root, self.limits = box.id, box.root, box.limits
         self.run, self.read_file, self.read_range = box.run, box.read_file, box.read_range
         self.write_file, self.freeze, self.changed_paths = (
             box.write_file,

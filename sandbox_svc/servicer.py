@@ -2,7 +2,7 @@
 
 - Mutations with a `request_id` answer a repeated request from memory; a missing id means once.
 - Lists are paged by position in a stable order; a token names the last entry that was sent.
-- Streams send a heartbeat or data at least every 15 s, so that idle connections live.
+- A preparation repeats its last progress event every 10 s, so that a caller sees it live.
 - A command's stream is backpressure all the way: a slow reader slows the command.
 """
 

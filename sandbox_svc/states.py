@@ -24,6 +24,7 @@ from typing import Any
 
 from regreen.rpc.errors import FailedPrecondition, NotFound
 from sandbox_svc.backends.base import Mount, Runtime
+from sandbox_svc.backends.layers import writing
 from sandbox_svc.builders.base import Prepared, Progress, Stage
 
 _FORMAT = 1
@@ -243,7 +244,7 @@ class StateStore:
     def _write(self, state: State, *, durable: bool) -> None:
         path = self._directory / f"{state.id}.json"
         draft = self._directory / f".{state.id}.{secrets.token_hex(4)}"
-        with draft.open("wb") as target:
+        with writing(), draft.open("wb") as target:
             target.write(state.encode())
             if durable:
                 target.flush()

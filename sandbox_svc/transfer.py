@@ -21,6 +21,7 @@ from typing import Protocol
 
 from regreen.rpc.errors import FailedPrecondition, InvalidArgument, RegreenError
 from sandbox_svc.backends.base import Mount, Runtime
+from sandbox_svc.backends.layers import writing
 from sandbox_svc.backends.tree_archive import Quota, TreeReader, write_tree
 from sandbox_svc.states import State, StateStore, state_id
 
@@ -206,7 +207,7 @@ def _write_all(fd: int, data: bytes) -> None:
 def _unpack(read_fd: int, files: LayerFiles, quota: Quota) -> tuple[bytes, list[str]]:
     drafts: list[Path] = []
     try:
-        with os.fdopen(read_fd, "rb") as pipe:
+        with writing(), os.fdopen(read_fd, "rb") as pipe:
             try:
                 with tarfile.open(fileobj=pipe, mode="r|") as archive:
                     record = _unpack_members(archive, files, quota, drafts)

@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -214,7 +215,7 @@ def options_from(request: pb.ValidateRequest) -> validate.ValidationOptions:
 
 
 def _test(result: TestResult) -> pb.TestResult:
-    outcome = getattr(common_pb, f"TEST_OUTCOME_{result.outcome.upper()}", 0)
+    outcome: Any = getattr(common_pb, f"TEST_OUTCOME_{result.outcome.upper()}", 0)
     return pb.TestResult(
         id=result.id,
         outcome=outcome,

@@ -134,6 +134,8 @@ class Box(Protocol):
     """A running sandbox as its runtime sees it."""
 
     id: str
+    limits: Limits
+    """The limits in force."""
     root: Path | None
     """Host path of the merged file system when the host can read it, else None."""
 

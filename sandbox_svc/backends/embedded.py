@@ -14,6 +14,7 @@ import asyncio
 import fcntl
 import hashlib
 import os
+import resource
 import secrets
 import sys
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -26,7 +27,7 @@ from regreen.rpc.errors import FailedPrecondition, InfraError, InvalidArgument, 
 from sandbox_svc.backends import cgroups, linux, probe, uppers, wire
 from sandbox_svc.backends.base import NO_ENV, Capability, Limits, Mount
 from sandbox_svc.backends.embedded_box import EmbeddedBox
-from sandbox_svc.backends.layers import HOST_ID, Layout
+from sandbox_svc.backends.layers import HOST_ID, Layout, writing
 from sandbox_svc.backends.seats import Seat, Seats
 
 DEFAULT_LIMITS = Limits(
@@ -40,6 +41,8 @@ DEFAULT_LIMITS = Limits(
 )
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
+_DESCRIPTORS = 65_536
+_TAKEN = ("proc", "sys", "dev", "tmp")
 _REMEDY = (
     "run the service as root or allow unprivileged user namespaces "
     "(sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone, "
@@ -86,6 +89,7 @@ class EmbeddedRuntime:
             raise MissingDependency(f"the embedded runtime does not know {linux.ARCH}; {_REMEDY}")
         self._home.mkdir(mode=0o755, parents=True, exist_ok=True)
         self._lock()
+        _raise_descriptor_limit()
         owner = HOST_ID if self._root_mode else None
         self.layout = Layout(self._home, owner)
         self.cgroups = cgroups.choose(self.instance)
@@ -156,7 +160,8 @@ class EmbeddedRuntime:
         self._mounts[box.id] = (tuple(mounts), network)
         self._boxes[box.id] = box
         try:
-            self.layout.new_upper(box.id)
+            with writing():
+                self.layout.new_upper(box.id)
             await box.launch()
         except BaseException:
             await asyncio.shield(box.delete())
@@ -268,10 +273,20 @@ class EmbeddedRuntime:
         return self._capabilities
 
 
+def _raise_descriptor_limit() -> None:
+    """A sandbox takes two descriptors and a command up to six."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def _check_mounts(mounts: Sequence[Mount]) -> None:
     for mount in mounts:
         parts = mount.target.strip("/").split("/")
         if not mount.target.startswith("/") or not parts[0] or ".." in parts or "." in parts:
             raise InvalidArgument("mounts", f"target is not a plain absolute path: {mount.target}")
+        if parts[0] in _TAKEN:
+            raise InvalidArgument("mounts", f"/{parts[0]} is the sandbox's own: {mount.target}")
         if not mount.source.is_absolute() or not mount.source.exists():
             raise MissingDependency(f"mount source does not exist: {mount.source}")

@@ -32,6 +32,7 @@ from sandbox_svc.backends.base import (
     OutputSink,
 )
 from sandbox_svc.backends.cgroups import Counters
+from sandbox_svc.backends.layers import writing
 from sandbox_svc.backends.link import Link, LinkClosed
 from sandbox_svc.backends.output import Collector, PipeReader
 from sandbox_svc.backends.seats import Seat
@@ -155,7 +156,8 @@ class EmbeddedBox:
             refused = await self._start(link, job, command)
             if refused is not None:
                 return refused
-            self._watch = self._watch or asyncio.create_task(watchdog.watch(self, self._jobs))
+            if self._watch is None or self._watch.done():
+                self._watch = asyncio.create_task(watchdog.watch(self, self._jobs))
             ended = await self._wait(link, job, command.timeout_s)
             return await self._result(job, ended, time.monotonic() - began)
         except asyncio.CancelledError:
@@ -353,7 +355,8 @@ class EmbeddedBox:
         self._require()
         async with self._files:
             await self._end()
-            layer = self._runtime.layout.freeze(self.id)
+            with writing():
+                layer = self._runtime.layout.freeze(self.id)
             self._own_layers.append(layer)
             await self.launch()
             self._runtime.tidy()

@@ -9,16 +9,17 @@
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import secrets
 import shutil
 import stat
 import subprocess
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from regreen.rpc.errors import FailedPrecondition, InfraError
+from regreen.rpc.errors import DiskFull, FailedPrecondition, InfraError
 from sandbox_svc.backends import linux
 
 HOST_ID = 101_000
@@ -80,6 +81,17 @@ _ETC_FILES = {
     "machine-id": "",
     "timezone": "UTC\n",
 }
+
+
+@contextlib.contextmanager
+def writing() -> Iterator[None]:
+    """Around what fills the disk: a full one becomes a `DiskFull`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(f"no space left for sandboxes and states: {error}") from error
+        raise
 
 
 class Layout:

@@ -4,7 +4,7 @@
   for grace periods); seats do it ahead of time, so that a fork takes a few milliseconds.
 - A seat is used once. It has no file system of a sandbox yet and has run no code of one.
 - Each seat has its own control group; its limits are set when it is taken.
-- When the spawner has ended nothing new can start; that is reported, not worked around.
+- A spawner that was killed is started again; its sandboxes have died with it and say so.
 """
 
 import asyncio
@@ -25,6 +25,11 @@ from sandbox_svc.backends.cgroups import CgroupV1, CgroupV2, NoCgroup
 from sandbox_svc.backends.link import Link, LinkClosed
 
 _END_S = 10.0
+_START = (
+    "import os, sys; sys.path.insert(0, os.environ['REGREEN_PACKAGES']);"
+    "from sandbox_svc.backends.spawner import main; main()"
+)
+"""What the spawner runs; its arguments are in its environment, which sandboxes cannot read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,24 +58,36 @@ class Seats:
         self._link: Link | None = None
         self._warm: deque[Seat] = deque()
         self._refill: asyncio.Task[None] | None = None
+        self._home = Path()
+        self._host_id: int | None = None
         self._closing = False
 
     def start(self, home: Path, host_id: int | None) -> None:
         """Start the spawner."""
+        self._home, self._host_id = home, host_id
+        self._begin()
+
+    def _begin(self) -> None:
+        """Start a spawner; a dead predecessor's seats and sandboxes have ended with it."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         package_root = str(Path(__file__).resolve().parents[2])
-        code = (
-            f"import sys; sys.path.insert(0, {package_root!r});"
-            "from sandbox_svc.backends.spawner import main; main(sys.argv[1:])"
-        )
-        ids = ["-"] if host_id is None else [str(host_id), str(host_id)]
+        ids = "-" if self._host_id is None else str(self._host_id)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", code, str(theirs.fileno()), home, *ids],
+                [sys.executable, "-I", "-S", "-c", _START],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                env={"LANG": "C.UTF-8"},
+                env={
+                    "LANG": "C.UTF-8",
+                    "REGREEN_PACKAGES": package_root,
+                    "REGREEN_CONTROL": str(theirs.fileno()),
+                    "REGREEN_SPAWN_HOME": str(self._home),
+                    "REGREEN_SPAWN_ID": ids,
+                },
                 start_new_session=True,
             )
         self._link = Link(ours)
@@ -87,8 +104,10 @@ class Seats:
         return seat or await self._make(network=network)
 
     async def _make(self, *, network: bool) -> Seat:
-        if self._link is None or self._link.closed:
-            raise InfraError("the spawner has ended; restart the sandbox service")
+        if self._link is None or self._closing:
+            raise InfraError("the runtime is not running")
+        if self._link.closed:
+            self._begin()
         group = secrets.token_hex(6)
         try:
             joins = self._cgroups.create(group)

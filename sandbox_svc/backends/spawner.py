@@ -12,7 +12,6 @@ import os
 import select
 import signal
 import socket
-import sys
 
 from sandbox_svc.backends import linux, wire
 from sandbox_svc.backends.spawner_child import become_first_process
@@ -88,13 +87,10 @@ class Spawner:
                 os.close(pidfd)
 
 
-def main(arguments: list[str]) -> None:
-    """Run with: control descriptor, home, host uid and gid (`-` when not root)."""
-    control = socket.socket(fileno=int(arguments[0]))
+def main() -> None:
+    """Serve; control descriptor, home and host id (`-`: not root) are in the environment."""
+    control = socket.socket(fileno=int(os.environ["REGREEN_CONTROL"]))
     control.set_inheritable(False)
-    host_id = None if arguments[2] == "-" else (int(arguments[2]), int(arguments[3]))
-    Spawner(control, arguments[1], host_id).serve()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    number = os.environ["REGREEN_SPAWN_ID"]
+    host_id = None if number == "-" else (int(number), int(number))
+    Spawner(control, os.environ["REGREEN_SPAWN_HOME"], host_id).serve()

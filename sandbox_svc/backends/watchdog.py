@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from regreen.rpc.errors import RegreenError
 from sandbox_svc.backends.base import EndReason
 from sandbox_svc.backends.link import LinkClosed
 
@@ -67,7 +68,7 @@ async def watch(box: "EmbeddedBox", jobs: Mapping[int, "Job"]) -> None:
         await asyncio.sleep(_TICK_S)
         try:
             reason = await _overrun(box, disk)
-        except LinkClosed:
+        except (LinkClosed, RegreenError):
             return
         except (TimeoutError, FileNotFoundError):
             continue

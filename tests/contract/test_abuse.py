@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from sandbox_svc.backends.base import Command, EndReason, Limits
+from regreen.rpc.errors import FailedPrecondition, InvalidArgument, MissingDependency
+from sandbox_svc.backends.base import Command, EndReason, Limits, Mount
 from tests.contract.runtimes import SMALL, sh, started
 
 _SYSCALLS = r"""
@@ -224,8 +225,6 @@ async def test_d1_magic_links_and_swapped_links_are_refused(box):
 
 
 async def test_d2_replacing_a_mount_point_with_a_link_reaches_nothing(runtime, box, tmp_path):
-    from sandbox_svc.backends.base import Mount
-
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "f").write_text("x")
     await sh(box, "rmdir /opt; ln -s /etc /opt; rm -rf /tmp /proc 2>/dev/null; ls -d /opt")
@@ -270,3 +269,35 @@ async def _use_and_count(runtime):
     assert after[0] <= before[0] + 4
     assert os.listdir(runtime.layout.home / "run") == []
     assert os.listdir(runtime.layout.home / "trash") == []
+
+
+async def test_f2_a_killed_spawner_is_replaced_and_its_sandboxes_say_so(tmp_path):
+    async with started("embedded", tmp_path / "home") as runtime:
+        lost = await runtime.create([], limits=SMALL)
+        running = asyncio.create_task(sh(lost, "sleep 100"))
+        await sh(lost, "until grep -q '[s]leep.100' /proc/[0-9]*/cmdline; do :; done")
+        runtime._seats._process.kill()
+        assert (await running).reason is EndReason.INFRA
+        with pytest.raises(FailedPrecondition, match="lost its processes"):
+            await sh(lost, "true")
+        fresh = await runtime.create([], limits=SMALL)
+        assert (await sh(fresh, "echo fine")).stdout.text == "fine\n"
+
+
+async def test_f2_a_set_up_that_fails_leaves_nothing(tmp_path):
+    async with started("embedded", tmp_path / "home") as runtime:
+        home = runtime.layout.home
+        with pytest.raises(MissingDependency, match="mount source does not exist"):
+            await runtime.create([], limits=SMALL, mounts=[Mount(tmp_path / "none", "/x")])
+        (tmp_path / "m").mkdir()
+        with pytest.raises(InvalidArgument, match="/proc is the sandbox's own"):
+            await runtime.create([], limits=SMALL, mounts=[Mount(tmp_path / "m", "/proc/x")])
+        with pytest.raises(FailedPrecondition, match="not on this host"):
+            await runtime.create(["0" * 12], limits=SMALL)
+        await runtime.settle()
+        assert os.listdir(home / "run") == []
+
+
+async def test_b2_the_first_process_tells_nothing_about_the_host(box, runtime):
+    seen = (await sh(box, "cat /proc/1/cmdline /proc/mounts | tr '\\0' ' '")).stdout.text
+    assert str(runtime.layout.home) not in seen
