@@ -3,7 +3,7 @@
 - The project is copied; nothing in it is changed unless the caller applies the patch.
 - A patch is offered as a fix only after it passed in a fresh fork without the agent in reach.
 - "Not fixed" comes with the best attempt: the one with the fewest tests still failing.
-- A local task needs the sandbox and policy services; the judge takes part when it answers.
+- A local task needs the sandbox, policy and judge services; nothing is stored.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,9 +16,10 @@ from regreen.common import v1 as common_pb
 from regreen.dataset import v1 as pb
 from regreen.ids import derive_seed
 from regreen.rollout.episode import run_episode
-from regreen.rpc.errors import InfraError, RegreenError
+from regreen.rpc.errors import InfraError, InvalidArgument
 from regreen.sandbox import v1 as sandbox_pb
 from regreen.tasks.local import Project, detect, environment_of, pack
+from regreen.tasks.patch import describe_pins, moved_pins, onto_project, unified
 
 Show = Callable[[str, float, float, str], None]
 """Called with stage, done, total and a line of text."""
@@ -41,13 +42,14 @@ class FixResult:
     fixed: bool
     already_green: bool
     patch: str
-    """Unified diff of the fix, or of the best attempt; empty when nothing changed."""
+    """Unified diff against the project; of the best attempt where none fixed it."""
     changes: tuple[common_pb.FileChange, ...]
     failing_before: int
     failing_after: int
     attempts: int
     summary: str
-    trajectory_id: str = ""
+    pins: tuple[str, ...] = ()
+    """Moved pins, for people."""
 
 
 async def fix_project(
@@ -77,8 +79,14 @@ async def fix_project(
     if not failing and state.baseline.passing:
         done = f"all {len(state.baseline.passing)} tests pass already"
         return FixResult(False, True, "", (), 0, 0, 0, done)
+    if not failing:
+        last = (state.baseline.log.strip().splitlines() or ["no output"])[-1]
+        raise InvalidArgument("test", f"no test was found ({last[:200]})", "name the tests' path")
     task = local_task(project, spec, state)
-    return await _attempt(stack, task, state, options, show)
+    best, made = await _attempt(stack, task, state, options, show)
+    result = _result(project, spec, state, best, made)
+    show("repair", options.attempts, options.attempts, result.summary)
+    return result
 
 
 def local_task(
@@ -107,9 +115,21 @@ async def _prepare(
     show("pin packages", 0, 1, f"{len(project.pins)} packages")
     spec = await environment_of(project, digest)
     show("pin packages", 1, 1, f"{len(spec.pins)} packages, {len(spec.wheelhouse)} other releases")
+    try:
+        return spec, await _state(stack, spec, show)
+    except InvalidArgument as error:
+        if spec.install_mode != "editable" or "cannot install" not in error.message:
+            raise
+        reason = error.message.strip().splitlines()[-1]
+        show("prepare", 0, 1, f"not installable, tests run on its files as they lie: {reason}")
+    spec.install_mode = "path"
+    return spec, await _state(stack, spec, show)
+
+
+async def _state(stack: Stack, spec: sandbox_pb.EnvironmentSpec, show: Show) -> sandbox_pb.State:
     async for event in stack.state.prepare_state(spec):
         if event.HasField("state"):
-            return spec, event.state
+            return event.state
         progress = event.progress
         show(f"prepare: {progress.stage}", progress.done, progress.total, progress.message)
     raise InfraError("the sandbox service ended the preparation without a state")
@@ -117,18 +137,20 @@ async def _prepare(
 
 async def _attempt(
     stack: Stack, task: pb.Task, state: sandbox_pb.State, options: FixOptions, show: Show
-) -> FixResult:
+) -> tuple[pb.Trajectory, int]:
+    """The best of several attempts and how many were made; the first that is solved ends it."""
     best: pb.Trajectory | None = None
+    made = 0
     before = len(state.baseline.failing)
     policy = await stack.policy.get_policy()
-    for attempt in range(options.attempts):
-        show("repair", attempt, options.attempts, f"{before} tests fail; policy {policy.model}")
+    for made in range(1, options.attempts + 1):
+        show("repair", made - 1, options.attempts, f"{before} tests fail; policy {policy.model}")
         trajectory = await run_episode(
             stack,
             task,
             pipeline=options.pipeline,
             grader=options.grader,
-            seed=derive_seed(options.seed, task.id, attempt),
+            seed=derive_seed(options.seed, task.id, made - 1),
             policy_name=policy.model,
         )
         if best is None or _rank(trajectory) > _rank(best):
@@ -136,48 +158,46 @@ async def _attempt(
         if trajectory.reward.solved:
             break
     if best is None:
-        raise InfraError("no attempt was made")
-    patch = await _patch(stack, state, best)
+        raise InvalidArgument("attempts", f"is {options.attempts}", "give at least 1")
+    return best, made
+
+
+def _result(
+    project: Project,
+    spec: sandbox_pb.EnvironmentSpec,
+    state: sandbox_pb.State,
+    best: pb.Trajectory,
+    made: int,
+) -> FixResult:
+    pins = [f"{pin.name}=={pin.version}" for pin in spec.pins]
+    changes = onto_project(project.root, project.pin_file, pins, best.changes)
+    before = len(state.baseline.failing)
+    after = len(best.validation.failing) if _ran(best) else before
     fixed = best.reward.solved
-    after = len(best.validation.failing)
-    verdict = "fixed" if fixed else "not fixed"
-    made = attempt + 1
-    summary = f"{verdict} after {made} attempts: {after} of {before} failing tests still fail"
+    times = "1 attempt" if made == 1 else f"{made} attempts"
+    summary = f"not fixed after {times}: {after} of {before} failing tests still fail"
     if fixed:
-        summary = f"fixed after {made} attempts: all {before} failing tests pass, verified"
+        summary = f"fixed after {times}: all {before} failing tests pass, verified"
+    moved = describe_pins(pins, moved_pins(pins, best.changes))
+    if moved:
+        summary += f"; {', '.join(moved)}"
     if best.reward.hacks:
         summary += f"; flagged: {', '.join(best.reward.hacks)}"
-    show("repair", options.attempts, options.attempts, summary)
     return FixResult(
-        fixed, False, patch, tuple(best.changes), before, after, made, summary, best.id
+        fixed, False, unified(project.root, changes), changes, before, after, made, summary, moved
     )
 
 
 def _rank(trajectory: pb.Trajectory) -> tuple[bool, bool, int, float]:
     """Solved first, then unflagged, then fewer failing tests, then reward."""
-    ran = trajectory.validation.outcome in (
-        sandbox_pb.VALIDATION_OUTCOME_PASSED,
-        sandbox_pb.VALIDATION_OUTCOME_FAILED,
-    )
-    failing = len(trajectory.validation.failing) if ran else 1 << 30
+    failing = len(trajectory.validation.failing) if _ran(trajectory) else 1 << 30
     reward = trajectory.reward
     return reward.solved, not reward.hacks, -failing, reward.value
 
 
-async def _patch(stack: Stack, state: sandbox_pb.State, best: pb.Trajectory) -> str:
-    """The unified diff of an attempt, made in a fresh sandbox."""
-    if not best.changes:
-        return ""
-    sandbox = await stack.sandbox.create_sandbox(state.id, ttl_s=120.0)
-    try:
-        for change in best.changes:
-            path = f"/work/repo/{change.path}"
-            if change.kind == common_pb.CHANGE_KIND_DELETE:
-                await stack.sandbox.run(sandbox.id, ["rm", "-f", path], timeout_s=10.0)
-            else:
-                await stack.sandbox.write_file(sandbox.id, path, change.content, mode=change.mode)
-        return (await stack.sandbox.diff(sandbox.id)).unified
-    except RegreenError as error:
-        raise InfraError(f"the diff could not be rendered: {error.message}") from error
-    finally:
-        await stack.sandbox.delete_sandbox(sandbox.id)
+def _ran(trajectory: pb.Trajectory) -> bool:
+    """Whether the tests of an attempt ran to their end."""
+    return trajectory.validation.outcome in (
+        sandbox_pb.VALIDATION_OUTCOME_PASSED,
+        sandbox_pb.VALIDATION_OUTCOME_FAILED,
+    )

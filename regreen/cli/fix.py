@@ -20,10 +20,12 @@ from regreen.cli import output
 from regreen.cli.options import Home, Json
 from regreen.client.stack import Endpoints, Stack
 from regreen.fix import FixOptions, FixResult, fix_project
-from regreen.rpc.errors import InvalidArgument, Unavailable
+from regreen.rpc.errors import InvalidArgument, RegreenError, Unavailable
 from regreen.settings import default_home
 from regreen.stack import control
 from regreen.stack.layout import Layout
+from regreen.tasks import patch
+from regreen.tasks.local import check_root
 from regreen.train.names import pipeline_of
 
 
@@ -59,6 +61,9 @@ def fix(
         async def work() -> FixResult:
             if bool(endpoint) != bool(model):
                 raise InvalidArgument("model", "belongs with endpoint", "give both or neither")
+            if endpoint and not endpoint.startswith(("http://", "https://")):
+                raise InvalidArgument("endpoint", f"{endpoint!r} is no URL", "give https://host/v1")
+            check_root(root)
             options = FixOptions(attempts=attempts, pipeline=pipeline_of(pipeline), seed=seed)
             async with _services(home or default_home(), endpoint, model, key_env, show) as stack:
                 return await fix_project(
@@ -73,13 +78,22 @@ def fix(
                 )
 
         result = output.run(work())
-    if result.patch and out:
-        out.write_text(result.patch)
-    if result.fixed and apply:
-        _apply(root, result)
     _print(result, json_output)
+    _keep(root, result, out, apply)
     if not (result.fixed or result.already_green):
         raise typer.Exit(output.FAILED)
+
+
+def _keep(root: Path, result: FixResult, out: Path | None, apply: bool) -> None:
+    try:
+        if result.patch and out:
+            out.write_text(result.patch)
+        if result.fixed and apply:
+            patch.apply(root, result.changes)
+    except OSError as error:
+        output.fail(InvalidArgument("out" if out else "path", str(error), "make it writable"))
+    except RegreenError as error:
+        output.fail(error)
 
 
 @contextlib.asynccontextmanager
@@ -120,15 +134,15 @@ async def _remote(home: Path, endpoint: str, model: str, key_env: str) -> AsyncI
     command = [sys.executable, "-m", "policy_svc", "--listen", address, "--metrics", "127.0.0.1:0"]
     command += ["--home", str(home / "endpoint"), "--http", "", "--engine", "openai"]
     command += ["--openai-url", endpoint, "--openai-model", model]
+    tokenizer = home / "models" / "smollm2-135m"
+    if tokenizer.is_dir():
+        command += ["--model", str(tokenizer)]
     log = (Layout(home).logs / "endpoint.log").open("ab")
     process = await asyncio.create_subprocess_exec(
         *command, stdout=log, stderr=log, env=environment
     )
     try:
-        async with Stack(replace(Endpoints(), policy=address), patience_s=60.0) as stack:
-            await stack.policy.get_policy()
-        if process.returncode is not None:
-            raise Unavailable(f"the endpoint's policy did not start; see {log.name}")
+        await _answering(address, process, log.name)
         yield address
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -137,16 +151,23 @@ async def _remote(home: Path, endpoint: str, model: str, key_env: str) -> AsyncI
         log.close()
 
 
-def _apply(root: Path, result: FixResult) -> None:
-    from regreen.common.v1 import CHANGE_KIND_DELETE
+async def _answering(address: str, process: asyncio.subprocess.Process, log: str) -> None:
+    """Wait until the process answers.
 
-    for change in result.changes:
-        target = root / change.path
-        if change.kind == CHANGE_KIND_DELETE:
-            target.unlink(missing_ok=True)
-            continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(change.content)
+    Raises:
+        Unavailable: it ended, or did not answer in time.
+    """
+    async with Stack(replace(Endpoints(), policy=address), patience_s=60.0) as stack:
+        answer = asyncio.ensure_future(stack.policy.get_policy())
+        end = asyncio.ensure_future(process.wait())
+        try:
+            await asyncio.wait((answer, end), return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                raise Unavailable(f"the endpoint's policy did not start; see {log}")
+            answer.result()
+        finally:
+            answer.cancel()
+            end.cancel()
 
 
 def _print(result: FixResult, json_output: bool) -> None:
