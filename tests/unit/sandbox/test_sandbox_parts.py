@@ -59,7 +59,7 @@ def test_state_records_survive_a_round_trip_and_reject_nonsense():
     )
     assert State.decode(state.encode()) == state
     for bad in (b"", b"[]", b"{}", b'{"format": 1}', state.encode().replace(b'"format": 1', b"")):
-        with pytest.raises(ValueError, match="record|Expecting|delimiter"):
+        with pytest.raises(ValueError, match=r"record|Expecting|delimiter"):
             State.decode(bad)
 
 
