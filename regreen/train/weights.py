@@ -104,7 +104,7 @@ async def next_version_block(stack: Stack) -> int:
 
 async def _base_uri(stack: Stack) -> str:
     serving = (await stack.policy.get_policy()).policy
-    if serving.version == 0 and serving.uri:
+    if serving.uri and not serving.run_id:  # no run made it: the base, whatever its number
         return serving.uri
     async for resolved in _resolved_configs(stack):
         if resolved.get("base_uri"):
