@@ -6,7 +6,7 @@
 - pytest is imported before the repository is on the path, so that no file there can replace it.
 - The pipe is not inherited by other programs and a forked child never writes to it.
 
-Code under test shares this process and could reach the key; see docs/decisions on what remains.
+Code under test shares this process and could reach the key; see "What remains" in docs/tasks.md.
 """
 
 from __future__ import annotations

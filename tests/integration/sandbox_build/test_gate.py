@@ -44,6 +44,7 @@ RENAME = (
 @dataclass(frozen=True, slots=True)
 class World:
     gate: Gate
+    quick: Gate
     task: TaskRecord
     releases: dict[str, DistributionRecord]
     home: Path
@@ -99,7 +100,8 @@ async def world() -> AsyncIterator[World]:
             channel = connect(f"127.0.0.1:{server.port}")
             try:
                 client = ServiceGateClient(StateClient(channel), SandboxClient(channel))
-                yield World(Gate(client, releases, index), task, releases, home)
+                quick = Gate(client, releases, index, repeats=1)
+                yield World(Gate(client, releases, index), quick, task, releases, home)
             finally:
                 await channel.close()
     except MissingDependency as error:
@@ -126,7 +128,7 @@ async def test_a_reference_that_does_not_help_is_rejected(world: World) -> None:
     useless = world.task.model_copy(
         update={"pins_pass": world.task.pins_fail, "fixes": world.task.fixes[:1]}
     )
-    verdict = await world.gate.judge(useless)
+    verdict = await world.quick.judge(useless)
     assert verdict.status == "rejected"
     assert verdict.reason.startswith("reference fix: failed")
 
@@ -134,7 +136,7 @@ async def test_a_reference_that_does_not_help_is_rejected(world: World) -> None:
 async def test_an_edit_that_does_not_fit_is_named(world: World) -> None:
     fix = Fix(mode="keep_new", origin="source-edit", edits=[Edit(path="nope.py", old="a", new="b")])
     task = world.task.model_copy(update={"fixes": [world.task.fixes[0], fix]})
-    verdict = await world.gate.judge(task)
+    verdict = await world.quick.judge(task)
     assert verdict.admitted
     assert verdict.fixes["keep_new/source-edit"] != "ok"
     assert refreshed(task, verdict).modes == ["any_fix"]
@@ -144,23 +146,23 @@ async def test_a_build_that_is_not_broken_is_rejected(world: World) -> None:
     healthy = world.task.model_copy(
         update={"pins_fail": world.task.pins_pass, "fixes": world.task.fixes[:1]}
     )
-    verdict = await world.gate.judge(healthy)
+    verdict = await world.quick.judge(healthy)
     assert verdict.status == "rejected"
     assert verdict.reason.startswith("broken-fails")
 
 
 async def test_a_release_without_hashes_is_rejected(world: World) -> None:
     unknown = world.task.model_copy(update={"pins_fail": [*world.task.pins_fail, "other==1.0"]})
-    verdict = await world.gate.judge(unknown)
+    verdict = await world.quick.judge(unknown)
     assert verdict.status == "rejected"
     assert "other==1.0 has no hashes" in verdict.reason
 
 
 async def test_a_set_is_judged_once_and_updated(world: World) -> None:
     out = world.home / "verdicts.jsonl"
-    assert await judge_all(world.gate, [world.task], out) == 0
+    assert await judge_all(world.quick, [world.task], out) == 0
     size = out.stat().st_size
-    assert await judge_all(world.gate, [world.task], out) == 0
+    assert await judge_all(world.quick, [world.task], out) == 0
     assert out.stat().st_size == size
     (verdict,) = read_verdicts(out)
     task = refreshed(world.task, verdict)
@@ -175,7 +177,7 @@ async def test_a_set_is_judged_once_and_updated(world: World) -> None:
 
 
 async def test_messages_carry_the_task_and_the_report(world: World) -> None:
-    verdict = await world.gate.judge(world.task)
+    verdict = await world.quick.judge(world.task)
     message = task_message(world.task, world.releases)
     assert message.environment.pins[0].files[0].sha256
     assert [fix.origin for fix in message.fixes] == ["pins-restored"]
