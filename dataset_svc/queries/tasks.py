@@ -54,11 +54,11 @@ async def import_tasks(
             )
         written.append(replace(task, split=task.split or (found.split if found else "")))
     if written:
-        rows = [_columns(task) for task in written]
+        values = [_columns(task) for task in written]
         new = insert(Task)
-        changed = {name: new.excluded[name] for name in rows[0]}
+        changed = {name: new.excluded[name] for name in values[0]}
         upsert = new.on_conflict_do_update(index_elements=[Task.id], set_=changed)
-        await session.execute(upsert, rows)
+        await session.execute(upsert, values)
     await _check_splits(session, {task.package for task in written}, "tasks")
     return len(written), len(tasks) - len(written)
 

@@ -8,18 +8,10 @@ import asyncio
 import tempfile
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import ClassVar
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    invariant,
-    precondition,
-    rule,
-    run_state_machine_as_test,
-)
 from sqlalchemy import DateTime, func, literal, select
 
 from dataset_svc import models
@@ -83,18 +75,14 @@ class Model:
                 group.state = "complete"
 
 
-class QueueMachine(RuleBasedStateMachine):
-    """Random calls, each checked against the model."""
+class Queue:
+    """Calls on the real queue, each checked against the model; `pick` chooses what a call is on."""
 
-    url: ClassVar[str]
-    directory: ClassVar[str]
-
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, url: str, directory: str) -> None:
         self.loop = asyncio.new_event_loop()
         self.now = datetime(2026, 1, 1, tzinfo=UTC)
-        self.database = Database(self.url, pool_size=4)
-        self.store = TrajectoryStore(self.database, open_blobs(self.directory, fsync=False))
+        self.database = Database(url, pool_size=4)
+        self.store = TrajectoryStore(self.database, open_blobs(directory, fsync=False))
         clock_type = DateTime(timezone=True)
         self.policy = QueuePolicy(
             MAX_ATTEMPTS, LEASE_S, clock=lambda: literal(self.now, clock_type)
@@ -134,16 +122,16 @@ class QueueMachine(RuleBasedStateMachine):
             labels={"salt": salt},
         )
 
-    @rule(size=st.integers(1, 3))
-    def enqueue(self, size: int) -> None:
+    def enqueue(self, pick: int) -> None:
+        size = 1 + pick % 3
         group = GroupRecord(
             "", self.run_id, self.task_id, size, "simplified", "any_fix", "build", step=1
         )
         (group_id,) = self.run(lambda s: rollouts.enqueue(s, [group]))
         self.model.groups[group_id] = ModelGroup([Slot() for _ in range(size)])
 
-    @rule(count=st.integers(1, 4))
-    def lease(self, count: int) -> None:
+    def lease(self, pick: int) -> None:
+        count = 1 + pick % 4
         leases = self.run(
             lambda s: rollouts.lease(s, self.policy, worker="w", count=count, run_id=self.run_id)
         )
@@ -164,14 +152,12 @@ class QueueMachine(RuleBasedStateMachine):
             assert (lease.attempt, lease.expire_time) == (slot.attempt, slot.expires)
             self.model.leases[lease.id] = (group_id, index)
 
-    @rule(seconds=st.sampled_from([1, 40, 61]))
-    def time_passes(self, seconds: int) -> None:
-        self.now += timedelta(seconds=seconds)
+    def time_passes(self, pick: int) -> None:
+        self.now += timedelta(seconds=(1, 40, 61)[pick % 3])
 
-    @precondition(lambda self: self.model.leases)
-    @rule(data=st.data())
-    def heartbeat(self, data) -> None:
-        lease_id = data.draw(st.sampled_from(sorted(self.model.leases)))
+    def heartbeat(self, pick: int) -> None:
+        if not (lease_id := self.some_lease(pick)):
+            return
         slot = self.model.slot(lease_id)
         extended, gone = self.run(lambda s: rollouts.heartbeat(s, self.policy, [lease_id]))
         holds = slot.state == "leased" and slot.lease_id == lease_id
@@ -179,11 +165,11 @@ class QueueMachine(RuleBasedStateMachine):
         if holds:
             slot.expires = self.now + timedelta(seconds=LEASE_S)
 
-    @precondition(lambda self: self.model.leases)
-    @rule(data=st.data(), salt=st.sampled_from("ab"))
-    def commit(self, data, salt: str) -> None:
-        lease_id = data.draw(st.sampled_from(sorted(self.model.leases)))
+    def commit(self, pick: int) -> None:
+        if not (lease_id := self.some_lease(pick)):
+            return
         slot = self.model.slot(lease_id)
+        salt = "ab"[pick // 64 % 8 == 0]
         trajectory = self.trajectory(salt)
 
         async def commit() -> str:
@@ -203,10 +189,9 @@ class QueueMachine(RuleBasedStateMachine):
                 self.loop.run_until_complete(commit())
         self.settle_commits()
 
-    @precondition(lambda self: self.model.leases)
-    @rule(data=st.data())
-    def fail(self, data) -> None:
-        lease_id = data.draw(st.sampled_from(sorted(self.model.leases)))
+    def fail(self, pick: int) -> None:
+        if not (lease_id := self.some_lease(pick)):
+            return
         slot = self.model.slot(lease_id)
         if slot.state == "leased" and slot.lease_id == lease_id:
             retried = self.run(lambda s: rollouts.fail(s, self.policy, lease_id, "?"))
@@ -218,13 +203,18 @@ class QueueMachine(RuleBasedStateMachine):
                 self.run(lambda s: rollouts.fail(s, self.policy, lease_id, "?"))
         self.settle_commits()
 
+    def some_lease(self, pick: int) -> str:
+        """One of the latest leases, held or not; empty if there never was one."""
+        latest = list(self.model.leases)[-12:]
+        return latest[pick % len(latest)] if latest else ""
+
     def settle_commits(self) -> None:
         for group in self.model.groups.values():
             if group.state == "open" and all(s.state in ("committed", "lost") for s in group.slots):
                 group.state = "complete"
 
-    @rule(count=st.integers(1, 3))
-    def take(self, count: int) -> None:
+    def take(self, pick: int) -> None:
+        count = 1 + pick % 3
         taken = self.run(
             lambda s: groups.take(s, self.policy, run_id=self.run_id, count=count, taker="t")
         )
@@ -238,10 +228,11 @@ class QueueMachine(RuleBasedStateMachine):
             assert list(item.trajectory_ids) == committed
             assert item.lost == len(group.slots) - len(committed)
 
-    @rule(data=st.data())
-    def checkpoint(self, data) -> None:
-        ids = sorted(self.model.groups)
-        chosen = data.draw(st.lists(st.sampled_from(ids), unique=True, max_size=3)) if ids else []
+    def checkpoint(self, pick: int) -> None:
+        taken = [g for g, group in self.model.groups.items() if group.state == "taken"]
+        chosen = taken[: pick % 3]
+        if pick % 5 == 0:
+            chosen += [g for g in self.model.groups if g not in taken][:1]
         record = CheckpointRecord("", self.run_id, 1, "file:///c", group_ids=tuple(chosen))
         if all(self.model.groups[g].state == "taken" for g in chosen):
             stored = self.run(lambda s: runs.record_checkpoint(s, record, 0))
@@ -253,9 +244,8 @@ class QueueMachine(RuleBasedStateMachine):
             with pytest.raises(FailedPrecondition):
                 self.run(lambda s: runs.record_checkpoint(s, record, 0))
 
-    @rule(data=st.data())
-    def rewind(self, data) -> None:
-        kept = data.draw(st.integers(0, len(self.model.checkpoints)))
+    def rewind(self, pick: int) -> None:
+        kept = pick % (len(self.model.checkpoints) + 1)
         target = self.model.checkpoints[kept - 1] if kept else ""
         back, _ = self.run(lambda s: groups.rewind(s, self.run_id, target))
         expected = 0
@@ -268,7 +258,6 @@ class QueueMachine(RuleBasedStateMachine):
         assert back == expected
         del self.model.checkpoints[kept:]
 
-    @invariant()
     def database_agrees(self) -> None:
         if not self.run_id:
             return
@@ -304,15 +293,30 @@ class QueueMachine(RuleBasedStateMachine):
         assert trajectories == committed
 
 
-def test_the_queue_behaves_like_its_model(database_url: str):
-    with tempfile.TemporaryDirectory() as directory:
-        machine = type("Machine", (QueueMachine,), {"url": database_url, "directory": directory})
-        limits = settings(
-            max_examples=25,
-            stateful_step_count=40,
-            deadline=None,
-            suppress_health_check=list(HealthCheck),
-            database=None,
-        )
+CALLS = (
+    ["enqueue", "rewind"]
+    + ["lease", "time_passes", "heartbeat", "fail", "take", "checkpoint"] * 2
+    + ["commit"] * 5
+)
 
-        run_state_machine_as_test(machine, settings=limits)
+
+def test_the_queue_behaves_like_its_model(database_url: str):
+    calls = st.lists(
+        st.tuples(st.sampled_from(CALLS), st.integers(0, 1023)), min_size=50, max_size=60
+    )
+
+    @settings(
+        max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), database=None
+    )
+    @given(calls)
+    def check(calls: list[tuple[str, int]]) -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            queue = Queue(database_url, directory)
+            try:
+                for name, pick in [("enqueue", 2), ("lease", 2), *calls]:
+                    getattr(queue, name)(pick)
+                    queue.database_agrees()
+            finally:
+                queue.teardown()
+
+    check()
