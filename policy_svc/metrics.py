@@ -25,4 +25,7 @@ LOAD_SECONDS = Histogram(
     "Time from the call to serving a new version.",
     buckets=(0.3, 1, 3, 10, 30, 100, 300),
 )
+ENGINE_DEATHS = Counter(
+    "regreen_policy_engine_deaths", "Times that the engine's process ended on its own."
+)
 SESSIONS = Gauge("regreen_policy_http_sessions", "Recorded HTTP sessions held in memory.")

@@ -253,7 +253,7 @@ def tokenizer_json(metadata: dict[str, Any]) -> dict[str, Any]:
     """Return `tokenizer.json` of the byte-level BPE.
 
     Digits are split one by one before byte-level splitting: llama.cpp's `smollm` pre-tokenizer,
-    which is also what the model was trained with. The added tokens are the control tokens of the source.
+    which is also what the model was trained with. The added tokens are the source's control tokens.
     A few bytes that begin rare four-byte characters have no token; they are dropped, as upstream
     does, rather than turned into a control token.
     """

@@ -1,6 +1,7 @@
 """Engines that compute on this machine, each in a worker process of its own.
 
 - The event loop never computes: a step may hold the interpreter lock for a second.
+- A terminal's Ctrl-C reaches the service alone, which drains before it lets the worker end.
 - A worker that dies fails what it ran (`Unavailable`, to be retried) and is started again with the
   weights that served last; a worker whose parent dies ends by itself.
 - Tokens are recorded as they arrive, so an aborted request keeps what it had.
@@ -17,6 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from policy_svc import metrics
 from policy_svc.chat import Tokenizer
 from policy_svc.engines.base import (
     Completion,
@@ -86,22 +88,22 @@ class ProcessEngine:
         self._pump: asyncio.Task[None] | None = None
         self._loading: asyncio.Future[dict[str, Any]] | None = None
         self._pausing: asyncio.Future[None] | None = None
-        self._dtype = ""
+        config = json.loads((options.model / "config.json").read_bytes())
+        self._info = EngineInfo(
+            name=options.engine,
+            model=options.model.name,
+            dtype=options.dtype,
+            vocabulary=config["vocab_size"],
+            context_length=config["max_position_embeddings"],
+            end_of_turn_id=end_id,
+        )
         self._closed = False
         self._paused = False
 
     @property
     def info(self) -> EngineInfo:
         """What is served."""
-        config = json.loads((self._options.model / "config.json").read_bytes())
-        return EngineInfo(
-            name=self._options.engine,
-            model=self._options.model.name,
-            dtype=self._dtype,
-            vocabulary=config["vocab_size"],
-            context_length=config["max_position_embeddings"],
-            end_of_turn_id=self._end_id,
-        )
+        return self._info
 
     @property
     def version(self) -> int:
@@ -231,6 +233,7 @@ class ProcessEngine:
                 "policy_svc.engines.worker",
                 *arguments,
                 pass_fds=(theirs.fileno(),),
+                start_new_session=True,
                 env={**waiting, **os.environ, "PYTHONPATH": _python_path()},
             )
         finally:
@@ -246,7 +249,7 @@ class ProcessEngine:
         if ready["error"]:
             await self._end_process()
             raise FailedPrecondition(f"engine {self._options.engine}: {ready['error']}")
-        self._dtype = ready["dtype"]
+        self._info = replace(self._info, dtype=ready["dtype"])
         self._pump = asyncio.create_task(self._read_events(reader), name="engine events")
         if self._paused:
             await self._send(do="pause")
@@ -269,6 +272,7 @@ class ProcessEngine:
         while line := await reader.readline():
             self._take(json.loads(line))
         get().error("engine process ended", engine=self._options.engine)
+        metrics.ENGINE_DEATHS.inc()
         await self._end_process()
         self._drop_all("the engine's process ended")
         delay_s = 0.2
