@@ -9,6 +9,7 @@
 """
 
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -52,6 +53,8 @@ class Result:
     trl_s: float
     ratio: float
     """TRL's time over ours; above 1 we are faster."""
+    cpu_ratio: float
+    """The same of processor time: what holds when the machine is shared."""
     tokens: int
     ours_tokens_per_s: float
     trl_tokens_per_s: float
@@ -114,21 +117,19 @@ def trl_round(
     Raises:
         ImportError: TRL is not installed.
     """
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import GRPOConfig, GRPOTrainer
-
-    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-    network = AutoModelForCausalLM.from_pretrained(
+    datasets, trl = _import("datasets"), _import("trl")
+    transformers = _import("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model, local_files_only=True)
+    network = transformers.AutoModelForCausalLM.from_pretrained(
         model, dtype=torch.float32, local_files_only=True
     )
     count = len(batch) // shape.micro_batch
-    trainer = GRPOTrainer(
+    trainer = trl.GRPOTrainer(
         model=network,
         reward_funcs=lambda completions, **_: [0.0] * len(completions),
-        train_dataset=Dataset.from_list([{"prompt": "x"}] * len(batch)),
+        train_dataset=datasets.Dataset.from_list([{"prompt": "x"}] * len(batch)),
         processing_class=tokenizer,
-        args=GRPOConfig(
+        args=trl.GRPOConfig(
             output_dir=str(home / "trl"),
             use_cpu=True,
             bf16=False,
@@ -164,6 +165,10 @@ def trl_round(
     return run
 
 
+def _import(name: str) -> Any:
+    return importlib.import_module(name)
+
+
 def _trl_inputs(batch: Batch, start: int, shape: Shape) -> dict[str, Any]:
     samples = batch.samples[start : start + shape.micro_batch]
     ids = torch.from_numpy(np.stack([s.token_ids for s in samples]).astype(np.int64))
@@ -194,12 +199,14 @@ def compare(model: Path, engine: str, shape: Shape, rounds: int) -> Result:
             "ours": our_round(model, engine, batch, home / "extensions"),
         }
         seconds: dict[str, list[float]] = {"ours": [], "trl": []}
+        cpu: dict[str, list[float]] = {"ours": [], "trl": []}
         first: dict[str, tuple[float, float]] = {}
         for _ in range(rounds):
             for side, run in sides.items():
-                started = time.perf_counter()
+                started, used = time.perf_counter(), time.process_time()
                 numbers = run()
                 seconds[side].append(time.perf_counter() - started)
+                cpu[side].append(time.process_time() - used)
                 first.setdefault(side, numbers)
     for index, what in enumerate(("loss", "gradient norm")):
         ours, theirs = first["ours"][index], first["trl"][index]
@@ -211,6 +218,7 @@ def compare(model: Path, engine: str, shape: Shape, rounds: int) -> Result:
         ours_s=round(ours_s, 3),
         trl_s=round(trl_s, 3),
         ratio=round(trl_s / ours_s, 2),
+        cpu_ratio=round(min(cpu["trl"]) / min(cpu["ours"]), 2),
         tokens=batch.tokens,
         ours_tokens_per_s=round(batch.tokens / ours_s, 1),
         trl_tokens_per_s=round(batch.tokens / trl_s, 1),
