@@ -133,14 +133,22 @@ class Ledger:
         return started
 
     async def _stop_finished(self) -> None:
-        """Free the learner of runs that ended while their driver was being killed."""
+        """Free the learner of runs that ended while their driver was being killed.
+
+        Raises:
+            FailedPrecondition: the learner trains another run that has not ended.
+        """
         for run in (await self.stack.learner.list_runs()).runs:
             if run.state != learner_pb.RUN_STATE_ACTIVE or run.id == self.run_id:
                 continue
             try:
                 recorded = await self.stack.runs.get_run(run.id)
-                if recorded.state != "active":
-                    await self.stack.learner.stop_run(run.id)
+                if recorded.state == "active":
+                    raise FailedPrecondition(
+                        f"the learner trains run {recorded.name!r}, one at a time; wait for it, "
+                        "or, if its driver was killed, continue it by name or restart the learner"
+                    )
+                await self.stack.learner.stop_run(run.id)
             except NotFound:
                 continue  # not a run of this dataset service, or it has just been stopped
 

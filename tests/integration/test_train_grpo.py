@@ -188,6 +188,25 @@ def _same(config: GrpoConfig) -> dict:
     return {"tasks": config.tasks, "name": config.name, "steps": config.steps}
 
 
+async def test_a_learner_that_is_busy_with_another_run_is_named(place: World):
+    async with place.stack() as stack:
+        tasks = await admitted(stack)
+        waiting = asyncio.Event()
+
+        def listener(progress):
+            if progress.stage == "rollouts":
+                waiting.set()
+
+        busy = config_of(tasks, concurrency=0)
+        first = asyncio.create_task(train_grpo(stack, busy, listener))
+        await waiting.wait()
+        with pytest.raises(FailedPrecondition, match=f"trains run '{busy.name}'"):
+            await train_grpo(stack, config_of(tasks, concurrency=0))
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+    assert not place.learner.runs
+
+
 async def test_no_worker_is_said_so(place: World):
     async with place.stack() as stack:
         config = config_of(await admitted(stack), concurrency=0, idle_deadline_s=0.5)
