@@ -1,7 +1,7 @@
 """`python -m dataset_svc`: the dataset service as a process.
 
 - It serves only after its schema is the newest.
-- With no `database_url` it owns a private Postgres that ends with it, however it ends.
+- With no `database_url` it owns a private Postgres: neither outlives the other, however it ends.
 """
 
 import asyncio
@@ -23,10 +23,11 @@ from dataset_svc.store import TrajectoryStore
 from regreen.blobs import open_blobs
 from regreen.dataset import v1 as pb
 from regreen.rpc import logging
-from regreen.rpc.errors import RegreenError
+from regreen.rpc.errors import InfraError, RegreenError
 from regreen.rpc.server import Server
 
 _RESPONSE_SLACK_BYTES = 1 << 20
+_WATCH_S = 1.0
 SERVICES = tuple(
     f"regreen.dataset.v1.{name}"
     for name in ("TaskService", "TrajectoryService", "RolloutQueueService", "RunService")
@@ -59,10 +60,21 @@ async def serving(settings: DatasetSettings, database_url: str) -> AsyncIterator
         await database.close()
 
 
-async def serve(settings: DatasetSettings, database_url: str) -> None:
-    """Serve until the process is asked to end."""
+async def serve(
+    settings: DatasetSettings, database_url: str, private: LocalPostgres | None = None
+) -> None:
+    """Serve until the process is asked to end, or its private Postgres has ended.
+
+    Raises:
+        InfraError: the private Postgres has ended by itself.
+    """
     async with serving(settings, database_url) as server:
-        await server.wait()
+        asked = asyncio.create_task(server.wait())
+        while not (await asyncio.wait([asked], timeout=_WATCH_S))[0]:
+            if private is not None and not private.alive:
+                asked.cancel()
+                raise InfraError(f"the private Postgres ended; see {private.home}/postgres.log")
+        await asked
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -71,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.configure("dataset", settings.log_level)
     try:
         with contextlib.ExitStack() as stack:
-            url = settings.database_url
+            url, private = settings.database_url, None
             if not url:
                 config = LocalPostgresConfig(
                     home=settings.home / "pg",
@@ -79,9 +91,10 @@ def main(argv: list[str] | None = None) -> int:
                     run_as=settings.pg_user,
                     fsync=settings.fsync,
                 )
-                url = stack.enter_context(LocalPostgres(config)).url()
+                private = stack.enter_context(LocalPostgres(config))
+                url = private.url()
             upgrade(url)
-            asyncio.run(serve(settings, url))
+            asyncio.run(serve(settings, url, private))
     except RegreenError as error:
         sys.stderr.write(f"dataset_svc: {error}\n")
         return 1

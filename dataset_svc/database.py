@@ -1,7 +1,7 @@
 """Connections, transactions and the schema's version.
 
 - Work passed to `Database.run` happens in one transaction: all of it or none.
-- Deadlocks and serialization failures are tried again until a deadline; nothing else is.
+- Deadlocks, serialization failures and lost races to insert are tried again until a deadline.
 - What the driver raises leaves as a `RegreenError`; a message never holds the password.
 """
 
@@ -14,17 +14,25 @@ from typing import TypeVar
 
 from alembic import command
 from alembic.config import Config
+from alembic.util import CommandError
 from sqlalchemy import Connection, create_engine, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
-from regreen.rpc.errors import Aborted, DiskFull, InvalidArgument, RegreenError, Unavailable
+from regreen.rpc.errors import (
+    Aborted,
+    DiskFull,
+    FailedPrecondition,
+    InvalidArgument,
+    RegreenError,
+    Unavailable,
+)
 
 T = TypeVar("T")
-_RETRY_S = 10.0
-_TRY_AGAIN = ("40001", "40P01")
-"""SQLSTATE of a serialization failure and of a deadlock."""
+_RETRY_S = 5.0
+_TRY_AGAIN = ("40001", "40P01", "23505")
+"""SQLSTATE of a serialization failure, a deadlock, and a row that another has just inserted."""
 
 
 def normal_url(url: str) -> str:
@@ -61,6 +69,7 @@ def upgrade(url: str, revision: str = "head") -> None:
 
     Raises:
         Unavailable: the server does not answer.
+        FailedPrecondition: a newer version of this software wrote the schema.
     """
     engine = create_engine(normal_url(url))
     try:
@@ -68,6 +77,11 @@ def upgrade(url: str, revision: str = "head") -> None:
             command.upgrade(alembic_config(connection), revision)
     except DBAPIError as error:
         raise translated(error) from error
+    except CommandError as error:
+        raise FailedPrecondition(
+            f"the database has a schema that this version does not know ({error}); use the version "
+            "that wrote it, or a newer one"
+        ) from error
     finally:
         engine.dispose()
 

@@ -138,6 +138,11 @@ class LocalPostgres:
             raise FailedPrecondition("the private Postgres is not running")
         return self._process.pid
 
+    @property
+    def alive(self) -> bool:
+        """Whether the server runs."""
+        return self._process is not None and self._process.poll() is None
+
     def url(self, database: str = ROLE) -> str:
         """SQLAlchemy URL of a database of this server (it holds the password: do not log it)."""
         return (

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import random
 import shutil
 import signal
@@ -17,6 +18,7 @@ import pytest
 from regreen.client.channel import connect
 from regreen.client.dataset import RolloutQueueClient, RunClient, TaskClient, TrajectoryClient
 from regreen.dataset import v1 as pb
+from regreen.ids import new_id
 from regreen.rpc.errors import LeaseExpired
 from tests.integration import dataset_samples as samples
 
@@ -173,3 +175,29 @@ async def test_many_workers_and_learners_share_one_queue(dataset_address: str):
         takes = await asyncio.gather(*(queue.take_groups(run.id, 3) for _ in range(8)))
         ids = [item.group.id for taken in takes for item in taken]
         assert len(ids) == len(set(ids)) == 10
+
+
+async def test_a_service_whose_private_postgres_dies_ends_and_the_next_one_goes_on(
+    service: Service,
+):
+    async with connect(f"127.0.0.1:{service.port}") as channel:
+        runs = RunClient(channel, patience_s=90.0)
+        run = (await runs.create_run("kept", "eval")).run
+        pid_file = service.home / "pg" / "data" / "postmaster.pid"
+        os.kill(int(pid_file.read_text().split()[0]), signal.SIGKILL)
+        assert service.process is not None
+        assert await asyncio.to_thread(service.process.wait, 30) == 1
+        service.start()
+        assert (await runs.get_run("kept")).id == run.id
+
+
+async def test_groups_enqueued_at_the_same_time_are_there_once(dataset_address: str):
+    async with connect(dataset_address) as channel:
+        queue, task = RolloutQueueClient(channel), samples.task()
+        await TaskClient(channel).import_tasks([task])
+        run = (await RunClient(channel).create_run(samples.fresh("run"), "grpo")).run
+        group = samples.group(run.id, task.id)
+        group.id = new_id("grp")
+        answers = await asyncio.gather(*(queue.enqueue_groups([group]) for _ in range(6)))
+        assert {tuple(ids) for ids in answers} == {(group.id,)}
+        assert dict((await queue.get_queue(run.id)).rollouts) == {"waiting": 2}
