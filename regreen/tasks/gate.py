@@ -73,7 +73,7 @@ class Verdict:
 
     task_id: str
     status: str
-    """`admitted`, `rejected` or `quarantined`."""
+    """`admitted`, `rejected`, `quarantined`, or `waiting` for something this host lacks."""
     reason: str
     checks: tuple[Check, ...] = ()
     flaky: tuple[str, ...] = ()
@@ -143,7 +143,9 @@ class Gate:
         try:
             spec = env.environment(task, self.distributions, python)
             state = await self.client.prepare(spec)
-        except (InvalidArgument, MissingDependency, FailedPrecondition) as error:
+        except MissingDependency as error:
+            return Verdict(task.id, "waiting", str(error), python=python)
+        except (InvalidArgument, FailedPrecondition) as error:
             return Verdict(task.id, "rejected", f"cannot be prepared: {error}", python=python)
         trial = _Trial(self, task, state, bool(python))
         return await trial.run()

@@ -99,7 +99,7 @@ async def judge_all(
     gate: Gate, tasks: Sequence[TaskRecord], out: Path, *, python: str = "", workers: int = 2
 ) -> int:
     """Judge what is not in `out` yet, shortest first; returns how many could not be judged."""
-    done = {verdict.task_id for verdict in read_verdicts(out)}
+    done = {verdict.task_id for verdict in read_verdicts(out) if verdict.status != "waiting"}
     todo = sorted((t for t in tasks if t.id not in done), key=lambda t: t.tests.timeout_s)
     queue = list(reversed(todo))
     failed = 0
@@ -127,6 +127,8 @@ async def judge_all(
 
 def refreshed(task: TaskRecord, verdict: Verdict) -> TaskRecord:
     """The record with what the gate saw on the record's own interpreter."""
+    if verdict.status == "waiting":
+        return task
     if not verdict.admitted:
         return task.model_copy(update={"status": verdict.status, "reason": verdict.reason[:300]})
     tests = task.tests.model_copy(

@@ -20,6 +20,7 @@ STATUSES = {
     "admitted": pb.TASK_STATUS_ADMITTED,
     "rejected": pb.TASK_STATUS_REJECTED,
     "quarantined": pb.TASK_STATUS_QUARANTINED,
+    "waiting": pb.TASK_STATUS_WAITING,
 }
 Changes = Mapping[str, Sequence[common_pb2.FileChange]]
 

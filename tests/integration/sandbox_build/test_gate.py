@@ -158,6 +158,14 @@ async def test_a_release_without_hashes_is_rejected(world: World) -> None:
     assert "other==1.0 has no hashes" in verdict.reason
 
 
+async def test_a_task_for_an_absent_interpreter_waits(world: World) -> None:
+    verdict = await world.quick.judge(world.task, python="3.1")
+    assert verdict.status == "waiting"
+    assert "uv python install 3.1" in verdict.reason
+    assert refreshed(world.task, verdict) == world.task
+    assert gate_report(verdict).status == dataset_pb2.TASK_STATUS_WAITING
+
+
 async def test_a_set_is_judged_once_and_updated(world: World) -> None:
     out = world.home / "verdicts.jsonl"
     assert await judge_all(world.quick, [world.task], out) == 0
