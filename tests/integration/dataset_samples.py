@@ -6,9 +6,11 @@
 import hashlib
 import uuid
 
+import grpc
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from regreen.client.dataset import RolloutQueueClient, RunClient, TaskClient, TrajectoryClient
 from regreen.common import v1 as common_pb
 from regreen.dataset import v1 as pb
 from regreen.judge import v1 as judge_pb
@@ -180,3 +182,25 @@ def trajectory(
         labels={"note": "x"},
         prompt_tokens=prompt,
     )
+
+
+class Clients:
+    """The four clients on one channel."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self.tasks = TaskClient(channel, patience_s=2.0)
+        self.trajectories = TrajectoryClient(channel, patience_s=2.0)
+        self.queue = RolloutQueueClient(channel, patience_s=2.0)
+        self.runs = RunClient(channel, patience_s=2.0)
+
+
+async def imported(clients: Clients, count: int = 1) -> list[str]:
+    """Ids of new tasks."""
+    tasks = [task() for _ in range(count)]
+    await clients.tasks.import_tasks(tasks)
+    return [task.id for task in tasks]
+
+
+async def new_run(clients: Clients) -> str:
+    """Id of a new run."""
+    return (await clients.runs.create_run(fresh("run"), "grpo")).run.id

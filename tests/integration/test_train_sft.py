@@ -32,6 +32,7 @@ async def with_experts(stack: Stack, count: int = 4) -> tuple[str, ...]:
             await stack.trajectories.commit_trajectory(expert(task_id, tokens=tokens))
     await stack.trajectories.commit_trajectory(expert(tasks[0], reward=0.0))
     await stack.trajectories.commit_trajectory(expert(tasks[0], labels={"guesses": "2"}))
+    await stack.trajectories.commit_trajectory(expert(tasks[0], tokens=400))
     hacked = expert(tasks[0])
     hacked.reward.hacks.append("test-skipped")
     await stack.trajectories.commit_trajectory(hacked)
@@ -51,6 +52,7 @@ def config_of(tasks: tuple[str, ...], **changes) -> SftConfig:
         "tasks": tasks,
         "modes": ("keep_new",),
         "epochs": 2,
+        "max_tokens": 300,
         "batch_size": 2,
         "checkpoint_every": 2,
         "validation_share": 0.25,

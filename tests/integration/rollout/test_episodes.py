@@ -16,7 +16,7 @@ from regreen.rollout.actors import ScriptedActor
 from regreen.rollout.baselines import baseline
 from regreen.rollout.context import FULL, Budget, EpisodeSpec, Knobs
 from regreen.rollout.episode import Runner, run_episode
-from regreen.rollout.experts import expert_trajectories
+from regreen.rollout.experts import STYLES, expert_trajectories
 from regreen.rollout.group import run_group
 from regreen.rollout.record import segments
 from regreen.rpc.errors import FailedPrecondition, InfraError, InvalidArgument
@@ -143,15 +143,17 @@ async def test_the_same_error_reverts_and_is_tried_a_bounded_number_of_times(wor
 async def test_experts_repair_from_what_is_visible(world):
     async with world.playing([]) as stack:
         runner = Runner(stack)
-        kept = await expert_trajectories(runner, world.task, SPEC)
-        assert len(kept) >= 3
+        quick = replace(SPEC, knobs=Knobs(confirm=False))
+        kept = await expert_trajectories(runner, world.task, quick, STYLES[:3])
+        assert len(kept) == 3
         assert {t.labels["guesses"] for t in kept} == {"0"}
         for found in kept:
             assert (found.actor, found.reward.solved) == ("expert", True)
             assert sum(found.loss_mask) > 10
             assert not any(found.logprobs)
         assert len({tuple(said(t, pb.TURN_ROLE_POLICY)) for t in kept}) == len(kept)
-        edits = await expert_trajectories(runner, world.task, replace(SPEC, mode=MODE_KEEP_NEW))
+        keep_new = replace(quick, mode=MODE_KEEP_NEW)
+        edits = await expert_trajectories(runner, world.task, keep_new, STYLES[3:4])
         assert edits
         assert all("sed -i" in said(t, pb.TURN_ROLE_POLICY)[-2] for t in edits)
 
@@ -184,11 +186,10 @@ async def test_a_group_shares_its_first_output_and_differs(world):
 
 
 async def test_varied_tool_names_work_like_the_shipped_ones(world):
-    spec = replace(SPEC, knobs=Knobs(vary_tools=True), group_seed=11)
+    spec = replace(SPEC, knobs=Knobs(vary_tools=True, confirm=False), group_seed=11)
     async with world.playing([]) as stack:
-        kept = await expert_trajectories(Runner(stack), world.task, spec)
-        assert kept
-        assert "dependency_upgrade" not in said(kept[0], pb.TURN_ROLE_POLICY)[0]
+        (kept,) = await expert_trajectories(Runner(stack), world.task, spec, STYLES[:1])
+        assert "dependency_upgrade" not in said(kept, pb.TURN_ROLE_POLICY)[0]
 
 
 async def test_a_lost_sandbox_is_never_a_score(world):
