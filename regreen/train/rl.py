@@ -91,7 +91,7 @@ async def _prepare(stack: Stack, config: GrpoConfig, progress: Listener) -> "_Dr
         max_staleness=config.max_staleness,
         idle_deadline_s=config.idle_deadline_s,
         curriculum=Curriculum(hard_share=config.hard_share),
-        labels=config.labels,
+        labels={"policy": config.name, **config.labels},
     )
     return _Driver(
         stack=stack,

@@ -20,7 +20,7 @@ from regreen.dataset import v1 as dataset_pb
 from regreen.ids import derive_seed
 from regreen.learner import v1 as learner_pb
 from regreen.rpc.errors import FailedPrecondition, RegreenError
-from regreen.train.batches import sft_batch
+from regreen.train.batches import sft_batch, trainable
 from regreen.train.config import SftConfig
 from regreen.train.experts import expert_rows
 from regreen.train.ledger import Ledger, hyperparameters
@@ -84,7 +84,9 @@ async def _resolve(stack: Stack, config: SftConfig, progress: Listener) -> dict[
     train: list[str] = []
     validation: list[str] = []
     for row in rows:
-        (validation if packages[row.task_id] in held_out else train).append(row.id)
+        whole = await stack.trajectories.get_trajectory(row.id)
+        if trainable(whole) and len(whole.token_ids) <= config.max_tokens:
+            (validation if packages[row.task_id] in held_out else train).append(row.id)
     if not train:
         raise FailedPrecondition(
             f"no solved expert trajectory among {len(tasks)} tasks; check that the reference fixes "
