@@ -245,6 +245,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=0, help="0: all processors")
     options = parser.parse_args(argv)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
     if not (options.model / "config.json").is_file():
         return _skip(f"no model at {options.model}: run python -m policy_svc.model_store", options)

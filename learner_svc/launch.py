@@ -38,6 +38,7 @@ def environment(base: Mapping[str, str], rank: int, processes: int, port: int) -
         if processes == 1
         else str(threads),
         "TOKENIZERS_PARALLELISM": "false",
+        "TQDM_DISABLE": "1",
         "PYTHONUNBUFFERED": "1",
     }
 

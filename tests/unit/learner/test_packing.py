@@ -128,3 +128,20 @@ def test_frozen_layers_get_no_gradient(tiny_model: Path, make_batch: Callable[..
 def test_too_many_trainable_layers_are_refused(tiny_model: Path) -> None:
     with pytest.raises(InvalidArgument, match="the model has 2 layers"):
         freeze(load_model(tiny_model), 3)
+
+
+def test_gradient_checkpointing_changes_nothing(
+    tiny_model: Path, make_batch: Callable[..., Batch]
+) -> None:
+    [pack] = packs_of(make_batch())
+    grads = []
+    for recompute in (False, True):
+        model = load_model(tiny_model)
+        if recompute:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        module = TrainModel(model).train()
+        module(pack).sum().backward()
+        grads.append(
+            torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        )
+    torch.testing.assert_close(grads[0], grads[1])
