@@ -148,7 +148,7 @@ class Arrays:
             "truncated",
             "advantages",
         )
-        wanted = {name: self.size for name in per_sample}
+        wanted = dict.fromkeys(per_sample, self.size)
         wanted |= {"loss_mask": tokens, "logprobs": tokens, "span_bounds": spans}
         wanted["span_offsets"] = self.size + 1
         for name, length in wanted.items():
