@@ -89,9 +89,13 @@ async def resolve_weights(stack: Stack, name: str, *, base_uri: str = "") -> Wei
     if run is None:
         raise InvalidArgument("policy", f"{name!r} is neither {BASE!r} nor the name of a run")
     record = await last_checkpoint(stack, run.id)
-    if record is None:
+    if record is not None:
+        return weights_of(record)
+    if run.state != "done":
         raise InvalidArgument("policy", f"run {name!r} has no checkpoint yet", "train it first")
-    return weights_of(record)
+    # Every step was skipped (no group had a spread of rewards): the weights are those it began with.
+    kept = MessageToDict(run.config.fields["resolved"].struct_value)
+    return Weights.from_json(kept["start"]).stamped(int(kept["base_version"]))
 
 
 async def next_version_block(stack: Stack) -> int:
