@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from packaging.version import InvalidVersion, Version
+
 from regreen.common.v1 import MODE_KEEP_NEW
 from regreen.dataset import v1 as pb
 from regreen.lockfile import normalize
@@ -35,10 +37,14 @@ _MOST_EDIT_CHARS = 1500
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """One way of saying the same repair; several per task enrich supervised data."""
+    """One way of doing the same repair; several per task enrich supervised data.
 
-    listing: bool = False
-    """List the versions on offer before choosing one."""
+    A version is only ever named after something visible named it: a listing, advice, the installed
+    version (`<3` below 3.1.9), or the keyword `previous`.
+    """
+
+    step: bool = False
+    """Go down release series by series instead of listing what is on offer."""
     help_first: bool = False
     """Search past fixes first."""
     keyword: bool = False
@@ -49,10 +55,10 @@ class Style:
 
 STYLES: tuple[Style, ...] = (
     Style(),
-    Style(listing=True),
+    Style(step=True),
     Style(keyword=True),
-    Style(listing=True, look_first=True),
-    Style(help_first=True, listing=True),
+    Style(look_first=True),
+    Style(help_first=True),
 )
 
 
@@ -105,16 +111,27 @@ class Expert:
         if name is None:
             self._say(view, "give_up", {"reason": "no version on offer repairs this"})
             return
-        self.done.add(name)
         target = self.moves[name].after
-        if not target:
-            self._say(view, "remove_dependency", {"name": name})
-        else:
-            if self.style.listing:
-                self._say(view, "dependency_upgrade", {"name": name})
-            version = "previous" if self._is_previous(view, name, target) else target
-            self._say(view, "dependency_upgrade", {"name": name, "version": version})
+        version = self._wording(view, name, target)
+        if version == "":
+            self.done.add(name)
+            self._plan(view)
+            return
+        if version is None:
+            self._say(view, "dependency_upgrade", {"name": name})
+        if not self.style.step:
+            self.done.add(name)
+        self._say(view, "dependency_upgrade", {"name": name, "version": version or target})
         self._say(view, "validate_and_build", {})
+
+    def _wording(self, view: View, name: str, target: str) -> str | None:
+        """How to name the version; None to list first, empty when there is nothing to go to."""
+        if self.style.step:
+            return _below(self.now.get(name, ""), view.facts.offered.get(name, ()))
+        if self._is_previous(view, name, target):
+            return "previous"
+        told = any(f"{name} to {target}" in seen.text for _, seen in view.history)
+        return target if told else None
 
     def _next(self, view: View) -> str | None:
         """The package to move: what the error names, else what the project declares, else any."""
@@ -131,7 +148,10 @@ class Expert:
 
     def _due(self, move: Move) -> bool:
         # Packages that only came along with others leave by themselves.
-        return bool(move.after) and self.now.get(move.name, "") != move.after
+        now = self.now.get(move.name, "")
+        if not move.after or not now:
+            return False
+        return _newer(now, move.after) if self.style.step else now != move.after
 
     def _is_previous(self, view: View, name: str, target: str) -> bool:
         offered = view.facts.offered.get(name, ())
@@ -176,6 +196,22 @@ async def expert_trajectories(
         elif not found.reward.solved and index == 0:
             break  # other wordings of the same repair fail alike
     return kept
+
+
+def _newer(left: str, right: str) -> bool:
+    try:
+        return Version(left) > Version(right)
+    except InvalidVersion:
+        return left != right
+
+
+def _below(now: str, offered: Sequence[str]) -> str:
+    """A request for something older, told from the installed version alone; empty if none is."""
+    older = [version for version in offered if now and _newer(now, version)]
+    if not older:
+        return ""
+    major = Version(now).major
+    return f"<{major}" if any(Version(v).major < major for v in older) else "previous"
 
 
 def _latest(view: View) -> PrimaryError | None:

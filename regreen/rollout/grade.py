@@ -54,20 +54,7 @@ async def conclude(
     state_id = bench.task.state_id
     if state_id not in before:
         before[state_id] = await bench.validate([])
-    evidence = judge_pb.Evidence(
-        trajectory_id=trajectory.id,
-        task_id=bench.task.id,
-        error_log=bench.facts.log[-_LOG_CHARS:],
-        changes=changes,
-        unified_diff=unified,
-        originals=await _originals(bench, changes),
-        before=before[state_id],
-        after=validation,
-        commands=bench.commands,
-        mode=spec.mode,
-        protected_paths=bench.task.environment.test.protected_paths,
-        rebuilds_without_edit=bench.rebuilds_without_edit,
-    )
+    evidence = await _evidence(bench, trajectory, changes, unified, validation, before[state_id])
     verdict = await _judge(bench, spec, evidence, validation)
     test = bench.task.environment.test
     reward = compose(
@@ -102,6 +89,31 @@ async def _validate(
     if again.outcome != validation.outcome:
         trajectory.labels["flaky"] = "a pass was not confirmed on another fresh fork"
     return again
+
+
+async def _evidence(
+    bench: Workbench,
+    trajectory: pb.Trajectory,
+    changes: Sequence[FileChange],
+    unified: str,
+    after: sandbox_pb.Validation,
+    before: sandbox_pb.Validation,
+) -> judge_pb.Evidence:
+    """What the judge may look at."""
+    return judge_pb.Evidence(
+        trajectory_id=trajectory.id,
+        task_id=bench.task.id,
+        error_log=bench.facts.log[-_LOG_CHARS:],
+        changes=changes,
+        unified_diff=unified,
+        originals=await _originals(bench, changes),
+        before=before,
+        after=after,
+        commands=bench.commands,
+        mode=trajectory.mode,
+        protected_paths=bench.task.environment.test.protected_paths,
+        rebuilds_without_edit=bench.rebuilds_without_edit,
+    )
 
 
 async def _judge(

@@ -152,6 +152,10 @@ async def test_experts_repair_from_what_is_visible(world):
             assert sum(found.loss_mask) > 10
             assert not any(found.logprobs)
         assert len({tuple(said(t, pb.TURN_ROLE_POLICY)) for t in kept}) == len(kept)
+        listed, stepped, keyword = (said(t, pb.TURN_ROLE_POLICY) for t in kept)
+        assert [len(texts) for texts in (listed, stepped, keyword)] == [3, 2, 2]
+        assert '"<2"' in stepped[0]
+        assert '"previous"' in keyword[0]
         keep_new = replace(quick, mode=MODE_KEEP_NEW)
         edits = await expert_trajectories(runner, world.task, keep_new, STYLES[3:4])
         assert edits
