@@ -16,7 +16,7 @@ from tests.e2e.conftest import Local
         (("fix", ".", "--endpoint", "http://127.0.0.1:9/v1"), "model: belongs with endpoint"),
         (("fix", ".", "--endpoint", "nowhere", "--model", "m"), "give https://host/v1"),
         (("fix", ".", "--pipeline", "big"), "pipeline"),
-        (("rollout", "run", "no-such-task"), "no-such-task"),
+        (("rollout", "run", "--task", "no-such-task"), "no task 'no-such-task'"),
         (("no-such-command",), "No such command"),
     ],
 )
@@ -35,13 +35,10 @@ def test_help_of_every_command(local: Local) -> None:
 
 
 def test_json_shapes(local: Local) -> None:
-    doctor = json.loads(local.cli("doctor", "--json").stdout)
-    assert doctor
-    for words in (("tasks", "list"), ("traj", "list")):
+    for words, key in ((("doctor",), "name"), (("tasks", "list"), "id"), (("traj", "list"), "id")):
         done = local.cli(*words, "--json")
-        assert done.returncode == 0, done.stderr
-        for line in done.stdout.splitlines():
-            json.loads(line) if line.startswith('{"') else None
+        assert not done.stderr or words == ("doctor",), done.stderr
+        assert all(json.loads(line)[key] for line in done.stdout.splitlines())
     version = local.cli("--version")
     assert version.stdout.strip().count(".") == 2
 

@@ -17,7 +17,7 @@ from tests.e2e.conftest import Local
 from tests.integration import dataset_samples as samples
 
 KILLED = ("judge", "policy", "sandbox", "dataset")
-GROUPS, SIZE = 5, 2
+GROUPS, SIZE = 4, 2
 
 
 async def enqueue(stack, task: pb.Task) -> str:

@@ -24,6 +24,7 @@ from tests.fixtures.policy.model import default_model
 from tests.integration import dataset_samples as samples
 
 NAMES = [service.name for service in SERVICES]
+NONE = "0" * 32
 BY_NAME = {service.name: service for service in SERVICES}
 
 
@@ -101,8 +102,10 @@ async def test_bad_input_to_dataset(local: Local) -> None:
         with pytest.raises(InvalidArgument, match="pins"):
             await stack.tasks.import_tasks([broken])
         with pytest.raises((NotFound, FailedPrecondition)):
-            await stack.queue.commit_rollout("lease_0", samples.trajectory("no-such-task"))
-        with pytest.raises(NotFound):
+            await stack.queue.commit_rollout(f"lse_{NONE}", samples.trajectory("no-such-task"))
+        with pytest.raises(
+            InvalidArgument, match=r"run_id: 'run_0' is no run_ id; give run_<32 hex>"
+        ):
             await stack.queue.enqueue_groups([samples.group("run_0", "no-such-task")])
         assert (await stack.tasks.get_task_stats()).total == total
         assert not (await stack.queue.get_queue()).rollouts.get("waiting", 0)
@@ -110,10 +113,10 @@ async def test_bad_input_to_dataset(local: Local) -> None:
 
 async def test_bad_input_to_sandbox(local: Local) -> None:
     async with local.stack() as stack:
-        with pytest.raises(NotFound, match="st_nothing"):
-            await stack.sandbox.create_sandbox("st_nothing")
+        with pytest.raises(NotFound, match=NONE):
+            await stack.sandbox.create_sandbox(f"st_{NONE}")
         with pytest.raises(NotFound):
-            await stack.sandbox.run("sbx_nothing", ["true"], timeout_s=5.0)
+            await stack.sandbox.run(f"sbx_{NONE}", ["true"], timeout_s=5.0)
         states = {state.id for state in (await stack.state.list_states()).states}
         with pytest.raises(InvalidArgument, match="builder"):
             await prepared(stack, sandbox_pb.EnvironmentSpec(builder="cobol"))
@@ -126,7 +129,7 @@ async def test_bad_input_to_sandbox(local: Local) -> None:
             for path in ("/proc/sys/kernel/hostname", "/"):
                 with pytest.raises(RegreenError):
                     await stack.sandbox.write_file(box.id, path, b"x")
-            with pytest.raises(RegreenError, match="size|large|bytes|limit"):
+            with pytest.raises(RegreenError, match="larger than max"):
                 await stack.sandbox.write_file(box.id, "/work/repo/huge", bytes(65 << 20))
         finally:
             await stack.sandbox.delete_sandbox(box.id)
@@ -143,9 +146,6 @@ async def test_a_task_whose_install_fails(local: Local) -> None:
         states = len((await stack.state.list_states()).states)
         with pytest.raises(InvalidArgument, match="cannot install"):
             await prepared(stack, spec)
-        spec.pins[0].files[0].sha256 = "0" * 64  # neither in the store nor to be had
-        with pytest.raises(RegreenError, match="index|fetch"):
-            await prepared(stack, spec)
         assert len((await stack.state.list_states()).states) == states
         assert not (await stack.sandbox.list_sandboxes()).sandboxes
 
@@ -160,19 +160,21 @@ async def prepared(stack, spec) -> str:
 
 async def test_bad_input_to_policy(local: Local) -> None:
     async with local.stack() as stack:
+        one = policy_pb.Sampling(temperature=1.0, max_new_tokens=4)
         for ids in ([], [-1], [10**7]):
             with pytest.raises(InvalidArgument, match="prompt_token_ids"):
-                await stack.policy.generate(ids)
-        with pytest.raises(InvalidArgument, match="n"):
-            await stack.policy.generate([1, 2], n=10_000)
+                await stack.policy.generate(ids, sampling=one)
+        with pytest.raises(InvalidArgument, match="n: "):
+            await stack.policy.generate([1, 2], sampling=one, n=10_000)
+        cold = policy_pb.Sampling(temperature=-1.0, max_new_tokens=4)
         with pytest.raises(InvalidArgument, match="temperature"):
-            await stack.policy.generate([1, 2], sampling=policy_pb.Sampling(temperature=-1.0))
+            await stack.policy.generate([1, 2], sampling=cold)
 
 
 async def test_bad_input_to_judge(local: Local) -> None:
-    change = FileChange(path="../x", kind=CHANGE_KIND_MODIFY, content=b"x")
+    change = FileChange(path="x.py", kind=CHANGE_KIND_MODIFY, content=b"x")
     async with local.stack() as stack:
-        with pytest.raises(InvalidArgument, match=r"\.\./x"):
+        with pytest.raises(InvalidArgument, match="originals"):
             await stack.judge.judge(judge_pb.Evidence(changes=[change]))
 
 
@@ -183,7 +185,7 @@ async def test_bad_input_to_learner(local: Local) -> None:
             await stack.learner.get_run("no-such-run")
         with pytest.raises((NotFound, FailedPrecondition)):
             await stack.learner.step("no-such-run", 1, batch_digest=missing)
-        with pytest.raises(InvalidArgument, match="base_uri"):
+        with pytest.raises(NotFound, match="no decoder model at /no/such/model"):
             await stack.learner.start_run("run_x", learner_pb.RUN_KIND_SFT, "/no/such/model")
         runs = (await stack.learner.list_runs()).runs
     assert "run_x" not in {run.id for run in runs}
