@@ -93,7 +93,7 @@ async def resolve_weights(stack: Stack, name: str, *, base_uri: str = "") -> Wei
         return weights_of(record)
     if run.state != "done":
         raise InvalidArgument("policy", f"run {name!r} has no checkpoint yet", "train it first")
-    # Every step was skipped (no group had a spread of rewards): the weights are those it began with.
+    # Every step was skipped (no group had a spread of rewards): the weights did not change.
     kept = MessageToDict(run.config.fields["resolved"].struct_value)
     return Weights.from_json(kept["start"]).stamped(int(kept["base_version"]))
 
