@@ -57,7 +57,7 @@ class Plan:
 
 
 EPISODE = {
-    "budget.turns": "8",
+    "budget.turns": "10",
     "budget.turn_tokens": "56",
     "budget.attempt_turns": "6",
     "budget.tries": "2",
@@ -87,6 +87,8 @@ QUICK = Plan(
     group_size=3,
     labels=EPISODE,
 )
+EXPERT = {**EPISODE, "budget.turns": "16", "budget.context_tokens": "2560"}
+"""Experts may take longer than the policy, so that repairs of several packages are kept."""
 EVAL_TEMPERATURE = "0.6"
 """Sampling temperature of evaluations; training samples at 1."""
 
@@ -245,7 +247,7 @@ class _Demo:
             epochs=plan.sft_epochs,
             batch_size=4,
             validation_share=0.0,
-            budget_labels=plan.labels,
+            budget_labels=EXPERT,
             hyperparameters={
                 "learning_rate": plan.learning_rate_sft,
                 "warmup_steps": 3,
