@@ -208,15 +208,10 @@ async def test_a_new_version_stamps_its_tokens(
     assert [span.version for span in after.versions] == [3]
     if engine.info.name in ("torch", "openvino"):
         assert abs(before.logprobs[0] - after.logprobs[0]) > 0.01
-    await engine.load(4, default_model())
-    (back,) = await sample(engine, prompt, temperature=0.0)
-    assert [span.version for span in back.versions] == [4]
-    if engine.info.name in ("torch", "openvino"):
-        assert back.token_ids == before.token_ids
 
 
 async def test_a_switch_amid_a_request_keeps_spans_right(
-    engine: Engine, prompt: tuple[int, ...], other_weights: Path
+    engine: Engine, prompt: tuple[int, ...]
 ) -> None:
     if engine.info.name not in STREAMING:
         return
@@ -225,7 +220,7 @@ async def test_a_switch_amid_a_request_keeps_spans_right(
     request = Request("across", prompt, 1, Sampling(max_new_tokens=400, seed=11))
     call = asyncio.create_task(engine.generate(request, lambda *_: begun.set()))
     await begun.wait()
-    await engine.load(began + 1, other_weights)
+    await engine.load(began + 1, default_model())
     (later,) = await sample(engine, prompt, rid="later")
     assert {span.version for span in later.versions} == {began + 1}
     await engine.abort("across")
@@ -238,7 +233,6 @@ async def test_a_switch_amid_a_request_keeps_spans_right(
         assert len(found) == 1, "a pipeline finishes what it began"
     else:
         assert [span.version for span in found] == [began, began + 1]
-    await engine.load(began + 2, default_model())
 
 
 async def test_scripts_are_checked(tmp_path: Path) -> None:
