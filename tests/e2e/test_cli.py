@@ -47,4 +47,4 @@ def test_a_fix_without_a_python_project(local: Local, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("hello")
     done = local.cli("fix", str(tmp_path), "--json")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "is no Python project" in done.stderr
+    assert "is no Python project" in " ".join(done.stderr.split())
