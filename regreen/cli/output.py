@@ -8,6 +8,7 @@
 
 import asyncio
 import json
+import signal
 import sys
 import time
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
@@ -46,6 +47,8 @@ def exit_code(error: RegreenError) -> int:
 
 def run(work: Coroutine[Any, Any, T]) -> T:
     """Run a command's coroutine; a `RegreenError` becomes one line and an exit code."""
+    # A terminated command ends like an interrupted one: what it started is stopped.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return asyncio.run(work)
     except RegreenError as error:

@@ -26,6 +26,8 @@ from regreen.stack.layout import SERVICES, Layout, Service, pick_port
 
 _PR_SET_PDEATHSIG = 1
 _STOP_S = 20.0
+_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+"""Defaults of the services: threads that wait must not spin on cores that others need."""
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -146,7 +148,7 @@ class Supervisor:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, "REGREEN_HOME": str(self._layout.home)},
+                env={**_ENVIRONMENT, **os.environ, "REGREEN_HOME": str(self._layout.home)},
                 preexec_fn=die_with_parent,
                 start_new_session=True,
             )
