@@ -100,7 +100,8 @@ class Tests(_Record):
     pass_to_pass_count: int = Field(default=0, ge=0)
     pass_to_pass_sha256: str = ""
     unstable: list[str] = []
-    """Ids seen to change between runs of the same bytes; never required."""
+    """Ids never required: they changed between runs of the same bytes, or exist only with the
+    broken pins (parametrised over data of a dependency)."""
 
 
 class TaskRecord(_Record):
