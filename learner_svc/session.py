@@ -189,7 +189,7 @@ def _engine(spec: RunSpec, source: Path, extensions: Path) -> Engine:
     model = load_model(source)
     freeze(model, hyperparameters.trainable_layers)
     if hyperparameters.gradient_checkpointing:
-        model.gradient_checkpointing_enable(  # type: ignore[no-untyped-call]
+        model.activation_checkpointing_enable(  # type: ignore[no-untyped-call]
             {"use_reentrant": False}
         )
     train = TrainModel(model)

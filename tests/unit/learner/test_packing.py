@@ -138,7 +138,7 @@ def test_gradient_checkpointing_changes_nothing(
     for recompute in (False, True):
         model = load_model(tiny_model)
         if recompute:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         module = TrainModel(model).train()
         module(pack).sum().backward()
         grads.append(
