@@ -1,8 +1,8 @@
 """Bytes by content: stores whose only keys are SHA-256 digests.
 
 - A key names exactly one content; `put` of present content writes nothing (create if absent).
-- A blob is either whole under its key or absent: a writer killed at any moment leaves no partial blob.
-- Bytes that are read are hashed before they are believed: damage is a `DataLoss`, never a wrong answer.
+- A blob is either whole under its key or absent: a writer killed at any moment leaves no part.
+- Bytes that are read are hashed before they are believed: damage is a `DataLoss`, never an answer.
 - A damaged blob is healed by the next `put` of its content, because `put` compares lengths.
 - With a local directory, `put` returns after the bytes and their name have reached the disk.
 """

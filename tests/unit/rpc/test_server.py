@@ -73,6 +73,13 @@ class States(pb.StateServiceServicer):
         return pb.ImportStateResponse(state=pb.State(size_bytes=size))
 
 
+async def read_all(call) -> None:
+    """Read a stream to its end."""
+    async with stream(call) as parts:
+        async for _ in parts:
+            pass
+
+
 @pytest.fixture
 async def served():
     servicer = States()
@@ -104,8 +111,8 @@ async def test_a_repeated_request_runs_once(served):
     await asyncio.gather(*(caller._call(stub.DeleteState, request, 5) for _ in range(5)))
     await caller._call(stub.DeleteState, request, 5)
     assert servicer.calls == 1
+    other = pb.DeleteStateRequest(id="b", request_id="r1")
     with pytest.raises(InvalidArgument, match="another request"):
-        other = pb.DeleteStateRequest(id="b", request_id="r1")
         await caller._call(stub.DeleteState, other, 5)
 
 
@@ -133,9 +140,7 @@ async def test_one_waiter_leaving_does_not_stop_the_others(served):
 async def test_streams_are_typed_and_cancelled(served):
     servicer, _, stub, _ = served
     with pytest.raises(InfraError, match="layer lost"):
-        async with stream(stub.ExportState(pb.ExportStateRequest(id="broken"), timeout=5)) as parts:
-            async for _ in parts:
-                pass
+        await read_all(stub.ExportState(pb.ExportStateRequest(id="broken"), timeout=5))
     servicer.cancelled.clear()
     call = stub.ExportState(pb.ExportStateRequest(id="a"), timeout=60)
     seen = weakref.ref(call)
@@ -213,5 +218,5 @@ async def test_a_missing_server_is_unavailable():
 def test_every_error_class_is_a_reason_of_the_contract():
     from regreen.common.v1 import ErrorReason
 
-    known = {name.removeprefix("ERROR_REASON_") for name in ErrorReason.keys()}
+    known = {name.removeprefix("ERROR_REASON_") for name, _ in ErrorReason.items()}
     assert {reason for _, reason in error_classes()} <= known
