@@ -138,10 +138,10 @@ def _diff(root: Path, change: FileChange) -> str:
     old = "/dev/null" if change.kind == CHANGE_KIND_ADD else f"a/{path}"
     new = "/dev/null" if change.kind == CHANGE_KIND_DELETE else f"b/{path}"
     try:
-        texts = [_lines(data.decode("utf-8")) for data in (before, after)]
+        left, right = _lines(before.decode("utf-8")), _lines(after.decode("utf-8"))
     except UnicodeDecodeError:
         return "\n".join([*header, f"Binary files {old} and {new} differ", ""])
-    lines = list(difflib.unified_diff(*texts, old, new))
+    lines = list(difflib.unified_diff(left, right, old, new))
     ended = [
         line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in lines
     ]
