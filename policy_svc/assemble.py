@@ -39,7 +39,7 @@ async def open_policy(settings: PolicySettings) -> Policy:
         raise NotFound(f"model: {model} is no model folder (it has no tokenizer.json)")
     chat = ChatMl.from_folder(model)
     record = settings.home / "policy" / "serving.json"
-    serving = _last(settings, record) or Serving(PolicyVersion(), model, time.time())
+    serving = _last(settings, record) or Serving(_base(settings, model), model, time.time())
     engine = _engine(settings, model.resolve(), chat, serving)
     await engine.start()
     if engine.version != serving.policy.version:
@@ -49,6 +49,12 @@ async def open_policy(settings: PolicySettings) -> Policy:
         settings.max_running, settings.max_waiting, settings.max_samples, settings.max_new_tokens
     )
     return Policy(engine, chat, Versions(engine, source, record, serving), limits)
+
+
+def _base(settings: PolicySettings, model: Path) -> PolicyVersion:
+    """What serves before anything is loaded; local engines say where its weights are."""
+    local = settings.engine in ("auto", "openvino", "torch")
+    return PolicyVersion(uri=str(model.resolve()) if local else "")
 
 
 def _last(settings: PolicySettings, record: Path) -> Serving | None:
