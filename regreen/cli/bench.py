@@ -17,6 +17,7 @@ import typer
 from regreen.cli import output
 from regreen.cli.options import Json
 from regreen.rpc.errors import InvalidArgument
+from regreen.settings import default_home
 
 BENCHMARKS = ("sandbox", "policy", "learner")
 
@@ -41,6 +42,7 @@ def bench(
         known = ", ".join(BENCHMARKS)
         output.fail(InvalidArgument("names", f"{unknown[0]!r} is unknown", f"give one of {known}"))
     out.mkdir(parents=True, exist_ok=True)
+    _make_model()
     results: dict[str, Any] = {}
     failed = []
     for number, name in enumerate(chosen):
@@ -58,6 +60,12 @@ def bench(
     if failed:
         output.STDERR.print(f"failed: {', '.join(failed)}", style="red")
         raise typer.Exit(output.FAILED)
+
+
+def _make_model() -> None:
+    """Convert the default model if it is not there yet."""
+    command = [sys.executable, "-m", "policy_svc.model_store", "--home", str(default_home())]
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
 
 
 def _run(name: str) -> dict[str, Any] | None:
