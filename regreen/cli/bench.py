@@ -73,7 +73,9 @@ def _run(name: str) -> dict[str, Any] | None:
     ended = subprocess.run(command, stdout=subprocess.PIPE, env=os.environ, check=False)
     if ended.returncode != 0:
         return None
-    found: dict[str, Any] = json.loads(ended.stdout)
+    # Libraries may greet on standard output; the object begins the first line that opens one.
+    text = "\n" + ended.stdout.decode("utf-8", "replace")
+    found: dict[str, Any] = json.loads(text[text.index("\n{") :])
     return found
 
 
