@@ -172,7 +172,7 @@ def check_fair(task: pb.Task, spec: EpisodeSpec) -> None:
     """
     if not task.state_id:
         raise FailedPrecondition(
-            f"task {task.id} has no state here; prepare it with `regreen data gate`"
+            f"task {task.id} has no state here; prepare it with `regreen tasks verify`"
         )
     if task.modes and spec.mode not in task.modes:
         raise InvalidArgument(

@@ -85,7 +85,7 @@ class FactsCache:
         """
         if not task.state_id:
             raise FailedPrecondition(
-                f"task {task.id} has no state here; prepare it with `regreen data gate {task.id}`"
+                f"task {task.id} has no state here; run `regreen tasks verify {task.id}`"
             )
         lock = self._locks.setdefault(task.state_id, asyncio.Lock())
         async with lock:
