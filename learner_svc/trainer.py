@@ -4,6 +4,7 @@
   for micro-batches by definition).
 - Tokens, masks and logprobs come from the Batch as sampled; nothing is tokenized here.
 - Samples that cannot move the policy (dropped, or advantage 0 without KL) are never computed.
+- Ratios are against the weights that the step began with, whichever of its updates they belong to.
 - A step whose every sample is such leaves the weights untouched and says so (`skipped`).
 """
 
@@ -76,17 +77,17 @@ class Trainer:
         self._check(batch)
         rows = self._rows(batch)
         metrics = _batch_metrics(batch, self.policy_version) | rows.metrics
-        shares = self._shares(batch, rows)
+        packed = [(share, self._pack(batch, share)) for share in self._shares(batch, rows)]
+        packed = [(share, packs) for share, packs in packed if packs]
+        proximal = self._proximal(rows, [packs for _, packs in packed])
         totals: dict[str, float] = {}
         tokens = scored = 0
-        for share in shares:
-            packs = self._pack(batch, share)
-            if packs:
-                sums = self._update(packs, share, progress)
-                tokens += sum(pack.tokens for pack in packs)
-                scored += sum(int(pack.rows.numel()) for pack in packs)
-                for name, value in sums.items():
-                    totals[name] = totals.get(name, 0.0) + value
+        for share, packs in packed:
+            sums = self._update(packs, share, proximal, progress)
+            tokens += sum(pack.tokens for pack in packs)
+            scored += sum(int(pack.rows.numel()) for pack in packs)
+            for name, value in sums.items():
+                totals[name] = totals.get(name, 0.0) + value
         per_update = {name: totals.pop(name, 0.0) for name in ("loss", "grad_norm", "updates")}
         updates = per_update["updates"]
         metrics |= {name: value / max(scored, 1) for name, value in totals.items()}
@@ -192,14 +193,23 @@ class Trainer:
         )
         return TokenTerms(rows.sampled, rows.advantages[rows.sample], scale)
 
-    def _update(self, packs: list[Pack], rows: _Rows, progress: Progress) -> dict[str, float]:
+    def _proximal(self, rows: _Rows, packed: list[list[Pack]]) -> Tensor | None:
+        """f32 [T]: logprobs under the weights that the step begins with.
+
+        None with one update: its forward pass gives them, and every ratio is exactly 1.
+        """
+        if self._loss is None or len(packed) < 2:
+            return None
+        return _score_all([p for packs in packed for p in packs], rows, self._engine.score)
+
+    def _update(
+        self, packs: list[Pack], rows: _Rows, proximal: Tensor | None, progress: Progress
+    ) -> dict[str, float]:
         """One optimizer update; sums over scored tokens, and loss, grad_norm, updates."""
         engine = self._engine
-        terms = self._terms(packs, rows)
-        if self._loss and self._spec.hyperparameters.updates_per_step > 1:
-            terms = replace(terms, proximal=self._score_all(packs, terms, engine.score))
+        terms = replace(self._terms(packs, rows), proximal=proximal)
         if self._loss and self._reference and self._loss.kl_coefficient:
-            terms = replace(terms, reference=self._score_all(packs, terms, self._reference))
+            terms = replace(terms, reference=_score_all(packs, rows, self._reference))
         mine = packs[engine.rank :: engine.world_size]
         rounds = -(-len(packs) // engine.world_size)
         total, done = sum(pack.tokens for pack in mine), 0
@@ -227,12 +237,13 @@ class Trainer:
             return sft_loss(logprobs, own.scale)
         return policy_loss(logprobs, own, self._loss)
 
-    def _score_all(self, packs: list[Pack], terms: TokenTerms, score: Reference) -> Tensor:
-        """f32 [T]: logprobs of all packs without gradient; tokens not packed keep their sampled."""
-        scored = terms.sampled.clone()
-        for pack in packs:
-            scored[pack.scored] = score(pack).float().cpu()
-        return scored
+
+def _score_all(packs: list[Pack], rows: _Rows, score: Reference) -> Tensor:
+    """f32 [T]: logprobs of all packs without gradient; tokens not packed keep their sampled."""
+    scored = rows.sampled.clone()
+    for pack in packs:
+        scored[pack.scored] = score(pack).float().cpu()
+    return scored
 
 
 def _over_ranks(sums: dict[str, float]) -> dict[str, float]:

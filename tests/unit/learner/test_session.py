@@ -146,13 +146,20 @@ def test_flat_groups_leave_the_weights_alone(
     assert session.step_done == 1
 
 
-def test_several_updates_per_step_use_recomputed_ratios(
+def test_several_updates_per_step_measure_ratios_from_its_start(
     tiny_model: Path, make_batch: Make, tmp_path: Path
 ) -> None:
-    session = Session(spec_of(tiny_model, updates_per_step=2, warmup_steps=0), tmp_path)
-    metrics = session.step(make_batch(groups=4), (), lambda done, total: None)
-    assert metrics["updates"] == 2
-    assert metrics["ratio"] != pytest.approx(1.0, abs=1e-7) or metrics["clip_fraction"] == 0
+    def step(updates: int, rate: float) -> dict[str, float]:
+        spec = spec_of(tiny_model, updates_per_step=updates, warmup_steps=0, learning_rate=rate)
+        session = Session(spec, tmp_path)
+        return session.step(make_batch(groups=4), (), lambda done, total: None)
+
+    one, two, wild = step(1, 1e-3), step(2, 1e-3), step(4, 0.3)
+    assert (one["updates"], one["ratio"], one["clip_fraction"]) == (1, 1.0, 0.0)
+    assert two["updates"] == 2
+    assert abs(two["ratio"] - 1.0) > 1e-4
+    assert wild["updates"] == 4
+    assert wild["clip_fraction"] > 0
 
 
 def test_a_kl_term_starts_at_zero_and_grows(
