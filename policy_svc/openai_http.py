@@ -14,7 +14,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.applications import Starlette
@@ -57,12 +57,20 @@ class Asked:
     session_id: str
 
 
+@dataclass(slots=True)
+class _SessionLock:
+    """A session's lock and how many requests hold it or wait for it."""
+
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    holders: int = 0
+
+
 class OpenAiHttp:
     """The application's handlers."""
 
     def __init__(self, policy: Policy, sessions: Sessions, key: str) -> None:
         self._policy, self._sessions, self._key = policy, sessions, key
-        self._locks: dict[str, asyncio.Lock] = {}
+        self._locks: dict[str, _SessionLock] = {}
 
     def app(self) -> Starlette:
         """Return the ASGI application."""
@@ -176,12 +184,14 @@ class OpenAiHttp:
         if not session_id:
             yield None
             return
-        lock = self._locks.setdefault(session_id, asyncio.Lock())
+        held = self._locks.setdefault(session_id, _SessionLock())
+        held.holders += 1
         try:
-            async with lock:
+            async with held.lock:
                 yield self._sessions.get(session_id)
         finally:
-            if not lock.locked():
+            held.holders -= 1
+            if not held.holders:
                 self._locks.pop(session_id, None)
 
     def _choice(self, index: int, completion: Completion, logprobs: bool) -> dict[str, Any]:

@@ -67,6 +67,8 @@ class Prompt:
     """Where a request continues: a branch (None starts one), what is new, and all its ids."""
 
     branch: int | None
+    base: Branch
+    """What was recorded when the ids were made; samples extend this and nothing else."""
     messages: tuple[Message, ...]
     delta_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
@@ -88,23 +90,25 @@ class Session:
                 best, length = at, count
         if best is None:
             ids = chat.render(messages)
-            return Prompt(None, tuple(messages), tuple(ids), tuple(ids))
+            return Prompt(None, Branch(), tuple(messages), tuple(ids), tuple(ids))
         branch = self.branches[best]
         new = messages[length:]
         delta = chat.continue_turns(new, branch.token_ids[-1])
-        return Prompt(best, tuple(new), tuple(delta), (*branch.token_ids, *delta))
+        return Prompt(best, branch, tuple(new), tuple(delta), (*branch.token_ids, *delta))
 
     def add(self, prompt: Prompt, completions: Sequence[Completion]) -> None:
-        """Record samples: the first grows the branch it continues, others fork from it."""
-        base = self.branches[prompt.branch] if prompt.branch is not None else Branch()
+        """Record samples: the first grows the branch it continues, others fork from it.
+
+        A branch that has grown since the prompt was made is left alone: the first forks too.
+        """
         first = prompt.branch
         for completion in completions:
-            grown = base.extend(Turn(prompt.messages, prompt.delta_ids, completion))
-            if first is not None and self.branches[first] is base:
+            grown = prompt.base.extend(Turn(prompt.messages, prompt.delta_ids, completion))
+            if first is not None and self.branches[first] is prompt.base:
                 self.branches[first] = grown
                 continue
-            if completion is not completions[0]:
-                grown.parent = first if first is not None else len(self.branches) - 1
+            if first is not None:
+                grown.parent = first
             self.branches.append(grown)
             if first is None:
                 first = len(self.branches) - 1

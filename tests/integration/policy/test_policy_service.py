@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from policy_svc.__main__ import Running, running
+from policy_svc.chat import Message, plain_text
 from policy_svc.engines.process import ProcessEngine
 from policy_svc.settings import PolicySettings
 from regreen.blobs import open_blobs
@@ -246,6 +247,34 @@ async def test_http_records_exact_tokens(tmp_path: Path) -> None:
         assert (await http.get("sessions/s/1")).json()["branches"][0] == branch
         assert (await http.delete("sessions/s/1")).status_code == 204
         assert (await http.get("sessions/s/1")).status_code == 404
+
+
+async def test_concurrent_requests_of_a_session_record_what_was_shown(tmp_path: Path) -> None:
+    async with service(tmp_path) as found, http_client(found) as http:
+
+        async def ask(*texts: str) -> dict[str, Any]:
+            roles = ("user", "assistant", "user")
+            messages = [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]
+            body = {"messages": messages, "user": "busy", "max_tokens": 600}
+            return (await http.post("chat/completions", json=body)).json()
+
+        await ask("hello")
+        # The second waits for the first; the third comes while the second runs. Both of them
+        # continue the same branch.
+        first = asyncio.create_task(ask("take your time"))
+        while not found.policy._admission.running:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        second = asyncio.create_task(ask("hello", "Hello.", "take your time, two"))
+        await first
+        third = ask("hello", "Hello.", "take your time, three")
+        usages = [answer["usage"] for answer in await asyncio.gather(second, third)]
+        branches = (await http.get("sessions/busy")).json()["branches"]
+        chat = found.policy.chat
+        for branch in branches:
+            said = [Message(**message) for message in branch["messages"]]
+            assert f"{chat.text(branch['token_ids'])}\n" == plain_text(said, chat.default_system)
+        sizes = {len(branch["token_ids"]) for branch in branches}
+        assert {usage["total_tokens"] for usage in usages} <= sizes
 
 
 async def test_http_streams_what_it_would_return(tmp_path: Path) -> None:
