@@ -2,12 +2,21 @@
 
 - Field by field and total: every field of the message is read, none is invented.
 - Order of repeated fields is kept; maps become sorted.
+- A file is named by a digest and a plain name; what could be a path is refused, with its field.
 """
 
 from regreen.common.v1 import common_pb2
 from regreen.rpc.errors import InvalidArgument
 from regreen.sandbox.v1 import sandbox_pb2 as pb
-from sandbox_svc.builders.base import DistFile, EnvironmentSpec, FileChange, Pin, TestSpec
+from sandbox_svc.builders.base import (
+    DistFile,
+    EnvironmentSpec,
+    FileChange,
+    Pin,
+    TestSpec,
+    check_filename,
+    check_sha256,
+)
 
 DEFAULT_TEST_TIMEOUT_S = 300.0
 
@@ -40,7 +49,7 @@ def spec_from_proto(spec: pb.EnvironmentSpec) -> EnvironmentSpec:
         package=spec.package,
         version=spec.version,
         python=spec.python,
-        source=_file(spec.source) if spec.HasField("source") else None,
+        source=_file(spec.source, "source") if spec.HasField("source") else None,
         source_tree=tree.sha256 if tree else "",
         source_tree_bytes=tree.size_bytes if tree else 0,
         pins=tuple(_pin(pin) for pin in spec.pins),
@@ -51,18 +60,25 @@ def spec_from_proto(spec: pb.EnvironmentSpec) -> EnvironmentSpec:
         exclude_newer=spec.exclude_newer,
         test=_test(spec.test),
         overlay=changes_from_proto(list(spec.overlay)),
-        overlay_source=_file(spec.overlay_source) if spec.HasField("overlay_source") else None,
+        overlay_source=(
+            _file(spec.overlay_source, "overlay_source")
+            if spec.HasField("overlay_source")
+            else None
+        ),
         overlay_paths=tuple(spec.overlay_paths),
         pythons=tuple(spec.pythons),
     )
 
 
-def _file(file: pb.DistFile) -> DistFile:
+def _file(file: pb.DistFile, where: str) -> DistFile:
+    check_filename(file.filename, f"spec.{where}.filename")
+    check_sha256(file.sha256, f"spec.{where}.sha256")
     return DistFile(file.filename, file.sha256)
 
 
 def _pin(pin: pb.Pin) -> Pin:
-    return Pin(pin.name, pin.version, tuple(_file(f) for f in pin.files))
+    where = f"pins[{pin.name}=={pin.version}].files"
+    return Pin(pin.name, pin.version, tuple(_file(f, where) for f in pin.files))
 
 
 def _test(test: pb.TestSpec) -> TestSpec:

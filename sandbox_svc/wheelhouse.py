@@ -5,6 +5,7 @@
 - A wheelhouse is a directory of hard links named by its content; once there it never changes.
 - Nothing is fetched that is here already; concurrent requests for one file merge.
 - No code of a package runs here.
+- Every name and digest is checked again before it becomes part of a path.
 """
 
 import asyncio
@@ -29,7 +30,14 @@ from regreen.rpc.errors import (
     NotFound,
     Unavailable,
 )
-from sandbox_svc.builders.base import DistFile, Pin, Progress, Stage
+from sandbox_svc.builders.base import (
+    DistFile,
+    Pin,
+    Progress,
+    Stage,
+    check_filename,
+    check_sha256,
+)
 
 FETCHERS = 8
 
@@ -55,7 +63,12 @@ class DistStore:
             (root / name).mkdir(parents=True, exist_ok=True)
 
     def path(self, sha256: str) -> Path:
-        """Where the file with this digest is or would be."""
+        """Where the file with this digest is or would be.
+
+        Raises:
+            InvalidArgument: it is no digest.
+        """
+        check_sha256(sha256)
         return self.root / "files" / sha256[:2] / sha256
 
     def has(self, sha256: str) -> bool:
@@ -161,8 +174,13 @@ class DistStore:
         return wheel if self.has(wheel.sha256) else None
 
     def record_built(self, key: str, name: str, version: str, filename: str, data: bytes) -> Wheel:
-        """Store a wheel that a preparation sandbox built."""
-        if not filename.endswith(".whl") or "/" in filename:
+        """Store a wheel that a preparation sandbox built.
+
+        Raises:
+            InvalidArgument: it has not the name of a wheel.
+        """
+        check_filename(filename)
+        if not filename.endswith(".whl"):
             raise InvalidArgument("filename", f"{filename!r} is no wheel", "build a wheel")
         sha256 = hashlib.sha256(data).hexdigest()
         self._place(data, self.path(sha256))
@@ -185,6 +203,7 @@ class DistStore:
         building = Path(tempfile.mkdtemp(prefix=".new-", dir=self.root / "houses"))
         try:
             for wheel in chosen:
+                check_filename(wheel.filename)
                 os.link(self.path(wheel.sha256), building / wheel.filename)
             (building / "index.json").write_bytes(text)
             (building / "index.json").chmod(0o644)
@@ -203,6 +222,7 @@ class DistStore:
         building = Path(tempfile.mkdtemp(prefix=".new-", dir=self.root / "houses"))
         try:
             for file in chosen:
+                check_filename(file.filename)
                 os.link(self.path(file.sha256), building / file.filename)
             _settle(building, final)
         finally:

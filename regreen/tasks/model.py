@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+!-]{0,254}$")]
 PinText = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*==[A-Za-z0-9][A-Za-z0-9.!+_-]*$")]
 PythonText = Annotated[str, Field(pattern=r"^\d+\.\d+$")]
 Kind = Literal["dependency-upgrade", "interpreter-upgrade", "release-bugfix"]
@@ -26,7 +27,7 @@ class _Record(BaseModel):
 class FileRecord(_Record):
     """A file of a package index."""
 
-    filename: str = Field(min_length=1, max_length=300)
+    filename: FileName
     sha256: Sha256
 
 

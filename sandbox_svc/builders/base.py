@@ -7,6 +7,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
@@ -26,12 +27,44 @@ BUILDHOUSE = "/buildhouse"
 TOOLS = "/opt/regreen"
 
 
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_FILENAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+!-]{0,254}")
+
+
+def check_sha256(sha256: str, field_name: str = "sha256") -> None:
+    """Refuse what is no digest: it becomes part of a path of this host.
+
+    Raises:
+        InvalidArgument: it is not 64 lower-case hex digits.
+    """
+    if not _SHA256.fullmatch(sha256):
+        raise InvalidArgument(
+            field_name, f"{sha256[:80]!r} is no digest", "give 64 lower-case hex digits"
+        )
+
+
+def check_filename(filename: str, field_name: str = "filename") -> None:
+    """Refuse a file name that could leave its directory.
+
+    Raises:
+        InvalidArgument: it is not the plain name of a release file.
+    """
+    if not _FILENAME.fullmatch(filename):
+        raise InvalidArgument(
+            field_name, f"{filename[:80]!r} is no file name", "use letters, digits and . _ + ! -"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class DistFile:
-    """A release file of a package, named by content."""
+    """A release file of a package, named by content; no other name can be made."""
 
     filename: str
     sha256: str
+
+    def __post_init__(self) -> None:
+        check_filename(self.filename)
+        check_sha256(self.sha256)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,11 +2,13 @@
 
 - Only interpreters that ran and told their own version count; their prefix is shown read-only
   inside sandboxes at the same path.
+- A version is two numbers before it becomes part of a path of this host.
 - A missing one is a typed error that names the version and how to get it.
 """
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from regreen.rpc.errors import MissingDependency
+from regreen.rpc.errors import InvalidArgument, MissingDependency
 from sandbox_svc.backends.base import Mount
 
 VERSIONS = ("3.7", "3.8", "3.9", "3.10", "3.11", "3.12", "3.13", "3.14")
@@ -90,12 +92,24 @@ def _find(version: str) -> Interpreter | None:
     return None
 
 
+def check_version(version: str) -> None:
+    """Refuse what is no `major.minor`.
+
+    Raises:
+        InvalidArgument: it is something else.
+    """
+    if not re.fullmatch(r"[0-9]{1,2}\.[0-9]{1,3}", version):
+        raise InvalidArgument("python", f"{version[:40]!r} is no version", "give major.minor")
+
+
 def find_interpreter(version: str) -> Interpreter:
     """The host's CPython `version` (`3.9`).
 
     Raises:
+        InvalidArgument: `version` is no `major.minor`.
         MissingDependency: there is none; says how to install one.
     """
+    check_version(version)
     found = _find(version)
     if found is None:
         raise MissingDependency(

@@ -37,13 +37,14 @@ from sandbox_svc.builders.base import (
     Stage,
     check_overlay,
 )
-from sandbox_svc.builders.interpreters import Interpreter, find_interpreter
+from sandbox_svc.builders.interpreters import Interpreter, check_version, find_interpreter
 from sandbox_svc.builders.protect import protected_roots, pytest_settings
 from sandbox_svc.wheelhouse import DistStore, Wheel, pick
 
 INBOX = Path(__file__).parent / "inbox"
 DISTS = "/dists"
 FACTS = "/work/.regreen/env.json"
+MAX_PYTHONS = 8
 SETTINGS_FILES = ("pyproject.toml", "setup.cfg", "tox.ini")
 
 
@@ -52,8 +53,6 @@ class Inputs:
     """What the host has laid out for one spec."""
 
     interpreters: Mapping[str, Interpreter]
-    archives: Path
-    buildhouse: Path
     mounts: tuple[Mount, ...]
 
     @property
@@ -76,7 +75,7 @@ class PythonBuilder:
         self, spec: EnvironmentSpec, runtime: Runtime, limits: Limits, progress: Progress
     ) -> Prepared:
         """Fetch, build, install, freeze, then run the broken State's tests."""
-        _check(spec)
+        check_spec(spec)
         interpreters = {v: find_interpreter(v) for v in spec.allowed_pythons}
         inputs = await self._fetch(spec, interpreters, progress)
         house = await self._wheelhouse(spec, inputs, runtime, limits, progress)
@@ -125,7 +124,7 @@ class PythonBuilder:
         buildhouse = self.store.folder([f for _, f in tools])
         mounts = [Mount(folder, DISTS), Mount(buildhouse, BUILDHOUSE), Mount(self.tools, TOOLS)]
         mounts += [i.mount for i in interpreters.values() if i.mount is not None]
-        return Inputs(interpreters, folder, buildhouse, tuple(mounts))
+        return Inputs(interpreters, tuple(mounts))
 
     async def _source_tree(self, spec: EnvironmentSpec) -> DistFile:
         if self.blobs is None:
@@ -278,20 +277,29 @@ def _files_for(pin: Pin, pythons: Sequence[str]) -> list[DistFile]:
     return [f for f in {pick(pin, python) for python in pythons} if f is not None]
 
 
-def _check(spec: EnvironmentSpec) -> None:
-    """Refuse a spec that cannot be followed, naming the field."""
+def check_spec(spec: EnvironmentSpec) -> None:
+    """Refuse a spec that cannot be followed.
+
+    Raises:
+        InvalidArgument: names the field.
+    """
     if (spec.source is None) == (not spec.source_tree):
         raise InvalidArgument("source", "or source_tree must be given, not both", "give one")
     if spec.python not in spec.allowed_pythons:
         raise InvalidArgument("pythons", f"lacks {spec.python}", "add the spec's own python")
+    if len(spec.allowed_pythons) > MAX_PYTHONS:
+        raise InvalidArgument(
+            "pythons", f"has {len(spec.pythons)} entries", f"at most {MAX_PYTHONS}"
+        )
+    for version in spec.allowed_pythons:
+        check_version(version)
     if spec.install_mode not in ("editable", "path", "none"):
         raise InvalidArgument("install_mode", f"{spec.install_mode!r}", "use editable, path, none")
     parse_lock("\n".join(str(pin) for pin in spec.pins), "pins")
-    for pin in (*spec.pins, *spec.wheelhouse, *spec.build_pins):
-        for file in pin.files:
-            if len(file.sha256) != 64 or "/" in file.filename or file.filename.startswith("."):
-                raise InvalidArgument(f"pins[{pin}].files", "bad name or sha256", "fix the file")
-        if pin in spec.pins and not pin.files:
+    for pin in (*spec.wheelhouse, *spec.build_pins):
+        parse_lock(str(pin), "pins")
+    for pin in spec.pins:
+        if not pin.files:
             raise InvalidArgument(f"pins[{pin}].files", "is empty", "name a file with its sha256")
     check_overlay(spec)
 

@@ -1,0 +1,92 @@
+"""Names and digests of a spec: nothing that could be a path of this host gets through."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from regreen.rpc.errors import InvalidArgument, MissingDependency
+from regreen.sandbox.v1 import sandbox_pb2 as pb
+from regreen.tasks.model import FileRecord
+from sandbox_svc.builders.base import DistFile, EnvironmentSpec, Pin
+from sandbox_svc.builders.interpreters import find_interpreter
+from sandbox_svc.builders.python import MAX_PYTHONS, check_spec
+from sandbox_svc.specs import spec_from_proto
+from sandbox_svc.wheelhouse import DistStore, Wheel
+
+SHA = "ab" * 32
+NAME = "greet-1.0.tar.gz"
+BAD_NAMES = ["/tmp/x/planted", "../x", "a/b", ".part-x", "", "-rf", "a\nb", "a b", "a" * 256]
+BAD_SHAS = ["../../../priv/key", "AB" * 32, "", "ab" * 31, SHA + "\n", "/etc/passwd"]
+BAD = [(name, SHA) for name in BAD_NAMES] + [(NAME, sha) for sha in BAD_SHAS]
+
+
+def spec_with(field: str, file: pb.DistFile) -> pb.EnvironmentSpec:
+    if field in ("source", "overlay_source"):
+        return pb.EnvironmentSpec(**{field: file})
+    return pb.EnvironmentSpec(**{field: [pb.Pin(name="a", version="1", files=[file])]})
+
+
+@pytest.mark.parametrize("field", ["source", "overlay_source", "pins", "wheelhouse", "build_pins"])
+@pytest.mark.parametrize(("name", "sha"), BAD)
+def test_no_file_of_a_spec_may_be_a_path(field: str, name: str, sha: str) -> None:
+    with pytest.raises(InvalidArgument, match=r"filename|sha256"):
+        spec_from_proto(spec_with(field, pb.DistFile(filename=name, sha256=sha)))
+
+
+@pytest.mark.parametrize(("name", "sha"), BAD)
+def test_a_file_cannot_be_made_otherwise(name: str, sha: str) -> None:
+    with pytest.raises(InvalidArgument):
+        DistFile(name, sha)
+    with pytest.raises(ValidationError):
+        FileRecord(filename=name, sha256=sha)
+
+
+def test_the_store_neither_reads_nor_makes_what_is_outside(tmp_path: Path) -> None:
+    (tmp_path / "key").write_bytes(b"secret")
+    (tmp_path / "made").mkdir()
+    store = DistStore(tmp_path / "store")
+    (tmp_path / NAME).write_bytes(b"x")
+    file = store.adopt(tmp_path / NAME)
+    with pytest.raises(InvalidArgument):
+        store.has("../../../key")
+    planted = str(tmp_path / "made" / "planted.whl")
+    with pytest.raises(InvalidArgument):
+        store.house([Wheel("a", "1", planted, file.sha256)])
+    with pytest.raises(InvalidArgument):
+        store.record_built("k", "a", "1", planted, b"x")
+    assert list((tmp_path / "made").iterdir()) == []
+
+
+def test_names_of_releases_are_kept() -> None:
+    for name in ("A_b-1.0+local.1-cp39-cp39-manylinux_2_17_x86_64.whl", "p-1!2.0.zip"):
+        assert DistFile(name, SHA).filename == FileRecord(filename=name, sha256=SHA).filename
+
+
+@pytest.mark.parametrize("python", ["**", "3.*", "../3.9", "3", "3.9.1", "3.9\n", "٣.٩"])
+def test_an_interpreter_is_two_numbers(python: str) -> None:
+    source = DistFile(NAME, SHA)
+    spec = EnvironmentSpec("python", "greet", "1.0", python, source=source)
+    with pytest.raises(InvalidArgument, match="python"):
+        check_spec(spec)
+    with pytest.raises(InvalidArgument, match="python"):
+        find_interpreter(python)
+
+
+def test_a_plain_spec_is_followed_and_the_interpreters_are_counted() -> None:
+    source = DistFile(NAME, SHA)
+    check_spec(EnvironmentSpec("python", "greet", "1.0", "3.9", source=source))
+    many = tuple(f"3.{n}" for n in range(MAX_PYTHONS + 1))
+    with pytest.raises(InvalidArgument, match="pythons"):
+        check_spec(EnvironmentSpec("python", "greet", "1.0", "3.1", source=source, pythons=many))
+    with pytest.raises(MissingDependency):
+        find_interpreter("3.99")
+
+
+def test_names_of_further_packages_are_checked() -> None:
+    for pin in (Pin("../x", "1"), Pin("a", "1\n--index-url http://x")):
+        spec = EnvironmentSpec(
+            "python", "greet", "1.0", "3.9", source=DistFile(NAME, SHA), wheelhouse=(pin,)
+        )
+        with pytest.raises(InvalidArgument, match="pins"):
+            check_spec(spec)
