@@ -1,4 +1,8 @@
-"""`regreen tasks import|list|show|prepare|verify`: broken builds as tasks."""
+"""`regreen tasks import|list|show|prepare|verify`: broken builds as tasks.
+
+- `verify` exits with 0 only if every task that it was asked about is admitted.
+- Each row of a table says why a task is not admitted.
+"""
 
 from collections import Counter
 from functools import partial
@@ -12,14 +16,16 @@ from regreen.cli.options import Home, Json, open_stack
 from regreen.client.stack import Stack
 from regreen.common import v1 as common_pb
 from regreen.dataset import v1 as pb
-from regreen.rpc.errors import InvalidArgument, NotFound
-from regreen.tasks.admit import Admission, ReportingGateClient, import_records
+from regreen.rpc.errors import FailedPrecondition, InvalidArgument, NotFound
+from regreen.settings import default_home
+from regreen.tasks.admit import Admission, ReportingGateClient, import_records, reasons_of
 from regreen.tasks.jsonl import (
     load_distributions,
     load_tasks,
     shipped_distributions,
     shipped_tasks,
 )
+from regreen.tasks.records import FOLDER, RecordStore
 from regreen.train.parallel import run_bounded
 
 app = typer.Typer(no_args_is_help=True)
@@ -44,7 +50,7 @@ def import_tasks(
         records = load_tasks(path) if path else shipped_tasks()
         known = load_distributions(distributions) if distributions else shipped_distributions()
         async with open_stack(home) as stack:
-            return await import_records(stack, records, known)
+            return await import_records(stack, records, known, keep=_records(home))
 
     answer = output.run(work())
     if json_output:
@@ -65,20 +71,21 @@ def list_tasks(
 ) -> None:
     """List tasks."""
 
-    async def work() -> list[pb.Task]:
+    async def work() -> tuple[list[pb.Task], dict[str, str]]:
         wanted = pb.TaskFilter(split=split, culprit=culprit)
         if status:
             wanted.statuses.append(_status(status))
         async with open_stack(home) as stack:
-            return await stack.tasks.all_tasks(wanted)
+            tasks = await stack.tasks.all_tasks(wanted)
+            return tasks, {} if json_output else await reasons_of(stack, tasks)
 
-    rows = output.run(work())
+    rows, reasons = output.run(work())
     if json_output:
         output.print_json_lines(rows)
         return
     output.print_table(
         "",
-        ["task", "status", "split", "python", "category", "blame", "modes"],
+        ["task", "status", "split", "python", "category", "blame", "modes", "reason"],
         [
             [
                 row.id,
@@ -88,6 +95,7 @@ def list_tasks(
                 row.category,
                 row.blame,
                 " ".join(_mode(mode) for mode in row.modes),
+                _short(reasons.get(row.id, "")),
             ]
             for row in rows
         ],
@@ -118,6 +126,8 @@ def show(
         output.print_json({"task": output.as_dict(task), "gate": gate})
         return
     typer.echo(f"{task.id}  {status_name(task.status)}  {task.category}  blame {task.blame}")
+    if report and report.reason:
+        typer.echo(report.reason)
     typer.echo(f"python {task.environment.python}, {len(task.environment.pins)} pins")
     typer.echo(f"fail to pass {task.fail_to_pass_count}, pass to pass {task.pass_to_pass_count}")
     for check in report.checks if report else []:
@@ -131,13 +141,17 @@ def prepare(
     every: All = False,
     home: Home = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Tasks at a time.")] = 2,
+    json_output: Json = False,
 ) -> None:
-    """Build the states of tasks, without gating them."""
+    """Build the states of tasks, without gating them; exits with 1 unless all were built."""
     with output.progress() as show_progress:
-        failed = output.run(_prepare(home, _wanted(ids, every), concurrency, show_progress))
-    for task_id, problem in failed.items():
-        output.STDERR.print(f"{task_id}: {problem}", style="red", highlight=False)
-    if failed:
+        rows = output.run(_prepare(home, _wanted(ids, every), concurrency, show_progress))
+    if json_output:
+        output.print_json_lines(rows)
+    else:
+        for row in rows:
+            typer.echo(f"{row['id']}  {row['state'] or 'not prepared: ' + row['error']}")
+    if any(row["error"] for row in rows):
         raise typer.Exit(output.FAILED)
 
 
@@ -151,21 +165,31 @@ def verify(
     concurrency: Annotated[int, typer.Option(min=1, help="Tasks at a time.")] = 2,
     json_output: Json = False,
 ) -> None:
-    """Prepare and gate tasks: broken fails, the reference fix passes, a no-op fails, repeatedly."""
+    """Prepare and gate tasks: broken fails, the reference fix passes, a no-op fails, repeatedly.
+
+    Exits with 1 unless every task is admitted.
+    """
     with output.progress() as show_progress:
-        rows = output.run(
+        rows, reasons = output.run(
             _verify(home, _wanted(ids, every), repeats, again, concurrency, show_progress)
         )
     if json_output:
         output.print_json_lines(
-            {"id": row.id, "status": status_name(row.status), "state": row.state_id} for row in rows
+            {
+                "id": row.id,
+                "status": status_name(row.status),
+                "state": row.state_id,
+                "reason": reasons.get(row.id, ""),
+            }
+            for row in rows
         )
     else:
-        output.print_table(
-            "", ["task", "status"], [[row.id, status_name(row.status)] for row in rows]
-        )
+        table = [[row.id, status_name(row.status), _short(reasons.get(row.id, ""))] for row in rows]
+        output.print_table("", ["task", "status", "reason"], table)
     counts = Counter(status_name(row.status) for row in rows)
     output.STDERR.print(", ".join(f"{count} {name}" for name, count in sorted(counts.items())))
+    if any(row.status != pb.TASK_STATUS_ADMITTED for row in rows):
+        raise typer.Exit(output.FAILED)
 
 
 async def _verify(
@@ -175,9 +199,15 @@ async def _verify(
     again: bool,
     concurrency: int,
     show_progress: output.ProgressPrinter,
-) -> list[pb.Task]:
+) -> tuple[list[pb.Task], dict[str, str]]:
     async with open_stack(home, patience_s=120.0) as stack:
-        chosen = ids or [task.id for task in await stack.tasks.all_tasks()]
+        tasks = await _stored(stack, ids)
+        records = _records(home).of_tasks(tasks, shipped_tasks())
+        known = {record.id for record in records}
+        for task in tasks:
+            if task.id not in known and not ids:
+                output.STDERR.print(f"{task.id}: skipped, its record is not here", style="yellow")
+        chosen = [task.id for task in tasks if ids or task.id in known]
         done: set[str] = set()
 
         def progress(task_id: str, text: str) -> None:
@@ -187,41 +217,54 @@ async def _verify(
 
         admission = Admission(
             stack,
-            shipped_tasks(),
+            records,
             shipped_distributions(),
             repeats=repeats,
             again=again,
             progress=progress,
         )
-        return await admission.run(chosen, concurrency=concurrency)
+        decided = await admission.run(chosen, concurrency=concurrency)
+        return decided, await reasons_of(stack, decided)
+
+
+async def _stored(stack: Stack, ids: list[str]) -> list[pb.Task]:
+    """The tasks of these ids, or all."""
+    if not ids:
+        return await stack.tasks.all_tasks()
+    return [await stack.tasks.get_task(task_id) for task_id in dict.fromkeys(ids)]
 
 
 async def _prepare(
     home: Path | None, ids: list[str], concurrency: int, show_progress: output.ProgressPrinter
-) -> dict[str, str]:
-    failed: dict[str, str] = {}
+) -> list[dict[str, str]]:
+    """One row a task: its id, and its state or what was wrong."""
     async with open_stack(home, patience_s=120.0) as stack:
-        chosen = ids or [task.id for task in await stack.tasks.all_tasks()]
+        tasks = await _stored(stack, ids)
+        rows = [{"id": task.id, "state": "", "error": ""} for task in tasks]
         count = 0
 
-        async def one(task_id: str) -> None:
+        async def one(task: pb.Task, row: dict[str, str]) -> None:
             nonlocal count
+            say = lambda text: show_progress("prepare", count, len(tasks), f"{task.id}: {text}")  # noqa: E731
+            client = ReportingGateClient(stack.state, stack.sandbox, say)
             try:
-                await _prepare_one(stack, task_id, show_progress, count, len(chosen))
-            except (InvalidArgument, NotFound) as error:
-                failed[task_id] = error.message
+                row["state"] = (await client.prepare(task.environment)).id
+            except (InvalidArgument, NotFound, FailedPrecondition) as error:
+                row["error"] = error.message
             count += 1
+            say("prepared" if row["state"] else "not prepared")
 
-        await run_bounded([partial(one, task_id) for task_id in chosen], concurrency)
-    return failed
+        work = [partial(one, task, row) for task, row in zip(tasks, rows, strict=True)]
+        await run_bounded(work, concurrency)
+    return rows
 
 
-async def _prepare_one(
-    stack: Stack, task_id: str, show_progress: output.ProgressPrinter, done: int, total: int
-) -> None:
-    task = await stack.tasks.get_task(task_id)
-    report = lambda text: show_progress("prepare", done, total, f"{task_id}: {text}")  # noqa: E731
-    await ReportingGateClient(stack.state, stack.sandbox, report).prepare(task.environment)
+def _records(home: Path | None) -> RecordStore:
+    return RecordStore((home or default_home()) / FOLDER)
+
+
+def _short(reason: str, most: int = 100) -> str:
+    return reason if len(reason) <= most else f"{reason[: most - 1]}…"
 
 
 def _wanted(ids: list[str] | None, every: bool) -> list[str]:

@@ -6,11 +6,12 @@
   interpreter here waits, it is not rejected.
 - Reference fixes that edit files are worked out against the State, then stored with the task.
 - What was decided here before is not decided again unless asked for.
+- Records are kept as they are imported, so that tasks of any origin can be gated later.
+- Trouble with one task does not end the others.
 """
 
 import asyncio
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from regreen.client.sandbox import SandboxClient, StateClient
 from regreen.client.stack import Stack
@@ -20,12 +21,12 @@ from regreen.pkgindex import PackageIndex, index_urls
 from regreen.rpc.errors import NotFound
 from regreen.sandbox import v1 as sandbox_pb
 from regreen.tasks import environment as env
-from regreen.tasks.gate import Gate, Verdict, judge_patiently
-from regreen.tasks.judge import ServiceGateClient
+from regreen.tasks.gate import Gate, Verdict, judge_steadily
+from regreen.tasks.verify import ServiceGateClient
 from regreen.tasks.messages import MODES, gate_report, task_message
 from regreen.tasks.model import TaskRecord, ids_sha256
+from regreen.tasks.records import RECORD_LABEL, RecordStore, record_sha256, releases_of
 
-RECORD_LABEL = "record_sha256"
 DECIDED = frozenset({pb.TASK_STATUS_ADMITTED, pb.TASK_STATUS_REJECTED, pb.TASK_STATUS_QUARANTINED})
 ProgressSink = Callable[[str, str], None]
 """Called with the task's id and what is being done."""
@@ -45,24 +46,40 @@ class ReportingGateClient(ServiceGateClient):
         self._report(f"{progress.stage} {progress.message}".strip())
 
 
-def record_sha256(record: TaskRecord) -> str:
-    """Digest of a record."""
-    return hashlib.sha256(record.model_dump_json().encode()).hexdigest()
-
-
 async def import_records(
-    stack: Stack, records: Sequence[TaskRecord], distributions: env.Distributions
+    stack: Stack,
+    records: Sequence[TaskRecord],
+    distributions: env.Distributions,
+    *,
+    keep: RecordStore | None = None,
 ) -> pb.ImportTasksResponse:
-    """Store records as tasks; unchanged ones stay as they are, changed ones start anew."""
+    """Store records as tasks; unchanged ones stay as they are, changed ones start anew.
+
+    `keep` keeps the records themselves, for a gate that runs later.
+
+    Raises:
+        InvalidArgument: a record names a release without hashes, or is no valid task.
+    """
     stored = {task.id: task.labels.get(RECORD_LABEL) for task in await stack.tasks.all_tasks()}
     fresh = [record for record in records if stored.get(record.id) != record_sha256(record)]
     tasks = [_message(record, distributions) for record in fresh]
     unchanged = len(records) - len(fresh)
+    for record in records if keep else ():
+        keep.put(record)
     if not tasks:
         return pb.ImportTasksResponse(unchanged=unchanged)
     answer = await stack.tasks.import_tasks(tasks, replace=True)
     answer.unchanged += unchanged
     return answer
+
+
+async def reasons_of(stack: Stack, tasks: Iterable[pb.Task]) -> dict[str, str]:
+    """What the gate last said about the tasks that it did not admit, by id."""
+    found = {}
+    for task in tasks:
+        if task.status not in (pb.TASK_STATUS_NEW, pb.TASK_STATUS_ADMITTED):
+            found[task.id] = (await stack.tasks.get_gate_report(task.id)).reason
+    return found
 
 
 def choose_python(record: TaskRecord, interpreters: Mapping[str, str]) -> str | None:
@@ -96,10 +113,11 @@ class Admission:
 
         Raises:
             NotFound: no record of that id.
+            RegreenError: the platform failed on a task; the others were decided.
         """
         for task_id in task_ids:
             if task_id not in self._records:
-                raise NotFound(f"task {task_id!r} has no record; import its file first")
+                raise NotFound(f"task {task_id!r} has no record here; import its file again")
         found = (await self._stack.sandbox.get_capabilities()).interpreters
         room = asyncio.Semaphore(concurrency)
         async with PackageIndex(index_urls()) as index:
@@ -108,7 +126,12 @@ class Admission:
                 async with room:
                     return await self._one(task_id, dict(found), index)
 
-            return list(await asyncio.gather(*(one(task_id) for task_id in task_ids)))
+            work = (one(task_id) for task_id in task_ids)
+            ended = await asyncio.gather(*work, return_exceptions=True)
+        decided = [task for task in ended if not isinstance(task, BaseException)]
+        if len(decided) < len(ended):
+            raise next(error for error in ended if isinstance(error, BaseException))
+        return decided
 
     async def _one(
         self, task_id: str, interpreters: Mapping[str, str], index: PackageIndex
@@ -123,10 +146,12 @@ class Admission:
         client = ReportingGateClient(
             self._stack.state, self._stack.sandbox, lambda text: self._progress(task_id, text)
         )
-        gate = Gate(client, self._distributions, index, repeats=self._repeats)
-        verdict = await judge_patiently(gate, record, "" if python == record.python else python)
+        releases = {**self._distributions, **releases_of(stored)}
+        gate = Gate(client, releases, index, repeats=self._repeats)
+        other = "" if python == record.python else python
+        judged, verdict = await judge_steadily(gate, record, other)
         if verdict.admitted:
-            await self._store_fixes(record, gate, verdict, python)
+            await self._store_fixes(judged, gate, verdict, other, record_sha256(record))
         report = to_report(record, verdict)
         self._progress(task_id, f"{verdict.status}: {verdict.reason}")
         return await self._stack.tasks.record_gate(report, validation_time_s=verdict.seconds)
@@ -150,7 +175,7 @@ class Admission:
         return await self._stack.tasks.record_gate(report)
 
     async def _store_fixes(
-        self, record: TaskRecord, gate: Gate, verdict: Verdict, python: str
+        self, record: TaskRecord, gate: Gate, verdict: Verdict, python: str, sha256: str
     ) -> None:
         """Import the task once more with the diffs of the fixes that passed."""
         state = await self._stack.state.get_state(verdict.state_id)
@@ -159,10 +184,12 @@ class Admission:
             f"{fix.mode}/{fix.origin}": await gate.reference(record, fix, state) for fix in good
         }
         held = record.model_copy(update={"fixes": good})
-        other = "" if python == record.python else python
-        task = _message(held, self._distributions, python=other, fixes=diffs)
-        task.labels[RECORD_LABEL] = record_sha256(record)
-        if not task.fail_to_pass:
+        task = _message(held, gate.distributions, python=python, fixes=diffs)
+        task.labels[RECORD_LABEL] = sha256
+        if len(task.fail_to_pass) == task.fail_to_pass_count:
+            stable = [id for id in task.fail_to_pass if id not in verdict.flaky]
+            _set_ids(task, stable or verdict.fail_to_pass)
+        elif not task.fail_to_pass:
             task.fail_to_pass.extend(verdict.fail_to_pass[:300])
         task.pass_to_pass_count = len(verdict.pass_to_pass)
         del task.modes[:]
@@ -180,13 +207,18 @@ def _message(
     message = task_message(record, distributions, python=python, fixes=fixes)
     message.id = record.id
     if len(message.fail_to_pass) == message.fail_to_pass_count:
-        unique = sorted(set(message.fail_to_pass))
-        del message.fail_to_pass[:]
-        message.fail_to_pass.extend(unique)
-        message.fail_to_pass_count = len(unique)
-        message.fail_to_pass_sha256 = ids_sha256(message.fail_to_pass)
+        _set_ids(message, message.fail_to_pass)
     message.labels[RECORD_LABEL] = record_sha256(record)
     return message
+
+
+def _set_ids(task: pb.Task, ids: Iterable[str]) -> None:
+    """Name every test that a fix must turn green."""
+    unique = sorted(set(ids))
+    del task.fail_to_pass[:]
+    task.fail_to_pass.extend(unique)
+    task.fail_to_pass_count = len(unique)
+    task.fail_to_pass_sha256 = ids_sha256(unique)
 
 
 def to_report(record: TaskRecord, verdict: Verdict) -> pb.GateReport:

@@ -3,14 +3,15 @@
 - Admitted means: the broken State fails the recorded tests, a diff without effect fails, and the
   reference fix passes every required test, each in `repeats` fresh forks without a cached answer.
 - A test whose outcome differs between equal runs is never required; a task that has no stable
-  fail-to-pass test is quarantined with the outcomes as evidence.
+  fail-to-pass test, or shows other unstable tests in every round, is quarantined with the outcomes
+  as evidence.
 - Trouble of the platform is raised, never turned into a verdict.
 """
 
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from regreen.common.v1 import common_pb2
@@ -28,6 +29,7 @@ from regreen.tasks.model import Fix, TaskRecord, ids_sha256
 from regreen.tasks.upstream import release_files
 
 NOOP_PATH = "regreen-noop.txt"
+STEADY_ROUNDS = 3
 PASSED = common_pb2.TEST_OUTCOME_PASSED
 
 
@@ -189,7 +191,7 @@ class _Trial:
         change = common_pb2.FileChange(path=NOOP_PATH, kind=added, content=text, mode=0o644)
         await self._repeat("noop-fails", [change], noop)
         for fix in self.task.fixes:
-            await self._try_fix(fix, broken, fixed)
+            await self._try_fix(fix, broken, fixed, noop.flaky())
         return self._decide(broken, noop, fixed)
 
     async def _validate(
@@ -230,7 +232,7 @@ class _Trial:
             inconclusive = (pb.VALIDATION_OUTCOME_PASSED, pb.VALIDATION_OUTCOME_TIMEOUT)
             self._note(name, repeat, validation.outcome not in inconclusive, validation)
 
-    async def _try_fix(self, fix: Fix, broken: _Seen, fixed: _Seen) -> None:
+    async def _try_fix(self, fix: Fix, broken: _Seen, fixed: _Seen, flaky: set[str]) -> None:
         """Every repeat of a fix must turn the same tests green and break none."""
         name = f"{fix.mode}/{fix.origin}"
         try:
@@ -239,11 +241,16 @@ class _Trial:
             self.fixes[name] = str(error)
             return
         seen = _Seen()
-        for repeat in range(1, self.gate.repeats + 1):
-            validation = await self._validate(changes, fix.mode)
+        validations = [await self._validate(changes, fix.mode) for _ in range(self.gate.repeats)]
+        for validation in validations:
             seen.add(validation)
-            unfixed, spoilt = self._shortfall(seen, broken, fixed, validation)
-            ok = not unfixed and not spoilt and bool(seen.runs[-1])
+        # What is unstable is known only when all runs are there.
+        flaky = flaky | broken.flaky() | seen.flaky() | set(self.task.tests.unstable)
+        for repeat, validation in enumerate(validations, 1):
+            run = seen.runs[repeat - 1]
+            green = {i for i, ok in run.items() if ok}
+            unfixed, spoilt = self._shortfall(green, broken, fixed, validation, flaky)
+            ok = not unfixed and not spoilt and bool(run)
             self._note(f"reference-passes {name}", repeat, ok, validation, [*unfixed, *spoilt])
         good = all(c.ok for c in self.checks if c.name == f"reference-passes {name}")
         self.fixes[name] = "ok" if good else self.checks[-1].detail
@@ -251,11 +258,14 @@ class _Trial:
             fixed.runs, fixed.seconds = seen.runs, seen.seconds
 
     def _shortfall(
-        self, seen: _Seen, broken: _Seen, fixed: _Seen, validation: pb.Validation
+        self,
+        green: set[str],
+        broken: _Seen,
+        fixed: _Seen,
+        validation: pb.Validation,
+        flaky: set[str],
     ) -> tuple[list[str], list[str]]:
         """Tests that stay red though recorded, or fixed by an earlier reference; tests it broke."""
-        green = {i for i, ok in seen.runs[-1].items() if ok}
-        flaky = broken.flaky() | seen.flaky() | set(self.task.tests.unstable)
         if validation.outcome == pb.VALIDATION_OUTCOME_REJECTED:
             return [validation.summary], []
         wanted = set(env.complete_ids(self.task)) | fixed.passing()
@@ -325,13 +335,6 @@ class _Trial:
         return "admitted", f"{len(turned)} tests turn green, {len(flaky)} unstable"
 
 
-def matches_record(task: TaskRecord, verdict: Verdict) -> bool:
-    """Whether the tests that turned green are exactly those of the record."""
-    if task.tests.fail_to_pass_sha256:
-        return ids_sha256(verdict.fail_to_pass) == task.tests.fail_to_pass_sha256
-    return set(verdict.fail_to_pass) == set(task.tests.fail_to_pass)
-
-
 async def judge_patiently(
     gate: Gate, task: TaskRecord, python: str = "", *, deadline_s: float = 900.0
 ) -> Verdict:
@@ -343,3 +346,26 @@ async def judge_patiently(
         except RegreenError as error:
             if error.status not in ("UNAVAILABLE", "INTERNAL") or time.monotonic() > stop:
                 raise
+
+
+async def judge_steadily(
+    gate: Gate, task: TaskRecord, python: str = "", *, deadline_s: float = 900.0
+) -> tuple[TaskRecord, Verdict]:
+    """Judge until no test is newly unstable; the record that names all of them, and the verdict.
+
+    Validations leave out what the spec of a State names as unstable and nothing else, so the State
+    of an admitted task must name every test that was seen to be so.
+
+    Raises:
+        Unavailable, InfraError: the platform failed; try again.
+    """
+    for _ in range(STEADY_ROUNDS):
+        verdict = await judge_patiently(gate, task, python, deadline_s=deadline_s)
+        fresh = set(verdict.flaky) - set(task.tests.unstable)
+        if not verdict.admitted or not fresh:
+            return task, verdict
+        names = sorted({*task.tests.unstable, *fresh})
+        tests = task.tests.model_copy(update={"unstable": names})
+        task = task.model_copy(update={"tests": tests})
+    reason = f"other tests are unstable in each of {STEADY_ROUNDS} rounds: {', '.join(names[:4])}"
+    return task, replace(verdict, status="quarantined", reason=reason)

@@ -73,21 +73,6 @@ def shipped_distributions() -> Mapping[str, DistributionRecord]:
     return {record.pin: record for record in records}
 
 
-def find_task(task_id: str, tasks: Iterable[TaskRecord] | None = None) -> TaskRecord:
-    """The task with this id, or the only one whose id starts with it.
-
-    Raises:
-        NotFound: none or several match; lists the closest ids.
-    """
-    every = list(shipped_tasks() if tasks is None else tasks)
-    exact = [task for task in every if task.id == task_id]
-    matches = exact or [task for task in every if task.id.startswith(task_id)]
-    if len(matches) == 1:
-        return matches[0]
-    near = ", ".join(task.id for task in (matches or every)[:8])
-    raise NotFound(f"task {task_id!r}: {len(matches)} match; for example: {near}")
-
-
 def _unique(tasks: list[TaskRecord], source: str) -> list[TaskRecord]:
     seen: set[str] = set()
     for task in tasks:
@@ -102,5 +87,9 @@ def _read(path: Path) -> str:
         return path.read_text("utf-8")
     except FileNotFoundError as error:
         raise NotFound(f"{path}: no such file") from error
+    except OSError as error:
+        raise InvalidArgument(
+            str(path), f"cannot be read: {error.strerror}", "name a file of JSON Lines"
+        ) from error
     except UnicodeDecodeError as error:
         raise InvalidArgument(str(path), "is not UTF-8", "give JSON Lines") from error

@@ -2,6 +2,7 @@
 
 - A message carries everything that a driver needs; the record's file is not needed afterwards.
 - Statuses, modes and outcomes map one to one; nothing is guessed.
+- The unstable tests of an admitted task are a check `unstable`: they are known and not required.
 """
 
 from collections.abc import Mapping, Sequence
@@ -81,7 +82,7 @@ def gate_report(verdict: Verdict, *, task_id: str = "", now_s: float = 0.0) -> p
         task_id=task_id or verdict.task_id,
         status=STATUSES[verdict.status],
         reason=verdict.reason,
-        flaky=verdict.flaky,
+        flaky=() if verdict.admitted else verdict.flaky,
         state_id=verdict.state_id,
         error_log=verdict.error_log,
         create_time=Timestamp(seconds=int(now_s), nanos=int(now_s % 1 * 1e9)),
@@ -95,4 +96,7 @@ def gate_report(verdict: Verdict, *, task_id: str = "", now_s: float = 0.0) -> p
             results_sha256=check.results_sha256,
         )
         entry.duration.FromNanoseconds(int(check.seconds * 1e9))
+    if verdict.admitted and verdict.flaky:
+        names = ", ".join(verdict.flaky)
+        report.checks.add(name="unstable", repeat=1, ok=True, detail=f"never required: {names}")
     return report

@@ -16,29 +16,16 @@ from regreen.pkgindex import PackageIndex
 from regreen.rpc.errors import MissingDependency
 from regreen.tasks.gate import Gate
 from regreen.tasks.jsonl import dump_lines, load_tasks
-from regreen.tasks.judge import ServiceGateClient, judge_all, read_verdicts, refreshed
+from regreen.tasks.verify import ServiceGateClient, verify_all, read_verdicts, refreshed
 from regreen.tasks.messages import gate_report, task_message
-from regreen.tasks.model import (
-    Build,
-    Culprit,
-    DistributionRecord,
-    Edit,
-    FileRecord,
-    Fix,
-    TaskRecord,
-    Tests,
-)
+from regreen.tasks.model import DistributionRecord, Edit, Fix, TaskRecord
 from sandbox_svc.__main__ import serving
-from sandbox_svc.builders.base import Pin
 from sandbox_svc.settings import SandboxSettings
 from sandbox_svc.wheelhouse import DistStore
-from tests.fixtures.tasks.tiny_task import FAIL_TO_PASS, PYTHON, tiny_spec
+from tests.fixtures.tasks.tiny_record import tiny_record
+from tests.fixtures.tasks.tiny_task import FAIL_TO_PASS, PYTHON
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-RENAME = (
-    Edit(path="greet/__init__.py", old="import hello", new="import salute"),
-    Edit(path="greet/__init__.py", old="{hello()}", new="{salute()}"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,43 +35,6 @@ class World:
     task: TaskRecord
     releases: dict[str, DistributionRecord]
     home: Path
-
-
-def record_of(pin: Pin) -> DistributionRecord:
-    files = [FileRecord(filename=f.filename, sha256=f.sha256) for f in pin.files]
-    return DistributionRecord(name=pin.name, version=pin.version, files=files)
-
-
-def tiny_record(store: DistStore, folder: Path) -> tuple[TaskRecord, dict[str, DistributionRecord]]:
-    """The tiny task as a record and the releases it refers to."""
-    spec = tiny_spec(store, folder)
-    assert spec.source is not None
-    pins = [str(pin) for pin in spec.pins]
-    task = TaskRecord(
-        id="greet-1.0__wordlib-2.0",
-        kind="dependency-upgrade",
-        package="greet",
-        version="1.0",
-        python=PYTHON,
-        sdist=FileRecord(filename=spec.source.filename, sha256=spec.source.sha256),
-        build=Build(mode="path"),
-        pins_fail=pins,
-        pins_pass=[pin.replace("wordlib==2.0", "wordlib==1.0") for pin in pins],
-        wheelhouse=["wordlib==2.1"],
-        culprit=Culprit(name="wordlib", good="1.0", bad="2.0"),
-        tests=Tests(
-            arguments=["tests"],
-            fail_to_pass=list(FAIL_TO_PASS),
-            fail_to_pass_count=2,
-            timeout_s=60.0,
-        ),
-        fixes=[
-            Fix(mode="any_fix", origin="pins-restored"),
-            Fix(mode="keep_new", origin="source-edit", edits=list(RENAME)),
-        ],
-    )
-    records = [record_of(pin) for pin in (*spec.pins, *spec.wheelhouse)]
-    return task, {record.pin: record for record in records}
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -168,9 +118,9 @@ async def test_a_task_for_an_absent_interpreter_waits(world: World) -> None:
 
 async def test_a_set_is_judged_once_and_updated(world: World) -> None:
     out = world.home / "verdicts.jsonl"
-    assert await judge_all(world.quick, [world.task], out) == 0
+    assert await verify_all(world.quick, [world.task], out) == 0
     size = out.stat().st_size
-    assert await judge_all(world.quick, [world.task], out) == 0
+    assert await verify_all(world.quick, [world.task], out) == 0
     assert out.stat().st_size == size
     (verdict,) = read_verdicts(out)
     task = refreshed(world.task, verdict)

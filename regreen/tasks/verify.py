@@ -1,6 +1,6 @@
-"""Judges task sets through a running sandbox service.
+"""Verifies task sets through a running sandbox service.
 
-- `python -m regreen.tasks.judge --sandbox HOST:PORT` judges the shipped set; `--tasks FILE` others.
+- `python -m regreen.tasks.verify --sandbox HOST:PORT` judges the shipped set; `--tasks DIR` others.
 - Verdicts are appended to a file as they come; what is in it already is not judged again.
 - `--update DIR` writes the task set with what was seen: counts, digests, status, interpreters.
 """
@@ -87,7 +87,7 @@ class ServiceGateClient:
 
 
 def read_verdicts(path: Path) -> list[Verdict]:
-    """Verdicts that `judge_all` wrote."""
+    """Verdicts that `verify_all` wrote."""
     if not path.exists():
         return []
     lines = path.read_text("utf-8").splitlines()
@@ -95,7 +95,7 @@ def read_verdicts(path: Path) -> list[Verdict]:
     return [Verdict(**{**f, "checks": ()}) for f in fields]
 
 
-async def judge_all(
+async def verify_all(
     gate: Gate, tasks: Sequence[TaskRecord], out: Path, *, python: str = "", workers: int = 2
 ) -> int:
     """Judge what is not in `out` yet, shortest first; returns how many could not be judged."""
@@ -171,7 +171,7 @@ async def run(options: argparse.Namespace) -> int:
         client = ServiceGateClient(StateClient(channel), SandboxClient(channel))
         async with PackageIndex(index_urls()) as index:
             gate = Gate(client, releases, index, repeats=options.repeats)
-            failed = await judge_all(
+            failed = await verify_all(
                 gate, chosen, options.out, python=options.python, workers=options.workers
             )
     finally:
@@ -185,7 +185,7 @@ async def run(options: argparse.Namespace) -> int:
 
 def main() -> None:
     """Command line entry."""
-    parser = argparse.ArgumentParser(prog="python -m regreen.tasks.judge", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m regreen.tasks.verify", description=__doc__)
     parser.add_argument("--sandbox", default="127.0.0.1:50052", help="address of the service")
     parser.add_argument("--tasks", type=Path, help="directory of a task set; default: the shipped")
     parser.add_argument("--only", action="append", default=[], help="id of one task; repeatable")

@@ -1,0 +1,105 @@
+"""The gate's decisions over a sandbox service that answers as a test says."""
+
+import pytest
+
+from regreen.common.v1 import TEST_OUTCOME_FAILED, TEST_OUTCOME_PASSED
+from regreen.pkgindex import PackageIndex
+from regreen.rpc.errors import InvalidArgument
+from regreen.sandbox import v1 as sandbox_pb
+from regreen.tasks.gate import STEADY_ROUNDS, Gate, Verdict, judge_steadily
+from regreen.tasks.jsonl import load_tasks
+from regreen.tasks.messages import gate_report
+from regreen.tasks.model import DistributionRecord, FileRecord, Fix, TaskRecord, Tests
+
+SHA = "ab" * 32
+PINS = ("a==1", "a==2")
+RELEASES = {pin: DistributionRecord(name="a", version=pin[3:], files=[]) for pin in PINS}
+RECORD = TaskRecord(
+    id="one",
+    kind="dependency-upgrade",
+    package="one",
+    version="1",
+    python="3.11",
+    sdist=FileRecord(filename="one-1.tar.gz", sha256=SHA),
+    pins_pass=["a==1"],
+    pins_fail=["a==2"],
+    tests=Tests(arguments=["tests"], fail_to_pass=["red"], fail_to_pass_count=1),
+    fixes=[Fix(mode="any_fix", origin="pins-restored")],
+)
+
+
+class Sandboxes:
+    """`red` needs the pins, `green` always passes; `wobbling` tests pass on every second run.
+
+    `wobbles[n]` are those of the n-th State that is prepared; the last entry stands for the rest.
+    """
+
+    def __init__(self, *wobbles: tuple[str, ...]) -> None:
+        self.wobbles = wobbles
+        self.prepared: list[sandbox_pb.EnvironmentSpec] = []
+        self.runs = 0
+
+    @property
+    def wobbling(self) -> tuple[str, ...]:
+        return self.wobbles[min(len(self.prepared), len(self.wobbles)) - 1]
+
+    async def prepare(self, spec: sandbox_pb.EnvironmentSpec) -> sandbox_pb.State:
+        self.prepared.append(spec)
+        baseline = sandbox_pb.Baseline(passing=["green", *self.wobbling], failing=["red"])
+        return sandbox_pb.State(id=f"st_{len(self.prepared)}", python="3.11", baseline=baseline)
+
+    async def validate(self, state_id, changes, **options) -> sandbox_pb.Validation:
+        self.runs += 1
+        passed = {"green": True, "red": any(c.path == "requirements.lock" for c in changes)}
+        passed |= dict.fromkeys(self.wobbling, self.runs % 2 == 0)
+        outcome = {True: TEST_OUTCOME_PASSED, False: TEST_OUTCOME_FAILED}
+        return sandbox_pb.Validation(
+            outcome=sandbox_pb.VALIDATION_OUTCOME_PASSED
+            if passed["red"]
+            else sandbox_pb.VALIDATION_OUTCOME_FAILED,
+            tests=[sandbox_pb.TestResult(id=i, outcome=outcome[ok]) for i, ok in passed.items()],
+        )
+
+    async def read_files(self, state_id, paths):
+        return {}
+
+
+async def steadily(sandboxes: Sandboxes) -> tuple[TaskRecord, Verdict]:
+    async with PackageIndex(["http://127.0.0.1:9"]) as index:
+        return await judge_steadily(Gate(sandboxes, RELEASES, index), RECORD)
+
+
+async def test_a_stable_task_is_judged_once():
+    sandboxes = Sandboxes(())
+    record, verdict = await steadily(sandboxes)
+    assert verdict.admitted, verdict.reason
+    assert record == RECORD
+    assert len(sandboxes.prepared) == 1
+
+
+async def test_the_state_of_an_admitted_task_names_every_unstable_test():
+    sandboxes = Sandboxes(("wobbly",))
+    record, verdict = await steadily(sandboxes)
+    assert verdict.admitted, verdict.reason
+    assert [list(spec.test.unstable) for spec in sandboxes.prepared] == [[], ["wobbly"]]
+    assert record.tests.unstable == ["wobbly"]
+    assert verdict.state_id == "st_2"
+    assert verdict.fail_to_pass == ("red",)
+    assert verdict.pass_to_pass == ("green",)
+    report = gate_report(verdict)
+    assert list(report.flaky) == []
+    assert {c.name: c.detail for c in report.checks}["unstable"] == "never required: wobbly"
+
+
+async def test_a_task_with_other_unstable_tests_in_every_round_is_quarantined():
+    sandboxes = Sandboxes(("one",), ("two",), ("three",), ("four",))
+    _, verdict = await steadily(sandboxes)
+    assert len(sandboxes.prepared) == STEADY_ROUNDS
+    assert verdict.status == "quarantined"
+    assert "other tests are unstable in each of 3 rounds" in verdict.reason
+    assert list(gate_report(verdict).flaky) == ["one", "three", "two"]
+
+
+def test_a_task_file_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(InvalidArgument, match=r"cannot be read: Is a directory; name a file"):
+        load_tasks(tmp_path)
