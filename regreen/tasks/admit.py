@@ -22,10 +22,10 @@ from regreen.rpc.errors import NotFound
 from regreen.sandbox import v1 as sandbox_pb
 from regreen.tasks import environment as env
 from regreen.tasks.gate import Gate, Verdict, judge_steadily
-from regreen.tasks.verify import ServiceGateClient
 from regreen.tasks.messages import MODES, gate_report, task_message
 from regreen.tasks.model import TaskRecord, ids_sha256
 from regreen.tasks.records import RECORD_LABEL, RecordStore, record_sha256, releases_of
+from regreen.tasks.verify import ServiceGateClient
 
 DECIDED = frozenset({pb.TASK_STATUS_ADMITTED, pb.TASK_STATUS_REJECTED, pb.TASK_STATUS_QUARANTINED})
 ProgressSink = Callable[[str, str], None]

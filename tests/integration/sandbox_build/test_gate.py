@@ -16,9 +16,9 @@ from regreen.pkgindex import PackageIndex
 from regreen.rpc.errors import MissingDependency
 from regreen.tasks.gate import Gate
 from regreen.tasks.jsonl import dump_lines, load_tasks
-from regreen.tasks.verify import ServiceGateClient, verify_all, read_verdicts, refreshed
 from regreen.tasks.messages import gate_report, task_message
 from regreen.tasks.model import DistributionRecord, Edit, Fix, TaskRecord
+from regreen.tasks.verify import ServiceGateClient, read_verdicts, refreshed, verify_all
 from sandbox_svc.__main__ import serving
 from sandbox_svc.settings import SandboxSettings
 from sandbox_svc.wheelhouse import DistStore
