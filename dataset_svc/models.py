@@ -39,7 +39,7 @@ RUN_STATES = ("active", "done", "failed")
 GROUP_STATES = ("open", "complete", "taken", "acknowledged")
 ROLLOUT_STATES = ("waiting", "leased", "committed", "lost")
 TURN_ROLES = ("prompt", "policy", "tool")
-EPISODE_ENDS = ("submitted", "gave_up", "turn_limit", "token_limit", "time_limit")
+EPISODE_ENDS = ("submitted", "gave_up", "turn_limit", "token_limit", "time_limit", "stuck")
 
 
 def _one_of(column: str, values: tuple[str, ...]) -> CheckConstraint:
@@ -258,6 +258,7 @@ class Rollout(Base):
     attempt: Mapped[int] = mapped_column(server_default="0")
     lease_id: Mapped[str | None]
     expire_time: Mapped[datetime | None]
+    not_before: Mapped[datetime | None]
     trajectory_id: Mapped[str | None] = mapped_column(ForeignKey("trajectories.id"))
     error: Mapped[str] = mapped_column(server_default="")
 

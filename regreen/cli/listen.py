@@ -8,8 +8,7 @@ def listener(show: ProgressPrinter, prefix: str = "") -> Listener:
     """A listener that prints what a driver reports."""
 
     def listen(progress: Progress) -> None:
-        eta = "" if progress.eta_s is None else f"~{progress.eta_s:.0f} s left"
-        text = "  ".join(part for part in (progress.detail, eta) if part)
-        show(f"{prefix}{progress.stage}", progress.done, progress.total, text)
+        stage = f"{prefix}{progress.stage}"
+        show(stage, progress.done, progress.total, progress.detail, left_s=progress.eta_s)
 
     return listen

@@ -11,8 +11,9 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 import typer
@@ -21,6 +22,7 @@ from google.protobuf.message import Message
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from regreen.rpc.errors import (
     DeadlineExceeded,
@@ -89,44 +91,75 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+        table.add_row(*(Text(str(cell)) for cell in row))
     STDOUT.print(table)
+
+
+@dataclass(slots=True)
+class _Stage:
+    """One stage as it is shown; stages may alternate and each keeps its own clock."""
+
+    began_s: float
+    first: float
+    """What was done when it began."""
+    done: float
+    task: Any = None
+    """Its bar, on a terminal."""
+
+    def left_s(self, now_s: float, total: float) -> float | None:
+        """Seconds that the rest takes at the rate so far; None before anything was measured."""
+        fresh = self.done - self.first
+        return (now_s - self.began_s) / fresh * (total - self.done) if fresh > 0 else None
 
 
 class ProgressPrinter:
     """Shows `(stage, done, total, message)` on standard error: a bar on a terminal, lines else."""
 
-    def __init__(self, every_s: float = 5.0) -> None:
-        self._every_s = every_s
-        self._start_s = time.monotonic()
-        self._stage, self._stage_start_s, self._last_s = "", self._start_s, 0.0
+    def __init__(self, every_s: float = 5.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._every_s, self._clock = every_s, clock
+        self._start_s = clock()
+        self._latest, self._last_s = "", self._start_s
+        self._stages: dict[str, _Stage] = {}
         self._bar: Progress | None = None
-        self._task: Any = None
 
-    def __call__(self, stage: str, done: float, total: float, message: str = "") -> None:
-        """Show how far `stage` is."""
-        now_s = time.monotonic()
-        if stage != self._stage:
-            self._stage, self._stage_start_s, self._last_s = stage, now_s, 0.0
-            if self._bar:
-                self._task = self._bar.add_task(stage, total=total or None)
+    def __call__(
+        self,
+        stage: str,
+        done: float,
+        total: float,
+        message: str = "",
+        *,
+        left_s: float | None = None,
+    ) -> None:
+        """Show how far `stage` is; `left_s` is a better estimate than the mean rate, if known."""
+        now_s = self._clock()
+        at = self._stages.get(stage)
+        if at is None or done < at.done:  # a new stage, or the next round of one
+            at = self._stages[stage] = _Stage(now_s, done, done, at.task if at else None)
+        at.done = done
+        left_s = at.left_s(now_s, total) if left_s is None else left_s
         if self._bar:
+            if at.task is None:
+                at.task = self._bar.add_task(stage, total=total or None)
             text = f"{stage}: {message}" if message else stage
-            self._bar.update(self._task, completed=done, total=total or None, description=text)
+            self._bar.update(
+                at.task, completed=done, total=total or None, description=text + _left(left_s)
+            )
             return
-        if now_s - self._last_s < self._every_s and (not total or done < total):
+        fresh = stage != self._latest or (total and done >= total)
+        if not fresh and now_s - self._last_s < self._every_s:
             return
-        self._last_s = now_s
-        STDERR.print(self._line(stage, done, total, message, now_s), highlight=False, markup=False)
-
-    def _line(self, stage: str, done: float, total: float, message: str, now_s: float) -> str:
-        elapsed_s = now_s - self._stage_start_s
-        left = ""
-        if total and 0 < done < total:
-            left = f", about {elapsed_s / done * (total - done):.0f} s left"
+        self._latest, self._last_s = stage, now_s
         amount = f" {done:g}/{total:g}" if total else ""
+        left = _left(left_s) if done < total else ""
         tail = f"  {message}" if message else ""
-        return f"[{now_s - self._start_s:6.1f}s] {stage}{amount} ({elapsed_s:.0f} s{left}){tail}"
+        spent = f"({now_s - at.began_s:.0f} s{left})"
+        line = f"[{now_s - self._start_s:6.1f}s] {stage}{amount} {spent}{tail}"
+        STDERR.print(line, highlight=False, markup=False)
+
+
+def _left(seconds: float | None) -> str:
+    return "" if seconds is None else f", about {seconds:.0f} s left"
 
 
 @contextmanager
@@ -138,7 +171,7 @@ def progress() -> Any:
         return
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.completed:g}/{task.total}"),
         TimeElapsedColumn(),

@@ -119,9 +119,15 @@ class PolicyActor:
         raise Unavailable("the policy service keeps aborting this request")
 
 
+class Slip(str):
+    """What a script says as a mistake to recover from: shown in the context, never learned."""
+
+    __slots__ = ()
+
+
 @dataclass(slots=True)
 class ScriptedActor:
-    """A script over what is visible; `decide` gives the text of the next output."""
+    """A script over what is visible; `decide` gives the text of the next output, or a `Slip`."""
 
     name: str
     decide: Callable[[View], Awaitable[str]]
@@ -130,4 +136,6 @@ class ScriptedActor:
         """The script's text as the policy's own tokens."""
         text = await self.decide(view)
         ids = (await stack.policy.tokenize(text=text)).token_ids
-        return Sample(text, tuple(ids), (0.0,) * len(ids), ((0, 0, len(ids)),) if ids else ())
+        versions = ((0, 0, len(ids)),) if ids else ()
+        learned = not isinstance(text, Slip)
+        return Sample(str(text), tuple(ids), (0.0,) * len(ids), versions, learned=learned)

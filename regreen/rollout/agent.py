@@ -2,8 +2,8 @@
 
 - Tokens are only ever appended: prompt ids, sampled ids, and the ids that `RenderChat` says
   follow a sampled turn. Text is never tokenized again.
-- Every limit ends the loop with its own name; an unusable call is an observation, not an end,
-  until there are too many in a row.
+- Every limit ends the loop with its own name; an output that gains nothing (no usable call, or a
+  call and result seen before) is an observation, not an end, until there are too many in a row.
 - The loop knows no reward and no grader.
 """
 
@@ -25,9 +25,7 @@ from regreen.rollout.toolset import ToolSet
 if TYPE_CHECKING:
     from regreen.client.stack import Stack
 
-Stop = Literal[
-    "passed", "gave-up", "turn-limit", "token-limit", "time-limit", "bad-calls", "changed"
-]
+Stop = Literal["passed", "gave-up", "turn-limit", "token-limit", "time-limit", "stuck", "changed"]
 _LEAST_TOKENS = 8
 
 
@@ -60,7 +58,7 @@ class Agent:
         self, turns: int, changed: Callable[[Observation], bool] = lambda seen: False
     ) -> Stop:
         """Act until something ends the episode, `turns` are used, or `changed` says so."""
-        bad = 0
+        idle = 0
         for _ in range(turns):
             if self.clock() >= self.deadline_s:
                 return "time-limit"
@@ -72,10 +70,15 @@ class Agent:
                 return seen.ending
             if changed(seen):
                 return "changed"
-            bad = bad + 1 if call is None else 0
-            if bad >= self.spec.budget.bad_calls:
-                return "bad-calls"
+            idle = idle + 1 if self._gained_nothing(call, seen) else 0
+            if idle >= self.spec.budget.idle_turns:
+                return "stuck"
         return "turn-limit"
+
+    def _gained_nothing(self, call: Call | None, seen: Observation) -> bool:
+        """Whether the latest output made no usable call, or one whose result was known already."""
+        known = ((past, told) for past, told in self.history[:-1] if past is not None)
+        return call is None or any(past == call and told.text == seen.text for past, told in known)
 
     async def _step(self, max_new_tokens: int) -> tuple[Call | None, Observation]:
         started = self.clock()

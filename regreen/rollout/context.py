@@ -5,6 +5,7 @@
 - A knob that would show privileged facts (`hint="fix"`) is off unless asked for.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from regreen.common.v1 import (
 )
 from regreen.dataset import v1 as pb
 from regreen.ids import derive_seed
+from regreen.rollout.reward import RewardSettings
 from regreen.rpc.errors import InvalidArgument
 
 Hint = Literal["none", "past", "fix"]
@@ -42,8 +44,9 @@ class Budget:
     """Time of one validation."""
     observation_chars: int = 480
     """Longest observation; about 150 tokens."""
-    bad_calls: int = 3
-    """Outputs in a row without a usable call that end the episode."""
+    idle_turns: int = 3
+    """Outputs in a row that gain nothing (no usable call, or a call and result seen before in this
+    context) that end the episode, or in the full pipeline the attempt."""
     attempt_turns: int = 12
     """Full pipeline: outputs spent on one error with one candidate fix."""
     tries: int = 3
@@ -51,7 +54,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         for spec in fields(self):
-            if getattr(self, spec.name) <= 0:
+            if not getattr(self, spec.name) > 0:
                 raise InvalidArgument(f"budget.{spec.name}", "must be positive")
 
 
@@ -104,6 +107,7 @@ class EpisodeSpec:
     budget: Budget = SIMPLIFIED
     sampling: Sampling = field(default_factory=Sampling)
     knobs: Knobs = field(default_factory=Knobs)
+    rewards: RewardSettings = field(default_factory=RewardSettings)
 
     def __post_init__(self) -> None:
         if not self.pipeline:
@@ -152,31 +156,66 @@ def spec_of_lease(lease: pb.Lease, *, policy_name: str = "") -> EpisodeSpec:
     return with_labels(spec, group.labels)
 
 
-def labels_of(budget: Budget, sampling: Sampling, knobs: Knobs) -> dict[str, str]:
+def labels_of(
+    budget: Budget, sampling: Sampling, knobs: Knobs, rewards: RewardSettings | None = None
+) -> dict[str, str]:
     """Settings as group labels; `with_labels` reads them back."""
+    parts = {"budget": budget, "sampling": sampling, "knobs": knobs}
     found: dict[str, str] = {}
-    for prefix, part in (("budget", budget), ("sampling", sampling), ("knobs", knobs)):
+    for group, part in (parts | ({"reward": rewards} if rewards else {})).items():
         for item in fields(part):
-            found[f"{prefix}.{item.name}"] = str(getattr(part, item.name))
+            found[f"{group}.{item.name}"] = _text(getattr(part, item.name))
     return found
 
 
 def with_labels(spec: EpisodeSpec, labels: Mapping[str, str]) -> EpisodeSpec:
-    """`spec` with the settings that labels name (`budget.turns`, `knobs.hint`, ...).
+    """`spec` with the settings that labels name (`budget.turns`, `reward.partial`, ...).
+
+    Labels of other groups are not settings and are passed over; `check_settings` refuses them.
 
     Raises:
-        InvalidArgument: an unknown field of a known group, or a value of the wrong type.
+        InvalidArgument: an unknown field of a known group, or a value of the wrong type or range.
     """
-    parts: dict[str, Any] = {"budget": spec.budget, "sampling": spec.sampling, "knobs": spec.knobs}
+    chosen: dict[str, dict[str, Any]] = {group: {} for group in _GROUPS}
     for label, text in labels.items():
         group, dot, name = label.partition(".")
-        if not dot or group not in parts:
+        if not dot or group not in _GROUPS:
             continue
-        current = getattr(parts[group], name, None)
-        if current is None:
-            raise InvalidArgument(f"labels[{label}]", "is no known setting")
-        parts[group] = replace(parts[group], **{name: _parse(label, text, current)})
+        part = getattr(spec, _GROUPS[group])
+        if name not in {item.name for item in fields(part)}:
+            raise InvalidArgument(
+                f"labels[{label}]",
+                "is no known setting",
+                f"{group} has {', '.join(item.name for item in fields(part))}",
+            )
+        chosen[group][name] = _parse(label, text, getattr(part, name))
+    # All fields of a group at once: what is in range may depend on their neighbours.
+    parts = {_GROUPS[g]: replace(getattr(spec, _GROUPS[g]), **new) for g, new in chosen.items()}
     return replace(spec, **parts)
+
+
+def check_settings(labels: Mapping[str, str]) -> None:
+    """Refuse labels that would change nothing: for callers whose labels are all meant as settings.
+
+    Raises:
+        InvalidArgument: a label of no known group, or one that `with_labels` refuses.
+    """
+    for label in labels:
+        group, dot, _ = label.partition(".")
+        if not dot or group not in _GROUPS:
+            known = ", ".join(f"{name}.*" for name in _GROUPS)
+            raise InvalidArgument(
+                f"labels[{label}]", "belongs to no group of settings", f"known are {known}"
+            )
+    with_labels(EpisodeSpec(), labels)
+
+
+_GROUPS = {"budget": "budget", "sampling": "sampling", "knobs": "knobs", "reward": "rewards"}
+"""Prefix of a label to the part of the spec that it sets."""
+
+
+def _text(value: object) -> str:
+    return ",".join(sorted(value)) if isinstance(value, frozenset) else str(value)
 
 
 def _parse(label: str, text: str, like: object) -> object:
@@ -188,8 +227,13 @@ def _parse(label: str, text: str, like: object) -> object:
         )
     if label == "knobs.hint" and text not in ("none", "past", "fix"):
         raise InvalidArgument(f"labels[{label}]", f"{text!r} is unknown", "use none, past or fix")
+    if isinstance(like, frozenset):
+        return frozenset(filter(None, map(str.strip, text.split(","))))
     try:
-        return type(like)(text)  # type: ignore[call-arg]
+        value: object = type(like)(text)  # type: ignore[call-arg]
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(text)
+        return value
     except ValueError as error:
         raise InvalidArgument(
             f"labels[{label}]", f"{text!r} is no {type(like).__name__}"

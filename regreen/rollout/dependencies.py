@@ -198,7 +198,10 @@ class Dependencies:
     def _unknown(self, name: str, lock: Lock) -> str:
         known = sorted({*lock.pins, *self.facts.offered})
         close = difflib.get_close_matches(name, known, 3, 0.6)
+        pointed = [n for n in self.facts.suspects(self.facts.error) if n in self.facts.offered]
         near = f"; did you mean {', '.join(close)}?" if close else ""
+        if not close and pointed:
+            near = f"; the error points at {', '.join(pointed[:3])}"
         where = "installed, but no other version is on offer" if name in lock.pins else "unknown"
         return f"{name[:60]}: {where}{near}"
 

@@ -47,7 +47,7 @@ _ENDS: dict[Stop, pb.EpisodeEnd.ValueType] = {
     "changed": pb.EPISODE_END_SUBMITTED,
     "gave-up": pb.EPISODE_END_GAVE_UP,
     "turn-limit": pb.EPISODE_END_TURN_LIMIT,
-    "bad-calls": pb.EPISODE_END_TURN_LIMIT,
+    "stuck": pb.EPISODE_END_STUCK,
     "token-limit": pb.EPISODE_END_TOKEN_LIMIT,
     "time-limit": pb.EPISODE_END_TIME_LIMIT,
 }

@@ -2,6 +2,8 @@
 
 - The expert drives the real loop: same prompt, tools, validation and grading as the policy; only
   solved, accepted rollouts without findings are kept.
+- A style may slip once on the way: it makes a mistake that policies make and recovers from what the
+  tool says. The slip stands in the context without loss, so that only the recovery is learned.
 - Which package to act on is told by the error at hand (`Facts.suspects`); the reference fix only
   chooses among what the error names, and to which version. Steps that no visible fact suggests are
   counted in the label `guesses`, so that training data can leave them out.
@@ -13,14 +15,14 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from packaging.version import InvalidVersion, Version
 
 from regreen.common.v1 import MODE_KEEP_NEW
 from regreen.dataset import v1 as pb
 from regreen.lockfile import normalize
-from regreen.rollout.actors import ScriptedActor, View
+from regreen.rollout.actors import ScriptedActor, Slip, View
 from regreen.rollout.context import EpisodeSpec
 from regreen.rollout.episode import Runner
 from regreen.rollout.facts import REPO
@@ -51,15 +53,31 @@ class Style:
     """Say `previous` where it means the same version."""
     look_first: bool = False
     """Look at the failing file first."""
+    slip: Literal["", "name", "version", "again"] = ""
+    """Name no package, ask for a version that is not on offer, or ask again for what was done."""
 
 
 STYLES: tuple[Style, ...] = (
-    Style(),
     Style(step=True),
+    Style(slip="version"),
+    Style(step=True, slip="again"),
+    Style(step=True, slip="name"),
+    Style(),
     Style(keyword=True),
     Style(look_first=True),
     Style(help_first=True),
 )
+
+
+@dataclass(frozen=True, slots=True)
+class LineEdit:
+    """One change of neighbouring lines."""
+
+    path: str
+    line: int
+    """First line that it touches, from 1, in the file as the State has it."""
+    command: str
+    """The `sed` command that makes it; later lines come first in a list of edits."""
 
 
 @dataclass(slots=True)
@@ -68,14 +86,17 @@ class Expert:
 
     style: Style
     moves: Mapping[str, Move]
-    edits: Sequence[str] = ()
-    """Shell commands that make the reference source edit."""
+    edits: Sequence["LineEdit"] = ()
+    """What makes the reference source edit."""
     queue: list[str] = field(default_factory=list)
     done: set[str] = field(default_factory=set)
     now: dict[str, str] = field(default_factory=dict)
     guesses: int = 0
     started: bool = False
     edited: bool = False
+    slipped: bool = False
+    asked: dict[str, str] = field(default_factory=dict)
+    """The version last asked for, by package."""
 
     async def __call__(self, view: View) -> str:
         if not self.started:
@@ -103,8 +124,10 @@ class Expert:
         """Fill the queue with the next action and a validation."""
         if self.edits and not self.edited:
             self.edited = True
-            for command in self.edits:
-                self._say(view, "run_sh", {"cmd": command})
+            for edit in self.edits:  # nobody edits lines that they have not seen
+                self._say(view, "read_file", {"path": edit.path, "start": edit.line})
+            for edit in self.edits:
+                self._say(view, "run_sh", {"cmd": edit.command})
             self._say(view, "validate_and_build", {})
             return
         name = self._next(view)
@@ -117,10 +140,16 @@ class Expert:
             self.done.add(name)
             self._plan(view)
             return
+        mistake = None if self.slipped else self._mistake(view, name)
+        if mistake is not None:
+            self.slipped = True
+            self.queue.append(Slip(view.tools.render_call("dependency_upgrade", mistake)))
+            return
         if version is None:
             self._say(view, "dependency_upgrade", {"name": name})
         if not self.style.step:
             self.done.add(name)
+        self.asked[name] = version or target
         self._say(view, "dependency_upgrade", {"name": name, "version": version or target})
         self._say(view, "validate_and_build", {})
 
@@ -130,8 +159,21 @@ class Expert:
             return _below(self.now.get(name, ""), view.facts.offered.get(name, ()))
         if self._is_previous(view, name, target):
             return "previous"
-        told = any(f"{name} to {target}" in seen.text for _, seen in view.history)
+        told = any(_names(seen.text, name, target) for _, seen in view.history)
         return target if told else None
+
+    def _mistake(self, view: View, name: str) -> Mapping[str, str] | None:
+        """Arguments of the style's slip; None where it cannot happen (yet)."""
+        offered = view.facts.offered
+        if self.style.slip == "name":
+            word = view.error.imported[1] if view.error else ""
+            return None if not word or normalize(word) in offered else {"name": word}
+        if self.style.slip == "version":
+            made_up = _unoffered(self.now.get(name, ""), offered.get(name, ()))
+            return {"name": name, "version": made_up} if made_up else None
+        if self.style.slip == "again" and name in self.asked:
+            return {"name": name, "version": self.asked[name]}
+        return None
 
     def _next(self, view: View) -> str | None:
         """The package to move: what the error names, else what the project declares, else any."""
@@ -177,9 +219,9 @@ async def expert_trajectories(
     if fix is None:
         return []
     moves = {move.name: move for move in reference_moves(task, fix)}
-    edits: Sequence[str] = ()
+    edits: Sequence[LineEdit] = ()
     if spec.mode == MODE_KEEP_NEW or not moves:
-        edits = await _edit_commands(runner.stack, task, fix)
+        edits = await _edits(runner.stack, task, fix)
         if not edits and not moves:
             return []
     kept: list[pb.Trajectory] = []
@@ -188,7 +230,11 @@ async def expert_trajectories(
         expert = Expert(style, moves, edits)
         one = replace(spec, seed=spec.seed + index, group_index=index)
         found = await runner.run(task, one, ScriptedActor("expert", expert))
-        said = tuple(t.text for t in found.turns if t.role == pb.TURN_ROLE_POLICY)
+        turns = [turn for turn in found.turns if turn.role == pb.TURN_ROLE_POLICY]
+        said = tuple(turn.text for turn in turns)
+        longest = max((turn.token_end - turn.token_start for turn in turns), default=0)
+        if longest > spec.budget.turn_tokens:
+            break  # no policy could say that within its limits
         if found.reward.solved and not found.reward.hacks and said not in seen:
             seen.add(said)
             found.labels["guesses"] = str(expert.guesses)
@@ -203,6 +249,22 @@ def _newer(left: str, right: str) -> bool:
         return Version(left) > Version(right)
     except InvalidVersion:
         return left != right
+
+
+def _names(text: str, name: str, version: str) -> bool:
+    """Whether an observation named that version of the package, as advice or in a listing."""
+    listed = re.search(rf"{re.escape(name)}: installed .*; on offer: (.*)", text)
+    return f"{name} to {version}" in text or bool(listed and version in listed[1].split())
+
+
+def _unoffered(now: str, offered: Sequence[str]) -> str:
+    """A release just below the installed one that is not on offer; empty where none is near."""
+    if not now or not offered:
+        return ""
+    major = Version(now).major
+    guesses = (f"{major}.0", f"{max(0, major - 1)}.0", f"{max(0, major - 1)}.9")
+    taken = {Version(version) for version in offered}
+    return next((g for g in guesses if Version(g) not in taken and _newer(now, g)), "")
 
 
 def _below(now: str, offered: Sequence[str]) -> str:
@@ -221,9 +283,9 @@ def _latest(view: View) -> PrimaryError | None:
     return view.error
 
 
-async def _edit_commands(stack: "Stack", task: pb.Task, fix: pb.ReferenceFix) -> Sequence[str]:
+async def _edits(stack: "Stack", task: pb.Task, fix: pb.ReferenceFix) -> Sequence[LineEdit]:
     """The source edit as short `sed` commands; empty when it is not small enough for that."""
-    commands: list[str] = []
+    edits: list[LineEdit] = []
     sandbox = await stack.sandbox.create_sandbox(task.state_id, labels={"task": task.id})
     try:
         for change in fix.changes:
@@ -236,13 +298,13 @@ async def _edit_commands(stack: "Stack", task: pb.Task, fix: pb.ReferenceFix) ->
             found = line_edits(before.content, change.content, change.path)
             if found is None:
                 return ()
-            commands += found
+            edits += found
     finally:
         await stack.sandbox.delete_sandbox(sandbox.id)
-    return commands if sum(map(len, commands)) <= _MOST_EDIT_CHARS else ()
+    return edits if sum(len(edit.command) for edit in edits) <= _MOST_EDIT_CHARS else ()
 
 
-def line_edits(before: bytes, after: bytes, path: str) -> list[str] | None:
+def line_edits(before: bytes, after: bytes, path: str) -> list[LineEdit] | None:
     """`sed` commands, last line first, that turn one text into another; None where it cannot."""
     if not (before.endswith(b"\n") and after.endswith(b"\n")):
         return None
@@ -250,7 +312,7 @@ def line_edits(before: bytes, after: bytes, path: str) -> list[str] | None:
         old, new = before[:-1].decode().split("\n"), after[:-1].decode().split("\n")
     except UnicodeDecodeError:
         return None
-    commands = []
+    edits = []
     matcher = difflib.SequenceMatcher(None, old, new, autojunk=False)
     for kind, first, last, start, end in reversed(matcher.get_opcodes()):
         if kind == "equal":
@@ -262,5 +324,6 @@ def line_edits(before: bytes, after: bytes, path: str) -> list[str] | None:
             verb = "c" if kind == "replace" else "d"
         lines = [line.replace("\\", "\\\\") for line in new[start:end]]
         text = "".join(f"\\\n{line}" for line in lines)
-        commands.append(f"sed -i {shlex.quote(where + verb + text)} {shlex.quote(path)}")
-    return commands
+        command = f"sed -i {shlex.quote(where + verb + text)} {shlex.quote(path)}"
+        edits.append(LineEdit(path, first + 1, command))
+    return edits

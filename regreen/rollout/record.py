@@ -3,7 +3,8 @@
 - Append-only: the prompt of turn n with its sample is a bit-exact prefix of the prompt of turn
   n+1 of the same segment; `check` proves it from hashes taken when each prompt was sent.
 - A segment begins with a PROMPT turn; the full pipeline resets the context by starting a new one.
-- Turns cover the stream without gaps; mask, logprobs and versions are set on sampled tokens only.
+- Turns cover the stream without gaps; mask, logprobs and versions are set on tokens that the actor
+  said and that may be learned from, and on no others.
 - Text is never turned into ids here: ids come from the policy service alone.
 """
 
@@ -29,6 +30,8 @@ class Sample:
     finish: str = "stop"
     """`stop`, `length` or `abort`."""
     token_exact: bool = True
+    learned: bool = True
+    """Whether its tokens may carry loss; not those of a mistake that a script shows on purpose."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +88,13 @@ class TokenStream:
         else:
             raise InfraError("the policy returned another number of logprobs than of tokens")
         self._append(sample.token_ids)
-        self.mask[start:] = b"\x01" * len(sample.token_ids)
-        self.logprobs[start:] = logprobs
-        for version, first, last in sample.versions:
-            self.versions.append(
-                pb.TokenVersion(version=version, start=start + first, end=start + last)
-            )
+        if sample.learned:
+            self.mask[start:] = b"\x01" * len(sample.token_ids)
+            self.logprobs[start:] = logprobs
+            for version, first, last in sample.versions:
+                self.versions.append(
+                    pb.TokenVersion(version=version, start=start + first, end=start + last)
+                )
         self.token_exact = self.token_exact and sample.token_exact
         turn = self._turn(pb.TURN_ROLE_POLICY, sample.text, len(sample.token_ids), ok=ok)
         turn.tool, turn.arguments_json = tool, arguments_json

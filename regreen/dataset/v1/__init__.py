@@ -3,6 +3,7 @@
 from regreen.dataset.v1.dataset_pb2 import (
     CheckpointRecord,
     EPISODE_END_GAVE_UP,
+    EPISODE_END_STUCK,
     EPISODE_END_SUBMITTED,
     EPISODE_END_TIME_LIMIT,
     EPISODE_END_TOKEN_LIMIT,
@@ -137,6 +138,7 @@ __all__ = [
     "CreateRunRequest",
     "CreateRunResponse",
     "EPISODE_END_GAVE_UP",
+    "EPISODE_END_STUCK",
     "EPISODE_END_SUBMITTED",
     "EPISODE_END_TIME_LIMIT",
     "EPISODE_END_TOKEN_LIMIT",

@@ -107,6 +107,10 @@ class _EpisodeEndEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EpisodeEnd
     """The token or context limit."""
     EPISODE_END_TIME_LIMIT: _EpisodeEnd.ValueType  # 5
     """The time limit."""
+    EPISODE_END_STUCK: _EpisodeEnd.ValueType  # 6
+    """The agent got stuck: outputs in a row without a usable call, or repeating what it had seen.
+    No limit of the platform, so the learner may learn from it.
+    """
 
 class EpisodeEnd(_EpisodeEnd, metaclass=_EpisodeEndEnumTypeWrapper):
     """How an episode ended."""
@@ -123,6 +127,10 @@ EPISODE_END_TOKEN_LIMIT: EpisodeEnd.ValueType  # 4
 """The token or context limit."""
 EPISODE_END_TIME_LIMIT: EpisodeEnd.ValueType  # 5
 """The time limit."""
+EPISODE_END_STUCK: EpisodeEnd.ValueType  # 6
+"""The agent got stuck: outputs in a row without a usable call, or repeating what it had seen.
+No limit of the platform, so the learner may learn from it.
+"""
 Global___EpisodeEnd: _TypeAlias = EpisodeEnd  # noqa: Y015
 
 @_typing.final
@@ -679,7 +687,9 @@ class Trajectory(_message.Message):
     grader: _common_pb2.Grader.ValueType
     """Grader."""
     loss_mask: _builtins.bytes
-    """1 for each token sampled by the policy, else 0."""
+    """1 for each token that the actor said and that may carry loss, else 0. All of a policy's tokens
+    do; a demonstrated mistake of an expert does not.
+    """
     end: Global___EpisodeEnd.ValueType
     """How it ended."""
     actor: _builtins.str

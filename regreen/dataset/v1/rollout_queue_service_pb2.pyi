@@ -261,22 +261,26 @@ class FailRolloutRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     LEASE_ID_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    RELEASE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Client-chosen id of this request."""
     lease_id: _builtins.str
     """Lease."""
     error: _builtins.str
     """What went wrong."""
+    release: _builtins.bool
+    """The worker leaves and nothing went wrong: no attempt is used up and the rollout may be leased at once."""
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         lease_id: _builtins.str = ...,
         error: _builtins.str = ...,
+        release: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "lease_id", b"lease_id", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "lease_id", b"lease_id", "release", b"release", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -351,8 +355,11 @@ class CompleteGroup(_message.Message):
     GROUP_FIELD_NUMBER: _builtins.int
     TRAJECTORIES_FIELD_NUMBER: _builtins.int
     LOST_FIELD_NUMBER: _builtins.int
+    LOST_ERROR_FIELD_NUMBER: _builtins.int
     lost: _builtins.int
     """Members lost to infrastructure after all retries."""
+    lost_error: _builtins.str
+    """Last error of one of the lost members; empty when none is lost."""
     @_builtins.property
     def group(self) -> _dataset_pb2.Group:
         """The group."""
@@ -367,10 +374,11 @@ class CompleteGroup(_message.Message):
         group: _dataset_pb2.Group | None = ...,
         trajectories: _abc.Iterable[_dataset_pb2.Trajectory] | None = ...,
         lost: _builtins.int = ...,
+        lost_error: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["group", b"group"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "lost", b"lost", "trajectories", b"trajectories"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "lost", b"lost", "lost_error", b"lost_error", "trajectories", b"trajectories"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -492,7 +500,7 @@ class RewindRunResponse(_message.Message):
     GROUPS_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     groups: _builtins.int
-    """Groups that became takeable again."""
+    """Groups that were given back; those with lost rollouts become takeable when these are done."""
     epoch: _builtins.int
     """Epoch of the run from now on."""
     def __init__(
@@ -516,16 +524,20 @@ class GetQueueRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     RUN_ID_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """Only of this run; empty means all."""
+    step: _builtins.int
+    """Only what is meant for this step; 0 means any."""
     def __init__(
         self,
         *,
         run_id: _builtins.str = ...,
+        step: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run_id", b"run_id", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

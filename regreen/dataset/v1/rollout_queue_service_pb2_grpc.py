@@ -102,6 +102,7 @@ class RolloutQueueServiceServicer:
 
         Errors:
         - INVALID_ARGUMENT: no worker name or a bad count.
+        - NOT_FOUND: no such run.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -111,7 +112,8 @@ class RolloutQueueServiceServicer:
         """Extends leases.
 
         Errors:
-        - FAILED_PRECONDITION with reason LEASE_EXPIRED: a lease ran out and was given to another.
+        - FAILED_PRECONDITION with reason LEASE_EXPIRED: some leases belong to others or ended, and the rest was extended;
+        metadata `lease_ids` holds up to 50 of them and `gone_count` how many there are.
         - NOT_FOUND: no such lease.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -131,7 +133,8 @@ class RolloutQueueServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def FailRollout(self, request, context):
-        """Gives a rollout back after an infrastructure failure; it is tried again a bounded number of times, never scored.
+        """Gives a rollout back after an infrastructure failure; it is tried again a bounded number of times, after a pause
+        that grows with each, and is never scored.
 
         Errors:
         - FAILED_PRECONDITION with reason LEASE_EXPIRED: the rollout belongs to another lease.
@@ -167,7 +170,8 @@ class RolloutQueueServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RewindRun(self, request, context):
-        """Puts a run back to a checkpoint: groups taken or acknowledged after it become takeable again.
+        """Puts a run back to a checkpoint: groups taken or acknowledged after it become takeable again. Rollouts of groups
+        that the checkpoint does not contain and that were lost to infrastructure are tried anew.
 
         Checkpoints recorded after it are abandoned: no longer listed, and never to be rewound to.
 

@@ -45,12 +45,14 @@ class RolloutQueueServiceStub:
 
     Errors:
     - INVALID_ARGUMENT: no worker name or a bad count.
+    - NOT_FOUND: no such run.
     """
     Heartbeat: _grpc.UnaryUnaryMultiCallable[_rollout_queue_service_pb2.HeartbeatRequest, _rollout_queue_service_pb2.HeartbeatResponse]
     """Extends leases.
 
     Errors:
-    - FAILED_PRECONDITION with reason LEASE_EXPIRED: a lease ran out and was given to another.
+    - FAILED_PRECONDITION with reason LEASE_EXPIRED: some leases belong to others or ended, and the rest was extended;
+      metadata `lease_ids` holds up to 50 of them and `gone_count` how many there are.
     - NOT_FOUND: no such lease.
     """
     CommitRollout: _grpc.UnaryUnaryMultiCallable[_rollout_queue_service_pb2.CommitRolloutRequest, _rollout_queue_service_pb2.CommitRolloutResponse]
@@ -62,7 +64,8 @@ class RolloutQueueServiceStub:
     - INVALID_ARGUMENT: lengths, masks or spans do not agree; names the field.
     """
     FailRollout: _grpc.UnaryUnaryMultiCallable[_rollout_queue_service_pb2.FailRolloutRequest, _rollout_queue_service_pb2.FailRolloutResponse]
-    """Gives a rollout back after an infrastructure failure; it is tried again a bounded number of times, never scored.
+    """Gives a rollout back after an infrastructure failure; it is tried again a bounded number of times, after a pause
+    that grows with each, and is never scored.
 
     Errors:
     - FAILED_PRECONDITION with reason LEASE_EXPIRED: the rollout belongs to another lease.
@@ -86,7 +89,8 @@ class RolloutQueueServiceStub:
     - ABORTED: the run was rewound since `epoch`.
     """
     RewindRun: _grpc.UnaryUnaryMultiCallable[_rollout_queue_service_pb2.RewindRunRequest, _rollout_queue_service_pb2.RewindRunResponse]
-    """Puts a run back to a checkpoint: groups taken or acknowledged after it become takeable again.
+    """Puts a run back to a checkpoint: groups taken or acknowledged after it become takeable again. Rollouts of groups
+    that the checkpoint does not contain and that were lost to infrastructure are tried anew.
 
     Checkpoints recorded after it are abandoned: no longer listed, and never to be rewound to.
 
@@ -118,12 +122,14 @@ class RolloutQueueServiceAsyncStub(RolloutQueueServiceStub):
 
     Errors:
     - INVALID_ARGUMENT: no worker name or a bad count.
+    - NOT_FOUND: no such run.
     """
     Heartbeat: _aio.UnaryUnaryMultiCallable[_rollout_queue_service_pb2.HeartbeatRequest, _rollout_queue_service_pb2.HeartbeatResponse]  # type: ignore[assignment]
     """Extends leases.
 
     Errors:
-    - FAILED_PRECONDITION with reason LEASE_EXPIRED: a lease ran out and was given to another.
+    - FAILED_PRECONDITION with reason LEASE_EXPIRED: some leases belong to others or ended, and the rest was extended;
+      metadata `lease_ids` holds up to 50 of them and `gone_count` how many there are.
     - NOT_FOUND: no such lease.
     """
     CommitRollout: _aio.UnaryUnaryMultiCallable[_rollout_queue_service_pb2.CommitRolloutRequest, _rollout_queue_service_pb2.CommitRolloutResponse]  # type: ignore[assignment]
@@ -135,7 +141,8 @@ class RolloutQueueServiceAsyncStub(RolloutQueueServiceStub):
     - INVALID_ARGUMENT: lengths, masks or spans do not agree; names the field.
     """
     FailRollout: _aio.UnaryUnaryMultiCallable[_rollout_queue_service_pb2.FailRolloutRequest, _rollout_queue_service_pb2.FailRolloutResponse]  # type: ignore[assignment]
-    """Gives a rollout back after an infrastructure failure; it is tried again a bounded number of times, never scored.
+    """Gives a rollout back after an infrastructure failure; it is tried again a bounded number of times, after a pause
+    that grows with each, and is never scored.
 
     Errors:
     - FAILED_PRECONDITION with reason LEASE_EXPIRED: the rollout belongs to another lease.
@@ -159,7 +166,8 @@ class RolloutQueueServiceAsyncStub(RolloutQueueServiceStub):
     - ABORTED: the run was rewound since `epoch`.
     """
     RewindRun: _aio.UnaryUnaryMultiCallable[_rollout_queue_service_pb2.RewindRunRequest, _rollout_queue_service_pb2.RewindRunResponse]  # type: ignore[assignment]
-    """Puts a run back to a checkpoint: groups taken or acknowledged after it become takeable again.
+    """Puts a run back to a checkpoint: groups taken or acknowledged after it become takeable again. Rollouts of groups
+    that the checkpoint does not contain and that were lost to infrastructure are tried anew.
 
     Checkpoints recorded after it are abandoned: no longer listed, and never to be rewound to.
 
@@ -200,6 +208,7 @@ class RolloutQueueServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors:
         - INVALID_ARGUMENT: no worker name or a bad count.
+        - NOT_FOUND: no such run.
         """
 
     @_abc_1.abstractmethod
@@ -211,7 +220,8 @@ class RolloutQueueServiceServicer(metaclass=_abc_1.ABCMeta):
         """Extends leases.
 
         Errors:
-        - FAILED_PRECONDITION with reason LEASE_EXPIRED: a lease ran out and was given to another.
+        - FAILED_PRECONDITION with reason LEASE_EXPIRED: some leases belong to others or ended, and the rest was extended;
+          metadata `lease_ids` holds up to 50 of them and `gone_count` how many there are.
         - NOT_FOUND: no such lease.
         """
 
@@ -235,7 +245,8 @@ class RolloutQueueServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _rollout_queue_service_pb2.FailRolloutRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_rollout_queue_service_pb2.FailRolloutResponse, _abc.Awaitable[_rollout_queue_service_pb2.FailRolloutResponse]]:
-        """Gives a rollout back after an infrastructure failure; it is tried again a bounded number of times, never scored.
+        """Gives a rollout back after an infrastructure failure; it is tried again a bounded number of times, after a pause
+        that grows with each, and is never scored.
 
         Errors:
         - FAILED_PRECONDITION with reason LEASE_EXPIRED: the rollout belongs to another lease.
@@ -277,7 +288,8 @@ class RolloutQueueServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _rollout_queue_service_pb2.RewindRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_rollout_queue_service_pb2.RewindRunResponse, _abc.Awaitable[_rollout_queue_service_pb2.RewindRunResponse]]:
-        """Puts a run back to a checkpoint: groups taken or acknowledged after it become takeable again.
+        """Puts a run back to a checkpoint: groups taken or acknowledged after it become takeable again. Rollouts of groups
+        that the checkpoint does not contain and that were lost to infrastructure are tried anew.
 
         Checkpoints recorded after it are abandoned: no longer listed, and never to be rewound to.
 

@@ -26,7 +26,7 @@ from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 from regreen.dataset.v1 import dataset_pb2 as regreen_dot_dataset_dot_v1_dot_dataset__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$regreen/dataset/v1/run_service.proto\x12\x12regreen.dataset.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a regreen/dataset/v1/dataset.proto\"k\n\x10\x43reateRunRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\'\n\x06\x63onfig\x18\x04 \x01(\x0b\x32\x17.google.protobuf.Struct\"J\n\x11\x43reateRunResponse\x12$\n\x03run\x18\x01 \x01(\x0b\x32\x17.regreen.dataset.v1.Run\x12\x0f\n\x07\x65xisted\x18\x02 \x01(\x08\"\x1b\n\rGetRunRequest\x12\n\n\x02id\x18\x01 \x01(\t\"6\n\x0eGetRunResponse\x12$\n\x03run\x18\x01 \x01(\x0b\x32\x17.regreen.dataset.v1.Run\"F\n\x0fListRunsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x0c\n\x04kind\x18\x03 \x01(\t\"R\n\x10ListRunsResponse\x12%\n\x04runs\x18\x01 \x03(\x0b\x32\x17.regreen.dataset.v1.Run\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"k\n\x10UpdateRunRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12(\n\x07summary\x18\x04 \x01(\x0b\x32\x17.google.protobuf.Struct\"9\n\x11UpdateRunResponse\x12$\n\x03run\x18\x01 \x01(\x0b\x32\x17.regreen.dataset.v1.Run\"k\n\x14RecordMetricsRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12/\n\x06points\x18\x03 \x03(\x0b\x32\x1f.regreen.dataset.v1.MetricPoint\"\x17\n\x15RecordMetricsResponse\"m\n\x12ListMetricsRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05names\x18\x02 \x03(\t\x12\x11\n\tfrom_step\x18\x03 \x01(\x03\x12\x11\n\tpage_size\x18\x04 \x01(\x05\x12\x12\n\npage_token\x18\x05 \x01(\t\"_\n\x13ListMetricsResponse\x12/\n\x06points\x18\x01 \x03(\x0b\x32\x1f.regreen.dataset.v1.MetricPoint\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"v\n\x17RecordCheckpointRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x38\n\ncheckpoint\x18\x02 \x01(\x0b\x32$.regreen.dataset.v1.CheckpointRecord\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\"T\n\x18RecordCheckpointResponse\x12\x38\n\ncheckpoint\x18\x01 \x01(\x0b\x32$.regreen.dataset.v1.CheckpointRecord\"O\n\x16ListCheckpointsRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"m\n\x17ListCheckpointsResponse\x12\x39\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32$.regreen.dataset.v1.CheckpointRecord\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\x89\x06\n\nRunService\x12X\n\tCreateRun\x12$.regreen.dataset.v1.CreateRunRequest\x1a%.regreen.dataset.v1.CreateRunResponse\x12O\n\x06GetRun\x12!.regreen.dataset.v1.GetRunRequest\x1a\".regreen.dataset.v1.GetRunResponse\x12U\n\x08ListRuns\x12#.regreen.dataset.v1.ListRunsRequest\x1a$.regreen.dataset.v1.ListRunsResponse\x12X\n\tUpdateRun\x12$.regreen.dataset.v1.UpdateRunRequest\x1a%.regreen.dataset.v1.UpdateRunResponse\x12\x64\n\rRecordMetrics\x12(.regreen.dataset.v1.RecordMetricsRequest\x1a).regreen.dataset.v1.RecordMetricsResponse\x12^\n\x0bListMetrics\x12&.regreen.dataset.v1.ListMetricsRequest\x1a\'.regreen.dataset.v1.ListMetricsResponse\x12m\n\x10RecordCheckpoint\x12+.regreen.dataset.v1.RecordCheckpointRequest\x1a,.regreen.dataset.v1.RecordCheckpointResponse\x12j\n\x0fListCheckpoints\x12*.regreen.dataset.v1.ListCheckpointsRequest\x1a+.regreen.dataset.v1.ListCheckpointsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$regreen/dataset/v1/run_service.proto\x12\x12regreen.dataset.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a regreen/dataset/v1/dataset.proto\"k\n\x10\x43reateRunRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\'\n\x06\x63onfig\x18\x04 \x01(\x0b\x32\x17.google.protobuf.Struct\"J\n\x11\x43reateRunResponse\x12$\n\x03run\x18\x01 \x01(\x0b\x32\x17.regreen.dataset.v1.Run\x12\x0f\n\x07\x65xisted\x18\x02 \x01(\x08\"\x1b\n\rGetRunRequest\x12\n\n\x02id\x18\x01 \x01(\t\"6\n\x0eGetRunResponse\x12$\n\x03run\x18\x01 \x01(\x0b\x32\x17.regreen.dataset.v1.Run\"F\n\x0fListRunsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x0c\n\x04kind\x18\x03 \x01(\t\"R\n\x10ListRunsResponse\x12%\n\x04runs\x18\x01 \x03(\x0b\x32\x17.regreen.dataset.v1.Run\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x95\x01\n\x10UpdateRunRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12(\n\x07summary\x18\x04 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x19\n\x11\x61\x63knowledge_taken\x18\x05 \x01(\x08\x12\r\n\x05\x65poch\x18\x06 \x01(\x03\"9\n\x11UpdateRunResponse\x12$\n\x03run\x18\x01 \x01(\x0b\x32\x17.regreen.dataset.v1.Run\"k\n\x14RecordMetricsRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12/\n\x06points\x18\x03 \x03(\x0b\x32\x1f.regreen.dataset.v1.MetricPoint\"\x17\n\x15RecordMetricsResponse\"m\n\x12ListMetricsRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05names\x18\x02 \x03(\t\x12\x11\n\tfrom_step\x18\x03 \x01(\x03\x12\x11\n\tpage_size\x18\x04 \x01(\x05\x12\x12\n\npage_token\x18\x05 \x01(\t\"_\n\x13ListMetricsResponse\x12/\n\x06points\x18\x01 \x03(\x0b\x32\x1f.regreen.dataset.v1.MetricPoint\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x91\x01\n\x17RecordCheckpointRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x38\n\ncheckpoint\x18\x02 \x01(\x0b\x32$.regreen.dataset.v1.CheckpointRecord\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12\x19\n\x11\x61\x63knowledge_taken\x18\x04 \x01(\x08\"T\n\x18RecordCheckpointResponse\x12\x38\n\ncheckpoint\x18\x01 \x01(\x0b\x32$.regreen.dataset.v1.CheckpointRecord\"O\n\x16ListCheckpointsRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"m\n\x17ListCheckpointsResponse\x12\x39\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32$.regreen.dataset.v1.CheckpointRecord\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\x89\x06\n\nRunService\x12X\n\tCreateRun\x12$.regreen.dataset.v1.CreateRunRequest\x1a%.regreen.dataset.v1.CreateRunResponse\x12O\n\x06GetRun\x12!.regreen.dataset.v1.GetRunRequest\x1a\".regreen.dataset.v1.GetRunResponse\x12U\n\x08ListRuns\x12#.regreen.dataset.v1.ListRunsRequest\x1a$.regreen.dataset.v1.ListRunsResponse\x12X\n\tUpdateRun\x12$.regreen.dataset.v1.UpdateRunRequest\x1a%.regreen.dataset.v1.UpdateRunResponse\x12\x64\n\rRecordMetrics\x12(.regreen.dataset.v1.RecordMetricsRequest\x1a).regreen.dataset.v1.RecordMetricsResponse\x12^\n\x0bListMetrics\x12&.regreen.dataset.v1.ListMetricsRequest\x1a\'.regreen.dataset.v1.ListMetricsResponse\x12m\n\x10RecordCheckpoint\x12+.regreen.dataset.v1.RecordCheckpointRequest\x1a,.regreen.dataset.v1.RecordCheckpointResponse\x12j\n\x0fListCheckpoints\x12*.regreen.dataset.v1.ListCheckpointsRequest\x1a+.regreen.dataset.v1.ListCheckpointsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,26 +45,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTRUNSREQUEST']._serialized_end=464
   _globals['_LISTRUNSRESPONSE']._serialized_start=466
   _globals['_LISTRUNSRESPONSE']._serialized_end=548
-  _globals['_UPDATERUNREQUEST']._serialized_start=550
-  _globals['_UPDATERUNREQUEST']._serialized_end=657
-  _globals['_UPDATERUNRESPONSE']._serialized_start=659
-  _globals['_UPDATERUNRESPONSE']._serialized_end=716
-  _globals['_RECORDMETRICSREQUEST']._serialized_start=718
-  _globals['_RECORDMETRICSREQUEST']._serialized_end=825
-  _globals['_RECORDMETRICSRESPONSE']._serialized_start=827
-  _globals['_RECORDMETRICSRESPONSE']._serialized_end=850
-  _globals['_LISTMETRICSREQUEST']._serialized_start=852
-  _globals['_LISTMETRICSREQUEST']._serialized_end=961
-  _globals['_LISTMETRICSRESPONSE']._serialized_start=963
-  _globals['_LISTMETRICSRESPONSE']._serialized_end=1058
-  _globals['_RECORDCHECKPOINTREQUEST']._serialized_start=1060
-  _globals['_RECORDCHECKPOINTREQUEST']._serialized_end=1178
-  _globals['_RECORDCHECKPOINTRESPONSE']._serialized_start=1180
-  _globals['_RECORDCHECKPOINTRESPONSE']._serialized_end=1264
-  _globals['_LISTCHECKPOINTSREQUEST']._serialized_start=1266
-  _globals['_LISTCHECKPOINTSREQUEST']._serialized_end=1345
-  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_start=1347
-  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_end=1456
-  _globals['_RUNSERVICE']._serialized_start=1459
-  _globals['_RUNSERVICE']._serialized_end=2236
+  _globals['_UPDATERUNREQUEST']._serialized_start=551
+  _globals['_UPDATERUNREQUEST']._serialized_end=700
+  _globals['_UPDATERUNRESPONSE']._serialized_start=702
+  _globals['_UPDATERUNRESPONSE']._serialized_end=759
+  _globals['_RECORDMETRICSREQUEST']._serialized_start=761
+  _globals['_RECORDMETRICSREQUEST']._serialized_end=868
+  _globals['_RECORDMETRICSRESPONSE']._serialized_start=870
+  _globals['_RECORDMETRICSRESPONSE']._serialized_end=893
+  _globals['_LISTMETRICSREQUEST']._serialized_start=895
+  _globals['_LISTMETRICSREQUEST']._serialized_end=1004
+  _globals['_LISTMETRICSRESPONSE']._serialized_start=1006
+  _globals['_LISTMETRICSRESPONSE']._serialized_end=1101
+  _globals['_RECORDCHECKPOINTREQUEST']._serialized_start=1104
+  _globals['_RECORDCHECKPOINTREQUEST']._serialized_end=1249
+  _globals['_RECORDCHECKPOINTRESPONSE']._serialized_start=1251
+  _globals['_RECORDCHECKPOINTRESPONSE']._serialized_end=1335
+  _globals['_LISTCHECKPOINTSREQUEST']._serialized_start=1337
+  _globals['_LISTCHECKPOINTSREQUEST']._serialized_end=1416
+  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_start=1418
+  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_end=1527
+  _globals['_RUNSERVICE']._serialized_start=1530
+  _globals['_RUNSERVICE']._serialized_end=2307
 # @@protoc_insertion_point(module_scope)

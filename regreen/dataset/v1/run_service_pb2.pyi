@@ -198,12 +198,18 @@ class UpdateRunRequest(_message.Message):
     ID_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     SUMMARY_FIELD_NUMBER: _builtins.int
+    ACKNOWLEDGE_TAKEN_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Client-chosen id of this request."""
     id: _builtins.str
     """Run id."""
     state: _builtins.str
     """New state; empty leaves it."""
+    acknowledge_taken: _builtins.bool
+    """Also acknowledge every taken group of the run in its newest checkpoint, if it has one."""
+    epoch: _builtins.int
+    """Epoch of the run that the caller started under; 0 means any."""
     @_builtins.property
     def summary(self) -> _struct_pb2.Struct:
         """New summary; absent leaves it."""
@@ -215,10 +221,12 @@ class UpdateRunRequest(_message.Message):
         id: _builtins.str = ...,
         state: _builtins.str = ...,
         summary: _struct_pb2.Struct | None = ...,
+        acknowledge_taken: _builtins.bool = ...,
+        epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["summary", b"summary"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "request_id", b"request_id", "state", b"state", "summary", b"summary"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledge_taken", b"acknowledge_taken", "epoch", b"epoch", "id", b"id", "request_id", b"request_id", "state", b"state", "summary", b"summary"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -374,10 +382,13 @@ class RecordCheckpointRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     CHECKPOINT_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
+    ACKNOWLEDGE_TAKEN_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Client-chosen id of this request."""
     epoch: _builtins.int
     """Epoch of the run that its groups were taken under; 0 means any."""
+    acknowledge_taken: _builtins.bool
+    """Also acknowledge every taken group of the run whose step is at most the checkpoint's."""
     @_builtins.property
     def checkpoint(self) -> _dataset_pb2.CheckpointRecord:
         """The checkpoint; its id is filled by the server."""
@@ -388,10 +399,11 @@ class RecordCheckpointRequest(_message.Message):
         request_id: _builtins.str = ...,
         checkpoint: _dataset_pb2.CheckpointRecord | None = ...,
         epoch: _builtins.int = ...,
+        acknowledge_taken: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "epoch", b"epoch", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledge_taken", b"acknowledge_taken", "checkpoint", b"checkpoint", "epoch", b"epoch", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

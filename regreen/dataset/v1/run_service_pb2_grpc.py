@@ -85,7 +85,7 @@ class RunServiceServicer:
         """Creates a run, or finds the one of that name. Idempotent by request_id and by name.
 
         Errors:
-        - INVALID_ARGUMENT: no name or an unknown kind.
+        - INVALID_ARGUMENT: no name, an unknown kind, or a configuration with numbers that are not finite.
         - ALREADY_EXISTS: a run of that name has another kind.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -117,7 +117,8 @@ class RunServiceServicer:
 
         Errors:
         - NOT_FOUND: no such run.
-        - INVALID_ARGUMENT: an unknown state.
+        - INVALID_ARGUMENT: an unknown state, or a summary with numbers that are not finite.
+        - ABORTED: the run was rewound since `epoch`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -37,7 +37,7 @@ class RunServiceStub:
     """Creates a run, or finds the one of that name. Idempotent by request_id and by name.
 
     Errors:
-    - INVALID_ARGUMENT: no name or an unknown kind.
+    - INVALID_ARGUMENT: no name, an unknown kind, or a configuration with numbers that are not finite.
     - ALREADY_EXISTS: a run of that name has another kind.
     """
     GetRun: _grpc.UnaryUnaryMultiCallable[_run_service_pb2.GetRunRequest, _run_service_pb2.GetRunResponse]
@@ -57,7 +57,8 @@ class RunServiceStub:
 
     Errors:
     - NOT_FOUND: no such run.
-    - INVALID_ARGUMENT: an unknown state.
+    - INVALID_ARGUMENT: an unknown state, or a summary with numbers that are not finite.
+    - ABORTED: the run was rewound since `epoch`.
     """
     RecordMetrics: _grpc.UnaryUnaryMultiCallable[_run_service_pb2.RecordMetricsRequest, _run_service_pb2.RecordMetricsResponse]
     """Stores metric points; a point of the same run, step and name is replaced.
@@ -96,7 +97,7 @@ class RunServiceAsyncStub(RunServiceStub):
     """Creates a run, or finds the one of that name. Idempotent by request_id and by name.
 
     Errors:
-    - INVALID_ARGUMENT: no name or an unknown kind.
+    - INVALID_ARGUMENT: no name, an unknown kind, or a configuration with numbers that are not finite.
     - ALREADY_EXISTS: a run of that name has another kind.
     """
     GetRun: _aio.UnaryUnaryMultiCallable[_run_service_pb2.GetRunRequest, _run_service_pb2.GetRunResponse]  # type: ignore[assignment]
@@ -116,7 +117,8 @@ class RunServiceAsyncStub(RunServiceStub):
 
     Errors:
     - NOT_FOUND: no such run.
-    - INVALID_ARGUMENT: an unknown state.
+    - INVALID_ARGUMENT: an unknown state, or a summary with numbers that are not finite.
+    - ABORTED: the run was rewound since `epoch`.
     """
     RecordMetrics: _aio.UnaryUnaryMultiCallable[_run_service_pb2.RecordMetricsRequest, _run_service_pb2.RecordMetricsResponse]  # type: ignore[assignment]
     """Stores metric points; a point of the same run, step and name is replaced.
@@ -158,7 +160,7 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         """Creates a run, or finds the one of that name. Idempotent by request_id and by name.
 
         Errors:
-        - INVALID_ARGUMENT: no name or an unknown kind.
+        - INVALID_ARGUMENT: no name, an unknown kind, or a configuration with numbers that are not finite.
         - ALREADY_EXISTS: a run of that name has another kind.
         """
 
@@ -196,7 +198,8 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors:
         - NOT_FOUND: no such run.
-        - INVALID_ARGUMENT: an unknown state.
+        - INVALID_ARGUMENT: an unknown state, or a summary with numbers that are not finite.
+        - ABORTED: the run was rewound since `epoch`.
         """
 
     @_abc_1.abstractmethod

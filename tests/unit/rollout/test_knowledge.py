@@ -149,7 +149,7 @@ def test_source_edits_become_sed_commands_that_make_them(old, new):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "a file.txt")
         path.write_text(old + "\n")
-        commands = line_edits((old + "\n").encode(), (new + "\n").encode(), str(path))
-        for command in commands or []:
-            subprocess.run(["/bin/sh", "-c", command], check=True)
+        edits = line_edits((old + "\n").encode(), (new + "\n").encode(), str(path))
+        for edit in edits or []:
+            subprocess.run(["/bin/sh", "-c", edit.command], check=True)
         assert path.read_text() == new + "\n"

@@ -44,6 +44,18 @@ def test_fills_a_trajectory_with_masks_versions_and_turns():
     assert trajectory.token_exact
 
 
+def test_what_may_not_be_learned_carries_no_loss():
+    stream = _stream()
+    slip = Sample("c", [7, 8], [0.0, 0.0], [(0, 0, 2)], learned=False)
+    stream.add_sample(slip, tool="read_file", arguments_json="{}", ok=True)
+    trajectory = pb.Trajectory()
+    stream.fill(trajectory)
+    assert trajectory.loss_mask == bytes([0, 0, 0, 1, 1, 0, 1, 0, 0])
+    assert trajectory.versions[-1].end == 7
+    assert trajectory.turns[-1].token_end == 9
+    assert trajectory.token_exact
+
+
 def test_a_reset_context_begins_a_segment_of_its_own():
     stream = _stream()
     stream.add_prompt([1, 2], "again")
