@@ -8,7 +8,7 @@ import typer
 
 from regreen.cli import output
 from regreen.cli.listen import listener
-from regreen.cli.options import Home, Json, open_stack, parse_labels
+from regreen.cli.options import Home, Json, open_stack, parse_settings
 from regreen.evals.report import ReportFiles, write_report
 from regreen.evals.run import EvalConfig, EvalResult, evaluate
 from regreen.train.progress import Listener
@@ -28,7 +28,10 @@ def evaluate_command(
     subject: Annotated[
         list[str],
         typer.Option(help="base, the name of a run, or baseline:noop|newest|pin-back; repeat it."),
-    ] = ["base", "baseline:noop", "baseline:newest", "baseline:pin-back"],  # noqa: B006
+    ] = ["base"],  # noqa: B006
+    baselines: Annotated[
+        bool, typer.Option("--baselines/--no-baselines", help="Run the scripted baselines too.")
+    ] = True,
     task: Annotated[
         list[str], typer.Option(help="Task id; repeat it. Default: admitted test tasks.")
     ] = [],  # noqa: B006
@@ -58,6 +61,7 @@ def evaluate_command(
         config = EvalConfig(
             name=name,
             subjects=tuple(subject),
+            baselines=baselines,
             tasks=tuple(task),
             split=split,
             modes=tuple(mode),
@@ -65,7 +69,7 @@ def evaluate_command(
             grader=grader,
             samples=samples,
             concurrency=concurrency,
-            labels=parse_labels(set),
+            labels=parse_settings(set),
             seed=seed,
         )
         async with open_stack(home, patience_s=120.0) as stack:

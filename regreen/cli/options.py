@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from regreen.client.stack import Endpoints, Stack
+from regreen.rollout.context import check_settings
 from regreen.rpc.errors import InvalidArgument
 from regreen.settings import default_home
 
@@ -40,6 +41,17 @@ def parse_labels(values: list[str], field: str = "set") -> dict[str, str]:
         if not sign or not name:
             raise InvalidArgument(field, f"{value!r} is no setting", "write name=value")
         labels[name] = setting
+    return labels
+
+
+def parse_settings(values: list[str]) -> dict[str, str]:
+    """`group.name=value` words as episode settings.
+
+    Raises:
+        InvalidArgument: a word without an equals sign, an unknown setting, or a wrong value.
+    """
+    labels = parse_labels(values)
+    check_settings(labels)
     return labels
 
 

@@ -11,7 +11,7 @@ import typer
 
 from regreen.cli import output
 from regreen.cli.listen import listener
-from regreen.cli.options import Home, Json, open_stack, parse_labels, parse_numbers
+from regreen.cli.options import Home, Json, open_stack, parse_numbers, parse_settings
 from regreen.train.config import GrpoConfig, SftConfig
 from regreen.train.progress import Listener
 from regreen.train.rl import train_grpo
@@ -100,7 +100,7 @@ def grpo(
             group_size=group_size,
             concurrency=concurrency,
             hyperparameters=parse_numbers(hyper),
-            labels=parse_labels(set),
+            labels=parse_settings(set),
             seed=seed,
         )
         async with open_stack(home, patience_s=120.0) as stack:

@@ -3,13 +3,17 @@
 - A slot (subject, task, mode, pipeline, sample) has one trajectory id, derived from the run; what
   is committed is never rolled out again, so an evaluation killed anywhere goes on where it was.
 - Which weights, tasks and modes are compared is fixed when the evaluation is created.
-- Every subject meets the same tasks, modes, pipelines, seeds and limits.
+- Every subject meets the same tasks, modes, pipelines, seeds and limits; the scripted baselines are
+  subjects of every evaluation unless left out on purpose.
 - A policy's trajectory counts only if all its tokens were sampled under the subject's version.
 - Trouble of the platform is retried, then counted as lost; it is never scored as a failure.
+- What was served before is served again at the end, as far as the policy service answers.
 """
 
+import asyncio
+import contextlib
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Protocol
@@ -20,7 +24,7 @@ from regreen.dataset import v1 as dataset_pb
 from regreen.ids import derive_seed
 from regreen.rollout.actors import Actor, PolicyActor
 from regreen.rollout.baselines import NAMES, baseline
-from regreen.rollout.context import FULL, SIMPLIFIED, EpisodeSpec, with_labels
+from regreen.rollout.context import FULL, SIMPLIFIED, EpisodeSpec, check_settings, with_labels
 from regreen.rollout.episode import Runner
 from regreen.rollout.worker import knowledge_of
 from regreen.rpc.errors import (
@@ -40,6 +44,7 @@ from regreen.train.weights import BASE, Weights, resolve_weights
 
 BASELINE = "baseline:"
 """Prefix of subjects that are scripts."""
+_RESTORE_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +76,8 @@ class EvalConfig:
     labels: Mapping[str, str] = field(default_factory=dict)
     """Episode settings, for example {"sampling.temperature": "0.7", "budget.turns": "8"}."""
 
+    baselines: bool = True
+    """Whether the scripted baselines that `subjects` lacks are added to it."""
     concurrency: int = 4
     """Episodes at a time."""
     attempts: int = 3
@@ -85,6 +92,11 @@ class EvalConfig:
         for name in ("subjects", "modes", "pipelines"):
             if not getattr(self, name):
                 raise InvalidArgument(name, "is empty", "name at least one")
+        for name in ("subjects", "tasks", "modes", "pipelines"):
+            object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
+        if self.baselines:
+            scripts = (BASELINE + name for name in NAMES)
+            object.__setattr__(self, "subjects", tuple(dict.fromkeys((*self.subjects, *scripts))))
         for name in self.modes:
             mode_of(name, "modes")
         for name in self.pipelines:
@@ -94,11 +106,12 @@ class EvalConfig:
             if name.startswith(BASELINE) and name.removeprefix(BASELINE) not in NAMES:
                 known = ", ".join(BASELINE + known for known in NAMES)
                 raise InvalidArgument("subjects", f"{name!r} is unknown", f"use {known}")
+        check_settings(self.labels)
 
     def settings(self) -> dict[str, object]:
         """What is fixed once the evaluation exists, as plain values."""
         return plain_settings(
-            {name: value for name, value in asdict(self).items() if name != "attempts"}
+            {n: value for n, value in asdict(self).items() if n not in ("attempts", "baselines")}
         )
 
 
@@ -184,13 +197,34 @@ async def evaluate(
         runner=runner or Runner(stack, await knowledge_of(stack)),
     )
     evaluation.meter.report()
-    for subject in config.subjects:
-        await evaluation.subject(subject, [slot for slot in missing if slot.subject == subject])
+    async with _serving_again(stack, evaluation.weights if missing else {}):
+        for subject in config.subjects:
+            await evaluation.subject(subject, [slot for slot in missing if slot.subject == subject])
     lost = len(evaluation.lost)
     committed = len(slots) - lost
     summary = {"slots": len(slots), "committed": committed, "lost": lost}
     await stack.runs.update_run(opened.run.id, state="done", summary=summary)
     return EvalResult(opened.run.id, config.name, len(slots), committed, lost)
+
+
+@contextlib.asynccontextmanager
+async def _serving_again(stack: Stack, weights: Mapping[str, Weights]) -> AsyncIterator[None]:
+    """Have the policy serve at the end what it served at the start.
+
+    Best effort: nothing is done where another client has switched it, or it does not answer.
+    """
+    if not weights:
+        yield
+        return
+    before = (await stack.policy.get_policy()).policy
+    try:
+        yield
+    finally:
+        with contextlib.suppress(RegreenError, TimeoutError):
+            async with asyncio.timeout(_RESTORE_S):
+                now = (await stack.policy.get_policy()).policy.version
+                if now != before.version and now in {w.version for w in weights.values()}:
+                    await stack.policy.load_version(before, allow_older=True)
 
 
 def plan_slots(config: EvalConfig, tasks: Sequence[dataset_pb.Task]) -> list[Slot]:

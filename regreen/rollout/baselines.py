@@ -4,19 +4,19 @@
 - `newest` moves everything to the newest version on offer; it uses visible facts alone.
 - `pin-back` undoes every move since the last green build; it reads `task.moved`, which no policy
   sees, and is an upper bound of what dependency actions alone can do.
+- Pins that the mode holds are left where they are: moving one would only be refused.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from regreen.common.v1 import MODE_KEEP_NEW
 from regreen.dataset import v1 as pb
 from regreen.lockfile import Lock, format_lock, normalize
 from regreen.rollout.actors import ScriptedActor, View
 from regreen.rpc.errors import InvalidArgument
 
 NAMES = ("noop", "pin-back", "newest")
-PRIVILEGED = frozenset({"pin-back"})
-"""Baselines that read what a policy may not."""
 
 
 def baseline(name: str, task: pb.Task) -> ScriptedActor:
@@ -28,7 +28,7 @@ def baseline(name: str, task: pb.Task) -> ScriptedActor:
     if name == "noop":
         edit: Callable[[View], Lock | None] = _nothing
     elif name == "newest":
-        edit = _newest
+        edit = _Newest(task)
     elif name == "pin-back":
         edit = _PinBack(task)
     else:
@@ -57,12 +57,16 @@ def _nothing(view: View) -> Lock | None:
     return None
 
 
-def _newest(view: View) -> Lock | None:
-    lock = view.facts.lock
-    for name, offered in view.facts.offered.items():
-        if offered:
-            lock = lock.with_pin(name, offered[-1])
-    return lock
+@dataclass(frozen=True, slots=True)
+class _Newest:
+    task: pb.Task
+
+    def __call__(self, view: View) -> Lock | None:
+        lock, held = view.facts.lock, _held(self.task, view)
+        for name, offered in view.facts.offered.items():
+            if offered and name not in held:
+                lock = lock.with_pin(name, offered[-1])
+        return lock
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +74,17 @@ class _PinBack:
     task: pb.Task
 
     def __call__(self, view: View) -> Lock | None:
-        lock = view.facts.lock
+        lock, held = view.facts.lock, _held(self.task, view)
         for name, (before, _) in moves_of(self.task).items():
-            lock = lock.with_pin(name, before) if before else lock.without(name)
+            if name not in held:
+                lock = lock.with_pin(name, before) if before else lock.without(name)
         return lock
+
+
+def _held(task: pb.Task, view: View) -> frozenset[str]:
+    """Names of the packages that the episode's mode holds."""
+    holds = view.spec.mode == MODE_KEEP_NEW and task.culprit
+    return frozenset({normalize(task.culprit)} if holds else ())
 
 
 def moves_of(task: pb.Task) -> dict[str, tuple[str, str]]:

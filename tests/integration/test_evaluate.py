@@ -13,8 +13,9 @@ from regreen.dataset import v1 as dataset_pb
 from regreen.evals.report import write_report
 from regreen.evals.rows import load_outcomes
 from regreen.evals.run import EvalConfig, evaluate, slot_of
+from regreen.policy import v1 as policy_pb
 from regreen.rollout.context import EpisodeSpec
-from regreen.rpc.errors import FailedPrecondition, InfraError, NotFound
+from regreen.rpc.errors import FailedPrecondition, InfraError, InvalidArgument, NotFound
 from regreen.train.config import GrpoConfig
 from regreen.train.rl import train_grpo
 from tests.integration import dataset_samples as samples
@@ -56,6 +57,7 @@ def config_of(tasks: tuple[str, ...], **changes) -> EvalConfig:
     settings = {
         "name": samples.fresh("eval"),
         "subjects": ("base", "baseline:noop"),
+        "baselines": False,
         "tasks": tasks,
         "samples": 2,
         "recovery_deadline_s": 5.0,
@@ -94,6 +96,41 @@ async def test_every_slot_has_one_trajectory_under_its_own_weights(place: World,
     assert f"{run} solved " in files.headline
     assert "2026-01-02" in files.html.read_text()
     assert files.json.exists()
+
+
+async def test_every_evaluation_runs_the_scripted_baselines(place: World):
+    async with place.stack() as stack:
+        tasks = await admitted(stack, 1)
+        config = config_of(tasks, baselines=True, subjects=("base", "base"), modes=("any_fix",))
+        assert config.subjects == ("base", "baseline:noop", "baseline:pin-back", "baseline:newest")
+        result = await evaluate(stack, config, runner=ScriptedRunner(place))
+        outcomes = await load_outcomes(stack, result.run_id)
+        named = config_of(
+            tasks, name=config.name, subjects=config.subjects, modes=("any_fix", "any_fix")
+        )
+        assert await evaluate(stack, named, runner=ScriptedRunner(place)) == result
+    assert set(Counter(o.subject for o in outcomes)) == set(config.subjects)
+
+
+async def test_what_was_served_before_is_served_again(place: World):
+    async with place.stack() as stack:
+        tasks = await admitted(stack, 1)
+        run = await trained(place, stack, tasks)
+        place.policy.serving = policy_pb.PolicyVersion(version=5, uri="/models/mine", run_id="x")
+        config = config_of(tasks, subjects=(run,))
+        await evaluate(stack, config, runner=ScriptedRunner(place))
+        assert place.policy.serving.version == 5
+        runner = ScriptedRunner(place)
+        runner.fail = {2: FailedPrecondition("the state is gone")}
+        with pytest.raises(FailedPrecondition, match="the state is gone"):
+            await evaluate(stack, config_of(tasks, subjects=(run,)), runner=runner)
+        assert place.policy.serving.version == 5
+
+
+@pytest.mark.parametrize("labels", [{"budgt.turns": "8"}, {"budget.turns": "abc"}])
+def test_settings_are_checked_before_anything_exists(labels: dict[str, str]):
+    with pytest.raises(InvalidArgument, match=r"budg\w+\.turns"):
+        config_of(("task",), labels=labels)
 
 
 async def test_subjects_meet_the_same_seeds(place: World):
