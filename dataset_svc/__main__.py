@@ -41,8 +41,10 @@ async def serving(settings: DatasetSettings, database_url: str) -> AsyncIterator
     blobs = open_blobs(settings.blobs or settings.home / "blobs", fsync=settings.fsync)
     store = TrajectoryStore(database, blobs, settings.max_message_bytes - _RESPONSE_SLACK_BYTES)
     transactions = Transactions(database)
-    policy = QueuePolicy(settings.max_attempts, settings.lease_s, settings.max_lease_s)
-    server = Server(settings, SERVICES)
+    policy = QueuePolicy(
+        settings.max_attempts, settings.lease_s, settings.max_lease_s, settings.retry_s
+    )
+    server = Server(settings, SERVICES, remember=False)
     pb.add_TaskServiceServicer_to_server(TaskServicer(transactions), server.grpc)
     pb.add_TrajectoryServiceServicer_to_server(TrajectoryServicer(transactions, store), server.grpc)
     queue = RolloutQueueServicer(transactions, store, policy)

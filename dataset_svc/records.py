@@ -214,6 +214,7 @@ class TakenGroup:
     group: GroupRecord
     trajectory_ids: tuple[str, ...]
     lost: int
+    lost_error: str = ""
 
 
 @dataclass(frozen=True, slots=True)

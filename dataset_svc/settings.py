@@ -38,6 +38,8 @@ class DatasetSettings(ServiceSettings):
     """Longest rollout lease that may be asked for."""
     max_attempts: int = Field(default=4, ge=1)
     """Tries of a rollout before it counts as lost to infrastructure."""
+    retry_s: float = Field(default=2.0, ge=0, le=60.0)
+    """Pause before a rollout that failed is tried again; doubles each time, up to a minute."""
     remember_s: float = Field(default=48 * 3600.0, ge=24 * 3600.0)
     """How long the answer to a request id is kept."""
     upkeep_s: float = Field(default=10.0, gt=0)

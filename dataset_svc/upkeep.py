@@ -28,7 +28,7 @@ async def turn(database: Database, policy: QueuePolicy, remember_s: float) -> No
     async def count(session: AsyncSession) -> tuple[dict[str, int], dict[str, int]]:
         return await groups.counts(session, policy)
 
-    measures.LOST.inc(await database.run(sweep))
+    await database.run(sweep)
     await database.run(lambda session: requests.purge(session, remember_s))
     by_rollout, by_group = await database.run(count)
     for state in ROLLOUT_STATES:

@@ -7,15 +7,17 @@
 - A complete group is handed out once. It comes back only by a rewind of its run.
 - Consumed means contained in a checkpoint: an acknowledgement names it, and they commit together.
 - After a rewind to checkpoint C, takeable are exactly the complete groups that C and the
-  checkpoints before it do not contain.
+  checkpoints before it do not contain; their lost rollouts are tried anew, so that a group that
+  has some is complete again when they are done.
 - A checkpoint recorded after C is abandoned: never listed, rewound to or acknowledged again.
 - Every rewind starts a new epoch; a driver that says its epoch cannot act in a later one.
 - Taking and acknowledging share the run's row, rewinding has it alone: they never interleave.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 
-from sqlalchemy import case, func, select, update
+from sqlalchemy import ColumnElement, case, func, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dataset_svc.models import Checkpoint, Group, Rollout, Run, Trajectory
@@ -64,8 +66,16 @@ async def take(
     return await _with_members(session, taken)
 
 
-async def retake(session: AsyncSession, group_ids: Sequence[str], taker: str) -> list[TakenGroup]:
-    """Those of the groups that `taker` took and still has, for a repeated request."""
+async def retake(
+    session: AsyncSession, run_id: str, group_ids: Sequence[str], taker: str, epoch: int = 0
+) -> list[TakenGroup]:
+    """Those of the groups that `taker` took and still has, for a repeated request.
+
+    Raises:
+        NotFound: no such run.
+        Aborted: the run was rewound since `epoch`.
+    """
+    await locked_run(session, run_id, epoch, shared=True)
     rows = await session.scalars(
         select(Group)
         .where(Group.id.in_(group_ids), Group.state == "taken", Group.taken_by == taker)
@@ -108,6 +118,25 @@ async def acknowledge(
     await session.flush()
 
 
+async def acknowledge_taken(
+    session: AsyncSession, run_id: str, checkpoint_id: str, step: int | None = None
+) -> int:
+    """Put every taken group of the run (up to `step`) into a checkpoint; how many.
+
+    The caller holds the run's row.
+    """
+    wanted = (Group.run_id == run_id) & (Group.state == "taken")
+    if step is not None:
+        wanted &= Group.step <= step
+    done = await session.execute(
+        update(Group)
+        .where(wanted)
+        .values(state="acknowledged", checkpoint_id=checkpoint_id)
+        .returning(Group.id)
+    )
+    return len(done.all())
+
+
 async def rewind(session: AsyncSession, run_id: str, checkpoint_id: str = "") -> tuple[int, int]:
     """Put a run back to a checkpoint (empty: before the first); groups given back, new epoch.
 
@@ -127,16 +156,26 @@ async def rewind(session: AsyncSession, run_id: str, checkpoint_id: str = "") ->
     later = select(Checkpoint.id).where(
         Checkpoint.run_id == run_id, Checkpoint.seq > kept_seq, ~Checkpoint.abandoned
     )
+    given = (Group.state == "taken") | Group.checkpoint_id.in_(later)
+    reopened = await _reopen_lost(session, run_id, given | Group.state.in_(("open", "complete")))
     back = await session.execute(
         update(Group)
-        .where(
-            Group.run_id == run_id,
-            (Group.state == "taken") | Group.checkpoint_id.in_(later),
-        )
+        .where(Group.run_id == run_id, given)
         .values(state="complete", taken_by="", checkpoint_id=None)
         .returning(Group.id)
     )
     groups = len(back.all())
+    for group_id, count in sorted(reopened.items()):
+        await session.execute(
+            update(Group)
+            .where(Group.id == group_id)
+            .values(
+                state="open",
+                pending=Group.pending + count,
+                lost=Group.lost - count,
+                complete_time=None,
+            )
+        )
     await session.execute(
         update(Checkpoint)
         .where(Checkpoint.run_id == run_id, Checkpoint.seq > kept_seq)
@@ -148,7 +187,7 @@ async def rewind(session: AsyncSession, run_id: str, checkpoint_id: str = "") ->
 
 
 async def counts(
-    session: AsyncSession, policy: QueuePolicy, run_id: str = ""
+    session: AsyncSession, policy: QueuePolicy, run_id: str = "", step: int = 0
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Rollouts and groups by state; a rollout whose lease ran out counts as waiting."""
     ran_out = (Rollout.state == "leased") & (Rollout.expire_time < policy.clock())
@@ -158,6 +197,9 @@ async def counts(
     if run_id:
         rollouts = rollouts.where(Rollout.run_id == run_id)
         groups = groups.where(Group.run_id == run_id)
+    if step:
+        rollouts = rollouts.where(Rollout.step == step)
+        groups = groups.where(Group.step == step)
     by_rollout = {str(row[0]): int(row[1]) for row in await session.execute(rollouts)}
     by_group = {str(row[0]): int(row[1]) for row in await session.execute(groups)}
     return by_rollout, by_group
@@ -216,7 +258,32 @@ async def _with_members(session: AsyncSession, groups: Sequence[Group]) -> list[
     members: dict[str, list[str]] = {}
     for group_id, trajectory_id in rows:
         members.setdefault(group_id, []).append(str(trajectory_id))
+    lost = select(Rollout.group_id, func.max(Rollout.error)).where(
+        Rollout.group_id.in_([group.id for group in groups if group.lost]), Rollout.state == "lost"
+    )
+    errors = {row[0]: row[1] for row in await session.execute(lost.group_by(Rollout.group_id))}
     return [
-        TakenGroup(group_record(group), tuple(members.get(group.id, ())), group.lost)
+        TakenGroup(
+            group_record(group),
+            tuple(members.get(group.id, ())),
+            group.lost,
+            errors.get(group.id, ""),
+        )
         for group in groups
     ]
+
+
+async def _reopen_lost(
+    session: AsyncSession, run_id: str, unconsumed: ColumnElement[bool]
+) -> dict[str, int]:
+    """Let the lost rollouts of those groups be tried anew; how many, by group."""
+    rows = await session.execute(
+        update(Rollout)
+        .where(
+            Rollout.state == "lost",
+            Rollout.group_id.in_(select(Group.id).where(Group.run_id == run_id, unconsumed)),
+        )
+        .values(state="waiting", attempt=0, not_before=None, lease_id=None, expire_time=None)
+        .returning(Rollout.group_id)
+    )
+    return Counter(row.group_id for row in rows)

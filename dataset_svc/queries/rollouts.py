@@ -8,12 +8,14 @@ A rollout is one slot of a group:
        └─lease runs out──┤
                          └──fail or run out, no attempt left──▶ lost
 
-- `committed` and `lost` are final; exactly the committed slots have exactly one trajectory.
+- `committed` is final; exactly the committed slots have exactly one trajectory.
 - A slot has at most one lease that may commit: the one named in its row. Giving a new lease
   replaces it, and that is the only way to lose one: a lease that ran out but was not given to
   another may still be extended or committed.
 - A trajectory under the wrong lease is refused, unless it is the very one already committed.
-- Infrastructure failures and leases that run out use up attempts; they are never scored.
+- Infrastructure failures and leases that run out use up attempts; they are never scored. A slot
+  that failed waits before it may be leased again, longer each time. A released slot does neither.
+- `lost` is final but for a rewind, which opens the lost slots of unconsumed groups anew.
 - A group is `complete` from the moment that its last slot becomes final (`pending` reaches 0).
 - Workers never block each other: leasing skips locked rows.
 - Locks are taken in the order rollout, group; several groups in id order.
@@ -28,6 +30,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, and_, case, func, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from dataset_svc import measures
 from dataset_svc.models import Group, Lease, Rollout, Run, Trajectory
 from dataset_svc.queries.tasks import known_tasks
 from dataset_svc.queries.trajectories import Packed, insert_trajectory
@@ -54,7 +57,15 @@ class QueuePolicy:
     """Length of a lease whose request names none."""
     max_lease_s: float = 6 * 3600.0
     """Longest lease that may be asked for."""
+    retry_s: float = 2.0
+    """Pause before a slot that failed is given out again; doubles with each further failure."""
+    max_retry_s: float = 60.0
+    """Longest such pause."""
     clock: Clock = database_clock
+
+    def pause(self, failures: int) -> timedelta:
+        """How long a slot waits after its n-th failure."""
+        return timedelta(seconds=min(self.retry_s * 2 ** min(failures - 1, 30), self.max_retry_s))
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +113,19 @@ async def lease(
     run_id: str = "",
     lease_s: float | None = None,
 ) -> list[LeaseRecord]:
-    """Lease up to `count` rollouts, lowest step and oldest group first."""
+    """Lease up to `count` rollouts, lowest step and oldest group first.
+
+    Raises:
+        NotFound: no such run.
+    """
+    if run_id and await session.get(Run, run_id) is None:
+        raise NotFound(f"no run {run_id[:200]!r}")
     await sweep(session, policy)
     now = policy.clock()
+    rested = or_(Rollout.not_before.is_(None), Rollout.not_before <= now)
     available = or_(
-        Rollout.state == "waiting", and_(Rollout.state == "leased", Rollout.expire_time < now)
+        and_(Rollout.state == "waiting", rested),
+        and_(Rollout.state == "leased", Rollout.expire_time < now),
     )
     wanted = select(Rollout, Rollout.state == "leased").where(available)
     if run_id:
@@ -189,8 +208,12 @@ async def commit(session: AsyncSession, lease_id: str, packed: Packed) -> Commit
     return Committed(trajectory_id, await _close_slot(session, rollout.group_id, lost=0))
 
 
-async def fail(session: AsyncSession, policy: QueuePolicy, lease_id: str, error: str) -> bool:
+async def fail(
+    session: AsyncSession, policy: QueuePolicy, lease_id: str, error: str, *, release: bool = False
+) -> bool:
     """Give a rollout back after an infrastructure failure; whether it will be tried again.
+
+    With `release` nothing failed: no attempt is used up and there is no pause.
 
     Raises:
         LeaseExpired: the slot belongs to another lease.
@@ -199,13 +222,22 @@ async def fail(session: AsyncSession, policy: QueuePolicy, lease_id: str, error:
     rollout = await _locked(session, lease_id)
     _check_holder(rollout, lease_id)
     await session.execute(update(Lease).where(Lease.id == lease_id).values(error=error))
-    rollout.attempt += 1
     rollout.error, rollout.lease_id, rollout.expire_time = error, None, None
+    rollout.not_before = None
+    if release:
+        rollout.state = "waiting"
+        await session.flush()
+        return True
+    rollout.attempt += 1
     retried = rollout.attempt < policy.max_attempts
     rollout.state = "waiting" if retried else "lost"
+    if retried:
+        until = select(policy.clock() + policy.pause(rollout.attempt))
+        rollout.not_before = (await session.execute(until)).scalar_one()
     await session.flush()
     if not retried:
         await _close_slot(session, rollout.group_id, lost=1)
+        measures.LOST.inc()
     return retried
 
 
@@ -227,6 +259,7 @@ async def sweep(session: AsyncSession, policy: QueuePolicy) -> int:
         .returning(Rollout.group_id)
     )
     groups = sorted(row.group_id for row in lost)
+    measures.LOST.inc(len(groups))
     for group_id in groups:
         await _close_slot(session, group_id, lost=1)
     return len(groups)

@@ -64,14 +64,28 @@ async def list_runs(session: AsyncSession, kind: str, cursor: Cursor) -> Page[Ru
 
 
 async def update_run(
-    session: AsyncSession, run_id: str, state: str, summary: Document | None
+    session: AsyncSession,
+    run_id: str,
+    state: str,
+    summary: Document | None,
+    *,
+    acknowledge_taken: bool = False,
+    epoch: int = 0,
 ) -> RunRecord:
     """Change the state and summary of a run; empty and None leave them.
 
+    With `acknowledge_taken` its taken groups go into its newest checkpoint, if it has one.
+
     Raises:
         NotFound: no such run.
+        Aborted: the run was rewound since `epoch`.
     """
-    run = await groups.locked_run(session, run_id, 0, shared=False)
+    run = await groups.locked_run(session, run_id, epoch, shared=False)
+    if acknowledge_taken:
+        kept = select(Checkpoint.id).where(Checkpoint.run_id == run_id, ~Checkpoint.abandoned)
+        newest = (await session.scalars(kept.order_by(Checkpoint.seq.desc()).limit(1))).first()
+        if newest is not None:
+            await groups.acknowledge_taken(session, run_id, newest)
     run.state = state or run.state
     run.summary = run.summary if summary is None else summary
     run.update_time = (await session.execute(select(func.now()))).scalar_one()
@@ -134,9 +148,15 @@ async def list_metrics(
 
 
 async def record_checkpoint(
-    session: AsyncSession, checkpoint: CheckpointRecord, epoch: int
+    session: AsyncSession,
+    checkpoint: CheckpointRecord,
+    epoch: int,
+    *,
+    acknowledge_taken: bool = False,
 ) -> CheckpointRecord:
     """Record a checkpoint and acknowledge its groups.
+
+    With `acknowledge_taken` also every taken group of the run up to the checkpoint's step.
 
     Raises:
         NotFound: no such run or group.
@@ -160,7 +180,10 @@ async def record_checkpoint(
     session.add(row)
     await session.flush()
     await groups.acknowledge(session, checkpoint.group_ids, row.id, epoch)
-    return _checkpoint(row, checkpoint.group_ids)
+    if acknowledge_taken:
+        await groups.acknowledge_taken(session, row.run_id, row.id, row.step)
+    in_it = select(Group.id).where(Group.checkpoint_id == row.id).order_by(Group.step, Group.seq)
+    return _checkpoint(row, tuple(await session.scalars(in_it)))
 
 
 async def list_checkpoints(

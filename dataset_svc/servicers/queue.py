@@ -123,12 +123,12 @@ class RolloutQueueServicer(pb.RolloutQueueServiceServicer):
         error = request.error[:_MAX_TEXT_CHARS]
 
         async def work(session: AsyncSession) -> pb.FailRolloutResponse:
-            retried = await rollouts.fail(session, self._policy, request.lease_id, error)
+            retried = await rollouts.fail(
+                session, self._policy, request.lease_id, error, release=request.release
+            )
             return pb.FailRolloutResponse(retried=retried)
 
-        answer = await self._transactions.once("FailRollout", request, pb.FailRolloutResponse, work)
-        measures.LOST.inc(0 if answer.retried else 1)
-        return answer
+        return await self._transactions.once("FailRollout", request, pb.FailRolloutResponse, work)
 
     async def TakeGroups(self, request: pb.TakeGroupsRequest, context: Any) -> Any:
         """Take complete groups for learning."""
@@ -139,7 +139,8 @@ class RolloutQueueServicer(pb.RolloutQueueServiceServicer):
         async def work(session: AsyncSession) -> list[TakenGroup]:
             stored = await requests.claim(session, "TakeGroups", request_id, fingerprint)
             if stored is not None:
-                return await groups.retake(session, json.loads(stored), request_id)
+                ids = json.loads(stored)
+                return await groups.retake(session, request.run_id, ids, request_id, request.epoch)
             taken = await groups.take(
                 session,
                 self._policy,
@@ -150,8 +151,8 @@ class RolloutQueueServicer(pb.RolloutQueueServiceServicer):
                 epoch=request.epoch,
                 max_wire_bytes=self._store.max_wire_bytes,
             )
-            ids = json.dumps([item.group.id for item in taken]).encode()
-            await requests.remember(session, "TakeGroups", request_id, ids)
+            answer = json.dumps([item.group.id for item in taken]).encode()
+            await requests.remember(session, "TakeGroups", request_id, answer)
             return taken
 
         taken = await self._transactions.read("TakeGroups", work)
@@ -186,7 +187,7 @@ class RolloutQueueServicer(pb.RolloutQueueServiceServicer):
 
         async def work(session: AsyncSession) -> tuple[dict[str, int], dict[str, int]]:
             await rollouts.sweep(session, self._policy)
-            return await groups.counts(session, self._policy, request.run_id)
+            return await groups.counts(session, self._policy, request.run_id, request.step)
 
         by_rollout, by_group = await self._transactions.read("GetQueue", work)
         return pb.GetQueueResponse(rollouts=by_rollout, groups=by_group)
@@ -197,6 +198,7 @@ class RolloutQueueServicer(pb.RolloutQueueServiceServicer):
             group=translate.group_message(taken.group),
             trajectories=[trajectory_message(member) for member in members],
             lost=taken.lost,
+            lost_error=taken.lost_error,
         )
 
 

@@ -64,7 +64,14 @@ class RunServicer(pb.RunServiceServicer):
         summary = translate.struct_document(request, "summary")
 
         async def work(session: AsyncSession) -> pb.UpdateRunResponse:
-            run = await runs.update_run(session, request.id, request.state, summary)
+            run = await runs.update_run(
+                session,
+                request.id,
+                request.state,
+                summary,
+                acknowledge_taken=request.acknowledge_taken,
+                epoch=request.epoch,
+            )
             return pb.UpdateRunResponse(run=translate.run_message(run))
 
         return await self._transactions.once("UpdateRun", request, pb.UpdateRunResponse, work)
@@ -121,7 +128,9 @@ class RunServicer(pb.RunServiceServicer):
             check_digest(Digest(record.sha256, record.size_bytes), "checkpoint.digest")
 
         async def work(session: AsyncSession) -> pb.RecordCheckpointResponse:
-            stored = await runs.record_checkpoint(session, record, request.epoch)
+            stored = await runs.record_checkpoint(
+                session, record, request.epoch, acknowledge_taken=request.acknowledge_taken
+            )
             return pb.RecordCheckpointResponse(checkpoint=translate.checkpoint_message(stored))
 
         answer = await self._transactions.once(

@@ -226,10 +226,15 @@ class RolloutQueueClient(Caller):
         )
         return response
 
-    async def fail_rollout(self, lease_id: str, error: str, *, request_id: str = "") -> bool:
+    async def fail_rollout(
+        self, lease_id: str, error: str, *, release: bool = False, request_id: str = ""
+    ) -> bool:
         """Give a rollout back; whether it will be tried again."""
         request = pb.FailRolloutRequest(
-            request_id=request_id or new_request_id(), lease_id=lease_id, error=error
+            request_id=request_id or new_request_id(),
+            lease_id=lease_id,
+            error=error,
+            release=release,
         )
         retried: bool = (await self._call(self._stub.FailRollout, request, WRITE_S)).retried
         return retried
@@ -277,10 +282,10 @@ class RolloutQueueClient(Caller):
         response: pb.RewindRunResponse = await self._call(self._stub.RewindRun, request, WRITE_S)
         return response
 
-    async def get_queue(self, run_id: str = "") -> pb.GetQueueResponse:
+    async def get_queue(self, run_id: str = "", *, step: int = 0) -> pb.GetQueueResponse:
         """Counts by state."""
         response: pb.GetQueueResponse = await self._call(
-            self._stub.GetQueue, pb.GetQueueRequest(run_id=run_id), READ_S
+            self._stub.GetQueue, pb.GetQueueRequest(run_id=run_id, step=step), READ_S
         )
         return response
 
@@ -326,6 +331,8 @@ class RunClient(Caller):
         *,
         state: str = "",
         summary: Mapping[str, Any] | None = None,
+        acknowledge_taken: bool = False,
+        epoch: int = 0,
         request_id: str = "",
     ) -> pb.Run:
         """Change the state or summary of a run."""
@@ -334,6 +341,8 @@ class RunClient(Caller):
             id=id,
             state=state,
             summary=struct(summary),
+            acknowledge_taken=acknowledge_taken,
+            epoch=epoch,
         )
         run: pb.Run = (await self._call(self._stub.UpdateRun, request, WRITE_S)).run
         return run
@@ -365,11 +374,19 @@ class RunClient(Caller):
                 return points
 
     async def record_checkpoint(
-        self, checkpoint: pb.CheckpointRecord, *, epoch: int = 0, request_id: str = ""
+        self,
+        checkpoint: pb.CheckpointRecord,
+        *,
+        epoch: int = 0,
+        acknowledge_taken: bool = False,
+        request_id: str = "",
     ) -> pb.CheckpointRecord:
         """Record a checkpoint and acknowledge its groups."""
         request = pb.RecordCheckpointRequest(
-            request_id=request_id or new_request_id(), checkpoint=checkpoint, epoch=epoch
+            request_id=request_id or new_request_id(),
+            checkpoint=checkpoint,
+            epoch=epoch,
+            acknowledge_taken=acknowledge_taken,
         )
         record: pb.CheckpointRecord = (
             await self._call(self._stub.RecordCheckpoint, request, WRITE_S)

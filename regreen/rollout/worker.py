@@ -5,11 +5,14 @@
 - A commit is repeated with the same request id until it is answered or the lease is gone, so no
   rollout is stored twice.
 - Trouble of the platform gives the rollout back and is never scored; a defect of our own ends the
-  worker loudly, after its leases were given back.
-- Any service may restart: every wait for one is bounded by `patience_s`.
+  worker loudly, after its leases were given back. A worker that is stopped releases its leases,
+  which uses up no attempt.
+- Any service may restart: every wait for one is bounded by `patience_s`, and by a few seconds once
+  the worker is stopped.
 """
 
 import asyncio
+import contextlib
 import os
 import socket
 import time
@@ -46,6 +49,8 @@ log = structlog.get_logger(__name__)
 T = TypeVar("T")
 _PASSING = (Unavailable, InfraError, DeadlineExceeded, Aborted, ResourceExhausted)
 _POLL_S = (0.1, 2.0)
+_LEAVE_S = 5.0
+"""How long a worker that was stopped waits for a service; its leases expire by themselves."""
 
 
 @dataclass(slots=True)
@@ -98,10 +103,14 @@ class Worker:
                     wait_s = _POLL_S[0]
                     await self._start(leases)
                     continue
-                if until_idle and not self._active:
+                if until_idle and not self._active and not await self._waiting():
                     break
                 await self._wait(wait_s)
                 wait_s = min(wait_s * 1.5, _POLL_S[1])
+        except RegreenError as error:
+            if not self._stopping.is_set():
+                raise
+            log.warning("stopped while a service was away", error=str(error))
         finally:
             heart.cancel()
             await self._give_all_back()
@@ -122,6 +131,11 @@ class Worker:
                 request_id=request_id,
             )
         )
+
+    async def _waiting(self) -> bool:
+        """Whether rollouts wait, be it for their pause after a failure."""
+        queue = await self._persist(lambda: self.stack.queue.get_queue(self.run_id))
+        return queue.rollouts["waiting"] > 0
 
     async def _start(self, leases: Sequence[pb.Lease]) -> None:
         """Start the episodes of new leases, members of one group together."""
@@ -199,27 +213,50 @@ class Worker:
         for task in active.values():
             task.cancel()
         await asyncio.gather(*active.values(), return_exceptions=True)
-        for lease_id, task in active.items():
-            if task.cancelled() or task.exception() is not None:
-                try:
-                    await self.stack.queue.fail_rollout(lease_id, "the worker ended")
-                    self.stats.given_back += 1
-                except RegreenError as error:
-                    log.warning("lease left to expire", lease_id=lease_id, error=str(error))
+        ends = [self._release(lease_id, task) for lease_id, task in active.items()]
+        await asyncio.gather(*ends)
+
+    async def _release(self, lease_id: str, task: "asyncio.Task[None]") -> None:
+        """Give the lease of an ended task back; only a defect counts as a failed attempt."""
+        error = None if task.cancelled() else task.exception()
+        if not task.cancelled() and error is None:
+            return
+        away = error is None or isinstance(error, RegreenError)
+        reason = f"{type(error).__name__}: {error}"[:1000] if error else "the worker ended"
+        try:
+            async with asyncio.timeout(_LEAVE_S):
+                await self.stack.queue.fail_rollout(lease_id, reason, release=away)
+            self.stats.given_back += 1
+        except (RegreenError, TimeoutError) as trouble:
+            log.warning("lease left to expire", lease_id=lease_id, error=str(trouble))
 
     async def _beat(self) -> None:
         """Keep every lease alive; drop the work of a lease that is lost."""
         while True:
             await asyncio.sleep(self.lease_s / 4)
-            for lease_id in list(self._active):
-                try:
-                    await self.stack.queue.heartbeat([lease_id], duration_s=self.lease_s)
-                except (LeaseExpired, NotFound):
-                    self.stats.expired += 1
-                    if task := self._active.pop(lease_id, None):
-                        task.cancel()
-                except RegreenError as error:
-                    log.warning("heartbeat failed", lease_id=lease_id, error=str(error))
+            await self._extend(list(self._active))
+
+    async def _extend(self, lease_ids: Sequence[str]) -> None:
+        if not lease_ids:
+            return
+        try:
+            await self.stack.queue.heartbeat(lease_ids, duration_s=self.lease_s)
+        except LeaseExpired as error:
+            self._drop(error.metadata.get("lease_ids", "").split(","))
+        except NotFound:
+            if len(lease_ids) == 1:
+                self._drop(lease_ids)
+            else:
+                for lease_id in lease_ids:
+                    await self._extend([lease_id])
+        except RegreenError as error:
+            log.warning("heartbeat failed", leases=len(lease_ids), error=str(error))
+
+    def _drop(self, lease_ids: Sequence[str]) -> None:
+        for lease_id in lease_ids:
+            if task := self._active.pop(lease_id, None):
+                self.stats.expired += 1
+                task.cancel()
 
     async def _wait(self, seconds: float) -> None:
         """Until something ends, the worker is stopped, or the time is over."""
@@ -239,18 +276,38 @@ class Worker:
                 raise error
 
     async def _persist(self, call: Callable[[], Awaitable[T]]) -> T:
-        """Repeat a call while its service is away, for at most `patience_s`."""
+        """Repeat a call while its service is away, for at most `patience_s` or until stopped."""
         give_up_s = self.clock() + self.patience_s
         wait_s = _POLL_S[0]
         while True:
             try:
-                return await call()
+                return await self._unless_stopped(call)
             except _PASSING as error:
-                if self.clock() + wait_s > give_up_s:
+                if self._stopping.is_set() or self.clock() + wait_s > give_up_s:
                     raise
                 log.warning("service away", error=str(error))
-            await asyncio.sleep(wait_s)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), wait_s)
             wait_s = min(wait_s * 2, 10.0)
+
+    async def _unless_stopped(self, call: Callable[[], Awaitable[T]]) -> T:
+        """A call that gets `_LEAVE_S` to end from when the worker is stopped.
+
+        Raises:
+            Unavailable: it did not end in that time.
+        """
+        task = asyncio.ensure_future(call())
+        stop = asyncio.ensure_future(self._stopping.wait())
+        try:
+            await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                await asyncio.wait({task}, timeout=_LEAVE_S)
+            if not task.done():
+                raise Unavailable("the worker was stopped while a service was away")
+            return await task
+        finally:
+            stop.cancel()
+            task.cancel()
 
 
 @asynccontextmanager

@@ -2,7 +2,8 @@
 
 - One interceptor wraps all four call kinds, so that no call goes uncounted or unmapped.
 - `CancelledError` is always raised on: swallowing it leaks the call in grpc's core (grpc#43360).
-- A `request_id` in a unary request makes it idempotent without the servicer knowing.
+- A `request_id` in a unary request makes it idempotent without the servicer knowing, unless the
+  service keeps its own, lasting memory of requests.
 - What is not a `RegreenError` is our own trouble: logged with its stack, answered INTERNAL/INFRA.
 - In grpc.aio the code of a call that went well is unset; it is recorded as OK.
 """
@@ -28,9 +29,9 @@ _UNCOUNTED = ("grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps every handler of a server."""
 
-    def __init__(self, call_timeout_s: float) -> None:
+    def __init__(self, call_timeout_s: float, *, remember: bool = True) -> None:
         self._call_timeout_s = call_timeout_s
-        self._idempotency: Idempotency[Any] = Idempotency()
+        self._idempotency: Idempotency[Any] | None = Idempotency() if remember else None
         self._log = get()
 
     async def intercept_service(
@@ -78,10 +79,12 @@ class _Call:
             async with _Observed(self, kind, context) as observed:
                 async with asyncio.timeout(observed.timeout_s):
                     request_id = getattr(request, "request_id", "") if merge else ""
-                    if not request_id:
+                    memory = self._owner._idempotency
+                    if not request_id or memory is None:
                         return await behaviour(request, context)
-                    return await self._owner._idempotency.once(
-                        self._method, request_id, request, lambda: behaviour(request, context)
+                    method = f"{self._service}/{self._method}"
+                    return await memory.once(
+                        method, request_id, request, lambda: behaviour(request, context)
                     )
 
         return handle

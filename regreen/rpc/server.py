@@ -29,14 +29,17 @@ _SERVING = health_pb2.HealthCheckResponse.SERVING
 class Server:
     """One service's server; add servicers to `grpc` before entering it.
 
-    `services` are full names such as "regreen.sandbox.v1.SandboxService".
+    `services` are full names such as "regreen.sandbox.v1.SandboxService". `remember` answers
+    repeated requests from memory; off for a service that remembers them itself.
     """
 
-    def __init__(self, settings: ServiceSettings, services: Sequence[str]) -> None:
+    def __init__(
+        self, settings: ServiceSettings, services: Sequence[str], *, remember: bool = True
+    ) -> None:
         self._settings, self._services = settings, tuple(services)
         self._log = get()
         self.grpc: grpc.aio.Server = grpc.aio.server(
-            interceptors=[CallInterceptor(settings.call_timeout_s)],
+            interceptors=[CallInterceptor(settings.call_timeout_s, remember=remember)],
             maximum_concurrent_rpcs=settings.max_rpcs,
             options=[
                 ("grpc.max_receive_message_length", settings.max_message_bytes),

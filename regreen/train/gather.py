@@ -6,6 +6,8 @@
   reaches exactly one step, whatever its fate.
 - Refills are bounded by the plan's length. They replace groups that do not teach (dynamic sampling,
   DAPO, arXiv:2503.14476); the groups they replace are still returned and counted.
+- A step most of whose rollouts were lost to infrastructure is not used: it waits for the services
+  and its lost rollouts are tried anew, so that an outage is never taken for a result.
 - Waiting is bounded by `idle_deadline_s` without any rollout being committed.
 """
 
@@ -21,7 +23,7 @@ from regreen.common import v1 as common_pb
 from regreen.common.v1 import PIPELINE_FULL
 from regreen.dataset import v1 as dataset_pb
 from regreen.ids import derive_seed
-from regreen.rpc.errors import FailedPrecondition
+from regreen.rpc.errors import FailedPrecondition, Unavailable
 from regreen.train.schedule import Candidate, Curriculum, History, choose
 from regreen.train.signals import TRAINED, fate
 
@@ -141,6 +143,7 @@ class Gatherer:
 
         Raises:
             FailedPrecondition: no rollout was committed for too long; says what the queue holds.
+            Unavailable: most rollouts were lost to infrastructure; says with which error.
         """
         plan = self._plans[step]
         slots = {group.id: slot for slot, group in enumerate(plan)}
@@ -159,14 +162,24 @@ class Gatherer:
             if any(group.id not in taken for group in plan[:asked]):
                 await patience.wait(step, progressed=bool(fresh))
                 continue
+            _check_lost(step, list(taken.values()))
             collected = self._collected(plan[:asked], taken, version, asked - wave)
             missing = self._settings.groups_per_step - len(collected.teaching)
             more = min(missing, len(plan) - asked)
-            if more <= 0:
+            if more > 0:
+                await self._stack.queue.enqueue_groups(plan[asked : asked + more])
+                asked += more
+                continue
+            left = min(await self._left(step), len(plan) - asked)
+            if left == 0:
                 del self._plans[step]
                 return collected
-            await self._stack.queue.enqueue_groups(plan[asked : asked + more])
-            asked += more
+            asked += left
+
+    async def _left(self, step: int) -> int:
+        """Refills that an earlier life asked for, and whose groups turned out otherwise now."""
+        groups = (await self._stack.queue.get_queue(self._run_id, step=step)).groups
+        return groups["open"] + groups["complete"]
 
     def _collected(
         self,
@@ -179,6 +192,16 @@ class Gatherer:
         limit = self._settings.max_staleness
         fates = {g.group.id: fate(g, version=version, max_staleness=limit) for g in groups}
         return Collected(groups, fates, refills)
+
+
+def _check_lost(step: int, groups: Sequence[dataset_pb.CompleteGroup]) -> None:
+    lost, size = sum(g.lost for g in groups), sum(g.group.size for g in groups)
+    if 2 * lost > size:
+        reason = next((g.lost_error for g in groups if g.lost_error), "no error is recorded")
+        raise Unavailable(
+            f"step {step}: {lost} of {size} rollouts were lost to infrastructure ({reason}); "
+            "see the logs of the services"
+        )
 
 
 class _Patience:

@@ -1,7 +1,8 @@
 """Where a run stands: one place that starts, resumes, saves and publishes.
 
 - The learner's checkpoint is the commit point. A checkpoint that was written but not recorded
-  before a crash is recorded first (rolled forward), so no consumed group is consumed again.
+  before a crash is recorded first (rolled forward), with every group taken up to its step, so no
+  consumed group is consumed again.
 - After `resume`, queue, learner and policy stand at the same step: groups taken after the
   checkpoint are takeable again and steps after it are forgotten.
 - `policy_version = base_version + driver step`, so a checkpoint tells its driver step by itself;
@@ -171,10 +172,18 @@ class Ledger:
         recorded = record.policy_version if record else self.base.version
         if self._version(started) <= recorded:
             return record
-        return await self._record(started.checkpoint, started.checkpoint.group_ids)
+        # The learner knows the groups that it was sent; those of steps that taught nothing are
+        # told by their step.
+        return await self._record(
+            started.checkpoint, started.checkpoint.group_ids, acknowledge_taken=True
+        )
 
     async def _record(
-        self, checkpoint: learner_pb.Checkpoint, group_ids: Sequence[str]
+        self,
+        checkpoint: learner_pb.Checkpoint,
+        group_ids: Sequence[str],
+        *,
+        acknowledge_taken: bool = False,
     ) -> dataset_pb.CheckpointRecord:
         record = dataset_pb.CheckpointRecord(
             run_id=self.run_id,
@@ -184,7 +193,9 @@ class Ledger:
             policy_version=checkpoint.policy_version,
             group_ids=sorted(set(group_ids)),
         )
-        return await self.stack.runs.record_checkpoint(record, epoch=self.epoch)
+        return await self.stack.runs.record_checkpoint(
+            record, epoch=self.epoch, acknowledge_taken=acknowledge_taken
+        )
 
 
 def hyperparameters(values: Mapping[str, float | int | str]) -> learner_pb.Hyperparameters:

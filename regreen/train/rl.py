@@ -210,13 +210,18 @@ class _Life:
         while self.step < self.driver.config.steps:
             await self._one_step(self.step + 1)
             self.driver.recovery.progressed(self.step)
-        record = None
         if self.dirty:
-            record = await self._save()
+            await self._save()
         summary = {"steps": self.step, "learner_steps": self.learner_step, "version": self.version}
-        await self.driver.stack.runs.update_run(self.driver.run.id, state="done", summary=summary)
-        if self.pending and record is None and self.step:
-            await self._acknowledge_rest()
+        # Groups of last steps that taught nothing belong to the last checkpoint, and only then is
+        # the run done: both or neither, or a restart would wait for groups that are gone.
+        await self.driver.stack.runs.update_run(
+            self.driver.run.id,
+            state="done",
+            summary=summary,
+            acknowledge_taken=True,
+            epoch=self.driver.ledger.epoch,
+        )
 
     async def _one_step(self, step: int) -> None:
         config, driver = self.driver.config, self.driver
@@ -264,14 +269,6 @@ class _Life:
         seconds = {"seconds/checkpoint": _since(began_s), "seconds/policy_pause": pause_s}
         await self.driver.stack.runs.record_metrics(self.driver.run.id, self.step, seconds)
         return record
-
-    async def _acknowledge_rest(self) -> None:
-        """Groups of last steps that taught nothing belong to the last checkpoint."""
-        page = await self.driver.stack.runs.list_checkpoints(self.driver.run.id, page_size=1)
-        for record in page.checkpoints:
-            await self.driver.stack.queue.acknowledge_groups(
-                self.pending, record.id, epoch=self.driver.ledger.epoch
-            )
 
     def _absorb(self, collected: Collected) -> None:
         for group in collected.groups:

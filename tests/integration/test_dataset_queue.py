@@ -2,10 +2,14 @@
 
 import uuid
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import grpc
 import pytest
+from prometheus_client import REGISTRY
 
+from dataset_svc.__main__ import serving
+from dataset_svc.settings import DatasetSettings
 from regreen.client.channel import connect
 from regreen.dataset import v1 as pb
 from regreen.rpc.errors import (
@@ -152,22 +156,103 @@ async def test_commit_is_idempotent_under_its_lease(clients: Clients):
         await clients.queue.heartbeat([lease.id])
 
 
-async def test_infrastructure_failures_are_retried_then_lost(clients: Clients):
-    (task_id,) = await imported(clients)
-    run_id = await new_run(clients)
-    await clients.queue.enqueue_groups([samples.group(run_id, task_id, 2)])
-    seeds = set()
-    for attempt in range(4):
+async def failed(clients: Clients, run_id: str, times: int) -> None:
+    """Lease the first slot and give it back as failed, `times` times, however long it rests."""
+    for attempt in range(times):
         (lease,) = await clients.queue.lease_rollouts("w", 1, run_id=run_id)
         assert (lease.group_index, lease.attempt) == (0, attempt)
-        seeds.add(lease.seed)
         assert await clients.queue.fail_rollout(lease.id, "sandbox died \x00") == (attempt < 3)
-    assert len(seeds) == 1
-    (lease,) = await clients.queue.lease_rollouts("w", 1, run_id=run_id)
-    await clients.queue.commit_rollout(lease.id, samples.trajectory(task_id))
-    (taken,) = await clients.queue.take_groups(run_id, 1)
-    assert taken.lost == 1
+
+
+@pytest.fixture
+async def hasty(database_url: str, tmp_path: Path) -> AsyncIterator[Clients]:
+    """Clients of a service that gives failed rollouts out again at once."""
+    settings = DatasetSettings(home=tmp_path, metrics="127.0.0.1:0", listen="127.0.0.1:0")
+    patched = settings.model_copy(update={"retry_s": 0.0, "drain_s": 0.1, "fsync": False})
+    async with serving(patched, database_url) as server, connect(server.address) as channel:
+        yield Clients(channel)
+
+
+async def test_infrastructure_failures_are_retried_then_lost_and_counted(hasty: Clients):
+    (task_id,) = await imported(hasty)
+    run_id = await new_run(hasty)
+    await hasty.queue.enqueue_groups([samples.group(run_id, task_id, 2)])
+    before = REGISTRY.get_sample_value("regreen_dataset_rollouts_lost_total")
+    await failed(hasty, run_id, 4)
+    assert REGISTRY.get_sample_value("regreen_dataset_rollouts_lost_total") == before + 1
+    (lease,) = await hasty.queue.lease_rollouts("w", 1, run_id=run_id)
+    await hasty.queue.commit_rollout(lease.id, samples.trajectory(task_id))
+    (taken,) = await hasty.queue.take_groups(run_id, 1)
+    assert (taken.lost, taken.lost_error) == (1, "sandbox died \x00")
     assert [t.group_index for t in taken.trajectories] == [1]
+
+
+async def test_a_failed_rollout_rests_and_a_released_one_does_not(clients: Clients):
+    (task_id,) = await imported(clients)
+    run_id = await new_run(clients)
+    await clients.queue.enqueue_groups([samples.group(run_id, task_id, 1)])
+    for _ in range(6):
+        (lease,) = await clients.queue.lease_rollouts("w", 1, run_id=run_id)
+        assert lease.attempt == 0
+        assert await clients.queue.fail_rollout(lease.id, "the worker ended", release=True)
+    (lease,) = await clients.queue.lease_rollouts("w", 1, run_id=run_id)
+    assert await clients.queue.fail_rollout(lease.id, "sandbox died")
+    assert not await clients.queue.lease_rollouts("w", 1, run_id=run_id)
+    assert (await clients.queue.get_queue(run_id)).rollouts["waiting"] == 1
+
+
+async def test_a_rewind_gives_lost_rollouts_of_unconsumed_groups_another_chance(hasty: Clients):
+    (task_id,) = await imported(hasty)
+    run_id = await new_run(hasty)
+    for step in (1, 2):
+        await hasty.queue.enqueue_groups([samples.group(run_id, task_id, 1, step)])
+        await failed(hasty, run_id, 4)
+    first, second = (g.group.id for g in await hasty.queue.take_groups(run_id, 2))
+    checkpoint = await hasty.runs.record_checkpoint(
+        pb.CheckpointRecord(run_id=run_id, step=1, uri="file:///c1", group_ids=[first])
+    )
+    assert (await hasty.queue.rewind_run(run_id, checkpoint_id=checkpoint.id)).groups == 1
+    assert dict((await hasty.queue.get_queue(run_id)).groups) == {"acknowledged": 1, "open": 1}
+    assert dict((await hasty.queue.get_queue(run_id, step=2)).rollouts) == {"waiting": 1}
+    assert not await hasty.queue.take_groups(run_id, 2)
+    (lease,) = await hasty.queue.lease_rollouts("w", 2, run_id=run_id)
+    assert (lease.group.id, lease.attempt) == (second, 0)
+    await hasty.queue.commit_rollout(lease.id, samples.trajectory(task_id))
+    (taken,) = await hasty.queue.take_groups(run_id, 2)
+    assert (taken.group.id, taken.lost, len(taken.trajectories)) == (second, 0, 1)
+
+
+async def test_a_checkpoint_or_the_end_of_a_run_can_take_what_is_taken(clients: Clients):
+    (task_id,) = await imported(clients)
+    run_id = await new_run(clients)
+    ids = [await committed_group(clients, run_id, task_id, 1, step) for step in (1, 2, 3)]
+    await clients.queue.take_groups(run_id, 3)
+    record = pb.CheckpointRecord(run_id=run_id, step=2, uri="file:///c", group_ids=ids[1:2])
+    stored = await clients.runs.record_checkpoint(record, acknowledge_taken=True)
+    assert list(stored.group_ids) == ids[:2]
+    epoch = (await clients.queue.rewind_run(run_id, checkpoint_id=stored.id)).epoch
+    assert [g.group.id for g in await clients.queue.take_groups(run_id, 3)] == ids[2:]
+    with pytest.raises(Aborted):
+        await clients.runs.update_run(run_id, state="done", acknowledge_taken=True, epoch=epoch - 1)
+    await clients.runs.update_run(run_id, state="done", acknowledge_taken=True, epoch=epoch)
+    (listed,) = (await clients.runs.list_checkpoints(run_id)).checkpoints
+    assert list(listed.group_ids) == ids
+
+
+async def test_a_repeated_take_is_refused_after_a_rewind(clients: Clients):
+    (task_id,) = await imported(clients)
+    run_id = await new_run(clients)
+    await committed_group(clients, run_id, task_id, 1)
+    epoch = (await clients.runs.get_run(run_id)).epoch
+    for asked in (epoch, 0):
+        take = {"epoch": asked, "request_id": f"take-{asked}-{run_id}"}
+        assert len(await clients.queue.take_groups(run_id, 1, **take)) == 1
+        assert len(await clients.queue.take_groups(run_id, 1, **take)) == 1
+        await clients.queue.rewind_run(run_id)
+    with pytest.raises(Aborted):
+        await clients.queue.take_groups(run_id, 1, epoch=epoch, request_id=f"take-{epoch}-{run_id}")
+    assert not await clients.queue.take_groups(run_id, 1, request_id=f"take-0-{run_id}")
+    assert len(await clients.queue.take_groups(run_id, 1)) == 1
 
 
 async def test_rewinding_gives_back_exactly_what_the_checkpoint_lacks(clients: Clients):

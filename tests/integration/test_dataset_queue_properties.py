@@ -27,6 +27,7 @@ from regreen.rpc.errors import FailedPrecondition, LeaseExpired
 
 LEASE_S = 60.0
 MAX_ATTEMPTS = 3
+RETRY_S = 30.0
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Slot:
     state: str = "waiting"
     lease_id: str = ""
     expires: datetime | None = None
+    not_before: datetime | None = None
     trajectory: str = ""
 
 
@@ -85,7 +87,10 @@ class Queue:
         self.store = TrajectoryStore(self.database, open_blobs(directory, fsync=False))
         clock_type = DateTime(timezone=True)
         self.policy = QueuePolicy(
-            MAX_ATTEMPTS, LEASE_S, clock=lambda: literal(self.now, clock_type)
+            MAX_ATTEMPTS,
+            LEASE_S,
+            retry_s=RETRY_S,
+            clock=lambda: literal(self.now, clock_type),
         )
         self.model = Model()
         self.task_id, self.run_id = f"task-{new_id('tsk')}", ""
@@ -140,7 +145,8 @@ class Queue:
             (slot, group_id, index)
             for group_id, group in self.model.groups.items()
             for index, slot in enumerate(group.slots)
-            if slot.state == "waiting" or (slot.state == "leased" and slot.expires < self.now)
+            if (slot.state == "waiting" and (slot.not_before or self.now) <= self.now)
+            or (slot.state == "leased" and slot.expires < self.now)
         ]
         assert [(lease.group.id, lease.group_index) for lease in leases] == [
             (group_id, index) for _, group_id, index in free[:count]
@@ -193,11 +199,16 @@ class Queue:
         if not (lease_id := self.some_lease(pick)):
             return
         slot = self.model.slot(lease_id)
+        release = pick // 64 % 4 == 0
         if slot.state == "leased" and slot.lease_id == lease_id:
-            retried = self.run(lambda s: rollouts.fail(s, self.policy, lease_id, "?"))
-            slot.attempt += 1
+            retried = self.run(
+                lambda s: rollouts.fail(s, self.policy, lease_id, "?", release=release)
+            )
+            slot.attempt += not release
             assert retried == (slot.attempt < MAX_ATTEMPTS)
             slot.state, slot.lease_id = ("waiting" if retried else "lost"), ""
+            pause = timedelta(seconds=0 if release else RETRY_S * 2 ** (slot.attempt - 1))
+            slot.not_before = self.now + pause
         else:
             with pytest.raises(LeaseExpired):
                 self.run(lambda s: rollouts.fail(s, self.policy, lease_id, "?"))
@@ -255,6 +266,12 @@ class Queue:
             ):
                 group.state, group.checkpoint = "complete", -1
                 expected += 1
+            if group.state == "acknowledged":
+                continue
+            for slot in group.slots:
+                if slot.state == "lost":
+                    group.state, slot.state, slot.attempt = "open", "waiting", 0
+                    slot.not_before = None
         assert back == expected
         del self.model.checkpoints[kept:]
 

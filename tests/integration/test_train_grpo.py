@@ -9,13 +9,23 @@ from pathlib import Path
 
 import pytest
 
+from dataset_svc.__main__ import serving
+from dataset_svc.settings import DatasetSettings
 from regreen.client.stack import Stack
-from regreen.rpc.errors import FailedPrecondition
+from regreen.rpc.errors import FailedPrecondition, InfraError, Unavailable
 from regreen.train.config import GrpoConfig
 from regreen.train.gather import group_id
 from regreen.train.rl import train_grpo
 from tests.integration import dataset_samples as samples
-from tests.integration.train_services import Fuse, Killed, World, admitted, scripted_workers, world
+from tests.integration.train_services import (
+    Fuse,
+    Killed,
+    World,
+    admitted,
+    rollout,
+    scripted_workers,
+    world,
+)
 
 
 @pytest.fixture
@@ -38,12 +48,12 @@ def config_of(tasks: tuple[str, ...], **changes) -> GrpoConfig:
     return GrpoConfig(**(settings | changes))
 
 
-def external(place: World):
+def external(place: World, make=rollout):
     """Workers as a fleet has them; only their life is tied to the driver."""
 
     @asynccontextmanager
     async def opened(stack: Stack, run_id: str, count: int):
-        async with scripted_workers(place, run_id, count):
+        async with scripted_workers(place, run_id, count, make):
             yield
 
     return opened
@@ -212,3 +222,123 @@ async def test_no_worker_is_said_so(place: World):
         config = config_of(await admitted(stack), concurrency=0, idle_deadline_s=0.5)
         with pytest.raises(FailedPrecondition, match=r"4 waiting.*are rollout workers running"):
             await train_grpo(stack, config)
+
+
+@pytest.fixture
+async def hasty(database_url: str, tmp_path: Path) -> AsyncIterator[World]:
+    """A place where a rollout is lost after two tries without a pause."""
+    settings = DatasetSettings(
+        listen="127.0.0.1:0",
+        metrics="127.0.0.1:0",
+        home=tmp_path,
+        drain_s=0.1,
+        fsync=False,
+        max_attempts=2,
+        retry_s=0.0,
+    )
+    async with serving(settings, database_url) as server, world(server.address, tmp_path) as found:
+        yield found
+
+
+async def test_an_outage_that_loses_every_rollout_is_waited_out(hasty: World):
+    seen = []
+
+    def during_outage(lease, version):
+        if not seen:
+            raise InfraError("no sandbox could be made")
+        return rollout(lease, version)
+
+    def listener(progress):
+        if progress.stage == "recover":
+            seen.append(progress.detail)
+
+    async with hasty.stack() as stack:
+        config = config_of(await admitted(stack), recovery_deadline_s=20.0)
+        result = await train_grpo(stack, config, listener, workers=external(hasty, during_outage))
+        queue = await stack.queue.get_queue(result.run_id)
+    assert seen[0].startswith("step 1: 4 of 4 rollouts were lost to infrastructure")
+    assert not queue.rollouts["lost"]
+    assert await check_exactly_once(hasty, config)
+
+
+async def test_an_outage_without_end_fails_the_run_with_its_reason(hasty: World):
+    def never(lease, version):
+        raise InfraError("no sandbox could be made")
+
+    async with hasty.stack() as stack:
+        config = config_of(await admitted(stack), recovery_deadline_s=0.5)
+        with pytest.raises(Unavailable, match=r"4 of 4 .* lost .*\(no sandbox could be made\)"):
+            await train_grpo(stack, config, workers=external(hasty, never))
+        assert (await stack.runs.get_run(config.name)).state == "active"
+
+
+def kill_at(stack: Stack, request_name: str, *, after: bool) -> None:
+    """End this process at the first request of that type, before or after it took effect."""
+    call = stack.runs._call
+
+    async def counted(method, request, timeout_s):
+        named = type(request).__name__ == request_name
+        if named and not after:
+            raise Killed
+        answer = await call(method, request, timeout_s)
+        if named:
+            raise Killed
+        return answer
+
+    stack.runs._call = counted
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize(
+    ("every", "request_name"), [(2, "RecordCheckpointRequest"), (1, "UpdateRunRequest")]
+)
+async def test_groups_of_a_last_step_without_lesson_are_acknowledged_after_a_kill(
+    place: World, every: int, request_name: str, after: bool
+):
+    def teaches_first(lease, version):
+        made = rollout(lease, version)
+        made.reward.solved = bool(lease.group_index % 2) and lease.group.step == 1
+        made.reward.value = float(made.reward.solved)
+        return made
+
+    async with place.stack() as stack:
+        tasks = await admitted(stack)
+    config = config_of(tasks, steps=2, checkpoint_every=every, max_refills=0)
+    workers = external(place, teaches_first)
+    async with place.stack() as stack:
+        kill_at(stack, request_name, after=after)
+        with pytest.raises(Killed):
+            await train_grpo(stack, config, workers=workers)
+    async with place.stack() as stack:
+        await train_grpo(stack, config, workers=workers)
+        queue = await stack.queue.get_queue((await stack.runs.get_run(config.name)).id)
+    assert dict(queue.groups) == {"acknowledged": 4}
+    await check_exactly_once(place, config)
+
+
+async def test_refills_of_an_earlier_life_are_used_when_their_cause_is_gone(hasty: World):
+    outage = True
+
+    def teaches_unless_out(lease, version):
+        if outage and lease.group.labels["slot"] == "0" and lease.group_index == 0:
+            raise InfraError("no sandbox could be made")
+        made = rollout(lease, version)
+        made.reward.solved = bool(lease.group_index)
+        made.reward.value = float(made.reward.solved)
+        return made
+
+    async with hasty.stack() as stack:
+        tasks = await admitted(stack)
+    config = config_of(tasks, steps=1, groups_per_step=1, max_refills=2)
+    workers = external(hasty, teaches_unless_out)
+    async with hasty.stack() as stack:
+        kill_at(stack, "RecordMetricsRequest", after=False)
+        with pytest.raises(Killed):
+            await train_grpo(stack, config, workers=workers)
+        outage = False
+    async with hasty.stack() as stack:
+        await train_grpo(stack, config, workers=workers)
+        queue = await stack.queue.get_queue((await stack.runs.get_run(config.name)).id)
+    assert dict(queue.groups) == {"acknowledged": 2}
+    assert dict(queue.rollouts) == {"committed": 4}
+    await check_exactly_once(hasty, config)

@@ -10,7 +10,7 @@
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,13 @@ from regreen.common import v1 as common_pb
 from regreen.dataset import v1 as dataset_pb
 from regreen.learner import v1 as learner_pb
 from regreen.policy import v1 as policy_pb
-from regreen.rpc.errors import FailedPrecondition, InvalidArgument, LeaseExpired, NotFound
+from regreen.rpc.errors import (
+    FailedPrecondition,
+    InfraError,
+    InvalidArgument,
+    LeaseExpired,
+    NotFound,
+)
 from regreen.rpc.server import Server
 from regreen.settings import ServiceSettings
 from tests.integration import dataset_samples as samples
@@ -222,8 +228,10 @@ def rollout(lease: dataset_pb.Lease, version: int) -> dataset_pb.Trajectory:
 
 
 @asynccontextmanager
-async def scripted_workers(world: World, run_id: str, count: int) -> AsyncIterator[None]:
-    """Workers that outlive their driver, as those of a fleet do."""
+async def scripted_workers(
+    world: World, run_id: str, count: int, make: Callable = rollout
+) -> AsyncIterator[None]:
+    """Workers that outlive their driver, as those of a fleet do; InfraError fails a rollout."""
 
     async def work(name: str) -> None:
         async with world.stack() as stack:
@@ -231,8 +239,10 @@ async def scripted_workers(world: World, run_id: str, count: int) -> AsyncIterat
                 leases = await stack.queue.lease_rollouts(name, 4, run_id=run_id, duration_s=30)
                 for lease in leases:
                     try:
-                        done = rollout(lease, world.policy.serving.version)
+                        done = make(lease, world.policy.serving.version)
                         await stack.queue.commit_rollout(lease.id, done)
+                    except InfraError as error:
+                        await stack.queue.fail_rollout(lease.id, str(error))
                     except LeaseExpired:
                         continue
                 if not leases:

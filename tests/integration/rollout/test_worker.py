@@ -25,7 +25,12 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 async def dataset(database_url, tmp_path):
     """Address of a dataset service on the loop of these tests."""
     settings = DatasetSettings(
-        listen="127.0.0.1:0", metrics="127.0.0.1:0", home=tmp_path, drain_s=0.5, fsync=False
+        listen="127.0.0.1:0",
+        metrics="127.0.0.1:0",
+        home=tmp_path,
+        drain_s=0.5,
+        fsync=False,
+        retry_s=0.05,
     )
     async with serving(settings, database_url) as server:
         yield server.address
