@@ -3,6 +3,8 @@
 - `up` returns when every service answers SERVING, or says which one did not and shows its log.
 - `up` on a running stack changes nothing; `down` on a stopped one succeeds.
 - Stopping goes through the supervisor; one that does not end is killed, and its services with it.
+- Whether a stack runs is told by its supervisor's lock; a process id that was left behind is never
+  trusted, since another process may have it now.
 """
 
 import asyncio
@@ -41,11 +43,13 @@ class ServiceStatus:
 
 def describe(layout: Layout) -> dict[str, Any] | None:
     """The description of the running stack, or None."""
+    if not layout.supervised():
+        return None
     try:
         found: dict[str, Any] = json.loads(layout.description.read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-    return found if _alive(int(found["pid"])) else None
+    return found
 
 
 async def status(layout: Layout) -> list[ServiceStatus]:
@@ -71,7 +75,7 @@ async def up(
     """
     layout.make()
     starter: subprocess.Popen[bytes] | None = None
-    if describe(layout) is None:
+    if not layout.supervised():
         starter = _start(layout, arguments or {}, fixed_ports)
     give_up_s = time.monotonic() + timeout_s
     while True:
@@ -92,12 +96,15 @@ async def down(layout: Layout, timeout_s: float = 40.0) -> bool:
     if found is None:
         return False
     pid = int(found["pid"])
-    os.kill(pid, signal.SIGTERM)
+    number = signal.SIGTERM
     give_up_s = time.monotonic() + timeout_s
-    while _alive(pid):
-        if time.monotonic() > give_up_s:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+    while layout.supervised():
+        if time.monotonic() > give_up_s and number == signal.SIGTERM:
+            number = signal.SIGKILL
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+                os.kill(pid, number)
         await asyncio.sleep(_POLL_S)
     layout.description.unlink(missing_ok=True)
     return True
@@ -154,11 +161,3 @@ def tail(layout: Layout, name: str, lines: int) -> str:
     except FileNotFoundError:
         return "(no log)"
     return "\n".join(text.splitlines()[-lines:])
-
-
-def _alive(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/stat") as stat:
-            return stat.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False

@@ -4,6 +4,8 @@
 - A service is a process of the same interpreter: `python -m <name>_svc`.
 """
 
+import fcntl
+import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,7 @@ class Service:
         return f"{self.name}_svc"
 
 
+# The one that the others need comes first; it is the last to be stopped.
 SERVICES = (
     Service("dataset", 50051, 9051, "regreen.dataset.v1.TaskService"),
     Service("sandbox", 50052, 9052, "regreen.sandbox.v1.SandboxService"),
@@ -67,6 +70,20 @@ class Layout:
     def log(self, name: str) -> Path:
         """Log file of one service, or of the supervisor."""
         return self.logs / f"{name}.log"
+
+    def supervised(self) -> bool:
+        """Whether a supervisor lives: process ids may be reused, its lock is never left behind."""
+        try:
+            handle = os.open(self.lock, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(handle)
+        return False
 
     def make(self) -> None:
         """Create the directories."""

@@ -2,7 +2,8 @@
 
 - One supervisor per home: it holds a lock for as long as it lives.
 - Every service dies with the supervisor, whichever way it ends (parent-death signal).
-- A service that dies is started again on its ports with growing delay; clients retry meanwhile.
+- A service that dies, or cannot be started now, is started again on its ports with growing delay;
+  clients retry meanwhile.
 - `stack.json` is written before the services start and removed when the stack is down.
 - What a service prints goes to its log file, never to the terminal.
 """
@@ -25,7 +26,8 @@ from regreen.rpc.errors import FailedPrecondition
 from regreen.stack.layout import SERVICES, Layout, Service, pick_port
 
 _PR_SET_PDEATHSIG = 1
-_STOP_S = 20.0
+_STOP_S = 15.0
+_LOCK_S = 1.0
 _ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
 """Defaults of the services: threads that wait must not spin on cores that others need."""
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -61,7 +63,7 @@ class Supervisor:
     async def run(self) -> None:
         """Run the stack until SIGTERM or SIGINT."""
         self._layout.make()
-        self._take_lock()
+        await self._take_lock()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.add_signal_handler(number, self._stop.set)
@@ -73,14 +75,22 @@ class Supervisor:
         finally:
             self._layout.description.unlink(missing_ok=True)
 
-    def _take_lock(self) -> None:
+    async def _take_lock(self) -> None:
         self._lock = os.open(self._layout.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise FailedPrecondition(
-                f"a stack is already running in {self._layout.home}; see `regreen status`"
-            ) from error
+        give_up_s = time.monotonic() + _LOCK_S
+        while True:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                # Whoever looks whether a stack runs holds the lock for a moment.
+                if time.monotonic() > give_up_s:
+                    raise FailedPrecondition(
+                        f"a stack is already running in {self._layout.home}; see `regreen status`"
+                    ) from error
+            else:
+                self._layout.description.unlink(missing_ok=True)
+                return
+            await asyncio.sleep(0.02)
 
     def _plan(self) -> None:
         taken: set[int] = set()
@@ -115,18 +125,30 @@ class Supervisor:
         """Keep one service running."""
         name = running.service.name
         while not self._stop.is_set():
-            running.process = await self._spawn(running)
             running.started_s = time.monotonic()
-            (self._layout.run / f"{name}.pid").write_text(f"{running.process.pid}\n")
-            code = await running.process.wait()
+            try:
+                ended = f"ended with {await self._run_once(running)}"
+            except OSError as error:  # a full disk, no process left: it may pass
+                ended = f"cannot be started ({error})"
             if self._stop.is_set():
                 return
             lived_s = time.monotonic() - running.started_s
             running.restarts = 0 if lived_s > 60 else running.restarts + 1
             delay_s = min(0.2 * 2 ** min(running.restarts, 7), 15.0)
-            self._note(name, f"{name} ended with {code}; starting it again in {delay_s:.1f} s")
+            self._note(name, f"{name} {ended}; starting it again in {delay_s:.1f} s")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stop.wait(), delay_s)
+
+    async def _run_once(self, running: _Running) -> int:
+        """Start a service and wait for its end; its exit code."""
+        pid_file = self._layout.run / f"{running.service.name}.pid"
+        pid_file.unlink(missing_ok=True)
+        running.process = await self._spawn(running)
+        try:
+            pid_file.write_text(f"{running.process.pid}\n")
+        except OSError as error:
+            self._note(running.service.name, f"cannot write {pid_file}: {error}")
+        return await running.process.wait()
 
     async def _spawn(self, running: _Running) -> asyncio.subprocess.Process:
         log = os.open(
@@ -156,33 +178,35 @@ class Supervisor:
             os.close(log)
 
     async def _shut_down(self, watchers: list[asyncio.Task[None]]) -> None:
-        """Stop services in reverse order of dependence: the database last."""
-        for running in reversed(self._services):
-            process = running.process
-            if process is None or process.returncode is not None:
-                continue
-            process.terminate()
-        give_up_s = time.monotonic() + _STOP_S
-        for running in reversed(self._services):
-            process = running.process
-            if process is None:
-                continue
-            try:
-                await asyncio.wait_for(process.wait(), max(0.1, give_up_s - time.monotonic()))
-            except TimeoutError:
-                self._note(running.service.name, f"{running.service.name} did not end; killing it")
-                with contextlib.suppress(ProcessLookupError):
-                    process.kill()
-                await process.wait()
-            (self._layout.run / f"{running.service.name}.pid").unlink(missing_ok=True)
+        """Stop what uses the database, then the database."""
         for watcher in watchers:
             watcher.cancel()
         await asyncio.gather(*watchers, return_exceptions=True)
+        first, others = self._services[0], self._services[1:]
+        for together in (others, [first]):
+            await asyncio.gather(*(self._end(running) for running in together))
+
+    async def _end(self, running: _Running) -> None:
+        process, name = running.process, running.service.name
+        if process is not None and process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
+            try:
+                await asyncio.wait_for(process.wait(), _STOP_S)
+            except TimeoutError:
+                self._note(name, f"{name} did not end; killing it")
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+                await process.wait()
+        (self._layout.run / f"{name}.pid").unlink(missing_ok=True)
 
     def _note(self, name: str, text: str) -> None:
         line = json.dumps({"event": text, "service": name, "time": time.time()})
-        with self._layout.log("supervisor").open("a") as log:
-            log.write(line + "\n")
+        try:
+            with self._layout.log("supervisor").open("a") as log:
+                log.write(line + "\n")
+        except OSError:
+            sys.stderr.write(line + "\n")
 
 
 def main() -> None:

@@ -1,0 +1,114 @@
+"""The local stack: reused process ids, starts that fail, the order in which it ends.
+
+- Real processes and a real lock; nothing of ours is replaced.
+"""
+
+import asyncio
+import fcntl
+import json
+import stat
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from regreen.stack import control
+from regreen.stack.layout import SERVICES, Layout
+from regreen.stack.supervisor import Supervisor, _Running
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Layout:
+    found = Layout(tmp_path / "home")
+    found.make()
+    return found
+
+
+@pytest.fixture
+def stranger() -> Iterator["subprocess.Popen[bytes]"]:
+    """A process that has nothing to do with the stack."""
+    with subprocess.Popen(["sleep", "60"]) as process:
+        yield process
+        process.kill()
+
+
+async def test_a_description_whose_process_id_was_reused_is_not_believed(layout, stranger):
+    layout.lock.touch()
+    layout.description.write_text(json.dumps({"pid": stranger.pid, "endpoints": {}}))
+    assert control.describe(layout) is None
+    assert not await control.down(layout)
+    assert stranger.poll() is None
+
+
+async def test_a_stack_runs_while_its_supervisor_holds_the_lock(layout, stranger):
+    layout.description.write_text(json.dumps({"pid": stranger.pid, "endpoints": {}}))
+    with layout.lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert control.describe(layout) == {"pid": stranger.pid, "endpoints": {}}
+    assert control.describe(layout) is None
+
+
+async def test_a_supervisor_waits_for_those_who_only_look(layout):
+    looks = layout.lock.open("w")
+    fcntl.flock(looks, fcntl.LOCK_SH)
+    layout.description.write_text("{}")
+    taking = asyncio.create_task(Supervisor(layout)._take_lock())
+    await asyncio.sleep(0)
+    assert not taking.done()
+    looks.close()
+    await taking
+    assert layout.supervised()
+    assert not layout.description.exists()
+
+
+def script(path: Path, text: str) -> str:
+    """An executable shell script."""
+    staging = path.with_suffix(".new")
+    staging.write_text(f"#!/bin/sh\n{text}\n")
+    staging.chmod(staging.stat().st_mode | stat.S_IXUSR)
+    staging.rename(path)
+    return str(path)
+
+
+async def until(holds) -> None:
+    async with asyncio.timeout(20):
+        while not holds():  # noqa: ASYNC110 - files have no events
+            await asyncio.sleep(0.02)
+
+
+def said(layout: Layout) -> str:
+    log = layout.log("supervisor")
+    return log.read_text() if log.exists() else ""
+
+
+async def test_a_service_that_cannot_be_started_now_is_started_later(layout, tmp_path):
+    supervisor = Supervisor(layout)
+    running = _Running(SERVICES[0], [str(tmp_path / "program")])
+    supervisor._services.append(running)
+    watcher = asyncio.create_task(supervisor._watch(running))
+    await until(lambda: "cannot be started" in said(layout))
+    script(tmp_path / "program", "exec sleep 60")
+    await until((layout.run / "dataset.pid").exists)
+    assert not watcher.done()
+    supervisor._stop.set()
+    await supervisor._shut_down([watcher])
+    assert running.process is not None
+    assert running.process.returncode is not None
+    assert not (layout.run / "dataset.pid").exists()
+
+
+async def test_the_database_is_stopped_after_all_others(layout, tmp_path):
+    supervisor, order = Supervisor(layout), tmp_path / "order"
+    for service, pause in zip(SERVICES[:3], ("0", "0.3", "0.1"), strict=True):
+        text = (
+            f"trap 'sleep {pause}; echo {service.name} >> {order}; exit 0' TERM\n"
+            f"touch {tmp_path}/{service.name}.up\nwhile :; do sleep 0.02; done"
+        )
+        argv = [script(tmp_path / service.name, text)]
+        supervisor._services.append(_Running(service, argv))
+    watchers = [asyncio.create_task(supervisor._watch(r)) for r in supervisor._services]
+    await until(lambda: len(list(tmp_path.glob("*.up"))) == 3)
+    supervisor._stop.set()
+    await supervisor._shut_down(watchers)
+    assert order.read_text().split() == ["policy", "sandbox", "dataset"]
