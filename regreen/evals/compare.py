@@ -2,6 +2,7 @@
 
 - A sentence never says more than its interval and its test: "did better" needs an interval
   without zero *and* p <= 0.05, because a bootstrap over few tasks is too sure.
+- Both sides count the same cells only: what one of the two was not tried on is left out of both.
 - Signs, tasks and samples are always in the sentence.
 """
 
@@ -50,10 +51,13 @@ def compare(
     mode: str = "all",
     seed: int = 0,
 ) -> Comparison:
-    """Compare two subjects of an evaluation."""
-    chosen = select(outcomes, pipeline=pipeline, mode=mode)
-    left = outcomes_by_task([o for o in chosen if o.subject == first], grader)
-    right = outcomes_by_task([o for o in chosen if o.subject == second], grader)
+    """Compare two subjects on the (task, pipeline, mode) cells that both were tried on."""
+    chosen = [o for o in select(outcomes, pipeline=pipeline, mode=mode) if grader in o.solved]
+    shared = _cells_of(chosen, first) & _cells_of(chosen, second)
+    left, right = (
+        outcomes_by_task([o for o in select(chosen, subject=name) if _cell(o) in shared], grader)
+        for name in (first, second)
+    )
     return Comparison(
         first,
         second,
@@ -64,6 +68,14 @@ def compare(
         solve_rate(right, seed=seed),
         paired_difference(left, right, seed=seed),
     )
+
+
+def _cell(outcome: Outcome) -> tuple[str, str, str]:
+    return outcome.task_id, outcome.pipeline, outcome.mode
+
+
+def _cells_of(outcomes: Sequence[Outcome], subject: str) -> set[tuple[str, str, str]]:
+    return {_cell(outcome) for outcome in select(outcomes, subject=subject)}
 
 
 def select(
@@ -88,7 +100,7 @@ def sentence(found: Comparison) -> str:
     place += "" if found.mode == "all" else f", mode {found.mode}"
     facts = (
         f"{found.second} solved {found.second_rate.value:.1%} and {found.first} "
-        f"{found.first_rate.value:.1%} of attempts on {gap.tasks} "
+        f"{found.first_rate.value:.1%} of attempts, mean over {gap.tasks} "
         f"task{'s' if gap.tasks != 1 else ''}{place} "
         f"({found.second_rate.samples} and {found.first_rate.samples} attempts): "
         f"{100 * gap.value:+.1f} points, 95% interval {100 * gap.low:+.1f} to "

@@ -3,6 +3,7 @@
 - Everything comes from rows of the dataset service, so it can be written again at any time.
 - The page is one file: no scripts, no external assets; readable in light and dark, and printed.
 - Both files appear whole or not at all; a figure on the page is the figure in the JSON.
+- Evaluations are pooled only if they measured the same way; an attempt is counted once.
 """
 
 import json
@@ -26,7 +27,7 @@ from regreen.dataset import v1 as dataset_pb
 from regreen.evals import svg
 from regreen.evals.rows import Outcome, load_outcomes
 from regreen.evals.summary import Json, ReportInput, RunFacts, TaskFacts, document
-from regreen.rpc.errors import FailedPrecondition, NotFound, RegreenError
+from regreen.rpc.errors import FailedPrecondition, InvalidArgument, NotFound, RegreenError
 from regreen.train.names import mode_name
 from regreen.train.weights import BASE
 
@@ -57,17 +58,22 @@ async def write_report(
 
     Raises:
         NotFound: no run of such a name.
-        FailedPrecondition: there is neither an evaluation nor a training run.
+        FailedPrecondition: there is neither an evaluation nor a training run, or the evaluations
+            measured in different ways.
+        InvalidArgument: `out_dir` cannot be written.
     """
     source = await load(
         stack, evals=evals, runs=runs, commands=commands, notes=notes, title=title, now=now
     )
     found = document(source)
     html = render(found)
-    out_dir.mkdir(parents=True, exist_ok=True)
     files = ReportFiles(out_dir / "report.html", out_dir / "report.json", found["headline"])
-    _write(files.json, json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    _write(files.html, html)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        _write(files.json, json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        _write(files.html, html)
+    except OSError as error:
+        raise InvalidArgument("out", str(error), "name a directory you can write") from error
     return files
 
 
@@ -87,23 +93,31 @@ async def load(
     trained = sorted(_chosen(every, runs, {"sft", "grpo"}), key=_created)
     if not evaluations and not trained:
         raise FailedPrecondition("nothing was trained or evaluated yet; run `regreen eval` first")
+    _check_alike(evaluations)
     short = short_names([run.name for run in trained])
     outcomes = [
         replace(outcome, subject=short.get(outcome.subject, outcome.subject))
-        for run in evaluations
-        for outcome in await load_outcomes(stack, run.id)
+        for outcome in await _outcomes(stack, evaluations)
     ]
     task_ids = sorted({outcome.task_id for outcome in outcomes})
-    graders = [outcome.graded for outcome in outcomes]
+    facts = [await _task_facts(stack, await stack.tasks.get_task(id)) for id in task_ids]
+    others = await _others(stack, facts)
+    graders = sorted({outcome.graded for outcome in outcomes})
     return ReportInput(
         title=title,
         created=(now or datetime.now(UTC)).strftime("%Y-%m-%d %H:%M UTC"),
         environment=await _environment(stack),
         outcomes=outcomes,
         subjects=_ordered_subjects(outcomes, [short[run.name] for run in trained]),
-        grader=max(set(graders), key=graders.count) if graders else "build_gates_judge",
+        grader=graders[0] if graders else "build_gates_judge",
         runs=[await _run_facts(stack, run, short[run.name]) for run in trained],
-        tasks=[await _task_facts(stack, id) for id in task_ids],
+        tasks=facts,
+        left_out=[
+            await _task_facts(stack, task)
+            for task in others
+            if task.status not in (dataset_pb.TASK_STATUS_NEW, dataset_pb.TASK_STATUS_ADMITTED)
+        ],
+        not_gated=sum(task.status == dataset_pb.TASK_STATUS_NEW for task in others),
         commands=commands,
         lost=sum(int(MessageToDict(run.summary).get("lost", 0)) for run in evaluations),
         notes=notes,
@@ -269,10 +283,48 @@ async def _run_facts(stack: Stack, run: dataset_pb.Run, name: str) -> RunFacts:
     )
 
 
-async def _task_facts(stack: Stack, task_id: str) -> TaskFacts:
-    task = await stack.tasks.get_task(task_id)
+def _check_alike(evaluations: Sequence[dataset_pb.Run]) -> None:
+    """Refuse evaluations whose figures must not be pooled."""
+    seen: dict[str, tuple[str, object]] = {}
+    for run in evaluations:
+        config = MessageToDict(run.config)
+        settings = config.get("settings", {})
+        facts = {name: settings.get(name) for name in ("grader", "labels")}
+        for subject, weights in config.get("resolved", {}).get("weights", {}).items():
+            facts[f"the weights of {subject}"] = weights
+        for name, value in facts.items():
+            other, before = seen.setdefault(name, (run.name, value))
+            if before != value:
+                raise FailedPrecondition(
+                    f"evaluations {other!r} and {run.name!r} differ in {name}; "
+                    "name those that belong together with --eval"
+                )
+
+
+async def _outcomes(stack: Stack, evaluations: Sequence[dataset_pb.Run]) -> list[Outcome]:
+    """What was measured; a draw that several evaluations made is counted once."""
+    found: dict[tuple[object, ...], Outcome] = {}
+    for run in evaluations:
+        seed = MessageToDict(run.config).get("settings", {}).get("seed")
+        for o in await load_outcomes(stack, run.id):
+            key = (o.subject, o.task_id, o.pipeline, o.mode, o.sample, seed)
+            found.setdefault(key, o)
+    return list(found.values())
+
+
+async def _others(stack: Stack, evaluated: Sequence[TaskFacts]) -> list[dataset_pb.Task]:
+    """Tasks of the splits of what was evaluated that were not evaluated."""
+    ids = {task.id for task in evaluated}
+    found: list[dataset_pb.Task] = []
+    for split in sorted({task.split for task in evaluated} - {""}):
+        every = await stack.tasks.all_tasks(dataset_pb.TaskFilter(split=split))
+        found += [task for task in every if task.id not in ids]
+    return found
+
+
+async def _task_facts(stack: Stack, task: dataset_pb.Task) -> TaskFacts:
     try:
-        gate = await stack.tasks.get_gate_report(task_id)
+        gate = await stack.tasks.get_gate_report(task.id)
     except NotFound:
         gate = dataset_pb.GateReport()
     return TaskFacts(

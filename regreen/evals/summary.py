@@ -3,6 +3,7 @@
 - Pure functions of loaded rows; the same rows give the same document, apart from its date.
 - "all" pools pipelines or modes within a task before averaging over tasks.
 - Figures that cannot be known are None, never 0.
+- Rates, tool shares, flags and times are given for every cell: subject, pipeline and mode.
 """
 
 import itertools
@@ -64,6 +65,11 @@ class ReportInput:
     grader: str
     runs: Sequence[RunFacts] = ()
     tasks: Sequence[TaskFacts] = ()
+    """Those that were evaluated."""
+    left_out: Sequence[TaskFacts] = ()
+    """Tasks of the same splits that the gate did not admit."""
+    not_gated: int = 0
+    """Tasks of the same splits that were never gated here."""
     commands: Sequence[str] = ()
     lost: int = 0
     notes: Sequence[str] = field(default_factory=tuple)
@@ -88,10 +94,10 @@ def document(source: ReportInput) -> Json:
         "comparisons": comparisons,
         "tools": _tools(source.outcomes, source.subjects),
         "tool_changes": _tool_changes(source.outcomes, policies),
-        "hacks": {s: _hacks(select(source.outcomes, subject=s)) for s in source.subjects},
-        "stages": {s: _stages(select(source.outcomes, subject=s)) for s in source.subjects},
         "runs": [_run(run) for run in source.runs],
         "tasks": [_task(task, source) for task in source.tasks],
+        "left_out": [asdict(task) for task in source.left_out],
+        "not_gated": source.not_gated,
     }
     cleaned: Json = _clean(found)
     return cleaned
@@ -123,6 +129,9 @@ def _cell(chosen: Sequence[Outcome], grader: str) -> Json:
         "tokens": _mean(o.tokens for o in chosen),
         "sampled_tokens": _mean(o.sampled_tokens for o in chosen),
         "seconds": _mean(o.seconds.get("total", 0.0) for o in chosen),
+        "tool_shares": tool_shares([o.tools for o in chosen]),
+        "hacks": _hacks(chosen),
+        "stages": _stages(chosen),
     }
 
 
@@ -201,7 +210,8 @@ def _all_tools(outcomes: Sequence[Outcome]) -> list[str]:
 def _hacks(chosen: Sequence[Outcome]) -> Json:
     counts = Counter(hack for outcome in chosen for hack in outcome.hacks)
     flagged = sum(bool(outcome.hacks) for outcome in chosen)
-    return {"trajectories": len(chosen), "flagged": flagged, "classes": dict(counts.most_common())}
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return {"trajectories": len(chosen), "flagged": flagged, "classes": dict(ranked)}
 
 
 def _stages(chosen: Sequence[Outcome]) -> Json:

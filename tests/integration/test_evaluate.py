@@ -1,6 +1,7 @@
 """Evaluations against a real dataset service: every slot once, whole versions, honest losses."""
 
 import asyncio
+import json
 from collections import Counter
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
@@ -200,3 +201,45 @@ async def test_a_report_of_nothing_is_refused(place: World, tmp_path: Path):
     async with place.stack() as stack:
         with pytest.raises(NotFound, match="no eval run named 'nowhere'"):
             await write_report(stack, tmp_path, evals=["nowhere"])
+
+
+async def test_evaluations_that_measured_differently_are_not_pooled(place: World, tmp_path: Path):
+    async with place.stack() as stack:
+        tasks = await admitted(stack, 1)
+        one = config_of(tasks)
+        two = config_of(tasks, labels={"budget.turns": "3"})
+        for config in (one, two):
+            await evaluate(stack, config, runner=ScriptedRunner(place))
+        with pytest.raises(FailedPrecondition, match="differ in labels; name those that belong"):
+            await write_report(stack, tmp_path, evals=[one.name, two.name])
+
+
+async def test_a_draw_that_two_evaluations_made_counts_once(place: World, tmp_path: Path):
+    async with place.stack() as stack:
+        tasks = await admitted(stack, 1)
+        configs = [config_of(tasks), config_of(tasks, samples=3)]
+        for config in configs:
+            await evaluate(stack, config, runner=ScriptedRunner(place))
+        files = await write_report(stack, tmp_path, evals=[config.name for config in configs])
+    cells = json.loads(files.json.read_text())["cells"]
+    whole = {c["subject"]: c["samples"] for c in cells if c["pipeline"] == c["mode"] == "all"}
+    assert whole == {"base": 12, "baseline:noop": 4}
+
+
+async def test_what_the_gate_refused_is_in_the_report(place: World, tmp_path: Path):
+    async with place.stack() as stack:
+        tasks = await admitted(stack, 1)
+        task = samples.task()
+        task.split = "test"
+        await stack.tasks.split_tasks({tasks[0]: "test"})
+        await stack.tasks.import_tasks([task])
+        report = samples.report(task.id, dataset_pb.TASK_STATUS_WAITING)
+        report.reason = "needs Python 3.7"
+        await stack.tasks.record_gate(report)
+        config = config_of(tasks)
+        await evaluate(stack, config, runner=ScriptedRunner(place))
+        files = await write_report(stack, tmp_path, evals=[config.name])
+        with pytest.raises(InvalidArgument, match=r"out: .*name a directory you can write"):
+            await write_report(stack, files.json, evals=[config.name])
+    found = json.loads(files.json.read_text())
+    assert {t["id"]: t["gate_reason"] for t in found["left_out"]}[task.id] == "needs Python 3.7"

@@ -96,7 +96,47 @@ def test_a_difference_that_may_be_nothing_is_said_to_be_so():
     found = compare(rows, "base", "grpo", grader="build")
     assert found.difference.value == pytest.approx(0.2)
     assert found.sentence.endswith("these data do not tell the two apart.")
-    assert "5 tasks (5 and 5 attempts): +20.0 points" in found.sentence
+    assert "mean over 5 tasks (5 and 5 attempts): +20.0 points" in found.sentence
+
+
+def test_both_sides_of_a_comparison_count_the_same_cells():
+    rows = [outcome("base", f"t{i}", "full", 0, solved=i == 0) for i in range(4)]
+    rows += [outcome("base", "only-base", "full", 0, solved=True)]
+    rows += [outcome("base", "t1", "simplified", 0, solved=True)]
+    rows += [outcome("grpo", f"t{i}", "full", 0, solved=i < 2) for i in range(4)]
+    rows += [outcome("grpo", f"only-grpo-{i}", "full", 0, solved=False) for i in range(6)]
+    found = compare(rows, "base", "grpo", grader="build")
+    assert found.first_rate.value == pytest.approx(0.25)
+    assert found.second_rate.value == pytest.approx(0.5)
+    gap = found.second_rate.value - found.first_rate.value
+    assert found.difference.value == pytest.approx(gap)
+    assert "mean over 4 tasks (4 and 4 attempts): +25.0 points" in found.sentence
+
+
+def test_every_cell_has_tool_shares_flags_and_times():
+    found = document(report_input())
+    cells = {(c["subject"], c["pipeline"]): c for c in found["cells"]}
+    cell = cells["grpo", "full"]
+    rows = [o for o in report_input().outcomes if (o.subject, o.pipeline) == ("grpo", "full")]
+    calls = [tool for row in rows for tool in row.tools]
+    assert cell["tool_shares"]["run_sh"] == pytest.approx(calls.count("run_sh") / len(calls))
+    assert cell["hacks"] == {"trajectories": 24, "flagged": 6, "classes": {"TEST_SKIPPED": 6}}
+    assert cell["stages"]["validate"] == 3.0
+    page = render(found)
+    assert "test_skipped 6" in page
+    assert "test_skipped 12" in page
+
+
+def test_tasks_that_were_not_admitted_are_listed_with_their_reason():
+    source = report_input()
+    lost = replace(
+        source.tasks[0], id="task-x", status="waiting", gate_reason="needs Python 3.8; found 3.11"
+    )
+    page = render(document(replace(source, left_out=[lost], not_gated=3)))
+    assert "task-x" in page
+    assert "needs Python 3.8; found 3.11" in page
+    assert "3 more tasks of the same split were not gated here." in page
+    assert "Not admitted" not in render(document(source))
 
 
 def test_few_tasks_give_a_hint_not_a_finding():
