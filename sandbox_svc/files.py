@@ -5,11 +5,13 @@
 - Every answer is bounded in entries and bytes and says when a bound cut it.
 - A diff lists regular files alone, by content and mode; it never depends on timestamps.
 - A diff is what the validator may apply; it is computed against a pristine fork of the state.
+- A name that the validator would refuse, or a file that cannot be read, never fails a diff: it is
+  left out and counted.
+- What grows with an agent's input (globs, listings, differences) is computed in worker threads.
 """
 
-import contextlib
-import difflib
-import re
+import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -21,7 +23,10 @@ from regreen.rpc.errors import (
     ResourceExhausted,
 )
 from sandbox_svc.backends.base import Box, Command, EndReason, ExecResult, FileStat
+from sandbox_svc.builders.protect import check_path
+from sandbox_svc.globs import Glob
 from sandbox_svc.sandboxes import Manager
+from sandbox_svc.unified import TooLarge, unified
 
 _LIST_OUTPUT_BYTES = 32 << 20
 _FIND_OUTPUT_BYTES = 8 << 20
@@ -77,6 +82,7 @@ class Diff:
 
     changes: Sequence[Change] = ()
     unified: str = ""
+    """Says at its end how many changes `changes` leaves out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,29 +93,9 @@ class DiffLimits:
     max_file_bytes: int = 8 << 20
     max_total_bytes: int = 48 << 20
     max_unified_chars: int = 1 << 20
+    max_unified_s: float = 2.0
+    """Time for showing differences; files that come later are only named."""
     skipped: Sequence[str] = field(default=_SKIPPED)
-
-
-def glob_regex(glob: str) -> re.Pattern[str]:
-    """A pattern for relative paths: `**` crosses directories, `*` and `?` do not.
-
-    A glob without a slash matches the last part of a path anywhere, as in ignore files.
-    """
-    if "/" not in glob:
-        glob = f"**/{glob}"
-    out, index = "", 0
-    while index < len(glob):
-        if glob.startswith("**/", index):
-            out, index = out + "(?:.*/)?", index + 3
-        elif glob.startswith("**", index):
-            out, index = out + ".*", index + 2
-        elif glob[index] == "*":
-            out, index = out + "[^/]*", index + 1
-        elif glob[index] == "?":
-            out, index = out + "[^/]", index + 1
-        else:
-            out, index = out + re.escape(glob[index]), index + 1
-    return re.compile(out, re.DOTALL)
 
 
 def _limit(value: int, default: int) -> int:
@@ -143,22 +129,42 @@ async def list_files(
     """Entries below `root` whose relative path matches `glob`, sorted; and whether any is missing.
 
     Raises:
+        InvalidArgument: a malformed glob or limit.
         NotFound: no such directory.
+        ResourceExhausted: it took too long.
     """
     limit = _limit(limit, 1000)
-    pattern = glob_regex(glob) if glob else None
+    pattern = Glob(glob) if glob else None
+    entries, cut = await _listing(box, root, pattern, "replace")
+    return entries[:limit], cut or len(entries) > limit
+
+
+async def _listing(
+    box: Box, root: str, pattern: Glob | None, errors: str
+) -> tuple[Sequence[Entry], bool]:
     form = "%y\\t%s\\t%m\\t%P\\0"
     result = await _tool(
         box, ["/usr/bin/find", ".", "-mindepth", "1", "-printf", form], root, _LIST_OUTPUT_BYTES
     )
-    entries = []
-    for record in result.stdout.head.split(b"\0")[:-1]:
+    entries = await asyncio.to_thread(_entries, result.stdout.head, pattern, errors)
+    return entries, result.stdout.truncated
+
+
+def _entries(listed: bytes, pattern: Glob | None, errors: str) -> list[Entry]:
+    until_s, entries = time.monotonic() + _TIMEOUT_S, []
+    for record in listed.split(b"\0")[:-1]:
         kind, size, mode, path = record.split(b"\t", 3)
-        text = path.decode("utf-8", "replace")
-        if pattern is None or pattern.fullmatch(text):
+        text = path.decode("utf-8", errors)
+        if pattern is None or pattern.matches(text):
             entries.append(Entry(text, int(size), kind == b"d", int(mode, 8)))
+        _check_time(until_s)
     entries.sort(key=lambda entry: entry.path)
-    return entries[:limit], len(entries) > limit or result.stdout.truncated
+    return entries
+
+
+def _check_time(until_s: float) -> None:
+    if time.monotonic() > until_s:
+        raise ResourceExhausted(f"matching took more than {_TIMEOUT_S:.0f} s; ask for less")
 
 
 async def find_text(
@@ -167,41 +173,57 @@ async def find_text(
     """Lines below `root` that contain `text`, by path and line; and whether any is missing.
 
     Raises:
-        InvalidArgument: the text is empty or has a line break.
+        InvalidArgument: the text is empty or has a line break, or a malformed glob.
         NotFound: no such directory.
+        ResourceExhausted: it took too long.
     """
     limit = _limit(limit, 200)
     if not text or "\n" in text or "\0" in text:
         raise InvalidArgument("text", "must be one non-empty line")
-    pattern = glob_regex(glob) if glob else None
+    pattern = Glob(glob) if glob else None
     skipped = [f"--exclude-dir={name}" for name in _SKIPPED]
     argv = ["/usr/bin/grep", "-rnIFZ", *skipped, "-e", text, "--", "."]
     result = await _tool(box, argv, root, _FIND_OUTPUT_BYTES)
-    matches = []
-    for line in result.stdout.head.split(b"\n")[:-1]:
+    matches = await asyncio.to_thread(_matches, result.stdout.head, pattern)
+    return matches[:limit], len(matches) > limit or result.stdout.truncated
+
+
+def _matches(printed: bytes, pattern: Glob | None) -> list[Match]:
+    until_s, matches = time.monotonic() + _TIMEOUT_S, []
+    for line in printed.split(b"\n")[:-1]:
         path_bytes, separator, rest = line.partition(b"\0")
         number, colon, found = rest.partition(b":")
         if not separator or not colon or not number.isdigit():
             continue
         path = path_bytes.removeprefix(b"./").decode("utf-8", "replace")
-        if pattern is None or pattern.fullmatch(path):
+        if pattern is None or pattern.matches(path):
             matches.append(Match(path, int(number), found.decode("utf-8", "replace")[:_LINE_CHARS]))
+        _check_time(until_s)
     matches.sort(key=lambda match: (match.path, match.line))
-    return matches[:limit], len(matches) > limit or result.stdout.truncated
+    return matches
+
+
+class _Unreadable(Exception):
+    """The sandbox's own user may not read a file."""
 
 
 async def _read(box: Box, path: str, limits: DiffLimits) -> tuple[bytes, FileStat] | None:
     """A regular file's content and mode; None when there is no regular file at `path`."""
-    with contextlib.suppress(NotFound, InvalidArgument):
+    try:
         content, info = await box.read_range(path, max_bytes=limits.max_file_bytes)
-        if info.size_bytes > limits.max_file_bytes:
-            raise ResourceExhausted(
-                f"{path} has {info.size_bytes} bytes; a diff takes at most "
-                f"{limits.max_file_bytes} for one file",
-                metadata={"path": path},
-            )
-        return content, info
-    return None
+    except (NotFound, InvalidArgument):
+        return None
+    except FailedPrecondition as error:
+        if "path" not in error.metadata:
+            raise
+        raise _Unreadable from error
+    if info.size_bytes > limits.max_file_bytes:
+        raise ResourceExhausted(
+            f"{path} has {info.size_bytes} bytes; a diff takes at most "
+            f"{limits.max_file_bytes} for one file",
+            metadata={"path": path},
+        )
+    return content, info
 
 
 async def diff_boxes(
@@ -209,28 +231,60 @@ async def diff_boxes(
 ) -> Diff:
     """Compare two boxes at `paths` (absolute, below `root`)."""
     changes: list[Change] = []
-    pieces: list[str] = []
-    total = 0
+    originals: list[bytes] = []
+    total = left_out = 0
     for path in paths:
         relative = path.removeprefix(root.rstrip("/") + "/")
         if relative == path or any(part in limits.skipped for part in relative.split("/")):
             continue
-        before, after = await _read(old, path, limits), await _read(new, path, limits)
+        if not _is_sendable(relative):
+            left_out += 1
+            continue
+        try:
+            before, after = await _read(old, path, limits), await _read(new, path, limits)
+        except _Unreadable:
+            left_out += 1
+            continue
         change = _compare(relative, before, after)
         if change is None:
             continue
         changes.append(change)
+        originals.append(before[0] if before else b"")
         total += len(change.content)
         if len(changes) > limits.max_files or total > limits.max_total_bytes:
             raise ResourceExhausted(
                 f"the diff under {root} is over {limits.max_files} files or "
                 f"{limits.max_total_bytes} bytes"
             )
-        pieces.append(_unified(change, before[0] if before else b""))
-    unified = "".join(pieces)
-    if len(unified) > limits.max_unified_chars:
-        unified = unified[: limits.max_unified_chars] + "\n[diff cut here]\n"
-    return Diff(tuple(changes), unified)
+    text = await asyncio.to_thread(_show, changes, originals, limits)
+    if left_out:
+        text += (
+            f"[{left_out} changed paths are left out: a name that is too long, not UTF-8 or has "
+            "control characters or backslashes, or a file that its owner may not read]\n"
+        )
+    return Diff(tuple(changes), text)
+
+
+def _is_sendable(relative: str) -> bool:
+    """Whether a change of this path may be part of a diff."""
+    try:
+        check_path(relative)
+        relative.encode()
+    except (InvalidArgument, UnicodeEncodeError):
+        return False
+    return True
+
+
+def _show(changes: Sequence[Change], originals: Sequence[bytes], limits: DiffLimits) -> str:
+    until_s, room, pieces = time.monotonic() + limits.max_unified_s, limits.max_unified_chars, []
+    for change, before in zip(changes, originals, strict=True):
+        piece = _unified(change, before, until_s)
+        pieces.append(piece[:room])
+        room -= len(piece)
+        if room < 0:
+            pieces.append("\n[diff cut here]\n")
+            break
+    return "".join(pieces)
 
 
 def _compare(
@@ -249,17 +303,19 @@ def _compare(
     return Change(path, Kind.MODIFY, content, mode, binary or b"\0" in before[0][:8192])
 
 
-def _unified(change: Change, before: bytes) -> str:
+def _unified(change: Change, before: bytes, until_s: float) -> str:
     old = "/dev/null" if change.kind is Kind.ADD else f"a/{change.path}"
     new = "/dev/null" if change.kind is Kind.DELETE else f"b/{change.path}"
+    differ = f"Binary or large files {old} and {new} differ\n"
     if change.binary or max(len(before), len(change.content)) > _TEXT_DIFF_BYTES:
-        return f"Binary or large files {old} and {new} differ\n"
+        return differ
     old_lines = before.decode("utf-8", "replace").splitlines(keepends=True)
     new_lines = change.content.decode("utf-8", "replace").splitlines(keepends=True)
-    lines = []
-    for line in difflib.unified_diff(old_lines, new_lines, old, new):
-        lines.append(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n")
-    return "".join(lines) or f"mode of {change.path} is now {change.mode:04o}\n"
+    try:
+        text = unified(old_lines, new_lines, old, new, until_s=until_s)
+    except TooLarge:
+        return differ
+    return text or f"mode of {change.path} is now {change.mode:04o}\n"
 
 
 async def diff(
@@ -290,8 +346,8 @@ async def diff(
 
 
 async def _all(box: Box, root: str) -> Sequence[str]:
-    entries, cut = await list_files(box, root, limit=_MAX_LIMIT)
-    if cut:
+    entries, cut = await _listing(box, root, None, "surrogateescape")
+    if cut or len(entries) > _MAX_LIMIT:
         raise FailedPrecondition(
             f"{root} has more than {_MAX_LIMIT} files and the states are not related"
         )

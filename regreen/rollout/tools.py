@@ -2,7 +2,8 @@
 
 - A tool never raises for what the policy did: every such failure is a short observation.
 - Trouble of the platform is never an observation: it leaves as `InfraError` and friends.
-- Validation sees the diff of the repository alone, in a fresh fork of the task's State.
+- Validation sees the diff of the repository alone, in a fresh fork of the task's State; a diff
+  that the service refuses is a failed validation, because the policy made it.
 - Nothing privileged is read here except the pins that the mode holds.
 """
 
@@ -145,15 +146,24 @@ class Workbench:
     ) -> sandbox_pb.Validation:
         """The verdict on a diff in a fresh fork of the task's State."""
         started = self.clock()
-        verdict = await self.stack.sandbox.validate(
-            self.task.state_id,
-            changes,
-            held_pins=self.held,
-            coverage=coverage,
-            timeout_s=self.budget.validation_s,
-            skip_cache_lookup=fresh,
-            seed=seed,
-        )
+        try:
+            verdict = await self.stack.sandbox.validate(
+                self.task.state_id,
+                changes,
+                held_pins=self.held,
+                coverage=coverage,
+                timeout_s=self.budget.validation_s,
+                skip_cache_lookup=fresh,
+                seed=seed,
+            )
+        except InvalidArgument as error:
+            if not error.field.startswith("changes"):
+                raise
+            verdict = sandbox_pb.Validation(
+                state_id=self.task.state_id,
+                outcome=sandbox_pb.VALIDATION_OUTCOME_REJECTED,
+                summary=f"the diff is refused: {error}",
+            )
         self.spend("validate", self.clock() - started)
         return verdict
 

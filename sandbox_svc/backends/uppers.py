@@ -1,20 +1,29 @@
 """What an overlay's upper directory says: changed paths, bytes, inodes.
 
 - Only names, types and extended attributes are read; no file content, no link is followed.
+- Directories are opened from the top's descriptor, so that none can be swapped for a link, and a
+  tree deeper than the kernel's longest path is told, not skipped.
 - A whiteout is a character device 0/0; an opaque directory carries `user.overlay.opaque`.
-- `changed` may name a path that turns out equal; it never leaves out one that differs.
+- `changed` may name a path that turns out equal; it never leaves out one that differs. What it
+  cannot look into (no permission, or too long a path) it names with a slash at the end.
+- Entries that vanish meanwhile are no error.
 """
 
 import contextlib
+import errno
 import os
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from regreen.rpc.errors import FailedPrecondition
+from regreen.rpc.errors import ResourceExhausted
+from sandbox_svc.backends import linux
 
 _MAX_PATHS = 200_000
+_PATH_BYTES = 4000
+"""Below PATH_MAX; who goes deeper does so to hide."""
+_GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,112 +32,153 @@ class Usage:
 
     size_bytes: int
     inodes: int
+    whole: bool = True
+    """Whether everything could be looked at."""
 
 
 def usage(top: Path) -> Usage:
     """Allocated bytes and inodes below `top`; entries that vanish meanwhile do not count."""
     size = inodes = 0
-    stack = [str(top)]
-    while stack:
-        with contextlib.suppress(OSError), os.scandir(stack.pop()) as entries:
-            for entry in entries:
-                inodes += 1
-                with contextlib.suppress(OSError):
-                    info = entry.stat(follow_symlinks=False)
-                    size += info.st_blocks * 512
-                    if stat.S_ISDIR(info.st_mode):
-                        stack.append(entry.path)
-    return Usage(size, inodes)
+    whole = True
+    with _opened(top) as top_fd:
+        stack = [""]
+        while stack:
+            here = stack.pop()
+            try:
+                for entry in _scan(top_fd, here):
+                    inodes += 1
+                    with contextlib.suppress(FileNotFoundError):
+                        info = entry.stat(follow_symlinks=False)
+                        size += info.st_blocks * 512
+                        if stat.S_ISDIR(info.st_mode):
+                            stack.append(_join(here, entry.name))
+            except OSError as error:
+                whole = whole and error.errno in _GONE
+    return Usage(size, inodes, whole)
 
 
 def changed(tops: Sequence[Path], lowers: Sequence[Path], under: str) -> set[str]:
-    """Paths below `under` touched in any of `tops` (lowest first), absolute inside the sandbox."""
+    """Paths below `under` touched in any of `tops` (lowest first), absolute inside the sandbox.
+
+    Raises:
+        ResourceExhausted: more paths than anyone can compare.
+    """
     found: set[str] = set()
     relative = under.strip("/")
-    for index, top in enumerate(tops):
-        beneath = [*lowers, *tops[:index]]
-        if relative and _hides_lower(top, relative):
-            found.update(_all_files(beneath, relative))
-        for path in _touched(top, relative, beneath):
-            found.add("/" + path)
-            if len(found) > _MAX_PATHS:
-                raise FailedPrecondition(f"more than {_MAX_PATHS} paths changed under {under}")
-    return {path if path.startswith("/") else "/" + path for path in found}
+    with contextlib.ExitStack() as opened:
+        beneath = [opened.enter_context(_opened(lower)) for lower in lowers]
+        for top in tops:
+            top_fd = opened.enter_context(_opened(top))
+            for path in _touched(top_fd, relative, list(beneath)):
+                found.add("/" + path)
+                if len(found) > _MAX_PATHS:
+                    raise ResourceExhausted(f"more than {_MAX_PATHS} paths changed under {under}")
+            beneath.append(top_fd)
+    return found
 
 
-def _hides_lower(top: Path, relative: str) -> bool:
-    """Whether `relative` or a parent of it is a whiteout, a non-directory or opaque in `top`."""
-    here = top
+@contextlib.contextmanager
+def _opened(top: Path) -> Iterator[int]:
+    fd = os.open(top, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _join(here: str, name: str) -> str:
+    return f"{here}/{name}" if here else name
+
+
+def _open_directory(top_fd: int, relative: str) -> int:
+    """A directory below a top, reached through real directories alone."""
+    if len(os.fsencode(relative)) > _PATH_BYTES:
+        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+    resolve = linux.RESOLVE_BENEATH | linux.RESOLVE_NO_SYMLINKS
+    return linux.openat2(top_fd, relative or ".", os.O_RDONLY | os.O_DIRECTORY, resolve)
+
+
+def _scan(top_fd: int, relative: str) -> Iterator[os.DirEntry[str]]:
+    fd = _open_directory(top_fd, relative)
+    try:
+        with os.scandir(fd) as entries:
+            yield from entries
+    finally:
+        os.close(fd)
+
+
+def _hides_lower(top_fd: int, relative: str) -> bool:
+    """Whether `relative` or a parent of it is a whiteout, a non-directory or opaque in a top."""
+    here = ""
     for part in relative.split("/"):
-        here = here / part
+        here = _join(here, part)
         try:
-            mode = here.lstat().st_mode
+            mode = os.stat(here, dir_fd=top_fd, follow_symlinks=False).st_mode
         except OSError:
             return False
-        if not stat.S_ISDIR(mode) or _is_opaque(str(here)):
+        if not stat.S_ISDIR(mode) or _is_opaque(top_fd, here):
             return True
     return False
 
 
-def _touched(top: Path, relative: str, beneath: Sequence[Path]) -> Iterator[str]:
-    if not _plain_directory(top, relative):
-        return
-    stack = [relative]
+def _touched(top_fd: int, relative: str, beneath: Sequence[int]) -> Iterator[str]:
+    if relative and _hides_lower(top_fd, relative):
+        yield from _all_files(beneath, relative)
+    stack = [relative] if _is_directory(top_fd, relative) else []
     while stack:
         here = stack.pop()
         try:
-            with os.scandir(top / here) as entries:
-                listed = list(entries)
-        except PermissionError as error:
-            raise FailedPrecondition(f"/{here} cannot be listed: {error.strerror}") from error
-        for entry in listed:
-            path = f"{here}/{entry.name}" if here else entry.name
-            info = entry.stat(follow_symlinks=False)
-            if stat.S_ISDIR(info.st_mode):
+            for entry in _scan(top_fd, here):
+                path = _join(here, entry.name)
+                if not entry.is_dir(follow_symlinks=False):
+                    yield path
+                    if any(_is_directory(lower, path) for lower in beneath):
+                        yield from _all_files(beneath, path)
+                    continue
                 stack.append(path)
-                if _is_opaque(entry.path):
+                if _is_opaque(top_fd, path):
                     yield from _all_files(beneath, path)
-                continue
-            yield path
-            if _shadows_directory(beneath, path):
-                yield from _all_files(beneath, path)
+        except OSError as error:
+            if error.errno not in _GONE:
+                yield f"{here}/"
 
 
-def _plain_directory(top: Path, relative: str) -> bool:
-    here = top
-    for part in (part for part in relative.split("/") if part):
-        here = here / part
-        try:
-            if not stat.S_ISDIR(here.lstat().st_mode):
-                return False
-        except OSError:
-            return False
+def _is_directory(top_fd: int, relative: str) -> bool:
+    try:
+        os.close(_open_directory(top_fd, relative))
+    except PermissionError:
+        return True
+    except OSError:
+        return False
     return True
 
 
-def _shadows_directory(beneath: Sequence[Path], relative: str) -> bool:
-    return any(_plain_directory(lower, relative) for lower in beneath)
-
-
-def _is_opaque(path: str) -> bool:
+def _is_opaque(top_fd: int, relative: str) -> bool:
     try:
-        return os.getxattr(path, "user.overlay.opaque", follow_symlinks=False) == b"y"
+        fd = _open_directory(top_fd, relative)
     except OSError:
         return False
+    try:
+        return os.getxattr(fd, "user.overlay.opaque") == b"y"
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
 
 
-def _all_files(layers: Sequence[Path], relative: str) -> Iterator[str]:
+def _all_files(layers: Sequence[int], relative: str) -> Iterator[str]:
     """Every path that any layer holds below `relative`, whiteouts included."""
     for layer in layers:
-        if not _plain_directory(layer, relative):
-            continue
-        stack = [relative]
+        stack = [relative] if _is_directory(layer, relative) else []
         while stack:
             here = stack.pop()
-            with os.scandir(layer / here) as entries:
-                for entry in entries:
-                    path = f"{here}/{entry.name}"
+            try:
+                for entry in _scan(layer, here):
+                    path = _join(here, entry.name)
                     if entry.is_dir(follow_symlinks=False):
                         stack.append(path)
                     else:
                         yield path
+            except OSError as error:
+                if error.errno not in _GONE:
+                    yield f"{here}/"

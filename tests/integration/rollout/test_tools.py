@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 import pytest_asyncio
 
-from regreen.common.v1 import MODE_ANY_FIX
+from regreen.common.v1 import CHANGE_KIND_ADD, MODE_ANY_FIX, FileChange
 from regreen.rollout.calls import Call
 from regreen.rollout.context import Budget
 from regreen.rollout.facts import FactsCache
 from regreen.rollout.tools import Workbench
+from regreen.sandbox import v1 as sandbox_pb
 
 FACTS = FactsCache()
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -147,3 +148,15 @@ async def test_a_command_is_stopped_in_time(bench):
     bench.budget = replace(bench.budget, tool_s=1.0)
     seen = await bench.call(Call("run_sh", "run_sh", {"cmd": "sleep 60"}))
     assert "stopped: timeout" in seen.text
+
+
+async def test_files_that_cannot_be_judged_never_stop_a_validation(bench):
+    command = "touch \"$(printf 'a\\nb')\" 'c\\d'"
+    made = await bench.call(Call("run_sh", "run_sh", {"cmd": command}))
+    assert made.ok
+    changes, unified = await bench.diff()
+    assert changes == []
+    assert "left out" in unified
+    refused = await bench.validate([FileChange(path="a\nb", kind=CHANGE_KIND_ADD)])
+    assert refused.outcome == sandbox_pb.VALIDATION_OUTCOME_REJECTED
+    assert "changes.path" in refused.summary

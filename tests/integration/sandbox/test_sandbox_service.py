@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import random
 import tarfile
 import time
 
@@ -135,6 +136,55 @@ async def test_a_rollouts_life(service):
     await sandboxes.delete_sandbox(sandbox.id)
     with pytest.raises(NotFound):
         await sandboxes.run(sandbox.id, ["true"])
+
+
+_ODD_NAMES = r"""
+touch "$(printf 'bad\377name')" "$(printf 'new\nline')" 'back\slash'
+n=$(printf %0200d 0); mkdir -p $n/$n; echo long > $n/$n/long
+n=$(printf %0250d 0); (for i in $(seq 20); do mkdir $n; cd $n; done; echo deep > deep)
+echo locked > locked; chmod 000 locked; mkdir shut; echo s > shut/s; chmod 000 shut
+echo good > good
+"""
+
+
+async def test_names_that_cannot_be_judged_are_left_out_and_counted(service):
+    states, sandboxes, _ = service
+    base = await prepared(states, **{"notes.txt": "x\n"})
+    other = await prepared(states, **{"other.txt": "x\n"})
+    sandbox = await sandboxes.create_sandbox(base.id)
+    await sandboxes.run(sandbox.id, ["sh", "-c", _ODD_NAMES])
+    diff = await sandboxes.diff(sandbox.id)
+    assert [(c.path, c.content) for c in diff.changes] == [("good", b"good\n")]
+    assert "changed paths are left out: a name that is too long" in diff.unified
+    unrelated = await sandboxes.diff(sandbox.id, base_state_id=other.id)
+    assert {c.path for c in unrelated.changes} == {"good", "notes.txt", "other.txt"}
+    assert "bad\ufffdname" in {f.path for f in (await sandboxes.list_files(sandbox.id)).files}
+
+
+async def test_a_slow_difference_is_named_and_the_service_answers_meanwhile(service):
+    states, sandboxes, _ = service
+    lines = [f"{number * 7919 % 130}\n" for number in range(2000)]
+    state = await prepared(states, **{"big.txt": "".join(lines)})
+    sandbox = await sandboxes.create_sandbox(state.id)
+    random.Random(7).shuffle(lines)
+    await sandboxes.write_file(sandbox.id, "/work/repo/big.txt", "".join(lines).encode())
+    began = time.monotonic()
+    task = asyncio.create_task(sandboxes.diff(sandbox.id))
+    while not task.done():
+        asked = time.monotonic()
+        await sandboxes.get_sandbox(sandbox.id)
+        assert time.monotonic() - asked < 1.0
+    assert [change.path for change in (await task).changes] == ["big.txt"]
+    assert time.monotonic() - began < 10.0
+
+
+async def test_a_long_glob_is_refused(service):
+    states, sandboxes, _ = service
+    sandbox = await sandboxes.create_sandbox((await prepared(states, a="1")).id)
+    with pytest.raises(InvalidArgument, match="glob"):
+        await sandboxes.list_files(sandbox.id, glob="**/" * 200)
+    listed = await sandboxes.list_files(sandbox.id, glob="**/" * 7 + "a")
+    assert [entry.path for entry in listed.files] == ["a"]
 
 
 async def test_forks_snapshots_and_restores_form_a_tree(service):

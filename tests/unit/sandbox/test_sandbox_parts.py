@@ -1,5 +1,9 @@
-"""Globs, bounded output, state records and paging: what needs no sandbox."""
+"""Globs, differences, bounded output, state records and paging: what needs no sandbox."""
 
+import difflib
+import os
+import random
+import time
 from pathlib import Path
 
 import pytest
@@ -9,10 +13,11 @@ from sandbox_svc.backends import seccomp
 from sandbox_svc.backends.base import Limits, Mount
 from sandbox_svc.backends.output import Collector
 from sandbox_svc.backends.uppers import changed, usage
-from sandbox_svc.files import glob_regex
+from sandbox_svc.globs import Glob
 from sandbox_svc.servicer import page
 from sandbox_svc.settings import SandboxSettings
 from sandbox_svc.states import State, state_id
+from sandbox_svc.unified import TooLarge, unified
 
 
 @pytest.mark.parametrize(
@@ -25,6 +30,12 @@ from sandbox_svc.states import State, state_id
         ("src/**/*.py", "src/a.py", True),
         ("src/**/*.py", "src/b/c/a.py", True),
         ("**", "anything/at all", True),
+        ("src/**", "src/a/b", True),
+        ("src/**", "src", False),
+        ("**/**/a/**/**/b", "a/b", True),
+        ("**/a", "a/b/a", True),
+        ("*a*b", "xaxxb", True),
+        ("*a*b", "xaxxbx", False),
         ("a?c", "abc", True),
         ("a?c", "a/c", False),
         ("a.c", "abc", False),
@@ -32,7 +43,43 @@ from sandbox_svc.states import State, state_id
     ],
 )
 def test_globs_match_as_people_expect(glob, path, matches):
-    assert bool(glob_regex(glob).fullmatch(path)) is matches
+    assert Glob(glob).matches(path) is matches
+
+
+@pytest.mark.parametrize("glob", ["**/" * 7 + "zzz", "*a" * 120 + "b", "**/*a*/" * 30 + "x"])
+def test_no_glob_takes_more_than_a_moment(glob):
+    began, pattern = time.monotonic(), Glob(glob)
+    paths = ["a/" * 60 + f"{n}" for n in range(500)] + ["a" * 240 + f"/{n}" for n in range(500)]
+    assert not any(pattern.matches(path) for path in paths)
+    assert time.monotonic() - began < 5.0
+
+
+def test_a_glob_that_is_too_long_is_refused():
+    with pytest.raises(InvalidArgument, match="glob: has 300 characters"):
+        Glob("x" * 300)
+
+
+def test_differences_read_as_those_of_the_standard_library():
+    choose = random.Random(7)
+    for _ in range(300):
+        old, new = [
+            [choose.choice("abcde") + "\n" for _ in range(choose.randint(0, 25))] for _ in "12"
+        ]
+        expected = "".join(difflib.unified_diff(old, new, "x", "y"))
+        assert unified(old, new, "x", "y", until_s=time.monotonic() + 60) == expected
+    assert unified(["a"], ["b"], "x", "y", until_s=time.monotonic() + 60).endswith(
+        "@@ -1 +1 @@\n-a\n\\ No newline at end of file\n+b\n\\ No newline at end of file\n"
+    )
+
+
+def test_differences_end_by_their_bounds():
+    with pytest.raises(TooLarge):
+        unified(["x\n"] * 3000, [], "x", "y", until_s=time.monotonic() + 60)
+    choose, began = random.Random(7), time.monotonic()
+    old, new = [[f"{choose.randrange(130)}\n" for _ in range(2000)] for _ in "12"]
+    with pytest.raises(TooLarge):
+        unified(old, new, "x", "y", until_s=began + 0.05)
+    assert time.monotonic() - began < 2.0
 
 
 @pytest.mark.parametrize("sizes", [[0], [3], [10], [11], [4, 4, 4], [1] * 30, [100, 1]])
@@ -89,6 +136,39 @@ def test_uppers_are_read_without_following_links(tmp_path):
     assert changed([top], [], "/elsewhere") == set()
     assert usage(top).inodes == 5
     assert usage(top).size_bytes >= 5000
+
+
+def test_a_tree_too_deep_to_look_into_is_told(tmp_path):
+    top, name = tmp_path / "u", "d" * 250
+    (top / "work").mkdir(parents=True)
+    here = os.open(top / "work", os.O_RDONLY)
+    for _ in range(20):
+        os.mkdir(name, dir_fd=here)
+        here, above = os.open(name, os.O_RDONLY, dir_fd=here), here
+        os.close(above)
+    os.close(os.open("file", os.O_WRONLY | os.O_CREAT, dir_fd=here))
+    os.close(here)
+    assert not usage(top).whole
+    (deep,) = changed([top], [], "/work")
+    assert deep.startswith(f"/work/{name}/")
+    assert deep.endswith("/")
+
+
+def test_a_directory_swapped_for_a_link_is_not_entered(tmp_path):
+    top = tmp_path / "u"
+    (top / "work").mkdir(parents=True)
+    (tmp_path / "host").mkdir()
+    (tmp_path / "host/secret").write_text("x")
+    (top / "work/repo").symlink_to(tmp_path / "host")
+    assert changed([top], [], "/work/repo") == set()
+    assert usage(top).inodes == 2
+
+
+def test_names_that_are_not_text_are_kept(tmp_path):
+    top = tmp_path / "u"
+    (top / "work").mkdir(parents=True)
+    (top / os.fsdecode(b"work/bad\xff")).write_text("x")
+    assert changed([top], [], "/work") == {os.fsdecode(b"/work/bad\xff")}
 
 
 def test_the_filter_program_is_whole_instructions_within_the_kernels_bound():
