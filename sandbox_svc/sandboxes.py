@@ -331,7 +331,7 @@ class LeasedBox:
 
     def __init__(self, box: Box, released: Callable[[], None]) -> None:
         self._box, self._released = box, released
-        self.id, self.root, self.limits = box.id, box.root, box.limits
+        self.id, self.limits = box.id, box.limits
         self.run, self.read_file, self.read_range = box.run, box.read_file, box.read_range
         self.write_file, self.freeze, self.changed_paths = (
             box.write_file,

@@ -136,8 +136,6 @@ class Box(Protocol):
     id: str
     limits: Limits
     """The limits in force."""
-    root: Path | None
-    """Host path of the merged file system when the host can read it, else None."""
 
     async def run(self, command: Command, sink: OutputSink | None = None) -> ExecResult:
         """Run one command to its end."""
@@ -167,7 +165,8 @@ class Box(Protocol):
     async def changed_paths(self, under: str, *, since: int | None = None) -> Sequence[str]:
         """Absolute paths touched since creation, or above the first `since` layers, sorted.
 
-        May name a path that turns out equal; never leaves out one that differs.
+        May name a path that turns out equal; never leaves out one that differs. A directory that
+        cannot be looked into is named with a slash at its end.
         """
         ...
 

@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regreen.rpc.errors import FailedPrecondition, InfraError, InvalidArgument, NotFound
@@ -27,8 +26,8 @@ from sandbox_svc.backends.base import (
     Limits,
     OutputSink,
 )
+from sandbox_svc.backends.commands import ENVIRONMENT, absolute, check_command
 from sandbox_svc.backends.docker_exec import MARK, ContainerExec, capture
-from sandbox_svc.backends.embedded_box import ENVIRONMENT, absolute, check_command
 from sandbox_svc.backends.output import Collector
 
 if TYPE_CHECKING:
@@ -61,8 +60,6 @@ _LISTING_BYTES = 256 << 20
 
 class DockerBox:
     """See `backends.base.Box`."""
-
-    root: Path | None = None
 
     def __init__(
         self,
@@ -273,7 +270,9 @@ def _raise_for(code: int, path: str) -> None:
         case 45:
             raise InvalidArgument("path", f"not a regular file: {path}")
         case 46:
-            raise FailedPrecondition(f"not permitted inside the sandbox: {path}")
+            raise FailedPrecondition(
+                f"not permitted inside the sandbox: {path}", metadata={"path": path}
+            )
         case _:
             raise InfraError(f"the container did not answer for {path} (code {code})")
 

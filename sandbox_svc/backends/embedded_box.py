@@ -6,6 +6,7 @@
   it has checked to be regular files.
 - Freezing and file operations exclude each other: no descriptor may pin the old mounts.
 - A box whose first process has died refuses everything but `delete`.
+- Ending a box is never left half done: a caller that goes away leaves it to finish.
 """
 
 import asyncio
@@ -20,8 +21,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from regreen.rpc.errors import FailedPrecondition, InfraError, InvalidArgument, NotFound
-from sandbox_svc.backends import uppers, watchdog, wire
+from regreen.rpc.errors import (
+    DiskFull,
+    FailedPrecondition,
+    InfraError,
+    InvalidArgument,
+    NotFound,
+)
+from sandbox_svc.backends import uppers, wire
 from sandbox_svc.backends.base import (
     Captured,
     Command,
@@ -32,25 +39,16 @@ from sandbox_svc.backends.base import (
     OutputSink,
 )
 from sandbox_svc.backends.cgroups import Counters
+from sandbox_svc.backends.commands import ENVIRONMENT, absolute, check_command
 from sandbox_svc.backends.layers import writing
 from sandbox_svc.backends.link import Link, LinkClosed
 from sandbox_svc.backends.output import Collector, PipeReader
 from sandbox_svc.backends.seats import Seat
+from sandbox_svc.backends.watchdog import Watch
 
 if TYPE_CHECKING:
     from sandbox_svc.backends.embedded import EmbeddedRuntime
 
-ENVIRONMENT = {
-    "PATH": "/work/env/bin:/usr/local/bin:/usr/bin:/bin",
-    "HOME": "/work/home",
-    "USER": "regreen",
-    "LOGNAME": "regreen",
-    "SHELL": "/bin/sh",
-    "LANG": "C.UTF-8",
-    "TZ": "UTC",
-    "TMPDIR": "/tmp",
-    "TERM": "dumb",
-}
 _KILL_GRACE_S = 2.0
 _END_S = 10.0
 _READY_S = 30.0
@@ -70,8 +68,6 @@ class Job:
 
 class EmbeddedBox:
     """See `backends.base.Box`."""
-
-    root: Path | None = None
 
     def __init__(
         self,
@@ -94,7 +90,9 @@ class EmbeddedBox:
         self._deleted = False
         self._files = asyncio.Lock()
         self._seen = Counters()
-        self._watch: asyncio.Task[None] | None = None
+        self._watch: Watch | None = None
+        self._leaving: asyncio.Task[None] | None = None
+        self._deleting: asyncio.Task[None] | None = None
 
     @property
     def layers(self) -> list[str]:
@@ -105,6 +103,9 @@ class EmbeddedBox:
         """Start the first process over the present layers; used at birth and after a freeze."""
         self._ready = asyncio.get_running_loop().create_future()
         self._ended, self._seen = False, Counters()
+        if self._watch is not None:
+            self._watch.close()
+        self._watch = Watch(self, self._jobs)
         seat = self._seat = await self._runtime.seat_for(self)
         self._link = Link(seat.sock, self._on_event)
         try:
@@ -153,11 +154,11 @@ class EmbeddedBox:
         self._jobs[job.id] = job
         began = time.monotonic()
         try:
+            if self._watch is not None:
+                self._watch.wake()
             refused = await self._start(link, job, command)
             if refused is not None:
                 return refused
-            if self._watch is None or self._watch.done():
-                self._watch = asyncio.create_task(watchdog.watch(self, self._jobs))
             ended = await self._wait(link, job, command.timeout_s)
             return await self._result(job, ended, time.monotonic() - began)
         except asyncio.CancelledError:
@@ -168,9 +169,6 @@ class EmbeddedBox:
             self._jobs.pop(job.id, None)
             for reader in job.readers:
                 reader.close()
-            if not self._jobs and self._watch is not None:
-                self._watch.cancel()
-                self._watch = None
 
     async def _start(self, link: Link, job: Job, command: Command) -> ExecResult | None:
         env = self._env | dict(command.env)
@@ -228,17 +226,27 @@ class EmbeddedBox:
             job.reason = reason
             await self._stop(self._link, job)
 
+    async def stop_all(self, reason: EndReason) -> None:
+        """Stop all commands for a reason, and kill whatever earlier commands have left behind."""
+        jobs = list(self._jobs.values())
+        for job in jobs:
+            job.reason = job.reason or reason
+        if self._link is not None:
+            await self._kill(self._link, {"op": "kill_all"}, jobs)
+
     async def _stop(self, link: Link, job: Job) -> None:
-        """Kill a command's processes: politely attributed, then the group, then the sandbox."""
+        """Kill a command's processes."""
+        await self._kill(link, {"op": "kill", "job": job.id}, [job])
+
+    async def _kill(self, link: Link, request: wire.Message, jobs: Sequence[Job]) -> None:
+        """Kill by the first process, politely attributed; then the group; then the sandbox."""
         with contextlib.suppress(LinkClosed, TimeoutError):
-            await link.request({"op": "kill", "job": job.id}, timeout_s=_KILL_GRACE_S)
-        if not job.done.done():
-            await asyncio.wait([job.done], timeout=_KILL_GRACE_S)
-        if not job.done.done():
-            if self._seat is not None:
-                self._runtime.cgroups.kill(self._seat.group, self._seat.pid)
-            await asyncio.wait([job.done], timeout=_KILL_GRACE_S)
-        if not job.done.done():
+            await link.request(request, timeout_s=_KILL_GRACE_S)
+        if await _ended(jobs):
+            return
+        if self._seat is not None:
+            self._runtime.cgroups.kill(self._seat.group, self._seat.pid)
+        if not await _ended(jobs):
             await self._end()
 
     async def _result(self, job: Job, ended: wire.Message | None, wall_s: float) -> ExecResult:
@@ -329,10 +337,11 @@ class EmbeddedBox:
             with os.fdopen(fd, "wb", buffering=0):
                 if not stat.S_ISREG(os.fstat(fd).st_mode):
                     raise InvalidArgument("path", f"not a regular file: {path}")
-                if len(content) <= _INLINE_READ_BYTES:
-                    _write_all(fd, content)
-                else:
-                    await self._runtime.blocking(_write_all, fd, content)
+                with writing():
+                    if len(content) <= _INLINE_READ_BYTES:
+                        _write_all(fd, content)
+                    else:
+                        await self._runtime.blocking(_write_all, fd, content)
 
     async def _open(self, request: wire.Message) -> tuple[wire.Message, int]:
         try:
@@ -346,7 +355,11 @@ class EmbeddedBox:
             case errno.ENOENT | errno.ENOTDIR:
                 raise NotFound(f"no such file in the sandbox: {path}", metadata={"path": path})
             case errno.EACCES | errno.EPERM | errno.EROFS:
-                raise FailedPrecondition(f"not permitted inside the sandbox: {path}: {problem}")
+                raise FailedPrecondition(
+                    f"not permitted inside the sandbox: {path}: {problem}", metadata={"path": path}
+                )
+            case errno.ENOSPC | errno.EDQUOT:
+                raise DiskFull(f"no space left where the sandbox writes {path}: {problem}")
             case _:
                 raise InvalidArgument("path", f"{problem}: {path}")
 
@@ -373,12 +386,16 @@ class EmbeddedBox:
         return sorted(found)
 
     async def delete(self) -> None:
-        """Kill all processes and remove everything; safe to call twice."""
-        if self._deleted:
-            return
+        """Kill all processes and remove everything; safe to call twice and after a failure."""
         self._deleted = True
+        task = self._deleting
+        if task is None or (task.done() and (task.cancelled() or task.exception())):
+            task = self._deleting = asyncio.create_task(self._delete())
+        await asyncio.shield(task)
+
+    async def _delete(self) -> None:
         if self._watch is not None:
-            self._watch.cancel()
+            self._watch.close()
         async with self._files:
             await self._end()
             await self._runtime.forget(self)
@@ -388,7 +405,12 @@ class EmbeddedBox:
         self._ended = True
         seat, self._seat = self._seat, None
         if seat is not None:
-            await self._runtime.leave(seat)
+            self._leaving = asyncio.create_task(self._runtime.leave(seat))
+        leaving = self._leaving
+        if leaving is not None:
+            await asyncio.wait([leaving])
+            self._leaving = None if self._leaving is leaving else self._leaving
+            leaving.result()
         if self._link is not None:
             self._link.close()
 
@@ -406,34 +428,12 @@ class EmbeddedBox:
         )
 
 
-def check_command(command: Command) -> None:
-    """Refuse a command that makes no sense.
-
-    Raises:
-        InvalidArgument: names the field.
-    """
-    if not command.argv or not command.argv[0]:
-        raise InvalidArgument("argv", "is empty", "give the program and its arguments")
-    texts = [*command.argv, command.cwd, *command.env, *command.env.values()]
-    if any("\0" in text for text in texts):
-        raise InvalidArgument("argv", "contains a NUL character")
-    if not command.cwd.startswith("/"):
-        raise InvalidArgument("cwd", "is not absolute", "give a path such as /work/repo")
-    if any(not name or "=" in name for name in command.env):
-        raise InvalidArgument("env", "has an empty name or one with '='")
-    if command.timeout_s <= 0:
-        raise InvalidArgument("timeout_s", "must be positive")
-
-
-def absolute(path: str) -> str:
-    """The normal form of an absolute path.
-
-    Raises:
-        InvalidArgument: it is relative or malformed.
-    """
-    if not path.startswith("/") or "\0" in path:
-        raise InvalidArgument("path", f"is not an absolute path: {path!r}")
-    return os.path.normpath("/" + path.lstrip("/"))
+async def _ended(jobs: Sequence[Job]) -> bool:
+    """Whether all commands end within the time that a kill may take."""
+    waiting = [job.done for job in jobs if not job.done.done()]
+    if waiting:
+        await asyncio.wait(waiting, timeout=_KILL_GRACE_S)
+    return all(job.done.done() for job in jobs)
 
 
 def _note(text: str) -> Captured:

@@ -76,6 +76,8 @@ class Pid1:
                 return self._run(request, fds), None
             case "kill":
                 return self._kill(request["job"]), None
+            case "kill_all":
+                return _kill_all(), None
             case "open":
                 return _open_read(request["path"])
             case "create":
@@ -147,9 +149,14 @@ class Pid1:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             killed += len(doomed)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(-1, signal.SIGKILL)
-        return {"killed": killed, "all": True}
+        return _kill_all()
+
+
+def _kill_all() -> wire.Message:
+    """Kill every process of the sandbox but this one; a fork in progress fails by its signal."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(-1, signal.SIGKILL)
+    return {"all": True}
 
 
 def _pids() -> list[int]:
@@ -256,10 +263,12 @@ def _usage() -> wire.Message:
             with open(f"/proc/{pid}/statm", "rb") as source:
                 resident += int(source.read().split()[1]) * page
             processes += 1
-            for name in os.listdir(f"/proc/{pid}/fd"):
+            names = os.listdir(f"/proc/{pid}/fd")
+        except OSError:
+            continue
+        for name in names:
+            with contextlib.suppress(OSError):
                 info = os.stat(f"/proc/{pid}/fd/{name}")
                 if info.st_nlink == 0 and info.st_dev == device:
                     unlinked[info.st_dev, info.st_ino] = info.st_blocks * 512
-        except OSError:
-            continue
     return {"memory": resident, "processes": processes, "unlinked": sum(unlinked.values())}

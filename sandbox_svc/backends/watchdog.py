@@ -1,10 +1,14 @@
-"""Watches a sandbox while commands run, for the limits that the kernel does not enforce.
+"""Watches a sandbox while anything runs in it, for the limits that the kernel does not enforce.
 
+- Whatever runs counts: commands, and what commands that have returned left behind.
 - Disk: the upper is measured when the file system's free space says it could be over, and
-  otherwise at intervals that grow with the cost of measuring.
+  otherwise at intervals that grow with the cost of measuring. What was measured is kept for the
+  sandbox's life, so that many short commands add up.
+- A tree that cannot be looked at whole is over as soon as free space could say so, and after a
+  short while in any case: hiding files is no way around the limit.
 - Output: a command that prints more than the sandbox's output limit is stopped.
 - Memory, only without cgroups: the sum of resident memory.
-- An overrun stops all running commands of the sandbox, each with the reason.
+- An overrun kills every process of the sandbox; its running commands carry the reason.
 """
 
 import asyncio
@@ -23,6 +27,8 @@ if TYPE_CHECKING:
 _TICK_S = 0.1
 _SLOW_S = 2.0
 _COST_FACTOR = 10.0
+_HIDDEN_S = 1.0
+_COUNT_S = 1.0
 
 
 class _Disk:
@@ -31,60 +37,104 @@ class _Disk:
     def __init__(self, box: "EmbeddedBox", path: str) -> None:
         self._box, self._path = box, path
         self._bytes = self._inodes = 0
-        self._free = self._free_inodes = -1
-        self._next = 0.0
+        self._free, self._free_inodes = self._look()
+        self._next = time.monotonic() + _SLOW_S / 4
+        self._hidden_since = 0.0
+
+    def _look(self) -> tuple[int, int]:
+        info = os.statvfs(self._path)
+        return info.f_bavail * info.f_frsize, info.f_ffree
+
+    def _is_over(self, size_bytes: int, inodes: int) -> bool:
+        limits = self._box.limits
+        return (0 < limits.disk_bytes < size_bytes) or (0 < limits.inodes < inodes)
+
+    def _at_worst(self) -> tuple[int, int]:
+        """What was measured, and all that the file system has lost since."""
+        free, free_inodes = self._look()
+        return (
+            self._bytes + max(0, self._free - free),
+            self._inodes + max(0, self._free_inodes - free_inodes),
+        )
 
     def could_be_over(self, now: float) -> bool:
-        info = os.statvfs(self._path)
-        free, free_inodes = info.f_bavail * info.f_frsize, info.f_ffree
-        if self._free < 0:
-            self._free, self._free_inodes = free, free_inodes
-            self._next = now + _SLOW_S / 4
-        limits = self._box.limits
-        bytes_now = self._bytes + max(0, self._free - free)
-        inodes_now = self._inodes + max(0, self._free_inodes - free_inodes)
-        over_bytes = bool(limits.disk_bytes) and bytes_now > limits.disk_bytes
-        over_inodes = bool(limits.inodes) and inodes_now > limits.inodes
-        return over_bytes or over_inodes or now > self._next
+        return now > self._next or self._is_over(*self._at_worst())
 
     async def is_over(self, now: float) -> bool:
         box = self._box
+        before = self._look()
         used = await box.measure()
         unlinked = 0
         if box.limits.disk_bytes:
             unlinked = int((await box.usage()).get("unlinked", 0))
-        self._bytes, self._inodes = used.size_bytes + unlinked, used.inodes
-        info = os.statvfs(self._path)
-        self._free, self._free_inodes = info.f_bavail * info.f_frsize, info.f_ffree
-        self._next = now + max(_SLOW_S, _COST_FACTOR * (time.monotonic() - now))
-        limits = box.limits
-        return (0 < limits.disk_bytes < self._bytes) or (0 < limits.inodes < self._inodes)
+        size_bytes, inodes = used.size_bytes + unlinked, used.inodes
+        cost_s = time.monotonic() - now
+        if not used.whole:
+            self._hidden_since = self._hidden_since or now
+            self._next = now + cost_s
+            hiding = now - self._hidden_since > _HIDDEN_S
+            return hiding or self._is_over(size_bytes, inodes) or self._is_over(*self._at_worst())
+        self._hidden_since = 0.0
+        self._bytes, self._inodes = size_bytes, inodes
+        self._free, self._free_inodes = before
+        self._next = now + max(_SLOW_S, _COST_FACTOR * cost_s)
+        return self._is_over(size_bytes, inodes)
 
 
-async def watch(box: "EmbeddedBox", jobs: Mapping[int, "Job"]) -> None:
-    """Watch until cancelled."""
-    disk = _Disk(box, box.upper_path)
-    while True:
-        await asyncio.sleep(_TICK_S)
-        try:
-            reason = await _overrun(box, disk)
-        except (LinkClosed, RegreenError):
-            return
-        except (TimeoutError, FileNotFoundError):
-            continue
-        for job in list(jobs.values()):
+class Watch:
+    """The watchdog of one sandbox, from the start of its first process to its end."""
+
+    def __init__(self, box: "EmbeddedBox", jobs: Mapping[int, "Job"]) -> None:
+        self._box, self._jobs = box, jobs
+        self._disk = _Disk(box, box.upper_path)
+        self._next_count = 0.0
+        self._task: asyncio.Task[None] | None = None
+
+    def wake(self) -> None:
+        """Watch from now on, until nothing runs any more."""
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._watch())
+
+    def close(self) -> None:
+        """Watch no more."""
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(_TICK_S)
+            try:
+                await self._stop_floods()
+                reason = await self._overrun()
+                if reason is not None:
+                    await self._box.stop_all(reason)
+                if await self._is_quiet():
+                    return
+            except (LinkClosed, RegreenError):
+                return
+            except (TimeoutError, FileNotFoundError):
+                continue
+
+    async def _stop_floods(self) -> None:
+        for job in list(self._jobs.values()):
             too_much = sum(reader.collector.total_bytes for reader in job.readers)
-            if 0 < box.limits.output_bytes < too_much:
-                await box.stop(job, EndReason.OUTPUT)
-            elif reason is not None:
-                await box.stop(job, reason)
+            if 0 < self._box.limits.output_bytes < too_much:
+                await self._box.stop(job, EndReason.OUTPUT)
 
+    async def _overrun(self) -> EndReason | None:
+        now, limits, box = time.monotonic(), self._box.limits, self._box
+        bounded = limits.disk_bytes or limits.inodes
+        if bounded and self._disk.could_be_over(now) and await self._disk.is_over(now):
+            return EndReason.DISK
+        if box.soft_memory and 0 < limits.memory_bytes < int((await box.usage())["memory"]):
+            return EndReason.OOM
+        return None
 
-async def _overrun(box: "EmbeddedBox", disk: _Disk) -> EndReason | None:
-    now, limits = time.monotonic(), box.limits
-    bounded = limits.disk_bytes or limits.inodes
-    if bounded and disk.could_be_over(now) and await disk.is_over(now):
-        return EndReason.DISK
-    if box.soft_memory and 0 < limits.memory_bytes < int((await box.usage())["memory"]):
-        return EndReason.OOM
-    return None
+    async def _is_quiet(self) -> bool:
+        """Whether neither a command nor anything that one left behind runs; asked now and then."""
+        now = time.monotonic()
+        if self._jobs or now < self._next_count:
+            return False
+        self._next_count = now + _COUNT_S
+        left = int((await self._box.usage())["processes"])
+        return not left and not self._jobs

@@ -1,0 +1,63 @@
+"""What every backend asks of a command and of a path before it looks at them.
+
+- The bounds keep a request below what one message to a sandbox's first process may hold.
+- Every command starts from the same small environment; nothing of the service's own is in it.
+"""
+
+import os
+
+from regreen.rpc.errors import InvalidArgument
+from sandbox_svc.backends.base import Command
+
+ENVIRONMENT = {
+    "PATH": "/work/env/bin:/usr/local/bin:/usr/bin:/bin",
+    "HOME": "/work/home",
+    "USER": "regreen",
+    "LOGNAME": "regreen",
+    "SHELL": "/bin/sh",
+    "LANG": "C.UTF-8",
+    "TZ": "UTC",
+    "TMPDIR": "/tmp",
+    "TERM": "dumb",
+}
+_MAX_ARGUMENT_BYTES = 2 << 20
+"""Of arguments and environment together; the kernel takes no more."""
+_MAX_PATH_CHARS = 4096
+
+
+def check_command(command: Command) -> None:
+    """Refuse a command that makes no sense.
+
+    Raises:
+        InvalidArgument: names the field.
+    """
+    if not command.argv or not command.argv[0]:
+        raise InvalidArgument("argv", "is empty", "give the program and its arguments")
+    texts = [*command.argv, command.cwd, *command.env, *command.env.values()]
+    if any("\0" in text for text in texts):
+        raise InvalidArgument("argv", "contains a NUL character")
+    if sum(len(os.fsencode(text)) + 1 for text in texts) > _MAX_ARGUMENT_BYTES:
+        raise InvalidArgument(
+            "argv",
+            f"with the environment is over {_MAX_ARGUMENT_BYTES} bytes",
+            "give the rest on standard input or in a file",
+        )
+    if not command.cwd.startswith("/"):
+        raise InvalidArgument("cwd", "is not absolute", "give a path such as /work/repo")
+    if any(not name or "=" in name for name in command.env):
+        raise InvalidArgument("env", "has an empty name or one with '='")
+    if command.timeout_s <= 0:
+        raise InvalidArgument("timeout_s", "must be positive")
+
+
+def absolute(path: str) -> str:
+    """The normal form of an absolute path.
+
+    Raises:
+        InvalidArgument: it is relative or malformed.
+    """
+    if not path.startswith("/") or "\0" in path:
+        raise InvalidArgument("path", f"is not an absolute path: {path[:200]!r}")
+    if len(path) > _MAX_PATH_CHARS:
+        raise InvalidArgument("path", f"has {len(path)} characters", f"at most {_MAX_PATH_CHARS}")
+    return os.path.normpath("/" + path.lstrip("/"))
