@@ -104,6 +104,8 @@ class Hyperparameters(_message.Message):
     KEEP_FLAT_GROUPS_FIELD_NUMBER: _builtins.int
     NO_PREFIX_SHARING_FIELD_NUMBER: _builtins.int
     GRADIENT_CHECKPOINTING_FIELD_NUMBER: _builtins.int
+    BETA1_FIELD_NUMBER: _builtins.int
+    BETA2_FIELD_NUMBER: _builtins.int
     learning_rate: _builtins.float
     """Peak learning rate."""
     warmup_steps: _builtins.int
@@ -152,6 +154,10 @@ class Hyperparameters(_message.Message):
     """Compute every sample on its own instead of shared prefixes once."""
     gradient_checkpointing: _builtins.bool
     """Recompute activations in the backward pass: less memory, a third slower."""
+    beta1: _builtins.float
+    """Decay of the first moment."""
+    beta2: _builtins.float
+    """Decay of the second moment."""
     def __init__(
         self,
         *,
@@ -179,10 +185,12 @@ class Hyperparameters(_message.Message):
         keep_flat_groups: _builtins.bool = ...,
         no_prefix_sharing: _builtins.bool = ...,
         gradient_checkpointing: _builtins.bool = ...,
+        beta1: _builtins.float = ...,
+        beta2: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["advantage_scale", b"advantage_scale", "baseline", b"baseline", "clip_high", b"clip_high", "clip_low", b"clip_low", "dtype", b"dtype", "gradient_checkpointing", b"gradient_checkpointing", "gradient_clip", b"gradient_clip", "importance_cap", b"importance_cap", "keep_flat_groups", b"keep_flat_groups", "kl_coefficient", b"kl_coefficient", "learning_rate", b"learning_rate", "loss", b"loss", "max_completion_tokens", b"max_completion_tokens", "micro_batch_tokens", b"micro_batch_tokens", "no_prefix_sharing", b"no_prefix_sharing", "ratio_delta", b"ratio_delta", "seed", b"seed", "total_steps", b"total_steps", "trainable_layers", b"trainable_layers", "truncated", b"truncated", "updates_per_step", b"updates_per_step", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay", "zero_stage", b"zero_stage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advantage_scale", b"advantage_scale", "baseline", b"baseline", "beta1", b"beta1", "beta2", b"beta2", "clip_high", b"clip_high", "clip_low", b"clip_low", "dtype", b"dtype", "gradient_checkpointing", b"gradient_checkpointing", "gradient_clip", b"gradient_clip", "importance_cap", b"importance_cap", "keep_flat_groups", b"keep_flat_groups", "kl_coefficient", b"kl_coefficient", "learning_rate", b"learning_rate", "loss", b"loss", "max_completion_tokens", b"max_completion_tokens", "micro_batch_tokens", b"micro_batch_tokens", "no_prefix_sharing", b"no_prefix_sharing", "ratio_delta", b"ratio_delta", "seed", b"seed", "total_steps", b"total_steps", "trainable_layers", b"trainable_layers", "truncated", b"truncated", "updates_per_step", b"updates_per_step", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay", "zero_stage", b"zero_stage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -292,7 +300,7 @@ class LearnerRun(_message.Message):
     parameters: _builtins.int
     """Parameters in all."""
     error: _builtins.str
-    """Why it failed."""
+    """Why it failed; of an active run: which damaged checkpoint was passed over, and for which."""
     estimated_memory_bytes: _builtins.int
     """Estimated peak memory."""
     @_builtins.property

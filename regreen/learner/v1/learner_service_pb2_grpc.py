@@ -82,6 +82,7 @@ class LearnerServiceServicer:
         Errors:
         - INVALID_ARGUMENT: a hyperparameter is out of range; names it.
         - NOT_FOUND: no base model or checkpoint at that place.
+        - DATA_LOSS: no checkpoint of the run is whole, or the one asked for is not.
         - FAILED_PRECONDITION: another run is active, or the run will not fit in memory; says what would.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -94,6 +95,8 @@ class LearnerServiceServicer:
         Errors:
         - NOT_FOUND: no such run or batch.
         - INVALID_ARGUMENT: the batch is malformed, or `step` is not the next one.
+        - RESOURCE_EXHAUSTED with reason DISK_FULL: the step could not be recorded; the run has failed and goes on from its
+        last checkpoint when it is started again.
         - DATA_LOSS: the batch does not match its digest.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

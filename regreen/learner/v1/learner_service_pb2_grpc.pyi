@@ -39,6 +39,7 @@ class LearnerServiceStub:
     Errors:
     - INVALID_ARGUMENT: a hyperparameter is out of range; names it.
     - NOT_FOUND: no base model or checkpoint at that place.
+    - DATA_LOSS: no checkpoint of the run is whole, or the one asked for is not.
     - FAILED_PRECONDITION: another run is active, or the run will not fit in memory; says what would.
     """
     Step: _grpc.UnaryUnaryMultiCallable[_learner_service_pb2.StepRequest, _learner_service_pb2.StepResponse]
@@ -47,6 +48,8 @@ class LearnerServiceStub:
     Errors:
     - NOT_FOUND: no such run or batch.
     - INVALID_ARGUMENT: the batch is malformed, or `step` is not the next one.
+    - RESOURCE_EXHAUSTED with reason DISK_FULL: the step could not be recorded; the run has failed and goes on from its
+      last checkpoint when it is started again.
     - DATA_LOSS: the batch does not match its digest.
     """
     WatchRun: _grpc.UnaryStreamMultiCallable[_learner_service_pb2.WatchRunRequest, _learner_service_pb2.WatchRunResponse]
@@ -92,6 +95,7 @@ class LearnerServiceAsyncStub(LearnerServiceStub):
     Errors:
     - INVALID_ARGUMENT: a hyperparameter is out of range; names it.
     - NOT_FOUND: no base model or checkpoint at that place.
+    - DATA_LOSS: no checkpoint of the run is whole, or the one asked for is not.
     - FAILED_PRECONDITION: another run is active, or the run will not fit in memory; says what would.
     """
     Step: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.StepRequest, _learner_service_pb2.StepResponse]  # type: ignore[assignment]
@@ -100,6 +104,8 @@ class LearnerServiceAsyncStub(LearnerServiceStub):
     Errors:
     - NOT_FOUND: no such run or batch.
     - INVALID_ARGUMENT: the batch is malformed, or `step` is not the next one.
+    - RESOURCE_EXHAUSTED with reason DISK_FULL: the step could not be recorded; the run has failed and goes on from its
+      last checkpoint when it is started again.
     - DATA_LOSS: the batch does not match its digest.
     """
     WatchRun: _aio.UnaryStreamMultiCallable[_learner_service_pb2.WatchRunRequest, _learner_service_pb2.WatchRunResponse]  # type: ignore[assignment]
@@ -148,6 +154,7 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
         Errors:
         - INVALID_ARGUMENT: a hyperparameter is out of range; names it.
         - NOT_FOUND: no base model or checkpoint at that place.
+        - DATA_LOSS: no checkpoint of the run is whole, or the one asked for is not.
         - FAILED_PRECONDITION: another run is active, or the run will not fit in memory; says what would.
         """
 
@@ -162,6 +169,8 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
         Errors:
         - NOT_FOUND: no such run or batch.
         - INVALID_ARGUMENT: the batch is malformed, or `step` is not the next one.
+        - RESOURCE_EXHAUSTED with reason DISK_FULL: the step could not be recorded; the run has failed and goes on from its
+          last checkpoint when it is started again.
         - DATA_LOSS: the batch does not match its digest.
         """
 
