@@ -36,6 +36,8 @@ MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
 TRAINER = "trainer.safetensors"
 ENGINE = "engine"
+SHARDS = ".shards-"
+"""Beginning of the name of the directory in which ranks gather their shards."""
 _NAME = re.compile(r"step-(\d{8})(?:\.(\d+))?")
 _DTYPES = {
     torch.float32: "F32",
@@ -96,11 +98,11 @@ class CheckpointWriter:
 
     def __init__(self, root: Path, step: int) -> None:
         self._root, self._step = root, step
-        self.directory = root / f".partial-{step:08d}-{os.getpid()}"
+        self.directory = root / f".partial-{step:08d}"
         self._files: dict[str, FileEntry] = {}
 
     def __enter__(self) -> "CheckpointWriter":
-        with _disk_errors(self.directory):
+        with disk_errors(self.directory):
             self.directory.mkdir(parents=True)
         return self
 
@@ -109,12 +111,12 @@ class CheckpointWriter:
 
     def add_tensors(self, name: str, tensors: Iterable[tuple[str, Tensor]], sizes: "Sizes") -> None:
         """Write a safetensors file, one tensor in memory at a time."""
-        with _disk_errors(self.directory):
+        with disk_errors(self.directory):
             self._files[name] = write_safetensors(self.directory / name, tensors, sizes)
 
     def add_copies(self, source: Path) -> None:
         """Copy the small files of a model folder (configuration, tokenizer)."""
-        with _disk_errors(self.directory):
+        with disk_errors(self.directory):
             for path in sorted(source.iterdir()):
                 if path.is_file() and path.suffix in (".json", ".jinja", ".txt", ".model"):
                     if path.name in (MANIFEST, "MANIFEST.json") or "index.json" in path.name:
@@ -126,7 +128,7 @@ class CheckpointWriter:
 
     def add_directory(self, name: str, write: Callable[[Path], None]) -> None:
         """Let an engine write a sub-directory."""
-        with _disk_errors(self.directory):
+        with disk_errors(self.directory):
             write(self.directory / name)
             for path in sorted((self.directory / name).rglob("*")):
                 if path.is_file():
@@ -140,7 +142,7 @@ class CheckpointWriter:
     def commit(self, manifest: Manifest) -> Saved:
         """Flush everything and give the checkpoint its name."""
         complete = Manifest(**{**_fields(manifest), "files": dict(self._files)})
-        with _disk_errors(self.directory):
+        with disk_errors(self.directory):
             target = self.directory / MANIFEST
             target.write_text(json.dumps(asdict(complete), indent=1, sort_keys=True))
             _sync(target)
@@ -256,12 +258,16 @@ def _order(path: Path) -> tuple[int, int]:
 
 
 def retain(root: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and what dead writers left behind."""
+    """Remove all but the newest `keep` checkpoints."""
     for saved in checkpoints(root)[: -max(keep, 1)]:
         shutil.rmtree(saved.path, ignore_errors=True)
-    for partial in root.glob(".partial-*"):
-        if partial.name.rpartition("-")[2] != str(os.getpid()):
-            shutil.rmtree(partial, ignore_errors=True)
+
+
+def sweep(root: Path) -> None:
+    """Remove what dead writers left behind; the caller is the only writer under `root`."""
+    for pattern in (".partial-*", f"{SHARDS}*"):
+        for left in root.glob(pattern):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -309,7 +315,7 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def _disk_errors(directory: Path) -> Iterator[None]:
+def disk_errors(directory: Path) -> Iterator[None]:
     """Turn a full disk into `DiskFull`."""
     try:
         yield

@@ -79,3 +79,14 @@ def receive_command() -> dict[str, Any] | None:
         return None
     message: dict[str, Any] = json.loads(box[0])
     return message
+
+
+def from_rank_0(value: str) -> str:
+    """What rank 0 called this with; every rank calls it at the same point."""
+    import torch.distributed as dist
+
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=_COMMANDS["group"])
+    return box[0]

@@ -1,6 +1,6 @@
 """The service's handle on a run's worker processes.
 
-- One command at a time; a second waits for the first.
+- One command at a time; a second waits for the first, within its own deadline.
 - A worker that died answers every call with an `InfraError` that says how it ended.
 - Start-up has a deadline: a worker that hangs is killed, and the end of its log is in the error.
 """
@@ -75,16 +75,15 @@ class WorkerProcess:
             RegreenError: what the worker answered.
             InfraError: the worker died, or `timeout_s` passed (it is then killed).
         """
-        async with self._lock:
-            try:
-                async with asyncio.timeout(timeout_s):
-                    return await self._exchange(message, progress)
-            except TimeoutError:
-                await self.kill()
-                raise InfraError(
-                    f"the worker did not finish {message['op']} within {timeout_s:g} s and was "
-                    f"ended; its log ends: {self._tail()}"
-                ) from None
+        try:
+            async with asyncio.timeout(timeout_s), self._lock:
+                return await self._exchange(message, progress)
+        except TimeoutError:
+            await self.kill()
+            raise InfraError(
+                f"the worker did not finish {message['op']} within {timeout_s:g} s and was "
+                f"ended; its log ends: {self._tail()}"
+            ) from None
 
     async def _exchange(self, message: dict[str, Any], progress: Progress) -> dict[str, Any]:
         if self._reader is None or self._writer is None:

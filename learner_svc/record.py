@@ -1,7 +1,7 @@
 """What the learner remembers of a run on disk: its spec, its state, and every step it did.
 
 - `run.json` is replaced whole; `steps.jsonl` grows by one flushed line per step.
-- A line cut short by a crash is dropped when read; the step it described is simply done again.
+- A line cut short by a crash is dropped when read, alone; its step is simply done again.
 - After a resume only the steps that the checkpoint contains are kept.
 """
 
@@ -12,6 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from learner_svc.checkpoint import disk_errors
 from learner_svc.spec import RunSpec
 from regreen.rpc.errors import DataLoss
 
@@ -67,7 +68,7 @@ class RunFiles:
         return self.directory / "worker.log"
 
     def write(self, record: RunRecord) -> None:
-        """Replace the run's record."""
+        """Replace the run's record. Raises: DiskFull when there is no space."""
         raw = asdict(record) | {"spec": record.spec.to_json()}
         _replace(self.directory / "run.json", json.dumps(raw, indent=1))
 
@@ -99,12 +100,17 @@ class RunFiles:
                 raw["group_ids"] = tuple(raw["group_ids"])
                 found.append(StepRecord(**raw))
             except (ValueError, KeyError, TypeError):
-                break
+                continue
         return found
 
     def append(self, record: StepRecord) -> None:
-        """Add a step and flush it to disk."""
-        with (self.directory / "steps.jsonl").open("a") as target:
+        """Add a step and flush it to disk.
+
+        Raises:
+            DiskFull: no space; the step is not recorded.
+        """
+        path = self.directory / "steps.jsonl"
+        with disk_errors(path), path.open("a") as target:
             target.write(json.dumps(asdict(record)) + "\n")
             target.flush()
             os.fsync(target.fileno())
@@ -118,10 +124,11 @@ class RunFiles:
 
 
 def _replace(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as target:
-        target.write(text)
-        target.flush()
-        os.fsync(target.fileno())
-    partial.replace(path)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w") as target:
+            target.write(text)
+            target.flush()
+            os.fsync(target.fileno())
+        partial.replace(path)

@@ -1,5 +1,8 @@
 """The runs of this learner: at most one trains, in worker processes of its own.
 
+- A step whose record cannot be written ends the run's worker: the weights hold a step that nothing
+  vouches for, and the run goes on from its last checkpoint.
+- A damaged checkpoint is passed over for the one before it, and the run's `error` says so.
 - A step is done once: sent again it is answered from the record; another batch under its number is
   refused; a number that is not the next one is refused.
 - A step, once begun, is finished and recorded even if its caller has gone.
@@ -9,11 +12,12 @@
 """
 
 import asyncio
+import contextlib
 import fcntl
 import functools
 import hashlib
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,12 +27,13 @@ import torch
 from learner_svc import checkpoint as ckpt
 from learner_svc import metrics
 from learner_svc.engines.base import choose_dtype
-from learner_svc.memory import available_bytes, check_fits, model_shape
+from learner_svc.memory import ModelShape, available_bytes, check_fits, model_shape
 from learner_svc.process import WorkerProcess
 from learner_svc.record import RunFiles, RunRecord, RunState, StepRecord
 from learner_svc.spec import RunSpec
 from regreen.blobs import BlobStore, Digest
 from regreen.rpc.errors import (
+    DataLoss,
     FailedPrecondition,
     InfraError,
     InvalidArgument,
@@ -48,6 +53,8 @@ class RunsConfig:
     start_timeout_s: float = 600.0
     step_timeout_s: float = 3600.0
     save_timeout_s: float = 900.0
+    stop_grace_s: float = 20.0
+    """Time that a stopped worker gets to finish what it does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +149,10 @@ class Runs:
             FailedPrecondition: another run is active, or memory is short.
         """
         spec.check()
+        # The lock is taken by the work itself: it outlives a caller who gives up.
+        return await self._finish(self._start(spec, resume_uri))
+
+    async def _start(self, spec: RunSpec, resume_uri: str) -> Run:
         async with self._starting:
             known = self._runs.get(spec.run_id)
             if known and known.worker and known.worker.alive:
@@ -153,48 +164,39 @@ class Runs:
                     raise FailedPrecondition(
                         f"run {run.record.spec.run_id} is active; one run trains at a time"
                     )
-            return await self._finish(self._start(spec, resume_uri))
+            return await self._begin(spec, resume_uri, known)
 
-    async def _start(self, spec: RunSpec, resume_uri: str) -> Run:
+    async def _begin(self, spec: RunSpec, resume_uri: str, known: Run | None) -> Run:
         files = RunFiles(self._root / "runs" / spec.run_id)
-        resume = self._resume_path(files, resume_uri)
-        base = local_path(spec.base_uri, "base_uri")
+        resumes = _resumes(files, resume_uri)
         hyperparameters = spec.hyperparameters
         half = choose_dtype(hyperparameters.dtype) == torch.bfloat16
         masters = half or hyperparameters.zero_stage > 0 or self._config.processes > 1
-        shape = model_shape(resume or base)
+        shape = _shape([*filter(None, resumes), local_path(spec.base_uri, "base_uri")])
         estimate = check_fits(shape, hyperparameters, masters, available_bytes())
         record = RunRecord(spec, RunState.ACTIVE, ckpt.now(), estimated_memory_bytes=estimate)
-        known = self._runs.get(spec.run_id)
         if known:
             record = replace(record, created=known.record.created)
             files.steps = known.files.steps
         run = Run(record, files, WorkerProcess(files.log))
         try:
-            await self._open(run, spec, resume)
-        except RegreenError as error:
+            await self._open(run, spec, resumes)
+        except BaseException as error:
             await _kill(run)
-            if known is None and isinstance(error, InvalidArgument | NotFound):
-                raise
-            run.record = replace(run.record, state=RunState.FAILED, error=error.message)
-            files.write(run.record)
-            self._runs[spec.run_id] = run
+            if isinstance(error, RegreenError) and (
+                known is not None or not isinstance(error, InvalidArgument | NotFound)
+            ):
+                self._runs[spec.run_id] = run
+                await self._fail(run, error)
             raise
         self._runs[spec.run_id] = run
+        self._show_active()
         return run
 
-    async def _open(self, run: Run, spec: RunSpec, resume: Path | None) -> None:
+    async def _open(self, run: Run, spec: RunSpec, resumes: Sequence[Path | None]) -> None:
         worker, files = _worker(run), run.files
         await worker.spawn(self._config.processes)
-        local = replace(spec, base_uri=str(local_path(spec.base_uri, "base_uri")))
-        message = {
-            "op": "start",
-            "spec": local.to_json(),
-            "resume": str(resume) if resume else "",
-            "checkpoints": str(files.checkpoints),
-            "extensions": str(self._root / "torch_extensions"),
-        }
-        answer = await worker.call(message, timeout_s=self._config.start_timeout_s)
+        answer, resume, damage = await self._open_newest(worker, files, spec, resumes)
         run.step = answer["step"]
         files.cut(run.step)
         run.events = [*files.steps]
@@ -205,14 +207,32 @@ class Runs:
             engine=answer["engine"],
             trainable_parameters=answer["trainable_parameters"],
             parameters=answer["parameters"],
+            error=damage,
         )
         files.write(run.record)
 
-    def _resume_path(self, files: RunFiles, resume_uri: str) -> Path | None:
-        if resume_uri:
-            return local_path(resume_uri, "resume_uri")
-        saved = ckpt.checkpoints(files.checkpoints)
-        return saved[-1].path if saved else None
+    async def _open_newest(
+        self, worker: WorkerProcess, files: RunFiles, spec: RunSpec, resumes: Sequence[Path | None]
+    ) -> tuple[dict[str, Any], Path | None, str]:
+        """Open the first of `resumes` that is whole; also what was wrong with those before it."""
+        local = replace(spec, base_uri=str(local_path(spec.base_uri, "base_uri")))
+        damages: list[str] = []
+        for resume in resumes:
+            message = {
+                "op": "start",
+                "spec": local.to_json(),
+                "resume": str(resume) if resume else "",
+                "checkpoints": str(files.checkpoints),
+                "extensions": str(self._root / "torch_extensions"),
+            }
+            try:
+                answer = await worker.call(message, timeout_s=self._config.start_timeout_s)
+            except DataLoss as error:
+                damages.append(error.message)
+                continue
+            passed_over = "; ".join(damages)
+            return answer, resume, passed_over and f"{passed_over}; went on from {resume}"
+        raise DataLoss("; ".join(damages))
 
     async def step(
         self, run_id: str, step: int, batch: bytes | Digest, group_ids: tuple[str, ...]
@@ -250,11 +270,22 @@ class Runs:
                 path.unlink(missing_ok=True)
             duration_s = time.monotonic() - started
             record = StepRecord(step, digest, group_ids, answer["metrics"], duration_s)
-            await asyncio.to_thread(run.files.append, record)
+            await self._append(run, record)
             run.step, run.progress = step, None
             metrics.observe_step(run.record.spec.kind.value, record)
             await run.publish(record)
             return record, False
+
+    async def _append(self, run: Run, record: StepRecord) -> None:
+        try:
+            await asyncio.to_thread(run.files.append, record)
+        except (OSError, RegreenError) as error:
+            problem: RegreenError = InfraError(f"step {record.step} was not recorded: {error}")
+            if isinstance(error, RegreenError):
+                problem = error
+            await _kill(run)
+            await self._fail(run, problem)
+            raise problem from error
 
     def _done(self, run: Run, step: int, digest: str) -> StepRecord | None:
         """The record of a step that was done; None for the next step."""
@@ -271,10 +302,11 @@ class Runs:
 
     async def _spool(self, run: Run, step: int, batch: bytes | Digest) -> Path:
         path = run.files.directory / f"batch-{step:08d}"
-        if isinstance(batch, Digest):
-            await self._blobs.get_file(batch, path)
-        else:
-            await asyncio.to_thread(path.write_bytes, batch)
+        with ckpt.disk_errors(path):
+            if isinstance(batch, Digest):
+                await self._blobs.get_file(batch, path)
+            else:
+                await asyncio.to_thread(path.write_bytes, batch)
         return path
 
     async def _call(
@@ -289,11 +321,22 @@ class Runs:
         try:
             return await worker.call(message, timeout_s=timeout_s, progress=progress)
         except InfraError as error:
-            if not worker.alive:
-                run.record = replace(run.record, state=RunState.FAILED, error=error.message)
-                run.files.write(run.record)
-                await run.publish(None)
+            if not worker.alive and run.record.state is RunState.ACTIVE:
+                await self._fail(run, error)
             raise
+
+    async def _fail(self, run: Run, error: RegreenError) -> None:
+        """Mark a run whose worker has ended; its last checkpoint stays."""
+        run.record = replace(run.record, state=RunState.FAILED, error=error.message)
+        # On a full disk the state is lost with the service, which then finds the run stopped.
+        with contextlib.suppress(OSError, RegreenError):
+            run.files.write(run.record)
+        self._show_active()
+        await run.publish(None)
+
+    def _show_active(self) -> None:
+        alive = [run for run in self._runs.values() if run.worker and run.worker.alive]
+        metrics.ACTIVE.set(len(alive))
 
     async def save(self, run_id: str, policy_version: int) -> ckpt.Saved:
         """Write a checkpoint.
@@ -324,13 +367,14 @@ class Runs:
     async def stop(self, run_id: str) -> Run:
         """End a run's workers; the run can be started again."""
         run = self.get(run_id)
-        if run.worker is not None and run.worker.alive:
-            await run.worker.stop()
         if run.record.state is RunState.ACTIVE:
+            # Before the worker ends, so that a step it is torn from does not read as a failure.
             run.record = replace(run.record, state=RunState.STOPPED)
-            run.files.write(run.record)
-        metrics.ACTIVE.set(0)
+        if run.worker is not None and run.worker.alive:
+            await run.worker.stop(self._config.stop_grace_s)
+        self._show_active()
         await run.publish(None)
+        run.files.write(run.record)
         return run
 
     async def watch(self, run_id: str, from_step: int) -> AsyncIterator[Event]:
@@ -362,10 +406,15 @@ class Runs:
         )
 
     async def close(self) -> None:
-        """End all workers; their runs stay resumable."""
+        """End all workers, also of runs that are being started; the runs stay resumable."""
         for run in self._runs.values():
             if run.worker is not None and run.worker.alive:
-                await self.stop(run.record.spec.run_id)
+                with contextlib.suppress(RegreenError):
+                    await self.stop(run.record.spec.run_id)
+        left = [*self._tasks]
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
         self._lock_file.close()
 
     async def _finish(self, work: Coroutine[Any, Any, T]) -> T:
@@ -377,6 +426,21 @@ class Runs:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def _resumes(files: RunFiles, resume_uri: str) -> list[Path | None]:
+    """Where to go on from, the best first; None is the base model."""
+    if resume_uri:
+        return [local_path(resume_uri, "resume_uri")]
+    return [saved.path for saved in reversed(ckpt.checkpoints(files.checkpoints))] or [None]
+
+
+def _shape(folders: Sequence[Path]) -> ModelShape:
+    """The shape of the first model that can be read; a damaged checkpoint is met later."""
+    for folder in folders[:-1]:
+        with contextlib.suppress(NotFound, DataLoss):
+            return model_shape(folder)
+    return model_shape(folders[-1])
 
 
 def local_path(uri: str, name: str) -> Path:

@@ -17,11 +17,12 @@ from learner_svc import checkpoint as ckpt
 from learner_svc.algo.batch import Pack
 from learner_svc.engines.base import Engine, OptimizerState, choose_dtype
 from learner_svc.engines.plain import PlainEngine
+from learner_svc.launch import from_rank_0
 from learner_svc.model import TrainModel, freeze, load_model
 from learner_svc.spec import RunSpec
 from learner_svc.trainer import Progress, Reference, Trainer
 from regreen.batch import Batch
-from regreen.rpc.errors import FailedPrecondition
+from regreen.rpc.errors import DiskFull, FailedPrecondition
 
 _RANDOM = "random_state"
 _UPDATES = "updates"
@@ -93,35 +94,68 @@ class Session:
             DiskFull: no space; the previous checkpoint is intact.
         """
         self._trainer.policy_version = policy_version
+        self._make_room(root)
         if self._engine.state_format != "adamw" and self.world_size > 1:
             return self._save_sharded(root, policy_version, keep)
         if self.rank:
-            for _ in self._engine.weights():
-                pass
+            self._follow_weights()
             return None
         return self._write(root, policy_version, keep, None)
 
+    def _make_room(self, root: Path) -> None:
+        """Clear what dead writers left and see that a checkpoint fits; all ranks agree on it.
+
+        Raises:
+            DiskFull: on every rank, before any of them writes or waits for another.
+        """
+        problem = ""
+        if self.rank == 0:
+            ckpt.sweep(root)
+            try:
+                ckpt.need_space(root, self._size_bytes())
+            except DiskFull as error:
+                problem = error.message
+        problem = from_rank_0(problem)
+        if problem:
+            raise DiskFull(problem, retry_after_s=30.0)
+
+    def _size_bytes(self) -> int:
+        """What a checkpoint takes, about: an engine's own format has 16 bytes per parameter."""
+        shapes = self._engine.weight_shapes().values()
+        weights = sum(4 * torch.Size(shape).numel() for shape in shapes)
+        state = sum(tensor.nbytes for tensor in self._tensors().values())
+        own = 0 if self._engine.state_format == "adamw" else 16 * self._engine.parameters()[0]
+        return weights + state + own + (8 << 20)
+
     def _save_sharded(self, root: Path, policy_version: int, keep: int) -> ckpt.Saved | None:
         """Every rank writes its shard into a spool that rank 0 then moves into the checkpoint."""
-        spool = root / f".shards-{self.step_done:08d}"
+        spool = root / f"{ckpt.SHARDS}{self.step_done:08d}"
         self._engine.save_state(spool)
         torch.distributed.barrier()
         if self.rank:
-            for _ in self._engine.weights():
-                pass
+            self._follow_weights()
             return None
         return self._write(root, policy_version, keep, spool)
 
+    def _follow_weights(self) -> None:
+        """Take part in gathering the weights that rank 0 writes."""
+        for _ in self._engine.weights():
+            pass
+
     def _write(self, root: Path, policy_version: int, keep: int, spool: Path | None) -> ckpt.Saved:
-        shapes = self._engine.weight_shapes()
-        sizes: ckpt.Sizes = {name: (torch.float32, shape) for name, shape in shapes.items()}
+        sizes: ckpt.Sizes = {
+            name: (torch.float32, shape) for name, shape in self._engine.weight_shapes().items()
+        }
         state = self._tensors()
-        weights_bytes = sum(4 * torch.Size(shape).numel() for shape in shapes.values())
-        state_bytes = sum(tensor.nbytes for tensor in state.values())
-        ckpt.need_space(root, weights_bytes + state_bytes + (8 << 20))
+        weights = self._engine.weights()
         with ckpt.CheckpointWriter(root, self.step_done) as writer:
-            writer.add_copies(self._source)
-            writer.add_tensors(ckpt.WEIGHTS, self._engine.weights(), sizes)
+            try:
+                writer.add_copies(self._source)
+                writer.add_tensors(ckpt.WEIGHTS, weights, sizes)
+            finally:
+                # After a failure the other ranks still wait to gather the rest.
+                for _ in weights:
+                    pass
             writer.add_tensors(ckpt.TRAINER, state.items(), ckpt.sizes_of(state))
             if spool is not None:
                 writer.add_directory(ckpt.ENGINE, lambda path: _move(spool, path))

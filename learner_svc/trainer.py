@@ -277,7 +277,13 @@ def _passed_through(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def _staleness(samples: tuple[Sample, ...], policy_version: int) -> dict[str, float]:
-    """How many versions behind the tokens were sampled: mean over tokens, and maximum."""
+    """How many versions behind the tokens were sampled: mean over tokens, and maximum.
+
+    Counted from the last version published, or the newest one met where that is newer: a run's
+    first weights have a version that only its samples tell.
+    """
+    newest = max((span.version for s in samples for span in s.spans), default=0)
+    policy_version = max(policy_version, newest)
     sizes = np.array([span.end - span.start for s in samples for span in s.spans], dtype=float)
     lags = np.array([policy_version - span.version for s in samples for span in s.spans])
     if not sizes.size:

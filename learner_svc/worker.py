@@ -2,6 +2,7 @@
 
 - Rank 0 takes commands from the service, one at a time, over an inherited socket; it hands each to
   the other ranks before it obeys, so that all ranks do the same things in the same order.
+- No step is done twice: a step that is not the next one of the weights at hand is refused.
 - When the service dies, by whatever signal, its workers die too.
 - An error that leaves the session sound is answered; any other ends the process, and the run goes
   on from its last checkpoint.
@@ -132,11 +133,16 @@ class Commands:
         from regreen.batch import Batch, BatchError
         from regreen.rpc.errors import InvalidArgument
 
+        session = self._need()
+        if message["step"] != session.step_done + 1:
+            raise FailedPrecondition(
+                f"step {message['step']} is not the next one: {session.step_done} are in the "
+                "weights; start the run again"
+            )
         try:
             batch = Batch.from_bytes(Path(message["batch"]).read_bytes())
         except BatchError as error:
             raise InvalidArgument(f"batch.{error.field}", error.problem) from error
-        session = self._need()
         return {"metrics": session.step(batch, message["group_ids"], self._progress)}
 
     def _save(self, message: dict[str, Any]) -> dict[str, Any]:
