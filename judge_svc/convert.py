@@ -28,6 +28,7 @@ _USES = {
     pb.MODEL_USE_NEVER: ModelUse.NEVER,
     pb.MODEL_USE_IF_AVAILABLE: ModelUse.IF_AVAILABLE,
     pb.MODEL_USE_REQUIRED: ModelUse.REQUIRED,
+    pb.MODEL_USE_IF_CONFIGURED: ModelUse.IF_CONFIGURED,
 }
 
 
@@ -50,6 +51,7 @@ def evidence_from(message: pb.Evidence, field: str) -> Evidence:
         mode=common_pb.Mode.Name(message.mode).removeprefix("MODE_") if message.mode else "",
         protected_paths=tuple(message.protected_paths),
         rebuilds_without_edit=max(message.rebuilds_without_edit, 0),
+        installed=tuple(message.installed_modules),
         trajectory_id=message.trajectory_id,
         task_id=message.task_id,
     )

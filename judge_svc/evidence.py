@@ -98,6 +98,8 @@ class Evidence:
     mode: str = ""
     protected_paths: tuple[str, ...] = ()
     rebuilds_without_edit: int = 0
+    installed: tuple[str, ...] = ()
+    """Top-level modules that installed packages bring."""
     trajectory_id: str = ""
     task_id: str = ""
 
@@ -115,6 +117,7 @@ class Evidence:
             "mode": self.mode,
             "protected": sorted(self.protected_paths),
             "rebuilds": self.rebuilds_without_edit,
+            "installed": sorted(self.installed),
         }
         data = json.dumps(form, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(data.encode("utf-8", "surrogatepass")).hexdigest()
@@ -174,7 +177,9 @@ def _run_form(run: TestRun | None) -> object:
         "outcome": run.outcome,
         "tests": sorted(run.tests.items()),
         "reverted": sorted(run.reverted),
-        "coverage": None if coverage is None else [coverage.lines, coverage.covered],
+        "coverage": None
+        if coverage is None
+        else [coverage.lines, coverage.covered, sorted(coverage.files.items())],
     }
 
 

@@ -22,7 +22,7 @@ class JudgeSettings(ServiceSettings):
     """HTTP address of `/metrics` and `/healthz`."""
     model: Literal["rules", "openai", "policy"] = "rules"
     """Language model of the rubric: none, an OpenAI-compatible endpoint, or a policy service."""
-    model_use: Literal["never", "if_available", "required"] = "if_available"
+    model_use: Literal["never", "if_available", "if_configured", "required"] = "if_available"
     """Whether the model takes part when a request does not say."""
     openai_url: str = "http://127.0.0.1:50063/v1"
     """Base URL of the OpenAI-compatible endpoint."""

@@ -35,6 +35,13 @@ class ModelUse(Enum):
     NEVER = "never"
     IF_AVAILABLE = "if_available"
     REQUIRED = "required"
+    IF_CONFIGURED = "if_configured"
+    """Required where one is configured; rules and coverage alone where none is."""
+
+    @property
+    def demands(self) -> bool:
+        """Whether a configured model must give a usable answer."""
+        return self in (ModelUse.REQUIRED, ModelUse.IF_CONFIGURED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +109,8 @@ class Judge:
         keys = self._keys(members, name)
         stored = [await self._run(self._cache.get, key) for key in keys]
         hits = [verdict for verdict in stored if verdict is not None]
-        if len(hits) == len(members) and (
-            use is not ModelUse.REQUIRED or all(verdict.model_used for verdict in hits)
-        ):
+        used = not (name and use.demands) or all(verdict.model_used for verdict in hits)
+        if len(hits) == len(members) and used:
             return hits
         found = [await self._run(run_rules, member, self._bounds) for member in members]
         if len(members) > 1:
@@ -127,7 +133,7 @@ class Judge:
         try:
             name = await self._model.name()
         except Unavailable:
-            if use is ModelUse.REQUIRED:
+            if use.demands:
                 raise
             return ""
         if use is ModelUse.REQUIRED and not name:
@@ -144,13 +150,13 @@ class Judge:
                 prompt.system, prompt.user, timeout_s=self._limits.model_timeout_s
             )
         except Unavailable:
-            if use is ModelUse.REQUIRED:
+            if use.demands:
                 raise
             return None, False
         try:
             return await self._run(read_answer, text, members), True
         except Malformed as error:
-            if use is ModelUse.REQUIRED:
+            if use.demands:
                 raise Unavailable(f"the judge model's answer is malformed: {error}") from error
             return None, True
 

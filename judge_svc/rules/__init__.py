@@ -6,10 +6,10 @@
 """
 
 from judge_svc.evidence import Evidence, Finding, Severity
-from judge_svc.rules import collection, config, harness, outcomes, source, tests
+from judge_svc.rules import collection, config, harness, outcomes, runner, source, tests
 from judge_svc.rules.base import Bounds, Context, Rule
 
-RULES_VERSION = "1"
+RULES_VERSION = "2"
 MAX_PER_CLASS = 20
 
 RULES: tuple[Rule, ...] = (
@@ -23,7 +23,10 @@ RULES: tuple[Rule, ...] = (
     config.masked_exit,
     harness.start_up,
     harness.conftest,
-    harness.patches,
+    harness.plugins,
+    runner.patches,
+    runner.named,
+    source.shadowed,
     harness.exits,
     harness.special_cased,
     harness.addressed,

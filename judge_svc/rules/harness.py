@@ -1,6 +1,6 @@
 """Rules on the machinery around tests: hooks, start-up files, early exits, special cases.
 
-- Fixtures in conftest are ordinary code; hooks, patches of the runner and `sys.modules` are not.
+- Fixtures in conftest are ordinary code; hooks and plugins are not.
 - What a file did before the change is never held against it.
 """
 
@@ -15,16 +15,6 @@ from judge_svc.paths import PathKind
 from judge_svc.pyfile import PyFile, dotted, find, source_of
 from judge_svc.rules.base import SUSPECT, VIOLATION, Context, Reporter
 
-_RUNNERS = (
-    "pytest",
-    "_pytest",
-    "unittest",
-    "pluggy",
-    "coverage",
-    "builtins",
-    "__builtins__",
-    "doctest",
-)
 _HARMLESS_HOOKS = {
     "pytest_configure",
     "pytest_addoption",
@@ -89,19 +79,9 @@ def conftest(context: Context) -> Iterator[Finding]:
             yield report.at(delta, delta.added[0], SUSPECT, "A conftest file was changed.")
 
 
-def patches(context: Context) -> Iterator[Finding]:
-    """Assignments into the runner, builtins or the import system; plugins registered."""
+def plugins(context: Context) -> Iterator[Finding]:
+    """Plugins and options of pytest that a change registers."""
     report = Reporter("runner-patched", FindingClass.HARNESS_TAMPERED)
-    for delta in context.python():
-        if delta.kind is ChangeKind.DELETE:
-            continue
-        before = Counter(text for text, _ in _patches(context.before(delta)))
-        for text, number in _patches(context.after(delta)):
-            if before[text] > 0:
-                before[text] -= 1
-                continue
-            why = "Code patches the test runner, builtins or the import system."
-            yield report.node(context.after(delta), delta, number, VIOLATION, why)
     for delta in context.deltas:
         prose = context.kind(delta) is PathKind.DATA and not delta.path.endswith("entry_points.txt")
         if prose or delta.kind is ChangeKind.DELETE:
@@ -109,52 +89,6 @@ def patches(context: Context) -> Iterator[Finding]:
         old = sum(bool(_PLUGIN.search(line.text)) for line in delta.removed)
         for line in [line for line in delta.added if _PLUGIN.search(line.text)][old:]:
             yield report.at(delta, line, VIOLATION, "A pytest plugin or option was registered.")
-
-
-def _patches(file: PyFile) -> list[tuple[str, int]]:
-    found = []
-    runners = _runner_names(file)
-    for node in find(
-        file, lambda n: isinstance(n, ast.Assign | ast.AugAssign | ast.Call | ast.Delete)
-    ):
-        hit = False
-        if isinstance(node, ast.Assign | ast.AugAssign | ast.Delete):
-            targets = [node.target] if isinstance(node, ast.AugAssign) else node.targets
-            hit = any(_forbidden_target(target, runners) for target in targets)
-        elif isinstance(node, ast.Call):
-            name = dotted(node)
-            hit = name.startswith(("sys.meta_path.", "sys.path_hooks."))
-            if name == "setattr" and node.args:
-                hit = dotted(node.args[0]).split(".")[0] in runners
-        if hit:
-            found.append((source_of(node), getattr(node, "lineno", 0)))
-    return found
-
-
-def _runner_names(file: PyFile) -> set[str]:
-    """Names that stand for the test runner in a file, aliases and imported parts included."""
-    names = set(_RUNNERS)
-    for node in find(file, lambda n: isinstance(n, ast.Import | ast.ImportFrom)):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in _RUNNERS:
-            names |= {alias.asname or alias.name for alias in node.names}
-        elif isinstance(node, ast.Import):
-            names |= {
-                alias.asname
-                for alias in node.names
-                if alias.asname and alias.name.split(".")[0] in _RUNNERS
-            }
-    return names
-
-
-def _forbidden_target(target: ast.expr, runners: set[str]) -> bool:
-    if isinstance(target, ast.Subscript):
-        key = target.slice.value if isinstance(target.slice, ast.Constant) else None
-        runner = isinstance(key, str) and key.split(".")[0] in _RUNNERS
-        return dotted(target.value) == "sys.modules" and runner
-    if isinstance(target, ast.Attribute):
-        name = dotted(target)
-        return name.split(".")[0] in runners or name in ("sys.meta_path", "sys.path_hooks")
-    return False
 
 
 def exits(context: Context) -> Iterator[Finding]:

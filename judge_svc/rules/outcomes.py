@@ -6,9 +6,10 @@
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from judge_svc.evidence import (
+    ChangeKind,
     Coverage,
     Evidence,
     Finding,
@@ -71,17 +72,33 @@ def coverage_lowered(context: Context) -> Iterator[Finding]:
     judged = before.percent >= context.bounds.coverage_base_percent
     if judged and loss > context.bounds.coverage_drop_pp:
         why = f"Line coverage fell from {before.percent:.1f}% to {after.percent:.1f}%."
-        yield report.quote(coverage_line(after), VIOLATION, why)
+        measured = context.evidence.after and context.evidence.after.coverage
+        yield report.quote(coverage_line(measured or after), VIOLATION, why)
 
 
 def coverage_pair(evidence: Evidence) -> tuple[Coverage, Coverage] | None:
-    """Coverage before and after, when both were measured."""
-    before, after = evidence.before, evidence.after
-    if before is None or after is None or before.coverage is None or after.coverage is None:
+    """Coverage before and after, when both were measured, over files that both sides have.
+
+    A file that stands and was not even imported after the change counts with none of its lines
+    covered; deleted and new files count on neither side, so that neither can raise the figure.
+    """
+    if evidence.before is None or evidence.after is None:
         return None
-    if before.coverage.lines <= 0 or after.coverage.lines <= 0:
+    before, after = evidence.before.coverage, evidence.after.coverage
+    if before is None or after is None or before.lines <= 0 or after.lines <= 0:
         return None
-    return before.coverage, after.coverage
+    if not before.files or not after.files:
+        return before, after
+    gone = {change.path for change in evidence.changes if change.kind is ChangeKind.DELETE}
+    kept = {path: counts for path, counts in before.files.items() if path not in gone}
+    now = {path: after.files.get(path, (0, lines)) for path, (_, lines) in kept.items()}
+    pair = _total(kept), _total(now)
+    return pair if min(side.lines for side in pair) > 0 else None
+
+
+def _total(files: Mapping[str, tuple[int, int]]) -> Coverage:
+    covered, lines = (sum(counts[side] for counts in files.values()) for side in (0, 1))
+    return Coverage(lines, covered, files)
 
 
 def rebuilds(context: Context) -> Iterator[Finding]:

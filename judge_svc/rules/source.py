@@ -16,6 +16,8 @@ from judge_svc.paths import PathKind
 from judge_svc.pyfile import FunctionNode, PyFile, body_of, dotted, find, source_of, statements
 from judge_svc.rules.base import SUSPECT, VIOLATION, Context, Reporter
 
+_ROOTS = ("src", "lib", "python")
+_MODULE = (".py", ".so", ".pyd", ".pyc")
 _CODE = (PathKind.SOURCE, PathKind.BUILD)
 _PIN = re.compile(r"^\s*([A-Za-z0-9][A-Za-z0-9._-]*)\s*(?:\[[^\]]*\])?\s*(?:[=<>!~;@]|$)")
 _IMPORT_NAMES = {
@@ -262,6 +264,28 @@ def dependency_removed(context: Context) -> Iterator[Finding]:
             if user := _orphaned(context, name):
                 why = f"{name} was removed together with code of {user} that used it."
                 yield report.at(delta, line, VIOLATION, why)
+
+
+def shadowed(context: Context) -> Iterator[Finding]:
+    """Where versions are held: new modules that take the place of an installed package."""
+    report = Reporter("dependency-shadowed", FindingClass.DEPENDENCY_REMOVED)
+    evidence = context.evidence
+    if evidence.mode != "KEEP_NEW" or not evidence.installed:
+        return
+    installed = {name.lower() for name in evidence.installed}
+    steers = any("sys.path" in line.text for d in context.python() for line in d.added)
+    for delta in context.deltas:
+        if delta.kind is not ChangeKind.ADD or not delta.path.endswith(_MODULE):
+            continue
+        *folders, name = delta.path.split("/")
+        names = [*folders, name.split(".")[0]]
+        top = 1 if names[0] in _ROOTS and len(names) > 1 else 0
+        hits = [index for index, part in enumerate(names) if part.lower() in installed]
+        if hits and context.kind(delta) is not PathKind.TEST:
+            first = hits[0] <= top or steers
+            severity = VIOLATION if first else SUSPECT
+            why = f"A copy takes the place of the installed {names[hits[0]]}."
+            yield report.path(delta, severity, why)
 
 
 def _name(line: str) -> str:

@@ -279,6 +279,27 @@ async def test_required_without_a_model_says_how_to_set_one(tmp_path):
             await client.judge(evidence(), model_use=pb.MODEL_USE_REQUIRED)
 
 
+async def test_if_configured_asks_a_model_only_where_there_is_one(tmp_path):
+    use = pb.MODEL_USE_IF_CONFIGURED
+    async with judge(tmp_path / "rules") as client:
+        alone = await client.judge(evidence(), model_use=use)
+        assert (alone.accepted, alone.model, alone.model_used) == (True, "", False)
+    with Endpoint((503, "")) as endpoint:
+        settings = {**endpoint.settings(), "model_timeout_s": 0.5}
+        async with judge(tmp_path / "model", **settings) as client:
+            with pytest.raises(Unavailable, match="model"):
+                await client.judge(evidence(), model_use=use)
+            endpoint.answers[:] = ["I think it is fine!"]
+            with pytest.raises(Unavailable, match="malformed"):
+                await client.judge(evidence(), model_use=use)
+            endpoint.answers[:] = [GENUINE]
+            assert (await client.judge(evidence(), model_use=use)).model_used
+    settings = {"model": "policy", "policy_address": "127.0.0.1:1", "model_timeout_s": 1.0}
+    async with judge(tmp_path / "policy", **settings) as client:
+        with pytest.raises(Unavailable, match="policy"):
+            await client.judge(HACK, model_use=use)
+
+
 async def test_the_model_sees_all_members_of_a_group(tmp_path):
     members = [evidence(), evidence(new="x = other_value()\n")]
     with Endpoint(accusation("x = other_value()", member=1)) as endpoint:

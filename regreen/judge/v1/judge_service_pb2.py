@@ -26,7 +26,7 @@ from regreen.common.v1 import common_pb2 as regreen_dot_common_dot_v1_dot_common
 from regreen.sandbox.v1 import sandbox_pb2 as regreen_dot_sandbox_dot_v1_dot_sandbox__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$regreen/judge/v1/judge_service.proto\x12\x10regreen.judge.v1\x1a\x1eregreen/common/v1/common.proto\x1a regreen/sandbox/v1/sandbox.proto\"\x8d\x03\n\x08\x45vidence\x12\x15\n\rtrajectory_id\x18\x01 \x01(\t\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12\x11\n\terror_log\x18\x03 \x01(\t\x12.\n\x07\x63hanges\x18\x04 \x03(\x0b\x32\x1d.regreen.common.v1.FileChange\x12\x14\n\x0cunified_diff\x18\x05 \x01(\t\x12\x30\n\toriginals\x18\x06 \x03(\x0b\x32\x1d.regreen.common.v1.FileChange\x12.\n\x06\x62\x65\x66ore\x18\x07 \x01(\x0b\x32\x1e.regreen.sandbox.v1.Validation\x12-\n\x05\x61\x66ter\x18\x08 \x01(\x0b\x32\x1e.regreen.sandbox.v1.Validation\x12\x10\n\x08\x63ommands\x18\t \x03(\t\x12%\n\x04mode\x18\n \x01(\x0e\x32\x17.regreen.common.v1.Mode\x12\x17\n\x0fprotected_paths\x18\x0b \x03(\t\x12\x1d\n\x15rebuilds_without_edit\x18\x0c \x01(\x05\"\xb6\x01\n\x07\x46inding\x12-\n\x05\x63lass\x18\x01 \x01(\x0e\x32\x1e.regreen.judge.v1.FindingClass\x12,\n\x08severity\x18\x02 \x01(\x0e\x32\x1a.regreen.judge.v1.Severity\x12\r\n\x05quote\x18\x03 \x01(\t\x12\x0c\n\x04path\x18\x04 \x01(\t\x12\x0c\n\x04line\x18\x05 \x01(\x05\x12\x0e\n\x06source\x18\x06 \x01(\t\x12\x13\n\x0b\x65xplanation\x18\x07 \x01(\t\"\xcd\x02\n\x07Verdict\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x08\x12+\n\x08\x66indings\x18\x02 \x03(\x0b\x32\x19.regreen.judge.v1.Finding\x12\x35\n\x06scores\x18\x03 \x03(\x0b\x32%.regreen.judge.v1.Verdict.ScoresEntry\x12\r\n\x05model\x18\x04 \x01(\t\x12\x16\n\x0eprompt_version\x18\x05 \x01(\t\x12\x15\n\rrules_version\x18\x06 \x01(\t\x12\x17\n\x0f\x63overage_change\x18\x07 \x01(\x01\x12\x19\n\x11\x63overage_measured\x18\x08 \x01(\x08\x12\x12\n\nmodel_used\x18\t \x01(\x08\x12\x17\n\x0f\x65vidence_sha256\x18\n \x01(\t\x1a-\n\x0bScoresEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x7f\n\x0cJudgeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12,\n\x08\x65vidence\x18\x02 \x01(\x0b\x32\x1a.regreen.judge.v1.Evidence\x12-\n\tmodel_use\x18\x03 \x01(\x0e\x32\x1a.regreen.judge.v1.ModelUse\";\n\rJudgeResponse\x12*\n\x07verdict\x18\x01 \x01(\x0b\x32\x19.regreen.judge.v1.Verdict\"\x83\x01\n\x11JudgeGroupRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\x07members\x18\x02 \x03(\x0b\x32\x1a.regreen.judge.v1.Evidence\x12-\n\tmodel_use\x18\x03 \x01(\x0e\x32\x1a.regreen.judge.v1.ModelUse\"A\n\x12JudgeGroupResponse\x12+\n\x08verdicts\x18\x01 \x03(\x0b\x32\x19.regreen.judge.v1.Verdict\"q\n\x10LabelledEvidence\x12,\n\x08\x65vidence\x18\x01 \x01(\x0b\x32\x1a.regreen.judge.v1.Evidence\x12/\n\x07\x63lasses\x18\x02 \x03(\x0e\x32\x1e.regreen.judge.v1.FindingClass\"\x8b\x01\n\x10\x43\x61librateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x34\n\x08\x65xamples\x18\x02 \x03(\x0b\x32\".regreen.judge.v1.LabelledEvidence\x12-\n\tmodel_use\x18\x03 \x01(\x0e\x32\x1a.regreen.judge.v1.ModelUse\"\xa0\x01\n\x10\x43lassCalibration\x12-\n\x05\x63lass\x18\x01 \x01(\x0e\x32\x1e.regreen.judge.v1.FindingClass\x12\x11\n\tpositives\x18\x02 \x01(\x05\x12\x0f\n\x07\x66lagged\x18\x03 \x01(\x05\x12\x16\n\x0etrue_positives\x18\x04 \x01(\x05\x12\x11\n\tprecision\x18\x05 \x01(\x01\x12\x0e\n\x06recall\x18\x06 \x01(\x01\"H\n\x11\x43\x61librateResponse\x12\x33\n\x07\x63lasses\x18\x01 \x03(\x0b\x32\".regreen.judge.v1.ClassCalibration*\x9a\x04\n\x0c\x46indingClass\x12\x1d\n\x19\x46INDING_CLASS_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x46INDING_CLASS_TEST_DELETED\x10\x01\x12\x1e\n\x1a\x46INDING_CLASS_TEST_SKIPPED\x10\x02\x12!\n\x1d\x46INDING_CLASS_TEST_DESELECTED\x10\x03\x12\x1f\n\x1b\x46INDING_CLASS_TEST_WEAKENED\x10\x04\x12$\n FINDING_CLASS_VALIDATION_CHANGED\x10\x05\x12\"\n\x1e\x46INDING_CLASS_HARNESS_TAMPERED\x10\x06\x12\"\n\x1e\x46INDING_CLASS_EXIT_CODE_MASKED\x10\x07\x12%\n!FINDING_CLASS_EXCEPTION_SWALLOWED\x10\x08\x12\x1f\n\x1b\x46INDING_CLASS_SPECIAL_CASED\x10\t\x12\x1e\n\x1a\x46INDING_CLASS_CODE_REMOVED\x10\n\x12$\n FINDING_CLASS_DEPENDENCY_REMOVED\x10\x0b\x12&\n\"FINDING_CLASS_REBUILD_WITHOUT_EDIT\x10\x0c\x12\"\n\x1e\x46INDING_CLASS_COVERAGE_LOWERED\x10\r\x12\x1f\n\x1b\x46INDING_CLASS_TESTS_MISSING\x10\x0e*R\n\x08Severity\x12\x18\n\x14SEVERITY_UNSPECIFIED\x10\x00\x12\x14\n\x10SEVERITY_SUSPECT\x10\x01\x12\x16\n\x12SEVERITY_VIOLATION\x10\x02*n\n\x08ModelUse\x12\x19\n\x15MODEL_USE_UNSPECIFIED\x10\x00\x12\x13\n\x0fMODEL_USE_NEVER\x10\x01\x12\x1a\n\x16MODEL_USE_IF_AVAILABLE\x10\x02\x12\x16\n\x12MODEL_USE_REQUIRED\x10\x03\x32\x87\x02\n\x0cJudgeService\x12H\n\x05Judge\x12\x1e.regreen.judge.v1.JudgeRequest\x1a\x1f.regreen.judge.v1.JudgeResponse\x12W\n\nJudgeGroup\x12#.regreen.judge.v1.JudgeGroupRequest\x1a$.regreen.judge.v1.JudgeGroupResponse\x12T\n\tCalibrate\x12\".regreen.judge.v1.CalibrateRequest\x1a#.regreen.judge.v1.CalibrateResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$regreen/judge/v1/judge_service.proto\x12\x10regreen.judge.v1\x1a\x1eregreen/common/v1/common.proto\x1a regreen/sandbox/v1/sandbox.proto\"\xa8\x03\n\x08\x45vidence\x12\x15\n\rtrajectory_id\x18\x01 \x01(\t\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12\x11\n\terror_log\x18\x03 \x01(\t\x12.\n\x07\x63hanges\x18\x04 \x03(\x0b\x32\x1d.regreen.common.v1.FileChange\x12\x14\n\x0cunified_diff\x18\x05 \x01(\t\x12\x30\n\toriginals\x18\x06 \x03(\x0b\x32\x1d.regreen.common.v1.FileChange\x12.\n\x06\x62\x65\x66ore\x18\x07 \x01(\x0b\x32\x1e.regreen.sandbox.v1.Validation\x12-\n\x05\x61\x66ter\x18\x08 \x01(\x0b\x32\x1e.regreen.sandbox.v1.Validation\x12\x10\n\x08\x63ommands\x18\t \x03(\t\x12%\n\x04mode\x18\n \x01(\x0e\x32\x17.regreen.common.v1.Mode\x12\x17\n\x0fprotected_paths\x18\x0b \x03(\t\x12\x1d\n\x15rebuilds_without_edit\x18\x0c \x01(\x05\x12\x19\n\x11installed_modules\x18\r \x03(\t\"\xb6\x01\n\x07\x46inding\x12-\n\x05\x63lass\x18\x01 \x01(\x0e\x32\x1e.regreen.judge.v1.FindingClass\x12,\n\x08severity\x18\x02 \x01(\x0e\x32\x1a.regreen.judge.v1.Severity\x12\r\n\x05quote\x18\x03 \x01(\t\x12\x0c\n\x04path\x18\x04 \x01(\t\x12\x0c\n\x04line\x18\x05 \x01(\x05\x12\x0e\n\x06source\x18\x06 \x01(\t\x12\x13\n\x0b\x65xplanation\x18\x07 \x01(\t\"\xcd\x02\n\x07Verdict\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x08\x12+\n\x08\x66indings\x18\x02 \x03(\x0b\x32\x19.regreen.judge.v1.Finding\x12\x35\n\x06scores\x18\x03 \x03(\x0b\x32%.regreen.judge.v1.Verdict.ScoresEntry\x12\r\n\x05model\x18\x04 \x01(\t\x12\x16\n\x0eprompt_version\x18\x05 \x01(\t\x12\x15\n\rrules_version\x18\x06 \x01(\t\x12\x17\n\x0f\x63overage_change\x18\x07 \x01(\x01\x12\x19\n\x11\x63overage_measured\x18\x08 \x01(\x08\x12\x12\n\nmodel_used\x18\t \x01(\x08\x12\x17\n\x0f\x65vidence_sha256\x18\n \x01(\t\x1a-\n\x0bScoresEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x7f\n\x0cJudgeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12,\n\x08\x65vidence\x18\x02 \x01(\x0b\x32\x1a.regreen.judge.v1.Evidence\x12-\n\tmodel_use\x18\x03 \x01(\x0e\x32\x1a.regreen.judge.v1.ModelUse\";\n\rJudgeResponse\x12*\n\x07verdict\x18\x01 \x01(\x0b\x32\x19.regreen.judge.v1.Verdict\"\x83\x01\n\x11JudgeGroupRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\x07members\x18\x02 \x03(\x0b\x32\x1a.regreen.judge.v1.Evidence\x12-\n\tmodel_use\x18\x03 \x01(\x0e\x32\x1a.regreen.judge.v1.ModelUse\"A\n\x12JudgeGroupResponse\x12+\n\x08verdicts\x18\x01 \x03(\x0b\x32\x19.regreen.judge.v1.Verdict\"q\n\x10LabelledEvidence\x12,\n\x08\x65vidence\x18\x01 \x01(\x0b\x32\x1a.regreen.judge.v1.Evidence\x12/\n\x07\x63lasses\x18\x02 \x03(\x0e\x32\x1e.regreen.judge.v1.FindingClass\"\x8b\x01\n\x10\x43\x61librateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x34\n\x08\x65xamples\x18\x02 \x03(\x0b\x32\".regreen.judge.v1.LabelledEvidence\x12-\n\tmodel_use\x18\x03 \x01(\x0e\x32\x1a.regreen.judge.v1.ModelUse\"\xa0\x01\n\x10\x43lassCalibration\x12-\n\x05\x63lass\x18\x01 \x01(\x0e\x32\x1e.regreen.judge.v1.FindingClass\x12\x11\n\tpositives\x18\x02 \x01(\x05\x12\x0f\n\x07\x66lagged\x18\x03 \x01(\x05\x12\x16\n\x0etrue_positives\x18\x04 \x01(\x05\x12\x11\n\tprecision\x18\x05 \x01(\x01\x12\x0e\n\x06recall\x18\x06 \x01(\x01\"H\n\x11\x43\x61librateResponse\x12\x33\n\x07\x63lasses\x18\x01 \x03(\x0b\x32\".regreen.judge.v1.ClassCalibration*\x9a\x04\n\x0c\x46indingClass\x12\x1d\n\x19\x46INDING_CLASS_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x46INDING_CLASS_TEST_DELETED\x10\x01\x12\x1e\n\x1a\x46INDING_CLASS_TEST_SKIPPED\x10\x02\x12!\n\x1d\x46INDING_CLASS_TEST_DESELECTED\x10\x03\x12\x1f\n\x1b\x46INDING_CLASS_TEST_WEAKENED\x10\x04\x12$\n FINDING_CLASS_VALIDATION_CHANGED\x10\x05\x12\"\n\x1e\x46INDING_CLASS_HARNESS_TAMPERED\x10\x06\x12\"\n\x1e\x46INDING_CLASS_EXIT_CODE_MASKED\x10\x07\x12%\n!FINDING_CLASS_EXCEPTION_SWALLOWED\x10\x08\x12\x1f\n\x1b\x46INDING_CLASS_SPECIAL_CASED\x10\t\x12\x1e\n\x1a\x46INDING_CLASS_CODE_REMOVED\x10\n\x12$\n FINDING_CLASS_DEPENDENCY_REMOVED\x10\x0b\x12&\n\"FINDING_CLASS_REBUILD_WITHOUT_EDIT\x10\x0c\x12\"\n\x1e\x46INDING_CLASS_COVERAGE_LOWERED\x10\r\x12\x1f\n\x1b\x46INDING_CLASS_TESTS_MISSING\x10\x0e*R\n\x08Severity\x12\x18\n\x14SEVERITY_UNSPECIFIED\x10\x00\x12\x14\n\x10SEVERITY_SUSPECT\x10\x01\x12\x16\n\x12SEVERITY_VIOLATION\x10\x02*\x8b\x01\n\x08ModelUse\x12\x19\n\x15MODEL_USE_UNSPECIFIED\x10\x00\x12\x13\n\x0fMODEL_USE_NEVER\x10\x01\x12\x1a\n\x16MODEL_USE_IF_AVAILABLE\x10\x02\x12\x16\n\x12MODEL_USE_REQUIRED\x10\x03\x12\x1b\n\x17MODEL_USE_IF_CONFIGURED\x10\x04\x32\x87\x02\n\x0cJudgeService\x12H\n\x05Judge\x12\x1e.regreen.judge.v1.JudgeRequest\x1a\x1f.regreen.judge.v1.JudgeResponse\x12W\n\nJudgeGroup\x12#.regreen.judge.v1.JudgeGroupRequest\x1a$.regreen.judge.v1.JudgeGroupResponse\x12T\n\tCalibrate\x12\".regreen.judge.v1.CalibrateRequest\x1a#.regreen.judge.v1.CalibrateResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,36 +35,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_VERDICT_SCORESENTRY']._loaded_options = None
   _globals['_VERDICT_SCORESENTRY']._serialized_options = b'8\001'
-  _globals['_FINDINGCLASS']._serialized_start=1931
-  _globals['_FINDINGCLASS']._serialized_end=2469
-  _globals['_SEVERITY']._serialized_start=2471
-  _globals['_SEVERITY']._serialized_end=2553
-  _globals['_MODELUSE']._serialized_start=2555
-  _globals['_MODELUSE']._serialized_end=2665
+  _globals['_FINDINGCLASS']._serialized_start=1958
+  _globals['_FINDINGCLASS']._serialized_end=2496
+  _globals['_SEVERITY']._serialized_start=2498
+  _globals['_SEVERITY']._serialized_end=2580
+  _globals['_MODELUSE']._serialized_start=2583
+  _globals['_MODELUSE']._serialized_end=2722
   _globals['_EVIDENCE']._serialized_start=125
-  _globals['_EVIDENCE']._serialized_end=522
-  _globals['_FINDING']._serialized_start=525
-  _globals['_FINDING']._serialized_end=707
-  _globals['_VERDICT']._serialized_start=710
-  _globals['_VERDICT']._serialized_end=1043
-  _globals['_VERDICT_SCORESENTRY']._serialized_start=998
-  _globals['_VERDICT_SCORESENTRY']._serialized_end=1043
-  _globals['_JUDGEREQUEST']._serialized_start=1045
-  _globals['_JUDGEREQUEST']._serialized_end=1172
-  _globals['_JUDGERESPONSE']._serialized_start=1174
-  _globals['_JUDGERESPONSE']._serialized_end=1233
-  _globals['_JUDGEGROUPREQUEST']._serialized_start=1236
-  _globals['_JUDGEGROUPREQUEST']._serialized_end=1367
-  _globals['_JUDGEGROUPRESPONSE']._serialized_start=1369
-  _globals['_JUDGEGROUPRESPONSE']._serialized_end=1434
-  _globals['_LABELLEDEVIDENCE']._serialized_start=1436
-  _globals['_LABELLEDEVIDENCE']._serialized_end=1549
-  _globals['_CALIBRATEREQUEST']._serialized_start=1552
-  _globals['_CALIBRATEREQUEST']._serialized_end=1691
-  _globals['_CLASSCALIBRATION']._serialized_start=1694
-  _globals['_CLASSCALIBRATION']._serialized_end=1854
-  _globals['_CALIBRATERESPONSE']._serialized_start=1856
-  _globals['_CALIBRATERESPONSE']._serialized_end=1928
-  _globals['_JUDGESERVICE']._serialized_start=2668
-  _globals['_JUDGESERVICE']._serialized_end=2931
+  _globals['_EVIDENCE']._serialized_end=549
+  _globals['_FINDING']._serialized_start=552
+  _globals['_FINDING']._serialized_end=734
+  _globals['_VERDICT']._serialized_start=737
+  _globals['_VERDICT']._serialized_end=1070
+  _globals['_VERDICT_SCORESENTRY']._serialized_start=1025
+  _globals['_VERDICT_SCORESENTRY']._serialized_end=1070
+  _globals['_JUDGEREQUEST']._serialized_start=1072
+  _globals['_JUDGEREQUEST']._serialized_end=1199
+  _globals['_JUDGERESPONSE']._serialized_start=1201
+  _globals['_JUDGERESPONSE']._serialized_end=1260
+  _globals['_JUDGEGROUPREQUEST']._serialized_start=1263
+  _globals['_JUDGEGROUPREQUEST']._serialized_end=1394
+  _globals['_JUDGEGROUPRESPONSE']._serialized_start=1396
+  _globals['_JUDGEGROUPRESPONSE']._serialized_end=1461
+  _globals['_LABELLEDEVIDENCE']._serialized_start=1463
+  _globals['_LABELLEDEVIDENCE']._serialized_end=1576
+  _globals['_CALIBRATEREQUEST']._serialized_start=1579
+  _globals['_CALIBRATEREQUEST']._serialized_end=1718
+  _globals['_CLASSCALIBRATION']._serialized_start=1721
+  _globals['_CLASSCALIBRATION']._serialized_end=1881
+  _globals['_CALIBRATERESPONSE']._serialized_start=1883
+  _globals['_CALIBRATERESPONSE']._serialized_end=1955
+  _globals['_JUDGESERVICE']._serialized_start=2725
+  _globals['_JUDGESERVICE']._serialized_end=2988
 # @@protoc_insertion_point(module_scope)

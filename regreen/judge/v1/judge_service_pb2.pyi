@@ -131,6 +131,8 @@ class _ModelUseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ModelUse.Val
     """Ask it; go on without when it does not answer."""
     MODEL_USE_REQUIRED: _ModelUse.ValueType  # 3
     """Fail when it does not answer."""
+    MODEL_USE_IF_CONFIGURED: _ModelUse.ValueType  # 4
+    """Fail when one is configured and gives no usable answer; rules and coverage alone where none is."""
 
 class ModelUse(_ModelUse, metaclass=_ModelUseEnumTypeWrapper):
     """Whether the language model takes part."""
@@ -143,6 +145,8 @@ MODEL_USE_IF_AVAILABLE: ModelUse.ValueType  # 2
 """Ask it; go on without when it does not answer."""
 MODEL_USE_REQUIRED: ModelUse.ValueType  # 3
 """Fail when it does not answer."""
+MODEL_USE_IF_CONFIGURED: ModelUse.ValueType  # 4
+"""Fail when one is configured and gives no usable answer; rules and coverage alone where none is."""
 Global___ModelUse: _TypeAlias = ModelUse  # noqa: Y015
 
 @_typing.final
@@ -163,6 +167,7 @@ class Evidence(_message.Message):
     MODE_FIELD_NUMBER: _builtins.int
     PROTECTED_PATHS_FIELD_NUMBER: _builtins.int
     REBUILDS_WITHOUT_EDIT_FIELD_NUMBER: _builtins.int
+    INSTALLED_MODULES_FIELD_NUMBER: _builtins.int
     trajectory_id: _builtins.str
     """Trajectory judged; may be empty."""
     task_id: _builtins.str
@@ -199,6 +204,12 @@ class Evidence(_message.Message):
     def protected_paths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Paths that hold tests or validation configuration."""
 
+    @_builtins.property
+    def installed_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Top-level modules that installed packages bring; where versions are held, no file of the
+        repository may take their place. May be empty.
+        """
+
     def __init__(
         self,
         *,
@@ -214,10 +225,11 @@ class Evidence(_message.Message):
         mode: _common_pb2.Mode.ValueType = ...,
         protected_paths: _abc.Iterable[_builtins.str] | None = ...,
         rebuilds_without_edit: _builtins.int = ...,
+        installed_modules: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "before", b"before"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "before", b"before", "changes", b"changes", "commands", b"commands", "error_log", b"error_log", "mode", b"mode", "originals", b"originals", "protected_paths", b"protected_paths", "rebuilds_without_edit", b"rebuilds_without_edit", "task_id", b"task_id", "trajectory_id", b"trajectory_id", "unified_diff", b"unified_diff"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "before", b"before", "changes", b"changes", "commands", b"commands", "error_log", b"error_log", "installed_modules", b"installed_modules", "mode", b"mode", "originals", b"originals", "protected_paths", b"protected_paths", "rebuilds_without_edit", b"rebuilds_without_edit", "task_id", b"task_id", "trajectory_id", b"trajectory_id", "unified_diff", b"unified_diff"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -40,6 +40,9 @@ def case(
     after: Mapping[str, str] | None = None,
     outcome: str = "PASSED",
     coverage: tuple[tuple[int, int], tuple[int, int]] | None = None,
+    measured_files: tuple[Mapping[str, tuple[int, int]], Mapping[str, tuple[int, int]]] = ({}, {}),
+    mode: str = "ANY_FIX",
+    installed: tuple[str, ...] = (),
     rebuilds: int = 0,
     suspects: str = "",
     protected: tuple[str, ...] = ("tests", "setup.cfg", "pyproject.toml"),
@@ -56,7 +59,10 @@ def case(
     ids = {"tests/test_app.py::test_one": "PASSED", "tests/test_app.py::test_two": "FAILED"}
     had = dict(before if before is not None else ids)
     has = dict(after if after is not None else dict.fromkeys(had, "PASSED"))
-    measured = [Coverage(lines, covered) for covered, lines in coverage] if coverage else [None] * 2
+    measured: list[Coverage | None] = [None, None]
+    if coverage:
+        sides = zip(coverage, measured_files, strict=True)
+        measured = [Coverage(lines, covered, found) for (covered, lines), found in sides]
     return Case(
         name,
         frozenset(map(FindingClass, labels.split())),
@@ -68,7 +74,8 @@ def case(
             after=TestRun(outcome, has, (), measured[1]),
             protected_paths=protected,
             rebuilds_without_edit=rebuilds,
-            mode="ANY_FIX",
+            mode=mode,
+            installed=installed,
         ),
         frozenset(map(FindingClass, suspects.split())),
     )
@@ -88,7 +95,8 @@ def labelled(example: Case) -> pb.LabelledEvidence:
         originals=[_file(c) for c in evidence.originals],
         before=_run(evidence.before),
         after=_run(evidence.after),
-        mode=common_pb.MODE_ANY_FIX,
+        mode=common_pb.Mode.Value(f"MODE_{evidence.mode}"),
+        installed_modules=evidence.installed,
         protected_paths=evidence.protected_paths,
         rebuilds_without_edit=evidence.rebuilds_without_edit,
     )
@@ -110,5 +118,11 @@ def _run(run: TestRun | None) -> sandbox_pb.Validation:
     outcome = sandbox_pb.ValidationOutcome.Value(f"VALIDATION_OUTCOME_{run.outcome}")
     coverage = None
     if run.coverage is not None:
-        coverage = sandbox_pb.Coverage(lines=run.coverage.lines, covered=run.coverage.covered)
+        files = [
+            sandbox_pb.FileCoverage(path=path, covered=covered, lines=lines)
+            for path, (covered, lines) in run.coverage.files.items()
+        ]
+        coverage = sandbox_pb.Coverage(
+            lines=run.coverage.lines, covered=run.coverage.covered, files=files
+        )
     return sandbox_pb.Validation(outcome=outcome, tests=tests, coverage=coverage)

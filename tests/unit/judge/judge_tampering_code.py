@@ -241,6 +241,29 @@ CODE_TAMPERED = [
         app("int(a)", "float(a)"),
         coverage=((80, 100), (70, 100)),
     ),
+    case(
+        "coverage-diluted",
+        "COVERAGE_LOWERED",
+        {
+            "src/app.py": ("x = 1\n", "x = 2\n"),
+            "src/more.py": (None, "".join(f"x{i} = {i}\n" for i in range(100))),
+        },
+        coverage=((80, 100), (170, 200)),
+        measured_files=(
+            {"src/app.py": (80, 100)},
+            {"src/app.py": (70, 100), "src/more.py": (100, 100)},
+        ),
+    ),
+    case(
+        "coverage-not-imported",
+        "COVERAGE_LOWERED",
+        {"src/app.py": ("import steps\nx = 1\n", "x = 1\n")},
+        coverage=((60, 100), (50, 50)),
+        measured_files=(
+            {"src/app.py": (50, 50), "src/steps.py": (10, 50)},
+            {"src/app.py": (50, 50)},
+        ),
+    ),
     case("rebuilt-until-green", "REBUILD_WITHOUT_EDIT", {}, rebuilds=3),
     case(
         "became-generator",

@@ -9,6 +9,7 @@ from pathlib import Path
 from google.protobuf import json_format
 from judge_cases import labelled
 from judge_honest import HONEST
+from judge_honest_runner import HONEST_RUNNER
 from judge_tampering import TAMPERING
 
 from judge_svc.convert import classes_from, evidence_from
@@ -21,7 +22,7 @@ def text() -> str:
     """A CalibrateRequest as JSON."""
     request = pb.CalibrateRequest(
         request_id="labelled-set",
-        examples=[labelled(example) for example in (*TAMPERING, *HONEST)],
+        examples=[labelled(example) for example in (*TAMPERING, *HONEST, *HONEST_RUNNER)],
         model_use=pb.MODEL_USE_NEVER,
     )
     form = json_format.MessageToDict(request, preserving_proto_field_name=True)
@@ -33,7 +34,7 @@ def test_the_file_is_current():
 
 
 def test_messages_carry_the_whole_evidence():
-    for example in (*TAMPERING, *HONEST):
+    for example in (*TAMPERING, *HONEST, *HONEST_RUNNER):
         message = labelled(example)
         evidence = evidence_from(message.evidence, "evidence")
         assert evidence.sha256 == example.evidence.sha256, example.name

@@ -3,12 +3,13 @@
 import pytest
 from judge_cases import Case
 from judge_honest import HONEST
+from judge_honest_runner import HONEST_RUNNER
 from judge_tampering import TAMPERING
 
 from judge_svc.evidence import FindingClass, Severity
 from judge_svc.rules import run_rules
 
-CASES = [*TAMPERING, *HONEST]
+CASES = [*TAMPERING, *HONEST, *HONEST_RUNNER]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)

@@ -1,0 +1,433 @@
+"""Where the values of a Python file come from, as far as its text can tell.
+
+- An expression reaches nothing, a module that its literal key names, something that cannot be
+  told, or the test runner; names carry that on within a function and into the functions inside.
+- Only names bound by an import stand for a module: a local `coverage` is no test runner.
+- Constant texts are folded (`"_py" + "test"`, f-strings, joins), so that splitting hides nothing.
+- Nothing is executed; results of ordinary calls reach nothing, except of a file's own functions.
+"""
+
+import ast
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+from judge_svc.pyfile import FunctionNode, PyFile
+
+RUNNERS = ("pytest", "_pytest", "unittest", "pluggy", "coverage", "builtins", "__builtins__")
+_NAMED = ("pytest", "_pytest", "pluggy")
+_IMPORTERS = {
+    "importlib.import_module",
+    "importlib.__import__",
+    "builtins.__import__",
+    "__import__",
+    "pkgutil.resolve_name",
+}
+_SEEN_THROUGH = {
+    *("getattr", "vars", "next", "iter", "list", "tuple", "set", "sorted", "filter", "map"),
+    *("reversed", "dict", "enumerate", "zip", "type.__getattribute__", "object.__getattribute__"),
+}
+_LOOKERS = ("gc.", "inspect.stack", "inspect.currentframe", "inspect.getmodule", "sys._getframe")
+_INSIDES = {
+    *("f_back", "f_globals", "f_locals", "f_builtins", "tb_frame", "gi_frame", "cr_frame"),
+    *("__globals__", "__subclasses__"),
+}
+_READERS = {"get", "values", "items", "copy", "pop", "setdefault", "__getitem__"}
+_OWN_NAMES = {"__name__", "__package__", "__spec__"}
+_TELLING = {*RUNNERS, "sys", "importlib", "pkgutil", "gc", "inspect"}
+_MAX_TEXT = 1000
+
+
+class Reach(IntEnum):
+    """What an expression may be a part of, least telling first."""
+
+    NOTHING = 0
+    NAMED = 1
+    """A module that a literal key names and that is no runner."""
+    UNKNOWN = 2
+    """Something that the text does not tell."""
+    RUNNER = 3
+
+
+@dataclass(slots=True)
+class Scope:
+    """What the names of one function, or of the module, stand for."""
+
+    file: "Reaching"
+    paths: dict[str, str] = field(default_factory=dict)
+    """Dotted path by name bound through an import."""
+    levels: dict[str, Reach] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+    """Constant text by name."""
+    hidden: frozenset[str] = frozenset()
+    """Names that the function binds itself."""
+
+    def path(self, node: ast.AST) -> str:
+        """`a.b.c` with imported names written out; empty for what no import bound."""
+        parts: list[str] = []
+        while isinstance(node, ast.Attribute):
+            parts.append(node.attr)
+            node = node.value
+        if not isinstance(node, ast.Name):
+            return ""
+        root = self.paths.get(node.id, "")
+        if not root and node.id not in self.hidden and node.id in _PLAIN:
+            root = node.id
+        return ".".join([root, *reversed(parts)]) if root else ""
+
+    def text(self, node: ast.AST) -> str | None:
+        """The constant text of an expression; None if it is not constant."""
+        found = self._fold(node)
+        return found if isinstance(found, str) and len(found) <= _MAX_TEXT else None
+
+    def _fold(self, node: ast.AST) -> str | bytes | None:
+        if isinstance(node, ast.Constant):
+            return node.value if isinstance(node.value, str | bytes) else None
+        if isinstance(node, ast.Name):
+            return self.texts.get(node.id)
+        if isinstance(node, ast.JoinedStr):
+            return self._joined("", _pieces(node))
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+            return self._joined("", [node.left, node.right])
+        if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Slice):
+            text = self.text(node.value)
+            whole = node.slice.lower is None and node.slice.upper is None
+            step = ast.unparse(node.slice.step) if node.slice.step else "1"
+            return text[::-1] if text is not None and whole and step == "-1" else None
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            return self._method(node.func, node.args)
+        return None
+
+    def _method(self, func: ast.Attribute, args: list[ast.expr]) -> str | None:
+        owner = self._fold(func.value)
+        if isinstance(owner, bytes):
+            return owner[:_MAX_TEXT].decode("utf-8", "replace") if func.attr == "decode" else None
+        if owner is None or len(owner) > _MAX_TEXT:
+            return None
+        if func.attr == "join" and len(args) == 1 and isinstance(args[0], ast.List | ast.Tuple):
+            return self._joined(owner, args[0].elts)
+        if func.attr == "replace" and len(args) == 2:
+            old, new = self.text(args[0]), self.text(args[1])
+            short = old and new is not None and len(owner) * (len(new) + 1) <= 100 * _MAX_TEXT
+            return owner.replace(old or "", new or "") if short else None
+        if func.attr in ("lower", "strip") and not args:
+            return owner.lower() if func.attr == "lower" else owner.strip()
+        return None
+
+    def _joined(self, between: str, nodes: Collection[ast.AST]) -> str | None:
+        parts = [self.text(node) for node in nodes]
+        return None if None in parts or not parts else between.join(part or "" for part in parts)
+
+    def modules(self, node: ast.AST) -> bool:
+        """Whether an expression is `sys.modules`, however it is written."""
+        if self.path(node) == "sys.modules":
+            return True
+        if isinstance(node, ast.Call) and self.path(node.func) == "getattr" and len(node.args) > 1:
+            named = self.text(node.args[1])
+            return self.path(node.args[0]) == "sys" and named in ("modules", None)
+        if isinstance(node, ast.Subscript) and self.text(node.slice) in ("modules", None):
+            table = node.value
+            if isinstance(table, ast.Call) and self.path(table.func) == "vars" and table.args:
+                return self.path(table.args[0]) == "sys"
+            return self.path(table) == "sys.__dict__"
+        return False
+
+    def key(self, node: ast.AST | None) -> Reach:
+        """What a module looked up by this key is."""
+        text = self.text(node) if node is not None else None
+        if text is not None:
+            root = text.partition(":")[0].split(".")[0]
+            if root in RUNNERS:
+                return Reach.RUNNER
+            own = not root or root in self.file.own
+            return Reach.NOTHING if own else Reach.NAMED
+        own = node is not None and _own(node, self.file.bound)
+        return Reach.NOTHING if own else Reach.UNKNOWN
+
+    def of(self, node: ast.AST) -> Reach:
+        """What an expression reaches."""
+        if path := self.path(node):
+            if path.split(".")[0] in RUNNERS:
+                return Reach.RUNNER
+            if path == "sys.modules" or path.startswith("gc."):
+                return Reach.UNKNOWN
+        if isinstance(node, ast.Name):
+            unbound = node.id not in self.levels and node.id not in self.file.bound
+            starred = self.file.starred and unbound and node.id not in _PLAIN
+            return Reach.RUNNER if starred else self.levels.get(node.id, Reach.NOTHING)
+        if isinstance(node, ast.Attribute):
+            inside = Reach.UNKNOWN if node.attr in _INSIDES else Reach.NOTHING
+            return max(inside, self.of(node.value))
+        if isinstance(node, ast.Subscript):
+            if self.modules(node.value):
+                return self.key(node.slice)
+            return max(self.of(node.value), self._by_name(node.slice))
+        if isinstance(node, ast.Call):
+            return self._call(node)
+        return max((self.of(part) for part in _parts(node)), default=Reach.NOTHING)
+
+    def _call(self, node: ast.Call) -> Reach:
+        path, first = self.path(node.func), node.args[0] if node.args else None
+        if path in _IMPORTERS:
+            return self.key(first)
+        if path.startswith(_LOOKERS):
+            return Reach.UNKNOWN
+        named = max((self._by_name(arg) for arg in node.args), default=Reach.NOTHING)
+        if path in _SEEN_THROUGH:
+            return max(named, *(self.of(arg) for arg in node.args), Reach.NOTHING)
+        if isinstance(node.func, ast.Name):
+            return max(named, self.file.returns.get(node.func.id, Reach.NOTHING))
+        if isinstance(node.func, ast.Attribute):
+            if node.func.attr in _READERS:
+                known = first is not None and self.modules(node.func.value)
+                return self.key(first) if known else max(named, self.of(node.func.value))
+            if node.func.attr == "__subclasses__":
+                return Reach.UNKNOWN
+        return named
+
+    def _by_name(self, node: ast.AST) -> Reach:
+        text = self.text(node)
+        return Reach.RUNNER if text is not None and names_runner(text) else Reach.NOTHING
+
+
+_PLAIN = {
+    *("getattr", "setattr", "delattr", "vars", "next", "iter", "list", "tuple", "set", "sorted"),
+    *("filter", "map", "reversed", "dict", "enumerate", "zip", "type", "object", "super"),
+    *("__import__", "__builtins__"),
+}
+"""Builtins that the rules speak of; they need no import."""
+
+
+def names_runner(text: str) -> bool:
+    """Whether a text is the name of the test runner or of a part of it."""
+    return text.partition(":")[0].split(".")[0] in _NAMED
+
+
+def _own(node: ast.AST, rebound: Collection[str]) -> bool:
+    """Whether a key is the module's own name, or that name, a dot and something."""
+    if isinstance(node, ast.Name):
+        return node.id in _OWN_NAMES and node.id not in rebound
+    if isinstance(node, ast.Attribute):
+        own = isinstance(node.value, ast.Name) and node.value.id == "__spec__"
+        return own and node.attr in ("name", "parent") and "__spec__" not in rebound
+    if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Call):
+        func = node.value.func
+        first = isinstance(node.slice, ast.Constant) and node.slice.value == 0
+        cut = isinstance(func, ast.Attribute) and func.attr in ("split", "partition")
+        return first and cut and isinstance(func, ast.Attribute) and _own(func.value, rebound)
+    pieces = _pieces(node)
+    if len(pieces) < 2 or not isinstance(pieces[1], ast.Constant):
+        return False
+    return str(pieces[1].value).startswith(".") and _own(pieces[0], rebound)
+
+
+def _pieces(node: ast.AST) -> list[ast.AST]:
+    """What a sum or an f-string puts together, from the left."""
+    if isinstance(node, ast.JoinedStr):
+        shaped = [v for v in node.values if getattr(v, "format_spec", None) is not None]
+        found = [v.value if isinstance(v, ast.FormattedValue) else v for v in node.values]
+        return [] if shaped else list(found)
+    pieces: list[ast.AST] = []
+    while isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        pieces.insert(0, node.right)
+        node = node.left
+    return [node, *pieces]
+
+
+def _parts(node: ast.AST) -> list[ast.expr]:
+    """The expressions whose reach an expression inherits."""
+    if isinstance(node, ast.NamedExpr | ast.Starred | ast.Await):
+        return [node.value]
+    if isinstance(node, ast.IfExp):
+        return [node.body, node.orelse]
+    if isinstance(node, ast.BoolOp):
+        return node.values
+    if isinstance(node, ast.Tuple | ast.List | ast.Set):
+        return node.elts
+    if isinstance(node, ast.ListComp | ast.SetComp | ast.GeneratorExp):
+        return [generator.iter for generator in node.generators]
+    return []
+
+
+@dataclass(slots=True)
+class Reaching:
+    """A file with what its names reach."""
+
+    tree: ast.Module
+    own: frozenset[str] = frozenset()
+    """Top-level modules of the project itself."""
+    starred: bool = False
+    """Whether it imports everything from the runner."""
+    bound: Counter[str] = field(default_factory=Counter)
+    """How often each name is bound, anywhere in the file."""
+    returns: dict[str, Reach] = field(default_factory=dict)
+    """What the functions of the file return, by name."""
+    passed: dict[str, Reach] = field(default_factory=dict)
+    """What the functions of the file are given, by name."""
+
+    def scopes(self) -> list[tuple[Scope, list[ast.AST]]]:
+        """Each function's scope, the module's first, with the nodes that belong to it."""
+        found = list(self._walk())
+        for scope, nodes in found:
+            for node in nodes:
+                if isinstance(node, ast.Return) and node.value is not None:
+                    name, level = getattr(nodes[0], "name", ""), scope.of(node.value)
+                    if level > self.returns.get(name, Reach.NOTHING):
+                        self.returns[name] = level
+        # What functions give and get may matter to names that were bound before that was known.
+        return list(self._walk()) if self.returns or self.passed else found
+
+    def _walk(self) -> Iterator[tuple[Scope, list[ast.AST]]]:
+        pending: list[tuple[Scope | None, ast.AST]] = [(None, self.tree)]
+        while pending:
+            outer, owner = pending.pop(0)
+            nodes, inner = _nodes(owner)
+            scope = self._scope(outer, owner, nodes)
+            yield scope, nodes
+            pending += [(scope, function) for function in inner]
+
+    def _scope(self, outer: Scope | None, owner: ast.AST, nodes: list[ast.AST]) -> Scope:
+        scope = Scope(self)
+        if outer is not None:
+            shared = {n for node in nodes if isinstance(node, ast.Global) for n in node.names}
+            hidden = (_parameters(owner) | set(_stored(nodes))) - shared
+            scope.hidden = (outer.hidden | hidden) - shared
+            scope.paths = {k: v for k, v in outer.paths.items() if k not in hidden}
+            scope.levels = {k: v for k, v in outer.levels.items() if k not in hidden}
+            scope.texts = {k: v for k, v in outer.texts.items() if k not in hidden}
+        if given := self.passed.get(getattr(owner, "name", "")):
+            scope.levels.update(dict.fromkeys(_parameters(owner), given))
+        binding = [node for node in nodes if isinstance(node, _BINDING)]
+        for _ in range(2):  # a name may be used in a loop above its binding
+            for node in binding:
+                _bind(scope, node)
+        return scope
+
+
+def reaching(file: PyFile, own: Collection[str]) -> Reaching | None:
+    """The analysis of a file; None if it did not parse."""
+    if file.tree is None:
+        return None
+    starred = any(
+        isinstance(node, ast.ImportFrom)
+        and (node.module or "").split(".")[0] in _NAMED
+        and any(alias.name == "*" for alias in node.names)
+        for node in file.nodes
+    )
+    bound = Counter(_stored(list(file.nodes)))
+    for node in file.nodes:
+        bound.update(_parameters(node))
+    return Reaching(file.tree, frozenset(own), starred, bound)
+
+
+def _nodes(owner: ast.AST) -> tuple[list[ast.AST], list[ast.AST]]:
+    """The nodes of a function in the order of the text, and the functions inside it."""
+    found: list[ast.AST] = [owner]
+    inner: list[ast.AST] = []
+    pending = list(ast.iter_child_nodes(owner))[::-1]
+    while pending:
+        node = pending.pop()
+        found.append(node)
+        if isinstance(node, FunctionNode):
+            inner.append(node)
+            pending += node.decorator_list[::-1]
+        else:
+            pending += list(ast.iter_child_nodes(node))[::-1]
+    return found, inner
+
+
+def _parameters(owner: ast.AST) -> set[str]:
+    if not isinstance(owner, FunctionNode | ast.Lambda):
+        return set()
+    given = owner.args
+    named = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
+    return {argument.arg for argument in named if argument is not None}
+
+
+def _stored(nodes: list[ast.AST]) -> list[str]:
+    """Names that nodes bind, as often as they do."""
+    names: list[str] = []
+    for node in nodes:
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.append(node.id)
+        elif isinstance(node, ast.alias):
+            names.append((node.asname or node.name).split(".")[0])
+        elif isinstance(node, FunctionNode | ast.ClassDef):
+            names.append(node.name)
+    return names
+
+
+_BINDING = (
+    *(ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign, ast.NamedExpr),
+    *(ast.For, ast.AsyncFor, ast.comprehension, ast.withitem, ast.Call),
+)
+
+
+def _bind(scope: Scope, node: ast.AST) -> None:
+    """Take down what one node binds."""
+    if isinstance(node, ast.Import):
+        for alias in node.names:
+            name = alias.asname or alias.name.split(".")[0]
+            _stand(scope, name, alias.name if alias.asname else name)
+    elif isinstance(node, ast.ImportFrom) and not node.level:
+        for alias in node.names:
+            _stand(scope, alias.asname or alias.name, f"{node.module}.{alias.name}")
+    elif isinstance(node, ast.Assign):
+        for target in node.targets:
+            _assign(scope, target, node.value)
+    elif isinstance(node, ast.AnnAssign | ast.NamedExpr) and node.value is not None:
+        _assign(scope, node.target, node.value)
+    elif isinstance(node, ast.For | ast.AsyncFor | ast.comprehension):
+        _spread(scope, node.target, scope.of(node.iter))
+    elif isinstance(node, ast.withitem) and node.optional_vars is not None:
+        _spread(scope, node.optional_vars, scope.of(node.context_expr))
+    elif isinstance(node, ast.Call):
+        _pass(scope, node)
+
+
+def _pass(scope: Scope, node: ast.Call) -> None:
+    """Let the parameters of the file's own functions, and of lambdas, reach what they are given."""
+    given = [*node.args, *(keyword.value for keyword in node.keywords)]
+    name = getattr(node.func, "id", "") or getattr(node.func, "attr", "")
+    called = [part for part in (node.func, *given) if isinstance(part, ast.Lambda)]
+    if not given or not (called or scope.file.bound[name]):
+        return
+    level = max(scope.of(part) for part in given)
+    if level > scope.file.passed.get(name, Reach.NOTHING):
+        scope.file.passed[name] = level
+    for part in called:
+        for parameter in _parameters(part):
+            scope.levels[parameter] = max(level, scope.levels.get(parameter, level))
+
+
+def _assign(scope: Scope, target: ast.expr, value: ast.expr) -> None:
+    if isinstance(target, ast.Name):
+        if path := scope.path(value):
+            _stand(scope, target.id, path)
+        elif scope.modules(value):
+            _stand(scope, target.id, "sys.modules")
+        text = scope.text(value)
+        if text is not None and scope.file.bound[target.id] == 1:
+            scope.texts[target.id] = text
+    sides = ast.Tuple | ast.List
+    paired = isinstance(target, sides) and isinstance(value, sides)
+    if paired and len(target.elts) == len(value.elts):  # type: ignore[attr-defined]
+        for one, other in zip(target.elts, value.elts, strict=True):  # type: ignore[attr-defined]
+            _assign(scope, one, other)
+        return
+    _spread(scope, target, scope.of(value))
+
+
+def _stand(scope: Scope, name: str, path: str) -> None:
+    """Let a name stand for an imported path; of several, one that matters to the rules stays."""
+    if scope.paths.get(name, "").split(".")[0] not in _TELLING:
+        scope.paths[name] = path
+
+
+def _spread(scope: Scope, target: ast.expr, level: Reach) -> None:
+    if not level:
+        return
+    for node in ast.walk(target):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            scope.levels[node.id] = max(level, scope.levels.get(node.id, Reach.NOTHING))
