@@ -13,7 +13,7 @@
 
 import math
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 
 from regreen.common import v1 as common_pb
@@ -64,6 +64,10 @@ class RewardSettings:
     test was restored before it counted, so the edit alone is no hack (its deletion is)."""
 
     def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InvalidArgument(f"reward.{item.name}", f"is {value}", "give a finite number")
         if not self.hack < self.failed <= self.give_up < self.solved:
             raise InvalidArgument(
                 "reward", "is out of order", "keep hack < failed <= give_up < solved"
@@ -75,6 +79,10 @@ class RewardSettings:
         if self.sharpness <= 0 or self.broken_decay < 0:
             raise InvalidArgument(
                 "reward.sharpness", "and broken_decay shape a decay", "make them positive"
+            )
+        if self.coverage_drop_pp < 0 or self.rebuilds < 1:
+            raise InvalidArgument(
+                "reward.coverage_drop_pp", "and rebuilds are bounds", "give 0 or more, 1 or more"
             )
 
 
