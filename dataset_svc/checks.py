@@ -13,7 +13,15 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from dataset_svc import arrays
-from dataset_svc.models import EPISODE_ENDS, GRADERS, MODES, PIPELINES, SPLITS, TASK_STATUSES
+from dataset_svc.models import (
+    EPISODE_ENDS,
+    GRADERS,
+    MODES,
+    PIPELINES,
+    SPLITS,
+    TASK_STATUSES,
+    TURN_ROLES,
+)
 from dataset_svc.records import GateRecord, TaskRecord, TrajectoryRecord
 from regreen.rpc.errors import InvalidArgument
 
@@ -224,6 +232,7 @@ def _check_turns(record: TrajectoryRecord) -> None:
             raise InvalidArgument(
                 f"{field}.index", f"is {turn.index}", f"number turns from 0: {position}"
             )
+        one_of(f"{field}.role", turn.role, TURN_ROLES)
         if not previous <= turn.token_start <= turn.token_end <= count:
             raise InvalidArgument(
                 f"{field}.token_start",

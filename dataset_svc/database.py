@@ -33,6 +33,8 @@ T = TypeVar("T")
 _RETRY_S = 5.0
 _TRY_AGAIN = ("40001", "40P01", "23505")
 """SQLSTATE of a serialization failure, a deadlock, and a row that another has just inserted."""
+_WRONG_VALUE = ("23502", "23514")
+"""SQLSTATE of a value that is missing or breaks a CHECK: sending it again cannot help."""
 
 
 def normal_url(url: str) -> str:
@@ -107,7 +109,8 @@ class Database:
 
         Raises:
             Unavailable: the server does not answer or the pool is empty.
-            Aborted: concurrent work kept getting in the way, or broke a constraint.
+            Aborted: concurrent work kept getting in the way.
+            InvalidArgument: a value breaks a rule of the schema.
         """
         deadline = time.monotonic() + _RETRY_S
         pause_s = 0.01
@@ -136,9 +139,9 @@ def translated(error: SQLAlchemyError) -> RegreenError:
         return Unavailable("all database connections are busy", retry_after_s=1.0)
     if state == "53100":
         return DiskFull("the database has no space left", retry_after_s=30.0)
-    if state in _TRY_AGAIN or isinstance(error, IntegrityError):
+    if state in _TRY_AGAIN or (isinstance(error, IntegrityError) and state not in _WRONG_VALUE):
         return Aborted(f"concurrent change: {message}")
-    if state[:2] in ("22", "54"):
+    if state[:2] in ("22", "54") or state in _WRONG_VALUE:
         return InvalidArgument("request", f"the database refuses a value: {message}")
     return Unavailable(f"database: {message}", retry_after_s=1.0)
 

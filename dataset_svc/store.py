@@ -18,7 +18,7 @@ from dataset_svc.queries.trajectories import Packed
 from dataset_svc.records import LeaseRecord, TrajectoryQuery, TrajectoryRecord
 from regreen.blobs import BlobStore, digest_of
 from regreen.ids import check_id, new_id
-from regreen.rpc.errors import InvalidArgument, LeaseExpired
+from regreen.rpc.errors import InvalidArgument
 
 _EXPORT_ROWS = 64
 _EXPORT_BYTES = 32 << 20
@@ -33,40 +33,54 @@ class TrajectoryStore:
     max_wire_bytes: int = 60 << 20
     """Bound on a response; no trajectory or group may need more."""
 
-    async def pack(self, record: TrajectoryRecord, *, share: int = 1) -> Packed:
+    async def pack(self, record: TrajectoryRecord) -> Packed:
         """Check a trajectory, store its tokens, and give what a transaction then inserts.
-
-        `share` trajectories must fit into one response.
 
         Raises:
             InvalidArgument: it is malformed; names the field.
+            AlreadyExists: its id is stored with other content.
+            NotFound: an unknown task or run.
         """
+        packed, blob = self._packed(record, share=1)
+
+        async def admit(session: AsyncSession) -> None:
+            await trajectories.check_new(session, packed)
+
+        await self.database.run(admit)
+        await self.blobs.put(blob)
+        return packed
+
+    def _packed(self, record: TrajectoryRecord, *, share: int) -> tuple[Packed, bytes]:
+        """A checked trajectory and its tokens; `share` of them must fit into one response."""
         record = replace(record, id=record.id or new_id("trj"))
         check_id(record.id, "trj", "trajectory.id")
         checks.check_trajectory(record, max_wire_bytes=self.max_wire_bytes // share)
         if record.stream is None:
             raise InvalidArgument("trajectory.token_ids", "is empty")
         blob = arrays.pack(record.stream)
-        packed = Packed(record, digest_of(blob), record.fingerprint(blob))
-        await self.blobs.put(blob)
-        return packed
+        return Packed(record, digest_of(blob), record.fingerprint(blob)), blob
 
     async def pack_for_lease(self, lease_id: str, record: TrajectoryRecord) -> Packed:
         """As `pack`, for the rollout of a lease.
 
         Raises:
             InvalidArgument: it is malformed, or is not of that rollout.
-            LeaseExpired: the rollout is lost.
+            LeaseExpired: the rollout is not this lease's, or holds another trajectory.
             NotFound: there never was such a lease.
         """
 
-        async def find(session: AsyncSession) -> tuple[LeaseRecord, str]:
+        async def find(session: AsyncSession) -> LeaseRecord:
             return await rollouts.slot(session, lease_id)
 
-        lease, state = await self.database.run(find)
-        if state == "lost":
-            raise LeaseExpired(f"the rollout of lease {lease_id} is lost; drop this work")
-        return await self.pack(fill(record, lease), share=lease.group.size)
+        lease = await self.database.run(find)
+        packed, blob = self._packed(fill(record, lease), share=lease.group.size)
+
+        async def admit(session: AsyncSession) -> None:
+            await rollouts.check_commit(session, lease_id, packed)
+
+        await self.database.run(admit)
+        await self.blobs.put(blob)
+        return packed
 
     async def load(
         self, trajectory_ids: Sequence[str], *, tokens: bool = True

@@ -1,6 +1,6 @@
 """Protobuf to records and back: tasks, gate reports, groups, leases, runs, checkpoints.
 
-- Translation only: nothing is checked here but that enum values are known.
+- Translation only: nothing is checked here but that values have a form to be stored in.
 - What no query looks at travels as the JSON form of its message, with proto field names.
 - Unknown JSON fields of an older or newer writer are ignored when read.
 """
@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import Any, Protocol, TypeVar
 
 from google.protobuf.duration_pb2 import Duration
-from google.protobuf.json_format import MessageToDict, ParseDict
+from google.protobuf.json_format import MessageToDict, ParseDict, SerializeToJsonError
 from google.protobuf.message import Message
 from google.protobuf.struct_pb2 import Struct
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -32,6 +32,8 @@ from regreen.dataset import v1 as pb
 from regreen.rpc.errors import InvalidArgument
 
 M = TypeVar("M", bound=Message)
+_MAX_DURATION_S = 315_576_000_000
+"""The longest duration that protobuf defines, 10000 years."""
 _SERVER_FIELDS = (
     "split",
     "status",
@@ -56,9 +58,18 @@ class ProtoEnum(Protocol):
         ...
 
 
-def to_document(message: Message) -> Document:
-    """The JSON form of a message, with proto field names."""
-    return MessageToDict(message, preserving_proto_field_name=True)
+def to_document(message: Message, field: str) -> Document:
+    """The JSON form of a message, with proto field names.
+
+    Raises:
+        InvalidArgument: it holds what JSON has no form for; `field` is its path in the request.
+    """
+    try:
+        return MessageToDict(message, preserving_proto_field_name=True)
+    except (SerializeToJsonError, ValueError) as error:
+        raise InvalidArgument(
+            field, f"cannot be stored: {error}", "give finite numbers and times of years 1 to 9999"
+        ) from error
 
 
 def from_document(document: Mapping[str, Any], message: M) -> M:
@@ -86,11 +97,19 @@ def enum_value(enum: ProtoEnum, name: str) -> Any:
     return enum.Value(prefix + (name.upper() or "UNSPECIFIED"))
 
 
-def seconds(message: Message, field: str) -> float | None:
-    """A duration field in seconds; None when it is absent."""
+def seconds(message: Message, field: str, path: str = "") -> float | None:
+    """A duration field in seconds; None when it is absent. `path` is its path in the request.
+
+    Raises:
+        InvalidArgument: it is longer than a duration may be.
+    """
     if not message.HasField(field):
         return None
     value: Duration = getattr(message, field)
+    if abs(value.seconds) > _MAX_DURATION_S or abs(value.nanos) >= 1_000_000_000:
+        raise InvalidArgument(
+            path or field, f"is {value.seconds} s and {value.nanos} ns", "give a real duration"
+        )
     return value.seconds + value.nanos / 1e9
 
 
@@ -101,12 +120,23 @@ def duration(value_s: float) -> Duration:
     return message
 
 
-def moment(message: Message, field: str) -> datetime | None:
-    """A timestamp field; None when it is absent."""
+def moment(message: Message, field: str, path: str = "") -> datetime | None:
+    """A timestamp field; None when it is absent. `path` is its path in the request.
+
+    Raises:
+        InvalidArgument: it is outside the years 1 to 9999.
+    """
     if not message.HasField(field):
         return None
     value: Timestamp = getattr(message, field)
-    return value.ToDatetime(tzinfo=UTC)
+    try:
+        return value.ToDatetime(tzinfo=UTC)
+    except (ValueError, OverflowError) as error:
+        raise InvalidArgument(
+            path or field,
+            f"{value.seconds} s since 1970 is no time of the years 1 to 9999",
+            "give seconds, not milliseconds",
+        ) from error
 
 
 def timestamp(value: datetime | None) -> Timestamp | None:
@@ -120,7 +150,7 @@ def timestamp(value: datetime | None) -> Timestamp | None:
 
 def task_record(task: pb.Task, field: str) -> TaskRecord:
     """A task as the client described it."""
-    document = to_document(task)
+    document = to_document(task, field)
     for name in _SERVER_FIELDS:
         document.pop(name, None)
     modes = (
@@ -182,9 +212,9 @@ def gate_record(report: pb.GateReport) -> GateRecord:
                 check.ok,
                 check.detail,
                 check.results_sha256,
-                seconds(check, "duration") or 0.0,
+                seconds(check, "duration", f"report.checks[{place}].duration") or 0.0,
             )
-            for check in report.checks
+            for place, check in enumerate(report.checks)
         ),
         flaky=tuple(report.flaky),
         state_id=report.state_id,
@@ -278,12 +308,12 @@ def run_message(record: RunRecord) -> pb.Run:
 
 def struct_document(message: Message, field: str) -> Document | None:
     """A struct field as a dictionary; None when it is absent."""
-    return to_document(getattr(message, field)) if message.HasField(field) else None
+    return to_document(getattr(message, field), field) if message.HasField(field) else None
 
 
-def metric_record(point: pb.MetricPoint) -> MetricRecord:
+def metric_record(point: pb.MetricPoint, field: str) -> MetricRecord:
     """A metric point as it came."""
-    return MetricRecord(point.step, point.name, point.value, moment(point, "time"))
+    return MetricRecord(point.step, point.name, point.value, moment(point, "time", f"{field}.time"))
 
 
 def metric_message(record: MetricRecord) -> pb.MetricPoint:

@@ -52,13 +52,20 @@ def trajectory_record(message: pb.Trajectory) -> TrajectoryRecord:
         stream=stream,
         turns=tuple(_turn_record(turn, place) for place, turn in enumerate(message.turns)),
         reward=_reward_record(message.reward) if message.HasField("reward") else None,
-        verdict=to_document(message.verdict) if message.HasField("verdict") else None,
-        validation=to_document(message.validation) if message.HasField("validation") else None,
-        changes=tuple(to_document(change) for change in message.changes),
+        verdict=to_document(message.verdict, "trajectory.verdict")
+        if message.HasField("verdict")
+        else None,
+        validation=to_document(message.validation, "trajectory.validation")
+        if message.HasField("validation")
+        else None,
+        changes=tuple(
+            to_document(change, f"trajectory.changes[{place}]")
+            for place, change in enumerate(message.changes)
+        ),
         labels=dict(message.labels),
         stage_seconds=dict(message.stage_seconds),
-        start_time=moment(message, "start_time"),
-        end_time=moment(message, "end_time"),
+        start_time=moment(message, "start_time", "trajectory.start_time"),
+        end_time=moment(message, "end_time", "trajectory.end_time"),
         wire_bytes=message.ByteSize(),
     )
 
@@ -129,7 +136,7 @@ def _turn_record(turn: pb.Turn, place: int) -> TurnRecord:
         tool=turn.tool,
         arguments_json=turn.arguments_json,
         ok=turn.ok,
-        duration_s=seconds(turn, "duration") or 0.0,
+        duration_s=seconds(turn, "duration", f"trajectory.turns[{place}].duration") or 0.0,
         state_id=turn.state_id,
     )
 

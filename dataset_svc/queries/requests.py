@@ -17,10 +17,10 @@ from regreen.rpc.errors import InvalidArgument
 MAX_ID_CHARS = 200
 
 
-async def claim(
+async def find(
     session: AsyncSession, method: str, request_id: str, fingerprint: bytes
 ) -> bytes | None:
-    """The answer given before, or None if this transaction is to make it.
+    """The answer given before, or None.
 
     Raises:
         InvalidArgument: the id is missing, too long, or was used for another request.
@@ -29,22 +29,39 @@ async def claim(
         raise InvalidArgument("request_id", "is empty", "give a fresh UUID with every mutation")
     if len(request_id) > MAX_ID_CHARS:
         raise InvalidArgument("request_id", f"has over {MAX_ID_CHARS} characters", "give a UUID")
-    new = insert(Request).values(method=method, request_id=request_id, fingerprint=fingerprint)
-    taken = await session.execute(new.on_conflict_do_nothing().returning(Request.method))
-    if taken.first() is not None:
-        return None
     row = (
         await session.execute(
             select(Request.fingerprint, Request.answer).where(
                 Request.method == method, Request.request_id == request_id
             )
         )
-    ).one()
+    ).first()
+    if row is None:
+        return None
     if row.fingerprint != fingerprint:
         raise InvalidArgument(
             "request_id", f"{request_id[:80]!r} was used for another request", "use a fresh id"
         )
     return row.answer or b""
+
+
+async def claim(
+    session: AsyncSession, method: str, request_id: str, fingerprint: bytes
+) -> bytes | None:
+    """The answer given before, or None if this transaction is to make it.
+
+    Raises:
+        InvalidArgument: the id is missing, too long, or was used for another request.
+    """
+    stored = await find(session, method, request_id, fingerprint)
+    if stored is not None:
+        return stored
+    new = insert(Request).values(method=method, request_id=request_id, fingerprint=fingerprint)
+    taken = await session.execute(new.on_conflict_do_nothing().returning(Request.method))
+    if taken.first() is not None:
+        return None
+    # Another call with this id has ended while the insert waited for it.
+    return await find(session, method, request_id, fingerprint)
 
 
 async def remember(session: AsyncSession, method: str, request_id: str, answer: bytes) -> None:

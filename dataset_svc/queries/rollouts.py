@@ -33,7 +33,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from dataset_svc import measures
 from dataset_svc.models import Group, Lease, Rollout, Run, Trajectory
 from dataset_svc.queries.tasks import known_tasks
-from dataset_svc.queries.trajectories import Packed, insert_trajectory
+from dataset_svc.queries.trajectories import Packed, check_new, insert_trajectory
 from dataset_svc.records import GroupRecord, LeaseRecord
 from regreen.ids import derive_seed, new_id
 from regreen.rpc.errors import AlreadyExists, InvalidArgument, LeaseExpired, NotFound
@@ -208,6 +208,23 @@ async def commit(session: AsyncSession, lease_id: str, packed: Packed) -> Commit
     return Committed(trajectory_id, await _close_slot(session, rollout.group_id, lost=0))
 
 
+async def check_commit(session: AsyncSession, lease_id: str, packed: Packed) -> None:
+    """Refuse what `commit` would refuse now, without a lock, so that nothing is written for it.
+
+    Raises:
+        LeaseExpired: the slot belongs to another lease, is lost, or holds another trajectory.
+        NotFound: there never was such a lease.
+        AlreadyExists: the id is stored with other content.
+    """
+    rollout_id = (await _rollouts_of(session, [lease_id]))[lease_id]
+    rollout = await session.get_one(Rollout, rollout_id)
+    if rollout.state == "committed":
+        await _same_again(session, lease_id, rollout, packed)
+    else:
+        _check_holder(rollout, lease_id)
+        await check_new(session, packed)
+
+
 async def fail(
     session: AsyncSession, policy: QueuePolicy, lease_id: str, error: str, *, release: bool = False
 ) -> bool:
@@ -265,8 +282,8 @@ async def sweep(session: AsyncSession, policy: QueuePolicy) -> int:
     return len(groups)
 
 
-async def slot(session: AsyncSession, lease_id: str) -> tuple[LeaseRecord, str]:
-    """What a lease is for, and the state of its slot; takes no lock.
+async def slot(session: AsyncSession, lease_id: str) -> LeaseRecord:
+    """What a lease is for; takes no lock.
 
     Raises:
         NotFound: there never was such a lease.
@@ -282,7 +299,7 @@ async def slot(session: AsyncSession, lease_id: str) -> tuple[LeaseRecord, str]:
     if row is None:
         raise NotFound(f"no lease {lease_id[:200]!r}")
     record = lease_record(row[0], group_record(row[1]))
-    return replace(record, id=lease_id, attempt=row[2]), row[0].state
+    return replace(record, id=lease_id, attempt=row[2])
 
 
 def group_record(group: Group) -> GroupRecord:

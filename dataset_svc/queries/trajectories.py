@@ -68,6 +68,26 @@ class Stored:
     blob: Digest
 
 
+async def check_new(session: AsyncSession, packed: Packed) -> bool:
+    """Whether a trajectory is still to be stored.
+
+    Raises:
+        AlreadyExists: the id is stored with other content.
+        NotFound: an unknown task or run.
+    """
+    record = packed.record
+    same_id = select(Trajectory.content_sha256).where(Trajectory.id == record.id)
+    found = (await session.execute(same_id)).scalar_one_or_none()
+    if found == packed.fingerprint:
+        return False
+    if found is not None:
+        raise AlreadyExists(f"trajectory {record.id} is stored with other content; use a new id")
+    await known_tasks(session, {record.task_id})
+    if record.run_id and await session.get(Run, record.run_id) is None:
+        raise NotFound(f"no run {record.run_id[:200]!r}")
+    return True
+
+
 async def insert_trajectory(session: AsyncSession, packed: Packed, lease_id: str = "") -> str:
     """Store a trajectory and give its id.
 
@@ -76,18 +96,8 @@ async def insert_trajectory(session: AsyncSession, packed: Packed, lease_id: str
         NotFound: an unknown task or run.
     """
     record = packed.record
-    found = (
-        await session.execute(
-            select(Trajectory.content_sha256).where(Trajectory.id == record.id).with_for_update()
-        )
-    ).scalar_one_or_none()
-    if found == packed.fingerprint:
+    if not await check_new(session, packed):
         return record.id
-    if found is not None:
-        raise AlreadyExists(f"trajectory {record.id} is stored with other content; use a new id")
-    await known_tasks(session, {record.task_id})
-    if record.run_id and await session.get(Run, record.run_id) is None:
-        raise NotFound(f"no run {record.run_id[:200]!r}")
     await session.execute(insert(Trajectory), [_row(packed, lease_id)])
     if record.turns:
         rows = [_plain(turn) | {"trajectory_id": record.id} for turn in record.turns]

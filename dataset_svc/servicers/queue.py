@@ -24,6 +24,8 @@ from regreen.rpc.errors import InvalidArgument, LeaseExpired
 MAX_GROUP_SIZE = 1024
 MAX_BATCH = 1000
 _MAX_TEXT_CHARS = 8000
+_MAX_GONE = 50
+"""Leases that a refusal names; the next heartbeat names further ones."""
 
 
 class RolloutQueueServicer(pb.RolloutQueueServiceServicer):
@@ -90,27 +92,24 @@ class RolloutQueueServicer(pb.RolloutQueueServiceServicer):
             measures.LEASES_EXPIRED.inc()
             raise LeaseExpired(
                 f"{len(gone)} of {len(request.lease_ids)} leases ran out or ended: "
-                f"{', '.join(gone[:10])}; drop their work, the others were extended",
-                metadata={"lease_ids": ",".join(gone)},
+                f"{', '.join(gone[:5])}; drop their work, the others were extended",
+                metadata={
+                    "lease_ids": ",".join(gone[:_MAX_GONE]),
+                    "gone_count": str(len(gone)),
+                },
             )
         return pb.HeartbeatResponse(leases=[translate.lease_message(lease) for lease in extended])
 
     async def CommitRollout(self, request: pb.CommitRolloutRequest, context: Any) -> Any:
         """Store the trajectory of a leased rollout."""
         check_id(request.lease_id, "lse", "lease_id")
-        record = trajectory_record(request.trajectory)
-        packed = await self._store.pack_for_lease(request.lease_id, record)
-
-        async def work(session: AsyncSession) -> pb.CommitRolloutResponse:
-            done = await rollouts.commit(session, request.lease_id, packed)
-            return pb.CommitRolloutResponse(
-                trajectory_id=done.trajectory_id, group_complete=done.group_complete
-            )
-
+        before = await self._transactions.answered(
+            "CommitRollout", request, pb.CommitRolloutResponse
+        )
+        if before is not None:
+            return before
         try:
-            answer = await self._transactions.once(
-                "CommitRollout", request, pb.CommitRolloutResponse, work
-            )
+            answer = await self._commit(request)
         except LeaseExpired:
             measures.LEASES_EXPIRED.inc()
             raise
@@ -134,7 +133,7 @@ class RolloutQueueServicer(pb.RolloutQueueServiceServicer):
         """Take complete groups for learning."""
         check_id(request.run_id, "run", "run_id")
         _check_count("count", request.count)
-        request_id, fingerprint = identity(request)
+        request_id, fingerprint = await identity(request)
 
         async def work(session: AsyncSession) -> list[TakenGroup]:
             stored = await requests.claim(session, "TakeGroups", request_id, fingerprint)
@@ -191,6 +190,20 @@ class RolloutQueueServicer(pb.RolloutQueueServiceServicer):
 
         by_rollout, by_group = await self._transactions.read("GetQueue", work)
         return pb.GetQueueResponse(rollouts=by_rollout, groups=by_group)
+
+    async def _commit(self, request: pb.CommitRolloutRequest) -> pb.CommitRolloutResponse:
+        record = trajectory_record(request.trajectory)
+        packed = await self._store.pack_for_lease(request.lease_id, record)
+
+        async def work(session: AsyncSession) -> pb.CommitRolloutResponse:
+            done = await rollouts.commit(session, request.lease_id, packed)
+            return pb.CommitRolloutResponse(
+                trajectory_id=done.trajectory_id, group_complete=done.group_complete
+            )
+
+        return await self._transactions.once(
+            "CommitRollout", request, pb.CommitRolloutResponse, work
+        )
 
     async def _complete_group(self, taken: TakenGroup) -> pb.CompleteGroup:
         members = await self._store.load(taken.trajectory_ids)

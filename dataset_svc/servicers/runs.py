@@ -88,7 +88,10 @@ class RunServicer(pb.RunServiceServicer):
                 raise InvalidArgument(
                     f"points[{place}].value", f"is {point.value}", "leave out what is not finite"
                 )
-        points = [translate.metric_record(point) for point in request.points]
+        points = [
+            translate.metric_record(point, f"points[{place}]")
+            for place, point in enumerate(request.points)
+        ]
 
         async def work(session: AsyncSession) -> pb.RecordMetricsResponse:
             await runs.record_metrics(session, request.run_id, points)

@@ -29,6 +29,11 @@ class TrajectoryServicer(pb.TrajectoryServiceServicer):
 
     async def CommitTrajectory(self, request: pb.CommitTrajectoryRequest, context: Any) -> Any:
         """Store a trajectory."""
+        before = await self._transactions.answered(
+            "CommitTrajectory", request, pb.CommitTrajectoryResponse
+        )
+        if before is not None:
+            return before
         packed = await self._store.pack(trajectory_record(request.trajectory))
 
         async def work(session: AsyncSession) -> pb.CommitTrajectoryResponse:

@@ -4,6 +4,7 @@
 - The same id with the same request gives the same answer, across restarts and replicas.
 """
 
+import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -17,6 +18,8 @@ from dataset_svc.queries import requests
 
 T = TypeVar("T")
 M = TypeVar("M", bound=Message)
+_LARGE_BYTES = 1 << 20
+"""Requests above this are hashed beside the event loop."""
 
 
 class Transactions:
@@ -30,6 +33,22 @@ class Transactions:
         with measures.QUERY_SECONDS.labels(operation).time():
             return await self.database.run(work)
 
+    async def answered(self, operation: str, request: Message, answer_type: type[M]) -> M | None:
+        """The answer that was given to the same request before, or None.
+
+        For calls that write outside the database and must know first that they may.
+
+        Raises:
+            InvalidArgument: the request id is missing or was used for another request.
+        """
+        request_id, fingerprint = await identity(request)
+
+        async def found(session: AsyncSession) -> bytes | None:
+            return await requests.find(session, operation, request_id, fingerprint)
+
+        stored = await self.database.run(found)
+        return None if stored is None else answer_type.FromString(stored)
+
     async def once(
         self,
         operation: str,
@@ -42,7 +61,7 @@ class Transactions:
         Raises:
             InvalidArgument: the request id is missing or was used for another request.
         """
-        request_id, fingerprint = identity(request)
+        request_id, fingerprint = await identity(request)
 
         async def claimed(session: AsyncSession) -> M:
             stored = await requests.claim(session, operation, request_id, fingerprint)
@@ -55,8 +74,13 @@ class Transactions:
         return await self.read(operation, claimed)
 
 
-def identity(request: Message) -> tuple[str, bytes]:
+async def identity(request: Message) -> tuple[str, bytes]:
     """The id of a mutation, and a fingerprint of what it asks for."""
-    content = request.SerializeToString(deterministic=True)
     request_id: str = getattr(request, "request_id")  # noqa: B009 (every mutation has one)
-    return request_id, hashlib.sha256(content).digest()
+    if request.ByteSize() > _LARGE_BYTES:
+        return request_id, await asyncio.to_thread(_fingerprint, request)
+    return request_id, _fingerprint(request)
+
+
+def _fingerprint(request: Message) -> bytes:
+    return hashlib.sha256(request.SerializeToString(deterministic=True)).digest()

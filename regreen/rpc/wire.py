@@ -3,7 +3,13 @@
 - The status code and `ErrorInfo.reason` come from the class; the domain is always "regreen".
 - A wrong field also travels as `BadRequest`, a retry hint as `RetryInfo` (AIP-193).
 - A status that Regreen did not make still becomes the nearest class; nothing is lost on the way.
+- A status always fits into gRPC's 8 KiB of trailers, or the client would see RESOURCE_EXHAUSTED
+  instead: long messages and metadata are cut, and marked where they are.
 """
+
+import string
+from collections.abc import Mapping
+from urllib.parse import quote
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
@@ -21,15 +27,26 @@ from regreen.rpc.errors import (
 )
 
 _NO_REASON = "UNSPECIFIED"
+_MESSAGE_BYTES = 1500
+_ENCODED_BYTES = 2400
+"""Bound on the message as a header, where a byte that is not printable ASCII takes three."""
+_FIELD_BYTES = 300
+_METADATA_BYTES = 2000
+"""Bound on all metadata together."""
+_CUT = " [...] "
+_PRINTABLE = string.punctuation.replace("%", "") + " "
 
 
 def to_status(error: RegreenError) -> grpc.Status:
     """The gRPC status, with details, that carries `error`."""
-    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
+    message = _message(error.message)
+    info = error_details_pb2.ErrorInfo(
+        reason=error.reason, domain=DOMAIN, metadata=_metadata(error.metadata)
+    )
     details = [_pack(info)]
     if isinstance(error, InvalidArgument):
         violation = error_details_pb2.BadRequest.FieldViolation(
-            field=error.field, description=error.message, reason=error.reason
+            field=_cut(error.field, _FIELD_BYTES), reason=error.reason
         )
         details.append(_pack(error_details_pb2.BadRequest(field_violations=[violation])))
     if error.retry_after_s is not None:
@@ -37,7 +54,7 @@ def to_status(error: RegreenError) -> grpc.Status:
         delay.FromMilliseconds(int(error.retry_after_s * 1000))
         details.append(_pack(error_details_pb2.RetryInfo(retry_delay=delay)))
     code = getattr(grpc.StatusCode, error.status)
-    status = status_pb2.Status(code=code.value[0], message=error.message, details=details)
+    status = status_pb2.Status(code=code.value[0], message=message, details=details)
     return rpc_status.to_status(status)
 
 
@@ -82,6 +99,35 @@ def _details(
         else:
             detail.Unpack(info)
     return info, field, retry_after_s
+
+
+def _cut(text: str, most_bytes: int) -> str:
+    """`text` if its UTF-8 has at most that many bytes, else its two ends and a mark between."""
+    whole = text.encode(errors="replace")
+    if len(whole) <= most_bytes:
+        return whole.decode()
+    tail_bytes = (most_bytes - len(_CUT)) // 3
+    head = whole[: most_bytes - len(_CUT) - tail_bytes].decode(errors="ignore")
+    tail = whole[len(whole) - tail_bytes :].decode(errors="ignore")
+    return f"{head}{_CUT}{tail}"
+
+
+def _message(text: str) -> str:
+    most_bytes = _MESSAGE_BYTES
+    while len(quote(kept := _cut(text, most_bytes), safe=_PRINTABLE)) > _ENCODED_BYTES:
+        most_bytes = most_bytes * 3 // 4
+    return kept
+
+
+def _metadata(values: Mapping[str, str]) -> dict[str, str]:
+    left, kept = _METADATA_BYTES, {}
+    for name, value in sorted(values.items(), key=lambda item: len(item[1])):
+        value = _cut(value, max(left - len(name.encode()), len(_CUT)))
+        left -= len(name.encode()) + len(value.encode())
+        if left < 0:
+            break
+        kept[name] = value
+    return kept
 
 
 def _pack(message: object) -> any_pb2.Any:

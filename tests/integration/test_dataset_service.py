@@ -1,10 +1,13 @@
 """The dataset service over the wire: what is stored comes back, what is wrong is refused."""
 
+import math
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy import text
 
+from dataset_svc.database import Database
 from regreen.client.channel import connect
 from regreen.common import v1 as common_pb
 from regreen.dataset import v1 as pb
@@ -12,6 +15,7 @@ from regreen.rpc.errors import (
     AlreadyExists,
     DataLoss,
     InvalidArgument,
+    LeaseExpired,
     NotFound,
 )
 from tests.integration import dataset_samples as samples
@@ -231,9 +235,23 @@ async def test_the_same_trajectory_id_is_stored_once(clients: Clients):
         ("trajectory.mode", lambda t: t.ClearField("mode")),
         ("trajectory.id", lambda t: setattr(t, "id", "trj_1")),
         ("trajectory.end_time", lambda t: setattr(t.end_time, "seconds", 1)),
+        ("trajectory.turns[0].role", lambda t: t.turns[0].ClearField("role")),
+        ("trajectory.turns[1].role", lambda t: setattr(t.turns[1], "role", 77)),
+        ("trajectory.start_time", lambda t: setattr(t.start_time, "seconds", 1_700_000_000_000)),
+        ("trajectory.end_time", lambda t: setattr(t.end_time, "seconds", 1_700_000_060_000)),
+        (
+            "trajectory.turns[1].duration",
+            lambda t: setattr(t.turns[1].duration, "seconds", 1 << 60),
+        ),
+        (
+            "trajectory.validation",
+            lambda t: setattr(t.validation.duration, "seconds", 1 << 60),
+        ),
     ],
 )
-async def test_a_malformed_trajectory_is_refused_by_field(clients: Clients, field: str, spoil):
+async def test_a_malformed_trajectory_is_refused_by_field(
+    clients: Clients, tmp_path: Path, field: str, spoil
+):
     (task_id,) = await imported(clients)
     bad = samples.trajectory(task_id)
     spoil(bad)
@@ -246,6 +264,83 @@ async def test_a_malformed_trajectory_is_refused_by_field(clients: Clients, fiel
         filter=pb.TrajectoryFilter(task_id=task_id)
     )
     assert not listed.trajectories
+    assert not blobs_in(tmp_path)
+
+
+def blobs_in(home: Path) -> list[Path]:
+    """Files of the blob store."""
+    return [path for path in (home / "blobs").rglob("*") if path.is_file()]
+
+
+async def test_a_refused_commit_leaves_no_blob(clients: Clients, tmp_path: Path):
+    (task_id,) = await imported(clients)
+    run_id = await new_run(clients)
+    await clients.queue.enqueue_groups([samples.group(run_id, task_id, 1)])
+    (lost,) = await clients.queue.lease_rollouts("w", 1, run_id=run_id)
+    await clients.queue.fail_rollout(lost.id, "the worker ended", release=True)
+    (lease,) = await clients.queue.lease_rollouts("w", 1, run_id=run_id)
+    tokens = iter(range(48, 160, 8))
+    orphan = samples.trajectory(task_id, tokens=next(tokens))
+    orphan.run_id = "run_" + "0" * 32
+    for error, call in (
+        (NotFound, clients.trajectories.commit_trajectory(orphan)),
+        (
+            NotFound,
+            clients.trajectories.commit_trajectory(
+                samples.trajectory("no-such-task", tokens=next(tokens))
+            ),
+        ),
+        (
+            LeaseExpired,
+            clients.queue.commit_rollout(lost.id, samples.trajectory(task_id, tokens=next(tokens))),
+        ),
+        (
+            InvalidArgument,
+            clients.queue.commit_rollout(
+                lease.id, samples.trajectory(task_id, tokens=next(tokens)), request_id="x" * 201
+            ),
+        ),
+    ):
+        with pytest.raises(error):
+            await call
+        assert not blobs_in(tmp_path)
+    kept = samples.trajectory(task_id)
+    await clients.queue.commit_rollout(lease.id, kept, request_id="kept-" + run_id)
+    assert len(blobs_in(tmp_path)) == 1
+    other = samples.trajectory(task_id, tokens=next(tokens))
+    with pytest.raises(LeaseExpired):
+        await clients.queue.commit_rollout(lease.id, other)
+    with pytest.raises(InvalidArgument, match="another request"):
+        await clients.queue.commit_rollout(lease.id, other, request_id="kept-" + run_id)
+    assert len(blobs_in(tmp_path)) == 1
+
+
+async def test_numbers_and_times_without_a_form_are_refused_by_field(clients: Clients):
+    run_id = await new_run(clients)
+    for field, call in (
+        ("config", clients.runs.create_run(samples.fresh("run"), "eval", config={"x": math.nan})),
+        ("summary", clients.runs.update_run(run_id, summary={"a": {"b": [math.inf]}})),
+    ):
+        with pytest.raises(InvalidArgument) as caught:
+            await call
+        assert caught.value.field == field
+    point = pb.MetricPoint(step=1, name="loss", value=1.0)
+    point.time.seconds = 1_700_000_000_000
+    request = pb.RecordMetricsRequest(request_id="m-" + run_id, run_id=run_id, points=[point])
+    with pytest.raises(InvalidArgument) as caught:
+        await clients.runs._call(clients.runs._stub.RecordMetrics, request, 5)
+    assert caught.value.field == "points[0].time"
+
+
+async def test_a_value_that_the_schema_refuses_is_not_worth_another_try(database_url: str):
+    database = Database(database_url)
+    try:
+        for values in ("'bad', 'bad', 'unheard-of'", "'bad', NULL, 'active'"):
+            statement = text(f"INSERT INTO runs (id, name, state) VALUES ({values})")
+            with pytest.raises(InvalidArgument, match="the database refuses a value"):
+                await database.run(lambda session, s=statement: session.execute(s))
+    finally:
+        await database.close()
 
 
 async def test_unknown_references_are_not_found(clients: Clients):

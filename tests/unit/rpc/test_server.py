@@ -28,6 +28,18 @@ from regreen.settings import ServiceSettings
 NAME = "regreen.sandbox.v1.StateService"
 
 
+LONG = {
+    "plain": NotFound("no state " + "x" * 100_000 + " here", metadata={"ids": "y" * 100_000}),
+    "umlauts": NotFound("no state " + "ü\n" * 50_000 + " here"),
+    "symbols": InvalidArgument("f" * 9000, "is wrong " + "\U0001f600" * 9000, "give another"),
+    "crowded": NotFound(
+        "no state here", metadata={f"name{n}": "z" * 300 for n in range(200)} | {"count": "200"}
+    ),
+    "half": NotFound("no state \ud800 here"),
+}
+"""Errors that would not fit into the trailers of an answer, or not into UTF-8."""
+
+
 class States(pb.StateServiceServicer):
     """A servicer with one method of each call kind, whose behaviour the request chooses."""
 
@@ -41,6 +53,8 @@ class States(pb.StateServiceServicer):
             raise InvalidArgument("id", "is wrong", "give a right one")
         if request.id == "full":
             raise ResourceExhausted("no room", retry_after_s=0.05)
+        if request.id in LONG:
+            raise LONG[request.id]
         if request.id == "bug":
             raise ZeroDivisionError
         if request.id == "slow":
@@ -103,6 +117,20 @@ async def test_errors_keep_their_class_field_and_hint(served):
         await caller._call(stub.GetState, pb.GetStateRequest(id="bug"), 5)
     with pytest.raises(DeadlineExceeded):
         await caller._call(stub.GetState, pb.GetStateRequest(id="slow"), 0.2)
+
+
+@pytest.mark.parametrize("name", LONG)
+async def test_an_error_fits_into_the_trailers(served, name):
+    _, _, stub, caller = served
+    with pytest.raises(type(LONG[name])) as caught:
+        await caller._call(stub.GetState, pb.GetStateRequest(id=name), 5)
+    assert len(caught.value.message.encode()) <= 2000
+    if name == "symbols":
+        assert caught.value.remedy == "give another"
+    else:
+        assert caught.value.message.startswith("no state ")
+        assert caught.value.message.endswith(" here")
+    assert (caught.value.metadata.get("count") == "200") == (name == "crowded")
 
 
 async def test_a_repeated_request_runs_once(served):
