@@ -4,6 +4,7 @@
   Hacks, arXiv:2508.17511), and only tokens that the actor said carry loss.
 - The trajectories of a run are fixed when it is created; the batch of step s is a pure function of
   (run config, s), so a run killed anywhere continues from its last checkpoint exactly.
+- Trajectories of one task stand side by side, so that the learner computes their prompt once.
 - Packages, not trajectories, are held out for validation: no package is on both sides.
 - Weights move by reference; the result is served only once its checkpoint is recorded.
 """
@@ -61,7 +62,7 @@ async def _prepare(stack: Stack, config: SftConfig, progress: Listener) -> "_Dri
         config=config,
         run=opened.run,
         listener=progress,
-        train_ids=list(kept["train_ids"]),
+        train_ids=[list(ids) for ids in kept["train_ids"]],
         ledger=Ledger(
             stack,
             opened.run.id,
@@ -81,12 +82,15 @@ async def _resolve(stack: Stack, config: SftConfig, progress: Listener) -> dict[
     rows = await expert_rows(stack, tasks, config, progress)
     packages = {task.id: task.environment.package or task.id for task in tasks}
     held_out = choose_held_out(sorted(set(packages.values())), config)
-    train: list[str] = []
+    train: dict[str, list[str]] = {}
     validation: list[str] = []
     for row in rows:
         whole = await stack.trajectories.get_trajectory(row.id)
         if trainable(whole) and len(whole.token_ids) <= config.max_tokens:
-            (validation if packages[row.task_id] in held_out else train).append(row.id)
+            if packages[row.task_id] in held_out:
+                validation.append(row.id)
+            else:
+                train.setdefault(row.task_id, []).append(row.id)
     if not train:
         raise FailedPrecondition(
             f"no solved expert trajectory among {len(tasks)} tasks; check that the reference fixes "
@@ -96,7 +100,7 @@ async def _resolve(stack: Stack, config: SftConfig, progress: Listener) -> dict[
         "base_version": await next_version_block(stack),
         "base_uri": start.uri if config.start == BASE else "",
         "start": start.to_json(),
-        "train_ids": train,
+        "train_ids": [train[task_id] for task_id in sorted(train)],
         "validation_ids": validation,
         "held_out_packages": sorted(held_out),
     }
@@ -109,13 +113,21 @@ def choose_held_out(packages: Sequence[str], config: SftConfig) -> set[str]:
     return set(sorted(packages, key=key)[: max(0, count)])
 
 
-def batch_ids(ids: Sequence[str], step: int, *, batch_size: int, seed: int) -> list[str]:
-    """Ids of the trajectories of step `step` (from 1): every epoch passes over all, reshuffled."""
-    per_epoch = math.ceil(len(ids) / batch_size)
+def batch_ids(ids: Sequence[Sequence[str]], step: int, *, batch_size: int, seed: int) -> list[str]:
+    """Ids of the trajectories of step `step` (from 1).
+
+    `ids` holds those of each task. Every epoch passes over all, with tasks and the trajectories of
+    a task reshuffled; a task's stand side by side.
+    """
+    per_epoch = math.ceil(sum(map(len, ids)) / batch_size)
     epoch, place = divmod(step - 1, per_epoch)
-    order = np.random.default_rng(derive_seed(seed, "epoch", epoch)).permutation(len(ids))
-    chosen = order[place * batch_size : (place + 1) * batch_size]
-    return [ids[index] for index in chosen]
+    rng = np.random.default_rng(derive_seed(seed, "epoch", epoch))
+    order = [
+        ids[task][index]
+        for task in rng.permutation(len(ids))
+        for index in rng.permutation(len(ids[task]))
+    ]
+    return order[place * batch_size : (place + 1) * batch_size]
 
 
 @dataclass(slots=True)
@@ -126,7 +138,8 @@ class _Driver:
     config: SftConfig
     run: dataset_pb.Run
     listener: Listener
-    train_ids: list[str]
+    train_ids: list[list[str]]
+    """By task."""
     ledger: Ledger
     recovery: Recovery
     _cache: dict[str, dataset_pb.Trajectory] = field(default_factory=dict)
@@ -134,7 +147,12 @@ class _Driver:
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        return self.config.epochs * math.ceil(len(self.train_ids) / self.config.batch_size)
+        return self.config.epochs * math.ceil(self.trajectories / self.config.batch_size)
+
+    @property
+    def trajectories(self) -> int:
+        """Trajectories that are learned from."""
+        return sum(map(len, self.train_ids))
 
     async def drive(self) -> None:
         """Resume and go on, as often as services come back in time."""
@@ -157,7 +175,7 @@ class _Driver:
             metrics = await self._one_step(step)
             self.recovery.progressed(step)
             meter.report(step, f"loss {metrics.get('learner/loss', math.nan):.4f}")
-        summary = {"steps": self.total_steps, "trajectories": len(self.train_ids)}
+        summary = {"steps": self.total_steps, "trajectories": self.trajectories}
         await self.stack.runs.update_run(self.run.id, state="done", summary=summary)
 
     async def _one_step(self, step: int) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """The supervised driver: the weights are those of an undisturbed run, whatever is killed."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -65,7 +66,7 @@ async def undisturbed(stack: Stack, config: SftConfig) -> tuple[str, int]:
     """Weights and steps that the run must end with, from its config alone."""
     resolved = (await open_run(stack, config.name, "sft", config.settings(), {})).resolved
     ids, weights = resolved["train_ids"], "base"
-    steps = config.epochs * -(-len(ids) // config.batch_size)
+    steps = config.epochs * -(-sum(map(len, ids)) // config.batch_size)
     for step in range(1, steps + 1):
         wanted = batch_ids(ids, step, batch_size=config.batch_size, seed=config.seed)
         batch = sft_batch([await stack.trajectories.get_trajectory(id) for id in wanted])
@@ -81,14 +82,15 @@ async def test_only_clean_solved_experts_of_training_packages_are_learned_from(p
         resolved = (await open_run(stack, config.name, "sft", config.settings(), {})).resolved
         rows = {
             id: await stack.trajectories.get_trajectory(id)
-            for id in resolved["train_ids"] + resolved["validation_ids"]
+            for id in [*itertools.chain(*resolved["train_ids"]), *resolved["validation_ids"]]
         }
         weights, steps = await undisturbed(stack, config)
         metrics = await stack.runs.list_metrics(result.run_id, names=["learner/loss"])
-    assert (len(resolved["train_ids"]), len(resolved["validation_ids"])) == (6, 2)
+    train_ids = list(itertools.chain(*resolved["train_ids"]))
+    assert (len(train_ids), len(resolved["validation_ids"])) == (6, 2)
     assert all(row.reward.solved and not row.reward.hacks for row in rows.values())
     held_out = {rows[id].task_id for id in resolved["validation_ids"]}
-    assert not held_out & {rows[id].task_id for id in resolved["train_ids"]}
+    assert not held_out & {rows[id].task_id for id in train_ids}
     assert json.loads(Path(result.uri).read_text())["weights"] == weights
     assert [point.step for point in metrics] == list(range(1, steps + 1))
     assert (result.state, result.steps) == ("done", steps)

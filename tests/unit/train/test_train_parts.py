@@ -1,5 +1,6 @@
 """Plans, supervised order, recovery and settings: the pure parts of the drivers."""
 
+import itertools
 import math
 from collections import Counter
 from dataclasses import replace
@@ -53,17 +54,19 @@ def test_a_share_of_groups_runs_the_full_pipeline():
     assert 70 <= full <= 130
 
 
-@given(st.integers(1, 30), st.integers(1, 9), st.integers(0, 2**31))
-def test_every_epoch_passes_over_every_trajectory_once(count, batch_size, seed):
-    ids = [f"trj_{i}" for i in range(count)]
-    steps = math.ceil(count / batch_size)
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=8), st.integers(1, 9), st.integers(0, 99))
+def test_every_epoch_passes_over_every_trajectory_once(sizes, batch_size, seed):
+    ids = [[f"trj_{task}_{i}" for i in range(size)] for task, size in enumerate(sizes)]
+    steps = math.ceil(sum(sizes) / batch_size)
     for epoch in range(2):
         chosen = [
             id
             for step in range(epoch * steps + 1, (epoch + 1) * steps + 1)
             for id in batch_ids(ids, step, batch_size=batch_size, seed=seed)
         ]
-        assert Counter(chosen) == Counter(ids)
+        assert Counter(chosen) == Counter(id for found in ids for id in found)
+        tasks = [id.split("_")[1] for id in chosen]
+        assert len(list(itertools.groupby(tasks))) == len(sizes)  # a task's stand side by side
 
 
 @given(st.integers(1, 20), st.floats(0, 0.99))
@@ -166,8 +169,19 @@ def test_hyperparameters_are_checked_by_name_and_type():
         ({"pipeline": "quick"}, "pipelines"),
         ({"grader": "vibes"}, "grader"),
         ({"full_share": 2.0}, "full_share"),
+        ({"labels": {"sampling.temperature": "0.7"}}, "labels.sampling.temperature"),
+        ({"labels": {"sampling.top_p": "0.9"}}, "labels.sampling.top_p"),
+        ({"labels": {"sampling.top_k": "x"}}, "labels.sampling.top_k"),
+        ({"hyperparameters": {"truncated": "mask"}}, "hyperparameters.truncated"),
     ],
 )
 def test_wrong_settings_are_refused_by_name(changes, field):
     with pytest.raises(InvalidArgument, match=f"^{field}: "):
         GrpoConfig(name="x", **changes)
+
+
+def test_plain_sampling_may_be_said_and_truncation_chosen():
+    labels = {"sampling.temperature": "1.0", "sampling.top_p": "1", "sampling.top_k": "0"}
+    config = GrpoConfig(name="x", labels=labels, hyperparameters={"truncated": "fail"})
+    assert config.truncated == "fail"
+    assert GrpoConfig(name="x").truncated == "keep_baseline"
