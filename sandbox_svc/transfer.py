@@ -5,19 +5,22 @@
 - An imported record may only mount what this service itself offers to sandboxes, read-only.
 - Import is whole or nothing: layers become visible one by one, the state only at the end; on any
   error the layers go again.
-- Blocking tar work happens in one thread per transfer, joined to the event loop by a pipe.
+- Blocking tar work happens in threads of its own, one per transfer; the event loop holds the other
+  end of a pipe and never waits in a thread for it, so that no number of transfers can wedge.
 """
 
 import asyncio
 import contextlib
+import fcntl
 import io
 import os
 import re
 import tarfile
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from regreen.rpc.errors import FailedPrecondition, InvalidArgument, RegreenError
 from sandbox_svc.backends.base import Mount, Runtime
@@ -29,6 +32,9 @@ _CHUNK_BYTES = 1 << 20
 _END = "end"
 """Name of the last entry: an archive without it was cut short."""
 _RECORD_BYTES = 64 << 20
+_TRANSFERS = 8
+"""At once; more wait."""
+_T = TypeVar("_T")
 _ID = re.compile(r"st_[0-9a-f]{32}")
 
 
@@ -57,6 +63,10 @@ class LayerFiles(Protocol):
         ...
 
 
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_TRANSFERS, thread_name_prefix="sandbox-transfer")
+
+
 @dataclass(frozen=True, slots=True)
 class Transfer:
     """Exports and imports states of one store."""
@@ -66,6 +76,7 @@ class Transfer:
     roots: Callable[[], dict[str, Path]]
     """Directories that imported states may mount: name to path."""
     max_bytes: int = 16 << 30
+    threads: ThreadPoolExecutor = field(default_factory=_threads)
 
     def _files(self) -> LayerFiles:
         files = getattr(self.runtime, "layer_files", None)
@@ -84,35 +95,29 @@ class Transfer:
             NotFound: no such state.
         """
         state, files = self.states.get(state_id), self._files()
-        record = self._portable(state)
         self.states.hold(state.layers)
         try:
-            read_fd, write_fd = os.pipe()
+            record = _portable(state, await self._roots())
             layers = [files.layer_path(layer) for layer in state.layers]
-            writer = asyncio.create_task(asyncio.to_thread(_pack, write_fd, record, layers))
+            read_fd, write_fd = _pipe()
+            os.set_blocking(read_fd, False)
+            writer = self._in_thread(_pack, write_fd, record, layers)
             try:
-                while chunk := await asyncio.to_thread(os.read, read_fd, _CHUNK_BYTES):
+                while chunk := await _receive(read_fd):
                     yield chunk
             finally:
                 os.close(read_fd)
-                await writer
+                await asyncio.wait([writer])
+            writer.result()
         finally:
             self.states.release(state.layers)
 
-    def _portable(self, state: State) -> bytes:
-        roots = self.roots()
-        mounts = []
-        for mount in state.mounts:
-            named = next(
-                (
-                    Path("@" + name) / mount.source.relative_to(root)
-                    for name, root in roots.items()
-                    if mount.source.is_relative_to(root)
-                ),
-                mount.source,
-            )
-            mounts.append(replace(mount, source=named))
-        return replace(state, mounts=tuple(mounts), durable=False, boot="").encode()
+    async def _roots(self) -> Mapping[str, Path]:
+        """The directories; finding them may start programs."""
+        return await asyncio.to_thread(self.roots)
+
+    def _in_thread(self, call: Callable[..., _T], *args: object) -> "asyncio.Future[_T]":
+        return asyncio.get_running_loop().run_in_executor(self.threads, call, *args)
 
     async def import_(self, chunks: AsyncIterator[bytes]) -> State:
         """Store an archive made by `export`.
@@ -121,31 +126,44 @@ class Transfer:
             InvalidArgument: a malformed or hostile archive.
             ResourceExhausted: it is larger than allowed.
         """
-        files = self._files()
+        files, roots = self._files(), await self._roots()
         with self.states.growing():
-            read_fd, write_fd = os.pipe()
-            reader = asyncio.create_task(
-                asyncio.to_thread(_unpack, read_fd, files, Quota(self.max_bytes))
-            )
+            record, layers = await self._unpacked(chunks, files)
             try:
-                await _feed(write_fd, chunks)
-            except BaseException:
-                await asyncio.gather(reader, return_exceptions=True)
-                raise
-            record, layers = await reader
-            try:
-                state = self._accept(record, layers)
+                state = self._accept(record, layers, roots)
                 known = state.id in {state.id for state in self.states.list()}
             except RegreenError:
-                await asyncio.gather(*(self.runtime.drop_layer(layer) for layer in layers))
+                await self._drop(layers)
                 raise
             if known:
-                await asyncio.gather(*(self.runtime.drop_layer(layer) for layer in layers))
+                await self._drop(layers)
                 return self.states.get(state.id)
             self.states.record(state)
             return state
 
-    def _accept(self, record: bytes, layers: Sequence[str]) -> State:
+    async def _unpacked(
+        self, chunks: AsyncIterator[bytes], files: LayerFiles
+    ) -> tuple[bytes, list[str]]:
+        """Record and layers of an archive; when the caller goes away they go too."""
+        read_fd, write_fd = _pipe()
+        os.set_blocking(write_fd, False)
+        reader = self._in_thread(_unpack, read_fd, files, Quota(self.max_bytes))
+        try:
+            try:
+                await _feed(write_fd, chunks)
+            finally:
+                os.close(write_fd)
+            return await asyncio.shield(reader)
+        except BaseException:
+            await asyncio.wait([reader])
+            if not reader.exception():
+                await self._drop(reader.result()[1])
+            raise
+
+    async def _drop(self, layers: Sequence[str]) -> None:
+        await asyncio.gather(*(self.runtime.drop_layer(layer) for layer in layers))
+
+    def _accept(self, record: bytes, layers: Sequence[str], roots: Mapping[str, Path]) -> State:
         try:
             state = State.decode(record)
         except (ValueError, RecursionError) as error:
@@ -154,21 +172,43 @@ class Transfer:
             raise InvalidArgument("archive", "record and layers do not fit together")
         if state.spec_sha256 and state.id != state_id("", state.spec_sha256):
             raise InvalidArgument("archive", "its id is not that of its spec")
-        mounts = tuple(self._local(mount) for mount in state.mounts)
+        mounts = tuple(_local(mount, roots) for mount in state.mounts)
         fresh = self.states.stamp(state)
         return replace(fresh, mounts=mounts, layers=tuple(layers))
 
-    def _local(self, mount: Mount) -> Mount:
-        roots = self.roots()
-        first, *rest = mount.source.parts or ("",)
-        source = mount.source
-        if first.startswith("@") and first[1:] in roots:
-            source = roots[first[1:]].joinpath(*rest)
-        resolved = Path(os.path.realpath(source))
-        inside = any(resolved.is_relative_to(os.path.realpath(root)) for root in roots.values())
-        if not mount.read_only or ".." in source.parts or not inside:
-            raise InvalidArgument("archive", f"its record mounts {mount.source}, which is not ours")
-        return Mount(source, mount.target)
+
+def _portable(state: State, roots: Mapping[str, Path]) -> bytes:
+    mounts = []
+    for mount in state.mounts:
+        named = next(
+            (
+                Path("@" + name) / mount.source.relative_to(root)
+                for name, root in roots.items()
+                if mount.source.is_relative_to(root)
+            ),
+            mount.source,
+        )
+        mounts.append(replace(mount, source=named))
+    return replace(state, mounts=tuple(mounts), durable=False, boot="").encode()
+
+
+def _local(mount: Mount, roots: Mapping[str, Path]) -> Mount:
+    first, *rest = mount.source.parts or ("",)
+    source = mount.source
+    if first.startswith("@") and first[1:] in roots:
+        source = roots[first[1:]].joinpath(*rest)
+    resolved = Path(os.path.realpath(source))
+    inside = any(resolved.is_relative_to(os.path.realpath(root)) for root in roots.values())
+    if not mount.read_only or ".." in source.parts or not inside:
+        raise InvalidArgument("archive", f"its record mounts {mount.source}, which is not ours")
+    return Mount(source, mount.target)
+
+
+def _pipe() -> tuple[int, int]:
+    read_fd, write_fd = os.pipe()
+    with contextlib.suppress(OSError):  # the user's allowance of large pipes may be used up
+        fcntl.fcntl(write_fd, fcntl.F_SETPIPE_SZ, _CHUNK_BYTES)
+    return read_fd, write_fd
 
 
 def _pack(write_fd: int, record: bytes, layers: Sequence[Path]) -> None:
@@ -190,18 +230,36 @@ def _pack(write_fd: int, record: bytes, layers: Sequence[Path]) -> None:
 
 async def _feed(write_fd: int, chunks: AsyncIterator[bytes]) -> None:
     """Write chunks into the reader's pipe; a reader that stops early is not an error here."""
-    with os.fdopen(write_fd, "wb", buffering=0) as pipe:
+    with contextlib.suppress(BrokenPipeError):
         async for chunk in chunks:
-            try:
-                await asyncio.to_thread(_write_all, pipe.fileno(), chunk)
-            except BrokenPipeError:
-                return
+            view = memoryview(chunk)
+            while view:
+                try:
+                    view = view[os.write(write_fd, view) :]
+                except BlockingIOError:
+                    await _ready(write_fd, writing=True)
 
 
-def _write_all(fd: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
+async def _receive(read_fd: int) -> bytes:
+    while True:
+        try:
+            return os.read(read_fd, _CHUNK_BYTES)
+        except BlockingIOError:
+            await _ready(read_fd, writing=False)
+
+
+async def _ready(fd: int, *, writing: bool) -> None:
+    """Wait until a pipe can be read or written."""
+    loop = asyncio.get_running_loop()
+    add, remove = (
+        (loop.add_writer, loop.remove_writer) if writing else (loop.add_reader, loop.remove_reader)
+    )
+    ready: asyncio.Future[None] = loop.create_future()
+    add(fd, lambda: None if ready.done() else ready.set_result(None))
+    try:
+        await ready
+    finally:
+        remove(fd)
 
 
 def _unpack(read_fd: int, files: LayerFiles, quota: Quota) -> tuple[bytes, list[str]]:

@@ -1,15 +1,12 @@
 """The sandbox service over gRPC on port 0, through the typed clients."""
 
 import asyncio
-import io
 import random
-import tarfile
 import time
 
 import pytest
 
-from regreen.client.channel import connect, new_request_id
-from regreen.client.sandbox import SandboxClient, StateClient
+from regreen.client.channel import new_request_id
 from regreen.common import v1 as common_pb
 from regreen.rpc.errors import (
     FailedPrecondition,
@@ -18,64 +15,8 @@ from regreen.rpc.errors import (
     ResourceExhausted,
 )
 from regreen.sandbox import v1 as pb
-from sandbox_svc.__main__ import serving
-from sandbox_svc.backends.base import Limits, Runtime
 from sandbox_svc.backends.embedded import EmbeddedRuntime
-from sandbox_svc.builders.base import EnvironmentSpec, Prepared, Progress, Stage
-from sandbox_svc.service import SandboxHost
-from sandbox_svc.settings import SandboxSettings
-
-
-class OverlayBuilder:
-    """Builds a state from a spec's overlay files alone."""
-
-    name = "overlay"
-    builds = 0
-
-    async def prepare(
-        self, spec: EnvironmentSpec, runtime: Runtime, limits: Limits, progress: Progress
-    ) -> Prepared:
-        OverlayBuilder.builds += 1
-        box = await runtime.create([], limits=limits)
-        try:
-            for number, change in enumerate(spec.overlay):
-                progress(Stage("build", number, len(spec.overlay), change.path))
-                await box.write_file(f"/work/repo/{change.path}", change.content or b"")
-            if spec.package == "broken":
-                raise InvalidArgument("spec.package", "is broken", "use another")
-            return Prepared((await box.freeze(),), (), {"SPEC": spec.package}, {"python": "3.11"})
-        finally:
-            await box.delete()
-
-
-@pytest.fixture
-async def service(tmp_path):
-    settings = SandboxSettings(
-        home=tmp_path / "home",
-        listen=f"unix:{tmp_path}/s",
-        metrics="127.0.0.1:0",
-        max_sandboxes=4,
-        drain_s=0.2,
-    )
-    runtime = EmbeddedRuntime(tmp_path / "home" / "sandbox", run_probes=False, warm_seats=1)
-    host = SandboxHost(settings, runtime, [OverlayBuilder()])
-    async with serving(settings, host) as server:
-        channel = connect(server.address)
-        yield StateClient(channel, patience_s=0.0), SandboxClient(channel, patience_s=0.0), server
-        await channel.close()
-
-
-def spec(**files: str) -> pb.EnvironmentSpec:
-    overlay = [
-        common_pb.FileChange(path=path, kind=common_pb.CHANGE_KIND_ADD, content=text.encode())
-        for path, text in files.items()
-    ]
-    return pb.EnvironmentSpec(builder="overlay", package="demo", python="3.11", overlay=overlay)
-
-
-async def prepared(states: StateClient, **files: str) -> pb.State:
-    events = [event async for event in states.prepare_state(spec(**files))]
-    return events[-1].state
+from tests.integration.sandbox.overlay import OverlayBuilder, prepared, spec
 
 
 async def test_preparing_is_single_flight_reports_progress_and_is_cached(service):
@@ -316,84 +257,6 @@ async def test_lists_are_paged(service):
     assert [state.id for state in (*first.states, *rest.states)] == made
     assert rest.next_page_token == ""
     assert [s.id for s in (await states.list_states(parent_id=made[0])).states] == []
-
-
-async def test_states_travel_as_archives(service, tmp_path):
-    states, sandboxes, _ = service
-    state = await prepared(states, a="1", **{"d/b": "2"})
-    trunk = await sandboxes.create_sandbox(state.id)
-    await sandboxes.run(trunk.id, ["sh", "-c", "rm a; rm -r d; mkdir d; ln -s x d/l; echo 3 > c"])
-    child = await sandboxes.snapshot_sandbox(trunk.id)
-    archive = b"".join([chunk async for chunk in states.export_state(child.id)])
-    await sandboxes.delete_sandbox(trunk.id)
-    await states.delete_state(child.id)
-    imported = await states.import_state([archive[:1000], archive[1000:]])
-    assert imported.id == child.id
-    again = await states.import_state([archive])
-    assert again.layers == imported.layers
-    sandbox = await sandboxes.create_sandbox(imported.id)
-    listed = await sandboxes.run(sandbox.id, ["sh", "-c", "find . | sort; readlink d/l; cat c"])
-    assert listed.stdout.head == b".\n./c\n./d\n./d/l\nx\n3\n"
-
-
-def _hostile(record: bytes, *members: tarfile.TarInfo) -> bytes:
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w") as archive:
-        info = tarfile.TarInfo("state.json")
-        info.size = len(record)
-        archive.addfile(info, io.BytesIO(record))
-        for member in (*members, tarfile.TarInfo("end")):
-            archive.addfile(member, io.BytesIO(b"x" * member.size))
-    return out.getvalue()
-
-
-def _member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
-    info = tarfile.TarInfo(name)
-    info.type, info.linkname, info.mode = kind, link, 0o755
-    return info
-
-
-async def test_hostile_archives_are_refused_and_leave_nothing(service, tmp_path):
-    states, _, _ = service
-    state = await prepared(states, a="1")
-    archive = b"".join([chunk async for chunk in states.export_state(state.id)])
-    with tarfile.open(fileobj=io.BytesIO(archive)) as good:
-        record = good.extractfile("state.json").read()
-    top = _member("layers/0", tarfile.DIRTYPE)
-    device = _member("layers/0/dev", tarfile.CHRTYPE)
-    device.devmajor = 8
-    link = _member("layers/0/l", tarfile.SYMTYPE, "/etc")
-    mounting = record.replace(b'"mounts": []', b'"mounts": [["/etc", "/x", true]]')
-    assert mounting != record
-    layers_before = sorted(path.name for path in (tmp_path / "home/sandbox/layers").iterdir())
-    for bad in (
-        b"",
-        b"not a tar" * 1000,
-        archive[: archive.index(b"end\0")],
-        archive[:2000],
-        _hostile(b"{}", top),
-        _hostile(record, _member("layers/0/a"), top),
-        _hostile(record, top, _member("layers/0/../../../../etc/x")),
-        _hostile(record, top, _member("layers/0//etc/x")),
-        _hostile(record, top, _member("/etc/x")),
-        _hostile(record, top, link, _member("layers/0/l/x")),
-        _hostile(record, top, _member("layers/0/h", tarfile.LNKTYPE, "/etc/passwd")),
-        _hostile(record, top, _member("layers/0/p", tarfile.FIFOTYPE)),
-        _hostile(record, top, device),
-        _hostile(record, top, _member("layers/0/a"), _member("layers/0/a")),
-        _hostile(record, top, _member("layers/1/a")),
-        _hostile(record),
-        _hostile(mounting.replace(state.id.encode(), b"st_" + b"1" * 32), top),
-    ):
-        with pytest.raises(InvalidArgument):
-            await states.import_state([bad])
-    until = time.monotonic() + 5
-    while time.monotonic() < until:
-        names = sorted(path.name for path in (tmp_path / "home/sandbox/layers").iterdir())
-        if names == layers_before:
-            break
-    assert names == layers_before
-    assert not (tmp_path / "home/sandbox/trash/x").exists()
 
 
 async def test_capabilities_and_metrics_tell_the_truth(service):

@@ -1,0 +1,155 @@
+"""States as archives over gRPC: round trips, hostile archives, many and broken transfers."""
+
+import asyncio
+import io
+import os
+import tarfile
+import time
+
+import pytest
+
+from regreen.client.channel import connect
+from regreen.rpc.errors import InvalidArgument
+from regreen.sandbox import v1 as pb
+from tests.integration.sandbox.overlay import prepared
+
+
+async def test_states_travel_as_archives(service, tmp_path):
+    states, sandboxes, _ = service
+    state = await prepared(states, a="1", **{"d/b": "2"})
+    trunk = await sandboxes.create_sandbox(state.id)
+    await sandboxes.run(trunk.id, ["sh", "-c", "rm a; rm -r d; mkdir d; ln -s x d/l; echo 3 > c"])
+    child = await sandboxes.snapshot_sandbox(trunk.id)
+    archive = b"".join([chunk async for chunk in states.export_state(child.id)])
+    await sandboxes.delete_sandbox(trunk.id)
+    await states.delete_state(child.id)
+    imported = await states.import_state([archive[:1000], archive[1000:]])
+    assert imported.id == child.id
+    again = await states.import_state([archive])
+    assert again.layers == imported.layers
+    sandbox = await sandboxes.create_sandbox(imported.id)
+    listed = await sandboxes.run(sandbox.id, ["sh", "-c", "find . | sort; readlink d/l; cat c"])
+    assert listed.stdout.head == b".\n./c\n./d\n./d/l\nx\n3\n"
+
+
+def _hostile(record: bytes, *members: tarfile.TarInfo) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        info = tarfile.TarInfo("state.json")
+        info.size = len(record)
+        archive.addfile(info, io.BytesIO(record))
+        for member in (*members, tarfile.TarInfo("end")):
+            archive.addfile(member, io.BytesIO(b"x" * member.size))
+    return out.getvalue()
+
+
+def _member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname, info.mode = kind, link, 0o755
+    return info
+
+
+async def test_hostile_archives_are_refused_and_leave_nothing(service, tmp_path):
+    states, _, _ = service
+    state = await prepared(states, a="1")
+    archive = b"".join([chunk async for chunk in states.export_state(state.id)])
+    with tarfile.open(fileobj=io.BytesIO(archive)) as good:
+        record = good.extractfile("state.json").read()
+    top = _member("layers/0", tarfile.DIRTYPE)
+    device = _member("layers/0/dev", tarfile.CHRTYPE)
+    device.devmajor = 8
+    link = _member("layers/0/l", tarfile.SYMTYPE, "/etc")
+    mounting = record.replace(b'"mounts": []', b'"mounts": [["/etc", "/x", true]]')
+    assert mounting != record
+    layers_before = sorted(path.name for path in (tmp_path / "home/sandbox/layers").iterdir())
+    for bad in (
+        b"",
+        b"not a tar" * 1000,
+        archive[: archive.index(b"end\0")],
+        archive[:2000],
+        _hostile(b"{}", top),
+        _hostile(record, _member("layers/0/a"), top),
+        _hostile(record, top, _member("layers/0/../../../../etc/x")),
+        _hostile(record, top, _member("layers/0//etc/x")),
+        _hostile(record, top, _member("/etc/x")),
+        _hostile(record, top, link, _member("layers/0/l/x")),
+        _hostile(record, top, _member("layers/0/h", tarfile.LNKTYPE, "/etc/passwd")),
+        _hostile(record, top, _member("layers/0/p", tarfile.FIFOTYPE)),
+        _hostile(record, top, device),
+        _hostile(record, top, _member("layers/0/a"), _member("layers/0/a")),
+        _hostile(record, top, _member("layers/1/a")),
+        _hostile(record),
+        _hostile(mounting.replace(state.id.encode(), b"st_" + b"1" * 32), top),
+    ):
+        with pytest.raises(InvalidArgument):
+            await states.import_state([bad])
+    until = time.monotonic() + 5
+    while time.monotonic() < until:
+        names = sorted(path.name for path in (tmp_path / "home/sandbox/layers").iterdir())
+        if names == layers_before:
+            break
+    assert names == layers_before
+    assert _drafts(tmp_path) == []
+
+
+def _drafts(tmp_path) -> list[str]:
+    """Half-unpacked layers."""
+    trash = (tmp_path / "home/sandbox/trash").iterdir()
+    return [path.name for path in trash if path.name.startswith("draft-")]
+
+
+async def test_more_exports_at_once_than_threads_all_end(service):
+    states, _, _ = service
+    state = await prepared(states, a="1" * 300_000)
+
+    async def export() -> bytes:
+        return b"".join([chunk async for chunk in states.export_state(state.id)])
+
+    async with asyncio.timeout(60):
+        archives = await asyncio.gather(*(export() for _ in range(40)))
+    assert len(set(archives)) == 1
+    assert (await states.import_state([archives[0]])).id == state.id
+
+
+async def test_exports_that_nobody_reads_do_not_stop_the_service(service):
+    states, sandboxes, _ = service
+    state = await prepared(states, a="1" * 8_000_000)
+    streams = [states.export_state(state.id) for _ in range(12)]
+    await asyncio.gather(*(anext(stream) for stream in streams[:6]))
+    sandbox = await sandboxes.create_sandbox(state.id)
+    assert (await sandboxes.diff(sandbox.id)).changes == []
+    for stream in streams[:6]:
+        await stream.aclose()
+    await sandboxes.delete_sandbox(sandbox.id)
+    async with asyncio.timeout(30):
+        assert b"".join([chunk async for chunk in states.export_state(state.id)])
+
+
+async def test_an_import_that_is_given_up_leaves_nothing(service, tmp_path):
+    states, _, server = service
+    channel = connect(server.address)
+    stub = pb.StateServiceStub(channel)
+    state = await prepared(states, a="1" * 3_000_000)
+    archive = b"".join([chunk async for chunk in states.export_state(state.id)])
+    await states.delete_state(state.id)
+    layers = tmp_path / "home/sandbox/layers"
+    before = sorted(os.listdir(layers)), len(os.listdir("/proc/self/fd"))
+    never = asyncio.Event()
+
+    async def half():
+        yield pb.ImportStateRequest(chunk=archive[:2_000_000])
+        await never.wait()
+
+    for _ in range(8):
+        call = stub.ImportState(half())
+        async with asyncio.timeout(20):
+            while not _drafts(tmp_path):
+                await states.list_states()
+        call.cancel()
+        async with asyncio.timeout(20):
+            while _drafts(tmp_path):
+                await states.list_states()
+    assert sorted(os.listdir(layers)) == before[0]
+    assert len(os.listdir("/proc/self/fd")) <= before[1] + 2
+    assert (await states.import_state([archive])).id == state.id
+    await channel.close()
