@@ -3,8 +3,7 @@
 - A session (header `x-regreen-session`, `metadata.session_id`, or `user`) keeps what the policy
   was shown and what it sampled; its next request continues those ids and re-encodes nothing.
 - Without a session the answer is the same and nothing is recorded.
-- Unknown fields are ignored, as OpenAI clients expect; fields that would change the answer and
-  cannot be honoured (`tools`, `response_format`, penalties) are refused by name.
+- Requests of one session run one after another; a branch holds only ids that were really shown.
 - A client that goes away ends its request in the engine.
 """
 
@@ -22,8 +21,8 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from policy_svc.chat import Message
-from policy_svc.engines.base import Completion, FinishReason, Generation, Request, Sampling
+from policy_svc.engines.base import Completion, FinishReason, Generation, Request
+from policy_svc.openai_body import MAX_BODY_BYTES, Asked, parse
 from policy_svc.policy import Policy
 from policy_svc.sessions import Prompt, Session, Sessions
 from regreen.ids import new_id
@@ -39,22 +38,6 @@ _STATUS = {
     "UNAVAILABLE": 503,
     "DEADLINE_EXCEEDED": 504,
 }
-_REFUSED = ("tools", "functions", "logit_bias")
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-_ROLES |= {"tool": "user", "function": "user"}
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """A parsed request."""
-
-    messages: tuple[Message, ...]
-    sampling: Sampling
-    n: int
-    stream: bool
-    usage_in_stream: bool
-    logprobs: bool
-    session_id: str
 
 
 @dataclass(slots=True)
@@ -106,7 +89,8 @@ class OpenAiHttp:
     async def chat(self, http: HttpRequest) -> Response:
         """Answer a chat completion."""
         self._authenticate(http)
-        asked = parse(await _body(http), http.headers.get("x-regreen-session", ""))
+        session_id = http.headers.get("x-regreen-session", "")
+        asked = parse(await _body(http), session_id, self._policy.limits.max_samples)
         identity = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "created": int(time.time()),
@@ -120,7 +104,7 @@ class OpenAiHttp:
 
     async def _whole(self, asked: Asked, identity: dict[str, Any]) -> dict[str, Any]:
         async with self._session(asked.session_id) as session:
-            prompt = self._prompt(asked, session)
+            prompt = await self._prompt(asked, session)
             answer = await self._policy.generate(_request(asked, prompt))
             await self._record(session, prompt, answer.generation)
         choices = [
@@ -138,7 +122,7 @@ class OpenAiHttp:
         """Yield server-sent events; the first one is an empty delta, sent once sampling is sure."""
         head = {**identity, "object": "chat.completion.chunk"}
         async with self._session(asked.session_id) as session:
-            prompt = self._prompt(asked, session)
+            prompt = await self._prompt(asked, session)
             arrived: asyncio.Queue[tuple[int, list[int]] | None] = asyncio.Queue()
             call = asyncio.create_task(
                 self._policy.generate(
@@ -170,8 +154,10 @@ class OpenAiHttp:
             yield f"data: {json.dumps(usage)}\n\n"
         yield "data: [DONE]\n\n"
 
-    def _prompt(self, asked: Asked, session: Session | None) -> Prompt:
-        return (session or Session("")).prompt(asked.messages, self._policy.chat)
+    async def _prompt(self, asked: Asked, session: Session | None) -> Prompt:
+        """Encode beside the event loop: long texts take seconds."""
+        held = session or Session("")
+        return await asyncio.to_thread(held.prompt, asked.messages, self._policy.chat)
 
     async def _record(self, session: Session | None, prompt: Prompt, made: Generation) -> None:
         if session is not None:
@@ -242,80 +228,6 @@ class _TextStream:
         return whole[len(self._sent) :]
 
 
-def parse(body: dict[str, Any], header_session: str) -> Asked:
-    """Check a request body.
-
-    Raises:
-        InvalidArgument: names the field.
-    """
-    for name in _REFUSED:
-        if body.get(name):
-            raise InvalidArgument(name, "is not rendered by this policy", "say it in a message")
-    if (body.get("response_format") or {}).get("type", "text") != "text":
-        raise InvalidArgument("response_format", "is not enforced here", "leave it out")
-    for name in ("presence_penalty", "frequency_penalty"):
-        if body.get(name):
-            raise InvalidArgument(name, "is not applied here", "leave it out")
-    stop = body.get("stop") or []
-    metadata = body.get("metadata") or {}
-    session_id = header_session or metadata.get("session_id") or body.get("user") or ""
-    budget = body.get("max_completion_tokens") or body.get("max_tokens") or 256
-    seed = body.get("seed")
-    return Asked(
-        messages=_messages(body.get("messages")),
-        sampling=Sampling(
-            temperature=_number(body, "temperature", 1.0),
-            top_p=_number(body, "top_p", 1.0),
-            max_new_tokens=_whole(budget, "max_tokens"),
-            seed=secrets.randbits(31) if seed is None else _whole(seed, "seed"),
-            stop=tuple([stop] if isinstance(stop, str) else stop),
-        ),
-        n=_whole(body.get("n") or 1, "n"),
-        stream=bool(body.get("stream")),
-        usage_in_stream=bool((body.get("stream_options") or {}).get("include_usage")),
-        logprobs=bool(body.get("logprobs")),
-        session_id=str(session_id),
-    )
-
-
-def _messages(value: Any) -> tuple[Message, ...]:
-    if not isinstance(value, list) or not value:
-        raise InvalidArgument("messages", "is empty or no list", "give at least one message")
-    messages = []
-    for at, item in enumerate(value):
-        if not isinstance(item, dict) or item.get("role") not in _ROLES:
-            raise InvalidArgument(f"messages[{at}].role", "is missing or unknown")
-        role = item["role"]
-        messages.append(Message(_ROLES[role], _content(item.get("content"), at)))
-    return tuple(messages)
-
-
-def _content(value: Any, at: int) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return value
-    parts: list[Any] = value if isinstance(value, list) else [None]
-    if not all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
-        raise InvalidArgument(f"messages[{at}].content", "is not text", "give text only")
-    return "".join(str(part.get("text", "")) for part in parts)
-
-
-def _number(body: dict[str, Any], name: str, default: float) -> float:
-    value = body.get(name)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InvalidArgument(name, f"{value!r} is no number")
-    return float(value)
-
-
-def _whole(value: Any, name: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidArgument(name, f"{value!r} is no whole number")
-    return value
-
-
 def _request(asked: Asked, prompt: Prompt) -> Request:
     return Request(new_id("gen"), prompt.token_ids, asked.n, asked.sampling)
 
@@ -352,9 +264,14 @@ async def _prepend(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
 
 
 async def _body(http: HttpRequest) -> dict[str, Any]:
+    raw = bytearray()
+    async for chunk in http.stream():
+        raw += chunk
+        if len(raw) > MAX_BODY_BYTES:
+            raise InvalidArgument("body", f"is over {MAX_BODY_BYTES >> 20} MiB", "send less")
     try:
-        body = json.loads(await http.body())
-    except ValueError as error:
+        body = json.loads(raw)
+    except (ValueError, RecursionError) as error:
         raise InvalidArgument("body", f"is no JSON: {error}") from error
     if not isinstance(body, dict):
         raise InvalidArgument("body", "is no JSON object")

@@ -34,7 +34,7 @@ class Policy:
 
     def __init__(self, engine: Engine, chat: ChatMl, versions: Versions, limits: Limits) -> None:
         self.engine, self.chat, self.versions = engine, chat, versions
-        self._limits, self._admission = limits, Admission(limits)
+        self.limits, self._admission = limits, Admission(limits)
         self._paused: PauseMode | None = None
         self._open = asyncio.Event()
         self._open.set()
@@ -59,7 +59,7 @@ class Policy:
             Unavailable: paused for longer than the caller's patience, or the engine is down.
             Aborted: the policy is below `min_version`.
         """
-        request = check(request, self.engine.info, self._limits)
+        request = check(request, self.engine.info, self.limits)
         if self.engine.version < min_version:
             raise Aborted(
                 f"version {self.engine.version} serves, below min_version {min_version}",

@@ -317,16 +317,36 @@ async def test_http_streams_what_it_would_return(tmp_path: Path) -> None:
         ({"max_tokens": 100000}, "sampling.max_new_tokens"),
         ({"n": 1000}, "n"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"stream": True, "n": 1000}, "n"),
+        ({"stream": True, "n": 2_000_000}, "n"),
+        ({"messages": [{"role": [], "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content"),
+        ({"stop": [1]}, "stop"),
+        ({"stop": 5}, "stop"),
+        ({"response_format": "json"}, "response_format"),
+        ({"metadata": "x"}, "metadata"),
+        ({"metadata": {"session_id": 5}}, "metadata.session_id"),
+        ({"stream_options": "x"}, "stream_options"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream": True, "logprobs": True}, "logprobs"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"seed": 1 << 64}, "seed"),
+        ({"temperature": 10**400}, "temperature"),
+        ({"user": "u" * (8 << 20)}, "body"),
     ],
 )
 async def test_http_names_what_is_wrong(tmp_path: Path, change: dict[str, Any], param: str) -> None:
     async with service(tmp_path) as found, http_client(found) as http:
         body = {"messages": [{"role": "user", "content": "hello"}]} | change
-        answer = await http.post("chat/completions", json=body)
+        answer = await http.post("chat/completions", content=json.dumps(body))
         assert answer.status_code == 400
         assert answer.json()["error"]["param"] == param
-        assert (await http.post("chat/completions", content=b"{")).status_code == 400
+
+
+@pytest.mark.parametrize("content", [b"{", b"[" * 100_000, b"[]"])
+async def test_http_refuses_what_is_no_object(tmp_path: Path, content: bytes) -> None:
+    async with service(tmp_path) as found, http_client(found) as http:
+        answer = await http.post("chat/completions", content=content)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "body")
 
 
 async def test_http_asks_for_its_key(tmp_path: Path) -> None:
