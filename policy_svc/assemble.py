@@ -8,6 +8,7 @@ import asyncio
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 from policy_svc.chat import ChatMl
 from policy_svc.engines.base import Engine
@@ -81,8 +82,7 @@ def _engine(settings: PolicySettings, model: Path, chat: ChatMl, serving: Servin
     if name == "scripted":
         assert settings.script is not None
         script = Script.read(settings.script)
-        context = config["max_position_embeddings"]
-        return ScriptedEngine(script, chat.tokenizer, chat.end_id, context)
+        return ScriptedEngine(script, chat.tokenizer, chat.end_id, _context(config, model))
     if name == "openai":
         return OpenAiEngine(
             OpenAiOptions(
@@ -95,8 +95,9 @@ def _engine(settings: PolicySettings, model: Path, chat: ChatMl, serving: Servin
             chat.end_id,
         )
     if name == "sglang":
-        return SglangEngine(_sglang_options(settings), chat.tokenizer, chat.end_id)
-    options = LocalOptions(
+        options = _sglang_options(settings, _context(config, model))
+        return SglangEngine(options, chat.tokenizer, chat.end_id)
+    local = LocalOptions(
         engine=name,
         model=model,
         weights=serving.path.resolve(),
@@ -105,13 +106,22 @@ def _engine(settings: PolicySettings, model: Path, chat: ChatMl, serving: Servin
         kv_cache_gib=settings.kv_cache_gib,
         dtype=settings.dtype,
     )
-    return ProcessEngine(options, chat.end_id)
+    return ProcessEngine(local, chat.end_id)
 
 
-def _sglang_options(settings: PolicySettings) -> SglangOptions:
+def _context(config: dict[str, Any], model: Path) -> int:
+    """Longest context of a model; of one that also sees images, that of its text part."""
+    found = {**config, **config.get("text_config", {})}.get("max_position_embeddings")
+    if not isinstance(found, int):
+        raise FailedPrecondition(f"{model}/config.json has no max_position_embeddings")
+    return found
+
+
+def _sglang_options(settings: PolicySettings, context_length: int) -> SglangOptions:
     local, _, remote = settings.sglang_path_map.partition("=")
     return SglangOptions(
         urls=tuple(url.strip() for url in settings.sglang_urls.split(",") if url.strip()),
+        context_length=context_length,
         api_key=settings.sglang_key.get_secret_value(),
         path_map=(local, remote) if local else None,
     )

@@ -82,13 +82,17 @@ class ChatMl:
         template = _template(folder)
         default = None
         if template is not None:
-            probe = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
-            shown = template_text(template, probe)
+            # The last turn is a user's, as whenever the policy is asked: some templates (Qwen3)
+            # write an assistant's last turn otherwise, which is never rendered here.
+            turns = [Message("user", "x"), Message("assistant", "y"), Message("user", "z")]
+            probe = [{"role": turn.role, "content": turn.content} for turn in turns]
+            shown = template_text(template, probe, opening=True)
             lead = _SYSTEM_LINE.match(shown)
             default = lead.group(1) if lead else None
-            turns = [Message(**message) for message in probe]
-            if shown != plain_text(turns, default):
-                raise FailedPrecondition(f"the chat template of {folder} is not ChatML")
+            if shown != f"{plain_text(turns, default)}{_START}assistant\n":
+                raise FailedPrecondition(
+                    f"the chat template of {folder} is not ChatML: it renders {shown[:300]!r}"
+                )
         return cls(Tokenizer(folder), default)
 
     def render(self, messages: Sequence[Message]) -> list[int]:

@@ -27,7 +27,7 @@ class PolicySettings(ServiceSettings):
     engine: Literal["auto", "openvino", "torch", "sglang", "openai", "scripted"] = "auto"
     """What samples; auto takes openvino, else torch, whichever is installed."""
     model: Path | None = None
-    """Folder with tokenizer, config and weights; none takes the small default model."""
+    """Folder with tokenizer, config and weights; none takes the small model. sglang needs it."""
     dtype: Literal["auto", "f32", "bf16"] = "auto"
     """Number type of the openvino engine; auto takes bf16 only where the CPU has AMX for it."""
     threads: int = Field(default=0, ge=0)
@@ -75,6 +75,11 @@ class PolicySettings(ServiceSettings):
         name, value = needs.get(self.engine, ("", True))
         if not value:
             raise ValueError(f"{name}: is needed by engine {self.engine}")
+        if self.engine == "sglang" and self.model is None:
+            raise ValueError(
+                "model: is needed by engine sglang: a folder with the tokenizer, chat template and "
+                "config.json of the model that the servers serve"
+            )
         if self.engine == "openai" and not self.openai_model:
             raise ValueError("openai_model: is needed by engine openai")
         if self.sglang_path_map and self.sglang_path_map.count("=") != 1:

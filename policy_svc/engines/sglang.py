@@ -7,6 +7,12 @@
 - Version spans are the server's own where it reports them (0.5.23). Where it does not (0.5.16),
   a push waits for running requests and holds new ones, so that each has one version, stamped here;
   one that still saw two (a push by someone else) is refused as `Aborted`, never mis-stamped.
+- Servers whose tokenizer is not the model folder's are refused at the start, where they can be
+  asked (`/tokenize`): ids that mean something else would be sampled, recorded and trained on.
+- Logprobs are the server's: after the temperature, unless it runs with
+  `SGLANG_RETURN_ORIGINAL_LOGPROB=1`; at temperature 1, which training asks for, both are equal.
+- Seeds are sent, but a server honours them only with `--enable-deterministic-inference`.
+- A request ends whole: when one of its samples fails, the server is told to end the others.
 - Retries are bounded by `retry_s` and happen before a first answer only: never after a 4xx.
 
 Source: sglang 0.5.16 and 0.5.23, `srt/entrypoints/http_server.py`, `srt/managers/io_struct.py`.
@@ -15,7 +21,7 @@ Source: sglang 0.5.16 and 0.5.23, `srt/entrypoints/http_server.py`, `srt/manager
 import asyncio
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,14 +47,18 @@ _MODES = {PauseMode.IN_PLACE: "in_place", PauseMode.ABORT: "abort"}
 _OPENERS = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "abort": FinishReason.ABORT}
 
 
+_PROBE = "<|im_start|>user\nwerkzeug==2.0.13 def f(x): \u00e9 \u4e2d\u6587\t\U0001f600<|im_end|>\n"
+"""Text on which tokenizers of different models differ."""
+
+
 @dataclass(frozen=True, slots=True)
 class SglangOptions:
     """Where the replicas are, for example `http://10.0.0.3:30000`."""
 
     urls: tuple[str, ...]
+    context_length: int
+    """Longest context of the model, where the server does not name a shorter one."""
     api_key: str = ""
-    base_weights: str = ""
-    """Path of the base model as the server sees it; empty asks the server."""
     path_map: tuple[str, str] | None = None
     """Local path prefix and what the servers call it, where they mount storage elsewhere."""
     request_timeout_s: float = 600.0
@@ -79,7 +89,7 @@ class SglangEngine:
         self._replicas: list[_Replica] = []
         self._model: dict[str, Any] = {}
         self._server: dict[str, Any] = {}
-        self._weights = options.base_weights
+        self._weights = ""
         self._native_spans = False
         self._order = itertools.count()
         self._base_version = version
@@ -95,7 +105,7 @@ class SglangEngine:
             model=str(self._model.get("served_model_name") or self._model.get("model_path", "")),
             dtype=str(self._server.get("dtype") or "server"),
             vocabulary=self._tokenizer.size,
-            context_length=int(self._server.get("context_length") or 32768),
+            context_length=int(self._server.get("context_length") or self._options.context_length),
             end_of_turn_id=self._end_id,
             regex=True,
         )
@@ -106,7 +116,11 @@ class SglangEngine:
         return self._version
 
     async def start(self) -> None:
-        """Connect, and wait until every replica is healthy, at most `retry_s`."""
+        """Connect, and wait until every replica is healthy, at most `retry_s`.
+
+        Raises:
+            FailedPrecondition: a replica serves a model with another tokenizer.
+        """
         headers = (
             {"Authorization": f"Bearer {self._options.api_key}"} if self._options.api_key else {}
         )
@@ -117,10 +131,11 @@ class SglangEngine:
             self._replicas.append(_Replica(client))
         for replica in self._replicas:
             await self._healthy(replica)
+            await self._check_tokenizer(replica)
         first = self._replicas[0]
         self._model = await self._json(first, "GET", "/model_info")
         self._server = await self._json(first, "GET", "/server_info")
-        self._weights = self._weights or str(self._model.get("model_path", ""))
+        self._weights = str(self._model.get("model_path", ""))
         self._native_spans = _release(self._server.get("version", "")) >= (0, 5, 23)
 
     async def close(self) -> None:
@@ -136,13 +151,17 @@ class SglangEngine:
         replica.running.update(rids)
         self._idle.clear()
         began = self._version
+        samples = [
+            asyncio.create_task(self._sample(replica, request, index)) for index in range(request.n)
+        ]
         try:
-            answers = await asyncio.gather(
-                *(self._sample(replica, request, index) for index in range(request.n))
-            )
-        except asyncio.CancelledError:
-            for rid in rids:
-                await asyncio.shield(self._abort_one(replica, rid))
+            answers = await asyncio.gather(*samples)
+        except BaseException:
+            for sample in samples:
+                sample.cancel()
+            await asyncio.wait(samples)
+            left = [rid for rid, sample in zip(rids, samples, strict=True) if sample.cancelled()]
+            await asyncio.shield(self._abort_quietly(replica, left))
             raise
         finally:
             replica.running.difference_update(rids)
@@ -272,6 +291,25 @@ class SglangEngine:
     async def _abort_one(self, replica: _Replica, rid: str) -> None:
         await self._json(replica, "POST", "/abort_request", {"rid": rid})
 
+    async def _abort_quietly(self, replica: _Replica, rids: Sequence[str]) -> None:
+        """End samples nobody waits for; a server that cannot be told has ended them, or will."""
+        calls = (
+            self._json(replica, "POST", "/abort_request", {"rid": rid}, retry_s=0.0) for rid in rids
+        )
+        await asyncio.gather(*calls, return_exceptions=True)
+
+    async def _check_tokenizer(self, replica: _Replica) -> None:
+        try:
+            body = {"prompt": _PROBE, "add_special_tokens": False}
+            told = (await self._json(replica, "POST", "/tokenize", body)).get("tokens")
+        except InvalidArgument:
+            return  # a release without this route cannot be asked
+        if told is not None and told != self._tokenizer.encode(_PROBE, control=True):
+            raise FailedPrecondition(
+                f"{replica.client.base_url} tokenizes otherwise than the model folder; set model "
+                "to a folder with the tokenizer of the model that it serves"
+            )
+
     async def _healthy(self, replica: _Replica) -> None:
         deadline_s = self._clock() + self._options.retry_s
         while True:
@@ -294,6 +332,7 @@ class SglangEngine:
         body: dict[str, Any] | None = None,
         *,
         timeout_s: float | None = None,
+        retry_s: float | None = None,
     ) -> dict[str, Any]:
         """One exchange; 429, 503 and refused connections are tried again until `retry_s`.
 
@@ -301,7 +340,8 @@ class SglangEngine:
             InvalidArgument: the server refused the body (4xx).
             Unavailable: it cannot be reached, or answered 5xx.
         """
-        deadline_s = self._clock() + self._options.retry_s
+        patience_s = self._options.retry_s if retry_s is None else retry_s
+        deadline_s = self._clock() + patience_s
         wait_s = 0.05
         while True:
             try:

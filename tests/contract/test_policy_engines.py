@@ -58,7 +58,7 @@ async def engine(request: pytest.FixtureRequest, chat: ChatMl) -> AsyncIterator[
         return
     if name == "sglang":
         async with serving(SglangStandIn(model, chat.tokenizer).app()) as url:
-            found = SglangEngine(SglangOptions((url,)), chat.tokenizer, chat.end_id)
+            found = SglangEngine(SglangOptions((url,), 8192), chat.tokenizer, chat.end_id)
             await found.start()
             yield found
             await found.close()

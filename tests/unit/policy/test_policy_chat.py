@@ -84,3 +84,46 @@ def test_other_templates_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(FailedPrecondition, match="not ChatML"):
         ChatMl.from_folder(tmp_path)
+
+
+def test_a_template_that_marks_only_the_last_answer_is_chatml(tmp_path: Path) -> None:
+    """Like Qwen3's, which writes an empty thought into an assistant turn that no user follows."""
+    (tmp_path / "tokenizer.json").write_bytes((default_model() / "tokenizer.json").read_bytes())
+    (tmp_path / "chat_template.jinja").write_text(
+        "{%- set ns = namespace(last=0, found=false) %}\n"
+        "{%- for m in messages[::-1] %}\n"
+        "    {%- set index = (messages|length - 1) - loop.index0 %}\n"
+        "    {%- if m.role == 'user' and not ns.found %}\n"
+        "        {%- set ns.last = index %}\n"
+        "        {%- set ns.found = true %}\n"
+        "    {%- endif %}\n"
+        "{%- endfor %}\n"
+        "{%- for m in messages %}\n"
+        "    {%- set thought = '<think>\\n\\n</think>\\n\\n' %}\n"
+        "    {%- if m.role == 'assistant' and loop.index0 > ns.last %}\n"
+        "        {{- '<|im_start|>assistant\\n' + thought + m.content + '<|im_end|>\\n' }}\n"
+        "    {%- else %}\n"
+        "        {{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}\n"
+        "    {%- endif %}\n"
+        "{%- endfor %}\n"
+        "{%- if add_generation_prompt %}\n"
+        "    {{- '<|im_start|>assistant\\n' }}\n"
+        "{%- endif %}"
+    )
+    chat = ChatMl.from_folder(tmp_path)
+    assert chat.default_system is None
+    talk = [Message("user", "a"), Message("assistant", "b"), Message("user", "c")]
+    raw = [{"role": turn.role, "content": turn.content} for turn in talk]
+    template = (tmp_path / "chat_template.jinja").read_text()
+    assert chat.text(chat.render(talk)) == template_text(template, raw, opening=True)
+
+
+def test_an_opening_that_begins_to_think_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((default_model() / "tokenizer.json").read_bytes())
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"
+    )
+    with pytest.raises(FailedPrecondition, match=r"not ChatML.*<think>"):
+        ChatMl.from_folder(tmp_path)

@@ -4,12 +4,14 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from policy_svc.chat import Tokenizer
 from policy_svc.engines.base import FinishReason, PauseMode, Request, Sampling
 from policy_svc.engines.sglang import SglangEngine, SglangOptions, sampling_params
+from policy_svc.settings import PolicySettings
 from regreen.rpc.errors import FailedPrecondition, InvalidArgument, Unavailable
 from tests.fixtures.policy.http import serving
 from tests.fixtures.policy.model import default_model
@@ -19,6 +21,10 @@ TOKENIZER = Tokenizer(default_model())
 PROMPT = (1, 520, 9531, 198)
 
 
+def options(*urls: str, retry_s: float = 2.0, **values: Any) -> SglangOptions:
+    return SglangOptions(urls, context_length=4096, retry_s=retry_s, **values)
+
+
 @asynccontextmanager
 async def replicas(
     count: int = 1, release: str = "0.5.23"
@@ -26,13 +32,13 @@ async def replicas(
     servers = [SglangStandIn(default_model(), TOKENIZER, release=release) for _ in range(count)]
     async with asyncio.timeout(60), serving(servers[0].app()) as first:
         if count == 1:
-            engine = SglangEngine(SglangOptions((first,), retry_s=2.0), TOKENIZER, 2)
+            engine = SglangEngine(options(first), TOKENIZER, 2)
             await engine.start()
             yield engine, servers
             await engine.close()
             return
         async with serving(servers[1].app()) as second:
-            engine = SglangEngine(SglangOptions((first, second), retry_s=2.0), TOKENIZER, 2)
+            engine = SglangEngine(options(first, second), TOKENIZER, 2)
             await engine.start()
             yield engine, servers
             await engine.close()
@@ -74,14 +80,13 @@ async def test_start_waits_for_health() -> None:
     server = SglangStandIn(default_model(), TOKENIZER)
     server.faults["/health"] = [503, 503]
     async with serving(server.app()) as url:
-        engine = SglangEngine(SglangOptions((url,), retry_s=5.0), TOKENIZER, 2)
+        engine = SglangEngine(options(url, retry_s=5.0), TOKENIZER, 2)
         await engine.start()
         await engine.close()
 
 
 async def test_an_absent_server_is_unavailable() -> None:
-    options = SglangOptions(("http://127.0.0.1:9",), retry_s=0.3)
-    engine = SglangEngine(options, TOKENIZER, 2)
+    engine = SglangEngine(options("http://127.0.0.1:9", retry_s=0.3), TOKENIZER, 2)
     with pytest.raises(Unavailable):
         await engine.start()
     await engine.close()
@@ -163,6 +168,37 @@ async def test_pause_modes_are_sent() -> None:
 
 
 def test_paths_are_mapped() -> None:
-    options = SglangOptions(("http://x",), path_map=("/local", "/remote"))
-    engine = SglangEngine(options, TOKENIZER, 2)
+    engine = SglangEngine(options("http://x", path_map=("/local", "/remote")), TOKENIZER, 2)
     assert engine._remote(Path("/local/a")) == "/remote/a"
+
+
+async def test_a_failed_sample_ends_its_siblings() -> None:
+    async with replicas() as (engine, (server,)):
+        server.faults["/generate"] = [500]
+        with pytest.raises(Unavailable, match="500"):
+            await engine.generate(ask("half", n=3, tokens=8000))
+        assert len(server.aborted) == 2
+        async with asyncio.timeout(10):
+            while server.running:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
+
+async def test_another_tokenizer_is_refused() -> None:
+    server = SglangStandIn(default_model(), TOKENIZER)
+    async with serving(server.app()) as url:
+        server.shift = 1
+        engine = SglangEngine(options(url), TOKENIZER, 2)
+        with pytest.raises(FailedPrecondition, match="tokenizes otherwise"):
+            await engine.start()
+        await engine.close()
+        server.faults["/tokenize"] = [404]
+        server.context_length = None
+        engine = SglangEngine(options(url), TOKENIZER, 2)
+        await engine.start()
+        assert engine.info.context_length == 4096
+        await engine.close()
+
+
+def test_sglang_needs_the_folder_of_its_model() -> None:
+    with pytest.raises(ValueError, match="model: is needed by engine sglang"):
+        PolicySettings(engine="sglang", sglang_urls="http://x")
