@@ -27,6 +27,7 @@ from regreen.rpc.errors import InfraError, RegreenError
 from regreen.rpc.server import Server
 
 _RESPONSE_SLACK_BYTES = 1 << 20
+_PAGE_BYTES = 32 << 20
 _WATCH_S = 1.0
 SERVICES = tuple(
     f"regreen.dataset.v1.{name}"
@@ -45,11 +46,16 @@ async def serving(settings: DatasetSettings, database_url: str) -> AsyncIterator
         settings.max_attempts, settings.lease_s, settings.max_lease_s, settings.retry_s
     )
     server = Server(settings, SERVICES, remember=False)
-    pb.add_TaskServiceServicer_to_server(TaskServicer(transactions), server.grpc)
-    pb.add_TrajectoryServiceServicer_to_server(TrajectoryServicer(transactions, store), server.grpc)
+    page_bytes = min(settings.max_message_bytes // 2, _PAGE_BYTES)
+    tasks = TaskServicer(transactions, max_page_bytes=page_bytes)
+    pb.add_TaskServiceServicer_to_server(tasks, server.grpc)
+    listed = TrajectoryServicer(transactions, store, max_page_bytes=page_bytes)
+    pb.add_TrajectoryServiceServicer_to_server(listed, server.grpc)
     queue = RolloutQueueServicer(transactions, store, policy)
     pb.add_RolloutQueueServiceServicer_to_server(queue, server.grpc)
-    pb.add_RunServiceServicer_to_server(RunServicer(transactions), server.grpc)
+    pb.add_RunServiceServicer_to_server(
+        RunServicer(transactions, max_page_bytes=page_bytes), server.grpc
+    )
     keeper = asyncio.create_task(
         upkeep.forever(database, policy, every_s=settings.upkeep_s, remember_s=settings.remember_s)
     )

@@ -93,6 +93,7 @@ class LocalPostgres:
             if wanted is None:
                 self._initialise(binaries, account)
             _clear_predecessor(self._home / "data", self.config.stop_timeout_s)
+            _clear_socket(self._socket_dir)
             self._spawn(binaries, account)
             self._await_ready()
         except BaseException:
@@ -359,6 +360,16 @@ def _clear_predecessor(data: Path, timeout_s: float) -> None:
                     continue
         time.sleep(0.02)
     (data / "postmaster.pid").unlink(missing_ok=True)
+
+
+def _clear_socket(directory: Path) -> None:
+    """Drop what a dead server left in our own socket directory.
+
+    Postgres believes the process id in the socket's lock file, which another process may have now.
+    """
+    name = f".s.PGSQL.{SOCKET_PORT}"
+    for path in (directory / name, directory / f"{name}.lock"):
+        path.unlink(missing_ok=True)
 
 
 def _tail(path: Path, size_bytes: int = 2000) -> str:

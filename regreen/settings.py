@@ -74,6 +74,8 @@ class ServiceSettings(BaseSettings):
     """Largest request or response."""
     call_timeout_s: float = Field(default=3600.0, gt=0)
     """Bound on a call that comes without a deadline."""
+    stream_timeout_s: float = Field(default=24 * 3600.0, gt=0)
+    """Bound on a call that answers with a stream, whatever its deadline."""
     drain_s: float = Field(default=10.0, ge=0)
     """Time that running calls get to finish after SIGTERM."""
     log_level: str = Field(default="info", pattern="^(debug|info|warning|error)$")
@@ -83,14 +85,16 @@ class ServiceSettings(BaseSettings):
     def _refuse_open_plain_text(self) -> Self:
         for field in ("listen", "metrics"):
             address: str = getattr(self, field)
-            if not address.startswith("unix:") and not address.rpartition(":")[2].isdigit():
-                raise ValueError(
-                    f"{field}: {address!r} is no address; give host:port or unix:/path"
-                )
-            if field == "listen" and not (is_local(address) or self.tls_cert or self.insecure):
+            unix = field == "listen" and address.startswith("unix:")
+            if not unix and not address.rpartition(":")[2].isdigit():
+                forms = "host:port or unix:/path" if field == "listen" else "host:port"
+                raise ValueError(f"{field}: {address!r} is no address; give {forms}")
+            secured = self.insecure or (field == "listen" and self.tls_cert)
+            if not is_local(address) and not secured:
+                remedy = "set tls_cert and tls_key, or " if field == "listen" else "set "
                 raise ValueError(
                     f"{field}: {address} is reachable from other machines in plain text; "
-                    "set tls_cert and tls_key, or insecure=true if the network is private"
+                    f"{remedy}insecure=true if the network is private"
                 )
         if bool(self.tls_cert) != bool(self.tls_key):
             raise ValueError("tls_cert and tls_key belong together; give both")

@@ -8,7 +8,7 @@ import base64
 import binascii
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Generic, TypeVar
 
 from regreen.rpc.errors import InvalidArgument
@@ -23,6 +23,8 @@ class Page(Generic[T]):
 
     rows: list[T]
     next_token: str = ""
+    keys: list[list[Any]] = field(default_factory=list)
+    """Key of each row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +39,9 @@ class Cursor:
     def page(self, rows: list[T], keys: list[list[Any]]) -> Page[T]:
         """A page of at most `size` of `rows`; one row more than that means another page follows."""
         if len(rows) <= self.size:
-            return Page(rows)
-        return Page(rows[: self.size], self.token(keys[self.size - 1]))
+            return Page(rows, "", keys)
+        kept = keys[: self.size]
+        return Page(rows[: self.size], self.token(kept[-1]), kept)
 
     def token(self, last_key: list[Any]) -> str:
         """The token of the page that starts after the row with this key."""
@@ -46,13 +49,14 @@ class Cursor:
         signed = hashlib.sha256(body).digest()[:_TAG_BYTES] + body
         return base64.urlsafe_b64encode(signed).decode().rstrip("=")
 
-    def cut(self, page: Page[T], keys: list[list[Any]], sizes: list[int], most: int) -> Page[T]:
+    def cut(self, page: Page[T], sizes: list[int], most: int) -> Page[T]:
         """As much of a page as fits into `most` bytes, and at least one row."""
         total = 0
         for position, size_bytes in enumerate(sizes):
             total += size_bytes
             if position and total > most:
-                return Page(page.rows[:position], self.token(keys[position - 1]))
+                kept = page.keys[:position]
+                return Page(page.rows[:position], self.token(kept[-1]), kept)
         return page
 
 

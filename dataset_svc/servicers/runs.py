@@ -24,8 +24,9 @@ _MAX_NAME_CHARS = 200
 class RunServicer(pb.RunServiceServicer):
     """Runs, metrics and checkpoints."""
 
-    def __init__(self, transactions: Transactions) -> None:
+    def __init__(self, transactions: Transactions, *, max_page_bytes: int = 32 << 20) -> None:
         self._transactions = transactions
+        self._max_page_bytes = max_page_bytes
 
     async def CreateRun(self, request: pb.CreateRunRequest, context: Any) -> Any:
         """Create a run or find it by name."""
@@ -47,7 +48,7 @@ class RunServicer(pb.RunServiceServicer):
         return pb.GetRunResponse(run=translate.run_message(run))
 
     async def ListRuns(self, request: pb.ListRunsRequest, context: Any) -> Any:
-        """Read a page of runs."""
+        """Read a page of runs; shorter than asked for when they are large."""
         if request.kind:
             checks.one_of("kind", request.kind, RUN_KINDS)
         cursor = paging.cursor(f"runs/{request.kind}", None, request.page_size, request.page_token)
@@ -55,7 +56,12 @@ class RunServicer(pb.RunServiceServicer):
             "ListRuns", lambda session: runs.list_runs(session, request.kind, cursor)
         )
         messages = [translate.run_message(run) for run in page.rows]
-        return pb.ListRunsResponse(runs=messages, next_page_token=page.next_token)
+        shown = cursor.cut(
+            paging.Page(messages, page.next_token, page.keys),
+            [message.ByteSize() for message in messages],
+            self._max_page_bytes,
+        )
+        return pb.ListRunsResponse(runs=shown.rows, next_page_token=shown.next_token)
 
     async def UpdateRun(self, request: pb.UpdateRunRequest, context: Any) -> Any:
         """Change a run."""

@@ -3,6 +3,7 @@
 - Translates only; the rules are in `checks` and `queries.tasks`.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -14,6 +15,8 @@ from regreen.dataset import v1 as pb
 from regreen.rpc.errors import InvalidArgument
 
 MAX_TASKS = 10_000
+MAX_LOG_CHARS = 1 << 20
+"""Of a longer log the end is kept: that is where the error is."""
 
 
 class TaskServicer(pb.TaskServiceServicer):
@@ -65,8 +68,7 @@ class TaskServicer(pb.TaskServiceServicer):
         )
         messages = [translate.task_message(record) for record in page.rows]
         shown = cursor.cut(
-            paging.Page(messages, page.next_token),
-            [[message.id] for message in messages],
+            paging.Page(messages, page.next_token, page.keys),
             [message.ByteSize() for message in messages],
             self._max_page_bytes,
         )
@@ -75,6 +77,9 @@ class TaskServicer(pb.TaskServiceServicer):
     async def RecordGate(self, request: pb.RecordGateRequest, context: Any) -> Any:
         """Store a gate report."""
         report = translate.gate_record(request.report)
+        log = request.report.error_log
+        if len(log) > MAX_LOG_CHARS:
+            report = replace(report, error_log="[cut] " + log[-MAX_LOG_CHARS:])
         checks.check_gate(report)
         validation_s = translate.seconds(request, "validation_time")
 

@@ -24,8 +24,15 @@ from regreen.ids import check_id
 class TrajectoryServicer(pb.TrajectoryServiceServicer):
     """Trajectories outside the queue, and reading all of them."""
 
-    def __init__(self, transactions: Transactions, store: TrajectoryStore) -> None:
+    def __init__(
+        self,
+        transactions: Transactions,
+        store: TrajectoryStore,
+        *,
+        max_page_bytes: int = 32 << 20,
+    ) -> None:
         self._transactions, self._store = transactions, store
+        self._max_page_bytes = max_page_bytes
 
     async def CommitTrajectory(self, request: pb.CommitTrajectoryRequest, context: Any) -> Any:
         """Store a trajectory."""
@@ -53,15 +60,20 @@ class TrajectoryServicer(pb.TrajectoryServiceServicer):
         return pb.GetTrajectoryResponse(trajectory=trajectory_message(records[0]))
 
     async def ListTrajectories(self, request: pb.ListTrajectoriesRequest, context: Any) -> Any:
-        """Read a page of trajectories in brief."""
+        """Read a page of trajectories in brief; shorter than asked for when they are large."""
         query = trajectory_query(request.filter)
         cursor = paging.cursor("trajectories", query, request.page_size, request.page_token)
         page = await self._transactions.read(
             "ListTrajectories", lambda session: trajectories.list_page(session, query, cursor)
         )
+        messages = [trajectory_message(record) for record in page.rows]
+        shown = cursor.cut(
+            paging.Page(messages, page.next_token, page.keys),
+            [message.ByteSize() for message in messages],
+            self._max_page_bytes,
+        )
         return pb.ListTrajectoriesResponse(
-            trajectories=[trajectory_message(record) for record in page.rows],
-            next_page_token=page.next_token,
+            trajectories=shown.rows, next_page_token=shown.next_token
         )
 
     async def ExportTrajectories(

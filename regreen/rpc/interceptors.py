@@ -23,14 +23,17 @@ from regreen.rpc.idempotency import Idempotency
 from regreen.rpc.logging import TRACE_HEADER, TRAJECTORY_HEADER, get
 
 Context = grpc.aio.ServicerContext[Any, Any]
+_END = object()
 _UNCOUNTED = ("grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection")
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps every handler of a server."""
 
-    def __init__(self, call_timeout_s: float, *, remember: bool = True) -> None:
-        self._call_timeout_s = call_timeout_s
+    def __init__(
+        self, call_timeout_s: float, *, stream_timeout_s: float, remember: bool = True
+    ) -> None:
+        self._call_timeout_s, self._stream_timeout_s = call_timeout_s, stream_timeout_s
         self._idempotency: Idempotency[Any] | None = Idempotency() if remember else None
         self._log = get()
 
@@ -95,13 +98,19 @@ class _Call:
         """Wrap a handler with a stream of responses."""
 
         async def handle(request: Any, context: Context) -> AsyncIterator[Any]:
-            async with _Observed(self, kind, context):
+            async with _Observed(self, kind, context) as observed:
+                end_s = asyncio.get_running_loop().time() + observed.timeout_s
                 responses = behaviour(request, context)
                 if inspect.isawaitable(responses):
-                    await responses
+                    async with asyncio.timeout_at(end_s):
+                        await responses
                     return
                 try:
-                    async for response in responses:
+                    while True:
+                        async with asyncio.timeout_at(end_s):
+                            response = await anext(responses, _END)
+                        if response is _END:
+                            return
                         yield response
                 finally:
                     await responses.aclose()
@@ -116,7 +125,9 @@ class _Observed:
         self._call, self._context = call, context
         self._labels = (kind, call._service, call._method)
         remaining_s = context.time_remaining()
-        limit_s = call._owner._call_timeout_s
+        streams = kind in ("server_stream", "bidi_stream")
+        owner = call._owner
+        limit_s = owner._stream_timeout_s if streams else owner._call_timeout_s
         self.timeout_s = limit_s if remaining_s is None else min(remaining_s, limit_s)
         self._start_s = 0.0
 

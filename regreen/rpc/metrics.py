@@ -5,6 +5,7 @@
 - `/healthz` answers 200 while the service serves and 503 before and while it drains.
 """
 
+import socket
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,6 +16,7 @@ from prometheus_client import REGISTRY, Counter, Gauge, Histogram, make_wsgi_app
 from prometheus_client.exposition import ThreadingWSGIServer
 
 import regreen
+from regreen.rpc.errors import FailedPrecondition
 
 _CALL = ["grpc_type", "grpc_service", "grpc_method"]
 STARTED = Counter("grpc_server_started", "Calls started.", _CALL)
@@ -34,16 +36,31 @@ class _Quiet(WSGIRequestHandler):
         """Say nothing; scrapes are not worth a log line."""
 
 
+class _Server6(ThreadingWSGIServer):
+    address_family = socket.AF_INET6
+
+
 class MetricsServer:
-    """Serves `/metrics` and `/healthz` from a thread of its own."""
+    """Serves `/metrics` and `/healthz` from a thread of its own.
+
+    Raises:
+        FailedPrecondition: the address cannot be bound.
+    """
 
     def __init__(self, address: str, healthy: Callable[[], bool]) -> None:
         self._healthy = healthy
         self._metrics = make_wsgi_app(REGISTRY)
         host, _, port = address.rpartition(":")
-        self._httpd = make_server(
-            host.strip("[]"), int(port), self._app, ThreadingWSGIServer, handler_class=_Quiet
-        )
+        host = host.strip("[]")
+        server_class = _Server6 if ":" in host else ThreadingWSGIServer
+        try:
+            self._httpd = make_server(
+                host, int(port), self._app, server_class, handler_class=_Quiet
+            )
+        except OSError as error:
+            raise FailedPrecondition(
+                f"metrics: cannot bind {address}; is another instance running? ({error})"
+            ) from error
         self.port: int = self._httpd.server_port
         self._thread = threading.Thread(
             target=self._httpd.serve_forever, args=(0.05,), name="metrics", daemon=True

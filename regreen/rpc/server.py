@@ -39,7 +39,13 @@ class Server:
         self._settings, self._services = settings, tuple(services)
         self._log = get()
         self.grpc: grpc.aio.Server = grpc.aio.server(
-            interceptors=[CallInterceptor(settings.call_timeout_s, remember=remember)],
+            interceptors=[
+                CallInterceptor(
+                    settings.call_timeout_s,
+                    stream_timeout_s=settings.stream_timeout_s,
+                    remember=remember,
+                )
+            ],
             maximum_concurrent_rpcs=settings.max_rpcs,
             options=[
                 ("grpc.max_receive_message_length", settings.max_message_bytes),

@@ -13,7 +13,7 @@ import psycopg
 import pytest
 
 from dataset_svc import pgfind
-from dataset_svc.localpg import LocalPostgres, LocalPostgresConfig
+from dataset_svc.localpg import SOCKET_PORT, LocalPostgres, LocalPostgresConfig
 from regreen.rpc.errors import FailedPrecondition, InfraError, MissingDependency
 
 OWNER = """
@@ -94,17 +94,29 @@ def test_a_killed_owner_takes_its_server_along_and_the_next_one_starts(home: Pat
     assert not pgfind.processes_in(home / "data")
 
 
-def test_a_killed_server_recovers_over_its_stale_pid_file(home: Path):
+def test_a_killed_server_recovers_over_its_stale_lock_files(home: Path):
     server = LocalPostgres(config(home))
     server.start()
     os.kill(server.pid, signal.SIGKILL)
     server.stop()
-    pid_file = home / "data" / "postmaster.pid"
-    lines = pid_file.read_text().splitlines()
-    lines[0] = str(os.getpid())
-    pid_file.write_text("\n".join(lines) + "\n")
-    with LocalPostgres(config(home)) as again:
-        assert query(again, "SELECT 1") == [(1,)]
+    account = pgfind.account("")
+    user = account.uid if account else None
+    # Both files name a process of the server's user that has nothing to do with it.
+    stranger = subprocess.Popen(["sleep", "60"], user=user)
+    try:
+        for file in (
+            home / "data" / "postmaster.pid",
+            home / "socket" / f".s.PGSQL.{SOCKET_PORT}.lock",
+        ):
+            lines = file.read_text().splitlines()
+            lines[0] = str(stranger.pid)
+            file.write_text("\n".join(lines) + "\n")
+        with LocalPostgres(config(home)) as again:
+            assert query(again, "SELECT 1") == [(1,)]
+        assert stranger.poll() is None
+    finally:
+        stranger.kill()
+        stranger.wait()
 
 
 def test_a_killed_initdb_leaves_nothing_that_counts_as_data(home: Path):

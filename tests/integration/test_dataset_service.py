@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
+from dataset_svc.__main__ import serving
 from dataset_svc.database import Database
+from dataset_svc.settings import DatasetSettings
 from regreen.client.channel import connect
 from regreen.common import v1 as common_pb
 from regreen.dataset import v1 as pb
@@ -341,6 +343,52 @@ async def test_a_value_that_the_schema_refuses_is_not_worth_another_try(database
                 await database.run(lambda session, s=statement: session.execute(s))
     finally:
         await database.close()
+
+
+@pytest.fixture
+async def narrow(database_url: str, tmp_path: Path) -> AsyncIterator[Clients]:
+    """Clients of a service whose messages are at most 2 MiB, so its pages at most 1."""
+    settings = DatasetSettings(
+        listen="127.0.0.1:0", metrics="127.0.0.1:0", home=tmp_path, max_message_bytes=2 << 20
+    )
+    async with serving(settings, database_url) as server, connect(server.address) as channel:
+        yield Clients(channel)
+
+
+async def test_pages_are_cut_by_bytes(narrow: Clients):
+    (task_id,) = await imported(narrow)
+    names = [samples.fresh("run") for _ in range(3)]
+    sent = []
+    for name in names:
+        await narrow.runs.create_run(name, "eval", config={"x": "y" * 600_000})
+        big = samples.trajectory(task_id, salt=name)
+        big.labels["note"] = "z" * 600_000
+        sent.append(await narrow.trajectories.commit_trajectory(big))
+    listed, token = [], ""
+    for _ in names:
+        page = await narrow.trajectories.list_trajectories(
+            page_token=token, filter=pb.TrajectoryFilter(task_id=task_id)
+        )
+        assert len(page.trajectories) == 1
+        listed, token = [*listed, page.trajectories[0].id], page.next_page_token
+    assert (listed, token) == (sent[::-1], "")
+    first = await narrow.runs.list_runs(page_size=3)
+    second = await narrow.runs.list_runs(page_size=1, page_token=first.next_page_token)
+    assert [run.name for run in (*first.runs, *second.runs)] == names[:0:-1]
+
+
+async def test_of_a_long_error_log_the_end_is_kept(clients: Clients):
+    (task_id,) = await imported(clients)
+    report = samples.report(task_id)
+    report.error_log = "noise\n" * 500_000 + "E   ImportError: the cause"
+    await clients.tasks.record_gate(report)
+    for log in (
+        (await clients.tasks.get_task(task_id)).error_log,
+        (await clients.tasks.get_gate_report(task_id)).error_log,
+    ):
+        assert len(log) < 1_100_000
+        assert log.startswith("[cut] ")
+        assert log.endswith("E   ImportError: the cause")
 
 
 async def test_unknown_references_are_not_found(clients: Clients):

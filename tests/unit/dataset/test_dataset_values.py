@@ -84,10 +84,10 @@ def test_a_page_token_goes_on_after_the_last_row():
     assert cursor("tasks", TaskQuery(split="train"), 2, page.next_token).after == ["b"]
     with pytest.raises(InvalidArgument):
         cursor("tasks", TaskQuery(split="test"), 2, page.next_token)
-    cut = start.cut(Page(["a", "b"], "next"), [["a"], ["b"]], [10, 10], 15)
+    cut = start.cut(Page(["a", "b"], "next", [["a"], ["b"]]), [10, 10], 15)
     assert cut.rows == ["a"]
     assert cursor("tasks", TaskQuery(split="train"), 2, cut.next_token).after == ["a"]
-    assert start.cut(Page(["a", "b"], "next"), [["a"], ["b"]], [10, 5], 15).next_token == "next"
+    assert start.cut(Page(["a", "b"], "next", [["a"], ["b"]]), [10, 5], 15).next_token == "next"
 
 
 @pytest.mark.parametrize("url", ["mysql://x", "not a url", ""])

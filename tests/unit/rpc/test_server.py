@@ -4,6 +4,7 @@ import asyncio
 import gc
 import weakref
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import grpc
 import httpx
@@ -14,6 +15,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from regreen.client.channel import Caller, connect, stream
 from regreen.rpc.errors import (
     DeadlineExceeded,
+    FailedPrecondition,
     InfraError,
     InvalidArgument,
     NotFound,
@@ -45,7 +47,7 @@ class States(pb.StateServiceServicer):
 
     def __init__(self) -> None:
         self.calls = 0
-        self.cancelled = asyncio.Event()
+        self.cancelled, self.started = asyncio.Event(), asyncio.Event()
 
     async def GetState(self, request, context):
         self.calls += 1
@@ -69,8 +71,11 @@ class States(pb.StateServiceServicer):
         return pb.DeleteStateResponse()
 
     async def ExportState(self, request, context) -> AsyncIterator[pb.ExportStateResponse]:
+        self.started.set()
         try:
-            for number in range(1000):
+            for number in range(20 if request.id == "short" else 1000):
+                if request.id == "stuck" and number == 2:
+                    await asyncio.sleep(60)
                 if request.id == "broken" and number == 2:
                     raise InfraError("layer lost")
                 yield pb.ExportStateResponse(chunk=b"x")
@@ -248,3 +253,56 @@ def test_every_error_class_is_a_reason_of_the_contract():
 
     known = {name.removeprefix("ERROR_REASON_") for name, _ in ErrorReason.items()}
     assert {reason for _, reason in error_classes()} <= known
+
+
+async def test_a_stream_without_end_is_ended():
+    servicer = States()
+    server = Server(ServiceSettings(drain_s=0.2, stream_timeout_s=0.3), [NAME])
+    pb.add_StateServiceServicer_to_server(servicer, server.grpc)
+    async with server, connect(server.address) as channel:
+        stub = pb.StateServiceStub(channel)
+        for name in ("stuck", "endless"):
+            servicer.cancelled.clear()
+            with pytest.raises(DeadlineExceeded, match=r"0\.3 s"):
+                await read_all(stub.ExportState(pb.ExportStateRequest(id=name)))
+            async with asyncio.timeout(5):
+                await servicer.cancelled.wait()
+
+
+async def test_a_metrics_address_that_is_taken_is_a_typed_error():
+    async with Server(ServiceSettings(drain_s=0.1), []) as server:
+        taken = f"127.0.0.1:{server.metrics_port}"
+        with pytest.raises(FailedPrecondition, match=f"metrics: cannot bind {taken}"):
+            Server(ServiceSettings(metrics=taken), [])
+
+
+@pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="this host has no IPv6")
+async def test_metrics_are_served_on_ipv6():
+    settings = ServiceSettings(metrics="[::1]:0", drain_s=0.1)
+    async with Server(settings, []) as server, httpx.AsyncClient() as client:
+        answer = await client.get(f"http://[::1]:{server.metrics_port}/healthz")
+        assert answer.status_code == 200
+
+
+async def test_a_drain_lets_running_calls_end_and_takes_no_new_ones():
+    servicer = States()
+    server = Server(ServiceSettings(drain_s=5.0), [NAME])
+    pb.add_StateServiceServicer_to_server(servicer, server.grpc)
+    async with connect(f"127.0.0.1:{await _entered(server)}") as channel:
+        stub = pb.StateServiceStub(channel)
+        running = asyncio.ensure_future(
+            read_all(stub.ExportState(pb.ExportStateRequest(id="short")))
+        )
+        async with asyncio.timeout(5):
+            await servicer.started.wait()
+        ending = asyncio.ensure_future(server.__aexit__(None, None, None))
+        await running
+        await ending
+        with pytest.raises(Unavailable):
+            await Caller(channel, patience_s=0)._call(
+                stub.GetState, pb.GetStateRequest(id="late"), 5
+            )
+
+
+async def _entered(server: Server) -> int:
+    return (await server.__aenter__()).port

@@ -50,6 +50,15 @@ def test_plain_text_beyond_loopback_is_refused(address):
     assert Demo(listen=address, insecure=True).listen == address
 
 
+def test_metrics_beyond_loopback_need_to_be_wanted(tmp_path):
+    address = "0.0.0.0:9051"
+    with pytest.raises(ValidationError, match=r"metrics: .*plain text; set insecure=true"):
+        Demo(metrics=address, tls_cert=tmp_path, tls_key=tmp_path)
+    assert Demo(metrics=address, insecure=True).metrics == address
+    with pytest.raises(ValidationError, match=r"metrics: .*give host:port \["):
+        Demo(metrics="unix:/tmp/metrics.sock")
+
+
 @pytest.mark.parametrize("address", ["127.0.0.1:0", "localhost:1", "[::1]:1", "unix:/tmp/x.sock"])
 def test_loopback_and_sockets_are_local(address):
     assert is_local(address)
