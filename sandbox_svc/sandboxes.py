@@ -2,6 +2,7 @@
 
 - A sandbox keeps its id through snapshot and restore; its box may change beneath it.
 - Operations that replace or end a box exclude each other; commands end when their box does.
+- Such an operation, once begun, goes on to its end when its caller goes away: no work is lost.
 - A sandbox with a call in progress does not expire; any other ends at `expires_s`.
 - Layers below a live sandbox are held, so that deleting its state cannot pull them away.
 - Sandboxes of agents and fresh forks for validations draw on separate allowances: a full pool of
@@ -12,9 +13,17 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from regreen.ids import new_id
 from regreen.rpc.errors import InvalidArgument, NotFound, ResourceExhausted
@@ -25,6 +34,7 @@ from sandbox_svc.states import State, StateStore
 _MAX_FORKS = 256
 _REAP_S = 1.0
 _NO_LIMITS = Limits()
+_T = TypeVar("_T")
 
 
 @dataclass(slots=True, eq=False)
@@ -43,7 +53,6 @@ class Sandbox:
     expires_s: float
     calls: int = 0
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    deleted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +84,7 @@ class Manager:
         self._reserved = 0
         self._validations = asyncio.Semaphore(self.pool.max_validations)
         self._reaper: asyncio.Task[None] | None = None
+        self._finishing: set[asyncio.Task[Any]] = set()
 
     async def start(self) -> None:
         """Start ending sandboxes whose time is over."""
@@ -87,6 +97,20 @@ class Manager:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._reaper
         await asyncio.gather(*(self.delete(sandbox) for sandbox in list(self._sandboxes)))
+        await asyncio.gather(*self._finishing, return_exceptions=True)
+
+    def _finish(self, work: Coroutine[Any, Any, _T]) -> Awaitable[_T]:
+        """Do work to its end, whether or not the caller waits for it."""
+
+        def done(task: asyncio.Task[_T]) -> None:
+            self._finishing.discard(task)
+            if not task.cancelled():
+                task.exception()
+
+        task = asyncio.create_task(work)
+        self._finishing.add(task)
+        task.add_done_callback(done)
+        return asyncio.shield(task)
 
     def get(self, sandbox_id: str) -> Sandbox:
         """One live sandbox.
@@ -164,7 +188,8 @@ class Manager:
             raise InvalidArgument("ttl", f"{ttl_s} s", f"give 0 to {self.pool.max_ttl_s:.0f} s")
 
     @contextlib.contextmanager
-    def _reserve(self, count: int) -> Iterator[None]:
+    def _reserve(self, count: int) -> Iterator[Callable[[], None]]:
+        """Places for sandboxes to come; what it gives is called for each that has come."""
         if len(self._sandboxes) + self._reserved + count > self.pool.max_sandboxes:
             raise ResourceExhausted(
                 f"{len(self._sandboxes)} of {self.pool.max_sandboxes} sandboxes are in use",
@@ -172,10 +197,17 @@ class Manager:
                 retry_after_s=self.pool.retry_after_s,
             )
         self._reserved += count
+        open_places = count
+
+        def taken() -> None:
+            nonlocal open_places
+            open_places -= 1
+            self._reserved -= 1
+
         try:
-            yield
+            yield taken
         finally:
-            self._reserved -= count
+            self._reserved -= open_places
 
     @contextlib.contextmanager
     def using(self, sandbox_id: str) -> Iterator[Sandbox]:
@@ -191,10 +223,13 @@ class Manager:
     async def snapshot(self, sandbox_id: str, labels: Mapping[str, str] | None = None) -> State:
         """Freeze a sandbox into a state; its processes end, it goes on over the same files."""
         with self.using(sandbox_id) as sandbox:
-            async with sandbox.lock:
-                return await self._snapshot(sandbox, labels or {})
+            return await self._finish(self._snapshot(sandbox, labels or {}))
 
     async def _snapshot(self, sandbox: Sandbox, labels: Mapping[str, str]) -> State:
+        async with sandbox.lock:
+            return await self._frozen(sandbox, labels)
+
+    async def _frozen(self, sandbox: Sandbox, labels: Mapping[str, str]) -> State:
         parent = self._parent_of(sandbox)
         with self.states.growing():
             layer = await sandbox.box.freeze()
@@ -223,14 +258,14 @@ class Manager:
         """
         if not 1 <= count <= _MAX_FORKS:
             raise InvalidArgument("count", f"{count}", f"give 1 to {_MAX_FORKS}")
-        with self.using(sandbox_id) as sandbox, self._reserve(count):
-            async with sandbox.lock:
-                state = await self._snapshot(sandbox, {})
+        with self.using(sandbox_id) as sandbox, self._reserve(count) as taken:
+            state = await self._finish(self._snapshot(sandbox, {}))
             forks: deque[Sandbox] = deque()
             try:
                 for _ in range(count):
                     merged = {**sandbox.labels, **(labels or {})}
                     forks.append(await self._create(state, sandbox.limits, merged, sandbox.ttl_s))
+                    taken()
             except BaseException:
                 await asyncio.gather(*(self.delete(fork.id) for fork in forks))
                 raise
@@ -240,14 +275,19 @@ class Manager:
         """Put a sandbox, in place, on another state; its processes and changes end."""
         state = self.states.runnable(state_id)
         with self.using(sandbox_id) as sandbox:
-            async with sandbox.lock:
-                fresh = await self._box(state, sandbox.limits, ())
-                old, held = sandbox.box, sandbox.layers
-                sandbox.box, sandbox.layers = fresh, state.layers
-                sandbox.state_id = state.id
-                await old.delete()
-                self.states.release(held)
+            await self._finish(self._restore(sandbox, state))
         return sandbox
+
+    async def _restore(self, sandbox: Sandbox, state: State) -> None:
+        async with sandbox.lock:
+            fresh = await self._box(state, sandbox.limits, ())
+            old, held = sandbox.box, sandbox.layers
+            sandbox.box, sandbox.layers = fresh, state.layers
+            sandbox.state_id = state.id
+            try:
+                await old.delete()
+            finally:
+                self.states.release(held)
 
     def keep_alive(self, sandbox_id: str, ttl_s: float = 0.0) -> Sandbox:
         """Move the expiry to `ttl_s` from now."""
@@ -260,12 +300,15 @@ class Manager:
     async def delete(self, sandbox_id: str) -> None:
         """Kill everything in a sandbox and remove it; absent ones are fine."""
         sandbox = self._sandboxes.pop(sandbox_id, None)
-        if sandbox is None:
-            return
+        if sandbox is not None:
+            await self._finish(self._delete(sandbox))
+
+    async def _delete(self, sandbox: Sandbox) -> None:
         async with sandbox.lock:
-            sandbox.deleted = True
-            await sandbox.box.delete()
-            self.states.release(sandbox.layers)
+            try:
+                await sandbox.box.delete()
+            finally:
+                self.states.release(sandbox.layers)
 
     async def delete_state(self, state_id: str) -> None:
         """Forget a state.

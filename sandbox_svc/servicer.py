@@ -7,6 +7,7 @@
 """
 
 import asyncio
+import bisect
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
@@ -20,8 +21,10 @@ from regreen.sandbox import v1 as pb
 from sandbox_svc import files, metrics, translate
 from sandbox_svc.backends.base import ExecResult
 from sandbox_svc.builders.base import Stage
+from sandbox_svc.sandboxes import Sandbox
 from sandbox_svc.service import SandboxHost
 from sandbox_svc.specs import changes_from_proto, spec_from_proto
+from sandbox_svc.states import State
 
 _HEARTBEAT_S = 10.0
 _PAGE, _MAX_PAGE = 100, 1000
@@ -34,9 +37,11 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 def page(
-    items: Sequence[T], key: Callable[[T], str], size: int, token: str
+    items: Sequence[T], key: Callable[[T], tuple[float, str]], size: int, token: str
 ) -> tuple[Sequence[T], str]:
-    """One page of `items` after the entry that `token` names, and the next token.
+    """One page of `items`, which are sorted by `key`, and the next token.
+
+    A token names a place in the order, so it holds when the entry at that place is gone.
 
     Raises:
         InvalidArgument: bad size or token.
@@ -45,15 +50,23 @@ def page(
         raise InvalidArgument("page_size", f"{size}", f"give 0 to {_MAX_PAGE}")
     start = 0
     if token:
-        places = [number for number, item in enumerate(items) if key(item) == token]
-        if not places:
+        seconds, _, name = token.partition("_")
+        try:
+            place = float.fromhex(seconds), name
+        except (ValueError, OverflowError):
             raise InvalidArgument(
-                "page_token", "is unknown or its entry is gone", "start from the first page"
-            )
-        start = places[0] + 1
+                "page_token", "is none of this service", "start from the first page"
+            ) from None
+        start = bisect.bisect_right(items, place, key=key)
     chosen = items[start : start + (size or _PAGE)]
-    more = start + len(chosen) < len(items)
-    return chosen, key(chosen[-1]) if more and chosen else ""
+    if not chosen or start + len(chosen) >= len(items):
+        return chosen, ""
+    seconds_s, name = key(chosen[-1])
+    return chosen, f"{seconds_s.hex()}_{name}"
+
+
+def _place(item: State | Sandbox) -> tuple[float, str]:
+    return float(item.created_s), item.id
 
 
 class _Servicer:
@@ -108,7 +121,7 @@ class StateServicer(_Servicer, pb.StateServiceServicer):
         states = self._host.states.list(
             spec_sha256=request.spec_sha256, parent_id=request.parent_id
         )
-        chosen, token = page(states, lambda s: s.id, request.page_size, request.page_token)
+        chosen, token = page(states, _place, request.page_size, request.page_token)
         messages = [translate.state_to(state) for state in chosen]
         return pb.ListStatesResponse(states=messages, next_page_token=token)
 
@@ -173,7 +186,7 @@ class SandboxServicer(_Servicer, pb.SandboxServiceServicer):
     ) -> pb.ListSandboxesResponse:
         """List sandboxes, oldest first."""
         sandboxes = self._host.manager.list(request.labels)
-        chosen, token = page(sandboxes, lambda s: s.id, request.page_size, request.page_token)
+        chosen, token = page(sandboxes, _place, request.page_size, request.page_token)
         messages = [translate.sandbox_to(sandbox) for sandbox in chosen]
         return pb.ListSandboxesResponse(sandboxes=messages, next_page_token=token)
 

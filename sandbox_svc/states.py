@@ -28,6 +28,7 @@ from sandbox_svc.backends.layers import writing
 from sandbox_svc.builders.base import Prepared, Progress, Stage
 
 _FORMAT = 1
+_MAX_SECONDS, _MAX_BYTES = 1e10, 1 << 62
 
 Build = Callable[[Progress], Awaitable[Prepared]]
 Clock = Callable[[], float]
@@ -91,11 +92,72 @@ class State:
         if not isinstance(fields, dict) or fields.pop("format", None) != _FORMAT:
             raise ValueError("not a state record")
         try:
-            fields["mounts"] = tuple(Mount(Path(a), b, bool(c)) for a, b, c in fields["mounts"])
+            _check_record(fields)
+            fields["mounts"] = tuple(Mount(Path(a), b, c) for a, b, c in fields["mounts"])
             fields["layers"] = tuple(fields["layers"])
             return cls(**fields)
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a state record: {error}") from error
+
+
+def _is_text(value: object) -> bool:
+    """Whether a value is text that a message can carry: JSON can hold half a character."""
+    return isinstance(value, str) and value.encode("utf-8", "ignore").decode() == value
+
+
+def _is_list(value: object, check: Callable[[object], bool]) -> bool:
+    return isinstance(value, list) and all(map(check, value))
+
+
+def _is_map(value: object) -> bool:
+    return isinstance(value, dict) and all(map(_is_text, (*value, *value.values())))
+
+
+def _is_mount(value: object) -> bool:
+    return isinstance(value, list) and [type(item) for item in value] == [str, str, bool]
+
+
+def _is_number(value: object, below: float = _MAX_SECONDS) -> bool:
+    return isinstance(value, int | float) and 0 <= value < below and not isinstance(value, bool)
+
+
+def _is_metadata(value: object) -> bool:
+    """Whether metadata has a baseline that can be shown, or none."""
+    if not isinstance(value, dict):
+        return False
+    baseline = value.get("baseline")
+    if not isinstance(baseline, dict):
+        return baseline is None
+    return (
+        _is_list(baseline.get("passing"), _is_text)
+        and _is_list(baseline.get("failing"), _is_text)
+        and _is_text(baseline.get("log"))
+        and _is_number(baseline.get("seconds"))
+    )
+
+
+_CHECKS: Mapping[str, Callable[[object], bool]] = {
+    **dict.fromkeys(("id", "parent_id", "spec_sha256", "python", "host", "boot"), _is_text),
+    "layers": lambda value: _is_list(value, _is_text),
+    "created_s": _is_number,
+    "size_bytes": lambda value: isinstance(value, int) and _is_number(value, _MAX_BYTES),
+    "mounts": lambda value: _is_list(value, _is_mount),
+    "env": _is_map,
+    "labels": _is_map,
+    "metadata": _is_metadata,
+    "durable": lambda value: isinstance(value, bool),
+}
+
+
+def _check_record(fields: Mapping[str, object]) -> None:
+    """Refuse a record whose values are of other types than this service writes.
+
+    Raises:
+        ValueError: names the field.
+    """
+    for name, check in _CHECKS.items():
+        if not check(fields[name]):
+            raise ValueError(f"not a state record: {name} is of another type")
 
 
 @dataclass(slots=True)
@@ -114,6 +176,7 @@ class StateStore:
         self._runtime, self._clock = runtime, clock
         self._states: dict[str, State] = {}
         self._flights: dict[str, _Flight] = {}
+        self._ending: set[asyncio.Task[State]] = set()
         self._used: dict[str, int] = {}
         self._growing = 0
         self._collect_later = False
@@ -141,9 +204,10 @@ class StateStore:
 
     async def close(self) -> None:
         """End preparations and wait until all states are durable."""
-        for flight in self._flights.values():
-            flight.task.cancel()
-        await asyncio.gather(*(f.task for f in self._flights.values()), return_exceptions=True)
+        tasks = [*self._ending, *(flight.task for flight in self._flights.values())]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.gather(*self._background, return_exceptions=True)
 
     def get(self, state_id: str) -> State:
@@ -282,11 +346,16 @@ class StateStore:
             if found is not None and not rebuild:
                 return found
             task = asyncio.create_task(self._build(spec_sha256, build))
-            flight = self._flights[spec_sha256] = _Flight(task)
-            task.add_done_callback(lambda _: self._flights.pop(spec_sha256, None))
-        return await self._join(flight, progress)
+            made = flight = self._flights[spec_sha256] = _Flight(task)
+            task.add_done_callback(lambda _: self._land(spec_sha256, made))
+        return await self._join(spec_sha256, flight, progress)
 
-    async def _join(self, flight: _Flight, progress: Progress | None) -> State:
+    def _land(self, spec_sha256: str, flight: _Flight) -> None:
+        """Let nobody join a flight any more."""
+        if self._flights.get(spec_sha256) is flight:
+            del self._flights[spec_sha256]
+
+    async def _join(self, spec_sha256: str, flight: _Flight, progress: Progress | None) -> State:
         if progress is not None:
             flight.listeners.append(progress)
             if flight.last is not None:
@@ -296,7 +365,10 @@ class StateStore:
             return await asyncio.shield(flight.task)
         except asyncio.CancelledError:
             if flight.waiters == 1 and not flight.task.done():
+                self._land(spec_sha256, flight)
                 flight.task.cancel()
+                self._ending.add(flight.task)
+                flight.task.add_done_callback(self._ending.discard)
             raise
         finally:
             flight.waiters -= 1
@@ -304,9 +376,11 @@ class StateStore:
                 flight.listeners.remove(progress)
 
     async def _build(self, spec_sha256: str, build: Build) -> State:
+        own = asyncio.current_task()
+
         def report(stage: Stage) -> None:
             flight = self._flights.get(spec_sha256)
-            if flight is not None:
+            if flight is not None and flight.task is own:
                 flight.last = stage
                 for listener in list(flight.listeners):
                     listener(stage)

@@ -22,6 +22,15 @@ from sandbox_svc.states import State
 
 DEFAULT_CWD = "/work/repo"
 MAX_OUTPUT_BYTES = 16 << 20
+_MOST = {
+    "memory_bytes": 1 << 50,
+    "pids": 1 << 22,
+    "cpus": 4096,
+    "disk_bytes": 1 << 50,
+    "inodes": 1 << 40,
+    "output_bytes": 1 << 50,
+}
+"""Upper bounds of limits; no number that is not finite is below them."""
 _REASONS = {reason: getattr(pb, f"END_REASON_{reason.name}") for reason in EndReason}
 _KINDS = {
     files.Kind.ADD: common_pb.CHANGE_KIND_ADD,
@@ -60,16 +69,18 @@ def limits_from(message: pb.Limits) -> Limits:
     """Limits of a request; zero stays zero.
 
     Raises:
-        InvalidArgument: one is negative.
+        InvalidArgument: one is negative, no number, or beyond all sense.
     """
-    numbers = ("memory_bytes", "pids", "cpus", "disk_bytes", "inodes", "output_bytes")
-    for name in numbers:
-        if getattr(message, name) < 0:
-            raise InvalidArgument(f"limits.{name}", "is negative", "give 0 for the default")
+    for name, most in _MOST.items():
+        value = getattr(message, name)
+        if not 0 <= value <= most:
+            raise InvalidArgument(
+                f"limits.{name}", f"is {value}", f"give at most {most}, or 0 for the default"
+            )
     if 0 < message.memory_bytes < 16 << 20:
         raise InvalidArgument("limits.memory_bytes", "is below 16 MiB")
     return Limits(
-        **{name: getattr(message, name) for name in numbers},
+        **{name: getattr(message, name) for name in _MOST},
         wall_s=seconds(message.wall, "limits.wall"),
     )
 
@@ -168,12 +179,13 @@ def state_to(state: State) -> pb.State:
 
 def progress_to(stage: Stage, elapsed_s: float) -> pb.PrepareStateResponse:
     """One progress event."""
+    left = f" (about {stage.eta_s:.0f} s left)" if stage.eta_s >= 0 else ""
     return pb.PrepareStateResponse(
         progress=pb.PrepareProgress(
             stage=stage.stage,
             done=stage.done,
             total=stage.total,
-            message=stage.detail,
+            message=stage.detail + left,
             elapsed=duration(elapsed_s),
         )
     )

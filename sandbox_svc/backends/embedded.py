@@ -188,9 +188,12 @@ class EmbeddedRuntime:
         seat = await self._seats.take(network=self._mounts[box.id][1])
         try:
             self.cgroups.limit(seat.group, box.limits)
-        except OSError as error:
+        except BaseException as error:
+            seat.sock.close()
             await self.leave(seat)
-            raise InfraError(f"cannot set limits: {error}") from error
+            if isinstance(error, OSError):
+                raise InfraError(f"cannot set limits: {error}") from error
+            raise
         return seat
 
     def specification(self, box: EmbeddedBox) -> wire.Message:

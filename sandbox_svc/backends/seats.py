@@ -3,7 +3,8 @@
 - Joining control groups and making namespaces takes most of a sandbox's start (the kernel waits
   for grace periods); seats do it ahead of time, so that a fork takes a few milliseconds.
 - A seat is used once. It has no file system of a sandbox yet and has run no code of one.
-- Each seat has its own control group; its limits are set when it is taken.
+- Each seat has its own control group; its limits are set when it is taken. A seat that is not
+  made, for whatever reason, leaves no group and no descriptor.
 - A spawner that was killed is started again; its sandboxes have died with it and say so.
 """
 
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from regreen.rpc.errors import InfraError
+from sandbox_svc.backends import wire
 from sandbox_svc.backends.cgroups import CgroupV1, CgroupV2, NoCgroup
 from sandbox_svc.backends.link import Link, LinkClosed
 
@@ -61,6 +63,7 @@ class Seats:
         self._home = Path()
         self._host_id: int | None = None
         self._closing = False
+        self._undoing: set[asyncio.Task[None]] = set()
 
     def start(self, home: Path, host_id: int | None) -> None:
         """Start the spawner."""
@@ -112,14 +115,30 @@ class Seats:
         try:
             joins = self._cgroups.create(group)
         except OSError as error:
+            self._undo(group)
             raise InfraError(f"cannot make a control group: {error}") from error
         try:
-            reply, fds = await self._link.request({"network": network, "cgroups": joins})
+            return await self._settled(self._link, group, {"network": network, "cgroups": joins})
+        except BaseException:
+            self._undo(group)
+            raise
+
+    async def _settled(self, link: Link, group: str, request: wire.Message) -> Seat:
+        try:
+            reply, fds = await link.request(request)
         except (LinkClosed, TimeoutError) as error:
             raise InfraError("the spawner does not answer") from error
         if len(fds) != 2:
+            for fd in fds:
+                os.close(fd)
             raise InfraError(f"the spawner refused: {reply.get('error', reply)}")
         return Seat(group, int(reply["pid"]), fds[1], socket.socket(fileno=fds[0]))
+
+    def _undo(self, group: str) -> None:
+        """Remove a group in the background; a process on its way into it fails and ends."""
+        task = asyncio.create_task(asyncio.to_thread(self._cgroups.destroy, group))
+        self._undoing.add(task)
+        task.add_done_callback(self._undoing.discard)
 
     def _refill_later(self) -> None:
         busy = self._refill is not None and not self._refill.done()
@@ -152,6 +171,7 @@ class Seats:
             await asyncio.gather(self._refill, return_exceptions=True)
         while self._warm:
             await self._discard(self._warm.popleft())
+        await asyncio.gather(*self._undoing, return_exceptions=True)
         if self._link is not None:
             self._link.close()
         process, self._process = self._process, None

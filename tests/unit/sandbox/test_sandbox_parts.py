@@ -1,6 +1,7 @@
 """Globs, differences, bounded output, state records and paging: what needs no sandbox."""
 
 import difflib
+import json
 import os
 import random
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from regreen.rpc.errors import InvalidArgument
+from regreen.sandbox import v1 as pb
 from sandbox_svc.backends import seccomp
 from sandbox_svc.backends.base import Limits, Mount
 from sandbox_svc.backends.output import Collector
@@ -17,6 +19,7 @@ from sandbox_svc.globs import Glob
 from sandbox_svc.servicer import page
 from sandbox_svc.settings import SandboxSettings
 from sandbox_svc.states import State, state_id
+from sandbox_svc.translate import limits_from
 from sandbox_svc.unified import TooLarge, unified
 
 
@@ -101,7 +104,7 @@ def test_state_records_survive_a_round_trip_and_reject_nonsense():
         id=state_id("", "x"),
         layers=("a", "b"),
         mounts=(Mount(Path("/w"), "/wheelhouse"),),
-        metadata={"baseline": {"passing": ["t"]}},
+        metadata={"baseline": {"passing": ["t"], "failing": [], "log": "", "seconds": 0.5}},
         labels={"k": "v"},
     )
     assert State.decode(state.encode()) == state
@@ -116,15 +119,52 @@ def test_a_states_id_depends_on_parent_and_action_alone():
     assert all(len(value) == 35 and value.startswith("st_") for value in ids)
 
 
-def test_paging_ends_and_refuses_bad_tokens():
+def test_paging_ends_survives_deletions_and_refuses_bad_tokens():
     items = list("abcde")
-    first, token = page(items, str, 2, "")
-    second, token = page(items, str, 2, token)
-    third, end = page(items, str, 2, token)
+
+    def place(item: str) -> tuple[float, str]:
+        return (0.1, item)
+
+    first, token = page(items, place, 2, "")
+    second, token = page(items, place, 2, token)
+    third, end = page(items, place, 2, token)
     assert [*first, *second, *third] == items
     assert end == ""
+    assert page([item for item in items if item != "d"], place, 2, token) == (["e"], "")
     with pytest.raises(InvalidArgument, match="page_token"):
-        page(items, str, 2, "zz")
+        page(items, place, 2, "zz")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 1e9])
+def test_limits_that_are_no_sensible_number_are_refused(value):
+    with pytest.raises(InvalidArgument, match=r"limits\.cpus"):
+        limits_from(pb.Limits(cpus=value))
+    with pytest.raises(InvalidArgument, match=r"limits\.memory_bytes"):
+        limits_from(pb.Limits(memory_bytes=1 << 62))
+    assert limits_from(pb.Limits(cpus=1.5)).cpus == 1.5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"size_bytes": "x"},
+        {"metadata": None},
+        {"metadata": {"baseline": {"passing": 3}}},
+        {"metadata": {"baseline": {"passing": [], "failing": [], "log": "", "seconds": 1e300}}},
+        {"labels": {"a": 1}},
+        {"env": ["a"]},
+        {"layers": "ab"},
+        {"python": "\ud800"},
+        {"created_s": float("nan")},
+        {"mounts": [["/a", "/b", "yes"]]},
+        {"unknown": 1},
+    ],
+)
+def test_a_record_with_other_types_is_refused(change):
+    fields = json.loads(State(id=state_id("", "x"), layers=("a",)).encode())
+    assert State.decode(json.dumps(fields).encode()).layers == ("a",)
+    with pytest.raises(ValueError, match="record"):
+        State.decode(json.dumps(fields | change).encode())
 
 
 def test_uppers_are_read_without_following_links(tmp_path):
