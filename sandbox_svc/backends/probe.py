@@ -1,7 +1,9 @@
 """Proves, in small sandboxes, which limits and protections this host enforces.
 
-- Each probe attacks a limit and reports what it saw; a probe that cannot run proves nothing.
+- A limit is proven by the sign that it acted, and by the same script going through where the
+  limit is wide. Silence, a time-out or a missing program proves nothing.
 - Probes only look at protected files (`test -w`); they never write outside their sandbox.
+- What is known to be shared between sandboxes is reported too, as not proven.
 """
 
 import asyncio
@@ -14,35 +16,52 @@ if TYPE_CHECKING:
     from sandbox_svc.backends.embedded_box import EmbeddedBox
 
 _FORKS = "i=0; while [ $i -lt 40 ]; do sleep 3 & i=$((i+1)); done; echo all"
-_MEMORY = "head -c 200000000 /dev/zero | tail -c 200000000 | wc -c"
+_MEMORY = "head -c 200000000 /dev/zero | tail -c 200000000 > /dev/null && echo all"
+_MEMFD = """
+import os
+for number in range(20):
+    fd = os.memfd_create("probe")
+    for _ in range(8):
+        os.write(fd, bytes(1 << 20))
+print("all")
+"""
 _SPIN = "while :; do :; done"
+_FLOOD = "head -c 4000000 /dev/zero; sleep 0.5; echo all >&2"
 _DISK = (
-    "head -c 8000000 /dev/zero > /work/home/a; head -c 8000000 /dev/zero > /work/home/b; sleep 2"
+    "head -c 8000000 /dev/zero > /work/home/a; head -c 8000000 /dev/zero > /work/home/b;"
+    " sleep 1; echo all"
 )
 _LOOK = """
 grep -E '^(CapEff|CapBnd|NoNewPrivs|Seccomp):' /proc/self/status
 grep -c : /proc/net/dev
+test -w /work/home && test -d /usr/bin && test -e /proc/sys/kernel/core_pattern && echo LOOKED
 for f in kernel/core_pattern vm/overcommit_memory; do test -w /proc/sys/$f && echo WRITABLE; done
 test -w /proc/sysrq-trigger && echo WRITABLE
 test -w /usr/bin && echo WRITABLE
-unshare -U true 2>/dev/null && echo NESTED
+unshare --version > /dev/null 2>&1 && echo UNSHARES
+LC_ALL=C unshare -U true 2>&1 && echo NESTED
 echo end
 """
-_PROBE_LIMITS = Limits(
+_TIGHT = Limits(
     memory_bytes=64 << 20,
     pids=16,
     cpus=0.25,
     disk_bytes=10 << 20,
     output_bytes=1 << 20,
 )
+_WIDE = Limits(memory_bytes=1 << 30, pids=256, cpus=16.0, disk_bytes=1 << 30, output_bytes=1 << 28)
 
 
 async def prove(runtime: "EmbeddedRuntime") -> list[Capability]:
     """Run all probes; the result has one entry per limit and protection."""
-    boxes = await asyncio.gather(*(runtime.create([], limits=_PROBE_LIMITS) for _ in range(3)))
+    boxes = await asyncio.gather(
+        *(runtime.create([], limits=limits) for limits in (_TIGHT, _WIDE, _TIGHT, _WIDE, _TIGHT))
+    )
     try:
         groups = await asyncio.gather(
-            _kernel_limits(runtime, boxes[0]), _service_limits(boxes[1]), _walls(boxes[2])
+            _kernel_limits(runtime.cgroups.name, boxes[0], boxes[1]),
+            _service_limits(boxes[2], boxes[3]),
+            _walls(boxes[4]),
         )
         return [capability for group in groups for capability in group]
     finally:
@@ -53,32 +72,61 @@ async def _run(box: "EmbeddedBox", script: str, timeout_s: float) -> ExecResult:
     return await box.run(Command(("/bin/sh", "-c", script), cwd="/", timeout_s=timeout_s))
 
 
-async def _kernel_limits(runtime: "EmbeddedRuntime", box: "EmbeddedBox") -> list[Capability]:
-    driver = runtime.cgroups.name
-    spin = await _run(box, _SPIN, 0.3)
-    throttled = box.counters().throttled
-    memory = await _run(box, _MEMORY, 3.0)
-    memory_held = memory.reason is EndReason.OOM or b"200000000" not in memory.stdout.head
-    forks = await _run(box, _FORKS, 2.0)
-    forks_held = b"all" not in forks.stdout.head
+def _went_through(result: ExecResult) -> bool:
+    """Whether a script came to its last line."""
+    return result.ok and b"all" in result.stdout.head + result.stderr.head
+
+
+def _compared(
+    name: str, driver: str, acted: bool, tight: ExecResult, wide: ExecResult
+) -> Capability:
+    """A limit that acted in one sandbox and let the same script go through in another."""
+    reference = _went_through(wide)
+    detail = f"at the limit: {tight.reason}" + (
+        "" if reference else f"; without it: {wide.reason}, which proves nothing"
+    )
+    return Capability(name, acted and reference, driver, detail)
+
+
+async def _kernel_limits(
+    driver: str, tight: "EmbeddedBox", wide: "EmbeddedBox"
+) -> list[Capability]:
+    free = await _run(wide, _SPIN, 0.3)
+    unthrottled = wide.counters().throttled == 0
+    spin = await _run(tight, _SPIN, 0.3)
+    throttled = tight.counters().throttled
+    memory, much = await _run(tight, _MEMORY, 5.0), await _run(wide, _MEMORY, 5.0)
+    refused = memory.reason is EndReason.EXIT and b"memory" in memory.stderr.head
+    forks, many = await _run(tight, _FORKS, 2.0), await _run(wide, _FORKS, 2.0)
+    unforked = b"fork" in forks.stderr.head.lower() and b"all" not in forks.stdout.head
+    timed_out = spin.reason is free.reason is EndReason.TIMEOUT
     return [
+        Capability("wall_time", timed_out, "service", f"{spin.wall_s:.2f} s"),
+        Capability("cpu", throttled > 0 and unthrottled, driver, f"throttled {throttled} times"),
+        _compared("pids", driver, forks.reason is EndReason.PIDS or unforked, forks, many),
+        _compared("memory", driver, memory.reason is EndReason.OOM or refused, memory, much),
+        await _anonymous_files(driver, tight, wide),
         Capability(
-            "wall_time", spin.reason is EndReason.TIMEOUT, "service", f"{spin.wall_s:.2f} s"
+            "inotify", False, "none", "sandboxes share the inotify instances of one host user"
         ),
-        Capability("cpu", throttled > 0, driver, f"throttled {throttled} times"),
-        Capability("pids", forks_held, driver, f"40 forks at limit 16: {forks.reason}"),
-        Capability("memory", memory_held, driver, f"200 MB at limit 64 MiB: {memory.reason}"),
     ]
 
 
-async def _service_limits(box: "EmbeddedBox") -> list[Capability]:
-    disk = await _run(box, _DISK, 3.0)
-    flood = await _run(box, "yes", 3.0)
-    held = disk.reason is EndReason.DISK
-    output = flood.reason is EndReason.OUTPUT
+async def _anonymous_files(driver: str, tight: "EmbeddedBox", wide: "EmbeddedBox") -> Capability:
+    """Memory in files without a name, which only a control group counts."""
+    results = []
+    for box in (tight, wide):
+        command = Command(("/usr/bin/python3", "-I", "-S", "-c", _MEMFD), cwd="/", timeout_s=5.0)
+        results.append(await box.run(command))
+    return _compared("memfd", driver, results[0].reason is EndReason.OOM, *results)
+
+
+async def _service_limits(tight: "EmbeddedBox", wide: "EmbeddedBox") -> list[Capability]:
+    disk, room = await _run(tight, _DISK, 5.0), await _run(wide, _DISK, 5.0)
+    flood, loud = await _run(tight, _FLOOD, 5.0), await _run(wide, _FLOOD, 5.0)
     return [
-        Capability("disk", held, "watchdog", f"16 MB at limit 10 MiB: {disk.reason}"),
-        Capability("output", output, "service", f"stopped after {flood.stdout.total_bytes} bytes"),
+        _compared("disk", "watchdog", disk.reason is EndReason.DISK, disk, room),
+        _compared("output", "service", flood.reason is EndReason.OUTPUT, flood, loud),
     ]
 
 
@@ -86,13 +134,19 @@ async def _walls(box: "EmbeddedBox") -> list[Capability]:
     look = (await _run(box, _LOOK, 3.0)).stdout.text
     lines = [line.split() for line in look.splitlines()]
     fields = {line[0].rstrip(":"): line[1] for line in lines if len(line) == 2}
-    complete = "end" in look
+    looked = ["LOOKED"] in lines and ["end"] in lines
+    unshares = ["UNSHARES"] in lines and "not permitted" in look
     no_capabilities = fields.get("CapEff") == "0" * 16 == fields.get("CapBnd")
     return [
         Capability("no_capabilities", no_capabilities, "userns", str(fields.get("CapEff"))),
         Capability("no_new_privs", fields.get("NoNewPrivs") == "1", "prctl"),
         Capability("syscall_filter", fields.get("Seccomp") == "2", "seccomp"),
         Capability("no_network", ["1"] in lines, "netns", "only lo exists"),
-        Capability("host_read_only", complete and "WRITABLE" not in look, "mounts"),
-        Capability("no_nested_namespaces", complete and "NESTED" not in look, "seccomp"),
+        Capability("host_read_only", looked and "WRITABLE" not in look, "mounts"),
+        Capability(
+            "no_nested_namespaces",
+            unshares and "NESTED" not in look,
+            "seccomp",
+            "" if unshares else "no unshare program here that says it was refused",
+        ),
     ]

@@ -15,6 +15,7 @@ from regreen.rpc.errors import (
     ResourceExhausted,
 )
 from regreen.sandbox import v1 as pb
+from sandbox_svc.backends import probe
 from sandbox_svc.backends.embedded import EmbeddedRuntime
 from tests.integration.sandbox.overlay import OverlayBuilder, prepared, spec
 
@@ -282,3 +283,23 @@ async def test_probes_prove_the_limits_of_this_host(tmp_path):
     always = {"wall_time", "pids", "memory", "disk", "output", "no_capabilities", "no_new_privs"}
     always |= {"syscall_filter", "no_network", "host_read_only", "no_nested_namespaces"}
     assert always <= proven
+    assert "inotify" not in proven
+
+
+async def test_probes_prove_nothing_where_no_limit_acts(tmp_path, monkeypatch):
+    monkeypatch.setattr(probe, "_TIGHT", probe._WIDE)
+    runtime = EmbeddedRuntime(tmp_path / "home")
+    await runtime.start()
+    proven = {c.name for c in runtime.capabilities() if c.proven}
+    await runtime.close()
+    assert proven & {"pids", "memory", "memfd", "disk", "output", "cpu"} == set()
+
+
+async def test_probes_prove_nothing_where_the_scripts_cannot_run(tmp_path, monkeypatch):
+    for script in ("_FORKS", "_MEMORY", "_MEMFD", "_DISK", "_FLOOD", "_LOOK"):
+        monkeypatch.setattr(probe, script, "no-such-program")
+    runtime = EmbeddedRuntime(tmp_path / "home")
+    await runtime.start()
+    proven = {c.name for c in runtime.capabilities() if c.proven}
+    await runtime.close()
+    assert proven <= {"wall_time", "cpu"}
