@@ -51,6 +51,14 @@ _DIRECTORIES = [
     "work/home",
     "etc/ssl",
 ]
+_UNFINISHED = (
+    "dists/tmp*",
+    "dists/*/.new-*",
+    "dists/*/.part-*",
+    "dists/files/*/.part-*",
+    "tools/.new-*",
+)
+"""Names under which the stores beside the layers write before they rename."""
 _HOST_LINKS = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 _ETC_COPIES = [
     "alternatives",
@@ -173,9 +181,9 @@ class Layout:
             os.close(fd)
 
     def sweep(self) -> None:
-        """Remove what a predecessor left in `run` and `trash`."""
-        for name in ("run", "trash"):
-            for entry in list((self.home / name).iterdir()):
+        """Remove what a predecessor left in `run` and `trash`, and what it did not finish."""
+        for pattern in ("run/*", "trash/*", *_UNFINISHED):
+            for entry in list(self.home.glob(pattern)):
                 remove_tree(entry)
 
     def lower_names(self, base: str, targets: str, layers: Sequence[str]) -> list[str]:
