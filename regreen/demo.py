@@ -31,7 +31,6 @@ from regreen.train.rl import train_grpo
 from regreen.train.sft import train_sft
 
 T = TypeVar("T")
-BASELINES = ("baseline:noop", "baseline:newest", "baseline:pin-back")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +46,12 @@ class Plan:
     grpo_steps: int
     groups_per_step: int
     group_size: int
+    sft_batch: int = 8
     gate_repeats: int = 2
-    concurrency: int = 4
+    concurrency: int = 16
+    """Episodes at a time: decoding reads all weights at each step, however many take part in it."""
+    expert_concurrency: int = 4
+    """Experts sample nothing; tests are what they cost."""
     learning_rate_sft: float = 1e-4
     learning_rate_grpo: float = 1e-5
     trainable_layers: int = 15
@@ -87,8 +90,14 @@ QUICK = Plan(
     group_size=3,
     labels=EPISODE,
 )
-EXPERT = {**EPISODE, "budget.turns": "16", "budget.context_tokens": "2560"}
-"""Experts may take longer than the policy, so that repairs of several packages are kept."""
+EXPERT = {
+    **EPISODE,
+    "budget.turns": "16",
+    "budget.context_tokens": "2560",
+    "knobs.confirm": "false",
+}
+"""Experts may take longer than the policy, so that repairs of several packages are kept; the gate has
+confirmed what they do already."""
 EVAL_TEMPERATURE = "0.6"
 """Sampling temperature of evaluations; training samples at 1."""
 
@@ -172,7 +181,7 @@ class _Demo:
         plan, clock = self._plan, self._clock
         train, test = await clock.time("tasks", self._tasks())
         name = f"{plan.name}-{_digest(plan, train, test)}"
-        await clock.time("evaluate base", self._evaluate(name, "base", test, BASELINES))
+        await clock.time("evaluate base", self._evaluate(name, "base", test))
         await clock.time("sft", train_sft(self._stack, self._sft(name, train), self._listen))
         await clock.time("evaluate sft", self._evaluate(name, f"{name}-sft", test))
         await clock.time("grpo", train_grpo(self._stack, self._grpo(name, train), self._listen))
@@ -224,13 +233,13 @@ class _Demo:
             )
         return train, test
 
-    async def _evaluate(
-        self, name: str, subject: str, tasks: Sequence[str], more: Sequence[str] = ()
-    ) -> None:
+    async def _evaluate(self, name: str, subject: str, tasks: Sequence[str]) -> None:
+        """Measure one policy; the scripts, which always act alike, once beside the first."""
         label = subject.removeprefix(f"{name}-")
         config = EvalConfig(
             name=f"{name}-eval-{label}",
-            subjects=(subject, *more),
+            subjects=(subject,),
+            baselines=subject == "base",
             tasks=tuple(tasks),
             samples=self._plan.eval_samples,
             concurrency=self._plan.concurrency,
@@ -245,16 +254,16 @@ class _Demo:
             tasks=tuple(tasks),
             styles=plan.sft_styles,
             epochs=plan.sft_epochs,
-            batch_size=4,
+            batch_size=plan.sft_batch,
             validation_share=0.0,
             budget_labels=EXPERT,
             hyperparameters={
                 "learning_rate": plan.learning_rate_sft,
                 "warmup_steps": 3,
                 "trainable_layers": plan.trainable_layers,
-                "micro_batch_tokens": 2048,
+                "micro_batch_tokens": 4096,
             },
-            concurrency=plan.concurrency,
+            concurrency=plan.expert_concurrency,
         )
 
     def _grpo(self, name: str, tasks: Sequence[str]) -> GrpoConfig:
@@ -270,7 +279,7 @@ class _Demo:
             hyperparameters={
                 "learning_rate": plan.learning_rate_grpo,
                 "trainable_layers": plan.trainable_layers,
-                "micro_batch_tokens": 2048,
+                "micro_batch_tokens": 4096,
             },
             labels=plan.labels,
             concurrency=plan.concurrency,
