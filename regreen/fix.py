@@ -2,11 +2,11 @@
 
 - The project is copied; nothing in it is changed unless the caller applies the patch.
 - A patch is offered as a fix only after it passed in a fresh fork without the agent in reach.
-- "Not fixed" comes with the best attempt: the one with the fewest tests still failing.
+- "Not fixed" comes with the best attempt: the one with the fewest tests failing.
 - A local task needs the sandbox, policy and judge services; nothing is stored.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from regreen.common import v1 as common_pb
 from regreen.dataset import v1 as pb
 from regreen.ids import derive_seed
 from regreen.rollout.episode import run_episode
+from regreen.rollout.knowledge import Knowledge
 from regreen.rpc.errors import InfraError, InvalidArgument
 from regreen.sandbox import v1 as sandbox_pb
 from regreen.tasks.local import Project, detect, environment_of, pack
@@ -46,6 +47,7 @@ class FixResult:
     changes: tuple[common_pb.FileChange, ...]
     failing_before: int
     failing_after: int
+    """Tests that fail with the patch, those that passed before included."""
     attempts: int
     summary: str
     pins: tuple[str, ...] = ()
@@ -62,8 +64,9 @@ async def fix_project(
     python: str = "",
     lock: Path | None = None,
     tests: Sequence[str] = (),
+    knowledge: Knowledge | None = None,
 ) -> FixResult:
-    """Prepare the project in a sandbox and try to repair it.
+    """Prepare the project in a sandbox and try to repair it; `knowledge` holds past fixes.
 
     Raises:
         InvalidArgument: no Python project, or one that cannot be described.
@@ -83,7 +86,7 @@ async def fix_project(
         last = (state.baseline.log.strip().splitlines() or ["no output"])[-1]
         raise InvalidArgument("test", f"no test was found ({last[:200]})", "name the tests' path")
     task = local_task(project, spec, state)
-    best, made = await _attempt(stack, task, state, options, show)
+    best, made = await _attempt(stack, task, options, show, knowledge)
     result = _result(project, spec, state, best, made)
     show("repair", options.attempts, options.attempts, result.summary)
     return result
@@ -136,15 +139,15 @@ async def _state(stack: Stack, spec: sandbox_pb.EnvironmentSpec, show: Show) -> 
 
 
 async def _attempt(
-    stack: Stack, task: pb.Task, state: sandbox_pb.State, options: FixOptions, show: Show
+    stack: Stack, task: pb.Task, options: FixOptions, show: Show, knowledge: Knowledge | None
 ) -> tuple[pb.Trajectory, int]:
     """The best of several attempts and how many were made; the first that is solved ends it."""
     best: pb.Trajectory | None = None
     made = 0
-    before = len(state.baseline.failing)
     policy = await stack.policy.get_policy()
     for made in range(1, options.attempts + 1):
-        show("repair", made - 1, options.attempts, f"{before} tests fail; policy {policy.model}")
+        text = f"{task.fail_to_pass_count} tests fail; policy {policy.model}"
+        show("repair", made - 1, options.attempts, text)
         trajectory = await run_episode(
             stack,
             task,
@@ -152,6 +155,7 @@ async def _attempt(
             grader=options.grader,
             seed=derive_seed(options.seed, task.id, made - 1),
             policy_name=policy.model,
+            knowledge=knowledge,
         )
         if best is None or _rank(trajectory) > _rank(best):
             best = trajectory
@@ -171,21 +175,36 @@ def _result(
 ) -> FixResult:
     pins = [f"{pin.name}=={pin.version}" for pin in spec.pins]
     changes = onto_project(project.root, project.pin_file, pins, best.changes)
-    before = len(state.baseline.failing)
-    after = len(best.validation.failing) if _ran(best) else before
+    before = set(state.baseline.failing)
+    after = set(best.validation.failing) if _ran(best) else before
     fixed = best.reward.solved
     times = "1 attempt" if made == 1 else f"{made} attempts"
-    summary = f"not fixed after {times}: {after} of {before} failing tests still fail"
+    summary = f"not fixed after {times}: {_still(before, after)}"
     if fixed:
-        summary = f"fixed after {times}: all {before} failing tests pass, verified"
+        summary = f"fixed after {times}: all {len(before)} failing tests pass, verified"
     moved = describe_pins(pins, moved_pins(pins, best.changes))
     if moved:
         summary += f"; {', '.join(moved)}"
     if best.reward.hacks:
         summary += f"; flagged: {', '.join(best.reward.hacks)}"
     return FixResult(
-        fixed, False, unified(project.root, changes), changes, before, after, made, summary, moved
+        fixed=fixed,
+        already_green=False,
+        patch=unified(project.root, changes),
+        changes=changes,
+        failing_before=len(before),
+        failing_after=len(after),
+        attempts=made,
+        summary=summary,
+        pins=moved,
     )
+
+
+def _still(before: Set[str], after: Set[str]) -> str:
+    """What fails now of what failed before, and what fails besides."""
+    text = f"{len(before & after)} of {len(before)} failing tests still fail"
+    others = len(after - before)
+    return f"{text}, and {others} other{'' if others == 1 else 's'}" if others else text
 
 
 def _rank(trajectory: pb.Trajectory) -> tuple[bool, bool, int, float]:

@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
 # Installs everything into .venv from pinned, hashed requirements. Safe to run again; ends with a stamp file.
-# REGREEN_PYTHON names the interpreter (3.11 or newer); default: the first of python3.11 and python3 that fits.
+# The requirements are pinned for Python 3.11 and tested with it alone. REGREEN_PYTHON names the interpreter; default: the first
+# of python3.11 and python3 that is a 3.11.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 say() { printf '\033[1m[setup]\033[0m %s\n' "$*" >&2; }
 
 pick_python() {
-  for candidate in ${REGREEN_PYTHON:-} python3.11 python3; do
+  local names="python3.11 python3"
+  for candidate in ${REGREEN_PYTHON:-$names}; do
     if command -v "$candidate" >/dev/null && "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then
       command -v "$candidate"; return
     fi
   done
-  say "no Python 3.11 found; install one, or name it with REGREEN_PYTHON"; exit 3
+  say "${REGREEN_PYTHON:-none of $names} is ${REGREEN_PYTHON:+not }Python 3.11, which the pinned requirements are for; install it (uv python install 3.11, or your system's packages), or name it with REGREEN_PYTHON"; exit 3
 }
 
 exec 9>.setup.lock

@@ -41,7 +41,7 @@ def bench(
     if unknown:
         known = ", ".join(BENCHMARKS)
         output.fail(InvalidArgument("names", f"{unknown[0]!r} is unknown", f"give one of {known}"))
-    out.mkdir(parents=True, exist_ok=True)
+    _make_folder(out)
     _make_model()
     results: dict[str, Any] = {}
     failed = []
@@ -60,6 +60,16 @@ def bench(
     if failed:
         output.STDERR.print(f"failed: {', '.join(failed)}", style="red")
         raise typer.Exit(output.FAILED)
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        writable = os.access(out, os.W_OK)
+    except OSError as error:
+        output.fail(InvalidArgument("out", str(error), "name a directory you can write"))
+    if not writable:
+        output.fail(InvalidArgument("out", f"{out} cannot be written", "name another directory"))
 
 
 def _make_model() -> None:

@@ -2,11 +2,14 @@
 
 - Exits with 0 when the project is green or a verified patch was found, 1 when it was not fixed.
 - `--endpoint` lets any OpenAI-compatible endpoint act; its key comes from an environment variable.
+- `--policy` lets a trained run act; afterwards the stack serves what it served before.
+- Wrong usage is said before any service is started.
 """
 
 import asyncio
 import contextlib
 import os
+import re
 import socket
 import sys
 from collections.abc import AsyncIterator
@@ -19,13 +22,15 @@ import typer
 from regreen.cli import output
 from regreen.cli.options import Home, Json
 from regreen.client.stack import Endpoints, Stack
+from regreen.evals.serving import serving
 from regreen.fix import FixOptions, FixResult, fix_project
+from regreen.rollout.worker import knowledge_of
 from regreen.rpc.errors import InvalidArgument, RegreenError, Unavailable
 from regreen.settings import default_home
 from regreen.stack import control
 from regreen.stack.layout import Layout
 from regreen.tasks import patch
-from regreen.tasks.local import check_root
+from regreen.tasks.local import check_root, installed
 from regreen.train.names import pipeline_of
 
 
@@ -37,6 +42,9 @@ def register(app: typer.Typer) -> None:
 def fix(
     path: Annotated[Path, typer.Argument(help="Directory of a Python project.")],
     home: Home = None,
+    policy: Annotated[
+        str, typer.Option(help="base, or the name of a run; default: what the stack serves.")
+    ] = "",
     endpoint: Annotated[
         str, typer.Option(help="OpenAI-compatible base URL; default: the local policy.")
     ] = "",
@@ -59,13 +67,12 @@ def fix(
     with output.progress() as show:
 
         async def work() -> FixResult:
-            if bool(endpoint) != bool(model):
-                raise InvalidArgument("model", "belongs with endpoint", "give both or neither")
-            if endpoint and not endpoint.startswith(("http://", "https://")):
-                raise InvalidArgument("endpoint", f"{endpoint!r} is no URL", "give https://host/v1")
-            check_root(root)
+            _check(root, policy, endpoint, model, lock, out)
             options = FixOptions(attempts=attempts, pipeline=pipeline_of(pipeline), seed=seed)
-            async with _services(home or default_home(), endpoint, model, key_env, show) as stack:
+            async with (
+                _services(home or default_home(), endpoint, model, key_env, show) as stack,
+                serving(stack, policy),
+            ):
                 return await fix_project(
                     stack,
                     root,
@@ -75,6 +82,7 @@ def fix(
                     python=python,
                     lock=lock,
                     tests=test or (),
+                    knowledge=await knowledge_of(stack),
                 )
 
         result = output.run(work())
@@ -82,6 +90,27 @@ def fix(
     _keep(root, result, out, apply)
     if not (result.fixed or result.already_green):
         raise typer.Exit(output.FAILED)
+
+
+def _check(
+    root: Path, policy: str, endpoint: str, model: str, lock: Path | None, out: Path | None
+) -> None:
+    """Refuse what cannot work.
+
+    Raises:
+        InvalidArgument: names the option and the remedy.
+    """
+    if bool(endpoint) != bool(model):
+        raise InvalidArgument("model", "belongs with endpoint", "give both or neither")
+    if endpoint and not re.match(r"https?://[^/]", endpoint):
+        raise InvalidArgument("endpoint", f"{endpoint!r} is no URL", "give https://host/v1")
+    if endpoint and policy:
+        raise InvalidArgument("policy", "is of the local stack", "leave out policy or endpoint")
+    check_root(root)
+    if lock is not None:
+        installed(root, lock)
+    if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
+        raise InvalidArgument("out", f"{out} is no file to write", "name a file in a directory")
 
 
 def _keep(root: Path, result: FixResult, out: Path | None, apply: bool) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Annotated
 
@@ -53,10 +54,13 @@ def up(
         output.STDERR.print(f"data in {layout.home}; stop it with `regreen down`", highlight=False)
 
 
-def down(home: Home = None) -> None:
+def down(home: Home = None, json_output: Json = False) -> None:
     """Stop the services; nothing that was committed is lost."""
     layout = Layout(home or default_home())
     ran = output.run(control.down(layout))
+    if json_output:
+        output.print_json({"stopped": bool(ran)})
+        return
     output.STDERR.print("stack is down" if ran else "no stack was running")
 
 
@@ -73,6 +77,7 @@ def logs(
     home: Home = None,
     lines: Annotated[int, typer.Option("-n", "--lines", min=1, help="Lines of each log.")] = 20,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on printing.")] = False,
+    json_output: Json = False,
 ) -> None:
     """Print the ends of the services' logs."""
     layout = Layout(home or default_home())
@@ -82,14 +87,23 @@ def logs(
             InvalidArgument("service", f"{service!r} is unknown", f"give one of {', '.join(known)}")
         )
     names = [service] if service else known
+    show = _echo_json if json_output else _echo
     for name in names:
         for line in control.tail(layout, name, lines).splitlines():
-            typer.echo(f"{name:10} {line}")
+            show(name, line)
     if follow:
-        _follow(layout, names)
+        _follow(layout, names, show)
 
 
-def _follow(layout: Layout, names: list[str]) -> None:
+def _echo(service: str, line: str) -> None:
+    typer.echo(f"{service:10} {line}")
+
+
+def _echo_json(service: str, line: str) -> None:
+    output.print_json_lines([{"service": service, "line": line}])
+
+
+def _follow(layout: Layout, names: list[str], show: Callable[[str, str], None]) -> None:
     positions = {name: _size(layout, name) for name in names}
     try:
         while True:
@@ -101,7 +115,7 @@ def _follow(layout: Layout, names: list[str]) -> None:
                         for line in (
                             log.read(size - positions[name]).decode(errors="replace").splitlines()
                         ):
-                            typer.echo(f"{name:10} {line}")
+                            show(name, line)
                 positions[name] = size
             time.sleep(0.5)
     except KeyboardInterrupt:

@@ -245,7 +245,10 @@ async def _prepare(
 
         async def one(task: pb.Task, row: dict[str, str]) -> None:
             nonlocal count
-            say = lambda text: show_progress("prepare", count, len(tasks), f"{task.id}: {text}")  # noqa: E731
+
+            def say(text: str) -> None:
+                show_progress("prepare", count, len(tasks), f"{task.id}: {text}")
+
             client = ReportingGateClient(stack.state, stack.sandbox, say)
             try:
                 row["state"] = (await client.prepare(task.environment)).id

@@ -10,10 +10,8 @@
 - What was served before is served again at the end, as far as the policy service answers.
 """
 
-import asyncio
-import contextlib
 import hashlib
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Protocol
@@ -21,6 +19,7 @@ from typing import Protocol
 from regreen.client.stack import Stack
 from regreen.common import v1 as common_pb
 from regreen.dataset import v1 as dataset_pb
+from regreen.evals.serving import serving_again
 from regreen.ids import derive_seed
 from regreen.rollout.actors import Actor, PolicyActor
 from regreen.rollout.baselines import NAMES, baseline
@@ -44,7 +43,6 @@ from regreen.train.weights import BASE, Weights, resolve_weights
 
 BASELINE = "baseline:"
 """Prefix of subjects that are scripts."""
-_RESTORE_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +195,8 @@ async def evaluate(
         runner=runner or Runner(stack, await knowledge_of(stack)),
     )
     evaluation.meter.report()
-    async with _serving_again(stack, evaluation.weights if missing else {}):
+    versions = {weights.version for weights in evaluation.weights.values()} if missing else set()
+    async with serving_again(stack, versions):
         for subject in config.subjects:
             await evaluation.subject(subject, [slot for slot in missing if slot.subject == subject])
     lost = len(evaluation.lost)
@@ -205,26 +204,6 @@ async def evaluate(
     summary = {"slots": len(slots), "committed": committed, "lost": lost}
     await stack.runs.update_run(opened.run.id, state="done", summary=summary)
     return EvalResult(opened.run.id, config.name, len(slots), committed, lost)
-
-
-@contextlib.asynccontextmanager
-async def _serving_again(stack: Stack, weights: Mapping[str, Weights]) -> AsyncIterator[None]:
-    """Have the policy serve at the end what it served at the start.
-
-    Best effort: nothing is done where another client has switched it, or it does not answer.
-    """
-    if not weights:
-        yield
-        return
-    before = (await stack.policy.get_policy()).policy
-    try:
-        yield
-    finally:
-        with contextlib.suppress(RegreenError, TimeoutError):
-            async with asyncio.timeout(_RESTORE_S):
-                now = (await stack.policy.get_policy()).policy.version
-                if now != before.version and now in {w.version for w in weights.values()}:
-                    await stack.policy.load_version(before, allow_older=True)
 
 
 def plan_slots(config: EvalConfig, tasks: Sequence[dataset_pb.Task]) -> list[Slot]:

@@ -64,8 +64,9 @@ async def import_records(
     fresh = [record for record in records if stored.get(record.id) != record_sha256(record)]
     tasks = [_message(record, distributions) for record in fresh]
     unchanged = len(records) - len(fresh)
-    for record in records if keep else ():
-        keep.put(record)
+    if keep is not None:
+        for record in records:
+            keep.put(record)
     if not tasks:
         return pb.ImportTasksResponse(unchanged=unchanged)
     answer = await stack.tasks.import_tasks(tasks, replace=True)

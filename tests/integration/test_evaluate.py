@@ -14,6 +14,7 @@ from regreen.dataset import v1 as dataset_pb
 from regreen.evals.report import write_report
 from regreen.evals.rows import load_outcomes
 from regreen.evals.run import EvalConfig, evaluate, slot_of
+from regreen.evals.serving import serving
 from regreen.policy import v1 as policy_pb
 from regreen.rollout.context import EpisodeSpec
 from regreen.rpc.errors import FailedPrecondition, InfraError, InvalidArgument, NotFound
@@ -126,6 +127,20 @@ async def test_what_was_served_before_is_served_again(place: World):
         with pytest.raises(FailedPrecondition, match="the state is gone"):
             await evaluate(stack, config_of(tasks, subjects=(run,)), runner=runner)
         assert place.policy.serving.version == 5
+
+
+async def test_a_run_serves_by_name_for_as_long_as_it_is_wanted(place: World):
+    async with place.stack() as stack:
+        run = await trained(place, stack, await admitted(stack, 1))
+        place.policy.serving = policy_pb.PolicyVersion(version=5, uri="/models/mine", run_id="x")
+        async with serving(stack, run):
+            assert place.policy.serving.version >= 10_000
+        assert place.policy.serving.version == 5
+        async with serving(stack, ""):
+            assert place.policy.serving.version == 5
+        with pytest.raises(InvalidArgument, match="neither 'base' nor the name of a run"):
+            async with serving(stack, "nowhere"):
+                raise AssertionError("an unknown name was served")
 
 
 @pytest.mark.parametrize("labels", [{"budgt.turns": "8"}, {"budget.turns": "abc"}])

@@ -1,0 +1,105 @@
+"""Every command: its help, its place in the docs, completion, and how an interrupted one ends."""
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from regreen.cli import output
+from regreen.cli.main import app
+
+DOCS = (Path(__file__).resolve().parents[3] / "docs" / "cli.md").read_text()
+READS = (
+    *("status", "doctor", "logs", "report", "tasks list", "tasks show", "tasks prepare"),
+    *("traj list", "traj show"),
+)
+
+
+def commands(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for name, command in sorted(group.commands.items()):
+        if isinstance(command, click.Group):
+            yield from commands(command, (*path, name))
+        else:
+            yield (*path, name)
+
+
+ROOT = typer.main.get_command(app)
+EVERY = list(commands(ROOT))
+
+
+def run(*words: str, **env: str):
+    return CliRunner().invoke(app, list(words), env=env, prog_name="regreen")
+
+
+@pytest.mark.parametrize("path", EVERY, ids=" ".join)
+def test_every_command_has_help_and_is_in_the_docs(path: tuple[str, ...]) -> None:
+    done = run(*path, "--help", COLUMNS="200", NO_COLOR="1")
+    assert done.exit_code == 0, done.output
+    assert f"Usage: regreen {' '.join(path)}" in done.output
+    assert f"`{' '.join(path)}" in DOCS
+
+
+@pytest.mark.parametrize("words", READS)
+def test_every_read_takes_json(words: str) -> None:
+    command = ROOT
+    for name in words.split():
+        command = command.commands[name]
+    assert "--json" in {flag for option in command.params for flag in option.opts}
+
+
+def test_completion_is_printed_and_completes() -> None:
+    script = run(_REGREEN_COMPLETE="source_bash").output
+    assert "_REGREEN_COMPLETE=complete_bash" in script
+    asked = {"_REGREEN_COMPLETE": "complete_bash", "COMP_WORDS": "regreen tasks ver"}
+    assert run(**asked, COMP_CWORD="2").output.split() == ["verify"]
+    assert "--install-completion" in DOCS
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_command_exits_with_130(number: int) -> None:
+    async def work() -> None:
+        os.kill(os.getpid(), number)
+        await asyncio.Event().wait()
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(typer.Exit) as ended:
+            output.run(work())
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.exit_code == 130
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = run("bench", "--out", str(tmp_path / "file" / "x"))
+    assert done.exit_code == 2
+    assert "name a directory you can write" in " ".join(done.output.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("eval", "--set", "budgt.turns=8"), "budgt.turns"),
+        (("eval", "--set", "budget.turns=abc"), "budget.turns"),
+        (("train", "grpo", "--set", "budgt.turns=8"), "budgt.turns"),
+        (("tasks", "import", "."), "cannot be read: Is a directory"),
+        (("tasks", "verify"), "ids: none given"),
+        (("fix", ".", "--lock", "/no/such.lock"), "No such file or directory"),
+        (("fix", ".", "--lock", "README.md"), "has no name==version line"),
+        (("fix", ".", "--endpoint", "http://127.0.0.1:9/v1"), "belongs with endpoint"),
+        (("fix", ".", "--endpoint", "http:///v1", "--model", "m"), "give https://host/v1"),
+        (("fix", ".", "--out", "/no/such/folder/x"), "is no file to write"),
+        (("fix", ".", "--policy", "a", "--endpoint", "http://h", "--model", "m"), "leave out"),
+    ],
+)
+def test_wrong_input_is_named(words: tuple[str, ...], said: str) -> None:
+    done = run(*words, COLUMNS="200")
+    assert done.exit_code == 2, done.output
+    assert said in done.output
