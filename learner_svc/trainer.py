@@ -4,6 +4,7 @@
   for micro-batches by definition).
 - Tokens, masks and logprobs come from the Batch as sampled; nothing is tokenized here.
 - Samples that cannot move the policy (dropped, or advantage 0 without KL) are never computed.
+- Advantages are those of trajectories: one reward each, whatever number of samples they give.
 - Ratios are against the weights that the step began with, whichever of its updates they belong to.
 - A step whose every sample is such leaves the weights untouched and says so (`skipped`).
 """
@@ -113,6 +114,14 @@ class Trainer:
             batch.check(vocab_size=self._engine.vocab_size())
         except BatchError as error:
             raise InvalidArgument(f"batch.{error.field}", error.problem) from error
+        if self._loss is None or self._loss.importance_cap is None:
+            return
+        if not any(sample.logprobs.any() for sample in batch) and batch.trained_tokens:
+            raise InvalidArgument(
+                "batch.logprobs",
+                "are 0 for every trained token, which no policy that samples gives",
+                "send those of the policy that sampled, or set importance_cap to -1",
+            )
 
     def _rows(self, batch: Batch) -> _Rows:
         lengths = torch.tensor([sample.trained_tokens for sample in batch])
@@ -143,15 +152,17 @@ class Trainer:
             return torch.tensor(given, dtype=torch.float32), ~none, none
         hyperparameters = self._spec.hyperparameters
         order = {group: index for index, group in enumerate(batch.group_ids)}
+        owner = torch.tensor(batch.trajectories)
+        ones = batch.one_per_trajectory
         result = group_advantages(
-            torch.tensor([s.reward for s in batch]),
-            torch.tensor([order[s.group_id] for s in batch]),
-            torch.tensor([s.truncated for s in batch]),
+            torch.tensor([s.reward for s in ones]),
+            torch.tensor([order[s.group_id] for s in ones]),
+            torch.tensor([s.truncated for s in ones]),
             baseline=Baseline(hyperparameters.baseline),
             scale=Scale(hyperparameters.advantage_scale),
             truncated_policy=Truncated(hyperparameters.truncated),
         )
-        return result.values, result.in_loss, result.zero_variance
+        return result.values[owner], result.in_loss[owner], result.zero_variance[owner]
 
     def _shares(self, batch: Batch, rows: _Rows) -> list[_Rows]:
         """Split the groups over the updates of this step; one share for one update."""
@@ -258,7 +269,7 @@ def _over_ranks(sums: dict[str, float]) -> dict[str, float]:
 
 
 def _batch_metrics(batch: Batch, policy_version: int) -> dict[str, float]:
-    rewards = np.array([sample.reward for sample in batch])
+    rewards = np.array([sample.reward for sample in batch.one_per_trajectory])
     metrics: dict[str, float] = {
         "samples": float(len(batch)),
         "groups": float(len(batch.group_ids)),

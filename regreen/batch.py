@@ -52,7 +52,7 @@ class VersionSpan:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sample:
-    """One trajectory as the learner sees it; build it with `Sample.make`."""
+    """One unbroken context of a trajectory as the learner sees it; build it with `Sample.make`."""
 
     token_ids: NDArray[np.int32]
     loss_mask: NDArray[np.uint8]
@@ -66,7 +66,8 @@ class Sample:
     truncated: bool = False
     spans: tuple[VersionSpan, ...] = ()
     sample_id: str = ""
-    """The trajectory id; empty when there is none (SFT on foreign data)."""
+    """The trajectory id: samples of one group with one id are parts of one trajectory, and share
+    reward and `truncated`. Empty: the sample is a trajectory of its own."""
 
     @classmethod
     def make(
@@ -206,6 +207,23 @@ class Batch:
         return tuple(dict.fromkeys(sample.group_id for sample in self.samples))
 
     @property
+    def trajectories(self) -> tuple[int, ...]:
+        """For each sample the number of its trajectory, in order of first appearance."""
+        numbers: dict[tuple[str, str | int], int] = {}
+        return tuple(
+            numbers.setdefault((sample.group_id, sample.sample_id or index), len(numbers))
+            for index, sample in enumerate(self.samples)
+        )
+
+    @property
+    def one_per_trajectory(self) -> tuple[Sample, ...]:
+        """The first sample of each trajectory."""
+        first: dict[int, Sample] = {}
+        for number, sample in zip(self.trajectories, self.samples, strict=True):
+            first.setdefault(number, sample)
+        return tuple(first.values())
+
+    @property
     def tokens(self) -> int:
         """All tokens, prompts included."""
         return sum(int(sample.token_ids.size) for sample in self.samples)
@@ -237,6 +255,20 @@ class Batch:
             if not math.isfinite(value):
                 raise BatchError(f"metrics.{name}", f"is {value}, must be finite")
         self._check_shared_prompts()
+        if self.kind == "grpo":
+            self._check_trajectories()
+
+    def _check_trajectories(self) -> None:
+        first: dict[int, int] = {}
+        for index, number in enumerate(self.trajectories):
+            leader = self.samples[first.setdefault(number, index)]
+            for name in ("reward", "truncated"):
+                if getattr(self.samples[index], name) != getattr(leader, name):
+                    raise BatchError(
+                        f"samples[{index}].{name}",
+                        f"differs from samples[{first[number]}] of the same sample_id "
+                        f"{leader.sample_id!r}; a trajectory has one",
+                    )
 
     def _check_shared_prompts(self) -> None:
         first: dict[str, tuple[int, Sample]] = {}

@@ -2,9 +2,9 @@
 
 - Token ids, masks, logprobs and version spans are taken over unchanged; no text is looked at.
 - One sample is one unbroken context: a trajectory whose context was reset gives several, which all
-  carry the trajectory's advantage and weigh together as much as one.
-- A group's baseline includes its truncated members; only their loss is masked (compact filtering,
-  DeepSWE). Rewards count once per trajectory, however many samples it gives.
+  carry its id and reward and weigh together as much as one.
+- Rewards travel, never advantages: baseline, scale and what becomes of truncated members are the
+  learner's settings, the same for every batch.
 - Members whose ids are not exactly what was sampled are left out, never repaired.
 - The same trajectories always give the same bytes, whatever order they come in.
 """
@@ -38,36 +38,18 @@ def trainable(trajectory: dataset_pb.Trajectory) -> bool:
     return trajectory.token_exact and any(trajectory.loss_mask)
 
 
-def leave_one_out(rewards: Sequence[float]) -> NDArray[np.float64]:
-    """Reward minus the mean of the others (RLOO, arXiv:2402.14740); 0 for one member."""
-    values = np.asarray(rewards, dtype=np.float64)
-    if values.size < 2:
-        return np.zeros(values.shape)
-    centred: NDArray[np.float64] = values - values.mean()
-    return centred * (values.size / (values.size - 1))
-
-
 def grpo_batch(
     groups: Sequence[dataset_pb.CompleteGroup], metrics: Mapping[str, float] | None = None
 ) -> Batch:
     """The batch of one policy step.
 
-    With one sample per trajectory the learner computes advantages from rewards, under its own
-    settings; with several they are computed here, so that each trajectory counts once.
-
     Raises:
         InvalidArgument: no group has a trainable member.
     """
     samples: list[Sample] = []
-    ordered = sorted(groups, key=lambda group: group.group.id)
-    resets = any(
-        len(_trained_segments(member)) > 1
-        for group in ordered
-        for member in filter(trainable, group.trajectories)
-    )
-    for group in ordered:
+    for group in sorted(groups, key=lambda group: group.group.id):
         members = sorted(filter(trainable, group.trajectories), key=lambda t: t.group_index)
-        samples.extend(_group_samples(group.group.id, members, with_advantages=resets))
+        samples.extend(_group_samples(group.group.id, members))
     if not samples:
         raise InvalidArgument("groups", "hold no trainable trajectory", "check `token_exact`")
     batch = Batch(samples=tuple(samples), kind="grpo", metrics=dict(metrics or {}))
@@ -94,32 +76,25 @@ def sft_batch(
     return batch
 
 
-def _group_samples(
-    group_id: str, members: Sequence[dataset_pb.Trajectory], *, with_advantages: bool
-) -> list[Sample]:
-    advantages = leave_one_out([member.reward.value for member in members])
+def _group_samples(group_id: str, members: Sequence[dataset_pb.Trajectory]) -> list[Sample]:
     parts = [_trained_segments(member) for member in members]
     prompt_len = shared_prompt_len([segment for found in parts for segment in found])
-    samples: list[Sample] = []
-    for index, (member, found) in enumerate(zip(members, parts, strict=True)):
-        silenced = with_advantages and is_truncated(member)
-        for segment in found:
-            samples.append(
-                Sample.make(
-                    np.array(segment.token_ids, np.int32),
-                    _mask(segment),
-                    logprobs=np.array(segment.logprobs, np.float32),
-                    group_id=group_id,
-                    prompt_len=prompt_len,
-                    reward=member.reward.value,
-                    advantage=float(advantages[index]) if with_advantages else None,
-                    weight=0.0 if silenced else 1.0 / len(found),
-                    truncated=is_truncated(member),
-                    spans=[VersionSpan(start, end, v) for v, start, end in segment.versions],
-                    sample_id=member.id,
-                )
-            )
-    return samples
+    return [
+        Sample.make(
+            np.array(segment.token_ids, np.int32),
+            _mask(segment),
+            logprobs=np.array(segment.logprobs, np.float32),
+            group_id=group_id,
+            prompt_len=prompt_len,
+            reward=member.reward.value,
+            weight=1.0 / len(found),
+            truncated=is_truncated(member),
+            spans=[VersionSpan(start, end, v) for v, start, end in segment.versions],
+            sample_id=member.id,
+        )
+        for member, found in zip(members, parts, strict=True)
+        for segment in found
+    ]
 
 
 def shared_prompt_len(found: Sequence[Segment]) -> int:

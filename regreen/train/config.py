@@ -3,6 +3,8 @@
 - What is fixed once a run exists is listed by `settings()` and stored with the run; the rest only
   says how this process works on it and may differ at every start.
 - A wrong value is refused when the settings are made, with its name and the remedy.
+- GRPO samples from the plain policy (temperature 1, no top-p or top-k): the logprobs that engines
+  give are those of the plain policy, and would be wrong for any other.
 """
 
 from collections.abc import Mapping
@@ -12,10 +14,13 @@ from typing import Any
 from regreen.rpc.errors import InvalidArgument
 from regreen.train.ledger import hyperparameters
 from regreen.train.names import grader_of, mode_of, pipeline_of
+from regreen.train.signals import KEEP_BASELINE, TRUNCATED_POLICIES
 
 _OPERATIONAL = frozenset(
     {"name", "concurrency", "idle_deadline_s", "recovery_deadline_s", "publish"}
 )
+_PLAIN_SAMPLING = {"sampling.temperature": "1", "sampling.top_p": "1", "sampling.top_k": "0"}
+"""Labels whose other values would make the recorded logprobs wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +126,11 @@ class GrpoConfig:
     hard_share: float = 0.25
     """Share of groups given to tasks that always failed so far."""
     hyperparameters: Mapping[str, float | int | str] = field(default_factory=dict)
-    """Fields of `regreen.learner.v1.Hyperparameters`; the rest is the learner's default."""
+    """Fields of `regreen.learner.v1.Hyperparameters`; the rest is the learner's default.
+
+    `truncated` says what becomes of rollouts that a limit ended: `keep_baseline` (out of the loss),
+    `mask_loss` (out of the baseline too), or `fail` (trained on like any other failure).
+    """
     engine: str = ""
     """Learner engine; empty means the service's default."""
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -143,6 +152,18 @@ class GrpoConfig:
         _check_names(self.modes, (self.pipeline,))
         grader_of(self.grader)
         hyperparameters(self.hyperparameters)
+        if self.truncated not in TRUNCATED_POLICIES:
+            raise InvalidArgument(
+                "hyperparameters.truncated",
+                f"is {self.truncated!r}",
+                f"use one of {', '.join(TRUNCATED_POLICIES)}",
+            )
+        _check_sampling(self.labels)
+
+    @property
+    def truncated(self) -> str:
+        """What becomes of rollouts that hit a limit."""
+        return str(self.hyperparameters.get("truncated") or KEEP_BASELINE)
 
     def settings(self) -> dict[str, Any]:
         """What is fixed once the run exists, as plain values."""
@@ -160,6 +181,21 @@ def _at_least(config: object, least: int, *names: str) -> None:
         value = getattr(config, name)
         if value < least:
             raise InvalidArgument(name, f"is {value}", f"give at least {least}")
+
+
+def _check_sampling(labels: Mapping[str, str]) -> None:
+    for name, plain in _PLAIN_SAMPLING.items():
+        given = labels.get(name, plain)
+        try:
+            same = float(given) == float(plain)
+        except ValueError:
+            same = False
+        if not same:
+            raise InvalidArgument(
+                f"labels.{name}",
+                f"is {given}, but the logprobs to train on are those of plain sampling",
+                f"leave it out, or give {plain}",
+            )
 
 
 def _check_names(modes: tuple[str, ...], pipelines: tuple[str, ...]) -> None:

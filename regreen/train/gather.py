@@ -25,7 +25,7 @@ from regreen.dataset import v1 as dataset_pb
 from regreen.ids import derive_seed
 from regreen.rpc.errors import FailedPrecondition, Unavailable
 from regreen.train.schedule import Candidate, Curriculum, History, choose
-from regreen.train.signals import TRAINED, fate
+from regreen.train.signals import KEEP_BASELINE, TRAINED, fate
 
 _POLL_S = (0.1, 1.0)
 
@@ -46,6 +46,8 @@ class GatherSettings:
     idle_deadline_s: float
     curriculum: Curriculum = field(default_factory=Curriculum)
     labels: Mapping[str, str] = field(default_factory=dict)
+    truncated: str = KEEP_BASELINE
+    """The learner's hyperparameter: whether members that hit a limit are trained on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,8 +191,11 @@ class Gatherer:
         refills: int,
     ) -> Collected:
         groups = tuple(taken[group.id] for group in plan)
-        limit = self._settings.max_staleness
-        fates = {g.group.id: fate(g, version=version, max_staleness=limit) for g in groups}
+        limit, truncated = self._settings.max_staleness, self._settings.truncated
+        fates = {
+            g.group.id: fate(g, version=version, max_staleness=limit, truncated=truncated)
+            for g in groups
+        }
         return Collected(groups, fates, refills)
 
 

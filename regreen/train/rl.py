@@ -92,6 +92,7 @@ async def _prepare(stack: Stack, config: GrpoConfig, progress: Listener) -> "_Dr
         idle_deadline_s=config.idle_deadline_s,
         curriculum=Curriculum(hard_share=config.hard_share),
         labels={"policy": config.name, **config.labels},
+        truncated=config.truncated,
     )
     return _Driver(
         stack=stack,

@@ -16,15 +16,31 @@ from regreen.evals.markov import tool_sequence, tool_shares
 from regreen.train.batches import is_truncated, trainable
 
 TRAINED, ZERO_VARIANCE, STALE, THIN = "trained", "zero_variance", "stale", "thin"
+FAIL, MASK_LOSS, KEEP_BASELINE = "fail", "mask_loss", "keep_baseline"
+TRUNCATED_POLICIES = (FAIL, MASK_LOSS, KEEP_BASELINE)
+"""Values of the hyperparameter `truncated`: members that hit a limit are trained on like others,
+are dropped, or are out of the loss and in the baseline (the default)."""
 
 
-def fate(group: dataset_pb.CompleteGroup, *, version: int, max_staleness: int) -> str:
-    """What becomes of a group when the policy is at `version`."""
+def fate(
+    group: dataset_pb.CompleteGroup,
+    *,
+    version: int,
+    max_staleness: int,
+    truncated: str = KEEP_BASELINE,
+) -> str:
+    """What becomes of a group when the policy is at `version`.
+
+    `truncated` is the learner's hyperparameter of that name: a group whose members are all out of
+    the loss under it teaches nothing, one that they enter does.
+    """
     members = [member for member in group.trajectories if trainable(member)]
     if len(members) < 2:
         return THIN
-    rewards = [member.reward.value for member in members]
-    if max(rewards) == min(rewards) or all(map(is_truncated, members)):
+    whole = [member for member in members if not is_truncated(member)]
+    in_loss = members if truncated == FAIL else whole
+    compared = whole if truncated == MASK_LOSS else members
+    if not in_loss or len({member.reward.value for member in compared}) < 2:
         return ZERO_VARIANCE
     if max(_oldest_lag(member, version) for member in members) > max_staleness:
         return STALE

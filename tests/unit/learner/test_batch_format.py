@@ -179,3 +179,25 @@ def test_a_flipped_byte_never_escapes_as_another_error(position: int, value: int
 
 def test_replace_keeps_a_sample_checkable() -> None:
     replace(sample(), weight=0.0).check()
+
+
+def test_parts_of_a_trajectory_share_its_reward() -> None:
+    def part(name: str, reward: float, **changes: object) -> Sample:
+        return Sample.make(
+            [1, 2, 3],
+            [0, 1, 1],
+            logprobs=[0, -1, -1],
+            group_id="g",
+            reward=reward,
+            sample_id=name,
+            **changes,  # type: ignore[arg-type]
+        )
+
+    batch = Batch((part("a", 1.0), part("b", 0.0), part("a", 1.0), part("", 3.0), part("", 4.0)))
+    batch.check()
+    assert batch.trajectories == (0, 1, 0, 2, 3)
+    assert [sample.reward for sample in batch.one_per_trajectory] == [1.0, 0.0, 3.0, 4.0]
+    with pytest.raises(BatchError, match=r"samples\[1\]\.reward.*samples\[0\].*'a'"):
+        Batch((part("a", 1.0), part("a", 0.5))).check()
+    with pytest.raises(BatchError, match=r"samples\[1\]\.truncated"):
+        Batch((part("a", 1.0), part("a", 1.0, truncated=True))).check()

@@ -131,6 +131,60 @@ def test_grpo_raises_the_probability_of_rewarded_samples(
     assert after["mismatch_k1"] != before["mismatch_k1"]
 
 
+def test_a_reset_trajectory_counts_as_one(
+    tiny_model: Path, make_batch: Make, tmp_path: Path
+) -> None:
+    """Its parts carry its id: settings stay the learner's, and rewards count once."""
+    batch = make_batch(groups=1, size=4)
+    rewards, cut = (1.0, 1.0, 0.0, 0.5), (False, False, False, True)
+    names = ("a", "a", "b", "c")
+    samples = tuple(
+        replace(sample, reward=reward, truncated=truncated, sample_id=name, weight=weight)
+        for sample, reward, truncated, name, weight in zip(
+            batch, rewards, cut, names, (0.5, 0.5, 1.0, 1.0), strict=True
+        )
+    )
+    session = Session(spec_of(tiny_model, baseline="group_mean", truncated="fail"), tmp_path)
+    given, in_loss, flat = session._trainer._advantages(Batch(samples))
+    assert given.tolist() == pytest.approx([0.5, 0.5, -0.5, 0.0])
+    assert in_loss.all()
+    assert not flat.any()
+    session = Session(spec_of(tiny_model, truncated="keep_baseline"), tmp_path)
+    given, in_loss, _ = session._trainer._advantages(Batch(samples))
+    assert given.tolist() == pytest.approx([0.75, 0.75, -0.75, 0.0])
+    assert in_loss.tolist() == [True, True, True, False]
+    metrics = session.step(Batch(samples), (), lambda done, total: None)
+    assert metrics["reward_mean"] == pytest.approx(0.5)
+
+
+def test_logprobs_that_no_sampling_gives_are_refused(
+    tiny_model: Path, make_batch: Make, tmp_path: Path
+) -> None:
+    batch = make_batch()
+    zero = Batch(tuple(replace(sample, logprobs=0 * sample.logprobs) for sample in batch))
+    with pytest.raises(InvalidArgument, match=r"batch\.logprobs.*importance_cap"):
+        train(Session(spec_of(tiny_model), tmp_path), [zero])
+    train(Session(spec_of(tiny_model, importance_cap=-1.0), tmp_path), [zero])
+
+
+def test_staleness_is_counted_from_the_newest_version_known(
+    tiny_model: Path, make_batch: Make, tmp_path: Path
+) -> None:
+    def sampled_under(*versions: int) -> Batch:
+        samples = [
+            replace(sample, spans=(replace(sample.spans[0], version=version),))
+            for sample, version in zip(make_batch(groups=1, size=2), versions, strict=True)
+        ]
+        return Batch(tuple(samples))
+
+    session = Session(spec_of(tiny_model), tmp_path)
+    first = session.step(sampled_under(10_000, 10_000), (), lambda done, total: None)
+    assert (first["staleness"], first["staleness_max"]) == (0.0, 0.0)
+    session.save(tmp_path / "checkpoints", 10_002, 3)
+    later = session.step(sampled_under(10_001, 10_000), (), lambda done, total: None)
+    assert later["staleness_max"] == 2.0
+
+
 def test_flat_groups_leave_the_weights_alone(
     tiny_model: Path, make_batch: Make, tmp_path: Path
 ) -> None:

@@ -2,14 +2,12 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from regreen.batch import Batch
 from regreen.dataset import v1 as pb
 from regreen.rpc.errors import InvalidArgument
 from regreen.train import signals
-from regreen.train.batches import grpo_batch, leave_one_out, sft_batch
+from regreen.train.batches import grpo_batch, sft_batch
 
 PROMPT, TOOL = [1, 2, 3], [40, 41]
 
@@ -101,8 +99,10 @@ def test_a_trajectory_of_two_contexts_counts_once():
     cut = trajectory(2, end=pb.EPISODE_END_TIME_LIMIT)
     batch = grpo_batch([group("grp_a", reset(0, 1.0), trajectory(1), cut)])
     assert [sample.sample_id for sample in batch] == ["trj_0", "trj_0", "trj_1", "trj_2"]
-    assert [sample.weight for sample in batch] == [0.5, 0.5, 1.0, 0.0]
-    assert [sample.advantage for sample in batch] == [1.0, 1.0, -0.5, -0.5]
+    assert [sample.weight for sample in batch] == [0.5, 0.5, 1.0, 1.0]
+    assert [sample.advantage for sample in batch] == [None] * 4
+    assert [sample.reward for sample in batch] == [1.0, 1.0, 0.0, 0.0]
+    assert [sample.truncated for sample in batch] == [False, False, False, True]
     assert all(sample.token_ids.size == 8 for sample in batch)
     assert [(s.start, s.end) for s in batch.samples[1].spans] == [(3, 5), (7, 8)]
 
@@ -115,12 +115,6 @@ def test_a_supervised_batch_carries_loss_on_what_was_said_alone():
     assert batch.trained_tokens == 9
 
 
-@given(st.lists(st.floats(-2, 2), min_size=2, max_size=9))
-def test_leave_one_out_is_the_reward_minus_the_mean_of_the_others(rewards):
-    expected = [r - np.mean(rewards[:i] + rewards[i + 1 :]) for i, r in enumerate(rewards)]
-    assert leave_one_out(rewards) == pytest.approx(expected, abs=1e-9)
-
-
 def test_every_group_has_one_fate():
     mixed = group("m", trajectory(0, reward=1.0), trajectory(1))
     same = group("s", trajectory(0), trajectory(1))
@@ -130,6 +124,28 @@ def test_every_group_has_one_fate():
     fates = [signals.fate(g, version=5, max_staleness=1) for g in (mixed, same, thin, silent)]
     assert fates == ["trained", "zero_variance", "thin", "zero_variance"]
     assert signals.fate(mixed, version=6, max_staleness=1) == "stale"
+
+
+def test_truncated_members_teach_as_the_learner_is_told_to():
+    limit = {"end": pb.EPISODE_END_TURN_LIMIT}
+    groups = {
+        "all": group("a", trajectory(0, reward=-1.0, **limit), trajectory(1, **limit)),
+        "one": group("o", trajectory(0, reward=1.0), trajectory(1, **limit)),
+        "none": group("n", trajectory(0, reward=1.0), trajectory(1)),
+    }
+
+    def teaching(policy: str) -> set[str]:
+        return {
+            name
+            for name, found in groups.items()
+            if signals.fate(found, version=5, max_staleness=1, truncated=policy) == "trained"
+        }
+
+    assert {policy: teaching(policy) for policy in signals.TRUNCATED_POLICIES} == {
+        "fail": {"all", "one", "none"},
+        "mask_loss": {"none"},
+        "keep_baseline": {"one", "none"},
+    }
 
 
 def test_metrics_count_all_groups_not_only_those_that_teach():
