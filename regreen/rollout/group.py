@@ -2,6 +2,8 @@
 
 - The first output of all members comes from one `Generate(n)` call, so that the prompt is computed
   once; a member uses its share only if its prompt is, id for id, the one that was sent.
+- That call depends on the group alone, never on which members run together: a member that is tried
+  again or replayed on its own asks for the same outputs and takes the same one.
 - Members run concurrently and independently; the first trouble of the platform is raised after all
   have ended, so that nothing is left running.
 """
@@ -29,13 +31,13 @@ class SharedStart:
     prompt: tuple[int, ...]
     samples: tuple[Sample, ...]
 
-    def actor(self, index: int) -> PolicyActor:
-        """The policy with its share of the first outputs."""
-        return PolicyActor(self.samples[index], self.prompt)
+    def actor(self, group_index: int) -> PolicyActor:
+        """The policy with the first output of a member."""
+        return PolicyActor(self.samples[group_index], self.prompt)
 
 
-async def shared_start(runner: Runner, task: pb.Task, spec: EpisodeSpec, count: int) -> SharedStart:
-    """Sample the first output of `count` members of a group in one call.
+async def shared_start(runner: Runner, task: pb.Task, spec: EpisodeSpec, size: int) -> SharedStart:
+    """Sample the first outputs of all `size` members of a group in one call.
 
     Raises:
         RegreenError: trouble of the platform, or the task is not prepared here.
@@ -51,11 +53,11 @@ async def shared_start(runner: Runner, task: pb.Task, spec: EpisodeSpec, count: 
     room = spec.budget.context_tokens - len(prompt)
     response = await runner.stack.policy.generate(
         prompt,
-        n=count,
+        n=size,
         sampling=sampling_of(
             spec,
             tools,
-            seed=derive_seed(spec.group_seed, spec.seed, "first"),
+            seed=derive_seed(spec.group_seed, "first"),
             max_new_tokens=max(1, min(room, spec.budget.turn_tokens)),
         ),
         min_version=spec.min_version,

@@ -144,24 +144,23 @@ class Worker:
             groups[lease.group.id, lease.attempt].append(lease)
         for members in groups.values():
             start = asyncio.ensure_future(self._shared(members))
-            for index, lease in enumerate(members):
-                task = asyncio.create_task(self._work(lease, start, index))
+            for lease in members:
+                task = asyncio.create_task(self._work(lease, start))
                 self._active[lease.id] = task
 
     async def _shared(self, members: Sequence[pb.Lease]) -> SharedStart | None:
-        if len(members) < 2 or not self.share_prompts:
+        group = members[0].group
+        if group.size < 2 or not self.share_prompts:
             return None
-        task = await self.stack.tasks.get_task(members[0].group.task_id)
-        return await shared_start(self.runner, task, spec_of_lease(members[0]), len(members))
+        task = await self.stack.tasks.get_task(group.task_id)
+        return await shared_start(self.runner, task, spec_of_lease(members[0]), group.size)
 
-    async def _work(
-        self, lease: pb.Lease, start: "asyncio.Future[SharedStart | None]", index: int
-    ) -> None:
+    async def _work(self, lease: pb.Lease, start: "asyncio.Future[SharedStart | None]") -> None:
         """One leased rollout, from start to commit or give-back."""
         try:
             spec = spec_of_lease(lease)
             shared = await asyncio.shield(start)
-            actor = shared.actor(index) if shared else PolicyActor()
+            actor = shared.actor(spec.group_index) if shared else PolicyActor()
             trajectory = await self._episode(lease, spec, actor)
         except RegreenError as error:
             log.warning("rollout failed", rollout_id=lease.rollout_id, error=str(error))
