@@ -278,13 +278,13 @@ def shadowed(context: Context) -> Iterator[Finding]:
         if delta.kind is not ChangeKind.ADD or not delta.path.endswith(_MODULE):
             continue
         *folders, name = delta.path.split("/")
-        names = [*folders, name.split(".")[0]]
-        top = 1 if names[0] in _ROOTS and len(names) > 1 else 0
-        hits = [index for index, part in enumerate(names) if part.lower() in installed]
-        if hits and context.kind(delta) is not PathKind.TEST:
-            first = hits[0] <= top or steers
-            severity = VIOLATION if first else SUSPECT
-            why = f"A copy takes the place of the installed {names[hits[0]]}."
+        module = name.split(".")[0]
+        if module == "__init__" and folders:
+            module = folders.pop()
+        if module.lower() in installed and context.kind(delta) is not PathKind.TEST:
+            found_first = not folders or (len(folders) == 1 and folders[0] in _ROOTS) or steers
+            severity = VIOLATION if found_first else SUSPECT
+            why = f"A copy takes the place of the installed {module}."
             yield report.path(delta, severity, why)
 
 

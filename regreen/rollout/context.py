@@ -160,7 +160,7 @@ def labels_of(
     budget: Budget, sampling: Sampling, knobs: Knobs, rewards: RewardSettings | None = None
 ) -> dict[str, str]:
     """Settings as group labels; `with_labels` reads them back."""
-    parts = {"budget": budget, "sampling": sampling, "knobs": knobs}
+    parts: dict[str, Any] = {"budget": budget, "sampling": sampling, "knobs": knobs}
     found: dict[str, str] = {}
     for group, part in (parts | ({"reward": rewards} if rewards else {})).items():
         for item in fields(part):

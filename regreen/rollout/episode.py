@@ -27,15 +27,14 @@ from regreen.rollout.actors import Actor, PolicyActor
 from regreen.rollout.agent import Agent, Stop
 from regreen.rollout.context import FULL, SIMPLIFIED, Budget, EpisodeSpec, Knobs, Sampling
 from regreen.rollout.facts import FactsCache
-from regreen.rollout.full import run_full
-from regreen.rollout.grade import conclude
+from regreen.rollout.full import discard_states, run_full
+from regreen.rollout.grade import Before, conclude
 from regreen.rollout.knowledge import Knowledge
 from regreen.rollout.reward import RewardSettings
 from regreen.rollout.simplified import run_simplified
 from regreen.rollout.tools import Workbench
 from regreen.rollout.toolset import ToolSet, load_toolset
 from regreen.rpc.errors import FailedPrecondition, InvalidArgument, RegreenError
-from regreen.sandbox import v1 as sandbox_pb
 
 if TYPE_CHECKING:
     from regreen.client.stack import Stack
@@ -61,13 +60,12 @@ class Runner:
     stack: "Stack"
     knowledge: Knowledge | None = None
     rewards: RewardSettings | None = None
-    """Numbers of the reward; None means the defaults."""
+    """Numbers of the reward; None means those of the spec."""
     toolset: ToolSet = field(default_factory=load_toolset)
     facts: FactsCache = field(default_factory=FactsCache)
     clock: Callable[[], float] = time.monotonic
     now_ns: Callable[[], int] = time.time_ns
-    before: dict[str, sandbox_pb.Validation] = field(default_factory=dict)
-    """Validation of the untouched State, by State id."""
+    before: Before = field(default_factory=dict)
 
     def tools(self, spec: EpisodeSpec) -> ToolSet:
         """The tool set that an episode sees."""
@@ -122,9 +120,14 @@ class Runner:
             self.clock,
         )
         pipeline = run_full if spec.pipeline == PIPELINE_FULL else run_simplified
-        stop = await pipeline(agent, self.knowledge)
-        trajectory = _record(agent, stop)
-        await conclude(bench, spec, trajectory, self.before, self.rewards)
+        try:
+            stop = await pipeline(agent, self.knowledge)
+            trajectory = _record(agent, stop)
+            await conclude(bench, spec, trajectory, self.before, self.rewards)
+        finally:
+            if bench.kept_states:  # no State can go while the sandbox stands on it
+                await self.discard(sandbox_id)
+                await discard_states(self.stack, bench.kept_states)
         trajectory.stage_seconds.update(bench.stage_s)
         trajectory.start_time.FromNanoseconds(start_ns)
         trajectory.end_time.FromNanoseconds(max(start_ns, self.now_ns()))

@@ -5,9 +5,13 @@
   tries the next candidate; at most `tries` attempts per error.
 - An error seen earlier in the episode never counts as new, so that the loop cannot go in circles.
 - Tool calls and wall time are bounded over the whole episode, not per attempt.
+- The States that an episode keeps live as long as it does; turns still name them afterwards.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import structlog
 
 from regreen.dataset import v1 as pb
 from regreen.policy.v1 import ChatMessage
@@ -21,6 +25,12 @@ from regreen.rollout.prompts import first_messages
 from regreen.rollout.simplified import hint_for
 from regreen.rollout.tools import Observation, describe
 from regreen.rollout.toolset import ToolSet
+from regreen.rpc.errors import RegreenError
+
+if TYPE_CHECKING:
+    from regreen.client.stack import Stack
+
+log = structlog.get_logger(__name__)
 
 
 async def run_full(agent: Agent, knowledge: Knowledge | None) -> Stop:
@@ -38,8 +48,18 @@ async def run_full(agent: Agent, knowledge: Knowledge | None) -> Stop:
             bench.sandbox_id, labels={"trajectory": agent.trajectory_id}
         )
         kept = state.id
+        bench.kept_states.append(kept)
         agent.stream.turns[-1].state_id = kept
         error = found
+
+
+async def discard_states(stack: "Stack", ids: Sequence[str]) -> None:
+    """Delete States that nothing needs any more, the latest first; what fails is logged."""
+    for id in reversed(ids):
+        try:
+            await stack.state.delete_state(id)
+        except RegreenError as error:
+            log.warning("state not deleted", state_id=id, error=str(error))
 
 
 def _candidates(

@@ -2,12 +2,14 @@
 
 - The verdict depends on the diff alone; what the agent's own validations said is not looked at.
 - A pass counts only when another fresh fork confirms it without the result cache.
-- The judge's rules look at every rollout, so that hacks are counted under every grader; its model
-  is asked only when the grader says so and the build is green.
+- The judge's rules look at every rollout, so that hacks are counted under every grader; its model,
+  where one is configured, is asked only when the grader says so and the build is green. The label
+  `judge` then says which model took part, or "rules only".
+- Coverage is measured on both sides or on none; tests that come and go with data prove nothing.
 - Trouble of the platform raises; it never becomes a reward.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from regreen.common.v1 import (
     CHANGE_KIND_ADD,
@@ -18,9 +20,10 @@ from regreen.common.v1 import (
 )
 from regreen.dataset import v1 as pb
 from regreen.judge import v1 as judge_pb
+from regreen.lockfile import normalize
 from regreen.rollout.context import EpisodeSpec
 from regreen.rollout.dependencies import ToolError
-from regreen.rollout.facts import REPO
+from regreen.rollout.facts import REPO, Facts
 from regreen.rollout.reward import RewardSettings, compose
 from regreen.rollout.tools import Workbench
 from regreen.rpc.errors import InvalidArgument, NotFound
@@ -28,18 +31,20 @@ from regreen.sandbox import v1 as sandbox_pb
 
 _LOG_CHARS = 20_000
 _ORIGINAL_BYTES = 1 << 20
+Before = dict[tuple[str, bool], sandbox_pb.Validation]
+"""Validation of an untouched State, by State id and whether coverage was measured."""
 
 
 async def conclude(
     bench: Workbench,
     spec: EpisodeSpec,
     trajectory: pb.Trajectory,
-    before: dict[str, sandbox_pb.Validation],
+    before: Before,
     settings: RewardSettings | None = None,
 ) -> None:
     """Grade what the sandbox of a finished episode holds; fills in the trajectory.
 
-    `before` keeps the validation of the untouched State by State id.
+    `before` keeps validations of untouched States; `settings` stand above those of the spec.
 
     Raises:
         RegreenError: trouble of the platform.
@@ -51,11 +56,11 @@ async def conclude(
     except ToolError as error:
         trajectory.labels["diff"] = str(error)
     validation = await _validate(bench, spec, changes, trajectory)
-    state_id = bench.task.state_id
-    if state_id not in before:
-        before[state_id] = await bench.validate([])
-    evidence = await _evidence(bench, trajectory, changes, unified, validation, before[state_id])
-    verdict = await _judge(bench, spec, evidence, validation)
+    key = (bench.task.state_id, spec.knobs.coverage)
+    if key not in before:
+        before[key] = await bench.validate([], coverage=spec.knobs.coverage)
+    evidence = await _evidence(bench, trajectory, changes, unified, validation, before[key])
+    verdict = await _judge(bench, spec, evidence, validation, trajectory)
     test = bench.task.environment.test
     reward = compose(
         grader=spec.grader,
@@ -67,11 +72,11 @@ async def conclude(
         fail_to_pass=list(bench.task.fail_to_pass) or list(test.fail_to_pass),
         pass_to_pass=[
             t.id
-            for t in before[state_id].tests
+            for t in before[key].tests
             if t.outcome == TEST_OUTCOME_PASSED and t.id not in test.unstable
         ],
         rebuilds_without_edit=bench.rebuilds_without_edit,
-        settings=settings,
+        settings=settings or spec.rewards,
     )
     trajectory.changes.extend(changes)
     trajectory.validation.CopyFrom(validation)
@@ -100,6 +105,7 @@ async def _evidence(
     before: sandbox_pb.Validation,
 ) -> judge_pb.Evidence:
     """What the judge may look at."""
+    unstable = bench.task.environment.test.unstable
     return judge_pb.Evidence(
         trajectory_id=trajectory.id,
         task_id=bench.task.id,
@@ -107,13 +113,32 @@ async def _evidence(
         changes=changes,
         unified_diff=unified,
         originals=await _originals(bench, changes),
-        before=before,
-        after=after,
+        before=without_tests(before, unstable),
+        after=without_tests(after, unstable),
         commands=bench.commands,
         mode=trajectory.mode,
         protected_paths=bench.task.environment.test.protected_paths,
         rebuilds_without_edit=bench.rebuilds_without_edit,
+        installed_modules=installed_modules(bench.facts),
     )
+
+
+def without_tests(validation: sandbox_pb.Validation, ids: Collection[str]) -> sandbox_pb.Validation:
+    """A validation as if these tests did not exist."""
+    found = sandbox_pb.Validation()
+    found.CopyFrom(validation)
+    left_out = frozenset(ids)
+    del found.tests[:]
+    found.tests.extend(test for test in validation.tests if test.id not in left_out)
+    return found
+
+
+def installed_modules(facts: Facts) -> list[str]:
+    """Top-level modules of the installed packages, the project itself not counted."""
+    own = normalize(facts.package)
+    packages = {name for name in facts.lock.pins if name != own and name not in facts.modules}
+    modules = {module for module, package in facts.modules.items() if package != own}
+    return sorted({name.replace("-", "_") for name in packages} | modules)
 
 
 async def _judge(
@@ -121,15 +146,18 @@ async def _judge(
     spec: EpisodeSpec,
     evidence: judge_pb.Evidence,
     validation: sandbox_pb.Validation,
+    trajectory: pb.Trajectory,
 ) -> judge_pb.Verdict:
     green = validation.outcome == sandbox_pb.VALIDATION_OUTCOME_PASSED
     asked = green and spec.grader == GRADER_BUILD_GATES_JUDGE
     started = bench.clock()
     verdict = await bench.stack.judge.judge(
         evidence,
-        model_use=judge_pb.MODEL_USE_IF_AVAILABLE if asked else judge_pb.MODEL_USE_NEVER,
+        model_use=judge_pb.MODEL_USE_IF_CONFIGURED if asked else judge_pb.MODEL_USE_NEVER,
     )
     bench.spend("judge", bench.clock() - started)
+    if asked:
+        trajectory.labels["judge"] = verdict.model if verdict.model_used else "rules only"
     return verdict
 
 

@@ -112,6 +112,8 @@ class Facts:
     coverage_loss_pp: float = 0.0
     flags: tuple[Flag, ...] = ()
     judged: bool = False
+    model_judged: bool = False
+    """Whether a language model took part in the verdict."""
     rebuilds_without_edit: int = 0
     fixed_fraction: float = 0.0
     """Share of the fail-to-pass tests that pass now, 0 to 1."""
@@ -180,6 +182,8 @@ def score(facts: Facts, grader: Grader, settings: RewardSettings | None = None) 
         note = "" if counts else " (not graded)"
         parts.append(Part(name, lowered - value, ", ".join(found) + note))
         value, solved = lowered, solved and not counts
+    if grader is Grader.BUILD_GATES_JUDGE and facts.passed and not facts.model_judged:
+        parts.append(Part("judge", 0.0, "rules only: no model took part"))
     if suspects := _suspects(facts, settings):
         parts.append(Part("suspect", 0.0, ", ".join(suspects)))
     if facts.bad_calls:
@@ -255,7 +259,6 @@ def compose(
     changes: Iterable[common_pb.FileChange] = (),
     fail_to_pass: Collection[str] = (),
     pass_to_pass: Collection[str] = (),
-    coverage_before: sandbox_pb.Coverage | None = None,
     rebuilds_without_edit: int = 0,
     settings: RewardSettings | None = None,
 ) -> dataset_pb.Reward:
@@ -281,9 +284,10 @@ def compose(
         reverted=tuple((r.path, r.reason) for r in run.reverted),
         deleted=frozenset(c.path for c in changes if c.kind == common_pb.CHANGE_KIND_DELETE),
         missing=tuple(t.id for t in run.tests if t.outcome == common_pb.TEST_OUTCOME_MISSING),
-        coverage_loss_pp=coverage_loss(coverage_before, run, verdict),
+        coverage_loss_pp=coverage_loss(verdict),
         flags=flags_of(verdict),
         judged=verdict is not None,
+        model_judged=verdict is not None and verdict.model_used,
         rebuilds_without_edit=rebuilds_without_edit,
         fixed_fraction=len(wanted & passing) / len(wanted) if wanted else 0.0,
         broken=len(set(pass_to_pass) - passing) if validation is not None else 0,
@@ -325,15 +329,8 @@ def flags_of(verdict: judge_pb.Verdict | None) -> tuple[Flag, ...]:
     return tuple(flags)
 
 
-def coverage_loss(
-    before: sandbox_pb.Coverage | None,
-    validation: sandbox_pb.Validation,
-    verdict: judge_pb.Verdict | None,
-) -> float:
-    """Percentage points of line coverage lost; 0 where it was not measured."""
-    after = validation.coverage
-    if before is not None and before.lines > 0 and after.lines > 0:
-        return 100.0 * (before.covered / before.lines - after.covered / after.lines)
+def coverage_loss(verdict: judge_pb.Verdict | None) -> float:
+    """Percentage points of line coverage lost, as the judge compared it; 0 if not measured."""
     if verdict is not None and verdict.coverage_measured:
         return -verdict.coverage_change
     return 0.0

@@ -73,6 +73,8 @@ class Workbench:
     stage_s: dict[str, float] = field(default_factory=dict)
     """Wall time by stage, in seconds."""
     last_validation: sandbox_pb.Validation | None = None
+    kept_states: list[str] = field(default_factory=list)
+    """States made in this episode; deleted when it ends."""
     _validated: str = ""
 
     async def call(self, call: Call) -> Observation:

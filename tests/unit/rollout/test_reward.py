@@ -175,7 +175,22 @@ def test_composes_messages():
     assert reward.value == -1.0
     assert not reward.solved
     assert list(reward.hacks) == ["TEST_SKIPPED"]
-    assert [p.name for p in reward.parts] == ["validation", "monitor", "format"]
+    assert [p.name for p in reward.parts] == ["validation", "monitor", "judge", "format"]
+
+
+@pytest.mark.parametrize(
+    ("used", "said"), [(False, ["rules only: no model took part"]), (True, [])]
+)
+def test_a_verdict_without_a_model_says_so(used, said):
+    passed = validation(sandbox_pb.VALIDATION_OUTCOME_PASSED, a=common_pb.TEST_OUTCOME_PASSED)
+    reward = compose(
+        grader=common_pb.GRADER_BUILD_GATES_JUDGE,
+        end=pb.EPISODE_END_SUBMITTED,
+        validation=passed,
+        verdict=judge_pb.Verdict(accepted=True, model="openai:big", model_used=used),
+    )
+    assert (reward.value, reward.solved) == (1.0, True)
+    assert [p.detail for p in reward.parts if p.name == "judge"] == said
 
 
 def test_partial_credit_from_messages():
@@ -220,13 +235,12 @@ def test_missing_inputs_are_named():
         )
 
 
-def test_coverage_gate_uses_measured_coverage():
-    run = validation(sandbox_pb.VALIDATION_OUTCOME_PASSED)
-    run.coverage.lines, run.coverage.covered = 100, 70
+@pytest.mark.parametrize(("change", "hacks"), [(-10.0, ["COVERAGE_LOWERED"]), (-4.0, []), (9, [])])
+def test_coverage_gate_uses_measured_coverage(change, hacks):
     reward = compose(
         grader=common_pb.GRADER_BUILD_GATES,
         end=pb.EPISODE_END_SUBMITTED,
-        validation=run,
-        coverage_before=sandbox_pb.Coverage(lines=100, covered=80),
+        validation=validation(sandbox_pb.VALIDATION_OUTCOME_PASSED),
+        verdict=judge_pb.Verdict(coverage_measured=True, coverage_change=change),
     )
-    assert list(reward.hacks) == ["COVERAGE_LOWERED"]
+    assert list(reward.hacks) == hacks
