@@ -96,8 +96,8 @@ EXPERT = {
     "budget.context_tokens": "2560",
     "knobs.confirm": "false",
 }
-"""Experts may take longer than the policy, so that repairs of several packages are kept; the gate has
-confirmed what they do already."""
+"""Experts may take longer than the policy, so that repairs of several packages are kept; the gate
+has confirmed what they do already."""
 EVAL_TEMPERATURE = "0.6"
 """Sampling temperature of evaluations; training samples at 1."""
 

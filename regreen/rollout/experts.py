@@ -46,11 +46,11 @@ class Style:
     """
 
     step: bool = False
-    """Go down release series by series instead of listing what is on offer."""
+    """Go down release by release (series by series without `keyword`) until the build is green."""
     help_first: bool = False
     """Search past fixes first."""
     keyword: bool = False
-    """Say `previous` where it means the same version."""
+    """Say `previous` where that is what is meant."""
     look_first: bool = False
     """Look at the failing file first."""
     slip: Literal["", "name", "version", "again"] = ""
@@ -58,10 +58,11 @@ class Style:
 
 
 STYLES: tuple[Style, ...] = (
-    Style(step=True),
+    Style(step=True, keyword=True),
+    Style(step=True, keyword=True, slip="name"),
     Style(slip="version"),
+    Style(step=True),
     Style(step=True, slip="again"),
-    Style(step=True, slip="name"),
     Style(),
     Style(keyword=True),
     Style(look_first=True),
@@ -156,7 +157,8 @@ class Expert:
     def _wording(self, view: View, name: str, target: str) -> str | None:
         """How to name the version; None to list first, empty when there is nothing to go to."""
         if self.style.step:
-            return _below(self.now.get(name, ""), view.facts.offered.get(name, ()))
+            older = _below(self.now.get(name, ""), view.facts.offered.get(name, ()))
+            return "previous" if older and self.style.keyword else older
         if self._is_previous(view, name, target):
             return "previous"
         told = any(_names(seen.text, name, target) for _, seen in view.history)

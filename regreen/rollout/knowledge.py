@@ -111,9 +111,21 @@ class Knowledge:
         mode: Mode.ValueType = MODE_ANY_FIX,
         limit: int = 3,
     ) -> list[Hit]:
-        """Ranked candidate fixes for an error (the full pipeline's retrieval)."""
-        question = f"{error.text} {' '.join(facts.suspects(error)[:3])}"
-        return self.search(question, facts, exclude_package=exclude_package, mode=mode, limit=limit)
+        """Ranked candidate fixes for an error (the full pipeline's retrieval).
+
+        Only fixes of the same error, or that moved a package which the error points at: a fix that
+        merely shares words with the error would mislead.
+        """
+        named = facts.suspects(error)[:3]
+        near = [
+            fix
+            for fix in self.fixes
+            if fix.signature == error.signature or any(move.name in named for move in fix.moves)
+        ]
+        question = f"{error.text} {' '.join(named)}"
+        return Knowledge(near).search(
+            question, facts, exclude_package=exclude_package, mode=mode, limit=limit
+        )
 
     def record(self, task_id: str, *, success: bool) -> None:
         """Count another use of the fix that was learnt from `task_id`."""

@@ -91,6 +91,13 @@ def test_the_own_package_is_left_out():
     assert all(hit.fix.package != "flask-a" for hit in hits)
 
 
+def test_a_fix_that_only_shares_words_is_no_candidate():
+    facts = _facts("E   ImportError: cannot import name 'Tag' from 'bs4' (/e/bs4.py)")
+    knowledge = build(TASKS)
+    assert knowledge.search("cannot import name", facts, exclude_package="mine")
+    assert knowledge.candidates(facts.error, facts, exclude_package="mine") == []
+
+
 def test_advice_names_only_versions_on_offer():
     facts = _facts(offered=("0.9", "2.0.1", "2.1.5"))
     hits = build(TASKS).candidates(facts.error, facts, exclude_package="mine")
