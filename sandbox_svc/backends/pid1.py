@@ -13,6 +13,7 @@ import select
 import signal
 import socket
 import stat
+import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +21,8 @@ from sandbox_svc.backends import linux, wire
 
 CHANNEL_FD = 3
 _KILL_ROUNDS = 25
+"""Of new processes; who forks faster than that is ended with everything else."""
+_KILL_S, _KILL_PAUSE_S = 1.0, 0.002
 
 
 @dataclass(slots=True)
@@ -140,15 +143,20 @@ class Pid1:
         if job is None:
             return {"killed": 0}
         others = {other.pid for other in self._jobs.values()} - {job.pid}
-        killed = 0
-        for _ in range(_KILL_ROUNDS):
+        seen: set[int] = set()
+        rounds, until_s = 0, time.monotonic() + _KILL_S
+        while rounds < _KILL_ROUNDS and time.monotonic() < until_s:
             doomed = _doomed(job, others)
             if not doomed:
-                return {"killed": killed}
+                return {"killed": len(seen)}
+            if seen.issuperset(doomed):
+                time.sleep(_KILL_PAUSE_S)  # they have the signal and wait for a processor
+                continue
             for pid in doomed:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            killed += len(doomed)
+            seen.update(doomed)
+            rounds += 1
         return _kill_all()
 
 
