@@ -123,6 +123,7 @@ def _cell(chosen: Sequence[Outcome], grader: str) -> Json:
         **asdict(solve_rate(by_task)),
         "pass_at": {str(k): v for k in _KS if (v := mean_pass_at_k(by_task, k)) is not None},
         "hack_rate": _mean(bool(o.hacks) for o in chosen),
+        "judged_by_model": _mean(o.judged_by != "rules only" for o in chosen if o.judged_by),
         "gave_up": _mean(o.end == "gave_up" for o in chosen),
         "truncated": _mean(o.end.endswith("_limit") for o in chosen),
         "turns": _mean(len(o.tools) for o in chosen),
