@@ -150,17 +150,6 @@ def sign_flip_p(gaps: NDArray[np.float64], *, draws: int = 10_000, seed: int = 0
     return float((1 + np.count_nonzero(np.abs(signs @ gaps) >= observed)) / (draws + 1))
 
 
-def mean_interval(
-    values: Sequence[float], *, confidence: float = 0.95, draws: int = 10_000, seed: int = 0
-) -> tuple[float, float, float]:
-    """Mean of independent values with a percentile bootstrap interval; NaN for no value."""
-    array = np.asarray(values, dtype=np.float64)
-    if array.size == 0:
-        return math.nan, math.nan, math.nan
-    low, high = _bootstrap(array, confidence, draws, seed)
-    return float(array.mean()), low, high
-
-
 def _task_rates(outcomes: Outcomes) -> tuple[NDArray[np.float64], int]:
     tasks = sorted(task for task, values in outcomes.items() if len(values))
     rates = np.array([np.mean([bool(v) for v in outcomes[t]]) for t in tasks], dtype=np.float64)

@@ -1,19 +1,16 @@
-"""Past fixes: which error was repaired by what, ranked by relevance and past success.
+"""Past fixes: which error was repaired by what, ranked by relevance.
 
 - Built from verified reference fixes of admitted training tasks alone; `build` refuses others.
 - A search never returns a fix of the asking task's own package (leave one package out).
 - Advice names only versions that the asking environment offers.
-- The artefact is JSON lines, one fix per line; equal fixes give equal bytes.
+- The same tasks give the same answers, in whatever order they come.
 """
 
-import json
 import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
 
 from packaging.version import InvalidVersion, Version
 
@@ -51,13 +48,6 @@ class PastFix:
     moves: tuple[Move, ...] = ()
     edited: tuple[str, ...] = ()
     """Source files that the fix changed."""
-    successes: int = 1
-    attempts: int = 1
-
-    @property
-    def success(self) -> float:
-        """Expected success of trying it again (Laplace)."""
-        return (self.successes + 1) / (self.attempts + 2)
 
     @property
     def words(self) -> list[str]:
@@ -127,47 +117,6 @@ class Knowledge:
             question, facts, exclude_package=exclude_package, mode=mode, limit=limit
         )
 
-    def record(self, task_id: str, *, success: bool) -> None:
-        """Count another use of the fix that was learnt from `task_id`."""
-        self.fixes = [
-            replace(fix, successes=fix.successes + success, attempts=fix.attempts + 1)
-            if fix.task_id == task_id
-            else fix
-            for fix in self.fixes
-        ]
-
-    def dumps(self) -> str:
-        """JSON lines, sorted by task and mode."""
-        ordered = sorted(self.fixes, key=lambda fix: (fix.task_id, fix.mode, fix.signature))
-        return "".join(json.dumps(asdict(fix), sort_keys=True) + "\n" for fix in ordered)
-
-    @classmethod
-    def loads(cls, text: str) -> "Knowledge":
-        """The inverse of `dumps`.
-
-        Raises:
-            InvalidArgument: a line is malformed; names it.
-        """
-        fixes = []
-        for number, line in enumerate(text.splitlines(), 1):
-            if not line.strip():
-                continue
-            try:
-                data: dict[str, Any] = json.loads(line)
-                data["moves"] = tuple(Move(**move) for move in data["moves"])
-                data["edited"] = tuple(data["edited"])
-                fixes.append(PastFix(**data))
-            except (ValueError, TypeError, KeyError) as error:
-                raise InvalidArgument(
-                    f"knowledge line {number}", f"is no past fix: {error}"
-                ) from error
-        return cls(fixes)
-
-    @classmethod
-    def load(cls, path: Path) -> "Knowledge":
-        """Read an artefact; an absent file is an empty knowledge base."""
-        return cls.loads(path.read_text("utf-8")) if path.exists() else cls()
-
 
 def build(tasks: Iterable[pb.Task]) -> Knowledge:
     """The knowledge base of training tasks.
@@ -235,7 +184,7 @@ def _past_fix(task: pb.Task, fix: pb.ReferenceFix, error: PrimaryError) -> PastF
 
 
 def _rank(pool: Sequence[PastFix], query: Sequence[str]) -> list[tuple[PastFix, float]]:
-    """BM25 times past success, best first; fixes without a common word are left out."""
+    """BM25, best first; fixes without a common word are left out."""
     documents = [Counter(fix.words) for fix in pool]
     if not documents:
         return []
@@ -251,7 +200,7 @@ def _rank(pool: Sequence[PastFix], query: Sequence[str]) -> list[tuple[PastFix, 
             rarity = math.log(1 + (len(pool) - frequency[word] + 0.5) / (frequency[word] + 0.5))
             score += rarity * count * (_K1 + 1) / (count + _K1 * (1 - _B + _B * length / mean))
         if score > 0:
-            ranked.append((fix, score * fix.success))
+            ranked.append((fix, score))
     return sorted(ranked, key=lambda item: (-item[1], item[0].task_id))
 
 
@@ -273,7 +222,7 @@ def _advice(fix: PastFix, facts: Facts) -> str:
             break
     if not steps:
         return ""
-    return f"{error} was fixed by moving {', '.join(steps)} ({fix.successes}/{fix.attempts})"
+    return f"{error} was fixed by moving {', '.join(steps)}"
 
 
 def _nearest(wanted: str, offered: Sequence[str]) -> str:

@@ -87,10 +87,6 @@ class ToolSet:
         template = self.result_formats[self.result_format]
         return template.replace("{tool}", name).replace("{text}", text, 1)
 
-    def without(self, *keys: str) -> "ToolSet":
-        """A set that lacks some tools."""
-        return replace(self, tools=tuple(tool for tool in self.tools if tool.key not in keys))
-
     def varied(self, seed: int) -> "ToolSet":
         """Another naming, order and result format; the same tools by key.
 
