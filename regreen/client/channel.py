@@ -1,6 +1,6 @@
 """Channels and calls: deadlines, retries and typed errors for every client.
 
-- Every call has a deadline.
+- Every call has a deadline, and says which trajectory and trace it belongs to where one is known.
 - UNAVAILABLE is retried with backoff within the client's patience, because every mutation carries
   a `request_id` and so may be sent twice; nothing else is retried.
 - A stream is read inside `stream(...)`, which always cancels: a dropped one would never be
@@ -10,6 +10,8 @@
 import asyncio
 import contextlib
 import random
+import re
+import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -21,10 +23,11 @@ import grpc
 import structlog
 
 from regreen.rpc.errors import RegreenError, ResourceExhausted, Unavailable
-from regreen.rpc.logging import TRAJECTORY_HEADER
+from regreen.rpc.logging import TRACE_HEADER, TRAJECTORY_HEADER
 from regreen.rpc.wire import from_rpc_error
 
 T = TypeVar("T")
+_TRACE_ID = re.compile(r"(?!0{32})[0-9a-f]{32}")
 READ_S = 15.0
 """Deadline of reads."""
 WRITE_S = 60.0
@@ -81,7 +84,7 @@ class Caller:
         delay_s = 0.1
         while True:
             try:
-                return await method(request, timeout=timeout_s, metadata=_metadata())
+                return await method(request, timeout=timeout_s, metadata=call_metadata())
             except grpc.aio.AioRpcError as raw:
                 error = from_rpc_error(raw)
                 if not _retryable(error) or time.monotonic() + delay_s > give_up_s:
@@ -108,6 +111,17 @@ def _retryable(error: RegreenError) -> bool:
     return isinstance(error, Unavailable)
 
 
-def _metadata() -> tuple[tuple[str, str], ...]:
-    trajectory_id = structlog.contextvars.get_contextvars().get("trajectory_id", "")
-    return ((TRAJECTORY_HEADER, trajectory_id),) if trajectory_id else ()
+def call_metadata() -> tuple[tuple[str, str], ...]:
+    """What every call says of its context: the trajectory that it is for, and the trace.
+
+    A trace that a caller began goes on; else a trajectory is a trace of its own.
+    """
+    bound = structlog.contextvars.get_contextvars()
+    trajectory_id = str(bound.get("trajectory_id", ""))
+    trace_id = str(bound.get("trace_id", "")) or trajectory_id.removeprefix("trj_")
+    found = []
+    if trajectory_id:
+        found.append((TRAJECTORY_HEADER, trajectory_id))
+    if _TRACE_ID.fullmatch(trace_id):
+        found.append((TRACE_HEADER, f"00-{trace_id}-{secrets.token_hex(8)}-01"))
+    return tuple(found)

@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 from google.protobuf.struct_pb2 import Struct
 
-from regreen.client.channel import READ_S, WRITE_S, Caller, new_request_id, stream
+from regreen.client.channel import READ_S, WRITE_S, Caller, call_metadata, new_request_id, stream
 from regreen.client.sandbox import duration
 from regreen.dataset import v1 as pb
 
@@ -151,7 +151,7 @@ class TrajectoryClient(Caller):
     ) -> AsyncIterator[pb.Trajectory]:
         """Whole trajectories, oldest first."""
         request = pb.ExportTrajectoriesRequest(filter=filter)
-        call = self._stub.ExportTrajectories(request, timeout=_EXPORT_S)
+        call = self._stub.ExportTrajectories(request, timeout=_EXPORT_S, metadata=call_metadata())
         async with stream(call) as events:
             async for event in events:
                 yield event.trajectory

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 
 import grpc
 
-from regreen.client.channel import READ_S, WRITE_S, Caller, new_request_id, stream
+from regreen.client.channel import READ_S, WRITE_S, Caller, call_metadata, new_request_id, stream
 from regreen.common.v1 import Digest
 from regreen.learner import v1 as pb
 
@@ -74,7 +74,9 @@ class LearnerClient(Caller):
     ) -> AsyncIterator[pb.WatchRunResponse]:
         """Events of a run until it ends."""
         request = pb.WatchRunRequest(run_id=run_id, from_step=from_step)
-        async with stream(self._stub.WatchRun(request, timeout=timeout_s)) as events:
+        async with stream(
+            self._stub.WatchRun(request, timeout=timeout_s, metadata=call_metadata())
+        ) as events:
             async for event in events:
                 yield event
 

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 import grpc
 from google.protobuf.duration_pb2 import Duration
 
-from regreen.client.channel import READ_S, WRITE_S, Caller, new_request_id, stream
+from regreen.client.channel import READ_S, WRITE_S, Caller, call_metadata, new_request_id, stream
 from regreen.common.v1 import FileChange
 from regreen.sandbox import v1 as pb
 
@@ -45,7 +45,9 @@ class StateClient(Caller):
         request = pb.PrepareStateRequest(
             request_id=request_id or new_request_id(), spec=spec, rebuild=rebuild
         )
-        async with stream(self._stub.PrepareState(request, timeout=timeout_s)) as events:
+        async with stream(
+            self._stub.PrepareState(request, timeout=timeout_s, metadata=call_metadata())
+        ) as events:
             async for event in events:
                 yield event
 
@@ -80,7 +82,9 @@ class StateClient(Caller):
 
     async def export_state(self, id: str) -> AsyncIterator[bytes]:
         """The archive of a state, in pieces."""
-        call = self._stub.ExportState(pb.ExportStateRequest(id=id), timeout=_PREPARE_S)
+        call = self._stub.ExportState(
+            pb.ExportStateRequest(id=id), timeout=_PREPARE_S, metadata=call_metadata()
+        )
         async with stream(call) as events:
             async for event in events:
                 yield event.chunk
@@ -93,7 +97,9 @@ class StateClient(Caller):
             for number, chunk in enumerate(chunks):
                 yield pb.ImportStateRequest(chunk=chunk, request_id="" if number else first)
 
-        async with stream(self._stub.ImportState(requests(), timeout=_PREPARE_S)) as call:
+        async with stream(
+            self._stub.ImportState(requests(), timeout=_PREPARE_S, metadata=call_metadata())
+        ) as call:
             response = await call  # type: ignore[misc]
         state: pb.State = response.state
         return state
@@ -209,7 +215,9 @@ class SandboxClient(Caller):
         request = pb.ExecRequest(
             request_id=new_request_id(), sandbox_id=sandbox_id, command=command
         )
-        async with stream(self._stub.Exec(request, timeout=timeout_s + _SLACK_S)) as events:
+        async with stream(
+            self._stub.Exec(request, timeout=timeout_s + _SLACK_S, metadata=call_metadata())
+        ) as events:
             async for event in events:
                 yield event
 

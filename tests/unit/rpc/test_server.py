@@ -9,10 +9,12 @@ from pathlib import Path
 import grpc
 import httpx
 import pytest
+import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from regreen.client.channel import Caller, connect, stream
+from regreen.client.sandbox import StateClient
 from regreen.rpc.errors import (
     DeadlineExceeded,
     FailedPrecondition,
@@ -47,9 +49,11 @@ class States(pb.StateServiceServicer):
 
     def __init__(self) -> None:
         self.calls = 0
+        self.metadata: list[dict] = []
         self.cancelled, self.started = asyncio.Event(), asyncio.Event()
 
     async def GetState(self, request, context):
+        self.metadata.append(dict(context.invocation_metadata()))
         self.calls += 1
         if request.id == "wrong":
             raise InvalidArgument("id", "is wrong", "give a right one")
@@ -71,6 +75,7 @@ class States(pb.StateServiceServicer):
         return pb.DeleteStateResponse()
 
     async def ExportState(self, request, context) -> AsyncIterator[pb.ExportStateResponse]:
+        self.metadata.append(dict(context.invocation_metadata()))
         self.started.set()
         try:
             for number in range(20 if request.id == "short" else 1000):
@@ -306,3 +311,19 @@ async def test_a_drain_lets_running_calls_end_and_takes_no_new_ones():
 
 async def _entered(server: Server) -> int:
     return (await server.__aenter__()).port
+
+
+async def test_calls_and_streams_say_their_trajectory_and_trace(served):
+    servicer, server, _, _ = served
+    trajectory_id, trace_id = "trj_" + "ab" * 16, "cd" * 16
+    async with connect(server.address) as channel:
+        client = StateClient(channel)
+        with structlog.contextvars.bound_contextvars(trajectory_id=trajectory_id):
+            await client.get_state("a")
+            with structlog.contextvars.bound_contextvars(trace_id=trace_id):
+                assert [chunk async for chunk in client.export_state("short")]
+    assert [seen["x-regreen-trajectory-id"] for seen in servicer.metadata] == [trajectory_id] * 2
+    assert [seen["traceparent"][:36] for seen in servicer.metadata] == [
+        f"00-{'ab' * 16}-",
+        f"00-{trace_id}-",
+    ]
