@@ -3,6 +3,8 @@
 - Denied calls answer EPERM, except `clone3` and `io_uring_setup` (ENOSYS), which make callers
   fall back to calls that the filter can inspect.
 - Flags are masked, not compared: no combination of other bits gets a new namespace through.
+- Limits and scheduling of another process cannot be set, so that the first process of a sandbox
+  outlives what runs in it.
 - Calls of a foreign architecture (32-bit, x32) answer ENOSYS.
 """
 
@@ -88,6 +90,11 @@ _FILTERED = {
     "socketpair": (53, 199),
     "ioctl": (16, 29),
     "personality": (135, 92),
+    "prlimit64": (302, 261),
+    "sched_setparam": (142, 118),
+    "sched_setscheduler": (144, 119),
+    "sched_setattr": (314, 274),
+    "setpriority": (141, 140),
 }
 _AUDIT = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
@@ -128,6 +135,18 @@ def _allow_values(index: int, values: tuple[int, ...]) -> bytes:
     return body + _ret(errno.EPERM)
 
 
+def _only_reading(index: int) -> bytes:
+    """Allow a call whose 64-bit argument is no pointer."""
+    body = _argument(index) + _op(_JEQ, 0, 1, 0) + _ret(errno.EPERM)
+    body += _op(_LOAD, 16 + 8 * index + 4) + _op(_JEQ, 0, 1, 0) + _ret(errno.EPERM)
+    return body + _ret(None)
+
+
+def _on_self(index: int, other: bytes) -> bytes:
+    """Allow a call whose argument 0 means the caller itself; run `other` for another process."""
+    return _argument(index) + _op(_JEQ, 0, 0, 1) + _ret(None) + other
+
+
 def deny_list() -> bytes:
     """The filter program for this machine's architecture."""
     column = 0 if linux.ARCH == "x86_64" else 1
@@ -148,6 +167,14 @@ def deny_list() -> bytes:
         "socketpair": _deny_values(0, _FAMILIES),
         "ioctl": _deny_values(1, _IOCTLS),
         "personality": _allow_values(0, (0, 0xFFFFFFFF)),
+        "prlimit64": _on_self(0, _only_reading(2)),
+        "sched_setparam": _allow_values(0, (0,)),
+        "sched_setscheduler": _allow_values(0, (0,)),
+        "sched_setattr": _allow_values(0, (0,)),
+        "setpriority": _argument(0)
+        + _op(_JEQ, 2, 0, 1)
+        + _ret(errno.EPERM)
+        + _allow_values(1, (0,)),
     }
     for name, body in bodies.items():
         program += _on_number(_FILTERED[name][column], body)
