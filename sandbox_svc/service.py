@@ -1,13 +1,15 @@
 """The parts of one sandbox service, built from its settings and taken down in order.
 
 - Start: runtime (sweeps what a crash left), states, manager, builder, validator; stop: reversed.
-- Validations wait here for a place; agents' sandboxes never wait, they are refused.
+- Validations wait for a place, which they hold as long as they run, whoever still waits for them;
+  agents' sandboxes never wait, they are refused.
 - This module knows no gRPC; the servicers translate and call it.
 """
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -73,7 +75,7 @@ class SandboxHost:
         python = PythonBuilder(DistStore(self._dists), self._tools, blobs)
         for builder in (python, SystemBuilder()):
             self._builders.setdefault(builder.name, builder)
-        self._validator = Validator(self.states, self.runtime)
+        self._validator = Validator(self.states, self.runtime, place=self._place)
         metrics.ACTIVE.set_function(lambda: len(self.manager.list()))
         metrics.STATES.set_function(lambda: len(self.states.list()))
         return self
@@ -84,6 +86,16 @@ class SandboxHost:
         await self.manager.close()
         await self.states.close()
         await self.runtime.close()
+
+    @contextlib.asynccontextmanager
+    async def _place(self) -> AsyncIterator[None]:
+        """One of the places of validations."""
+        with metrics.QUEUE_DEPTH.track_inprogress():
+            await self._places.acquire()
+        try:
+            yield
+        finally:
+            self._places.release()
 
     def _offered(self) -> dict[str, Path]:
         """Directories of this host that states may mount."""
@@ -128,14 +140,9 @@ class SandboxHost:
             raise RuntimeError("the host was not started")
         state = self.states.runnable(state_id)
         began = time.monotonic()
-        with metrics.QUEUE_DEPTH.track_inprogress():
-            await self._places.acquire()
-        try:
-            verdict = await self._validator.validate(
-                state.id, changes, options, skip_cache_lookup=skip_cache_lookup
-            )
-        finally:
-            self._places.release()
+        verdict = await self._validator.validate(
+            state.id, changes, options, skip_cache_lookup=skip_cache_lookup
+        )
         if verdict.cached:
             metrics.VALIDATION_CACHE_HITS.inc()
         metrics.VALIDATE_SECONDS.labels(verdict.outcome.value).observe(time.monotonic() - began)

@@ -15,8 +15,11 @@ from typing import Any, Protocol
 from regreen.rpc.errors import InvalidArgument
 from sandbox_svc.backends.base import Limits, Mount, Runtime
 
-FORMAT = 1
+FORMAT = 2
 """Part of every spec digest: raise it when a builder's output changes for the same spec."""
+
+RUNNER = 2
+"""Version of the test runner that a State holds; only its own validator can read it."""
 
 REPO = "/work/repo"
 ENV = "/work/env"
@@ -195,6 +198,8 @@ class Baseline:
     """Head and tail of the failing run, as an agent may read it."""
     error_lines: tuple[str, ...]
     seconds: float
+    replaced: tuple[str, ...] = ()
+    """Functions of the test runner that the untouched repository or its plugins replace."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,6 @@
 import configparser
 import hashlib
 import json
-import sys
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -94,10 +93,12 @@ def protection(
     roots: Iterable[str],
     settings: Mapping[str, str],
     modules: Iterable[str] = (),
+    foreign: Iterable[str] = (),
 ) -> str:
     """Why a change is left out, or empty if it is applied.
 
-    `modules` are the top-level modules that the State's repository has of its own.
+    `modules` are the top-level modules that the State's repository has of its own, `foreign` those
+    of its interpreters and installed packages.
     """
     parts = change.path.split("/")
     name = parts[-1]
@@ -118,15 +119,15 @@ def protection(
     if name in _SETTINGS and len(parts) == 1:
         kept = pytest_settings(name, change.content or b"")
         return "" if kept == settings.get(name, "") else "validation-configuration"
-    return "shadows" if _shadows(parts, frozenset(modules)) else ""
+    return "shadows" if _shadows(parts, frozenset(modules), frozenset(foreign)) else ""
 
 
 def _is_test_file(name: str) -> bool:
     return name.endswith(".py") and (name.startswith("test_") or name.endswith("_test.py"))
 
 
-def _shadows(parts: list[str], own: frozenset[str]) -> bool:
-    """Whether a new module would be imported instead of the library's or the test runner's."""
+def _shadows(parts: list[str], own: frozenset[str], foreign: frozenset[str]) -> bool:
+    """Whether a new module would be imported instead of an installed one."""
     below = parts[1:] if parts[0] in ("src", "lib") else parts
     if not below:
         return False
@@ -134,7 +135,7 @@ def _shadows(parts: list[str], own: frozenset[str]) -> bool:
     if len(below) == 1 and not below[0].endswith((".py", ".so")):
         return False
     module = module.partition(".")[0]
-    return module not in own and (module in _RUNNER or module in sys.stdlib_module_names)
+    return module not in own and (module in _RUNNER or module in foreign)
 
 
 def pytest_settings(name: str, content: bytes) -> str:
@@ -157,16 +158,17 @@ def split_changes(
     roots: Iterable[str],
     settings: Mapping[str, str],
     modules: Iterable[str] = (),
+    foreign: Iterable[str] = (),
 ) -> tuple[tuple[FileChange, ...], tuple[Reverted, ...], FileChange | None]:
     """Changes to apply, changes left out, and the change of the lock file."""
-    roots, modules = tuple(roots), frozenset(modules)
+    roots, modules, foreign = tuple(roots), frozenset(modules), frozenset(foreign)
     kept: list[FileChange] = []
     reverted: list[Reverted] = []
     lock: FileChange | None = None
     for change in changes:
         if change.path == LOCK:
             lock = change
-        elif reason := protection(change, roots, settings, modules):
+        elif reason := protection(change, roots, settings, modules, foreign):
             reverted.append(Reverted(change.path, reason))
         else:
             kept.append(change)

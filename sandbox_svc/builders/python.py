@@ -6,6 +6,7 @@
 - The baseline is what the broken State itself says, run by the validator's own test runner.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ from pathlib import Path
 from regreen.blobs import BlobStore, Digest
 from regreen.lockfile import format_lock, lock_of, normalize, parse_lock
 from regreen.pkgindex import find_uv
-from regreen.rpc.errors import InfraError, InvalidArgument, MissingDependency
+from regreen.rpc.errors import DiskFull, InfraError, InvalidArgument, MissingDependency
 from sandbox_svc.backends.base import Box, Command, EndReason, ExecResult, Limits, Mount, Runtime
 from sandbox_svc.builders import testrun
 from sandbox_svc.builders.base import (
@@ -27,6 +28,7 @@ from sandbox_svc.builders.base import (
     HOME,
     LOCK,
     REPO,
+    RUNNER,
     TOOLS,
     WHEELHOUSE,
     DistFile,
@@ -85,6 +87,7 @@ class PythonBuilder:
             await self._install(spec, inputs, box, progress)
             settings = await _read_settings(box)
             modules = await _own_modules(box)
+            foreign = await _foreign_modules(box, inputs, normalize(spec.package))
             progress(Stage("snapshot", 0, 1))
             layer = await box.freeze()
         finally:
@@ -101,6 +104,8 @@ class PythonBuilder:
             "protected": list(protected_roots(spec.test)),
             "settings": settings,
             "modules": modules,
+            "foreign": foreign,
+            "runner": RUNNER,
         }
         progress(Stage("baseline", 0, 1))
         baseline = await testrun.baseline(runtime, (layer,), kept, env, facts, limits)
@@ -193,6 +198,7 @@ class PythonBuilder:
             argv += ["--out-dir", "/work/wheels", f"{DISTS}/{file.filename}"]
             done = await box.run(Command(tuple(argv), env=_build_environment(), cwd="/work"))
             if not done.ok:
+                _refuse_full_disk(done)
                 return None
             listing = await box.run(Command(("ls", "/work/wheels"), cwd="/work"))
             names = [n for n in listing.stdout.text.split() if n.endswith(".whl")]
@@ -308,16 +314,29 @@ async def _must(box: Box, argv: tuple[str, ...], what: str) -> ExecResult:
     """Run a step of the preparation that has to work.
 
     Raises:
+        DiskFull: the host has no space left.
         InfraError: the runtime failed or the step ran out of a limit.
         InvalidArgument: the step itself refused; the spec cannot be followed here.
     """
     done = await box.run(Command(argv, env=_build_environment(), cwd="/work"))
     if done.ok:
         return done
+    _refuse_full_disk(done)
     text = (done.stderr.text + done.stdout.text).strip()[-2000:]
     if done.reason is not EndReason.EXIT:
         raise InfraError(f"cannot {what}: ended by {done.reason}: {text}")
     raise InvalidArgument("spec", f"cannot {what}: {text}", "correct the spec or the pins")
+
+
+def _refuse_full_disk(done: ExecResult) -> None:
+    """Say that the disk is full where a step says so: no fault of the spec.
+
+    Raises:
+        DiskFull: it is.
+    """
+    text = done.stderr.text + done.stdout.text
+    if any(os.strerror(number) in text for number in (errno.ENOSPC, errno.EDQUOT)):
+        raise DiskFull(f"no space to prepare a state: {text.strip()[-500:]}")
 
 
 async def _read_settings(box: Box) -> dict[str, str]:
@@ -337,6 +356,23 @@ async def _own_modules(box: Box) -> list[str]:
     listing = await box.run(Command(("ls", "-1", *folders), cwd="/"))
     names = {line.removesuffix(".py") for line in listing.stdout.text.splitlines()}
     return sorted(name for name in names if name.isidentifier())
+
+
+async def _foreign_modules(box: Box, inputs: Inputs, project: str) -> list[str]:
+    """Names of the top-level modules of the interpreters and of the installed packages.
+
+    Raises:
+        InfraError: the listing cannot be had.
+    """
+    found: set[str] = set()
+    script = f"{TOOLS}/lib/list_modules.py"
+    for interpreter in inputs.interpreters.values():
+        argv = (str(interpreter.executable), "-I", script, ENV, project)
+        done = await box.run(Command(argv, env=_build_environment(), cwd="/work"))
+        if not done.ok:
+            raise InfraError(f"modules cannot be listed: {done.stderr.text[-500:]}")
+        found.update(json.loads(done.stdout.text))
+    return sorted(found)
 
 
 def _lay_out_tools(root: Path) -> Path:

@@ -3,6 +3,7 @@
 - Results are believed only if every frame carries the right HMAC in sequence and the stream ends
   with the runner's own farewell, whose status is the status that the process ended with.
 - What a test prints never counts.
+- A run in which a control passed, or none ran beside the tests, is not believed.
 - Ids come from the runner; the worst outcome wins where one id reports twice.
 """
 
@@ -23,6 +24,14 @@ MAX_FRAME = 4 << 20
 LOG_BYTES = 24 * 1024
 _RANK = ("passed", "xfailed", "xpassed", "skipped", "failed", "error")
 OUTCOMES = frozenset(_RANK)
+
+
+class BoxEnded(InfraError):
+    """The whole sandbox died under the run, and nobody asked for it."""
+
+    def __init__(self, log: str) -> None:
+        super().__init__(f"the sandbox died under the tests: {log[-500:]}")
+        self.log = log
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +61,12 @@ class TestRun:
     complete: bool
     """The runner reported its end and agrees with the process about the status."""
     tampered: str
-    """What was wrong with the result stream; empty if nothing."""
+    """Why the results are not believed whatever they say; empty if they are."""
     status: int
     result: ExecResult
     coverage: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    replaced: frozenset[str] = frozenset()
+    """Functions of the test runner that were replaced during the run."""
 
     def ids(self, *outcomes: str) -> frozenset[str]:
         return frozenset(i for i, test in self.tests.items() if test.outcome in outcomes)
@@ -88,6 +99,7 @@ async def run_tests(box: Box, options: RunOptions) -> TestRun:
     """Run the tests in a box in which nothing of an agent has run.
 
     Raises:
+        BoxEnded: the sandbox died under the run.
         InfraError: the runtime failed.
     """
     key = secrets.token_bytes(32)
@@ -109,7 +121,7 @@ async def run_tests(box: Box, options: RunOptions) -> TestRun:
     )
     result = await box.run(command)
     if result.reason is EndReason.INFRA:
-        raise InfraError(f"the test run could not be carried out: {result.stderr.text[-500:]}")
+        raise BoxEnded(readable_log(result))
     return read_run(result, key)
 
 
@@ -148,6 +160,8 @@ def read_run(result: ExecResult, key: bytes) -> TestRun:
     tests: dict[str, TestResult] = {}
     errors: dict[str, str] = {}
     coverage: dict[str, tuple[int, int]] = {}
+    replaced: set[str] = set()
+    controls: list[str] = []
     collected = deselected = 0
     crash, status, ended = "", -1, False
     for frame in frames:
@@ -162,14 +176,36 @@ def read_run(result: ExecResult, key: bytes) -> TestRun:
             deselected += int(frame.get("n", 0))
         elif kind == "coverage":
             coverage = {str(k): (int(v[0]), int(v[1])) for k, v in frame["files"].items()}
+        elif kind == "replaced":
+            replaced.update(map(str, frame["names"]))
+        elif kind == "control":
+            controls.append(str(frame.get("o")))
         elif kind == "crash":
             crash = str(frame.get("msg", "")) or "unknown"
         elif kind == "exit":
             status, ended = int(frame.get("status", -1)), True
     agreed = ended and result.reason is EndReason.EXIT and result.exit_code == status & 0xFF
+    tampered = tampered or _distrust(controls, bool(tests) and agreed)
     return TestRun(
-        tests, errors, collected, deselected, crash, agreed, tampered, status, result, coverage
+        tests=tests,
+        collect_errors=errors,
+        collected=collected,
+        deselected=deselected,
+        crash=crash,
+        complete=agreed,
+        tampered=tampered,
+        status=status,
+        result=result,
+        coverage=coverage,
+        replaced=frozenset(replaced),
     )
+
+
+def _distrust(controls: Sequence[str], finished: bool) -> str:
+    """What the controls of a run say against it."""
+    if any(outcome in ("passed", "xpassed", "") for outcome in controls):
+        return "a control that must fail was reported as passed"
+    return "no control ran beside the tests" if finished and not controls else ""
 
 
 def _add(tests: dict[str, TestResult], frame: Mapping[str, Any]) -> None:
@@ -221,13 +257,15 @@ async def baseline(
     """What the tests of an untouched State say.
 
     Raises:
-        InfraError: the runtime failed.
+        InfraError: the runtime failed, or the run did not come to its own end, so that what it
+            said is only a part.
     """
     box = await runtime.create(layers, limits=limits, mounts=mounts)
     try:
         run = await run_tests(box, options_of(facts, env))
     finally:
         await box.delete()
+    _require_whole(run)
     failing = run.ids("failed", "error") | frozenset(run.collect_errors)
     return Baseline(
         passing=tuple(sorted(run.ids("passed"))),
@@ -236,7 +274,28 @@ async def baseline(
         log=run.log,
         error_lines=error_lines(run),
         seconds=round(run.result.wall_s, 3),
+        replaced=tuple(sorted(run.replaced)),
     )
+
+
+def _require_whole(run: TestRun) -> None:
+    """Refuse a yardstick that is only a part: it would be kept for good.
+
+    A repository that ends the process by itself is as broken as one whose tests fail.
+
+    Raises:
+        InfraError: the run was stopped from outside or is not believed.
+    """
+    problem = ""
+    if run.result.reason not in (EndReason.EXIT, EndReason.SIGNAL):
+        problem = f"it was ended by {run.result.reason.value}"
+    elif run.tampered:
+        problem = run.tampered
+    if problem:
+        raise InfraError(
+            f"the first run of the tests is of no use: {problem}; prepare the state again, "
+            "with a longer timeout or larger limits if it happens again"
+        )
 
 
 def options_of(facts: Mapping[str, Any], env: Mapping[str, str]) -> RunOptions:

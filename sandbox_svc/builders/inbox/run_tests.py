@@ -4,6 +4,8 @@
 - Standard input carries one JSON object: `key` (hex), `arguments`, `coverage`, `root`.
 - A frame is 4 bytes of length, 32 bytes of HMAC-SHA256(key, sequence number + body), a JSON body.
 - pytest is imported before the repository is on the path, so that no file there can replace it.
+- Controls, tests that must fail, run at places that the key decides; they are reported as such and
+  no plugin lists them. Functions of pytest that were replaced meanwhile are reported too.
 - The pipe is not inherited by other programs and a forked child never writes to it.
 
 Code under test shares this process and could reach the key; see "What remains" in docs/tasks.md.
@@ -11,19 +13,28 @@ Code under test shares this process and could reach the key; see "What remains" 
 
 from __future__ import annotations
 
+import builtins
+import contextlib
 import dis
 import hashlib
 import hmac
+import importlib
 import json
 import os
 import struct
 import sys
 import threading
 import traceback
-from types import CodeType, FrameType
+from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any
 
 BAD = ("failed", "error")
+MOST_CONTROLS = 12
+WATCHED = (
+    *("_pytest.runner", "_pytest.reports", "_pytest.python", "_pytest.outcomes", "_pytest.main"),
+    *("_pytest.nodes", "_pytest.skipping", "_pytest.unittest", "unittest.case", "pytest"),
+)
+WATCHED_ROOTS = ("_pytest", "pluggy", "unittest")
 
 
 class Pipe:
@@ -56,6 +67,21 @@ def first_line(report: Any) -> str:
     return (lines[0] if crash is not None else (errors or lines)[-1])[:300]
 
 
+def folded(so_far: str, report: Any) -> str:
+    """The outcome of a test after one more report of it."""
+    expected = hasattr(report, "wasxfail")
+    outcome = ""
+    if report.when == "call":
+        outcome = report.outcome
+        if expected:
+            outcome = "xfailed" if report.skipped else "xpassed"
+    elif report.failed:
+        outcome = "error"
+    elif report.skipped:
+        outcome = "xfailed" if expected else "skipped"
+    return outcome if outcome and so_far not in BAD else so_far
+
+
 class Reporter:
     """pytest hooks that turn reports into one outcome per test id."""
 
@@ -76,18 +102,7 @@ class Reporter:
     def pytest_runtest_logreport(self, report: Any) -> None:
         state = self.open.setdefault(report.nodeid, {"o": "", "msg": "", "s": 0.0})
         state["s"] += report.duration
-        expected = hasattr(report, "wasxfail")
-        outcome = ""
-        if report.when == "call":
-            outcome = report.outcome
-            if expected:
-                outcome = "xfailed" if report.skipped else "xpassed"
-        elif report.failed:
-            outcome = "error"
-        elif report.skipped:
-            outcome = "xfailed" if expected else "skipped"
-        if outcome and state["o"] not in BAD:
-            state["o"] = outcome
+        state["o"] = folded(state["o"], report)
         if report.failed and not state["msg"]:
             state["msg"] = first_line(report)
         if report.when == "teardown":
@@ -100,6 +115,182 @@ class Reporter:
         for nodeid, state in self.open.items():
             self.send({"t": "test", "id": nodeid, "o": "error", "msg": state["msg"], "s": 0.0})
         self.send({"t": "end", "status": int(exitstatus)})
+
+
+class Watch:
+    """Remembers the functions of the test runner and tells which of them were replaced."""
+
+    def __init__(self, modules: list[ModuleType]) -> None:
+        self.entries: list[tuple[str, Any, str, Any, tuple[Any, ...]]] = []
+        self.sizes: list[tuple[str, Any, frozenset[str], tuple[Any, ...]]] = []
+        for module in modules:
+            space = vars(module)
+            self.sizes.append((module.__name__, module, frozenset(space), (builtins,)))
+            for name, value in list(space.items()):
+                home = getattr(value, "__module__", None) or type(value).__module__
+                if not callable(value) or str(home).split(".")[0] not in WATCHED_ROOTS:
+                    continue
+                self.entries.append((module.__name__, module, name, value, insides(value)))
+                if isinstance(value, type) and home == module.__name__:
+                    self.add_class(value)
+
+    def add_class(self, cls: type) -> None:
+        label = f"{cls.__module__}.{cls.__name__}"
+        self.sizes.append((label, cls, frozenset(vars(cls)), cls.__mro__[1:]))
+        for name, value in list(vars(cls).items()):
+            if is_code(value) and not isinstance(value, type):
+                self.entries.append((label, cls, name, value, insides(value)))
+
+    def replaced(self) -> list[str]:
+        """Names whose value or code is another one now, or that hide what was used before."""
+        found = []
+        for label, owner, name, value, inside in self.entries:
+            now = vars(owner).get(name)
+            if now is not value or not same(insides(now), inside):
+                found.append(f"{label}.{name}")
+        for label, owner, names, hidden in self.sizes:
+            for name in set(vars(owner)) - names:
+                below = any(name in vars(other) for other in hidden)
+                if below and not name.startswith("__annot") and is_code(vars(owner)[name]):
+                    found.append(f"{label}.{name}")
+        return sorted(found)
+
+
+def is_code(value: Any) -> bool:
+    return callable(value) or isinstance(value, (classmethod, staticmethod, property))
+
+
+def insides(value: Any) -> tuple[Any, ...]:
+    """The parts of a function that can be exchanged while it stays the same object."""
+    if isinstance(value, (classmethod, staticmethod)):
+        value = value.__func__
+    elif isinstance(value, property):
+        value = value.fget
+    parts: list[Any] = []
+    while isinstance(value, FunctionType):
+        parts += [value.__code__, value.__defaults__, value.__kwdefaults__]
+        value = value.__dict__.get("__wrapped__")
+    return tuple(parts)
+
+
+def same(left: tuple[Any, ...], right: tuple[Any, ...]) -> bool:
+    return len(left) == len(right) and all(a is right[n] for n, a in enumerate(left))
+
+
+def control_body() -> None:
+    """What a control runs."""
+    raise AssertionError("this control must fail")
+
+
+class Controls:
+    """pytest hooks that run tests which must fail between the repository's own.
+
+    Their reports come from the very functions that make those of real tests, but are given to
+    nobody else: no log line, no count and no exit status knows of them.
+    """
+
+    def __init__(self, pipe: Pipe, key: bytes, watch: Watch, pytest: Any) -> None:
+        self.send, self.key, self.watch, self.pytest = pipe.send, key, watch, pytest
+        self.runner = sys.modules["_pytest.runner"]
+        self.places: dict[int, tuple[Any, str]] = {}
+        self.told: set[str] = set()
+        pytest.hookimpl(hookwrapper=True, tryfirst=True)(Controls.pytest_runtest_protocol)
+
+    def draw(self, number: int) -> bytes:
+        return hmac.new(self.key, b"control %d" % number, hashlib.sha256).digest()
+
+    def pytest_collection_finish(self, session: Any) -> None:
+        items = list(session.items)
+        order = sorted(range(1, len(items)), key=self.draw)[: MOST_CONTROLS - 1]
+        for number in [0, *order] if items else []:
+            kind = ("call", "setup", "collect")[self.draw(number)[-1] % 3] if number else "call"
+            self.places[id(items[number])] = (items[number], kind)
+
+    def pytest_runtest_protocol(self, item: Any, nextitem: Any) -> Any:
+        if id(item) in self.places:
+            self.run(self.places[id(item)][1], item.parent, item)
+        yield
+        if nextitem is None:
+            self.run("call", item.session, None)
+
+    def run(self, kind: str, parent: Any, following: Any) -> None:
+        """One control before `following`; whatever happens in it, the tests go on."""
+        self.tell()
+        outcome = ""
+        name = following.name if following is not None else "test_end"
+        try:
+            if kind == "collect":
+                collector = self.make(self.collector(), name, parent)
+                report = collector.ihook.pytest_make_collect_report(collector=collector)
+                outcome = report.outcome
+            else:
+                item = self.item(kind, name, parent)
+                for report in self.runner.runtestprotocol(item, log=False, nextitem=following):
+                    outcome = folded(outcome, report)
+        except Exception as error:  # noqa: BLE001 - a plugin that cannot bear it
+            outcome = f"raised {type(error).__name__}"
+            self.settle(parent, following)
+        self.tell()
+        self.send({"t": "control", "kind": kind, "o": outcome})
+
+    def tell(self) -> None:
+        """Report what was replaced since the last time."""
+        new = [name for name in self.watch.replaced() if name not in self.told]
+        if new:
+            self.told.update(new)
+            self.send({"t": "replaced", "names": new[:50]})
+
+    def make(self, cls: Any, name: str, parent: Any, **more: Any) -> Any:
+        make = getattr(cls, "from_parent", cls)
+        return make(name=name, parent=parent, **more)
+
+    def item(self, kind: str, name: str, parent: Any) -> Any:
+        pytest = self.pytest
+        if type(parent) in (pytest.Module, pytest.Session):
+            item = self.make(pytest.Function, name, parent, callobj=control_body)
+            item.fixturenames = ["no_such_fixture"] if kind == "setup" else []
+            return item
+
+        class Control(pytest.Item):  # type: ignore[misc,name-defined]
+            def setup(self) -> None:
+                if kind == "setup":
+                    control_body()
+
+            def runtest(self) -> None:
+                control_body()
+
+        return self.make(Control, name, parent)
+
+    def collector(self) -> Any:
+        class Broken(self.pytest.Collector):  # type: ignore[misc,name-defined]
+            def collect(self) -> Any:
+                raise ImportError("this control must fail")
+
+        return Broken
+
+    def settle(self, parent: Any, following: Any) -> None:
+        """Take down what a control left behind."""
+        state = parent.session._setupstate
+        with contextlib.suppress(Exception):  # the next test reports it
+            try:
+                state.teardown_exact(following)
+            except TypeError:  # pytest before 6.3
+                state.teardown_exact(parent, following)
+
+    def pytest_sessionfinish(self) -> None:
+        self.tell()
+
+
+def watched_modules() -> list[ModuleType]:
+    """The modules that make the results, in this version of pytest."""
+    for name in WATCHED:
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            continue
+    pluggy = ("pluggy", "_pytest.vendored_packages.pluggy")
+    names = [n for n in sys.modules if n.startswith(pluggy)]
+    return [sys.modules[n] for n in (*WATCHED, *sorted(names)) if n in sys.modules]
 
 
 class Lines:
@@ -165,20 +356,25 @@ def main() -> None:
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
-    pipe = Pipe(fd, bytes.fromhex(setup.pop("key")))
+    key = bytes.fromhex(setup.pop("key"))
+    pipe = Pipe(fd, key)
     pipe.send({"t": "start", "python": list(sys.version_info[:3])})
-    del sys.path[0]
+    root = os.path.join(os.path.realpath(setup["root"]), "")
+    path = sys.path[1:]
+    sys.path[:] = [p for p in path if not os.path.join(os.path.realpath(p), "").startswith(root)]
     status = 1
     try:
         import pytest
 
         pipe.send({"t": "pytest", "version": pytest.__version__})
-        sys.path.insert(0, os.getcwd())
+        controls = Controls(pipe, key, Watch(watched_modules()), pytest)
+        sys.path[:] = [os.getcwd(), *path]
         sys.argv = [os.path.join(os.path.dirname(pytest.__file__), "__main__.py")]
         lines = Lines(setup["root"], setup["skip"]) if setup["coverage"] else None
         if lines is not None:
             lines.start()
-        status = int(pytest.main(list(setup["arguments"]), plugins=[Reporter(pipe)]))
+        status = int(pytest.main(list(setup["arguments"]), plugins=[Reporter(pipe), controls]))
+        controls.tell()
         if lines is not None:
             sys.settrace(None)
             threading.settrace(None)

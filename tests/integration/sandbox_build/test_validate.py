@@ -1,6 +1,10 @@
 """A whole tiny task in real sandboxes: honest fixes pass, every way of cheating fails."""
 
+import asyncio
+import contextlib
+import os
 import shutil
+import signal
 import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
@@ -11,9 +15,10 @@ import pytest_asyncio
 
 from regreen.lockfile import format_lock, parse_lock
 from regreen.pkgindex import PackageIndex
-from regreen.rpc.errors import InvalidArgument, MissingDependency
-from sandbox_svc.backends.base import Limits
+from regreen.rpc.errors import FailedPrecondition, InvalidArgument, MissingDependency
+from sandbox_svc.backends.base import Command, ExecResult, Limits
 from sandbox_svc.backends.embedded import EmbeddedRuntime
+from sandbox_svc.backends.embedded_box import EmbeddedBox
 from sandbox_svc.builders.base import FileChange, Stage
 from sandbox_svc.builders.python import PythonBuilder
 from sandbox_svc.states import State, StateStore
@@ -192,7 +197,178 @@ async def test_test_edits_beside_a_fix_do_not_matter(world: World) -> None:
     assert [r.reason for r in verdict.reverted] == ["test"]
 
 
+async def test_a_held_package_cannot_be_replaced_from_the_repository(world: World) -> None:
+    old = b"def hello():\n    return 'Hello'\n"
+    for path in ("wordlib.py", "src/wordlib.py", "wordlib/__init__.py"):
+        verdict = await world.judge(FileChange(path, old), held_pins={"wordlib": "2.0"})
+        assert verdict.outcome is Outcome.FAILED
+        assert [(r.path, r.reason) for r in verdict.reverted] == [(path, "shadows")]
+    assert "greet" not in world.state.metadata["foreign"]
+    assert {"wordlib", "pytest", "json"} <= set(world.state.metadata["foreign"])
+
+
+async def test_a_test_set_that_requires_nothing_is_refused(world: World) -> None:
+    facts = dict(world.state.metadata)
+    facts["spec"] = {**facts["spec"], "test": {**facts["spec"]["test"], "fail_to_pass": []}}
+    facts["baseline"] = {**facts["baseline"], "passing": [], "failing": []}
+    world.states.record(replace(world.state, id="st_empty", metadata=facts))
+    with pytest.raises(FailedPrecondition, match="no test that must pass"):
+        await world.validator.validate("st_empty", (), ValidationOptions())
+    world.states.record(replace(world.state, id="st_old", metadata={**facts, "runner": 1}))
+    with pytest.raises(FailedPrecondition, match="prepare its spec again"):
+        await world.validator.validate("st_old", (), ValidationOptions())
+
+
+ENDS = b"""
+import os, resource, signal
+def greeting(name):
+    try:
+        resource.prlimit(1, resource.RLIMIT_CPU, (1, 1))
+    except OSError as error:
+        return f'refused {error.errno}'
+    while True:
+        os.kill(1, signal.SIGCHLD)
+"""
+
+
+async def test_the_first_process_cannot_be_limited_to_death(world: World) -> None:
+    verdict = await world.judge(FileChange(GREET, ENDS), timeout_s=20.0)
+    assert verdict.outcome is Outcome.FAILED
+    assert "refused 1" in verdict.log
+
+
+@dataclass(slots=True)
+class Mortal:
+    """A runtime whose sandboxes lose their first process as soon as tests run in them."""
+
+    inner: EmbeddedRuntime
+    deaths: int
+    made: int = 0
+
+    async def create(self, layers: object, **more: object) -> object:
+        box = await self.inner.create(layers, **more)  # type: ignore[arg-type]
+        self.made += 1
+        if layers and self.deaths:
+            self.deaths -= 1
+            assert isinstance(box, EmbeddedBox)
+            return Doomed(box)
+        return box
+
+
+@dataclass(slots=True)
+class Doomed:
+    """A sandbox whose first process is killed under the command that has a result channel."""
+
+    inner: EmbeddedBox
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.inner, name)
+
+    async def run(self, command: Command) -> ExecResult:
+        if not command.channel:
+            return await self.inner.run(command)
+        running = asyncio.create_task(self.inner.run(command, self._kill))
+        return await running
+
+    async def _kill(self, stream: str, chunk: bytes) -> None:
+        seat = self.inner._seat
+        assert seat is not None
+        os.kill(seat.pid, signal.SIGKILL)
+
+
+async def test_a_run_that_ends_its_sandbox_twice_has_failed(world: World) -> None:
+    mortal = Mortal(world.runtime, 1)
+    validator = Validator(world.states, mortal)  # type: ignore[arg-type]
+    fixed = FileChange(GREET, FIXED)
+    once = await validator.validate(world.state.id, [fixed])
+    assert once.outcome is Outcome.PASSED
+    mortal.deaths = 2
+    twice = await validator.validate(world.state.id, [fixed], skip_cache_lookup=True)
+    assert (twice.outcome, twice.summary) == (Outcome.FAILED, "the run ended its sandbox, twice")
+    assert set(FAIL_TO_PASS) <= set(twice.failing)
+    assert (await validator.validate(world.state.id, [fixed])).cached
+    await validator.close()
+
+
+async def test_a_kill_is_not_remembered(world: World) -> None:
+    killed = FileChange(GREET, b"import os\nos.kill(os.getpid(), 9)\n")
+    assert (await world.judge(killed)).outcome is Outcome.FAILED
+    assert not (await world.judge(killed)).cached
+
+
+async def test_a_validation_keeps_its_place_and_ends_with_its_last_waiter(world: World) -> None:
+    places = asyncio.Semaphore(1)
+    taken: list[str] = []
+    running = asyncio.Event()
+
+    @contextlib.asynccontextmanager
+    async def place() -> AsyncIterator[None]:
+        async with places:
+            taken.append("in")
+            running.set()
+            try:
+                yield
+            finally:
+                taken.append("out")
+
+    validator = Validator(world.states, world.runtime, place=place)
+    loop = [FileChange(GREET, b"while True:\n    pass\n")]
+    first, second = (
+        asyncio.create_task(validator.validate(world.state.id, loop)) for _ in range(2)
+    )
+    await running.wait()
+    first.cancel()
+    await asyncio.wait([first])
+    assert (places.locked(), taken) == (True, ["in"])
+    second.cancel()
+    await asyncio.wait([second])
+    fixed = await validator.validate(world.state.id, [FileChange(GREET, FIXED)])
+    assert fixed.outcome is Outcome.PASSED
+    assert taken == ["in", "out", "in", "out"]
+    await validator.close()
+
+
+async def test_the_cache_is_bounded_in_bytes(world: World) -> None:
+    validator = Validator(world.states, world.runtime, cache_bytes=1)
+    for _ in range(2):
+        found = await validator.validate(world.state.id, [FileChange("requirements.lock", None)])
+        assert not found.cached
+
+
+FORGED = (
+    b"import sys\n"
+    b"r = sys.modules['_py' + 'test.reports'].TestReport\n"
+    b"old = r.from_item_and_call.__func__\n"
+    b"def forge(cls, item, call):\n"
+    b"    call.excinfo = None\n"
+    b"    return old(cls, item, call)\n"
+    b"r.from_item_and_call = classmethod(forge)\n"
+    b"def greeting(name):\n    return ''\n"
+)
 HOSTILE = {
+    "forged reports": FORGED,
+    "forged reports, put back": FORGED.replace(
+        b"def greeting",
+        b"import atexit\nback = classmethod(old)\n"
+        b"def undo():\n    r.from_item_and_call = back\n"
+        b"atexit.register(undo)\ndef greeting",
+    ),
+    "tests do not run": (
+        b"import sys\nsys.modules['_pytest.python'].Function.runtest = lambda self: None\n"
+        b"def greeting(name):\n    return ''\n"
+    ),
+    "code exchanged": (
+        b"import sys\ndef nothing(pyfuncitem):\n    return True\n"
+        b"sys.modules['_pytest.python'].pytest_pyfunc_call.__code__ = nothing.__code__\n"
+        b"def greeting(name):\n    return ''\n"
+    ),
+    "a plugin at run time": (
+        b"import gc\n"
+        b"class Evil:\n    def pytest_pyfunc_call(self, pyfuncitem):\n        return True\n"
+        b"for it in gc.get_objects():\n"
+        b"    if type(it).__name__ == 'PytestPluginManager':\n        it.register(Evil())\n"
+        b"def greeting(name):\n    return ''\n"
+    ),
     "exit 0": b"import os\nos._exit(0)\n",
     "sys.exit": b"import sys\nsys.exit(0)\n",
     "prints passed": b"print('tests/test_greet.py::test_greeting PASSED')\nraise SystemExit(0)\n",

@@ -22,9 +22,12 @@ BAD = [(name, SHA) for name in BAD_NAMES] + [(NAME, sha) for sha in BAD_SHAS]
 
 
 def spec_with(field: str, file: pb.DistFile) -> pb.EnvironmentSpec:
+    spec = pb.EnvironmentSpec()
     if field in ("source", "overlay_source"):
-        return pb.EnvironmentSpec(**{field: file})
-    return pb.EnvironmentSpec(**{field: [pb.Pin(name="a", version="1", files=[file])]})
+        getattr(spec, field).CopyFrom(file)
+    else:
+        getattr(spec, field).append(pb.Pin(name="a", version="1", files=[file]))
+    return spec
 
 
 @pytest.mark.parametrize("field", ["source", "overlay_source", "pins", "wheelhouse", "build_pins"])

@@ -19,8 +19,11 @@ from sandbox_svc.builders.protect import (
 ROOTS = protected_roots(TestSpec(arguments=("pkg/testing", "--deselect", "tests/a.py::test_b")))
 
 
+FOREIGN = ("logging", "wordlib")
+
+
 def reason(path: str, content: bytes = b"x") -> str:
-    return protection(FileChange(path, content), ROOTS, {"setup.cfg": ""})
+    return protection(FileChange(path, content), ROOTS, {"setup.cfg": ""}, (), FOREIGN)
 
 
 def test_roots_come_from_the_arguments() -> None:
@@ -46,6 +49,12 @@ def test_roots_come_from_the_arguments() -> None:
         ("src/x.egg-info/entry_points.txt", "plugin"),
         ("a.pth", "plugin"),
         ("logging.py", "shadows"),
+        ("wordlib.py", "shadows"),
+        ("wordlib/__init__.py", "shadows"),
+        ("src/wordlib.py", "shadows"),
+        ("lib/wordlib.abi3.so", "shadows"),
+        ("pkg/wordlib.py", ""),
+        ("wordlib2.py", ""),
         ("src/pytest/__init__.py", "shadows"),
         ("_pytest/x.py", "shadows"),
         ("a/__pycache__/b.pyc", "generated"),
@@ -61,6 +70,7 @@ def test_a_module_that_the_repository_has_may_be_edited() -> None:
     change = FileChange("attr/_make.py", b"x")
     assert protection(change, (), {}) == "shadows"
     assert protection(change, (), {}, ["attr"]) == ""
+    assert protection(FileChange("wordlib.py", b""), (), {}, ["wordlib"], FOREIGN) == ""
 
 
 def test_settings_files_are_kept_while_pytest_part_is_the_same() -> None:

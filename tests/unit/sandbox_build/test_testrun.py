@@ -6,6 +6,7 @@ import json
 import struct
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -39,6 +40,7 @@ def test_a_whole_run() -> None:
             {"t": "start"},
             {"t": "collect", "id": "tests/b.py", "msg": "ImportError: x"},
             {"t": "collected", "n": 2},
+            {"t": "control", "kind": "call", "o": "failed"},
             {"t": "test", "id": "a::b", "o": "passed", "msg": "", "s": 0.5},
             {"t": "test", "id": "a::c", "o": "failed", "msg": "boom", "s": 0.1},
             ended(1),
@@ -61,6 +63,21 @@ def test_the_worst_outcome_of_an_id_wins() -> None:
 
 def test_unknown_outcomes_are_errors() -> None:
     assert run(stream({"t": "test", "id": "x", "o": "splendid"})).tests["x"].outcome == "error"
+
+
+@pytest.mark.parametrize("outcome", ["passed", "xpassed", ""])
+def test_a_control_that_passes_is_the_end_of_belief(outcome: str) -> None:
+    test = {"t": "test", "id": "x", "o": "passed"}
+    frames = [{"t": "control", "kind": "call", "o": outcome}, test, ended()]
+    assert "control that must fail" in run(stream(*frames)).tampered
+    assert "no control" in run(stream(test, ended())).tampered
+    good = run(stream({"t": "control", "kind": "setup", "o": "error"}, test, ended()))
+    assert good.tampered == ""
+
+
+def test_replaced_functions_are_named() -> None:
+    frames = [{"t": "replaced", "names": ["a.b"]}, {"t": "replaced", "names": ["c"]}]
+    assert run(stream(*frames)).replaced == {"a.b", "c"}
 
 
 def test_status_must_agree() -> None:

@@ -1,0 +1,197 @@
+"""What a validation says, and how it follows from a test run.
+
+- A required test counts only if the trusted runner reported it as passed and the run ended whole.
+- A run that is not believed has no results at all, whatever it reported.
+- A verdict is lasting only if the run came to its own end.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any
+
+from sandbox_svc.backends.base import EndReason
+from sandbox_svc.builders import testrun
+from sandbox_svc.builders.base import FileChange
+from sandbox_svc.builders.protect import Reverted
+from sandbox_svc.builders.testrun import TestResult, TestRun
+from sandbox_svc.states import State
+
+SHOWN_IDS = 5
+
+
+class Outcome(StrEnum):
+    """How a validation ended."""
+
+    PASSED = "passed"
+    FAILED = "failed"
+    BUILD_FAILED = "build_failed"
+    TIMEOUT = "timeout"
+    REJECTED = "rejected"
+
+
+@dataclass(frozen=True, slots=True)
+class ValidationOptions:
+    """What else decides a verdict."""
+
+    held_pins: Mapping[str, str] = field(default_factory=dict)
+    """Packages that must stay at exactly this version; `python` holds the interpreter."""
+    required_tests: tuple[str, ...] = ()
+    """Ids that must pass; empty means the State's fail-to-pass ids and all that passed before."""
+    coverage: bool = False
+    timeout_s: float = 0.0
+    """0 means the State's own."""
+    seed: int = 0
+    repeat: int = 1
+    """Runs in so many forks; passes only if every run passes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """The verdict of the pinned build and tests."""
+
+    state_id: str
+    changes_sha256: str
+    outcome: Outcome
+    summary: str
+    tests: tuple[TestResult, ...] = ()
+    """Every test that reported or was required; an absent one has the outcome `missing`."""
+    counts: Mapping[str, int] = field(default_factory=dict)
+    failing: tuple[str, ...] = ()
+    """Required ids that did not pass."""
+    reverted: tuple[Reverted, ...] = ()
+    log: str = ""
+    error_lines: tuple[str, ...] = ()
+    seconds: float = 0.0
+    cached: bool = False
+    coverage: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Per file: lines that ran and lines that can run."""
+    lasting: bool = True
+    """Whether the same request would end the same way; false after a limit or a kill."""
+
+    @property
+    def weight(self) -> int:
+        """About how many bytes it keeps."""
+        texts = [self.log, *self.error_lines, *self.failing, *self.coverage]
+        texts += [t.id + t.message for t in self.tests]
+        return 1000 + sum(map(len, texts)) + 100 * (len(self.tests) + len(self.coverage))
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A checked request."""
+
+    state: State
+    changes: tuple[FileChange, ...]
+    reverted: tuple[Reverted, ...]
+    lock: FileChange | None
+    options: ValidationOptions
+    sha256: str
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        return self.state.metadata
+
+
+def required_ids(facts: Mapping[str, Any], options: ValidationOptions) -> frozenset[str]:
+    """Ids that must pass for a diff to pass."""
+    if options.required_tests:
+        return frozenset(options.required_tests)
+    test, baseline = facts["spec"]["test"], facts["baseline"]
+    broken = test["fail_to_pass"] or baseline["failing"]
+    return frozenset([*broken, *baseline["passing"]]) - frozenset(test["unstable"])
+
+
+def verdict_without_run(
+    plan: Plan, outcome: Outcome, summary: str, *, log: str = "", lasting: bool = True
+) -> Validation:
+    failing = (
+        () if outcome is Outcome.PASSED else tuple(sorted(required_ids(plan.facts, plan.options)))
+    )
+    return Validation(
+        plan.state.id, plan.sha256, outcome, summary,
+        failing=failing, reverted=plan.reverted, log=log, lasting=lasting,
+    )  # fmt: skip
+
+
+def conclude(plan: Plan, run: TestRun) -> Validation:
+    """The verdict that a test run supports."""
+    required = required_ids(plan.facts, plan.options)
+    run = _believed(run, plan.facts["baseline"].get("replaced", ()))
+    passed = run.ids("passed")
+    failing = tuple(sorted(i for i in required - passed if not _collected_green(i, run, passed)))
+    missing = [TestResult(i, "missing") for i in failing if i not in run.tests]
+    tests = tuple(sorted([*run.tests.values(), *missing], key=lambda t: t.id))
+    counts: dict[str, int] = {}
+    for test in tests:
+        counts[test.outcome] = counts.get(test.outcome, 0) + 1
+    outcome, summary = _decide(run, required, failing)
+    return Validation(
+        state_id=plan.state.id,
+        changes_sha256=plan.sha256,
+        outcome=outcome,
+        summary=summary,
+        tests=tests,
+        counts=counts,
+        failing=failing,
+        reverted=plan.reverted,
+        log=run.log,
+        error_lines=testrun.error_lines(run),
+        coverage=run.coverage,
+        lasting=run.result.reason is EndReason.EXIT,
+    )
+
+
+def _believed(run: TestRun, tolerated: Iterable[str]) -> TestRun:
+    """The run, without its results if something has tampered with them.
+
+    What the untouched repository replaces of the test runner, a fix may replace too.
+    """
+    replaced = sorted(run.replaced - frozenset(tolerated))
+    problem = run.tampered
+    if replaced and not problem:
+        problem = f"the test runner was changed: {', '.join(replaced[:SHOWN_IDS])}"
+    if not problem:
+        return run
+    return replace(run, tampered=problem, tests={}, collect_errors={}, coverage={})
+
+
+def _collected_green(required: str, run: TestRun, passed: frozenset[str]) -> bool:
+    """Whether a module that could not be collected is whole now.
+
+    The baseline knows such a module by its path alone: it has passed when it is collected, some
+    test of it passed and none failed.
+    """
+    if "::" in required or required in run.collect_errors:
+        return False
+    inside = (f"{required}::", f"{required}/")
+    errors = any(i.startswith(inside) for i in run.collect_errors)
+    bad = any(i.startswith(inside) for i in run.ids("failed", "error"))
+    return not errors and not bad and any(i.startswith(inside) for i in passed)
+
+
+def _decide(
+    run: TestRun, required: frozenset[str], failing: tuple[str, ...]
+) -> tuple[Outcome, str]:
+    if run.result.reason is EndReason.TIMEOUT:
+        return Outcome.TIMEOUT, "the tests did not end in time"
+    if run.tampered:
+        return Outcome.FAILED, f"the run is not believed: {run.tampered}"
+    if run.result.reason is not EndReason.EXIT:
+        return Outcome.FAILED, f"the test run was ended by {run.result.reason.value}"
+    if run.crash and not run.tests:
+        return Outcome.BUILD_FAILED, f"pytest cannot start: {run.crash}"
+    if not run.complete:
+        return Outcome.FAILED, "the test run ended before its own end (exit inside a test?)"
+    if not run.tests and run.collect_errors:
+        first = next(iter(run.collect_errors.values())) or "an error"
+        return Outcome.BUILD_FAILED, f"no test can be collected: {first}"
+    if not run.tests:
+        lines = [line for line in run.log.strip().splitlines() if line.strip()]
+        return Outcome.BUILD_FAILED, f"no test ran: {lines[-1] if lines else 'no output'}"
+    if failing:
+        shown = ", ".join(failing[:SHOWN_IDS]) + (" ..." if len(failing) > SHOWN_IDS else "")
+        return Outcome.FAILED, f"{len(failing)} of {len(required)} required tests fail: {shown}"
+    if run.status not in (0, 1):
+        return Outcome.FAILED, f"pytest ended with status {run.status}"
+    return Outcome.PASSED, f"all {len(required)} required tests pass"
