@@ -352,10 +352,6 @@ class Manager:
 
         return LeasedBox(box, released)
 
-    def metadata(self, state_id: str) -> Mapping[str, Any]:
-        """What the builder recorded with a state."""
-        return self.states.get(state_id).metadata
-
     async def _reap(self) -> None:
         while True:
             await asyncio.sleep(_REAP_S)

@@ -268,7 +268,5 @@ def become_first_process(
     except Exception as error:  # noqa: BLE001  (last frame of this process: report, end)
         with contextlib.suppress(OSError):
             wire.send(sock, {"ready": False, "step": setup.step, "error": str(error)})
-        if os.environ.get("REGREEN_SPAWNER_DEBUG"):
-            sys.stderr.write(f"{setup.step}: {error}\n")
     finally:
         os._exit(status)
