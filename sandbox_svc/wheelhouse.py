@@ -81,18 +81,6 @@ class DistStore:
         self._place(content, self.path(sha256))
         return DistFile(source.name, sha256)
 
-    def read(self, file: DistFile) -> bytes:
-        """Bytes of a stored file, checked.
-
-        Raises:
-            DataLoss: the bytes on disk do not match.
-        """
-        content = self.path(file.sha256).read_bytes()
-        if hashlib.sha256(content).hexdigest() != file.sha256:
-            self.path(file.sha256).unlink(missing_ok=True)
-            raise DataLoss(f"{file.filename}: stored bytes were damaged; removed, prepare again")
-        return content
-
     def _place(self, content: bytes, final: Path) -> None:
         final.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=".part-", dir=final.parent)

@@ -119,16 +119,6 @@ async def test_the_store_says_what_is_missing(server: str, tmp_path: Path) -> No
         await store.ensure([("demo", DistFile("other.whl", "2" * 64))])
 
 
-async def test_damaged_files_are_found_and_removed(tmp_path: Path) -> None:
-    store = DistStore(tmp_path / "store")
-    (tmp_path / NAME).write_bytes(BODY)
-    file = store.adopt(tmp_path / NAME)
-    store.path(SHA).write_bytes(b"rot")
-    with pytest.raises(DataLoss):
-        store.read(file)
-    assert not store.has(SHA)
-
-
 def test_index_settings_in_order(tmp_path: Path) -> None:
     env = {
         "HOME": str(tmp_path),
