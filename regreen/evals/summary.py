@@ -126,6 +126,7 @@ def _cell(chosen: Sequence[Outcome], grader: str) -> Json:
         "judged_by_model": _mean(o.judged_by != "rules only" for o in chosen if o.judged_by),
         "gave_up": _mean(o.end == "gave_up" for o in chosen),
         "truncated": _mean(o.end.endswith("_limit") for o in chosen),
+        "stuck": _mean(o.end == "stuck" for o in chosen),
         "turns": _mean(len(o.tools) for o in chosen),
         "tokens": _mean(o.tokens for o in chosen),
         "sampled_tokens": _mean(o.sampled_tokens for o in chosen),
