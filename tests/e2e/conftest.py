@@ -21,9 +21,11 @@ from regreen.dataset import v1 as pb
 from sandbox_svc.wheelhouse import DistStore
 from tests.fixtures.policy.model import default_model
 from tests.fixtures.tasks.tiny_task import tiny_spec
-from tests.integration.rollout.world import PIN, VALIDATE, says, task_of
+from tests.integration.rollout.world import PIN, VALIDATE, call, says, task_of
 
 ROOT = Path(__file__).resolve().parents[2]
+MIXED = "mixedoutcomes"
+GIVE_UP = call("give_up", reason="it cannot be done")
 CLI = (sys.executable, "-c", "from regreen.cli.main import main; main()")
 
 
@@ -59,7 +61,10 @@ def local() -> Iterator[Local]:
     spec = tiny_spec(DistStore(home / "sandbox" / "dists"), home / "made")
     script = home / "script.json"
     fallback = {"text": "Good morning."}
-    script.write_text(json.dumps({"responses": [*says(PIN, VALIDATE, when="greet"), fallback]}))
+    # Members of a group of a task with this word in its log fare differently, so that they teach.
+    mixed = {"texts": [PIN, GIVE_UP], "turn": 0, "when": MIXED}
+    responses = [mixed, *says(PIN, VALIDATE, when="greet"), fallback]
+    script.write_text(json.dumps({"responses": responses}))
     env = {
         **os.environ,
         "NO_COLOR": "1",
