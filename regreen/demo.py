@@ -53,7 +53,7 @@ class Plan:
     expert_concurrency: int = 4
     """Experts sample nothing; tests are what they cost."""
     learning_rate_sft: float = 1e-4
-    learning_rate_grpo: float = 1e-5
+    learning_rate_grpo: float = 3e-5
     trainable_layers: int = 15
     """Top layers that train: half the cost of all thirty on a CPU."""
     labels: dict[str, str] = field(default_factory=dict)
@@ -68,13 +68,13 @@ EPISODE = {
 }
 FULL = Plan(
     name="demo",
-    train_tasks=9,
-    test_tasks=4,
+    train_tasks=14,
+    test_tasks=6,
     eval_samples=2,
-    sft_epochs=3,
-    sft_styles=2,
+    sft_epochs=2,
+    sft_styles=3,
     grpo_steps=3,
-    groups_per_step=3,
+    groups_per_step=4,
     group_size=4,
     labels=EPISODE,
 )

@@ -26,6 +26,8 @@ UV = "/opt/regreen/bin/uv"
 SYNC = "/opt/regreen/bin/sync-env"
 WHEELHOUSE = "/wheelhouse"
 _LISTED = 12
+_TRIED = 4
+"""Versions tried when a request leaves a choice and the best does not go with the rest."""
 _GRADLE = "gradle/wrapper/gradle-wrapper.properties"
 
 
@@ -60,11 +62,12 @@ class Dependencies:
         now = lock.pins.get(name, "")
         if version is None or not version.strip():
             return _listing(name, now, offered)
-        wanted = choose(name, version.strip(), now, offered)
-        if wanted == now:
+        fitting = choices(name, version.strip(), now, offered)
+        if fitting[0] == now:
             return f"{name} is already at {now}. {_listing(name, now, offered)}"
-        self._check_held(name, wanted)
-        after = await self._resolve(lock, name, wanted)
+        self._check_held(name, fitting[0])
+        others = tuple(version for version in fitting if version != now)
+        after = await self._first_that_resolves(lock, name, others)
         return await self._apply(lock, after, name)
 
     async def remove(self, name: str) -> str:
@@ -119,11 +122,25 @@ class Dependencies:
         choice = ", ".join(self.facts.pythons)
         if version is None or not version.strip():
             return f"python {now} in use; on offer: {choice}"
-        wanted = choose("python", version.strip(), now, self.facts.pythons)
+        wanted = choices("python", version.strip(), now, self.facts.pythons)[0]
         if wanted == now:
             return f"python is already {now}; on offer: {choice}"
         self._check_held("python", wanted)
         return await self._apply(lock, lock.with_pin("python", wanted), "python")
+
+    async def _first_that_resolves(self, lock: Lock, name: str, fitting: tuple[str, ...]) -> Lock:
+        """The lock after moving `name` to the first version that goes with the rest.
+
+        Raises:
+            ToolError: none of the first few does; tells why the first does not.
+        """
+        refused: ToolError | None = None
+        for wanted in fitting[:_TRIED]:
+            try:
+                return await self._resolve(lock, name, wanted)
+            except ToolError as error:
+                refused = refused or error
+        raise refused or ToolError(f"no version of {name} fits")
 
     async def _resolve(self, lock: Lock, name: str, wanted: str) -> Lock:
         """The lock after moving `name`; what else moves is up to the resolver."""
@@ -198,29 +215,31 @@ class Dependencies:
     def _unknown(self, name: str, lock: Lock) -> str:
         known = sorted({*lock.pins, *self.facts.offered})
         close = difflib.get_close_matches(name, known, 3, 0.6)
-        pointed = [n for n in self.facts.suspects(self.facts.error) if n in self.facts.offered]
+        pointed = self.facts.pointed_at(self.facts.error)
         near = f"; did you mean {', '.join(close)}?" if close else ""
         if not close and pointed:
-            near = f"; the error points at {', '.join(pointed[:3])}"
+            near = f"; the error points at {', '.join(pointed)}"
         where = "installed, but no other version is on offer" if name in lock.pins else "unknown"
         return f"{name[:60]}: {where}{near}"
 
 
-def choose(name: str, wanted: str, now: str, offered: tuple[str, ...]) -> str:
-    """The offered version that `wanted` means: exact, a specifier, `previous` or `latest`.
+def choices(name: str, wanted: str, now: str, offered: tuple[str, ...]) -> tuple[str, ...]:
+    """The offered versions that `wanted` may mean, the best first; at least one.
+
+    `wanted` is exact, a specifier, `previous` or `latest`; all but the first leave a choice.
 
     Raises:
         ToolError: no version on offer fits.
     """
     if wanted == "latest":
-        return offered[-1]
+        return offered[::-1]
     if wanted == "previous":
         older = [v for v in offered if now and _version(v) < _version(now)]
         if not older:
             raise ToolError(
                 f"nothing older than {now or 'nothing'}. {_listing(name, now, offered)}"
             )
-        return older[-1]
+        return tuple(older[::-1])
     text = wanted if wanted[:1] in "<>=!~" else f"=={wanted}"
     try:
         specifier = SpecifierSet(text, prereleases=True)
@@ -231,7 +250,7 @@ def choose(name: str, wanted: str, now: str, offered: tuple[str, ...]) -> str:
     fitting = [v for v in offered if v in specifier]
     if not fitting:
         raise ToolError(f"{wanted[:40]} is not on offer. {_listing(name, now, offered)}")
-    return fitting[-1]
+    return tuple(fitting[::-1])
 
 
 def _version(text: str) -> Version:

@@ -58,11 +58,11 @@ class Style:
 
 
 STYLES: tuple[Style, ...] = (
-    Style(step=True, keyword=True),
-    Style(step=True, keyword=True, slip="name"),
-    Style(slip="version"),
     Style(step=True),
+    Style(slip="version"),
+    Style(step=True, keyword=True, slip="name"),
     Style(step=True, slip="again"),
+    Style(step=True, keyword=True),
     Style(),
     Style(keyword=True),
     Style(look_first=True),

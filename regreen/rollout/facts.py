@@ -57,6 +57,10 @@ class Facts:
         """Installed packages that an error points at, most likely first."""
         return suspects(error, self.lock.pins, self.modules) if error else ()
 
+    def pointed_at(self, error: PrimaryError | None) -> tuple[str, ...]:
+        """The first suspects that have other versions on offer: what a reader can act on."""
+        return tuple(name for name in self.suspects(error) if name in self.offered)[:3]
+
     @property
     def direct(self) -> tuple[str, ...]:
         """Names of the declared dependencies, normalised."""

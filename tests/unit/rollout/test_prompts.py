@@ -16,7 +16,7 @@ from regreen.rollout.context import (
     labels_of,
     with_labels,
 )
-from regreen.rollout.dependencies import ToolError, choose
+from regreen.rollout.dependencies import ToolError, choices
 from regreen.rollout.facts import Facts, sorted_versions
 from regreen.rollout.logs import analyse
 from regreen.rollout.prompts import first_messages
@@ -125,13 +125,13 @@ def test_shipped_templates_are_files_of_the_package():
     ],
 )
 def test_versions_can_be_named_in_many_ways(wanted, chosen):
-    assert choose("x", wanted, "3.0", ("1.0", "1.9", "2.0", "3.0", "3.1")) == chosen
+    assert choices("x", wanted, "3.0", ("1.0", "1.9", "2.0", "3.0", "3.1"))[0] == chosen
 
 
 @pytest.mark.parametrize("wanted", ["9", "previous", "nonsense version", "<1", "=="])
 def test_versions_that_are_not_on_offer_are_explained(wanted):
     with pytest.raises(ToolError):
-        choose("x", wanted, "1.0", ("1.0", "2.0"))
+        choices("x", wanted, "1.0", ("1.0", "2.0"))
 
 
 def test_versions_sort_by_meaning():
