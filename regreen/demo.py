@@ -68,7 +68,7 @@ EPISODE = {
 }
 FULL = Plan(
     name="demo",
-    train_tasks=14,
+    train_tasks=12,
     test_tasks=6,
     eval_samples=2,
     sft_epochs=2,
@@ -90,14 +90,10 @@ QUICK = Plan(
     group_size=3,
     labels=EPISODE,
 )
-EXPERT = {
-    **EPISODE,
-    "budget.turns": "16",
-    "budget.context_tokens": "2560",
-    "knobs.confirm": "false",
-}
-"""Experts may take longer than the policy, so that repairs of several packages are kept; the gate
-has confirmed what they do already."""
+EXPERT = {**EPISODE, "knobs.confirm": "false"}
+"""Experts stay within the policy's limits; the gate has confirmed what they do already."""
+_LONGEST_EXPERT = 1200
+"""Tokens; longer trajectories cost more time than they teach."""
 EVAL_TEMPERATURE = "0.6"
 """Sampling temperature of evaluations; training samples at 1."""
 
@@ -254,6 +250,7 @@ class _Demo:
             tasks=tuple(tasks),
             styles=plan.sft_styles,
             epochs=plan.sft_epochs,
+            max_tokens=_LONGEST_EXPERT,
             batch_size=plan.sft_batch,
             validation_share=0.0,
             budget_labels=EXPERT,
