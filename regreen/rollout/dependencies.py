@@ -215,10 +215,10 @@ class Dependencies:
     def _unknown(self, name: str, lock: Lock) -> str:
         known = sorted({*lock.pins, *self.facts.offered})
         close = difflib.get_close_matches(name, known, 3, 0.6)
-        pointed = self.facts.pointed_at(self.facts.error)
+        shown = self.facts.to_look_at(self.facts.error)
         near = f"; did you mean {', '.join(close)}?" if close else ""
-        if not close and pointed:
-            near = f"; the error points at {', '.join(pointed)}"
+        if not close and shown:
+            near = f"; look at {', '.join(shown)}"
         where = "installed, but no other version is on offer" if name in lock.pins else "unknown"
         return f"{name[:60]}: {where}{near}"
 
@@ -226,7 +226,9 @@ class Dependencies:
 def choices(name: str, wanted: str, now: str, offered: tuple[str, ...]) -> tuple[str, ...]:
     """The offered versions that `wanted` may mean, the best first; at least one.
 
-    `wanted` is exact, a specifier, `previous` or `latest`; all but the first leave a choice.
+    `wanted` is exact, a specifier, `previous` (the series before the installed one: another major
+    version, or another minor of 0.x; where there is none, the release before) or `latest`; all but
+    the first leave a choice.
 
     Raises:
         ToolError: no version on offer fits.
@@ -239,7 +241,8 @@ def choices(name: str, wanted: str, now: str, offered: tuple[str, ...]) -> tuple
             raise ToolError(
                 f"nothing older than {now or 'nothing'}. {_listing(name, now, offered)}"
             )
-        return tuple(older[::-1])
+        below = [v for v in older if _series(v) < _series(now)]
+        return tuple((below or older)[::-1])
     text = wanted if wanted[:1] in "<>=!~" else f"=={wanted}"
     try:
         specifier = SpecifierSet(text, prereleases=True)
@@ -251,6 +254,12 @@ def choices(name: str, wanted: str, now: str, offered: tuple[str, ...]) -> tuple
     if not fitting:
         raise ToolError(f"{wanted[:40]} is not on offer. {_listing(name, now, offered)}")
     return tuple(fitting[::-1])
+
+
+def _series(text: str) -> tuple[int, int]:
+    """What semantic versioning lets break: the major version, before 1.0 the minor."""
+    version = _version(text)
+    return version.major, 0 if version.major else version.minor
 
 
 def _version(text: str) -> Version:

@@ -24,6 +24,7 @@ from regreen.dataset import v1 as pb
 from regreen.lockfile import normalize
 from regreen.rollout.actors import ScriptedActor, Slip, View
 from regreen.rollout.context import EpisodeSpec
+from regreen.rollout.dependencies import choices
 from regreen.rollout.episode import Runner
 from regreen.rollout.facts import REPO
 from regreen.rollout.knowledge import LOCK_NAME, Move, reference_moves
@@ -46,7 +47,7 @@ class Style:
     """
 
     step: bool = False
-    """Go down release by release (series by series without `keyword`) until the build is green."""
+    """Go down series by series until the build is green."""
     help_first: bool = False
     """Search past fixes first."""
     keyword: bool = False
@@ -58,11 +59,11 @@ class Style:
 
 
 STYLES: tuple[Style, ...] = (
-    Style(step=True),
-    Style(slip="version"),
-    Style(step=True, keyword=True, slip="name"),
-    Style(step=True, slip="again"),
     Style(step=True, keyword=True),
+    Style(step=True, keyword=True, slip="name"),
+    Style(slip="version"),
+    Style(step=True),
+    Style(step=True, slip="again"),
     Style(),
     Style(keyword=True),
     Style(look_first=True),
@@ -181,7 +182,7 @@ class Expert:
         """The package to move: what the error names, else what the project declares, else any."""
         error = _latest(view)
         open_moves = [n for n, m in self.moves.items() if n not in self.done and self._due(m)]
-        for name in view.facts.suspects(error):
+        for name in (*view.facts.suspects(error), *view.facts.to_look_at(error)):
             if name in open_moves:
                 return name
         self.guesses += 1
@@ -198,12 +199,10 @@ class Expert:
         return _newer(now, move.after) if self.style.step else now != move.after
 
     def _is_previous(self, view: View, name: str, target: str) -> bool:
-        offered = view.facts.offered.get(name, ())
-        now = self.now.get(name, "")
-        if not self.style.keyword or now not in offered:
+        offered, now = view.facts.offered.get(name, ()), self.now.get(name, "")
+        if not self.style.keyword or not _below(now, offered):
             return False
-        index = offered.index(now)
-        return index > 0 and offered[index - 1] == target
+        return choices(name, "previous", now, offered)[0] == target
 
     def _say(self, view: View, key: str, arguments: Mapping[str, object]) -> None:
         self.queue.append(view.tools.render_call(key, arguments))

@@ -57,9 +57,14 @@ class Facts:
         """Installed packages that an error points at, most likely first."""
         return suspects(error, self.lock.pins, self.modules) if error else ()
 
-    def pointed_at(self, error: PrimaryError | None) -> tuple[str, ...]:
-        """The first suspects that have other versions on offer: what a reader can act on."""
-        return tuple(name for name in self.suspects(error) if name in self.offered)[:3]
+    def to_look_at(self, error: PrimaryError | None) -> tuple[str, ...]:
+        """What a reader can act on: up to three packages that have other versions on offer.
+
+        Those that the error points at; where it points at none, the declared dependencies.
+        """
+        named = [name for name in self.suspects(error) if name in self.offered]
+        declared = [name for name in self.direct if name in self.offered]
+        return tuple((named or declared)[:3])
 
     @property
     def direct(self) -> tuple[str, ...]:

@@ -308,8 +308,8 @@ def describe(verdict: sandbox_pb.Validation, facts: Facts) -> Observation:
         parts.append(verdict.summary)
     else:
         parts.append(error_text(error, frames=1))
-        if pointed := facts.pointed_at(error):
-            parts.append(f"the error points at: {', '.join(pointed)}")
+        if shown := facts.to_look_at(error):
+            parts.append(f"look at: {', '.join(shown)}")
     if verdict.reverted:
         paths = ", ".join(sorted({change.path for change in verdict.reverted})[:3])
         parts.append(f"not applied (tests and configuration are restored): {paths}")

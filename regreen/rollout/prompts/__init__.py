@@ -84,7 +84,7 @@ def first_messages(
         error=error_text(error, frames=room.frames, chars=room.error) if error else log_end,
         declared=_fit([d.replace(" ", "") for d in facts.declared], room.declared),
         installed=_fit(_ordered(facts, error, installed), room.installed),
-        suspects=", ".join(facts.pointed_at(error)),
+        look_at=", ".join(facts.to_look_at(error)),
         attempt=attempt,
         hint=hint[: room.hint],
     )

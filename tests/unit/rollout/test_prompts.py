@@ -128,6 +128,26 @@ def test_versions_can_be_named_in_many_ways(wanted, chosen):
     assert choices("x", wanted, "3.0", ("1.0", "1.9", "2.0", "3.0", "3.1"))[0] == chosen
 
 
+@pytest.mark.parametrize(
+    ("now", "offered", "best"),
+    [
+        ("3.1.9", ("1.0.1", "2.0.3", "2.3.8", "3.0.1", "3.1.9"), ("2.3.8", "2.0.3", "1.0.1")),
+        ("0.20.1", ("0.18.1", "0.19", "0.20", "0.20.1"), ("0.19", "0.18.1")),
+        ("3.10.3", ("3.3.7", "3.4.4", "3.10.3"), ("3.4.4", "3.3.7")),
+    ],
+)
+def test_previous_is_the_series_before_where_there_is_one(now, offered, best):
+    assert choices("x", "previous", now, offered) == best
+
+
+def test_a_prompt_names_what_to_look_at():
+    facts = _facts(offered={"jinja2": ("2.11.3", "3.1.6"), "attrs": ("21.2.0",)})
+    assert facts.to_look_at(facts.error) == ("jinja2",)
+    assert "Look at: jinja2" in first_messages(facts, TOOLS, mode=MODE_ANY_FIX)[1].content
+    declared = _facts(offered={"werkzeug": ("1.0.1", "2.0.1"), "attrs": ("21.2.0",)})
+    assert declared.to_look_at(declared.error) == ("werkzeug",)
+
+
 @pytest.mark.parametrize("wanted", ["9", "previous", "nonsense version", "<1", "=="])
 def test_versions_that_are_not_on_offer_are_explained(wanted):
     with pytest.raises(ToolError):
