@@ -67,12 +67,15 @@ def test_an_interrupted_command_exits_with_130(number: int) -> None:
         os.kill(os.getpid(), number)
         await asyncio.Event().wait()
 
-    before = signal.getsignal(signal.SIGTERM)
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    # A test run in the background begins with interrupts ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(typer.Exit) as ended:
             output.run(work())
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for one, handler in before.items():
+            signal.signal(one, handler)
     assert ended.value.exit_code == 130
 
 
