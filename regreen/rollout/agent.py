@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 Stop = Literal["passed", "gave-up", "turn-limit", "token-limit", "time-limit", "stuck", "changed"]
 _LEAST_TOKENS = 8
+_EDITS = frozenset({"write_file", "run_sh"})
 
 
 @dataclass(slots=True)
@@ -77,8 +78,14 @@ class Agent:
 
     def _gained_nothing(self, call: Call | None, seen: Observation) -> bool:
         """Whether the latest output made no usable call, or one whose result was known already."""
-        known = ((past, told) for past, told in self.history[:-1] if past is not None)
-        return call is None or any(past == call and told.text == seen.text for past, told in known)
+        if call is None:
+            return True
+        for past, told in reversed(self.history[:-1]):
+            if past == call and told.text == seen.text:
+                return True
+            if past is not None and past.key in _EDITS and told.ok:
+                return False  # what was seen before an edit is worth another look
+        return False
 
     async def _step(self, max_new_tokens: int) -> tuple[Call | None, Observation]:
         started = self.clock()

@@ -66,8 +66,8 @@ class Dependencies:
         if fitting[0] == now:
             return f"{name} is already at {now}. {_listing(name, now, offered)}"
         self._check_held(name, fitting[0])
-        others = tuple(version for version in fitting if version != now)
-        after = await self._first_that_resolves(lock, name, others)
+        better = fitting[: fitting.index(now)] if now in fitting else fitting
+        after = await self._first_that_resolves(lock, name, better)
         return await self._apply(lock, after, name)
 
     async def remove(self, name: str) -> str:

@@ -52,6 +52,8 @@ class Style:
     """Search past fixes first."""
     keyword: bool = False
     """Say `previous` where that is what is meant."""
+    implicit: bool = False
+    """Leave out the name of the package that is the first to look at."""
     look_first: bool = False
     """Look at the failing file first."""
     slip: Literal["", "name", "version", "again"] = ""
@@ -59,9 +61,10 @@ class Style:
 
 
 STYLES: tuple[Style, ...] = (
-    Style(step=True, keyword=True),
-    Style(step=True, keyword=True, slip="name"),
+    Style(step=True, keyword=True, implicit=True),
+    Style(step=True, keyword=True, implicit=True, slip="name"),
     Style(slip="version"),
+    Style(step=True, keyword=True),
     Style(step=True),
     Style(step=True, slip="again"),
     Style(),
@@ -152,7 +155,9 @@ class Expert:
         if not self.style.step:
             self.done.add(name)
         self.asked[name] = version or target
-        self._say(view, "dependency_upgrade", {"name": name, "version": version or target})
+        first = next(iter(view.facts.to_look_at(_latest(view))), "")
+        named = {} if self.style.implicit and name == first else {"name": name}
+        self._say(view, "dependency_upgrade", {**named, "version": version or target})
         self._say(view, "validate_and_build", {})
 
     def _wording(self, view: View, name: str, target: str) -> str | None:
@@ -240,8 +245,8 @@ async def expert_trajectories(
             seen.add(said)
             found.labels["guesses"] = str(expert.guesses)
             kept.append(found)
-        elif not found.reward.solved and index == 0:
-            break  # other wordings of the same repair fail alike
+        elif not found.reward.solved and not style.step:
+            break  # other wordings of the reference repair fail alike
     return kept
 
 

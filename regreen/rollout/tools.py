@@ -73,6 +73,8 @@ class Workbench:
     stage_s: dict[str, float] = field(default_factory=dict)
     """Wall time by stage, in seconds."""
     last_validation: sandbox_pb.Validation | None = None
+    error: PrimaryError | None = None
+    """Primary error of the last validation that failed."""
     kept_states: list[str] = field(default_factory=list)
     """States made in this episode; deleted when it ends."""
     _validated: str = ""
@@ -253,8 +255,12 @@ async def _run_sh(bench: Workbench, call: Call) -> Observation:
 
 async def _dependency_upgrade(bench: Workbench, call: Call) -> Observation:
     version = call.text("version") if "version" in call.arguments else None
-    _remember(bench, f"dependency_upgrade {call.text('name')} {version or ''}".rstrip())
-    return Observation(await bench.dependencies.upgrade(call.text("name"), version))
+    look_at = bench.facts.to_look_at(bench.error or bench.facts.error)
+    name = call.text("name") or next(iter(look_at), "")
+    if not name:
+        raise ToolError("name a package; the error points at none")
+    _remember(bench, f"dependency_upgrade {name} {version or ''}".rstrip())
+    return Observation(await bench.dependencies.upgrade(name, version))
 
 
 async def _remove_dependency(bench: Workbench, call: Call) -> Observation:
@@ -287,7 +293,9 @@ async def _validate_and_build(bench: Workbench, call: Call) -> Observation:
     bench._validated = digest
     verdict = await bench.validate(changes)
     bench.last_validation = verdict
-    return describe(verdict, bench.facts)
+    seen = describe(verdict, bench.facts)
+    bench.error = seen.error or bench.error
+    return seen
 
 
 async def _give_up(bench: Workbench, call: Call) -> Observation:

@@ -16,6 +16,8 @@ from regreen.train.ledger import hyperparameters
 from regreen.train.names import grader_of, mode_of, pipeline_of
 from regreen.train.signals import KEEP_BASELINE, TRUNCATED_POLICIES
 
+MAX_GROUP = 64
+"""Samples that the policy service gives for one prompt, by its default limits."""
 _OPERATIONAL = frozenset(
     {"name", "concurrency", "idle_deadline_s", "recovery_deadline_s", "publish"}
 )
@@ -146,6 +148,10 @@ class GrpoConfig:
     def __post_init__(self) -> None:
         _at_least(self, 1, "steps", "groups_per_step", "checkpoint_every")
         _at_least(self, 2, "group_size")
+        if self.group_size > MAX_GROUP:
+            raise InvalidArgument(
+                "group_size", f"is {self.group_size}", f"give at most {MAX_GROUP} samples a prompt"
+            )
         if not 0.0 <= self.full_share <= 1.0:
             raise InvalidArgument("full_share", f"is {self.full_share}", "give 0 to 1")
         _at_least(self, 0, "max_refills", "max_staleness", "concurrency")

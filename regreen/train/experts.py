@@ -1,14 +1,16 @@
 """Expert trajectories for supervised fine-tuning: found in the dataset, or made.
 
 - What is learned from was graded like any rollout: solved, not flagged, tokens exact.
-- A (task, mode, pipeline) that has expert trajectories is never rolled out again.
+- A (task, mode, pipeline) that has experts of the same recipe is never rolled out again.
 - Trouble of the platform is retried for a bounded time and never becomes an absent expert.
 """
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import resources
 
 from regreen.client.stack import Stack
 from regreen.common import v1 as common_pb
@@ -45,14 +47,14 @@ async def expert_rows(
     Raises:
         RegreenError: a service did not come back within `config.recovery_deadline_s`.
     """
-    wanted = _wanted(tasks, config)
-    found = await _stored(stack, wanted)
+    wanted, made_as = _wanted(tasks, config), recipe(config)
+    found = await _stored(stack, wanted, made_as)
     missing = [slot for slot in wanted if slot not in found]
     meter = Meter(progress, "experts", len(wanted), done=len(wanted) - len(missing))
     meter.report()
     if missing:
         await _make(stack, {task.id: task for task in tasks}, missing, config, meter)
-        found = await _stored(stack, wanted)
+        found = await _stored(stack, wanted, made_as)
     limit = config.max_guesses
     usable = [
         row
@@ -75,14 +77,25 @@ def _wanted(tasks: Sequence[dataset_pb.Task], config: SftConfig) -> list[_Slot]:
     )
 
 
+def recipe(config: SftConfig) -> str:
+    """Digest of what shapes an expert beside its task: tools, prompts, limits, styles."""
+    package = resources.files("regreen.rollout")
+    texts = [
+        (package / name).read_text("utf-8")
+        for name in ("schema/tools.toml", "prompts/system.j2", "prompts/task.j2")
+    ]
+    texts += [repr(STYLES[: config.styles]), repr(sorted(config.budget_labels.items()))]
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+
+
 async def _stored(
-    stack: Stack, wanted: Sequence[_Slot]
+    stack: Stack, wanted: Sequence[_Slot], made_as: str
 ) -> dict[_Slot, list[dataset_pb.Trajectory]]:
     found: defaultdict[_Slot, list[dataset_pb.Trajectory]] = defaultdict(list)
     slots = set(wanted)
     async for row in all_trajectories(stack, dataset_pb.TrajectoryFilter(actor=EXPERT)):
         slot = _Slot(row.task_id, row.mode, row.pipeline)
-        if slot in slots:
+        if slot in slots and row.labels["recipe"] == made_as:
             found[slot].append(row)
     return dict(found)
 
@@ -99,6 +112,7 @@ async def _make(
     async def one(slot: _Slot) -> None:
         kept = await _rollouts(runner, tasks[slot.task_id], slot, config)
         for trajectory in kept:
+            trajectory.labels["recipe"] = recipe(config)
             await stack.trajectories.commit_trajectory(trajectory)
         meter.advance(detail=f"{slot.task_id}: {len(kept)} kept")
 

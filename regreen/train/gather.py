@@ -200,8 +200,14 @@ class Gatherer:
 
 
 def _check_lost(step: int, groups: Sequence[dataset_pb.CompleteGroup]) -> None:
+    """Tell an outage, which takes most rollouts of several tasks or all there are, from a bad task.
+
+    Raises:
+        Unavailable: it is an outage; the step must be tried anew.
+    """
     lost, size = sum(g.lost for g in groups), sum(g.group.size for g in groups)
-    if 2 * lost > size:
+    hit = {g.group.task_id for g in groups if g.lost}
+    if lost == size or (2 * lost > size and len(hit) > 1):
         reason = next((g.lost_error for g in groups if g.lost_error), "no error is recorded")
         raise Unavailable(
             f"step {step}: {lost} of {size} rollouts were lost to infrastructure ({reason}); "

@@ -13,6 +13,7 @@ from regreen.common import v1 as common_pb
 from regreen.rpc.errors import FailedPrecondition, InvalidArgument, Unavailable
 from regreen.train.batches import sft_batch
 from regreen.train.config import SftConfig
+from regreen.train.experts import recipe
 from regreen.train.rows import open_run
 from regreen.train.sft import batch_ids, train_sft
 from tests.integration import dataset_samples as samples
@@ -44,6 +45,7 @@ def expert(task_id: str, *, tokens: int = 40, reward: float = 1.0, labels=None):
     found = samples.trajectory(task_id, tokens=tokens, reward=reward)
     found.mode, found.actor, found.policy = common_pb.MODE_KEEP_NEW, "expert", "expert"
     found.labels.update(labels or {"guesses": "0"})
+    found.labels["recipe"] = recipe(config_of((task_id,)))
     return found
 
 

@@ -78,6 +78,8 @@ CASES = [
     ("dependency_upgrade", {"name": "Word_Lib"}, False, "did you mean wordlib"),
     ("dependency_upgrade", {"name": "wordlib"}, True, "installed 2.0; on offer: 1.0 2.0 2.1"),
     ("dependency_upgrade", {"name": "wordlib", "version": "2.0"}, True, "already at 2.0"),
+    ("dependency_upgrade", {}, True, "wordlib: installed 2.0; on offer"),
+    ("dependency_upgrade", {"version": "2.0"}, True, "wordlib is already at 2.0"),
     ("dependency_upgrade", {"name": "wordlib", "version": "7"}, False, "not on offer"),
     ("dependency_upgrade", {"name": "; rm -rf /", "version": "1"}, False, "unknown"),
     ("remove_dependency", {"name": "nothing"}, False, "unknown"),
