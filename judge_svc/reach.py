@@ -12,11 +12,18 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
+from itertools import takewhile
 
 from judge_svc.pyfile import FunctionNode, PyFile
 
 RUNNERS = ("pytest", "_pytest", "unittest", "pluggy", "coverage", "builtins", "__builtins__")
 _NAMED = ("pytest", "_pytest", "pluggy")
+RUNNER_PARTS = {
+    *("TestReport", "CollectReport", "CallInfo", "from_item_and_call", "runtest"),
+    *("runtestprotocol", "call_and_report", "call_runtest_hook"),
+    *("pytest_runtest_protocol", "pytest_runtest_makereport", "pytest_runtest_call"),
+}
+"""Names that only the runner's own parts have."""
 _IMPORTERS = {
     "importlib.import_module",
     "importlib.__import__",
@@ -28,9 +35,10 @@ _SEEN_THROUGH = {
     *("getattr", "vars", "next", "iter", "list", "tuple", "set", "sorted", "filter", "map"),
     *("reversed", "dict", "enumerate", "zip", "type.__getattribute__", "object.__getattribute__"),
 }
+_WALKERS = ("gc.get_", "object.__subclasses__")
 _LOOKERS = ("gc.", "inspect.stack", "inspect.currentframe", "inspect.getmodule", "sys._getframe")
 _INSIDES = {
-    *("f_back", "f_globals", "f_locals", "f_builtins", "tb_frame", "gi_frame", "cr_frame"),
+    *("f_back", "f_globals", "f_locals", "tb_frame", "gi_frame", "cr_frame"),
     *("__globals__", "__subclasses__"),
 }
 _READERS = {"get", "values", "items", "copy", "pop", "setdefault", "__getitem__"}
@@ -47,7 +55,9 @@ class Reach(IntEnum):
     """A module that a literal key names and that is no runner."""
     UNKNOWN = 2
     """Something that the text does not tell."""
-    RUNNER = 3
+    ANYTHING = 3
+    """One of all objects of the process."""
+    RUNNER = 4
 
 
 @dataclass(slots=True)
@@ -142,14 +152,22 @@ class Scope:
                 return Reach.RUNNER
             own = not root or root in self.file.own
             return Reach.NOTHING if own else Reach.NAMED
-        own = node is not None and _own(node, self.file.bound)
-        return Reach.NOTHING if own else Reach.UNKNOWN
+        if node is None:
+            return Reach.UNKNOWN
+        pieces = (self.text(piece) for piece in _pieces(node))
+        lead = "".join(piece or "" for piece in takewhile(lambda text: text is not None, pieces))
+        told = [str(part.value) for part in ast.walk(node) if isinstance(part, ast.Constant)]
+        if any(map(names_runner, (lead, *told))):
+            return Reach.RUNNER
+        return Reach.NOTHING if _own(node, self.file.bound) else Reach.UNKNOWN
 
     def of(self, node: ast.AST) -> Reach:
         """What an expression reaches."""
         if path := self.path(node):
             if path.split(".")[0] in RUNNERS:
                 return Reach.RUNNER
+            if path.startswith(_WALKERS):
+                return Reach.ANYTHING
             if path == "sys.modules" or path.startswith("gc."):
                 return Reach.UNKNOWN
         if isinstance(node, ast.Name):
@@ -157,12 +175,14 @@ class Scope:
             starred = self.file.starred and unbound and node.id not in _PLAIN
             return Reach.RUNNER if starred else self.levels.get(node.id, Reach.NOTHING)
         if isinstance(node, ast.Attribute):
+            if node.attr == "f_builtins":
+                return Reach.RUNNER
             inside = Reach.UNKNOWN if node.attr in _INSIDES else Reach.NOTHING
-            return max(inside, self.of(node.value))
+            return _part(max(inside, self.of(node.value)), node.attr)
         if isinstance(node, ast.Subscript):
             if self.modules(node.value):
                 return self.key(node.slice)
-            return max(self.of(node.value), self._by_name(node.slice))
+            return _part(self.of(node.value), self.text(node.slice))
         if isinstance(node, ast.Call):
             return self._call(node)
         return max((self.of(part) for part in _parts(node)), default=Reach.NOTHING)
@@ -171,17 +191,21 @@ class Scope:
         path, first = self.path(node.func), node.args[0] if node.args else None
         if path in _IMPORTERS:
             return self.key(first)
+        if path.startswith(_WALKERS):
+            return Reach.ANYTHING
         if path.startswith(_LOOKERS):
             return Reach.UNKNOWN
         named = max((self._by_name(arg) for arg in node.args), default=Reach.NOTHING)
         if path in _SEEN_THROUGH:
-            return max(named, *(self.of(arg) for arg in node.args), Reach.NOTHING)
+            level = max((self.of(arg) for arg in node.args), default=Reach.NOTHING)
+            return _part(level, *(self.text(arg) for arg in node.args))
         if isinstance(node.func, ast.Name):
             return max(named, self.file.returns.get(node.func.id, Reach.NOTHING))
         if isinstance(node.func, ast.Attribute):
             if node.func.attr in _READERS:
-                known = first is not None and self.modules(node.func.value)
-                return self.key(first) if known else max(named, self.of(node.func.value))
+                if first is not None and self.modules(node.func.value):
+                    return self.key(first)
+                return _part(self.of(node.func.value), self.text(first) if first else None)
             if node.func.attr == "__subclasses__":
                 return Reach.UNKNOWN
         return named
@@ -202,6 +226,15 @@ _PLAIN = {
 def names_runner(text: str) -> bool:
     """Whether a text is the name of the test runner or of a part of it."""
     return text.partition(":")[0].split(".")[0] in _NAMED
+
+
+def _part(level: Reach, *names: str | None) -> Reach:
+    """What a part with one of these names is; `pytest` may be the key of any table."""
+    for name in filter(None, names):
+        inside = name.split(".")[0] == "_pytest" or (level and names_runner(name))
+        if inside or (level >= Reach.UNKNOWN and name in RUNNER_PARTS):
+            return Reach.RUNNER
+    return level
 
 
 def _own(node: ast.AST, rebound: Collection[str]) -> bool:
@@ -265,6 +298,10 @@ class Reaching:
     """What the functions of the file return, by name."""
     passed: dict[str, Reach] = field(default_factory=dict)
     """What the functions of the file are given, by name."""
+    passed_first: dict[str, Reach] = field(default_factory=dict)
+    """What methods are given in place of their instance, by name."""
+    methods: frozenset[ast.AST] = frozenset()
+    classes: frozenset[str] = frozenset()
 
     def scopes(self) -> list[tuple[Scope, list[ast.AST]]]:
         """Each function's scope, the module's first, with the nodes that belong to it."""
@@ -296,8 +333,13 @@ class Reaching:
             scope.paths = {k: v for k, v in outer.paths.items() if k not in hidden}
             scope.levels = {k: v for k, v in outer.levels.items() if k not in hidden}
             scope.texts = {k: v for k, v in outer.texts.items() if k not in hidden}
-        if given := self.passed.get(getattr(owner, "name", "")):
-            scope.levels.update(dict.fromkeys(_parameters(owner), given))
+        name = getattr(owner, "name", "")
+        first = _first(owner) if owner in self.methods else ""
+        if given := self.passed.get(name):
+            scope.levels.update(dict.fromkeys(_parameters(owner) - {first}, given))
+        own = first and "classmethod" not in _decorators(owner)
+        if own and (given := self.passed_first.get(name)):
+            scope.levels[first] = given
         binding = [node for node in nodes if isinstance(node, _BINDING)]
         for _ in range(2):  # a name may be used in a loop above its binding
             for node in binding:
@@ -318,7 +360,23 @@ def reaching(file: PyFile, own: Collection[str]) -> Reaching | None:
     bound = Counter(_stored(list(file.nodes)))
     for node in file.nodes:
         bound.update(_parameters(node))
-    return Reaching(file.tree, frozenset(own), starred, bound)
+    found = Reaching(file.tree, frozenset(own), starred, bound)
+    classes = [node for node in file.nodes if isinstance(node, ast.ClassDef)]
+    found.classes = frozenset(one.name for one in classes)
+    inside = [node for one in classes for node in one.body if isinstance(node, FunctionNode)]
+    found.methods = frozenset(n for n in inside if "staticmethod" not in _decorators(n))
+    return found
+
+
+def _decorators(node: ast.AST) -> set[str]:
+    return {part.id for part in getattr(node, "decorator_list", ()) if isinstance(part, ast.Name)}
+
+
+def _first(owner: ast.AST) -> str:
+    """The parameter of a method that stands for its instance or class."""
+    if not isinstance(owner, FunctionNode):
+        return ""
+    return next((a.arg for a in (*owner.args.posonlyargs, *owner.args.args)), "")
 
 
 def _nodes(owner: ast.AST) -> tuple[list[ast.AST], list[ast.AST]]:
@@ -379,6 +437,9 @@ def _bind(scope: Scope, node: ast.AST) -> None:
     elif isinstance(node, ast.AnnAssign | ast.NamedExpr) and node.value is not None:
         _assign(scope, node.target, node.value)
     elif isinstance(node, ast.For | ast.AsyncFor | ast.comprehension):
+        for text in map(scope.text, _parts(node.iter)):
+            if isinstance(node.target, ast.Name) and names_runner(text or ""):
+                scope.texts[node.target.id] = text or ""
         _spread(scope, node.target, scope.of(node.iter))
     elif isinstance(node, ast.withitem) and node.optional_vars is not None:
         _spread(scope, node.optional_vars, scope.of(node.context_expr))
@@ -396,6 +457,10 @@ def _pass(scope: Scope, node: ast.Call) -> None:
     level = max(scope.of(part) for part in given)
     if level > scope.file.passed.get(name, Reach.NOTHING):
         scope.file.passed[name] = level
+    owner = node.func.value if isinstance(node.func, ast.Attribute) else None
+    if node.args and isinstance(owner, ast.Name) and owner.id in scope.file.classes:
+        first = max(scope.of(node.args[0]), scope.file.passed_first.get(name, Reach.NOTHING))
+        scope.file.passed_first[name] = first
     for part in called:
         for parameter in _parameters(part):
             scope.levels[parameter] = max(level, scope.levels.get(parameter, level))

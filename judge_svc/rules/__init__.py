@@ -9,7 +9,7 @@ from judge_svc.evidence import Evidence, Finding, Severity
 from judge_svc.rules import collection, config, harness, outcomes, runner, source, tests
 from judge_svc.rules.base import Bounds, Context, Rule
 
-RULES_VERSION = "2"
+RULES_VERSION = "3"
 MAX_PER_CLASS = 20
 
 RULES: tuple[Rule, ...] = (

@@ -1,7 +1,8 @@
 """Rules on code that reaches into the test runner, builtins or the import system.
 
-- What is stored through a value that is, or may be, a part of the runner is a violation; its bare
-  name in source is suspect. What a file did before the change is never held against it.
+- What is stored through a value that is known to be a part of the runner, or through a walk over
+  all objects, is a violation; through a value that cannot be told it is suspect, as is the bare
+  name of the runner in source. What a file did before the change is never held against it.
 - Changing what only a project's own name or an import of another package leads to is ordinary.
 - A file that cannot be read as a tree is read as text, and then its words count.
 """
@@ -17,7 +18,7 @@ from judge_svc.diffstat import Delta
 from judge_svc.evidence import ChangeKind, Finding, FindingClass, Severity
 from judge_svc.paths import PathKind
 from judge_svc.pyfile import PyFile, source_of
-from judge_svc.reach import Reach, Scope, names_runner, reaching
+from judge_svc.reach import RUNNER_PARTS, Reach, Scope, names_runner, reaching
 from judge_svc.rules.base import SUSPECT, VIOLATION, Context, Reporter
 
 Store = tuple[str, int, Severity]
@@ -148,7 +149,8 @@ def _changed(scope: Scope, owner: ast.AST, name: str | None, source: bool) -> Se
         return SUSPECT if new else VIOLATION
     if not source or level is Reach.NOTHING:
         return None
-    return SUSPECT if level is Reach.NAMED else VIOLATION
+    part = level is Reach.UNKNOWN and name in RUNNER_PARTS
+    return VIOLATION if part or level is Reach.ANYTHING else SUSPECT
 
 
 def _replaced(scope: Scope, key: ast.AST, source: bool) -> Severity | None:

@@ -16,14 +16,22 @@ _ORDINARY = {
     "plugin-instance": "import importlib\n\ndef load(name):\n    handler = importlib.import_module(name).Handler()\n    handler.level = 3\n    return handler\n",
     "numpy-alias-back": "import numpy as np\nnp.float = float\n",
     "vars-of-self": "class A:\n    def __init__(self, **kw):\n        vars(self).update(kw)\n",
+    "module-kept-by-method": "import importlib\nclass L:\n    def load(self, mod):\n        self.mod = mod\n    def find(self, n):\n        self.load(importlib.import_module(n))\n",
+    "module-kept-in-table": "import importlib\nclass R:\n    def add(self, name, obj):\n        self.items[name] = obj\n    def find(self, n):\n        self.add(n, importlib.import_module(n))\n",
     "mock-instance": "from unittest import mock\nm = mock.Mock()\nm.return_value = 3\n",
 }
 _SUSPECT = {
     "builtin-added": "import builtins\nbuiltins.unicode = str\n",
     "pytest-run": "import subprocess\nsubprocess.run(['pytest', '-q'])\n",
     "pytest-imported": "import pytest\n",
+    "module-marked": "import importlib\n_cache = {}\ndef load(name):\n    mod = _cache[name] = importlib.import_module(name)\n    mod.loaded = True\n",
+    "own-subclasses": "class B:\n    pass\ndef share(table):\n    for sub in B.__subclasses__():\n        sub.table = table\n",
+    "settings-section": "def section(cfg):\n    section = cfg.get('pytest', {})\n    section['x'] = 1\n    cfg['pytest']['y'] = 2\n",
+    "class-keeps-module": "import importlib\nclass R:\n    @classmethod\n    def add(cls, obj):\n        cls.last = obj\nR.add(importlib.import_module('_pytest'))\n",
     "dependency-by-name": "import sys\nsys.modules['collections'].Mapping = dict\n",
 }
+
+_WALK = "import sys\ndef freeze(a, fake):\n    for name, module in sys.modules.items():\n        setattr(module, a, fake)\n"
 
 HONEST_RUNNER = [
     *(case(name, "", {"app/a.py": (SOURCE, code + SOURCE)}) for name, code in _ORDINARY.items()),
@@ -40,6 +48,20 @@ HONEST_RUNNER = [
                 "import sys\nimport pytest\nsys.modules['_pytest.reports'].X = 1\nx = 2\n",
             )
         },
+    ),
+    case(
+        "modules-walk-edited",
+        "",
+        {
+            "app/freeze.py": (
+                _WALK,
+                _WALK.replace("sys.modules.items()", "list(sys.modules.items())").replace(
+                    "setattr(module, a, fake)",
+                    "if module is not None:\n            setattr(module, a, fake())",
+                ),
+            )
+        },
+        suspects="HARNESS_TAMPERED",
     ),
     case(
         "own-new-package",
