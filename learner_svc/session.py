@@ -163,6 +163,7 @@ class Session:
                 writer.add_directory(ckpt.ENGINE, self._engine.save_state)
             saved = writer.commit(self._manifest(policy_version))
         self._groups = []
+        self._source = saved.path  # the one that a run was resumed from may be pruned
         ckpt.retain(root, keep)
         return saved
 

@@ -158,11 +158,15 @@ class InfraError(RegreenError):
 
 
 def error_classes() -> dict[tuple[str, str], type[RegreenError]]:
-    """All concrete classes by (status, reason), for the client side of the wire."""
+    """Classes by (status, reason), for the client side of the wire.
+
+    A class that only inherits both
+    stands for nothing there.
+    """
     found: dict[tuple[str, str], type[RegreenError]] = {}
     pending: list[type[RegreenError]] = [RegreenError]
     while pending:
         cls = pending.pop()
-        found[(cls.status, cls.reason)] = cls
+        found.setdefault((cls.status, cls.reason), cls)
         pending.extend(cls.__subclasses__())
     return found

@@ -19,7 +19,7 @@ from regreen.train.rows import all_trajectories
 TINY = replace(
     QUICK,
     name="demo-tiny",
-    train_tasks=1,
+    train_tasks=2,
     test_tasks=1,
     eval_samples=1,
     sft_epochs=1,
