@@ -4,8 +4,9 @@
 - Standard input carries one JSON object: `key` (hex), `arguments`, `coverage`, `root`.
 - A frame is 4 bytes of length, 32 bytes of HMAC-SHA256(key, sequence number + body), a JSON body.
 - pytest is imported before the repository is on the path, so that no file there can replace it.
-- Controls, tests that must fail, run at places that the key decides; they are reported as such and
-  no plugin lists them. Functions of pytest that were replaced meanwhile are reported too.
+- Controls, tests that must fail, run before modules that the key decides and at the end, below a
+  collector of their own: hooks that see them touch nothing of a real test. No plugin lists them.
+- Functions of pytest that were replaced meanwhile are reported too.
 - The pipe is not inherited by other programs and a forked child never writes to it.
 
 Code under test shares this process and could reach the key; see "What remains" in docs/tasks.md.
@@ -25,7 +26,7 @@ import struct
 import sys
 import threading
 import traceback
-from types import CodeType, FrameType, FunctionType, ModuleType
+from types import CodeType, FrameType, FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
 BAD = ("failed", "error")
@@ -183,16 +184,18 @@ def control_body() -> None:
 
 
 class Controls:
-    """pytest hooks that run tests which must fail between the repository's own.
+    """pytest hooks that run tests which must fail between the repository's own modules.
 
     Their reports come from the very functions that make those of real tests, but are given to
-    nobody else: no log line, no count and no exit status knows of them.
+    nobody else: no log line, no count and no exit status knows of them. Their parent is no real
+    test's, and they inherit no marker.
     """
 
     def __init__(self, pipe: Pipe, key: bytes, watch: Watch, pytest: Any) -> None:
         self.send, self.key, self.watch, self.pytest = pipe.send, key, watch, pytest
         self.runner = sys.modules["_pytest.runner"]
-        self.places: dict[int, tuple[Any, str]] = {}
+        self.kinds: dict[int, str] = {}
+        self.looks: dict[int, Any] = {}
         self.told: set[str] = set()
         pytest.hookimpl(hookwrapper=True, tryfirst=True)(Controls.pytest_runtest_protocol)
 
@@ -201,24 +204,32 @@ class Controls:
 
     def pytest_collection_finish(self, session: Any) -> None:
         items = list(session.items)
-        order = sorted(range(1, len(items)), key=self.draw)[: MOST_CONTROLS - 1]
-        for number in [0, *order] if items else []:
-            kind = ("call", "setup", "collect")[self.draw(number)[-1] % 3] if number else "call"
-            self.places[id(items[number])] = (items[number], kind)
+        homes = [id(item.getparent(self.pytest.File) or item.parent) for item in items]
+        first = [n for n in range(1, len(items)) if homes[n] != homes[n - 1]]
+        for number in sorted(first, key=self.draw)[: MOST_CONTROLS - 1]:
+            kind = ("call", "setup", "collect")[self.draw(number)[-1] % 3]
+            self.kinds[id(items[number])] = kind
+        for number in sorted(range(1, len(items)), key=self.draw)[: MOST_CONTROLS - 1]:
+            self.looks[id(items[number])] = items[number]
+        if items:
+            self.kinds[id(items[0])] = "call"
 
     def pytest_runtest_protocol(self, item: Any, nextitem: Any) -> Any:
-        if id(item) in self.places:
-            self.run(self.places[id(item)][1], item.parent, item)
+        if id(item) in self.kinds:
+            self.run(self.kinds[id(item)], item.session, item)
+        elif id(item) in self.looks:
+            self.tell()
         yield
-        if nextitem is None:
-            self.run("call", item.session, None)
+        for kind in ("setup", "collect", "call") if nextitem is None else ():
+            self.run(kind, item.session, None)
 
-    def run(self, kind: str, parent: Any, following: Any) -> None:
+    def run(self, kind: str, session: Any, following: Any) -> None:
         """One control before `following`; whatever happens in it, the tests go on."""
         self.tell()
         outcome = ""
-        name = following.name if following is not None else "test_end"
+        name = following.name.partition("[")[0] if following is not None else "test_end"
         try:
+            parent = self.make(self.place(), "controls", session)
             if kind == "collect":
                 collector = self.make(self.collector(), name, parent)
                 report = collector.ihook.pytest_make_collect_report(collector=collector)
@@ -229,7 +240,7 @@ class Controls:
                     outcome = folded(outcome, report)
         except Exception as error:  # noqa: BLE001 - a plugin that cannot bear it
             outcome = f"raised {type(error).__name__}"
-            self.settle(parent, following)
+            self.settle(session, following)
         self.tell()
         self.send({"t": "control", "kind": kind, "o": outcome})
 
@@ -245,21 +256,21 @@ class Controls:
         return make(name=name, parent=parent, **more)
 
     def item(self, kind: str, name: str, parent: Any) -> Any:
-        pytest = self.pytest
-        if type(parent) in (pytest.Module, pytest.Session):
-            item = self.make(pytest.Function, name, parent, callobj=control_body)
-            item.fixturenames = ["no_such_fixture"] if kind == "setup" else []
-            return item
+        parent.obj = SimpleNamespace(**{name: control_body})  # where pytest before 6 looks again
+        item = self.make(self.pytest.Function, name, parent, callobj=control_body)
+        item.fixturenames = ["no_such_fixture"] if kind == "setup" else []
+        # What is set up for the tests around it, packages and folders, must stay as it is.
+        chain = [node for node in parent.session._setupstate.stack if node is not parent.session]
+        item.listchain = lambda: [parent.session, *chain, parent, item]
+        item.iter_markers_with_node = lambda name=None: iter(())
+        return item
 
-        class Control(pytest.Item):  # type: ignore[misc,name-defined]
-            def setup(self) -> None:
-                if kind == "setup":
-                    control_body()
+    def place(self) -> Any:
+        class Place(self.pytest.Collector):  # type: ignore[misc,name-defined]
+            def collect(self) -> Any:
+                return []
 
-            def runtest(self) -> None:
-                control_body()
-
-        return self.make(Control, name, parent)
+        return Place
 
     def collector(self) -> Any:
         class Broken(self.pytest.Collector):  # type: ignore[misc,name-defined]
@@ -268,14 +279,14 @@ class Controls:
 
         return Broken
 
-    def settle(self, parent: Any, following: Any) -> None:
+    def settle(self, session: Any, following: Any) -> None:
         """Take down what a control left behind."""
-        state = parent.session._setupstate
+        state = session._setupstate
         with contextlib.suppress(Exception):  # the next test reports it
             try:
                 state.teardown_exact(following)
             except TypeError:  # pytest before 6.3
-                state.teardown_exact(parent, following)
+                state.teardown_exact(session, following)
 
     def pytest_sessionfinish(self) -> None:
         self.tell()
@@ -349,6 +360,28 @@ def _lines_of(code: CodeType) -> set[int]:
     return {line for _, line in dis.findlinestarts(code) if line}
 
 
+def import_pytest(root: str, send: Any) -> Any:
+    """pytest without the repository on the path.
+
+    A repository that provides a part of pytest is put back, and that is reported as a replacement.
+    """
+    root = os.path.join(os.path.realpath(root), "")
+    path = list(sys.path)
+    clean = [p for p in path if not os.path.join(os.path.realpath(p), "").startswith(root)]
+    sys.path[:] = clean
+    try:
+        return importlib.import_module("pytest")
+    except ImportError:
+        if clean == path:
+            raise
+        for name in [n for n in sys.modules if n.split(".")[0] in ("pytest", *WATCHED_ROOTS[:2])]:
+            del sys.modules[name]
+        sys.path[:] = path
+        importlib.invalidate_caches()
+        send({"t": "replaced", "names": ["pytest from the repository"]})
+        return importlib.import_module("pytest")
+
+
 def main() -> None:
     fd = int(os.environ.pop("REGREEN_CHANNEL_FD"))
     os.set_inheritable(fd, False)
@@ -359,13 +392,11 @@ def main() -> None:
     key = bytes.fromhex(setup.pop("key"))
     pipe = Pipe(fd, key)
     pipe.send({"t": "start", "python": list(sys.version_info[:3])})
-    root = os.path.join(os.path.realpath(setup["root"]), "")
     path = sys.path[1:]
-    sys.path[:] = [p for p in path if not os.path.join(os.path.realpath(p), "").startswith(root)]
+    sys.path[:] = path
     status = 1
     try:
-        import pytest
-
+        pytest = import_pytest(setup["root"], pipe.send)
         pipe.send({"t": "pytest", "version": pytest.__version__})
         controls = Controls(pipe, key, Watch(watched_modules()), pytest)
         sys.path[:] = [os.getcwd(), *path]

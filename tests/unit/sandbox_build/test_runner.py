@@ -243,3 +243,68 @@ def test_the_repository_is_not_on_the_path_while_pytest_is_imported(repo: Path) 
     found = run(repo, PYTHONPATH=str(site))
     assert not found.crash
     assert found.tests
+
+
+INCREMENTAL = """
+import pytest
+
+
+def pytest_runtest_makereport(item, call):
+    if call.excinfo is not None:
+        item.parent._previousfailed = item
+
+
+def pytest_runtest_setup(item):
+    before = getattr(item.parent, "_previousfailed", None)
+    if before is not None:
+        pytest.xfail("previous test failed (%s)" % before.name)
+
+
+def pytest_exception_interact(node):
+    node.parent._previousfailed = node
+"""
+
+
+def test_hooks_of_the_repository_see_no_control_beside_a_real_test(tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text(INCREMENTAL)
+    for name in "abcdef":
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "__init__.py").write_text("import pytest\npytestmark = pytest.mark.xfail\n")
+        (folder / f"test_{name}.py").write_text(
+            "def test_one(): pass\n\n\nclass TestGroup:\n"
+            "    def test_two(self): pass\n\n    def test_three(self): pass\n"
+        )
+    found = run(tmp_path)
+    assert (found.tampered, found.replaced, found.status) == ("", frozenset(), 0), found.log
+    assert {t.outcome for t in found.tests.values()} <= {"passed", "xpassed"}, found.log
+    assert len(found.tests) == 18
+
+
+def test_controls_leave_the_fixtures_of_a_package_alone(tmp_path: Path) -> None:
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "conftest.py").write_text(
+        "import pytest\nMADE = []\n\n\n@pytest.fixture(scope='package')\n"
+        "def once():\n    MADE.append(1)\n    yield len(MADE)\n"
+    )
+    for number in range(8):
+        (package / f"test_{number}.py").write_text("def test_it(once): assert once == 1\n")
+    found = run(tmp_path)
+    assert (found.tampered, found.status) == ("", 0), found.log
+
+
+def test_a_repository_that_pytest_needs_is_used_and_named(repo: Path) -> None:
+    site = repo / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(
+        "import sys\nclass Absent:\n    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == 'pluggy' and {str(repo)!r} not in sys.path:\n"
+        "            raise ImportError('pluggy is only in the repository')\n"
+        f"sys.meta_path.insert(0, Absent())\nsys.path.append({str(repo)!r})\n"
+    )
+    found = run(repo, PYTHONPATH=str(site))
+    assert found.crash == ""
+    assert found.replaced == {"pytest from the repository"}
+    assert found.tests
