@@ -8,6 +8,7 @@
 import configparser
 import hashlib
 import json
+import sys
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ _TEST_FOLDERS = frozenset({"test", "tests"})
 _CONFIG = frozenset({"pytest.ini", ".pytest.ini", "pytest.toml", ".pytest.toml", "conftest.py"})
 _HOOKS = frozenset({"sitecustomize.py", "usercustomize.py", "pyvenv.cfg"})
 _SETTINGS = frozenset({"pyproject.toml", "setup.cfg", "tox.ini"})
+_IMPORTABLE = (".py", ".so", ".pyd")
 _RUNNER = frozenset(
     {
         *("pytest", "_pytest", "pluggy", "py", "iniconfig", "attr", "attrs", "packaging"),
@@ -94,11 +96,12 @@ def protection(
     settings: Mapping[str, str],
     modules: Iterable[str] = (),
     foreign: Iterable[str] = (),
+    packages: Iterable[str] = (),
 ) -> str:
     """Why a change is left out, or empty if it is applied.
 
     `modules` are the top-level modules that the State's repository has of its own, `foreign` those
-    of its interpreters and installed packages.
+    of its interpreters and installed packages. `packages` are folders that the diff makes packages.
     """
     parts = change.path.split("/")
     name = parts[-1]
@@ -119,23 +122,42 @@ def protection(
     if name in _SETTINGS and len(parts) == 1:
         kept = pytest_settings(name, change.content or b"")
         return "" if kept == settings.get(name, "") else "validation-configuration"
-    return "shadows" if _shadows(parts, frozenset(modules), frozenset(foreign)) else ""
+    made = frozenset((*packages, *packages_of([change])))
+    return "shadows" if _shadows(parts, frozenset(modules), frozenset(foreign), made) else ""
 
 
 def _is_test_file(name: str) -> bool:
     return name.endswith(".py") and (name.startswith("test_") or name.endswith("_test.py"))
 
 
-def _shadows(parts: list[str], own: frozenset[str], foreign: frozenset[str]) -> bool:
-    """Whether a new module would be imported instead of an installed one."""
-    below = parts[1:] if parts[0] in ("src", "lib") else parts
-    if not below:
+def packages_of(changes: Iterable[FileChange]) -> frozenset[str]:
+    """Folders that these changes make packages."""
+    written = (c.path.rpartition("/") for c in changes if c.content is not None)
+    return frozenset(
+        folder
+        for folder, _, name in written
+        if name.startswith("__init__.") and name.endswith(_IMPORTABLE)
+    )
+
+
+def _shadows(
+    parts: list[str], own: frozenset[str], foreign: frozenset[str], packages: frozenset[str]
+) -> bool:
+    """Whether a new module would be imported instead of an installed one.
+
+    A folder that is no package never wins over an installed one. A repository's folder of that
+    name is in `own`, whatever it holds.
+    """
+    if not parts[-1].endswith(_IMPORTABLE):
         return False
-    module = below[0].removesuffix(".py") if len(below) == 1 else below[0]
-    if len(below) == 1 and not below[0].endswith((".py", ".so")):
+    start = 1 if parts[0] in ("src", "lib") and len(parts) > 1 else 0
+    module = parts[start].partition(".")[0]
+    if module in own:
         return False
-    module = module.partition(".")[0]
-    return module not in own and (module in _RUNNER or module in foreign)
+    if module in _RUNNER or (module in foreign and module in sys.stdlib_module_names):
+        return True
+    whole = len(parts) == start + 1 or "/".join(parts[: start + 1]) in packages
+    return module in foreign and whole
 
 
 def pytest_settings(name: str, content: bytes) -> str:
@@ -162,13 +184,15 @@ def split_changes(
 ) -> tuple[tuple[FileChange, ...], tuple[Reverted, ...], FileChange | None]:
     """Changes to apply, changes left out, and the change of the lock file."""
     roots, modules, foreign = tuple(roots), frozenset(modules), frozenset(foreign)
+    changes = tuple(changes)
+    packages = packages_of(changes)
     kept: list[FileChange] = []
     reverted: list[Reverted] = []
     lock: FileChange | None = None
     for change in changes:
         if change.path == LOCK:
             lock = change
-        elif reason := protection(change, roots, settings, modules, foreign):
+        elif reason := protection(change, roots, settings, modules, foreign, packages):
             reverted.append(Reverted(change.path, reason))
         else:
             kept.append(change)

@@ -55,6 +55,14 @@ def test_roots_come_from_the_arguments() -> None:
         ("lib/wordlib.abi3.so", "shadows"),
         ("pkg/wordlib.py", ""),
         ("wordlib2.py", ""),
+        ("wordlib/data.json", ""),
+        ("wordlib/helper.py", ""),
+        ("wordlib.pyd", "shadows"),
+        ("src/wordlib/__init__.abi3.so", "shadows"),
+        ("logging/handlers.txt", ""),
+        ("logging/handlers.py", "shadows"),
+        ("packaging/debian/control", ""),
+        ("packaging/build.py", "shadows"),
         ("src/pytest/__init__.py", "shadows"),
         ("_pytest/x.py", "shadows"),
         ("a/__pycache__/b.pyc", "generated"),
@@ -71,6 +79,19 @@ def test_a_module_that_the_repository_has_may_be_edited() -> None:
     assert protection(change, (), {}) == "shadows"
     assert protection(change, (), {}, ["attr"]) == ""
     assert protection(FileChange("wordlib.py", b""), (), {}, ["wordlib"], FOREIGN) == ""
+
+
+def test_a_folder_shadows_only_once_the_diff_makes_it_a_package() -> None:
+    helper, init = (FileChange(f"wordlib/{n}.py", b"") for n in ("helper", "__init__"))
+    kept, _, _ = split_changes([helper], (), {}, (), FOREIGN)
+    assert kept == (helper,)
+    _, reverted, _ = split_changes([helper, init], (), {}, (), FOREIGN)
+    assert [(r.path, r.reason) for r in reverted] == [
+        ("wordlib/helper.py", "shadows"),
+        ("wordlib/__init__.py", "shadows"),
+    ]
+    kept, _, _ = split_changes([helper, FileChange(init.path, None)], (), {}, (), FOREIGN)
+    assert helper in kept
 
 
 def test_settings_files_are_kept_while_pytest_part_is_the_same() -> None:
