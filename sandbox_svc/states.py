@@ -5,6 +5,7 @@
 - A state's id depends on its parent and on the action that made it, on nothing else.
 - A state made before a crash of the host counts only if its layers had reached the disk; a crash
   of the process alone loses nothing that was answered.
+- A state prepared with another test runner is dropped when the store opens: no validator reads it.
 - Layers without a state and without a running sandbox are removed; nothing else removes layers.
 - Preparations of one spec digest share one run, which ends when nobody waits for it any more.
 """
@@ -25,7 +26,7 @@ from typing import Any
 from regreen.rpc.errors import FailedPrecondition, NotFound
 from sandbox_svc.backends.base import Mount, Runtime
 from sandbox_svc.backends.layers import writing
-from sandbox_svc.builders.base import Prepared, Progress, Stage
+from sandbox_svc.builders.base import RUNNER, Prepared, Progress, Stage
 
 _FORMAT = 1
 _MAX_SECONDS, _MAX_BYTES = 1e10, 1 << 62
@@ -160,6 +161,12 @@ def _check_record(fields: Mapping[str, object]) -> None:
             raise ValueError(f"not a state record: {name} is of another type")
 
 
+def _outdated(state: State) -> bool:
+    """Whether a state was prepared with another test runner; snapshots are still of use."""
+    prepared = not state.parent_id and state.metadata.get("baseline") is not None
+    return prepared and state.metadata.get("runner") != RUNNER
+
+
 @dataclass(slots=True)
 class _Flight:
     task: "asyncio.Task[State]"
@@ -193,7 +200,7 @@ class StateStore:
             except (OSError, ValueError):
                 path.unlink(missing_ok=True)
                 continue
-            survived = state.durable or state.boot == self._boot
+            survived = (state.durable or state.boot == self._boot) and not _outdated(state)
             if path.name != f"{state.id}.json" or not survived or not held.issuperset(state.layers):
                 path.unlink(missing_ok=True)
                 continue

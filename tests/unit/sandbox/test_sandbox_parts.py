@@ -9,16 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from regreen.rpc.errors import InvalidArgument
+from regreen.rpc.errors import InvalidArgument, NotFound
 from regreen.sandbox import v1 as pb
 from sandbox_svc.backends import seccomp
 from sandbox_svc.backends.base import Limits, Mount
+from sandbox_svc.backends.embedded import EmbeddedRuntime
 from sandbox_svc.backends.output import Collector
 from sandbox_svc.backends.uppers import changed, usage
+from sandbox_svc.builders.base import RUNNER
 from sandbox_svc.globs import Glob
 from sandbox_svc.servicer import page
 from sandbox_svc.settings import SandboxSettings
-from sandbox_svc.states import State, state_id
+from sandbox_svc.states import State, StateStore, state_id
 from sandbox_svc.translate import limits_from
 from sandbox_svc.unified import TooLarge, unified
 
@@ -111,6 +113,29 @@ def test_state_records_survive_a_round_trip_and_reject_nonsense():
     for bad in (b"", b"[]", b"{}", b'{"format": 1}', state.encode().replace(b'"format": 1', b"")):
         with pytest.raises(ValueError, match=r"record|Expecting|delimiter"):
             State.decode(bad)
+
+
+async def test_states_prepared_with_another_runner_are_gone_after_opening(tmp_path):
+    runtime = EmbeddedRuntime(tmp_path / "home", run_probes=False)
+    (tmp_path / "home" / "layers").mkdir(parents=True)
+    old, new, snapshot, plain = (state_id("", name) for name in "abcd")
+    facts = {"baseline": {"passing": ["t"], "failing": [], "log": "", "seconds": 0.5}}
+    before = StateStore(tmp_path / "home", runtime)
+    await before.open()
+    for state in (
+        State(id=old, layers=(), metadata={**facts, "runner": RUNNER - 1}),
+        State(id=new, layers=(), metadata={**facts, "runner": RUNNER}),
+        State(id=snapshot, layers=(), parent_id=old, metadata={**facts, "runner": RUNNER - 1}),
+        State(id=plain, layers=()),
+    ):
+        before.record(before.stamp(state))
+    await before.close()
+    after = StateStore(tmp_path / "home", runtime)
+    await after.open()
+    assert {state.id for state in after.list()} == {new, snapshot, plain}
+    with pytest.raises(NotFound):
+        after.get(old)
+    await after.close()
 
 
 def test_a_states_id_depends_on_parent_and_action_alone():
