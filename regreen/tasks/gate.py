@@ -150,7 +150,11 @@ class Gate:
         except (InvalidArgument, FailedPrecondition) as error:
             return Verdict(task.id, "rejected", f"cannot be prepared: {error}", python=python)
         trial = _Trial(self, task, state, bool(python))
-        return await trial.run()
+        try:
+            return await trial.run()
+        except FailedPrecondition as error:
+            reason = f"cannot be validated: {error}"
+            return Verdict(task.id, "rejected", reason, state_id=state.id, python=state.python)
 
     async def reference(
         self, task: TaskRecord, fix: Fix, state: pb.State

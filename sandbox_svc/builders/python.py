@@ -307,7 +307,22 @@ def check_spec(spec: EnvironmentSpec) -> None:
     for pin in spec.pins:
         if not pin.files:
             raise InvalidArgument(f"pins[{pin}].files", "is empty", "name a file with its sha256")
+    _check_arguments(spec.test.arguments)
     check_overlay(spec)
+
+
+def _check_arguments(arguments: Sequence[str]) -> None:
+    """Refuse to spread the tests over processes: the runner sees its own process only.
+
+    Raises:
+        InvalidArgument: names the option.
+    """
+    for argument in arguments:
+        option = argument.partition("=")[0]
+        if option in ("--dist", "--numprocesses", "--tx") or option.startswith("-n"):
+            raise InvalidArgument(
+                "test.arguments", f"has {argument!r}", "leave it out: tests run in one process"
+            )
 
 
 async def _must(box: Box, argv: tuple[str, ...], what: str) -> ExecResult:

@@ -16,12 +16,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from regreen.rpc.errors import InfraError
+from regreen.rpc.errors import FailedPrecondition, InfraError
 from sandbox_svc.backends.base import Box, Command, EndReason, ExecResult, Limits, Mount, Runtime
 from sandbox_svc.builders.base import ENV, REPO, TOOLS, Baseline
 
 MAX_FRAME = 4 << 20
 LOG_BYTES = 24 * 1024
+BASELINE_TRIES = 2
 _RANK = ("passed", "xfailed", "xpassed", "skipped", "failed", "error")
 OUTCOMES = frozenset(_RANK)
 
@@ -257,15 +258,23 @@ async def baseline(
     """What the tests of an untouched State say.
 
     Raises:
-        InfraError: the runtime failed, or the run did not come to its own end, so that what it
-            said is only a part.
+        InfraError: the runtime failed, or two runs had no use for different reasons.
+        FailedPrecondition: two runs did not come to their own end for the same reason, so that
+            what they said is only a part.
     """
-    box = await runtime.create(layers, limits=limits, mounts=mounts)
-    try:
-        run = await run_tests(box, options_of(facts, env))
-    finally:
-        await box.delete()
-    _require_whole(run)
+    problems: list[str] = []
+    while True:
+        box = await runtime.create(layers, limits=limits, mounts=mounts)
+        try:
+            run = await run_tests(box, options_of(facts, env))
+        finally:
+            await box.delete()
+        problem = _uselessness(run)
+        if not problem:
+            break
+        problems.append(problem)
+        if len(problems) == BASELINE_TRIES:
+            raise _useless(problems)
     failing = run.ids("failed", "error") | frozenset(run.collect_errors)
     return Baseline(
         passing=tuple(sorted(run.ids("passed"))),
@@ -278,24 +287,28 @@ async def baseline(
     )
 
 
-def _require_whole(run: TestRun) -> None:
-    """Refuse a yardstick that is only a part: it would be kept for good.
+def _uselessness(run: TestRun) -> str:
+    """Why a run is no yardstick, or empty: one that is only a part would be kept for good.
 
     A repository that ends the process by itself is as broken as one whose tests fail.
-
-    Raises:
-        InfraError: the run was stopped from outside or is not believed.
     """
-    problem = ""
     if run.result.reason not in (EndReason.EXIT, EndReason.SIGNAL):
-        problem = f"it was ended by {run.result.reason.value}"
-    elif run.tampered:
-        problem = run.tampered
-    if problem:
-        raise InfraError(
-            f"the first run of the tests is of no use: {problem}; prepare the state again, "
-            "with a longer timeout or larger limits if it happens again"
+        return f"it was ended by {run.result.reason.value}"
+    return run.tampered
+
+
+def _useless(problems: Sequence[str]) -> FailedPrecondition | InfraError:
+    """The error after useless runs: the same end every time is the repository's own."""
+    if len(set(problems)) > 1:
+        return InfraError(
+            f"the first runs of the tests are of no use: {'; '.join(problems)}; "
+            "prepare the state again"
         )
+    return FailedPrecondition(
+        f"the tests of the untouched repository cannot be used: {problems[0]}, in each of "
+        f"{len(problems)} runs; raise test.timeout or the limits, or leave such tests out with "
+        "test.arguments"
+    )
 
 
 def options_of(facts: Mapping[str, Any], env: Mapping[str, str]) -> RunOptions:

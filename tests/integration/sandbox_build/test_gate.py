@@ -101,6 +101,29 @@ async def test_a_build_that_is_not_broken_is_rejected(world: World) -> None:
     assert verdict.reason.startswith("broken-fails")
 
 
+async def test_tests_that_never_end_are_rejected_with_the_remedy(world: World) -> None:
+    tests = world.task.tests.model_copy(update={"timeout_s": 0.05})
+    verdict = await world.quick.judge(world.task.model_copy(update={"tests": tests}))
+    assert verdict.status == "rejected"
+    assert "ended by timeout, in each of 2 runs; raise test.timeout" in verdict.reason
+
+
+async def test_a_task_that_requires_no_test_is_rejected(world: World) -> None:
+    names = [*FAIL_TO_PASS, "tests/test_greet.py::test_arithmetic"]
+    tests = world.task.tests.model_copy(update={"unstable": names})
+    verdict = await world.quick.judge(world.task.model_copy(update={"tests": tests}))
+    assert verdict.status == "rejected"
+    assert "has no test that must pass" in verdict.reason
+    assert verdict.state_id
+
+
+async def test_tests_spread_over_processes_are_rejected(world: World) -> None:
+    tests = world.task.tests.model_copy(update={"arguments": ["tests", "-n4"]})
+    verdict = await world.quick.judge(world.task.model_copy(update={"tests": tests}))
+    assert verdict.status == "rejected"
+    assert "test.arguments: has '-n4'" in verdict.reason
+
+
 async def test_a_release_without_hashes_is_rejected(world: World) -> None:
     unknown = world.task.model_copy(update={"pins_fail": [*world.task.pins_fail, "other==1.0"]})
     verdict = await world.quick.judge(unknown)
