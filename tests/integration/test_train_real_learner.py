@@ -14,6 +14,7 @@ import pytest
 from regreen.client.stack import Endpoints, Stack
 from regreen.common import v1 as common_pb
 from regreen.train.config import GrpoConfig, SftConfig
+from regreen.train.experts import recipe
 from regreen.train.rl import train_grpo
 from regreen.train.sft import train_sft
 from tests.integration import dataset_samples as samples
@@ -116,6 +117,7 @@ async def experts(stack: Stack) -> tuple[str, ...]:
             found = samples.trajectory(task_id, tokens=tokens)
             found.token_ids[:] = [(7 * n + tokens) % VOCAB for n in range(tokens)]
             found.mode, found.actor = common_pb.MODE_KEEP_NEW, "expert"
+            found.labels["recipe"] = recipe(SftConfig(name="any"))
             await stack.trajectories.commit_trajectory(found)
     return tasks
 
