@@ -378,8 +378,9 @@ def import_pytest(root: str, send: Any) -> Any:
             del sys.modules[name]
         sys.path[:] = path
         importlib.invalidate_caches()
+        pytest = importlib.import_module("pytest")
         send({"t": "replaced", "names": ["pytest from the repository"]})
-        return importlib.import_module("pytest")
+        return pytest
 
 
 def main() -> None:
