@@ -160,8 +160,7 @@ class InfraError(RegreenError):
 def error_classes() -> dict[tuple[str, str], type[RegreenError]]:
     """Classes by (status, reason), for the client side of the wire.
 
-    A class that only inherits both
-    stands for nothing there.
+    A class that only inherits both stands for nothing there.
     """
     found: dict[tuple[str, str], type[RegreenError]] = {}
     pending: list[type[RegreenError]] = [RegreenError]
