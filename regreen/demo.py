@@ -46,9 +46,11 @@ class Plan:
     grpo_steps: int
     groups_per_step: int
     group_size: int
+    max_refills: int
+    """Groups asked for at a step in place of those that teach nothing."""
     sft_batch: int = 8
     gate_repeats: int = 2
-    concurrency: int = 16
+    concurrency: int = 20
     """Episodes at a time: decoding reads all weights at each step, however many take part in it."""
     expert_concurrency: int = 4
     """Experts sample nothing; tests are what they cost."""
@@ -68,14 +70,15 @@ EPISODE = {
 }
 FULL = Plan(
     name="demo",
-    train_tasks=12,
-    test_tasks=6,
-    eval_samples=2,
+    train_tasks=10,
+    test_tasks=8,
+    eval_samples=1,
     sft_epochs=3,
     sft_styles=3,
-    grpo_steps=3,
+    grpo_steps=2,
     groups_per_step=4,
     group_size=4,
+    max_refills=0,
     labels=EPISODE,
 )
 QUICK = Plan(
@@ -88,6 +91,7 @@ QUICK = Plan(
     grpo_steps=1,
     groups_per_step=2,
     group_size=3,
+    max_refills=1,
     labels=EPISODE,
 )
 EXPERT = {**EPISODE, "knobs.confirm": "false"}
@@ -272,7 +276,7 @@ class _Demo:
             steps=plan.grpo_steps,
             groups_per_step=plan.groups_per_step,
             group_size=plan.group_size,
-            max_refills=1,
+            max_refills=plan.max_refills,
             hyperparameters={
                 "learning_rate": plan.learning_rate_grpo,
                 "trainable_layers": plan.trainable_layers,

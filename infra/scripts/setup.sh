@@ -29,7 +29,7 @@ say "1/4 installer"
 pip "$(grep -oE '^uv==[^ \\]+' requirements/lock.txt)"
 if ! .venv/bin/python -c 'import torch, sys; sys.exit(not torch.__version__.startswith("2.13.0"))' 2>/dev/null; then
   say "2/4 torch (CPU build where the index offers one)"
-  pip torch==2.13.0
+  pip --no-compile torch==2.13.0  # compiling all of it takes longer than the rest; what is imported is compiled then
 fi
 say "3/4 packages"
 uv() { .venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps "$@"; }

@@ -190,7 +190,13 @@ async def evaluate(
         run_id=opened.run.id,
         tasks=tasks,
         weights={name: Weights.from_json(found) for name, found in kept["weights"].items()},
-        meter=Meter(progress, "evaluate", len(slots), done=len(slots) - len(missing)),
+        meter=Meter(
+            progress,
+            "evaluate",
+            len(slots),
+            done=len(slots) - len(missing),
+            parallel=config.concurrency,
+        ),
         recovery=Recovery(config.recovery_deadline_s, progress),
         runner=runner or Runner(stack, await knowledge_of(stack)),
     )

@@ -50,7 +50,8 @@ async def expert_rows(
     wanted, made_as = _wanted(tasks, config), recipe(config)
     found = await _stored(stack, wanted, made_as)
     missing = [slot for slot in wanted if slot not in found]
-    meter = Meter(progress, "experts", len(wanted), done=len(wanted) - len(missing))
+    done = len(wanted) - len(missing)
+    meter = Meter(progress, "experts", len(wanted), done=done, parallel=config.concurrency)
     meter.report()
     if missing:
         await _make(stack, {task.id: task for task in tasks}, missing, config, meter)

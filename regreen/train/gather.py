@@ -141,7 +141,7 @@ class Gatherer:
     ) -> Collected:
         """Take every group of `step`, refilling while too few of them teach.
 
-        `report` is told (groups taken, groups asked for, detail).
+        `report` is told (rollouts ended, rollouts asked for, detail).
 
         Raises:
             FailedPrecondition: no rollout was committed for too long; says what the queue holds.
@@ -160,7 +160,10 @@ class Gatherer:
             taken |= {group.group.id: group for group in fresh}
             # Refills of an earlier life may come before groups of the first wave.
             asked = max([asked, *(slots[name] + 1 for name in taken)])
-            report(len(taken), asked, "")
+            rollouts = (await self._stack.queue.get_queue(self._run_id, step=step)).rollouts
+            ended = rollouts["committed"] + rollouts["lost"]
+            detail = f"step {step}, {len(taken)} of {asked} groups"
+            report(ended, sum(rollouts.values()), detail)
             if any(group.id not in taken for group in plan[:asked]):
                 await patience.wait(step, progressed=bool(fresh))
                 continue

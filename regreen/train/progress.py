@@ -3,6 +3,7 @@
 - Reporting never changes what a driver does; a driver works the same without a listener.
 - The clock is an argument; a rate is taken over the units done since the stage began, so that
   work found already done after a restart does not make the estimate look too good.
+- Units under way count as half done; without them the first of many at a time looks like all work.
 """
 
 import time
@@ -40,9 +41,11 @@ class Meter:
         total: int,
         *,
         done: int = 0,
+        parallel: int = 1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._listener, self._stage, self._clock = listener, stage, clock
+        self._parallel = parallel
         self._first, self._began_s = done, clock()
         self.done, self.total = done, total
 
@@ -56,7 +59,9 @@ class Meter:
         self.report(self.done + units, detail)
 
     def _eta_s(self) -> float | None:
-        fresh = self.done - self._first
+        fresh, left = self.done - self._first, max(0, self.total - self.done)
         if fresh <= 0:
             return None
-        return max(0, self.total - self.done) * (self._clock() - self._began_s) / fresh
+        # At the moment that one ends, the places of all others are taken.
+        under_way = min(self._parallel - 1, left) / 2
+        return (left - under_way) * (self._clock() - self._began_s) / (fresh + under_way)

@@ -278,9 +278,7 @@ class _Life:
             self.history.add(candidate, [member.reward.solved for member in members])
 
     def _report_rollouts(self, done: int, total: int, detail: str) -> None:
-        self.driver.listener(
-            Progress("rollouts", done, total, None, detail or f"step {self.step + 1}")
-        )
+        self.driver.listener(Progress("rollouts", done, total, None, detail))
 
 
 Outcomes = dict[int, list[tuple[Candidate, list[bool]]]]

@@ -15,8 +15,7 @@ from policy_svc.__main__ import running as policy_running
 from policy_svc.settings import PolicySettings
 from regreen.client.stack import Endpoints, Stack
 from regreen.fix import FixOptions, FixResult, fix_project
-from regreen.pkgindex import PackageIndex, index_urls
-from regreen.rpc.errors import InvalidArgument, MissingDependency, RegreenError
+from regreen.rpc.errors import InvalidArgument, MissingDependency
 from sandbox_svc.__main__ import serving as sandbox_serving
 from sandbox_svc.settings import SandboxSettings
 from tests.fixtures.chat_script import ScriptedChat, call
@@ -39,13 +38,8 @@ MOVE, VALIDATE = (
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def endpoints() -> AsyncIterator[tuple[Path, Endpoints]]:
+async def endpoints(registry: None) -> AsyncIterator[tuple[Path, Endpoints]]:
     """Sandbox and judge services, and a policy service over the scripted endpoint."""
-    try:
-        async with PackageIndex(index_urls(), deadline_s=10.0) as index:
-            await index.files("pytest")
-    except (RegreenError, OSError) as error:
-        pytest.skip(f"the package registry cannot be reached: {type(error).__name__}")
     home = Path(tempfile.mkdtemp(prefix="regreen-fix-"))
     home.chmod(0o711)
     async with contextlib.AsyncExitStack() as exits:

@@ -151,6 +151,17 @@ def test_a_meter_estimates_from_what_was_done_since_the_start():
     assert (seen[1].done, seen[1].total, seen[1].eta_s) == (6, 10, 16.0)
 
 
+def test_the_estimate_counts_what_is_under_way():
+    now, seen = [0.0], []
+    meter = Meter(seen.append, "evaluate", 70, parallel=17, clock=lambda: now[0])
+    now[0] = 30.0
+    meter.advance(2)  # sixteen others are somewhere between begun and ended
+    assert seen[-1].eta_s == 30.0 / 10 * 60
+    now[0] = 200.0
+    meter.report(69)
+    assert seen[-1].eta_s == pytest.approx(200.0 / 69.5 * 0.5)
+
+
 def test_hyperparameters_are_checked_by_name_and_type():
     found = hyperparameters({"learning_rate": 1e-5, "warmup_steps": 3.0, "loss": "dapo"})
     assert (found.learning_rate, found.warmup_steps, found.loss) == (1e-5, 3, "dapo")
