@@ -248,7 +248,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TQDM_DISABLE", "1")
     torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
     if not (options.model / "config.json").is_file():
-        return _skip(f"no model at {options.model}: run python -m policy_svc.model_store", options)
+        return _skip(f"no model at {options.model}: run python -m regreen.model_store", options)
     shape = Shape(groups=options.groups)
     try:
         result = compare(options.model, options.engine, shape, options.rounds)

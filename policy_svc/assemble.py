@@ -17,10 +17,10 @@ from policy_svc.engines.process import LocalOptions, ProcessEngine, local_engine
 from policy_svc.engines.scripted import Script, ScriptedEngine
 from policy_svc.engines.sglang import SglangEngine, SglangOptions
 from policy_svc.limits import Limits
-from policy_svc.model_store import HEADER, ensure_default_model
 from policy_svc.policy import Policy
 from policy_svc.settings import PolicySettings
 from policy_svc.versions import PolicyVersion, Serving, Versions, WeightSource, read_record
+from regreen.model_store import HEADER, ensure_default_model
 from regreen.rpc.errors import FailedPrecondition, MissingDependency, NotFound
 from regreen.rpc.logging import get
 

@@ -20,12 +20,12 @@ import numpy as np
 import openvino
 import openvino_genai
 
-from policy_svc import gguf_file
 from policy_svc.engines.base import Request
 from policy_svc.engines.cpu import has_fast_bf16
 from policy_svc.engines.stepper import REFUSED, Chunk, WeightsError
 from policy_svc.engines.weights import Checkpoint
-from policy_svc.model_store import HEADER, HEADER_TABLE
+from regreen import gguf_file
+from regreen.model_store import HEADER, HEADER_TABLE
 
 
 @dataclass(frozen=True, slots=True)

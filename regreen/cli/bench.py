@@ -74,7 +74,7 @@ def _make_folder(out: Path) -> None:
 
 def _make_model() -> None:
     """Convert the default model if it is not there yet."""
-    command = [sys.executable, "-m", "policy_svc.model_store", "--home", str(default_home())]
+    command = [sys.executable, "-m", "regreen.model_store", "--home", str(default_home())]
     subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
 
 

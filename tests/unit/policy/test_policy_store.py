@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from policy_svc import gguf_file, model_store
 from policy_svc.engines.stepper import WeightsError
 from policy_svc.engines.weights import Checkpoint
+from regreen import gguf_file, model_store
 from regreen.rpc.errors import DataLoss
 from tests.fixtures.policy.model import default_model
 
 
 @pytest.mark.slow
 def test_two_processes_convert_once(tmp_path: Path) -> None:
-    argv = [sys.executable, "-m", "policy_svc.model_store", "--home", str(tmp_path)]
+    argv = [sys.executable, "-m", "regreen.model_store", "--home", str(tmp_path)]
     both = [
         subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for _ in range(2)

@@ -32,7 +32,7 @@ from typing import Any, TextIO
 import numpy as np
 from safetensors.numpy import save_file
 
-from policy_svc import gguf_file
+from regreen import gguf_file
 from regreen.rpc.errors import DataLoss, MissingDependency, RegreenError
 from regreen.settings import default_home
 
@@ -332,7 +332,7 @@ def _flush(path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Convert or verify the default model; progress on standard error, the folder on output."""
-    parser = argparse.ArgumentParser(prog="python -m policy_svc.model_store", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m regreen.model_store", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--home", type=Path, default=default_home(), help="data directory")
     parser.add_argument("--verify", action="store_true", help="re-hash every file")
