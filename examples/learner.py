@@ -1,4 +1,4 @@
-"""Start a run, train one step on a batch of token ids, save a checkpoint, stop."""
+"""Train the default model by one step on a batch of token ids, save a checkpoint, stop."""
 
 import sys
 import uuid
@@ -7,18 +7,14 @@ import grpc
 
 from regreen.batch import Batch, Sample
 from regreen.learner import v1 as pb
-from regreen.settings import default_home
 
 channel = grpc.insecure_channel(sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1:50055")
-base = sys.argv[2] if len(sys.argv) > 2 else str(default_home() / "models" / "smollm2-135m")
 learner, run = pb.LearnerServiceStub(channel), f"example-{uuid.uuid4()}"
 sample = Sample.make([1, 520, 9531, 198, 504, 3575, 2], [0, 0, 0, 0, 1, 1, 1])
 batch = Batch(samples=(sample,), kind="sft").to_bytes()
 rate = pb.Hyperparameters(learning_rate=2e-5, trainable_layers=1)
-learner.StartRun(
-    pb.StartRunRequest(run_id=run, kind=pb.RUN_KIND_SFT, base_uri=base, hyperparameters=rate),
-    timeout=600,
-)
+start = pb.StartRunRequest(run_id=run, kind=pb.RUN_KIND_SFT, hyperparameters=rate)
+learner.StartRun(start, timeout=600)
 done = learner.Step(pb.StepRequest(run_id=run, step=1, batch=batch), timeout=600)
 print("step", done.step, "loss", round(done.metrics["loss"], 3))
 save = pb.SaveCheckpointRequest(request_id=uuid.uuid4().hex, run_id=run, policy_version=1)

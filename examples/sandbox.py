@@ -1,4 +1,4 @@
-"""Prepare a State, fork it, run a command in the fork, see what it changed."""
+"""Prepare a State, fork it, run a command in the fork, see what it changed, keep that."""
 
 import sys
 
@@ -18,4 +18,6 @@ command = pb.Command(argv=["sh", "hello.sh"])
 ended = sandboxes.Run(pb.RunRequest(sandbox_id=box.id, command=command), timeout=60).result
 print("exit", ended.exit_code, "after", ended.wall.ToMilliseconds(), "ms")
 print(sandboxes.Diff(pb.DiffRequest(sandbox_id=box.id), timeout=30).unified)
+kept = sandboxes.SnapshotSandbox(pb.SnapshotSandboxRequest(id=box.id), timeout=60).state
+print("a State of its own now:", kept.id)
 sandboxes.DeleteSandbox(pb.DeleteSandboxRequest(id=box.id), timeout=30)

@@ -32,6 +32,7 @@ from learner_svc.process import WorkerProcess
 from learner_svc.record import RunFiles, RunRecord, RunState, StepRecord
 from learner_svc.spec import RunSpec
 from regreen.blobs import BlobStore, Digest
+from regreen.model_store import ensure_default_model
 from regreen.rpc.errors import (
     DataLoss,
     FailedPrecondition,
@@ -95,7 +96,7 @@ class Runs:
     """All runs of a learner."""
 
     def __init__(self, home: Path, blobs: BlobStore, config: RunsConfig) -> None:
-        self._root = home / "learner"
+        self._home, self._root = home, home / "learner"
         self._root.mkdir(parents=True, exist_ok=True)
         self._lock_file = (self._root / "lock").open("w")
         try:
@@ -146,9 +147,13 @@ class Runs:
 
         Raises:
             InvalidArgument, NotFound, DataLoss: the spec, model or checkpoint will not do.
-            FailedPrecondition: another run is active, or memory is short.
+            FailedPrecondition: another run is active, memory is short, or the default model is
+                asked for and not installed.
         """
         spec.check()
+        if not spec.base_uri:
+            base = await asyncio.to_thread(ensure_default_model, self._home)
+            spec = replace(spec, base_uri=str(base.path.resolve()))
         # The lock is taken by the work itself: it outlives a caller who gives up.
         return await self._finish(self._start(spec, resume_uri))
 

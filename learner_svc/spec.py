@@ -168,7 +168,7 @@ class RunSpec:
     run_id: str
     kind: RunKind
     base_uri: str
-    """Directory of the base model or of a checkpoint."""
+    """Directory of the base model or of a checkpoint; empty takes the default model."""
     engine: str = "deepspeed"
     hyperparameters: Hyperparameters = field(default_factory=Hyperparameters)
 
@@ -180,8 +180,6 @@ class RunSpec:
         """
         if self.engine not in ("deepspeed", "plain"):
             raise InvalidArgument("engine", f"is {self.engine!r}", "give deepspeed or plain")
-        if not self.base_uri:
-            raise InvalidArgument("base_uri", "is empty", "give a model or checkpoint directory")
         self.hyperparameters.check(self.kind)
 
     def to_json(self) -> dict[str, Any]:

@@ -27,14 +27,14 @@ class LearnerClient(Caller):
         self,
         run_id: str,
         kind: pb.RunKind.ValueType,
-        base_uri: str,
+        base_uri: str = "",
         *,
         hyperparameters: pb.Hyperparameters | None = None,
         engine: str = "",
         resume_uri: str = "",
         request_id: str = "",
     ) -> pb.LearnerRun:
-        """Start a run or take it up again."""
+        """Start a run or take it up again; without a base it trains the small default model."""
         request = pb.StartRunRequest(
             request_id=request_id or new_request_id(),
             run_id=run_id,

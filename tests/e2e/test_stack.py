@@ -20,7 +20,6 @@ from regreen.rpc.errors import FailedPrecondition, InvalidArgument, NotFound, Re
 from regreen.sandbox import v1 as sandbox_pb
 from regreen.stack.layout import SERVICES
 from tests.e2e.conftest import ROOT, Local
-from tests.fixtures.policy.model import default_model
 from tests.integration import dataset_samples as samples
 
 NAMES = [service.name for service in SERVICES]
@@ -70,15 +69,13 @@ def test_every_service_describes_itself(local: Local, name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_examples(local: Local, name: str) -> None:
     argv = [sys.executable, f"examples/{name}.py", local.rows()[name]["address"]]
-    if name == "learner":
-        argv.append(str(default_model()))
     done = subprocess.run(
         argv, cwd=ROOT, env=local.env, capture_output=True, text=True, timeout=150
     )
     assert done.returncode == 0, done.stderr[-2000:]
     expected = {
         "dataset": "1 reward 0.1",
-        "sandbox": "+hello",
+        "sandbox": "+hello\n\na State of its own now: st_",
         "policy": "'Good morning.",
         "judge": "not genuine",
         "learner": "step 1 loss ",
@@ -86,10 +83,11 @@ def test_examples(local: Local, name: str) -> None:
     assert expected[name] in done.stdout
 
 
-def test_examples_are_short() -> None:
+def test_examples_are_short_and_in_the_docs() -> None:
     for path in (ROOT / "examples").glob("*.py"):
         lines = [line for line in path.read_text().splitlines() if line.strip()]
-        assert len(lines) <= 25, path.name
+        assert len(lines) <= 20, path.name
+        assert path.read_text() in (ROOT / "docs" / "services" / f"{path.stem}.md").read_text()
 
 
 async def test_bad_input_to_dataset(local: Local) -> None:
