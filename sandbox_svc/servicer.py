@@ -302,10 +302,12 @@ class SandboxServicer(_Servicer, pb.SandboxServiceServicer):
     ) -> pb.WriteFileResponse:
         """Write a whole regular file."""
         check_id(request.sandbox_id, "sbx", "sandbox_id")
-        if len(request.content) > _MAX_TRANSFER_BYTES or request.mode > 0o777:
+        if len(request.content) > _MAX_TRANSFER_BYTES:
             raise InvalidArgument(
-                "content", "too large or bad mode", f"at most {_MAX_TRANSFER_BYTES} bytes, 0777"
+                "content", f"{len(request.content)} bytes", f"give at most {_MAX_TRANSFER_BYTES}"
             )
+        if request.mode > 0o777:
+            raise InvalidArgument("mode", f"is 0o{request.mode:o}", "give at most 0o777")
         with self._host.manager.using(request.sandbox_id) as sandbox:
             mode = request.mode or 0o644
             await sandbox.box.write_file(request.path, request.content, mode)

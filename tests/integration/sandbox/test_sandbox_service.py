@@ -239,6 +239,16 @@ async def test_bad_requests_name_the_field(service):
         (sandboxes.run(sandbox.id, ["true"], cwd="rel"), InvalidArgument, "cwd"),
         (sandboxes.read_file(sandbox.id, "rel"), InvalidArgument, "path"),
         (sandboxes.read_file(sandbox.id, "/nope"), NotFound, "no such file"),
+        (
+            sandboxes.write_file(sandbox.id, "/work/repo/x", bytes(49 << 20)),
+            InvalidArgument,
+            r"content: 51380224 bytes; give at most 50331648",
+        ),
+        (
+            sandboxes.write_file(sandbox.id, "/work/repo/x", b"x", mode=0o4755),
+            InvalidArgument,
+            r"mode: is 0o4755; give at most 0o777",
+        ),
         (sandboxes.find_text(sandbox.id, ""), InvalidArgument, "text"),
         (sandboxes.list_files(sandbox.id, root="/nope"), NotFound, "no such directory"),
         (sandboxes.list_sandboxes(page_size=-1), InvalidArgument, "page_size"),
