@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from regreen.rpc.errors import InvalidArgument, NotFound
+from regreen.rpc.errors import InvalidArgument
 from regreen.tasks.model import DistributionRecord, TaskRecord
 
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -83,13 +83,10 @@ def _unique(tasks: list[TaskRecord], source: str) -> list[TaskRecord]:
 
 
 def _read(path: Path) -> str:
+    remedy = "name a file of JSON Lines"
     try:
         return path.read_text("utf-8")
-    except FileNotFoundError as error:
-        raise NotFound(f"{path}: no such file") from error
     except OSError as error:
-        raise InvalidArgument(
-            str(path), f"cannot be read: {error.strerror}", "name a file of JSON Lines"
-        ) from error
+        raise InvalidArgument("path", f"{path} cannot be read: {error.strerror}", remedy) from error
     except UnicodeDecodeError as error:
-        raise InvalidArgument(str(path), "is not UTF-8", "give JSON Lines") from error
+        raise InvalidArgument("path", f"{path} is not UTF-8", remedy) from error
