@@ -27,7 +27,9 @@ def evaluate_command(
     name: Annotated[str, typer.Option(help="Name; the same name continues it.")] = "eval",
     subject: Annotated[
         list[str],
-        typer.Option(help="base, the name of a run, or baseline:noop|newest|pin-back; repeat it."),
+        typer.Option(
+            help="base, the name of a run, or baseline:noop|newest|previous|pin-back; repeat it."
+        ),
     ] = ["base"],  # noqa: B006
     baselines: Annotated[
         bool, typer.Option("--baselines/--no-baselines", help="Run the scripted baselines too.")

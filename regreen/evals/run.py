@@ -52,7 +52,8 @@ class EvalConfig:
     name: str
     """Name of the run; the same name continues it."""
     subjects: tuple[str, ...] = ("base",)
-    """"base", names of training runs, "baseline:noop", "baseline:newest", "baseline:pin-back"."""
+    """"base", names of training runs, and "baseline:noop", "baseline:newest", "baseline:previous",
+    "baseline:pin-back"."""
     base_uri: str = ""
     """Model folder of "base"; empty asks the policy service."""
     tasks: tuple[str, ...] = ()

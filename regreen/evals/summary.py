@@ -17,6 +17,7 @@ from regreen.evals.compare import compare, select
 from regreen.evals.markov import difference, tool_shares, transitions
 from regreen.evals.rows import Outcome, outcomes_by_task
 from regreen.evals.stats import mean_pass_at_k, solve_rate
+from regreen.rollout.baselines import TOLD
 
 Json = dict[str, Any]
 _KS = (1, 2, 4, 8)
@@ -88,6 +89,7 @@ def document(source: ReportInput) -> Json:
         "notes": list(source.notes),
         "grader": source.grader,
         "subjects": list(source.subjects),
+        "scripts_told": _scripts_told(source.subjects),
         "lost": source.lost,
         "cells": _cells(source),
         "graders": _graders(source),
@@ -101,6 +103,12 @@ def document(source: ReportInput) -> Json:
     }
     cleaned: Json = _clean(found)
     return cleaned
+
+
+def _scripts_told(subjects: Sequence[str]) -> Json:
+    """What each script among the subjects is told of a task."""
+    told = {f"baseline:{name}": text for name, text in TOLD.items()}
+    return {subject: told[subject] for subject in subjects if subject in told}
 
 
 def _cells(source: ReportInput) -> list[Json]:

@@ -78,11 +78,12 @@ def test_an_evaluation_and_its_report(local: Local, own: str, tmp_path: Path) ->
     scripts = ("--subject", "baseline:noop", "--set", "budget.turns=3")
     done = local.cli("eval", "--name", "cli", *words, *scripts, "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["committed"] == 3
+    assert json.loads(done.stdout)["committed"] == 4
     done = local.cli("report", "--eval", "cli", "--out", str(tmp_path), "--json")
     found = json.loads(done.stdout)
     solved = {cell["subject"]: cell["value"] for cell in found["cells"]}
-    assert solved == {"baseline:noop": 0.0, "baseline:pin-back": 0.0, "baseline:newest": 0.0}
+    scripts = {"noop": 0.0, "newest": 0.0, "previous": 1.0, "pin-back": 0.0}
+    assert solved == {f"baseline:{name}": value for name, value in scripts.items()}
     assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
     refused = local.cli("report", "--eval", "cli", "--out", str(tmp_path / "report.json" / "x"))
     assert refused.returncode == 2

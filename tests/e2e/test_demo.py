@@ -12,6 +12,7 @@ import pytest
 from regreen.client.stack import Endpoints, Stack
 from regreen.dataset import v1 as pb
 from regreen.demo import QUICK, run_demo
+from regreen.rollout.baselines import NAMES
 from regreen.stack import control
 from regreen.stack.layout import Layout
 from regreen.train.rows import all_trajectories
@@ -76,7 +77,7 @@ async def test_a_demo_stopped_in_the_middle_goes_on_and_reports(home):
     assert "experts" not in stages
     found = json.loads(result.json.read_text())
     subjects = {cell["subject"] for cell in found["cells"]}
-    assert {"base", "baseline:noop", "baseline:newest", "baseline:pin-back"} <= subjects
+    assert {"base", *(f"baseline:{name}" for name in NAMES)} <= subjects
     assert sum(name.startswith("demo-tiny-") for name in subjects) == 2
     assert result.html.stat().st_size > 10_000
     assert (await control.status(Layout(home)))[0].state == "serving"  # it was up, so it stays up

@@ -104,7 +104,8 @@ async def test_every_evaluation_runs_the_scripted_baselines(place: World):
     async with place.stack() as stack:
         tasks = await admitted(stack, 1)
         config = config_of(tasks, baselines=True, subjects=("base", "base"), modes=("any_fix",))
-        assert config.subjects == ("base", "baseline:noop", "baseline:pin-back", "baseline:newest")
+        scripts = [f"baseline:{name}" for name in ("noop", "newest", "previous", "pin-back")]
+        assert config.subjects == ("base", *scripts)
         result = await evaluate(stack, config, runner=ScriptedRunner(place))
         outcomes = await load_outcomes(stack, result.run_id)
         named = config_of(

@@ -141,7 +141,7 @@ async def test_the_same_error_reverts_and_is_tried_a_bounded_number_of_times(wor
 
 
 @pytest.mark.parametrize(
-    ("name", "solved"), [("noop", False), ("pin-back", True), ("newest", False)]
+    ("name", "solved"), [("noop", False), ("newest", False), ("previous", True), ("pin-back", True)]
 )
 async def test_baselines(world, name, solved):
     async with world.playing([]) as stack:
@@ -154,6 +154,17 @@ async def test_baselines(world, name, solved):
                 grader=GRADER_BUILD_GATES,
             )
             assert (found.actor, found.reward.solved) == (f"baseline:{name}", solved)
+
+
+@pytest.mark.parametrize("name", ["newest", "previous", "pin-back"])
+async def test_a_baseline_learns_which_pin_is_held_from_the_refusal(world, name):
+    spec = replace(SPEC, mode=MODE_KEEP_NEW)
+    blind = pb.Task(moved=world.task.moved)
+    async with world.playing([]) as stack:
+        found = await Runner(stack).run(world.task, spec, baseline(name, blind))
+    assert any("wordlib must stay at 2.0" in text for text in said(found, pb.TURN_ROLE_TOOL))
+    assert (found.end, found.reward.solved) == (pb.EPISODE_END_GAVE_UP, False)
+    assert list(found.changes) == []
 
 
 async def test_a_group_shares_its_first_output_and_differs(world):

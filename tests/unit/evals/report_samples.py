@@ -6,7 +6,10 @@ from regreen.evals.rows import Outcome
 from regreen.evals.summary import ReportInput, RunFacts, TaskFacts
 from regreen.ids import derive_seed
 
-SUBJECTS = {"base": 0.05, "sft": 0.3, "grpo": 0.55, "baseline:noop": 0.0, "baseline:newest": 0.2}
+SUBJECTS = {
+    "base": 0.05, "sft": 0.3, "grpo": 0.55,
+    "baseline:noop": 0.0, "baseline:previous": 0.2, "baseline:pin-back": 0.9,
+}  # fmt: skip
 TOOLS = ("dependency_upgrade", "read_file", "run_sh", "validate_and_build", "INVALID")
 
 

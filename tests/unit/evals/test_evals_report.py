@@ -70,6 +70,20 @@ def test_the_document_is_plain_json_and_repeats():
     assert first["runs"][1]["metrics"]["learner/clip_fraction"][0] == [1, None]
 
 
+def test_the_report_says_what_each_script_is_told():
+    found = document(report_input())
+    assert found["scripts_told"] == {
+        "baseline:noop": "nothing",
+        "baseline:previous": "only what the policy can see",
+        "baseline:pin-back": "what moved (it reads the task's record)",
+    }
+    said = (
+        "Scripts are told: baseline:noop nothing; baseline:previous only what the policy can see;"
+    )
+    assert said in render(found)
+    assert "Scripts are told" not in render(document(replace(report_input(), subjects=["base"])))
+
+
 def test_cells_pool_within_tasks_and_count_what_was_sampled():
     cells = document(report_input())["cells"]
     whole = {c["subject"]: c for c in cells if c["pipeline"] == "all"}
