@@ -26,6 +26,9 @@ from pydantic_settings import (
 
 from regreen.rpc.errors import InvalidArgument
 
+BAD_SETTINGS = 2
+"""Exit code of a service that refuses its settings."""
+
 
 def default_home() -> Path:
     """`REGREEN_HOME`, else the user's data directory."""
@@ -116,22 +119,30 @@ class ServiceSettings(BaseSettings):
 
     @classmethod
     def load(cls, argv: Sequence[str] | None = None) -> Self:
-        """Settings from file, environment and command-line flags; exits with 2 on bad ones."""
+        """Settings from file, environment and command-line flags; exits with 2 on bad ones.
+
+        With `--check` it exits with 0 on good ones.
+        """
         parser = argparse.ArgumentParser(prog=f"{cls.section}_svc", description=cls.__doc__)
         parser.add_argument("--config", help=f"TOML file; its table is [{cls.section}]")
+        parser.add_argument("--check", action="store_true", help="read the settings and end")
         for name, field in cls.model_fields.items():
             flag = "--" + name.replace("_", "-")
             action: Any = argparse.BooleanOptionalAction if field.annotation is bool else None
             options = {"action": action} if action else {}
             parser.add_argument(flag, default=None, help=f"default: {field.default}", **options)
         given = vars(parser.parse_args(argv))
+        check = given.pop("check")
         if config := given.pop("config"):
             os.environ["REGREEN_CONFIG"] = config
         try:
-            return cls(**{name: value for name, value in given.items() if value is not None})
+            settings = cls(**{name: value for name, value in given.items() if value is not None})
         except (ValidationError, InvalidArgument) as error:
             print(f"{cls.section}_svc: {describe(error)}", file=sys.stderr)  # noqa: T201
-            raise SystemExit(2) from None
+            raise SystemExit(BAD_SETTINGS) from None
+        if check:
+            raise SystemExit(0)
+        return settings
 
 
 def describe(error: ValidationError | InvalidArgument) -> str:
@@ -141,7 +152,8 @@ def describe(error: ValidationError | InvalidArgument) -> str:
     lines = []
     for item in error.errors():
         name = ".".join(str(part) for part in item["loc"])
-        lines.append(f"{name}: {item['msg']}" if name else str(item["msg"]))
+        problem = str(item["msg"]).removeprefix("Value error, ")
+        lines.append(f"{name}: {problem}" if name else problem)
     return "; ".join(lines)
 
 

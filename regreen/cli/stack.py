@@ -27,18 +27,24 @@ def register(app: typer.Typer) -> None:
 def up(
     home: Home = None,
     engine: Annotated[
-        str, typer.Option(help="Policy engine: auto, openvino, torch, scripted, sglang, openai.")
-    ] = "auto",
+        str | None,
+        typer.Option(
+            help="Policy engine: auto (default), openvino, torch, scripted, sglang, openai."
+        ),
+    ] = None,
     ports: Annotated[
-        str, typer.Option(help="fixed (5005x where free) or any (free ports).")
-    ] = "fixed",
+        str | None, typer.Option(help="fixed (default: 5005x where free) or any (free ports).")
+    ] = None,
     json_output: Json = False,
 ) -> None:
     """Start the five services on this machine and wait until they serve."""
     layout = Layout(home or default_home())
-    if ports not in ("fixed", "any"):
+    if ports not in (None, "fixed", "any"):
         output.fail(InvalidArgument("ports", f"{ports!r} is unknown", "give fixed or any"))
-    arguments = {} if engine == "auto" else {"policy": ["--engine", engine]}
+    arguments = {}
+    if engine is not None:
+        arguments["policy"] = [] if engine == "auto" else ["--engine", engine]
+    fixed_ports = None if ports is None else ports == "fixed"
     with output.progress() as show:
 
         def progress(rows: list[control.ServiceStatus]) -> None:
@@ -47,7 +53,7 @@ def up(
             show("starting services", len(ready), len(rows), f"waiting for {', '.join(waiting)}")
 
         rows = output.run(
-            control.up(layout, arguments=arguments, fixed_ports=ports == "fixed", progress=progress)
+            control.up(layout, arguments=arguments, fixed_ports=fixed_ports, progress=progress)
         )
     _print(rows, json_output)
     if not json_output:

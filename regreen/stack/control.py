@@ -1,7 +1,9 @@
 """Starts, stops and looks at a local stack from outside.
 
 - `up` returns when every service answers SERVING, or says which one did not and shows its log.
-- `up` on a running stack changes nothing; `down` on a stopped one succeeds.
+- Settings that a service refuses fail `up` at once, and what it started is stopped.
+- `up` on a running stack changes nothing; asked for other arguments, it refuses. `down` on a
+  stopped one succeeds.
 - Stopping goes through the supervisor; one that does not end is killed, and its services with it.
 - Whether a stack runs is told by its supervisor's lock; a process id that was left behind is never
   trusted, since another process may have it now.
@@ -11,6 +13,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -22,7 +25,8 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from regreen.rpc.errors import Unavailable
+from regreen.rpc.errors import FailedPrecondition, InvalidArgument, Unavailable
+from regreen.settings import BAD_SETTINGS
 from regreen.stack.layout import SERVICES, Layout, Service
 
 _POLL_S = 0.2
@@ -54,7 +58,10 @@ def describe(layout: Layout) -> dict[str, Any] | None:
 
 async def status(layout: Layout) -> list[ServiceStatus]:
     """One row per service."""
-    found = describe(layout)
+    return await _rows(layout, describe(layout))
+
+
+async def _rows(layout: Layout, found: Mapping[str, Any] | None) -> list[ServiceStatus]:
     if found is None:
         return [ServiceStatus(item.name, "", "", "", "down", 0) for item in SERVICES]
     return list(await asyncio.gather(*(_ask(layout, found, item) for item in SERVICES)))
@@ -64,26 +71,38 @@ async def up(
     layout: Layout,
     *,
     arguments: Mapping[str, list[str]] | None = None,
-    fixed_ports: bool = True,
+    fixed_ports: bool | None = None,
     timeout_s: float = 180.0,
     progress: Callable[[list[ServiceStatus]], None] | None = None,
 ) -> list[ServiceStatus]:
-    """Start the stack of this home, or find it running.
+    """Start the stack of this home, or find it running; without `fixed_ports`, on fixed ones.
 
     Raises:
+        InvalidArgument: a service refuses its settings; names the setting and the service.
+        FailedPrecondition: the stack runs with other arguments or ports.
         Unavailable: a service did not come up in time; the message ends with its log.
     """
+    asked = dict(arguments or {})
+    await asyncio.to_thread(_check_settings, asked)
     layout.make()
     starter: subprocess.Popen[bytes] | None = None
     if not layout.supervised():
-        starter = _start(layout, arguments or {}, fixed_ports)
+        starter = _start(layout, asked, fixed_ports is not False)
     give_up_s = time.monotonic() + timeout_s
     while True:
-        rows = await status(layout)
+        found = describe(layout)
+        if found is not None and starter is None:
+            _check_same(found, asked, fixed_ports)
+        rows = await _rows(layout, found)
         if progress:
             progress(rows)
         if all(row.state == "serving" for row in rows):
             return rows
+        if found is not None and found.get("refusing"):
+            if starter is not None:
+                await down(layout)
+            name = found["refusing"][0]
+            raise _refusal(name, tail(layout, name, 1))
         ended = starter is not None and starter.poll() is not None
         if ended or time.monotonic() > give_up_s:
             raise Unavailable(_complaint(layout, rows, ended))
@@ -110,6 +129,39 @@ async def down(layout: Layout, timeout_s: float = 40.0) -> bool:
     return True
 
 
+def _check_settings(arguments: Mapping[str, list[str]]) -> None:
+    """Have every service that is given arguments read its settings, before anything is started."""
+    for name, words in arguments.items():
+        if words:
+            command = [sys.executable, "-m", f"{name}_svc", "--check", *words]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode == BAD_SETTINGS:
+                raise _refusal(name, done.stderr)
+
+
+def _refusal(name: str, said: str) -> InvalidArgument:
+    """What a service said last, `NAME_svc: FIELD: PROBLEM`, as an error."""
+    last = said.strip().rpartition("\n")[2].removeprefix(f"{name}_svc: ")
+    setting, _, problem = last.partition(": ")
+    return InvalidArgument(setting, problem, f"mend this setting of the {name} service")
+
+
+def _check_same(
+    found: Mapping[str, Any], asked: Mapping[str, list[str]], fixed_ports: bool | None
+) -> None:
+    remedy = "stop it with `regreen down` first"
+    for name, words in asked.items():
+        running = found.get("arguments", {}).get(name, [])
+        if running != words:
+            raise FailedPrecondition(
+                f"the stack runs its {name} service with {shlex.join(running) or 'no arguments'}, "
+                f"not with {shlex.join(words) or 'none'}; {remedy}"
+            )
+    if fixed_ports is not None and fixed_ports != found.get("fixed_ports", fixed_ports):
+        kinds = ("fixed", "any") if found["fixed_ports"] else ("any", "fixed")
+        raise FailedPrecondition(f"the stack runs on ports {kinds[0]}, not {kinds[1]}; {remedy}")
+
+
 def _start(
     layout: Layout, arguments: Mapping[str, list[str]], fixed_ports: bool
 ) -> "subprocess.Popen[bytes]":
@@ -130,7 +182,7 @@ def _start(
 
 async def _ask(layout: Layout, found: Mapping[str, Any], service: Service) -> ServiceStatus:
     address = found["endpoints"][service.name]
-    state = "starting"
+    state = "down" if service.name in found.get("refusing", ()) else "starting"
     async with grpc.aio.insecure_channel(address) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)
         with contextlib.suppress(grpc.aio.AioRpcError):

@@ -3,7 +3,7 @@
 - One supervisor per home: it holds a lock for as long as it lives.
 - Every service dies with the supervisor, whichever way it ends (parent-death signal).
 - A service that dies, or cannot be started now, is started again on its ports with growing delay;
-  clients retry meanwhile.
+  clients retry meanwhile. One that refuses its settings is not: `stack.json` names it instead.
 - `stack.json` is written before the services start and removed when the stack is down.
 - What a service prints goes to its log file, never to the terminal.
 """
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from regreen.rpc.errors import FailedPrecondition
+from regreen.settings import BAD_SETTINGS
 from regreen.stack.layout import SERVICES, Layout, Service, pick_port
 
 _PR_SET_PDEATHSIG = 1
@@ -57,6 +58,8 @@ class Supervisor:
         self._arguments = dict(arguments or {})
         self._fixed_ports = fixed_ports
         self._services: list[_Running] = []
+        self._description: dict[str, Any] = {}
+        self._refusing: list[str] = []
         self._stop = asyncio.Event()
         self._lock: int | None = None
 
@@ -113,24 +116,36 @@ class Supervisor:
             command = [sys.executable, "-m", service.module, *argv]
             self._services.append(_Running(service, command))
         self._describe(
-            {"pid": os.getpid(), "endpoints": endpoints, "metrics": metrics, "http": http}
+            pid=os.getpid(),
+            arguments=self._arguments,
+            fixed_ports=self._fixed_ports,
+            endpoints=endpoints,
+            metrics=metrics,
+            http=http,
         )
 
-    def _describe(self, description: Mapping[str, Any]) -> None:
+    def _describe(self, **facts: Any) -> None:
+        self._description |= facts
         temporary = self._layout.description.with_suffix(".tmp")
-        temporary.write_text(json.dumps(description, indent=2) + "\n")
+        temporary.write_text(json.dumps(self._description, indent=2) + "\n")
         temporary.replace(self._layout.description)
 
     async def _watch(self, running: _Running) -> None:
-        """Keep one service running."""
-        name = running.service.name
+        """Keep one service running, unless it refuses its settings."""
+        name, code = running.service.name, 0
         while not self._stop.is_set():
             running.started_s = time.monotonic()
             try:
-                ended = f"ended with {await self._run_once(running)}"
+                code = await self._run_once(running)
+                ended = f"ended with {code}"
             except OSError as error:  # a full disk, no process left: it may pass
                 ended = f"cannot be started ({error})"
             if self._stop.is_set():
+                return
+            if code == BAD_SETTINGS:
+                self._note(name, f"{name} refuses its settings; it is not started again")
+                self._refusing.append(name)
+                self._describe(refusing=self._refusing)
                 return
             lived_s = time.monotonic() - running.started_s
             running.restarts = 0 if lived_s > 60 else running.restarts + 1

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -34,6 +35,27 @@ def test_up_again_changes_nothing(local: Local) -> None:
     assert {row["name"]: row for row in json.loads(again.stdout)} == before
     assert {row["state"] for row in before.values()} == {"serving"}
     assert list(before) == NAMES
+
+
+def test_up_with_other_arguments_is_refused(local: Local) -> None:
+    assert local.cli("up", "--ports", "any", "--engine", "scripted").returncode == 0
+    for words, said in (
+        (("--engine", "torch"), "with --engine scripted, not with --engine torch"),
+        (("--ports", "fixed"), "on ports any, not fixed"),
+    ):
+        done = local.cli("up", *words)
+        assert done.returncode == 1
+        assert said in done.stderr
+        assert "regreen down" in done.stderr
+
+
+def test_up_ends_at_once_when_a_service_refuses_its_settings(local: Local, tmp_path: Path) -> None:
+    wrong = replace(local, home=tmp_path, env={**local.env, "REGREEN_JUDGE__MAX_RPCS": "0"})
+    done = wrong.cli("up", "--ports", "any")
+    assert done.returncode == 2
+    assert "max_rpcs: Input should be greater than or equal to 1" in done.stderr
+    assert "mend this setting of the judge service" in done.stderr
+    assert {row["state"] for row in wrong.rows().values()} == {"down"}
 
 
 def test_logs(local: Local) -> None:

@@ -87,6 +87,22 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("engine", "said"),
+    [
+        ("foo", "engine: Input should be 'auto', 'openvino', 'torch'"),
+        ("openai", "openai_url: is needed by engine openai; mend this setting of the policy"),
+        ("sglang", "sglang_urls: is needed by engine sglang"),
+    ],
+)
+def test_an_engine_that_cannot_run_starts_nothing(tmp_path: Path, engine: str, said: str) -> None:
+    home = tmp_path / "home"
+    done = run("up", "--home", str(home), "--engine", engine, COLUMNS="200")
+    assert done.exit_code == 2, done.output
+    assert said in " ".join(done.output.split())
+    assert not home.exists()
+
+
+@pytest.mark.parametrize(
     ("words", "said"),
     [
         (("eval", "--set", "budgt.turns=8"), "budgt.turns"),

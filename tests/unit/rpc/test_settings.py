@@ -68,3 +68,15 @@ def test_loopback_and_sockets_are_local(address):
 def test_an_address_needs_a_port():
     with pytest.raises(ValidationError, match="give host:port"):
         Demo(listen="localhost")
+
+
+def test_settings_can_be_checked_without_serving(capsys):
+    for words, code, said in (
+        (["--check"], 0, ""),
+        (["--check", "--max-rpcs", "0"], 2, "demo_svc: max_rpcs: Input should be"),
+        (["--check", "--listen", "x"], 2, "demo_svc: listen: 'x' is no address"),
+    ):
+        with pytest.raises(SystemExit) as exit:
+            Demo.load(words)
+        assert exit.value.code == code
+        assert capsys.readouterr().err.startswith(said)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from regreen.rpc.errors import FailedPrecondition, Unavailable
 from regreen.stack import control
 from regreen.stack.layout import SERVICES, Layout
 from regreen.stack.supervisor import Supervisor, _Running
@@ -96,6 +97,37 @@ async def test_a_service_that_cannot_be_started_now_is_started_later(layout, tmp
     assert running.process is not None
     assert running.process.returncode is not None
     assert not (layout.run / "dataset.pid").exists()
+
+
+async def test_a_service_that_refuses_its_settings_is_not_started_again(layout, tmp_path):
+    supervisor = Supervisor(layout)
+    argv = [script(tmp_path / "program", f"echo start >> {tmp_path}/starts\nexit 2")]
+    await supervisor._watch(_Running(SERVICES[2], argv))
+    assert (tmp_path / "starts").read_text() == "start\n"
+    assert json.loads(layout.description.read_text()) == {"refusing": ["policy"]}
+    assert "policy refuses its settings; it is not started again" in said(layout)
+
+
+async def test_a_running_stack_is_not_asked_for_another(layout, stranger):
+    running = {
+        **{
+            "pid": stranger.pid,
+            "fixed_ports": True,
+            "arguments": {"policy": ["--engine", "torch"]},
+        },
+        **{"endpoints": {item.name: "127.0.0.1:9" for item in SERVICES}, "metrics": {}, "http": {}},
+    }
+    layout.description.write_text(json.dumps(running))
+    with layout.lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(
+            FailedPrecondition, match=r"--engine torch, not with none; .*regreen down"
+        ):
+            await control.up(layout, arguments={"policy": []})
+        with pytest.raises(FailedPrecondition, match=r"ports fixed, not any; .*regreen down"):
+            await control.up(layout, fixed_ports=False)
+        with pytest.raises(Unavailable, match="not serving"):  # all the same: it waits for it
+            await control.up(layout, fixed_ports=True, timeout_s=0)
 
 
 async def test_the_database_is_stopped_after_all_others(layout, tmp_path):
