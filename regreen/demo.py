@@ -256,7 +256,6 @@ class _Demo:
             epochs=plan.sft_epochs,
             max_tokens=_LONGEST_EXPERT,
             batch_size=plan.sft_batch,
-            validation_share=0.0,
             budget_labels=EXPERT,
             hyperparameters={
                 "learning_rate": plan.learning_rate_sft,

@@ -49,8 +49,6 @@ class SftConfig:
     """Trajectories with more steps that no visible fact suggests are left out."""
     budget_labels: Mapping[str, str] = field(default_factory=dict)
     """Episode settings as labels, for example {"budget.context_tokens": "2048"}."""
-    validation_share: float = 0.15
-    """Share of packages whose trajectories are held out."""
     epochs: int = 2
     """Passes over the training trajectories."""
     batch_size: int = 8
@@ -77,8 +75,6 @@ class SftConfig:
         _at_least(self, 1, "epochs", "batch_size", "checkpoint_every", "styles")
         _at_least(self, 2, "max_tokens")
         _at_least(self, 0, "max_guesses")
-        if not 0.0 <= self.validation_share < 1.0:
-            raise InvalidArgument("validation_share", f"is {self.validation_share}", "give 0 to <1")
         _check_names(self.modes, self.pipelines)
         hyperparameters(self.hyperparameters)
 

@@ -5,7 +5,6 @@
 - The trajectories of a run are fixed when it is created; the batch of step s is a pure function of
   (run config, s), so a run killed anywhere continues from its last checkpoint exactly.
 - Trajectories of one task stand side by side, so that the learner computes their prompt once.
-- Packages, not trajectories, are held out for validation: no package is on both sides.
 - Weights move by reference; the result is served only once its checkpoint is recorded.
 """
 
@@ -76,21 +75,15 @@ async def _prepare(stack: Stack, config: SftConfig, progress: Listener) -> "_Dri
 
 
 async def _resolve(stack: Stack, config: SftConfig, progress: Listener) -> dict[str, object]:
-    """What is worked out once: start, versions, and which trajectories are on which side."""
+    """What is worked out once: start, versions, and the trajectories to learn from."""
     start = await resolve_weights(stack, config.start, base_uri=config.base_uri)
     tasks = await wanted_tasks(stack, config.tasks, config.split)
     rows = await expert_rows(stack, tasks, config, progress)
-    packages = {task.id: task.environment.package or task.id for task in tasks}
-    held_out = choose_held_out(sorted(set(packages.values())), config)
     train: dict[str, list[str]] = {}
-    validation: list[str] = []
     for row in rows:
         whole = await stack.trajectories.get_trajectory(row.id)
         if trainable(whole) and len(whole.token_ids) <= config.max_tokens:
-            if packages[row.task_id] in held_out:
-                validation.append(row.id)
-            else:
-                train.setdefault(row.task_id, []).append(row.id)
+            train.setdefault(row.task_id, []).append(row.id)
     if not train:
         raise FailedPrecondition(
             f"no solved expert trajectory among {len(tasks)} tasks; check that the reference fixes "
@@ -101,16 +94,7 @@ async def _resolve(stack: Stack, config: SftConfig, progress: Listener) -> dict[
         "base_uri": start.uri if config.start == BASE else "",
         "start": start.to_json(),
         "train_ids": [train[task_id] for task_id in sorted(train)],
-        "validation_ids": validation,
-        "held_out_packages": sorted(held_out),
     }
-
-
-def choose_held_out(packages: Sequence[str], config: SftConfig) -> set[str]:
-    """Packages held out for validation, by seed; at least one stays for training."""
-    count = min(math.ceil(len(packages) * config.validation_share), len(packages) - 1)
-    key = lambda name: (derive_seed(config.seed, "held-out", name), name)  # noqa: E731
-    return set(sorted(packages, key=key)[: max(0, count)])
 
 
 def batch_ids(ids: Sequence[Sequence[str]], step: int, *, batch_size: int, seed: int) -> list[str]:

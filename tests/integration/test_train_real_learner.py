@@ -131,7 +131,7 @@ async def test_supervised_weights_are_bit_equal_after_a_kill(
         def config(**changes) -> SftConfig:
             return SftConfig(
                 name=samples.fresh("sft"), tasks=tasks, modes=("keep_new",), epochs=3, batch_size=2,
-                checkpoint_every=2, validation_share=0.0, base_uri=str(tiny_model),
+                checkpoint_every=2, base_uri=str(tiny_model),
                 hyperparameters={"learning_rate": 1e-2}, **changes,
             )  # fmt: skip
 

@@ -1,24 +1,28 @@
 """Plans, supervised order, recovery and settings: the pure parts of the drivers."""
 
+import asyncio
 import itertools
 import math
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from regreen.common import v1 as common_pb
+from regreen.learner import v1 as learner_pb
 from regreen.rpc.errors import DiskFull, InvalidArgument, NotFound, Unavailable
-from regreen.train.config import GrpoConfig, SftConfig
+from regreen.train.config import GrpoConfig
 from regreen.train.gather import GatherSettings, plan_step
-from regreen.train.ledger import hyperparameters
+from regreen.train.ledger import Ledger, hyperparameters
 from regreen.train.parallel import run_bounded
-from regreen.train.progress import Meter, Progress
+from regreen.train.progress import Meter, Progress, stage
 from regreen.train.recovery import Recovery
 from regreen.train.schedule import Candidate, History
-from regreen.train.sft import batch_ids, choose_held_out
+from regreen.train.sft import batch_ids
+from regreen.train.weights import Weights
 
 CANDIDATES = [Candidate(f"task-{i}", common_pb.MODE_KEEP_NEW) for i in range(3)]
 SETTINGS = GatherSettings(
@@ -69,15 +73,6 @@ def test_every_epoch_passes_over_every_trajectory_once(sizes, batch_size, seed):
         assert len(list(itertools.groupby(tasks))) == len(sizes)  # a task's stand side by side
 
 
-@given(st.integers(1, 20), st.floats(0, 0.99))
-def test_some_packages_are_held_out_and_one_is_always_left(count, share):
-    packages = [f"package-{i}" for i in range(count)]
-    config = SftConfig(name="x", validation_share=share)
-    held_out = choose_held_out(packages, config)
-    assert held_out < set(packages)
-    assert len(held_out) == min(math.ceil(count * share), count - 1)
-
-
 async def test_recovery_waits_with_backoff_until_its_deadline():
     now, waits, seen = [0.0], [], []
 
@@ -95,8 +90,13 @@ async def test_recovery_waits_with_backoff_until_its_deadline():
         await forever()
     assert waits == sorted(waits[:-1]) + waits[-1:]
     assert sum(waits) == pytest.approx(10.0)
-    assert seen[0].stage == "recover"
+    first = Progress("recover", 0, 0, None, "waiting, gives up in 10 s: away")
+    assert seen[0] == first
+    assert {found.eta_s for found in seen} == {None}
     recovery.progressed(1)
+    assert seen[-1] == Progress("recover", 10, 10, None, "goes on")
+    recovery.progressed(2)
+    assert seen[-1].done == 10, "nothing was waited for in between"
     await recovery.wait_out(Unavailable("away", retry_after_s=3.0))
     assert waits[-1] == 3.0
 
@@ -160,6 +160,75 @@ def test_the_estimate_counts_what_is_under_way():
     now[0] = 200.0
     meter.report(69)
     assert seen[-1].eta_s == pytest.approx(200.0 / 69.5 * 0.5)
+
+
+def test_the_estimate_follows_refills_and_counts_down_until_a_rollout_is_late():
+    now, seen = [0.0], []
+    meter = Meter(seen.append, "rollouts", 16, parallel=4, clock=lambda: now[0])
+    meter.report(0)
+    now[0] = 60.0
+    meter.report(1)
+    assert seen[-1].eta_s == pytest.approx(60 / 2.5 * 13.5)  # not 15 times 60
+    now[0] = 70.0
+    meter.report(1)
+    assert seen[-1].eta_s == pytest.approx(60 / 2.5 * 13.5 - 10)
+    now[0] = 600.0
+    meter.report(1)
+    assert seen[-1].eta_s == pytest.approx(600 / 3.5 * 12.5)
+    meter.total = 20
+    meter.report(1)
+    assert seen[-1].eta_s == pytest.approx(600 / 3.5 * 16.5)
+    meter.report(20)
+    assert (seen[-1].done, seen[-1].total, seen[-1].eta_s) == (20, 20, 0)
+
+
+def test_a_late_last_unit_is_never_said_to_take_no_time():
+    now, seen = [0.0], []
+    meter = Meter(seen.append, "rollouts", 2, clock=lambda: now[0])
+    now[0] = 10.0
+    meter.report(1)
+    for late in (15.0, 20.0, 100.0):
+        now[0] = late
+        meter.report(1)
+    assert [found.eta_s for found in seen[:2]] == [10.0, 5.0]
+    assert seen[2].eta_s < seen[3].eta_s
+
+
+def test_a_stage_that_fails_is_not_reported_as_done():
+    seen = []
+    with stage(seen.append, "checkpoint", "step 3"):
+        assert seen == [Progress("checkpoint", 0, 1, None, "step 3")]
+    assert seen[1:] == [Progress("checkpoint", 1, 1, None, "step 3")]
+    with pytest.raises(Unavailable), stage(seen.append, "checkpoint"):
+        raise Unavailable("away")
+    assert len(seen) == 3
+
+
+class TellingLearner:
+    """Answers a step once its watcher was told everything; then the stream breaks."""
+
+    def __init__(self) -> None:
+        self.told = asyncio.Event()
+
+    async def step(self, run_id, step, *, batch, group_ids):
+        await self.told.wait()
+        return learner_pb.StepResponse(step=step)
+
+    async def watch_run(self, run_id, *, from_step):
+        yield learner_pb.WatchRunResponse(step=learner_pb.StepResponse(step=from_step))
+        for step, done in ((from_step - 1, 7), (from_step, 10), (from_step, 30), (from_step, 40)):
+            at = learner_pb.StepProgress(step=step, tokens_done=done, tokens_total=40)
+            yield learner_pb.WatchRunResponse(progress=at)
+        self.told.set()
+        raise Unavailable("the stream broke")
+
+
+async def test_a_step_tells_its_tokens_while_it_runs_and_only_its_answer_ends_it():
+    stack, seen = SimpleNamespace(learner=TellingLearner()), []
+    kind, base = learner_pb.RUN_KIND_GRPO, Weights("/models/base", 0)
+    ledger = Ledger(stack, "run_a", kind, base, learner_pb.Hyperparameters())
+    answer = await ledger.step(3, b"", (), lambda done, total: seen.append((done, total)))
+    assert (answer.step, seen) == (3, [(10, 40), (30, 40)])
 
 
 def test_hyperparameters_are_checked_by_name_and_type():
