@@ -223,6 +223,8 @@ async def _verify(
             again=again,
             progress=progress,
         )
+        done |= await admission.standing(chosen)
+        show_progress("tasks", len(done), len(chosen), f"{len(done)} decided before")
         decided = await admission.run(chosen, concurrency=concurrency)
         return decided, await reasons_of(stack, decided)
 

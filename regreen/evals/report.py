@@ -51,10 +51,13 @@ async def write_report(
     runs: Sequence[str] = (),
     commands: Sequence[str] = (),
     notes: Sequence[str] = (),
+    seconds: Mapping[str, float] | None = None,
     title: str = "Regreen report",
     now: datetime | None = None,
 ) -> ReportFiles:
     """Write the report of evaluations `evals` and training runs `runs`, by name; empty means all.
+
+    `seconds` is the wall time of each stage of the whole, where somebody took it.
 
     Raises:
         NotFound: no run of such a name.
@@ -65,7 +68,7 @@ async def write_report(
     source = await load(
         stack, evals=evals, runs=runs, commands=commands, notes=notes, title=title, now=now
     )
-    found = document(source)
+    found = document(replace(source, seconds=seconds or {}))
     html = render(found)
     files = ReportFiles(out_dir / "report.html", out_dir / "report.json", found["headline"])
     try:
@@ -155,10 +158,16 @@ def _plots(found: Json) -> dict[str, Any]:
     return {
         "rates": Markup(svg.interval_chart(whole)),
         "shares": Markup(svg.share_bars(shares)) if shares else "",
+        "wall": Markup(svg.share_bars({"wall time": _shares(found["wall_seconds"])})),
         "matrices": matrices,
         "changes": changes,
         "curves": {run["name"]: _curves(run) for run in found["runs"]},
     }
+
+
+def _shares(amounts: Mapping[str, float]) -> dict[str, float]:
+    total = sum(amounts.values())
+    return {name: amount / total for name, amount in amounts.items()} if total else {}
 
 
 def _is_whole(cell: Json, cells: Sequence[Json]) -> bool:

@@ -43,6 +43,8 @@ class Outcome:
     sampled_tokens: int
     seconds: Mapping[str, float]
     """Wall time by stage, and "total"."""
+    coverage: bool = False
+    """Whether line coverage was compared with that of the untouched State."""
     judged_by: str = ""
     """Model that took part in the verdict, or "rules only"; empty where no model was asked for."""
 
@@ -80,6 +82,7 @@ def outcome_of(trajectory: dataset_pb.Trajectory) -> Outcome:
         tokens=len(trajectory.token_ids),
         sampled_tokens=sum(trajectory.loss_mask),
         seconds={**trajectory.stage_seconds, "total": max(0.0, total_s * 1e-9)},
+        coverage=trajectory.verdict.coverage_measured,
         judged_by=trajectory.labels.get("judge", ""),
     )
 

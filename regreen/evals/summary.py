@@ -74,6 +74,8 @@ class ReportInput:
     commands: Sequence[str] = ()
     lost: int = 0
     notes: Sequence[str] = field(default_factory=tuple)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Wall time by stage of all that the report tells of."""
 
 
 def document(source: ReportInput) -> Json:
@@ -87,12 +89,15 @@ def document(source: ReportInput) -> Json:
         "environment": dict(source.environment),
         "commands": list(source.commands),
         "notes": list(source.notes),
+        "wall_seconds": dict(source.seconds),
         "grader": source.grader,
         "subjects": list(source.subjects),
         "scripts_told": _scripts_told(source.subjects),
         "lost": source.lost,
         "cells": _cells(source),
         "graders": _graders(source),
+        "coverage_measured": sum(outcome.coverage for outcome in source.outcomes),
+        "attempts": len(source.outcomes),
         "comparisons": comparisons,
         "tools": _tools(source.outcomes, source.subjects),
         "tool_changes": _tool_changes(source.outcomes, policies),

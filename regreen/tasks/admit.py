@@ -134,12 +134,19 @@ class Admission:
             raise next(error for error in ended if isinstance(error, BaseException))
         return decided
 
+    async def standing(self, task_ids: Sequence[str]) -> set[str]:
+        """Which tasks were decided before, so that `run` leaves them as they are."""
+        if self._again:
+            return set()
+        tasks = [await self._stack.tasks.get_task(task_id) for task_id in task_ids]
+        return {task.id for task in tasks if await self._stands(task)}
+
     async def _one(
         self, task_id: str, interpreters: Mapping[str, str], index: PackageIndex
     ) -> pb.Task:
         record = self._records[task_id]
         stored = await self._stack.tasks.get_task(task_id)
-        if stored.status in DECIDED and not self._again and await self._kept(stored):
+        if not self._again and await self._stands(stored):
             return stored
         python = choose_python(record, interpreters)
         if python is None:
@@ -157,8 +164,10 @@ class Admission:
         self._progress(task_id, f"{verdict.status}: {verdict.reason}")
         return await self._stack.tasks.record_gate(report, validation_time_s=verdict.seconds)
 
-    async def _kept(self, task: pb.Task) -> bool:
-        """Whether the state that a decision rests on is still there."""
+    async def _stands(self, task: pb.Task) -> bool:
+        """Whether a task is decided and the state that the decision rests on is still there."""
+        if task.status not in DECIDED:
+            return False
         if not task.state_id:
             return True
         try:

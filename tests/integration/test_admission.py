@@ -105,6 +105,20 @@ async def test_one_task_in_trouble_does_not_end_the_others(world: World) -> None
     assert (await world.stack.tasks.get_task("good")).status == pb.TASK_STATUS_ADMITTED
 
 
+async def test_what_was_decided_before_is_known_before_the_work_begins(world: World) -> None:
+    done, fresh = named(world.record, "done"), named(world.record, "fresh")
+    await world.admit(done)
+    await import_records(world.stack, [fresh], world.releases)
+    told: list[str] = []
+    ids = ["done", "fresh"]
+    admission = Admission(world.stack, [done, fresh], {}, progress=lambda id, _: told.append(id))
+    assert await admission.standing(ids) == {"done"}
+    await admission.run(ids)
+    assert set(told) == {"fresh"}
+    assert await admission.standing(ids) == {"done", "fresh"}
+    assert await Admission(world.stack, [done], {}, again=True).standing(ids) == set()
+
+
 async def test_what_is_not_admitted_has_a_reason(world: World) -> None:
     (task,) = await world.admit(named(world.record, "future", python="3.99"))
     assert task.status == pb.TASK_STATUS_WAITING

@@ -153,6 +153,24 @@ def test_tasks_that_were_not_admitted_are_listed_with_their_reason():
     assert "Not admitted" not in render(document(source))
 
 
+def test_the_wall_time_of_the_whole_is_shown_where_somebody_took_it():
+    source = replace(report_input(), seconds={"gate": 90.0, "sft": 30.0})
+    page = render(document(source))
+    outline_of(page)
+    assert "<td>gate</td><td>90 s</td>" in page
+    assert "<td>all</td><td>120 s</td>" in page
+    assert "wall time: gate 75.0%" in page
+    assert "Wall time of the whole" not in render(document(report_input()))
+
+
+def test_coverage_that_was_not_measured_is_said_to_be_so():
+    source = report_input()
+    assert "coverage was not measured" in render(document(source))
+    seen = [replace(row, coverage=i < 3) for i, row in enumerate(source.outcomes)]
+    page = render(document(replace(source, outcomes=seen)))
+    assert f"compared in 3 of {len(seen)} attempts" in page
+
+
 def test_few_tasks_give_a_hint_not_a_finding():
     rows = [outcome("base", f"t{i}", "full", 0, solved=False) for i in range(4)]
     rows += [

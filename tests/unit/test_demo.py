@@ -1,0 +1,55 @@
+"""Which tasks the demo takes, and the wall time that it reports."""
+
+import asyncio
+import json
+
+import pytest
+
+from regreen.demo import FULL, QUICK, Plan, StageClock, choose_tasks
+from regreen.tasks.admit import choose_python
+from regreen.tasks.jsonl import shipped_tasks
+
+ALL = {f"3.{minor}": "" for minor in range(7, 14)}
+
+
+def chosen(plan: Plan, interpreters: dict[str, str]):
+    able = [record for record in shipped_tasks() if choose_python(record, interpreters)]
+    return choose_tasks(able, plan)
+
+
+def culprits(records):
+    return {record.culprit.name for record in records if record.culprit}
+
+
+@pytest.mark.parametrize("plan", [FULL, QUICK])
+def test_nothing_that_is_held_out_was_trained_on(plan):
+    found = chosen(plan, ALL)
+    assert len(found["train"]) == plan.train_tasks
+    assert len(found["test"]) == plan.test_tasks
+    assert not {r.package for r in found["train"]} & {r.package for r in found["test"]}
+    assert not culprits(found["train"]) & culprits(found["test"])
+    assert any("keep_new" in record.modes for record in found["test"])
+
+
+def test_one_interpreter_gets_all_that_can_run_on_it():
+    found = chosen(FULL, {"3.11": ""})
+    able = [r for r in shipped_tasks() if choose_python(r, {"3.11": ""})]
+    assert len(found["train"]) + len(found["test"]) == len(able) >= 12
+
+
+async def test_a_killed_demo_keeps_its_wall_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("regreen.demo._KEEP_S", 0.01)
+    path = tmp_path / "demo" / "seconds.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"sft": 100.0}))
+    seen = asyncio.Event()
+
+    async def work():
+        while not seen.is_set():
+            await asyncio.sleep(0.01)
+            if json.loads(path.read_text())["sft"] > 100.0:
+                seen.set()
+        return 7
+
+    assert await asyncio.wait_for(StageClock(path).time("sft", work()), 10.0) == 7
+    assert StageClock(path).seconds["sft"] > 100.0
