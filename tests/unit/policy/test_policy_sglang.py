@@ -1,6 +1,7 @@
 """The SGLang client against a stand-in that is as strict and as faulty as the real server."""
 
 import asyncio
+import tomllib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -202,3 +203,13 @@ async def test_another_tokenizer_is_refused() -> None:
 def test_sglang_needs_the_folder_of_its_model() -> None:
     with pytest.raises(ValueError, match="model: is needed by engine sglang"):
         PolicySettings(engine="sglang", sglang_urls="http://x")
+
+
+def test_the_image_is_of_the_release_that_the_extra_pins() -> None:
+    root = Path(__file__).resolve().parents[3]
+    extras = tomllib.loads((root / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    release = extras["sglang"][0].removeprefix("sglang==")
+    image = (root / "infra" / "docker" / "sglang.Dockerfile").read_text()
+    assert f"ARG BASE_IMAGE=lmsysorg/sglang:v{release}\n" in image
