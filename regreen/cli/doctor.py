@@ -59,7 +59,7 @@ def _machine(home: Path) -> list[Finding]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     namespaces = _read("/proc/sys/user/max_user_namespaces")
     return [
-        Finding("python", sys.version_info >= (3, 11), version, "use Python 3.11 or newer"),
+        Finding("python", sys.version_info >= (3, 11), version, "use Python 3.11"),
         Finding("platform", sys.platform == "linux", sys.platform, "run on Linux"),
         Finding(
             "user namespaces",
