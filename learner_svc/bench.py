@@ -201,13 +201,15 @@ def compare(model: Path, engine: str, shape: Shape, rounds: int) -> Result:
         seconds: dict[str, list[float]] = {"ours": [], "trl": []}
         cpu: dict[str, list[float]] = {"ours": [], "trl": []}
         first: dict[str, tuple[float, float]] = {}
-        for _ in range(rounds):
+        for number in range(rounds):
             for side, run in sides.items():
                 started, used = time.perf_counter(), time.process_time()
                 numbers = run()
                 seconds[side].append(time.perf_counter() - started)
                 cpu[side].append(time.process_time() - used)
                 first.setdefault(side, numbers)
+                told = f"round {number + 1}/{rounds} {side}: {seconds[side][-1]:.1f} s"
+                sys.stderr.write(told + "\n")
     for index, what in enumerate(("loss", "gradient norm")):
         ours, theirs = first["ours"][index], first["trl"][index]
         if abs(ours - theirs) > 1e-3 * max(abs(ours), abs(theirs), 1e-3):

@@ -83,8 +83,9 @@ class Trainer:
         proximal = self._proximal(rows, [packs for _, packs in packed])
         totals: dict[str, float] = {}
         tokens = scored = 0
+        advance = self._counted([packs for _, packs in packed], progress)
         for share, packs in packed:
-            sums = self._update(packs, share, proximal, progress)
+            sums = self._update(packs, share, proximal, advance)
             tokens += sum(pack.tokens for pack in packs)
             scored += sum(int(pack.rows.numel()) for pack in packs)
             for name, value in sums.items():
@@ -213,8 +214,25 @@ class Trainer:
             return None
         return _score_all([p for packs in packed for p in packs], rows, self._engine.score)
 
+    def _counted(self, packed: list[list[Pack]], progress: Progress) -> Callable[[int], None]:
+        """Takes tokens as they are done, and tells them with those of all updates of this rank."""
+        rank, ranks = self._engine.rank, self._engine.world_size
+        total = sum(pack.tokens for packs in packed for pack in packs[rank::ranks])
+        done = 0
+
+        def advance(tokens: int) -> None:
+            nonlocal done
+            done += tokens
+            progress(done, total)
+
+        return advance
+
     def _update(
-        self, packs: list[Pack], rows: _Rows, proximal: Tensor | None, progress: Progress
+        self,
+        packs: list[Pack],
+        rows: _Rows,
+        proximal: Tensor | None,
+        advance: Callable[[int], None],
     ) -> dict[str, float]:
         """One optimizer update; sums over scored tokens, and loss, grad_norm, updates."""
         engine = self._engine
@@ -223,7 +241,6 @@ class Trainer:
             terms = replace(terms, reference=_score_all(packs, rows, self._reference))
         mine = packs[engine.rank :: engine.world_size]
         rounds = -(-len(packs) // engine.world_size)
-        total, done = sum(pack.tokens for pack in mine), 0
         sums: dict[str, float] = {"loss": 0.0}
         for index in range(rounds):
             # A rank that ran out of packs joins in with a weightless one, or the others would hang.
@@ -235,8 +252,7 @@ class Trainer:
                 sums["loss"] += float(output.loss.detach())
                 for name, value in output.sums.items():
                     sums[name] = sums.get(name, 0.0) + float(value)
-                done += pack.tokens
-                progress(done, total)
+                advance(pack.tokens)
         self.updates += 1
         rate = learning_rate_at(self.updates, self._spec.hyperparameters)
         return _over_ranks(sums) | {"grad_norm": engine.step(rate), "updates": 1.0}

@@ -6,7 +6,7 @@
 - A local task needs the sandbox, policy and judge services; nothing is stored.
 """
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,13 +17,11 @@ from regreen.dataset import v1 as pb
 from regreen.ids import derive_seed
 from regreen.rollout.episode import run_episode
 from regreen.rollout.knowledge import Knowledge
+from regreen.rollout.progress import Show, show_turns
 from regreen.rpc.errors import InfraError, InvalidArgument
 from regreen.sandbox import v1 as sandbox_pb
 from regreen.tasks.local import Project, detect, environment_of, pack
 from regreen.tasks.patch import describe_pins, moved_pins, onto_project, unified
-
-Show = Callable[[str, float, float, str], None]
-"""Called with stage, done, total and a line of text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,9 +146,11 @@ async def _attempt(
     for made in range(1, options.attempts + 1):
         text = f"{task.fail_to_pass_count} tests fail; policy {policy.model}"
         show("repair", made - 1, options.attempts, text)
+        where = f"attempt {made} of {options.attempts}"
         trajectory = await run_episode(
             stack,
             task,
+            listener=show_turns(show, "repair", made - 1, options.attempts, where),
             pipeline=options.pipeline,
             grader=options.grader,
             seed=derive_seed(options.seed, task.id, made - 1),

@@ -135,6 +135,8 @@ async def _interleave(contenders: dict[str, Contender], rounds: int) -> dict[str
             began = time.perf_counter()
             await once()
             samples[name].append((time.perf_counter() - began) * 1e3)
+        if number % 10 == 9:
+            sys.stderr.write(f"round {number + 1}/{rounds}\n")
     return samples
 
 

@@ -2,12 +2,14 @@
 
 - Each benchmark is a module of the service it measures and prints one JSON object.
 - A peer that is absent is named with the reason, never left out silently.
+- What a benchmark tells of its progress on standard error is passed on as it comes.
 """
 
 import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -46,8 +48,11 @@ def bench(
     results: dict[str, Any] = {}
     failed = []
     for number, name in enumerate(chosen):
-        output.STDERR.print(f"[{number + 1}/{len(chosen)}] {name}", highlight=False, markup=False)
+        began_s, stage = time.monotonic(), f"[{number + 1}/{len(chosen)}] {name}"
+        output.STDERR.print(stage, highlight=False, markup=False)
         found = _run(name)
+        ended = f"{stage} ended after {time.monotonic() - began_s:.0f} s"
+        output.STDERR.print(ended, highlight=False, markup=False)
         if found is None:
             failed.append(name)
             continue
@@ -80,6 +85,7 @@ def _make_model() -> None:
 
 def _run(name: str) -> dict[str, Any] | None:
     command = [sys.executable, "-m", f"{name}_svc.bench", "--json"]
+    # Standard error stays that of this command, so progress is seen at once.
     ended = subprocess.run(command, stdout=subprocess.PIPE, env=os.environ, check=False)
     if ended.returncode != 0:
         return None

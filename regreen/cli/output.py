@@ -31,6 +31,7 @@ from regreen.rpc.errors import (
     ResourceExhausted,
     Unavailable,
 )
+from regreen.train.progress import Pace
 
 T = TypeVar("T")
 OK, FAILED, USAGE, UNAVAILABLE = 0, 1, 2, 3
@@ -100,16 +101,10 @@ class _Stage:
     """One stage as it is shown; stages may alternate and each keeps its own clock."""
 
     began_s: float
-    first: float
-    """What was done when it began."""
+    pace: Pace
     done: float
     task: Any = None
     """Its bar, on a terminal."""
-
-    def left_s(self, now_s: float, total: float) -> float | None:
-        """Seconds that the rest takes at the rate so far; None before anything was measured."""
-        fresh = self.done - self.first
-        return (now_s - self.began_s) / fresh * (total - self.done) if fresh > 0 else None
 
 
 class ProgressPrinter:
@@ -133,25 +128,31 @@ class ProgressPrinter:
     ) -> None:
         """Show how far `stage` is; `left_s` is a better estimate than the mean rate, if known."""
         now_s = self._clock()
-        at = self._stages.get(stage)
+        before = at = self._stages.get(stage)
         if at is None or done < at.done:  # a new stage, or the next round of one
-            at = self._stages[stage] = _Stage(now_s, done, done, at.task if at else None)
+            if self._bar and at:
+                self._bar.remove_task(at.task)
+            at = self._stages[stage] = _Stage(now_s, Pace(done, now_s), done)
         at.done = done
-        left_s = at.left_s(now_s, total) if left_s is None else left_s
+        left_s = at.pace.left_s(done, total, now_s) if left_s is None else left_s
+        left = _left(left_s) if done < total else ""
+        amount = f" {done:g}/{total:g}" if total else ""
         if self._bar:
             if at.task is None:
-                at.task = self._bar.add_task(stage, total=total or None)
+                at.task = self._bar.add_task(stage, total=total or None, amount=amount)
             text = f"{stage}: {message}" if message else stage
             self._bar.update(
-                at.task, completed=done, total=total or None, description=text + _left(left_s)
+                at.task,
+                completed=done,
+                total=total or None,
+                description=text + left,
+                amount=amount.strip(),
             )
             return
-        fresh = stage != self._latest or (total and done >= total)
+        fresh = at is not before or stage != self._latest or (total and done >= total)
         if not fresh and now_s - self._last_s < self._every_s:
             return
         self._latest, self._last_s = stage, now_s
-        amount = f" {done:g}/{total:g}" if total else ""
-        left = _left(left_s) if done < total else ""
         tail = f"  {message}" if message else ""
         spent = f"({now_s - at.began_s:.0f} s{left})"
         line = f"[{now_s - self._start_s:6.1f}s] {stage}{amount} {spent}{tail}"
@@ -173,7 +174,7 @@ def progress() -> Any:
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
         BarColumn(),
-        TextColumn("{task.completed:g}/{task.total}"),
+        TextColumn("{task.fields[amount]}"),
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=STDERR, transient=False) as bar:

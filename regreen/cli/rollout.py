@@ -6,6 +6,7 @@
 
 import asyncio
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -13,13 +14,16 @@ from typing import Annotated
 import typer
 
 from regreen.cli import output
+from regreen.cli.listen import listener
 from regreen.cli.options import Home, Json, open_stack
 from regreen.dataset import v1 as pb
 from regreen.ids import derive_seed
 from regreen.rollout.baselines import baseline
 from regreen.rollout.episode import Runner, run_episode
-from regreen.rollout.worker import Worker, WorkerStats, knowledge_of
+from regreen.rollout.progress import TurnListener, show_turns
+from regreen.rollout.worker import RolloutProgress, Worker, WorkerStats, knowledge_of, outcome
 from regreen.train.names import grader_of, mode_of, pipeline_of
+from regreen.train.progress import Meter
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -42,20 +46,12 @@ def run(
 ) -> None:
     """Run episodes on one task and store their trajectories."""
     with output.progress() as show:
-
-        def report(done: int) -> None:
-            show("episodes", done, samples, task)
-
-        found = output.run(_run(home, task, pipeline, mode, grader, actor, samples, seed, report))
+        found = output.run(_run(home, task, pipeline, mode, grader, actor, samples, seed, show))
     if json_output:
         output.print_json_lines(found)
         return
     for item in found:
-        solved = "solved" if item.reward.solved else "not solved"
-        hacks = f"  hacks: {' '.join(item.reward.hacks)}" if item.reward.hacks else ""
-        typer.echo(
-            f"{item.id}  {solved}  reward {item.reward.value:+.2f}  {len(item.turns)} turns{hacks}"
-        )
+        typer.echo(f"{item.id}  {outcome(item)}")
 
 
 @app.command()
@@ -83,9 +79,13 @@ async def _run(
     actor: str,
     samples: int,
     seed: int,
-    report: Callable[[int], None],
+    show: output.ProgressPrinter,
 ) -> list[pb.Trajectory]:
     found: list[pb.Trajectory] = []
+    meter = Meter(listener(show), "episodes", samples)
+    listen = (
+        show_turns(show, "episodes", 0, 1, task_id) if samples == 1 else one_line(meter, task_id)
+    )
     async with open_stack(home) as stack:
         task = await stack.tasks.get_task(task_id)
         script = baseline(actor.removeprefix("baseline:"), task) if actor != "policy" else None
@@ -101,16 +101,35 @@ async def _run(
                 seed=derive_seed(seed, sample),
                 policy_name="" if script else f"v{policy.policy.version}",
                 knowledge=await knowledge_of(stack),
+                listener=listen,
             )
             await stack.trajectories.commit_trajectory(trajectory)
             found.append(trajectory)
-            report(sample + 1)
+            meter.advance(detail=f"{task_id}: {outcome(trajectory)}")
     return found
+
+
+def one_line(meter: Meter, task_id: str) -> TurnListener:
+    """A listener that shows the turns of many episodes in the one line of their meter."""
+    return lambda progress: meter.report(detail=f"{task_id}, {progress}")
+
+
+def rollout_lines(clock: Callable[[], float] = time.monotonic) -> Callable[[RolloutProgress], None]:
+    """A listener that prints a line on standard error for each rollout that comes or goes."""
+    start_s = clock()
+
+    def listen(progress: RolloutProgress) -> None:
+        line = f"[{clock() - start_s:6.1f}s] {progress}"
+        output.STDERR.print(line, highlight=False, markup=False)
+
+    return listen
 
 
 async def _work(home: Path | None, run: str, concurrency: int, until_idle: bool) -> WorkerStats:
     async with open_stack(home, patience_s=120.0) as stack:
-        found = Worker(stack, Runner(stack), run_id=run, concurrency=concurrency)
+        found = Worker(
+            stack, Runner(stack), run_id=run, concurrency=concurrency, listener=rollout_lines()
+        )
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, found.stop)

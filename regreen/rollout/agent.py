@@ -17,6 +17,7 @@ from regreen.rollout.actors import Actor, View
 from regreen.rollout.calls import Call, CallError, parse_call
 from regreen.rollout.context import EpisodeSpec
 from regreen.rollout.logs import PrimaryError
+from regreen.rollout.progress import TurnListener, TurnProgress, ignore
 from regreen.rollout.prompts import harmless, without_turns
 from regreen.rollout.record import TokenStream
 from regreen.rollout.tools import Observation, Workbench
@@ -43,6 +44,7 @@ class Agent:
     deadline_s: float
     """On the scale of `clock`."""
     clock: Callable[[], float] = time.monotonic
+    listener: TurnListener = ignore
     stream: TokenStream = field(default_factory=TokenStream)
     turns: int = 0
     error: PrimaryError | None = None
@@ -54,6 +56,11 @@ class Agent:
         rendered = await self.stack.policy.render_chat(messages)
         self.stream.add_prompt(list(rendered.token_ids), rendered.text)
         self.error, self.history = error, []
+
+    def tell(self, doing: str, found: str = "") -> None:
+        """Say what is done now, or what it found."""
+        turn = self.turns + 1 if doing == "generate" else self.turns
+        self.listener(TurnProgress(turn, self.spec.turns(), doing, found))
 
     async def run(
         self, turns: int, changed: Callable[[Observation], bool] = lambda seen: False
@@ -100,6 +107,7 @@ class Agent:
             self.error,
             self.history,
         )
+        self.tell("generate")
         sample = await self.actor.act(self.stack, view)
         said_s = self.clock() - started
         self.bench.spend("generate", said_s)
@@ -117,10 +125,13 @@ class Agent:
             ok=call is not None,
             duration_s=said_s,
         )
+        self.tell(call.key if call else "no usable call")
         if call is None:
             seen = Observation(f"error: {problem}", ok=False)
         else:
             seen = await self.bench.call(call)
+            if call.key == "validate_and_build":
+                self.tell(call.key, seen.headline)
         await self._observe(call, seen, self.clock() - started - said_s)
         return call, seen
 

@@ -8,7 +8,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import structlog
@@ -25,11 +25,12 @@ from regreen.dataset import v1 as pb
 from regreen.ids import new_id
 from regreen.rollout.actors import Actor, PolicyActor
 from regreen.rollout.agent import Agent, Stop
-from regreen.rollout.context import FULL, SIMPLIFIED, Budget, EpisodeSpec, Knobs, Sampling
+from regreen.rollout.context import FULL, SIMPLIFIED, Budget, EpisodeSpec
 from regreen.rollout.facts import FactsCache
 from regreen.rollout.full import discard_states, run_full
 from regreen.rollout.grade import Before, conclude
 from regreen.rollout.knowledge import Knowledge
+from regreen.rollout.progress import TurnListener, ignore
 from regreen.rollout.reward import RewardSettings
 from regreen.rollout.simplified import run_simplified
 from regreen.rollout.tools import Workbench
@@ -79,8 +80,9 @@ class Runner:
         actor: Actor | None = None,
         *,
         trajectory_id: str = "",
+        listener: TurnListener = ignore,
     ) -> pb.Trajectory:
-        """One graded rollout.
+        """One graded rollout; `listener` is told every turn.
 
         Raises:
             FailedPrecondition: the task is not prepared on this host, or the mode is not fair.
@@ -96,13 +98,19 @@ class Runner:
             )
             try:
                 return await self._in_sandbox(
-                    task, spec, actor or PolicyActor(), trajectory_id, sandbox.id
+                    task, spec, actor or PolicyActor(), trajectory_id, sandbox.id, listener
                 )
             finally:
                 await self.discard(sandbox.id)
 
     async def _in_sandbox(
-        self, task: pb.Task, spec: EpisodeSpec, actor: Actor, trajectory_id: str, sandbox_id: str
+        self,
+        task: pb.Task,
+        spec: EpisodeSpec,
+        actor: Actor,
+        trajectory_id: str,
+        sandbox_id: str,
+        listener: TurnListener,
     ) -> pb.Trajectory:
         start_ns, started = self.now_ns(), self.clock()
         facts = await self.facts.get(self.stack, task, sandbox_id)
@@ -118,12 +126,15 @@ class Runner:
             trajectory_id,
             started + spec.budget.wall_s,
             self.clock,
+            listener,
         )
         pipeline = run_full if spec.pipeline == PIPELINE_FULL else run_simplified
         try:
             stop = await pipeline(agent, self.knowledge)
             trajectory = _record(agent, stop)
+            agent.tell("grade")
             await conclude(bench, spec, trajectory, self.before, self.rewards)
+            agent.tell("grade", "solved" if trajectory.reward.solved else "not solved")
         finally:
             if bench.kept_states:  # no State can go while the sandbox stands on it
                 await self.discard(sandbox_id)
@@ -195,10 +206,9 @@ async def run_episode(
     actor: Actor | None = None,
     seed: int = 0,
     budget: Budget | None = None,
-    sampling: Sampling | None = None,
-    knobs: Knobs | None = None,
     policy_name: str = "",
     knowledge: Knowledge | None = None,
+    listener: TurnListener = ignore,
 ) -> pb.Trajectory:
     """One graded rollout outside any queue; see `Runner.run` for what it raises."""
     spec = EpisodeSpec(
@@ -210,5 +220,4 @@ async def run_episode(
         policy_name=policy_name,
         budget=budget or (FULL if pipeline == PIPELINE_FULL else SIMPLIFIED),
     )
-    spec = replace(spec, sampling=sampling or spec.sampling, knobs=knobs or spec.knobs)
-    return await Runner(stack, knowledge).run(task, spec, actor)
+    return await Runner(stack, knowledge).run(task, spec, actor, listener=listener)

@@ -160,8 +160,11 @@ async def _begin(agent: Agent, error: PrimaryError | None, hint: str, attempt: i
 
 async def _look(agent: Agent) -> Observation:
     """What the work of an attempt that ended without a new error amounts to."""
+    agent.tell("validate_and_build")
     try:
         changes, _ = await agent.bench.diff()
+        seen = describe(await agent.bench.validate(changes), agent.bench.facts)
     except ToolError as error:
-        return Observation(str(error), ok=False)
-    return describe(await agent.bench.validate(changes), agent.bench.facts)
+        seen = Observation(str(error), ok=False)
+    agent.tell("validate_and_build", seen.headline)
+    return seen

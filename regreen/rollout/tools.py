@@ -54,6 +54,11 @@ class Observation:
     error: PrimaryError | None = None
     """Primary error of a failed validation."""
 
+    @property
+    def headline(self) -> str:
+        """The first line."""
+        return self.text.partition("\n")[0]
+
 
 @dataclass(slots=True)
 class Workbench:

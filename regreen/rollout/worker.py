@@ -20,7 +20,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import structlog
 
@@ -62,6 +62,20 @@ class WorkerStats:
     expired: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class RolloutProgress:
+    """What became of a rollout at this worker."""
+
+    what: Literal["leased", "committed", "given back", "expired", "stopped"]
+    task_id: str
+    rollout_id: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.what} {self.task_id} {self.rollout_id}"
+        return f"{text}: {self.detail}" if self.detail else text
+
+
 @dataclass(slots=True)
 class Worker:
     """Leases and runs rollouts until stopped."""
@@ -77,6 +91,7 @@ class Worker:
     """How long a service may be away before the worker ends."""
     share_prompts: bool = True
     clock: Callable[[], float] = time.monotonic
+    listener: Callable[[RolloutProgress], None] = lambda progress: None
     stats: WorkerStats = field(default_factory=WorkerStats)
     _stopping: asyncio.Event = field(default_factory=asyncio.Event)
     _active: dict[str, asyncio.Task[None]] = field(default_factory=dict)
@@ -145,6 +160,7 @@ class Worker:
         for members in groups.values():
             start = asyncio.ensure_future(self._shared(members))
             for lease in members:
+                self._tell("leased", lease)
                 task = asyncio.create_task(self._work(lease, start))
                 self._active[lease.id] = task
 
@@ -164,7 +180,10 @@ class Worker:
             trajectory = await self._episode(lease, spec, actor)
         except RegreenError as error:
             log.warning("rollout failed", rollout_id=lease.rollout_id, error=str(error))
-            await self._give_back(lease.id, f"{type(error).__name__}: {error}")
+            await self._give_back(lease, f"{type(error).__name__}: {error}")
+        except asyncio.CancelledError:
+            self._tell("stopped", lease)
+            raise
         else:
             await self._commit(lease, trajectory)
         # A defect of our own stays in `_active`, where the main loop finds and raises it.
@@ -187,24 +206,36 @@ class Worker:
                 lambda: self.stack.queue.commit_rollout(lease.id, trajectory, request_id=request_id)
             )
             self.stats.committed += 1
+            self._tell("committed", lease, outcome(trajectory))
         except (LeaseExpired, NotFound) as error:
             self.stats.expired += 1
+            self._tell("expired", lease, str(error))
             log.warning("lease lost", rollout_id=lease.rollout_id, error=str(error))
         except RegreenError as error:
             log.error("commit refused", rollout_id=lease.rollout_id, error=str(error))
-            await self._give_back(lease.id, f"commit refused: {error}")
+            await self._give_back(lease, f"commit refused: {error}")
 
-    async def _give_back(self, lease_id: str, reason: str) -> None:
+    async def _give_back(self, lease: pb.Lease, reason: str) -> None:
         request_id = new_request_id()
         try:
             await self._persist(
                 lambda: self.stack.queue.fail_rollout(
-                    lease_id, reason[:1000], request_id=request_id
+                    lease.id, reason[:1000], request_id=request_id
                 )
             )
             self.stats.given_back += 1
+            self._tell("given back", lease, reason)
         except (LeaseExpired, NotFound):
             self.stats.expired += 1
+            self._tell("expired", lease, reason)
+
+    def _tell(
+        self,
+        what: Literal["leased", "committed", "given back", "expired", "stopped"],
+        lease: pb.Lease,
+        detail: str = "",
+    ) -> None:
+        self.listener(RolloutProgress(what, lease.group.task_id, lease.rollout_id, detail))
 
     async def _give_all_back(self) -> None:
         active = dict(self._active)
@@ -307,6 +338,14 @@ class Worker:
         finally:
             stop.cancel()
             task.cancel()
+
+
+def outcome(trajectory: pb.Trajectory) -> str:
+    """What came of a rollout, in one line."""
+    reward = trajectory.reward
+    solved = "solved" if reward.solved else "not solved"
+    hacks = f"  hacks: {' '.join(reward.hacks)}" if reward.hacks else ""
+    return f"{solved}  reward {reward.value:+.2f}  {len(trajectory.turns)} turns{hacks}"
 
 
 @asynccontextmanager

@@ -137,11 +137,11 @@ class Gatherer:
         self._plans[step] = plan
 
     async def collect(
-        self, step: int, version: int, report: Callable[[int, int, str], None]
+        self, step: int, version: int, report: Callable[[int, int, int, str], None]
     ) -> Collected:
         """Take every group of `step`, refilling while too few of them teach.
 
-        `report` is told (rollouts ended, rollouts asked for, detail).
+        `report` is told (rollouts ended, rollouts asked for, rollouts under way, detail).
 
         Raises:
             FailedPrecondition: no rollout was committed for too long; says what the queue holds.
@@ -163,7 +163,7 @@ class Gatherer:
             rollouts = (await self._stack.queue.get_queue(self._run_id, step=step)).rollouts
             ended = rollouts["committed"] + rollouts["lost"]
             detail = f"step {step}, {len(taken)} of {asked} groups"
-            report(ended, sum(rollouts.values()), detail)
+            report(ended, sum(rollouts.values()), rollouts["leased"], detail)
             if any(group.id not in taken for group in plan[:asked]):
                 await patience.wait(step, progressed=bool(fresh))
                 continue

@@ -11,17 +11,29 @@
   never resumes.
 - Recording a checkpoint and acknowledging its groups is one transaction of the dataset service.
 - Weights move by reference.
+- Watching a step changes nothing; a stream that breaks is not opened again.
 """
 
-from collections.abc import Mapping, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from regreen.client.stack import Stack
 from regreen.dataset import v1 as dataset_pb
 from regreen.learner import v1 as learner_pb
-from regreen.rpc.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
+from regreen.rpc.errors import (
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    RegreenError,
+    Unavailable,
+)
 from regreen.train.rows import last_checkpoint
 from regreen.train.weights import Weights, weights_of
+
+TokenReport = Callable[[int, int], None]
+"""Called with tokens done and tokens in all, as the learner counts them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,23 +90,43 @@ class Ledger:
             )
 
     async def step(
-        self, learner_step: int, batch: bytes, group_ids: Sequence[str]
+        self, learner_step: int, batch: bytes, group_ids: Sequence[str], report: TokenReport
     ) -> learner_pb.StepResponse:
-        """One optimizer step.
+        """One optimizer step; `report` is told how far it is while it runs.
 
         Raises:
             Unavailable: the learner no longer knows the run or the position; resume.
         """
         try:
-            return await self.stack.learner.step(
-                self.run_id, learner_step, batch=batch, group_ids=group_ids
-            )
+            async with self._watched(learner_step, report):
+                return await self.stack.learner.step(
+                    self.run_id, learner_step, batch=batch, group_ids=group_ids
+                )
         except (NotFound, FailedPrecondition) as error:
             raise Unavailable(f"the learner lost run {self.run_id}: {error}") from error
         except InvalidArgument as error:
             if error.field != "step":
                 raise
             raise Unavailable(f"the learner is at another step: {error}") from error
+
+    @asynccontextmanager
+    async def _watched(self, learner_step: int, report: TokenReport) -> AsyncIterator[None]:
+        watch = asyncio.create_task(self._watch(learner_step, report))
+        try:
+            yield
+        finally:
+            watch.cancel()
+            await asyncio.gather(watch, return_exceptions=True)
+
+    async def _watch(self, learner_step: int, report: TokenReport) -> None:
+        try:
+            async for event in self.stack.learner.watch_run(self.run_id, from_step=learner_step):
+                at = event.progress
+                # After the last token comes the update; only the answer ends the step.
+                if at.step == learner_step and at.tokens_done < at.tokens_total:
+                    report(at.tokens_done, at.tokens_total)
+        except RegreenError:
+            return  # what the step itself meets is told by its answer
 
     async def save(self, step: int, group_ids: Sequence[str]) -> dataset_pb.CheckpointRecord:
         """Checkpoint after driver step `step`, with all groups consumed since the last one."""

@@ -51,8 +51,12 @@ class Recovery:
 
     def progressed(self, mark: int) -> None:
         """Unit number `mark` was finished: if it is further than ever, the deadline starts anew."""
-        if mark > self._furthest:
-            self._furthest, self._since_s, self._wait_s = mark, None, _FIRST_WAIT_S
+        if mark <= self._furthest:
+            return
+        if self._since_s is not None:
+            waited_s = max(1, int(self._clock() - self._since_s))
+            self._listener(Progress("recover", waited_s, waited_s, None, "goes on"))
+        self._furthest, self._since_s, self._wait_s = mark, None, _FIRST_WAIT_S
 
     async def wait_out(self, error: RegreenError) -> None:
         """Wait before the next try.
@@ -66,8 +70,8 @@ class Recovery:
         if not curable(error) or waited_s >= self._deadline_s:
             raise error
         left_s = self._deadline_s - waited_s
-        self._listener(
-            Progress("recover", int(waited_s), int(self._deadline_s), left_s, str(error))
-        )
+        # How long it takes is not known, so there is no total; only when it ends for good is.
+        detail = f"waiting, gives up in {left_s:.0f} s: {error}"
+        self._listener(Progress("recover", int(waited_s), 0, None, detail))
         await self._sleep(min(max(self._wait_s, error.retry_after_s or 0.0), left_s))
         self._wait_s = min(self._wait_s * 2, _LONGEST_WAIT_S)

@@ -31,7 +31,7 @@ from regreen.train.config import GrpoConfig
 from regreen.train.gather import Collected, Gatherer, GatherSettings, group_id
 from regreen.train.ledger import Ledger, Position, hyperparameters
 from regreen.train.names import grader_of, mode_name, mode_of, pipeline_of
-from regreen.train.progress import Listener, Meter, Progress, ignore
+from regreen.train.progress import Listener, Meter, Progress, ignore, stage
 from regreen.train.recovery import Recovery, curable
 from regreen.train.rows import TrainResult, all_trajectories, candidates_of, open_run, result_of
 from regreen.train.schedule import Candidate, Curriculum, History
@@ -228,7 +228,7 @@ class _Life:
         config, driver = self.driver.config, self.driver
         began_s = time.monotonic()
         await self.gatherer.enqueue(step, self.history)
-        collected = await self.gatherer.collect(step, self.version, self._report_rollouts)
+        collected = await self.gatherer.collect(step, self.version, self._rollout_report())
         if config.prefetch and step < config.steps:
             await self.gatherer.enqueue(step + 1, self.history)
         metrics = step_metrics(collected.groups, collected.fates, version=self.version)
@@ -250,10 +250,18 @@ class _Life:
             return {"learned_groups": 0.0}
         batch = grpo_batch(collected.teaching, metrics)
         fresh = self.pending[self.sent :]
-        self.driver.listener(
-            Progress("learn", 0, batch.trained_tokens, None, f"{batch.tokens} tokens")
+        meter = Meter(self.driver.listener, "learn", batch.tokens)
+        detail = f"tokens, {batch.trained_tokens} of them trained"
+
+        def report(done: int, total: int) -> None:
+            # Prompts that are shared are computed once, so the learner counts fewer tokens.
+            meter.report(batch.tokens * done // total, detail)
+
+        meter.report(detail=detail)
+        response = await self.driver.ledger.step(
+            self.learner_step + 1, batch.to_bytes(), fresh, report
         )
-        response = await self.driver.ledger.step(self.learner_step + 1, batch.to_bytes(), fresh)
+        meter.report(batch.tokens, detail)
         self.learner_step, self.sent, self.dirty = self.learner_step + 1, len(self.pending), True
         found = {f"learner/{name}": value for name, value in response.metrics.items()}
         found["learned_groups"] = float(len(collected.teaching))
@@ -262,11 +270,11 @@ class _Life:
 
     async def _save(self) -> dataset_pb.CheckpointRecord:
         began_s = time.monotonic()
-        self.driver.listener(Progress("checkpoint", self.step, self.driver.config.steps, None))
-        record = await self.driver.ledger.save(self.step, self.pending)
-        self.pending, self.sent, self.dirty = [], 0, False
-        self.version = record.policy_version
-        pause_s = await self.driver.ledger.publish(weights_of(record))
+        with stage(self.driver.listener, "checkpoint", f"step {self.step}"):
+            record = await self.driver.ledger.save(self.step, self.pending)
+            self.pending, self.sent, self.dirty = [], 0, False
+            self.version = record.policy_version
+            pause_s = await self.driver.ledger.publish(weights_of(record))
         seconds = {"seconds/checkpoint": _since(began_s), "seconds/policy_pause": pause_s}
         await self.driver.stack.runs.record_metrics(self.driver.run.id, self.step, seconds)
         return record
@@ -277,8 +285,20 @@ class _Life:
             members = sorted(group.trajectories, key=lambda t: t.group_index)
             self.history.add(candidate, [member.reward.solved for member in members])
 
-    def _report_rollouts(self, done: int, total: int, detail: str) -> None:
-        self.driver.listener(Progress("rollouts", done, total, None, detail))
+    def _rollout_report(self) -> Callable[[int, int, int, str], None]:
+        """Reports the rollouts of one step; those that the first report finds were done before."""
+        meter: Meter | None = None
+
+        def report(done: int, total: int, under_way: int, detail: str) -> None:
+            nonlocal meter
+            if meter is None:
+                meter = Meter(self.driver.listener, "rollouts", total, done=done)
+            # Refills are asked for later; workers elsewhere take part too.
+            meter.total = total
+            meter.parallel = max(1, self.driver.config.concurrency, under_way)
+            meter.report(done, detail)
+
+        return report
 
 
 Outcomes = dict[int, list[tuple[Candidate, list[bool]]]]

@@ -24,7 +24,7 @@ from regreen.train.batches import sft_batch, trainable
 from regreen.train.config import SftConfig
 from regreen.train.experts import expert_rows
 from regreen.train.ledger import Ledger, hyperparameters
-from regreen.train.progress import Listener, Meter, Progress, ignore
+from regreen.train.progress import Listener, Meter, Progress, ignore, stage
 from regreen.train.recovery import Recovery, curable
 from regreen.train.rows import TrainResult, find_run, open_run, result_of, wanted_tasks
 from regreen.train.weights import BASE, Weights, next_version_block, resolve_weights
@@ -156,18 +156,22 @@ class _Driver:
         meter = Meter(self.listener, "sft", self.total_steps, done=position.step)
         meter.report()
         for step in range(position.step + 1, self.total_steps + 1):
-            metrics = await self._one_step(step)
+            metrics = await self._one_step(step, meter)
             self.recovery.progressed(step)
             meter.report(step, f"loss {metrics.get('learner/loss', math.nan):.4f}")
         summary = {"steps": self.total_steps, "trajectories": self.trajectories}
         await self.stack.runs.update_run(self.run.id, state="done", summary=summary)
 
-    async def _one_step(self, step: int) -> dict[str, float]:
+    async def _one_step(self, step: int, meter: Meter) -> dict[str, float]:
         began_s = time.monotonic()
         config = self.config
         wanted = batch_ids(self.train_ids, step, batch_size=config.batch_size, seed=config.seed)
         batch = sft_batch([await self._trajectory(id) for id in wanted])
-        response = await self.ledger.step(step, batch.to_bytes(), ())
+
+        def report(done: int, total: int) -> None:
+            meter.report(detail=f"step {step}: {done} of {total} tokens")
+
+        response = await self.ledger.step(step, batch.to_bytes(), (), report)
         metrics = {f"learner/{name}": value for name, value in response.metrics.items()}
         metrics |= {
             "trajectories": float(len(wanted)),
@@ -176,8 +180,8 @@ class _Driver:
         }
         await self.stack.runs.record_metrics(self.run.id, step, metrics)
         if step % config.checkpoint_every == 0 or step == self.total_steps:
-            self.listener(Progress("checkpoint", step, self.total_steps, None))
-            await self.ledger.save(step, ())
+            with stage(self.listener, "checkpoint", f"step {step}"):
+                await self.ledger.save(step, ())
         return metrics
 
     async def _trajectory(self, id: str) -> dataset_pb.Trajectory:

@@ -176,7 +176,7 @@ class Killer:
     def __call__(self, progress) -> None:
         if progress.stage == "rollouts":
             self._polls += 1
-            self._step = int(progress.detail.removeprefix("step "))
+            self._step = int(progress.detail.removeprefix("step ").partition(",")[0])
         wanted = self._left[0] if self._left else ("", 0, "")
         stage, step, name = wanted
         if (progress.stage, self._step) != (stage, step) or (

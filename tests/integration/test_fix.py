@@ -15,6 +15,7 @@ from policy_svc.__main__ import running as policy_running
 from policy_svc.settings import PolicySettings
 from regreen.client.stack import Endpoints, Stack
 from regreen.fix import FixOptions, FixResult, fix_project
+from regreen.rollout.progress import Show
 from regreen.rpc.errors import InvalidArgument, MissingDependency
 from sandbox_svc.__main__ import serving as sandbox_serving
 from sandbox_svc.settings import SandboxSettings
@@ -72,21 +73,25 @@ def project(root: Path, lock: str) -> Path:
     return root
 
 
-async def fix(endpoints: tuple[Path, Endpoints], root: Path) -> FixResult:
+async def fix(
+    endpoints: tuple[Path, Endpoints], root: Path, show: Show = lambda *shown: None
+) -> FixResult:
     home, where = endpoints
     options = FixOptions(attempts=1)
     async with Stack(where) as stack:
         try:
-            return await fix_project(
-                stack, root, home / "blobs", options, lambda *shown: None, python="3.11"
-            )
+            return await fix_project(stack, root, home / "blobs", options, show, python="3.11")
         finally:
             assert not (await stack.sandbox.list_sandboxes()).sandboxes
 
 
 async def test_a_moved_pin_is_found_and_verified(endpoints, tmp_path: Path) -> None:
     lock = f"# web\njinja2==2.11.3\nmarkupsafe==2.1.5  # newest\n{RUNNER}"
-    found = await fix(endpoints, project(tmp_path, lock))
+    shown: list[tuple] = []
+    found = await fix(endpoints, project(tmp_path, lock), lambda *line: shown.append(line))
+    verdicts = [text for stage, done, _, text in shown if stage == "validate" and done]
+    assert [text.partition(":")[0] for text in verdicts] == ["attempt 1 of 1, turn 2 of 50"]
+    assert verdicts[0].endswith("PASSED: build and tests are green")
     assert (found.fixed, found.failing_before, found.failing_after) == (True, 1, 0), found.summary
     assert found.pins == ("markupsafe 2.1.5 -> 2.0.1",)
     assert "-markupsafe==2.1.5  # newest\n+markupsafe==2.0.1  # newest\n" in found.patch

@@ -15,6 +15,7 @@ from regreen.client.stack import Stack
 from regreen.rpc.errors import FailedPrecondition, InfraError, Unavailable
 from regreen.train.config import GrpoConfig
 from regreen.train.gather import group_id
+from regreen.train.progress import Progress
 from regreen.train.rl import train_grpo
 from tests.integration import dataset_samples as samples
 from tests.integration.train_services import (
@@ -91,12 +92,26 @@ async def check_exactly_once(place: World, config: GrpoConfig) -> list[dict]:
         return saved["lineage"]
 
 
+def check_every_stage_was_closed(seen: list[Progress]) -> None:
+    """Each stage that began ended with all done, and only then did the step count."""
+    for name in ("rollouts", "learn", "checkpoint"):
+        stages = [found for found in seen if found.stage == name]
+        assert stages[-1].done == stages[-1].total > 0
+    for name in ("learn", "checkpoint"):
+        begun = [found for found in seen if found.stage == name and not found.done]
+        ended = [found for found in seen if found.stage == name and found.done == found.total]
+        assert [found.total for found in begun] == [found.total for found in ended]
+        assert [found.detail for found in begun] == [found.detail for found in ended]
+
+
 @pytest.mark.parametrize("changes", [{}, {"prefetch": True}, {"checkpoint_every": 2}])
 async def test_a_run_consumes_every_group_once_and_publishes_its_weights(place: World, changes):
+    seen = []
     async with place.stack() as stack:
         config = config_of(await admitted(stack), **changes)
-        result = await train_grpo(stack, config, workers=external(place))
+        result = await train_grpo(stack, config, seen.append, workers=external(place))
     lineage = await check_exactly_once(place, config)
+    check_every_stage_was_closed(seen)
     assert result.state == "done"
     assert result.policy_version == place.policy.serving.version
     assert lineage
@@ -165,7 +180,7 @@ async def test_a_learner_that_loses_its_memory_is_taken_back_to_the_checkpoint(p
     seen = []
 
     def listener(progress):
-        if progress.stage == "learn":
+        if progress.stage == "learn" and not progress.done:
             seen.append(progress)
             if len(seen) == 2:
                 place.learner.forget()
@@ -256,7 +271,8 @@ async def test_an_outage_that_loses_every_rollout_is_waited_out(hasty: World):
         config = config_of(await admitted(stack), recovery_deadline_s=20.0)
         result = await train_grpo(stack, config, listener, workers=external(hasty, during_outage))
         queue = await stack.queue.get_queue(result.run_id)
-    assert seen[0].startswith("step 1: 4 of 4 rollouts were lost to infrastructure")
+    assert "s: step 1: 4 of 4 rollouts were lost to infrastructure" in seen[0]
+    assert seen[-1] == "goes on"
     assert not queue.rollouts["lost"]
     assert await check_exactly_once(hasty, config)
 

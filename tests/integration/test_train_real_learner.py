@@ -161,7 +161,7 @@ async def test_grpo_goes_on_through_kills_of_the_learner(
         )  # fmt: skip
 
         def listener(progress):
-            if progress.stage == "learn" and process.kills < 2:
+            if progress.stage == "learn" and not progress.done and process.kills < 2:
                 process.kill()
 
         async with scripted_workers(place, "", 1):

@@ -52,6 +52,29 @@ async def test_a_repair_is_recorded_token_by_token(world):
         assert found.prompt_tokens < 700
 
 
+async def test_a_listener_is_told_every_turn_and_what_validations_found(world):
+    seen = []
+    async with world.playing(says("Hm.", VALIDATE, PIN, VALIDATE)) as stack:
+        found = await Runner(stack).run(world.task, SPEC, listener=seen.append)
+        assert found.reward.solved
+    turns = SPEC.turns()
+    assert list(map(str, seen)) == [
+        f"turn 1 of {turns}: generate",
+        f"turn 1 of {turns}: no usable call",
+        f"turn 2 of {turns}: generate",
+        f"turn 2 of {turns}: validate_and_build",
+        f"turn 2 of {turns}: validate_and_build: {seen[4].found}",
+        f"turn 3 of {turns}: generate",
+        f"turn 3 of {turns}: dependency_upgrade",
+        f"turn 4 of {turns}: generate",
+        f"turn 4 of {turns}: validate_and_build",
+        f"turn 4 of {turns}: validate_and_build: PASSED: build and tests are green",
+        f"turn 4 of {turns}: grade",
+        f"turn 4 of {turns}: grade: solved",
+    ]
+    assert seen[4].found.startswith("NOT GREEN")
+
+
 async def test_a_prompt_and_every_observation_are_what_the_chat_template_gives(world):
     async with world.playing(says(PIN, VALIDATE)) as stack:
         found = await Runner(stack).run(world.task, SPEC)

@@ -82,8 +82,17 @@ async def until(condition, *, within_s):
 async def test_a_worker_empties_the_queue(world, dataset):
     async with world.playing(says(PIN, VALIDATE), dataset=dataset) as stack:
         run_id = await enqueue(stack, world, groups=2, size=2)
-        stats = await Worker(stack, Runner(stack), run_id=run_id).run(until_idle=True)
+        seen = []
+        worker = Worker(stack, Runner(stack), run_id=run_id, listener=seen.append)
+        stats = await worker.run(until_idle=True)
         assert stats.committed == 4
+        leased, committed = (
+            {found.rollout_id for found in seen if found.what == what}
+            for what in ("leased", "committed")
+        )
+        assert leased == committed
+        assert len(seen) == 2 * len(leased) == 8
+        assert seen[-1].detail.startswith("solved  reward")
         assert (await counts(stack, run_id))["committed"] == 4
         taken = await stack.queue.take_groups(run_id, 5)
         assert sorted(len(group.trajectories) for group in taken) == [2, 2]

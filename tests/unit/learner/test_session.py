@@ -39,6 +39,17 @@ def train(session: Session, batches: list[Batch]) -> list[tuple[float, float]]:
     return done
 
 
+def test_progress_counts_the_tokens_of_all_updates_of_a_step(
+    tiny_model: Path, make_batch: Make, tmp_path: Path
+) -> None:
+    session = Session(spec_of(tiny_model, updates_per_step=2), tmp_path / "ext")
+    told: list[tuple[int, int]] = []
+    session.step(make_batch(), (), lambda done, total: told.append((done, total)))
+    session.close()
+    assert [done for done, _ in told] == sorted({done for done, _ in told})
+    assert {total for _, total in told} == {told[-1][0]}
+
+
 @pytest.mark.parametrize("engine", ["plain", "deepspeed"])
 @pytest.mark.parametrize("layers", [0, 1])
 def test_a_resumed_run_continues_bit_for_bit(
