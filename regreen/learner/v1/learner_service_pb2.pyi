@@ -216,7 +216,9 @@ class StartRunRequest(_message.Message):
     kind: Global___RunKind.ValueType
     """Kind."""
     base_uri: _builtins.str
-    """Model directory or checkpoint URI to start from."""
+    """Model directory or checkpoint URI to start from; empty takes the small default model, which is made first where it is
+    missing.
+    """
     engine: _builtins.str
     """Engine: "deepspeed" or "plain"; empty means the service's default."""
     resume_uri: _builtins.str

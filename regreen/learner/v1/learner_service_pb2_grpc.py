@@ -83,7 +83,8 @@ class LearnerServiceServicer:
         - INVALID_ARGUMENT: a hyperparameter is out of range; names it.
         - NOT_FOUND: no base model or checkpoint at that place.
         - DATA_LOSS: no checkpoint of the run is whole, or the one asked for is not.
-        - FAILED_PRECONDITION: another run is active, or the run will not fit in memory; says what would.
+        - FAILED_PRECONDITION: another run is active, the run will not fit in memory (says what would), or the default model is
+        asked for and not installed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -40,7 +40,8 @@ class LearnerServiceStub:
     - INVALID_ARGUMENT: a hyperparameter is out of range; names it.
     - NOT_FOUND: no base model or checkpoint at that place.
     - DATA_LOSS: no checkpoint of the run is whole, or the one asked for is not.
-    - FAILED_PRECONDITION: another run is active, or the run will not fit in memory; says what would.
+    - FAILED_PRECONDITION: another run is active, the run will not fit in memory (says what would), or the default model is
+      asked for and not installed.
     """
     Step: _grpc.UnaryUnaryMultiCallable[_learner_service_pb2.StepRequest, _learner_service_pb2.StepResponse]
     """Performs one optimizer step on one batch. Idempotent: a step that was done is answered, not repeated.
@@ -96,7 +97,8 @@ class LearnerServiceAsyncStub(LearnerServiceStub):
     - INVALID_ARGUMENT: a hyperparameter is out of range; names it.
     - NOT_FOUND: no base model or checkpoint at that place.
     - DATA_LOSS: no checkpoint of the run is whole, or the one asked for is not.
-    - FAILED_PRECONDITION: another run is active, or the run will not fit in memory; says what would.
+    - FAILED_PRECONDITION: another run is active, the run will not fit in memory (says what would), or the default model is
+      asked for and not installed.
     """
     Step: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.StepRequest, _learner_service_pb2.StepResponse]  # type: ignore[assignment]
     """Performs one optimizer step on one batch. Idempotent: a step that was done is answered, not repeated.
@@ -155,7 +157,8 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
         - INVALID_ARGUMENT: a hyperparameter is out of range; names it.
         - NOT_FOUND: no base model or checkpoint at that place.
         - DATA_LOSS: no checkpoint of the run is whole, or the one asked for is not.
-        - FAILED_PRECONDITION: another run is active, or the run will not fit in memory; says what would.
+        - FAILED_PRECONDITION: another run is active, the run will not fit in memory (says what would), or the default model is
+          asked for and not installed.
         """
 
     @_abc_1.abstractmethod
