@@ -51,6 +51,8 @@ class Plan:
     """Groups asked for at a step in place of those that teach nothing."""
     sft_batch: int = 8
     gate_repeats: int = 2
+    gate_concurrency: int = 3
+    """Tasks prepared at a time: some of them wait for the index."""
     concurrency: int = 20
     """Episodes at a time: decoding reads all weights at each step, however many take part in it."""
     expert_concurrency: int = 4
@@ -63,7 +65,7 @@ class Plan:
 
 
 EPISODE = {
-    "budget.turns": "10",
+    "budget.turns": "8",
     "budget.turn_tokens": "56",
     "budget.attempt_turns": "6",
     "budget.tries": "2",
@@ -71,13 +73,13 @@ EPISODE = {
 }
 FULL = Plan(
     name="demo",
-    train_tasks=10,
+    train_tasks=8,
     test_tasks=6,
     eval_samples=1,
     sft_epochs=3,
     sft_styles=3,
     grpo_steps=2,
-    groups_per_step=4,
+    groups_per_step=3,
     group_size=4,
     max_refills=0,
     labels=EPISODE,
@@ -233,7 +235,7 @@ class _Demo:
         )
         decided |= await admission.standing(ids)
         self._show("gate tasks", len(decided), len(ids), f"{len(ids)} tasks; interpreters {found}")
-        tasks = await admission.run(ids)
+        tasks = await admission.run(ids, concurrency=self._plan.gate_concurrency)
         admitted = {task.id for task in tasks if task.status == pb.TASK_STATUS_ADMITTED}
         train, test = (
             [record.id for record in chosen[split] if record.id in admitted]

@@ -28,7 +28,7 @@ from regreen.rollout.agent import Agent, Stop
 from regreen.rollout.context import FULL, SIMPLIFIED, Budget, EpisodeSpec
 from regreen.rollout.facts import FactsCache
 from regreen.rollout.full import discard_states, run_full
-from regreen.rollout.grade import Before, conclude
+from regreen.rollout.grade import Validated, conclude
 from regreen.rollout.knowledge import Knowledge
 from regreen.rollout.progress import TurnListener, ignore
 from regreen.rollout.reward import RewardSettings
@@ -66,7 +66,7 @@ class Runner:
     facts: FactsCache = field(default_factory=FactsCache)
     clock: Callable[[], float] = time.monotonic
     now_ns: Callable[[], int] = time.time_ns
-    before: Before = field(default_factory=dict)
+    validated: Validated = field(default_factory=Validated)
 
     def tools(self, spec: EpisodeSpec) -> ToolSet:
         """The tool set that an episode sees."""
@@ -133,7 +133,7 @@ class Runner:
             stop = await pipeline(agent, self.knowledge)
             trajectory = _record(agent, stop)
             agent.tell("grade")
-            await conclude(bench, spec, trajectory, self.before, self.rewards)
+            await conclude(bench, spec, trajectory, self.validated, self.rewards)
             agent.tell("grade", "solved" if trajectory.reward.solved else "not solved")
         finally:
             if bench.kept_states:  # no State can go while the sandbox stands on it

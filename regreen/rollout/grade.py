@@ -1,7 +1,8 @@
 """The end of an episode: diff, validation on fresh forks, judge, reward.
 
 - The verdict depends on the diff alone; what the agent's own validations said is not looked at.
-- A pass counts only when another fresh fork confirms it without the result cache.
+- A pass counts only when another fresh fork confirms it without the result cache, once for each
+  diff: rollouts of one process that end with the same diff share the confirmation.
 - The judge's rules look at every rollout, so that hacks are counted under every grader; its model,
   where one is configured, is asked only when the grader says so and the build is green. The label
   `judge` then says which model took part, or "rules only".
@@ -9,7 +10,10 @@
 - Trouble of the platform raises; it never becomes a reward.
 """
 
+import asyncio
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
 
 from regreen.common.v1 import (
     CHANGE_KIND_ADD,
@@ -31,20 +35,32 @@ from regreen.sandbox import v1 as sandbox_pb
 
 _LOG_CHARS = 20_000
 _ORIGINAL_BYTES = 1 << 20
-Before = dict[tuple[str, bool], sandbox_pb.Validation]
-"""Validation of an untouched State, by State id and whether coverage was measured."""
+_Diff = tuple[str, int, str, bool]
+"""State id, mode, digest of the changes, and whether coverage was measured."""
+
+
+@dataclass(slots=True)
+class Validated:
+    """What the rollouts of one process share of their validations."""
+
+    before: dict[tuple[str, bool], sandbox_pb.Validation] = field(default_factory=dict)
+    """Of an untouched State, by State id and whether coverage was measured."""
+    confirmed: set[_Diff] = field(default_factory=set)
+    """Diffs that passed, and passed again on another fresh fork."""
+    locks: "WeakValueDictionary[_Diff, asyncio.Lock]" = field(default_factory=WeakValueDictionary)
+    """Held while a diff is being confirmed: rollouts that found the same one wait for it."""
 
 
 async def conclude(
     bench: Workbench,
     spec: EpisodeSpec,
     trajectory: pb.Trajectory,
-    before: Before,
+    shared: Validated,
     settings: RewardSettings | None = None,
 ) -> None:
     """Grade what the sandbox of a finished episode holds; fills in the trajectory.
 
-    `before` keeps validations of untouched States; `settings` stand above those of the spec.
+    `settings` stand above those of the spec.
 
     Raises:
         RegreenError: trouble of the platform.
@@ -55,7 +71,8 @@ async def conclude(
         changes, unified = await bench.diff()
     except ToolError as error:
         trajectory.labels["diff"] = str(error)
-    validation = await _validate(bench, spec, changes, trajectory)
+    validation = await _validate(bench, spec, changes, trajectory, shared)
+    before = shared.before
     key = (bench.task.state_id, spec.knobs.coverage)
     if key not in before:
         before[key] = await bench.validate([], coverage=spec.knobs.coverage)
@@ -85,15 +102,26 @@ async def conclude(
 
 
 async def _validate(
-    bench: Workbench, spec: EpisodeSpec, changes: Sequence[FileChange], trajectory: pb.Trajectory
+    bench: Workbench,
+    spec: EpisodeSpec,
+    changes: Sequence[FileChange],
+    trajectory: pb.Trajectory,
+    shared: Validated,
 ) -> sandbox_pb.Validation:
-    validation = await bench.validate(changes, coverage=spec.knobs.coverage)
+    coverage = spec.knobs.coverage
+    validation = await bench.validate(changes, coverage=coverage)
     if validation.outcome != sandbox_pb.VALIDATION_OUTCOME_PASSED or not spec.knobs.confirm:
         return validation
-    again = await bench.validate(changes, fresh=True, coverage=spec.knobs.coverage)
-    if again.outcome != validation.outcome:
-        trajectory.labels["flaky"] = "a pass was not confirmed on another fresh fork"
-    return again
+    diff = bench.task.state_id, int(spec.mode), validation.changes_sha256, coverage
+    async with shared.locks.setdefault(diff, asyncio.Lock()):
+        if diff in shared.confirmed:
+            return validation
+        again = await bench.validate(changes, fresh=True, coverage=coverage)
+        if again.outcome == validation.outcome:
+            shared.confirmed.add(diff)
+        else:
+            trajectory.labels["flaky"] = "a pass was not confirmed on another fresh fork"
+        return again
 
 
 async def _evidence(

@@ -1,5 +1,6 @@
 """What the end of an episode makes of its diff: gates, judge, reward, through real services."""
 
+import asyncio
 import tarfile
 import tempfile
 from dataclasses import replace
@@ -63,6 +64,17 @@ async def test_lost_coverage_closes_the_gate(world):
         build = await runner.run(world.task, replace(measured, grader=GRADER_BUILD))
         assert build.reward.solved
         assert list(build.reward.hacks) == ["COVERAGE_LOWERED"]
+
+
+async def test_rollouts_that_end_with_the_same_diff_share_one_confirmation(world):
+    confirmed = replace(SPEC, knobs=Knobs(confirm=True))
+    async with world.playing(says(PIN, VALIDATE)) as stack:
+        runner = Runner(stack)
+        both = await asyncio.gather(*(runner.run(world.task, confirmed) for _ in range(2)))
+        other_process = await Runner(stack).run(world.task, confirmed)
+    assert all(found.reward.solved for found in (*both, other_process))
+    assert sorted(found.validation.cached for found in both) == [False, True]
+    assert not other_process.validation.cached
 
 
 async def test_kept_coverage_closes_nothing(world):
@@ -131,7 +143,7 @@ async def test_a_test_that_only_newer_data_has_may_go_with_it(world):
         task = await unstable_task(world, stack)
         runner = Runner(stack)
         found = await runner.run(task, SPEC)
-        (before,) = runner.before.values()
+        (before,) = runner.validated.before.values()
         assert UNSTABLE in {test.id for test in before.tests}
         assert UNSTABLE not in {test.id for test in found.validation.tests}
         assert found.verdict.accepted
