@@ -4,14 +4,16 @@
 - What is measured is fixed by the plan and the chosen tasks; both are part of the runs' names, so
   that another plan never mixes with this one.
 - Nothing is scored twice: base, SFT and GRPO policies and the scripts meet the same held-out tasks.
-- A stack that the demo started is stopped at the end; one that was up stays up.
+- A stack that a demo started, also a killed one, is stopped at the end; one that was up stays up.
 """
 
 import asyncio
+import fcntl
 import hashlib
 import json
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -129,25 +131,43 @@ async def run_demo(home: Path, plan: Plan, listen: Listener, show: Show) -> Demo
     """Run the demo, or go on with it.
 
     Raises:
-        FailedPrecondition: too few tasks can run on this machine; says what is missing.
+        FailedPrecondition: too few tasks can run on this machine, or another demo runs on this
+            home; says what is missing.
         Unavailable: a service did not come up or come back.
     """
     layout = Layout(home)
+    layout.make()
     clock = StageClock(home / plan.name / f"seconds-{_digest(plan)}.json")
-    started = control.describe(layout) is None
 
     def starting(rows: list[control.ServiceStatus]) -> None:
         waiting = [row.name for row in rows if row.state != "serving"]
         text = f"waiting for {', '.join(waiting)}" if waiting else ""
         show("start services", len(rows) - len(waiting), len(rows), text)
 
-    try:
-        await clock.time("start services", control.up(layout, progress=starting))
-        async with Stack(Endpoints.load(home), patience_s=180.0) as stack:
-            return await _Demo(stack, home, plan, clock, listen, show).run()
-    finally:
+    with _alone(layout):
+        started = layout.borrowed.exists() or control.describe(layout) is None
         if started:
-            await control.down(layout)
+            layout.borrowed.touch()
+        try:
+            await clock.time("start services", control.up(layout, progress=starting))
+            async with Stack(Endpoints.load(home), patience_s=180.0) as stack:
+                return await _Demo(stack, home, plan, clock, listen, show).run()
+        finally:
+            if started:
+                await control.down(layout)
+
+
+@contextmanager
+def _alone(layout: Layout) -> Iterator[None]:
+    """Only one demo runs on a home at a time."""
+    with (layout.run / "demo.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FailedPrecondition(
+                f"another demo runs on {layout.home}; wait for it, or name another home"
+            ) from error
+        yield
 
 
 class StageClock:

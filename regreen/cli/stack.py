@@ -50,11 +50,13 @@ def up(
         def progress(rows: list[control.ServiceStatus]) -> None:
             ready = [row.name for row in rows if row.state == "serving"]
             waiting = [row.name for row in rows if row.state != "serving"]
-            show("starting services", len(ready), len(rows), f"waiting for {', '.join(waiting)}")
+            text = f"waiting for {', '.join(waiting)}" if waiting else ""
+            show("starting services", len(ready), len(rows), text)
 
         rows = output.run(
             control.up(layout, arguments=arguments, fixed_ports=fixed_ports, progress=progress)
         )
+    layout.borrowed.unlink(missing_ok=True)  # asked for by name: it stays up
     _print(rows, json_output)
     if not json_output:
         output.STDERR.print(f"data in {layout.home}; stop it with `regreen down`", highlight=False)

@@ -126,6 +126,7 @@ async def down(layout: Layout, timeout_s: float = 40.0) -> bool:
                 os.kill(pid, number)
         await asyncio.sleep(_POLL_S)
     layout.description.unlink(missing_ok=True)
+    layout.borrowed.unlink(missing_ok=True)
     return True
 
 

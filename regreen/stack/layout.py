@@ -67,6 +67,11 @@ class Layout:
         """Held by the supervisor as long as it lives."""
         return self.run / "supervisor.lock"
 
+    @property
+    def borrowed(self) -> Path:
+        """There while the stack runs for a command that stops it at its end."""
+        return self.run / "borrowed"
+
     def log(self, name: str) -> Path:
         """Log file of one service, or of the supervisor."""
         return self.logs / f"{name}.log"

@@ -5,7 +5,9 @@ import json
 
 import pytest
 
-from regreen.demo import FULL, QUICK, Plan, StageClock, choose_tasks
+from regreen.demo import FULL, QUICK, Plan, StageClock, _alone, choose_tasks
+from regreen.rpc.errors import FailedPrecondition
+from regreen.stack.layout import Layout
 from regreen.tasks.admit import choose_python
 from regreen.tasks.jsonl import shipped_tasks
 
@@ -35,6 +37,16 @@ def test_one_interpreter_gets_all_that_can_run_on_it():
     found = chosen(FULL, {"3.11": ""})
     able = [r for r in shipped_tasks() if choose_python(r, {"3.11": ""})]
     assert len(found["train"]) + len(found["test"]) == len(able) >= 12
+
+
+def test_a_second_demo_on_the_same_home_is_refused(tmp_path):
+    layout = Layout(tmp_path)
+    layout.make()
+    with _alone(layout):
+        with pytest.raises(FailedPrecondition, match="another demo runs"), _alone(layout):
+            pass
+    with _alone(layout):
+        pass
 
 
 async def test_a_killed_demo_keeps_its_wall_time(tmp_path, monkeypatch):
