@@ -42,9 +42,9 @@ def test_one_interpreter_gets_all_that_can_run_on_it():
 def test_a_second_demo_on_the_same_home_is_refused(tmp_path):
     layout = Layout(tmp_path)
     layout.make()
-    with _alone(layout):
-        with pytest.raises(FailedPrecondition, match="another demo runs"), _alone(layout):
-            pass
+    refused = pytest.raises(FailedPrecondition, match="another demo runs")
+    with _alone(layout), refused, _alone(layout):
+        pass
     with _alone(layout):
         pass
 
