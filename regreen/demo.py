@@ -294,7 +294,7 @@ class _Demo:
             budget_labels=EXPERT,
             hyperparameters={
                 "learning_rate": plan.learning_rate_sft,
-                "warmup_steps": 3,
+                "warmup_steps": 1,
                 "trainable_layers": plan.trainable_layers,
                 "micro_batch_tokens": 4096,
             },
