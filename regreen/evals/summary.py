@@ -168,15 +168,17 @@ def _graders(source: ReportInput) -> list[Json]:
 
 
 def _comparisons(source: ReportInput, policies: Sequence[str]) -> list[Json]:
+    """Every pair of policies, by pipeline too; the last policy and each script, over everything."""
     pipelines = sorted({o.pipeline for o in source.outcomes}, reverse=True)
     places = ["all", *pipelines] if len(pipelines) > 1 else ["all"]
-    pairs = [(a, b) for i, a in enumerate(policies) for b in policies[i + 1 :]]
     scripts = [name for name in source.subjects if name not in policies]
-    pairs += [(script, policies[-1]) for script in scripts if policies]
+    wanted = [
+        *((a, b, place) for a, b in itertools.combinations(policies, 2) for place in places),
+        *((script, policies[-1], "all") for script in scripts if policies),
+    ]
     return [
         compare(source.outcomes, a, b, grader=source.grader, pipeline=place).to_json()
-        for a, b in pairs
-        for place in places
+        for a, b, place in wanted
     ]
 
 
