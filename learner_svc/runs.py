@@ -151,6 +151,12 @@ class Runs:
                 asked for and not installed.
         """
         spec.check()
+        known = self._runs.get(spec.run_id)
+        if not spec.base_uri and known:
+            spec = replace(spec, base_uri=known.record.spec.base_uri)
+        if not spec.base_uri and resume_uri:
+            problem = "is empty, but resume_uri is given"
+            raise InvalidArgument("base_uri", problem, "name the model that the checkpoint is of")
         if not spec.base_uri:
             base = await asyncio.to_thread(ensure_default_model, self._home)
             spec = replace(spec, base_uri=str(base.path.resolve()))

@@ -145,15 +145,14 @@ async def run_demo(home: Path, plan: Plan, listen: Listener, show: Show) -> Demo
         show("start services", len(rows) - len(waiting), len(rows), text)
 
     with _alone(layout):
-        started = layout.borrowed.exists() or control.describe(layout) is None
-        if started:
+        if not layout.supervised():
             layout.borrowed.touch()
         try:
             await clock.time("start services", control.up(layout, progress=starting))
             async with Stack(Endpoints.load(home), patience_s=180.0) as stack:
                 return await _Demo(stack, home, plan, clock, listen, show).run()
         finally:
-            if started:
+            if layout.borrowed.exists():  # nobody asked for the stack by name meanwhile
                 await control.down(layout)
 
 
@@ -294,7 +293,7 @@ class _Demo:
             budget_labels=EXPERT,
             hyperparameters={
                 "learning_rate": plan.learning_rate_sft,
-                "warmup_steps": 1,
+                "warmup_steps": 3,
                 "trainable_layers": plan.trainable_layers,
                 "micro_batch_tokens": 4096,
             },
@@ -332,7 +331,11 @@ class _Demo:
                 runs=[f"{name}-sft", f"{name}-grpo"],
                 commands=[f"make demo{' QUICK=1' if self._plan.name == QUICK.name else ''}"],
                 notes=notes,
-                seconds=self._clock.seconds,
+                seconds={
+                    stage: spent
+                    for stage, spent in self._clock.seconds.items()
+                    if stage != "report"  # not over yet
+                },
             ),
         )
         self._show("report", 1, 1, str(files.html))

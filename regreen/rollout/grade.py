@@ -11,7 +11,7 @@
 """
 
 import asyncio
-from collections.abc import Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from weakref import WeakValueDictionary
 
@@ -35,6 +35,7 @@ from regreen.sandbox import v1 as sandbox_pb
 
 _LOG_CHARS = 20_000
 _ORIGINAL_BYTES = 1 << 20
+_KEPT = 512
 _Diff = tuple[str, int, str, bool]
 """State id, mode, digest of the changes, and whether coverage was measured."""
 
@@ -45,10 +46,21 @@ class Validated:
 
     before: dict[tuple[str, bool], sandbox_pb.Validation] = field(default_factory=dict)
     """Of an untouched State, by State id and whether coverage was measured."""
-    confirmed: set[_Diff] = field(default_factory=set)
-    """Diffs that passed, and passed again on another fresh fork."""
+    confirmations: dict[_Diff, sandbox_pb.Validation] = field(default_factory=dict)
+    """What another fresh fork said of a diff that had passed: the newest `_KEPT` of them."""
     locks: "WeakValueDictionary[_Diff, asyncio.Lock]" = field(default_factory=WeakValueDictionary)
     """Held while a diff is being confirmed: rollouts that found the same one wait for it."""
+
+    async def confirmation(
+        self, diff: _Diff, validate: Callable[[], Awaitable[sandbox_pb.Validation]]
+    ) -> sandbox_pb.Validation:
+        """The one confirmation of `diff`; a failed one counts for all that found the diff."""
+        async with self.locks.setdefault(diff, asyncio.Lock()):
+            if diff not in self.confirmations:
+                self.confirmations[diff] = await validate()
+                while len(self.confirmations) > _KEPT:
+                    del self.confirmations[next(iter(self.confirmations))]
+            return self.confirmations[diff]
 
 
 async def conclude(
@@ -113,15 +125,12 @@ async def _validate(
     if validation.outcome != sandbox_pb.VALIDATION_OUTCOME_PASSED or not spec.knobs.confirm:
         return validation
     diff = bench.task.state_id, int(spec.mode), validation.changes_sha256, coverage
-    async with shared.locks.setdefault(diff, asyncio.Lock()):
-        if diff in shared.confirmed:
-            return validation
-        again = await bench.validate(changes, fresh=True, coverage=coverage)
-        if again.outcome == validation.outcome:
-            shared.confirmed.add(diff)
-        else:
-            trajectory.labels["flaky"] = "a pass was not confirmed on another fresh fork"
-        return again
+    again = await shared.confirmation(
+        diff, lambda: bench.validate(changes, fresh=True, coverage=coverage)
+    )
+    if again.outcome != validation.outcome:
+        trajectory.labels["flaky"] = "a pass was not confirmed on another fresh fork"
+    return again
 
 
 async def _evidence(

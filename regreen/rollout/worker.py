@@ -45,6 +45,7 @@ from regreen.rpc.errors import (
 if TYPE_CHECKING:
     from regreen.client.stack import Stack
 
+_LOST = "the lease ran out"
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
 _PASSING = (Unavailable, InfraError, DeadlineExceeded, Aborted, ResourceExhausted)
@@ -160,9 +161,9 @@ class Worker:
         for members in groups.values():
             start = asyncio.ensure_future(self._shared(members))
             for lease in members:
-                self._tell("leased", lease)
                 task = asyncio.create_task(self._work(lease, start))
                 self._active[lease.id] = task
+                self._tell("leased", lease)
 
     async def _shared(self, members: Sequence[pb.Lease]) -> SharedStart | None:
         group = members[0].group
@@ -181,8 +182,8 @@ class Worker:
         except RegreenError as error:
             log.warning("rollout failed", rollout_id=lease.rollout_id, error=str(error))
             await self._give_back(lease, f"{type(error).__name__}: {error}")
-        except asyncio.CancelledError:
-            self._tell("stopped", lease)
+        except asyncio.CancelledError as stop:
+            self._tell("expired" if stop.args == (_LOST,) else "stopped", lease)
             raise
         else:
             await self._commit(lease, trajectory)
@@ -235,7 +236,10 @@ class Worker:
         lease: pb.Lease,
         detail: str = "",
     ) -> None:
-        self.listener(RolloutProgress(what, lease.group.task_id, lease.rollout_id, detail))
+        try:
+            self.listener(RolloutProgress(what, lease.group.task_id, lease.rollout_id, detail))
+        except Exception as error:  # noqa: BLE001 - whoever listens must not cost a rollout
+            log.warning("a listener failed", error=f"{type(error).__name__}: {error}")
 
     async def _give_all_back(self) -> None:
         active = dict(self._active)
@@ -286,7 +290,7 @@ class Worker:
         for lease_id in lease_ids:
             if task := self._active.pop(lease_id, None):
                 self.stats.expired += 1
-                task.cancel()
+                task.cancel(_LOST)
 
     async def _wait(self, seconds: float) -> None:
         """Until something ends, the worker is stopped, or the time is over."""

@@ -102,7 +102,7 @@ async def up(
             if starter is not None:
                 await down(layout)
             name = found["refusing"][0]
-            raise _refusal(name, tail(layout, name, 1))
+            raise _refusal(name, tail(layout, name, 1), running=starter is None)
         ended = starter is not None and starter.poll() is not None
         if ended or time.monotonic() > give_up_s:
             raise Unavailable(_complaint(layout, rows, ended))
@@ -113,6 +113,7 @@ async def down(layout: Layout, timeout_s: float = 40.0) -> bool:
     """Stop the stack of this home; whether one was running."""
     found = describe(layout)
     if found is None:
+        layout.borrowed.unlink(missing_ok=True)
         return False
     pid = int(found["pid"])
     number = signal.SIGTERM
@@ -140,11 +141,12 @@ def _check_settings(arguments: Mapping[str, list[str]]) -> None:
                 raise _refusal(name, done.stderr)
 
 
-def _refusal(name: str, said: str) -> InvalidArgument:
+def _refusal(name: str, said: str, *, running: bool = False) -> InvalidArgument:
     """What a service said last, `NAME_svc: FIELD: PROBLEM`, as an error."""
+    again = "; then `regreen down` and `regreen up`" if running else ""
     last = said.strip().rpartition("\n")[2].removeprefix(f"{name}_svc: ")
     setting, _, problem = last.partition(": ")
-    return InvalidArgument(setting, problem, f"mend this setting of the {name} service")
+    return InvalidArgument(setting, problem, f"mend this setting of the {name} service{again}")
 
 
 def _check_same(

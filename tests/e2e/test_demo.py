@@ -81,3 +81,8 @@ async def test_a_demo_stopped_in_the_middle_goes_on_and_reports(home):
     assert sum(name.startswith("demo-tiny-") for name in subjects) == 2
     assert result.html.stat().st_size > 10_000
     assert (await control.status(Layout(home)))[0].state == "serving"  # it was up, so it stays up
+
+    Layout(home).borrowed.touch()  # as a demo that was killed leaves it
+    await run_demo(home, TINY, lambda _: None, lambda *_: None)
+    assert (await control.status(Layout(home)))[0].state == "down"
+    assert not Layout(home).borrowed.exists()
