@@ -29,6 +29,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from learner_svc.spec import RunSpec
+from regreen.blobs import digest_of_file, sync_path
 from regreen.rpc.errors import DataLoss, DiskFull, InfraError, NotFound
 
 FORMAT = "regreen-checkpoint-1"
@@ -135,7 +136,7 @@ class CheckpointWriter:
                     self._note(path)
 
     def _note(self, path: Path) -> None:
-        _sync(path)
+        sync_path(path)
         name = path.relative_to(self.directory).as_posix()
         self._files[name] = _entry(path)
 
@@ -145,11 +146,11 @@ class CheckpointWriter:
         with disk_errors(self.directory):
             target = self.directory / MANIFEST
             target.write_text(json.dumps(asdict(complete), indent=1, sort_keys=True))
-            _sync(target)
-            _sync(self.directory)
+            sync_path(target)
+            sync_path(self.directory)
             final = self._free_name()
             self.directory.rename(final)
-            _sync(final.parent)
+            sync_path(final.parent)
         return Saved(final, complete)
 
     def _free_name(self) -> Path:
@@ -301,17 +302,8 @@ def _fields(manifest: Manifest) -> dict[str, Any]:
 
 
 def _entry(path: Path) -> FileEntry:
-    with path.open("rb") as source:
-        hashed = hashlib.file_digest(source, "sha256")
-        return FileEntry(hashed.hexdigest(), source.tell())
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    found = digest_of_file(path)
+    return FileEntry(found.sha256, found.size_bytes)
 
 
 @contextmanager

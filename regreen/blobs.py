@@ -165,10 +165,10 @@ class ObjectBlobs:
         return digest
 
     async def put_file(self, path: Path) -> Digest:
-        digest = await asyncio.to_thread(_digest_of_file, path)
+        digest = await asyncio.to_thread(digest_of_file, path)
         if not await self.exists(digest):
             await _translated(self._store.put_async(_key(digest), path), digest)
-            if await asyncio.to_thread(_digest_of_file, path) != digest:
+            if await asyncio.to_thread(digest_of_file, path) != digest:
                 await self.delete(digest)
                 raise DataLoss(f"{path} changed while it was stored")
             await self._sync(digest)
@@ -264,19 +264,25 @@ def _key(digest: Digest) -> str:
     return f"{digest.sha256[:2]}/{digest.sha256}"
 
 
-def _digest_of_file(path: Path) -> Digest:
+def digest_of_file(path: Path) -> Digest:
+    """Digest and size of a file's bytes."""
     with path.open("rb") as source:
         hashed = hashlib.file_digest(source, "sha256")
         return Digest(hashed.hexdigest(), source.tell())
 
 
 def _sync_file(path: Path) -> None:
-    for target, flags in ((path, os.O_RDONLY), (path.parent, os.O_RDONLY | os.O_DIRECTORY)):
-        handle = os.open(target, flags)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    sync_path(path)
+    sync_path(path.parent)
+
+
+def sync_path(path: Path) -> None:
+    """Have a file's bytes, or a directory's names, survive a loss of power."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 async def _translated(call: Awaitable[T], digest: Digest) -> T:

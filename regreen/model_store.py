@@ -20,12 +20,11 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -33,6 +32,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from regreen import gguf_file
+from regreen.blobs import digest_of_file, sync_path
 from regreen.rpc.errors import DataLoss, MissingDependency, RegreenError
 from regreen.settings import default_home
 
@@ -86,7 +86,7 @@ def verify(folder: Path) -> ModelFolder:
         raise DataLoss(f"{folder} has no readable {MANIFEST}; delete the folder to rebuild it")
     for name, entry in manifest["files"].items():
         path = folder / name
-        if not path.is_file() or _sha256(path) != entry["sha256"]:
+        if not path.is_file() or digest_of_file(path).sha256 != entry["sha256"]:
             raise DataLoss(f"{path} is missing or damaged; delete {folder} to rebuild it")
     return ModelFolder(folder, manifest["digest"])
 
@@ -168,9 +168,9 @@ def _build(target: Path, report: Report) -> ModelFolder:
 def _seal(work: Path, source: Path) -> dict[str, Any]:
     files = {}
     for path in sorted(work.iterdir()):
-        files[path.name] = {"sha256": _sha256(path), "size_bytes": path.stat().st_size}
+        files[path.name] = asdict(digest_of_file(path))
         path.chmod(0o644)
-        _flush(path)
+        sync_path(path)
     content = json.dumps(files, sort_keys=True).encode()
     manifest = {
         "layout": LAYOUT,
@@ -179,15 +179,15 @@ def _seal(work: Path, source: Path) -> dict[str, Any]:
             "package": PACKAGE,
             "version": importlib.metadata.version(PACKAGE),
             "file": source.name,
-            "sha256": _sha256(source),
+            "sha256": digest_of_file(source).sha256,
         },
         "license": "Apache-2.0",
         "files": files,
         "digest": f"sha256:{hashlib.sha256(content).hexdigest()}",
     }
     _write_json(work / MANIFEST, manifest)
-    _flush(work / MANIFEST)
-    _flush(work)
+    sync_path(work / MANIFEST)
+    sync_path(work)
     return manifest
 
 
@@ -315,19 +315,6 @@ def tokenizer_config(metadata: dict[str, Any]) -> dict[str, Any]:
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def main(arguments: list[str] | None = None) -> int:

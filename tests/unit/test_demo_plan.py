@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from regreen.demo import FULL, QUICK, Plan, StageClock, _alone, choose_tasks
+from regreen.demo import FULL, QUICK, Plan, StageClock, _alone, _notes, choose_tasks
 from regreen.rpc.errors import FailedPrecondition
 from regreen.stack.layout import Layout
 from regreen.tasks.admit import choose_python
@@ -65,3 +65,21 @@ async def test_a_killed_demo_keeps_its_wall_time(tmp_path, monkeypatch):
 
     assert await asyncio.wait_for(StageClock(path).time("sft", work()), 10.0) == 7
     assert StageClock(path).seconds["sft"] > 100.0
+
+
+async def test_a_stage_outlives_a_clock_that_cannot_be_written(tmp_path):
+    (tmp_path / "demo").write_text("a file where the folder should be")
+
+    async def work():
+        return 7
+
+    clock = StageClock(tmp_path / "demo" / "seconds.json")
+    assert await clock.time("sft", work()) == 7
+    assert "sft" in clock.seconds
+
+
+def test_too_few_held_out_tasks_are_said_to_tell_nothing():
+    one_python = {split: [r.id for r in rs] for split, rs in chosen(FULL, {"3.11": ""}).items()}
+    assert "can be told from chance" in _notes(**one_python)[-1]
+    every = {split: [r.id for r in rs] for split, rs in chosen(FULL, ALL).items()}
+    assert len(_notes(**every)) == 1
