@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Runs every test, fast ones first, in one pytest call, and prints pytest's own closing line last.
+# A test file runs in one process and in order; PYTEST_ARGS="-n 0" runs all of them in one, "-n 4" in four.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-exec .venv/bin/pytest -p no:cacheprovider tests/unit tests/contract tests/integration tests/e2e "$@"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+exec .venv/bin/pytest -p no:cacheprovider -n 2 --dist loadfile --no-loadscope-reorder \
+  tests/unit tests/contract tests/integration tests/e2e "$@"

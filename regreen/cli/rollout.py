@@ -81,6 +81,7 @@ async def _run(
     seed: int,
     show: output.ProgressPrinter,
 ) -> list[pb.Trajectory]:
+    in_pipeline, in_mode, by_grader = pipeline_of(pipeline), mode_of(mode), grader_of(grader)
     found: list[pb.Trajectory] = []
     meter = Meter(listener(show), "episodes", samples)
     listen = (
@@ -94,9 +95,9 @@ async def _run(
             trajectory = await run_episode(
                 stack,
                 task,
-                pipeline=pipeline_of(pipeline),
-                mode=mode_of(mode),
-                grader=grader_of(grader),
+                pipeline=in_pipeline,
+                mode=in_mode,
+                grader=by_grader,
                 actor=script,
                 seed=derive_seed(seed, sample),
                 policy_name="" if script else f"v{policy.policy.version}",

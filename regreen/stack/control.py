@@ -30,6 +30,10 @@ from regreen.settings import BAD_SETTINGS
 from regreen.stack.layout import SERVICES, Layout, Service
 
 _POLL_S = 0.2
+_CHECK_S = 60.0
+"""A service reads its settings in about a second."""
+_KILLED_S = 20.0
+"""What the kernel may take to end a killed supervisor and its services."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +84,8 @@ async def up(
     Raises:
         InvalidArgument: a service refuses its settings; names the setting and the service.
         FailedPrecondition: the stack runs with other arguments or ports.
-        Unavailable: a service did not come up in time; the message ends with its log.
+        Unavailable: a service did not read its settings or come up in time; the message ends
+            with its log.
     """
     asked = dict(arguments or {})
     await asyncio.to_thread(_check_settings, asked)
@@ -110,22 +115,26 @@ async def up(
 
 
 async def down(layout: Layout, timeout_s: float = 40.0) -> bool:
-    """Stop the stack of this home; whether one was running."""
+    """Stop the stack of this home; whether one was running.
+
+    Raises:
+        Unavailable: it was killed and has not ended.
+    """
     found = describe(layout)
     if found is None:
         layout.borrowed.unlink(missing_ok=True)
         return False
     pid = int(found["pid"])
-    number = signal.SIGTERM
-    give_up_s = time.monotonic() + timeout_s
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, number)
-    while layout.supervised():
-        if time.monotonic() > give_up_s and number == signal.SIGTERM:
-            number = signal.SIGKILL
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
-        await asyncio.sleep(_POLL_S)
+    for number, patience_s in ((signal.SIGTERM, timeout_s), (signal.SIGKILL, _KILLED_S)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+        give_up_s = time.monotonic() + patience_s
+        while layout.supervised() and time.monotonic() < give_up_s:
+            await asyncio.sleep(_POLL_S)
+        if not layout.supervised():
+            break
+    else:
+        raise Unavailable(f"the supervisor (process {pid}) was killed and has not ended yet")
     layout.description.unlink(missing_ok=True)
     layout.borrowed.unlink(missing_ok=True)
     return True
@@ -136,7 +145,12 @@ def _check_settings(arguments: Mapping[str, list[str]]) -> None:
     for name, words in arguments.items():
         if words:
             command = [sys.executable, "-m", f"{name}_svc", "--check", *words]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            try:
+                done = subprocess.run(
+                    command, capture_output=True, text=True, check=False, timeout=_CHECK_S
+                )
+            except subprocess.TimeoutExpired:
+                raise Unavailable(f"{shlex.join(command)} did not end in {_CHECK_S:.0f} s") from None
             if done.returncode == BAD_SETTINGS:
                 raise _refusal(name, done.stderr)
 

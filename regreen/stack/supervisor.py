@@ -163,7 +163,10 @@ class Supervisor:
             pid_file.write_text(f"{running.process.pid}\n")
         except OSError as error:
             self._note(running.service.name, f"cannot write {pid_file}: {error}")
-        return await running.process.wait()
+        try:
+            return await running.process.wait()
+        finally:
+            pid_file.unlink(missing_ok=True)
 
     async def _spawn(self, running: _Running) -> asyncio.subprocess.Process:
         log = os.open(
@@ -213,7 +216,6 @@ class Supervisor:
                 with contextlib.suppress(ProcessLookupError):
                     process.kill()
                 await process.wait()
-        (self._layout.run / f"{name}.pid").unlink(missing_ok=True)
 
     def _note(self, name: str, text: str) -> None:
         line = json.dumps({"event": text, "service": name, "time": time.time()})

@@ -37,7 +37,7 @@ async def started(name: str, home: Path) -> AsyncIterator[Runtime]:
         await runtime.start()
     except RegreenError as error:
         if name == "docker":
-            pytest.skip(f"docker: no engine answers: {error}")
+            pytest.skip(f"docker: no engine answers ({type(error).__name__})")
         raise
     try:
         yield runtime
