@@ -150,7 +150,9 @@ def _check_settings(arguments: Mapping[str, list[str]]) -> None:
                     command, capture_output=True, text=True, check=False, timeout=_CHECK_S
                 )
             except subprocess.TimeoutExpired:
-                raise Unavailable(f"{shlex.join(command)} did not end in {_CHECK_S:.0f} s") from None
+                raise Unavailable(
+                    f"{shlex.join(command)} did not end in {_CHECK_S:.0f} s"
+                ) from None
             if done.returncode == BAD_SETTINGS:
                 raise _refusal(name, done.stderr)
 
