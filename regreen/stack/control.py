@@ -128,15 +128,21 @@ async def down(layout: Layout, timeout_s: float = 40.0) -> bool:
     for number, patience_s in ((signal.SIGTERM, timeout_s), (signal.SIGKILL, _KILLED_S)):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
-        give_up_s = time.monotonic() + patience_s
-        while layout.supervised() and time.monotonic() < give_up_s:
-            await asyncio.sleep(_POLL_S)
-        if not layout.supervised():
+        if await _ended(layout, patience_s):
             break
     else:
         raise Unavailable(f"the supervisor (process {pid}) was killed and has not ended yet")
     layout.description.unlink(missing_ok=True)
     layout.borrowed.unlink(missing_ok=True)
+    return True
+
+
+async def _ended(layout: Layout, patience_s: float) -> bool:
+    give_up_s = time.monotonic() + patience_s
+    while layout.supervised():
+        if time.monotonic() > give_up_s:
+            return False
+        await asyncio.sleep(_POLL_S)
     return True
 
 
