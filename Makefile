@@ -16,7 +16,7 @@ $(STAMP): requirements/lock.txt requirements/peer.txt pyproject.toml infra/scrip
 	@infra/scripts/setup.sh
 
 demo: $(STAMP) ## Run the whole loop on real broken builds and write a report (QUICK=1: shorter)
-	@$(BIN)/regreen demo $(if $(QUICK),--quick)
+	@$(BIN)/regreen demo $(if $(filter-out 0 no false,$(QUICK)),--quick)
 
 up: $(STAMP) ## Start the local stack; it stays up
 	@$(BIN)/regreen up
@@ -52,4 +52,5 @@ proto-check: $(STAMP) ## Lint contracts, find drift of the stubs and breaking ch
 	@infra/scripts/proto_check.sh
 
 clean: ## Remove everything that was built or downloaded here
+	@[ ! -x $(BIN)/regreen ] || $(BIN)/regreen down
 	@rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache

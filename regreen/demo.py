@@ -23,7 +23,7 @@ from regreen.dataset import v1 as pb
 from regreen.evals.report import write_report
 from regreen.evals.run import EvalConfig, evaluate
 from regreen.rpc.errors import FailedPrecondition
-from regreen.stack import control
+from regreen.stack.borrow import borrowed_stack
 from regreen.stack.layout import Layout
 from regreen.tasks.admit import Admission, choose_python, import_records
 from regreen.tasks.jsonl import shipped_distributions, shipped_tasks
@@ -138,22 +138,13 @@ async def run_demo(home: Path, plan: Plan, listen: Listener, show: Show) -> Demo
     layout = Layout(home)
     layout.make()
     clock = StageClock(home / plan.name / f"seconds-{_digest(plan)}.json")
-
-    def starting(rows: list[control.ServiceStatus]) -> None:
-        waiting = [row.name for row in rows if row.state != "serving"]
-        text = f"waiting for {', '.join(waiting)}" if waiting else ""
-        show("start services", len(rows) - len(waiting), len(rows), text)
-
     with _alone(layout):
-        if not layout.supervised():
-            layout.borrowed.touch()
-        try:
-            await clock.time("start services", control.up(layout, progress=starting))
-            async with Stack(Endpoints.load(home), patience_s=180.0) as stack:
-                return await _Demo(stack, home, plan, clock, listen, show).run()
-        finally:
-            if layout.borrowed.exists():  # nobody asked for the stack by name meanwhile
-                await control.down(layout)
+        async with contextlib.AsyncExitStack() as exits:
+            borrowed = borrowed_stack(layout, show)
+            await clock.time("start services", exits.enter_async_context(borrowed))
+            stack = Stack(Endpoints.load(home), patience_s=180.0)
+            await exits.enter_async_context(stack)
+            return await _Demo(stack, home, plan, clock, listen, show).run()
 
 
 @contextlib.contextmanager
@@ -174,10 +165,15 @@ class StageClock:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        try:
-            self.seconds: dict[str, float] = json.loads(path.read_text())
-        except (OSError, json.JSONDecodeError):
-            self.seconds = {}
+        self.seconds = _seconds(path)
+
+    def move(self, path: Path) -> None:
+        """Go on in another file, on top of what it holds."""
+        for stage, spent in _seconds(path).items():
+            self.seconds[stage] = round(self.seconds.get(stage, 0.0) + spent, 1)
+        before, self._path = self._path, path
+        self._keep()
+        before.unlink(missing_ok=True)
 
     async def time(self, stage: str, work: Awaitable[T]) -> T:
         """Await `work` and add its wall time to `stage`."""
@@ -185,11 +181,7 @@ class StageClock:
 
         def keep() -> None:
             self.seconds[stage] = round(before_s + time.monotonic() - start_s, 1)
-            with contextlib.suppress(OSError):  # a full disk costs this figure, not the stage
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                temporary = self._path.with_suffix(".tmp")
-                temporary.write_text(json.dumps(self.seconds, indent=2) + "\n")
-                temporary.replace(self._path)
+            self._keep()
 
         async def keep_on() -> None:
             while True:
@@ -202,6 +194,22 @@ class StageClock:
         finally:
             keeper.cancel()
             keep()
+
+    def _keep(self) -> None:
+        with contextlib.suppress(OSError):  # a full disk costs this figure, not the stage
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self._path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(self.seconds, indent=2) + "\n")
+            temporary.replace(self._path)
+
+
+def _seconds(path: Path) -> dict[str, float]:
+    """What a clock kept there."""
+    try:
+        found: dict[str, float] = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError):
+        return {}
+    return found
 
 
 class _Demo:
@@ -218,6 +226,7 @@ class _Demo:
         plan, clock = self._plan, self._clock
         train, test = await clock.time("tasks", self._tasks())
         name = f"{plan.name}-{_digest(plan, train, test)}"
+        clock.move(self._home / plan.name / f"seconds-{name}.json")
         await clock.time("evaluate base", self._evaluate(name, "base", test))
         await clock.time("sft", train_sft(self._stack, self._sft(name, train), self._listen))
         await clock.time("evaluate sft", self._evaluate(name, f"{name}-sft", test))

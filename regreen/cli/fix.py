@@ -27,7 +27,7 @@ from regreen.fix import FixOptions, FixResult, fix_project
 from regreen.rollout.worker import knowledge_of
 from regreen.rpc.errors import InvalidArgument, RegreenError, Unavailable
 from regreen.settings import default_home
-from regreen.stack import control
+from regreen.stack.borrow import borrowed_stack
 from regreen.stack.layout import Layout
 from regreen.tasks import patch
 from regreen.tasks.local import check_root, installed
@@ -130,25 +130,13 @@ async def _services(
     home: Path, endpoint: str, model: str, key_env: str, show: output.ProgressPrinter
 ) -> AsyncIterator[Stack]:
     """The running stack, or one started for this command; with an endpoint, its policy instead."""
-    layout = Layout(home)
-    started = control.describe(layout) is None
-    try:
-        await control.up(
-            layout,
-            progress=lambda rows: show(
-                "start services", sum(row.state == "serving" for row in rows), len(rows), ""
-            ),
-        )
+    async with contextlib.AsyncExitStack() as exits:
+        await exits.enter_async_context(borrowed_stack(Layout(home), show))
         endpoints = Endpoints.load(home)
-        async with contextlib.AsyncExitStack() as exits:
-            if endpoint:
-                address = await exits.enter_async_context(_remote(home, endpoint, model, key_env))
-                endpoints = replace(endpoints, policy=address)
-            stack = await exits.enter_async_context(Stack(endpoints, patience_s=60.0))
-            yield stack
-    finally:
-        if started:
-            await control.down(layout)
+        if endpoint:
+            address = await exits.enter_async_context(_remote(home, endpoint, model, key_env))
+            endpoints = replace(endpoints, policy=address)
+        yield await exits.enter_async_context(Stack(endpoints, patience_s=60.0))
 
 
 @contextlib.asynccontextmanager

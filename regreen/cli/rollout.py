@@ -18,7 +18,7 @@ from regreen.cli.listen import listener
 from regreen.cli.options import Home, Json, open_stack
 from regreen.dataset import v1 as pb
 from regreen.ids import derive_seed
-from regreen.rollout.baselines import baseline
+from regreen.rollout.baselines import baseline, check_baseline
 from regreen.rollout.episode import Runner, run_episode
 from regreen.rollout.progress import TurnListener, show_turns
 from regreen.rollout.worker import RolloutProgress, Worker, WorkerStats, knowledge_of, outcome
@@ -82,6 +82,9 @@ async def _run(
     show: output.ProgressPrinter,
 ) -> list[pb.Trajectory]:
     in_pipeline, in_mode, by_grader = pipeline_of(pipeline), mode_of(mode), grader_of(grader)
+    scripted = "" if actor == "policy" else actor.removeprefix("baseline:")
+    if scripted:
+        check_baseline(scripted)
     found: list[pb.Trajectory] = []
     meter = Meter(listener(show), "episodes", samples)
     listen = (
@@ -89,7 +92,7 @@ async def _run(
     )
     async with open_stack(home) as stack:
         task = await stack.tasks.get_task(task_id)
-        script = baseline(actor.removeprefix("baseline:"), task) if actor != "policy" else None
+        script = baseline(scripted, task) if scripted else None
         policy = await stack.policy.get_policy()
         for sample in range(samples):
             trajectory = await run_episode(

@@ -10,7 +10,7 @@ import typer
 
 from regreen.cli import output
 from regreen.cli.options import Home, Json
-from regreen.rpc.errors import InvalidArgument
+from regreen.rpc.errors import InvalidArgument, RegreenError
 from regreen.settings import default_home
 from regreen.stack import control
 from regreen.stack.layout import SERVICES, Layout
@@ -46,15 +46,8 @@ def up(
         arguments["policy"] = [] if engine == "auto" else ["--engine", engine]
     fixed_ports = None if ports is None else ports == "fixed"
     with output.progress() as show:
-
-        def progress(rows: list[control.ServiceStatus]) -> None:
-            ready = [row.name for row in rows if row.state == "serving"]
-            waiting = [row.name for row in rows if row.state != "serving"]
-            text = f"waiting for {', '.join(waiting)}" if waiting else ""
-            show("starting services", len(ready), len(rows), text)
-
         rows = output.run(
-            control.up(layout, arguments=arguments, fixed_ports=fixed_ports, progress=progress)
+            control.up(layout, arguments=arguments, fixed_ports=fixed_ports, progress=show)
         )
     layout.borrowed.unlink(missing_ok=True)  # asked for by name: it stays up
     _print(rows, json_output)
@@ -96,9 +89,12 @@ def logs(
         )
     names = [service] if service else known
     show = _echo_json if json_output else _echo
-    for name in names:
-        for line in control.tail(layout, name, lines).splitlines():
-            show(name, line)
+    try:
+        for name in names:
+            for line in control.tail(layout, name, lines).splitlines():
+                show(name, line)
+    except RegreenError as error:
+        output.fail(error)
     if follow:
         _follow(layout, names, show)
 
@@ -117,6 +113,8 @@ def _follow(layout: Layout, names: list[str], show: Callable[[str, str], None]) 
         while True:
             for name in names:
                 size = _size(layout, name)
+                if size < positions[name]:  # a new log began
+                    positions[name] = 0
                 if size > positions[name]:
                     with layout.log(name).open("rb") as log:
                         log.seek(positions[name])

@@ -39,6 +39,7 @@ class Endpoints:
 
         Raises:
             Unavailable: no stack was started from this home.
+            InvalidArgument: the home cannot be read, or its file is damaged.
         """
         path = (home or default_home()) / "run" / "stack.json"
         try:
@@ -47,6 +48,9 @@ class Endpoints:
             raise Unavailable(
                 f"no local stack is running ({path} is absent); start one with `regreen up`"
             ) from error
+        except OSError as error:
+            problem = f"{path} cannot be read ({error.strerror})"
+            raise InvalidArgument("home", problem, "give the directory of a stack") from error
         except (json.JSONDecodeError, KeyError) as error:
             raise InvalidArgument(
                 "stack.json", f"{path} is damaged", "run `regreen up` again"

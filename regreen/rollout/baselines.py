@@ -47,9 +47,14 @@ def baseline(name: str, task: pb.Task) -> ScriptedActor:
         "previous": lambda view: ("dependency_upgrade", {"version": "previous"}),
         "pin-back": _Rewrite(lambda facts: _pinned_back(facts, task)),
     }
-    if name not in edits:
-        raise InvalidArgument("baseline", f"{name!r} is unknown", f"use one of {', '.join(NAMES)}")
+    check_baseline(name)
     return ScriptedActor(f"baseline:{name}", _Script(edits[name]))
+
+
+def check_baseline(name: str) -> None:
+    """Refuse a name that `baseline` does not know; raises as it does."""
+    if name not in NAMES:
+        raise InvalidArgument("baseline", f"{name!r} is unknown", f"use one of {', '.join(NAMES)}")
 
 
 @dataclass(frozen=True, slots=True)

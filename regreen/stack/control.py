@@ -1,16 +1,18 @@
 """Starts, stops and looks at a local stack from outside.
 
 - `up` returns when every service answers SERVING, or says which one did not and shows its log.
-- Settings that a service refuses fail `up` at once, and what it started is stopped.
+- Settings that a service refuses fail `up` at once; then, and when `up` is interrupted, what it
+  started is stopped.
 - `up` on a running stack changes nothing; asked for other arguments, it refuses. `down` on a
   stopped one succeeds.
 - Stopping goes through the supervisor; one that does not end is killed, and its services with it.
-- Whether a stack runs is told by its supervisor's lock; a process id that was left behind is never
-  trusted, since another process may have it now.
+- Whether a stack runs is told by its supervisor's lock, held from before that process begins; a
+  process id that was left behind is never trusted, since another process may have it now.
 """
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import os
 import shlex
@@ -18,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +32,8 @@ from regreen.rpc.errors import FailedPrecondition, InvalidArgument, Unavailable
 from regreen.settings import BAD_SETTINGS
 from regreen.stack.layout import SERVICES, Layout, Service
 
+Progress = Callable[[str, float, float, str], None]
+"""Called with stage, done, total and a line of text."""
 _POLL_S = 0.2
 _CHECK_S = 60.0
 """A service reads its settings in about a second."""
@@ -77,7 +82,7 @@ async def up(
     arguments: Mapping[str, list[str]] | None = None,
     fixed_ports: bool | None = None,
     timeout_s: float = 180.0,
-    progress: Callable[[list[ServiceStatus]], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[ServiceStatus]:
     """Start the stack of this home, or find it running; without `fixed_ports`, on fixed ones.
 
@@ -91,27 +96,38 @@ async def up(
     await asyncio.to_thread(_check_settings, asked)
     layout.make()
     starter: subprocess.Popen[bytes] | None = None
-    if not layout.supervised():
-        starter = _start(layout, asked, fixed_ports is not False)
     give_up_s = time.monotonic() + timeout_s
-    while True:
-        found = describe(layout)
-        if found is not None and starter is None:
-            _check_same(found, asked, fixed_ports)
-        rows = await _rows(layout, found)
-        if progress:
-            progress(rows)
-        if all(row.state == "serving" for row in rows):
-            return rows
-        if found is not None and found.get("refusing"):
-            if starter is not None:
-                await down(layout)
-            name = found["refusing"][0]
-            raise _refusal(name, tail(layout, name, 1), running=starter is None)
-        ended = starter is not None and starter.poll() is not None
-        if ended or time.monotonic() > give_up_s:
-            raise Unavailable(_complaint(layout, rows, ended))
-        await asyncio.sleep(_POLL_S)
+    try:
+        while True:
+            if starter is None and not layout.supervised():
+                starter = _start(layout, asked, fixed_ports is not False)
+            found = describe(layout)
+            if found is not None and starter is None:
+                _check_same(found, asked, fixed_ports)
+            rows = await _rows(layout, found)
+            _show(rows, progress)
+            if all(row.state == "serving" for row in rows):
+                return rows
+            if found is not None and found.get("refusing"):
+                if starter is not None:
+                    await down(layout)
+                name = found["refusing"][0]
+                raise _refusal(name, tail(layout, name, 1), running=starter is None)
+            ended = starter is not None and starter.poll() is not None
+            if ended or time.monotonic() > give_up_s:
+                raise Unavailable(_complaint(layout, rows, ended))
+            await asyncio.sleep(_POLL_S)
+    except asyncio.CancelledError:
+        if starter is not None:
+            await down(layout)
+        raise
+
+
+def _show(rows: list[ServiceStatus], progress: Progress | None) -> None:
+    if progress:
+        waiting = [row.name for row in rows if row.state != "serving"]
+        text = f"waiting for {', '.join(waiting)}" if waiting else ""
+        progress("start services", len(rows) - len(waiting), len(rows), text)
 
 
 async def down(layout: Layout, timeout_s: float = 40.0) -> bool:
@@ -120,30 +136,26 @@ async def down(layout: Layout, timeout_s: float = 40.0) -> bool:
     Raises:
         Unavailable: it was killed and has not ended.
     """
-    found = describe(layout)
-    if found is None:
-        layout.borrowed.unlink(missing_ok=True)
-        return False
-    pid = int(found["pid"])
+    ran = layout.supervised()
     for number, patience_s in ((signal.SIGTERM, timeout_s), (signal.SIGKILL, _KILLED_S)):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
-        if await _ended(layout, patience_s):
-            break
-    else:
-        raise Unavailable(f"the supervisor (process {pid}) was killed and has not ended yet")
+        give_up_s = time.monotonic() + patience_s
+        told = False
+        while layout.supervised() and time.monotonic() < give_up_s:
+            told = told or _tell(layout, number)
+            await asyncio.sleep(_POLL_S)
+    if layout.supervised():
+        raise Unavailable(f"the supervisor of {layout.home} was killed and has not ended yet")
     layout.description.unlink(missing_ok=True)
     layout.borrowed.unlink(missing_ok=True)
-    return True
+    return ran
 
 
-async def _ended(layout: Layout, patience_s: float) -> bool:
-    give_up_s = time.monotonic() + patience_s
-    while layout.supervised():
-        if time.monotonic() > give_up_s:
-            return False
-        await asyncio.sleep(_POLL_S)
-    return True
+def _tell(layout: Layout, number: int) -> bool:
+    """Send the supervisor a signal; False while it does not take orders yet."""
+    with contextlib.suppress(FileNotFoundError, ValueError, ProcessLookupError):
+        os.kill(int(layout.lock.read_text()), number)
+        return True
+    return False
 
 
 def _check_settings(arguments: Mapping[str, list[str]]) -> None:
@@ -189,19 +201,28 @@ def _check_same(
 
 def _start(
     layout: Layout, arguments: Mapping[str, list[str]], fixed_ports: bool
-) -> "subprocess.Popen[bytes]":
-    options = {
-        "home": str(layout.home.resolve()),
-        "arguments": dict(arguments),
-        "fixed_ports": fixed_ports,
-    }
-    with layout.log("supervisor").open("ab") as log:
+) -> "subprocess.Popen[bytes] | None":
+    """Start a supervisor under the lock; None if the lock is taken, be it by one who looks."""
+    with layout.lock.open("a") as lock, layout.log("supervisor").open("ab") as log:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return None
+        lock.truncate(0)
+        layout.description.unlink(missing_ok=True)
+        options = {
+            "home": str(layout.home.resolve()),
+            "arguments": dict(arguments),
+            "fixed_ports": fixed_ports,
+            "lock": lock.fileno(),
+        }
         return subprocess.Popen(
             [sys.executable, "-m", "regreen.stack.supervisor", json.dumps(options)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             start_new_session=True,
+            pass_fds=[lock.fileno()],
         )
 
 
@@ -232,9 +253,15 @@ def _complaint(layout: Layout, rows: list[ServiceStatus], ended: bool) -> str:
 
 
 def tail(layout: Layout, name: str, lines: int) -> str:
-    """The last lines of a log."""
+    """The last lines of a log.
+
+    Raises:
+        InvalidArgument: the home cannot be read.
+    """
     try:
-        text = layout.log(name).read_text(errors="replace")
+        with layout.log(name).open(errors="replace") as log:
+            return "".join(deque(log, maxlen=lines)).rstrip("\n")
     except FileNotFoundError:
         return "(no log)"
-    return "\n".join(text.splitlines()[-lines:])
+    except OSError as error:
+        raise layout.unusable(error) from error

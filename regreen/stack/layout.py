@@ -10,6 +10,8 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+from regreen.rpc.errors import InvalidArgument
+
 
 @dataclass(frozen=True, slots=True)
 class Service:
@@ -64,7 +66,7 @@ class Layout:
 
     @property
     def lock(self) -> Path:
-        """Held by the supervisor as long as it lives."""
+        """Held by the supervisor as long as it lives; holds its process id once it takes orders."""
         return self.run / "supervisor.lock"
 
     @property
@@ -72,16 +74,27 @@ class Layout:
         """There while the stack runs for a command that stops it at its end."""
         return self.run / "borrowed"
 
+    @property
+    def borrowers(self) -> Path:
+        """Shared by the commands that use a borrowed stack; held by the one that stops it."""
+        return self.run / "borrowers.lock"
+
     def log(self, name: str) -> Path:
         """Log file of one service, or of the supervisor."""
         return self.logs / f"{name}.log"
 
     def supervised(self) -> bool:
-        """Whether a supervisor lives: process ids may be reused, its lock is never left behind."""
+        """Whether a supervisor lives: process ids may be reused, its lock is never left behind.
+
+        Raises:
+            InvalidArgument: the home cannot be read.
+        """
         try:
             handle = os.open(self.lock, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return False
+        except OSError as error:
+            raise self.unusable(error) from error
         try:
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -91,9 +104,21 @@ class Layout:
         return False
 
     def make(self) -> None:
-        """Create the directories."""
-        for path in (self.home, self.run, self.logs):
-            path.mkdir(parents=True, exist_ok=True)
+        """Create the directories.
+
+        Raises:
+            InvalidArgument: they cannot be made here.
+        """
+        try:
+            for path in (self.home, self.run, self.logs):
+                path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self.unusable(error) from error
+
+    def unusable(self, error: OSError) -> InvalidArgument:
+        """What to say when a file of this home cannot be used."""
+        problem = f"{self.home} cannot be used ({error.strerror}: {error.filename})"
+        return InvalidArgument("home", problem, "give a directory of your own")
 
 
 def pick_port(preferred: int, taken: set[int], host: str = "127.0.0.1") -> int:

@@ -1,19 +1,20 @@
 """Runs the local stack: starts the services, restarts what dies, stops everything in order.
 
-- One supervisor per home: it holds a lock for as long as it lives.
+- One supervisor per home: it holds a lock that it is born with for as long as it lives.
 - Every service dies with the supervisor, whichever way it ends (parent-death signal).
 - A service that dies, or cannot be started now, is started again on its ports with growing delay;
   clients retry meanwhile. One that refuses its settings is not: `stack.json` names it instead.
 - `stack.json` is written before the services start and removed when the stack is down.
-- What a service prints goes to its log file, never to the terminal.
+- What a service prints goes to its log file, never to the terminal; a log that grew large makes
+  room for a new one.
 """
 
 import asyncio
 import contextlib
 import ctypes
-import fcntl
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -22,13 +23,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from regreen.rpc.errors import FailedPrecondition
 from regreen.settings import BAD_SETTINGS
 from regreen.stack.layout import SERVICES, Layout, Service, pick_port
 
 _PR_SET_PDEATHSIG = 1
 _STOP_S = 15.0
-_LOCK_S = 1.0
+_LOG_BYTES = 64 << 20
+"""A log longer than this becomes `NAME.log.1`."""
+_LOGS_S = 30.0
 _ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
 """Defaults of the services: threads that wait must not spin on cores that others need."""
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -40,7 +42,6 @@ class _Running:
     argv: list[str]
     process: asyncio.subprocess.Process | None = None
     restarts: int = 0
-    stopping: bool = False
     started_s: float = field(default_factory=time.monotonic)
 
 
@@ -53,7 +54,9 @@ class Supervisor:
         *,
         arguments: Mapping[str, list[str]] | None = None,
         fixed_ports: bool = True,
+        lock: int | None = None,
     ) -> None:
+        """`lock` is a descriptor that holds the layout's lock; process id goes to its file."""
         self._layout = layout
         self._arguments = dict(arguments or {})
         self._fixed_ports = fixed_ports
@@ -61,39 +64,24 @@ class Supervisor:
         self._description: dict[str, Any] = {}
         self._refusing: list[str] = []
         self._stop = asyncio.Event()
-        self._lock: int | None = None
+        self._lock = lock
 
     async def run(self) -> None:
         """Run the stack until SIGTERM or SIGINT."""
         self._layout.make()
-        await self._take_lock()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.add_signal_handler(number, self._stop.set)
+        if self._lock is not None:
+            os.write(self._lock, f"{os.getpid()}\n".encode())
         try:
             self._plan()
             watchers = [asyncio.create_task(self._watch(running)) for running in self._services]
+            watchers.append(asyncio.create_task(self._watch_logs()))
             await self._stop.wait()
             await self._shut_down(watchers)
         finally:
             self._layout.description.unlink(missing_ok=True)
-
-    async def _take_lock(self) -> None:
-        self._lock = os.open(self._layout.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        give_up_s = time.monotonic() + _LOCK_S
-        while True:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                # Whoever looks whether a stack runs holds the lock for a moment.
-                if time.monotonic() > give_up_s:
-                    raise FailedPrecondition(
-                        f"a stack is already running in {self._layout.home}; see `regreen status`"
-                    ) from error
-            else:
-                self._layout.description.unlink(missing_ok=True)
-                return
-            await asyncio.sleep(0.02)
 
     def _plan(self) -> None:
         taken: set[int] = set()
@@ -217,6 +205,12 @@ class Supervisor:
                     process.kill()
                 await process.wait()
 
+    async def _watch_logs(self) -> None:
+        while True:
+            for name in (*(service.name for service in SERVICES), "supervisor"):
+                await asyncio.to_thread(_make_room, self._layout.log(name))
+            await asyncio.sleep(_LOGS_S)
+
     def _note(self, name: str, text: str) -> None:
         line = json.dumps({"event": text, "service": name, "time": time.time()})
         try:
@@ -226,6 +220,15 @@ class Supervisor:
             sys.stderr.write(line + "\n")
 
 
+def _make_room(log: Path) -> None:
+    """Keep one former log; whoever appends to this one goes on at its new beginning."""
+    with contextlib.suppress(OSError):
+        if log.stat().st_size > _LOG_BYTES:
+            with contextlib.suppress(OSError):  # on a full disk room matters more
+                shutil.copyfile(log, log.with_suffix(".log.1"))
+            os.truncate(log, 0)
+
+
 def main() -> None:
     """Run the stack described by JSON on the command line; used by `regreen up`."""
     options = json.loads(sys.argv[1])
@@ -233,6 +236,7 @@ def main() -> None:
         Layout(Path(options["home"])),
         arguments=options.get("arguments", {}),
         fixed_ports=options.get("fixed_ports", True),
+        lock=options.get("lock"),
     )
     asyncio.run(supervisor.run())
 

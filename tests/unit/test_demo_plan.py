@@ -83,3 +83,13 @@ def test_too_few_held_out_tasks_are_said_to_tell_nothing():
     assert "can be told from chance" in _notes(**one_python)[-1]
     every = {split: [r.id for r in rs] for split, rs in chosen(FULL, ALL).items()}
     assert len(_notes(**every)) == 1
+
+
+def test_wall_time_goes_to_the_demo_that_it_belongs_to(tmp_path):
+    early, named = tmp_path / "early.json", tmp_path / "named.json"
+    early.write_text(json.dumps({"tasks": 5.0}))
+    named.write_text(json.dumps({"tasks": 2.0, "sft": 100.0}))
+    clock = StageClock(early)
+    clock.move(named)
+    assert clock.seconds == json.loads(named.read_text()) == {"tasks": 7.0, "sft": 100.0}
+    assert not early.exists()

@@ -45,6 +45,20 @@ def test_every_command_has_help_and_is_in_the_docs(path: tuple[str, ...]) -> Non
     assert f"`{' '.join(path)}" in DOCS
 
 
+@pytest.mark.parametrize("option", ["pipeline", "mode", "grader", "actor"])
+def test_an_unknown_word_is_refused_before_a_stack_is_looked_for(option: str, tmp_path) -> None:
+    words = ["rollout", "run", "--task", "t", "--home", str(tmp_path), f"--{option}", "foo"]
+    assert run(*words).exit_code == output.USAGE
+
+
+@pytest.mark.parametrize("words", ["up", "down", "status", "logs", "demo", "tasks list", "eval"])
+def test_a_home_that_cannot_be_used_is_named(words: str) -> None:
+    more = ["--name", "e", "--subject", "base"] if words == "eval" else []
+    done = run(*words.split(), *more, "--home", "/dev/null", NO_COLOR="1")
+    assert done.exit_code == output.USAGE
+    assert "home: /dev/null" in done.output
+
+
 @pytest.mark.parametrize("words", READS)
 def test_every_read_takes_json(words: str) -> None:
     command = ROOT

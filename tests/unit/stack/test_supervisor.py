@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from regreen.rpc.errors import FailedPrecondition, Unavailable
-from regreen.stack import control
+from regreen.rpc.errors import FailedPrecondition, InvalidArgument, Unavailable
+from regreen.stack import control, supervisor
 from regreen.stack.layout import SERVICES, Layout
 from regreen.stack.supervisor import Supervisor, _Running
 
@@ -50,17 +50,50 @@ async def test_a_stack_runs_while_its_supervisor_holds_the_lock(layout, stranger
     assert control.describe(layout) is None
 
 
-async def test_a_supervisor_waits_for_those_who_only_look(layout):
-    looks = layout.lock.open("w")
-    fcntl.flock(looks, fcntl.LOCK_SH)
+async def test_a_stack_is_stopped_however_young_it_is(layout):
     layout.description.write_text("{}")
-    taking = asyncio.create_task(Supervisor(layout)._take_lock())
-    await asyncio.sleep(0)
-    assert not taking.done()
-    looks.close()
-    await taking
+    with layout.lock.open("a") as looks:
+        fcntl.flock(looks, fcntl.LOCK_SH)
+        assert control._start(layout, {}, False) is None  # somebody looks: later
+    starter = control._start(layout, {}, False)
+    assert starter is not None
     assert layout.supervised()
-    assert not layout.description.exists()
+    assert not layout.description.exists()  # the one that was left behind
+    assert control._start(layout, {}, False) is None
+    assert await control.down(layout)
+    assert starter.wait(5) == 0
+    assert not layout.supervised()
+    assert not await control.down(layout)
+
+
+async def test_an_interrupted_up_leaves_nothing_running(layout):
+    coming = asyncio.create_task(control.up(layout, fixed_ports=False))
+    await until(layout.supervised)
+    coming.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await coming
+    assert not layout.supervised()
+
+
+def test_a_log_that_grew_large_makes_room_for_a_new_one(layout):
+    log = layout.log("policy")
+    with log.open("a") as service:
+        service.write("old\n")
+        service.flush()
+        supervisor._make_room(log)
+        assert log.read_text() == "old\n"
+        service.truncate(supervisor._LOG_BYTES + 1)
+        supervisor._make_room(log)
+        service.write("new\n")
+    assert log.read_text() == "new\n"
+    assert log.with_suffix(".log.1").stat().st_size == supervisor._LOG_BYTES + 1
+    assert control.tail(layout, "policy", 5) == "new"
+
+
+@pytest.mark.parametrize("home", ["/dev/null/home", "/dev/null", "/proc/home"])
+async def test_a_home_that_cannot_be_used_is_named(home):
+    with pytest.raises(InvalidArgument, match=f"home: {home} cannot be used"):
+        await control.up(Layout(Path(home)))
 
 
 def script(path: Path, text: str) -> str:
@@ -84,25 +117,25 @@ def said(layout: Layout) -> str:
 
 
 async def test_a_service_that_cannot_be_started_now_is_started_later(layout, tmp_path):
-    supervisor = Supervisor(layout)
+    keeper = Supervisor(layout)
     running = _Running(SERVICES[0], [str(tmp_path / "program")])
-    supervisor._services.append(running)
-    watcher = asyncio.create_task(supervisor._watch(running))
+    keeper._services.append(running)
+    watcher = asyncio.create_task(keeper._watch(running))
     await until(lambda: "cannot be started" in said(layout))
     script(tmp_path / "program", "exec sleep 60")
     await until((layout.run / "dataset.pid").exists)
     assert not watcher.done()
-    supervisor._stop.set()
-    await supervisor._shut_down([watcher])
+    keeper._stop.set()
+    await keeper._shut_down([watcher])
     assert running.process is not None
     assert running.process.returncode is not None
     assert not (layout.run / "dataset.pid").exists()
 
 
 async def test_a_service_that_refuses_its_settings_is_not_started_again(layout, tmp_path):
-    supervisor = Supervisor(layout)
+    keeper = Supervisor(layout)
     argv = [script(tmp_path / "program", f"echo start >> {tmp_path}/starts\nexit 2")]
-    await supervisor._watch(_Running(SERVICES[2], argv))
+    await keeper._watch(_Running(SERVICES[2], argv))
     assert (tmp_path / "starts").read_text() == "start\n"
     assert json.loads(layout.description.read_text()) == {"refusing": ["policy"]}
     assert "policy refuses its settings; it is not started again" in said(layout)
@@ -131,16 +164,16 @@ async def test_a_running_stack_is_not_asked_for_another(layout, stranger):
 
 
 async def test_the_database_is_stopped_after_all_others(layout, tmp_path):
-    supervisor, order = Supervisor(layout), tmp_path / "order"
+    keeper, order = Supervisor(layout), tmp_path / "order"
     for service, pause in zip(SERVICES[:3], ("0", "0.3", "0.1"), strict=True):
         text = (
             f"trap 'sleep {pause}; echo {service.name} >> {order}; exit 0' TERM\n"
             f"touch {tmp_path}/{service.name}.up\nwhile :; do sleep 0.02; done"
         )
         argv = [script(tmp_path / service.name, text)]
-        supervisor._services.append(_Running(service, argv))
-    watchers = [asyncio.create_task(supervisor._watch(r)) for r in supervisor._services]
+        keeper._services.append(_Running(service, argv))
+    watchers = [asyncio.create_task(keeper._watch(r)) for r in keeper._services]
     await until(lambda: len(list(tmp_path.glob("*.up"))) == 3)
-    supervisor._stop.set()
-    await supervisor._shut_down(watchers)
+    keeper._stop.set()
+    await keeper._shut_down(watchers)
     assert order.read_text().split() == ["policy", "sandbox", "dataset"]
