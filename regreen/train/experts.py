@@ -30,6 +30,8 @@ from regreen.train.rows import all_trajectories
 
 EXPERT = "expert"
 """Actor of expert trajectories."""
+_STYLE, _LAST = "style", "last"
+"""Labels: the trajectory's number in its slot, and whether it completes the slot."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -49,12 +51,12 @@ async def expert_rows(
     """
     wanted, made_as = _wanted(tasks, config), recipe(config)
     found = await _stored(stack, wanted, made_as)
-    missing = [slot for slot in wanted if slot not in found]
+    missing = [slot for slot in wanted if not _complete(found.get(slot, ()))]
     done = len(wanted) - len(missing)
     meter = Meter(progress, "experts", len(wanted), done=done, parallel=config.concurrency)
     meter.report()
     if missing:
-        await _make(stack, {task.id: task for task in tasks}, missing, config, meter)
+        await _make(stack, {task.id: task for task in tasks}, missing, found, config, meter)
         found = await _stored(stack, wanted, made_as)
     limit = config.max_guesses
     usable = [
@@ -101,20 +103,32 @@ async def _stored(
     return dict(found)
 
 
+def _complete(rows: Sequence[dataset_pb.Trajectory]) -> bool:
+    """Whether all of a slot's trajectories were stored: the last one says so."""
+    return any(row.labels[_LAST] for row in rows)
+
+
 async def _make(
     stack: Stack,
     tasks: dict[str, dataset_pb.Task],
     missing: Sequence[_Slot],
+    found: dict[_Slot, list[dataset_pb.Trajectory]],
     config: SftConfig,
     meter: Meter,
 ) -> None:
+    """Make what is missing; of a slot that was left incomplete, what it has is kept."""
     runner = Runner(stack, await knowledge_of(stack))
 
     async def one(slot: _Slot) -> None:
         kept = await _rollouts(runner, tasks[slot.task_id], slot, config)
-        for trajectory in kept:
+        there = {row.labels[_STYLE] for row in found.get(slot, ())}
+        for style, trajectory in enumerate(kept, 1):
             trajectory.labels["recipe"] = recipe(config)
-            await stack.trajectories.commit_trajectory(trajectory)
+            trajectory.labels[_STYLE] = str(style)
+            if style == len(kept):
+                trajectory.labels[_LAST] = "true"
+            if style == len(kept) or str(style) not in there:
+                await stack.trajectories.commit_trajectory(trajectory)
         meter.advance(detail=f"{slot.task_id}: {len(kept)} kept")
 
     await run_bounded((partial(one, slot) for slot in missing), config.concurrency)

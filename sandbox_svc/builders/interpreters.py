@@ -3,7 +3,8 @@
 - Only interpreters that ran and told their own version count; their prefix is shown read-only
   inside sandboxes at the same path.
 - A version is two numbers before it becomes part of a path of this host.
-- A missing one is a typed error that names the version and how to get it.
+- A missing one is a typed error that names the version and how to get it; once it is installed it
+  is found, without a restart.
 """
 
 import json
@@ -14,7 +15,6 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 from regreen.rpc.errors import InvalidArgument, MissingDependency
@@ -83,11 +83,17 @@ def _ask(path: Path, version: str) -> Interpreter | None:
     return Interpreter(short, full, Path(executable), Path(prefix))
 
 
-@lru_cache(maxsize=32)
+_found: dict[str, Interpreter] = {}
+"""What was found; what was not is looked for again, since it may have been installed."""
+
+
 def _find(version: str) -> Interpreter | None:
+    if version in _found and os.access(_found[version].executable, os.X_OK):
+        return _found[version]
     for path in _candidates(version, os.environ):
         found = _ask(path, version)
         if found is not None:
+            _found[version] = found
             return found
     return None
 

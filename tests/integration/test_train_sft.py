@@ -47,6 +47,7 @@ def expert(task_id: str, *, tokens: int = 40, reward: float = 1.0, labels=None):
     found.mode, found.actor, found.policy = common_pb.MODE_KEEP_NEW, "expert", "expert"
     found.labels.update(labels or {"guesses": "0"})
     found.labels["recipe"] = recipe(config_of((task_id,)))
+    found.labels["last"] = "true"  # nothing is missing
     return found
 
 
