@@ -6,8 +6,8 @@
 - A local task needs the sandbox, policy and judge services; nothing is stored.
 """
 
-from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from regreen.blobs import open_blobs
@@ -15,6 +15,7 @@ from regreen.client.stack import Stack
 from regreen.common import v1 as common_pb
 from regreen.dataset import v1 as pb
 from regreen.ids import derive_seed
+from regreen.rollout.context import FULL, SIMPLIFIED, budget_for
 from regreen.rollout.episode import run_episode
 from regreen.rollout.knowledge import Knowledge
 from regreen.rollout.progress import Show, show_turns
@@ -32,6 +33,8 @@ class FixOptions:
     pipeline: common_pb.Pipeline.ValueType = common_pb.PIPELINE_FULL
     grader: common_pb.Grader.ValueType = common_pb.GRADER_BUILD_GATES_JUDGE
     seed: int = 0
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """Episode settings as labels, for example {"budget.turns": "20"}."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +146,8 @@ async def _attempt(
     best: pb.Trajectory | None = None
     made = 0
     policy = await stack.policy.get_policy()
+    usual = FULL if options.pipeline == common_pb.PIPELINE_FULL else SIMPLIFIED
+    budget = budget_for(usual, policy.context_length)
     for made in range(1, options.attempts + 1):
         text = f"{task.fail_to_pass_count} tests fail; policy {policy.model}"
         show("repair", made - 1, options.attempts, text)
@@ -154,6 +159,8 @@ async def _attempt(
             pipeline=options.pipeline,
             grader=options.grader,
             seed=derive_seed(options.seed, task.id, made - 1),
+            budget=budget,
+            settings=options.settings,
             policy_name=policy.model,
             knowledge=knowledge,
         )

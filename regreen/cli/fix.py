@@ -20,7 +20,7 @@ from typing import Annotated
 import typer
 
 from regreen.cli import output
-from regreen.cli.options import Home, Json
+from regreen.cli.options import Home, Json, parse_settings
 from regreen.client.stack import Endpoints, Stack
 from regreen.evals.serving import serving
 from regreen.fix import FixOptions, FixResult, fix_project
@@ -59,6 +59,9 @@ def fix(
     pipeline: Annotated[str, typer.Option(help="full or simplified.")] = "full",
     out: Annotated[Path | None, typer.Option(help="Write the patch here.")] = None,
     apply: Annotated[bool, typer.Option("--apply", help="Apply a verified patch.")] = False,
+    set: Annotated[
+        list[str], typer.Option("--set", help="Episode setting, for example budget.turns=20.")
+    ] = [],  # noqa: B006
     seed: Annotated[int, typer.Option(help="Seed of the first attempt.")] = 0,
     json_output: Json = False,
 ) -> None:
@@ -68,7 +71,9 @@ def fix(
 
         async def work() -> FixResult:
             _check(root, policy, endpoint, model, lock, out)
-            options = FixOptions(attempts=attempts, pipeline=pipeline_of(pipeline), seed=seed)
+            options = FixOptions(
+                attempts, pipeline_of(pipeline), seed=seed, settings=parse_settings(set)
+            )
             async with (
                 _services(home or default_home(), endpoint, model, key_env, show) as stack,
                 serving(stack, policy),
