@@ -78,6 +78,8 @@ async def fix_project(
     project = detect(root, interpreters, python=python, lock=lock, tests=tests)
     text = f"{project.name}, Python {project.python}, packages from {project.origin}"
     show("read project", 1, 1, text)
+    for note in project.notes:
+        show("read project", 1, 1, note)
     spec, state = await _prepare(stack, project, blobs, show)
     failing = list(state.baseline.failing)
     if not failing and state.baseline.passing:
@@ -116,7 +118,7 @@ async def _prepare(
 ) -> tuple[sandbox_pb.EnvironmentSpec, sandbox_pb.State]:
     data, digest = pack(project.root)
     await open_blobs(blobs).put(data)
-    show("pin packages", 0, 1, f"{len(project.pins)} packages")
+    show("pin packages", 0, 1, f"{len(project.pins)} pinned")
     spec = await environment_of(project, digest)
     show("pin packages", 1, 1, f"{len(spec.pins)} packages, {len(spec.wheelhouse)} other releases")
     try:
@@ -181,7 +183,7 @@ def _result(
     made: int,
 ) -> FixResult:
     pins = [f"{pin.name}=={pin.version}" for pin in spec.pins]
-    changes = onto_project(project.root, project.pin_file, pins, best.changes)
+    changes = onto_project(project.root, project.pin_files, pins, best.changes)
     before = set(state.baseline.failing)
     after = set(best.validation.failing) if _ran(best) else before
     fixed = best.reward.solved

@@ -30,7 +30,7 @@ from regreen.settings import default_home
 from regreen.stack import control
 from regreen.stack.layout import Layout
 from regreen.tasks import patch
-from regreen.tasks.local import check_root, installed
+from regreen.tasks.local import check_lock, check_root
 from regreen.train.names import pipeline_of
 
 
@@ -113,7 +113,7 @@ def _check(
         raise InvalidArgument("policy", "is of the local stack", "leave out policy or endpoint")
     check_root(root)
     if lock is not None:
-        installed(root, lock)
+        check_lock(lock)
     if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
         raise InvalidArgument("out", f"{out} is no file to write", "name a file in a directory")
 
