@@ -52,16 +52,15 @@ async def complete(
     if kept and not lacking and not wanted:
         return kept  # a tool's lock, or an environment, with pytest: closed by itself
     locked = [Wanted(pin.partition("==")[0], pin, "the lock") for pin in kept]
-    try:
-        found = await _Completion(pinner, python, constraints).run([*locked, *lacking], kept)
-    except NotFound as error:
-        if not kept:
-            raise _conflict(error, [*lacking, *constraints]) from error
+    tries = [([*locked, *lacking], []), ([*locked, *lacking], kept), (lacking, [])]
+    for items, held in tries[: 3 if kept else 1]:
         try:
-            found = await _Completion(pinner, python, constraints).run(lacking) if lacking else []
-        except NotFound as alone:
-            raise _conflict(alone, [*lacking, *constraints]) from alone
-    return kept + [pin for pin in found if pin.partition("==")[0] not in names]
+            found = await _Completion(pinner, python, constraints).run(items, held) if items else []
+        except NotFound as error:
+            problem = error
+        else:
+            return kept + [pin for pin in found if pin.partition("==")[0] not in names]
+    raise _conflict(problem, [*lacking, *constraints]) from problem
 
 
 def _conflict(error: NotFound, wanted: Iterable[Wanted]) -> InvalidArgument:
