@@ -149,7 +149,8 @@ async def _attempt(
     made = 0
     policy = await stack.policy.get_policy()
     usual = FULL if options.pipeline == common_pb.PIPELINE_FULL else SIMPLIFIED
-    budget = budget_for(usual, policy.context_length)
+    context = int(options.settings.get("budget.context_tokens") or policy.context_length)
+    budget = budget_for(usual, context)
     for made in range(1, options.attempts + 1):
         text = f"{task.fail_to_pass_count} tests fail; policy {policy.model}"
         show("repair", made - 1, options.attempts, text)

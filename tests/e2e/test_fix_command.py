@@ -98,7 +98,8 @@ async def test_a_verified_patch_is_printed_written_and_applied(
         copy = tmp_path / "copy"
         shutil.copytree(TINY, copy)
         (copy / "requirements.txt").write_text(PINNED)
-        subprocess.run(["git", "apply", str(out)], cwd=copy, check=True)
+        git = ("git", "apply", str(out))
+        await asyncio.to_thread(subprocess.run, git, cwd=copy, check=True)
         assert (copy / "requirements.txt").read_text() == (tiny / "requirements.txt").read_text()
         done = await played.fix(tiny, *keys)
         assert (done.returncode, done.stdout) == (0, ""), done.stderr
