@@ -73,8 +73,8 @@ _MOST_CHARS = 16_000
 
 
 def budget_for(budget: Budget, context_length: int) -> Budget:
-    """`budget` with the room that a policy of that context has: for one answer, one observation and
-    the first message about an eighth, a tenth and a tenth of it each."""
+    """`budget` with the room that a policy of that context has: an eighth of it for an answer, a
+    twelfth for an observation and for the first message, each with a bound."""
     if context_length <= SMALL_CONTEXT:
         return replace(budget, context_tokens=min(budget.context_tokens, max(1, context_length)))
     chars = context_length // 4  # of about three to a token

@@ -71,7 +71,8 @@ def _conflict(error: NotFound, wanted: Iterable[Wanted]) -> InvalidArgument:
         for item in wanted
         if re.search(rf"(?<![\w.-]){re.escape(item.name)}(?![\w-])", text)
     ]
-    problem = f"the packages do not go together: {text}"
+    kind = "do not go together" if "unsatisfiable" in text else "cannot be resolved"
+    problem = f"the packages {kind}: {text}"
     remedy = f"correct {', '.join(lines[:4])}" if lines else "correct what is required"
     remedy += ", or name a file of the versions that are installed with --lock"
     return InvalidArgument("requirements", problem, remedy)

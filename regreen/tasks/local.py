@@ -202,7 +202,9 @@ def _of_requirements(root: Path, declared: Declared, python: str) -> Installed:
         asked.add_file(path)
     for line in (*declared.dependencies, *declared.for_tests()):
         asked.add(line, declared.source)
-    pinning = {w.where.rpartition(" line ")[0] for w in asked.wanted if w.version} - {""}
+    placed = (w for w in (*asked.wanted, *asked.constraints) if w.version and " line " in w.where)
+    pinning = {item.where.rpartition(" line ")[0] for item in placed}
+    pinning = {name for name in pinning if (root / name).resolve().is_relative_to(root.resolve())}
     first = "requirements.txt" if "requirements.txt" in pinning else ""
     return _asked(
         asked,

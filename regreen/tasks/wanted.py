@@ -2,13 +2,13 @@
 
 - A line is taken, left out because its marker is false, or refused by file and line; an option
   that is not followed is noted. Nothing is dropped in silence.
-- `-r` and `-c` are followed inside the project. URLs, version control and paths are refused.
+- `-r` and `-c` are followed. URLs, version control and paths are refused.
 - The project itself is no requirement of its own, but the extras that it is named with are.
 """
 
 import platform
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,7 +143,7 @@ class Requirements:
             remedy = "; set REGREEN_INDEX_URL" if name in _SOURCES else ""
             self.notes.append(f"{where}: {name} is not followed{remedy}")
 
-    def _own_extras(self, names: "Iterator[str] | set[str]") -> None:
+    def _own_extras(self, names: Iterable[str]) -> None:
         for name in map(normalize, names):
             if name not in self._extras:
                 self._extras.add(name)

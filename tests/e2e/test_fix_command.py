@@ -88,11 +88,8 @@ async def test_a_verified_patch_is_printed_written_and_applied(
         del played.chat.bodies[:]
         done = await played.fix(tiny, *keys, "--apply", "--json", "--set", "budget.turn_tokens=77")
         found = json.loads(done.stdout)
-        assert (done.returncode, found["fixed"], found["changes"]) == (
-            0,
-            True,
-            ["requirements.txt"],
-        )
+        assert (done.returncode, found["fixed"]) == (0, True)
+        assert found["changes"] == ["requirements.txt"]
         assert played.chat.bodies[0]["max_tokens"] == 77
         assert (tiny / "requirements.txt").read_text() == PINNED.replace("2.0", "1.0")
         copy = tmp_path / "copy"

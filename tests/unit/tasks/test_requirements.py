@@ -35,7 +35,7 @@ def test_every_line_of_a_requirements_file_counts(tmp_path: Path) -> None:
     pyproject += '[dependency-groups]\ntest=["trio", {include-group="typed"}]\ntyped=["mypy"]\n'
     seen = found(
         tmp_path,
-        **{"requirements.txt": text, "more/own.txt": "idna\n", "limits.txt": "idna<3\n"},
+        **{"requirements.txt": text, "more/own.txt": "idna\n", "limits.txt": "idna<3\nattrs==23\n"},
         **{"pyproject.toml": pyproject, "requirements-dev.txt": "pytest==8.3.5\n"},
         **{"requirements/tests.txt": "hypothesis\n", "requirements/docs.txt": "furo\n"},
     )
@@ -45,8 +45,8 @@ def test_every_line_of_a_requirements_file_counts(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert seen.pins == ("click==8.0.1", "pytest==8.3.5", "uvicorn==0.30.0")
     assert (seen.exact, seen.origin) == (False, "requirements.txt")
-    assert seen.pin_files == ("requirements.txt", "requirements-dev.txt")
-    assert [item.text for item in seen.constraints] == ["idna<3"]
+    assert seen.pin_files == ("requirements.txt", "limits.txt", "requirements-dev.txt")
+    assert [item.text for item in seen.constraints] == ["idna<3", "attrs==23"]
     (note,) = seen.notes
     assert note == (
         "requirements.txt line 11: --extra-index-url is not followed; set REGREEN_INDEX_URL"
@@ -208,6 +208,7 @@ async def test_pins_of_a_lock_hold_against_what_others_require() -> None:
 async def test_a_contradiction_names_the_lines_that_make_it() -> None:
     problem = (
         "No solution found: because flask==3 depends on werkzeug>=3 and you require werkzeug<2"
+        ", your requirements are unsatisfiable"
     )
     wanted = [
         Wanted("flask", "flask==3", "requirements.txt line 1", "3"),
