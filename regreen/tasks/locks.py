@@ -59,11 +59,15 @@ def read_lock(name: str, text: str, declared: Declared, python: str) -> Locked:
         raise InvalidArgument(name, str(error), "correct it") from error
     environment = marker_environment(python)
     read = _uv if name == "uv.lock" else _poetry
-    for tests_only in (False, True):
-        chosen = read(entries, declared, environment, tests_only)
-        twice = _twice(chosen)
-        if not twice:
-            return _locked(name, chosen)
+    try:
+        for tests_only in (False, True):
+            chosen = read(entries, declared, environment, tests_only)
+            twice = _twice(chosen)
+            if not twice:
+                return _locked(name, chosen)
+    except (ValueError, LookupError, AttributeError, TypeError) as error:
+        problem = f"is malformed ({type(error).__name__}: {error})"
+        raise InvalidArgument(name, problem, "lock anew") from error
     problem = f"pins {twice} twice for Python {python}"
     raise InvalidArgument(name, problem, "export the lock and name that file with --lock")
 

@@ -12,7 +12,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from packaging.markers import Marker, UndefinedEnvironmentName, default_environment
+from packaging.markers import (
+    Marker,
+    UndefinedComparison,
+    UndefinedEnvironmentName,
+    default_environment,
+)
 from packaging.requirements import InvalidRequirement, Requirement
 
 from regreen.lockfile import normalize
@@ -68,7 +73,7 @@ def holds(marker: str | Marker, environment: Mapping[str, str]) -> bool:
     try:
         found = Marker(marker) if isinstance(marker, str) else marker
         return found.evaluate(dict(environment))
-    except UndefinedEnvironmentName:
+    except (UndefinedEnvironmentName, UndefinedComparison):
         return False
 
 

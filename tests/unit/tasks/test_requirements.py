@@ -110,6 +110,20 @@ def test_a_lock_of_what_no_index_has_is_refused(tmp_path: Path) -> None:
         found(tmp_path, **{"setup.py": "", "uv.lock": lock})
 
 
+@pytest.mark.parametrize(
+    "lock",
+    [
+        "[[package]]\n",
+        '[[package]]\nname="a"\nversion="1"\nresolution-markers=["what?"]\n',
+        "[[package\n",
+    ],
+)
+def test_a_malformed_lock_is_named(tmp_path: Path, lock: str) -> None:
+    with pytest.raises(InvalidArgument) as refused:
+        found(tmp_path, **{"setup.py": "", "uv.lock": lock})
+    assert (refused.value.field, bool(refused.value.remedy)) == ("uv.lock", True)
+
+
 def test_poetry_lock_and_declarations(tmp_path: Path) -> None:
     pyproject = '[tool.poetry]\nname="own"\nversion="1.2"\n[tool.poetry.dependencies]\n'
     pyproject += (
