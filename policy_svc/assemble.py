@@ -89,6 +89,7 @@ def _engine(settings: PolicySettings, model: Path, chat: ChatMl, serving: Servin
                 settings.openai_url,
                 settings.openai_model,
                 settings.openai_key.get_secret_value(),
+                settings.openai_context,
                 logprobs=settings.openai_logprobs,
             ),
             chat.tokenizer,

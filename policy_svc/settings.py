@@ -48,6 +48,8 @@ class PolicySettings(ServiceSettings):
     """Model name that is sent to it."""
     openai_key: SecretStr = SecretStr("")
     """Its API key."""
+    openai_context: int = Field(default=32768, ge=1024)
+    """Longest context of that model, in tokens."""
     openai_logprobs: bool = False
     """Ask it for logprobs."""
     script: Path | None = None

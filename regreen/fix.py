@@ -6,8 +6,8 @@
 - A local task needs the sandbox, policy and judge services; nothing is stored.
 """
 
-from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from regreen.blobs import open_blobs
@@ -15,6 +15,7 @@ from regreen.client.stack import Stack
 from regreen.common import v1 as common_pb
 from regreen.dataset import v1 as pb
 from regreen.ids import derive_seed
+from regreen.rollout.context import FULL, SIMPLIFIED, budget_for
 from regreen.rollout.episode import run_episode
 from regreen.rollout.knowledge import Knowledge
 from regreen.rollout.progress import Show, show_turns
@@ -32,6 +33,8 @@ class FixOptions:
     pipeline: common_pb.Pipeline.ValueType = common_pb.PIPELINE_FULL
     grader: common_pb.Grader.ValueType = common_pb.GRADER_BUILD_GATES_JUDGE
     seed: int = 0
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """Episode settings as labels, for example {"budget.turns": "20"}."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,8 @@ async def fix_project(
     project = detect(root, interpreters, python=python, lock=lock, tests=tests)
     text = f"{project.name}, Python {project.python}, packages from {project.origin}"
     show("read project", 1, 1, text)
+    for note in project.notes:
+        show("read project", 1, 1, note)
     spec, state = await _prepare(stack, project, blobs, show)
     failing = list(state.baseline.failing)
     if not failing and state.baseline.passing:
@@ -113,7 +118,7 @@ async def _prepare(
 ) -> tuple[sandbox_pb.EnvironmentSpec, sandbox_pb.State]:
     data, digest = pack(project.root)
     await open_blobs(blobs).put(data)
-    show("pin packages", 0, 1, f"{len(project.pins)} packages")
+    show("pin packages", 0, 1, f"{len(project.pins)} pinned")
     spec = await environment_of(project, digest)
     show("pin packages", 1, 1, f"{len(spec.pins)} packages, {len(spec.wheelhouse)} other releases")
     try:
@@ -143,6 +148,9 @@ async def _attempt(
     best: pb.Trajectory | None = None
     made = 0
     policy = await stack.policy.get_policy()
+    usual = FULL if options.pipeline == common_pb.PIPELINE_FULL else SIMPLIFIED
+    context = int(options.settings.get("budget.context_tokens") or policy.context_length)
+    budget = budget_for(usual, context)
     for made in range(1, options.attempts + 1):
         text = f"{task.fail_to_pass_count} tests fail; policy {policy.model}"
         show("repair", made - 1, options.attempts, text)
@@ -154,6 +162,8 @@ async def _attempt(
             pipeline=options.pipeline,
             grader=options.grader,
             seed=derive_seed(options.seed, task.id, made - 1),
+            budget=budget,
+            settings=options.settings,
             policy_name=policy.model,
             knowledge=knowledge,
         )
@@ -174,7 +184,7 @@ def _result(
     made: int,
 ) -> FixResult:
     pins = [f"{pin.name}=={pin.version}" for pin in spec.pins]
-    changes = onto_project(project.root, project.pin_file, pins, best.changes)
+    changes = onto_project(project.root, project.pin_files, pins, best.changes)
     before = set(state.baseline.failing)
     after = set(best.validation.failing) if _ran(best) else before
     fixed = best.reward.solved

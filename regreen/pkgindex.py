@@ -147,6 +147,11 @@ class PackageIndex:
             limits=httpx.Limits(max_connections=8),
         )
 
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """The indexes that are asked, in order."""
+        return self._urls
+
     async def __aenter__(self) -> Self:
         return self
 

@@ -5,12 +5,15 @@
 - Logprobs are the endpoint's only where its token texts join to the very text that it returned and
   encode one to one; else they are NaN-free zeros, and still not exact.
 - 429, 5xx and refused connections are retried until `retry_s`, honouring `Retry-After`.
+- The token limit is sent as `max_tokens`, which every endpoint knows, until one refuses that name:
+  newer OpenAI models take `max_completion_tokens` alone, which counts their reasoning as well.
+  Where `stop` is refused by name, the text is cut here.
 """
 
 import asyncio
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +40,7 @@ from regreen.rpc.errors import (
 )
 
 _TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>\n?|\Z)", re.DOTALL)
+_NEWER_LIMIT = "max_completion_tokens"
 _REASONS = {"length": FinishReason.LENGTH, "content_filter": FinishReason.ABORT}
 
 
@@ -72,6 +76,7 @@ class OpenAiEngine:
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=options.request_timeout_s,
         )
+        self._limit, self._stops = "max_tokens", True
         self._running: dict[str, asyncio.Event] = {}
 
     @property
@@ -151,13 +156,13 @@ class OpenAiEngine:
         body: dict[str, Any] = {
             "model": self._options.model,
             "messages": messages,
-            "max_tokens": sampling.max_new_tokens,
+            self._limit: sampling.max_new_tokens,
             "temperature": sampling.temperature,
             "seed": (sampling.seed + index) & 0x7FFFFFFF,
         }
         if 0 < sampling.top_p < 1:
             body["top_p"] = sampling.top_p
-        if sampling.stop:
+        if sampling.stop and self._stops:
             body["stop"] = list(sampling.stop)
         if self._options.logprobs:
             body["logprobs"] = True
@@ -167,14 +172,16 @@ class OpenAiEngine:
             await asyncio.wait((call, end), return_when=asyncio.FIRST_COMPLETED)
             if not call.done():
                 return Completion((), (), (), FinishReason.ABORT, "", token_exact=False)
-            return self._completion(call.result())
+            return self._completion(call.result(), () if "stop" in body else sampling.stop)
         finally:
             call.cancel()
             end.cancel()
 
-    def _completion(self, choice: dict[str, Any]) -> Completion:
+    def _completion(self, choice: dict[str, Any], stops: Sequence[str]) -> Completion:
         text = str(choice["message"].get("content") or "")
         reason = _REASONS.get(str(choice.get("finish_reason")), FinishReason.STOP)
+        if ends := [text.index(stop) for stop in stops if stop in text]:
+            text, reason = text[: min(ends)], FinishReason.STOP
         ids = self._tokenizer.encode(text)
         logprobs = self._logprobs(choice, text, ids)
         if reason is FinishReason.STOP:
@@ -202,6 +209,8 @@ class OpenAiEngine:
             else:
                 if answer.is_success:
                     return _choice(answer)
+                if self._adapted(body, answer):
+                    continue
                 problem = f"the endpoint answered {answer.status_code}: {answer.text[:500]}"
                 _refuse(answer.status_code, problem)
                 retry_after_s = _retry_after_s(answer, wait_s)
@@ -209,6 +218,27 @@ class OpenAiEngine:
                 raise Unavailable(problem, retry_after_s=5.0)
             await asyncio.sleep(retry_after_s)
             wait_s = min(2 * wait_s, 10.0)
+
+    def _adapted(self, body: dict[str, Any], answer: httpx.Response) -> bool:
+        """Whether `body` was changed to what the endpoint says that it takes; kept for later ones.
+
+        A value that is refused, such as too large a limit, is another matter.
+        """
+        text = answer.text
+        if answer.status_code != 400:
+            return False
+        unsupported = "unsupported" in text.lower()
+        if "max_tokens" in body and (
+            _NEWER_LIMIT in text or (unsupported and "max_tokens" in text)
+        ):
+            self._limit = _NEWER_LIMIT
+            body[_NEWER_LIMIT] = body.pop("max_tokens")
+            return True
+        if "stop" in body and unsupported and re.search(r"\bstop\b", text):
+            self._stops = False
+            del body["stop"]
+            return True
+        return False
 
 
 def parse_turns(prompt: str) -> list[dict[str, str]]:

@@ -20,7 +20,7 @@ from typing import Annotated
 import typer
 
 from regreen.cli import output
-from regreen.cli.options import Home, Json
+from regreen.cli.options import Home, Json, parse_settings
 from regreen.client.stack import Endpoints, Stack
 from regreen.evals.serving import serving
 from regreen.fix import FixOptions, FixResult, fix_project
@@ -30,7 +30,7 @@ from regreen.settings import default_home
 from regreen.stack.borrow import borrowed_stack
 from regreen.stack.layout import Layout
 from regreen.tasks import patch
-from regreen.tasks.local import check_root, installed
+from regreen.tasks.local import check_lock, check_root
 from regreen.train.names import pipeline_of
 
 
@@ -59,6 +59,9 @@ def fix(
     pipeline: Annotated[str, typer.Option(help="full or simplified.")] = "full",
     out: Annotated[Path | None, typer.Option(help="Write the patch here.")] = None,
     apply: Annotated[bool, typer.Option("--apply", help="Apply a verified patch.")] = False,
+    set: Annotated[
+        list[str], typer.Option("--set", help="Episode setting, for example budget.turns=20.")
+    ] = [],  # noqa: B006
     seed: Annotated[int, typer.Option(help="Seed of the first attempt.")] = 0,
     json_output: Json = False,
 ) -> None:
@@ -68,7 +71,9 @@ def fix(
 
         async def work() -> FixResult:
             _check(root, policy, endpoint, model, lock, out)
-            options = FixOptions(attempts=attempts, pipeline=pipeline_of(pipeline), seed=seed)
+            options = FixOptions(
+                attempts, pipeline_of(pipeline), seed=seed, settings=parse_settings(set)
+            )
             async with (
                 _services(home or default_home(), endpoint, model, key_env, show) as stack,
                 serving(stack, policy),
@@ -108,7 +113,7 @@ def _check(
         raise InvalidArgument("policy", "is of the local stack", "leave out policy or endpoint")
     check_root(root)
     if lock is not None:
-        installed(root, lock)
+        check_lock(lock)
     if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
         raise InvalidArgument("out", f"{out} is no file to write", "name a file in a directory")
 

@@ -44,6 +44,8 @@ class Budget:
     """Time of one validation."""
     observation_chars: int = 480
     """Longest observation; about 150 tokens."""
+    prompt_chars: int = 1060
+    """Facts in the first message: error, requirements, packages, hint; more shows the log too."""
     idle_turns: int = 3
     """Outputs in a row that gain nothing (no usable call, or a call and result seen before in this
     context) that end the episode, or in the full pipeline the attempt."""
@@ -62,6 +64,27 @@ SIMPLIFIED = Budget()
 """Small default of the simplified pipeline."""
 FULL = Budget(turns=50, wall_s=4800.0)
 """The paper's limits of the full pipeline."""
+
+
+SMALL_CONTEXT = 8192
+"""Policies with at most this context get the small limits, which the demo trains with."""
+_LONGEST_TURN = 4096
+_MOST_CHARS = 16_000
+
+
+def budget_for(budget: Budget, context_length: int) -> Budget:
+    """`budget` with the room that a policy of that context has: an eighth of it for an answer, a
+    twelfth for an observation and for the first message, each with a bound."""
+    if context_length <= SMALL_CONTEXT:
+        return replace(budget, context_tokens=min(budget.context_tokens, max(1, context_length)))
+    chars = context_length // 4  # of about three to a token
+    return replace(
+        budget,
+        context_tokens=context_length,
+        turn_tokens=min(context_length // 8, _LONGEST_TURN),
+        observation_chars=min(chars, _MOST_CHARS),
+        prompt_chars=min(chars, _MOST_CHARS),
+    )
 
 
 @dataclass(frozen=True, slots=True)

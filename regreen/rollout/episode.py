@@ -7,7 +7,7 @@
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,7 @@ from regreen.dataset import v1 as pb
 from regreen.ids import new_id
 from regreen.rollout.actors import Actor, PolicyActor
 from regreen.rollout.agent import Agent, Stop
-from regreen.rollout.context import FULL, SIMPLIFIED, Budget, EpisodeSpec
+from regreen.rollout.context import FULL, SIMPLIFIED, Budget, EpisodeSpec, with_labels
 from regreen.rollout.facts import FactsCache
 from regreen.rollout.full import discard_states, run_full
 from regreen.rollout.grade import Validated, conclude
@@ -206,11 +206,15 @@ async def run_episode(
     actor: Actor | None = None,
     seed: int = 0,
     budget: Budget | None = None,
+    settings: Mapping[str, str] | None = None,
     policy_name: str = "",
     knowledge: Knowledge | None = None,
     listener: TurnListener = ignore,
 ) -> pb.Trajectory:
-    """One graded rollout outside any queue; see `Runner.run` for what it raises."""
+    """One graded rollout outside any queue; see `Runner.run` for what it raises.
+
+    `settings` are labels as `with_labels` reads them.
+    """
     spec = EpisodeSpec(
         pipeline=pipeline,
         mode=mode,
@@ -220,4 +224,5 @@ async def run_episode(
         policy_name=policy_name,
         budget=budget or (FULL if pipeline == PIPELINE_FULL else SIMPLIFIED),
     )
+    spec = with_labels(spec, settings or {})
     return await Runner(stack, knowledge).run(task, spec, actor, listener=listener)

@@ -8,7 +8,8 @@
 - The States that an episode keeps live as long as it does; turns still name them afterwards.
 """
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import structlog
@@ -21,7 +22,7 @@ from regreen.rollout.dependencies import ToolError
 from regreen.rollout.facts import Facts
 from regreen.rollout.knowledge import Hit, Knowledge
 from regreen.rollout.logs import PrimaryError
-from regreen.rollout.prompts import first_messages
+from regreen.rollout.prompts import Room, first_messages
 from regreen.rollout.simplified import hint_for
 from regreen.rollout.tools import Observation, describe
 from regreen.rollout.toolset import ToolSet
@@ -37,12 +38,13 @@ async def run_full(agent: Agent, knowledge: Knowledge | None) -> Stop:
     """Repair error after error until green, or until a limit."""
     bench = agent.bench
     kept = bench.task.state_id
-    error = bench.facts.error
+    error, error_log = bench.facts.error, bench.facts.log
     known: set[str] = set()
     while True:
         known.add(error.signature if error else "")
-        stop, found = await _repair(agent, error, _candidates(agent, error, knowledge), known, kept)
-        if found is None:
+        begin = partial(_begin, agent, error, error_log)
+        stop, found = await _repair(agent, begin, _candidates(agent, error, knowledge), known, kept)
+        if found is None or found.validation is None:
             return stop
         state = await agent.stack.sandbox.snapshot_sandbox(
             bench.sandbox_id, labels={"trajectory": agent.trajectory_id}
@@ -50,7 +52,7 @@ async def run_full(agent: Agent, knowledge: Knowledge | None) -> Stop:
         kept = state.id
         bench.kept_states.append(kept)
         agent.stream.turns[-1].state_id = kept
-        error = found
+        error, error_log = found.error, found.validation.log
 
 
 async def discard_states(stack: "Stack", ids: Sequence[str]) -> None:
@@ -79,12 +81,12 @@ def _candidates(
 
 async def _repair(
     agent: Agent,
-    error: PrimaryError | None,
+    begin: Callable[[str, int], Awaitable[None]],
     candidates: Sequence[Hit],
     known: set[str],
     kept: str,
-) -> tuple[Stop, PrimaryError | None]:
-    """Attempts on one error; the new error that took its place, or why it ended."""
+) -> tuple[Stop, Observation | None]:
+    """Attempts on one error; what showed the new error that took its place, or why it ended."""
     budget = agent.spec.budget
     stop: Stop = "turn-limit"
     for attempt in range(budget.tries):
@@ -92,27 +94,26 @@ async def _repair(
         if left <= 0:
             return "turn-limit", None
         hint = candidates[attempt].advice if attempt < len(candidates) else ""
-        await _begin(agent, error, hint, attempt)
+        await begin(hint, attempt)
         stop = await agent.run(
-            min(left, budget.attempt_turns), lambda seen: _new_error(seen, known) is not None
+            min(left, budget.attempt_turns), lambda seen: _is_new_error(seen, known)
         )
         if stop in ("passed", "gave-up", "time-limit"):
             return stop, None
         seen = agent.history[-1][1] if stop == "changed" else await _look(agent)
         if seen.ending == "passed":
             return "passed", None
-        found = _new_error(seen, known)
-        if found is not None:
-            return "changed", found
+        if _is_new_error(seen, known):
+            return "changed", seen
         await agent.stack.sandbox.restore_sandbox(agent.bench.sandbox_id, kept)
     return stop, None
 
 
-def _new_error(seen: Observation, known: set[str]) -> PrimaryError | None:
-    """The primary error of a failed validation if it was not met before."""
-    if seen.validation is None or seen.error is None or seen.error.signature in known:
-        return None
-    return seen.error
+def _is_new_error(seen: Observation, known: set[str]) -> bool:
+    """Whether a validation failed with a primary error that was not met before."""
+    if seen.validation is None or seen.error is None:
+        return False
+    return seen.error.signature not in known
 
 
 def first_opening(
@@ -130,7 +131,13 @@ def first_opening(
         )
     hint = hits[0].advice if hits else _privileged(task, facts, spec)
     return first_messages(
-        facts, tools, mode=spec.mode, error=facts.error, hint=hint, versions=facts.lock.pins
+        facts,
+        tools,
+        mode=spec.mode,
+        error=facts.error,
+        hint=hint,
+        room=Room.of(spec.budget.prompt_chars),
+        versions=facts.lock.pins,
     )
 
 
@@ -138,7 +145,9 @@ def _privileged(task: pb.Task, facts: Facts, spec: EpisodeSpec) -> str:
     return hint_for(task, facts, spec, None) if spec.knobs.hint == "fix" else ""
 
 
-async def _begin(agent: Agent, error: PrimaryError | None, hint: str, attempt: int) -> None:
+async def _begin(
+    agent: Agent, error: PrimaryError | None, error_log: str, hint: str, attempt: int
+) -> None:
     bench = agent.bench
     hint = hint or _privileged(bench.task, bench.facts, agent.spec)
     try:
@@ -153,7 +162,9 @@ async def _begin(agent: Agent, error: PrimaryError | None, hint: str, attempt: i
         error=error,
         hint=hint,
         attempt=note,
+        room=Room.of(agent.spec.budget.prompt_chars),
         versions=versions,
+        log=error_log,
     )
     await agent.begin(messages, error)
 

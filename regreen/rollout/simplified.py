@@ -13,7 +13,7 @@ from regreen.rollout.agent import Agent, Stop
 from regreen.rollout.context import EpisodeSpec
 from regreen.rollout.facts import Facts
 from regreen.rollout.knowledge import Knowledge, reference_moves
-from regreen.rollout.prompts import first_messages
+from regreen.rollout.prompts import Room, first_messages
 from regreen.rollout.toolset import ToolSet
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ def opening(
 ) -> "Sequence[ChatMessage]":
     """The first prompt of an episode; the same for every member of a group."""
     hint = hint_for(task, facts, spec, knowledge)
-    return first_messages(facts, tools, mode=spec.mode, hint=hint)
+    room = Room.of(spec.budget.prompt_chars)
+    return first_messages(facts, tools, mode=spec.mode, hint=hint, room=room)
 
 
 def hint_for(task: pb.Task, facts: Facts, spec: EpisodeSpec, knowledge: Knowledge | None) -> str:

@@ -11,7 +11,7 @@ import hashlib
 import posixpath
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from regreen.common.v1 import CHANGE_KIND_DELETE, MODE_KEEP_NEW, FileChange, Mode
@@ -39,6 +39,8 @@ _GENERATED = ("__pycache__", ".pytest_cache", ".mypy_cache", ".git", ".hypothesi
 _ENVIRONMENT = {"PATH": "/work/env/bin:/usr/local/bin:/usr/bin:/bin", "VIRTUAL_ENV": "/work/env"}
 _LINE_CHARS = 160
 _COMMANDS_KEPT = 200
+_LOG_FROM_CHARS = 1000
+"""Observations that may be longer than this show the end of a failed validation's log."""
 
 Ending = Literal["", "passed", "gave-up"]
 
@@ -107,9 +109,7 @@ class Workbench:
         limit = self.budget.observation_chars
         if len(seen.text) <= limit:
             return seen
-        return Observation(
-            clip(seen.text, limit), seen.ok, seen.ending, seen.validation, seen.error
-        )
+        return replace(seen, text=clip(seen.text, limit))
 
     def spend(self, stage: str, seconds: float) -> None:
         """Add wall time to a stage."""
@@ -300,7 +300,10 @@ async def _validate_and_build(bench: Workbench, call: Call) -> Observation:
     bench.last_validation = verdict
     seen = describe(verdict, bench.facts)
     bench.error = seen.error or bench.error
-    return seen
+    room = bench.budget.observation_chars - _LOG_FROM_CHARS
+    if seen.ending or room <= 0 or not verdict.log:
+        return seen
+    return replace(seen, text=f"{seen.text}\nend of the log:\n{verdict.log.strip()[-room:]}")
 
 
 async def _give_up(bench: Workbench, call: Call) -> Observation:

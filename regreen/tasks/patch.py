@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from packaging.version import InvalidVersion, Version
+
 from regreen.common.v1 import (
     CHANGE_KIND_ADD,
     CHANGE_KIND_DELETE,
@@ -22,7 +24,11 @@ from regreen.lockfile import LockChange, lock_change, lock_of, normalize, parse_
 from regreen.rpc.errors import FailedPrecondition, InvalidArgument
 
 LOCK_NAME = "requirements.lock"
-_LINE = re.compile(r"^(\s*)([A-Za-z0-9][A-Za-z0-9._-]*)(\s*\[[^\]]*\])?(\s*==\s*)([^\s;#\\]+)(.*)$")
+_LINE = re.compile(
+    r"^(\s*)([A-Za-z0-9][A-Za-z0-9._-]*)(\s*\[[^\]]*\])?"
+    r"(\s*===?\s*)?((?(4)[^\s;,#\\]+|[^;#@\\]*?))(\s*(?:[;#\\].*)?)$"
+)
+"""Indent, name, extras, `==` and version or else any other specifiers, and the rest."""
 
 
 def moved_pins(pins: Sequence[str], changes: Iterable[FileChange]) -> LockChange:
@@ -45,39 +51,72 @@ def describe_pins(pins: Sequence[str], moved: LockChange) -> tuple[str, ...]:
 
 
 def onto_project(
-    root: Path, pin_file: str, pins: Sequence[str], changes: Sequence[FileChange]
+    root: Path, pin_files: Sequence[str], pins: Sequence[str], changes: Sequence[FileChange]
 ) -> tuple[FileChange, ...]:
-    """The changes as they apply to the project: moved pins go to `pin_file` where there is one."""
+    """The changes as they apply to the project: a moved pin goes to the file that holds it.
+
+    The first of `pin_files` takes new ones; where it is empty, they become a file of their own.
+    """
     moved = moved_pins(pins, changes)
+    before = lock_of(list(pins)).pins
     placed = [change for change in changes if change.path != LOCK_NAME]
-    target = root / pin_file if pin_file else None
-    if target is not None and target.is_file():
-        if not moved.empty:
-            text = edit_pins(target.read_text("utf-8"), moved)
-            placed.append(_modified(pin_file, text.encode()))
-    else:
+    main = pin_files[0] if pin_files and (root / pin_files[0]).is_file() else ""
+    new = dict(moved.installed)
+    edited: dict[str, str] = {}
+    for name in filter(None, pin_files):
+        if not moved.empty and (root / name).is_file():
+            old = (root / name).read_text("utf-8")
+            edited[name], found = edit_pins(old, moved, before)
+            new = {n: v for n, v in new.items() if n not in found}
+    if main in edited:
+        edited[main] += "".join(f"{name}=={version}\n" for name, version in sorted(new.items()))
+    for name, text in edited.items():
+        if text != (root / name).read_text("utf-8"):
+            placed.append(_modified(name, text.encode()))
+    if not main:
         placed += [change for change in changes if change.path == LOCK_NAME]
     return tuple(_as_on_disk(root, change) for change in sorted(placed, key=lambda c: c.path))
 
 
-def edit_pins(text: str, moved: LockChange) -> str:
-    """A file of pins with some moved; everything else stays as it was written."""
-    left = dict(moved.installed)
-    lines = []
+def edit_pins(
+    text: str, moved: LockChange, before: Mapping[str, str]
+) -> tuple[str, frozenset[str]]:
+    """A requirements file with some pins moved, and the names that it holds; everything else stays
+    as it was written.
+
+    A pin of another version than the one `before` is for other systems and stays, too.
+    """
+    lines, done = [], set()
+    rest_of_changed = False
     for line in text.splitlines():
+        if rest_of_changed:  # hashes of the old file would refuse the new one
+            rest_of_changed = line.rstrip().endswith("\\")
+            continue
         found = _LINE.match(line)
         name = normalize(found.group(2)) if found else ""
-        if found and name in moved.removed:
-            continue
-        if found and name in moved.installed:
-            left.pop(name, None)
-            head = "".join(part or "" for part in found.groups()[:4])
-            # A hash of the old file would refuse the new one.
-            rest = found.group(6).partition("--hash")[0].rstrip().rstrip("\\").rstrip()
-            line = f"{head}{moved.installed[name]}{rest}"
+        if found and _in_force(found, before.get(name, "")):
+            rest_of_changed = line.rstrip().endswith("\\") and (
+                name in moved.removed or name in moved.installed
+            )
+            if name in moved.removed:
+                continue
+            if name in moved.installed:
+                done.add(name)
+                head = "".join(part or "" for part in found.groups()[:3])
+                rest = found.group(6).partition("--hash")[0].rstrip().rstrip("\\").rstrip()
+                line = f"{head}{found.group(4) or '=='}{moved.installed[name]}{rest}"
         lines.append(line)
-    lines += [f"{name}=={version}" for name, version in sorted(left.items())]
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, ""]), frozenset(done)
+
+
+def _in_force(line: re.Match[str], version: str) -> bool:
+    """Whether a line speaks of the installed version: any range does, a pin if it is that one."""
+    if not line.group(4) or line.group(5).endswith(".*"):
+        return True
+    try:
+        return Version(line.group(5)) == Version(version)
+    except InvalidVersion:
+        return line.group(5) == version
 
 
 def unified(root: Path, changes: Iterable[FileChange]) -> str:

@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import io
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -78,33 +79,52 @@ class Pinner:
             self._tools[key] = await self._resolve(TOOLS, *key)
         return self._tools[key]
 
-    async def _resolve(self, names: Sequence[str], python: str, newest: str = "") -> list[str]:
+    async def _resolve(
+        self, names: Sequence[str], python: str, newest: str = "", *options: str
+    ) -> list[str]:
         """A consistent set of wheels of the newest releases of `names` and what they need."""
         command = [
             self.uv, "pip", "compile", "-", "--no-header", "--no-annotate", "--quiet",
             "--python-version", python, "--only-binary", ":all:",
             "--python-platform", "x86_64-manylinux_2_28",
-            *(["--exclude-newer", newest] if newest else []),
+            *(["--exclude-newer", newest] if newest else []), *options,
         ]  # fmt: skip
         process = await asyncio.create_subprocess_exec(
             *command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            env={**os.environ, "UV_DEFAULT_INDEX": self.index.urls[0]},
         )
         out, err = await process.communicate("\n".join(names).encode())
         if process.returncode:
-            raise NotFound(f"no newest set for Python {python}: {err.decode()[-400:]}")
+            raise NotFound(f"no newest set for Python {python}: {err.decode()[-600:]}")
         lines = [line.split(" ;")[0].strip() for line in out.decode().splitlines()]
         return [line for line in lines if "==" in line and not line.startswith("#")]
 
-    async def resolve(self, requirements: Sequence[str], python: str) -> list[str]:
+    async def resolve(
+        self,
+        requirements: Sequence[str],
+        python: str,
+        *,
+        constraints: Sequence[str] = (),
+        overrides: Sequence[str] = (),
+    ) -> list[str]:
         """Pins of the newest wheels that satisfy `requirements` together.
+
+        `constraints` bound what is needed anyway; `overrides` replace whatever is required of
+        their packages, by anyone.
 
         Raises:
             NotFound: there is no such set; ends with the resolver's reasons.
         """
-        return await self._resolve(requirements, python)
+        with tempfile.TemporaryDirectory() as folder:
+            options: list[str] = []
+            for flag, lines in (("--constraint", constraints), ("--override", overrides)):
+                path = Path(folder) / f"{flag.strip('-')}.txt"
+                path.write_text("\n".join([*lines, ""]))
+                options += [flag, str(path)] if lines else []
+            return await self._resolve(requirements, python, "", *options)
 
     async def newest(self, names: Sequence[str], python: str) -> list[str]:
         """Newest releases that fit together; names without a usable wheel are left out."""

@@ -66,8 +66,9 @@ async def endpoints(registry: None) -> AsyncIterator[tuple[Path, Endpoints]]:
         yield home, Endpoints(sandbox=one.address, judge=two.address, policy=three.server.address)
 
 
-def project(root: Path, lock: str) -> Path:
-    for name, text in {**FILES, "requirements.lock": lock}.items():
+def project(root: Path, lock: str = "", **more: str) -> Path:
+    files = {**FILES, **more, **({"requirements.lock": lock} if lock else {})}
+    for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
     return root
@@ -102,6 +103,19 @@ async def test_a_green_project_is_left_alone(endpoints, tmp_path: Path) -> None:
     lock = f"jinja2==3.1.6\nmarkupsafe==2.1.5\n{RUNNER}"
     found = await fix(endpoints, project(tmp_path, lock))
     assert (found.fixed, found.already_green, found.patch) == (False, True, "")
+
+
+async def test_a_few_pins_are_completed(endpoints, tmp_path: Path) -> None:
+    text = "jinja2==3.1.5\npytest==8.3.5\npywin32==306; sys_platform == 'win32'\ndocopt == 0.6.2\n"
+    found = await fix(endpoints, project(tmp_path, **{"requirements.txt": text}))
+    assert (found.fixed, found.already_green, found.patch) == (False, True, "")
+
+
+async def test_pins_that_contradict_each_other_are_named(endpoints, tmp_path: Path) -> None:
+    files = {"requirements.txt": "flask==3.0.3\n", "requirements-dev.txt": "werkzeug<2\n"}
+    said = r"correct requirements.txt line 1 \(flask==3.0.3\), requirements-dev.txt line 1"
+    with pytest.raises(InvalidArgument, match=said):
+        await fix(endpoints, project(tmp_path, **files))
 
 
 async def test_an_unknown_package_is_named(endpoints, tmp_path: Path) -> None:

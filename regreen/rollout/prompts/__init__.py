@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from typing import Self
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
@@ -36,6 +37,25 @@ class Room:
     installed: int = 340
     hint: int = 240
     frames: int = 3
+    log: int = 0
+    """End of the log; a long context can hold what a short one must leave out."""
+
+    @classmethod
+    def of(cls, chars: int) -> Self:
+        """The room that `chars` characters give: less than usual shrinks each part alike, of what
+        is more half goes to the log."""
+        usual = cls()
+        most = usual.error + usual.declared + usual.installed + usual.hint
+        share = min(1.0, chars / most)
+        more = max(0, chars - most)
+        return cls(
+            error=max(1, int(usual.error * share)) + more // 16,
+            declared=int(usual.declared * share) + more // 8,
+            installed=int(usual.installed * share) + more // 4,
+            hint=int(usual.hint * share) + more // 16,
+            frames=usual.frames + min(more // 500, 12),
+            log=more // 2,
+        )
 
 
 def first_messages(
@@ -48,10 +68,12 @@ def first_messages(
     attempt: str = "",
     room: Room | None = None,
     versions: Mapping[str, str] | None = None,
+    log: str | None = None,
 ) -> list[ChatMessage]:
     """System and user message of a fresh context.
 
-    `error` is the error to repair (None: that of `facts`); `versions` what is installed now.
+    `error` is the error to repair (None: that of `facts`); `versions` what is installed now;
+    `log` the log that it is in (None: that of `facts`).
     """
     room = room or Room()
     error = error or facts.error
@@ -74,7 +96,8 @@ def first_messages(
         finish=tools.by_key("validate_and_build").name,
         give_up=tools.by_key("give_up").name,
     )
-    log_end = facts.log.strip()[-room.error :]
+    log = (facts.log if log is None else log).strip()
+    log_end = log[-(room.error + room.log) :]
     user = _render(
         "task.j2",
         project=f"{facts.package} {facts.version}",
@@ -82,6 +105,7 @@ def first_messages(
         rule=_RULES["keep" if mode == MODE_KEEP_NEW else "any"],
         stage=error.stage if error else "log",
         error=error_text(error, frames=room.frames, chars=room.error) if error else log_end,
+        log=log[-room.log :] if room.log and error else "",
         declared=_fit([d.replace(" ", "") for d in facts.declared], room.declared),
         installed=_fit(_ordered(facts, error, installed), room.installed),
         look_at=", ".join(facts.to_look_at(error)),

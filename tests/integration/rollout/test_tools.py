@@ -55,6 +55,16 @@ async def test_facts_are_what_a_developer_sees(shared):
     assert facts.lock.pins["wordlib"] == "2.0"
 
 
+async def test_a_long_observation_of_a_failed_validation_shows_the_log(bench):
+    usual = (await bench.call(Call("validate_and_build", "validate_and_build", {}))).text
+    assert len(usual) <= bench.budget.observation_chars
+    assert "end of the log" not in usual
+    bench.budget = replace(bench.budget, observation_chars=4000)
+    seen = await bench.call(Call("validate_and_build", "validate_and_build", {}))
+    assert seen.text.startswith(usual + "\nend of the log:\n")
+    assert len(usual) + 200 < len(seen.text) <= 4000
+
+
 CASES = [
     ("read_file", {"path": "setup.cfg"}, True, ""),
     ("read_file", {"path": "greet/__init__.py", "start": 4}, True, "lines 4-"),

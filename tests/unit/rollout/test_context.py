@@ -3,10 +3,13 @@
 import pytest
 
 from regreen.rollout.context import (
+    FULL,
+    SIMPLIFIED,
     Budget,
     EpisodeSpec,
     Knobs,
     Sampling,
+    budget_for,
     check_settings,
     labels_of,
     with_labels,
@@ -61,3 +64,15 @@ def test_a_label_that_would_change_nothing_is_refused_where_settings_are_meant(l
 
 def test_settings_that_mean_something_pass():
     check_settings({"budget.turns": "5", "reward.partial": "0.5", "knobs.coverage": "true"})
+
+
+@pytest.mark.parametrize("usual", [SIMPLIFIED, FULL])
+def test_limits_follow_the_context_of_the_policy(usual):
+    for context in (2048, 8192):
+        assert budget_for(usual, context) == usual
+    assert budget_for(usual, 1024).context_tokens == 1024
+    large = budget_for(usual, 32768)
+    assert (large.context_tokens, large.turn_tokens) == (32768, 4096)
+    assert (large.observation_chars, large.prompt_chars) == (8192, 8192)
+    assert (large.turns, large.wall_s) == (usual.turns, usual.wall_s)
+    assert budget_for(usual, 1 << 20).observation_chars == 16_000

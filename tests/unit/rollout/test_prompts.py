@@ -1,6 +1,7 @@
 """The first prompt: visible facts only, bounded, safe."""
 
 import json
+from dataclasses import replace
 from importlib import resources
 
 import pytest
@@ -18,8 +19,9 @@ from regreen.rollout.context import (
 )
 from regreen.rollout.dependencies import ToolError, choices
 from regreen.rollout.facts import Facts, sorted_versions
+from regreen.rollout.full import first_opening
 from regreen.rollout.logs import analyse
-from regreen.rollout.prompts import first_messages
+from regreen.rollout.prompts import Room, first_messages
 from regreen.rollout.simplified import opening
 from regreen.rollout.toolset import load_toolset
 from regreen.rpc.errors import InvalidArgument
@@ -189,3 +191,36 @@ def test_variation_is_a_matter_of_the_group():
     groups = [EpisodeSpec(knobs=knobs, group_seed=seed) for seed in range(30)]
     assert len({g.turns() for g in groups}) > 2
     assert all(5 <= g.turns() <= 10 for g in groups)
+
+
+def test_the_usual_room_is_that_of_the_small_model():
+    assert Room.of(Budget().prompt_chars) == Room()
+    small = Room.of(200)
+    assert small.error + small.declared + small.installed + small.hint <= 200
+    large = Room.of(8000)
+    parts = (large.error, large.declared, large.installed, large.hint, large.log)
+    assert 7900 < sum(parts) <= 8000
+
+
+@pytest.mark.parametrize("first", [opening, first_opening])
+def test_more_room_shows_more_and_the_end_of_the_log(first):
+    pins = {f"package-{i}": "2024.12.31" for i in range(60)}
+    log = "\n".join([*(f"line {i} of the build" for i in range(400)), LOG])
+    facts = _facts(log=log, error=analyse(log), lock=lock_of(pins))
+    big = EpisodeSpec(budget=replace(Budget(), prompt_chars=8000))
+    said = first(pb.Task(), facts, big, TOOLS, None)[1].content
+    assert "End of the log:" in said
+    assert "line 399 of the build" in said
+    assert "package-50" in said
+    usual = first(pb.Task(), facts, EpisodeSpec(), TOOLS, None)[1].content
+    assert len(usual) < 1400
+    assert "End of the log" not in usual
+
+
+def test_another_error_comes_with_its_own_log():
+    later = "E   ValueError: later\nnext to it"
+    user = first_messages(
+        _facts(), TOOLS, mode=MODE_ANY_FIX, error=analyse(later), room=Room.of(4000), log=later
+    )[1].content
+    assert "next to it" in user
+    assert "escape" not in user

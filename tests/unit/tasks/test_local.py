@@ -44,36 +44,16 @@ def test_what_is_declared(tmp_path: Path) -> None:
     root = project(tmp_path, **{"pyproject.toml": PYPROJECT, "tests/test_a.py": ""})
     found = detect(root, PYTHONS)
     assert (found.name, found.version, found.python) == ("form-letters", "1.2", "3.11")
-    assert found.requirements == ('jinja2<3; python_version >= "3"', "pytest>=8")
+    assert [item.text for item in found.requirements] == ["jinja2<3", "pytest>=8"]
     assert (found.pins, found.test_arguments, found.installable) == ((), ("tests",), True)
-    assert (found.origin, found.pin_file) == ("a fresh resolution", "")
+    assert (found.origin, found.pin_files) == ("a fresh resolution", ("",))
 
 
 def test_declarations_of_setup_cfg(tmp_path: Path) -> None:
     text = "[metadata]\nname = a\n[options]\npython_requires = <3.10\ninstall_requires =\n  six>1\n"
     text += "[options.extras_require]\ntests = nose\n"
     found = detect(project(tmp_path, **{"setup.cfg": text}), PYTHONS)
-    assert (found.python, found.requirements) == ("3.9", ("nose", "six>1"))
-    assert not found.installable
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("requirements.lock", "# a comment\nJinja2==2.11.3\nmarkupsafe==2.0.1 ; os_name == 'x'\n"),
-        ("requirements.txt", "jinja2[i18n]==2.11.3 \\\n  --hash=sha256:00\nmarkupsafe==2.0.1\n"),
-        ("poetry.lock", '[[package]]\nname="Jinja2"\nversion="2.11.3"\n'
-         '[[package]]\nname="markupsafe"\nversion="2.0.1"\n'),
-        ("uv.lock", '[[package]]\nname="jinja2"\nversion="2.11.3"\n[[package]]\nname="own"\n'
-         'version="1"\nsource={editable="."}\n[[package]]\nname="markupsafe"\nversion="2.0.1"\n'),
-    ],
-)  # fmt: skip
-def test_pins_of_lock_files(tmp_path: Path, name: str, text: str) -> None:
-    root = project(tmp_path, **{"pyproject.toml": "[tool.x]\n", name: text})
-    found = detect(root, PYTHONS)
-    assert found.pins == ("jinja2==2.11.3", "markupsafe==2.0.1")
-    assert found.origin == name
-    assert found.pin_file == (name if name.startswith("requirements") else "")
+    assert (found.python, [item.text for item in found.requirements]) == ("3.9", ["six>1", "nose"])
     assert not found.installable
 
 
@@ -134,12 +114,18 @@ def test_the_archive_holds_the_project_and_nothing_else(tmp_path: Path) -> None:
     root = project(
         tmp_path / "p",
         **{"a.py": "a", "src/b.py": "b", ".git/config": "x", ".venv/x": "x", "a.egg-info/x": "x"},
+        **{"build/lib/a.py": "x", "dist/a.whl": "x", "src/.tox/x": "x", "src/own/pyvenv.cfg": "x"},
+        **{"src/build/__init__.py": "b", "src/dist/d.py": "d", "src/env/e.py": "e"},
+        **{"src/venv/v.py": "v", "env/__init__.py": "e"},
     )
     (tmp_path / "secret").write_text("secret")
     (root / "link").symlink_to(tmp_path / "secret")
     data, digest = pack(root)
     with tarfile.open(fileobj=BytesIO(data)) as archive:
-        assert archive.getnames() == ["a.py", "src/b.py"]
+        assert archive.getnames() == [
+            "a.py", "env/__init__.py", "src/b.py", "src/build/__init__.py", "src/dist/d.py",
+            "src/env/e.py", "src/venv/v.py",
+        ]  # fmt: skip
         assert {member.uid for member in archive} == {0}
     (root / "a.py").touch()
     assert pack(root)[1] == digest
@@ -167,15 +153,30 @@ def test_moved_pins_go_where_the_project_keeps_them(tmp_path: Path) -> None:
     assert patch.describe_pins(PINS, moved) == (
         "markupsafe 2.1.5 -> 2.0.1", "six none -> 1.0", "jinja2 removed",
     )  # fmt: skip
-    changes = patch.onto_project(root, "requirements.txt", PINS, [change])
+    changes = patch.onto_project(root, ("requirements.txt",), PINS, [change])
     assert [c.path for c in changes] == ["requirements.txt"]
     assert changes[0].content.decode() == (
         "# web\nMarkupSafe[x] == 2.0.1 ; os_name != 'nt'  # why\n\nsix==1.0\n"
     )
 
 
+def test_moved_pins_leave_other_lines_alone(tmp_path: Path) -> None:
+    main = "jinja2==2.11.3 \\\n    --hash=sha256:00 \\\n    --hash=sha256:11\nsix==1.0\n"
+    main += "markupsafe==1.0; python_version < '3'\nmarkupsafe>=2,<3 # why\n-r dev.txt\n"
+    root = project(tmp_path, **{"requirements.txt": main, "dev.txt": "pytest==8.0\n"})
+    pins = [*PINS, "six==1.0", "pytest==8.0.0"]
+    text = "jinja2==3.0\nmarkupsafe==2.0.1\nsix==1.0\npytest==8.3\nnew==1\n"
+    files = ("requirements.txt", "dev.txt")
+    changes = patch.onto_project(root, files, pins, [lock(text)])
+    assert {c.path: c.content.decode() for c in changes} == {
+        "requirements.txt": "jinja2==3.0\nsix==1.0\nmarkupsafe==1.0; python_version < '3'\n"
+        "markupsafe==2.0.1 # why\n-r dev.txt\nnew==1\n",
+        "dev.txt": "pytest==8.3\n",
+    }
+
+
 def test_a_project_without_a_pin_file_gets_one(tmp_path: Path) -> None:
-    changes = patch.onto_project(tmp_path, "", PINS, [lock("markupsafe==2.0.1\n")])
+    changes = patch.onto_project(tmp_path, ("",), PINS, [lock("markupsafe==2.0.1\n")])
     assert [(c.path, c.kind) for c in changes] == [("requirements.lock", CHANGE_KIND_ADD)]
 
 
