@@ -1,6 +1,7 @@
 """What happens around every call: metrics, log context, deadline, idempotency, error mapping.
 
 - One interceptor wraps all four call kinds, so that no call goes uncounted or unmapped.
+- Bytes that are no message of the call's type are an INVALID_ARGUMENT, as any wrong field is.
 - Logs carry the trajectory that the request or the caller's header names, and its trace.
 - `CancelledError` is always raised on: swallowing it leaks the call in grpc's core (grpc#43360).
 - A `request_id` in a unary request makes it idempotent without the servicer knowing, unless the
@@ -18,9 +19,10 @@ from typing import Any
 
 import grpc
 import structlog
+from google.protobuf.message import DecodeError
 
 from regreen.rpc import metrics, wire
-from regreen.rpc.errors import DeadlineExceeded, InfraError, RegreenError
+from regreen.rpc.errors import DeadlineExceeded, InfraError, InvalidArgument, RegreenError
 from regreen.rpc.idempotency import Idempotency
 from regreen.rpc.logging import TRACE_HEADER, TRAJECTORY_HEADER, get
 
@@ -86,6 +88,7 @@ class _Call:
         async def handle(request: Any, context: Context) -> Any:
             async with _Observed(self, kind, request, context) as observed:
                 async with asyncio.timeout(observed.timeout_s):
+                    request = _readable(request)
                     request_id = getattr(request, "request_id", "") if merge else ""
                     memory = self._owner._idempotency
                     if not request_id or memory is None:
@@ -105,7 +108,7 @@ class _Call:
         async def handle(request: Any, context: Context) -> AsyncIterator[Any]:
             async with _Observed(self, kind, request, context) as observed:
                 end_s = asyncio.get_running_loop().time() + observed.timeout_s
-                responses = behaviour(request, context)
+                responses = behaviour(_readable(request), context)
                 if inspect.isawaitable(responses):
                     async with asyncio.timeout_at(end_s):
                         await responses
@@ -181,5 +184,42 @@ def _ids(request: Any, metadata: dict[str, str]) -> dict[str, str]:
     return {"trajectory_id": trajectory_id[:_MAX_ID_CHARS], "trace_id": trace_id}
 
 
+class _Unreadable:
+    """Stands for a request whose bytes could not be decoded; the call then says so."""
+
+    def __init__(self, problem: str) -> None:
+        self.problem = problem
+
+
+def _readable(request: Any) -> Any:
+    """A request that was decoded, or a stream of such.
+
+    Raises:
+        InvalidArgument: its bytes are no message of its type.
+    """
+    if hasattr(request, "__aiter__"):
+        return _each_readable(request)
+    if isinstance(request, _Unreadable):
+        raise InvalidArgument(
+            "request",
+            f"cannot be decoded: {request.problem}",
+            "send a message of this call's type, nested at most 100 deep",
+        )
+    return request
+
+
+async def _each_readable(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield _readable(request)
+
+
 def _codecs(handler: Any) -> tuple[Any, Any]:
-    return handler.request_deserializer, handler.response_serializer
+    decode = handler.request_deserializer
+
+    def decoded(content: bytes) -> Any:
+        try:
+            return decode(content)
+        except DecodeError as error:
+            return _Unreadable(str(error))
+
+    return decoded, handler.response_serializer

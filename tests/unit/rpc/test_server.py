@@ -29,6 +29,7 @@ from regreen.rpc.errors import (
 )
 from regreen.rpc.logging import get
 from regreen.rpc.server import Server
+from regreen.rpc.wire import from_rpc_error
 from regreen.sandbox import v1 as pb
 from regreen.settings import ServiceSettings
 
@@ -363,3 +364,19 @@ async def test_logs_say_the_trajectory_that_a_request_names():
         ("asked", "x" * 100, ""),
         ("call failed", "x" * 100, ""),
     ]
+
+
+async def test_bytes_that_are_no_message_are_a_typed_error(served):
+    _, server, _, _ = served
+    path = f"/{NAME}/"
+    async with connect(server.address) as channel:
+        answers = (
+            channel.unary_unary(path + "GetState")(b"\xff" * 9, timeout=5),
+            channel.stream_unary(path + "ImportState")(iter([b"\xff" * 9]), timeout=5),
+            channel.unary_stream(path + "ExportState")(b"\xff" * 9, timeout=5).read(),
+        )
+        for answer in answers:
+            with pytest.raises(grpc.aio.AioRpcError, match="request: cannot be decoded") as caught:
+                await answer
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert isinstance(from_rpc_error(caught.value), InvalidArgument)
