@@ -166,6 +166,9 @@ def _check_environment(spec: Mapping[str, Any], field: str) -> None:
     for name in ("builder", "package", "version"):
         if not spec.get(name):
             raise InvalidArgument(f"{field}.{name}", "is empty")
+    for name in ("build_requirements", "exclude_newer"):
+        if spec.get(name):
+            raise InvalidArgument(f"{field}.{name}", "is not supported", "pin it in build_pins")
     if not _PYTHON.fullmatch(spec.get("python", "")):
         raise InvalidArgument(f"{field}.python", "is no interpreter version", "give one like 3.10")
     if bool(spec.get("source")) == bool(spec.get("source_tree")):

@@ -34,6 +34,9 @@ from regreen.rpc.errors import InvalidArgument
 M = TypeVar("M", bound=Message)
 _MAX_DURATION_S = 315_576_000_000
 """The longest duration that protobuf defines, 10000 years."""
+_MAX_DEPTH = 24
+"""Levels of a free-form document: an answer with it must stay readable, which ends at 100 messages
+inside each other, three to a level."""
 _SERVER_FIELDS = (
     "split",
     "status",
@@ -307,8 +310,26 @@ def run_message(record: RunRecord) -> pb.Run:
 
 
 def struct_document(message: Message, field: str) -> Document | None:
-    """A struct field as a dictionary; None when it is absent."""
-    return to_document(getattr(message, field), field) if message.HasField(field) else None
+    """A struct field as a dictionary; None when it is absent.
+
+    Raises:
+        InvalidArgument: it cannot be stored, or is nested too deep to be read again.
+    """
+    if not message.HasField(field):
+        return None
+    document = to_document(getattr(message, field), field)
+    level: list[Any] = [document]
+    for _ in range(_MAX_DEPTH):
+        level = [item for value in level for item in _inside(value)]
+        if not level:
+            return document
+    raise InvalidArgument(field, f"is over {_MAX_DEPTH} levels deep", "flatten it")
+
+
+def _inside(value: Document | list[Any]) -> list[Any]:
+    """The objects and arrays that one of them contains."""
+    items = value.values() if isinstance(value, dict) else value
+    return [item for item in items if isinstance(item, dict | list)]
 
 
 def metric_record(point: pb.MetricPoint, field: str) -> MetricRecord:

@@ -6,6 +6,7 @@
 import asyncio
 import contextlib
 import secrets
+import sys
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,6 +20,7 @@ from judge_svc.settings import JudgeSettings
 from judge_svc.verdict import Judge, Limits, ModelUse
 from regreen.judge import v1 as pb
 from regreen.rpc import logging
+from regreen.rpc.errors import RegreenError
 from regreen.rpc.server import Server
 
 SERVICE = "regreen.judge.v1.JudgeService"
@@ -90,4 +92,8 @@ async def main(settings: JudgeSettings) -> None:
 if __name__ == "__main__":
     loaded = JudgeSettings.load()
     logging.configure("judge", loaded.log_level)
-    asyncio.run(main(loaded))
+    try:
+        asyncio.run(main(loaded))
+    except RegreenError as error:
+        logging.get().error("the service cannot start", problem=error.message)
+        sys.exit(1)

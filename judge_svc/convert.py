@@ -24,7 +24,7 @@ from regreen.sandbox import v1 as sandbox_pb
 MAX_LOG_CHARS = 200_000
 MAX_COMMANDS = 500
 MAX_COMMAND_CHARS = 4_000
-_USES = {
+_USES: dict[int, ModelUse] = {
     pb.MODEL_USE_NEVER: ModelUse.NEVER,
     pb.MODEL_USE_IF_AVAILABLE: ModelUse.IF_AVAILABLE,
     pb.MODEL_USE_REQUIRED: ModelUse.REQUIRED,
@@ -48,13 +48,21 @@ def evidence_from(message: pb.Evidence, field: str) -> Evidence:
         before=_run(message.before) if message.HasField("before") else None,
         after=_run(message.after) if message.HasField("after") else None,
         commands=tuple(c[:MAX_COMMAND_CHARS] for c in message.commands[:MAX_COMMANDS]),
-        mode=common_pb.Mode.Name(message.mode).removeprefix("MODE_") if message.mode else "",
+        mode=_mode(message.mode, f"{field}.mode"),
         protected_paths=tuple(message.protected_paths),
         rebuilds_without_edit=max(message.rebuilds_without_edit, 0),
         installed=tuple(message.installed_modules),
         trajectory_id=message.trajectory_id,
         task_id=message.task_id,
     )
+
+
+def _mode(value: int, field: str) -> str:
+    """The name of a mode; empty when none is said."""
+    name = _name(common_pb.Mode, value, "MODE_")
+    if value and name == "UNSPECIFIED":
+        raise InvalidArgument(field, f"{value} is no known value", "leave it out or give a mode")
+    return name if value else ""
 
 
 def _change(message: common_pb.FileChange, field: str) -> Change:
@@ -98,8 +106,17 @@ def _name(enum: object, value: int, prefix: str) -> str:
 
 
 def model_use_from(value: int, default: ModelUse) -> ModelUse:
-    """The model use of a request, or the service's default."""
-    return _USES.get(value, default)  # type: ignore[call-overload, no-any-return]
+    """The model use of a request, or the service's default.
+
+    Raises:
+        InvalidArgument: the value is not known: what it demands cannot be kept.
+    """
+    if value == pb.MODEL_USE_UNSPECIFIED:
+        return default
+    use = _USES.get(value)
+    if use is None:
+        raise InvalidArgument("model_use", f"{value} is no known value", "leave it out")
+    return use
 
 
 def classes_from(values: "list[int]", field: str) -> frozenset[FindingClass]:

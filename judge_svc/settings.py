@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, SecretStr, model_validator
 
-from regreen.settings import ServiceSettings
+from regreen.settings import ServiceSettings, check_pem
 
 
 class JudgeSettings(ServiceSettings):
@@ -56,7 +56,9 @@ class JudgeSettings(ServiceSettings):
     """Stored verdicts; the oldest go first."""
 
     @model_validator(mode="after")
-    def _url(self) -> Self:
+    def _check_model(self) -> Self:
         if self.model == "openai" and not self.openai_url.startswith(("http://", "https://")):
             raise ValueError("openai_url: is no http(s) URL; give for example https://host/v1")
+        if self.policy_tls_ca is not None:
+            check_pem("policy_tls_ca", self.policy_tls_ca)
         return self

@@ -149,13 +149,16 @@ class CheckpointWriter:
         return Saved(final, complete)
 
     def _free_name(self) -> Path:
-        """A second checkpoint of one step gets a suffix: nothing whole is ever overwritten."""
-        final = self._root / f"step-{self._step:08d}"
-        again = 1
-        while final.exists():
-            again += 1
-            final = self._root / f"step-{self._step:08d}.{again}"
-        return final
+        """A second checkpoint of one step gets a suffix: nothing whole is ever overwritten.
+
+        The suffix is above all that are there: one that became free again would make the newest
+        checkpoint look like the oldest, and `retain` would remove it.
+        """
+        name = f"step-{self._step:08d}"
+        there = [
+            _order(path)[1] for path in self._root.glob(f"{name}*") if _NAME.fullmatch(path.name)
+        ]
+        return self._root / (f"{name}.{max(there) + 1}" if there else name)
 
 
 Sizes = dict[str, tuple[torch.dtype, tuple[int, ...]]]

@@ -4,6 +4,7 @@
 - `request_id` is answered once; steps are also idempotent by their number and batch.
 """
 
+import re
 from collections.abc import AsyncIterator
 from dataclasses import asdict, fields, replace
 from datetime import datetime
@@ -28,6 +29,8 @@ _STATES = {
     RunState.STOPPED: pb.RUN_STATE_STOPPED,
     RunState.FAILED: pb.RUN_STATE_FAILED,
 }
+_RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
+"""It names a directory."""
 _PAGE = 100
 _MAX_PAGE = 1000
 
@@ -53,9 +56,11 @@ class LearnerServicer(pb.LearnerServiceServicer):
         kind = _KINDS.get(request.kind)
         if kind is None:
             raise InvalidArgument("kind", "is not given", "give RUN_KIND_SFT or RUN_KIND_GRPO")
-        if not request.run_id or not request.run_id.replace("_", "").replace("-", "").isalnum():
+        if not _RUN_ID.fullmatch(request.run_id):
             raise InvalidArgument(
-                "run_id", f"{request.run_id[:80]!r} is no id", "give letters, digits, _ and -"
+                "run_id",
+                f"{request.run_id[:80]!r} is no id",
+                "give 1 to 128 of the letters a to z and A to Z, digits, _ and -",
             )
         return RunSpec(
             run_id=request.run_id,

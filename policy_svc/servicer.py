@@ -105,7 +105,12 @@ class PolicyServicer(pb.PolicyServiceServicer):
 
     async def Pause(self, request: pb.PauseRequest, context: Context) -> pb.PauseResponse:
         """Stop taking work."""
-        return pb.PauseResponse(running=await self._policy.pause(_MODES[request.mode]))
+        mode = _MODES.get(request.mode)
+        if mode is None:
+            raise InvalidArgument(
+                "mode", f"{request.mode} is no known value", "give drain, in_place or abort"
+            )
+        return pb.PauseResponse(running=await self._policy.pause(mode))
 
     async def Resume(self, request: pb.ResumeRequest, context: Context) -> pb.ResumeResponse:
         """Take work again."""

@@ -21,7 +21,8 @@ class PolicySettings(ServiceSettings):
     metrics: str = "127.0.0.1:9053"
     """HTTP address of `/metrics` and `/healthz`."""
     http: str = "127.0.0.1:50063"
-    """Address of the OpenAI-compatible endpoint; empty serves none."""
+    """Address of the OpenAI-compatible endpoint, plain HTTP; empty serves none. Beyond loopback it
+    needs `insecure` and `http_key`; TLS is a proxy's work."""
     http_key: SecretStr = SecretStr("")
     """Bearer key that the endpoint asks for; empty asks for none (loopback only)."""
     engine: Literal["auto", "openvino", "torch", "sglang", "openai", "scripted"] = "auto"
@@ -86,8 +87,13 @@ class PolicySettings(ServiceSettings):
             raise ValueError("openai_model: is needed by engine openai")
         if self.sglang_path_map and self.sglang_path_map.count("=") != 1:
             raise ValueError("sglang_path_map: give LOCAL=REMOTE")
-        if self.http and not (
-            is_local(self.http) or self.insecure or self.http_key.get_secret_value()
-        ):
+        return self
+
+    @model_validator(mode="after")
+    def _check_http(self) -> Self:
+        if not self.http:
+            return self
+        self.check_plain_http("http", self.http)
+        if not is_local(self.http) and not self.http_key.get_secret_value():
             raise ValueError(f"http: {self.http} is reachable from other machines; set http_key")
         return self

@@ -19,7 +19,7 @@ from urllib.parse import unquote, urlsplit
 from policy_svc import metrics
 from policy_svc.engines.base import Engine
 from policy_svc.engines.weights import INDEX, SINGLE
-from regreen.blobs import Digest, open_blobs
+from regreen.blobs import Digest, check_digest, open_blobs
 from regreen.rpc.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound
 from regreen.rpc.logging import get
 
@@ -68,6 +68,8 @@ class WeightSource:
         """
         if not policy.uri:
             return self._base
+        if policy.digest is not None:
+            check_digest(policy.digest, "policy.digest")
         parts = urlsplit(policy.uri)
         if parts.scheme in ("", "file"):
             path = Path(unquote(parts.path))

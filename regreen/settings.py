@@ -4,11 +4,14 @@
 - The file is TOML, one table per service; its path comes from `--config` or `REGREEN_CONFIG`.
 - Environment variables are `REGREEN_<SERVICE>__<FIELD>`, for example `REGREEN_SANDBOX__LISTEN`.
 - Binding wider than loopback or a unix socket needs TLS, or `insecure` said out loud.
+- An address that cannot be bound and a certificate that cannot be used are refused here, not later.
 """
 
 import argparse
 import ipaddress
 import os
+import re
+import ssl
 import sys
 import tomllib
 from collections.abc import Sequence
@@ -28,6 +31,8 @@ from regreen.rpc.errors import InvalidArgument
 
 BAD_SETTINGS = 2
 """Exit code of a service that refuses its settings."""
+_HOST_PORT = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[^\s:\[\]/]+):(\d{1,5})", re.ASCII)
+_SOCKET_PATH_BYTES = 107
 
 
 def default_home() -> Path:
@@ -49,6 +54,80 @@ def is_local(address: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def check_address(field: str, address: str, *, unix: bool = False) -> None:
+    """Refuse what cannot be listened on; a host name is not looked up.
+
+    Raises:
+        ValueError: it is no address; names `field` and says what to give.
+    """
+    forms = "host:port or unix:/path" if unix else "host:port"
+    if address.startswith("unix:"):
+        length = len(os.fsencode(address.removeprefix("unix:")))
+        if not unix or not 0 < length <= _SOCKET_PATH_BYTES or "\0" in address:
+            raise ValueError(
+                f"{field}: {address!r} is no address; give {forms}"
+                + (f" of at most {_SOCKET_PATH_BYTES} bytes" if unix else "")
+            )
+        return
+    found = _HOST_PORT.fullmatch(address)
+    if found is None:
+        raise ValueError(
+            f"{field}: {address!r} is no address; give {forms}, an IPv6 host in brackets"
+        )
+    if int(found[2]) > 65535:
+        raise ValueError(f"{field}: {address!r} has no port of 0 to 65535; give {forms}")
+
+
+def check_certificates(cert: Path | None, key: Path | None, authority: Path | None) -> None:
+    """Refuse TLS files that are unreadable, no PEM, or not of each other.
+
+    Raises:
+        ValueError: names the settings and says what to give.
+    """
+    if bool(cert) != bool(key):
+        raise ValueError("tls_cert and tls_key belong together; give both")
+    if authority and not cert:
+        raise ValueError("tls_ca: is of no use without tls_cert and tls_key; give all three")
+    for field, path in (("tls_cert", cert), ("tls_key", key), ("tls_ca", authority)):
+        if path is not None:
+            check_pem(field, path)
+    if cert is None or key is None:
+        return
+    try:
+        # The password is never asked for: gRPC takes no encrypted key.
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(cert, key, password=lambda: "")
+    except ssl.SSLError as error:
+        raise ValueError(
+            f"tls_cert, tls_key: {cert} and {key} are no pair ({error.reason or error}); "
+            "give a PEM certificate chain and its private key without a password"
+        ) from error
+    if authority is None:
+        return
+    try:
+        context.load_verify_locations(authority)
+    except ssl.SSLError as error:
+        raise ValueError(
+            f"tls_ca: {authority} holds no certificate ({error.reason or error}); "
+            "give a PEM file of certificates"
+        ) from error
+
+
+def check_pem(field: str, path: Path) -> None:
+    """Refuse a file that cannot be read.
+
+    Raises:
+        ValueError: names `field` and the reason.
+    """
+    try:
+        path.read_bytes()
+    except OSError as error:
+        raise ValueError(
+            f"{field}: {path} cannot be read ({error.strerror}); give a PEM file that this user "
+            "may read"
+        ) from error
 
 
 class ServiceSettings(BaseSettings):
@@ -85,23 +164,29 @@ class ServiceSettings(BaseSettings):
     """Least severe level that is logged."""
 
     @model_validator(mode="after")
-    def _refuse_open_plain_text(self) -> Self:
-        for field in ("listen", "metrics"):
-            address: str = getattr(self, field)
-            unix = field == "listen" and address.startswith("unix:")
-            if not unix and not address.rpartition(":")[2].isdigit():
-                forms = "host:port or unix:/path" if field == "listen" else "host:port"
-                raise ValueError(f"{field}: {address!r} is no address; give {forms}")
-            secured = self.insecure or (field == "listen" and self.tls_cert)
-            if not is_local(address) and not secured:
-                remedy = "set tls_cert and tls_key, or " if field == "listen" else "set "
-                raise ValueError(
-                    f"{field}: {address} is reachable from other machines in plain text; "
-                    f"{remedy}insecure=true if the network is private"
-                )
-        if bool(self.tls_cert) != bool(self.tls_key):
-            raise ValueError("tls_cert and tls_key belong together; give both")
+    def _check_addresses(self) -> Self:
+        check_address("listen", self.listen, unix=True)
+        self.check_plain_http("metrics", self.metrics)
+        if not (is_local(self.listen) or self.insecure or self.tls_cert):
+            raise ValueError(
+                f"listen: {self.listen} is reachable from other machines in plain text; "
+                "set tls_cert and tls_key, or insecure=true if the network is private"
+            )
+        check_certificates(self.tls_cert, self.tls_key, self.tls_ca)
         return self
+
+    def check_plain_http(self, field: str, address: str) -> None:
+        """Refuse an address of plain HTTP that is bad, or wider than loopback without `insecure`.
+
+        Raises:
+            ValueError: names `field` and says what to set.
+        """
+        check_address(field, address)
+        if not (is_local(address) or self.insecure):
+            raise ValueError(
+                f"{field}: {address} is reachable from other machines in plain text; "
+                "set insecure=true if the network is private"
+            )
 
     @classmethod
     def settings_customise_sources(

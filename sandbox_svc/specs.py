@@ -1,6 +1,7 @@
 """Translates environment specs and diffs of the wire into the builder's own.
 
 - Field by field and total: every field of the message is read, none is invented.
+- A field that no builder follows is refused, never passed over.
 - Order of repeated fields is kept; maps become sorted.
 - A file is named by a digest and a plain name; what could be a path is refused, with its field.
 """
@@ -17,8 +18,14 @@ from sandbox_svc.builders.base import (
     check_filename,
     check_sha256,
 )
+from sandbox_svc.translate import seconds
 
 DEFAULT_TEST_TIMEOUT_S = 300.0
+_KINDS = (
+    common_pb2.CHANGE_KIND_ADD,
+    common_pb2.CHANGE_KIND_MODIFY,
+    common_pb2.CHANGE_KIND_DELETE,
+)
 
 
 def changes_from_proto(changes: "list[common_pb2.FileChange]") -> tuple[FileChange, ...]:
@@ -29,8 +36,12 @@ def changes_from_proto(changes: "list[common_pb2.FileChange]") -> tuple[FileChan
     """
     found = []
     for change in changes:
-        if change.kind == common_pb2.CHANGE_KIND_UNSPECIFIED:
-            raise InvalidArgument("changes.kind", f"{change.path!r} says nothing", "set the kind")
+        if change.kind not in _KINDS:
+            raise InvalidArgument(
+                "changes.kind",
+                f"of {change.path[:200]!r} is not set, or not known",
+                "say add, modify or delete",
+            )
         deleted = change.kind == common_pb2.CHANGE_KIND_DELETE
         content = None if deleted else change.content
         found.append(FileChange(change.path, content, change.mode or 0o644))
@@ -43,6 +54,11 @@ def spec_from_proto(spec: pb.EnvironmentSpec) -> EnvironmentSpec:
     Raises:
         InvalidArgument: a field is malformed.
     """
+    for name in ("build_requirements", "exclude_newer"):
+        if getattr(spec, name):
+            raise InvalidArgument(
+                f"spec.{name}", "is not supported", "name what builds the project in build_pins"
+            )
     tree = spec.source_tree if spec.HasField("source_tree") else None
     return EnvironmentSpec(
         builder=spec.builder,
@@ -55,9 +71,7 @@ def spec_from_proto(spec: pb.EnvironmentSpec) -> EnvironmentSpec:
         pins=tuple(_pin(pin) for pin in spec.pins),
         wheelhouse=tuple(_pin(pin) for pin in spec.wheelhouse),
         install_mode=spec.install_mode or "editable",
-        build_requirements=tuple(spec.build_requirements),
         build_pins=tuple(_pin(pin) for pin in spec.build_pins),
-        exclude_newer=spec.exclude_newer,
         test=_test(spec.test),
         overlay=changes_from_proto(list(spec.overlay)),
         overlay_source=(
@@ -82,11 +96,10 @@ def _pin(pin: pb.Pin) -> Pin:
 
 
 def _test(test: pb.TestSpec) -> TestSpec:
-    timeout_s = test.timeout.ToTimedelta().total_seconds() if test.HasField("timeout") else 0.0
     return TestSpec(
         arguments=tuple(test.arguments),
         environment=dict(sorted(test.environment.items())),
-        timeout_s=timeout_s or DEFAULT_TEST_TIMEOUT_S,
+        timeout_s=seconds(test.timeout, "spec.test.timeout") or DEFAULT_TEST_TIMEOUT_S,
         protected_paths=tuple(test.protected_paths),
         fail_to_pass=tuple(test.fail_to_pass),
         unstable=tuple(test.unstable),

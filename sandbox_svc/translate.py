@@ -31,6 +31,7 @@ _MOST = {
     "output_bytes": 1 << 50,
 }
 """Upper bounds of limits; no number that is not finite is below them."""
+_MOST_SECONDS = 10 * 366 * 86_400
 _REASONS = {reason: getattr(pb, f"END_REASON_{reason.name}") for reason in EndReason}
 _KINDS = {
     files.Kind.ADD: common_pb.CHANGE_KIND_ADD,
@@ -43,11 +44,13 @@ def seconds(value: Duration, field: str) -> float:
     """A duration as seconds.
 
     Raises:
-        InvalidArgument: it is negative.
+        InvalidArgument: it is negative, or beyond all sense.
     """
     result = value.seconds + value.nanos / 1e9
     if result < 0:
         raise InvalidArgument(field, "is negative")
+    if result > _MOST_SECONDS:
+        raise InvalidArgument(field, f"is {result:.0f} s", f"give at most {_MOST_SECONDS} s")
     return result
 
 

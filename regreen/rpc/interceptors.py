@@ -1,6 +1,8 @@
 """What happens around every call: metrics, log context, deadline, idempotency, error mapping.
 
 - One interceptor wraps all four call kinds, so that no call goes uncounted or unmapped.
+- Bytes that are no message of the call's type are an INVALID_ARGUMENT, as any wrong field is.
+- Logs carry the trajectory that the request or the caller's header names, and its trace.
 - `CancelledError` is always raised on: swallowing it leaks the call in grpc's core (grpc#43360).
 - A `request_id` in a unary request makes it idempotent without the servicer knowing, unless the
   service keeps its own, lasting memory of requests.
@@ -10,20 +12,25 @@
 
 import asyncio
 import inspect
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
 import structlog
+from google.protobuf.message import DecodeError
 
 from regreen.rpc import metrics, wire
-from regreen.rpc.errors import DeadlineExceeded, InfraError, RegreenError
+from regreen.rpc.errors import DeadlineExceeded, InfraError, InvalidArgument, RegreenError
 from regreen.rpc.idempotency import Idempotency
 from regreen.rpc.logging import TRACE_HEADER, TRAJECTORY_HEADER, get
 
 Context = grpc.aio.ServicerContext[Any, Any]
 _END = object()
+_TRACE_ID = re.compile(r"[0-9a-f]{32}")
+_MAX_ID_CHARS = 100
+"""Of an id that a caller made up, so much is logged."""
 _UNCOUNTED = ("grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection")
 
 
@@ -79,8 +86,9 @@ class _Call:
         """Wrap a handler with one response."""
 
         async def handle(request: Any, context: Context) -> Any:
-            async with _Observed(self, kind, context) as observed:
+            async with _Observed(self, kind, request, context) as observed:
                 async with asyncio.timeout(observed.timeout_s):
+                    request = _readable(request)
                     request_id = getattr(request, "request_id", "") if merge else ""
                     memory = self._owner._idempotency
                     if not request_id or memory is None:
@@ -98,9 +106,9 @@ class _Call:
         """Wrap a handler with a stream of responses."""
 
         async def handle(request: Any, context: Context) -> AsyncIterator[Any]:
-            async with _Observed(self, kind, context) as observed:
+            async with _Observed(self, kind, request, context) as observed:
                 end_s = asyncio.get_running_loop().time() + observed.timeout_s
-                responses = behaviour(request, context)
+                responses = behaviour(_readable(request), context)
                 if inspect.isawaitable(responses):
                     async with asyncio.timeout_at(end_s):
                         await responses
@@ -121,8 +129,9 @@ class _Call:
 class _Observed:
     """Counts one call, binds its log context and maps what it raises."""
 
-    def __init__(self, call: _Call, kind: str, context: Context) -> None:
+    def __init__(self, call: _Call, kind: str, request: Any, context: Context) -> None:
         self._call, self._context = call, context
+        self._ids = _ids(request, call._metadata)
         self._labels = (kind, call._service, call._method)
         remaining_s = context.time_remaining()
         streams = kind in ("server_stream", "bidi_stream")
@@ -132,11 +141,8 @@ class _Observed:
         self._start_s = 0.0
 
     async def __aenter__(self) -> "_Observed":
-        metadata = self._call._metadata
         structlog.contextvars.bind_contextvars(
-            method=f"{self._call._service}/{self._call._method}",
-            trajectory_id=metadata.get(TRAJECTORY_HEADER, ""),
-            trace_id=metadata.get(TRACE_HEADER, "")[3:35],
+            method=f"{self._call._service}/{self._call._method}", **self._ids
         )
         self._start_s = time.monotonic()
         metrics.STARTED.labels(*self._labels).inc()
@@ -168,5 +174,52 @@ class _Observed:
         return InfraError(f"internal error: {type(error).__name__}")
 
 
+def _ids(request: Any, metadata: dict[str, str]) -> dict[str, str]:
+    """Ids of a call for its logs; a trajectory without a trace is a trace of its own."""
+    trajectory_id = getattr(request, "trajectory_id", "") or metadata.get(TRAJECTORY_HEADER, "")
+    own_trace = trajectory_id.removeprefix("trj_")
+    trace_id = metadata.get(TRACE_HEADER, "")[3:35]
+    if not trace_id and _TRACE_ID.fullmatch(own_trace):
+        trace_id = own_trace
+    return {"trajectory_id": trajectory_id[:_MAX_ID_CHARS], "trace_id": trace_id}
+
+
+class _Unreadable:
+    """Stands for a request whose bytes could not be decoded; the call then says so."""
+
+    def __init__(self, problem: str) -> None:
+        self.problem = problem
+
+
+def _readable(request: Any) -> Any:
+    """A request that was decoded, or a stream of such.
+
+    Raises:
+        InvalidArgument: its bytes are no message of its type.
+    """
+    if hasattr(request, "__aiter__"):
+        return _each_readable(request)
+    if isinstance(request, _Unreadable):
+        raise InvalidArgument(
+            "request",
+            f"cannot be decoded: {request.problem}",
+            "send a message of this call's type, nested at most 100 deep",
+        )
+    return request
+
+
+async def _each_readable(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield _readable(request)
+
+
 def _codecs(handler: Any) -> tuple[Any, Any]:
-    return handler.request_deserializer, handler.response_serializer
+    decode = handler.request_deserializer
+
+    def decoded(content: bytes) -> Any:
+        try:
+            return decode(content)
+        except DecodeError as error:
+            return _Unreadable(str(error))
+
+    return decoded, handler.response_serializer

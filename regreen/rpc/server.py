@@ -129,6 +129,11 @@ class Server:
         settings = self._settings
         if settings.tls_cert is None or settings.tls_key is None:
             raise FailedPrecondition("tls_cert and tls_key: both are needed for TLS")
-        authority = settings.tls_ca.read_bytes() if settings.tls_ca else None
-        pair = (settings.tls_key.read_bytes(), settings.tls_cert.read_bytes())
+        try:
+            authority = settings.tls_ca.read_bytes() if settings.tls_ca else None
+            pair = (settings.tls_key.read_bytes(), settings.tls_cert.read_bytes())
+        except OSError as error:
+            raise FailedPrecondition(
+                f"tls_cert, tls_key, tls_ca: cannot be read any more ({error})"
+            ) from error
         return grpc.ssl_server_credentials([pair], authority, require_client_auth=bool(authority))

@@ -127,10 +127,8 @@ class EnvironmentSpec:
     """Further releases that a fix may install."""
     install_mode: str = "editable"
     """`editable`: in place; `path`: the repository root is on the path; `none`."""
-    build_requirements: tuple[str, ...] = ()
     build_pins: tuple[Pin, ...] = ()
     """What builds the project and source-only pins; never visible to the environment."""
-    exclude_newer: str = ""
     test: TestSpec = field(default_factory=TestSpec)
     overlay: tuple[FileChange, ...] = ()
     overlay_source: DistFile | None = None

@@ -109,7 +109,7 @@ class RolloutQueueServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Heartbeat(self, request, context):
-        """Extends leases.
+        """Extends leases. Not remembered by request_id: sent again it extends the leases anew, from then.
 
         Errors:
         - FAILED_PRECONDITION with reason LEASE_EXPIRED: some leases belong to others or ended, and the rest was extended;
@@ -121,7 +121,8 @@ class RolloutQueueServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CommitRollout(self, request, context):
-        """Stores the trajectory of a leased rollout. The same trajectory again is answered, not stored again.
+        """Stores the trajectory of a leased rollout. The same trajectory again is answered, not stored again. Idempotent by
+        request_id too.
 
         Errors:
         - FAILED_PRECONDITION with reason LEASE_EXPIRED: the rollout belongs to another lease or is committed already.
@@ -134,7 +135,7 @@ class RolloutQueueServiceServicer:
 
     def FailRollout(self, request, context):
         """Gives a rollout back after an infrastructure failure; it is tried again a bounded number of times, after a pause
-        that grows with each, and is never scored.
+        that grows with each, and is never scored. Idempotent by request_id.
 
         Errors:
         - FAILED_PRECONDITION with reason LEASE_EXPIRED: the rollout belongs to another lease.
@@ -145,8 +146,9 @@ class RolloutQueueServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def TakeGroups(self, request, context):
-        """Takes complete groups of a run for learning, oldest step first; taken groups are not given again unless the run
-        is rewound. Returns fewer groups than asked for when a response would become too large.
+        """Takes complete groups of a run for learning, oldest step first; taken groups are not given again unless the run is
+        rewound. Returns fewer groups than asked for when a response would become too large. Idempotent by request_id: the
+        same id gives the same groups, less those that were acknowledged or given back since.
 
         Errors:
         - NOT_FOUND: no such run.
@@ -158,7 +160,8 @@ class RolloutQueueServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def AcknowledgeGroups(self, request, context):
-        """Records that taken groups are contained in a checkpoint.
+        """Records that taken groups are contained in a checkpoint. Idempotent: groups that are in that checkpoint already
+        stay there.
 
         Errors:
         - NOT_FOUND: no such group or checkpoint.
@@ -173,7 +176,8 @@ class RolloutQueueServiceServicer:
         """Puts a run back to a checkpoint: groups taken or acknowledged after it become takeable again. Rollouts of groups
         that the checkpoint does not contain and that were lost to infrastructure are tried anew.
 
-        Checkpoints recorded after it are abandoned: no longer listed, and never to be rewound to.
+        Checkpoints recorded after it are abandoned: no longer listed, and never to be rewound to. Idempotent by
+        request_id; another id begins another epoch, even at the same checkpoint.
 
         Errors:
         - NOT_FOUND: no such run or checkpoint.

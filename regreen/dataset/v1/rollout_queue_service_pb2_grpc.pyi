@@ -48,7 +48,7 @@ class RolloutQueueServiceStub:
     - NOT_FOUND: no such run.
     """
     Heartbeat: _grpc.UnaryUnaryMultiCallable[_rollout_queue_service_pb2.HeartbeatRequest, _rollout_queue_service_pb2.HeartbeatResponse]
-    """Extends leases.
+    """Extends leases. Not remembered by request_id: sent again it extends the leases anew, from then.
 
     Errors:
     - FAILED_PRECONDITION with reason LEASE_EXPIRED: some leases belong to others or ended, and the rest was extended;
@@ -56,7 +56,8 @@ class RolloutQueueServiceStub:
     - NOT_FOUND: no such lease.
     """
     CommitRollout: _grpc.UnaryUnaryMultiCallable[_rollout_queue_service_pb2.CommitRolloutRequest, _rollout_queue_service_pb2.CommitRolloutResponse]
-    """Stores the trajectory of a leased rollout. The same trajectory again is answered, not stored again.
+    """Stores the trajectory of a leased rollout. The same trajectory again is answered, not stored again. Idempotent by
+    request_id too.
 
     Errors:
     - FAILED_PRECONDITION with reason LEASE_EXPIRED: the rollout belongs to another lease or is committed already.
@@ -65,15 +66,16 @@ class RolloutQueueServiceStub:
     """
     FailRollout: _grpc.UnaryUnaryMultiCallable[_rollout_queue_service_pb2.FailRolloutRequest, _rollout_queue_service_pb2.FailRolloutResponse]
     """Gives a rollout back after an infrastructure failure; it is tried again a bounded number of times, after a pause
-    that grows with each, and is never scored.
+    that grows with each, and is never scored. Idempotent by request_id.
 
     Errors:
     - FAILED_PRECONDITION with reason LEASE_EXPIRED: the rollout belongs to another lease.
     - NOT_FOUND: no such lease.
     """
     TakeGroups: _grpc.UnaryUnaryMultiCallable[_rollout_queue_service_pb2.TakeGroupsRequest, _rollout_queue_service_pb2.TakeGroupsResponse]
-    """Takes complete groups of a run for learning, oldest step first; taken groups are not given again unless the run
-    is rewound. Returns fewer groups than asked for when a response would become too large.
+    """Takes complete groups of a run for learning, oldest step first; taken groups are not given again unless the run is
+    rewound. Returns fewer groups than asked for when a response would become too large. Idempotent by request_id: the
+    same id gives the same groups, less those that were acknowledged or given back since.
 
     Errors:
     - NOT_FOUND: no such run.
@@ -81,7 +83,8 @@ class RolloutQueueServiceStub:
     - DATA_LOSS: the tokens of a trajectory do not match their digest.
     """
     AcknowledgeGroups: _grpc.UnaryUnaryMultiCallable[_rollout_queue_service_pb2.AcknowledgeGroupsRequest, _rollout_queue_service_pb2.AcknowledgeGroupsResponse]
-    """Records that taken groups are contained in a checkpoint.
+    """Records that taken groups are contained in a checkpoint. Idempotent: groups that are in that checkpoint already
+    stay there.
 
     Errors:
     - NOT_FOUND: no such group or checkpoint.
@@ -92,7 +95,8 @@ class RolloutQueueServiceStub:
     """Puts a run back to a checkpoint: groups taken or acknowledged after it become takeable again. Rollouts of groups
     that the checkpoint does not contain and that were lost to infrastructure are tried anew.
 
-    Checkpoints recorded after it are abandoned: no longer listed, and never to be rewound to.
+    Checkpoints recorded after it are abandoned: no longer listed, and never to be rewound to. Idempotent by
+    request_id; another id begins another epoch, even at the same checkpoint.
 
     Errors:
     - NOT_FOUND: no such run or checkpoint.
@@ -125,7 +129,7 @@ class RolloutQueueServiceAsyncStub(RolloutQueueServiceStub):
     - NOT_FOUND: no such run.
     """
     Heartbeat: _aio.UnaryUnaryMultiCallable[_rollout_queue_service_pb2.HeartbeatRequest, _rollout_queue_service_pb2.HeartbeatResponse]  # type: ignore[assignment]
-    """Extends leases.
+    """Extends leases. Not remembered by request_id: sent again it extends the leases anew, from then.
 
     Errors:
     - FAILED_PRECONDITION with reason LEASE_EXPIRED: some leases belong to others or ended, and the rest was extended;
@@ -133,7 +137,8 @@ class RolloutQueueServiceAsyncStub(RolloutQueueServiceStub):
     - NOT_FOUND: no such lease.
     """
     CommitRollout: _aio.UnaryUnaryMultiCallable[_rollout_queue_service_pb2.CommitRolloutRequest, _rollout_queue_service_pb2.CommitRolloutResponse]  # type: ignore[assignment]
-    """Stores the trajectory of a leased rollout. The same trajectory again is answered, not stored again.
+    """Stores the trajectory of a leased rollout. The same trajectory again is answered, not stored again. Idempotent by
+    request_id too.
 
     Errors:
     - FAILED_PRECONDITION with reason LEASE_EXPIRED: the rollout belongs to another lease or is committed already.
@@ -142,15 +147,16 @@ class RolloutQueueServiceAsyncStub(RolloutQueueServiceStub):
     """
     FailRollout: _aio.UnaryUnaryMultiCallable[_rollout_queue_service_pb2.FailRolloutRequest, _rollout_queue_service_pb2.FailRolloutResponse]  # type: ignore[assignment]
     """Gives a rollout back after an infrastructure failure; it is tried again a bounded number of times, after a pause
-    that grows with each, and is never scored.
+    that grows with each, and is never scored. Idempotent by request_id.
 
     Errors:
     - FAILED_PRECONDITION with reason LEASE_EXPIRED: the rollout belongs to another lease.
     - NOT_FOUND: no such lease.
     """
     TakeGroups: _aio.UnaryUnaryMultiCallable[_rollout_queue_service_pb2.TakeGroupsRequest, _rollout_queue_service_pb2.TakeGroupsResponse]  # type: ignore[assignment]
-    """Takes complete groups of a run for learning, oldest step first; taken groups are not given again unless the run
-    is rewound. Returns fewer groups than asked for when a response would become too large.
+    """Takes complete groups of a run for learning, oldest step first; taken groups are not given again unless the run is
+    rewound. Returns fewer groups than asked for when a response would become too large. Idempotent by request_id: the
+    same id gives the same groups, less those that were acknowledged or given back since.
 
     Errors:
     - NOT_FOUND: no such run.
@@ -158,7 +164,8 @@ class RolloutQueueServiceAsyncStub(RolloutQueueServiceStub):
     - DATA_LOSS: the tokens of a trajectory do not match their digest.
     """
     AcknowledgeGroups: _aio.UnaryUnaryMultiCallable[_rollout_queue_service_pb2.AcknowledgeGroupsRequest, _rollout_queue_service_pb2.AcknowledgeGroupsResponse]  # type: ignore[assignment]
-    """Records that taken groups are contained in a checkpoint.
+    """Records that taken groups are contained in a checkpoint. Idempotent: groups that are in that checkpoint already
+    stay there.
 
     Errors:
     - NOT_FOUND: no such group or checkpoint.
@@ -169,7 +176,8 @@ class RolloutQueueServiceAsyncStub(RolloutQueueServiceStub):
     """Puts a run back to a checkpoint: groups taken or acknowledged after it become takeable again. Rollouts of groups
     that the checkpoint does not contain and that were lost to infrastructure are tried anew.
 
-    Checkpoints recorded after it are abandoned: no longer listed, and never to be rewound to.
+    Checkpoints recorded after it are abandoned: no longer listed, and never to be rewound to. Idempotent by
+    request_id; another id begins another epoch, even at the same checkpoint.
 
     Errors:
     - NOT_FOUND: no such run or checkpoint.
@@ -217,7 +225,7 @@ class RolloutQueueServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _rollout_queue_service_pb2.HeartbeatRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_rollout_queue_service_pb2.HeartbeatResponse, _abc.Awaitable[_rollout_queue_service_pb2.HeartbeatResponse]]:
-        """Extends leases.
+        """Extends leases. Not remembered by request_id: sent again it extends the leases anew, from then.
 
         Errors:
         - FAILED_PRECONDITION with reason LEASE_EXPIRED: some leases belong to others or ended, and the rest was extended;
@@ -231,7 +239,8 @@ class RolloutQueueServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _rollout_queue_service_pb2.CommitRolloutRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_rollout_queue_service_pb2.CommitRolloutResponse, _abc.Awaitable[_rollout_queue_service_pb2.CommitRolloutResponse]]:
-        """Stores the trajectory of a leased rollout. The same trajectory again is answered, not stored again.
+        """Stores the trajectory of a leased rollout. The same trajectory again is answered, not stored again. Idempotent by
+        request_id too.
 
         Errors:
         - FAILED_PRECONDITION with reason LEASE_EXPIRED: the rollout belongs to another lease or is committed already.
@@ -246,7 +255,7 @@ class RolloutQueueServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_rollout_queue_service_pb2.FailRolloutResponse, _abc.Awaitable[_rollout_queue_service_pb2.FailRolloutResponse]]:
         """Gives a rollout back after an infrastructure failure; it is tried again a bounded number of times, after a pause
-        that grows with each, and is never scored.
+        that grows with each, and is never scored. Idempotent by request_id.
 
         Errors:
         - FAILED_PRECONDITION with reason LEASE_EXPIRED: the rollout belongs to another lease.
@@ -259,8 +268,9 @@ class RolloutQueueServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _rollout_queue_service_pb2.TakeGroupsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_rollout_queue_service_pb2.TakeGroupsResponse, _abc.Awaitable[_rollout_queue_service_pb2.TakeGroupsResponse]]:
-        """Takes complete groups of a run for learning, oldest step first; taken groups are not given again unless the run
-        is rewound. Returns fewer groups than asked for when a response would become too large.
+        """Takes complete groups of a run for learning, oldest step first; taken groups are not given again unless the run is
+        rewound. Returns fewer groups than asked for when a response would become too large. Idempotent by request_id: the
+        same id gives the same groups, less those that were acknowledged or given back since.
 
         Errors:
         - NOT_FOUND: no such run.
@@ -274,7 +284,8 @@ class RolloutQueueServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _rollout_queue_service_pb2.AcknowledgeGroupsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_rollout_queue_service_pb2.AcknowledgeGroupsResponse, _abc.Awaitable[_rollout_queue_service_pb2.AcknowledgeGroupsResponse]]:
-        """Records that taken groups are contained in a checkpoint.
+        """Records that taken groups are contained in a checkpoint. Idempotent: groups that are in that checkpoint already
+        stay there.
 
         Errors:
         - NOT_FOUND: no such group or checkpoint.
@@ -291,7 +302,8 @@ class RolloutQueueServiceServicer(metaclass=_abc_1.ABCMeta):
         """Puts a run back to a checkpoint: groups taken or acknowledged after it become takeable again. Rollouts of groups
         that the checkpoint does not contain and that were lost to infrastructure are tried anew.
 
-        Checkpoints recorded after it are abandoned: no longer listed, and never to be rewound to.
+        Checkpoints recorded after it are abandoned: no longer listed, and never to be rewound to. Idempotent by
+        request_id; another id begins another epoch, even at the same checkpoint.
 
         Errors:
         - NOT_FOUND: no such run or checkpoint.

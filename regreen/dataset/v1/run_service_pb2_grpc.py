@@ -113,7 +113,7 @@ class RunServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UpdateRun(self, request, context):
-        """Changes the state and summary of a run.
+        """Changes the state and summary of a run. Idempotent by request_id.
 
         Errors:
         - NOT_FOUND: no such run.
@@ -125,7 +125,7 @@ class RunServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RecordMetrics(self, request, context):
-        """Stores metric points; a point of the same run, step and name is replaced.
+        """Stores metric points; a point of the same run, step and name is replaced. Idempotent by request_id.
 
         Errors:
         - NOT_FOUND: no such run.
@@ -146,7 +146,8 @@ class RunServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RecordCheckpoint(self, request, context):
-        """Records a checkpoint and acknowledges its groups in one transaction.
+        """Records a checkpoint and acknowledges its groups in one transaction. Idempotent by request_id; another id records
+        another checkpoint.
 
         Errors:
         - NOT_FOUND: no such run or group.

@@ -53,7 +53,7 @@ class RunServiceStub:
     - INVALID_ARGUMENT: bad page token or size.
     """
     UpdateRun: _grpc.UnaryUnaryMultiCallable[_run_service_pb2.UpdateRunRequest, _run_service_pb2.UpdateRunResponse]
-    """Changes the state and summary of a run.
+    """Changes the state and summary of a run. Idempotent by request_id.
 
     Errors:
     - NOT_FOUND: no such run.
@@ -61,7 +61,7 @@ class RunServiceStub:
     - ABORTED: the run was rewound since `epoch`.
     """
     RecordMetrics: _grpc.UnaryUnaryMultiCallable[_run_service_pb2.RecordMetricsRequest, _run_service_pb2.RecordMetricsResponse]
-    """Stores metric points; a point of the same run, step and name is replaced.
+    """Stores metric points; a point of the same run, step and name is replaced. Idempotent by request_id.
 
     Errors:
     - NOT_FOUND: no such run.
@@ -74,7 +74,8 @@ class RunServiceStub:
     - NOT_FOUND: no such run.
     """
     RecordCheckpoint: _grpc.UnaryUnaryMultiCallable[_run_service_pb2.RecordCheckpointRequest, _run_service_pb2.RecordCheckpointResponse]
-    """Records a checkpoint and acknowledges its groups in one transaction.
+    """Records a checkpoint and acknowledges its groups in one transaction. Idempotent by request_id; another id records
+    another checkpoint.
 
     Errors:
     - NOT_FOUND: no such run or group.
@@ -113,7 +114,7 @@ class RunServiceAsyncStub(RunServiceStub):
     - INVALID_ARGUMENT: bad page token or size.
     """
     UpdateRun: _aio.UnaryUnaryMultiCallable[_run_service_pb2.UpdateRunRequest, _run_service_pb2.UpdateRunResponse]  # type: ignore[assignment]
-    """Changes the state and summary of a run.
+    """Changes the state and summary of a run. Idempotent by request_id.
 
     Errors:
     - NOT_FOUND: no such run.
@@ -121,7 +122,7 @@ class RunServiceAsyncStub(RunServiceStub):
     - ABORTED: the run was rewound since `epoch`.
     """
     RecordMetrics: _aio.UnaryUnaryMultiCallable[_run_service_pb2.RecordMetricsRequest, _run_service_pb2.RecordMetricsResponse]  # type: ignore[assignment]
-    """Stores metric points; a point of the same run, step and name is replaced.
+    """Stores metric points; a point of the same run, step and name is replaced. Idempotent by request_id.
 
     Errors:
     - NOT_FOUND: no such run.
@@ -134,7 +135,8 @@ class RunServiceAsyncStub(RunServiceStub):
     - NOT_FOUND: no such run.
     """
     RecordCheckpoint: _aio.UnaryUnaryMultiCallable[_run_service_pb2.RecordCheckpointRequest, _run_service_pb2.RecordCheckpointResponse]  # type: ignore[assignment]
-    """Records a checkpoint and acknowledges its groups in one transaction.
+    """Records a checkpoint and acknowledges its groups in one transaction. Idempotent by request_id; another id records
+    another checkpoint.
 
     Errors:
     - NOT_FOUND: no such run or group.
@@ -194,7 +196,7 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _run_service_pb2.UpdateRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_run_service_pb2.UpdateRunResponse, _abc.Awaitable[_run_service_pb2.UpdateRunResponse]]:
-        """Changes the state and summary of a run.
+        """Changes the state and summary of a run. Idempotent by request_id.
 
         Errors:
         - NOT_FOUND: no such run.
@@ -208,7 +210,7 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _run_service_pb2.RecordMetricsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_run_service_pb2.RecordMetricsResponse, _abc.Awaitable[_run_service_pb2.RecordMetricsResponse]]:
-        """Stores metric points; a point of the same run, step and name is replaced.
+        """Stores metric points; a point of the same run, step and name is replaced. Idempotent by request_id.
 
         Errors:
         - NOT_FOUND: no such run.
@@ -233,7 +235,8 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _run_service_pb2.RecordCheckpointRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_run_service_pb2.RecordCheckpointResponse, _abc.Awaitable[_run_service_pb2.RecordCheckpointResponse]]:
-        """Records a checkpoint and acknowledges its groups in one transaction.
+        """Records a checkpoint and acknowledges its groups in one transaction. Idempotent by request_id; another id records
+        another checkpoint.
 
         Errors:
         - NOT_FOUND: no such run or group.

@@ -77,7 +77,8 @@ class TaskServiceServicer:
     """
 
     def ImportTasks(self, request, context):
-        """Stores tasks. A task that is there with the same content is left as it is. All or nothing.
+        """Stores tasks. A task that is there with the same content is left as it is. All or nothing. Idempotent by request_id
+        and by content.
 
         Errors:
         - INVALID_ARGUMENT: a malformed task; names its position, field and remedy.
@@ -108,7 +109,8 @@ class TaskServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RecordGate(self, request, context):
-        """Stores the evidence of a gate and sets the task's status, state and log.
+        """Stores the evidence of a gate and sets the task's status, state and log. Idempotent by request_id; another id
+        stores another report.
 
         Errors:
         - NOT_FOUND: no such task.
@@ -129,7 +131,8 @@ class TaskServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SplitTasks(self, request, context):
-        """Assigns tasks to splits, by package; no package is in two splits.
+        """Assigns tasks to splits, by package; no package is in two splits. Idempotent: a task that is in its split already
+        stays there.
 
         Errors:
         - NOT_FOUND: an unknown task.

@@ -34,7 +34,8 @@ class TaskServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> TaskServiceAsyncStub: ...
     ImportTasks: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.ImportTasksRequest, _task_service_pb2.ImportTasksResponse]
-    """Stores tasks. A task that is there with the same content is left as it is. All or nothing.
+    """Stores tasks. A task that is there with the same content is left as it is. All or nothing. Idempotent by request_id
+    and by content.
 
     Errors:
     - INVALID_ARGUMENT: a malformed task; names its position, field and remedy.
@@ -53,7 +54,8 @@ class TaskServiceStub:
     - INVALID_ARGUMENT: bad page token, size or filter.
     """
     RecordGate: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.RecordGateRequest, _task_service_pb2.RecordGateResponse]
-    """Stores the evidence of a gate and sets the task's status, state and log.
+    """Stores the evidence of a gate and sets the task's status, state and log. Idempotent by request_id; another id
+    stores another report.
 
     Errors:
     - NOT_FOUND: no such task.
@@ -66,7 +68,8 @@ class TaskServiceStub:
     - NOT_FOUND: no such task, or it was never gated.
     """
     SplitTasks: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.SplitTasksRequest, _task_service_pb2.SplitTasksResponse]
-    """Assigns tasks to splits, by package; no package is in two splits.
+    """Assigns tasks to splits, by package; no package is in two splits. Idempotent: a task that is in its split already
+    stays there.
 
     Errors:
     - NOT_FOUND: an unknown task.
@@ -85,7 +88,8 @@ class TaskServiceAsyncStub(TaskServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ImportTasks: _aio.UnaryUnaryMultiCallable[_task_service_pb2.ImportTasksRequest, _task_service_pb2.ImportTasksResponse]  # type: ignore[assignment]
-    """Stores tasks. A task that is there with the same content is left as it is. All or nothing.
+    """Stores tasks. A task that is there with the same content is left as it is. All or nothing. Idempotent by request_id
+    and by content.
 
     Errors:
     - INVALID_ARGUMENT: a malformed task; names its position, field and remedy.
@@ -104,7 +108,8 @@ class TaskServiceAsyncStub(TaskServiceStub):
     - INVALID_ARGUMENT: bad page token, size or filter.
     """
     RecordGate: _aio.UnaryUnaryMultiCallable[_task_service_pb2.RecordGateRequest, _task_service_pb2.RecordGateResponse]  # type: ignore[assignment]
-    """Stores the evidence of a gate and sets the task's status, state and log.
+    """Stores the evidence of a gate and sets the task's status, state and log. Idempotent by request_id; another id
+    stores another report.
 
     Errors:
     - NOT_FOUND: no such task.
@@ -117,7 +122,8 @@ class TaskServiceAsyncStub(TaskServiceStub):
     - NOT_FOUND: no such task, or it was never gated.
     """
     SplitTasks: _aio.UnaryUnaryMultiCallable[_task_service_pb2.SplitTasksRequest, _task_service_pb2.SplitTasksResponse]  # type: ignore[assignment]
-    """Assigns tasks to splits, by package; no package is in two splits.
+    """Assigns tasks to splits, by package; no package is in two splits. Idempotent: a task that is in its split already
+    stays there.
 
     Errors:
     - NOT_FOUND: an unknown task.
@@ -139,7 +145,8 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _task_service_pb2.ImportTasksRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_task_service_pb2.ImportTasksResponse, _abc.Awaitable[_task_service_pb2.ImportTasksResponse]]:
-        """Stores tasks. A task that is there with the same content is left as it is. All or nothing.
+        """Stores tasks. A task that is there with the same content is left as it is. All or nothing. Idempotent by request_id
+        and by content.
 
         Errors:
         - INVALID_ARGUMENT: a malformed task; names its position, field and remedy.
@@ -176,7 +183,8 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _task_service_pb2.RecordGateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_task_service_pb2.RecordGateResponse, _abc.Awaitable[_task_service_pb2.RecordGateResponse]]:
-        """Stores the evidence of a gate and sets the task's status, state and log.
+        """Stores the evidence of a gate and sets the task's status, state and log. Idempotent by request_id; another id
+        stores another report.
 
         Errors:
         - NOT_FOUND: no such task.
@@ -201,7 +209,8 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _task_service_pb2.SplitTasksRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_task_service_pb2.SplitTasksResponse, _abc.Awaitable[_task_service_pb2.SplitTasksResponse]]:
-        """Assigns tasks to splits, by package; no package is in two splits.
+        """Assigns tasks to splits, by package; no package is in two splits. Idempotent: a task that is in its split already
+        stays there.
 
         Errors:
         - NOT_FOUND: an unknown task.

@@ -57,8 +57,8 @@ class JudgeServiceServicer:
     """
 
     def Judge(self, request, context):
-        """Judges one trajectory: rules first, then coverage, then the language model if one is set.
-        Same evidence, same model and prompt version: same stored verdict.
+        """Judges one trajectory: rules first, then coverage, then the language model if one is set. Same evidence, same model
+        and prompt version: same stored verdict. Idempotent.
 
         Errors:
         - INVALID_ARGUMENT: no evidence, or a change that is too large.
@@ -69,7 +69,8 @@ class JudgeServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def JudgeGroup(self, request, context):
-        """Judges the members of one group against each other.
+        """Judges the members of one group against each other. Idempotent, as Judge is: no member is judged twice on the same
+        evidence.
 
         Errors:
         - INVALID_ARGUMENT: fewer than two members.
@@ -80,7 +81,8 @@ class JudgeServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Calibrate(self, request, context):
-        """Measures precision and recall on labelled evidence, per hack class.
+        """Measures precision and recall on labelled evidence, per hack class. Idempotent: it changes nothing but the stored
+        verdicts.
 
         Errors:
         - INVALID_ARGUMENT: no labelled example.

@@ -34,22 +34,24 @@ class JudgeServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> JudgeServiceAsyncStub: ...
     Judge: _grpc.UnaryUnaryMultiCallable[_judge_service_pb2.JudgeRequest, _judge_service_pb2.JudgeResponse]
-    """Judges one trajectory: rules first, then coverage, then the language model if one is set.
-    Same evidence, same model and prompt version: same stored verdict.
+    """Judges one trajectory: rules first, then coverage, then the language model if one is set. Same evidence, same model
+    and prompt version: same stored verdict. Idempotent.
 
     Errors:
     - INVALID_ARGUMENT: no evidence, or a change that is too large.
     - UNAVAILABLE: the language model does not answer and the request demands it.
     """
     JudgeGroup: _grpc.UnaryUnaryMultiCallable[_judge_service_pb2.JudgeGroupRequest, _judge_service_pb2.JudgeGroupResponse]
-    """Judges the members of one group against each other.
+    """Judges the members of one group against each other. Idempotent, as Judge is: no member is judged twice on the same
+    evidence.
 
     Errors:
     - INVALID_ARGUMENT: fewer than two members.
     - UNAVAILABLE: the language model does not answer and the request demands it.
     """
     Calibrate: _grpc.UnaryUnaryMultiCallable[_judge_service_pb2.CalibrateRequest, _judge_service_pb2.CalibrateResponse]
-    """Measures precision and recall on labelled evidence, per hack class.
+    """Measures precision and recall on labelled evidence, per hack class. Idempotent: it changes nothing but the stored
+    verdicts.
 
     Errors:
     - INVALID_ARGUMENT: no labelled example.
@@ -61,22 +63,24 @@ class JudgeServiceAsyncStub(JudgeServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Judge: _aio.UnaryUnaryMultiCallable[_judge_service_pb2.JudgeRequest, _judge_service_pb2.JudgeResponse]  # type: ignore[assignment]
-    """Judges one trajectory: rules first, then coverage, then the language model if one is set.
-    Same evidence, same model and prompt version: same stored verdict.
+    """Judges one trajectory: rules first, then coverage, then the language model if one is set. Same evidence, same model
+    and prompt version: same stored verdict. Idempotent.
 
     Errors:
     - INVALID_ARGUMENT: no evidence, or a change that is too large.
     - UNAVAILABLE: the language model does not answer and the request demands it.
     """
     JudgeGroup: _aio.UnaryUnaryMultiCallable[_judge_service_pb2.JudgeGroupRequest, _judge_service_pb2.JudgeGroupResponse]  # type: ignore[assignment]
-    """Judges the members of one group against each other.
+    """Judges the members of one group against each other. Idempotent, as Judge is: no member is judged twice on the same
+    evidence.
 
     Errors:
     - INVALID_ARGUMENT: fewer than two members.
     - UNAVAILABLE: the language model does not answer and the request demands it.
     """
     Calibrate: _aio.UnaryUnaryMultiCallable[_judge_service_pb2.CalibrateRequest, _judge_service_pb2.CalibrateResponse]  # type: ignore[assignment]
-    """Measures precision and recall on labelled evidence, per hack class.
+    """Measures precision and recall on labelled evidence, per hack class. Idempotent: it changes nothing but the stored
+    verdicts.
 
     Errors:
     - INVALID_ARGUMENT: no labelled example.
@@ -91,8 +95,8 @@ class JudgeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _judge_service_pb2.JudgeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_judge_service_pb2.JudgeResponse, _abc.Awaitable[_judge_service_pb2.JudgeResponse]]:
-        """Judges one trajectory: rules first, then coverage, then the language model if one is set.
-        Same evidence, same model and prompt version: same stored verdict.
+        """Judges one trajectory: rules first, then coverage, then the language model if one is set. Same evidence, same model
+        and prompt version: same stored verdict. Idempotent.
 
         Errors:
         - INVALID_ARGUMENT: no evidence, or a change that is too large.
@@ -105,7 +109,8 @@ class JudgeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _judge_service_pb2.JudgeGroupRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_judge_service_pb2.JudgeGroupResponse, _abc.Awaitable[_judge_service_pb2.JudgeGroupResponse]]:
-        """Judges the members of one group against each other.
+        """Judges the members of one group against each other. Idempotent, as Judge is: no member is judged twice on the same
+        evidence.
 
         Errors:
         - INVALID_ARGUMENT: fewer than two members.
@@ -118,7 +123,8 @@ class JudgeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _judge_service_pb2.CalibrateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_judge_service_pb2.CalibrateResponse, _abc.Awaitable[_judge_service_pb2.CalibrateResponse]]:
-        """Measures precision and recall on labelled evidence, per hack class.
+        """Measures precision and recall on labelled evidence, per hack class. Idempotent: it changes nothing but the stored
+        verdicts.
 
         Errors:
         - INVALID_ARGUMENT: no labelled example.

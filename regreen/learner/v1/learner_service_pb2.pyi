@@ -212,7 +212,7 @@ class StartRunRequest(_message.Message):
     request_id: _builtins.str
     """Client-chosen id of this request."""
     run_id: _builtins.str
-    """Run id given by the dataset service; must be stable over restarts."""
+    """Run id given by the dataset service; must be stable over restarts. 1 to 128 letters, digits, "_" and "-"."""
     kind: Global___RunKind.ValueType
     """Kind."""
     base_uri: _builtins.str

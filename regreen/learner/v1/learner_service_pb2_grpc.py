@@ -77,7 +77,8 @@ class LearnerServiceServicer:
     """
 
     def StartRun(self, request, context):
-        """Starts a run, or takes one up again from its last checkpoint. One run trains at a time.
+        """Starts a run, or takes one up again from its last checkpoint. One run trains at a time. Idempotent by run_id: a run
+        that is active with the same spec is answered as it is.
 
         Errors:
         - INVALID_ARGUMENT: a hyperparameter is out of range; names it.
@@ -126,7 +127,7 @@ class LearnerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def StopRun(self, request, context):
-        """Ends a run and frees its memory.
+        """Ends a run and frees its memory. Idempotent: a run that has ended stays as it is.
 
         Errors:
         - NOT_FOUND: no such run.

@@ -34,7 +34,8 @@ class LearnerServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> LearnerServiceAsyncStub: ...
     StartRun: _grpc.UnaryUnaryMultiCallable[_learner_service_pb2.StartRunRequest, _learner_service_pb2.StartRunResponse]
-    """Starts a run, or takes one up again from its last checkpoint. One run trains at a time.
+    """Starts a run, or takes one up again from its last checkpoint. One run trains at a time. Idempotent by run_id: a run
+    that is active with the same spec is answered as it is.
 
     Errors:
     - INVALID_ARGUMENT: a hyperparameter is out of range; names it.
@@ -67,7 +68,7 @@ class LearnerServiceStub:
     - RESOURCE_EXHAUSTED with reason DISK_FULL: no space; the previous checkpoint is intact.
     """
     StopRun: _grpc.UnaryUnaryMultiCallable[_learner_service_pb2.StopRunRequest, _learner_service_pb2.StopRunResponse]
-    """Ends a run and frees its memory.
+    """Ends a run and frees its memory. Idempotent: a run that has ended stays as it is.
 
     Errors:
     - NOT_FOUND: no such run.
@@ -91,7 +92,8 @@ class LearnerServiceAsyncStub(LearnerServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     StartRun: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.StartRunRequest, _learner_service_pb2.StartRunResponse]  # type: ignore[assignment]
-    """Starts a run, or takes one up again from its last checkpoint. One run trains at a time.
+    """Starts a run, or takes one up again from its last checkpoint. One run trains at a time. Idempotent by run_id: a run
+    that is active with the same spec is answered as it is.
 
     Errors:
     - INVALID_ARGUMENT: a hyperparameter is out of range; names it.
@@ -124,7 +126,7 @@ class LearnerServiceAsyncStub(LearnerServiceStub):
     - RESOURCE_EXHAUSTED with reason DISK_FULL: no space; the previous checkpoint is intact.
     """
     StopRun: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.StopRunRequest, _learner_service_pb2.StopRunResponse]  # type: ignore[assignment]
-    """Ends a run and frees its memory.
+    """Ends a run and frees its memory. Idempotent: a run that has ended stays as it is.
 
     Errors:
     - NOT_FOUND: no such run.
@@ -151,7 +153,8 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _learner_service_pb2.StartRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_learner_service_pb2.StartRunResponse, _abc.Awaitable[_learner_service_pb2.StartRunResponse]]:
-        """Starts a run, or takes one up again from its last checkpoint. One run trains at a time.
+        """Starts a run, or takes one up again from its last checkpoint. One run trains at a time. Idempotent by run_id: a run
+        that is active with the same spec is answered as it is.
 
         Errors:
         - INVALID_ARGUMENT: a hyperparameter is out of range; names it.
@@ -208,7 +211,7 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _learner_service_pb2.StopRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_learner_service_pb2.StopRunResponse, _abc.Awaitable[_learner_service_pb2.StopRunResponse]]:
-        """Ends a run and frees its memory.
+        """Ends a run and frees its memory. Idempotent: a run that has ended stays as it is.
 
         Errors:
         - NOT_FOUND: no such run.

@@ -149,7 +149,7 @@ class GenerateRequest(_message.Message):
     n: _builtins.int
     """Number of samples; 0 means 1. They share the prompt's computation."""
     trajectory_id: _builtins.str
-    """Trajectory it belongs to, for logs and traces."""
+    """Trajectory it belongs to, for logs and traces; empty takes that of the header `x-regreen-trajectory-id`."""
     min_version: _builtins.int
     """Lowest acceptable policy version."""
     @_builtins.property

@@ -82,7 +82,8 @@ class PolicyServiceServicer:
     """
 
     def Generate(self, request, context):
-        """Samples n continuations of a token sequence, with a logprob and a policy version for every token.
+        """Samples n continuations of a token sequence, with a logprob and a policy version for every token. Idempotent by
+        request_id; without one it samples anew.
 
         Errors:
         - INVALID_ARGUMENT: no prompt, an id outside the vocabulary, or prompt and budget over the context length.
@@ -128,7 +129,7 @@ class PolicyServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Pause(self, request, context):
-        """Stops taking new work.
+        """Stops taking new work. Idempotent: pausing again in the same mode changes nothing.
 
         Errors:
         - FAILED_PRECONDITION: already paused in another mode.
@@ -138,7 +139,7 @@ class PolicyServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Resume(self, request, context):
-        """Takes work again.
+        """Takes work again. Idempotent: it does nothing when not paused.
 
         Errors:
         - none.
@@ -158,7 +159,8 @@ class PolicyServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def AbortGeneration(self, request, context):
-        """Ends a request early; what it has sampled so far is its answer.
+        """Ends a request early; what it has sampled so far is its answer. Idempotent by request_id; under another id a
+        request that has ended is not found.
 
         Errors:
         - NOT_FOUND: no such request is running.

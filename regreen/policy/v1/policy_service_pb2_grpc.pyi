@@ -34,7 +34,8 @@ class PolicyServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> PolicyServiceAsyncStub: ...
     Generate: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.GenerateRequest, _policy_service_pb2.GenerateResponse]
-    """Samples n continuations of a token sequence, with a logprob and a policy version for every token.
+    """Samples n continuations of a token sequence, with a logprob and a policy version for every token. Idempotent by
+    request_id; without one it samples anew.
 
     Errors:
     - INVALID_ARGUMENT: no prompt, an id outside the vocabulary, or prompt and budget over the context length.
@@ -64,13 +65,13 @@ class PolicyServiceStub:
     - FAILED_PRECONDITION: the version is older than the current one.
     """
     Pause: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.PauseRequest, _policy_service_pb2.PauseResponse]
-    """Stops taking new work.
+    """Stops taking new work. Idempotent: pausing again in the same mode changes nothing.
 
     Errors:
     - FAILED_PRECONDITION: already paused in another mode.
     """
     Resume: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.ResumeRequest, _policy_service_pb2.ResumeResponse]
-    """Takes work again.
+    """Takes work again. Idempotent: it does nothing when not paused.
 
     Errors:
     - none.
@@ -82,7 +83,8 @@ class PolicyServiceStub:
     - none.
     """
     AbortGeneration: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.AbortGenerationRequest, _policy_service_pb2.AbortGenerationResponse]
-    """Ends a request early; what it has sampled so far is its answer.
+    """Ends a request early; what it has sampled so far is its answer. Idempotent by request_id; under another id a
+    request that has ended is not found.
 
     Errors:
     - NOT_FOUND: no such request is running.
@@ -94,7 +96,8 @@ class PolicyServiceAsyncStub(PolicyServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.GenerateRequest, _policy_service_pb2.GenerateResponse]  # type: ignore[assignment]
-    """Samples n continuations of a token sequence, with a logprob and a policy version for every token.
+    """Samples n continuations of a token sequence, with a logprob and a policy version for every token. Idempotent by
+    request_id; without one it samples anew.
 
     Errors:
     - INVALID_ARGUMENT: no prompt, an id outside the vocabulary, or prompt and budget over the context length.
@@ -124,13 +127,13 @@ class PolicyServiceAsyncStub(PolicyServiceStub):
     - FAILED_PRECONDITION: the version is older than the current one.
     """
     Pause: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.PauseRequest, _policy_service_pb2.PauseResponse]  # type: ignore[assignment]
-    """Stops taking new work.
+    """Stops taking new work. Idempotent: pausing again in the same mode changes nothing.
 
     Errors:
     - FAILED_PRECONDITION: already paused in another mode.
     """
     Resume: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.ResumeRequest, _policy_service_pb2.ResumeResponse]  # type: ignore[assignment]
-    """Takes work again.
+    """Takes work again. Idempotent: it does nothing when not paused.
 
     Errors:
     - none.
@@ -142,7 +145,8 @@ class PolicyServiceAsyncStub(PolicyServiceStub):
     - none.
     """
     AbortGeneration: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.AbortGenerationRequest, _policy_service_pb2.AbortGenerationResponse]  # type: ignore[assignment]
-    """Ends a request early; what it has sampled so far is its answer.
+    """Ends a request early; what it has sampled so far is its answer. Idempotent by request_id; under another id a
+    request that has ended is not found.
 
     Errors:
     - NOT_FOUND: no such request is running.
@@ -157,7 +161,8 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _policy_service_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_policy_service_pb2.GenerateResponse, _abc.Awaitable[_policy_service_pb2.GenerateResponse]]:
-        """Samples n continuations of a token sequence, with a logprob and a policy version for every token.
+        """Samples n continuations of a token sequence, with a logprob and a policy version for every token. Idempotent by
+        request_id; without one it samples anew.
 
         Errors:
         - INVALID_ARGUMENT: no prompt, an id outside the vocabulary, or prompt and budget over the context length.
@@ -211,7 +216,7 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _policy_service_pb2.PauseRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_policy_service_pb2.PauseResponse, _abc.Awaitable[_policy_service_pb2.PauseResponse]]:
-        """Stops taking new work.
+        """Stops taking new work. Idempotent: pausing again in the same mode changes nothing.
 
         Errors:
         - FAILED_PRECONDITION: already paused in another mode.
@@ -223,7 +228,7 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _policy_service_pb2.ResumeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_policy_service_pb2.ResumeResponse, _abc.Awaitable[_policy_service_pb2.ResumeResponse]]:
-        """Takes work again.
+        """Takes work again. Idempotent: it does nothing when not paused.
 
         Errors:
         - none.
@@ -247,7 +252,8 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _policy_service_pb2.AbortGenerationRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_policy_service_pb2.AbortGenerationResponse, _abc.Awaitable[_policy_service_pb2.AbortGenerationResponse]]:
-        """Ends a request early; what it has sampled so far is its answer.
+        """Ends a request early; what it has sampled so far is its answer. Idempotent by request_id; under another id a
+        request that has ended is not found.
 
         Errors:
         - NOT_FOUND: no such request is running.

@@ -20,6 +20,11 @@ if sys.version_info >= (3, 11):
 else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
+if sys.version_info >= (3, 13):
+    from warnings import deprecated as _deprecated
+else:
+    from typing_extensions import deprecated as _deprecated
+
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class _EndReason:
@@ -271,8 +276,16 @@ class EnvironmentSpec(_message.Message):
     """Interpreter, for example "3.10"."""
     install_mode: _builtins.str
     """How the project itself is installed: "editable", "path" or "none"."""
-    exclude_newer: _builtins.str
-    """Date (YYYY-MM-DD) after which uploads are ignored while build requirements are resolved."""
+    @_builtins.property
+    @_deprecated("""This field has been marked as deprecated using proto field options.""")
+    def exclude_newer(self) -> _builtins.str:
+        """Refused when set, as `build_requirements` is."""
+
+    @exclude_newer.setter
+    @_deprecated("""This field has been marked as deprecated using proto field options.""")
+    def exclude_newer(self, value: _builtins.str) -> None:
+        """Refused when set, as `build_requirements` is."""
+
     @_builtins.property
     def source(self) -> Global___DistFile:
         """Source archive of the repository, fetched by hash."""
@@ -286,8 +299,9 @@ class EnvironmentSpec(_message.Message):
         """Further versions that the offline wheelhouse offers to dependency actions."""
 
     @_builtins.property
+    @_deprecated("""This field has been marked as deprecated using proto field options.""")
     def build_requirements(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Packages that build the project, resolved before `exclude_newer`."""
+        """Refused when set: nothing is resolved while a state is prepared. What builds the project is in `build_pins`, by hash."""
 
     @_builtins.property
     def test(self) -> Global___TestSpec:

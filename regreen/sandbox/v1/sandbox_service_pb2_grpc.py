@@ -159,7 +159,7 @@ class SandboxServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteSandbox(self, request, context):
-        """Kills everything in a sandbox and removes it. Deleting an absent one succeeds.
+        """Kills everything in a sandbox and removes it. Deleting an absent one succeeds. Idempotent.
 
         Errors:
         - INVALID_ARGUMENT: malformed id.
@@ -169,7 +169,8 @@ class SandboxServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ForkSandbox(self, request, context):
-        """Freezes a sandbox and forks it n times; the original goes on. Processes are not carried over.
+        """Freezes a sandbox and forks it n times; the original goes on. Processes are not carried over. Idempotent by
+        request_id.
 
         Errors:
         - NOT_FOUND: no such sandbox.
@@ -180,7 +181,7 @@ class SandboxServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SnapshotSandbox(self, request, context):
-        """Freezes the file system of a sandbox into a new state. Processes of the sandbox end.
+        """Freezes the file system of a sandbox into a new state. Processes of the sandbox end. Idempotent by request_id.
 
         Errors:
         - NOT_FOUND: no such sandbox.
@@ -190,7 +191,8 @@ class SandboxServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RestoreSandbox(self, request, context):
-        """Puts a sandbox back, in place, to a state of its lineage or any other state. Processes end.
+        """Puts a sandbox back, in place, to a state of its lineage or any other state. Processes end. Idempotent by
+        request_id; under another id it discards again what changed since.
 
         Errors:
         - NOT_FOUND: no such sandbox or state.
@@ -200,7 +202,7 @@ class SandboxServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def KeepAlive(self, request, context):
-        """Moves the expiry of a sandbox.
+        """Moves the expiry of a sandbox. Idempotent by request_id; under another id the time runs from then.
 
         Errors:
         - NOT_FOUND: no such sandbox, or it has expired.
@@ -210,7 +212,8 @@ class SandboxServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Exec(self, request, context):
-        """Runs a command and streams its output; the last event says how it ended. Cancelling kills the command.
+        """Runs a command and streams its output; the last event says how it ended. Cancelling kills the command. Not
+        idempotent: sent again, whatever its request_id, the command runs again; `Run` is the call to repeat.
 
         Errors:
         - NOT_FOUND: no such sandbox.
@@ -286,8 +289,9 @@ class SandboxServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Validate(self, request, context):
-        """Applies a diff to a fresh fork of a state, with tests restored, and runs the pinned build and tests there.
-        A failing build is a result. Results are cached by (state, diff, options); in-flight requests merge.
+        """Applies a diff to a fresh fork of a state, with tests restored, and runs the pinned build and tests there. A
+        failing build is a result. Results are cached by (state, diff, options); in-flight requests merge. Idempotent by
+        request_id too.
 
         Errors:
         - NOT_FOUND: no such state.

@@ -54,38 +54,41 @@ class SandboxServiceStub:
     - INVALID_ARGUMENT: bad page token or size.
     """
     DeleteSandbox: _grpc.UnaryUnaryMultiCallable[_sandbox_service_pb2.DeleteSandboxRequest, _sandbox_service_pb2.DeleteSandboxResponse]
-    """Kills everything in a sandbox and removes it. Deleting an absent one succeeds.
+    """Kills everything in a sandbox and removes it. Deleting an absent one succeeds. Idempotent.
 
     Errors:
     - INVALID_ARGUMENT: malformed id.
     """
     ForkSandbox: _grpc.UnaryUnaryMultiCallable[_sandbox_service_pb2.ForkSandboxRequest, _sandbox_service_pb2.ForkSandboxResponse]
-    """Freezes a sandbox and forks it n times; the original goes on. Processes are not carried over.
+    """Freezes a sandbox and forks it n times; the original goes on. Processes are not carried over. Idempotent by
+    request_id.
 
     Errors:
     - NOT_FOUND: no such sandbox.
     - RESOURCE_EXHAUSTED: too many sandboxes.
     """
     SnapshotSandbox: _grpc.UnaryUnaryMultiCallable[_sandbox_service_pb2.SnapshotSandboxRequest, _sandbox_service_pb2.SnapshotSandboxResponse]
-    """Freezes the file system of a sandbox into a new state. Processes of the sandbox end.
+    """Freezes the file system of a sandbox into a new state. Processes of the sandbox end. Idempotent by request_id.
 
     Errors:
     - NOT_FOUND: no such sandbox.
     """
     RestoreSandbox: _grpc.UnaryUnaryMultiCallable[_sandbox_service_pb2.RestoreSandboxRequest, _sandbox_service_pb2.RestoreSandboxResponse]
-    """Puts a sandbox back, in place, to a state of its lineage or any other state. Processes end.
+    """Puts a sandbox back, in place, to a state of its lineage or any other state. Processes end. Idempotent by
+    request_id; under another id it discards again what changed since.
 
     Errors:
     - NOT_FOUND: no such sandbox or state.
     """
     KeepAlive: _grpc.UnaryUnaryMultiCallable[_sandbox_service_pb2.KeepAliveRequest, _sandbox_service_pb2.KeepAliveResponse]
-    """Moves the expiry of a sandbox.
+    """Moves the expiry of a sandbox. Idempotent by request_id; under another id the time runs from then.
 
     Errors:
     - NOT_FOUND: no such sandbox, or it has expired.
     """
     Exec: _grpc.UnaryStreamMultiCallable[_sandbox_service_pb2.ExecRequest, _sandbox_service_pb2.ExecResponse]
-    """Runs a command and streams its output; the last event says how it ended. Cancelling kills the command.
+    """Runs a command and streams its output; the last event says how it ended. Cancelling kills the command. Not
+    idempotent: sent again, whatever its request_id, the command runs again; `Run` is the call to repeat.
 
     Errors:
     - NOT_FOUND: no such sandbox.
@@ -133,8 +136,9 @@ class SandboxServiceStub:
     - RESOURCE_EXHAUSTED: the diff is over the size bound.
     """
     Validate: _grpc.UnaryUnaryMultiCallable[_sandbox_service_pb2.ValidateRequest, _sandbox_service_pb2.ValidateResponse]
-    """Applies a diff to a fresh fork of a state, with tests restored, and runs the pinned build and tests there.
-    A failing build is a result. Results are cached by (state, diff, options); in-flight requests merge.
+    """Applies a diff to a fresh fork of a state, with tests restored, and runs the pinned build and tests there. A
+    failing build is a result. Results are cached by (state, diff, options); in-flight requests merge. Idempotent by
+    request_id too.
 
     Errors:
     - NOT_FOUND: no such state.
@@ -174,38 +178,41 @@ class SandboxServiceAsyncStub(SandboxServiceStub):
     - INVALID_ARGUMENT: bad page token or size.
     """
     DeleteSandbox: _aio.UnaryUnaryMultiCallable[_sandbox_service_pb2.DeleteSandboxRequest, _sandbox_service_pb2.DeleteSandboxResponse]  # type: ignore[assignment]
-    """Kills everything in a sandbox and removes it. Deleting an absent one succeeds.
+    """Kills everything in a sandbox and removes it. Deleting an absent one succeeds. Idempotent.
 
     Errors:
     - INVALID_ARGUMENT: malformed id.
     """
     ForkSandbox: _aio.UnaryUnaryMultiCallable[_sandbox_service_pb2.ForkSandboxRequest, _sandbox_service_pb2.ForkSandboxResponse]  # type: ignore[assignment]
-    """Freezes a sandbox and forks it n times; the original goes on. Processes are not carried over.
+    """Freezes a sandbox and forks it n times; the original goes on. Processes are not carried over. Idempotent by
+    request_id.
 
     Errors:
     - NOT_FOUND: no such sandbox.
     - RESOURCE_EXHAUSTED: too many sandboxes.
     """
     SnapshotSandbox: _aio.UnaryUnaryMultiCallable[_sandbox_service_pb2.SnapshotSandboxRequest, _sandbox_service_pb2.SnapshotSandboxResponse]  # type: ignore[assignment]
-    """Freezes the file system of a sandbox into a new state. Processes of the sandbox end.
+    """Freezes the file system of a sandbox into a new state. Processes of the sandbox end. Idempotent by request_id.
 
     Errors:
     - NOT_FOUND: no such sandbox.
     """
     RestoreSandbox: _aio.UnaryUnaryMultiCallable[_sandbox_service_pb2.RestoreSandboxRequest, _sandbox_service_pb2.RestoreSandboxResponse]  # type: ignore[assignment]
-    """Puts a sandbox back, in place, to a state of its lineage or any other state. Processes end.
+    """Puts a sandbox back, in place, to a state of its lineage or any other state. Processes end. Idempotent by
+    request_id; under another id it discards again what changed since.
 
     Errors:
     - NOT_FOUND: no such sandbox or state.
     """
     KeepAlive: _aio.UnaryUnaryMultiCallable[_sandbox_service_pb2.KeepAliveRequest, _sandbox_service_pb2.KeepAliveResponse]  # type: ignore[assignment]
-    """Moves the expiry of a sandbox.
+    """Moves the expiry of a sandbox. Idempotent by request_id; under another id the time runs from then.
 
     Errors:
     - NOT_FOUND: no such sandbox, or it has expired.
     """
     Exec: _aio.UnaryStreamMultiCallable[_sandbox_service_pb2.ExecRequest, _sandbox_service_pb2.ExecResponse]  # type: ignore[assignment]
-    """Runs a command and streams its output; the last event says how it ended. Cancelling kills the command.
+    """Runs a command and streams its output; the last event says how it ended. Cancelling kills the command. Not
+    idempotent: sent again, whatever its request_id, the command runs again; `Run` is the call to repeat.
 
     Errors:
     - NOT_FOUND: no such sandbox.
@@ -253,8 +260,9 @@ class SandboxServiceAsyncStub(SandboxServiceStub):
     - RESOURCE_EXHAUSTED: the diff is over the size bound.
     """
     Validate: _aio.UnaryUnaryMultiCallable[_sandbox_service_pb2.ValidateRequest, _sandbox_service_pb2.ValidateResponse]  # type: ignore[assignment]
-    """Applies a diff to a fresh fork of a state, with tests restored, and runs the pinned build and tests there.
-    A failing build is a result. Results are cached by (state, diff, options); in-flight requests merge.
+    """Applies a diff to a fresh fork of a state, with tests restored, and runs the pinned build and tests there. A
+    failing build is a result. Results are cached by (state, diff, options); in-flight requests merge. Idempotent by
+    request_id too.
 
     Errors:
     - NOT_FOUND: no such state.
@@ -315,7 +323,7 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sandbox_service_pb2.DeleteSandboxRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sandbox_service_pb2.DeleteSandboxResponse, _abc.Awaitable[_sandbox_service_pb2.DeleteSandboxResponse]]:
-        """Kills everything in a sandbox and removes it. Deleting an absent one succeeds.
+        """Kills everything in a sandbox and removes it. Deleting an absent one succeeds. Idempotent.
 
         Errors:
         - INVALID_ARGUMENT: malformed id.
@@ -327,7 +335,8 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sandbox_service_pb2.ForkSandboxRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sandbox_service_pb2.ForkSandboxResponse, _abc.Awaitable[_sandbox_service_pb2.ForkSandboxResponse]]:
-        """Freezes a sandbox and forks it n times; the original goes on. Processes are not carried over.
+        """Freezes a sandbox and forks it n times; the original goes on. Processes are not carried over. Idempotent by
+        request_id.
 
         Errors:
         - NOT_FOUND: no such sandbox.
@@ -340,7 +349,7 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sandbox_service_pb2.SnapshotSandboxRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sandbox_service_pb2.SnapshotSandboxResponse, _abc.Awaitable[_sandbox_service_pb2.SnapshotSandboxResponse]]:
-        """Freezes the file system of a sandbox into a new state. Processes of the sandbox end.
+        """Freezes the file system of a sandbox into a new state. Processes of the sandbox end. Idempotent by request_id.
 
         Errors:
         - NOT_FOUND: no such sandbox.
@@ -352,7 +361,8 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sandbox_service_pb2.RestoreSandboxRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sandbox_service_pb2.RestoreSandboxResponse, _abc.Awaitable[_sandbox_service_pb2.RestoreSandboxResponse]]:
-        """Puts a sandbox back, in place, to a state of its lineage or any other state. Processes end.
+        """Puts a sandbox back, in place, to a state of its lineage or any other state. Processes end. Idempotent by
+        request_id; under another id it discards again what changed since.
 
         Errors:
         - NOT_FOUND: no such sandbox or state.
@@ -364,7 +374,7 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sandbox_service_pb2.KeepAliveRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sandbox_service_pb2.KeepAliveResponse, _abc.Awaitable[_sandbox_service_pb2.KeepAliveResponse]]:
-        """Moves the expiry of a sandbox.
+        """Moves the expiry of a sandbox. Idempotent by request_id; under another id the time runs from then.
 
         Errors:
         - NOT_FOUND: no such sandbox, or it has expired.
@@ -376,7 +386,8 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sandbox_service_pb2.ExecRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_sandbox_service_pb2.ExecResponse], _abc.AsyncIterator[_sandbox_service_pb2.ExecResponse]]:
-        """Runs a command and streams its output; the last event says how it ended. Cancelling kills the command.
+        """Runs a command and streams its output; the last event says how it ended. Cancelling kills the command. Not
+        idempotent: sent again, whatever its request_id, the command runs again; `Run` is the call to repeat.
 
         Errors:
         - NOT_FOUND: no such sandbox.
@@ -466,8 +477,9 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sandbox_service_pb2.ValidateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sandbox_service_pb2.ValidateResponse, _abc.Awaitable[_sandbox_service_pb2.ValidateResponse]]:
-        """Applies a diff to a fresh fork of a state, with tests restored, and runs the pinned build and tests there.
-        A failing build is a result. Results are cached by (state, diff, options); in-flight requests merge.
+        """Applies a diff to a fresh fork of a state, with tests restored, and runs the pinned build and tests there. A
+        failing build is a result. Results are cached by (state, diff, options); in-flight requests merge. Idempotent by
+        request_id too.
 
         Errors:
         - NOT_FOUND: no such state.

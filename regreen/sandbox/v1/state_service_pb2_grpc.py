@@ -73,6 +73,7 @@ class StateServiceServicer:
 
     def PrepareState(self, request, context):
         """Makes the state of an environment, or finds it. Single-flight per spec digest; the last event carries the state.
+        Idempotent by the spec, unless `rebuild` is set.
 
         Errors:
         - INVALID_ARGUMENT: a malformed spec.
@@ -104,7 +105,7 @@ class StateServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteState(self, request, context):
-        """Removes a state; layers that no other state uses go with it. Deleting an absent one succeeds.
+        """Removes a state; layers that no other state uses go with it. Deleting an absent one succeeds. Idempotent.
 
         Errors:
         - FAILED_PRECONDITION: sandboxes still run on it.
@@ -124,7 +125,8 @@ class StateServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ImportState(self, request_iterator, context):
-        """Takes an archive made by ExportState. Hostile archives are refused and leave nothing behind.
+        """Takes an archive made by ExportState. Hostile archives are refused and leave nothing behind. Idempotent by content:
+        a state that is there already is answered.
 
         Errors:
         - INVALID_ARGUMENT: a malformed archive.

@@ -35,6 +35,7 @@ class StateServiceStub:
     def __new__(cls, channel: _aio.Channel) -> StateServiceAsyncStub: ...
     PrepareState: _grpc.UnaryStreamMultiCallable[_state_service_pb2.PrepareStateRequest, _state_service_pb2.PrepareStateResponse]
     """Makes the state of an environment, or finds it. Single-flight per spec digest; the last event carries the state.
+    Idempotent by the spec, unless `rebuild` is set.
 
     Errors:
     - INVALID_ARGUMENT: a malformed spec.
@@ -54,7 +55,7 @@ class StateServiceStub:
     - INVALID_ARGUMENT: bad page token or size.
     """
     DeleteState: _grpc.UnaryUnaryMultiCallable[_state_service_pb2.DeleteStateRequest, _state_service_pb2.DeleteStateResponse]
-    """Removes a state; layers that no other state uses go with it. Deleting an absent one succeeds.
+    """Removes a state; layers that no other state uses go with it. Deleting an absent one succeeds. Idempotent.
 
     Errors:
     - FAILED_PRECONDITION: sandboxes still run on it.
@@ -66,7 +67,8 @@ class StateServiceStub:
     - NOT_FOUND: no such state.
     """
     ImportState: _grpc.StreamUnaryMultiCallable[_state_service_pb2.ImportStateRequest, _state_service_pb2.ImportStateResponse]
-    """Takes an archive made by ExportState. Hostile archives are refused and leave nothing behind.
+    """Takes an archive made by ExportState. Hostile archives are refused and leave nothing behind. Idempotent by content:
+    a state that is there already is answered.
 
     Errors:
     - INVALID_ARGUMENT: a malformed archive.
@@ -80,6 +82,7 @@ class StateServiceAsyncStub(StateServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     PrepareState: _aio.UnaryStreamMultiCallable[_state_service_pb2.PrepareStateRequest, _state_service_pb2.PrepareStateResponse]  # type: ignore[assignment]
     """Makes the state of an environment, or finds it. Single-flight per spec digest; the last event carries the state.
+    Idempotent by the spec, unless `rebuild` is set.
 
     Errors:
     - INVALID_ARGUMENT: a malformed spec.
@@ -99,7 +102,7 @@ class StateServiceAsyncStub(StateServiceStub):
     - INVALID_ARGUMENT: bad page token or size.
     """
     DeleteState: _aio.UnaryUnaryMultiCallable[_state_service_pb2.DeleteStateRequest, _state_service_pb2.DeleteStateResponse]  # type: ignore[assignment]
-    """Removes a state; layers that no other state uses go with it. Deleting an absent one succeeds.
+    """Removes a state; layers that no other state uses go with it. Deleting an absent one succeeds. Idempotent.
 
     Errors:
     - FAILED_PRECONDITION: sandboxes still run on it.
@@ -111,7 +114,8 @@ class StateServiceAsyncStub(StateServiceStub):
     - NOT_FOUND: no such state.
     """
     ImportState: _aio.StreamUnaryMultiCallable[_state_service_pb2.ImportStateRequest, _state_service_pb2.ImportStateResponse]  # type: ignore[assignment]
-    """Takes an archive made by ExportState. Hostile archives are refused and leave nothing behind.
+    """Takes an archive made by ExportState. Hostile archives are refused and leave nothing behind. Idempotent by content:
+    a state that is there already is answered.
 
     Errors:
     - INVALID_ARGUMENT: a malformed archive.
@@ -128,6 +132,7 @@ class StateServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_state_service_pb2.PrepareStateResponse], _abc.AsyncIterator[_state_service_pb2.PrepareStateResponse]]:
         """Makes the state of an environment, or finds it. Single-flight per spec digest; the last event carries the state.
+        Idempotent by the spec, unless `rebuild` is set.
 
         Errors:
         - INVALID_ARGUMENT: a malformed spec.
@@ -165,7 +170,7 @@ class StateServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _state_service_pb2.DeleteStateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_state_service_pb2.DeleteStateResponse, _abc.Awaitable[_state_service_pb2.DeleteStateResponse]]:
-        """Removes a state; layers that no other state uses go with it. Deleting an absent one succeeds.
+        """Removes a state; layers that no other state uses go with it. Deleting an absent one succeeds. Idempotent.
 
         Errors:
         - FAILED_PRECONDITION: sandboxes still run on it.
@@ -189,7 +194,8 @@ class StateServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_state_service_pb2.ImportStateRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_state_service_pb2.ImportStateResponse, _abc.Awaitable[_state_service_pb2.ImportStateResponse]]:
-        """Takes an archive made by ExportState. Hostile archives are refused and leave nothing behind.
+        """Takes an archive made by ExportState. Hostile archives are refused and leave nothing behind. Idempotent by content:
+        a state that is there already is answered.
 
         Errors:
         - INVALID_ARGUMENT: a malformed archive.

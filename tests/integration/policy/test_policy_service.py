@@ -170,6 +170,10 @@ async def test_versions_by_reference(tmp_path: Path) -> None:
         bad = pb.PolicyVersion(version=2, uri=str(weights), digest=wrong, run_id="run")
         with pytest.raises(DataLoss):
             await policy.load_version(bad)
+        climbing = Digest(sha256="../" * 9 + "etc/x", size_bytes=1)
+        bad.digest.CopyFrom(climbing)
+        with pytest.raises(InvalidArgument, match=r"policy\.digest\.sha256"):
+            await policy.load_version(bad)
         missing = pb.PolicyVersion(version=2, uri=str(tmp_path / "no"), run_id="run")
         with pytest.raises(NotFound):
             await policy.load_version(missing)

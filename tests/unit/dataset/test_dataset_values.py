@@ -1,5 +1,7 @@
 """Values of the dataset service survive their trip, whatever they hold."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,8 +11,10 @@ from dataset_svc.arrays import check, pack, stream_of, unpack
 from dataset_svc.columns import AnyText, Unsigned64
 from dataset_svc.database import normal_url
 from dataset_svc.queries.paging import Page, cursor
-from dataset_svc.records import TaskQuery
+from dataset_svc.records import RunRecord, TaskQuery
+from dataset_svc.translate import run_message, struct_document
 from regreen.blobs import compress
+from regreen.dataset import v1 as pb
 from regreen.rpc.errors import DataLoss, InvalidArgument
 
 
@@ -98,3 +102,21 @@ def test_only_postgres_urls_are_taken(url: str):
 
 def test_urls_get_our_driver_and_keep_their_password():
     assert normal_url("postgres://u:p@h/d") == "postgresql+psycopg://u:p@h/d"
+
+
+def test_a_document_is_stored_only_if_it_can_be_read_again():
+    def nested(levels: int) -> pb.CreateRunRequest:
+        value: dict[str, Any] = {"a": [1.0]}
+        for _ in range(levels - 2):
+            value = {"a": value}
+        request = pb.CreateRunRequest()
+        request.config.update(value)
+        return request
+
+    deepest = struct_document(nested(24), "config")
+    run = run_message(RunRecord("run_1", "r", "sft", "active", 1, deepest or {}, {}))
+    again = pb.CreateRunResponse(run=run).SerializeToString()
+    assert pb.CreateRunResponse.FromString(again).run.config == nested(24).config
+    with pytest.raises(InvalidArgument, match="config: is over 24 levels deep; flatten it"):
+        struct_document(nested(25), "config")
+    assert struct_document(pb.CreateRunRequest(), "config") is None

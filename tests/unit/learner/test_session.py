@@ -285,6 +285,11 @@ def test_retention_keeps_the_newest(tiny_model: Path, make_batch: Make, tmp_path
         "step-00000003.2",
     ]
     assert sorted(path.name for path in root.iterdir()) == ["step-00000003", "step-00000003.2"]
+    for version in range(10, 14):
+        saved = session.save(root, version, keep=2)
+        assert saved is not None
+        newest = ckpt.checkpoints(root)[-1]
+        assert (newest.path, newest.manifest.policy_version) == (saved.path, version)
 
 
 @pytest.fixture

@@ -14,7 +14,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from regreen.client.channel import Caller, connect, stream
+from regreen.client.policy import PolicyClient
 from regreen.client.sandbox import StateClient
+from regreen.policy import v1 as policy_pb
 from regreen.rpc.errors import (
     DeadlineExceeded,
     FailedPrecondition,
@@ -25,7 +27,9 @@ from regreen.rpc.errors import (
     Unavailable,
     error_classes,
 )
+from regreen.rpc.logging import get
 from regreen.rpc.server import Server
+from regreen.rpc.wire import from_rpc_error
 from regreen.sandbox import v1 as pb
 from regreen.settings import ServiceSettings
 
@@ -327,3 +331,52 @@ async def test_calls_and_streams_say_their_trajectory_and_trace(served):
         f"00-{'ab' * 16}-",
         f"00-{trace_id}-",
     ]
+
+
+class Sampler(policy_pb.PolicyServiceServicer):
+    """Logs when it is asked, and fails."""
+
+    async def Generate(self, request, context):
+        get().info("asked")
+        raise ZeroDivisionError
+
+
+async def test_logs_say_the_trajectory_that_a_request_names():
+    trajectory_id = "trj_" + "ab" * 16
+    server = Server(ServiceSettings(drain_s=0.2), ["regreen.policy.v1.PolicyService"])
+    policy_pb.add_PolicyServiceServicer_to_server(Sampler(), server.grpc)
+    merge = structlog.contextvars.merge_contextvars
+    async with server, connect(server.address) as channel:
+        with structlog.testing.capture_logs(processors=[merge]) as lines:
+            for named in (trajectory_id, "x" * 1000):
+                with pytest.raises(InfraError):
+                    await PolicyClient(channel).generate(
+                        [1], sampling=policy_pb.Sampling(), trajectory_id=named
+                    )
+    seen = [
+        (line["event"], line["trajectory_id"], line["trace_id"])
+        for line in lines
+        if line["event"] in ("asked", "call failed")
+    ]
+    assert seen == [
+        ("asked", trajectory_id, "ab" * 16),
+        ("call failed", trajectory_id, "ab" * 16),
+        ("asked", "x" * 100, ""),
+        ("call failed", "x" * 100, ""),
+    ]
+
+
+async def test_bytes_that_are_no_message_are_a_typed_error(served):
+    _, server, _, _ = served
+    path = f"/{NAME}/"
+    async with connect(server.address) as channel:
+        answers = (
+            channel.unary_unary(path + "GetState")(b"\xff" * 9, timeout=5),
+            channel.stream_unary(path + "ImportState")(iter([b"\xff" * 9]), timeout=5),
+            channel.unary_stream(path + "ExportState")(b"\xff" * 9, timeout=5).read(),
+        )
+        for answer in answers:
+            with pytest.raises(grpc.aio.AioRpcError, match="request: cannot be decoded") as caught:
+                await answer
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert isinstance(from_rpc_error(caught.value), InvalidArgument)

@@ -5,13 +5,14 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from regreen.common.v1 import common_pb2
 from regreen.rpc.errors import InvalidArgument, MissingDependency
 from regreen.sandbox.v1 import sandbox_pb2 as pb
 from regreen.tasks.model import FileRecord
 from sandbox_svc.builders.base import DistFile, EnvironmentSpec, Pin
 from sandbox_svc.builders.interpreters import find_interpreter
 from sandbox_svc.builders.python import MAX_PYTHONS, check_spec
-from sandbox_svc.specs import spec_from_proto
+from sandbox_svc.specs import changes_from_proto, spec_from_proto
 from sandbox_svc.wheelhouse import DistStore, Wheel
 
 SHA = "ab" * 32
@@ -93,3 +94,31 @@ def test_names_of_further_packages_are_checked() -> None:
         )
         with pytest.raises(InvalidArgument, match="pins"):
             check_spec(spec)
+
+
+@pytest.mark.parametrize("seconds", [2**62, -(2**62), -1, 2**63 - 1])
+def test_a_timeout_beyond_sense_is_refused(seconds: int) -> None:
+    spec = pb.EnvironmentSpec()
+    spec.test.timeout.seconds = seconds
+    with pytest.raises(InvalidArgument, match=r"spec\.test\.timeout"):
+        spec_from_proto(spec)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        pb.EnvironmentSpec(build_requirements=["setuptools"]),
+        pb.EnvironmentSpec(exclude_newer="2024-01-01"),
+    ],
+)
+def test_what_no_builder_follows_is_refused(spec: pb.EnvironmentSpec) -> None:
+    with pytest.raises(InvalidArgument, match=r"is not supported; .*build_pins"):
+        spec_from_proto(spec)
+
+
+@pytest.mark.parametrize("kind", [0, 99, -1])
+def test_a_change_of_no_known_kind_is_refused(kind: int) -> None:
+    change = common_pb2.FileChange(path="a.py", content=b"x")
+    change.kind = kind  # type: ignore[assignment]
+    with pytest.raises(InvalidArgument, match="say add, modify or delete"):
+        changes_from_proto([change])
