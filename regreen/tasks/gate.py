@@ -336,7 +336,8 @@ class _Trial:
         if not turned:
             where = "quarantined" if flaky else "rejected"
             return where, "no stable test fails before and passes after the reference fix"
-        return "admitted", f"{len(turned)} tests turn green, {len(flaky)} unstable"
+        drift = f"; {len(lost)} recorded ones do not: {', '.join(lost[:4])}" if lost else ""
+        return "admitted", f"{len(turned)} tests turn green, {len(flaky)} unstable{drift}"
 
 
 async def judge_patiently(

@@ -64,9 +64,9 @@ class Sandboxes:
         return {}
 
 
-async def steadily(sandboxes: Sandboxes) -> tuple[TaskRecord, Verdict]:
+async def steadily(sandboxes: Sandboxes, record=RECORD) -> tuple[TaskRecord, Verdict]:
     async with PackageIndex(["http://127.0.0.1:9"]) as index:
-        return await judge_steadily(Gate(sandboxes, RELEASES, index), RECORD)
+        return await judge_steadily(Gate(sandboxes, RELEASES, index), record)
 
 
 async def test_a_stable_task_is_judged_once():
@@ -89,6 +89,18 @@ async def test_the_state_of_an_admitted_task_names_every_unstable_test():
     report = gate_report(verdict)
     assert list(report.flaky) == []
     assert {c.name: c.detail for c in report.checks}["unstable"] == "never required: wobbly"
+
+
+async def test_recorded_tests_that_do_not_fail_here_are_named():
+    tests = RECORD.tests.model_copy(update={"fail_to_pass": ["green", "red"]})
+    record = RECORD.model_copy(
+        update={
+            "tests": tests.model_copy(update={"fail_to_pass_count": 2, "fail_to_pass_sha256": ""})
+        }
+    )
+    _, verdict = await steadily(Sandboxes(()), record)
+    assert (verdict.status, verdict.lost) == ("admitted", ("green",))
+    assert verdict.reason == "1 tests turn green, 0 unstable; 1 recorded ones do not: green"
 
 
 async def test_a_task_with_other_unstable_tests_in_every_round_is_quarantined():
