@@ -2,7 +2,7 @@
 
 - What is learned from was graded like any rollout: solved, not flagged, tokens exact.
 - A (task, mode, pipeline) that has all its experts of the same recipe is never rolled out again:
-  each one says how many there are, so that a process killed between two of them leaves no short set.
+  each one says how many there are, so that a kill between two of them leaves no short set.
 - The order and number of what is learned from do not depend on who made it, when, or in how many
   lives: one trajectory for each style, in the order of tasks and styles.
 - Trouble of the platform is retried for a bounded time and never becomes an absent expert.

@@ -1,4 +1,4 @@
-"""Finds the CPython interpreters of this host.
+"""Finds the CPython interpreters of this host; run as a module, prints them as JSON.
 
 - Only interpreters that ran and told their own version count; their prefix is shown read-only
   inside sandboxes at the same path.
@@ -144,3 +144,7 @@ def find_all() -> dict[str, Interpreter]:
     """Every supported CPython of the host by version."""
     found = {version: _find(version) for version in VERSIONS}
     return {version: value for version, value in found.items() if value is not None}
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps({v: str(found.executable) for v, found in find_all().items()}))
