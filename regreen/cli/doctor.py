@@ -159,8 +159,8 @@ async def _stack(home: Path) -> list[Finding]:
     try:
         endpoints = Endpoints.load(home)
     except RegreenError:
-        stack = Finding("stack", True, "not running", "start it with `regreen up`")
-        return [stack, *await asyncio.to_thread(_interpreters)]
+        idle = Finding("stack", True, "not running", "start it with `regreen up`")
+        return [idle, *await asyncio.to_thread(_interpreters)]
     async with Stack(endpoints, patience_s=0.0) as stack:
         try:
             found = await stack.sandbox.get_capabilities()
