@@ -159,12 +159,6 @@ class LocalPostgres:
             if found.fetchone() is None:
                 connection.execute(statement.format(sql.Identifier(name), sql.Identifier(template)))
 
-    def drop_database(self, name: str) -> None:
-        """Drop a database and its connections; an absent one is ignored."""
-        statement = sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)")
-        with self._connect("postgres") as connection:
-            connection.execute(statement.format(sql.Identifier(name)))
-
     def _connect(self, database: str) -> psycopg.Connection:
         return psycopg.connect(
             host=str(self._socket_dir),

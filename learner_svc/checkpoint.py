@@ -28,7 +28,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from learner_svc.spec import RunSpec
 from regreen.blobs import digest_of_file, sync_path
 from regreen.rpc.errors import DataLoss, DiskFull, InfraError, NotFound
 
@@ -80,10 +79,6 @@ class Manifest:
     def weights(self) -> FileEntry:
         """The weights file."""
         return self.files[WEIGHTS]
-
-    def run_spec(self) -> RunSpec:
-        """The spec of the run that wrote it."""
-        return RunSpec.from_json(self.spec)
 
 
 @dataclass(frozen=True, slots=True)

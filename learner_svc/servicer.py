@@ -41,13 +41,9 @@ class LearnerServicer(pb.LearnerServiceServicer):
 
     async def StartRun(self, request: pb.StartRunRequest, context: Context) -> pb.StartRunResponse:
         spec = self._spec(request)
-
-        async def work() -> pb.StartRunResponse:
-            run = await self._runs.start(spec, request.resume_uri)
-            return pb.StartRunResponse(run=run_message(run))
-
         # Not remembered: after a crash the same request must start the run again.
-        return await work()
+        run = await self._runs.start(spec, request.resume_uri)
+        return pb.StartRunResponse(run=run_message(run))
 
     def _spec(self, request: pb.StartRunRequest) -> RunSpec:
         kind = _KINDS.get(request.kind)

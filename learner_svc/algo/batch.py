@@ -69,18 +69,6 @@ class Pack:
             found.append([*(found[segment.parent] if segment.parent >= 0 else []), index])
         return found
 
-    def dense_mask(self) -> Tensor:
-        """bool [N, N]; True = the row may see the column. For engines without tree attention."""
-        mask = torch.zeros(self.tokens, self.tokens, dtype=torch.bool)
-        for segment, path in zip(self.segments, self.paths(), strict=True):
-            for index in path[:-1]:
-                ancestor = self.segments[index]
-                mask[segment.start : segment.end, ancestor.start : ancestor.end] = True
-            size = segment.end - segment.start
-            own = torch.ones(size, size, dtype=torch.bool).tril()
-            mask[segment.start : segment.end, segment.start : segment.end] = own
-        return mask
-
 
 def pack_samples(
     token_ids: Sequence[Ids],

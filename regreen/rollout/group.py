@@ -1,16 +1,12 @@
-"""n rollouts of one task that share their first prompt.
+"""The shared start of n rollouts of one task: their first prompt, and outputs sampled from it.
 
 - The first output of all members comes from one `Generate(n)` call, so that the prompt is computed
   once; a member uses its share only if its prompt is, id for id, the one that was sent.
 - That call depends on the group alone, never on which members run together: a member that is tried
   again or replayed on its own asks for the same outputs and takes the same one.
-- Members run concurrently and independently; the first trouble of the platform is raised after all
-  have ended, so that nothing is left running.
 """
 
-import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from regreen.common.v1 import PIPELINE_FULL
 from regreen.dataset import v1 as pb
@@ -64,45 +60,6 @@ async def shared_start(runner: Runner, task: pb.Task, spec: EpisodeSpec, size: i
     )
     samples = tuple(sample_of(completion) for completion in response.completions)
     return SharedStart(prompt, samples)
-
-
-async def run_group(
-    runner: Runner,
-    task: pb.Task,
-    spec: EpisodeSpec,
-    size: int,
-    *,
-    concurrency: int = 4,
-    share: bool = True,
-) -> list[pb.Trajectory]:
-    """All members of a group, in index order.
-
-    Raises:
-        RegreenError: trouble of the platform in some member; the group must be tried again.
-    """
-    members = [
-        replace(spec, group_index=index, seed=derive_seed(spec.group_seed, index))
-        for index in range(size)
-    ]
-    start = await shared_start(runner, task, members[0], size) if share and size > 1 else None
-    gate = asyncio.Semaphore(concurrency)
-
-    async def one(member: EpisodeSpec) -> pb.Trajectory:
-        async with gate:
-            actor = start.actor(member.group_index) if start else PolicyActor()
-            return await runner.run(task, member, actor)
-
-    found = await asyncio.gather(*map(one, members), return_exceptions=True)
-    return _all_or_raise(found)
-
-
-def _all_or_raise(found: Sequence[pb.Trajectory | BaseException]) -> list[pb.Trajectory]:
-    done: list[pb.Trajectory] = []
-    for result in found:
-        if isinstance(result, BaseException):
-            raise result
-        done.append(result)
-    return done
 
 
 async def _facts(runner: Runner, task: pb.Task) -> Facts:

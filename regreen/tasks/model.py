@@ -7,7 +7,7 @@
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -149,8 +149,3 @@ class TaskRecord(_Record):
 def ids_sha256(ids: Iterable[str]) -> str:
     """Digest of a set of test ids."""
     return hashlib.sha256("\n".join(sorted(set(ids))).encode()).hexdigest()
-
-
-def pins_by_name(pins: Iterable[str]) -> Mapping[str, str]:
-    """`name==version` strings as a mapping."""
-    return dict(pin.split("==", 1) for pin in pins)

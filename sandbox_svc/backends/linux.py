@@ -22,7 +22,6 @@ CLONE_NEWNET = 0x40000000
 CLONE_NEWTIME = 0x00000080
 SIGCHLD = 17
 
-MS_RDONLY = 1
 MS_NOSUID = 2
 MS_NODEV = 4
 MS_NOEXEC = 8
@@ -125,7 +124,7 @@ def open_tree(path: str) -> int:
 
 def move_mount(tree: int, target: int) -> None:
     """Attach a detached mount tree on the object that `target` refers to."""
-    _call("move_mount", tree, b"", target, b"", ctypes.c_uint(0x4 | 0x40))
+    _call("move_mount", tree, b"", target, b"", ctypes.c_uint(MOVE_MOUNT_EMPTY_PATHS))
 
 
 def mount_setattr(fd: int, attributes: int, *, recursive: bool = True) -> None:

@@ -182,7 +182,7 @@ def weights_of(result: TrainResult) -> str:
 
 
 @pytest.mark.slow
-async def test_a_driver_killed_at_any_call_ends_with_the_same_weights(place: World):
+async def test_a_driver_killed_at_every_fifth_call_ends_with_the_same_weights(place: World):
     async with place.stack() as stack:
         tasks = await with_experts(stack)
     at, ended = 2, False

@@ -58,8 +58,11 @@ def test_every_sample_is_a_path_and_every_trained_token_is_scored_once(
     for pack in packs:
         assert pack.tokens <= max(max_tokens, longest)
         assert pack.targets.tolist() == flat[pack.scored.numpy()].tolist()
-        mask = pack.dense_mask()
-        assert torch.equal(mask.sum(1), pack.position_ids + 1)
+        for segment, path in zip(pack.segments, pack.paths(), strict=True):
+            above = sum(pack.segments[i].end - pack.segments[i].start for i in path[:-1])
+            assert segment.depth == above
+            positions = pack.position_ids[segment.start : segment.end]
+            assert positions.tolist() == [above + i for i in range(len(positions))]
         assert all(segment.parent < index for index, segment in enumerate(pack.segments))
 
 
