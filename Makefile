@@ -12,7 +12,7 @@ help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  \1|\2/' | column -t -s '|'
 
 setup: $(STAMP) ## Install everything into .venv
-$(STAMP): requirements/lock.txt requirements/model.txt requirements/peer.txt pyproject.toml infra/scripts/setup.sh
+$(STAMP): $(wildcard requirements/*.txt) pyproject.toml infra/scripts/setup.sh
 	@infra/scripts/setup.sh
 
 demo: $(STAMP) ## Run the whole loop on real broken builds and write a report (QUICK=1: shorter)

@@ -25,7 +25,7 @@ from regreen.evals.run import EvalConfig, evaluate
 from regreen.rpc.errors import FailedPrecondition
 from regreen.stack.borrow import borrowed_stack
 from regreen.stack.layout import Layout
-from regreen.tasks.admit import INSTALL_PYTHON, Admission, choose_python, import_records
+from regreen.tasks.admit import PYTHON_PLACES, Admission, choose_python, import_records
 from regreen.tasks.jsonl import shipped_distributions, shipped_tasks
 from regreen.tasks.model import TaskRecord
 from regreen.train.config import GrpoConfig, SftConfig
@@ -245,8 +245,8 @@ class _Demo:
         found = ", ".join(sorted(interpreters)) or "none"
         if not all(chosen.values()):
             raise FailedPrecondition(
-                f"too few tasks can run here (interpreters found: {found}); tasks need "
-                f"Python 3.8 to 3.11: {INSTALL_PYTHON}"
+                f"too few tasks can run here (interpreters found: {found}); most need Python 3.8 "
+                f"to 3.10: `uv python install 3.8 3.9 3.10` brings them: {PYTHON_PLACES}"
             )
         decided: set[str] = set()
 

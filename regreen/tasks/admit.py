@@ -28,10 +28,13 @@ from regreen.tasks.records import RECORD_LABEL, RecordStore, record_sha256, rele
 from regreen.tasks.verify import ServiceGateClient
 
 DECIDED = frozenset({pb.TASK_STATUS_ADMITTED, pb.TASK_STATUS_REJECTED, pb.TASK_STATUS_QUARANTINED})
-INSTALL_PYTHON = "install one with `uv python install VERSION` or pyenv"
-"""The remedy for a missing interpreter; the sandbox service looks where these put it."""
 ProgressSink = Callable[[str, str], None]
 """Called with the task's id and what is being done."""
+PYTHON_PLACES = (
+    "the sandbox service looks in uv's and pyenv's folders of its user, in /usr/bin, "
+    "/usr/local/bin and /opt/pythonX.Y/bin, and on its PATH, each time anew"
+)
+"""Where an interpreter must be to be found, for the end of a sentence."""
 
 
 class ReportingGateClient(ServiceGateClient):
@@ -181,7 +184,11 @@ class Admission:
     async def _wait(self, record: TaskRecord, interpreters: Mapping[str, str]) -> pb.Task:
         wanted = ", ".join(dict.fromkeys((record.python, *record.choices, *record.pythons)))
         have = ", ".join(sorted(interpreters)) or "none"
-        reason = f"needs Python {wanted}; found {have}; {INSTALL_PYTHON}, then verify again"
+        lacking = [v for v in (record.python, *record.choices) if v not in interpreters]
+        reason = (
+            f"needs Python {wanted}; found {have}; "
+            f"`uv python install {' '.join(lacking)}` brings it: {PYTHON_PLACES}"
+        )
         self._progress(record.id, f"waiting: {reason}")
         report = pb.GateReport(task_id=record.id, status=pb.TASK_STATUS_WAITING, reason=reason)
         return await self._stack.tasks.record_gate(report)

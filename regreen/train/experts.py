@@ -1,13 +1,15 @@
 """Expert trajectories for supervised fine-tuning: found in the dataset, or made.
 
 - What is learned from was graded like any rollout: solved, not flagged, tokens exact.
-- A (task, mode, pipeline) that has experts of the same recipe is never rolled out again.
+- A (task, mode, pipeline) that has all its experts of the same recipe is never rolled out again:
+  each one says how many there are, so that a kill between two of them leaves no short set.
+- The order and number of what is learned from do not depend on who made it, when, or in how many
+  lives: one trajectory for each style, in the order of tasks and styles.
 - Trouble of the platform is retried for a bounded time and never becomes an absent expert.
 """
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
@@ -30,8 +32,11 @@ from regreen.train.rows import all_trajectories
 
 EXPERT = "expert"
 """Actor of expert trajectories."""
-_STYLE, _LAST = "style", "last"
-"""Labels: the trajectory's number in its slot, and whether it completes the slot."""
+KEPT = "kept"
+"""Label of an expert trajectory: how many its task, mode and pipeline have."""
+
+_Rows = Mapping[int, dataset_pb.Trajectory]
+"""Expert trajectories of a slot by style, which is their index in the group."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -44,28 +49,28 @@ class _Slot:
 async def expert_rows(
     stack: Stack, tasks: Sequence[dataset_pb.Task], config: SftConfig, progress: Listener
 ) -> list[dataset_pb.Trajectory]:
-    """Rows of the usable expert trajectories of `tasks`, in id order; makes those that are missing.
+    """Rows of the usable expert trajectories of `tasks`, by task; makes those that are missing.
 
     Raises:
         RegreenError: a service did not come back within `config.recovery_deadline_s`.
     """
     wanted, made_as = _wanted(tasks, config), recipe(config)
     found = await _stored(stack, wanted, made_as)
-    missing = [slot for slot in wanted if not _complete(found.get(slot, ()))]
+    missing = [slot for slot in wanted if not _complete(found[slot])]
     done = len(wanted) - len(missing)
     meter = Meter(progress, "experts", len(wanted), done=done, parallel=config.concurrency)
     meter.report()
     if missing:
-        await _make(stack, {task.id: task for task in tasks}, missing, found, config, meter)
+        known = {slot: found[slot] for slot in missing}
+        await _make(stack, {task.id: task for task in tasks}, known, config, meter)
         found = await _stored(stack, wanted, made_as)
     limit = config.max_guesses
-    usable = [
+    return [
         row
-        for rows in found.values()
-        for row in rows
+        for slot in wanted
+        for _, row in sorted(found[slot].items())
         if row.reward.solved and not row.reward.hacks and int(row.labels["guesses"] or 0) <= limit
     ]
-    return sorted(usable, key=lambda row: row.id)
 
 
 def _wanted(tasks: Sequence[dataset_pb.Task], config: SftConfig) -> list[_Slot]:
@@ -93,45 +98,43 @@ def recipe(config: SftConfig) -> str:
 
 async def _stored(
     stack: Stack, wanted: Sequence[_Slot], made_as: str
-) -> dict[_Slot, list[dataset_pb.Trajectory]]:
-    found: defaultdict[_Slot, list[dataset_pb.Trajectory]] = defaultdict(list)
-    slots = set(wanted)
+) -> dict[_Slot, dict[int, dataset_pb.Trajectory]]:
+    """What is there of every wanted slot; of several of one style the oldest."""
+    found: dict[_Slot, dict[int, dataset_pb.Trajectory]] = {slot: {} for slot in wanted}
     async for row in all_trajectories(stack, dataset_pb.TrajectoryFilter(actor=EXPERT)):
         slot = _Slot(row.task_id, row.mode, row.pipeline)
-        if slot in slots and row.labels["recipe"] == made_as:
-            found[slot].append(row)
-    return dict(found)
+        if slot in found and row.labels["recipe"] == made_as and _kept(row):
+            found[slot][row.group_index] = row
+    return found
 
 
-def _complete(rows: Sequence[dataset_pb.Trajectory]) -> bool:
-    """Whether all of a slot's trajectories were stored: the last one says so."""
-    return any(row.labels[_LAST] for row in rows)
+def _complete(rows: _Rows) -> bool:
+    """Whether all were committed that one rollout of the slot kept."""
+    return bool(rows) and len(rows) >= min(map(_kept, rows.values()))
+
+
+def _kept(row: dataset_pb.Trajectory) -> int:
+    return int(row.labels[KEPT] or 0)
 
 
 async def _make(
     stack: Stack,
-    tasks: dict[str, dataset_pb.Task],
-    missing: Sequence[_Slot],
-    found: dict[_Slot, list[dataset_pb.Trajectory]],
+    tasks: Mapping[str, dataset_pb.Task],
+    known: Mapping[_Slot, _Rows],
     config: SftConfig,
     meter: Meter,
 ) -> None:
-    """Make what is missing; of a slot that was left incomplete, what it has is kept."""
     runner = Runner(stack, await knowledge_of(stack))
 
     async def one(slot: _Slot) -> None:
         kept = await _rollouts(runner, tasks[slot.task_id], slot, config)
-        there = {row.labels[_STYLE] for row in found.get(slot, ())}
-        for style, trajectory in enumerate(kept, 1):
-            trajectory.labels["recipe"] = recipe(config)
-            trajectory.labels[_STYLE] = str(style)
-            if style == len(kept):
-                trajectory.labels[_LAST] = "true"
-            if style == len(kept) or str(style) not in there:
+        for trajectory in kept:
+            if trajectory.group_index not in known[slot]:
+                trajectory.labels.update({"recipe": recipe(config), KEPT: str(len(kept))})
                 await stack.trajectories.commit_trajectory(trajectory)
         meter.advance(detail=f"{slot.task_id}: {len(kept)} kept")
 
-    await run_bounded((partial(one, slot) for slot in missing), config.concurrency)
+    await run_bounded((partial(one, slot) for slot in known), config.concurrency)
 
 
 async def _rollouts(

@@ -123,7 +123,7 @@ def open_tree(path: str) -> int:
 
 def move_mount(tree: int, target: int) -> None:
     """Attach a detached mount tree on the object that `target` refers to."""
-    _call("move_mount", tree, b"", target, b"", ctypes.c_uint(0x4 | 0x40))
+    _call("move_mount", tree, b"", target, b"", ctypes.c_uint(MOVE_MOUNT_EMPTY_PATHS))
 
 
 def mount_setattr(fd: int, attributes: int, *, recursive: bool = True) -> None:

@@ -1,10 +1,12 @@
-"""Finds the CPython interpreters of this host.
+"""Finds the CPython interpreters of this host; run as a module, prints them as JSON.
 
 - Only interpreters that ran and told their own version count; their prefix is shown read-only
   inside sandboxes at the same path.
 - A version is two numbers before it becomes part of a path of this host.
-- A missing one is a typed error that names the version and how to get it; once it is installed it
-  is found, without a restart.
+- The host is looked at anew each time: what is installed or removed meanwhile is seen at once. Only
+  the answer of a program is kept, as long as its file stays the same.
+- A missing one is a typed error that names the version, the places that were looked at and how to
+  get it.
 """
 
 import json
@@ -15,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from regreen.rpc.errors import InvalidArgument, MissingDependency
@@ -46,22 +49,31 @@ class Interpreter:
         return Mount(self.prefix, str(self.prefix), read_only=True)
 
 
+def _versioned(env: Mapping[str, str]) -> dict[str, Path]:
+    """Folders of the tools that keep one folder for each version, by the prefix of its name."""
+    home = Path(env.get("HOME") or "/nonexistent")
+    pyenv = Path(env.get("PYENV_ROOT") or home / ".pyenv") / "versions"
+    uv = Path(env.get("UV_PYTHON_INSTALL_DIR") or home / ".local/share/uv/python")
+    return {"": pyenv, "cpython-": uv}
+
+
+def _plain(version: str) -> tuple[Path, ...]:
+    return Path("/usr/bin"), Path("/usr/local/bin"), Path(f"/opt/python{version}/bin")
+
+
 def _candidates(version: str, env: Mapping[str, str]) -> Iterator[Path]:
     """Places to look, best first; shims are left out because they run a shell."""
     if version == f"{sys.version_info.major}.{sys.version_info.minor}":
         yield Path(sys.base_prefix) / "bin" / f"python{version}"
-    home = Path(env.get("HOME") or "/nonexistent")
-    pyenv = Path(env.get("PYENV_ROOT") or home / ".pyenv") / "versions"
-    uv = Path(env.get("UV_PYTHON_INSTALL_DIR") or home / ".local/share/uv/python")
-    for root, pattern in ((pyenv, f"{version}.*"), (uv, f"cpython-{version}.*")):
+    for prefix, root in _versioned(env).items():
         try:
-            found = sorted(root.glob(pattern), reverse=True)
+            found = sorted(root.glob(f"{prefix}{version}.*"), reverse=True)
         except OSError:
             found = []
         for folder in found:
             yield folder / "bin" / f"python{version}"
-    for folder_name in ("/usr/bin", "/usr/local/bin", f"/opt/python{version}/bin"):
-        yield Path(folder_name) / f"python{version}"
+    for folder in _plain(version):
+        yield folder / f"python{version}"
     on_path = shutil.which(f"python{version}", path=env.get("PATH"))
     if on_path and "shims" not in on_path:
         yield Path(on_path)
@@ -71,11 +83,18 @@ def _ask(path: Path, version: str) -> Interpreter | None:
     try:
         if not os.access(path, os.X_OK):
             return None
-        command = [str(path), "-I", "-c", _ASK]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-        numbers, prefix, _, name, executable = json.loads(done.stdout)
+        file = path.stat()
+        return _answer(path, version, (file.st_dev, file.st_ino, file.st_size, file.st_mtime_ns))
     except (OSError, subprocess.SubprocessError, ValueError):
         return None
+
+
+@lru_cache(maxsize=128)
+def _answer(path: Path, version: str, _file: tuple[int, ...]) -> Interpreter | None:
+    """What the program says of itself; a failure is raised, and so not remembered."""
+    command = [str(path), "-I", "-c", _ASK]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    numbers, prefix, _, name, executable = json.loads(done.stdout)
     short = f"{numbers[0]}.{numbers[1]}"
     if name != "cpython" or short != version:
         return None
@@ -83,17 +102,10 @@ def _ask(path: Path, version: str) -> Interpreter | None:
     return Interpreter(short, full, Path(executable), Path(prefix))
 
 
-_found: dict[str, Interpreter] = {}
-"""What was found; what was not is looked for again, since it may have been installed."""
-
-
 def _find(version: str) -> Interpreter | None:
-    if version in _found and os.access(_found[version].executable, os.X_OK):
-        return _found[version]
     for path in _candidates(version, os.environ):
         found = _ask(path, version)
         if found is not None:
-            _found[version] = found
             return found
     return None
 
@@ -118,9 +130,12 @@ def find_interpreter(version: str) -> Interpreter:
     check_version(version)
     found = _find(version)
     if found is None:
+        places = ", ".join(map(str, (*_versioned(os.environ).values(), *_plain(version))))
         raise MissingDependency(
-            f"Python {version} is not on this host; install it with `uv python install {version}`"
-            f" or pyenv, or choose a task made for one of: {', '.join(find_all()) or 'none'}"
+            f"Python {version} is not on this host; looked in {places} and on the PATH of this "
+            f"service; install it there (`uv python install {version}`, pyenv, the system's "
+            "packages), which is seen at once, or choose a task made for one of: "
+            f"{', '.join(find_all()) or 'none'}"
         )
     return found
 
@@ -129,3 +144,7 @@ def find_all() -> dict[str, Interpreter]:
     """Every supported CPython of the host by version."""
     found = {version: _find(version) for version in VERSIONS}
     return {version: value for version, value in found.items() if value is not None}
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps({v: str(found.executable) for v, found in find_all().items()}))

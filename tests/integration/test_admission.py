@@ -124,6 +124,7 @@ async def test_what_is_not_admitted_has_a_reason(world: World) -> None:
     assert task.status == pb.TASK_STATUS_WAITING
     reasons = await reasons_of(world.stack, [task])
     assert reasons["future"].startswith("needs Python 3.99; found ")
+    assert "`uv python install 3.99`" in reasons["future"]
 
 
 async def test_a_damaged_record_is_none(world: World, tmp_path: Path) -> None:

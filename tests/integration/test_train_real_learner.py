@@ -14,7 +14,7 @@ import pytest
 from regreen.client.stack import Endpoints, Stack
 from regreen.common import v1 as common_pb
 from regreen.train.config import GrpoConfig, SftConfig
-from regreen.train.experts import recipe
+from regreen.train.experts import KEPT, recipe
 from regreen.train.rl import train_grpo
 from regreen.train.sft import train_sft
 from tests.integration import dataset_samples as samples
@@ -113,11 +113,12 @@ def stack_of(place: World, process: LearnerProcess) -> Stack:
 async def experts(stack: Stack) -> tuple[str, ...]:
     tasks = await admitted(stack, 3)
     for index, task_id in enumerate(tasks):
-        for tokens in (32 + 4 * index, 36 + 4 * index):
+        for style, tokens in enumerate((32 + 4 * index, 36 + 4 * index)):
             found = samples.trajectory(task_id, tokens=tokens)
             found.token_ids[:] = [(7 * n + tokens) % VOCAB for n in range(tokens)]
             found.mode, found.actor = common_pb.MODE_KEEP_NEW, "expert"
-            found.labels["recipe"] = recipe(SftConfig(name="any"))
+            found.group_index = style
+            found.labels.update({"recipe": recipe(SftConfig(name="any")), KEPT: "2"})
             await stack.trajectories.commit_trajectory(found)
     return tasks
 

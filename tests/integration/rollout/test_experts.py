@@ -9,11 +9,7 @@ from regreen.dataset import v1 as pb
 from regreen.rollout.context import Knobs
 from regreen.rollout.episode import Runner
 from regreen.rollout.experts import Style, expert_trajectories
-from regreen.train.config import SftConfig
-from regreen.train.experts import expert_rows
-from tests.integration import dataset_samples as samples
 from tests.integration.rollout.test_episodes import SPEC, said
-from tests.integration.rollout.test_worker import dataset  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 QUICK = replace(SPEC, knobs=Knobs(confirm=False))
@@ -64,29 +60,3 @@ async def test_what_no_policy_could_say_within_its_limits_is_not_kept(world):
     short = replace(QUICK, budget=replace(QUICK.budget, turn_tokens=8))
     async with world.playing([]) as stack:
         assert await expert_trajectories(Runner(stack), world.task, short, STYLES) == []
-
-
-async def test_experts_cut_between_two_commits_are_completed(world, dataset):  # noqa: F811
-    config = SftConfig(name="cut", modes=("any_fix",), styles=3, concurrency=1)
-    async with world.playing([], dataset=dataset) as stack:
-        task = pb.Task()
-        task.CopyFrom(world.task)
-        task.id = samples.fresh("greet")
-        await stack.tasks.import_tasks([task])
-        commit, commits = stack.trajectories.commit_trajectory, 0
-
-        async def once(trajectory):
-            nonlocal commits
-            commits += 1
-            if commits == 2:
-                raise RuntimeError("cut")
-            return await commit(trajectory)
-
-        stack.trajectories.commit_trajectory = once
-        with pytest.raises(RuntimeError, match="cut"):
-            await expert_rows(stack, [task], config, lambda _: None)
-        first = await expert_rows(stack, [task], config, lambda _: None)
-        again = await expert_rows(stack, [task], config, lambda _: None)
-    assert [row.id for row in again] == [row.id for row in first]
-    assert commits == len(first) + 1  # the one that was cut; none is missing, none stored twice
-    assert sorted(row.labels["style"] for row in first) == ["1", "2", "3"]

@@ -59,9 +59,10 @@ def test_every_sample_is_a_path_and_every_trained_token_is_scored_once(
         assert pack.tokens <= max(max_tokens, longest)
         assert pack.targets.tolist() == flat[pack.scored.numpy()].tolist()
         for segment, path in zip(pack.segments, pack.paths(), strict=True):
-            before = sum(pack.segments[i].end - pack.segments[i].start for i in path[:-1])
-            own = torch.arange(segment.end - segment.start)
-            assert torch.equal(pack.position_ids[segment.start : segment.end], before + own)
+            above = sum(pack.segments[i].end - pack.segments[i].start for i in path[:-1])
+            assert segment.depth == above
+            positions = pack.position_ids[segment.start : segment.end]
+            assert positions.tolist() == [above + i for i in range(len(positions))]
         assert all(segment.parent < index for index, segment in enumerate(pack.segments))
 
 
