@@ -23,7 +23,7 @@ from tests.e2e.conftest import MIXED, Local
 from tests.integration import dataset_samples as samples
 
 KILLED = ("judge", "policy", "sandbox", "dataset")
-GROUPS, SIZE = 4, 2
+GROUPS, SIZE, STEPS = 4, 2, 4
 
 
 async def admit(stack, task: pb.Task, word: str = "") -> None:
@@ -158,7 +158,10 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 class Killer:
-    """Listens to a driver and kills each service at a moment when it is needed."""
+    """Listens to a driver and kills each service at a moment when it is needed.
+
+    A moment is a stage at a step, or at the next one if it passed by; one step is spare.
+    """
 
     MOMENTS = (
         ("rollouts", 1, "sandbox"),
@@ -171,17 +174,18 @@ class Killer:
     def __init__(self, home: Path) -> None:
         self._home, self._left = home, list(self.MOMENTS)
         self._step, self._polls = 1, 0
+        self.seen: list[str] = []
         self.killed: dict[str, int] = {}
 
     def __call__(self, progress) -> None:
+        self.seen.append(f"{progress.stage} {progress.done}/{progress.total} {progress.detail}")
         if progress.stage == "rollouts":
             self._polls += 1
             self._step = int(progress.detail.removeprefix("step ").partition(",")[0])
         wanted = self._left[0] if self._left else ("", 0, "")
         stage, step, name = wanted
-        if (progress.stage, self._step) != (stage, step) or (
-            stage == "rollouts" and self._polls < 3
-        ):
+        early = self._step < step or (stage == "rollouts" and self._polls < 3)
+        if progress.stage != stage or early:
             return
         pid = int((self._home / "run" / f"{name}.pid").read_text())
         os.kill(pid, signal.SIGKILL)
@@ -203,7 +207,7 @@ async def test_a_run_uses_every_group_once_whatever_is_killed(
             name=samples.fresh("grpo"),
             base_uri=small_model,
             tasks=(task.id,),
-            steps=3,
+            steps=STEPS,
             groups_per_step=1,
             group_size=2,
             max_refills=0,
@@ -212,22 +216,22 @@ async def test_a_run_uses_every_group_once_whatever_is_killed(
             hyperparameters={"importance_cap": -1.0},  # a script has no logprobs to correct by
         )
         result = await train_grpo(stack, config, killer)
-        assert list(killer.killed) == [name for _, _, name in Killer.MOMENTS]
         assert result.state == "done"
         queue = await stack.queue.get_queue(result.run_id)
-        assert dict(queue.groups) == {"acknowledged": 3}
-        assert dict(queue.rollouts) == {"committed": 6}
+        assert dict(queue.groups) == {"acknowledged": STEPS}
+        assert dict(queue.rollouts) == {"committed": 2 * STEPS}
         wanted = pb.TrajectoryFilter(run_id=result.run_id)
         found = [t async for t in stack.trajectories.export_trajectories(wanted)]
         per_rollout = Counter((t.group_id, t.group_index) for t in found)
-        assert len(per_rollout) == 6
+        assert len(per_rollout) == 2 * STEPS
         assert set(per_rollout.values()) == {1}
-        assert sorted(t.reward.solved for t in found) == [False] * 3 + [True] * 3
+        assert sorted(t.reward.solved for t in found) == [False] * STEPS + [True] * STEPS
         records = (await stack.runs.list_checkpoints(result.run_id)).checkpoints
         used = Counter(id for record in records for id in record.group_ids)
         assert used == Counter({t.group_id for t in found})
         points = await stack.runs.list_metrics(result.run_id, names=["learned_groups"])
-        assert [point.value for point in points] == [1.0, 1.0, 1.0]
+        assert [point.value for point in points] == [1.0] * STEPS
+        assert list(killer.killed) == [name for _, _, name in Killer.MOMENTS], killer.seen
         await clear(stack)
     rows = local.rows()
     assert {row["state"] for row in rows.values()} == {"serving"}
