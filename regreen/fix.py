@@ -152,7 +152,8 @@ async def _attempt(
     context = int(options.settings.get("budget.context_tokens") or policy.context_length)
     budget = budget_for(usual, context)
     for made in range(1, options.attempts + 1):
-        text = f"{task.fail_to_pass_count} tests fail; policy {policy.model}"
+        version = f"v{policy.policy.version}"  # as `regreen traj list` names it
+        text = f"{task.fail_to_pass_count} tests fail; policy {policy.model} {version}"
         show("repair", made - 1, options.attempts, text)
         where = f"attempt {made} of {options.attempts}"
         trajectory = await run_episode(

@@ -7,7 +7,8 @@
 # of python3.11 and python3 that is a 3.11, else one that uv fetches (from its own place, which a mirror of packages may lack).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-say() { printf '\033[1m[setup]\033[0m %s\n' "$*" >&2; }
+bold='' plain=''; [ ! -t 2 ] || [ -n "${NO_COLOR:-}" ] || { bold=$'\033[1m'; plain=$'\033[0m'; }
+say() { printf '%s[setup]%s %s\n' "$bold" "$plain" "$*" >&2; }
 
 is_311() { command -v "$1" >/dev/null && "$1" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; }
 

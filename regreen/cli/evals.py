@@ -28,7 +28,7 @@ def evaluate_command(
     subject: Annotated[
         list[str],
         typer.Option(
-            help="base, the name of a run, or baseline:noop|newest|previous|pin-back; repeat it."
+            help="base, a run, or baseline:noop, :newest, :previous or :pin-back; repeat it."
         ),
     ] = ["base"],  # noqa: B006
     baselines: Annotated[

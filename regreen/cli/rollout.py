@@ -38,7 +38,7 @@ def run(
         str, typer.Option(help="build, build_gates or build_gates_judge.")
     ] = "build_gates_judge",
     actor: Annotated[
-        str, typer.Option(help="policy, or baseline:noop|newest|previous|pin-back.")
+        str, typer.Option(help="policy, or baseline:noop, :newest, :previous or :pin-back.")
     ] = "policy",
     samples: Annotated[int, typer.Option(min=1, max=1000, help="Episodes.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the first episode.")] = 0,

@@ -234,7 +234,7 @@ async def _resolve(stack: Stack, config: EvalConfig) -> dict[str, object]:
     tasks = await wanted_tasks(stack, config.tasks, config.split)
     policies = [name for name in config.subjects if not name.startswith(BASELINE)]
     weights = {
-        name: (await resolve_weights(stack, name, base_uri=config.base_uri)).to_json()
+        name: (await resolve_weights(stack, name, "subject", base_uri=config.base_uri)).to_json()
         for name in policies
     }
     base_uri = str(weights[BASE]["uri"]) if BASE in weights else ""

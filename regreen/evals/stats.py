@@ -68,9 +68,11 @@ def pass_at_k(samples: int, solved: int, k: int) -> float:
 
 
 def mean_pass_at_k(outcomes: Outcomes, k: int) -> float | None:
-    """Mean of `pass_at_k` over the tasks that have at least `k` samples; None when none has."""
-    values = [pass_at_k(len(o), sum(map(bool, o)), k) for o in outcomes.values() if len(o) >= k]
-    return float(np.mean(values)) if values else None
+    """Mean of `pass_at_k` over the tasks; None unless each has at least `k` samples."""
+    if not outcomes or min(map(len, outcomes.values())) < k:
+        return None
+    values = [pass_at_k(len(o), sum(map(bool, o)), k) for o in outcomes.values()]
+    return float(np.mean(values))
 
 
 def wilson(successes: float, trials: int, confidence: float = 0.95) -> tuple[float, float]:

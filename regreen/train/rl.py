@@ -57,7 +57,11 @@ async def train_grpo(
     """
     driver = await _prepare(stack, config, progress)
     if driver.run.state == "done":
-        return await result_of(stack, driver.run)
+        result = await result_of(stack, driver.run)
+        weights = await resolve_weights(stack, config.name)
+        if (await stack.policy.get_policy()).policy.version != weights.version:
+            await driver.ledger.publish(weights)  # something else was served since
+        return result
     if config.concurrency == 0:
         return await driver.drive()
     async with (workers or _own_workers)(stack, driver.run.id, config.concurrency):
@@ -70,7 +74,7 @@ def _own_workers(stack: Stack, run_id: str, count: int) -> AbstractAsyncContextM
 
 async def _prepare(stack: Stack, config: GrpoConfig, progress: Listener) -> "_Driver":
     candidates = await candidates_of(stack, config.tasks, config.split, config.modes)
-    start = await resolve_weights(stack, config.start, base_uri=config.base_uri)
+    start = await resolve_weights(stack, config.start, "start", base_uri=config.base_uri)
     resolved = {
         "base_version": await next_version_block(stack),
         "base_uri": start.uri if config.start == BASE else "",

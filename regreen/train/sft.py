@@ -76,7 +76,7 @@ async def _prepare(stack: Stack, config: SftConfig, progress: Listener) -> "_Dri
 
 async def _resolve(stack: Stack, config: SftConfig, progress: Listener) -> dict[str, object]:
     """What is worked out once: start, versions, and the trajectories to learn from."""
-    start = await resolve_weights(stack, config.start, base_uri=config.base_uri)
+    start = await resolve_weights(stack, config.start, "start", base_uri=config.base_uri)
     tasks = await wanted_tasks(stack, config.tasks, config.split)
     rows = await expert_rows(stack, tasks, config, progress)
     train: dict[str, list[str]] = {}

@@ -77,22 +77,24 @@ def weights_of(record: dataset_pb.CheckpointRecord) -> Weights:
     )
 
 
-async def resolve_weights(stack: Stack, name: str, *, base_uri: str = "") -> Weights:
+async def resolve_weights(
+    stack: Stack, name: str, field: str = "policy", *, base_uri: str = ""
+) -> Weights:
     """The weights that `name` means: "base", or the newest checkpoint of the run of that name.
 
     Raises:
-        InvalidArgument: no run of that name, or it has no checkpoint yet.
+        InvalidArgument: no run of that name, or it has no checkpoint yet; names `field`.
     """
     if name in ("", BASE):
         return Weights(base_uri or await _base_uri(stack))
     run = await find_run(stack, name)
     if run is None:
-        raise InvalidArgument("policy", f"{name!r} is neither {BASE!r} nor the name of a run")
+        raise InvalidArgument(field, f"{name!r} is neither {BASE!r} nor the name of a run")
     record = await last_checkpoint(stack, run.id)
     if record is not None:
         return weights_of(record)
     if run.state != "done":
-        raise InvalidArgument("policy", f"run {name!r} has no checkpoint yet", "train it first")
+        raise InvalidArgument(field, f"run {name!r} has no checkpoint yet", "train it first")
     # Every step was skipped (no group had a spread of rewards): the weights did not change.
     kept = MessageToDict(run.config.fields["resolved"].struct_value)
     return Weights.from_json(kept["start"]).stamped(int(kept["base_version"]))

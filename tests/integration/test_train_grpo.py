@@ -12,6 +12,7 @@ import pytest
 from dataset_svc.__main__ import serving
 from dataset_svc.settings import DatasetSettings
 from regreen.client.stack import Stack
+from regreen.policy import v1 as policy_pb
 from regreen.rpc.errors import FailedPrecondition, InfraError, Unavailable
 from regreen.train.config import GrpoConfig
 from regreen.train.gather import group_id
@@ -124,8 +125,12 @@ async def test_a_finished_run_is_not_run_again(place: World):
         first = await train_grpo(stack, config, workers=external(place))
         loaded = list(place.policy.loaded)
         again = await train_grpo(stack, config, workers=external(place))
-    assert first == again
-    assert place.policy.loaded == loaded
+        assert first == again
+        assert place.policy.loaded == loaded
+        other = policy_pb.PolicyVersion(version=7, uri=place.policy.serving.uri)
+        await stack.policy.load_version(other, allow_older=True)
+        await train_grpo(stack, config, workers=external(place))
+    assert place.policy.serving.version == first.policy_version  # what was trained is served
 
 
 async def test_a_name_with_other_settings_is_refused(place: World):
