@@ -107,6 +107,17 @@ EVAL_TEMPERATURE = "0.6"
 """Sampling temperature of evaluations; training samples at 1."""
 _TELLING = 6
 """Tasks from which on an exact two-sided sign-flip test can reach p < 0.05 (2 / 2^6)."""
+_STAGES = {
+    "start services": 1,
+    "tasks": 18,
+    "evaluate base": 18,
+    "sft": 22,
+    "evaluate sft": 9,
+    "grpo": 21,
+    "evaluate grpo": 10,
+    "report": 1,
+}
+"""The stages in order, and about how many percent of the wall time each takes."""
 _KEEP_S = 5.0
 """What a killed demo can lose of the wall time it reports."""
 
@@ -137,7 +148,7 @@ async def run_demo(home: Path, plan: Plan, listen: Listener, show: Show) -> Demo
     """
     layout = Layout(home)
     layout.make()
-    clock = StageClock(home / plan.name / f"seconds-{_digest(plan)}.json")
+    clock = StageClock(home / plan.name / f"seconds-{_digest(plan)}.json", show)
     with _alone(layout):
         async with contextlib.AsyncExitStack() as exits:
             borrowed = borrowed_stack(layout, show)
@@ -150,7 +161,7 @@ async def run_demo(home: Path, plan: Plan, listen: Listener, show: Show) -> Demo
 @contextlib.contextmanager
 def _alone(layout: Layout) -> Iterator[None]:
     """Only one demo runs on a home at a time."""
-    with (layout.run / "demo.lock").open("w") as lock:
+    with layout.open(layout.run / "demo.lock") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -163,8 +174,8 @@ def _alone(layout: Layout) -> Iterator[None]:
 class StageClock:
     """Wall time by stage, kept on disk so that a resumed demo adds to it."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, show: Show) -> None:
+        self._path, self._show = path, show
         self.seconds = _seconds(path)
 
     def move(self, path: Path) -> None:
@@ -176,7 +187,12 @@ class StageClock:
         before.unlink(missing_ok=True)
 
     async def time(self, stage: str, work: Awaitable[T]) -> T:
-        """Await `work` and add its wall time to `stage`."""
+        """Await `work` and add its wall time to `stage`; says how far the whole is before."""
+        names = list(_STAGES)
+        number = names.index(stage)
+        percent = sum(_STAGES[name] for name in names[:number])
+        text = f"percent; stage {number + 1} of {len(names)}: {stage}"
+        self._show("demo", percent, 100, text)
         before_s, start_s = self.seconds.get(stage, 0.0), time.monotonic()
 
         def keep() -> None:
@@ -349,6 +365,7 @@ class _Demo:
             ),
         )
         self._show("report", 1, 1, str(files.html))
+        self._show("demo", 100, 100, "percent")
         return DemoResult(files.html, files.json, files.headline, self._clock.seconds)
 
 

@@ -51,6 +51,11 @@ def parse_settings(values: list[str]) -> dict[str, str]:
         InvalidArgument: a word without an equals sign, an unknown setting, or a wrong value.
     """
     labels = parse_labels(values)
+    for name, value in labels.items():
+        try:
+            check_settings({name: value})
+        except InvalidArgument as error:
+            raise InvalidArgument(f"set {name}", error.problem, error.remedy) from error
     check_settings(labels)
     return labels
 

@@ -10,6 +10,7 @@ import asyncio
 import json
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,6 +37,8 @@ from regreen.train.progress import Pace
 T = TypeVar("T")
 OK, FAILED, USAGE, UNAVAILABLE = 0, 1, 2, 3
 STDOUT = Console(soft_wrap=False, width=None if sys.stdout.isatty() else 160)
+_QUIET_S = 10.0
+"""Without a terminal, the longest time between two lines of a command at work."""
 STDERR = Console(stderr=True, width=None if sys.stderr.isatty() else 240)
 
 
@@ -116,6 +119,9 @@ class ProgressPrinter:
         self._latest, self._last_s = "", self._start_s
         self._stages: dict[str, _Stage] = {}
         self._bar: Progress | None = None
+        self._lock = threading.Lock()
+        self._told: tuple[float, tuple[str, float, float, str, float | None]] | None = None
+        """When this was called last, and with what."""
 
     def __call__(
         self,
@@ -127,6 +133,27 @@ class ProgressPrinter:
         left_s: float | None = None,
     ) -> None:
         """Show how far `stage` is; `left_s` is a better estimate than the mean rate, if known."""
+        with self._lock:
+            self._told = self._clock(), (stage, done, total, message, left_s)
+            self._show(stage, done, total, message, left_s)
+
+    def tick(self) -> None:
+        """Repeat the latest line, with what has become of its times, if all was quiet for long."""
+        with self._lock:
+            now_s = self._clock()
+            if self._bar or self._told is None or now_s - self._last_s < _QUIET_S:
+                return
+            told_s, (stage, done, total, message, left_s) = self._told
+            if total and done >= total:
+                message = f"done {now_s - told_s:.0f} s ago; going on"
+            elif left_s is not None:
+                left_s = max(0.0, left_s - (now_s - told_s))
+            self._latest = ""  # a line is due
+            self._show(stage, done, total, message, left_s)
+
+    def _show(
+        self, stage: str, done: float, total: float, message: str, left_s: float | None
+    ) -> None:
         now_s = self._clock()
         before = at = self._stages.get(stage)
         if at is None or done < at.done:  # a new stage, or the next round of one
@@ -168,7 +195,19 @@ def progress() -> Any:
     """A progress printer for the length of a command."""
     printer = ProgressPrinter()
     if not STDERR.is_terminal:
-        yield printer
+        ended = threading.Event()
+
+        def keep_on() -> None:
+            while not ended.wait(1.0):
+                printer.tick()
+
+        ticker = threading.Thread(target=keep_on, name="progress", daemon=True)
+        ticker.start()
+        try:
+            yield printer
+        finally:
+            ended.set()
+            ticker.join()
         return
     columns = (
         SpinnerColumn(),

@@ -26,10 +26,10 @@ async def borrowed_stack(
         As `control.up`.
     """
     layout.make()
-    with layout.borrowers.open("w") as borrowers:
+    with layout.open(layout.borrowers) as borrowers:
         await _join(borrowers)
         if not layout.supervised():
-            layout.borrowed.touch()
+            layout.open(layout.borrowed).close()
         try:
             await control.up(layout, progress=progress)
             yield

@@ -203,7 +203,7 @@ def _start(
     layout: Layout, arguments: Mapping[str, list[str]], fixed_ports: bool
 ) -> "subprocess.Popen[bytes] | None":
     """Start a supervisor under the lock; None if the lock is taken, be it by one who looks."""
-    with layout.lock.open("a") as lock, layout.log("supervisor").open("ab") as log:
+    with layout.open(layout.lock) as lock, layout.open(layout.log("supervisor")) as log:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -4,13 +4,15 @@
 - A service is a process of the same interpreter: `python -m <name>_svc`.
 """
 
+import errno
 import fcntl
 import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
-from regreen.rpc.errors import InvalidArgument
+from regreen.rpc.errors import DiskFull, InvalidArgument, RegreenError
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,12 +114,27 @@ class Layout:
         try:
             for path in (self.home, self.run, self.logs):
                 path.mkdir(parents=True, exist_ok=True)
+                if not os.access(path, os.W_OK | os.X_OK):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         except OSError as error:
             raise self.unusable(error) from error
 
-    def unusable(self, error: OSError) -> InvalidArgument:
+    def open(self, path: Path) -> IO[str]:
+        """A file of this home, made if it is not there, to append to and to lock.
+
+        Raises:
+            InvalidArgument, DiskFull: it cannot be opened.
+        """
+        try:
+            return path.open("a")
+        except OSError as error:
+            raise self.unusable(error) from error
+
+    def unusable(self, error: OSError) -> RegreenError:
         """What to say when a file of this home cannot be used."""
         problem = f"{self.home} cannot be used ({error.strerror}: {error.filename})"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return DiskFull(f"home: {problem}; free some space, or give another directory")
         return InvalidArgument("home", problem, "give a directory of your own")
 
 

@@ -11,6 +11,7 @@ import re
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterable, Sequence
 from email.parser import HeaderParser
 from pathlib import Path
@@ -27,6 +28,7 @@ from regreen.tasks.wanted import Wanted, holds, marker_environment
 
 RUNNER = Wanted("pytest", "pytest", "regreen itself")
 _NO_WHEEL = re.compile(r"Wheels are required for `([^`]+)`")
+_METADATA_BYTES = 1 << 20
 _MOST_BUILT = 40
 """Packages without wheels in one environment; each costs a resolution."""
 
@@ -71,7 +73,8 @@ def _conflict(error: NotFound, wanted: Iterable[Wanted]) -> InvalidArgument:
         for item in wanted
         if re.search(rf"(?<![\w.-]){re.escape(item.name)}(?![\w-])", text)
     ]
-    kind = "do not go together" if "unsatisfiable" in text else "cannot be resolved"
+    lost = "was not found in the package registry" in text
+    kind = "do not go together" if "unsatisfiable" in text and not lost else "cannot be resolved"
     problem = f"the packages {kind}: {text}"
     remedy = f"correct {', '.join(lines[:4])}" if lines else "correct what is required"
     remedy += ", or name a file of the versions that are installed with --lock"
@@ -184,17 +187,22 @@ def _of_requires_txt(text: str) -> list[str]:
 
 
 def _metadata(archive: bytes) -> list[tuple[str, str]]:
-    """The metadata files at the top of a source archive."""
+    """The metadata files at the top of a source archive; what is damaged says nothing."""
     found = []
-    if archive[:2] == b"PK":
-        with zipfile.ZipFile(io.BytesIO(archive)) as pack:
-            found = [(n, pack.read(n)) for n in pack.namelist() if _is_metadata(n)]
-    else:
-        with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
-            for member in tar:
-                content = tar.extractfile(member) if _is_metadata(member.name) else None
-                if content is not None:
-                    found.append((member.name, content.read(1 << 20)))
+    try:
+        if archive[:2] == b"PK":
+            with zipfile.ZipFile(io.BytesIO(archive)) as pack:
+                for name in filter(_is_metadata, pack.namelist()):
+                    with pack.open(name) as file:
+                        found.append((name, file.read(_METADATA_BYTES)))
+        else:
+            with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+                for member in tar:
+                    content = tar.extractfile(member) if _is_metadata(member.name) else None
+                    if content is not None:
+                        found.append((member.name, content.read(_METADATA_BYTES)))
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError):
+        return []
     return [(n.rpartition("/")[2], data.decode("utf-8", "replace")) for n, data in found]
 
 

@@ -51,8 +51,17 @@ def read_declared(root: Path) -> Declared:
     """The declaration of the project in `root`; that of its folder's name where it makes none.
 
     Raises:
-        InvalidArgument: a file cannot be read.
+        InvalidArgument: a file cannot be read, or holds something else than it should.
     """
+    try:
+        return _read(root)
+    except (ValueError, LookupError, AttributeError, TypeError) as error:
+        name = "pyproject.toml" if (root / "pyproject.toml").exists() else "setup.cfg"
+        problem = f"declares what cannot be read ({type(error).__name__}: {error})"
+        raise InvalidArgument(name, problem, "correct it") from error
+
+
+def _read(root: Path) -> Declared:
     own = normalize(root.resolve().name)
     path = root / "pyproject.toml"
     document = read_toml(path) if path.exists() else {}

@@ -261,8 +261,8 @@ def choose_interpreter(
         if short in have:
             return short
         raise MissingDependency(
-            f"python: the project uses Python {short}; found {', '.join(have) or 'none'}; "
-            "install it, or choose one with --python"
+            f"python: {'asked for is' if asked else 'the project uses'} Python {short}; "
+            f"found {', '.join(have) or 'none'}; install it, or choose another with --python"
         )
     try:
         allowed = [SpecifierSet(part) for part in declared.requires_python.split("||")]

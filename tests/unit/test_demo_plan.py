@@ -5,11 +5,16 @@ import json
 
 import pytest
 
-from regreen.demo import FULL, QUICK, Plan, StageClock, _alone, _notes, choose_tasks
+from regreen.demo import _STAGES, FULL, QUICK, Plan, StageClock, _alone, _notes, choose_tasks
 from regreen.rpc.errors import FailedPrecondition
 from regreen.stack.layout import Layout
 from regreen.tasks.admit import choose_python
 from regreen.tasks.jsonl import shipped_tasks
+
+
+def unseen(*_):
+    """Shows nothing."""
+
 
 ALL = {f"3.{minor}": "" for minor in range(7, 14)}
 
@@ -63,8 +68,8 @@ async def test_a_killed_demo_keeps_its_wall_time(tmp_path, monkeypatch):
                 seen.set()
         return 7
 
-    assert await asyncio.wait_for(StageClock(path).time("sft", work()), 10.0) == 7
-    assert StageClock(path).seconds["sft"] > 100.0
+    assert await asyncio.wait_for(StageClock(path, unseen).time("sft", work()), 10.0) == 7
+    assert StageClock(path, unseen).seconds["sft"] > 100.0
 
 
 async def test_a_stage_outlives_a_clock_that_cannot_be_written(tmp_path):
@@ -73,7 +78,7 @@ async def test_a_stage_outlives_a_clock_that_cannot_be_written(tmp_path):
     async def work():
         return 7
 
-    clock = StageClock(tmp_path / "demo" / "seconds.json")
+    clock = StageClock(tmp_path / "demo" / "seconds.json", unseen)
     assert await clock.time("sft", work()) == 7
     assert "sft" in clock.seconds
 
@@ -89,7 +94,23 @@ def test_wall_time_goes_to_the_demo_that_it_belongs_to(tmp_path):
     early, named = tmp_path / "early.json", tmp_path / "named.json"
     early.write_text(json.dumps({"tasks": 5.0}))
     named.write_text(json.dumps({"tasks": 2.0, "sft": 100.0}))
-    clock = StageClock(early)
+    clock = StageClock(early, unseen)
     clock.move(named)
     assert clock.seconds == json.loads(named.read_text()) == {"tasks": 7.0, "sft": 100.0}
     assert not early.exists()
+
+
+async def test_the_whole_demo_says_how_far_it_is(tmp_path):
+    shown = []
+
+    async def work():
+        shown.append("work")
+
+    clock = StageClock(tmp_path / "seconds.json", lambda *line: shown.append(line))
+    for stage in _STAGES:
+        await clock.time(stage, work())
+    lines = shown[::2]
+    assert shown[1::2] == ["work"] * len(_STAGES)
+    assert lines[2] == ("demo", 19, 100, "percent; stage 3 of 8: evaluate base")
+    assert [line[1] for line in lines] == sorted(line[1] for line in lines)
+    assert sum(_STAGES.values()) == 100

@@ -43,6 +43,26 @@ def test_resumed_work_does_not_make_the_estimate_look_good(printed):
     assert printed()[-1].endswith("gate 91/100 (10 s, about 90 s left)")
 
 
+def test_long_work_is_never_quiet_for_long(printed):
+    now = [0.0]
+    show = output.ProgressPrinter(clock=lambda: now[0])
+    show.tick()
+    show("learn", 1, 4, "step 1", left_s=60.0)
+    now[0] = 9.0
+    show.tick()
+    assert len(printed()) == 1
+    for now[0] in (10.0, 15.0, 25.0):
+        show.tick()
+    assert [line[10:] for line in printed()[1:]] == [
+        "learn 1/4 (10 s, about 50 s left)  step 1",
+        "learn 1/4 (25 s, about 35 s left)  step 1",
+    ]
+    show("learn", 4, 4)
+    now[0] = 45.0
+    show.tick()
+    assert printed()[-1].endswith("done 20 s ago; going on")
+
+
 def test_the_next_round_of_a_stage_starts_anew(printed):
     now = [0.0]
     show = output.ProgressPrinter(every_s=0.0, clock=lambda: now[0])

@@ -15,6 +15,7 @@ import pytest
 
 from regreen.rpc.errors import FailedPrecondition, InvalidArgument, Unavailable
 from regreen.stack import control, supervisor
+from regreen.stack.borrow import borrowed_stack
 from regreen.stack.layout import SERVICES, Layout
 from regreen.stack.supervisor import Supervisor, _Running
 
@@ -88,6 +89,16 @@ def test_a_log_that_grew_large_makes_room_for_a_new_one(layout):
     assert log.read_text() == "new\n"
     assert log.with_suffix(".log.1").stat().st_size == supervisor._LOG_BYTES + 1
     assert control.tail(layout, "policy", 5) == "new"
+
+
+async def test_a_file_of_the_home_that_cannot_be_opened_is_named(layout):
+    layout.lock.mkdir()  # root may write wherever it likes, but not to a directory
+    with pytest.raises(InvalidArgument, match=r"cannot be used .*supervisor\.lock"):
+        await control.up(layout)
+    layout.borrowers.mkdir()
+    with pytest.raises(InvalidArgument, match=r"cannot be used .*borrowers\.lock"):
+        async with borrowed_stack(layout):
+            pass
 
 
 @pytest.mark.parametrize("home", ["/dev/null/home", "/dev/null", "/proc/home"])

@@ -252,3 +252,24 @@ def test_requirements_of_a_source_archive_are_read() -> None:
             info.size = len(text)
             archive.addfile(info, io.BytesIO(text.encode()))
     assert requires_of_sdist(buffer.getvalue(), "3.11") == ["six>=1"]
+
+
+@pytest.mark.parametrize("archive", [b"", b"junk", b"PKjunk", b"\x1f\x8bjunk"])
+def test_a_damaged_source_archive_says_nothing(archive: bytes) -> None:
+    assert requires_of_sdist(archive, "3.11") == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'project = "own"',
+        "[project]\ndependencies = 3",
+        "[project]\noptional-dependencies = []",
+        '[tool]\npoetry = "x"',
+        '[tool.poetry.dependencies]\nsix = "^x"',
+        "dependency-groups = 1",
+    ],
+)
+def test_a_declaration_of_another_shape_is_named(tmp_path: Path, text: str) -> None:
+    with pytest.raises(InvalidArgument, match=r"pyproject\.toml: .*; correct it"):
+        found(tmp_path, **{"pyproject.toml": text})
