@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from packaging.version import Version
+
 from regreen.client.stack import Endpoints, Stack
 from regreen.dataset import v1 as pb
 from regreen.evals.report import write_report
@@ -258,7 +260,7 @@ class _Demo:
         able = [record for record in records if choose_python(record, interpreters)]
         chosen = choose_tasks(able, self._plan)
         ids = [record.id for group in chosen.values() for record in group]
-        found = ", ".join(sorted(interpreters)) or "none"
+        found = ", ".join(sorted(interpreters, key=Version)) or "none"
         if not all(chosen.values()):
             raise FailedPrecondition(
                 f"too few tasks can run here (interpreters found: {found}); most need Python 3.8 "

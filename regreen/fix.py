@@ -21,8 +21,10 @@ from regreen.rollout.knowledge import Knowledge
 from regreen.rollout.progress import Show, show_turns
 from regreen.rpc.errors import InfraError, InvalidArgument
 from regreen.sandbox import v1 as sandbox_pb
-from regreen.tasks.local import Project, detect, environment_of, pack
+from regreen.tasks.local import Project, detect, pack
 from regreen.tasks.patch import describe_pins, moved_pins, onto_project, unified
+from regreen.tasks.pinned import pinned_environment
+from regreen.train.weights import name_served
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,7 @@ class FixResult:
 async def fix_project(
     stack: Stack,
     root: Path,
-    blobs: str | Path,
+    home: Path,
     options: FixOptions,
     show: Show,
     *,
@@ -68,6 +70,8 @@ async def fix_project(
     knowledge: Knowledge | None = None,
 ) -> FixResult:
     """Prepare the project in a sandbox and try to repair it; `knowledge` holds past fixes.
+
+    `home` is that of the stack: the sandbox service reads blobs from there.
 
     Raises:
         InvalidArgument: no Python project, or one that cannot be described.
@@ -80,7 +84,7 @@ async def fix_project(
     show("read project", 1, 1, text)
     for note in project.notes:
         show("read project", 1, 1, note)
-    spec, state = await _prepare(stack, project, blobs, show)
+    spec, state = await _prepare(stack, project, home, show)
     failing = list(state.baseline.failing)
     if not failing and state.baseline.passing:
         done = f"all {len(state.baseline.passing)} tests pass already"
@@ -114,12 +118,12 @@ def local_task(
 
 
 async def _prepare(
-    stack: Stack, project: Project, blobs: str | Path, show: Show
+    stack: Stack, project: Project, home: Path, show: Show
 ) -> tuple[sandbox_pb.EnvironmentSpec, sandbox_pb.State]:
     data, digest = pack(project.root)
-    await open_blobs(blobs).put(data)
+    await open_blobs(home / "blobs").put(data)
     show("pin packages", 0, 1, f"{len(project.pins)} pinned")
-    spec = await environment_of(project, digest)
+    spec = await pinned_environment(project, digest, home / "pins")
     show("pin packages", 1, 1, f"{len(spec.pins)} packages, {len(spec.wheelhouse)} other releases")
     try:
         return spec, await _state(stack, spec, show)
@@ -148,12 +152,14 @@ async def _attempt(
     best: pb.Trajectory | None = None
     made = 0
     policy = await stack.policy.get_policy()
+    acting = policy.model
+    if policy.policy.uri:  # a model behind an endpoint has no weights that we could name
+        acting += f" ({await name_served(stack)})"
     usual = FULL if options.pipeline == common_pb.PIPELINE_FULL else SIMPLIFIED
     context = int(options.settings.get("budget.context_tokens") or policy.context_length)
     budget = budget_for(usual, context)
     for made in range(1, options.attempts + 1):
-        version = f"v{policy.policy.version}"  # as `regreen traj list` names it
-        text = f"{task.fail_to_pass_count} tests fail; policy {policy.model} {version}"
+        text = f"{task.fail_to_pass_count} tests fail; policy {acting}"
         show("repair", made - 1, options.attempts, text)
         where = f"attempt {made} of {options.attempts}"
         trajectory = await run_episode(

@@ -19,7 +19,7 @@ from enum import StrEnum
 from regreen.rpc.errors import (
     FailedPrecondition,
     InvalidArgument,
-    NotFound,
+    NoSuchFile,
     ResourceExhausted,
 )
 from sandbox_svc.backends.base import Box, Command, EndReason, ExecResult, FileStat
@@ -113,7 +113,7 @@ async def _tool(box: Box, argv: Sequence[str], root: str, output_bytes: int) -> 
         result = await box.run(command)
     except InvalidArgument as error:
         if error.field == "cwd":
-            raise NotFound(f"no such directory in the sandbox: {root}") from None
+            raise NoSuchFile(f"no such directory in the sandbox: {root}") from None
         raise
     if result.reason is EndReason.TIMEOUT:
         raise ResourceExhausted(f"looking through {root} took more than {_TIMEOUT_S:.0f} s")
@@ -130,7 +130,7 @@ async def list_files(
 
     Raises:
         InvalidArgument: a malformed glob or limit.
-        NotFound: no such directory.
+        NoSuchFile: no such directory.
         ResourceExhausted: it took too long.
     """
     limit = _limit(limit, 1000)
@@ -174,7 +174,7 @@ async def find_text(
 
     Raises:
         InvalidArgument: the text is empty or has a line break, or a malformed glob.
-        NotFound: no such directory.
+        NoSuchFile: no such directory.
         ResourceExhausted: it took too long.
     """
     limit = _limit(limit, 200)
@@ -211,7 +211,7 @@ async def _read(box: Box, path: str, limits: DiffLimits) -> tuple[bytes, FileSta
     """A regular file's content and mode; None when there is no regular file at `path`."""
     try:
         content, info = await box.read_range(path, max_bytes=limits.max_file_bytes)
-    except (NotFound, InvalidArgument):
+    except (NoSuchFile, InvalidArgument):
         return None
     except FailedPrecondition as error:
         if "path" not in error.metadata:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from regreen.lockfile import Lock, LockChange, lock_change, normalize, parse_lock
-from regreen.rpc.errors import FailedPrecondition, InfraError, InvalidArgument, NotFound
+from regreen.rpc.errors import FailedPrecondition, InfraError, InvalidArgument, NoSuchFile
 from sandbox_svc.backends.base import Box, Command, EndReason, Limits, Runtime
 from sandbox_svc.builders import testrun
 from sandbox_svc.builders.base import LOCK, REPO, RUNNER, TOOLS, FileChange
@@ -369,6 +369,6 @@ async def _apply(plan: Plan, box: Box) -> Plan:
         try:
             await box.write_file(f"{REPO}/{change.path}", change.content, mode)
             applied.append(change)
-        except (InvalidArgument, NotFound) as error:
+        except (InvalidArgument, NoSuchFile) as error:
             reverted.append(Reverted(change.path, f"unwritable: {error}"))
     return replace(plan, changes=tuple(applied), reverted=tuple(reverted))

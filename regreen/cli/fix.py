@@ -81,7 +81,7 @@ def fix(
                 return await fix_project(
                     stack,
                     root,
-                    (home or default_home()) / "blobs",
+                    home or default_home(),
                     options,
                     show,
                     python=python,

@@ -24,6 +24,7 @@ from regreen.rollout.progress import TurnListener, show_turns
 from regreen.rollout.worker import RolloutProgress, Worker, WorkerStats, knowledge_of, outcome
 from regreen.train.names import grader_of, mode_of, pipeline_of
 from regreen.train.progress import Meter
+from regreen.train.weights import name_served
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -93,7 +94,7 @@ async def _run(
     async with open_stack(home) as stack:
         task = await stack.tasks.get_task(task_id)
         script = baseline(scripted, task) if scripted else None
-        policy = await stack.policy.get_policy()
+        name = "" if script else await name_served(stack)
         for sample in range(samples):
             trajectory = await run_episode(
                 stack,
@@ -103,7 +104,7 @@ async def _run(
                 grader=by_grader,
                 actor=script,
                 seed=derive_seed(seed, sample),
-                policy_name="" if script else f"v{policy.policy.version}",
+                policy_name=name,
                 knowledge=await knowledge_of(stack),
                 listener=listen,
             )

@@ -286,10 +286,22 @@ async def _run_facts(stack: Stack, run: dataset_pb.Run, name: str) -> RunFacts:
         name=name,
         kind=run.kind,
         state=run.state,
-        settings=config.get("settings", {}),
+        settings={name: _whole(value) for name, value in config.get("settings", {}).items()},
         metrics=dict(sorted(metrics.items())),
         checkpoints=len(checkpoints.checkpoints),
     )
+
+
+def _whole(value: Any) -> Any:
+    """A setting as it was given: a protobuf struct stores every number as a float."""
+    match value:
+        case float() if value.is_integer():
+            return int(value)
+        case list():
+            return [_whole(item) for item in value]
+        case dict():
+            return {name: _whole(item) for name, item in value.items()}
+    return value
 
 
 def _check_alike(evaluations: Sequence[dataset_pb.Run]) -> None:

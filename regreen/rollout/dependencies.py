@@ -16,7 +16,7 @@ from packaging.version import InvalidVersion, Version
 
 from regreen.lockfile import Lock, format_lock, lock_change, normalize, parse_lock
 from regreen.rollout.facts import LOCK, PYTHON, Facts
-from regreen.rpc.errors import InvalidArgument, NotFound
+from regreen.rpc.errors import InvalidArgument, NoSuchFile
 from regreen.sandbox import v1 as sandbox_pb
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class Dependencies:
             raise ToolError("version must look like 8.5")
         try:
             content = (await self.stack.sandbox.read_file(self.sandbox_id, path)).content.decode()
-        except (NotFound, InvalidArgument, UnicodeDecodeError) as error:
+        except (NoSuchFile, InvalidArgument, UnicodeDecodeError) as error:
             raise ToolError(f"this project has no Gradle wrapper ({_GRADLE})") from error
         changed, count = re.subn(r"gradle-[\d.]+-", f"gradle-{version.strip()}-", content)
         if not count:
@@ -111,7 +111,7 @@ class Dependencies:
         try:
             found = await self.stack.sandbox.read_file(self.sandbox_id, LOCK)
             return parse_lock(found.content)
-        except NotFound as error:
+        except NoSuchFile as error:
             raise ToolError("requirements.lock is gone; restore it first") from error
         except InvalidArgument as error:
             raise ToolError(str(error)) from error

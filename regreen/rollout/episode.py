@@ -26,7 +26,7 @@ from regreen.ids import new_id
 from regreen.rollout.actors import Actor, PolicyActor
 from regreen.rollout.agent import Agent, Stop
 from regreen.rollout.context import FULL, SIMPLIFIED, Budget, EpisodeSpec, with_labels
-from regreen.rollout.facts import FactsCache
+from regreen.rollout.facts import FactsCache, standing
 from regreen.rollout.full import discard_states, run_full
 from regreen.rollout.grade import Validated, conclude
 from regreen.rollout.knowledge import Knowledge
@@ -97,9 +97,10 @@ class Runner:
                 ttl_s=spec.budget.wall_s + spec.budget.validation_s * 2 + _SLACK_S,
             )
             try:
-                return await self._in_sandbox(
-                    task, spec, actor or PolicyActor(), trajectory_id, sandbox.id, listener
-                )
+                async with standing(self.stack, sandbox.id):
+                    return await self._in_sandbox(
+                        task, spec, actor or PolicyActor(), trajectory_id, sandbox.id, listener
+                    )
             finally:
                 await self.discard(sandbox.id)
 

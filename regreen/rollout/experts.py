@@ -26,10 +26,10 @@ from regreen.rollout.actors import ScriptedActor, Slip, View
 from regreen.rollout.context import EpisodeSpec
 from regreen.rollout.dependencies import choices
 from regreen.rollout.episode import Runner
-from regreen.rollout.facts import REPO
+from regreen.rollout.facts import REPO, standing
 from regreen.rollout.knowledge import LOCK_NAME, Move, reference_moves
 from regreen.rollout.logs import PrimaryError
-from regreen.rpc.errors import InvalidArgument, NotFound
+from regreen.rpc.errors import InvalidArgument, NoSuchFile
 
 if TYPE_CHECKING:
     from regreen.client.stack import Stack
@@ -291,23 +291,29 @@ def _latest(view: View) -> PrimaryError | None:
 
 async def _edits(stack: "Stack", task: pb.Task, fix: pb.ReferenceFix) -> Sequence[LineEdit]:
     """The source edit as short `sed` commands; empty when it is not small enough for that."""
-    edits: list[LineEdit] = []
     sandbox = await stack.sandbox.create_sandbox(task.state_id, labels={"task": task.id})
-    try:
-        for change in fix.changes:
-            if change.path == LOCK_NAME:
-                continue
-            try:
-                before = await stack.sandbox.read_file(sandbox.id, f"{REPO}/{change.path}")
-            except (NotFound, InvalidArgument):
-                return ()
-            found = line_edits(before.content, change.content, change.path)
-            if found is None:
-                return ()
-            edits += found
-    finally:
-        await stack.sandbox.delete_sandbox(sandbox.id)
+    async with standing(stack, sandbox.id):
+        try:
+            edits = await _edits_in(stack, fix, sandbox.id)
+        finally:
+            await stack.sandbox.delete_sandbox(sandbox.id)
     return edits if sum(len(edit.command) for edit in edits) <= _MOST_EDIT_CHARS else ()
+
+
+async def _edits_in(stack: "Stack", fix: pb.ReferenceFix, sandbox_id: str) -> Sequence[LineEdit]:
+    edits: list[LineEdit] = []
+    for change in fix.changes:
+        if change.path == LOCK_NAME:
+            continue
+        try:
+            before = await stack.sandbox.read_file(sandbox_id, f"{REPO}/{change.path}")
+        except (NoSuchFile, InvalidArgument):
+            return ()
+        found = line_edits(before.content, change.content, change.path)
+        if found is None:
+            return ()
+        edits += found
+    return edits
 
 
 def line_edits(before: bytes, after: bytes, path: str) -> list[LineEdit] | None:

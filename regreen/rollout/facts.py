@@ -3,13 +3,14 @@
 - Gathered from inside a sandbox of the task's State and from the log of the broken build; nothing
   comes from the task's fix, culprit, moves or good versions.
 - Gathered once per State and process: members of a group see the same facts.
+- A sandbox that dies meanwhile raises; facts that were cut short would mislead every later rollout.
 """
 
 import asyncio
 import contextlib
 import json
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import TYPE_CHECKING
@@ -19,7 +20,8 @@ from packaging.version import InvalidVersion, Version
 from regreen.dataset import v1 as pb
 from regreen.lockfile import Lock, normalize, parse_lock
 from regreen.rollout.logs import PrimaryError, analyse, suspects
-from regreen.rpc.errors import FailedPrecondition, InvalidArgument, NotFound
+from regreen.rpc.errors import FailedPrecondition, InfraError, InvalidArgument, NoSuchFile, NotFound
+from regreen.sandbox import v1 as sandbox_pb
 
 if TYPE_CHECKING:
     from regreen.client.stack import Stack
@@ -78,6 +80,23 @@ class Facts:
         return tuple(names)
 
 
+@contextlib.asynccontextmanager
+async def standing(stack: "Stack", sandbox_id: str) -> AsyncIterator[None]:
+    """Work that needs a sandbox; one that is gone is trouble of the platform.
+
+    Raises:
+        InfraError: the sandbox is gone.
+    """
+    try:
+        yield
+    except NotFound as error:
+        try:
+            await stack.sandbox.get_sandbox(sandbox_id)
+        except NotFound:
+            raise InfraError(f"sandbox {sandbox_id} is gone") from error
+        raise
+
+
 class FactsCache:
     """Facts by State id; concurrent askers of one State share one gathering."""
 
@@ -91,6 +110,7 @@ class FactsCache:
 
         Raises:
             FailedPrecondition: the task was not prepared here.
+            RegreenError: the sandbox, or its service, went away.
         """
         if not task.state_id:
             raise FailedPrecondition(
@@ -150,6 +170,9 @@ async def _probe(
         timeout_s=_PROBE_S,
         output_bytes=1 << 20,
     )
+    if result.reason != sandbox_pb.END_REASON_EXIT:
+        how = sandbox_pb.EndReason.Name(result.reason)[11:].lower()
+        raise InfraError(f"sandbox {sandbox_id} could not be looked at ({how})")
     try:
         found = json.loads(result.stdout.head + result.stdout.tail)
         declared = tuple(str(item)[:200] for item in found["requires"])
@@ -163,7 +186,7 @@ async def _lock(stack: "Stack", sandbox_id: str) -> Lock:
     try:
         found = await stack.sandbox.read_file(sandbox_id, LOCK, max_bytes=_MOST_BYTES)
         return parse_lock(found.content)
-    except (NotFound, InvalidArgument):
+    except (NoSuchFile, InvalidArgument):
         return Lock({})
 
 
@@ -172,5 +195,5 @@ async def _offered(stack: "Stack", sandbox_id: str) -> dict[str, tuple[str, ...]
         found = await stack.sandbox.read_file(sandbox_id, INDEX, max_bytes=_MOST_BYTES)
         index = json.loads(found.content)
         return {normalize(name): sorted_versions(versions) for name, versions in index.items()}
-    except (NotFound, InvalidArgument, ValueError, AttributeError):
+    except (NoSuchFile, InvalidArgument, ValueError, AttributeError):
         return {}

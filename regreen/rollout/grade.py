@@ -30,7 +30,7 @@ from regreen.rollout.dependencies import ToolError
 from regreen.rollout.facts import REPO, Facts
 from regreen.rollout.reward import RewardSettings, compose
 from regreen.rollout.tools import Workbench
-from regreen.rpc.errors import InvalidArgument, NotFound
+from regreen.rpc.errors import InvalidArgument, NoSuchFile
 from regreen.sandbox import v1 as sandbox_pb
 
 _LOG_CHARS = 20_000
@@ -210,7 +210,7 @@ async def _originals(bench: Workbench, changes: Sequence[FileChange]) -> list[Fi
             file = await bench.stack.sandbox.read_file(
                 bench.sandbox_id, f"{REPO}/{path}", max_bytes=_ORIGINAL_BYTES
             )
-        except (NotFound, InvalidArgument):
+        except (NoSuchFile, InvalidArgument):
             continue  # was no regular file
         found.append(FileChange(path=path, kind=CHANGE_KIND_MODIFY, content=file.content))
     return found

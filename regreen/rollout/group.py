@@ -14,7 +14,7 @@ from regreen.ids import derive_seed
 from regreen.rollout.actors import PolicyActor, sample_of, sampling_of
 from regreen.rollout.context import EpisodeSpec
 from regreen.rollout.episode import Runner, check_fair
-from regreen.rollout.facts import Facts
+from regreen.rollout.facts import Facts, standing
 from regreen.rollout.full import first_opening
 from regreen.rollout.record import Sample
 from regreen.rollout.simplified import opening
@@ -68,6 +68,7 @@ async def _facts(runner: Runner, task: pb.Task) -> Facts:
         return known
     sandbox = await runner.stack.sandbox.create_sandbox(task.state_id, labels={"task": task.id})
     try:
-        return await runner.facts.get(runner.stack, task, sandbox.id)
+        async with standing(runner.stack, sandbox.id):
+            return await runner.facts.get(runner.stack, task, sandbox.id)
     finally:
         await runner.discard(sandbox.id)

@@ -1,7 +1,8 @@
 """The tools of the agent over one sandbox.
 
 - A tool never raises for what the policy did: every such failure is a short observation.
-- Trouble of the platform is never an observation: it leaves as `InfraError` and friends.
+- Trouble of the platform is never an observation: it leaves as it came; so does a sandbox that is
+  gone (`NotFound`), unlike a path in it (`NoSuchFile`).
 - Validation sees the diff of the repository alone, in a fresh fork of the task's State; a diff
   that the service refuses is a failed validation, because the policy made it.
 - Nothing privileged is read here except the pins that the mode holds.
@@ -26,7 +27,7 @@ from regreen.rpc.errors import (
     FailedPrecondition,
     InfraError,
     InvalidArgument,
-    NotFound,
+    NoSuchFile,
     ResourceExhausted,
 )
 from regreen.sandbox import v1 as sandbox_pb
@@ -94,11 +95,7 @@ class Workbench:
             seen = await tool(self, call)
         except ToolError as error:
             seen = Observation(f"error: {error}", ok=False)
-        except (InvalidArgument, FailedPrecondition) as error:
-            seen = Observation(f"error: {error}", ok=False)
-        except NotFound as error:
-            # Either the file is missing, or the sandbox itself is gone: only one is the policy's.
-            await self._still_there()
+        except (InvalidArgument, FailedPrecondition, NoSuchFile) as error:
             seen = Observation(f"error: {error}", ok=False)
         except ResourceExhausted as error:
             if isinstance(error, DiskFull) or error.retry_after_s is not None:
@@ -175,12 +172,6 @@ class Workbench:
             )
         self.spend("validate", self.clock() - started)
         return verdict
-
-    async def _still_there(self) -> None:
-        try:
-            await self.stack.sandbox.get_sandbox(self.sandbox_id)
-        except NotFound as error:
-            raise InfraError(f"sandbox {self.sandbox_id} is gone") from error
 
 
 async def _read_file(bench: Workbench, call: Call) -> Observation:

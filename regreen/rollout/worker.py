@@ -349,7 +349,9 @@ def outcome(trajectory: pb.Trajectory) -> str:
     reward = trajectory.reward
     solved = "solved" if reward.solved else "not solved"
     hacks = f"  hacks: {' '.join(reward.hacks)}" if reward.hacks else ""
-    return f"{solved}  reward {reward.value:+.2f}  {len(trajectory.turns)} turns{hacks}"
+    outputs = sum(turn.role == pb.TURN_ROLE_POLICY for turn in trajectory.turns)
+    turns = "1 turn" if outputs == 1 else f"{outputs} turns"
+    return f"{solved}  reward {reward.value:+.2f}  {turns}{hacks}"
 
 
 @asynccontextmanager

@@ -3,6 +3,7 @@
     RegreenError
     ├── InvalidArgument      a field is wrong: names the field, the problem and the remedy
     ├── NotFound             no such id
+    │   └── NoSuchFile       the sandbox is there, the path in it is not
     ├── AlreadyExists        the name is taken by something else
     ├── FailedPrecondition   the thing is in the wrong state for this call
     │   ├── LeaseExpired     the lease ran out and may belong to someone else
@@ -77,6 +78,12 @@ class NotFound(RegreenError):
     """The named thing does not exist (any more)."""
 
     status, reason = "NOT_FOUND", "NOT_FOUND"
+
+
+class NoSuchFile(NotFound):
+    """A path inside a sandbox does not exist; unlike a sandbox that is gone, that is a finding."""
+
+    reason = "NO_SUCH_FILE"
 
 
 class AlreadyExists(RegreenError):

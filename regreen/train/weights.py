@@ -100,6 +100,15 @@ async def resolve_weights(
     return Weights.from_json(kept["start"]).stamped(int(kept["base_version"]))
 
 
+async def name_served(stack: Stack) -> str:
+    """What the policy service serves: "base", or the name of the run that made it."""
+    served = (await stack.policy.get_policy()).policy
+    if not served.run_id:
+        return BASE
+    run = await find_run(stack, served.run_id)
+    return run.name if run else f"v{served.version}"
+
+
 async def next_version_block(stack: Stack) -> int:
     """First version number of the block of a new run."""
     highest = (await stack.policy.get_policy()).policy.version

@@ -4,6 +4,7 @@
 - Containers have no network, no capabilities, no new privileges, and limits on memory, processes
   and cores; they carry this instance's label and are swept by it at start.
 - A layer is an image tag; the image holds everything below it, and its record names what that is.
+  An image of this instance without a record was cut short, and is removed at start.
 - Disk use is not enforced here, and `capabilities` says so; only one file is bounded.
 """
 
@@ -97,6 +98,12 @@ class DockerRuntime:
         filters = {"label": f"{_LABEL}={self._instance}"}
         for container in self.api.containers(all=True, filters=filters):
             self._remove(container["Id"])
+        for image in self.api.images(filters=filters):
+            tags = [tag for tag in image["RepoTags"] or () if tag != "<none>:<none>"]
+            for tag in tags or [image["Id"]]:  # untagged: dropped while a container stood on it
+                layer = tag.removeprefix(f"{_REPOSITORY}:")
+                if not tags or (layer != tag and self._record(layer) is None):
+                    self._remove_image(tag)
 
     def _prepare_base(self) -> None:
         """Commit the base image once per source image: users and directories of a sandbox."""
@@ -291,13 +298,16 @@ class DockerRuntime:
 
     async def drop_layer(self, layer: str) -> None:
         """Remove a layer that no state uses; unknown ids are ignored."""
-        from docker.errors import APIError
-
         if self._record(layer) is None:
             return
         (self._home / "docker-layers" / layer).unlink(missing_ok=True)
+        await self.blocking(self._remove_image, f"{_REPOSITORY}:{layer}")
+
+    def _remove_image(self, name: str) -> None:
+        from docker.errors import APIError
+
         with contextlib.suppress(APIError):
-            await self.blocking(self.api.remove_image, f"{_REPOSITORY}:{layer}", force=True)
+            self.api.remove_image(name, force=True)
 
     def capabilities(self) -> Sequence[Capability]:
         """What this host was proven to enforce."""

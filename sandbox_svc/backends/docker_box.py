@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from regreen.rpc.errors import FailedPrecondition, InfraError, InvalidArgument, NotFound
+from regreen.rpc.errors import FailedPrecondition, InfraError, InvalidArgument, NoSuchFile, NotFound
 from sandbox_svc.backends.base import (
     Command,
     EndReason,
@@ -266,7 +266,7 @@ def _raise_for(code: int, path: str) -> None:
         case 0:
             return
         case 44:
-            raise NotFound(f"no such file in the sandbox: {path}", metadata={"path": path})
+            raise NoSuchFile(f"no such file in the sandbox: {path}", metadata={"path": path})
         case 45:
             raise InvalidArgument("path", f"not a regular file: {path}")
         case 46:

@@ -26,6 +26,7 @@ from regreen.rpc.errors import (
     FailedPrecondition,
     InfraError,
     InvalidArgument,
+    NoSuchFile,
     NotFound,
 )
 from sandbox_svc.backends import uppers, wire
@@ -353,7 +354,7 @@ class EmbeddedBox:
         path, problem = request["path"], str(reply.get("error", "refused"))
         match reply.get("errno"):
             case errno.ENOENT | errno.ENOTDIR:
-                raise NotFound(f"no such file in the sandbox: {path}", metadata={"path": path})
+                raise NoSuchFile(f"no such file in the sandbox: {path}", metadata={"path": path})
             case errno.EACCES | errno.EPERM | errno.EROFS:
                 raise FailedPrecondition(
                     f"not permitted inside the sandbox: {path}: {problem}", metadata={"path": path}

@@ -19,7 +19,7 @@ SMALL = Limits(
 )
 
 
-def _make(name: str, home: Path) -> Runtime:
+def make(name: str, home: Path) -> Runtime:
     if name == "embedded":
         return EmbeddedRuntime(home, run_probes=False, warm_seats=1)
     from sandbox_svc.backends.docker import DockerRuntime
@@ -32,7 +32,7 @@ def _make(name: str, home: Path) -> Runtime:
 @asynccontextmanager
 async def started(name: str, home: Path) -> AsyncIterator[Runtime]:
     """A running runtime; skips with the reason when this host has none."""
-    runtime = _make(name, home)
+    runtime = make(name, home)
     try:
         await runtime.start()
     except RegreenError as error:
@@ -43,6 +43,11 @@ async def started(name: str, home: Path) -> AsyncIterator[Runtime]:
         yield runtime
     finally:
         await runtime.close()
+        if name == "docker":
+            shutil.rmtree(home / "docker-layers")
+            again = make(name, home)  # finds images without records, and sweeps them
+            await again.start()
+            await again.close()
 
 
 async def sh(box, script: str, **options) -> ExecResult:

@@ -81,7 +81,7 @@ async def fix(
     options = FixOptions(attempts=1)
     async with Stack(where) as stack:
         try:
-            return await fix_project(stack, root, home / "blobs", options, show, python="3.11")
+            return await fix_project(stack, root, home, options, show, python="3.11")
         finally:
             assert not (await stack.sandbox.list_sandboxes()).sandboxes
 

@@ -55,6 +55,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """Stored bytes do not match their digest."""
     ERROR_REASON_INFRA: _ErrorReason.ValueType  # 15
     """The platform's own trouble: never scored, retried."""
+    ERROR_REASON_NO_SUCH_FILE: _ErrorReason.ValueType  # 16
+    """The sandbox is there, the path in it is not."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Machine-readable cause carried in `google.rpc.ErrorInfo.reason` (without the enum prefix), domain "regreen"."""
@@ -91,6 +93,8 @@ ERROR_REASON_DATA_LOSS: ErrorReason.ValueType  # 14
 """Stored bytes do not match their digest."""
 ERROR_REASON_INFRA: ErrorReason.ValueType  # 15
 """The platform's own trouble: never scored, retried."""
+ERROR_REASON_NO_SUCH_FILE: ErrorReason.ValueType  # 16
+"""The sandbox is there, the path in it is not."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 class _Mode:

@@ -238,7 +238,7 @@ class SandboxServiceServicer:
         """Reads a regular file, bounded.
 
         Errors:
-        - NOT_FOUND: no such sandbox or file.
+        - NOT_FOUND: no such sandbox; with reason NO_SUCH_FILE: no such file in it.
         - INVALID_ARGUMENT: not a regular file, or the path leaves the sandbox.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -260,7 +260,7 @@ class SandboxServiceServicer:
         """Lists files under a directory that match a glob.
 
         Errors:
-        - NOT_FOUND: no such sandbox or directory.
+        - NOT_FOUND: no such sandbox; with reason NO_SUCH_FILE: no such directory in it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -270,7 +270,7 @@ class SandboxServiceServicer:
         """Finds lines that contain a text.
 
         Errors:
-        - NOT_FOUND: no such sandbox or directory.
+        - NOT_FOUND: no such sandbox; with reason NO_SUCH_FILE: no such directory in it.
         - INVALID_ARGUMENT: empty text.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -105,7 +105,7 @@ class SandboxServiceStub:
     """Reads a regular file, bounded.
 
     Errors:
-    - NOT_FOUND: no such sandbox or file.
+    - NOT_FOUND: no such sandbox; with reason NO_SUCH_FILE: no such file in it.
     - INVALID_ARGUMENT: not a regular file, or the path leaves the sandbox.
     """
     WriteFile: _grpc.UnaryUnaryMultiCallable[_sandbox_service_pb2.WriteFileRequest, _sandbox_service_pb2.WriteFileResponse]
@@ -119,13 +119,13 @@ class SandboxServiceStub:
     """Lists files under a directory that match a glob.
 
     Errors:
-    - NOT_FOUND: no such sandbox or directory.
+    - NOT_FOUND: no such sandbox; with reason NO_SUCH_FILE: no such directory in it.
     """
     FindText: _grpc.UnaryUnaryMultiCallable[_sandbox_service_pb2.FindTextRequest, _sandbox_service_pb2.FindTextResponse]
     """Finds lines that contain a text.
 
     Errors:
-    - NOT_FOUND: no such sandbox or directory.
+    - NOT_FOUND: no such sandbox; with reason NO_SUCH_FILE: no such directory in it.
     - INVALID_ARGUMENT: empty text.
     """
     Diff: _grpc.UnaryUnaryMultiCallable[_sandbox_service_pb2.DiffRequest, _sandbox_service_pb2.DiffResponse]
@@ -229,7 +229,7 @@ class SandboxServiceAsyncStub(SandboxServiceStub):
     """Reads a regular file, bounded.
 
     Errors:
-    - NOT_FOUND: no such sandbox or file.
+    - NOT_FOUND: no such sandbox; with reason NO_SUCH_FILE: no such file in it.
     - INVALID_ARGUMENT: not a regular file, or the path leaves the sandbox.
     """
     WriteFile: _aio.UnaryUnaryMultiCallable[_sandbox_service_pb2.WriteFileRequest, _sandbox_service_pb2.WriteFileResponse]  # type: ignore[assignment]
@@ -243,13 +243,13 @@ class SandboxServiceAsyncStub(SandboxServiceStub):
     """Lists files under a directory that match a glob.
 
     Errors:
-    - NOT_FOUND: no such sandbox or directory.
+    - NOT_FOUND: no such sandbox; with reason NO_SUCH_FILE: no such directory in it.
     """
     FindText: _aio.UnaryUnaryMultiCallable[_sandbox_service_pb2.FindTextRequest, _sandbox_service_pb2.FindTextResponse]  # type: ignore[assignment]
     """Finds lines that contain a text.
 
     Errors:
-    - NOT_FOUND: no such sandbox or directory.
+    - NOT_FOUND: no such sandbox; with reason NO_SUCH_FILE: no such directory in it.
     - INVALID_ARGUMENT: empty text.
     """
     Diff: _aio.UnaryUnaryMultiCallable[_sandbox_service_pb2.DiffRequest, _sandbox_service_pb2.DiffResponse]  # type: ignore[assignment]
@@ -416,7 +416,7 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
         """Reads a regular file, bounded.
 
         Errors:
-        - NOT_FOUND: no such sandbox or file.
+        - NOT_FOUND: no such sandbox; with reason NO_SUCH_FILE: no such file in it.
         - INVALID_ARGUMENT: not a regular file, or the path leaves the sandbox.
         """
 
@@ -442,7 +442,7 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
         """Lists files under a directory that match a glob.
 
         Errors:
-        - NOT_FOUND: no such sandbox or directory.
+        - NOT_FOUND: no such sandbox; with reason NO_SUCH_FILE: no such directory in it.
         """
 
     @_abc_1.abstractmethod
@@ -454,7 +454,7 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
         """Finds lines that contain a text.
 
         Errors:
-        - NOT_FOUND: no such sandbox or directory.
+        - NOT_FOUND: no such sandbox; with reason NO_SUCH_FILE: no such directory in it.
         - INVALID_ARGUMENT: empty text.
         """
 

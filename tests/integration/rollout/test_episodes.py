@@ -212,11 +212,22 @@ async def test_varied_tool_names_work_like_the_shipped_ones(world):
         assert "dependency_upgrade" not in said(kept, pb.TURN_ROLE_POLICY)[0]
 
 
-async def test_a_lost_sandbox_is_never_a_score(world):
+@pytest.mark.parametrize(
+    "says",
+    [
+        call("read_file", path="setup.cfg"),
+        call("find_files", glob="*.py"),
+        call("dependency_upgrade", name="wordlib", version="1.0"),
+        call("upgrade_gradle", version="8.5"),
+        call("validate_and_build"),
+        call("give_up", reason="it cannot be done"),
+    ],
+)
+async def test_a_lost_sandbox_is_never_a_score(world, says):
     async def vandal(view):
         listed = await stack.sandbox.list_sandboxes(labels={"trajectory": view.trajectory_id})
         await stack.sandbox.delete_sandbox(listed.sandboxes[0].id)
-        return call("read_file", path="setup.cfg")
+        return says
 
     async with world.playing([]) as stack:
         with pytest.raises(InfraError, match="is gone"):
@@ -240,3 +251,25 @@ async def test_unfair_or_unprepared_tasks_are_refused(world):
         task.state_id, task.modes[:] = world.task.state_id, [MODE_ANY_FIX]
         with pytest.raises(InvalidArgument, match="not fair"):
             await Runner(stack).run(task, replace(SPEC, mode=MODE_KEEP_NEW))
+
+
+@pytest.mark.parametrize("after", ["run", "read_file"])
+async def test_facts_of_a_sandbox_that_dies_meanwhile_are_not_kept(world, monkeypatch, after):
+    async with world.playing(says(PIN, VALIDATE)) as stack:
+        runner, dying = Runner(stack), getattr(stack.sandbox, after)
+
+        async def once(sandbox_id, *args, **kwargs):
+            monkeypatch.undo()
+            found = await dying(sandbox_id, *args, **kwargs)
+            await stack.sandbox.delete_sandbox(sandbox_id)
+            return found
+
+        monkeypatch.setattr(stack.sandbox, after, once)
+        with pytest.raises(InfraError, match="is gone"):
+            await shared_start(runner, world.task, SPEC, 2)
+        assert runner.facts.peek(world.task.state_id) is None
+        found = await runner.run(world.task, SPEC)
+        assert found.reward.solved
+        facts = runner.facts.peek(world.task.state_id)
+        assert facts.lock.pins["wordlib"] == "2.0"
+        assert "1.0" in facts.offered["wordlib"]
