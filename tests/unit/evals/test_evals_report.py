@@ -55,7 +55,7 @@ def test_the_page_is_one_file_with_every_section():
     outline = outline_of(page)
     assert outline.headings == [
         "Solve rates", "Training: sft", "Training: grpo", "Tool use", "Hack flags",
-        "Time per stage", "Tasks", "How this was made",
+        "Time per stage of one attempt", "Tasks", "How this was made",
     ]  # fmt: skip
     assert "script" not in outline.tags
     assert outline.links == ["report.json"]
