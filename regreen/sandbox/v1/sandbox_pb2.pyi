@@ -396,6 +396,7 @@ class State(_message.Message):
     BASELINE_FIELD_NUMBER: _builtins.int
     HOST_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
+    BASE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Identity: digest of the parent and of the action that made it, prefixed "st_"."""
     parent_id: _builtins.str
@@ -408,6 +409,10 @@ class State(_message.Message):
     """Interpreter inside."""
     host: _builtins.str
     """Fingerprint of the hosts on which the state can run."""
+    base: _builtins.str
+    """What its programs come from: "host", the system directories of the machine in `host`, or "image:sha256:...", the
+    configuration of an imported image. Part of the identity.
+    """
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When it became durable."""
@@ -437,10 +442,11 @@ class State(_message.Message):
         baseline: Global___Baseline | None = ...,
         host: _builtins.str = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        base: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["baseline", b"baseline", "create_time", b"create_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["baseline", b"baseline", "create_time", b"create_time", "host", b"host", "id", b"id", "labels", b"labels", "layers", b"layers", "parent_id", b"parent_id", "python", b"python", "size_bytes", b"size_bytes", "spec_sha256", b"spec_sha256"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "baseline", b"baseline", "create_time", b"create_time", "host", b"host", "id", b"id", "labels", b"labels", "layers", b"layers", "parent_id", b"parent_id", "python", b"python", "size_bytes", b"size_bytes", "spec_sha256", b"spec_sha256"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -566,10 +572,13 @@ class Sandbox(_message.Message):
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
+    PARENT_ID_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Opaque id, prefixed "sbx_"."""
     state_id: _builtins.str
     """State it was forked from."""
+    parent_id: _builtins.str
+    """Sandbox that it was forked from; empty where it was made from a state."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When it was made."""
@@ -595,14 +604,41 @@ class Sandbox(_message.Message):
         expire_time: _timestamp_pb2.Timestamp | None = ...,
         limits: Global___Limits | None = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        parent_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "id", b"id", "labels", b"labels", "limits", b"limits", "state_id", b"state_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "id", b"id", "labels", b"labels", "limits", b"limits", "parent_id", b"parent_id", "state_id", b"state_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Sandbox: _TypeAlias = Sandbox  # noqa: Y015
+
+@_typing.final
+class Egress(_message.Message):
+    """What sandboxes may reach, through the service's proxy. Absent or empty means nothing."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ALLOW_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def allow(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Host names, each with an optional port, for example "pypi.org", "*.pythonhosted.org:443". Ports are 80 and 443
+        where none is given. Addresses of private networks and of this host are never reached.
+        """
+
+    def __init__(
+        self,
+        *,
+        allow: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow", b"allow"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Egress: _TypeAlias = Egress  # noqa: Y015
 
 @_typing.final
 class Output(_message.Message):

@@ -52,6 +52,7 @@ class CreateSandboxRequest(_message.Message):
     LIMITS_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     TTL_FIELD_NUMBER: _builtins.int
+    EGRESS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Client-chosen id of this request; the same id gives the same answer for at least 24 hours."""
     state_id: _builtins.str
@@ -68,6 +69,10 @@ class CreateSandboxRequest(_message.Message):
     def ttl(self) -> _duration_pb2.Duration:
         """Time to live without KeepAlive; absent means the default."""
 
+    @_builtins.property
+    def egress(self) -> _sandbox_pb2.Egress:
+        """What it may reach over the network; absent means nothing."""
+
     def __init__(
         self,
         *,
@@ -76,10 +81,11 @@ class CreateSandboxRequest(_message.Message):
         limits: _sandbox_pb2.Limits | None = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         ttl: _duration_pb2.Duration | None = ...,
+        egress: _sandbox_pb2.Egress | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "ttl", b"ttl"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["egress", b"egress", "limits", b"limits", "ttl", b"ttl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["labels", b"labels", "limits", b"limits", "request_id", b"request_id", "state_id", b"state_id", "ttl", b"ttl"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["egress", b"egress", "labels", b"labels", "limits", b"limits", "request_id", b"request_id", "state_id", b"state_id", "ttl", b"ttl"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -50,6 +50,11 @@ class StateServiceStub:
                 request_serializer=regreen_dot_sandbox_dot_v1_dot_state__service__pb2.ListStatesRequest.SerializeToString,
                 response_deserializer=regreen_dot_sandbox_dot_v1_dot_state__service__pb2.ListStatesResponse.FromString,
                 _registered_method=True)
+        self.GetLineage = channel.unary_unary(
+                '/regreen.sandbox.v1.StateService/GetLineage',
+                request_serializer=regreen_dot_sandbox_dot_v1_dot_state__service__pb2.GetLineageRequest.SerializeToString,
+                response_deserializer=regreen_dot_sandbox_dot_v1_dot_state__service__pb2.GetLineageResponse.FromString,
+                _registered_method=True)
         self.DeleteState = channel.unary_unary(
                 '/regreen.sandbox.v1.StateService/DeleteState',
                 request_serializer=regreen_dot_sandbox_dot_v1_dot_state__service__pb2.DeleteStateRequest.SerializeToString,
@@ -104,6 +109,16 @@ class StateServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetLineage(self, request, context):
+        """Reads a state and those that it was made from, the root first.
+
+        Errors:
+        - NOT_FOUND: no such state.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DeleteState(self, request, context):
         """Removes a state; layers that no other state uses go with it. Deleting an absent one succeeds. Idempotent.
 
@@ -153,6 +168,11 @@ def add_StateServiceServicer_to_server(servicer, server):
                     servicer.ListStates,
                     request_deserializer=regreen_dot_sandbox_dot_v1_dot_state__service__pb2.ListStatesRequest.FromString,
                     response_serializer=regreen_dot_sandbox_dot_v1_dot_state__service__pb2.ListStatesResponse.SerializeToString,
+            ),
+            'GetLineage': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetLineage,
+                    request_deserializer=regreen_dot_sandbox_dot_v1_dot_state__service__pb2.GetLineageRequest.FromString,
+                    response_serializer=regreen_dot_sandbox_dot_v1_dot_state__service__pb2.GetLineageResponse.SerializeToString,
             ),
             'DeleteState': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteState,
@@ -252,6 +272,33 @@ class StateService:
             '/regreen.sandbox.v1.StateService/ListStates',
             regreen_dot_sandbox_dot_v1_dot_state__service__pb2.ListStatesRequest.SerializeToString,
             regreen_dot_sandbox_dot_v1_dot_state__service__pb2.ListStatesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetLineage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/regreen.sandbox.v1.StateService/GetLineage',
+            regreen_dot_sandbox_dot_v1_dot_state__service__pb2.GetLineageRequest.SerializeToString,
+            regreen_dot_sandbox_dot_v1_dot_state__service__pb2.GetLineageResponse.FromString,
             options,
             channel_credentials,
             insecure,

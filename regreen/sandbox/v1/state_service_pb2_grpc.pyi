@@ -54,6 +54,12 @@ class StateServiceStub:
     Errors:
     - INVALID_ARGUMENT: bad page token or size.
     """
+    GetLineage: _grpc.UnaryUnaryMultiCallable[_state_service_pb2.GetLineageRequest, _state_service_pb2.GetLineageResponse]
+    """Reads a state and those that it was made from, the root first.
+
+    Errors:
+    - NOT_FOUND: no such state.
+    """
     DeleteState: _grpc.UnaryUnaryMultiCallable[_state_service_pb2.DeleteStateRequest, _state_service_pb2.DeleteStateResponse]
     """Removes a state; layers that no other state uses go with it. Deleting an absent one succeeds. Idempotent.
 
@@ -100,6 +106,12 @@ class StateServiceAsyncStub(StateServiceStub):
 
     Errors:
     - INVALID_ARGUMENT: bad page token or size.
+    """
+    GetLineage: _aio.UnaryUnaryMultiCallable[_state_service_pb2.GetLineageRequest, _state_service_pb2.GetLineageResponse]  # type: ignore[assignment]
+    """Reads a state and those that it was made from, the root first.
+
+    Errors:
+    - NOT_FOUND: no such state.
     """
     DeleteState: _aio.UnaryUnaryMultiCallable[_state_service_pb2.DeleteStateRequest, _state_service_pb2.DeleteStateResponse]  # type: ignore[assignment]
     """Removes a state; layers that no other state uses go with it. Deleting an absent one succeeds. Idempotent.
@@ -162,6 +174,18 @@ class StateServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors:
         - INVALID_ARGUMENT: bad page token or size.
+        """
+
+    @_abc_1.abstractmethod
+    def GetLineage(
+        self,
+        request: _state_service_pb2.GetLineageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_state_service_pb2.GetLineageResponse, _abc.Awaitable[_state_service_pb2.GetLineageResponse]]:
+        """Reads a state and those that it was made from, the root first.
+
+        Errors:
+        - NOT_FOUND: no such state.
         """
 
     @_abc_1.abstractmethod
