@@ -265,6 +265,7 @@ def validation_to(verdict: validate.Validation) -> pb.Validation:
         log=verdict.log,
         duration=duration(verdict.seconds),
         cached=verdict.cached,
+        lasting=verdict.lasting,
     )
     if verdict.coverage:
         message.coverage.CopyFrom(_coverage(verdict.coverage))

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from regreen.lockfile import Lock, LockChange, lock_change, normalize, parse_lock
-from regreen.rpc.errors import FailedPrecondition, InfraError, InvalidArgument, NoSuchFile
+from regreen.rpc.errors import DiskFull, FailedPrecondition, InfraError, InvalidArgument, NoSuchFile
 from sandbox_svc.backends.base import Box, Command, EndReason, Limits, Runtime
 from sandbox_svc.builders import testrun
 from sandbox_svc.builders.base import LOCK, REPO, RUNNER, TOOLS, FileChange
@@ -106,6 +106,7 @@ class Validator:
             FailedPrecondition: the state was not prepared by a builder of this version, or has
                 no test that could be required.
             InfraError: the platform failed; retry, never score.
+            DiskFull: it failed and there is no space, so that nothing is known of the diff.
         """
         plan = self._plan(state_id, changes, options or ValidationOptions())
         key = _key(plan)
@@ -258,7 +259,11 @@ class Validator:
         try:
             box = await self._runtime.create(state.layers, limits=self._limits, mounts=state.mounts)
             try:
-                return await self._in_box(plan, change, seed, box)
+                verdict = await self._in_box(plan, change, seed, box)
+                # Looked at before the box goes, which may make room again.
+                if verdict.outcome is not Outcome.PASSED and self._runtime.disk_is_full():
+                    raise DiskFull(f"no space to validate; it ended with: {verdict.summary}")
+                return verdict
             finally:
                 await box.delete()
         finally:

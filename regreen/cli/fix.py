@@ -28,6 +28,7 @@ from regreen.rollout.worker import knowledge_of
 from regreen.rpc.errors import InvalidArgument, RegreenError, Unavailable
 from regreen.settings import default_home
 from regreen.stack.borrow import borrowed_stack
+from regreen.stack.follow import following
 from regreen.stack.layout import Layout
 from regreen.tasks import patch
 from regreen.tasks.local import check_lock, check_root
@@ -161,7 +162,7 @@ async def _remote(home: Path, endpoint: str, model: str, key_env: str) -> AsyncI
         command += ["--model", str(tokenizer)]
     log = (Layout(home).logs / "endpoint.log").open("ab")
     process = await asyncio.create_subprocess_exec(
-        *command, stdout=log, stderr=log, env=environment
+        *following(command), stdout=log, stderr=log, env=environment
     )
     try:
         await _answering(address, process, log.name)

@@ -14,7 +14,8 @@ import re
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -71,6 +72,27 @@ def connect(target: str, tls: Tls | None = None) -> grpc.aio.Channel:
     return grpc.aio.secure_channel(target, credentials, options=options)
 
 
+@dataclass(slots=True)
+class Away:
+    """How long calls have waited for services that were away."""
+
+    seconds: float = 0.0
+
+
+_AWAY: ContextVar[Away | None] = ContextVar("away", default=None)
+
+
+@contextlib.contextmanager
+def counting_away() -> Iterator[Away]:
+    """Count what calls made inside, in tasks begun inside too, wait for services to come back."""
+    found = Away()
+    token = _AWAY.set(found)
+    try:
+        yield found
+    finally:
+        _AWAY.reset(token)
+
+
 class Caller:
     """Makes calls on one channel; base of the typed clients."""
 
@@ -82,7 +104,9 @@ class Caller:
     async def _call(self, method: Callable[..., Any], request: Any, timeout_s: float) -> Any:
         give_up_s = time.monotonic() + self.patience_s
         delay_s = 0.1
+        away = _AWAY.get()
         while True:
+            began_s = time.monotonic()
             try:
                 return await method(request, timeout=timeout_s, metadata=call_metadata())
             except grpc.aio.AioRpcError as raw:
@@ -91,6 +115,8 @@ class Caller:
                     raise error from raw
                 wait_s = error.retry_after_s or delay_s * (0.5 + random.random())
             await asyncio.sleep(wait_s)
+            if away is not None:
+                away.seconds += time.monotonic() - began_s
             delay_s = min(delay_s * 2, 2.0)
 
 

@@ -14,6 +14,8 @@ from regreen.common.v1 import FileChange
 from regreen.sandbox import v1 as pb
 
 _SLACK_S = 30.0
+_VALIDATE_S = 900.0
+"""Beyond its own time limit a validation waits for a place, installs a lock, and may run twice."""
 _PREPARE_S = 3600.0
 
 
@@ -323,7 +325,7 @@ class SandboxClient(Caller):
             skip_cache_lookup=skip_cache_lookup,
             seed=seed,
         )
-        response = await self._call(self._stub.Validate, request, timeout_s + 2 * _SLACK_S)
+        response = await self._call(self._stub.Validate, request, 2 * timeout_s + _VALIDATE_S)
         validation: pb.Validation = response.validation
         return validation
 

@@ -4,6 +4,7 @@
 - A trajectory is returned only when it is complete and its token stream proves itself; trouble of
   the platform raises instead, and the sandbox is deleted either way (or expires).
 - The same task, spec, policy version and sampling engine give the same tokens.
+- An episode's time stands still while a service is away.
 """
 
 import time
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from regreen.client.channel import counting_away
 from regreen.common.v1 import (
     GRADER_BUILD_GATES_JUDGE,
     MODE_ANY_FIX,
@@ -98,9 +100,11 @@ class Runner:
             )
             try:
                 async with standing(self.stack, sandbox.id):
-                    return await self._in_sandbox(
-                        task, spec, actor or PolicyActor(), trajectory_id, sandbox.id, listener
-                    )
+                    with counting_away() as away:
+                        return await self._in_sandbox(
+                            task, spec, actor or PolicyActor(), trajectory_id, sandbox.id, listener,
+                            lambda: self.clock() - away.seconds,
+                        )  # fmt: skip
             finally:
                 await self.discard(sandbox.id)
 
@@ -112,11 +116,12 @@ class Runner:
         trajectory_id: str,
         sandbox_id: str,
         listener: TurnListener,
+        clock: Callable[[], float],
     ) -> pb.Trajectory:
-        start_ns, started = self.now_ns(), self.clock()
+        start_ns, started = self.now_ns(), clock()
         facts = await self.facts.get(self.stack, task, sandbox_id)
         bench = Workbench(
-            self.stack, task, sandbox_id, facts, spec.mode, spec.budget, self.knowledge, self.clock
+            self.stack, task, sandbox_id, facts, spec.mode, spec.budget, self.knowledge, clock
         )
         agent = Agent(
             self.stack,
@@ -126,7 +131,7 @@ class Runner:
             self.tools(spec),
             trajectory_id,
             started + spec.budget.wall_s,
-            self.clock,
+            clock,
             listener,
         )
         pipeline = run_full if spec.pipeline == PIPELINE_FULL else run_simplified

@@ -30,7 +30,7 @@ from regreen.rollout.dependencies import ToolError
 from regreen.rollout.facts import REPO, Facts
 from regreen.rollout.reward import RewardSettings, compose
 from regreen.rollout.tools import Workbench
-from regreen.rpc.errors import InvalidArgument, NoSuchFile
+from regreen.rpc.errors import InfraError, InvalidArgument, NoSuchFile
 from regreen.sandbox import v1 as sandbox_pb
 
 _LOG_CHARS = 20_000
@@ -54,13 +54,37 @@ class Validated:
     async def confirmation(
         self, diff: _Diff, validate: Callable[[], Awaitable[sandbox_pb.Validation]]
     ) -> sandbox_pb.Validation:
-        """The one confirmation of `diff`; a failed one counts for all that found the diff."""
+        """The one confirmation of `diff`; a failed one counts for all that found the diff.
+
+        One that hit a limit is tried once more, and counts for nobody else.
+        """
         async with self.locks.setdefault(diff, asyncio.Lock()):
-            if diff not in self.confirmations:
-                self.confirmations[diff] = await validate()
+            if diff in self.confirmations:
+                return self.confirmations[diff]
+            found = await validate()
+            if not found.lasting:
+                found = await validate()
+            if found.lasting:
+                self.confirmations[diff] = found
                 while len(self.confirmations) > _KEPT:
                     del self.confirmations[next(iter(self.confirmations))]
-            return self.confirmations[diff]
+            return found
+
+    async def untouched(self, bench: Workbench, *, coverage: bool) -> sandbox_pb.Validation:
+        """The validation of the untouched State.
+
+        Raises:
+            InfraError: it hit a limit twice, though it came to its end when the State was gated.
+        """
+        key = (bench.task.state_id, coverage)
+        if key not in self.before:
+            found = await bench.validate([], coverage=coverage)
+            if not found.lasting:
+                found = await bench.validate([], coverage=coverage, fresh=True)
+            if not found.lasting:
+                raise InfraError(f"the untouched State cannot be validated now: {found.summary}")
+            self.before[key] = found
+        return self.before[key]
 
 
 async def conclude(
@@ -84,11 +108,8 @@ async def conclude(
     except ToolError as error:
         trajectory.labels["diff"] = str(error)
     validation = await _validate(bench, spec, changes, trajectory, shared)
-    before = shared.before
-    key = (bench.task.state_id, spec.knobs.coverage)
-    if key not in before:
-        before[key] = await bench.validate([], coverage=spec.knobs.coverage)
-    evidence = await _evidence(bench, trajectory, changes, unified, validation, before[key])
+    before = await shared.untouched(bench, coverage=spec.knobs.coverage)
+    evidence = await _evidence(bench, trajectory, changes, unified, validation, before)
     verdict = await _judge(bench, spec, evidence, validation, trajectory)
     test = bench.task.environment.test
     reward = compose(
@@ -101,7 +122,7 @@ async def conclude(
         fail_to_pass=list(bench.task.fail_to_pass) or list(test.fail_to_pass),
         pass_to_pass=[
             t.id
-            for t in before[key].tests
+            for t in before.tests
             if t.outcome == TEST_OUTCOME_PASSED and t.id not in test.unstable
         ],
         rebuilds_without_edit=bench.rebuilds_without_edit,

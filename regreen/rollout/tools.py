@@ -130,7 +130,7 @@ class Workbench:
         """The agent's diff of the repository, without generated files; and as unified text.
 
         Raises:
-            ToolError: it is over the size bound.
+            ToolError: it is over the size bound, or the agent's own doing has ended the sandbox.
         """
         try:
             found = await self.stack.sandbox.diff(
@@ -140,6 +140,10 @@ class Workbench:
             if isinstance(error, DiskFull) or error.retry_after_s is not None:
                 raise
             raise ToolError("the diff is too large; undo what is not needed") from error
+        except FailedPrecondition as error:
+            if "overrun" not in error.metadata:
+                raise
+            raise ToolError(str(error)) from error
         return [change for change in found.changes if not generated(change.path)], found.unified
 
     async def validate(

@@ -30,6 +30,8 @@ from regreen.tasks.upstream import release_files
 
 NOOP_PATH = "regreen-noop.txt"
 STEADY_ROUNDS = 3
+_TRIES = 3
+"""Runs that may hit a limit before a task waits for a quieter machine."""
 PASSED = common_pb2.TEST_OUTCOME_PASSED
 
 
@@ -120,6 +122,10 @@ class _Seen:
         return sets[0].union(*sets[1:]) - self.passing() if sets else set()
 
 
+class _Unfinished(Exception):
+    """Run after run hit a limit, so that nothing is known of the task."""
+
+
 class Gate:
     """Judges tasks through a sandbox service."""
 
@@ -147,11 +153,16 @@ class Gate:
             state = await self.client.prepare(spec)
         except MissingDependency as error:
             return Verdict(task.id, "waiting", str(error), python=python)
-        except (InvalidArgument, FailedPrecondition) as error:
+        except FailedPrecondition as error:
+            return Verdict(task.id, "waiting", f"cannot be prepared here: {error}", python=python)
+        except InvalidArgument as error:
             return Verdict(task.id, "rejected", f"cannot be prepared: {error}", python=python)
         trial = _Trial(self, task, state, bool(python))
         try:
             return await trial.run()
+        except _Unfinished as cut:
+            reason = f"{cut}; ask again where the machine has more time"
+            return Verdict(task.id, "waiting", reason, state_id=state.id, python=state.python)
         except FailedPrecondition as error:
             reason = f"cannot be validated: {error}"
             return Verdict(task.id, "rejected", reason, state_id=state.id, python=state.python)
@@ -201,13 +212,22 @@ class _Trial:
     async def _validate(
         self, changes: Sequence[common_pb2.FileChange], mode: str = "any_fix"
     ) -> pb.Validation:
-        return await self.gate.client.validate(
-            self.state.id,
-            changes,
-            held_pins=env.held_pins(self.task, mode),
-            required_tests=(),
-            skip_cache_lookup=True,
-        )
+        """A verdict that came to its own end: one that hit a limit is no evidence.
+
+        Raises:
+            _Unfinished: none of a few runs did.
+        """
+        for _ in range(_TRIES):
+            found = await self.gate.client.validate(
+                self.state.id,
+                changes,
+                held_pins=env.held_pins(self.task, mode),
+                required_tests=(),
+                skip_cache_lookup=True,
+            )
+            if found.lasting:
+                return found
+        raise _Unfinished(f"{_TRIES} validations in a row came to no end ({found.summary})")
 
     def _baseline(self, seen: _Seen) -> None:
         """The State's own baseline is the first run of its untouched tests."""
@@ -233,8 +253,8 @@ class _Trial:
         for repeat in range(first, self.gate.repeats + 1):
             validation = await self._validate(changes)
             seen.add(validation)
-            inconclusive = (pb.VALIDATION_OUTCOME_PASSED, pb.VALIDATION_OUTCOME_TIMEOUT)
-            self._note(name, repeat, validation.outcome not in inconclusive, validation)
+            failed = validation.outcome != pb.VALIDATION_OUTCOME_PASSED
+            self._note(name, repeat, failed, validation)
 
     async def _try_fix(self, fix: Fix, broken: _Seen, fixed: _Seen, flaky: set[str]) -> None:
         """Every repeat of a fix must turn the same tests green and break none."""

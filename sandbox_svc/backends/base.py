@@ -51,6 +51,12 @@ class EndReason(StrEnum):
     INFRA = "infra"
 
 
+OVERRUNS = frozenset(
+    {EndReason.TIMEOUT, EndReason.OOM, EndReason.PIDS, EndReason.DISK, EndReason.OUTPUT}
+)
+"""Ends that a command brings about by going over a limit."""
+
+
 @dataclass(frozen=True, slots=True)
 class Command:
     """One command to run inside a sandbox."""
@@ -216,6 +222,10 @@ class Runtime(Protocol):
 
     async def make_durable(self) -> None:
         """Write all frozen layers to the disk."""
+        ...
+
+    def disk_is_full(self) -> bool:
+        """Whether the disk that boxes write to is as good as full, whoever filled it."""
         ...
 
     async def drop_layer(self, layer: str) -> None:

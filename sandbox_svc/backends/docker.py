@@ -25,6 +25,7 @@ from sandbox_svc.backends.base import NO_ENV, Capability, Command, EndReason, Li
 from sandbox_svc.backends.docker_box import DockerBox, layer_record, parse_listing
 from sandbox_svc.backends.docker_exec import capture
 from sandbox_svc.backends.embedded import DEFAULT_LIMITS
+from sandbox_svc.backends.layers import is_full
 
 _LABEL = "regreen.instance"
 _REPOSITORY = "regreen-layer"
@@ -62,7 +63,7 @@ class DockerRuntime:
         self._boxes: dict[str, DockerBox] = {}
         self._started: dict[str, tuple[tuple[Mount, ...], bool]] = {}
         self._capabilities: tuple[Capability, ...] = ()
-        self._base = ""
+        self._base = self._data = ""
         self.api: Any = None
 
     async def start(self) -> None:
@@ -83,7 +84,7 @@ class DockerRuntime:
         try:
             client: Any = await self.blocking(docker.client.DockerClient.from_env, timeout=120)
             self.api = client.api
-            await self.blocking(self.api.ping)
+            self._data = (await self.blocking(self.api.info)).get("DockerRootDir", "")
         except DockerException as error:
             raise MissingDependency(
                 f"no Docker engine answers ({error}); start one or set DOCKER_HOST, "
@@ -295,6 +296,10 @@ class DockerRuntime:
 
     async def make_durable(self) -> None:
         """Nothing to do: the engine writes a commit before it answers."""
+
+    def disk_is_full(self) -> bool:
+        """Whether the engine's disk is full, where this host can see it."""
+        return bool(self._data) and os.path.isdir(self._data) and is_full(Path(self._data))
 
     async def drop_layer(self, layer: str) -> None:
         """Remove a layer that no state uses; unknown ids are ignored."""

@@ -27,7 +27,7 @@ from regreen.rpc.errors import FailedPrecondition, InfraError, InvalidArgument, 
 from sandbox_svc.backends import cgroups, linux, probe, uppers, wire
 from sandbox_svc.backends.base import NO_ENV, Capability, Limits, Mount
 from sandbox_svc.backends.embedded_box import EmbeddedBox
-from sandbox_svc.backends.layers import HOST_ID, Layout, writing
+from sandbox_svc.backends.layers import HOST_ID, Layout, is_full, writing
 from sandbox_svc.backends.seats import Seat, Seats
 
 DEFAULT_LIMITS = Limits(
@@ -260,6 +260,10 @@ class EmbeddedRuntime:
     async def make_durable(self) -> None:
         """Write all frozen layers to the disk."""
         await self.blocking(self.layout.sync)
+
+    def disk_is_full(self) -> bool:
+        """Whether the file system of layers and uppers is as good as full."""
+        return is_full(self._home)
 
     def layer_files(self) -> Layout:
         """The layers as directories, for export and import."""

@@ -5,7 +5,8 @@
 - File operations run in the sandbox's own first process; the service reads from descriptors that
   it has checked to be regular files.
 - Freezing and file operations exclude each other: no descriptor may pin the old mounts.
-- A box whose first process has died refuses everything but `delete`.
+- A box whose first process has died refuses everything but `delete`, and says whose doing it was:
+  a limit that the sandbox went over, or trouble of the platform.
 - Ending a box is never left half done: a caller that goes away leaves it to finish.
 """
 
@@ -28,9 +29,11 @@ from regreen.rpc.errors import (
     InvalidArgument,
     NoSuchFile,
     NotFound,
+    RegreenError,
 )
 from sandbox_svc.backends import uppers, wire
 from sandbox_svc.backends.base import (
+    OVERRUNS,
     Captured,
     Command,
     EndReason,
@@ -88,6 +91,8 @@ class EmbeddedBox:
         self._ready: asyncio.Future[None] | None = None
         self._jobs: dict[int, Job] = {}
         self._ended = False
+        self._overrun: EndReason | None = None
+        """The limit that the sandbox went over when it was ended as a whole."""
         self._deleted = False
         self._files = asyncio.Lock()
         self._seen = Counters()
@@ -103,7 +108,7 @@ class EmbeddedBox:
     async def launch(self) -> None:
         """Start the first process over the present layers; used at birth and after a freeze."""
         self._ready = asyncio.get_running_loop().create_future()
-        self._ended, self._seen = False, Counters()
+        self._ended, self._seen, self._overrun = False, Counters(), None
         if self._watch is not None:
             self._watch.close()
         self._watch = Watch(self, self._jobs)
@@ -135,6 +140,8 @@ class EmbeddedBox:
             step, error = message.get("step", "clone"), message.get("error", "it ended")
             ready.set_exception(InfraError(f"sandbox set-up failed at {step}: {error}"))
         if "closed" in message:
+            if not self._ended and self.counters().oom_kills > self._seen.oom_kills:
+                self._overrun = EndReason.OOM
             self._ended = True
             for job in self._jobs.values():
                 if not job.done.done():
@@ -233,13 +240,15 @@ class EmbeddedBox:
         for job in jobs:
             job.reason = job.reason or reason
         if self._link is not None:
-            await self._kill(self._link, {"op": "kill_all"}, jobs)
+            await self._kill(self._link, {"op": "kill_all"}, jobs, reason)
 
     async def _stop(self, link: Link, job: Job) -> None:
         """Kill a command's processes."""
-        await self._kill(link, {"op": "kill", "job": job.id}, [job])
+        await self._kill(link, {"op": "kill", "job": job.id}, [job], job.reason)
 
-    async def _kill(self, link: Link, request: wire.Message, jobs: Sequence[Job]) -> None:
+    async def _kill(
+        self, link: Link, request: wire.Message, jobs: Sequence[Job], reason: EndReason | None
+    ) -> None:
         """Kill by the first process, politely attributed; then the group; then the sandbox."""
         with contextlib.suppress(LinkClosed, TimeoutError):
             await link.request(request, timeout_s=_KILL_GRACE_S)
@@ -248,6 +257,7 @@ class EmbeddedBox:
         if self._seat is not None:
             self._runtime.cgroups.kill(self._seat.group, self._seat.pid)
         if not await _ended(jobs):
+            self._overrun = reason if reason in OVERRUNS else None
             await self._end()
 
     async def _result(self, job: Job, ended: wire.Message | None, wall_s: float) -> ExecResult:
@@ -422,11 +432,15 @@ class EmbeddedBox:
             raise self._lost()
         return self._link
 
-    def _lost(self) -> FailedPrecondition:
-        return FailedPrecondition(
-            f"sandbox {self.id} has lost its processes (out of memory or killed); "
-            "restore it or create a new one"
-        )
+    def _lost(self) -> RegreenError:
+        remedy = "restore it or create a new one"
+        if self._overrun is not None:
+            reason = self._overrun.value
+            return FailedPrecondition(
+                f"sandbox {self.id} was ended: it went over a limit ({reason}); {remedy}",
+                metadata={"overrun": reason},
+            )
+        return InfraError(f"sandbox {self.id} has lost its processes; {remedy}")
 
 
 async def _ended(jobs: Sequence[Job]) -> bool:

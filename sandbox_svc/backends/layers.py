@@ -25,6 +25,8 @@ from sandbox_svc.backends import linux
 HOST_ID = 101_000
 """The unprivileged host uid and gid of every sandbox when the service runs as root."""
 _OPTION_BYTES = 3_900
+_LEAST_BYTES, _LEAST_INODES = 32 << 20, 1000
+"""With less than this free, a failed build says nothing about the build."""
 _SKELETON_VERSION = "2"
 _DIRECTORIES = [
     "dev",
@@ -100,6 +102,13 @@ def writing() -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFull(f"no space left for sandboxes and states: {error}") from error
         raise
+
+
+def is_full(path: Path) -> bool:
+    """Whether the file system of `path` has no room for work: writes fail, or soon will."""
+    room = os.statvfs(path)
+    inodes = room.f_files == 0 or room.f_favail >= _LEAST_INODES
+    return room.f_bavail * room.f_frsize < _LEAST_BYTES or not inodes
 
 
 class Layout:

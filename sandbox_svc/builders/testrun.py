@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from regreen.rpc.errors import FailedPrecondition, InfraError
+from regreen.rpc.errors import DiskFull, FailedPrecondition, InfraError
 from sandbox_svc.backends.base import Box, Command, EndReason, ExecResult, Limits, Mount, Runtime
 from sandbox_svc.builders.base import ENV, REPO, TOOLS, Baseline
 
@@ -259,6 +259,7 @@ async def baseline(
 
     Raises:
         InfraError: the runtime failed, or two runs had no use for different reasons.
+        DiskFull: there is no space, so that what failed may have failed for that.
         FailedPrecondition: two runs did not come to their own end for the same reason, so that
             what they said is only a part.
     """
@@ -267,6 +268,8 @@ async def baseline(
         box = await runtime.create(layers, limits=limits, mounts=mounts)
         try:
             run = await run_tests(box, options_of(facts, env))
+            if runtime.disk_is_full():
+                raise DiskFull("no space to run the tests of a new state")
         finally:
             await box.delete()
         problem = _uselessness(run)

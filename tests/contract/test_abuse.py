@@ -16,10 +16,12 @@ import pytest_asyncio
 from regreen.rpc.errors import (
     DiskFull,
     FailedPrecondition,
+    InfraError,
     InvalidArgument,
     MissingDependency,
     NotFound,
 )
+from sandbox_svc.backends import embedded_box
 from sandbox_svc.backends.base import Command, EndReason, Limits, Mount
 from tests.contract.runtimes import SMALL, sh, started
 
@@ -348,10 +350,23 @@ async def test_f2_a_killed_spawner_is_replaced_and_its_sandboxes_say_so(tmp_path
         await sh(lost, "until grep -q '[s]leep.100' /proc/[0-9]*/cmdline; do :; done")
         runtime._seats._process.kill()
         assert (await running).reason is EndReason.INFRA
-        with pytest.raises(FailedPrecondition, match="lost its processes"):
+        with pytest.raises(InfraError, match="lost its processes"):
             await sh(lost, "true")
         fresh = await runtime.create([], limits=SMALL)
         assert (await sh(fresh, "echo fine")).stdout.text == "fine\n"
+
+
+async def test_f2_a_command_that_cannot_be_stopped_ends_its_sandbox_which_says_so(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(embedded_box, "_KILL_GRACE_S", 0.0)  # nothing ends that fast
+    async with started("embedded", tmp_path / "home") as runtime:
+        box = await runtime.create([], limits=SMALL)
+        assert (await sh(box, "sleep 100", timeout_s=0.2)).reason is EndReason.TIMEOUT
+        with pytest.raises(FailedPrecondition, match="it went over a limit") as refused:
+            await sh(box, "true")
+        assert refused.value.metadata == {"overrun": "timeout"}
+        await box.delete()
 
 
 async def test_f2_a_set_up_that_fails_leaves_nothing(tmp_path):

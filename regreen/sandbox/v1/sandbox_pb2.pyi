@@ -1022,6 +1022,7 @@ class Validation(_message.Message):
     DURATION_FIELD_NUMBER: _builtins.int
     CACHED_FIELD_NUMBER: _builtins.int
     COVERAGE_FIELD_NUMBER: _builtins.int
+    LASTING_FIELD_NUMBER: _builtins.int
     state_id: _builtins.str
     """State it was computed in a fresh fork of."""
     changes_sha256: _builtins.str
@@ -1034,6 +1035,10 @@ class Validation(_message.Message):
     """End of the build and test log, bounded."""
     cached: _builtins.bool
     """Whether it was answered from the result cache."""
+    lasting: _builtins.bool
+    """Whether the same request would end the same way. False after a limit of time or of the sandbox; such a verdict is
+    never cached, and is no evidence of what the changes do.
+    """
     @_builtins.property
     def tests(self) -> _containers.RepeatedCompositeFieldContainer[Global___TestResult]:
         """Every test that reported or was expected."""
@@ -1073,10 +1078,11 @@ class Validation(_message.Message):
         duration: _duration_pb2.Duration | None = ...,
         cached: _builtins.bool = ...,
         coverage: Global___Coverage | None = ...,
+        lasting: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["coverage", b"coverage", "duration", b"duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached", b"cached", "changes_sha256", b"changes_sha256", "counts", b"counts", "coverage", b"coverage", "duration", b"duration", "failing", b"failing", "log", b"log", "outcome", b"outcome", "reverted", b"reverted", "state_id", b"state_id", "summary", b"summary", "tests", b"tests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached", b"cached", "changes_sha256", b"changes_sha256", "counts", b"counts", "coverage", b"coverage", "duration", b"duration", "failing", b"failing", "lasting", b"lasting", "log", b"log", "outcome", b"outcome", "reverted", b"reverted", "state_id", b"state_id", "summary", b"summary", "tests", b"tests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -20,7 +20,8 @@ from regreen.rollout.experts import STYLES, expert_trajectories
 from regreen.rollout.group import shared_start
 from regreen.rollout.record import segments
 from regreen.rpc.errors import FailedPrecondition, InfraError, InvalidArgument
-from tests.integration.rollout.world import FIXED, PIN, VALIDATE, call, says
+from sandbox_svc.backends import embedded_box
+from tests.integration.rollout.world import FIXED, PIN, VALIDATE, call, kill_first_process, says
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 SPEC = EpisodeSpec(grader=GRADER_BUILD_GATES)
@@ -251,6 +252,40 @@ async def test_unfair_or_unprepared_tasks_are_refused(world):
         task.state_id, task.modes[:] = world.task.state_id, [MODE_ANY_FIX]
         with pytest.raises(InvalidArgument, match="not fair"):
             await Runner(stack).run(task, replace(SPEC, mode=MODE_KEEP_NEW))
+
+
+@pytest.mark.parametrize("edited", [False, True])
+async def test_a_sandbox_that_was_killed_is_never_a_score(world, edited):
+    seen = []
+
+    async def script(view):
+        listed = await stack.sandbox.list_sandboxes(labels={"trajectory": view.trajectory_id})
+        if edited and not seen:
+            seen.append("edit")
+            return call("write_file", path="greet/__init__.py", content="x = 1\n")
+        if "killed" not in seen:
+            seen.append("killed")
+            await kill_first_process(stack, listed.sandboxes[0].id)
+        return call("read_file", path="setup.cfg")
+
+    async with world.playing([]) as stack:
+        with pytest.raises(InfraError, match="lost its processes"):
+            await Runner(stack).run(world.task, SPEC, ScriptedActor("script", script))
+    assert "killed" in seen
+
+
+async def test_an_agent_that_ends_its_own_sandbox_is_scored_without_a_diff(world, monkeypatch):
+    monkeypatch.setattr(embedded_box, "_KILL_GRACE_S", 0.0)  # so that no command can be stopped
+    wrote = call("write_file", path="greet/__init__.py", content=FIXED)
+    script = says(wrote, call("run_sh", cmd="sleep 100"), VALIDATE, call("give_up", reason="no"))
+    async with world.playing(script) as stack:
+        spec = replace(SPEC, budget=replace(SPEC.budget, tool_s=0.5))
+        found = await Runner(stack).run(world.task, spec)
+    told = [turn.text for turn in found.turns if turn.role == pb.TURN_ROLE_TOOL]
+    assert "timeout" in told[1]
+    assert "went over a limit" in told[2]
+    assert "went over a limit" in found.labels["diff"]
+    assert (found.reward.solved, list(found.changes)) == (False, [])
 
 
 @pytest.mark.parametrize("after", ["run", "read_file"])

@@ -1,6 +1,8 @@
 """What the end of an episode makes of its diff: gates, judge, reward, through real services."""
 
 import asyncio
+import json
+import socket
 import tarfile
 import tempfile
 from dataclasses import replace
@@ -10,6 +12,9 @@ import pytest
 
 from judge_svc.__main__ import running as judge_running
 from judge_svc.settings import JudgeSettings
+from policy_svc.__main__ import running as policy_running
+from policy_svc.settings import PolicySettings
+from regreen.client.stack import Endpoints, Stack
 from regreen.common.v1 import (
     GRADER_BUILD,
     GRADER_BUILD_GATES,
@@ -25,7 +30,9 @@ from regreen.rollout.context import FULL, Budget, EpisodeSpec, Knobs
 from regreen.rollout.episode import Runner
 from regreen.rollout.reward import RewardSettings
 from regreen.rpc.errors import InfraError, Unavailable
+from regreen.sandbox import v1 as sandbox_pb
 from sandbox_svc.wheelhouse import DistStore
+from tests.fixtures.policy.model import default_model
 from tests.fixtures.tasks.tiny_task import TINY, tiny_spec
 from tests.integration.rollout.world import LOOPBACK, PIN, VALIDATE, call, says, task_of
 
@@ -226,3 +233,68 @@ async def test_states_of_an_episode_go_with_it(world, lost):
             assert {turn.state_id for turn in found.turns} - {""} == set(kept)
         assert kept
         assert {state.id for state in await states()} == before
+
+
+def cut_once(stack, monkeypatch, times=1):
+    """The first validations, of an untouched State and of a confirmation, hit a limit each."""
+    real, cut = stack.sandbox.validate, []
+
+    async def validate(state_id, changes=(), **options):
+        found = await real(state_id, changes, **options)
+        kind = "" if list(changes) else "untouched"
+        kind = kind or ("confirmation" if options.get("skip_cache_lookup") else "")
+        if kind and cut.count(kind) < times:
+            cut.append(kind)
+            found.outcome, found.lasting = sandbox_pb.VALIDATION_OUTCOME_TIMEOUT, False
+        return found
+
+    monkeypatch.setattr(stack.sandbox, "validate", validate)
+    return cut
+
+
+async def test_a_validation_that_hit_a_limit_is_asked_again_and_never_kept(world, monkeypatch):
+    async with world.playing(says(PIN, VALIDATE)) as stack:
+        runner = Runner(stack)
+        cut = cut_once(stack, monkeypatch)
+        found = await runner.run(world.task, replace(SPEC, knobs=Knobs(confirm=True)))
+        assert cut == ["confirmation", "untouched"]
+        assert found.reward.solved, found.validation.summary
+        kept = [*runner.validated.before.values(), *runner.validated.confirmations.values()]
+        assert len(kept) == 2
+        assert all(validation.lasting for validation in kept)
+
+
+async def test_an_untouched_state_that_comes_to_no_end_is_never_a_score(world, monkeypatch):
+    async with world.playing(says(PIN, VALIDATE)) as stack:
+        runner = Runner(stack)
+        cut_once(stack, monkeypatch, times=2)
+        with pytest.raises(InfraError, match="untouched State cannot be validated now"):
+            await runner.run(world.task, SPEC)
+        assert not runner.validated.before
+
+
+async def test_the_time_of_an_episode_stands_still_while_a_service_is_away(world):
+    """The policy is away for longer than the episode may last."""
+    folder = Path(tempfile.mkdtemp(prefix="policy-", dir=world.home))
+    script = folder / "script.json"
+    script.write_text(json.dumps({"responses": says(PIN, VALIDATE)}))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    settings = PolicySettings(
+        home=folder,
+        engine="scripted",
+        script=script,
+        model=default_model(),
+        http="",
+        **{**LOOPBACK, "listen": address},
+    )
+    spec = replace(SPEC, budget=replace(ROOM, wall_s=4.0))
+    async with Stack(Endpoints(**world.endpoints, policy=address), patience_s=60.0) as stack:
+        rollout = asyncio.create_task(Runner(stack).run(world.task, spec))
+        await asyncio.sleep(spec.budget.wall_s + 1.0)
+        assert not rollout.done()
+        async with policy_running(settings):
+            found = await rollout
+    assert (found.end, found.reward.solved) == (pb.EPISODE_END_SUBMITTED, True)
+    assert (found.end_time.ToNanoseconds() - found.start_time.ToNanoseconds()) / 1e9 > 5.0

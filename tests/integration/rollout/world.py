@@ -1,7 +1,11 @@
 """A whole stack in this process over the tiny task: real services, a policy that plays a script."""
 
+import asyncio
 import contextlib
 import json
+import os
+import secrets
+import signal
 import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -68,6 +72,32 @@ class World:
             found = {**self.endpoints, "policy": policy.server.address, **endpoints}
             async with Stack(Endpoints(**found), patience_s=3.0) as stack:
                 yield stack
+
+
+async def kill_first_process(stack: Stack, sandbox_id: str) -> None:
+    """Kill the process in which a sandbox lives, as the host's out-of-memory killer could."""
+    mark = f"0.{secrets.randbelow(1 << 40)}"
+    await stack.sandbox.run(sandbox_id, ["sh", "-c", f"sleep 900{mark} >/dev/null 2>&1 &"])
+    while True:
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                if path.read_bytes() == f"sleep\x00900{mark}\x00".encode():
+                    status = (path.parent / "status").read_text()
+                    parent = int(status.partition("PPid:")[2].split()[0])
+                    if parent in _children(os.getpid()):
+                        os.kill(parent, signal.SIGKILL)
+                        return
+        await asyncio.sleep(0.01)
+
+
+def _children(pid: int) -> set[int]:
+    """A process's descendants down to the first processes of sandboxes."""
+    found: set[int] = set()
+    for spawner in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        with contextlib.suppress(OSError):
+            text = Path(f"/proc/{spawner}/task/{spawner}/children").read_text()
+            found |= {int(child) for child in text.split()}
+    return found
 
 
 @contextlib.asynccontextmanager

@@ -5,8 +5,9 @@ import contextlib
 import os
 import shutil
 import signal
+import subprocess
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest_asyncio
 
 from regreen.lockfile import format_lock, parse_lock
 from regreen.pkgindex import PackageIndex
-from regreen.rpc.errors import FailedPrecondition, InvalidArgument, MissingDependency
+from regreen.rpc.errors import DiskFull, FailedPrecondition, InvalidArgument, MissingDependency
 from sandbox_svc.backends.base import Command, ExecResult, Limits
 from sandbox_svc.backends.embedded import EmbeddedRuntime
 from sandbox_svc.backends.embedded_box import EmbeddedBox
@@ -61,11 +62,19 @@ class World:
 async def world() -> AsyncIterator[World]:
     home = Path(tempfile.mkdtemp(prefix="regreen-build-"))
     home.chmod(0o711)
+    try:
+        async with open_world(home) as found:
+            yield found
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+
+
+@contextlib.asynccontextmanager
+async def open_world(home: Path) -> AsyncIterator[World]:
     runtime = EmbeddedRuntime(home / "rt", run_probes=False)
     try:
         await runtime.start()
     except MissingDependency as error:
-        shutil.rmtree(home, ignore_errors=True)
         pytest.skip(f"no sandboxes here: {error}")
     states = StateStore(home, runtime)
     await states.open()
@@ -84,7 +93,6 @@ async def world() -> AsyncIterator[World]:
         await validator.close()
         await states.close()
         await runtime.close()
-        shutil.rmtree(home, ignore_errors=True)
 
 
 async def test_baseline_names_what_fails(world: World) -> None:
@@ -453,3 +461,31 @@ async def test_a_module_that_could_not_be_collected_passes_with_its_tests(world:
     assert (await other.judge(other.lock(wordlib="1.0"))).outcome is Outcome.PASSED
     still = await other.judge(other.lock(wordlib="2.0"))
     assert (still.outcome, still.failing) == (Outcome.BUILD_FAILED, ("tests/test_greet.py",))
+
+
+@pytest.fixture
+def small_disk() -> Iterator[Path]:
+    """A file system of its own, which can be filled."""
+    mount = Path(tempfile.mkdtemp(prefix="regreen-disk-"))
+    command = ["mount", "-t", "tmpfs", "-o", "size=256m,mode=711", "tmpfs", str(mount)]
+    try:
+        if os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("needs permission to mount a tmpfs")
+        yield mount
+        subprocess.run(["umount", str(mount)], check=True)
+    finally:
+        mount.rmdir()
+
+
+async def test_a_full_disk_is_no_verdict_and_nothing_of_it_is_kept(small_disk: Path) -> None:
+    async with open_world(small_disk) as world:
+        filler = small_disk / "filler"
+        room = os.statvfs(small_disk)
+        with filler.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, room.f_bavail * room.f_frsize - (24 << 10))
+        with pytest.raises(DiskFull, match="no space"):
+            await world.judge(world.lock(wordlib="1.0"))
+        filler.unlink()
+        verdict = await world.judge(world.lock(wordlib="1.0"))
+        assert (verdict.outcome, verdict.cached) == (Outcome.PASSED, False)
+        await world.runtime.settle()

@@ -32,10 +32,11 @@ class Sandboxes:
     """`red` needs the pins, `green` always passes; `wobbling` tests pass on every second run.
 
     `wobbles[n]` are those of the n-th State that is prepared; the last entry stands for the rest.
+    The first `cut_short` validations hit a limit.
     """
 
-    def __init__(self, *wobbles: tuple[str, ...]) -> None:
-        self.wobbles = wobbles
+    def __init__(self, *wobbles: tuple[str, ...], cut_short: int = 0) -> None:
+        self.wobbles, self.cut_short = wobbles, cut_short
         self.prepared: list[sandbox_pb.EnvironmentSpec] = []
         self.runs = 0
 
@@ -50,6 +51,10 @@ class Sandboxes:
 
     async def validate(self, state_id, changes, **options) -> sandbox_pb.Validation:
         self.runs += 1
+        if self.runs <= self.cut_short:
+            return sandbox_pb.Validation(
+                outcome=sandbox_pb.VALIDATION_OUTCOME_TIMEOUT, summary="no end in 120 s"
+            )
         passed = {"green": True, "red": any(c.path == "requirements.lock" for c in changes)}
         passed |= dict.fromkeys(self.wobbling, self.runs % 2 == 0)
         outcome = {True: TEST_OUTCOME_PASSED, False: TEST_OUTCOME_FAILED}
@@ -58,6 +63,7 @@ class Sandboxes:
             if passed["red"]
             else sandbox_pb.VALIDATION_OUTCOME_FAILED,
             tests=[sandbox_pb.TestResult(id=i, outcome=outcome[ok]) for i, ok in passed.items()],
+            lasting=True,
         )
 
     async def read_files(self, state_id, paths):
@@ -75,6 +81,13 @@ async def test_a_stable_task_is_judged_once():
     assert verdict.admitted, verdict.reason
     assert record == RECORD
     assert len(sandboxes.prepared) == 1
+
+
+@pytest.mark.parametrize(("cut_short", "status"), [(2, "admitted"), (3, "waiting")])
+async def test_a_run_that_hit_a_limit_is_no_evidence(cut_short, status):
+    _, verdict = await steadily(Sandboxes((), cut_short=cut_short))
+    assert verdict.status == status, verdict.reason
+    assert ("3 validations in a row came to no end" in verdict.reason) == (status == "waiting")
 
 
 async def test_the_state_of_an_admitted_task_names_every_unstable_test():
