@@ -80,12 +80,15 @@ class DockerProcess:
         code, _, _ = capture(api, self._container, ["test", "-d", command.cwd], user=user)
         if code != 0:
             raise InvalidArgument("cwd", f"no such directory in the sandbox: {command.cwd}")
-        terminal = command.terminal is not None
+        terminal, script = command.terminal is not None, 'exec "$@"'
+        if command.terminal is not None:  # before it starts, so that it sees no change of size
+            size = command.terminal
+            script = f"stty rows {size.rows} cols {size.columns} 2>/dev/null; {script}"
         term = {"TERM": "xterm-256color"} if terminal else {}
         env = self._box.env | term | dict(command.env) | {MARK: self._mark}
         created = api.exec_create(
             self._container,
-            ["/bin/sh", "-c", 'exec "$@"', "-", *command.argv],
+            ["/bin/sh", "-c", script, "-", *command.argv],
             stdin=self._input_open or bool(command.stdin),
             tty=terminal,
             environment=env,
