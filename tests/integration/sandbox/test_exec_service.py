@@ -313,21 +313,21 @@ async def test_a_sandbox_does_not_expire_under_a_command(execs, service):
 
 async def test_reasons_of_an_end(execs, service, box):
     states, sandboxes, _ = service
-    small = await sandboxes.create_sandbox(
-        (await prepared(states, a="1")).id,
-        limits=pb.Limits(memory_bytes=64 << 20, pids=16, disk_bytes=8 << 20, output_bytes=4 << 20),
-    )
+    limits = pb.Limits(memory_bytes=64 << 20, pids=16, disk_bytes=8 << 20, output_bytes=4 << 20)
+    state = await prepared(states, a="1")
     expected = {
         "exit 4": pb.END_REASON_EXIT,
         "kill -11 $$": pb.END_REASON_SIGNAL,
         "yes": pb.END_REASON_OUTPUT,
-        "head -c 30000000 /dev/zero > /work/repo/big; sleep 300": pb.END_REASON_DISK,
         "head -c 200000000 /dev/zero | tail -c 200000000 > /dev/null": pb.END_REASON_OOM,
         "for i in $(seq 50); do sleep 5 & done; exit 1": pb.END_REASON_PIDS,
+        "head -c 30000000 /dev/zero > /work/repo/big; sleep 300": pb.END_REASON_DISK,
     }
     for text, reason in expected.items():
+        small = await sandboxes.create_sandbox(state.id, limits=limits)
         execution = await execs.start_exec(small.id, ["sh", "-c", text], timeout_s=20)
         seen = await _all(execs, small, execution)
+        await sandboxes.delete_sandbox(small.id)
         assert seen.ended.reason == reason, (text, seen.ended)
     unknown = await execs.start_exec(box.id, ["no-such-program"])
     seen = await _all(execs, box, unknown)
