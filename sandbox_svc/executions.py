@@ -8,16 +8,16 @@
 - Input is taken in order, each byte once: a place in it tells what was taken before. Who writes
   waits until the bytes are in the command's pipe; cut short, what was taken counts.
 - Output has places too: any number of readers take it up anywhere, and see what is missing.
-- Of a sandbox's commands only so many are kept; those that ended first are forgotten first, and
-  one that runs is never forgotten.
+- Of a sandbox's commands only so many are kept; the oldest that have ended are forgotten first,
+  and one that runs is never forgotten.
 """
 
 import asyncio
 import contextlib
 import signal as signals
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 from regreen.ids import new_id
 from regreen.rpc.errors import (
@@ -28,7 +28,14 @@ from regreen.rpc.errors import (
     Unavailable,
 )
 from sandbox_svc import metrics
-from sandbox_svc.backends.base import Command, EndReason, ExecResult, Process, TerminalSize
+from sandbox_svc.backends.base import (
+    Captured,
+    Command,
+    EndReason,
+    ExecResult,
+    Process,
+    TerminalSize,
+)
 from sandbox_svc.sandboxes import Manager, Sandbox
 
 MAX_INPUT_BYTES = 1 << 20
@@ -62,6 +69,7 @@ class Execution:
     """Taken so far, the first bytes of the command included."""
     id: str = field(default_factory=lambda: new_id("exe"))
     result: ExecResult | None = None
+    """How it ended, without what it printed: the logs of its process keep that."""
     input_closed: bool = False
     input_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -164,7 +172,7 @@ class Executions:
             self._manager.get(execution.sandbox_id).executions.pop(execution.id, None)
 
     async def _attend(self, execution: Execution, process: Process) -> None:
-        """Feed a command its first bytes and wait for its end, which it has in any case."""
+        """Feed a command its first bytes and wait for its end, which is told in any case."""
         feeder = asyncio.create_task(self._feed(execution, process))
         execution.started.set_result(process)
         result = ExecResult(EndReason.INFRA)
@@ -172,7 +180,9 @@ class Executions:
             result = await process.wait()
         finally:
             feeder.cancel()
-            execution.result = result
+            execution.result = replace(
+                result, stdout=_counted(result.stdout), stderr=_counted(result.stderr)
+            )
             process.changed.beat()
             metrics.EXEC_SECONDS.labels(result.reason.value).observe(result.wall_s)
 
@@ -209,7 +219,7 @@ class Executions:
 
     async def attach(
         self, sandbox_id: str, exec_id: str, *, stdout: int = 0, stderr: int = 0
-    ) -> AsyncIterator[Chunk | ExecResult]:
+    ) -> AsyncGenerator[Chunk | ExecResult, None]:
         """What a command prints from two places on, then how it ended.
 
         Raises:
@@ -235,7 +245,8 @@ class Executions:
                     places[stream] = offset + len(data)
                     yield Chunk(stream, offset, data)
             if quiet and result is not None:
-                yield result
+                out, err = process.stdout.captured(), process.stderr.captured()
+                yield replace(result, stdout=out, stderr=err)
                 return
             if quiet:
                 await changed.wait()
@@ -293,3 +304,7 @@ class Executions:
         execution = self.get(sandbox_id, exec_id)
         process = await asyncio.shield(execution.started)
         await process.resize(size)
+
+
+def _counted(captured: Captured) -> Captured:
+    return Captured(total_bytes=captured.total_bytes)

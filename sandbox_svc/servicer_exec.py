@@ -4,6 +4,7 @@
 - Listings say how much a command printed, not what: its output is read by attaching.
 """
 
+import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ from regreen.ids import check_id
 from regreen.rpc.errors import InvalidArgument
 from regreen.sandbox import v1 as pb
 from sandbox_svc import translate
-from sandbox_svc.backends.base import Captured, ExecResult, TerminalSize
+from sandbox_svc.backends.base import ExecResult, TerminalSize
 from sandbox_svc.executions import Chunk, Execution
 from sandbox_svc.service import SandboxHost
 
@@ -50,8 +51,9 @@ class ExecServicer(pb.ExecServiceServicer):
         events = self._executions.attach(
             *_ids(request), stdout=request.stdout_offset, stderr=request.stderr_offset
         )
-        async for event in events:
-            yield _event_to(event)
+        async with contextlib.aclosing(events):
+            async for event in events:
+                yield _event_to(event)
 
     async def WriteStdin(
         self, request: pb.WriteStdinRequest, context: Context
@@ -118,12 +120,6 @@ def _execution_to(execution: Execution) -> pb.Execution:
         terminal=execution.command.terminal is not None,
         stdin_bytes=execution.input_bytes,
     )
-    result = execution.result
-    if result is not None:
-        counted = replace(result, stdout=_counted(result.stdout), stderr=_counted(result.stderr))
-        message.result.CopyFrom(translate.result_to(counted))
+    if execution.result is not None:
+        message.result.CopyFrom(translate.result_to(execution.result))
     return message
-
-
-def _counted(captured: Captured) -> Captured:
-    return Captured(total_bytes=captured.total_bytes)

@@ -9,7 +9,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Mapping, Sequence
 
 import grpc
 
@@ -76,7 +76,7 @@ class ExecClient(Caller):
         stdout_offset: int = 0,
         stderr_offset: int = 0,
         timeout_s: float = _ATTACH_S,
-    ) -> AsyncIterator[pb.AttachExecResponse]:
+    ) -> AsyncGenerator[pb.AttachExecResponse, None]:
         """Output of a command from two offsets on, then how it ended; over one connection."""
         request = pb.AttachExecRequest(
             sandbox_id=sandbox_id,
@@ -145,7 +145,7 @@ class ExecClient(Caller):
         *,
         stdout_offset: int = 0,
         stderr_offset: int = 0,
-    ) -> AsyncIterator[pb.AttachExecResponse]:
+    ) -> AsyncGenerator[pb.AttachExecResponse, None]:
         """As `attach_exec`, over as many connections as it takes."""
         places = {"stdout": stdout_offset, "stderr": stderr_offset}
         heard_s, pause_s = time.monotonic(), _PAUSE_S
@@ -187,7 +187,7 @@ class ExecClient(Caller):
         output_bytes: int = 0,
         terminal: pb.TerminalSize | None = None,
         on_start: Callable[[pb.Execution], None] | None = None,
-    ) -> AsyncIterator[pb.AttachExecResponse]:
+    ) -> AsyncGenerator[pb.AttachExecResponse, None]:
         """Run a command with input as it comes; its output without loss, then how it ended.
 
         `on_start` is told the command's id, for signals and the size of its terminal.

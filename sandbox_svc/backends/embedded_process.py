@@ -19,7 +19,7 @@ import termios
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from regreen.rpc.errors import FailedPrecondition
+from regreen.rpc.errors import FailedPrecondition, InfraError
 from sandbox_svc.backends import wire
 from sandbox_svc.backends.base import Captured, Command, ExecResult, TerminalSize
 from sandbox_svc.backends.link import LinkClosed
@@ -132,6 +132,8 @@ class EmbeddedProcess:
             reply, _ = await job.link.request({"op": "signal", "job": job.id, "signal": number})
         except LinkClosed:
             return False
+        except TimeoutError as error:
+            raise InfraError("the sandbox's first process does not answer") from error
         return bool(reply.get("delivered"))
 
     async def resize(self, size: TerminalSize) -> None:

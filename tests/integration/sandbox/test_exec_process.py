@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -115,17 +114,3 @@ def _become(count: int, timeout_s: float = 10.0) -> bool:
     while len(_sleepers()) != count and time.monotonic() < until:
         time.sleep(0.02)
     return len(_sleepers()) == count
-
-
-def test_the_example(process):
-    done = subprocess.run(
-        [sys.executable, "examples/sandbox_exec.py", process[1]],
-        cwd=_ROOT,
-        env=_ENV,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert re.search(r"6 \* 7\s+42\s", done.stdout)
-    assert done.stdout.endswith("exit 3\nstill running: True\nsignal 15\n")
