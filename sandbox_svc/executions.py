@@ -27,6 +27,7 @@ from regreen.rpc.errors import (
     ResourceExhausted,
     Unavailable,
 )
+from regreen.rpc.logging import get
 from sandbox_svc import metrics
 from sandbox_svc.backends.base import (
     Captured,
@@ -161,6 +162,8 @@ class Executions:
             self._not_started(execution, Unavailable("the service is stopping"))
             raise
         except Exception as error:  # noqa: BLE001  (whoever asked for the command raises it)
+            if execution.started.done():
+                get().error("a command was lost", exec_id=execution.id, exc_info=error)
             self._not_started(execution, error)
 
     def _not_started(self, execution: Execution, error: Exception) -> None:

@@ -203,6 +203,32 @@ async def test_deleting_and_freezing_end_it(runtime):
     assert (result.reason, result.signal) == (EndReason.SIGNAL, 9)
 
 
+async def test_orphans_are_reaped(box):
+    text = "for i in 1 2 3 4 5; do (setsid sleep 0.2 &); done; (setsid sh -c 'exit 3' &); cat"
+    process = await box.start(script(text, open_stdin=True))
+    count = "cat /proc/[0-9]*/stat 2>/dev/null | grep -cE '[(]sleep[)] [A-Z] 1 |[)] Z '"
+    waiting = f"until [ $({count}) = 0 ]; do sleep 0.05; done; echo reaped"
+    assert (await sh(box, waiting, timeout_s=_WAIT_S)).stdout.text == "reaped\n"
+    await process.close_input()
+    assert (await process.wait()).ok
+
+
+async def test_terminals_of_one_sandbox_are_bounded(runtime):
+    if runtime.name != "embedded":
+        pytest.skip("the engine bounds them for all containers together")
+    box = await runtime.create([], limits=SMALL)
+    text = (
+        "import os\nheld = []\n"
+        "try:\n    while True: held.append(os.openpty())\n"
+        "except OSError as error: print(len(held), error.strerror)\n"
+    )
+    process = await box.start(Command(("python3", "-c", text), cwd="/", terminal=TerminalSize()))
+    assert (await process.wait()).stdout.text == "63 No space left on device\r\n"
+    process = await box.start(script("tty", terminal=TerminalSize()))
+    assert (await process.wait()).ok
+    await box.delete()
+
+
 async def test_what_cannot_be_started_says_so(box):
     for terminal in (None, TerminalSize()):
         process = await box.start(Command(("no-such-program",), cwd="/", terminal=terminal))
