@@ -23,13 +23,16 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from regreen.ids import new_id
 from regreen.rpc.errors import InvalidArgument, NotFound, ResourceExhausted
 from sandbox_svc import metrics
 from sandbox_svc.backends.base import Box, Limits, Mount, Runtime
 from sandbox_svc.states import State, StateStore
+
+if TYPE_CHECKING:
+    from sandbox_svc.executions import Execution
 
 _MAX_FORKS = 256
 _REAP_S = 1.0
@@ -52,6 +55,8 @@ class Sandbox:
     created_s: float
     expires_s: float
     calls: int = 0
+    executions: "dict[str, Execution]" = field(default_factory=dict)
+    """Commands started in it that run or are kept, oldest first."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -210,15 +215,15 @@ class Manager:
             self._reserved -= open_places
 
     @contextlib.contextmanager
-    def using(self, sandbox_id: str) -> Iterator[Sandbox]:
-        """A sandbox that does not expire meanwhile."""
+    def using(self, sandbox_id: str, *, linger_s: float = 1.0) -> Iterator[Sandbox]:
+        """A sandbox that does not expire meanwhile, nor within `linger_s` afterwards."""
         sandbox = self.get(sandbox_id)
         sandbox.calls += 1
         try:
             yield sandbox
         finally:
             sandbox.calls -= 1
-            sandbox.expires_s = max(sandbox.expires_s, self._clock() + 1.0)
+            sandbox.expires_s = max(sandbox.expires_s, self._clock() + linger_s)
 
     async def snapshot(self, sandbox_id: str, labels: Mapping[str, str] | None = None) -> State:
         """Freeze a sandbox into a state; its processes end, it goes on over the same files."""
@@ -371,7 +376,8 @@ class LeasedBox:
     def __init__(self, box: Box, released: Callable[[], None]) -> None:
         self._box, self._released = box, released
         self.id, self.limits = box.id, box.limits
-        self.run, self.read_file, self.read_range = box.run, box.read_file, box.read_range
+        self.run, self.start = box.run, box.start
+        self.read_file, self.read_range = box.read_file, box.read_range
         self.write_file, self.freeze, self.changed_paths = (
             box.write_file,
             box.freeze,

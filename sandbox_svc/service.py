@@ -22,6 +22,7 @@ from sandbox_svc.builders.base import Builder, EnvironmentSpec, FileChange, Prep
 from sandbox_svc.builders.interpreters import find_all
 from sandbox_svc.builders.python import PythonBuilder
 from sandbox_svc.builders.system import SystemBuilder
+from sandbox_svc.executions import Executions
 from sandbox_svc.sandboxes import Manager
 from sandbox_svc.settings import SandboxSettings
 from sandbox_svc.states import State, StateStore
@@ -59,6 +60,7 @@ class SandboxHost:
         home = settings.home / "sandbox"
         self.states = StateStore(home, self.runtime)
         self.manager = Manager(self.runtime, self.states, pool=settings.pool())
+        self.executions = Executions(self.manager, max_kept=settings.max_executions)
         self.transfer = Transfer(
             self.states, self.runtime, self._offered, max_bytes=settings.import_bytes
         )
@@ -83,6 +85,7 @@ class SandboxHost:
     async def __aexit__(self, *exc: object) -> None:
         if self._validator is not None:
             await self._validator.close()
+        await self.executions.close()
         await self.manager.close()
         await self.states.close()
         await self.runtime.close()

@@ -53,6 +53,8 @@ class SandboxSettings(ServiceSettings):
     """A command that prints more than this is stopped."""
     command_s: float = Field(default=3600.0, gt=0)
     """Longest run of one command."""
+    max_executions: int = Field(default=32, ge=1, le=1024)
+    """Commands of one sandbox that run on their own or are kept; the oldest ended ones go first."""
     import_bytes: int = Field(default=16 << 30, ge=1 << 20)
     """Largest archive that ImportState takes, unpacked."""
 

@@ -13,7 +13,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from types import MappingProxyType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from sandbox_svc.backends.output import OutputLog, Pulse
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,14 @@ OVERRUNS = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
+class TerminalSize:
+    """Size of a terminal in characters."""
+
+    rows: int = 24
+    columns: int = 80
+
+
+@dataclass(frozen=True, slots=True)
 class Command:
     """One command to run inside a sandbox."""
 
@@ -72,6 +83,12 @@ class Command:
     channel: bool = False
     """Open a result pipe for this command; its fd number is in REGREEN_CHANNEL_FD."""
     channel_bytes: int = 64 << 20
+    open_stdin: bool = False
+    """Leave standard input open; then all of it comes by `Process.write`, and `stdin` is not read.
+    Only `Box.start` looks at it."""
+    terminal: TerminalSize | None = None
+    """Give it a terminal: what it prints is stdout, its input as if left open. Only `Box.start`
+    looks at it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +153,49 @@ class Capability:
     detail: str = ""
 
 
+class Process(Protocol):
+    """A command that was started and is spoken to while it runs.
+
+    One caller at a time writes; everything else may be called at any time, also after the end.
+    """
+
+    stdout: "OutputLog"
+    """What is kept of its output."""
+    stderr: "OutputLog"
+    changed: "Pulse"
+    """Beats when there is more output."""
+
+    async def write(self, data: bytes) -> int:
+        """Give it the first bytes of `data`, once there is room; returns how many, at least one.
+
+        Cancelled, it has given nothing.
+
+        Raises:
+            FailedPrecondition: its input is closed.
+        """
+        ...
+
+    async def close_input(self) -> None:
+        """Let it see the end of its input; with a terminal, as if Ctrl-D was typed."""
+        ...
+
+    async def signal(self, number: int) -> bool:
+        """Send a signal to its process group; whether it still ran."""
+        ...
+
+    async def resize(self, size: TerminalSize) -> None:
+        """Set the size of its terminal.
+
+        Raises:
+            FailedPrecondition: it has none.
+        """
+        ...
+
+    async def wait(self) -> ExecResult:
+        """Wait for its end, within its time limit; called once. Cancelling kills the command."""
+        ...
+
+
 class Box(Protocol):
     """A running sandbox as its runtime sees it."""
 
@@ -145,6 +205,10 @@ class Box(Protocol):
 
     async def run(self, command: Command, sink: OutputSink | None = None) -> ExecResult:
         """Run one command to its end."""
+        ...
+
+    async def start(self, command: Command) -> Process:
+        """Start a command that is spoken to while it runs; whoever starts it must wait for it."""
         ...
 
     async def read_file(self, path: str, max_bytes: int) -> bytes:

@@ -13,9 +13,9 @@ import secrets
 import shlex
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from regreen.rpc.errors import FailedPrecondition, InfraError, InvalidArgument, NoSuchFile, NotFound
 from sandbox_svc.backends.base import (
@@ -28,11 +28,13 @@ from sandbox_svc.backends.base import (
 )
 from sandbox_svc.backends.commands import ENVIRONMENT, absolute, check_command
 from sandbox_svc.backends.docker_exec import MARK, ContainerExec, capture
+from sandbox_svc.backends.docker_process import DockerProcess
 from sandbox_svc.backends.output import Collector
 
 if TYPE_CHECKING:
     from sandbox_svc.backends.docker import DockerRuntime
 
+_T = TypeVar("_T")
 USER = "1000:1000"
 _ROOT = "0:0"
 _READ = """
@@ -72,7 +74,7 @@ class DockerBox:
         self._runtime = runtime
         self._below = len(layers)
         self.layers = list(layers)
-        self._env = ENVIRONMENT | dict(env)
+        self.env = ENVIRONMENT | dict(env)
         self.container = ""
         self.deleted = False
         self._life = asyncio.Lock()
@@ -101,13 +103,33 @@ class DockerBox:
             await asyncio.gather(work, return_exceptions=True)
             raise
 
+    async def start(self, command: Command) -> DockerProcess:
+        """Start a command that is spoken to while it runs."""
+        check_command(command)
+        self._require()
+        return await DockerProcess.begin(self, command)
+
+    @property
+    def api(self) -> Any:
+        """The engine's client."""
+        return self._runtime.api
+
+    @property
+    def user(self) -> str:
+        """Who commands run as."""
+        return USER
+
+    async def blocking(self, call: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
+        """Run a blocking call in the runtime's own threads."""
+        return await self._runtime.blocking(call, *args, **kwargs)
+
     def _run(self, command: Command, sink: Any, stop: threading.Event) -> ExecResult:
         api, began = self._runtime.api, time.monotonic()
         code, _, _ = capture(api, self.container, ["test", "-d", command.cwd], user=USER)
         if code != 0:
             raise InvalidArgument("cwd", f"no such directory in the sandbox: {command.cwd}")
         mark = secrets.token_hex(8)
-        env = self._env | dict(command.env) | {MARK: mark}
+        env = self.env | dict(command.env) | {MARK: mark}
         script, channel = 'exec "$@"', None
         if command.channel:
             channel = _Channel(api, self.container, mark, command.channel_bytes)
@@ -120,14 +142,15 @@ class DockerBox:
             api, self.container, argv, env=env, cwd=command.cwd, user=USER, stdin=command.stdin
         )
         exit_code, timed_out = running.run(out, err, timeout_s=limit, sink=sink, stop=stop)
-        result = self._result(exit_code, timed_out, out, err, time.monotonic() - began)
+        result = self.result(exit_code, timed_out, out, err, time.monotonic() - began)
         if channel is None:
             return result
         return _with_channel(result, channel.finish())
 
-    def _result(
+    def result(
         self, code: int | None, timed_out: bool, out: Collector, err: Collector, wall_s: float
     ) -> ExecResult:
+        """How a command ended, from its exit code; asks the engine, so for worker threads."""
         if timed_out:
             reason, number = EndReason.TIMEOUT, 9
         elif code is None:
@@ -142,7 +165,12 @@ class DockerBox:
         return ExecResult(reason, shown, number, out.captured(), err.captured(), wall_s)
 
     def _out_of_memory(self) -> bool:
-        state = self._runtime.api.inspect_container(self.container)["State"]
+        from docker.errors import APIError
+
+        try:
+            state = self._runtime.api.inspect_container(self.container)["State"]
+        except APIError:  # it was removed under the command
+            return False
         return bool(state.get("OOMKilled"))
 
     async def read_file(self, path: str, max_bytes: int) -> bytes:

@@ -21,7 +21,7 @@ from sandbox_svc.backends.output import Collector
 MARK = "REGREEN_JOB"
 _POLL_S = 0.1
 _GRACE_S = 0.2
-_KILL = (
+KILL = (
     "for p in /proc/[0-9]*; do "
     f'if tr "\\0" "\\n" < $p/environ 2>/dev/null | grep -qx "{MARK}=$1"; '
     "then kill -9 ${p#/proc/}; fi; done 2>/dev/null; true"
@@ -140,7 +140,7 @@ class ContainerExec:
 
     def kill(self) -> None:
         """Kill the processes that carry this command's mark."""
-        argv = ["/bin/sh", "-c", _KILL, "-", self._mark]
+        argv = ["/bin/sh", "-c", KILL, "-", self._mark]
         capture(self._api, self._container, argv, user=self._user)
 
 

@@ -18,7 +18,6 @@ import signal
 import stat
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +33,6 @@ from regreen.rpc.errors import (
 from sandbox_svc.backends import uppers, wire
 from sandbox_svc.backends.base import (
     OVERRUNS,
-    Captured,
     Command,
     EndReason,
     ExecResult,
@@ -44,6 +42,8 @@ from sandbox_svc.backends.base import (
 )
 from sandbox_svc.backends.cgroups import Counters
 from sandbox_svc.backends.commands import ENVIRONMENT, absolute, check_command
+from sandbox_svc.backends.embedded_process import EmbeddedProcess
+from sandbox_svc.backends.jobs import Job, refusal
 from sandbox_svc.backends.layers import writing
 from sandbox_svc.backends.link import Link, LinkClosed
 from sandbox_svc.backends.output import Collector, PipeReader
@@ -57,17 +57,6 @@ _KILL_GRACE_S = 2.0
 _END_S = 10.0
 _READY_S = 30.0
 _INLINE_READ_BYTES = 1 << 20
-
-
-@dataclass(slots=True)
-class Job:
-    """One running command."""
-
-    id: int
-    done: asyncio.Future[wire.Message]
-    readers: list[PipeReader] = field(default_factory=list)
-    reason: EndReason | None = None
-    """Set by whoever stops the command."""
 
 
 class EmbeddedBox:
@@ -150,35 +139,67 @@ class EmbeddedBox:
     async def run(self, command: Command, sink: OutputSink | None = None) -> ExecResult:
         """Run one command to its end."""
         check_command(command)
-        link = self._require()
-        job = Job(link.next_id(), asyncio.get_running_loop().create_future())
-        channel = Collector(command.channel_bytes, head_only=True)
-        job.readers = [
+        self._require()
+        readers = [
             PipeReader("stdout", Collector(command.output_bytes), sink),
             PipeReader("stderr", Collector(command.output_bytes), sink),
         ]
         if command.channel:
-            job.readers.append(PipeReader("channel", channel, None))
+            channel = Collector(command.channel_bytes, head_only=True)
+            readers.append(PipeReader("channel", channel, None))
+        job = await self.begin(command, readers, wire.bytes_fd(command.stdin))
+        return await self.conclude(job, command.timeout_s)
+
+    async def start(self, command: Command) -> EmbeddedProcess:
+        """Start a command that is spoken to while it runs."""
+        check_command(command)
+        self._require()
+        return await EmbeddedProcess.begin(self, command)
+
+    async def begin(self, command: Command, readers: list[PipeReader], stdin: int) -> Job:
+        """Start a command with these descriptors, which it closes; `conclude` must follow.
+
+        With a terminal, `stdin` and the pipe of the first reader are not used.
+        """
+        loop, link = asyncio.get_running_loop(), self._require()
+        job = Job(link.next_id(), link, loop.create_future(), readers)
         self._jobs[job.id] = job
-        began = time.monotonic()
         try:
             if self._watch is not None:
                 self._watch.wake()
-            refused = await self._start(link, job, command)
-            if refused is not None:
-                return refused
-            ended = await self._wait(link, job, command.timeout_s)
-            return await self._result(job, ended, time.monotonic() - began)
-        except asyncio.CancelledError:
-            job.reason = job.reason or EndReason.SIGNAL
-            await asyncio.shield(self._stop(link, job))
+            job.refused = await self._start(job, command, stdin)
+        except BaseException as error:
+            await self._abandon(job, error)
+            raise
+        return job
+
+    async def conclude(self, job: Job, timeout_s: float) -> ExecResult:
+        """Wait for the end of a command that was begun; cancelling kills it."""
+        try:
+            if job.refused is not None:
+                return job.refused
+            ended = await self._wait(job.link, job, timeout_s)
+            return await self._result(job, ended, time.monotonic() - job.began_s)
+        except asyncio.CancelledError as error:
+            await self._abandon(job, error)
             raise
         finally:
-            self._jobs.pop(job.id, None)
-            for reader in job.readers:
-                reader.close()
+            self._forget(job)
 
-    async def _start(self, link: Link, job: Job, command: Command) -> ExecResult | None:
+    async def _abandon(self, job: Job, error: BaseException) -> None:
+        try:
+            if isinstance(error, asyncio.CancelledError):
+                job.reason = job.reason or EndReason.SIGNAL
+                await asyncio.shield(self._stop(job.link, job))
+        finally:
+            self._forget(job)
+
+    def _forget(self, job: Job) -> None:
+        self._jobs.pop(job.id, None)
+        for reader in job.readers:
+            reader.close()
+
+    async def _start(self, job: Job, command: Command, stdin: int) -> ExecResult | None:
         env = self._env | dict(command.env)
         if command.channel:
             env["REGREEN_CHANNEL_FD"] = "3"
@@ -189,26 +210,21 @@ class EmbeddedBox:
             "env": env,
             "cwd": command.cwd,
         }
-        stdin = wire.bytes_fd(command.stdin)
+        fds = (stdin, *(reader.write_fd for reader in job.readers))
+        if command.terminal is not None:
+            size, fds = command.terminal, ()
+            request["terminal"] = [size.rows, size.columns]
         try:
-            fds = (stdin, *(reader.write_fd for reader in job.readers))
-            reply, _ = await link.request(request, fds)
+            reply, received = await job.link.request(request, fds)
         except (LinkClosed, TimeoutError) as error:
             raise self._lost() from error
         finally:
             os.close(stdin)
             for reader in job.readers:
                 reader.handed_over()
-        if reply.get("cwd"):
-            raise InvalidArgument("cwd", f"no such directory in the sandbox: {command.cwd}")
-        if "spawn" in reply:
-            if reply["errno"] == errno.EAGAIN:
-                return ExecResult(EndReason.PIDS, 126, stderr=_note(reply["error"]))
-            code = 127 if reply["errno"] in (errno.ENOENT, errno.ENOTDIR) else 126
-            return ExecResult(EndReason.EXIT, code, stderr=_note(reply["error"]))
-        if "error" in reply:
-            raise InvalidArgument("argv", f"cannot be executed: {reply['error']}")
-        return None
+        if received:
+            job.on_terminal(received[0])
+        return refusal(reply, command)
 
     async def _wait(self, link: Link, job: Job, timeout_s: float) -> wire.Message | None:
         """The exit message, or None when the whole sandbox died under the command."""
@@ -449,11 +465,6 @@ async def _ended(jobs: Sequence[Job]) -> bool:
     if waiting:
         await asyncio.wait(waiting, timeout=_KILL_GRACE_S)
     return all(job.done.done() for job in jobs)
-
-
-def _note(text: str) -> Captured:
-    data = f"regreen: {text}\n".encode("utf-8", "replace")
-    return Captured(data, b"", len(data))
 
 
 def _read_upto(fd: int, offset: int, limit: int) -> bytes:

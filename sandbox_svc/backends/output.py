@@ -1,6 +1,7 @@
 """Reading what a command prints, bounded in memory and in time.
 
 - At most the head and tail of a stream are kept; the rest is counted and dropped.
+- A kept byte has one place in its stream for ever: readers ask by place, and see what is missing.
 - A stream past its cap is read slowly, so that a flood cannot occupy the event loop.
 - With a sink, reading waits for the sink: a slow consumer slows the command, not the service.
 - `finish` takes what is in the pipe at that moment and never waits for its end: a daemon may
@@ -8,6 +9,7 @@
 """
 
 import asyncio
+import errno
 import os
 
 from sandbox_svc.backends.base import Captured, OutputSink
@@ -33,6 +35,11 @@ class Collector:
         """Whether anything had to be dropped."""
         return self.total_bytes > self._head_limit + self._tail_limit
 
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes held in memory."""
+        return len(self._head) + len(self._tail)
+
     def feed(self, data: bytes) -> None:
         """Add one chunk."""
         self.total_bytes += len(data)
@@ -51,13 +58,57 @@ class Collector:
         return Captured(bytes(self._head), bytes(self._tail), self.total_bytes)
 
 
-class PipeReader:
-    """Reads one pipe on the event loop into a `Collector` and, if given, a sink."""
+class Pulse:
+    """Wakes all who wait, each time something happens."""
 
-    def __init__(self, name: str, collector: Collector, sink: OutputSink | None) -> None:
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+
+    def beat(self) -> None:
+        """Something happened."""
+        self._event.set()
+        self._event = asyncio.Event()
+
+    def next(self) -> asyncio.Event:
+        """Set by the next beat; taken before looking, nothing that happens later is missed."""
+        return self._event
+
+
+class OutputLog(Collector):
+    """What is kept of a stream, for any number of readers, each at a place of its own."""
+
+    def __init__(self, limit_bytes: int, pulse: Pulse) -> None:
+        super().__init__(limit_bytes)
+        self._pulse = pulse
+
+    def feed(self, data: bytes) -> None:
+        """Add one chunk."""
+        super().feed(data)
+        self._pulse.beat()
+
+    def read(self, offset: int, max_bytes: int) -> tuple[int, bytes]:
+        """Kept bytes from a place on, and the place of the first: later where some were dropped."""
+        if offset < len(self._head):
+            return offset, bytes(self._head[offset : offset + max_bytes])
+        first = self.total_bytes - len(self._tail)
+        start = max(offset, first)
+        return start, bytes(self._tail[start - first : start - first + max_bytes])
+
+
+class PipeReader:
+    """Reads one pipe on the event loop into a `Collector` and, if given, a sink.
+
+    Given the descriptor of a terminal, it reads that instead, and owns it.
+    """
+
+    def __init__(
+        self, name: str, collector: Collector, sink: OutputSink | None, terminal_fd: int = -1
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._name, self.collector, self._sink = name, collector, sink
-        self._fd, self._write_fd = os.pipe2(os.O_CLOEXEC)
+        self._fd, self._write_fd = terminal_fd, -1
+        if terminal_fd < 0:
+            self._fd, self._write_fd = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(self._fd, False)
         self._queue: asyncio.Queue[bytes | None] = asyncio.Queue()
         self._pump: asyncio.Task[None] | None = None
@@ -106,6 +157,10 @@ class PipeReader:
             data = os.read(self._fd, _CHUNK_BYTES)
         except BlockingIOError:
             return None
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            return b""  # how a terminal says that nothing holds its other side
         if data:
             kept_all = not self.collector.over
             self.collector.feed(data)

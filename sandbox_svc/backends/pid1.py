@@ -4,15 +4,19 @@
 - It holds no capability, cannot be dumped or traced, and takes no signal but SIGCHLD.
 - It ends when its socket ends, so no sandbox outlives its service.
 - One thread, no state on disk; commands start by posix_spawn and inherit its confinement.
+- A terminal comes from the sandbox's own devpts; its other side is handed to the service.
 - Paths are resolved by the kernel inside the sandbox's root; only regular files are handed out.
 """
 
 import contextlib
+import fcntl
 import os
 import select
 import signal
 import socket
 import stat
+import struct
+import termios
 import time
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -23,12 +27,16 @@ CHANNEL_FD = 3
 _KILL_ROUNDS = 25
 """Of new processes; who forks faster than that is ended with everything else."""
 _KILL_S, _KILL_PAUSE_S = 1.0, 0.002
+_TIOCGPTN, _TIOCSPTLCK = 0x80045430, 0x40045431
+"""Number of a terminal, and the lock on its side inside; not in `termios`."""
 
 
 @dataclass(slots=True)
 class _Job:
     id: int
     pid: int
+    terminal: int = -1
+    """Held open while the command runs, so that its output ends with it and not before."""
 
 
 class Pid1:
@@ -76,7 +84,9 @@ class Pid1:
     def _dispatch(self, request: wire.Message, fds: list[int]) -> tuple[wire.Message, int | None]:
         match request["op"]:
             case "run":
-                return self._run(request, fds), None
+                return self._run(request, fds)
+            case "signal":
+                return self._signal(request["job"], request["signal"]), None
             case "kill":
                 return self._kill(request["job"]), None
             case "kill_all":
@@ -90,15 +100,22 @@ class Pid1:
             case other:
                 raise ValueError(f"unknown request {other}")
 
-    def _run(self, request: wire.Message, fds: list[int]) -> wire.Message:
+    def _run(self, request: wire.Message, fds: list[int]) -> tuple[wire.Message, int | None]:
         env: dict[str, str] = request["env"]
         argv: list[str] = request["argv"]
+        actions: list[tuple[int, ...] | tuple[int, int, str, int, int]]
+        actions = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(fds)]
+        terminal: _Terminal | None = None
+        if request.get("terminal"):
+            try:
+                terminal = _open_terminal(*request["terminal"])
+            except OSError as error:
+                return {"errno": error.errno, "error": str(error), "no_terminal": True}, None
+            actions = terminal.actions
+        failed = "cwd"
         try:
             os.chdir(request["cwd"])
-        except OSError as error:
-            return {"errno": error.errno, "error": str(error), "cwd": True}
-        actions = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(fds)]
-        try:
+            failed = "spawn"
             pid = os.posix_spawn(
                 _find(argv[0], env.get("PATH", "")),
                 argv,
@@ -109,11 +126,26 @@ class Pid1:
                 setsigdef=(signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD),
             )
         except OSError as error:
-            return {"errno": error.errno, "error": str(error), "spawn": True}
+            if terminal is not None:
+                terminal.close()
+            return {"errno": error.errno, "error": str(error), failed: True}, None
         finally:
             os.chdir("/")
-        self._jobs[pid] = _Job(request["id"], pid)
-        return {"pid": pid}
+        job = self._jobs[pid] = _Job(request["id"], pid)
+        if terminal is None:
+            return {"pid": pid}, None
+        job.terminal = terminal.inside
+        return {"pid": pid}, terminal.outside
+
+    def _signal(self, job_id: int, number: int) -> wire.Message:
+        """Signal a command's process group; its number is its own until it is reaped."""
+        job = next((job for job in self._jobs.values() if job.id == job_id), None)
+        if job is None:
+            return {"delivered": False}
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.pid, number)
+            return {"delivered": True}
+        return {"delivered": False}
 
     def _reap(self) -> None:
         while True:
@@ -125,6 +157,8 @@ class Pid1:
                 return
             job = self._jobs.pop(pid, None)
             if job is not None:
+                if job.terminal >= 0:
+                    os.close(job.terminal)
                 message = {
                     "id": job.id,
                     "status": status,
@@ -158,6 +192,37 @@ class Pid1:
             seen.update(doomed)
             rounds += 1
         return _kill_all()
+
+
+class _Terminal(NamedTuple):
+    """Both sides of a terminal, and what makes it the controlling one of a new session."""
+
+    outside: int
+    inside: int
+    path: str
+
+    @property
+    def actions(self) -> list[tuple[int, ...] | tuple[int, int, str, int, int]]:
+        opened = (os.POSIX_SPAWN_OPEN, 0, self.path, os.O_RDWR, 0)
+        return [opened, (os.POSIX_SPAWN_DUP2, 0, 1), (os.POSIX_SPAWN_DUP2, 0, 2)]
+
+    def close(self) -> None:
+        os.close(self.outside)
+        os.close(self.inside)
+
+
+def _open_terminal(rows: int, columns: int) -> _Terminal:
+    flags = os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC
+    outside = os.open("/dev/ptmx", flags)
+    try:
+        number = struct.unpack("i", fcntl.ioctl(outside, _TIOCGPTN, bytes(4)))[0]
+        fcntl.ioctl(outside, _TIOCSPTLCK, bytes(4))
+        fcntl.ioctl(outside, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+        path = f"/dev/pts/{number}"
+        return _Terminal(outside, os.open(path, flags), path)
+    except OSError:
+        os.close(outside)
+        raise
 
 
 def _kill_all() -> wire.Message:

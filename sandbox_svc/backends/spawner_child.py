@@ -179,7 +179,7 @@ class _Setup:
         shared = f"mode=1777,size={self.spec['shm_bytes']},nr_inodes=20k"
         self._mount_new("tmpfs", "/dev/shm", flags, shared)
         with contextlib.suppress(OSError):
-            terminals = "newinstance,ptmxmode=0666,mode=620"
+            terminals = "newinstance,ptmxmode=0666,mode=620,max=64"  # of a number all share
             self._mount_new("devpts", "/dev/pts", linux.MS_NOSUID | linux.MS_NOEXEC, terminals)
         self.step = "seal /dev"
         device_root = self._target("/dev", directory=True)

@@ -22,7 +22,8 @@ from sandbox_svc.backends.base import EndReason
 from sandbox_svc.backends.link import LinkClosed
 
 if TYPE_CHECKING:
-    from sandbox_svc.backends.embedded_box import EmbeddedBox, Job
+    from sandbox_svc.backends.embedded_box import EmbeddedBox
+    from sandbox_svc.backends.jobs import Job
 
 _TICK_S = 0.1
 _SLOW_S = 2.0

@@ -48,7 +48,7 @@ from regreen.policy import v1 as policy_pb
 from regreen.policy.v1 import policy_service_pb2
 from regreen.rpc.server import Server
 from regreen.sandbox import v1 as sandbox_pb
-from regreen.sandbox.v1 import sandbox_service_pb2, state_service_pb2
+from regreen.sandbox.v1 import exec_service_pb2, sandbox_service_pb2, state_service_pb2
 from sandbox_svc.__main__ import serving as sandbox_serving
 from sandbox_svc.backends.embedded import EmbeddedRuntime
 from sandbox_svc.service import SandboxHost
@@ -273,6 +273,30 @@ async def test_sandbox(sandboxes: grpc.aio.Channel) -> None:
     await sweep.all(_services(state_service_pb2, sandbox_service_pb2), goods)
     check(sweep, 700)
     assert (await stub.GetSandbox(pb.GetSandboxRequest(id=box))).sandbox.id == box
+
+
+async def test_sandbox_exec(sandboxes: grpc.aio.Channel) -> None:
+    pb, stub = sandbox_pb, sandbox_pb.ExecServiceStub(sandboxes)
+    prepare = pb.StateServiceStub(sandboxes).PrepareState
+    events = [event async for event in prepare(pb.PrepareStateRequest(spec=spec(a="1")))]
+    create = pb.SandboxServiceStub(sandboxes).CreateSandbox
+    box = (await create(pb.CreateSandboxRequest(state_id=events[-1].state.id))).sandbox.id
+    size = pb.TerminalSize(rows=24, columns=80)
+    cat = pb.Command(argv=["cat"], timeout=Duration(seconds=1))
+    start = pb.StartExecRequest(sandbox_id=box, command=cat, open_stdin=True, terminal=size)
+    one = (await stub.StartExec(start)).execution.id
+    goods: Goods = {
+        "StartExec": start,
+        "AttachExec": pb.AttachExecRequest(sandbox_id=box, exec_id=one),
+        "WriteStdin": pb.WriteStdinRequest(sandbox_id=box, exec_id=one, data=b"x\n"),
+        "SignalExec": pb.SignalExecRequest(sandbox_id=box, exec_id=one, signal=28),
+        "ResizeTerminal": pb.ResizeTerminalRequest(sandbox_id=box, exec_id=one, size=size),
+        "ListExecs": pb.ListExecsRequest(sandbox_id=box),
+    }
+    sweep = Sweep(sandboxes)
+    await sweep.all(_services(exec_service_pb2), goods)
+    check(sweep, 100)
+    assert len((await stub.ListExecs(pb.ListExecsRequest(sandbox_id=box))).executions) <= 32
 
 
 async def test_dataset(dataset_address: str) -> None:

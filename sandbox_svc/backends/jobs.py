@@ -1,0 +1,66 @@
+"""Commands of the embedded runtime, as the service follows them.
+
+- A job is known by its number to the first process of its sandbox; the exit message ends it.
+- What could not be started is a result where the command is at fault, and else an error.
+"""
+
+import asyncio
+import errno
+import os
+import time
+from dataclasses import dataclass, field
+
+from regreen.rpc.errors import FailedPrecondition, InvalidArgument
+from sandbox_svc.backends import wire
+from sandbox_svc.backends.base import Captured, Command, EndReason, ExecResult
+from sandbox_svc.backends.link import Link
+from sandbox_svc.backends.output import PipeReader
+
+
+@dataclass(slots=True)
+class Job:
+    """One running command."""
+
+    id: int
+    link: Link
+    done: asyncio.Future[wire.Message]
+    readers: list[PipeReader] = field(default_factory=list)
+    reason: EndReason | None = None
+    """Set by whoever stops the command."""
+    refused: ExecResult | None = None
+    """How it ended before it began."""
+    terminal: int = -1
+    """A second descriptor of its terminal, for whoever writes to it and resizes it."""
+    began_s: float = field(default_factory=time.monotonic)
+
+    def on_terminal(self, fd: int) -> None:
+        """Read the terminal instead of the first pipe."""
+        self.terminal = os.dup(fd)
+        unused, self.readers[0] = (
+            self.readers[0],
+            PipeReader("stdout", self.readers[0].collector, None, fd),
+        )
+        unused.close()
+
+
+def refusal(reply: wire.Message, command: Command) -> ExecResult | None:
+    """What is wrong with a command that did not start; None when it did."""
+    if reply.get("cwd"):
+        raise InvalidArgument("cwd", f"no such directory in the sandbox: {command.cwd}")
+    if reply.get("no_terminal"):
+        raise FailedPrecondition(
+            f"the sandbox cannot be given a terminal ({reply['error']}); run it without one"
+        )
+    if "spawn" in reply:
+        if reply["errno"] == errno.EAGAIN:
+            return ExecResult(EndReason.PIDS, 126, stderr=_note(reply["error"]))
+        code = 127 if reply["errno"] in (errno.ENOENT, errno.ENOTDIR) else 126
+        return ExecResult(EndReason.EXIT, code, stderr=_note(reply["error"]))
+    if "error" in reply:
+        raise InvalidArgument("argv", f"cannot be executed: {reply['error']}")
+    return None
+
+
+def _note(text: str) -> Captured:
+    data = f"regreen: {text}\n".encode("utf-8", "replace")
+    return Captured(data, b"", len(data))
