@@ -28,7 +28,6 @@ class Counters:
 
     oom_kills: int = 0
     pid_refusals: int = 0
-    throttled: int = 0
 
 
 class CgroupDriver(Protocol):
@@ -45,7 +44,11 @@ class CgroupDriver(Protocol):
         ...
 
     def counters(self, box: str) -> Counters:
-        """Read the group's event counters."""
+        """Read the group's event counters; asked after every command, so it is kept cheap."""
+        ...
+
+    def throttled(self, box: str) -> int:
+        """How often the group was stopped for its use of cores."""
         ...
 
     def kill(self, box: str, keep: int) -> None:
@@ -61,13 +64,20 @@ class CgroupDriver(Protocol):
         ...
 
 
-def _fields(path: Path) -> dict[str, int]:
+def _counter(path: str, name: bytes) -> int:
+    """The number after `name` in a file of lines `name number`; 0 where there is none."""
     try:
-        lines = path.read_text(encoding="ascii").splitlines()
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
-        return {}
-    pairs = (line.split() for line in lines)
-    return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}
+        return 0
+    try:
+        text = b"\n" + os.read(fd, 4096)
+    except OSError:
+        return 0
+    finally:
+        os.close(fd)
+    _, found, rest = text.partition(b"\n" + name + b" ")
+    return int(rest.split(b"\n", 1)[0]) if found else 0
 
 
 def _kill_members(group: Path, keep: int = 0) -> None:
@@ -153,10 +163,12 @@ class CgroupV1(_Base):
 
     def counters(self, box: str) -> Counters:
         return Counters(
-            _fields(self._of("memory", box) / "memory.oom_control").get("oom_kill", 0),
-            _fields(self._of("pids", box) / "pids.events").get("max", 0),
-            _fields(self._of("cpu", box) / "cpu.stat").get("nr_throttled", 0),
+            _counter(f"{self._groups['memory']}/{box}/memory.oom_control", b"oom_kill"),
+            _counter(f"{self._groups['pids']}/{box}/pids.events", b"max"),
         )
+
+    def throttled(self, box: str) -> int:
+        return _counter(f"{self._groups['cpu']}/{box}/cpu.stat", b"nr_throttled")
 
 
 class CgroupV2(_Base):
@@ -184,10 +196,12 @@ class CgroupV2(_Base):
     def counters(self, box: str) -> Counters:
         group = self._of("pids", box)
         return Counters(
-            _fields(group / "memory.events").get("oom_kill", 0),
-            _fields(group / "pids.events").get("max", 0),
-            _fields(group / "cpu.stat").get("nr_throttled", 0),
+            _counter(f"{group}/memory.events", b"oom_kill"),
+            _counter(f"{group}/pids.events", b"max"),
         )
+
+    def throttled(self, box: str) -> int:
+        return _counter(f"{self._of('pids', box)}/cpu.stat", b"nr_throttled")
 
 
 class NoCgroup:
@@ -203,6 +217,9 @@ class NoCgroup:
 
     def counters(self, box: str) -> Counters:
         return Counters()
+
+    def throttled(self, box: str) -> int:
+        return 0
 
     def kill(self, box: str, keep: int) -> None:
         return

@@ -307,6 +307,10 @@ class EmbeddedBox:
         group = self._seat.group if self._seat is not None else ""
         return self._runtime.cgroups.counters(group) if group else Counters()
 
+    def throttled(self) -> int:
+        """How often the sandbox was stopped for its use of cores."""
+        return self._runtime.cgroups.throttled(self._seat.group) if self._seat is not None else 0
+
     async def usage(self) -> wire.Message:
         """Memory, processes and unlinked bytes, as the first process sees them."""
         return (await self._require().request({"op": "usage"}))[0]

@@ -92,9 +92,9 @@ async def _kernel_limits(
     driver: str, tight: "EmbeddedBox", wide: "EmbeddedBox"
 ) -> list[Capability]:
     free = await _run(wide, _SPIN, 0.3)
-    unthrottled = wide.counters().throttled == 0
+    unthrottled = wide.throttled() == 0
     spin = await _run(tight, _SPIN, 0.3)
-    throttled = tight.counters().throttled
+    throttled = tight.throttled()
     memory, much = await _run(tight, _MEMORY, 5.0), await _run(wide, _MEMORY, 5.0)
     refused = memory.reason is EndReason.EXIT and b"memory" in memory.stderr.head
     forks, many = await _run(tight, _FORKS, 2.0), await _run(wide, _FORKS, 2.0)

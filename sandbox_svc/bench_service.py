@@ -1,0 +1,427 @@
+"""Measures the sandbox service through gRPC against the kernel's floor and against Docker.
+
+- `python -m sandbox_svc.bench_service --json` prints one JSON object; without the flag, a table.
+- The service runs as a process of its own, as users run it; the client is the shipped one.
+- The floor is a C program (`floor.c`) that makes the same namespaces and mounts with nothing
+  around them; without a C compiler it is left out, and said so.
+- At each concurrency all contenders take turns within one run, so that load falls on all of them.
+- A target is reported as met or missed; nothing here fails because a machine is slow.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from regreen.client.channel import connect
+from regreen.client.sandbox import SandboxClient, StateClient
+from regreen.common.v1 import CHANGE_KIND_ADD, FileChange
+from regreen.rpc.errors import ResourceExhausted
+from regreen.sandbox import v1 as pb
+from sandbox_svc.floor import Floor
+
+LEVELS = (1, 2, 8, 32)
+_BURST = 256
+_READY_S = 60.0
+Once = Callable[[], Awaitable[None]]
+Samples = dict[str, list[float]]
+
+
+class Service:
+    """A sandbox service process and clients of it."""
+
+    def __init__(self, home: Path, *flags: str) -> None:
+        self._home, self._flags = home, flags
+        self.address = f"unix:{home / 'sandbox.sock'}"
+
+    async def __aenter__(self) -> "Service":
+        command = [sys.executable, "-m", "sandbox_svc", "--home", str(self._home)]
+        command += ["--listen", self.address, "--metrics", "127.0.0.1:0", *self._flags]
+        self._log = (self._home / "service.log").open("ab")
+        self._process = await asyncio.create_subprocess_exec(
+            *command, stdout=self._log, stderr=self._log
+        )
+        self._channel = connect(self.address)
+        self.sandboxes = SandboxClient(self._channel, patience_s=_READY_S)
+        self.states = StateClient(self._channel, patience_s=_READY_S)
+        self.once = SandboxClient(self._channel, patience_s=0.0)
+        await self.sandboxes.get_capabilities()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._channel.close()
+        self._process.terminate()
+        await self._process.wait()
+        self._log.close()
+
+    @property
+    def resident_bytes(self) -> int:
+        """Resident memory of the service process."""
+        pages = Path(f"/proc/{self._process.pid}/statm").read_text("ascii").split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+    async def root_state(self) -> str:
+        """A State with one small file over the host's programs."""
+        file = FileChange(path="file", kind=CHANGE_KIND_ADD, content=b"x" * 1000)
+        spec = pb.EnvironmentSpec(builder="system", overlay=[file])
+        async for event in self.states.prepare_state(spec):
+            if event.HasField("state"):
+                return event.state.id
+        raise RuntimeError("the preparation ended without a state")
+
+    async def grown(self, state_id: str, script: str) -> str:
+        """A State on top of another: what a shell script leaves."""
+        box = await self.sandboxes.create_sandbox(state_id)
+        try:
+            ended = await self.sandboxes.run(box.id, ["sh", "-ec", script], timeout_s=600.0)
+            if ended.exit_code:
+                raise RuntimeError(ended.stderr.head.decode(errors="replace"))
+            return (await self.sandboxes.snapshot_sandbox(box.id)).id
+        finally:
+            await self.sandboxes.delete_sandbox(box.id)
+
+    async def cycle(self, state_id: str) -> None:
+        """Create, one command, delete."""
+        box = await self.sandboxes.create_sandbox(state_id)
+        await self.sandboxes.run(box.id, ["/bin/true"], cwd="/")
+        await self.sandboxes.delete_sandbox(box.id)
+
+
+async def at_once(once: Once, count: int, lanes: int) -> list[float]:
+    """`count` turns in `lanes` at a time; milliseconds of each."""
+    found: list[float] = []
+
+    async def lane(turns: int) -> None:
+        for _ in range(turns):
+            began = time.perf_counter()
+            await once()
+            found.append((time.perf_counter() - began) * 1e3)
+
+    share = max(1, count // lanes)
+    await asyncio.gather(*(lane(share) for _ in range(lanes)))
+    return found
+
+
+class Docker:
+    """The Docker SDK's own way: a container for each turn."""
+
+    def __init__(self, image: str, threads: ThreadPoolExecutor) -> None:
+        import docker.client
+
+        connect_engine: Any = docker.client.DockerClient.from_env
+        self._client = connect_engine(timeout=120)
+        self._image, self._threads = image, threads
+        self._client.images.get(image)
+        self._live = self._start()
+
+    def _start(self) -> Any:
+        container = self._client.containers.create(
+            self._image, ["sleep", "1000"], network_mode="none", init=True
+        )
+        container.start()
+        return container
+
+    def _cycle(self) -> None:
+        container = self._start()
+        container.exec_run(["/bin/true"])
+        container.remove(force=True)
+
+    async def cycle(self) -> None:
+        """Create, start, one command, remove."""
+        await asyncio.get_running_loop().run_in_executor(self._threads, self._cycle)
+
+    async def exec(self) -> None:
+        """One command in a running container."""
+        call = self._live.exec_run
+        await asyncio.get_running_loop().run_in_executor(self._threads, call, ["/bin/true"])
+
+    def close(self) -> None:
+        """Remove what is left."""
+        self._live.remove(force=True)
+        self._client.close()
+
+
+async def posix_spawn() -> None:
+    """The floor of a command: posix_spawn in this process, waited for off the event loop."""
+
+    def spawn() -> None:
+        os.waitpid(os.posix_spawn("/bin/true", ["/bin/true"], {}), 0)
+
+    await asyncio.to_thread(spawn)
+
+
+async def levels(
+    service: Service, state: str, floor: Floor | None, docker: Docker | None, turns: int
+) -> dict[str, Samples]:
+    """Cycles and commands at each concurrency, contenders interleaved."""
+    live = (await service.sandboxes.create_sandbox(state)).id
+    found: dict[str, Samples] = {}
+    for lanes in LEVELS:
+        count = max(turns, lanes)
+        rows: Samples = {}
+
+        async def one(name: str, once: Once, times: int, lanes: int = lanes) -> None:
+            rows.setdefault(name, []).extend(await at_once(once, times, lanes))  # noqa: B023
+
+        for _ in range(3):
+            if floor is not None:
+                measured = await asyncio.to_thread(floor.turns, count, lanes)
+                rows.setdefault("floor", []).extend(measured)
+            await one("cycle", lambda: service.cycle(state), count)
+            await one("posix_spawn", posix_spawn, count)
+            await one("exec", lambda: _exec(service, live), count)
+            if docker is not None:
+                await one("docker_cycle", docker.cycle, max(lanes, count // 10))
+                await one("docker_exec", docker.exec, max(lanes, count // 10))
+        found[str(lanes)] = rows
+        _say(f"concurrency {lanes}")
+    await service.sandboxes.delete_sandbox(live)
+    return found
+
+
+async def _exec(service: Service, sandbox_id: str) -> None:
+    await service.sandboxes.run(sandbox_id, ["/bin/true"], cwd="/")
+
+
+_FILES = "mkdir -p {at} && cd {at} && head -c {size} /dev/zero | split -a 5 -b {each} -"
+
+
+async def forks(service: Service, root: str, turns: int, *, large: bool) -> dict[str, Samples]:
+    """Time to fork by size of the State, by its layers and by children that live already."""
+    sizes = {"1 MB": (1_000_000, 50_000), "350 MB, 20,000 files": (350_000_000, 17_500)}
+    if large:
+        sizes["1 GB, 20,000 files"] = (1_000_000_000, 50_000)
+    by_size = {}
+    for name, (size, each) in sizes.items():
+        script = _FILES.format(at="/work/data", size=size, each=each)
+        by_size[name] = await service.grown(root, script)
+        _say(f"state of {name}")
+    by_layers, state = {"1": root}, root
+    for number in range(2, 41):
+        state = await service.grown(state, f"echo {number} > /work/layer{number}")
+        if number in (10, 40):
+            by_layers[str(number)] = state
+    found: dict[str, Samples] = {"size": {}, "layers": {}, "children": {}}
+    for _ in range(max(3, turns // 10)):
+        for kind, states in (("size", by_size), ("layers", by_layers)):
+            for name, chosen in states.items():
+                found[kind].setdefault(name, []).extend(await _forks_of(service, chosen, 5))
+    found["children"] = await _children(service, by_size["350 MB, 20,000 files"])
+    return found
+
+
+async def _forks_of(service: Service, state: str, count: int) -> list[float]:
+    found = []
+    for _ in range(count):
+        began = time.perf_counter()
+        box = await service.sandboxes.create_sandbox(state)
+        found.append((time.perf_counter() - began) * 1e3)
+        await service.sandboxes.delete_sandbox(box.id)
+    return found
+
+
+async def _children(service: Service, state: str) -> Samples:
+    """Time of one more fork while 1, 10, 100 and 1,000 children of the State live."""
+    live: list[str] = []
+    found: Samples = {}
+    for wanted in (1, 10, 100, 1000):
+        while len(live) < wanted:
+            more = min(16, wanted - len(live))
+            made = await asyncio.gather(
+                *(service.sandboxes.create_sandbox(state) for _ in range(more))
+            )
+            live += [box.id for box in made]
+        found[str(wanted)] = await _forks_of(service, state, 20)
+        _say(f"{wanted} children")
+    for start in range(0, len(live), 16):
+        await asyncio.gather(
+            *(service.sandboxes.delete_sandbox(i) for i in live[start : start + 16])
+        )
+    return found
+
+
+async def burst(home: Path) -> dict[str, Any]:
+    """256 forks of one State at once, with room for all, then with room for 64."""
+    found: dict[str, Any] = {}
+    for name, room in (("room for all", _BURST + 1), ("room for 64", 64)):
+        folder = home / f"burst{room}"
+        folder.mkdir()
+        async with Service(folder, "--max-sandboxes", str(room)) as service:
+            state = await service.root_state()
+            await service.cycle(state)
+            before = service.resident_bytes
+            times: list[float] = []
+            refused: list[float] = []
+            live: list[str] = []
+
+            await asyncio.gather(
+                *(_fork_or_refusal(service, state, times, refused, live) for _ in range(_BURST))
+            )
+            found[name] = {
+                "success": len(times) / _BURST,
+                **_percentiles(times),
+                **({"refused": _percentiles(refused)} if refused else {}),
+                "grown_mb": round((service.resident_bytes - before) / 1e6, 1),
+            }
+            await asyncio.gather(*(service.sandboxes.delete_sandbox(i) for i in live))
+        _say(f"burst, {name}")
+    return found
+
+
+async def _fork_or_refusal(
+    service: Service, state: str, times: list[float], refused: list[float], live: list[str]
+) -> None:
+    """One fork of a burst; a refusal counts only if it says when to come again."""
+    began = time.perf_counter()
+    try:
+        box = await service.once.create_sandbox(state)
+    except ResourceExhausted as error:
+        if not error.retry_after_s:
+            raise
+        refused.append((time.perf_counter() - began) * 1e3)
+        return
+    live.append(box.id)
+    times.append((time.perf_counter() - began) * 1e3)
+
+
+def _percentiles(values: Sequence[float]) -> dict[str, float]:
+    ordered = sorted(values)
+
+    def at(share: float) -> float:
+        return round(ordered[min(len(ordered) - 1, int(share * len(ordered)))], 2)
+
+    return {"p50_ms": at(0.5), "p95_ms": at(0.95), "p99_ms": at(0.99)}
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+    sys.stderr.flush()
+
+
+@contextlib.contextmanager
+def _docker(image: str, skipped: dict[str, str]) -> Iterator[Docker | None]:
+    threads = ThreadPoolExecutor(max(LEVELS), thread_name_prefix="bench-docker")
+    docker = None
+    try:
+        docker = Docker(image, threads)
+    except Exception as error:  # noqa: BLE001 - no package, no engine, no image: all are told
+        skipped["docker"] = f"{type(error).__name__}: {error}"[:300]
+    try:
+        yield docker
+    finally:
+        if docker is not None:
+            docker.close()
+        threads.shutdown()
+
+
+async def measure(home: Path, image: str, turns: int, *, large: bool) -> dict[str, Any]:
+    """Everything, in one run; the report."""
+    skipped: dict[str, str] = {}
+    floor = Floor.build(home / "floor", skipped)
+    (home / "service").mkdir()
+    with _docker(image, skipped) as docker:
+        flags = ("--max-sandboxes", "1100", "--warm-seats", "8")
+        async with Service(home / "service", *flags) as service:
+            root = await service.root_state()
+            by_level = await levels(service, root, floor, docker, turns)
+            by_kind = await forks(service, root, turns, large=large)
+    return _report(by_level, by_kind, await burst(home), skipped, turns)
+
+
+def _report(
+    by_level: dict[str, Samples],
+    by_kind: dict[str, Samples],
+    bursts: dict[str, Any],
+    skipped: dict[str, str],
+    turns: int,
+) -> dict[str, Any]:
+    ratios: dict[str, float] = {}
+    for lanes, rows in by_level.items():
+        middle = {name: statistics.median(values) for name, values in rows.items()}
+        for name, over, under in (
+            ("docker cycle over ours", "docker_cycle", "cycle"),
+            ("our cycle over the floor", "cycle", "floor"),
+            ("docker exec over ours", "docker_exec", "exec"),
+            ("our exec over posix_spawn", "exec", "posix_spawn"),
+        ):
+            if over in middle and under in middle:
+                ratios[f"{name}, at {lanes}"] = round(middle[over] / middle[under], 2)
+    for kind, rows in by_kind.items():
+        middles = [statistics.median(values) for values in rows.values()]
+        ratios[f"slowest over fastest fork by {kind}"] = round(max(middles) / min(middles), 2)
+    return {
+        "bench": "sandbox-service",
+        "turns": turns,
+        "cpus": os.cpu_count(),
+        "load_1m": round(os.getloadavg()[0], 2),
+        "root": os.geteuid() == 0,
+        "levels": {lanes: _rows(rows) for lanes, rows in by_level.items()},
+        "forks": {kind: _rows(rows) for kind, rows in by_kind.items()},
+        "bursts": bursts,
+        "ratios": ratios,
+        "skipped": skipped,
+    }
+
+
+def _rows(samples: Samples) -> dict[str, dict[str, float]]:
+    found = {}
+    for name, values in samples.items():
+        low, middle, high = statistics.quantiles(values, n=4)
+        found[name] = {
+            "median_ms": round(middle, 3),
+            "p25_ms": round(low, 3),
+            "p75_ms": round(high, 3),
+            "samples": len(values),
+        }
+    return found
+
+
+def _table(report: dict[str, Any]) -> str:
+    lines = []
+    for title in ("levels", "forks"):
+        for group, rows in report[title].items():
+            for name, row in rows.items():
+                spread = f"{row['p25_ms']:9.2f} to {row['p75_ms']:9.2f}"
+                lines.append(
+                    f"{title} {group:9} {name:22} {row['median_ms']:9.2f} ms  ({spread}, "
+                    f"{row['samples']} samples)"
+                )
+    for name, found in report["bursts"].items():
+        lines.append(f"{_BURST} forks at once, {name}: {found}")
+    lines += [f"{name:50} {ratio:8.2f}x" for name, ratio in report["ratios"].items()]
+    lines += [f"{name}: skipped, {reason}" for name, reason in report["skipped"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark; the exit code."""
+    parser = argparse.ArgumentParser(prog="sandbox_svc.bench_service", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--turns", type=int, default=100, help="turns at each concurrency, thrice")
+    parser.add_argument("--docker-image", default="debian:bookworm-slim", help="image for Docker")
+    parser.add_argument("--no-large", action="store_true", help="leave out the state of 1 GB")
+    options = parser.parse_args(argv)
+    home = Path(tempfile.mkdtemp(prefix="regreen-bench-"))
+    home.chmod(0o711)
+    try:
+        report = asyncio.run(
+            measure(home, options.docker_image, max(10, options.turns), large=not options.no_large)
+        )
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+    sys.stdout.write(json.dumps(report, indent=1) + "\n" if options.json else _table(report))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
