@@ -98,10 +98,13 @@ async def upload(box: HeldSandbox, source: str, target: str) -> None:
             content = _content(path, box.config.file_bytes)
             await write_whole(box, f"{base}/{place}", content, _mode(path))
 
-    async with asyncio.TaskGroup() as group:
-        for place, path in entries:
-            if not path.is_dir():
-                group.create_task(copy(place, path))
+    try:
+        async with asyncio.TaskGroup() as group:
+            for place, path in entries:
+                if not path.is_dir():
+                    group.create_task(copy(place, path))
+    except ExceptionGroup as failed:
+        raise failed.exceptions[0] from None
 
 
 def _tree(root: Path) -> Iterator[tuple[str, Path]]:

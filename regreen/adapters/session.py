@@ -54,6 +54,7 @@ __regreen_end() {
   builtin alias -p
   builtin umask -p
   builtin printf 'cd -- %q\n' "$PWD"
+  builtin declare -p OLDPWD  # after the cd, which sets it
   builtin printf '__regreen_set=%q\n' "$__regreen_set"
   builtin printf '# %s end\n' "$__regreen_mark"
   builtin exit "$1"
