@@ -18,7 +18,13 @@ from regreen.client.channel import Tls, connect
 from regreen.client.dataset import TaskClient
 from regreen.client.sandbox import SandboxClient, StateClient
 from regreen.client.stack import Endpoints
-from regreen.rpc.errors import InfraError, InvalidArgument, NotFound, RegreenError
+from regreen.rpc.errors import (
+    FailedPrecondition,
+    InfraError,
+    InvalidArgument,
+    NotFound,
+    RegreenError,
+)
 from regreen.sandbox import v1 as pb
 
 _log = structlog.get_logger()
@@ -89,7 +95,8 @@ class HeldSandbox:
         self.config = config
         self.id = id
         """Sandbox id; any client of the service can fork, snapshot or diff it."""
-        self.client = SandboxClient(channel, patience_s=config.patience_s)
+        self._client = SandboxClient(channel, patience_s=config.patience_s)
+        self._closed = False
         self._keeper = asyncio.create_task(self._keep())
 
     @classmethod
@@ -116,6 +123,17 @@ class HeldSandbox:
             raise
         return cls(channel, config, made.id)
 
+    @property
+    def client(self) -> SandboxClient:
+        """The typed client of the sandbox's service.
+
+        Raises:
+            FailedPrecondition: this sandbox was closed.
+        """
+        if self._closed:
+            raise FailedPrecondition(f"sandbox {self.id} was closed; make a new one")
+        return self._client
+
     async def _keep(self) -> None:
         while True:
             await asyncio.sleep(self.config.ttl_s / 3)
@@ -128,11 +146,14 @@ class HeldSandbox:
 
     async def close(self) -> None:
         """Delete the sandbox; safe to call again."""
+        if self._closed:
+            return
+        self._closed = True
         self._keeper.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._keeper
         try:
-            await self.client.delete_sandbox(self.id)
+            await self._client.delete_sandbox(self.id)
         finally:
             await self._channel.close()
 
