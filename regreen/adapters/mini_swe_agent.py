@@ -74,7 +74,7 @@ class RegreenEnvironment:
         directory = self._box.path(cwd) if cwd else ""
         try:
             result = loop.call(self._box.run(argv, cwd=directory, timeout_s=timeout_s))
-        except InvalidArgument as error:
+        except (InvalidArgument, UnicodeError) as error:
             return _failed("", error)
         output = _observation(result, timeout_s)
         self._check_finished(output)

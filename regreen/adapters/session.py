@@ -13,6 +13,7 @@
 import asyncio
 import contextlib
 import secrets
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ from regreen.sandbox import v1 as pb
 
 _GRACE_S = 2.0
 _KILL_S = 10.0
+_NO_DIRECTORY = 252
 
 # Descriptor 87 is the command's standard error as `Run` sees it; the command itself has 1 and 2 in
 # one stream. `$1` is the mark, standard input the state, the command and a NUL after each.
@@ -53,7 +55,7 @@ __regreen_end() {
   __regreen_functions
   builtin alias -p
   builtin umask -p
-  builtin printf 'cd -- %q\n' "$PWD"
+  builtin printf 'cd -- %q || builtin echo %q" is gone; this is $PWD"\n' "$PWD" "$PWD"
   builtin declare -p OLDPWD  # after the cd, which sets it
   builtin printf '__regreen_set=%q\n' "$__regreen_set"
   builtin printf '# %s end\n' "$__regreen_mark"
@@ -151,11 +153,12 @@ class BashSession:
         """Start the shell and read the files of `source` in it.
 
         Raises:
-            FailedPrecondition: the sandbox has no bash.
+            FailedPrecondition: the sandbox has no bash, or not the configured directory.
         """
-        quoted = ["'" + path.replace("'", "'\\''") + "'" for path in source]
-        ran = await self.run("\n".join(f"source {path}" for path in quoted), timeout_s=timeout_s)
-        if not self._state and not ran.timed_out:
+        begin = f"cd -- {shlex.quote(self._box.config.cwd)} || exit {_NO_DIRECTORY}; unset OLDPWD"
+        lines = [begin, *(f"source {shlex.quote(path)}" for path in source)]
+        ran = await self.run("\n".join(lines), timeout_s=timeout_s)
+        if not ran.timed_out and (not self._state or ran.exit_code == _NO_DIRECTORY):
             raise FailedPrecondition(
                 f"no bash session in {self._box.id} (exit code {ran.exit_code}): {ran.output}"
             )
@@ -192,7 +195,7 @@ class BashSession:
             limit_s = min(limit_s, timeout_s + _GRACE_S)
         argv = ["bash", "--noprofile", "--norc", "-c", _WRAPPER, "bash", mark]
         stdin = self._state + b"\0" + command.encode("utf-8", "surrogateescape") + b"\0"
-        return await self._box.run(argv, stdin=stdin, timeout_s=limit_s)
+        return await self._box.run(argv, cwd="/", stdin=stdin, timeout_s=limit_s)
 
     async def _until(self, call: "asyncio.Task[pb.CommandResult]", timeout_s: float | None) -> bool:
         if timeout_s is None:
@@ -208,14 +211,14 @@ class BashSession:
         _, found, syntax = told.partition(f"# {mark} syntax\n".encode())
         if found:
             raise BadSyntax(syntax.decode("utf-8", "backslashreplace").rstrip("\n"))
-        noise, _, rest = told.rpartition(f"# {mark} begin\n".encode())
+        noise, begun, rest = told.rpartition(f"# {mark} begin\n".encode())
         state, whole, _ = rest.rpartition(f"# {mark} end\n".encode())
         kept = bool(whole) and result.stderr.total_bytes == len(told)
         if kept:
             self._state = state
         limit = stopped(result)
         timed_out = timed_out or result.reason == pb.END_REASON_TIMEOUT
-        note = "" if kept else noise.decode("utf-8", "backslashreplace")
+        note = "" if kept else (noise if begun else told).decode("utf-8", "backslashreplace")
         text = output_text(result.stdout)
         return Ran(text + note, exit_code(result), timed_out, limit, kept)
 

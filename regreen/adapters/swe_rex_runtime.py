@@ -9,6 +9,7 @@
 
 import asyncio
 import contextlib
+import errno
 import io
 import logging
 import re
@@ -26,9 +27,10 @@ from regreen.adapters.held import HeldSandbox, exit_code, output_text, stopped
 from regreen.adapters.loop import hand_over
 from regreen.adapters.session import BadSyntax, BashSession
 from regreen.adapters.terminal import Terminal
-from regreen.rpc.errors import FailedPrecondition, RegreenError
+from regreen.rpc.errors import FailedPrecondition, InvalidArgument, RegreenError
 from regreen.sandbox import v1 as pb
 
+_START_S = 5.0
 PROMPT = "SHELLPS1PREFIX"
 """What SWE-ReX reports as matched when a command ended and the shell came back."""
 _CONTROL = re.compile(r"\x1B[@-_][0-?]*[ -/]*[@-~]")
@@ -93,9 +95,7 @@ class RegreenRuntime(rex.AbstractRuntime):  # type: ignore[misc]
         if request.session in self._sessions:
             raise rex_errors.SessionExistsError(f"session {request.session} already exists")
         opened = self._sessions[request.session] = _Open(BashSession(self._box))
-        timeout_s = max(request.startup_timeout, 10.0) if not request.startup_source else (
-            request.startup_timeout
-        )  # fmt: skip
+        timeout_s = request.startup_timeout + _START_S
         try:
             ran = await opened.shell.open(request.startup_source, timeout_s=timeout_s)
             if ran.timed_out:
@@ -238,6 +238,7 @@ class RegreenRuntime(rex.AbstractRuntime):  # type: ignore[misc]
         Raises:
             CommandTimeoutError: it took longer than its `timeout`.
             NonZeroExitCodeError: it failed and `check` is set.
+            FileNotFoundError: there is no such `cwd`.
         """
         return await hand_over(self._execute(command))
 
@@ -248,9 +249,14 @@ class RegreenRuntime(rex.AbstractRuntime):  # type: ignore[misc]
         if command.merge_output_streams:
             argv = ["/bin/sh", "-c", 'exec "$@" 2>&1', "sh", *argv]
         cwd = self._box.path(command.cwd) if command.cwd else ""
-        result = await self._box.run(
-            argv, environment=command.env, cwd=cwd, timeout_s=command.timeout
-        )
+        try:
+            result = await self._box.run(
+                argv, environment=command.env, cwd=cwd, timeout_s=command.timeout
+            )
+        except InvalidArgument as error:
+            if str(error).startswith("cwd"):
+                raise FileNotFoundError(errno.ENOENT, str(error)) from error
+            raise ValueError(str(error)) from error
         if result.reason == pb.END_REASON_TIMEOUT:
             message = f"Timeout ({command.timeout}s) exceeded while running command"
             raise rex_errors.CommandTimeoutError(message)

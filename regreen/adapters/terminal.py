@@ -49,7 +49,7 @@ class Terminal:
         request = pb.Command(
             argv=["bash", "--noprofile", "--norc", "-c", _START, "bash", self._directory],
             environment=config.env,
-            cwd=config.cwd,
+            cwd="/",
             stdin=state + b"\0" + command.encode("utf-8", "surrogateescape") + b"\0",
         )
         stream = self._box.client.exec(self._box.id, request, timeout_s=config.max_command_s)
