@@ -107,12 +107,45 @@ def test_examples(local: Local, name: str) -> None:
     assert expected[name] in done.stdout
 
 
+def test_examples_of_the_sandbox_service(local: Local) -> None:
+    rows = local.rows()
+    task = dataset_pb.Task()
+    task.CopyFrom(local.task)
+    task.id = "example-of-a-validation"
+    with grpc.insecure_channel(rows["dataset"]["address"]) as channel:
+        request = dataset_pb.ImportTasksRequest(tasks=[task], request_id="1" * 32)
+        dataset_pb.TaskServiceStub(channel).ImportTasks(request, timeout=30)
+    addresses = [rows["sandbox"]["address"], rows["dataset"]["address"]]
+    expected = {
+        ("sandbox_fork", *addresses[:1]): "restored: shared | trunk: shared",
+        ("sandbox_validate", *addresses, task.id): "-> VALIDATION_OUTCOME_PASSED",
+    }
+    for (name, *words), said in expected.items():
+        done = subprocess.run(
+            [sys.executable, f"examples/{name}.py", *words],
+            cwd=ROOT,
+            env=local.env,
+            capture_output=True,
+            text=True,
+            timeout=150,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert said in done.stdout
+    assert "nothing -> VALIDATION_OUTCOME_" in done.stdout
+    assert "nothing -> VALIDATION_OUTCOME_PASSED" not in done.stdout
+
+
 def test_examples_are_short_and_in_the_docs() -> None:
+    pages = {
+        "mini_swe_agent_env": "adapters.md",
+        "swe_rex_deployment": "adapters.md",
+    }
     for path in (ROOT / "examples").glob("*.py"):
         lines = [line for line in path.read_text().splitlines() if line.strip()]
         service, _, capability = path.stem.partition("_")
         assert len(lines) <= (40 if capability else 20), path.name
-        assert path.read_text() in (ROOT / "docs" / "services" / f"{service}.md").read_text()
+        page = pages.get(path.stem, f"services/{service}.md")
+        assert path.read_text() in (ROOT / "docs" / page).read_text()
 
 
 async def test_bad_input_to_dataset(local: Local) -> None:

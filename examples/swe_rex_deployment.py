@@ -1,0 +1,31 @@
+"""SWE-ReX's own tutorial on a Regreen sandbox (pip install 'regreen[adapters]')."""
+
+import asyncio
+import sys
+
+import grpc
+from swerex.runtime.abstract import BashAction, Command, CreateBashSessionRequest, WriteFileRequest
+
+from regreen.adapters.swe_rex import RegreenDeployment
+from regreen.sandbox import v1 as pb
+
+address = sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1:50052"
+states = pb.StateServiceStub(grpc.insecure_channel(address))
+spec = pb.EnvironmentSpec(builder="system")
+*_, last = states.PrepareState(pb.PrepareStateRequest(spec=spec), timeout=120)
+deployment = RegreenDeployment(address=address, state_id=last.state.id)
+
+
+async def run_some_stuff(deployment):
+    await deployment.start()
+    runtime = deployment.runtime
+    print(await runtime.execute(Command(command=["echo", "Hello, world!"])))
+    await runtime.create_session(CreateBashSessionRequest())
+    await runtime.run_in_session(BashAction(command="export MYVAR=test; cd /tmp"))
+    print(await runtime.run_in_session(BashAction(command="echo $MYVAR in $PWD", timeout=10)))
+    await runtime.write_file(WriteFileRequest(path="/tmp/made.py", content="print(6 * 7)\n"))
+    print(await runtime.run_in_session(BashAction(command="python3 made.py")))
+    await deployment.stop()
+
+
+asyncio.run(run_some_stuff(deployment))
