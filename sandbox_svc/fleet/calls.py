@@ -83,7 +83,9 @@ class Endpoint:
 
     name: str
     incarnation: str
-    """Changes whenever the worker's process is another one."""
+    """Changes when a worker of this name is another one, with nothing of the former's."""
+    process: str
+    """Changes when its process began anew, with the states of the former but no sandboxes."""
     address: str
     ready: bool = True
 

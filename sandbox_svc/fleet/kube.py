@@ -6,7 +6,7 @@
   a plain pod. Scheduling is the cluster's.
 - Workers of an earlier front of this name are taken over if they have the spec wanted now, and
   removed if not; so are those that ended for good.
-- A pod whose process began anew counts as another incarnation: its sandboxes are gone.
+- A pod whose process began anew has lost its sandboxes; its states are still in its volume.
 """
 
 import asyncio
@@ -122,7 +122,8 @@ class KubeWorkers:
             self._tell()
 
     def _tell(self) -> None:
-        self._changed([_endpoint(pod) for pod in self._pods.values() if _serves(pod)])
+        mine = [pod for pod in self._pods.values() if _label(pod, SPEC) == self._plan.digest]
+        self._changed([_endpoint(pod) for pod in mine if _serves(pod)])
         self._stir.set()
 
     async def _look_after(self) -> None:
@@ -249,7 +250,8 @@ def _endpoint(pod: Manifest) -> Endpoint:
     host = f"[{address}]" if ":" in address else address
     return Endpoint(
         name=_name(pod),
-        incarnation=f"{_meta(pod).get('uid')}/{_container(pod).get('restartCount', 0)}",
+        incarnation=str(_meta(pod).get("uid")),
+        process=str(_container(pod).get("restartCount", 0)),
         address=f"{host}:{GRPC_PORT}",
         ready=_is_ready(pod),
     )

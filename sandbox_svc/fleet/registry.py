@@ -2,8 +2,8 @@
 
 - All of it is learned from the workers and can be learned again: a front keeps nothing on disk.
 - A worker counts from the moment that its states and sandboxes are known.
-- A worker that is not ready for a while keeps what it has; one whose process is another, or that
-  is gone, has lost its sandboxes, and this is remembered for those who ask.
+- A worker that is not ready for a while keeps what it has; one whose process began anew has lost
+  its sandboxes, one that is gone its states too, and this is remembered for those who ask.
 - Memory is bounded: what falls out is asked of the workers anew.
 """
 
@@ -62,7 +62,10 @@ class Registry:
         for name, old in list(self._endpoints.items()):
             new = now.get(name)
             if new is None or new.incarnation != old.incarnation:
-                self._drop(name, why="is gone" if new is None else "began anew")
+                self._drop(name)
+            elif new.process != old.process:
+                self._leave(name)
+                self._end_sandboxes(name)
             elif not new.ready or new.address != old.address:
                 self._leave(name)
         self._endpoints = now
@@ -91,7 +94,10 @@ class Registry:
                 await worker.close()
 
     async def _learn_all(self, worker: Worker) -> None:
-        async for state in pages(worker, "StateService/ListStates", "states"):
+        listed = [state async for state in pages(worker, "StateService/ListStates", "states")]
+        for state_id in [key for key, held in self._holders.items() if worker.name in held]:
+            self.forget_state(state_id, worker.name)
+        for state in listed:
             self.learn_state(worker, state)
         async for sandbox in pages(worker, "SandboxService/ListSandboxes", "sandboxes"):
             self.learn_sandbox(worker, sandbox.id)
@@ -107,13 +113,10 @@ class Registry:
             closing.add_done_callback(self._closing.discard)
         return worker
 
-    def _drop(self, name: str, *, why: str) -> None:
+    def _drop(self, name: str) -> None:
         """Forget what a worker had."""
         self._leave(name)
-        sandboxes = [sandbox for sandbox, where in self._sandboxes.items() if where == name]
-        for sandbox in sandboxes:
-            del self._sandboxes[sandbox]
-            self._remember_loss(sandbox, name)
+        self._end_sandboxes(name)
         states = 0
         for state_id, holders in list(self._holders.items()):
             holders.discard(name)
@@ -121,9 +124,14 @@ class Registry:
                 del self._holders[state_id]
                 self._remember_loss(state_id, name)
                 states += 1
-        self._log.warning(
-            "worker lost", worker=name, why=why, sandboxes=len(sandboxes), states=states
-        )
+        self._log.warning("worker lost", worker=name, states=states)
+
+    def _end_sandboxes(self, name: str) -> None:
+        sandboxes = [sandbox for sandbox, where in self._sandboxes.items() if where == name]
+        for sandbox in sandboxes:
+            del self._sandboxes[sandbox]
+            self._remember_loss(sandbox, name)
+        self._log.warning("sandboxes ended with their worker", worker=name, count=len(sandboxes))
 
     def _remember_loss(self, id_: str, worker: str) -> None:
         self._lost[id_] = worker

@@ -54,7 +54,13 @@ class Router:
             await asyncio.gather(*late, return_exceptions=True)
 
     def missing(self, state_id: str) -> RegreenError:
-        """The error for a state that is nowhere."""
+        """The error for a state that cannot be had now."""
+        if waiting := self.registry.holders(state_id):
+            return Unavailable(
+                f"worker {min(waiting)}, which holds state {state_id}, is not ready; try again",
+                metadata={"id": state_id, "worker": min(waiting)},
+                retry_after_s=1.0,
+            )
         worker = self.registry.lost_with(state_id)
         if not worker:
             return NotFound(f"no such state: {state_id}", metadata={"id": state_id})
@@ -107,7 +113,7 @@ class Router:
             DataLoss: its archive is damaged.
         """
         if worker.name not in self.registry.holders(state_id):
-            names = ("bring", worker.endpoint.incarnation, state_id)
+            names = ("bring", worker.endpoint.incarnation, worker.endpoint.process, state_id)
             await self._once(names, lambda: self._bring(worker, state_id))
 
     async def _bring(self, worker: Worker, state_id: str) -> None:
@@ -116,10 +122,9 @@ class Router:
             sources = await self.registry.find_state(state_id)
             if worker.name in sources:
                 return
-            if not sources:
-                raise self.missing(state_id)
-            await self.keep(self.registry.ready[min(sources)], state_id)
-            archived = await self.archive.find(state_id)
+            if sources:
+                await self.keep(self.registry.ready[min(sources)], state_id)
+                archived = await self.archive.find(state_id)
         if archived is None:
             raise self.missing(state_id)
         state = await self._import(worker, archived)

@@ -60,7 +60,7 @@ class World:
         async with serving(settings) as server:
             channel = connect(server.address)
             async with asyncio.timeout(60):
-                while ready_workers() < settings.kube_workers:
+                while ready_workers() < settings.kube_workers:  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
             try:
                 yield Front(

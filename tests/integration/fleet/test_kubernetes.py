@@ -24,7 +24,7 @@ from sandbox_svc.fleet.manifests import INSTANCE, SPEC
 from tests.fixtures.kube import Fault
 from tests.integration.fleet.conftest import prepared, world
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240), pytest.mark.slow]
 
 
 @pytest_asyncio.fixture(loop_scope="module")
@@ -56,7 +56,7 @@ async def holding(world, state_id: str) -> set[str]:
     found = set()
     for name, pod in pods(world).items():
         channel = connect(f"{pod['status']['podIP']}:50052")
-        with contextlib.suppress(NotFound):
+        with contextlib.suppress(NotFound, Unavailable):
             await StateClient(channel, patience_s=0.0).get_state(state_id)
             found.add(name)
         await channel.close()
