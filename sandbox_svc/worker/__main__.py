@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--home", type=Path, default=default_home() / "worker")
     parser.add_argument("--listen", default="", help="127.0.0.1:PORT; default: a unix socket")
     parser.add_argument("--memory-bytes", type=int, default=16 << 30)
-    parser.add_argument("--cpus", type=float, default=4.0)
+    parser.add_argument("--cpus", type=float, default=0.0, help="0: all")
     parser.add_argument("--pids", type=int, default=16_384)
     parser.add_argument("--oci-runtime", default="", help="for example runsc")
     parser.add_argument("--seccomp", type=Path, help="default: infra/docker/sandbox.seccomp.json")

@@ -46,7 +46,8 @@ class WorkerOptions:
     listen: str = ""
     """`host:port` of loopback; empty is a unix socket below `home`."""
     memory_bytes: int = 16 << 30
-    cpus: float = 4.0
+    cpus: float = 0.0
+    """Cores; 0, or more than the engine has, is all of them."""
     pids: int = 16_384
     oci_runtime: str = ""
     """OCI runtime of the engine, for example `runsc`; empty is its default."""
@@ -160,8 +161,10 @@ class DockerWorker:
                 f"seccomp: {options.seccomp} cannot be read ({error.strerror}); give the profile "
                 "of infra/docker"
             ) from error
+        engine = self._api.info()
+        cores = float(engine.get("NCPU") or 1)
         security = ["no-new-privileges", f"seccomp={profile}"]
-        if any("apparmor" in o for o in self._api.info().get("SecurityOptions") or ()):
+        if any("apparmor" in o for o in engine.get("SecurityOptions") or ()):
             security.append("apparmor=unconfined")  # the engine's own profile forbids mount
         config = self._api.create_host_config(
             network_mode="bridge" if ports else "none",
@@ -173,7 +176,7 @@ class DockerWorker:
             binds=[f"{self._home}/data:{_HOME}:rw", f"{self._home}/run:{_RUN}:rw"],
             mem_limit=options.memory_bytes,
             memswap_limit=options.memory_bytes,
-            nano_cpus=int(options.cpus * 1e9),
+            nano_cpus=int(min(options.cpus or cores, cores) * 1e9),
             pids_limit=options.pids,
             ipc_mode="private",
             init=True,
