@@ -31,6 +31,10 @@ class SandboxSettings(ServiceSettings):
     """Base image of the docker backend."""
     docker_runtime: str = ""
     """OCI runtime of the docker backend, for example `runsc`; empty is the engine's default."""
+    docker_pool: int = Field(default=2, ge=0, le=64)
+    """Started containers that the docker backend keeps ready for each state in use."""
+    docker_pool_total: int = Field(default=8, ge=0, le=1000)
+    """Most containers that it keeps ready in all."""
     warm_seats: int = Field(default=4, ge=0, le=64)
     """Sandbox processes kept ready by the embedded backend."""
     max_sandboxes: int = Field(default=64, ge=1)

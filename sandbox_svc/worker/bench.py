@@ -1,7 +1,7 @@
-"""Measures sandboxes inside one worker container against one container per sandbox.
+"""Measures sandboxes inside one worker container against one container per sandbox, pooled or not.
 
 - `python -m sandbox_svc.worker.bench --docker IMAGE` prints a table and writes the same as JSON.
-- Both take turns within one run. The worker is asked over gRPC, as a client would; the Docker
+- All take turns within one run; the pool has time to fill between them. The worker is asked over gRPC, as a client would; the Docker
   runtime is called in this process, which spares it that way.
 - Medians with quartiles in milliseconds, and the ratio of medians.
 """
@@ -21,6 +21,7 @@ from typing import Any
 from regreen.sandbox import v1 as pb
 from sandbox_svc.backends.base import Command, Limits
 from sandbox_svc.backends.docker import DockerRuntime
+from sandbox_svc.backends.docker_pool import PoolSize
 from sandbox_svc.fleet.calls import METHODS, Endpoint, Worker
 from sandbox_svc.worker.docker import DockerWorker, WorkerOptions
 
@@ -33,15 +34,22 @@ Turn = Callable[[], Awaitable[None]]
 async def measure(image: str, rounds: int, home: Path) -> dict[str, Any]:
     """Create, run `true`, delete: by either way, in turns; the report."""
     runtime = DockerRuntime(home / "docker", image=image, run_probes=False)
+    pooled = DockerRuntime(home / "pool", image=image, run_probes=False, pool=PoolSize(each=1))
     await runtime.start()
+    await pooled.start()
     try:
         async with DockerWorker(WorkerOptions(image, home / "worker")) as outer:
             worker = Worker(Endpoint("worker", "", "", outer.address))
-            turns = {"worker": await _in_worker(worker), "docker": _in_docker(runtime)}
-            samples = await _take(turns, rounds)
+            turns = {
+                "worker": await _in_worker(worker),
+                "docker": _in_docker(runtime),
+                "docker_pooled": _in_docker(pooled),
+            }
+            samples = await _take(turns, rounds, pooled)
             await worker.close()
     finally:
         await runtime.close()
+        await pooled.close()
     rows = {}
     for name, values in samples.items():
         low, middle, high = statistics.quantiles(values, n=4)
@@ -51,13 +59,21 @@ async def measure(image: str, rounds: int, home: Path) -> dict[str, Any]:
             "p75_ms": round(high, 3),
             "samples": len(values),
         }
-    ratio = statistics.median(samples["docker"]) / statistics.median(samples["worker"])
+    medians = {name: statistics.median(values) for name, values in samples.items()}
+    ratios = {
+        f"{slow}/{quick}": round(medians[slow] / medians[quick], 1)
+        for slow, quick in (
+            ("docker", "worker"),
+            ("docker_pooled", "worker"),
+            ("docker", "docker_pooled"),
+        )
+    }
     return {
         "bench": "sandbox_worker",
         "cpus": os.cpu_count(),
         "load_1m": round(os.getloadavg()[0], 2),
         "rows": rows,
-        "ratios": {"docker/worker": round(ratio, 1)},
+        "ratios": ratios,
     }
 
 
@@ -88,14 +104,19 @@ def _in_docker(runtime: DockerRuntime) -> Turn:
     return turn
 
 
-async def _take(turns: dict[str, Turn], rounds: int) -> dict[str, list[float]]:
+async def _take(
+    turns: dict[str, Turn], rounds: int, pooled: DockerRuntime
+) -> dict[str, list[float]]:
     samples: dict[str, list[float]] = {name: [] for name in turns}
     for turn in turns.values():
         await turn()
     for number in range(rounds):
         for name, turn in turns.items():
-            if name == "docker" and number % _SHARE:
+            if name != "worker" and number % _SHARE:
                 continue
+            async with asyncio.timeout(60):
+                while not pooled.pool.waiting:  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
             began = time.perf_counter()
             await turn()
             samples[name].append((time.perf_counter() - began) * 1e3)
