@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Writes requirements/{lock,model,peer}.txt: name, version and hashes of what .venv holds now; and build.txt, what builds regreen
+# Writes requirements/{lock,model,peer}.txt: name, version and hashes of what .venv holds now; sandbox.txt, the part of it that the
+# image of infra/docker/sandbox.Dockerfile needs; and build.txt, what builds regreen
 # itself. Run after changing pyproject.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -14,3 +15,5 @@ for name in lock model peer; do
 done
 printf '%s\n' hatchling editables | .venv/bin/uv pip compile --quiet --generate-hashes --no-header --no-annotate --universal --python-version 3.11 \
   --constraint "$work/lock.in" - -o requirements/build.txt
+.venv/bin/uv pip compile --quiet --generate-hashes --no-header --no-annotate --universal --python-version 3.11 \
+  --constraint "$work/lock.in" --extra sandbox --extra kubernetes pyproject.toml -o requirements/sandbox.txt

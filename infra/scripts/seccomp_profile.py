@@ -28,8 +28,7 @@ REFUSED = {
     "the host's clock, swap, quota and accounting": "settimeofday clock_settime clock_adjtime "
     "adjtimex stime swapon swapoff quotactl quotactl_fd acct",
     "hardware": "iopl ioperm vm86 vm86old pciconfig_read pciconfig_write pciconfig_iobase",
-    "memory of other nodes": "mbind migrate_pages move_pages set_mempolicy "
-    "set_mempolicy_home_node",
+    "memory of other nodes": "mbind migrate_pages move_pages set_mempolicy set_mempolicy_home_node",
     "left from old kernels": "_sysctl sysfs uselib ustat nfsservctl vserver vhangup afs_syscall "
     "getpmsg putpmsg security tuxcall epoll_ctl_old epoll_wait_old",
 }

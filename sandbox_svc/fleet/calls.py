@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 from google.protobuf import descriptor_pool, message_factory
 
-from regreen.rpc.errors import Unavailable
+from regreen.rpc.errors import FailedPrecondition, Unavailable
 from regreen.rpc.wire import from_rpc_error
 from regreen.sandbox import v1 as pb
 
@@ -157,6 +157,11 @@ class Worker:
 
     def _typed(self, error: grpc.aio.AioRpcError) -> Exception:
         typed = from_rpc_error(error)
+        if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+            return FailedPrecondition(
+                f"worker {self.name} does not know this call; run front and workers from one image",
+                metadata={"worker": self.name},
+            )
         if isinstance(typed, Unavailable):
             return Unavailable(
                 f"worker {self.name} does not answer ({typed.message}); try again",

@@ -1,8 +1,8 @@
 """Measures sandboxes inside one worker container against one container per sandbox, pooled or not.
 
 - `python -m sandbox_svc.worker.bench --docker IMAGE` prints a table and writes the same as JSON.
-- All take turns within one run; the pool has time to fill between them. The worker is asked over gRPC, as a client would; the Docker
-  runtime is called in this process, which spares it that way.
+- All take turns within one run; the pool has time to fill between them. The worker is asked over
+  gRPC, as a client would; the Docker runtime is called in this process, which spares it that way.
 - Medians with quartiles in milliseconds, and the ratio of medians.
 """
 

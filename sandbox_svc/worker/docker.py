@@ -108,8 +108,8 @@ class DockerWorker:
                 "the docker package is missing; install regreen[sandbox]"
             ) from error
         try:
-            client: Any = docker.client.DockerClient.from_env(timeout=120)
-            self._api = client.api
+            connect: Any = docker.client.DockerClient.from_env
+            self._api = connect(timeout=120).api
             self._api.ping()
         except DockerException as error:
             raise MissingDependency(

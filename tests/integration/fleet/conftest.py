@@ -29,6 +29,7 @@ class Front:
     states: StateClient
     sandboxes: SandboxClient
     settings: SandboxSettings
+    address: str
 
 
 @dataclass
@@ -67,6 +68,7 @@ class World:
                     StateClient(channel, patience_s=patience_s),
                     SandboxClient(channel, patience_s=patience_s),
                     settings,
+                    server.address,
                 )
             finally:
                 await channel.close()

@@ -4,9 +4,11 @@ import asyncio
 import contextlib
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
+import yaml
 
 from regreen.client.channel import connect
 from regreen.client.sandbox import StateClient
@@ -20,6 +22,7 @@ from regreen.rpc.errors import (
 )
 from regreen.sandbox import v1 as pb
 from sandbox_svc.__main__ import serving
+from sandbox_svc.fleet.calls import METHODS, Endpoint, Worker
 from sandbox_svc.fleet.manifests import INSTANCE, SPEC
 from tests.fixtures.kube import Fault
 from tests.integration.fleet.conftest import prepared, world
@@ -311,6 +314,47 @@ async def test_a_cluster_that_cannot_serve_is_named(plain, tmp_path):
     with pytest.raises(MissingDependency, match="Unauthorized"):
         async with serving(plain.settings(kube_config=stranger, home=tmp_path)):
             pass
+
+
+_BAD = ("", "x", "sbx_" + "0" * 31, "st_" + "0" * 32, "sbx_" + "0" * 32, "../../etc", "\u2028" * 99)
+
+
+async def test_every_bad_request_ends_in_a_typed_status(plain, front):
+    worker = Worker(Endpoint("front", "", "", front.address))
+    told = set()
+    for method in METHODS.values():
+        if method.streams_in:
+            continue
+        for text in _BAD:
+            fields = [f for f in ("id", "sandbox_id", "state_id", "page_token") if method.has(f)]
+            request = method.request(**dict.fromkeys(fields, text))
+            try:
+                if method.streams_out:
+                    [r async for r in worker.stream(method, request, 20.0)]
+                else:
+                    await worker.call(method, request)
+            except RegreenError as error:
+                told.add(error.status)
+    await worker.close()
+    assert told <= {"INVALID_ARGUMENT", "NOT_FOUND", "FAILED_PRECONDITION"}
+    assert {"INVALID_ARGUMENT", "NOT_FOUND"} <= told
+
+
+async def test_the_role_in_the_repository_allows_what_was_asked(plain):
+    """Runs last on the plain cluster: compares what the front asked with the Role it is given."""
+    text = (Path(__file__).parents[3] / "infra/kubernetes/sandbox-front.yaml").read_text()
+    (role,) = [item for item in yaml.safe_load_all(text) if item["kind"] == "Role"]
+    allowed = {
+        (verb, resource)
+        for rule in role["rules"]
+        for verb in rule["verbs"]
+        for resource in rule["resources"]
+    }
+    verbs = {"POST": "create", "DELETE": "delete", "WATCH": "watch", "GET": "list"}
+    asked = {(verbs[verb], kind) for verb, kind, _ in plain.cluster.seen}
+    asked = {pair for pair in asked if pair != ("list", "configmaps")}  # one is read by its name
+    assert asked <= allowed
+    assert {("create", "pods"), ("watch", "pods"), ("delete", "configmaps")} <= asked
 
 
 async def test_claims_are_used_where_the_cluster_has_agent_sandbox():
