@@ -178,10 +178,10 @@ class DockerRuntime:
         """A running container over a box's layers, in which nothing ran yet; its id."""
         mounts, network = self._started[box.id]
         recipe = Recipe(tuple(box.layers), box.limits, mounts, network)
-        waiting = None
-        if len(box.layers) == box.below:  # else it goes on after a freeze, alone on its layers
-            waiting = await self.pool.take(recipe)
-        return waiting or await self.blocking(self._start_from, recipe)
+        fresh = len(box.layers) == box.below  # else it goes on after a freeze, alone on its layers
+        if fresh and (waiting := await self.pool.take(recipe)):
+            return waiting
+        return await self.blocking(self._start_from, recipe)
 
     def _running(self, container: str) -> bool:
         from docker.errors import APIError

@@ -124,11 +124,11 @@ class DockerWorker:
         from docker.errors import APIError, ImageNotFound
 
         options = self._options
-        ports = {}
+        ports: dict[int, tuple[str, int | None]] = {}
         serve = [f"--listen=unix:{_RUN}/{_SOCKET}"]
         if options.listen:
             host, _, port = options.listen.rpartition(":")
-            ports = {_PORT: (host, int(port))}
+            ports = {_PORT: (host, int(port) or None)}
             serve = [f"--listen=0.0.0.0:{_PORT}", "--insecure"]
         try:
             self._container = self._api.create_container(
@@ -144,6 +144,9 @@ class DockerWorker:
                 host_config=self._host_config(ports),
             )["Id"]
             self._api.start(self._container)
+            if options.listen:
+                (bound,) = self._api.port(self._container, _PORT)
+                self.address = f"{bound['HostIp']}:{bound['HostPort']}"
         except ImageNotFound as error:
             raise MissingDependency(
                 f"the engine has no image {options.image}; build it from "
@@ -152,7 +155,7 @@ class DockerWorker:
         except APIError as error:
             raise InfraError(f"the engine cannot start the worker: {error}") from error
 
-    def _host_config(self, ports: dict[int, tuple[str, int]]) -> Any:
+    def _host_config(self, ports: dict[int, tuple[str, int | None]]) -> Any:
         options = self._options
         try:
             profile = options.seccomp.read_text(encoding="ascii")

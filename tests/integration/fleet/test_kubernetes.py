@@ -316,6 +316,14 @@ async def test_a_cluster_that_cannot_serve_is_named(plain, tmp_path):
             pass
 
 
+async def test_a_front_without_a_worker_says_so_and_leaves_nothing(plain, tmp_path):
+    hasty = plain.settings(kube_name="hasty", kube_start_s=0.2, home=tmp_path, kube_workers=1)
+    with pytest.raises(MissingDependency, match="no worker was ready within 0 s"):
+        async with serving(hasty):
+            pass
+    await eventually(lambda: _no_object_of(plain, "hasty"))
+
+
 _BAD = ("", "x", "sbx_" + "0" * 31, "st_" + "0" * 32, "sbx_" + "0" * 32, "../../etc", "\u2028" * 99)
 
 

@@ -1,8 +1,13 @@
 """The sandbox service inside one unprivileged container of a Docker engine."""
 
+import asyncio
+import hashlib
 import json
 import os
+import re
+import sys
 import time
+from pathlib import Path
 
 import docker.client
 import pytest
@@ -18,6 +23,7 @@ from sandbox_svc.worker.docker import DockerWorker, WorkerOptions
 
 IMAGE = os.environ.get("REGREEN_TEST_WORKER_IMAGE", "regreen-sandbox")
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow]
+_ROOT = Path(__file__).parents[3]
 _ABSENT = {"cpu", "memfd", "inotify"}
 """What a container without control groups of its own cannot enforce inside."""
 
@@ -198,6 +204,33 @@ async def test_without_its_syscall_filter_it_says_what_is_missing(options, tmp_p
     with pytest.raises(MissingDependency, match="cannot be read"):
         async with DockerWorker(WorkerOptions(IMAGE, tmp_path / "n", seccomp=tmp_path / "no")):
             pass
+
+
+async def test_the_command_says_where_it_serves_and_ends_with_its_container(engine, tmp_path):
+    for path in (tmp_path, *tmp_path.parents[:2]):
+        path.chmod(0o711)
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "sandbox_svc.worker", "--docker", IMAGE, "--home", str(tmp_path)),
+        *("--listen", "127.0.0.1:0", "--", "--warm-seats=0"),
+        stdout=asyncio.subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(_ROOT)},
+        cwd=tmp_path,
+    )
+    async with asyncio.timeout(90):
+        line = (await process.stdout.readline()).decode()
+    found = re.fullmatch(r"serving (127\.0\.0\.1:[1-9]\d*)\n", line)
+    assert found, line
+    channel = connect(found[1])
+    state = await prepared(StateClient(channel))
+    box = await SandboxClient(channel).create_sandbox(state.id)
+    lines = await SandboxClient(channel).run(box.id, ["grep", "-c", ":", "/proc/net/dev"])
+    assert lines.stdout.head == b"1\n"
+    await channel.close()
+    process.terminate()
+    async with asyncio.timeout(60):
+        assert await process.wait() == 0
+    name = hashlib.sha256(os.fsencode(tmp_path)).hexdigest()[:12]
+    assert not engine.containers(all=True, filters={"label": f"regreen.worker={name}"})
 
 
 async def test_other_addresses_and_images_are_refused(engine, tmp_path):
