@@ -4,6 +4,7 @@
 - A blob is either whole under its key or absent: a writer killed at any moment leaves no part.
 - Bytes that are read are hashed before they are believed: damage is a `DataLoss`, never an answer.
 - A damaged blob is healed by the next `put` of its content, because `put` compares lengths.
+- A name stands for one blob; whoever names first wins, unless told to replace.
 - With a local directory, `put` returns after the bytes and their name have reached the disk.
 """
 
@@ -16,7 +17,7 @@ import tempfile
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import zstandard
@@ -30,6 +31,7 @@ CHUNK_BYTES = 4 << 20
 
 T = TypeVar("T")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_NAME = re.compile(r"[a-z0-9_-]{1,128}")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -235,6 +237,43 @@ class ObjectBlobs:
         except BaseError as error:
             raise _error(error, digest) from error
 
+    async def name(self, name: str, digest: Digest, *, replace: bool = False) -> Digest:
+        """Have `name` stand for a blob, unless it stands for one already; what it stands for now.
+
+        Raises:
+            InvalidArgument: a name that is no plain word.
+        """
+        key = _name_key(name)
+        text = f"{digest.sha256} {digest.size_bytes}".encode()
+        mode: Literal["create", "overwrite"] = "overwrite" if replace else "create"
+        try:
+            await self._store.put_async(key, text, mode=mode, use_multipart=False)
+        except AlreadyExistsError:
+            return await self.named(name) or await self.name(name, digest, replace=True)
+        except BaseError as error:
+            raise _error(error, digest) from error
+        return digest
+
+    async def named(self, name: str) -> Digest | None:
+        """The blob that a name stands for; None if none, or if its entry is damaged."""
+        try:
+            result = await self._store.get_async(_name_key(name))
+            sha256, _, size = bytes(await result.bytes_async()).decode("ascii").partition(" ")
+            return check_digest(Digest(sha256, int(size)))
+        except (NotFoundError, FileNotFoundError, ValueError, InvalidArgument):
+            return None
+        except BaseError as error:
+            raise Unavailable(f"blob store: {error}", retry_after_s=1.0) from error
+
+    async def unname(self, name: str) -> None:
+        """Have a name stand for nothing; the blob stays."""
+        try:
+            await self._store.delete_async(_name_key(name))
+        except (NotFoundError, FileNotFoundError):
+            return
+        except BaseError as error:
+            raise Unavailable(f"blob store: {error}", retry_after_s=1.0) from error
+
     async def _sync(self, digest: Digest) -> None:
         if self._sync_root is not None:
             await asyncio.to_thread(_sync_file, self._sync_root / _key(digest))
@@ -269,6 +308,12 @@ def digest_of_file(path: Path) -> Digest:
     with path.open("rb") as source:
         hashed = hashlib.file_digest(source, "sha256")
         return Digest(hashed.hexdigest(), source.tell())
+
+
+def _name_key(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise InvalidArgument("name", f"{name[:80]!r} is no plain word", "use a-z, 0-9, _ and -")
+    return f"names/{name}"
 
 
 def _sync_file(path: Path) -> None:

@@ -28,6 +28,12 @@ async def serving(
     settings: SandboxSettings, host: SandboxHost | None = None
 ) -> AsyncIterator[Server]:
     """The running server; `host` replaces the one that the settings describe."""
+    if settings.backend == "kubernetes":
+        from sandbox_svc.fleet import serve as fleet
+
+        async with fleet.serving(settings) as server:
+            yield server
+        return
     async with host or SandboxHost(settings) as started:
         server = Server(settings, SERVICES)
         pb.add_StateServiceServicer_to_server(StateServicer(started), server.grpc)

@@ -33,3 +33,7 @@ STATE_CACHE_MISSES = Counter(
 STATES = Gauge("regreen_sandbox_states", "States that this host holds.")
 EXPIRED = Counter("regreen_sandbox_expired", "Sandboxes deleted because their time was over.")
 QUEUE_DEPTH = Gauge("regreen_sandbox_queue_depth", "Validations that wait for a place.")
+WORKERS = Gauge("regreen_sandbox_workers", "Workers of a front, by state.", ["state"])
+STATE_MOVES = Counter(
+    "regreen_sandbox_state_moves", "States that a front brought to a worker that lacked them."
+)

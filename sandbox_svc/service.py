@@ -36,12 +36,14 @@ def make_runtime(settings: SandboxSettings) -> Runtime:
     home = settings.home / "sandbox"
     if settings.backend == "docker":
         from sandbox_svc.backends.docker import DockerRuntime
+        from sandbox_svc.backends.docker_pool import PoolSize
 
         return DockerRuntime(
             home,
             image=settings.docker_image,
             oci_runtime=settings.docker_runtime,
             defaults=settings.limits(),
+            pool=PoolSize(settings.docker_pool, settings.docker_pool_total),
         )
     return EmbeddedRuntime(home, defaults=settings.limits(), warm_seats=settings.warm_seats)
 

@@ -3,6 +3,7 @@
 - Every default works without root and without an engine, or the service says why it cannot.
 """
 
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -21,14 +22,19 @@ class SandboxSettings(ServiceSettings):
     """gRPC address: `host:port` or `unix:/path`. Port 0 picks a free one."""
     metrics: str = "127.0.0.1:9052"
     """HTTP address of `/metrics` and `/healthz`."""
-    backend: Literal["embedded", "docker"] = "embedded"
-    """`embedded`: namespaces and overlayfs of this host; `docker`: a Docker engine."""
+    backend: Literal["embedded", "docker", "kubernetes"] = "embedded"
+    """`embedded`: namespaces and overlayfs of this host; `docker`: a Docker engine; `kubernetes`: a
+    front for workers in a cluster."""
     blobs: str = ""
     """Where source trees come from: a directory or `s3://bucket/prefix`; empty is `home`/blobs."""
     docker_image: str = "python:3.11-slim"
     """Base image of the docker backend."""
     docker_runtime: str = ""
     """OCI runtime of the docker backend, for example `runsc`; empty is the engine's default."""
+    docker_pool: int = Field(default=2, ge=0, le=64)
+    """Started containers that the docker backend keeps ready for each state in use."""
+    docker_pool_total: int = Field(default=8, ge=0, le=1000)
+    """Most containers that it keeps ready in all."""
     warm_seats: int = Field(default=4, ge=0, le=64)
     """Sandbox processes kept ready by the embedded backend."""
     max_sandboxes: int = Field(default=64, ge=1)
@@ -57,6 +63,39 @@ class SandboxSettings(ServiceSettings):
     """Commands of one sandbox that run on their own or are kept; the oldest ended ones go first."""
     import_bytes: int = Field(default=16 << 30, ge=1 << 20)
     """Largest archive that ImportState takes, unpacked."""
+    kube_name: str = Field(default="regreen-sandbox", min_length=1, max_length=200)
+    """Name of this front in the cluster; one that starts under it takes over what is there."""
+    kube_config: Path | None = None
+    """Kubeconfig file; without one the pod's own account, `KUBECONFIG` or `~/.kube/config`."""
+    kube_namespace: str = ""
+    """Namespace of the workers; empty is that of the account or the kubeconfig."""
+    kube_workers: int = Field(default=2, ge=1, le=5000)
+    """Workers that there should be."""
+    kube_image: str = "regreen-sandbox"
+    """Image of the workers (infra/docker/sandbox.Dockerfile)."""
+    kube_api: Literal["auto", "agent-sandbox", "pods"] = "auto"
+    """What makes workers: `agent-sandbox` claims or plain `pods`; `auto`: claims where the cluster
+    knows them."""
+    kube_runtime_class: str = ""
+    """RuntimeClass of the workers, for example `gvisor`; empty is the cluster's default."""
+    kube_seccomp: str = ""
+    """Localhost seccomp profile of the workers (infra/docker/sandbox.seccomp.json, where the
+    kubelet finds it); empty is RuntimeDefault."""
+    kube_apparmor: str = ""
+    """AppArmor of the workers: `unconfined` or a localhost profile; empty is the node's default."""
+    kube_cpus: float = Field(default=4.0, gt=0)
+    """Cores of one worker."""
+    kube_memory_bytes: int = Field(default=16 << 30, ge=256 << 20)
+    """Memory of one worker."""
+    kube_disk_bytes: int = Field(default=64 << 30, ge=1 << 30)
+    """Disk of one worker: its states and sandboxes."""
+    kube_start_s: float = Field(default=300.0, gt=0)
+    """A front that has no worker after so long does not serve, and says why."""
+    kube_keep_workers: bool = False
+    """Leave the workers running when the front ends; the next of its name takes them over."""
+    fleet_keep: Literal["prepared", "all", "none"] = "prepared"
+    """States that a front puts into the blob store as soon as they are made; the others only when
+    another worker needs them, so that they go with their worker."""
 
     def limits(self) -> Limits:
         """Limits of a sandbox whose request names none."""

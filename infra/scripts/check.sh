@@ -10,4 +10,5 @@ step "types" .venv/bin/mypy
 step "imports" .venv/bin/lint-imports --no-cache
 step "file length" .venv/bin/python infra/scripts/file_length.py
 step "settings in docs" .venv/bin/python infra/scripts/settings_table.py --check
+step "seccomp profile" .venv/bin/python infra/scripts/seccomp_profile.py --check
 [ ${#failed[@]} -eq 0 ] || { echo "check failed: ${failed[*]}"; exit 1; }

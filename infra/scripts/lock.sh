@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Writes requirements/{lock,model,peer}.txt: name, version and hashes of what .venv holds now; build.txt, what builds regreen
-# itself; and adapters.txt, what only the tests of adapters install. Run after changing pyproject.
+# itself; sandbox.txt, the part of it that the image of infra/docker/sandbox.Dockerfile needs; and adapters.txt, what only the
+# tests of adapters install. Run after changing pyproject.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
@@ -17,3 +18,5 @@ printf '%s\n' mini-swe-agent==2.4.6 swe-rex==1.4.0 bashlex==0.18 pexpect==4.9.0 
   .venv/bin/uv pip compile --quiet --no-deps --generate-hashes --no-header --no-annotate --universal --python-version 3.11 - -o requirements/adapters.txt
 printf '%s\n' hatchling editables | .venv/bin/uv pip compile --quiet --generate-hashes --no-header --no-annotate --universal --python-version 3.11 \
   --constraint "$work/lock.in" - -o requirements/build.txt
+.venv/bin/uv pip compile --quiet --generate-hashes --no-header --no-annotate --universal --python-version 3.11 \
+  --constraint "$work/lock.in" --extra sandbox --extra kubernetes pyproject.toml -o requirements/sandbox.txt

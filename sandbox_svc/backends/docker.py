@@ -24,6 +24,7 @@ from regreen.rpc.errors import FailedPrecondition, InfraError, MissingDependency
 from sandbox_svc.backends.base import NO_ENV, Capability, Command, EndReason, Limits, Mount
 from sandbox_svc.backends.docker_box import DockerBox, layer_record, parse_listing
 from sandbox_svc.backends.docker_exec import capture
+from sandbox_svc.backends.docker_pool import ContainerPool, PoolSize, Recipe
 from sandbox_svc.backends.embedded import DEFAULT_LIMITS
 from sandbox_svc.backends.layers import is_full
 
@@ -55,6 +56,7 @@ class DockerRuntime:
         oci_runtime: str = "",
         defaults: Limits = DEFAULT_LIMITS,
         run_probes: bool = True,
+        pool: PoolSize | None = None,
     ) -> None:
         self._home, self._image, self._oci = home.absolute(), image, oci_runtime
         self._defaults, self._run_probes = defaults, run_probes
@@ -65,6 +67,9 @@ class DockerRuntime:
         self._capabilities: tuple[Capability, ...] = ()
         self._base = self._data = ""
         self.api: Any = None
+        self.pool = ContainerPool(
+            pool or PoolSize(), start=self._start_from, remove=self._remove, running=self._running
+        )
 
     async def start(self) -> None:
         """Reach the engine, sweep what a crashed predecessor left, get ready.
@@ -142,6 +147,7 @@ class DockerRuntime:
     async def close(self) -> None:
         """Delete every box and stop the threads."""
         await asyncio.gather(*(box.delete() for box in list(self._boxes.values())))
+        await self.pool.close()
         if self.api is not None:
             await self.blocking(self.api.close)
         self._threads.shutdown()
@@ -170,16 +176,28 @@ class DockerRuntime:
         return box
 
     async def start_container(self, box: DockerBox) -> str:
-        """A running container over a box's layers; its id."""
-        return await self.blocking(self._start_container, box)
+        """A running container over a box's layers, in which nothing ran yet; its id."""
+        mounts, network = self._started[box.id]
+        recipe = Recipe(tuple(box.layers), box.limits, mounts, network)
+        fresh = len(box.layers) == box.below  # else it goes on after a freeze, alone on its layers
+        if fresh and (waiting := await self.pool.take(recipe)):
+            return waiting
+        return await self.blocking(self._start_from, recipe)
 
-    def _start_container(self, box: DockerBox) -> str:
+    def _running(self, container: str) -> bool:
         from docker.errors import APIError
 
-        mounts, network = self._started[box.id]
-        limits = box.limits
+        try:
+            return bool(self.api.inspect_container(container)["State"]["Running"])
+        except APIError:
+            return False
+
+    def _start_from(self, recipe: Recipe) -> str:
+        from docker.errors import APIError
+
+        limits, mounts = recipe.limits, recipe.mounts
         host_config = self.api.create_host_config(
-            network_mode="host" if network else "none",
+            network_mode="host" if recipe.network else "none",
             cap_drop=["ALL"],
             security_opt=["no-new-privileges"],
             pids_limit=limits.pids + 2,
@@ -197,7 +215,7 @@ class DockerRuntime:
         )
         try:
             container: str = self.api.create_container(
-                self._image_of(box.layers),
+                self._image_of(recipe.layers),
                 ["sleep", "infinity"],
                 entrypoint=[],
                 user="0:0",
@@ -306,6 +324,7 @@ class DockerRuntime:
         if self._record(layer) is None:
             return
         (self._home / "docker-layers" / layer).unlink(missing_ok=True)
+        await self.pool.drop_layer(layer)
         await self.blocking(self._remove_image, f"{_REPOSITORY}:{layer}")
 
     def _remove_image(self, name: str) -> None:

@@ -72,7 +72,7 @@ class DockerBox:
     ) -> None:
         self.id, self.limits = secrets.token_hex(6), limits
         self._runtime = runtime
-        self._below = len(layers)
+        self.below = len(layers)
         self.layers = list(layers)
         self.env = ENVIRONMENT | dict(env)
         self.container = ""
@@ -232,7 +232,7 @@ class DockerBox:
     async def changed_paths(self, under: str, *, since: int | None = None) -> Sequence[str]:
         """Absolute paths touched since creation, or above the first `since` layers, sorted."""
         self._require()
-        below = self.layers[: self._below if since is None else since]
+        below = self.layers[: self.below if since is None else since]
         script = _LISTING.format(shlex.quote(absolute(under)))
         old = await self._runtime.listing(below, script, _LISTING_BYTES)
         _, out, _ = await self._script(script, [], limit_bytes=_LISTING_BYTES)

@@ -26,6 +26,15 @@ from tests.integration import dataset_samples as samples
 NAMES = [service.name for service in SERVICES]
 NONE = "0" * 32
 BY_NAME = {service.name: service for service in SERVICES}
+EXAMPLES = {
+    "dataset": "1 reward 0.1",
+    "sandbox": "+hello\n\na State of its own now: st_",
+    "sandbox_exec": "exit 3\nstill running: True\nsignal 15\n",
+    "policy": "'Good morning.",
+    "judge": "not genuine",
+    "learner": "step 1 loss ",
+}
+"""What each example that needs one address alone says."""
 
 
 def test_up_again_changes_nothing(local: Local) -> None:
@@ -88,7 +97,7 @@ def test_every_service_describes_itself(local: Local, name: str) -> None:
     assert httpx.get(f"{row['metrics']}/healthz", timeout=10).status_code == 200
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "examples").glob("*.py")))
+@pytest.mark.parametrize("name", sorted(EXAMPLES))
 def test_examples(local: Local, name: str) -> None:
     service = name.partition("_")[0]
     argv = [sys.executable, f"examples/{name}.py", local.rows()[service]["address"]]
@@ -96,15 +105,7 @@ def test_examples(local: Local, name: str) -> None:
         argv, cwd=ROOT, env=local.env, capture_output=True, text=True, timeout=150
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    expected = {
-        "dataset": "1 reward 0.1",
-        "sandbox": "+hello\n\na State of its own now: st_",
-        "sandbox_exec": "exit 3\nstill running: True\nsignal 15\n",
-        "policy": "'Good morning.",
-        "judge": "not genuine",
-        "learner": "step 1 loss ",
-    }
-    assert expected[name] in done.stdout
+    assert EXAMPLES[name] in done.stdout
 
 
 def test_examples_of_the_sandbox_service(local: Local) -> None:

@@ -1,0 +1,173 @@
+"""States in the blob store: one blob per layer, a manifest over them, the state's id as its name.
+
+- A layer is stored under its digest, so a child stores only what its parent has not.
+- The pieces together are the very bytes that ExportState gave; cutting decides what is shared,
+  never what is restored.
+- Reading verifies every piece by its digest; a damaged archive is an error, never a state.
+- A name appears after everything that it needs: a state is there whole or not at all.
+"""
+
+import base64
+import binascii
+import json
+import re
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from regreen.blobs import Digest, ObjectBlobs
+from regreen.rpc.errors import DataLoss
+
+_BLOCK = 512
+_FORMAT = 1
+_LAYER = re.compile(rb"layers/\d+/?")
+
+
+@dataclass(frozen=True, slots=True)
+class Archived:
+    """A state as it lies in the blob store."""
+
+    state: bytes
+    """The `State` message as its worker gave it."""
+    key: str
+    """What its line of descent is placed by."""
+    parts: tuple[Digest, ...]
+
+
+class Archive:
+    """The states of one blob store."""
+
+    def __init__(self, blobs: ObjectBlobs, scratch: Path) -> None:
+        self._blobs, self._scratch = blobs, scratch
+
+    async def find(self, state_id: str) -> Archived | None:
+        """A state of this id, if one was stored.
+
+        Raises:
+            DataLoss: its manifest is damaged.
+        """
+        digest = await self._blobs.named(state_id)
+        return None if digest is None else _decode(await self._blobs.get(digest), state_id)
+
+    async def store(
+        self,
+        state_id: str,
+        state: bytes,
+        key: str,
+        chunks: AsyncIterator[bytes],
+        *,
+        replace: bool = False,
+    ) -> None:
+        """Keep what ExportState gave of a state, unless the state is kept already."""
+        parts = await self._store_parts(chunks)
+        digest = await self._blobs.put(_encode(Archived(state, key, tuple(parts))))
+        await self._blobs.name(state_id, digest, replace=replace)
+
+    async def _store_parts(self, chunks: AsyncIterator[bytes]) -> Sequence[Digest]:
+        parts: list[Digest] = []
+        self._scratch.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self._scratch) as scratch:
+            path = Path(scratch) / "part"
+            target: IO[bytes] | None = None
+            cutter = Cutter()
+            try:
+                async for chunk in chunks:
+                    for begins, piece in cutter.feed(chunk):
+                        if begins and target is not None:
+                            target.close()
+                            parts.append(await self._blobs.put_file(path))
+                        if begins or target is None:
+                            target = path.open("wb")
+                        target.write(piece)
+            finally:
+                if target is not None:
+                    target.close()
+            if target is not None:
+                parts.append(await self._blobs.put_file(path))
+        return parts
+
+    async def read(self, archived: Archived) -> AsyncIterator[bytes]:
+        """The bytes for ImportState, verified.
+
+        Raises:
+            NotFound: a piece is gone.
+            DataLoss: a piece is damaged.
+        """
+        for part in archived.parts:
+            async for chunk in self._blobs.stream(part):
+                yield chunk
+
+    async def forget(self, state_id: str) -> None:
+        """Have the id stand for nothing; layers stay, others may use them."""
+        await self._blobs.unname(state_id)
+
+
+class Cutter:
+    """Cuts a tar stream where a layer, or the end mark, begins."""
+
+    def __init__(self) -> None:
+        self._header = b""
+        self._skip = 0
+        self._extended = False
+
+    def feed(self, chunk: bytes) -> Sequence[tuple[bool, bytes]]:
+        """The bytes of `chunk` in pieces, each with whether it begins a part.
+
+        Bytes of a header that is not complete yet are kept for the next call, and the last
+        header of a stream is always followed by more, so none stays behind.
+        """
+        pieces: list[tuple[bool, bytes]] = []
+        view = memoryview(chunk)
+        while view:
+            if self._skip:
+                taken, view = view[: self._skip], view[self._skip :]
+                self._skip -= len(taken)
+                pieces.append((False, bytes(taken)))
+                continue
+            missing = _BLOCK - len(self._header)
+            self._header += bytes(view[:missing])
+            view = view[missing:]
+            if len(self._header) == _BLOCK:
+                pieces.append((self._begins(), self._header))
+                self._header = b""
+        return pieces
+
+    def _begins(self) -> bool:
+        """Look at a whole header: skip its content, say whether it begins a part."""
+        name, kind = self._header[:100].rstrip(b"\0"), self._header[156:157]
+        self._skip = -(-_number(self._header[124:136]) // _BLOCK) * _BLOCK
+        extended, self._extended = self._extended, kind in (b"x", b"g", b"L", b"K")
+        layer = kind == b"5" and _LAYER.fullmatch(name) is not None
+        return not extended and (layer or name == b"end")
+
+
+def _number(field: bytes) -> int:
+    """A size of a tar header: octal text, or base 256 where it is large."""
+    if field[:1] == b"\x80":
+        return int.from_bytes(field[1:], "big")
+    text = field.strip(b" \0")
+    return int(text, 8) if text.isdigit() else 0
+
+
+def _encode(archived: Archived) -> bytes:
+    fields = {
+        "format": _FORMAT,
+        "state": base64.b64encode(archived.state).decode("ascii"),
+        "key": archived.key,
+        "parts": [[part.sha256, part.size_bytes] for part in archived.parts],
+    }
+    return json.dumps(fields, sort_keys=True).encode()
+
+
+def _decode(data: bytes, state_id: str) -> Archived:
+    try:
+        fields = json.loads(data)
+        if fields["format"] != _FORMAT:
+            raise ValueError("of another format")
+        parts = tuple(Digest(str(sha256), int(size)) for sha256, size in fields["parts"])
+        state = base64.b64decode(fields["state"], validate=True)
+        return Archived(state, str(fields["key"]), parts)
+    except (ValueError, KeyError, TypeError, binascii.Error) as error:
+        raise DataLoss(f"the archive of state {state_id} is damaged: {error}") from None

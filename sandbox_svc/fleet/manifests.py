@@ -1,0 +1,220 @@
+"""What a front asks a cluster for: worker pods, or agent-sandbox's objects around the same pod.
+
+- A worker is one pod that serves the embedded runtime; it holds no token, runs as an ordinary
+  user of a user namespace, mounts nothing of its node and writes only to its own volumes.
+- Every object carries the labels of its front, by which it is found and swept, and is owned by the
+  front's anchor, a ConfigMap: deleting that removes everything.
+- Equal settings give equal specs; the digest of the spec is a label, so a changed one shows.
+- Names are valid whatever the front is called: what is no DNS label is replaced and hashed.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sandbox_svc.settings import SandboxSettings
+
+GRPC_PORT = 50052
+METRICS_PORT = 9052
+INSTANCE = "regreen.dev/instance"
+SPEC = "regreen.dev/spec"
+WORKER = "regreen.dev/worker"
+CONTAINER = "sandbox"
+AGENT_GROUP, AGENT_VERSION = "extensions.agents.x-k8s.io", "v1beta1"
+_USER = 10_001
+_HOME = "/home/regreen/data"
+_SLUG = 40
+_FORWARDED = (
+    *("warm_seats", "max_sandboxes", "max_validations", "default_ttl_s", "max_ttl_s"),
+    *("memory_bytes", "pids", "cpus", "disk_bytes", "inodes", "output_bytes", "command_s"),
+    *("import_bytes", "max_rpcs", "max_message_bytes", "log_level"),
+)
+"""Settings of the front that its workers get."""
+Manifest = dict[str, Any]
+
+
+def slug(name: str) -> str:
+    """`name` as a DNS label of at most 40 characters; two names never give one slug."""
+    plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    if plain == name and len(plain) <= _SLUG and plain[0].isalpha():
+        return plain
+    mark = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return f"x{plain[: _SLUG - 10].strip('-')}-{mark}"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that a front asks for, made from its settings."""
+
+    settings: SandboxSettings
+
+    @property
+    def instance(self) -> str:
+        """The front's name as a label."""
+        return slug(self.settings.kube_name)
+
+    @property
+    def digest(self) -> str:
+        """Changes with the pod's spec."""
+        text = json.dumps(self.pod_spec(), sort_keys=True).encode()
+        return hashlib.sha256(text).hexdigest()[:12]
+
+    def labels(self, **more: str) -> Mapping[str, str]:
+        """Labels of every object of this front."""
+        return {
+            "app.kubernetes.io/name": "regreen-sandbox",
+            "app.kubernetes.io/managed-by": "regreen",
+            INSTANCE: self.instance,
+            **more,
+        }
+
+    def anchor(self) -> Manifest:
+        """The object that owns all others."""
+        return self._object("v1", "ConfigMap", self.instance, {}, owner=None)
+
+    def pod(self, name: str, owner: Manifest) -> Manifest:
+        """One worker as a plain pod."""
+        labels = {WORKER: "true", SPEC: self.digest}
+        made = self._object("v1", "Pod", name, labels, owner=owner)
+        return made | {"spec": self.pod_spec()}
+
+    def template(self, owner: Manifest) -> Manifest:
+        """The SandboxTemplate of the workers."""
+        made = self._agent("SandboxTemplate", self.pool_name, {SPEC: self.digest}, owner)
+        labels = dict(self.labels(**{SPEC: self.digest}))
+        return made | {
+            "spec": {
+                "podTemplate": {"metadata": {"labels": labels}, "spec": self.pod_spec()},
+                # Its default would shut out the front; who may reach the workers is the cluster's
+                # to say (docs/operations/kubernetes.md).
+                "networkPolicyManagement": "Unmanaged",
+                "service": False,
+            }
+        }
+
+    def warm_pool(self, owner: Manifest) -> Manifest:
+        """The SandboxWarmPool that claims take from: one spare worker."""
+        made = self._agent("SandboxWarmPool", self.pool_name, {SPEC: self.digest}, owner)
+        return made | {"spec": {"replicas": 1, "sandboxTemplateRef": {"name": self.pool_name}}}
+
+    def claim(self, name: str, owner: Manifest) -> Manifest:
+        """One worker as a SandboxClaim; the label reaches its pod when it is bound."""
+        made = self._agent("SandboxClaim", name, {SPEC: self.digest}, owner)
+        return made | {
+            "spec": {
+                "warmPoolRef": {"name": self.pool_name},
+                "additionalPodMetadata": {"labels": {WORKER: "true"}},
+            }
+        }
+
+    @property
+    def pool_name(self) -> str:
+        """Name of template and pool; another spec has another."""
+        return f"{self.instance}-{self.digest}"
+
+    def _agent(self, kind: str, name: str, labels: Mapping[str, str], owner: Manifest) -> Manifest:
+        return self._object(f"{AGENT_GROUP}/{AGENT_VERSION}", kind, name, labels, owner=owner)
+
+    def _object(
+        self,
+        version: str,
+        kind: str,
+        name: str,
+        labels: Mapping[str, str],
+        *,
+        owner: Manifest | None,
+    ) -> Manifest:
+        metadata: Manifest = {"name": name, "labels": dict(self.labels(**labels))}
+        if owner is not None:
+            metadata["ownerReferences"] = [owner]
+        return {"apiVersion": version, "kind": kind, "metadata": metadata}
+
+    def pod_spec(self) -> Manifest:
+        """The spec of a worker's pod."""
+        settings = self.settings
+        seccomp: Manifest = {"type": "RuntimeDefault"}
+        if settings.kube_seccomp:
+            seccomp = {"type": "Localhost", "localhostProfile": settings.kube_seccomp}
+        spec: Manifest = {
+            "automountServiceAccountToken": False,
+            "enableServiceLinks": False,
+            "hostUsers": False,
+            "restartPolicy": "Always",
+            "terminationGracePeriodSeconds": 30,
+            "securityContext": {
+                "runAsNonRoot": True,
+                "runAsUser": _USER,
+                "runAsGroup": _USER,
+                "fsGroup": _USER,
+                "seccompProfile": seccomp,
+            },
+            "containers": [self._container()],
+            "volumes": [
+                {"name": "home", "emptyDir": {"sizeLimit": str(settings.kube_disk_bytes)}},
+                {"name": "tmp", "emptyDir": {"sizeLimit": str(1 << 30)}},
+            ],
+        }
+        if settings.kube_runtime_class:
+            spec["runtimeClassName"] = settings.kube_runtime_class
+        return spec
+
+    def _container(self) -> Manifest:
+        settings = self.settings
+        amounts = {
+            "cpu": f"{int(settings.kube_cpus * 1000)}m",
+            "memory": str(settings.kube_memory_bytes),
+            "ephemeral-storage": str(settings.kube_disk_bytes + (1 << 30)),
+        }
+        probe = {"grpc": {"port": GRPC_PORT}, "timeoutSeconds": 2}
+        security: Manifest = {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+            # A sandbox mounts a /proc of its own, which the kernel refuses where parts of the
+            # outer one are hidden. The pod's user is nobody there, and its namespace is its own.
+            "procMount": "Unmasked",
+        }
+        if settings.kube_apparmor:
+            security["appArmorProfile"] = (
+                {"type": "Unconfined"}
+                if settings.kube_apparmor == "unconfined"
+                else {"type": "Localhost", "localhostProfile": settings.kube_apparmor}
+            )
+        return {
+            "name": CONTAINER,
+            "image": settings.kube_image,
+            "command": ["python3", "-m", "sandbox_svc"],
+            "args": self._arguments(),
+            "env": [
+                {"name": "POD_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}},
+                {"name": "HOME", "value": "/home/regreen"},
+            ],
+            "ports": [
+                {"name": "grpc", "containerPort": GRPC_PORT},
+                {"name": "metrics", "containerPort": METRICS_PORT},
+            ],
+            "resources": {"requests": amounts, "limits": amounts},
+            "securityContext": security,
+            "readinessProbe": probe | {"periodSeconds": 2, "failureThreshold": 2},
+            "livenessProbe": probe
+            | {"periodSeconds": 10, "failureThreshold": 6, "initialDelaySeconds": 60},
+            "volumeMounts": [
+                {"name": "home", "mountPath": _HOME},
+                {"name": "tmp", "mountPath": "/tmp"},
+            ],
+        }
+
+    def _arguments(self) -> list[str]:
+        settings = self.settings
+        given = ["--backend=embedded", f"--home={_HOME}", "--insecure"]
+        given += [f"--listen=$(POD_IP):{GRPC_PORT}", f"--metrics=$(POD_IP):{METRICS_PORT}"]
+        if "://" in settings.blobs:
+            given.append(f"--blobs={settings.blobs}")
+        for name in _FORWARDED:
+            value, default = getattr(settings, name), type(settings).model_fields[name].default
+            if value != default:
+                given.append(f"--{name.replace('_', '-')}={value}")
+        return given

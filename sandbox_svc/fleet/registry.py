@@ -1,0 +1,267 @@
+"""What a front knows of its workers: who is ready, which states and sandboxes are where.
+
+- All of it is learned from the workers and can be learned again: a front keeps nothing on disk.
+- A worker counts from the moment that its states and sandboxes are known.
+- A worker that is not ready for a while keeps what it has; one whose process began anew has lost
+  its sandboxes, one that is gone its states too, and this is remembered for those who ask.
+- Memory is bounded: what falls out is asked of the workers anew.
+"""
+
+import asyncio
+import contextlib
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from regreen.rpc.errors import NotFound, RegreenError, Unavailable
+from regreen.rpc.logging import get
+from regreen.sandbox import v1 as pb
+from sandbox_svc.fleet.calls import METHODS, Endpoint, Worker
+from sandbox_svc.fleet.ring import ranked
+
+_KNOWN = 200_000
+_LOST = 20_000
+_PAGE = 1000
+_AGAIN_S = 0.3
+
+
+class Registry:
+    """The workers of one front."""
+
+    def __init__(self) -> None:
+        self.ready: dict[str, Worker] = {}
+        self.keys: dict[str, str] = {}
+        """State id to what its line of descent is placed by: the id of its first ancestor."""
+        self._endpoints: dict[str, Endpoint] = {}
+        self._holders: dict[str, set[str]] = {}
+        self._sandboxes: OrderedDict[str, str] = OrderedDict()
+        self._lost: OrderedDict[str, str] = OrderedDict()
+        self._greeting: dict[str, asyncio.Task[None]] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()
+        self._log = get()
+
+    async def close(self) -> None:
+        """End all channels."""
+        for name in list(self._endpoints):
+            self._leave(name)
+        await asyncio.gather(*self._closing, return_exceptions=True)
+
+    async def wait_ready(self, timeout_s: float) -> bool:
+        """Whether there is a worker within so long."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while not self.ready:
+                    self._changed.clear()
+                    await self._changed.wait()
+        return bool(self.ready)
+
+    def update(self, endpoints: Iterable[Endpoint]) -> None:
+        """Take note of the workers that there are now."""
+        now = {endpoint.name: endpoint for endpoint in endpoints}
+        for name, old in list(self._endpoints.items()):
+            new = now.get(name)
+            if new is None or new.incarnation != old.incarnation:
+                self._drop(name)
+            elif new.process != old.process:
+                self._leave(name)
+                self._end_sandboxes(name)
+            elif not new.ready or new.address != old.address:
+                self._leave(name)
+        self._endpoints = now
+        for name, endpoint in now.items():
+            if endpoint.ready and name not in self.ready and name not in self._greeting:
+                self._greeting[name] = asyncio.create_task(self._greet(endpoint))
+
+    async def _greet(self, endpoint: Endpoint) -> None:
+        """Learn what a worker has, then let it count."""
+        worker = Worker(endpoint)
+        try:
+            while True:
+                try:
+                    await self._learn_all(worker)
+                    break
+                except RegreenError as error:
+                    self._log.warning("worker not known yet", worker=worker.name, why=str(error))
+                    await asyncio.sleep(_AGAIN_S)
+            self.ready[worker.name] = worker
+            self._log.info("worker ready", worker=worker.name, states=len(self._holders))
+            self._changed.set()
+        finally:
+            if self._greeting.get(endpoint.name) is asyncio.current_task():
+                del self._greeting[endpoint.name]
+            if self.ready.get(endpoint.name) is not worker:
+                await worker.close()
+
+    async def _learn_all(self, worker: Worker) -> None:
+        listed = [state async for state in pages(worker, "StateService/ListStates", "states")]
+        for state_id in [key for key, held in self._holders.items() if worker.name in held]:
+            self.forget_state(state_id, worker.name)
+        for state in listed:
+            self.learn_state(worker, state)
+        async for sandbox in pages(worker, "SandboxService/ListSandboxes", "sandboxes"):
+            self.learn_sandbox(worker, sandbox.id)
+
+    def _leave(self, name: str) -> Worker | None:
+        """Use a worker no more; what it has stays known."""
+        if task := self._greeting.pop(name, None):
+            task.cancel()
+        worker = self.ready.pop(name, None)
+        if worker is not None:
+            closing = asyncio.create_task(worker.close())
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+        return worker
+
+    def _drop(self, name: str) -> None:
+        """Forget what a worker had."""
+        self._leave(name)
+        self._end_sandboxes(name)
+        states = 0
+        for state_id, holders in list(self._holders.items()):
+            holders.discard(name)
+            if not holders:
+                del self._holders[state_id]
+                self._remember_loss(state_id, name)
+                states += 1
+        self._log.warning("worker lost", worker=name, states=states)
+
+    def _end_sandboxes(self, name: str) -> None:
+        sandboxes = [sandbox for sandbox, where in self._sandboxes.items() if where == name]
+        for sandbox in sandboxes:
+            del self._sandboxes[sandbox]
+            self._remember_loss(sandbox, name)
+        self._log.warning("sandboxes ended with their worker", worker=name, count=len(sandboxes))
+
+    def _remember_loss(self, id_: str, worker: str) -> None:
+        self._lost[id_] = worker
+        while len(self._lost) > _LOST:
+            self._lost.popitem(last=False)
+
+    def lost_with(self, id_: str) -> str:
+        """The worker that took a state or sandbox with it; empty when none is known."""
+        return self._lost.get(id_, "")
+
+    def learn_state(self, worker: Worker, state: pb.State) -> None:
+        """A worker holds a state."""
+        self._holders.setdefault(state.id, set()).add(worker.name)
+        self._lost.pop(state.id, None)
+        parent = state.parent_id
+        self.keys.setdefault(state.id, self.keys.get(parent, parent) if parent else state.id)
+
+    def forget_state(self, state_id: str, worker: str | None = None) -> None:
+        """A worker, or all of them, holds a state no more."""
+        holders = self._holders.get(state_id, set())
+        holders.difference_update([worker] if worker else list(holders))
+        if not holders:
+            self._holders.pop(state_id, None)
+            self.keys.pop(state_id, None)
+
+    def learn_sandbox(self, worker: Worker, sandbox_id: str) -> None:
+        """A sandbox lives on a worker."""
+        self._sandboxes[sandbox_id] = worker.name
+        self._sandboxes.move_to_end(sandbox_id)
+        while len(self._sandboxes) > _KNOWN:
+            self._sandboxes.popitem(last=False)
+
+    def forget_sandbox(self, sandbox_id: str) -> None:
+        """A sandbox is over."""
+        self._sandboxes.pop(sandbox_id, None)
+
+    def holders(self, state_id: str) -> set[str]:
+        """Names of the workers that hold a state, ready or not."""
+        return set(self._holders.get(state_id, ()))
+
+    def states(self) -> Iterator[str]:
+        """Ids of the states that some worker holds."""
+        return iter(self._holders)
+
+    def ranked(self, key: str) -> Sequence[Worker]:
+        """The ready workers in the order in which a key prefers them.
+
+        Raises:
+            Unavailable: there is none.
+        """
+        if not self.ready:
+            raise Unavailable("no worker is ready; try again", retry_after_s=1.0)
+        return [self.ready[name] for name in ranked(key, self.ready)]
+
+    async def worker_of(self, sandbox_id: str) -> Worker:
+        """The worker on which a sandbox lives.
+
+        Raises:
+            NotFound: it lives nowhere, or its worker is lost.
+            Unavailable: its worker is not ready for now.
+        """
+        name = self._sandboxes.get(sandbox_id)
+        if name is None and (lost := self._lost.get(sandbox_id)):
+            raise NotFound(
+                f"sandbox {sandbox_id} ended with its worker {lost}; create it again",
+                metadata={"id": sandbox_id, "worker": lost},
+            )
+        if name is None:
+            found = await self.ask_all("SandboxService/GetSandbox", id=sandbox_id)
+            for worker, response in found:
+                self.learn_sandbox(worker, response.sandbox.id)
+                return worker
+            raise NotFound(f"no such sandbox: {sandbox_id}", metadata={"id": sandbox_id})
+        if name not in self.ready:
+            raise Unavailable(
+                f"worker {name} is not ready; try again",
+                metadata={"worker": name},
+                retry_after_s=1.0,
+            )
+        return self.ready[name]
+
+    async def find_state(self, state_id: str) -> set[str]:
+        """Ready workers that hold a state; asked for when none is known."""
+        known = self.holders(state_id) & set(self.ready)
+        if known:
+            return known
+        for worker, response in await self.ask_all("StateService/GetState", id=state_id):
+            self.learn_state(worker, response.state)
+        return self.holders(state_id) & set(self.ready)
+
+    async def ask_all(self, method: str, **fields: Any) -> Sequence[tuple[Worker, Any]]:
+        """The answers of those ready workers that have what is asked for.
+
+        Raises:
+            Unavailable: nobody has it, and somebody did not answer.
+        """
+        asked = METHODS[method]
+        workers = list(self.ready.values())
+        answers = await asyncio.gather(
+            *(worker.call(asked, asked.request(**fields)) for worker in workers),
+            return_exceptions=True,
+        )
+        pairs = list(zip(workers, answers, strict=True))
+        for _, answer in pairs:
+            if isinstance(answer, BaseException) and not isinstance(answer, RegreenError):
+                raise answer
+        found = [(w, a) for w, a in pairs if not isinstance(a, RegreenError)]
+        silent = [a for _, a in pairs if isinstance(a, RegreenError) and not _is_no(a)]
+        if silent and not found:
+            raise silent[0]
+        return found
+
+    def count(self, state: str) -> int:
+        """How many workers are "ready", or "waiting" to be."""
+        ready = len(self.ready)
+        return ready if state == "ready" else max(0, len(self._endpoints) - ready)
+
+
+def _is_no(error: RegreenError) -> bool:
+    return isinstance(error, NotFound)
+
+
+async def pages(worker: Worker, method: str, field: str, **fields: Any) -> Any:
+    """Every entry of a list of one worker."""
+    asked, token = METHODS[method], ""
+    while True:
+        request = asked.request(page_size=_PAGE, page_token=token, **fields)
+        response = await worker.call(asked, request)
+        for entry in getattr(response, field):
+            yield entry
+        token = response.next_page_token
+        if not token:
+            return

@@ -1,0 +1,50 @@
+"""Brings a front up and down: cluster, workers, routes, server.
+
+- It serves from the moment that a worker is ready, or says why none is and ends.
+- At the end the workers go, unless they are to stay; states that were to be kept are kept first.
+"""
+
+import contextlib
+import functools
+from collections.abc import AsyncIterator
+
+from regreen.blobs import open_blobs
+from regreen.rpc.errors import MissingDependency
+from regreen.rpc.server import Server
+from sandbox_svc import metrics
+from sandbox_svc.fleet.archive import Archive
+from sandbox_svc.fleet.calls import SERVICES
+from sandbox_svc.fleet.front import Front
+from sandbox_svc.fleet.kube import KubeWorkers
+from sandbox_svc.fleet.manifests import Plan
+from sandbox_svc.fleet.registry import Registry
+from sandbox_svc.fleet.router import Router
+from sandbox_svc.settings import SandboxSettings
+
+
+@contextlib.asynccontextmanager
+async def serving(settings: SandboxSettings) -> AsyncIterator[Server]:
+    """The running front."""
+    home = settings.home / "sandbox"
+    home.mkdir(parents=True, exist_ok=True)
+    registry = Registry()
+
+    for state in ("ready", "waiting"):
+        metrics.WORKERS.labels(state).set_function(functools.partial(registry.count, state))
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(registry.close)
+        workers = KubeWorkers(Plan(settings), registry.update)
+        stack.push_async_callback(workers.close)
+        await workers.start()
+        if not await registry.wait_ready(settings.kube_start_s):
+            raise MissingDependency(
+                f"no worker was ready within {settings.kube_start_s:.0f} s ({workers.explain()}); "
+                "look at the pods, or wait longer with kube_start_s"
+            )
+        blobs = open_blobs(settings.blobs or settings.home / "blobs")
+        router = Router(registry, Archive(blobs, home / "moving"), keep=settings.fleet_keep)
+        stack.push_async_callback(router.close)
+        server = Server(settings, SERVICES)
+        Front(router).add_to(server.grpc)
+        async with server:
+            yield server
