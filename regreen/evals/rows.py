@@ -2,9 +2,9 @@
 
 - One `Outcome` per committed trajectory of an evaluation; nothing is estimated here.
 - A trajectory is graded under every grader from the same record: the verdict that was stored under
-  the grader it ran with, the reward composed with the run's own `reward.*` settings under the others.
-- The grader with the judge is told only of rollouts that asked the judge: rules alone are no verdict
-  of a model that may have been configured.
+  the grader it ran with, the reward composed with the run's `reward.*` settings under the others.
+- The grader with the judge is told only of rollouts that asked the judge: rules alone are not the
+  verdict of a model that may have been configured.
 """
 
 import asyncio
