@@ -4,13 +4,13 @@
 - An answer is free if some way through the method gives it without a comparison or call that
   involves all operands; a guard that involves them makes everything after it depend on them.
 - Names carry on what was assigned to them; calls of the file's own functions are looked into.
-- Nothing is executed. What cannot be told counts as dependent.
+- Nothing is executed. A function that is too large to be told has `told` off and no free answer.
 """
 
 import ast
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import islice, pairwise
 
 from judge_svc.pyfile import FunctionNode, body_of, dotted
 
@@ -20,7 +20,7 @@ _TYPE_ONLY = {"isinstance", "issubclass", "type", "hasattr", "callable", "print"
 _NO_ANSWER = {*_TYPE_ONLY, "bool", "id", "len", "hash", "repr", "str", "all", "any", "zip"}
 _TYPE_NAMES = {"__class__", "__name__", "__qualname__", "__module__", "__doc__"}
 _DEPTH = 3
-_MAX_NODES = 5000
+_MAX_NODES = 1500
 _BINDING = (
     *(ast.Assign, ast.AugAssign, ast.AnnAssign, ast.NamedExpr, ast.For, ast.AsyncFor),
     *(ast.comprehension, ast.withitem, ast.Match, ast.Call),
@@ -39,6 +39,13 @@ class Operands:
     depth: int = 0
     taints: dict[str, frozenset[str]] = field(default_factory=dict)
     joint_names: set[str] = field(default_factory=set)
+    told: bool = True
+    others: "dict[tuple[int, int], Operands]" = field(default_factory=dict)
+    """Functions that were looked into already, by identity and depth."""
+    _decides: bool | None = None
+    _free: dict[bool, list[ast.AST]] = field(default_factory=dict)
+    _known: dict[int, frozenset[str]] | None = None
+    """Taints by node, once all names are bound."""
 
     def __post_init__(self) -> None:
         given = self.function.args
@@ -46,21 +53,26 @@ class Operands:
         names += [a.arg for a in (given.vararg, given.kwarg) if a is not None]
         for position, name in enumerate(names):
             self.taints[name] = frozenset({OTHER if position else SELF})
-        nodes = [node for node in ast.walk(self.function) if isinstance(node, _BINDING)]
+        every = list(islice(ast.walk(self.function), _MAX_NODES + 1))
+        self.told = len(every) <= _MAX_NODES
+        nodes = [node for node in every if isinstance(node, _BINDING)] if self.told else []
         for _ in range(3):  # a name may be used above its binding in a loop
+            self._known = {}
             for node in nodes:
                 self._bind(node)
+        self._known = {}
 
     def free(self, answer: bool) -> list[ast.AST]:
         """Where `answer` is given whatever the operands hold."""
-        if sum(1 for _ in ast.walk(self.function)) > _MAX_NODES:
-            return []
-        if isinstance(self.function, ast.Lambda):
-            body = self.function.body
-            return [body] if self.may_be(body, answer) else []
-        found: list[ast.AST] = []
-        self._walk(body_of(self.function), answer, found)
-        return found
+        if self.told and answer not in self._free:
+            found: list[ast.AST] = []
+            if isinstance(self.function, ast.Lambda):
+                body = self.function.body
+                found += [body] if self.may_be(body, answer) else []
+            else:
+                self._walk(body_of(self.function), answer, found)
+            self._free[answer] = found
+        return self._free.get(answer, [])
 
     def _walk(self, body: Iterable[ast.stmt], answer: bool, found: list[ast.AST]) -> bool:
         """Collect free answers; whether what follows depends on a guard."""
@@ -116,7 +128,9 @@ class Operands:
 
     def decides(self) -> bool:
         """Whether some answer or guard involves all operands."""
-        return any(self.joint(part) for part in _answers(self.function))
+        if self._decides is None:
+            self._decides = any(self.joint(part) for part in _answers(self.function))
+        return self._decides
 
     def joint(self, node: ast.AST) -> bool:
         """Whether something inside compares, or calls with, all operands."""
@@ -152,7 +166,12 @@ class Operands:
         known = function is not None and function is not self.function and self.depth < _DEPTH
         if not known or function is None or not self._across(_pieces(node)):
             return None
-        return Operands(function, self.callees, self.needed, self.depth + 1)
+        key = (id(function), self.depth + 1)
+        if key not in self.others:
+            self.others[key] = Operands(
+                function, self.callees, self.needed, self.depth + 1, others=self.others
+            )
+        return self.others[key]
 
     def _across(self, pieces: list[ast.expr]) -> bool:
         """Whether one piece brings one operand and another piece the other."""
@@ -166,6 +185,12 @@ class Operands:
 
     def taint(self, node: ast.AST) -> frozenset[str]:
         """The operands whose content is in an expression."""
+        known = self._known if self._known is not None else {}
+        if id(node) not in known:
+            known[id(node)] = self._taint(node)
+        return known[id(node)]
+
+    def _taint(self, node: ast.AST) -> frozenset[str]:
         if isinstance(node, ast.Name):
             return self.taints.get(node.id, frozenset())
         if isinstance(node, ast.Attribute) and node.attr in _TYPE_NAMES:
@@ -216,7 +241,9 @@ class Operands:
                     self.joint_names.add(part.id)
 
     def _add(self, name: str, given: frozenset[str]) -> None:
-        self.taints[name] = self.taints.get(name, frozenset()) | given
+        if not given <= self.taints.get(name, frozenset()):
+            self.taints[name] = self.taints.get(name, frozenset()) | given
+            self._known = {}
 
 
 def _pieces(node: ast.Call) -> list[ast.expr]:

@@ -71,6 +71,9 @@ def _found(file: PyFile) -> Iterator[tuple[_Method, frozenset[str], Severity]]:
         own = _own_functions(owner)
         operands = Operands(function, {**functions, **own}, _needed(name))
         free = _free(name, operands)
+        if not operands.told:
+            yield method, frozenset({source_of(function)}), SUSPECT
+            continue
         if name in _EQUAL and owner is not None and not _state(owner, classes):
             free = [node for node in free if not _own_type(node, function, owner.name)]
         built_in = owner is not None and _built_in(owner, classes)
