@@ -15,6 +15,7 @@ from enum import IntEnum
 from itertools import takewhile
 
 from judge_svc.pyfile import FunctionNode, PyFile
+from judge_svc.spelling import is_own, parts_of, pieces_of
 
 RUNNERS = ("pytest", "_pytest", "unittest", "pluggy", "coverage", "builtins", "__builtins__")
 _NAMED = ("pytest", "_pytest", "pluggy")
@@ -38,11 +39,10 @@ _SEEN_THROUGH = {
 _WALKERS = ("gc.get_", "object.__subclasses__")
 _LOOKERS = ("gc.", "inspect.stack", "inspect.currentframe", "inspect.getmodule", "sys._getframe")
 _INSIDES = {
-    *("f_back", "f_globals", "f_locals", "tb_frame", "gi_frame", "cr_frame"),
-    *("__globals__", "__subclasses__"),
+    *("gi_frame", "cr_frame", "__globals__", "__subclasses__"),
 }
+_FRAMES = {"f_back", "f_globals", "f_locals", "tb_frame"}
 _READERS = {"get", "values", "items", "copy", "pop", "setdefault", "__getitem__"}
-_OWN_NAMES = {"__name__", "__package__", "__spec__"}
 _TELLING = {*RUNNERS, "sys", "importlib", "pkgutil", "gc", "inspect"}
 _MAX_TEXT = 1000
 
@@ -55,9 +55,11 @@ class Reach(IntEnum):
     """A module that a literal key names and that is no runner."""
     UNKNOWN = 2
     """Something that the text does not tell."""
-    ANYTHING = 3
+    FRAME = 3
+    """What a frame of a caller holds."""
+    ANYTHING = 4
     """One of all objects of the process."""
-    RUNNER = 4
+    RUNNER = 5
 
 
 @dataclass(slots=True)
@@ -97,7 +99,7 @@ class Scope:
         if isinstance(node, ast.Name):
             return self.texts.get(node.id)
         if isinstance(node, ast.JoinedStr):
-            return self._joined("", _pieces(node))
+            return self._joined("", pieces_of(node))
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
             return self._joined("", [node.left, node.right])
         if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Slice):
@@ -154,12 +156,12 @@ class Scope:
             return Reach.NOTHING if own else Reach.NAMED
         if node is None:
             return Reach.UNKNOWN
-        pieces = (self.text(piece) for piece in _pieces(node))
+        pieces = (self.text(piece) for piece in pieces_of(node))
         lead = "".join(piece or "" for piece in takewhile(lambda text: text is not None, pieces))
         told = [str(part.value) for part in ast.walk(node) if isinstance(part, ast.Constant)]
         if any(map(names_runner, (lead, *told))):
             return Reach.RUNNER
-        return Reach.NOTHING if _own(node, self.file.bound) else Reach.UNKNOWN
+        return Reach.NOTHING if is_own(node, self.file.bound) else Reach.UNKNOWN
 
     def of(self, node: ast.AST) -> Reach:
         """What an expression reaches."""
@@ -178,6 +180,7 @@ class Scope:
             if node.attr == "f_builtins":
                 return Reach.RUNNER
             inside = Reach.UNKNOWN if node.attr in _INSIDES else Reach.NOTHING
+            inside = Reach.FRAME if node.attr in _FRAMES else inside
             return _part(max(inside, self.of(node.value)), node.attr)
         if isinstance(node, ast.Subscript):
             if self.modules(node.value):
@@ -185,7 +188,7 @@ class Scope:
             return _part(self.of(node.value), self.text(node.slice))
         if isinstance(node, ast.Call):
             return self._call(node)
-        return max((self.of(part) for part in _parts(node)), default=Reach.NOTHING)
+        return max((self.of(part) for part in parts_of(node)), default=Reach.NOTHING)
 
     def _call(self, node: ast.Call) -> Reach:
         path, first = self.path(node.func), node.args[0] if node.args else None
@@ -198,10 +201,14 @@ class Scope:
         named = max((self._by_name(arg) for arg in node.args), default=Reach.NOTHING)
         if path in _SEEN_THROUGH:
             level = max((self.of(arg) for arg in node.args), default=Reach.NOTHING)
+            if path == "dict" and level is Reach.FRAME:
+                return Reach.UNKNOWN  # a copy of what the frame holds
             return _part(level, *(self.text(arg) for arg in node.args))
         if isinstance(node.func, ast.Name):
             return max(named, self.file.returns.get(node.func.id, Reach.NOTHING))
         if isinstance(node.func, ast.Attribute):
+            if node.func.attr == "copy" and self.of(node.func.value) is Reach.FRAME:
+                return Reach.UNKNOWN
             if node.func.attr in _READERS:
                 if first is not None and self.modules(node.func.value):
                     return self.key(first)
@@ -237,52 +244,6 @@ def _part(level: Reach, *names: str | None) -> Reach:
     return level
 
 
-def _own(node: ast.AST, rebound: Collection[str]) -> bool:
-    """Whether a key is the module's own name, or that name, a dot and something."""
-    if isinstance(node, ast.Name):
-        return node.id in _OWN_NAMES and node.id not in rebound
-    if isinstance(node, ast.Attribute):
-        own = isinstance(node.value, ast.Name) and node.value.id == "__spec__"
-        return own and node.attr in ("name", "parent") and "__spec__" not in rebound
-    if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Call):
-        func = node.value.func
-        first = isinstance(node.slice, ast.Constant) and node.slice.value == 0
-        cut = isinstance(func, ast.Attribute) and func.attr in ("split", "partition")
-        return first and cut and isinstance(func, ast.Attribute) and _own(func.value, rebound)
-    pieces = _pieces(node)
-    if len(pieces) < 2 or not isinstance(pieces[1], ast.Constant):
-        return False
-    return str(pieces[1].value).startswith(".") and _own(pieces[0], rebound)
-
-
-def _pieces(node: ast.AST) -> list[ast.AST]:
-    """What a sum or an f-string puts together, from the left."""
-    if isinstance(node, ast.JoinedStr):
-        shaped = [v for v in node.values if getattr(v, "format_spec", None) is not None]
-        found = [v.value if isinstance(v, ast.FormattedValue) else v for v in node.values]
-        return [] if shaped else list(found)
-    pieces: list[ast.AST] = []
-    while isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        pieces.insert(0, node.right)
-        node = node.left
-    return [node, *pieces]
-
-
-def _parts(node: ast.AST) -> list[ast.expr]:
-    """The expressions whose reach an expression inherits."""
-    if isinstance(node, ast.NamedExpr | ast.Starred | ast.Await):
-        return [node.value]
-    if isinstance(node, ast.IfExp):
-        return [node.body, node.orelse]
-    if isinstance(node, ast.BoolOp):
-        return node.values
-    if isinstance(node, ast.Tuple | ast.List | ast.Set):
-        return node.elts
-    if isinstance(node, ast.ListComp | ast.SetComp | ast.GeneratorExp):
-        return [generator.iter for generator in node.generators]
-    return []
-
-
 @dataclass(slots=True)
 class Reaching:
     """A file with what its names reach."""
@@ -302,14 +263,17 @@ class Reaching:
     """What methods are given in place of their instance, by name."""
     methods: frozenset[ast.AST] = frozenset()
     classes: frozenset[str] = frozenset()
+    functions: frozenset[str] = frozenset()
 
     def scopes(self) -> list[tuple[Scope, list[ast.AST]]]:
         """Each function's scope, the module's first, with the nodes that belong to it."""
         found = list(self._walk())
         for scope, nodes in found:
             for node in nodes:
-                if isinstance(node, ast.Return) and node.value is not None:
-                    name, level = getattr(nodes[0], "name", ""), scope.of(node.value)
+                gives = isinstance(node, ast.Return | ast.Yield | ast.YieldFrom)
+                if gives and node.value is not None:  # type: ignore[attr-defined]
+                    value = node.value  # type: ignore[attr-defined]
+                    name, level = getattr(nodes[0], "name", ""), scope.of(value)
                     if level > self.returns.get(name, Reach.NOTHING):
                         self.returns[name] = level
         # What functions give and get may matter to names that were bound before that was known.
@@ -363,6 +327,7 @@ def reaching(file: PyFile, own: Collection[str]) -> Reaching | None:
     found = Reaching(file.tree, frozenset(own), starred, bound)
     classes = [node for node in file.nodes if isinstance(node, ast.ClassDef)]
     found.classes = frozenset(one.name for one in classes)
+    found.functions = frozenset(name for name in file.functions if "." not in name)
     inside = [node for one in classes for node in one.body if isinstance(node, FunctionNode)]
     found.methods = frozenset(n for n in inside if "staticmethod" not in _decorators(n))
     return found
@@ -437,7 +402,7 @@ def _bind(scope: Scope, node: ast.AST) -> None:
     elif isinstance(node, ast.AnnAssign | ast.NamedExpr) and node.value is not None:
         _assign(scope, node.target, node.value)
     elif isinstance(node, ast.For | ast.AsyncFor | ast.comprehension):
-        for text in map(scope.text, _parts(node.iter)):
+        for text in map(scope.text, parts_of(node.iter)):
             if isinstance(node.target, ast.Name) and names_runner(text or ""):
                 scope.texts[node.target.id] = text or ""
         _spread(scope, node.target, scope.of(node.iter))
@@ -452,11 +417,15 @@ def _pass(scope: Scope, node: ast.Call) -> None:
     given = [*node.args, *(keyword.value for keyword in node.keywords)]
     name = getattr(node.func, "id", "") or getattr(node.func, "attr", "")
     called = [part for part in (node.func, *given) if isinstance(part, ast.Lambda)]
-    if not given or not (called or scope.file.bound[name]):
+    # A function that is given along, to a thread for example, is called with the rest.
+    names = {name, *(part.id for part in given if isinstance(part, ast.Name))}
+    names = {one for one in names if scope.file.bound[one]}
+    if not given or not (called or names):
         return
     level = max(scope.of(part) for part in given)
-    if level > scope.file.passed.get(name, Reach.NOTHING):
-        scope.file.passed[name] = level
+    for one in names:
+        if level > scope.file.passed.get(one, Reach.NOTHING):
+            scope.file.passed[one] = level
     owner = node.func.value if isinstance(node.func, ast.Attribute) else None
     if node.args and isinstance(owner, ast.Name) and owner.id in scope.file.classes:
         first = max(scope.of(node.args[0]), scope.file.passed_first.get(name, Reach.NOTHING))

@@ -6,10 +6,20 @@
 """
 
 from judge_svc.evidence import Evidence, Finding, Severity
-from judge_svc.rules import collection, config, harness, outcomes, runner, source, tests
+from judge_svc.rules import (
+    collection,
+    config,
+    equality,
+    harness,
+    outcomes,
+    runner,
+    skipping,
+    source,
+    tests,
+)
 from judge_svc.rules.base import Bounds, Context, Rule
 
-RULES_VERSION = "3"
+RULES_VERSION = "4"
 MAX_PER_CLASS = 20
 
 RULES: tuple[Rule, ...] = (
@@ -29,6 +39,8 @@ RULES: tuple[Rule, ...] = (
     source.shadowed,
     harness.exits,
     harness.special_cased,
+    equality.comparisons,
+    skipping.skips,
     harness.addressed,
     source.swallowed,
     source.removed,

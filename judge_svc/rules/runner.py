@@ -1,8 +1,9 @@
 """Rules on code that reaches into the test runner, builtins or the import system.
 
-- What is stored through a value that is known to be a part of the runner, or through a walk over
-  all objects, is a violation; through a value that cannot be told it is suspect, as is the bare
-  name of the runner in source. What a file did before the change is never held against it.
+- What is stored through a value that is known to be a part of the runner, through a frame or a walk
+  over all objects, or as the code of a function that is not the file's own, is a violation; through
+  a value that cannot be told it is suspect, as is the bare name of the runner in source.
+- What a file did before the change is never held against it.
 - Changing what only a project's own name or an import of another package leads to is ordinary.
 - A file that cannot be read as a tree is read as text, and then its words count.
 """
@@ -143,6 +144,9 @@ def _stored(scope: Scope, target: ast.expr, source: bool) -> Severity | None:
 def _changed(scope: Scope, owner: ast.AST, name: str | None, source: bool) -> Severity | None:
     """How grave it is to change `name` of what `owner` is; None is a name that is not told."""
     level = scope.of(owner)
+    if name == "__code__" and source:
+        own = isinstance(owner, ast.Name) and owner.id in scope.file.functions
+        return SUSPECT if own and level is Reach.NOTHING else VIOLATION
     if level is Reach.RUNNER:
         whole = scope.path(owner).removesuffix(".__dict__") in ("builtins", "__builtins__")
         new = whole and name is not None and name not in _BUILTINS
@@ -150,7 +154,7 @@ def _changed(scope: Scope, owner: ast.AST, name: str | None, source: bool) -> Se
     if not source or level is Reach.NOTHING:
         return None
     part = level is Reach.UNKNOWN and name in RUNNER_PARTS
-    return VIOLATION if part or level is Reach.ANYTHING else SUSPECT
+    return VIOLATION if part or level >= Reach.FRAME else SUSPECT
 
 
 def _replaced(scope: Scope, key: ast.AST, source: bool) -> Severity | None:

@@ -2,18 +2,24 @@
 
 - One `Outcome` per committed trajectory of an evaluation; nothing is estimated here.
 - A trajectory is graded under every grader from the same record: the verdict that was stored under
-  the grader it ran with, the composed reward under the others.
+  the grader it ran with, the reward composed with the run's `reward.*` settings under the others.
+- The grader with the judge is told only of rollouts that asked the judge: rules alone are not the
+  verdict of a model that may have been configured.
 """
 
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from google.protobuf.json_format import MessageToDict
+
 from regreen.client.stack import Stack
+from regreen.common import v1 as common_pb
 from regreen.dataset import v1 as dataset_pb
 from regreen.evals.markov import tool_sequence
 from regreen.evals.run import slot_of
-from regreen.rollout.reward import compose
+from regreen.rollout.context import EpisodeSpec, with_labels
+from regreen.rollout.reward import RewardSettings, compose
 from regreen.rpc.errors import InfraError, InvalidArgument
 from regreen.train.names import GRADERS, grader_name
 from regreen.train.rows import all_trajectories
@@ -51,19 +57,28 @@ class Outcome:
 
 async def load_outcomes(stack: Stack, run_id: str) -> list[Outcome]:
     """Every trajectory of an evaluation, in slot order."""
+    rewards = rewards_of(await stack.runs.get_run(run_id))
     filter = dataset_pb.TrajectoryFilter(run_id=run_id)
     ids = [row.id async for row in all_trajectories(stack, filter)]
     room = asyncio.Semaphore(_CONCURRENCY)
 
     async def one(id: str) -> Outcome:
         async with room:
-            return outcome_of(await stack.trajectories.get_trajectory(id))
+            return outcome_of(await stack.trajectories.get_trajectory(id), rewards)
 
     found = await asyncio.gather(*(one(id) for id in ids))
     return sorted(found, key=lambda o: (o.subject, o.task_id, o.pipeline, o.mode, o.sample))
 
 
-def outcome_of(trajectory: dataset_pb.Trajectory) -> Outcome:
+def rewards_of(run: dataset_pb.Run) -> RewardSettings:
+    """The numbers that an evaluation's rollouts were graded with."""
+    settings = MessageToDict(run.config).get("settings") or {}
+    labels = {k: str(v) for k, v in (settings.get("labels") or {}).items()}
+    chosen = {k: v for k, v in labels.items() if k.startswith("reward.")}
+    return with_labels(EpisodeSpec(), chosen).rewards
+
+
+def outcome_of(trajectory: dataset_pb.Trajectory, rewards: RewardSettings | None = None) -> Outcome:
     """One stored trajectory as the report counts it."""
     slot = slot_of(trajectory)
     total_s = trajectory.end_time.ToNanoseconds() - trajectory.start_time.ToNanoseconds()
@@ -74,7 +89,7 @@ def outcome_of(trajectory: dataset_pb.Trajectory) -> Outcome:
         pipeline=slot.pipeline,
         mode=slot.mode,
         sample=slot.sample,
-        solved=solved_by_grader(trajectory),
+        solved=solved_by_grader(trajectory, rewards),
         graded=grader_name(trajectory.grader),
         hacks=tuple(sorted(set(trajectory.reward.hacks))),
         tools=tuple(tool_sequence(trajectory)),
@@ -87,12 +102,16 @@ def outcome_of(trajectory: dataset_pb.Trajectory) -> Outcome:
     )
 
 
-def solved_by_grader(trajectory: dataset_pb.Trajectory) -> dict[str, bool]:
+def solved_by_grader(
+    trajectory: dataset_pb.Trajectory, rewards: RewardSettings | None = None
+) -> dict[str, bool]:
     """Whether the trajectory is solved, under every grader that the record can tell."""
     found: dict[str, bool] = {}
     for name, grader in GRADERS.items():
         if grader == trajectory.grader:
             found[name] = trajectory.reward.solved
+            continue
+        if grader == common_pb.GRADER_BUILD_GATES_JUDGE and "judge" not in trajectory.labels:
             continue
         try:
             found[name] = compose(
@@ -102,6 +121,7 @@ def solved_by_grader(trajectory: dataset_pb.Trajectory) -> dict[str, bool]:
                 verdict=trajectory.verdict if trajectory.HasField("verdict") else None,
                 turns=trajectory.turns,
                 changes=trajectory.changes,
+                settings=rewards,
             ).solved
         except (InvalidArgument, InfraError):
             continue  # the record lacks what this grader needs, for example the judge's verdict

@@ -28,6 +28,7 @@ from regreen.rollout.episode import Runner
 from regreen.rollout.worker import knowledge_of
 from regreen.rpc.errors import (
     Aborted,
+    AlreadyExists,
     FailedPrecondition,
     InvalidArgument,
     RegreenError,
@@ -273,7 +274,7 @@ class _Evaluation:
         while len(failures) < self.config.attempts:
             try:
                 trajectory = await self._episode(slot)
-                await self.stack.trajectories.commit_trajectory(trajectory)
+                await self._commit(trajectory)
                 self.recovery.progressed(self.meter.done)
                 solved = "solved" if trajectory.reward.solved else "not solved"
                 self.meter.advance(detail=f"{slot.subject} on {slot.task_id}: {solved}")
@@ -290,6 +291,14 @@ class _Evaluation:
             raise FailedPrecondition(f"{failures[-1]}; stop the client that switches the policy")
         self.lost.append(slot)
         self.meter.advance(detail=f"{slot.subject} on {slot.task_id}: lost to the platform")
+
+    async def _commit(self, trajectory: dataset_pb.Trajectory) -> None:
+        """Store it; a slot whose earlier commit landed, and only its answer was lost, is done."""
+        try:
+            await self.stack.trajectories.commit_trajectory(trajectory)
+        except AlreadyExists:
+            stored = await self.stack.trajectories.get_trajectory(trajectory.id)
+            trajectory.CopyFrom(stored)
 
     async def _episode(self, slot: Slot) -> dataset_pb.Trajectory:
         pipeline = pipeline_of(slot.pipeline)

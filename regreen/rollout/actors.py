@@ -111,7 +111,6 @@ class PolicyActor:
                 view.context,
                 sampling=sampling,
                 trajectory_id=view.trajectory_id,
-                min_version=view.spec.min_version,
             )
             completion = response.completions[0]
             if completion.finish_reason != policy_pb.FINISH_REASON_ABORT:

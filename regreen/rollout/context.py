@@ -126,7 +126,6 @@ class EpisodeSpec:
     attempt: int = 0
     group_seed: int = 0
     policy_name: str = ""
-    min_version: int = 0
     budget: Budget = SIMPLIFIED
     sampling: Sampling = field(default_factory=Sampling)
     knobs: Knobs = field(default_factory=Knobs)

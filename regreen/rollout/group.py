@@ -56,7 +56,6 @@ async def shared_start(runner: Runner, task: pb.Task, spec: EpisodeSpec, size: i
             seed=derive_seed(spec.group_seed, "first"),
             max_new_tokens=max(1, min(room, spec.budget.turn_tokens)),
         ),
-        min_version=spec.min_version,
     )
     samples = tuple(sample_of(completion) for completion in response.completions)
     return SharedStart(prompt, samples)

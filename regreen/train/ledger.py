@@ -10,6 +10,8 @@
 - A driver that another one has replaced is told so at its next mutation (the run's epoch), and
   never resumes.
 - Recording a checkpoint and acknowledging its groups is one transaction of the dataset service.
+- A recorded checkpoint that is damaged is passed over for the newest one that the learner can open;
+  the queue is rewound to that one, and progress says so.
 - Weights move by reference.
 - Watching a step changes nothing; a stream that breaks is not opened again.
 """
@@ -23,13 +25,15 @@ from regreen.client.stack import Stack
 from regreen.dataset import v1 as dataset_pb
 from regreen.learner import v1 as learner_pb
 from regreen.rpc.errors import (
+    DataLoss,
     FailedPrecondition,
     InvalidArgument,
     NotFound,
     RegreenError,
     Unavailable,
 )
-from regreen.train.rows import last_checkpoint
+from regreen.train.progress import Listener, Progress, ignore
+from regreen.train.rows import all_checkpoints, last_checkpoint
 from regreen.train.weights import Weights, weights_of
 
 TokenReport = Callable[[int, int], None]
@@ -59,6 +63,7 @@ class Ledger:
     """Weights before the first step, stamped with the run's base version."""
     hyperparameters: learner_pb.Hyperparameters
     engine: str = ""
+    listener: Listener = ignore
     epoch: int = field(default=0, init=False)
     """Epoch of the run since the last `resume`; 0 before it."""
 
@@ -68,9 +73,9 @@ class Ledger:
         Raises:
             FailedPrecondition: the learner is busy with another run, or does not give back the
                 recorded position.
+            DataLoss: every recorded checkpoint is damaged.
         """
-        record = await last_checkpoint(self.stack, self.run_id)
-        started = await self._start(record)
+        record, started = await self._start(await last_checkpoint(self.stack, self.run_id))
         record = await self._roll_forward(record, started)
         checkpoint_id = record.id if record else ""
         rewound = await self.stack.queue.rewind_run(self.run_id, checkpoint_id=checkpoint_id)
@@ -150,20 +155,53 @@ class Ledger:
         except NotFound:
             return
 
-    async def _start(self, record: dataset_pb.CheckpointRecord | None) -> learner_pb.LearnerRun:
+    async def _start(
+        self, record: dataset_pb.CheckpointRecord | None
+    ) -> tuple[dataset_pb.CheckpointRecord | None, learner_pb.LearnerRun]:
+        """The run at the newest recorded checkpoint that can be opened, or at a newer one."""
         await self.stop()
         await self._stop_finished()
-        started = await self._start_at("")
-        if record is not None and self._version(started) < record.policy_version:
+        started, damages = None, list[DataLoss]()
+        try:
+            started = await self._start_at("")
+        except DataLoss as error:
+            damages.append(error)
+        if started and (record is None or self._version(started) >= record.policy_version):
+            return record, started
+        async for candidate in all_checkpoints(self.stack, self.run_id):
+            if started and self._version(started) == candidate.policy_version:
+                self._tell(damages, candidate)
+                return candidate, started
             # The learner has lost or never had its own copy: take the recorded one.
             await self.stop()
-            started = await self._start_at(record.uri)
-            if self._version(started) != record.policy_version:
-                raise FailedPrecondition(
-                    f"checkpoint {record.uri} holds policy version {self._version(started)}, "
-                    f"recorded is {record.policy_version}; was the directory overwritten?"
-                )
+            started = None
+            try:
+                return candidate, await self._start_recorded(candidate, damages)
+            except DataLoss as error:
+                damages.append(error)
+            except NotFound:
+                if not damages:
+                    raise
+                # older checkpoints are removed in time
+        raise damages[0]
+
+    async def _start_recorded(
+        self, record: dataset_pb.CheckpointRecord, damages: Sequence[DataLoss]
+    ) -> learner_pb.LearnerRun:
+        started = await self._start_at(record.uri)
+        if self._version(started) != record.policy_version:
+            raise FailedPrecondition(
+                f"checkpoint {record.uri} holds policy version {self._version(started)}, "
+                f"recorded is {record.policy_version}; was the directory overwritten?"
+            )
+        self._tell(damages, record)
         return started
+
+    def _tell(self, damages: Sequence[DataLoss], record: dataset_pb.CheckpointRecord) -> None:
+        if damages:
+            lost = "; ".join(str(error) for error in damages)
+            detail = f"goes on from the checkpoint of step {record.step}: {lost}"
+            self.listener(Progress("recover", 1, 1, None, detail))
 
     async def _stop_finished(self) -> None:
         """Free the learner of runs that ended while their driver was being killed.

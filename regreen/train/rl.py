@@ -112,6 +112,7 @@ async def _prepare(stack: Stack, config: GrpoConfig, progress: Listener) -> "_Dr
             base,
             hyperparameters(config.hyperparameters),
             config.engine,
+            progress,
         ),
         recovery=Recovery(config.recovery_deadline_s, progress),
     )

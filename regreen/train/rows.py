@@ -83,6 +83,18 @@ async def last_checkpoint(stack: Stack, run_id: str) -> dataset_pb.CheckpointRec
     return page.checkpoints[0] if page.checkpoints else None
 
 
+async def all_checkpoints(stack: Stack, run_id: str) -> AsyncIterator[dataset_pb.CheckpointRecord]:
+    """Every recorded checkpoint of a run that no rewind has abandoned, newest first."""
+    token = ""
+    while True:
+        page = await stack.runs.list_checkpoints(run_id, page_token=token)
+        for record in page.checkpoints:
+            yield record
+        token = page.next_page_token
+        if not token:
+            return
+
+
 @dataclass(frozen=True, slots=True)
 class TrainResult:
     """Where a training run ended."""

@@ -69,6 +69,7 @@ async def _prepare(stack: Stack, config: SftConfig, progress: Listener) -> "_Dri
             Weights.from_json(kept["start"]).stamped(int(kept["base_version"])),
             hyperparameters(config.hyperparameters),
             config.engine,
+            progress,
         ),
         recovery=Recovery(config.recovery_deadline_s, progress),
     )

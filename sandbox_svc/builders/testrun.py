@@ -25,6 +25,7 @@ LOG_BYTES = 24 * 1024
 BASELINE_TRIES = 2
 _RANK = ("passed", "xfailed", "xpassed", "skipped", "failed", "error")
 OUTCOMES = frozenset(_RANK)
+PASSED_OVER = ("skipped", "xfailed")
 
 
 class BoxEnded(InfraError):
@@ -45,6 +46,8 @@ class TestResult:
     outcome: str
     message: str = ""
     seconds: float = 0.0
+    own: bool = True
+    """Whether the tests themselves, and not the code under test, say that it is passed over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +216,11 @@ def _add(tests: dict[str, TestResult], frame: Mapping[str, Any]) -> None:
     outcome = str(frame.get("o"))
     outcome = outcome if outcome in OUTCOMES else "error"
     new = TestResult(
-        str(frame.get("id")), outcome, str(frame.get("msg", "")), float(frame.get("s", 0.0))
+        str(frame.get("id")),
+        outcome,
+        str(frame.get("msg", "")),
+        float(frame.get("s", 0.0)),
+        outcome not in PASSED_OVER or bool(frame.get("own")),
     )
     old = tests.get(new.id)
     if old is None or _RANK.index(new.outcome) >= _RANK.index(old.outcome):

@@ -17,7 +17,13 @@ from regreen.evals.run import EvalConfig, evaluate, slot_of
 from regreen.evals.serving import serving
 from regreen.policy import v1 as policy_pb
 from regreen.rollout.context import EpisodeSpec
-from regreen.rpc.errors import FailedPrecondition, InfraError, InvalidArgument, NotFound
+from regreen.rpc.errors import (
+    FailedPrecondition,
+    InfraError,
+    InvalidArgument,
+    NotFound,
+    Unavailable,
+)
 from regreen.train.config import GrpoConfig
 from regreen.train.rl import train_grpo
 from tests.integration import dataset_samples as samples
@@ -211,6 +217,38 @@ class Stuck(list):
 
     def append(self, version: int) -> None:
         self.place.policy.serving.version = 77
+
+
+async def test_a_commit_that_landed_without_an_answer_fills_its_slot(place: World):
+    async with place.stack(patience_s=0.5) as stack, place.stack() as plain:
+        tasks = await admitted(stack, 1)
+        config = config_of(tasks, subjects=("base",), concurrency=1, modes=("any_fix",))
+        runner = Fresh(place)
+        lost: list[str] = []
+        call = stack.trajectories._call
+
+        async def answers_late(method, request, timeout_s):
+            answer = await call(method, request, timeout_s)
+            if isinstance(request, dataset_pb.CommitTrajectoryRequest) and not lost:
+                lost.append(request.trajectory.id)
+                raise Unavailable("the connection broke before the answer came")
+            return answer
+
+        stack.trajectories._call = answers_late
+        result = await evaluate(stack, config, runner=runner)
+        outcomes = await load_outcomes(plain, result.run_id)
+    assert (result.slots, result.committed, result.lost) == (4, 4, 0)
+    assert [runner.ran[id] for id in lost] == [2]
+    assert len({o.id for o in outcomes}) == len(outcomes) == 4
+
+
+class Fresh(ScriptedRunner):
+    """No two episodes are alike, as their times are not."""
+
+    async def run(self, *args, **kwargs) -> dataset_pb.Trajectory:
+        found = await super().run(*args, **kwargs)
+        found.end_time.nanos += self.calls
+        return found
 
 
 async def test_a_report_of_nothing_is_refused(place: World, tmp_path: Path):

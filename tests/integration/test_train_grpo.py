@@ -13,7 +13,7 @@ from dataset_svc.__main__ import serving
 from dataset_svc.settings import DatasetSettings
 from regreen.client.stack import Stack
 from regreen.policy import v1 as policy_pb
-from regreen.rpc.errors import FailedPrecondition, InfraError, Unavailable
+from regreen.rpc.errors import DataLoss, FailedPrecondition, InfraError, Unavailable
 from regreen.train.config import GrpoConfig
 from regreen.train.gather import group_id
 from regreen.train.progress import Progress
@@ -365,3 +365,51 @@ async def test_refills_of_an_earlier_life_are_used_when_their_cause_is_gone(hast
     assert dict(queue.groups) == {"acknowledged": 2}
     assert dict(queue.rollouts) == {"committed": 4}
     await check_exactly_once(hasty, config)
+
+
+@pytest.mark.parametrize("damaged", [1, 2])
+async def test_damaged_checkpoints_are_passed_over(place: World, damaged: int):
+    told: list[str] = []
+    async with place.stack() as stack:
+        config = config_of(await admitted(stack), steps=6, concurrency=0)
+        saved: list[str] = []
+
+        def stop_after_three(progress: Progress) -> None:
+            if (progress.stage, progress.done) == ("checkpoint", 1):
+                saved.append(progress.detail)
+            if len(saved) == 3:
+                raise Killed
+
+        async with scripted_workers(place, "", 1):
+            with pytest.raises(Killed):
+                await train_grpo(stack, config, stop_after_three)
+            run = await stack.runs.get_run(config.name)
+            before = list((await stack.runs.list_checkpoints(run.id)).checkpoints)
+            for record in before[:damaged]:
+                Path(record.uri).write_text("{")
+            await train_grpo(stack, config, lambda p: told.append(f"{p.stage}: {p.detail}"))
+        after = (await stack.runs.list_checkpoints(run.id)).checkpoints
+    kept = [record.id for record in before[damaged:]]
+    assert [record.id for record in after[-len(kept) :]] == kept
+    assert not {record.id for record in before[:damaged]} & {record.id for record in after}
+    step = before[damaged].step
+    assert any(f"recover: goes on from the checkpoint of step {step}" in line for line in told)
+    await check_exactly_once(place, config)
+
+
+async def test_a_run_of_which_no_checkpoint_opens_says_so(place: World):
+    async with place.stack() as stack:
+        config = config_of(await admitted(stack), concurrency=0)
+
+        def stop_after_the_first(progress: Progress) -> None:
+            if (progress.stage, progress.done) == ("checkpoint", 1):
+                raise Killed
+
+        async with scripted_workers(place, "", 1):
+            with pytest.raises(Killed):
+                await train_grpo(stack, config, stop_after_the_first)
+            run = await stack.runs.get_run(config.name)
+            for record in (await stack.runs.list_checkpoints(run.id)).checkpoints:
+                Path(record.uri).write_text("{")
+            with pytest.raises(DataLoss, match="does not match its digest"):
+                await train_grpo(stack, config)

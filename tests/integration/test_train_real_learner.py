@@ -18,7 +18,7 @@ from regreen.train.experts import KEPT, recipe
 from regreen.train.rl import train_grpo
 from regreen.train.sft import train_sft
 from tests.integration import dataset_samples as samples
-from tests.integration.train_services import World, admitted, scripted_workers, world
+from tests.integration.train_services import Killed, World, admitted, scripted_workers, world
 
 pytestmark = pytest.mark.slow
 VOCAB = 997
@@ -177,3 +177,44 @@ async def test_grpo_goes_on_through_kills_of_the_learner(
     assert len(ids) == len(set(ids)) == queue.groups["acknowledged"]
     assert metrics
     assert place.policy.serving.digest.sha256 == result.sha256
+
+
+@pytest.mark.timeout(600)  # five starts of the learner
+async def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
+    place: World, tiny_model: Path, tmp_path: Path
+):
+    told: list[str] = []
+    async with learner(tmp_path) as process, stack_of(place, process) as stack:
+        tasks = await admitted(stack)
+        config = GrpoConfig(
+            name=samples.fresh("grpo"), tasks=tasks, steps=3, groups_per_step=2, group_size=2,
+            base_uri=str(tiny_model), hyperparameters={"learning_rate": 1e-3}, concurrency=0,
+            idle_deadline_s=60.0, recovery_deadline_s=5.0,
+        )  # fmt: skip
+
+        def stop_after_the_second_step(progress):
+            if (progress.stage, progress.done, progress.detail) == ("checkpoint", 1, "step 2"):
+                raise Killed
+
+        def listener(progress):
+            if progress.stage == "recover":
+                told.append(progress.detail)
+
+        async with scripted_workers(place, "", 1):
+            with pytest.raises(Killed):
+                await train_grpo(stack, config, stop_after_the_second_step)
+            run = await stack.runs.get_run(config.name)
+            newest, before = (await stack.runs.list_checkpoints(run.id)).checkpoints
+            weights = Path(newest.uri) / "model.safetensors"
+            weights.write_bytes(weights.read_bytes()[:-4] + b"!!!!")
+            result = await train_grpo(stack, config, listener)
+        queue = await stack.queue.get_queue(run.id)
+        records = (await stack.runs.list_checkpoints(run.id)).checkpoints
+    assert result.state == "done"
+    assert [(r.step, r.id == before.id) for r in records] == [(3, False), (2, False), (1, True)]
+    assert newest.id not in {record.id for record in records}
+    ids = [id for record in records for id in record.group_ids]
+    assert len(ids) == len(set(ids)) == queue.groups["acknowledged"]
+    assert place.policy.serving.digest.sha256 == result.sha256
+    assert any("goes on from the checkpoint of step 1" in detail for detail in told), told
+    assert any("does not match its digest" in detail for detail in told), told

@@ -25,6 +25,7 @@ from regreen.dataset import v1 as dataset_pb
 from regreen.learner import v1 as learner_pb
 from regreen.policy import v1 as policy_pb
 from regreen.rpc.errors import (
+    DataLoss,
     FailedPrecondition,
     InfraError,
     InvalidArgument,
@@ -62,12 +63,17 @@ class HashLearner(learner_pb.LearnerServiceServicer):
             return learner_pb.StartRunResponse(run=self._run(request.run_id))
         if self.runs:
             raise FailedPrecondition(f"run {next(iter(self.runs))} is active; stop it first")
-        found = sorted((self.root / request.run_id).glob("step-*.json"))
-        path = Path(request.resume_uri) if request.resume_uri else (found[-1] if found else None)
+        found = sorted((self.root / request.run_id).glob("step-*.json"), reverse=True)
         state = LearnerState()
-        if path is not None:
-            saved = json.loads(path.read_text())
+        for path in [Path(request.resume_uri)] if request.resume_uri else found:
+            try:
+                saved = json.loads(path.read_text())
+            except ValueError as error:
+                if request.resume_uri or path == found[-1]:
+                    raise DataLoss(f"{path} does not match its digest") from error
+                continue  # damaged: the one before it
             state = LearnerState(saved["weights"], saved["step"], saved["lineage"], [], saved)
+            break
         self.runs[request.run_id] = state
         return learner_pb.StartRunResponse(run=self._run(request.run_id))
 

@@ -7,6 +7,7 @@
 - Controls, tests that must fail, run before modules that the key decides and at the end, below a
   collector of their own: hooks that see them touch nothing of a real test. No plugin lists them.
 - Functions of pytest that were replaced meanwhile are reported too.
+- Of a test that was skipped or failed as expected it is told whether the tests themselves say so.
 - The pipe is not inherited by other programs and a forked child never writes to it.
 
 Code under test shares this process and could reach the key; see "What remains" in docs/tasks.md.
@@ -26,6 +27,7 @@ import struct
 import sys
 import threading
 import traceback
+import unittest
 from types import CodeType, FrameType, FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
@@ -83,12 +85,63 @@ def folded(so_far: str, report: Any) -> str:
     return outcome if outcome and so_far not in BAD else so_far
 
 
+class Origin:
+    """Tells whether a test is passed over by its own words: a mark, or a call in a test file."""
+
+    def __init__(self, root: str, tests: list[str], pytest: Any) -> None:
+        self.root, self.tests = os.path.join(os.path.realpath(root), ""), tuple(tests)
+        homes = [sys.modules[name].__file__ for name in ("_pytest.runner", "unittest.case")]
+        self.machinery = tuple(os.path.join(os.path.dirname(str(home)), "") for home in homes)
+        self.skips = (pytest.skip.Exception, pytest.xfail.Exception, unittest.SkipTest)
+
+    def own(self, item: Any, call: Any) -> bool | None:
+        """None where nothing was raised."""
+        info = call.excinfo or next(iter(getattr(item, "_excinfo", None) or ()), None)
+        if info is None:
+            return None
+        error = info.value
+        if isinstance(error, self.skips):
+            while isinstance(error.__context__, self.skips):
+                error = error.__context__  # what pytest makes of a skip of unittest
+            raiser = self.raiser(error)
+            if raiser:
+                return self.is_test(raiser)
+        return self.marked(item)
+
+    def raiser(self, error: BaseException) -> str:
+        """The file of the innermost frame outside the machinery of tests; empty if none is."""
+        walk = traceback.walk_tb(error.__traceback__)
+        files = [os.path.realpath(frame.f_code.co_filename) for frame, _ in walk]
+        while files and files[-1].startswith(self.machinery):
+            files.pop()
+        pluggy = os.sep + "pluggy" + os.sep
+        return "" if not files or pluggy in files[-1] else files[-1]
+
+    def is_test(self, filename: str) -> bool:
+        if not filename.startswith(self.root):
+            return False
+        relative = filename[len(self.root) :]
+        return any(relative == t or relative.startswith(t + "/") for t in self.tests)
+
+    def marked(self, item: Any) -> bool:
+        marks = {mark.name for mark in item.iter_markers()} & {"skip", "skipif", "xfail"}
+        places = (getattr(item, "obj", None), getattr(item, "cls", None))
+        flags = ("__unittest_skip__", "__unittest_expecting_failure__")
+        return bool(marks) or any(getattr(p, flag, False) for p in places for flag in flags)
+
+
 class Reporter:
     """pytest hooks that turn reports into one outcome per test id."""
 
-    def __init__(self, pipe: Pipe) -> None:
-        self.send = pipe.send
+    def __init__(self, pipe: Pipe, origin: Origin) -> None:
+        self.send, self.origin = pipe.send, origin
         self.open: dict[str, dict[str, Any]] = {}
+        self.own: dict[str, bool] = {}
+
+    def pytest_runtest_makereport(self, item: Any, call: Any) -> None:
+        own = self.origin.own(item, call)
+        if own is not None:
+            self.own[item.nodeid] = own and self.own.get(item.nodeid, True)
 
     def pytest_collectreport(self, report: Any) -> None:
         if report.failed:
@@ -110,6 +163,8 @@ class Reporter:
             self.open.pop(report.nodeid)
             body = {"t": "test", "id": report.nodeid, "o": state["o"] or "error"}
             body.update(msg=state["msg"], s=round(state["s"], 4))
+            if state["o"] in ("skipped", "xfailed"):
+                body["own"] = self.own.get(report.nodeid, False)
             self.send(body)
 
     def pytest_sessionfinish(self, session: Any, exitstatus: int) -> None:
@@ -400,12 +455,13 @@ def main() -> None:
         pytest = import_pytest(setup["root"], pipe.send)
         pipe.send({"t": "pytest", "version": pytest.__version__})
         controls = Controls(pipe, key, Watch(watched_modules()), pytest)
+        reporter = Reporter(pipe, Origin(setup["root"], setup["skip"], pytest))
         sys.path[:] = [os.getcwd(), *path]
         sys.argv = [os.path.join(os.path.dirname(pytest.__file__), "__main__.py")]
         lines = Lines(setup["root"], setup["skip"]) if setup["coverage"] else None
         if lines is not None:
             lines.start()
-        status = int(pytest.main(list(setup["arguments"]), plugins=[Reporter(pipe), controls]))
+        status = int(pytest.main(list(setup["arguments"]), plugins=[reporter, controls]))
         controls.tell()
         if lines is not None:
             sys.settrace(None)

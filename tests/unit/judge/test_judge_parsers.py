@@ -130,8 +130,15 @@ def test_rules_survive_anything_and_quote_what_is_there(files, log, tests):
         "def f():\n" + "    pass\n" * 20_000,
         "'\\d'\n" * 1000,
         "@" * 1000,
+        "class C(str):\n    def __eq__(self, other):\n        return self.m0(other)\n"
+        + "".join(
+            f"    def m{i}(self, other):\n        return "
+            + " or ".join(f"self.m{j}(other)" for j in range(40) if j != i)
+            + "\n"
+            for i in range(40)
+        ),
     ],
-    ids=range(10),
+    ids=range(11),
 )
 def test_hostile_sources_end_quickly(hostile):
     started = time.monotonic()
