@@ -87,7 +87,10 @@ async def test_a_full_pipe_makes_the_writer_wait_and_nothing_is_lost(box):
 
 
 async def test_a_signal_reaches_the_whole_group_and_a_handler_runs(box):
-    text = "trap 'echo caught; exit 7' TERM; sleep 300 & echo up; while :; do wait; done"
+    text = (
+        "sleep 300 & until [ $(cat /proc/$!/comm) = sleep ]; do :; done;"
+        " trap 'echo caught; exit 7' TERM; echo up; while :; do wait; done"
+    )
     process = await box.start(script(text))
     await shows(process, b"up\n")
     assert await process.signal(signal.SIGTERM)
@@ -204,9 +207,13 @@ async def test_deleting_and_freezing_end_it(runtime):
 
 
 async def test_orphans_are_reaped(box):
-    text = "for i in 1 2 3 4 5; do (setsid sleep 0.2 &); done; (setsid sh -c 'exit 3' &); cat"
+    text = (
+        "cp /bin/sleep /work/repo/orphan; for i in 1 2 3 4 5; do (setsid /work/repo/orphan 0.2 &);"
+        " done; (setsid sh -c 'exit 3' &); echo up; cat"
+    )
     process = await box.start(script(text, open_stdin=True))
-    count = "cat /proc/[0-9]*/stat 2>/dev/null | grep -cE '[(]sleep[)] [A-Z] 1 |[)] Z '"
+    await shows(process, b"up\n")
+    count = "cat /proc/[0-9]*/stat 2>/dev/null | grep -cE '[(]orphan[)]|[)] Z '"
     waiting = f"until [ $({count}) = 0 ]; do sleep 0.05; done; echo reaped"
     assert (await sh(box, waiting, timeout_s=_WAIT_S)).stdout.text == "reaped\n"
     await process.close_input()

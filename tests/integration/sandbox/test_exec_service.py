@@ -173,7 +173,10 @@ async def test_a_python_prompt_on_a_terminal(execs, box):
 
 
 async def test_a_signal_handler_runs(execs, box):
-    text = "trap 'echo caught; exit 9' TERM; echo up; while :; do sleep 0.1; done"
+    text = (
+        "sleep 300 & until [ $(cat /proc/$!/comm) = sleep ]; do :; done;"
+        " trap 'echo caught; exit 9' TERM; echo up; while :; do wait; done"
+    )
     execution = await execs.start_exec(box.id, ["sh", "-c", text])
     async with watched(execs, box, execution) as seen:
         await seen.until(b"up\n")
