@@ -60,6 +60,10 @@ class CgroupDriver(Protocol):
         """Remove the groups of a crashed predecessor."""
         ...
 
+    def members(self) -> frozenset[str]:
+        """Names of the groups that are there."""
+        ...
+
 
 def _fields(path: Path) -> dict[str, int]:
     try:
@@ -120,6 +124,13 @@ class _Base:
                 for leftover in path.iterdir():
                     if leftover.is_dir():
                         _remove(leftover)
+
+    def members(self) -> frozenset[str]:
+        found = set()
+        for path in set(self._groups.values()):
+            with contextlib.suppress(FileNotFoundError):
+                found.update(entry.name for entry in path.iterdir() if entry.is_dir())
+        return frozenset(found)
 
     def close(self) -> None:
         self.sweep()
@@ -212,6 +223,9 @@ class NoCgroup:
 
     def sweep(self) -> None:
         return
+
+    def members(self) -> frozenset[str]:
+        return frozenset()
 
     def close(self) -> None:
         return

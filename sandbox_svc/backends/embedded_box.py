@@ -14,6 +14,7 @@ import contextlib
 import errno
 import os
 import signal
+import socket
 import stat
 import time
 from collections.abc import Mapping, Sequence
@@ -29,13 +30,18 @@ from regreen.rpc.errors import (
     NoSuchFile,
     NotFound,
 )
+from sandbox_svc import metrics
 from sandbox_svc.backends import uppers, wire
 from sandbox_svc.backends.base import (
+    NO_ENV,
+    PROXY_PORT,
     Captured,
     Command,
+    Door,
     EndReason,
     ExecResult,
     FileStat,
+    Gate,
     Limits,
     OutputSink,
 )
@@ -77,9 +83,12 @@ class EmbeddedBox:
         layers: Sequence[str],
         limits: Limits,
         env: Mapping[str, str],
+        door: Door | None = None,
     ) -> None:
         self.id, self.limits = box, limits
-        self._env = ENVIRONMENT | dict(env)
+        self._env = ENVIRONMENT | dict(env) | dict(door.environment if door else NO_ENV)
+        self._door = door
+        self._gate: Gate | None = None
         self._runtime = runtime
         self._base_layers = list(layers)
         self._own_layers: list[str] = []
@@ -100,6 +109,11 @@ class EmbeddedBox:
         """All layers below the upper, lowest first."""
         return [*self._base_layers, *self._own_layers]
 
+    @property
+    def seat(self) -> Seat | None:
+        """The first process, while there is one."""
+        return self._seat
+
     async def launch(self) -> None:
         """Start the first process over the present layers; used at birth and after a freeze."""
         self._ready = asyncio.get_running_loop().create_future()
@@ -113,10 +127,23 @@ class EmbeddedBox:
             async with asyncio.timeout(_READY_S):
                 await self._link.post(self._runtime.specification(self))
                 await self._ready
+                if self._door is not None:
+                    self._gate = self._door.open(await self._listener(self._link))
         except LinkClosed as error:
             raise InfraError("a warm sandbox process died") from error
         except TimeoutError as error:
             raise InfraError("the sandbox did not get ready in time") from error
+
+    async def _listener(self, link: Link) -> socket.socket:
+        """A socket of the sandbox's loopback, made before any command of it runs."""
+        reply, fds = await link.request({"op": "listen", "port": PROXY_PORT})
+        if not fds:
+            raise InfraError(f"the sandbox cannot listen: {reply.get('error', reply)}")
+        return socket.socket(fileno=fds[0])
+
+    def _close_gate(self) -> None:
+        if self._gate is not None:
+            self._gate.close()
 
     def _on_event(self, message: wire.Message) -> None:
         if "ready" in message or "closed" in message:
@@ -136,6 +163,7 @@ class EmbeddedBox:
             ready.set_exception(InfraError(f"sandbox set-up failed at {step}: {error}"))
         if "closed" in message:
             self._ended = True
+            self._close_gate()
             for job in self._jobs.values():
                 if not job.done.done():
                     job.done.set_exception(LinkClosed())
@@ -159,9 +187,12 @@ class EmbeddedBox:
                 self._watch.wake()
             refused = await self._start(link, job, command)
             if refused is not None:
+                metrics.count_limit(refused.reason)
                 return refused
             ended = await self._wait(link, job, command.timeout_s)
-            return await self._result(job, ended, time.monotonic() - began)
+            result = await self._result(job, ended, time.monotonic() - began)
+            metrics.count_limit(result.reason)
+            return result
         except asyncio.CancelledError:
             job.reason = job.reason or EndReason.SIGNAL
             await asyncio.shield(self._stop(link, job))
@@ -404,6 +435,7 @@ class EmbeddedBox:
     async def _end(self) -> None:
         """Kill the first process and wait until the kernel has ended the whole sandbox."""
         self._ended = True
+        self._close_gate()
         seat, self._seat = self._seat, None
         if seat is not None:
             self._leaving = asyncio.create_task(self._runtime.leave(seat))
