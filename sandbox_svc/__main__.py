@@ -18,9 +18,8 @@ from sandbox_svc.servicer import SandboxServicer, StateServicer
 from sandbox_svc.servicer_egress import EgressServicer
 from sandbox_svc.settings import SandboxSettings
 
-SERVICES = tuple(
-    f"regreen.sandbox.v1.{name}" for name in ("StateService", "SandboxService", "EgressService")
-)
+_NAMES = ("StateService", "SandboxService", "EgressService")
+SERVICES = tuple(f"regreen.sandbox.v1.{name}" for name in _NAMES)
 
 
 @contextlib.asynccontextmanager

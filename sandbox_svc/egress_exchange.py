@@ -239,10 +239,10 @@ class Exchange:
             )
             place = f"http://{target.authority}{target.path}" if line.absolute else target.path
             headers = [
-                ("Host", target.authority),
+                (b"Host", target.authority.encode("ascii")),
                 *_passing(request.headers),
                 *line.headers,
-                ("Connection", "close"),
+                (b"Connection", b"close"),
             ]
             head = h11.Request(method=target.method, target=place, headers=headers)
             line.writer.write(outside.send(head))

@@ -73,7 +73,7 @@ class Line:
     writer: asyncio.StreamWriter
     absolute: bool = False
     """Whether the request names the whole URL, as to a proxy."""
-    headers: tuple[tuple[str, str], ...] = ()
+    headers: tuple[tuple[bytes, bytes], ...] = ()
 
 
 class SystemResolver:
@@ -129,7 +129,7 @@ class Route:
         if self._upstream is None:
             return Line(*await self._dial(addresses, port))
         given = self._upstream.authorization
-        headers = (("Proxy-Authorization", given),) if given else ()
+        headers = ((b"Proxy-Authorization", given.encode("ascii")),) if given else ()
         return Line(*await self._open(self._upstream), absolute=True, headers=headers)
 
     async def _judged(self, host: str) -> Sequence[str]:

@@ -22,6 +22,7 @@ from sandbox_svc.builders.base import Builder, EnvironmentSpec, FileChange, Prep
 from sandbox_svc.builders.interpreters import find_all
 from sandbox_svc.builders.python import PythonBuilder
 from sandbox_svc.builders.system import SystemBuilder
+from sandbox_svc.egress import Egress
 from sandbox_svc.sandboxes import Manager
 from sandbox_svc.selfcheck import SelfCheck
 from sandbox_svc.settings import SandboxSettings
@@ -54,12 +55,13 @@ class SandboxHost:
         settings: SandboxSettings,
         runtime: Runtime | None = None,
         builders: Sequence[Builder] = (),
+        egress: Egress | None = None,
     ) -> None:
         self.settings = settings
         self.runtime = runtime or make_runtime(settings)
         home = settings.home / "sandbox"
         self.states = StateStore(home, self.runtime)
-        self.egress = settings.make_egress()
+        self.egress = egress or settings.make_egress()
         self.manager = Manager(self.runtime, self.states, pool=settings.pool(), egress=self.egress)
         self.self_check = SelfCheck(
             self.runtime,

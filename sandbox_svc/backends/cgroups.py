@@ -126,7 +126,7 @@ class _Base:
                         _remove(leftover)
 
     def members(self) -> frozenset[str]:
-        found = set()
+        found: set[str] = set()
         for path in set(self._groups.values()):
             with contextlib.suppress(FileNotFoundError):
                 found.update(entry.name for entry in path.iterdir() if entry.is_dir())

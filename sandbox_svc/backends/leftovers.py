@@ -24,7 +24,7 @@ def look(
 
 def _children(parent: int) -> frozenset[str]:
     """Process ids of the children of a process, those that ended and were not reaped included."""
-    found = set()
+    found: set[str] = set()
     for name in os.listdir("/proc") if parent else ():
         if name.isdigit():
             with contextlib.suppress(OSError, IndexError):
@@ -36,7 +36,7 @@ def _children(parent: int) -> frozenset[str]:
 
 def _directories(home: Path) -> frozenset[str]:
     """Directories of boxes, and what was put out of sight and is not removed yet."""
-    found = set()
+    found: set[str] = set()
     for kind in ("run", "trash"):
         with contextlib.suppress(FileNotFoundError):
             found.update(f"{kind}/{name}" for name in os.listdir(home / kind))
