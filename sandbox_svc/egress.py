@@ -14,6 +14,8 @@ import socket
 from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any
 
+import structlog
+
 from regreen.rpc.errors import FailedPrecondition
 from sandbox_svc import metrics
 from sandbox_svc.backends.base import PROXY_PORT
@@ -159,6 +161,7 @@ class _Gate:
 
     async def _accept(self) -> None:
         """One at a time while there is room: the rest waits in the kernel, or is refused there."""
+        structlog.contextvars.unbind_contextvars("method")  # of the call that made the sandbox
         loop = asyncio.get_running_loop()
         while not self._closed:
             await self._paced(loop)
