@@ -1,7 +1,7 @@
 """Looks at regular times for what should not be there, and measures what the layers take.
 
-- A leak is what belongs to no live sandbox in two looks after each other: what is being removed at
-  one moment is none.
+- A leak is what belongs to no live sandbox look after look, for at least `grace_s`: what is being
+  made or removed at one moment is none.
 - Layers never change, so each is measured once.
 - A look that fails is logged and left out; the service goes on.
 """
@@ -9,6 +9,7 @@
 import asyncio
 import contextlib
 import os
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from sandbox_svc import metrics
 from sandbox_svc.backends.base import Inspectable, Runtime
 
 _MAX_NAMED = 10
+_GRACE_S = 20.0
 _KINDS = ("process", "cgroup", "directory", "mount", "container", "door")
 
 
@@ -30,12 +32,15 @@ class SelfCheck:
         home: Path,
         *,
         period_s: float,
+        grace_s: float = _GRACE_S,
         doors: Callable[[], frozenset[str]] = frozenset,
         live: Callable[[], frozenset[str]] = frozenset,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._runtime, self._home, self._period_s = runtime, home, period_s
+        self._runtime, self._home = runtime, home
+        self._period_s, self._grace_s, self._clock = period_s, grace_s, clock
         self._doors, self._live = doors, live
-        self._before: Mapping[str, frozenset[str]] = {}
+        self._since: dict[tuple[str, str], float] = {}
         self._sizes: dict[str, int] = {}
         self._task: asyncio.Task[None] | None = None
         self._log = logging.get()
@@ -62,13 +67,12 @@ class SelfCheck:
             await asyncio.sleep(self._period_s)
 
     async def look(self) -> Mapping[str, frozenset[str]]:
-        """Look once; what was there before already and still belongs to nothing."""
+        """Look once; what has belonged to nothing for too long, by kind."""
         await self._measure()
         found: dict[str, frozenset[str]] = {"door": self._doors() - self._live()}
         if isinstance(self._runtime, Inspectable):
             found |= await self._runtime.orphans()
-        leaks = {kind: names & self._before.get(kind, frozenset()) for kind, names in found.items()}
-        self._before = found
+        leaks = self._lasting(found)
         for kind, names in leaks.items():
             metrics.LEAKS.labels(kind).set(len(names))
             if names:
@@ -76,6 +80,17 @@ class SelfCheck:
                 self._log.error("leak", kind=kind, count=len(names), names=named)
         metrics.SELF_CHECKS.inc()
         return leaks
+
+    def _lasting(self, found: Mapping[str, frozenset[str]]) -> Mapping[str, frozenset[str]]:
+        """What was seen before, and first long enough ago."""
+        now, before = self._clock(), self._since
+        names = [(kind, name) for kind, group in found.items() for name in group]
+        self._since = {name: before.get(name, now) for name in names}
+        old = {name for name in names if name in before and now - before[name] >= self._grace_s}
+        return {
+            kind: frozenset(name for name in group if (kind, name) in old)
+            for kind, group in found.items()
+        }
 
     async def _measure(self) -> None:
         layers = await self._runtime.layers()

@@ -79,7 +79,7 @@ async def runtime(tmp_path):
 async def test_what_belongs_to_nothing_is_a_leak_when_it_stays(runtime, tmp_path):
     doors = {"sbx_live", "sbx_gone"}
     check = SelfCheck(
-        runtime, tmp_path / "home", period_s=60.0,
+        runtime, tmp_path / "home", period_s=60.0, grace_s=0.0,
         doors=lambda: frozenset(doors), live=lambda: frozenset({"sbx_live"}),
     )  # fmt: skip
     assert not any((await check.look()).values())
@@ -103,7 +103,7 @@ async def test_what_belongs_to_nothing_is_a_leak_when_it_stays(runtime, tmp_path
 
 async def test_work_leaves_nothing_for_the_look_to_find(tmp_path):
     async with world(tmp_path) as here:
-        check = here.host.self_check
+        check = SelfCheck(here.host.runtime, tmp_path / "home", period_s=60.0, grace_s=0.0)
         for _ in range(3):
             sandbox = await here.sandbox("index.test")
             await here.sandboxes.run(sandbox.id, ["sh", "-c", "(setsid sleep 60 &)"])
@@ -115,3 +115,13 @@ async def test_work_leaves_nothing_for_the_look_to_find(tmp_path):
         await until(lambda: len(runtime._seats.warm) == 1)
         await check.look()
         assert not any((await check.look()).values())
+
+
+async def test_what_is_there_for_a_moment_is_no_leak(runtime, tmp_path):
+    now = [0.0]
+    check = SelfCheck(runtime, tmp_path / "home", period_s=60.0, grace_s=20.0, clock=lambda: now[0])
+    (tmp_path / "home/run/slow").mkdir()
+    for now[0], leaks in ((0.0, 0), (10.0, 0), (19.0, 0), (20.0, 1)):
+        assert len((await check.look())["directory"]) == leaks
+    (tmp_path / "home/run/slow").rmdir()
+    assert not (await check.look())["directory"]
