@@ -2,15 +2,20 @@
 
 import asyncio
 import hashlib
+import os
 import shutil
 import ssl
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from regreen.rpc.errors import FailedPrecondition, InvalidArgument, NotFound
 from sandbox_svc.egress_exchange import Bounds
 from tests.integration.sandbox.egressing import echo, until, web, world
+
+_ROOT = Path(__file__).parents[3]
 
 
 def sha256(data: bytes) -> str:
@@ -424,3 +429,15 @@ async def test_records_are_paged_and_a_flood_cannot_push_out_the_first(here):
     assert everything == [f"/{n}" for n in (*range(500), *range(700, 1200))]
     with pytest.raises(InvalidArgument, match="page_token"):
         await here.records.list_egress(sandbox.id, page_token="x")
+
+
+async def test_the_example_shows_what_was_asked(here):
+    argv = [sys.executable, "examples/sandbox_egress.py", here.server.address]
+    done = await asyncio.to_thread(
+        subprocess.run, argv, cwd=_ROOT, env={**os.environ, "PYTHONPATH": str(_ROOT)},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert first.startswith("pypi.org allowed connecting: no such name: pypi.org ")
+    assert second.startswith("example.org refused is not on the sandbox's allow list ")
