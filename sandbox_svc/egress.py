@@ -126,7 +126,7 @@ class Door:
 
     def begin(self) -> Record:
         """A record of a request that begins."""
-        return self._egress.ledger.begin(self.sandbox_id)
+        return self._egress.ledger.begin(self.sandbox_id, keep=not self._closed)
 
     def end(self, record: Record) -> None:
         """The request has ended."""

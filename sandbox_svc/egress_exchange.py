@@ -119,7 +119,8 @@ class Exchange:
             logging.get().error("egress failed", exc_info=error)
             self._note(Decision.FAILED, f"internal: {type(error).__name__}")
         except asyncio.CancelledError:
-            self._note(Decision.FAILED, "the sandbox ended")
+            if self._record is not None:
+                self._note(Decision.FAILED, "the sandbox ended")
             raise
         finally:
             abort(self._writer)

@@ -91,10 +91,12 @@ class Ledger:
         self._numbers = 0
         self._log = logging.get()
 
-    def begin(self, sandbox_id: str) -> Record:
-        """A record of a request that begins."""
+    def begin(self, sandbox_id: str, *, keep: bool = True) -> Record:
+        """A record of a request that begins; it is only logged where `keep` is false."""
         self._numbers += 1
         record = Record(sandbox_id, self._numbers, self._clock())
+        if not keep:
+            return record
         kept = self._kept.setdefault(sandbox_id, _Kept())
         (kept.first if len(kept.first) < _FIRST else kept.last).append(record)
         return record

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import os
 import shutil
+import signal
 import ssl
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from regreen.rpc.errors import FailedPrecondition, InvalidArgument, NotFound
+from sandbox_svc import metrics
 from sandbox_svc.egress_exchange import Bounds
 from tests.integration.sandbox.egressing import echo, until, web, world
 
@@ -318,6 +320,33 @@ async def test_deleting_ends_tunnels_at_once_and_keeps_the_record(here):
         assert (record.allowed, record.detail) == (True, "the sandbox ended")
         assert (record.sent_bytes, record.sent_sha256) == (2, sha256(b"hi"))
         assert here.host.egress.open_for == frozenset()
+
+
+async def test_the_death_of_the_first_process_ends_tunnels(here):
+    async with echo() as seen:
+        here.names.answers["raw.test"] = [["127.0.0.1"]]
+        sandbox = await here.sandbox(f"raw.test:{seen.port}")
+        tunnel = f"CONNECT raw.test:{seen.port} HTTP/1.1\r\nHost: raw.test:{seen.port}\r\n\r\nhi"
+        talking = asyncio.create_task(here.talk(sandbox, tunnel.encode()))
+        await until(lambda: seen.open)
+        os.kill(here.host.manager.get(sandbox.id).box.seat.pid, signal.SIGKILL)
+        await until(lambda: not seen.open)
+        await asyncio.gather(talking, return_exceptions=True)
+        await here.sandboxes.restore_sandbox(sandbox.id, here.state.id)
+        assert (await here.fetch(sandbox, "http://other.test/"))[:3] == "403"
+
+
+async def test_a_silent_connection_of_a_deleted_sandbox_leaves_no_record(here):
+    sandbox = await here.sandbox("raw.test")
+    script = "import socket; w = socket.create_connection(('127.0.0.1', 3128)); w.recv(1)"
+    argv = ["/usr/bin/python3", "-I", "-c", script]
+    running = asyncio.create_task(here.sandboxes.run(sandbox.id, argv))
+    await until(lambda: metrics.EGRESS_CONNECTIONS._value.get() == 1)
+    await here.sandboxes.delete_sandbox(sandbox.id)
+    await asyncio.gather(running, return_exceptions=True)
+    await until(lambda: metrics.EGRESS_CONNECTIONS._value.get() == 0)
+    assert not here.host.egress.ledger._kept
+    assert not here.host.egress.ending
 
 
 async def test_records_of_deleted_sandboxes_go_after_a_while(tmp_path):

@@ -19,6 +19,7 @@ _UID = "12345"
 _CHOSEN = (
     "exit_codes or time_out_kills or files_are_written or freezing or changed_paths or fork_bomb"
     " or memory or bytes or kernel_settings or b3_ or no_privileges or ports_of or magic"
+    " or only_way_out"
 )
 
 
