@@ -176,7 +176,8 @@ class Manager:
         sandbox_id = new_id("sbx")
         door = self.egress.door(sandbox_id, reach) if reach is not None else None
         try:
-            box = await self._box(state, limits, (), door)
+            with metrics.START_SECONDS.time():
+                box = await self._box(state, limits, (), door)
         except BaseException:
             if door is not None:
                 door.close()

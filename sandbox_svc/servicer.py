@@ -163,14 +163,13 @@ class SandboxServicer(_Servicer, pb.SandboxServiceServicer):
         check_id(request.state_id, "st", "state_id")
 
         async def work() -> pb.CreateSandboxResponse:
-            with metrics.START_SECONDS.time():
-                sandbox = await self._host.manager.create(
-                    request.state_id,
-                    limits=translate.limits_from(request.limits),
-                    labels=request.labels,
-                    ttl_s=translate.seconds(request.ttl, "ttl"),
-                    allow=request.egress.allow,
-                )
+            sandbox = await self._host.manager.create(
+                request.state_id,
+                limits=translate.limits_from(request.limits),
+                labels=request.labels,
+                ttl_s=translate.seconds(request.ttl, "ttl"),
+                allow=request.egress.allow,
+            )
             return pb.CreateSandboxResponse(sandbox=translate.sandbox_to(sandbox))
 
         return await self._once("CreateSandbox", request, work)
