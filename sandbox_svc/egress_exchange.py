@@ -3,6 +3,7 @@
 - A connection carries one request; what a client sends after it is dropped with the connection.
 - Framing is read and written anew (h11): what two parties could read differently never passes.
 - The target decides where a request goes; a `Host` that says otherwise is refused.
+- A TLS greeting that asks for a server that is not allowed ends its tunnel; the rest is opaque.
 - `Proxy-*`, hop-by-hop headers and upgrades do not pass; nor does a user name in a URL.
 - Every phase has a time, and the whole has one; every byte counts against the sandbox's bound.
 """
@@ -19,9 +20,11 @@ import h11
 from regreen.rpc import logging
 from sandbox_svc.egress_log import Decision, Record, Tally, cut
 from sandbox_svc.egress_route import AddressRefused, Route, Streams, abort
-from sandbox_svc.egress_rules import AllowList, split_authority
+from sandbox_svc.egress_rules import AllowList, normal_host, split_authority
+from sandbox_svc.egress_tls import Incomplete, begins_like_tls, server_name
 
 _CHUNK = 1 << 16
+_MAX_GREETING_BYTES, _MAX_GREETING_READS = 1 << 15, 32
 _LINGER_S, _LINGER_BYTES = 1.0, 1 << 20
 _HOP_BY_HOP = frozenset(
     (b"connection", b"keep-alive", b"te", b"trailer", b"upgrade", b"expect", b"host")
@@ -201,12 +204,35 @@ class Exchange:
             while not isinstance(self._inside.next_event(), type(h11.PAUSED)):
                 pass
             early, _ = self._inside.trailing_data
-            await self._move(early, writer, record.sent)
             async with asyncio.TaskGroup() as both:
-                both.create_task(self._pump(self._reader, writer, record.sent))
+                both.create_task(self._sent(early, writer, target))
                 both.create_task(self._pump(reader, self._writer, record.received))
         finally:
             abort(writer)
+
+    async def _sent(self, early: bytes, writer: asyncio.StreamWriter, target: _Target) -> None:
+        """What the client sends; a TLS greeting must ask for a server that is allowed."""
+        data, reads = early or await self._reader.read(_CHUNK), 0
+        while begins_like_tls(data):
+            try:
+                self._check_name(server_name(data), target)
+                break
+            except Incomplete:
+                more, reads = await self._reader.read(_CHUNK), reads + 1
+                if not more or len(data) > _MAX_GREETING_BYTES or reads > _MAX_GREETING_READS:
+                    raise _Refused(Decision.MALFORMED, "the TLS greeting has no end", 400) from None
+                data += more
+            except ValueError as error:
+                raise _Refused(Decision.MALFORMED, f"the TLS greeting {error}", 400) from error
+        await self._move(data, writer, self._recorded().sent)
+        await self._pump(self._reader, writer, self._recorded().sent)
+
+    def _check_name(self, name: str | None, target: _Target) -> None:
+        """Servers behind one address are told apart by this name alone."""
+        host = normal_host(name) if name else target.host
+        if host != target.host and not self._account.allow.permits(host, target.port):
+            detail = f"TLS asks for {host}, which is not on the sandbox's allow list"
+            raise _Refused(Decision.HOST, detail, 403)
 
     async def _pump(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, tally: Tally

@@ -195,10 +195,27 @@ async def test_tls_goes_through_end_to_end(here, tmp_path):
         argv = ["/usr/bin/python3", "-I", "-c", script, url]
         result = await here.sandboxes.run(sandbox.id, argv)
         assert result.stdout.head == b"b'over tls'\n", result.stderr.head.decode()
-    (record,) = await here.asked(sandbox)
+        fronting = (
+            "import socket, ssl, sys\n"
+            "way = socket.create_connection(('127.0.0.1', 3128), timeout=20)\n"
+            "head = f'CONNECT {sys.argv[1]} HTTP/1.1\\r\\nHost: {sys.argv[1]}\\r\\n\\r\\n'\n"
+            "way.sendall(head.encode())\n"
+            "print(way.recv(1000)[:12])\n"
+            "trust = ssl._create_unverified_context()\n"
+            "try: trust.wrap_socket(way, server_hostname='neighbour.test'); print('reached')\n"
+            "except OSError: print('ended')"
+        )
+        argv = ["/usr/bin/python3", "-I", "-c", fronting, f"web.test:{seen.port}"]
+        result = await here.sandboxes.run(sandbox.id, argv)
+        assert result.stdout.head == b"b'HTTP/1.1 200'\nended\n"
+    record, refused = await here.asked(sandbox)
     assert (record.method, record.path) == ("CONNECT", "")
     assert record.received_bytes > len("over tls")
     assert b"/secret" in seen.heads[0]
+    assert len(seen.heads) == 1
+    assert not refused.allowed
+    assert refused.sent_bytes == 0
+    assert "neighbour.test" in refused.detail
 
 
 async def test_headers_of_proxies_and_of_the_connection_do_not_pass(here):
