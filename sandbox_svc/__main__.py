@@ -15,12 +15,12 @@ from regreen.rpc.server import Server
 from regreen.sandbox import v1 as pb
 from sandbox_svc.service import SandboxHost
 from sandbox_svc.servicer import SandboxServicer, StateServicer
+from sandbox_svc.servicer_egress import EgressServicer
 from sandbox_svc.servicer_exec import ExecServicer
 from sandbox_svc.settings import SandboxSettings
 
-SERVICES = tuple(
-    f"regreen.sandbox.v1.{name}" for name in ("StateService", "SandboxService", "ExecService")
-)
+_NAMES = ("StateService", "SandboxService", "ExecService", "EgressService")
+SERVICES = tuple(f"regreen.sandbox.v1.{name}" for name in _NAMES)
 
 
 @contextlib.asynccontextmanager
@@ -39,6 +39,7 @@ async def serving(
         pb.add_StateServiceServicer_to_server(StateServicer(started), server.grpc)
         pb.add_SandboxServiceServicer_to_server(SandboxServicer(started), server.grpc)
         pb.add_ExecServiceServicer_to_server(ExecServicer(started), server.grpc)
+        pb.add_EgressServiceServicer_to_server(EgressServicer(started), server.grpc)
         async with server:
             yield server
 

@@ -37,3 +37,31 @@ WORKERS = Gauge("regreen_sandbox_workers", "Workers of a front, by state.", ["st
 STATE_MOVES = Counter(
     "regreen_sandbox_state_moves", "States that a front brought to a worker that lacked them."
 )
+LIMIT_KILLS = Counter("regreen_sandbox_limit_kills", "Commands that a limit ended.", ["reason"])
+_LIMITS = frozenset(("timeout", "oom", "pids", "disk", "output"))
+LAYERS = Gauge("regreen_sandbox_layers", "Layers that this host holds.")
+LAYER_BYTES = Gauge("regreen_sandbox_layer_bytes", "Bytes of all layers together.")
+DISK_FREE_BYTES = Gauge(
+    "regreen_sandbox_disk_free_bytes", "Free space of the file system that holds the layers."
+)
+LEAKS = Gauge(
+    "regreen_sandbox_leaks",
+    "What is left of sandboxes that are no more: must stay 0.",
+    ["kind"],
+)
+SELF_CHECKS = Counter("regreen_sandbox_self_checks", "Looks for leaks that came to an end.")
+EGRESS_REQUESTS = Counter(
+    "regreen_sandbox_egress_requests", "Requests of sandboxes to the network.", ["decision"]
+)
+EGRESS_BYTES = Counter(
+    "regreen_sandbox_egress_bytes", "Bytes between sandboxes and the network.", ["direction"]
+)
+EGRESS_CONNECTIONS = Gauge(
+    "regreen_sandbox_egress_connections", "Connections of sandboxes to the proxy."
+)
+
+
+def count_limit(reason: str) -> None:
+    """Count a command by the limit that ended it, if one did."""
+    if reason in _LIMITS:
+        LIMIT_KILLS.labels(reason).inc()

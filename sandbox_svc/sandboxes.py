@@ -29,6 +29,8 @@ from regreen.ids import new_id
 from regreen.rpc.errors import InvalidArgument, NotFound, ResourceExhausted
 from sandbox_svc import metrics
 from sandbox_svc.backends.base import Box, Limits, Mount, Runtime
+from sandbox_svc.egress import Door, Egress
+from sandbox_svc.egress_rules import AllowList
 from sandbox_svc.states import State, StateStore
 
 if TYPE_CHECKING:
@@ -54,6 +56,8 @@ class Sandbox:
     ttl_s: float
     created_s: float
     expires_s: float
+    door: Door | None = None
+    """Its way out; None where it has none."""
     calls: int = 0
     executions: "dict[str, Execution]" = field(default_factory=dict)
     """Commands started in it that run or are kept, oldest first."""
@@ -80,9 +84,11 @@ class Manager:
         states: StateStore,
         *,
         pool: PoolLimits | None = None,
+        egress: Egress | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.runtime, self.states = runtime, states
+        self.egress = egress or Egress(enabled=False)
         self.pool = pool or PoolLimits()
         self._clock = clock
         self._sandboxes: dict[str, Sandbox] = {}
@@ -134,6 +140,10 @@ class Manager:
         found = (s for s in self._sandboxes.values() if wanted <= set(s.labels.items()))
         return sorted(found, key=lambda sandbox: (sandbox.created_s, sandbox.id))
 
+    def with_doors(self) -> frozenset[str]:
+        """Ids of live sandboxes that have a way out."""
+        return frozenset(s.id for s in self._sandboxes.values() if s.door is not None)
+
     def _is_over(self, sandbox: Sandbox) -> bool:
         return sandbox.calls == 0 and self._clock() >= sandbox.expires_s
 
@@ -144,26 +154,43 @@ class Manager:
         limits: Limits | None = None,
         labels: Mapping[str, str] | None = None,
         ttl_s: float = 0.0,
+        allow: Sequence[str] = (),
     ) -> Sandbox:
-        """Fork a state.
+        """Fork a state; `allow` names what it may reach over the network.
 
         Raises:
             NotFound: no such state.
+            InvalidArgument: an entry of `allow` is malformed.
+            FailedPrecondition: there is no way out of sandboxes here.
             ResourceExhausted: too many sandboxes; carries a delay.
         """
         state = self.states.runnable(state_id)
         self._check_ttl(ttl_s)
+        reach = AllowList.parse(allow) if allow else None
         with self._reserve(1):
-            return await self._create(state, limits or _NO_LIMITS, labels or {}, ttl_s)
+            return await self._create(state, limits or _NO_LIMITS, labels or {}, ttl_s, reach)
 
     async def _create(
-        self, state: State, limits: Limits, labels: Mapping[str, str], ttl_s: float
+        self,
+        state: State,
+        limits: Limits,
+        labels: Mapping[str, str],
+        ttl_s: float,
+        reach: AllowList | None,
     ) -> Sandbox:
-        box = await self._box(state, limits, ())
+        sandbox_id = new_id("sbx")
+        door = self.egress.door(sandbox_id, reach) if reach is not None else None
+        try:
+            with metrics.START_SECONDS.time():
+                box = await self._box(state, limits, (), door)
+        except BaseException:
+            if door is not None:
+                door.close()
+            raise
         now = self._clock()
         ttl_s = ttl_s or self.pool.default_ttl_s
         sandbox = Sandbox(
-            id=new_id("sbx"),
+            id=sandbox_id,
             state_id=state.id,
             box=box,
             layers=state.layers,
@@ -172,17 +199,20 @@ class Manager:
             ttl_s=ttl_s,
             created_s=now,
             expires_s=now + ttl_s,
+            door=door,
         )
         self._sandboxes[sandbox.id] = sandbox
         return sandbox
 
-    async def _box(self, state: State, limits: Limits, extra: Sequence[Mount]) -> Box:
+    async def _box(
+        self, state: State, limits: Limits, extra: Sequence[Mount], door: Door | None = None
+    ) -> Box:
         """A box over a state, whose layers are then held once."""
         self.states.hold(state.layers)
         try:
             mounts = (*state.mounts, *extra)
             return await self.runtime.create(
-                state.layers, limits=limits, mounts=mounts, env=state.env
+                state.layers, limits=limits, mounts=mounts, env=state.env, door=door
             )
         except BaseException:
             self.states.release(state.layers)
@@ -269,7 +299,10 @@ class Manager:
             try:
                 for _ in range(count):
                     merged = {**sandbox.labels, **(labels or {})}
-                    forks.append(await self._create(state, sandbox.limits, merged, sandbox.ttl_s))
+                    reach = sandbox.door.allow if sandbox.door is not None else None
+                    forks.append(
+                        await self._create(state, sandbox.limits, merged, sandbox.ttl_s, reach)
+                    )
                     taken()
             except BaseException:
                 await asyncio.gather(*(self.delete(fork.id) for fork in forks))
@@ -285,7 +318,7 @@ class Manager:
 
     async def _restore(self, sandbox: Sandbox, state: State) -> None:
         async with sandbox.lock:
-            fresh = await self._box(state, sandbox.limits, ())
+            fresh = await self._box(state, sandbox.limits, (), sandbox.door)
             old, held = sandbox.box, sandbox.layers
             sandbox.box, sandbox.layers = fresh, state.layers
             sandbox.state_id = state.id
@@ -306,6 +339,8 @@ class Manager:
         """Kill everything in a sandbox and remove it; absent ones are fine."""
         sandbox = self._sandboxes.pop(sandbox_id, None)
         if sandbox is not None:
+            if sandbox.door is not None:
+                sandbox.door.close()
             await self._finish(self._delete(sandbox))
 
     async def _delete(self, sandbox: Sandbox) -> None:

@@ -15,15 +15,17 @@ from typing import Self
 
 from regreen.blobs import open_blobs
 from regreen.rpc.errors import InvalidArgument
-from sandbox_svc import metrics
-from sandbox_svc.backends.base import Runtime
+from sandbox_svc import egress_probe, metrics
+from sandbox_svc.backends.base import Capability, Runtime
 from sandbox_svc.backends.embedded import EmbeddedRuntime
 from sandbox_svc.builders.base import Builder, EnvironmentSpec, FileChange, Prepared, Progress
 from sandbox_svc.builders.interpreters import find_all
 from sandbox_svc.builders.python import PythonBuilder
 from sandbox_svc.builders.system import SystemBuilder
+from sandbox_svc.egress import Egress
 from sandbox_svc.executions import Executions
 from sandbox_svc.sandboxes import Manager
+from sandbox_svc.selfcheck import SelfCheck
 from sandbox_svc.settings import SandboxSettings
 from sandbox_svc.states import State, StateStore
 from sandbox_svc.transfer import Transfer
@@ -56,13 +58,24 @@ class SandboxHost:
         settings: SandboxSettings,
         runtime: Runtime | None = None,
         builders: Sequence[Builder] = (),
+        egress: Egress | None = None,
     ) -> None:
         self.settings = settings
         self.runtime = runtime or make_runtime(settings)
         home = settings.home / "sandbox"
         self.states = StateStore(home, self.runtime)
-        self.manager = Manager(self.runtime, self.states, pool=settings.pool())
+        self.egress = egress or settings.make_egress()
+        self.manager = Manager(self.runtime, self.states, pool=settings.pool(), egress=self.egress)
         self.executions = Executions(self.manager, max_kept=settings.max_executions)
+        self.self_check = SelfCheck(
+            self.runtime,
+            home,
+            period_s=settings.self_check_s,
+            doors=lambda: self.egress.open_for,
+            live=self.manager.with_doors,
+        )
+        self.proven: tuple[Capability, ...] = ()
+        """What was proven of the service beside its runtime."""
         self.transfer = Transfer(
             self.states, self.runtime, self._offered, max_bytes=settings.import_bytes
         )
@@ -79,6 +92,9 @@ class SandboxHost:
         python = PythonBuilder(DistStore(self._dists), self._tools, blobs)
         for builder in (python, SystemBuilder()):
             self._builders.setdefault(builder.name, builder)
+        if self.runtime.capabilities():  # a runtime that was told to prove nothing has none
+            self.proven = (await egress_probe.prove(self.runtime, enabled=self.settings.egress),)
+        await self.self_check.start()
         self._validator = Validator(self.states, self.runtime, place=self._place)
         metrics.ACTIVE.set_function(lambda: len(self.manager.list()))
         metrics.STATES.set_function(lambda: len(self.states.list()))
@@ -88,7 +104,9 @@ class SandboxHost:
         if self._validator is not None:
             await self._validator.close()
         await self.executions.close()
+        await self.self_check.close()
         await self.manager.close()
+        await self.egress.close()
         await self.states.close()
         await self.runtime.close()
 

@@ -163,13 +163,13 @@ class SandboxServicer(_Servicer, pb.SandboxServiceServicer):
         check_id(request.state_id, "st", "state_id")
 
         async def work() -> pb.CreateSandboxResponse:
-            with metrics.START_SECONDS.time():
-                sandbox = await self._host.manager.create(
-                    request.state_id,
-                    limits=translate.limits_from(request.limits),
-                    labels=request.labels,
-                    ttl_s=translate.seconds(request.ttl, "ttl"),
-                )
+            sandbox = await self._host.manager.create(
+                request.state_id,
+                limits=translate.limits_from(request.limits),
+                labels=request.labels,
+                ttl_s=translate.seconds(request.ttl, "ttl"),
+                allow=request.egress.allow,
+            )
             return pb.CreateSandboxResponse(sandbox=translate.sandbox_to(sandbox))
 
         return await self._once("CreateSandbox", request, work)
@@ -365,9 +365,10 @@ class SandboxServicer(_Servicer, pb.SandboxServiceServicer):
     ) -> pb.GetCapabilitiesResponse:
         """Tell what this host was proven to enforce."""
         runtime = self._host.runtime
+        found = (*runtime.capabilities(), *self._host.proven)
         return pb.GetCapabilitiesResponse(
             runtime=runtime.name,
-            capabilities=[translate.capability_to(c) for c in runtime.capabilities()],
+            capabilities=[translate.capability_to(c) for c in found],
             interpreters=await asyncio.to_thread(self._host.interpreters),
         )
 

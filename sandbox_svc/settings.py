@@ -4,12 +4,17 @@
 """
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from regreen.settings import ServiceSettings
 from sandbox_svc.backends.base import Limits
+from sandbox_svc.egress import Egress
+from sandbox_svc.egress_exchange import Bounds
+from sandbox_svc.egress_log import Ledger
+from sandbox_svc.egress_route import Upstream
+from sandbox_svc.egress_rules import parse_networks
 from sandbox_svc.sandboxes import PoolLimits
 
 
@@ -96,6 +101,52 @@ class SandboxSettings(ServiceSettings):
     fleet_keep: Literal["prepared", "all", "none"] = "prepared"
     """States that a front puts into the blob store as soon as they are made; the others only when
     another worker needs them, so that they go with their worker."""
+
+    egress: bool = True
+    """Whether a request may give a sandbox a way out, through the proxy; there is no other."""
+    egress_private: str = ""
+    """Networks that the proxy may reach though they are private or the host's own, by comma."""
+    egress_upstream: str = ""
+    """Proxy that the proxy itself goes through, as a URL; its password never enters a sandbox."""
+    egress_connections: int = Field(default=32, ge=1, le=1024)
+    """Connections of one sandbox to the proxy at once; more wait."""
+    egress_bytes: int = Field(default=4 << 30, ge=1)
+    """Bytes that one sandbox may send and receive through the proxy in all."""
+    egress_idle_s: float = Field(default=60.0, gt=0)
+    """A request or tunnel without a byte for this long is ended."""
+    egress_kept_s: float = Field(default=3600.0, ge=0)
+    """For how long the requests of a deleted sandbox can be listed."""
+    self_check_s: float = Field(default=30.0, gt=0)
+    """Time between two looks for leaks."""
+
+    @model_validator(mode="after")
+    def _check_egress(self) -> Self:
+        try:
+            parse_networks(self.egress_private)
+        except ValueError as error:
+            raise ValueError(
+                f"egress_private: {error}; give networks such as 10.0.0.0/8,fd00::/8"
+            ) from None
+        if self.egress_upstream:
+            try:
+                Upstream.parse(self.egress_upstream)
+            except ValueError as error:
+                raise ValueError(f"egress_upstream: {error}") from None
+        return self
+
+    def make_egress(self) -> Egress:
+        """The proxy of sandboxes that were given a way out."""
+        return Egress(
+            private=parse_networks(self.egress_private),
+            upstream=Upstream.parse(self.egress_upstream) if self.egress_upstream else None,
+            bounds=Bounds(
+                connections=self.egress_connections,
+                transfer_bytes=self.egress_bytes,
+                idle_s=self.egress_idle_s,
+            ),
+            ledger=Ledger(kept_s=self.egress_kept_s),
+            enabled=self.egress,
+        )
 
     def limits(self) -> Limits:
         """Limits of a sandbox whose request names none."""

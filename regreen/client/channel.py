@@ -149,5 +149,6 @@ def call_metadata() -> tuple[tuple[str, str], ...]:
     if trajectory_id:
         found.append((TRAJECTORY_HEADER, trajectory_id))
     if _TRACE_ID.fullmatch(trace_id):
-        found.append((TRACE_HEADER, f"00-{trace_id}-{secrets.token_hex(8)}-01"))
+        span_id = str(bound.get("span_id", "")) or secrets.token_hex(8)
+        found.append((TRACE_HEADER, f"00-{trace_id}-{span_id}-01"))
     return tuple(found)

@@ -121,15 +121,17 @@ class SandboxClient(Caller):
         limits: pb.Limits | None = None,
         labels: Mapping[str, str] | None = None,
         ttl_s: float | None = None,
+        egress: Sequence[str] = (),
         request_id: str = "",
     ) -> pb.Sandbox:
-        """Fork a state."""
+        """Fork a state; `egress` names the hosts that it may reach, none by default."""
         request = pb.CreateSandboxRequest(
             request_id=request_id or new_request_id(),
             state_id=state_id,
             limits=limits,
             labels=labels or {},
             ttl=duration(ttl_s),
+            egress=pb.Egress(allow=egress) if egress else None,
         )
         sandbox: pb.Sandbox = (await self._call(self._stub.CreateSandbox, request, WRITE_S)).sandbox
         return sandbox

@@ -15,6 +15,7 @@ import grpc
 
 from regreen.client.channel import Tls, connect
 from regreen.client.dataset import RolloutQueueClient, RunClient, TaskClient, TrajectoryClient
+from regreen.client.egress import EgressClient
 from regreen.client.exec import ExecClient
 from regreen.client.judge import JudgeClient
 from regreen.client.learner import LearnerClient
@@ -75,6 +76,7 @@ class Stack:
         self.state = StateClient(channels["sandbox"], patience_s=patience_s)
         self.sandbox = SandboxClient(channels["sandbox"], patience_s=patience_s)
         self.execs = ExecClient(channels["sandbox"], patience_s=patience_s)
+        self.egress = EgressClient(channels["sandbox"], patience_s=patience_s)
         self.policy = PolicyClient(channels["policy"], patience_s=patience_s)
         self.judge = JudgeClient(channels["judge"], patience_s=patience_s)
         self.learner = LearnerClient(channels["learner"], patience_s=patience_s)

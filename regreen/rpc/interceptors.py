@@ -2,7 +2,8 @@
 
 - One interceptor wraps all four call kinds, so that no call goes uncounted or unmapped.
 - Bytes that are no message of the call's type are an INVALID_ARGUMENT, as any wrong field is.
-- Logs carry the trajectory that the request or the caller's header names, and its trace.
+- Logs carry the trajectory that the request or the caller's header names, and its trace; each call
+  is a span of it (`spans`).
 - `CancelledError` is always raised on: swallowing it leaks the call in grpc's core (grpc#43360).
 - A `request_id` in a unary request makes it idempotent without the servicer knowing, unless the
   service keeps its own, lasting memory of requests.
@@ -25,6 +26,7 @@ from regreen.rpc import metrics, wire
 from regreen.rpc.errors import DeadlineExceeded, InfraError, InvalidArgument, RegreenError
 from regreen.rpc.idempotency import Idempotency
 from regreen.rpc.logging import TRACE_HEADER, TRAJECTORY_HEADER, get
+from regreen.rpc.spans import Span
 
 Context = grpc.aio.ServicerContext[Any, Any]
 _END = object()
@@ -89,16 +91,27 @@ class _Call:
             async with _Observed(self, kind, request, context) as observed:
                 async with asyncio.timeout(observed.timeout_s):
                     request = _readable(request)
-                    request_id = getattr(request, "request_id", "") if merge else ""
-                    memory = self._owner._idempotency
-                    if not request_id or memory is None:
-                        return await behaviour(request, context)
-                    method = f"{self._service}/{self._method}"
-                    return await memory.once(
-                        method, request_id, request, lambda: behaviour(request, context)
-                    )
+                    response = await self._once(behaviour, request, context, merge=merge)
+                observed.span.saw(response)
+                return response
 
         return handle
+
+    async def _once(
+        self,
+        behaviour: Callable[..., Awaitable[Any]],
+        request: Any,
+        context: Context,
+        *,
+        merge: bool,
+    ) -> Any:
+        """The answer of a handler, or the remembered one of an equal request."""
+        request_id = getattr(request, "request_id", "") if merge else ""
+        memory = self._owner._idempotency
+        if not request_id or memory is None:
+            return await behaviour(request, context)
+        method = f"{self._service}/{self._method}"
+        return await memory.once(method, request_id, request, lambda: behaviour(request, context))
 
     def streaming(
         self, behaviour: Callable[..., Any], kind: str
@@ -119,6 +132,7 @@ class _Call:
                             response = await anext(responses, _END)
                         if response is _END:
                             return
+                        observed.span.saw(response)
                         yield response
                 finally:
                     await responses.aclose()
@@ -132,6 +146,8 @@ class _Observed:
     def __init__(self, call: _Call, kind: str, request: Any, context: Context) -> None:
         self._call, self._context = call, context
         self._ids = _ids(request, call._metadata)
+        self.span = Span.after(call._metadata.get(TRACE_HEADER, ""))
+        self.span.saw(request)
         self._labels = (kind, call._service, call._method)
         remaining_s = context.time_remaining()
         streams = kind in ("server_stream", "bidi_stream")
@@ -142,7 +158,9 @@ class _Observed:
 
     async def __aenter__(self) -> "_Observed":
         structlog.contextvars.bind_contextvars(
-            method=f"{self._call._service}/{self._call._method}", **self._ids
+            method=f"{self._call._service}/{self._call._method}",
+            span_id=self.span.span_id,
+            **self._ids,
         )
         self._start_s = time.monotonic()
         metrics.STARTED.labels(*self._labels).inc()
@@ -155,10 +173,13 @@ class _Observed:
         metrics.SECONDS.labels(*self._labels).observe(seconds)
         metrics.HANDLED.labels(*self._labels, code).inc()
         log = self._call._owner._log
+        fields = {"code": code, "seconds": round(seconds, 4), **self.span.fields()}
         if isinstance(mapped, InfraError):
-            log.error("call failed", code=code, seconds=round(seconds, 4), exc_info=error)
+            log.error("call failed", **fields, exc_info=error)
+        elif self.span.sampled:
+            log.info("call", **fields)
         else:
-            log.debug("call", code=code, seconds=round(seconds, 4))
+            log.debug("call", **fields)
         if mapped:
             await self._context.abort_with_status(wire.to_status(mapped))
 

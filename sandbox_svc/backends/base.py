@@ -8,12 +8,13 @@
 - No limit is reported as enforced that a probe on this host has not proven.
 """
 
+import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from sandbox_svc.backends.output import OutputLog, Pulse
@@ -246,6 +247,27 @@ class Box(Protocol):
 
 
 NO_ENV: Mapping[str, str] = MappingProxyType({})
+PROXY_PORT = 3128
+"""Port of the proxy on the loopback of a sandbox that has a door."""
+
+
+class Gate(Protocol):
+    """A door as one box has it."""
+
+    def close(self) -> None:
+        """Stop accepting and end every connection now; safe to call twice."""
+        ...
+
+
+class Door(Protocol):
+    """A way out of a sandbox: something of the service's that accepts its connections."""
+
+    environment: Mapping[str, str]
+    """Of commands, so that programs find it."""
+
+    def open(self, listener: socket.socket) -> Gate:
+        """Begin to accept on a socket that listens on `PROXY_PORT` inside; the gate owns it."""
+        ...
 
 
 class Runtime(Protocol):
@@ -269,10 +291,14 @@ class Runtime(Protocol):
         mounts: Sequence[Mount] = (),
         network: bool = False,
         env: Mapping[str, str] = NO_ENV,
+        door: Door | None = None,
     ) -> Box:
         """Start a box over `layers` (lowest first); an empty sequence is the bare base.
 
-        `env` goes below every command's own variables.
+        `env` goes below every command's own variables. Without a door there is no way out.
+
+        Raises:
+            FailedPrecondition: this runtime has no doors.
         """
         ...
 
@@ -298,4 +324,16 @@ class Runtime(Protocol):
 
     def capabilities(self) -> Sequence[Capability]:
         """What this host was proven to enforce."""
+        ...
+
+
+@runtime_checkable
+class Inspectable(Protocol):
+    """A runtime that can look for what it should have removed."""
+
+    async def orphans(self) -> Mapping[str, frozenset[str]]:
+        """By kind, what is there of this instance and belongs to no live box.
+
+        What is being removed right now may be among it; what stays there is a leak.
+        """
         ...

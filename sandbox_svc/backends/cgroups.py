@@ -63,6 +63,10 @@ class CgroupDriver(Protocol):
         """Remove the groups of a crashed predecessor."""
         ...
 
+    def members(self) -> frozenset[str]:
+        """Names of the groups that are there."""
+        ...
+
 
 def _counter(path: str, name: bytes) -> int:
     """The number after `name` in a file of lines `name number`; 0 where there is none."""
@@ -130,6 +134,13 @@ class _Base:
                 for leftover in path.iterdir():
                     if leftover.is_dir():
                         _remove(leftover)
+
+    def members(self) -> frozenset[str]:
+        found: set[str] = set()
+        for path in set(self._groups.values()):
+            with contextlib.suppress(FileNotFoundError):
+                found.update(entry.name for entry in path.iterdir() if entry.is_dir())
+        return frozenset(found)
 
     def close(self) -> None:
         self.sweep()
@@ -229,6 +240,9 @@ class NoCgroup:
 
     def sweep(self) -> None:
         return
+
+    def members(self) -> frozenset[str]:
+        return frozenset()
 
     def close(self) -> None:
         return

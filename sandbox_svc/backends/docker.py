@@ -21,7 +21,15 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from regreen.rpc.errors import FailedPrecondition, InfraError, MissingDependency
-from sandbox_svc.backends.base import NO_ENV, Capability, Command, EndReason, Limits, Mount
+from sandbox_svc.backends.base import (
+    NO_ENV,
+    Capability,
+    Command,
+    Door,
+    EndReason,
+    Limits,
+    Mount,
+)
 from sandbox_svc.backends.docker_box import DockerBox, layer_record, parse_listing
 from sandbox_svc.backends.docker_exec import capture
 from sandbox_svc.backends.docker_pool import ContainerPool, PoolSize, Recipe
@@ -160,8 +168,14 @@ class DockerRuntime:
         mounts: Sequence[Mount] = (),
         network: bool = False,
         env: Mapping[str, str] = NO_ENV,
+        door: Door | None = None,
     ) -> DockerBox:
         """Start a box over `layers` (lowest first); an empty sequence is the bare base."""
+        if door is not None:
+            raise FailedPrecondition(
+                "egress: sandboxes of the docker backend have no network at all; "
+                "use --backend embedded"
+            )
         for mount in mounts:
             if not mount.source.exists():
                 raise MissingDependency(f"mount source does not exist: {mount.source}")
@@ -268,6 +282,15 @@ class DockerRuntime:
         draft.write_text(layer_record(box.layers, int(history[0]["Size"])), encoding="utf-8")
         draft.rename(path)
         return layer
+
+    async def orphans(self) -> Mapping[str, frozenset[str]]:
+        """Containers of this instance that belong to no live box."""
+        found = await self.blocking(self._containers)
+        return {"container": found - {box.container for box in self._boxes.values()}}
+
+    def _containers(self) -> frozenset[str]:
+        filters = {"label": f"{_LABEL}={self._instance}"}
+        return frozenset(entry["Id"] for entry in self.api.containers(all=True, filters=filters))
 
     async def remove_container(self, container: str) -> None:
         """Kill and remove a container; absent ones are fine."""

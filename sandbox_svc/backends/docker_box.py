@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from regreen.rpc.errors import FailedPrecondition, InfraError, InvalidArgument, NoSuchFile, NotFound
+from sandbox_svc import metrics
 from sandbox_svc.backends.base import (
     Command,
     EndReason,
@@ -161,6 +162,7 @@ class DockerBox:
             reason, number = EndReason.SIGNAL, code - 128
         else:
             reason, number = EndReason.EXIT, 0
+        metrics.count_limit(reason)
         shown = -number if number else code or 0
         return ExecResult(reason, shown, number, out.captured(), err.captured(), wall_s)
 

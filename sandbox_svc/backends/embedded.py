@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from regreen.rpc.errors import FailedPrecondition, InfraError, InvalidArgument, MissingDependency
-from sandbox_svc.backends import cgroups, linux, probe, uppers, wire
-from sandbox_svc.backends.base import NO_ENV, Capability, Limits, Mount
+from sandbox_svc.backends import cgroups, leftovers, linux, probe, uppers, wire
+from sandbox_svc.backends.base import NO_ENV, Capability, Door, Limits, Mount
 from sandbox_svc.backends.embedded_box import EmbeddedBox
 from sandbox_svc.backends.layers import HOST_ID, Layout, is_full, writing
 from sandbox_svc.backends.seats import Seat, Seats
@@ -153,10 +153,11 @@ class EmbeddedRuntime:
         mounts: Sequence[Mount] = (),
         network: bool = False,
         env: Mapping[str, str] = NO_ENV,
+        door: Door | None = None,
     ) -> EmbeddedBox:
         """Start a box over `layers` (lowest first); an empty sequence is the bare base."""
         _check_mounts(mounts)
-        box = EmbeddedBox(self, secrets.token_hex(6), layers, self._complete(limits), env)
+        box = EmbeddedBox(self, secrets.token_hex(6), layers, self._complete(limits), env, door)
         self._mounts[box.id] = (tuple(mounts), network)
         self._boxes[box.id] = box
         try:
@@ -256,6 +257,23 @@ class EmbeddedRuntime:
     async def layer_size(self, layer: str) -> int:
         """Bytes of one layer."""
         return (await self.blocking(uppers.usage, self.layout.layer(layer))).size_bytes
+
+    async def orphans(self) -> Mapping[str, frozenset[str]]:
+        """Processes, groups, directories and mounts that belong to no live box and no warm seat."""
+        found = await self.blocking(
+            leftovers.look,
+            self._home,
+            groups=self.cgroups.members,
+            spawner=self._seats.spawner if self._seats is not None else 0,
+        )
+        seats = [seat for box in list(self._boxes.values()) if (seat := box.seat) is not None]
+        seats.extend(self._seats.warm if self._seats is not None else ())
+        known = {
+            "process": {str(seat.pid) for seat in seats},
+            "cgroup": {seat.group for seat in seats},
+            "directory": {f"run/{box}" for box in self._boxes},
+        }
+        return {kind: names - known.get(kind, set()) for kind, names in found.items()}
 
     async def make_durable(self) -> None:
         """Write all frozen layers to the disk."""

@@ -12,9 +12,9 @@
 
 import asyncio
 import contextlib
-import errno
 import os
 import signal
+import socket
 import stat
 import time
 from collections.abc import Mapping, Sequence
@@ -22,27 +22,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from regreen.rpc.errors import (
-    DiskFull,
     FailedPrecondition,
     InfraError,
     InvalidArgument,
-    NoSuchFile,
     NotFound,
     RegreenError,
 )
+from sandbox_svc import metrics
 from sandbox_svc.backends import uppers, wire
 from sandbox_svc.backends.base import (
+    NO_ENV,
     OVERRUNS,
+    PROXY_PORT,
     Command,
+    Door,
     EndReason,
     ExecResult,
     FileStat,
+    Gate,
     Limits,
     OutputSink,
 )
 from sandbox_svc.backends.cgroups import Counters
 from sandbox_svc.backends.commands import ENVIRONMENT, absolute, check_command
 from sandbox_svc.backends.embedded_process import EmbeddedProcess
+from sandbox_svc.backends.fds import read_upto, refusal, write_all
 from sandbox_svc.backends.jobs import Job, refusal
 from sandbox_svc.backends.layers import writing
 from sandbox_svc.backends.link import Link, LinkClosed
@@ -69,9 +73,12 @@ class EmbeddedBox:
         layers: Sequence[str],
         limits: Limits,
         env: Mapping[str, str],
+        door: Door | None = None,
     ) -> None:
         self.id, self.limits = box, limits
-        self._env = ENVIRONMENT | dict(env)
+        self._env = ENVIRONMENT | dict(env) | dict(door.environment if door else NO_ENV)
+        self._door = door
+        self._gate: Gate | None = None
         self._runtime = runtime
         self._base_layers = list(layers)
         self._own_layers: list[str] = []
@@ -94,6 +101,11 @@ class EmbeddedBox:
         """All layers below the upper, lowest first."""
         return [*self._base_layers, *self._own_layers]
 
+    @property
+    def seat(self) -> Seat | None:
+        """The first process, while there is one."""
+        return self._seat
+
     async def launch(self) -> None:
         """Start the first process over the present layers; used at birth and after a freeze."""
         self._ready = asyncio.get_running_loop().create_future()
@@ -107,10 +119,23 @@ class EmbeddedBox:
             async with asyncio.timeout(_READY_S):
                 await self._link.post(self._runtime.specification(self))
                 await self._ready
+                if self._door is not None:
+                    self._gate = self._door.open(await self._listener(self._link))
         except LinkClosed as error:
             raise InfraError("a warm sandbox process died") from error
         except TimeoutError as error:
             raise InfraError("the sandbox did not get ready in time") from error
+
+    async def _listener(self, link: Link) -> socket.socket:
+        """A socket of the sandbox's loopback, made before any command of it runs."""
+        reply, fds = await link.request({"op": "listen", "port": PROXY_PORT})
+        if not fds:
+            raise InfraError(f"the sandbox cannot listen: {reply.get('error', reply)}")
+        return socket.socket(fileno=fds[0])
+
+    def _close_gate(self) -> None:
+        if self._gate is not None:
+            self._gate.close()
 
     def _on_event(self, message: wire.Message) -> None:
         if "ready" in message or "closed" in message:
@@ -132,6 +157,7 @@ class EmbeddedBox:
             if not self._ended and self.counters().oom_kills > self._seen.oom_kills:
                 self._overrun = EndReason.OOM
             self._ended = True
+            self._close_gate()
             for job in self._jobs.values():
                 if not job.done.done():
                     job.done.set_exception(LinkClosed())
@@ -177,9 +203,12 @@ class EmbeddedBox:
         """Wait for the end of a command that was begun; cancelling kills it."""
         try:
             if job.refused is not None:
+                metrics.count_limit(job.refused.reason)
                 return job.refused
             ended = await self._wait(job.link, job, timeout_s)
-            return await self._result(job, ended, time.monotonic() - job.began_s)
+            result = await self._result(job, ended, time.monotonic() - job.began_s)
+            metrics.count_limit(result.reason)
+            return result
         except asyncio.CancelledError as error:
             await self._abandon(job, error)
             raise
@@ -351,9 +380,9 @@ class EmbeddedBox:
                     raise InvalidArgument("path", f"not a regular file: {path}")
                 wanted = max(0, min(max_bytes, info.st_size - offset))
                 if wanted <= _INLINE_READ_BYTES:
-                    content = _read_upto(fd, offset, wanted)
+                    content = read_upto(fd, offset, wanted)
                 else:
-                    content = await self._runtime.blocking(_read_upto, fd, offset, wanted)
+                    content = await self._runtime.blocking(read_upto, fd, offset, wanted)
             finally:
                 os.close(fd)
             return content, FileStat(info.st_size, stat.S_IMODE(info.st_mode))
@@ -370,9 +399,9 @@ class EmbeddedBox:
                     raise InvalidArgument("path", f"not a regular file: {path}")
                 with writing():
                     if len(content) <= _INLINE_READ_BYTES:
-                        _write_all(fd, content)
+                        write_all(fd, content)
                     else:
-                        await self._runtime.blocking(_write_all, fd, content)
+                        await self._runtime.blocking(write_all, fd, content)
 
     async def _open(self, request: wire.Message) -> tuple[wire.Message, int]:
         try:
@@ -382,17 +411,7 @@ class EmbeddedBox:
         if fds:
             return reply, fds[0]
         path, problem = request["path"], str(reply.get("error", "refused"))
-        match reply.get("errno"):
-            case errno.ENOENT | errno.ENOTDIR:
-                raise NoSuchFile(f"no such file in the sandbox: {path}", metadata={"path": path})
-            case errno.EACCES | errno.EPERM | errno.EROFS:
-                raise FailedPrecondition(
-                    f"not permitted inside the sandbox: {path}: {problem}", metadata={"path": path}
-                )
-            case errno.ENOSPC | errno.EDQUOT:
-                raise DiskFull(f"no space left where the sandbox writes {path}: {problem}")
-            case _:
-                raise InvalidArgument("path", f"{problem}: {path}")
+        raise refusal(reply.get("errno"), path, problem)
 
     async def freeze(self) -> str:
         """Stop every process, turn the upper into a layer, go on over it; return its id."""
@@ -434,6 +453,7 @@ class EmbeddedBox:
     async def _end(self) -> None:
         """Kill the first process and wait until the kernel has ended the whole sandbox."""
         self._ended = True
+        self._close_gate()
         seat, self._seat = self._seat, None
         if seat is not None:
             self._leaving = asyncio.create_task(self._runtime.leave(seat))
@@ -469,20 +489,3 @@ async def _ended(jobs: Sequence[Job]) -> bool:
     if waiting:
         await asyncio.wait(waiting, timeout=_KILL_GRACE_S)
     return all(job.done.done() for job in jobs)
-
-
-def _read_upto(fd: int, offset: int, limit: int) -> bytes:
-    chunks, end = [], offset + limit
-    while offset < end:
-        chunk = os.pread(fd, min(end - offset, 1 << 20), offset)
-        if not chunk:
-            break
-        chunks.append(chunk)
-        offset += len(chunk)
-    return b"".join(chunks)
-
-
-def _write_all(fd: int, content: bytes) -> None:
-    view = memoryview(content)
-    while view:
-        view = view[os.write(fd, view) :]

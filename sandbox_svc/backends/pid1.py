@@ -24,6 +24,7 @@ from typing import NamedTuple
 from sandbox_svc.backends import linux, wire
 
 CHANNEL_FD = 3
+_BACKLOG = 64
 _KILL_ROUNDS = 25
 """Of new processes; who forks faster than that is ended with everything else."""
 _KILL_S, _KILL_PAUSE_S = 1.0, 0.002
@@ -97,6 +98,8 @@ class Pid1:
                 return _open_write(request["path"], request["mode"])
             case "usage":
                 return _usage(), None
+            case "listen":
+                return {}, _listen(request["port"])
             case other:
                 raise ValueError(f"unknown request {other}")
 
@@ -323,6 +326,14 @@ def _open_write(path: str, mode: int) -> tuple[wire.Message, int]:
         os.close(fd)
         raise
     return {}, fd
+
+
+def _listen(port: int) -> int:
+    """A socket that listens on loopback, for the service to accept on."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
+        sock.bind(("127.0.0.1", port))
+        sock.listen(_BACKLOG)
+        return sock.detach()
 
 
 def _usage() -> wire.Message:

@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,6 +95,16 @@ class Seats:
                 start_new_session=True,
             )
         self._link = Link(ours)
+
+    @property
+    def spawner(self) -> int:
+        """Process id of the spawner; 0 when there is none."""
+        return self._process.pid if self._process is not None else 0
+
+    @property
+    def warm(self) -> Sequence[Seat]:
+        """Seats that wait to be taken."""
+        return tuple(self._warm)
 
     async def take(self, *, network: bool) -> Seat:
         """A seat: a warm one, or a new one when there is none or it needs the host's network."""

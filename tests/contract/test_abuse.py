@@ -21,6 +21,7 @@ from regreen.rpc.errors import (
     MissingDependency,
     NotFound,
 )
+from sandbox_svc import egress_probe
 from sandbox_svc.backends import embedded_box
 from sandbox_svc.backends.base import Command, EndReason, Limits, Mount
 from tests.contract.runtimes import SMALL, sh, started
@@ -280,6 +281,11 @@ async def test_c3_sockets_of_the_host_are_absent(box):
     result = await sh(box, "ls /var/run/docker.sock /run/docker.sock /run/*.sock /root/.ssh")
     assert not result.ok
     assert result.stdout.text == ""
+
+
+async def test_c4_the_proxy_is_the_only_way_out_and_guards_it(runtime):
+    egress = await egress_probe.prove(runtime, enabled=True)
+    assert egress.proven, egress.detail
 
 
 async def test_d1_magic_links_and_swapped_links_are_refused(box):

@@ -48,7 +48,12 @@ from regreen.policy import v1 as policy_pb
 from regreen.policy.v1 import policy_service_pb2
 from regreen.rpc.server import Server
 from regreen.sandbox import v1 as sandbox_pb
-from regreen.sandbox.v1 import exec_service_pb2, sandbox_service_pb2, state_service_pb2
+from regreen.sandbox.v1 import (
+    egress_service_pb2,
+    exec_service_pb2,
+    sandbox_service_pb2,
+    state_service_pb2,
+)
 from sandbox_svc.__main__ import serving as sandbox_serving
 from sandbox_svc.backends.embedded import EmbeddedRuntime
 from sandbox_svc.service import SandboxHost
@@ -244,7 +249,10 @@ async def test_sandbox(sandboxes: grpc.aio.Channel) -> None:
         "DeleteState": pb.DeleteStateRequest(id=nowhere),
         "ExportState": pb.ExportStateRequest(id=state),
         "CreateSandbox": pb.CreateSandboxRequest(
-            state_id=state, limits=pb.Limits(pids=16), ttl=Duration(seconds=60)
+            state_id=state,
+            limits=pb.Limits(pids=16),
+            ttl=Duration(seconds=60),
+            egress=pb.Egress(allow=["index.test:8443"]),
         ),
         "GetSandbox": pb.GetSandboxRequest(id=box),
         "DeleteSandbox": pb.DeleteSandboxRequest(id=nobody),
@@ -260,6 +268,7 @@ async def test_sandbox(sandboxes: grpc.aio.Channel) -> None:
         "FindText": pb.FindTextRequest(sandbox_id=box, text="x"),
         "Diff": pb.DiffRequest(sandbox_id=box, base_state_id=state),
         "Validate": pb.ValidateRequest(state_id=nowhere, changes=[change]),
+        "ListEgress": pb.ListEgressRequest(sandbox_id=box, page_size=10),
     }
 
     async def remove(name: str, answers: Answers) -> None:
@@ -270,7 +279,7 @@ async def test_sandbox(sandboxes: grpc.aio.Channel) -> None:
             await stub.DeleteSandbox(pb.DeleteSandboxRequest(id=one))
 
     sweep = Sweep(sandboxes, remove)
-    await sweep.all(_services(state_service_pb2, sandbox_service_pb2), goods)
+    await sweep.all(_services(state_service_pb2, sandbox_service_pb2, egress_service_pb2), goods)
     check(sweep, 700)
     assert (await stub.GetSandbox(pb.GetSandboxRequest(id=box))).sandbox.id == box
 

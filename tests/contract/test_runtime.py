@@ -8,6 +8,8 @@ import pytest_asyncio
 
 from regreen.rpc.errors import FailedPrecondition, InvalidArgument, NotFound
 from sandbox_svc.backends.base import Command, EndReason, Limits, Mount
+from sandbox_svc.egress import Egress
+from sandbox_svc.egress_rules import AllowList
 from tests.contract.runtimes import NAMES, SMALL, sh, started
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -57,6 +59,22 @@ async def test_a_box_can_have_an_environment_of_its_own(runtime):
     box = await runtime.create([], limits=SMALL, env={"A": "box", "B": "box"})
     result = await sh(box, "echo $A $B $TZ", env={"B": "command"})
     assert result.stdout.text == "box command UTC\n"
+
+
+async def test_a_way_out_is_there_on_request_or_refused(runtime):
+    egress = Egress()
+    door = egress.door("sbx_test", AllowList.parse(["index.test"]))
+    try:
+        if runtime.name != "embedded":
+            with pytest.raises(FailedPrecondition, match=r"egress: .* use --backend embedded"):
+                await runtime.create([], limits=SMALL, door=door)
+            return
+        box = await runtime.create([], limits=SMALL, door=door)
+        result = await sh(box, "echo $http_proxy")
+        assert result.stdout.text == "http://127.0.0.1:3128\n"
+        await box.delete()
+    finally:
+        await egress.close()
 
 
 async def test_arguments_longer_than_one_message_arrive(box):

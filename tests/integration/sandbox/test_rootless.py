@@ -20,6 +20,7 @@ _CHOSEN = (
     "exit_codes or time_out_kills or files_are_written or freezing or changed_paths or fork_bomb"
     " or memory or bytes or kernel_settings or b3_ or no_privileges or ports_of or magic"
     " or terminal or reaches_the_whole_group or full_pipe"
+    " or only_way_out"
 )
 
 

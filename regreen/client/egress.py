@@ -1,0 +1,40 @@
+"""Client of the sandbox service's record of what sandboxes asked of the network.
+
+- Each method is one RPC; `egress_records` pages through all of them.
+"""
+
+from collections.abc import AsyncIterator
+
+import grpc
+
+from regreen.client.channel import READ_S, Caller
+from regreen.sandbox import v1 as pb
+
+
+class EgressClient(Caller):
+    """`regreen.sandbox.v1.EgressService`."""
+
+    def __init__(self, channel: grpc.aio.Channel, *, patience_s: float = 30.0) -> None:
+        super().__init__(channel, patience_s=patience_s)
+        self._stub = pb.EgressServiceStub(channel)
+
+    async def list_egress(
+        self, sandbox_id: str, *, page_size: int = 0, page_token: str = ""
+    ) -> pb.ListEgressResponse:
+        """One page of requests, oldest first."""
+        request = pb.ListEgressRequest(
+            sandbox_id=sandbox_id, page_size=page_size, page_token=page_token
+        )
+        response: pb.ListEgressResponse = await self._call(self._stub.ListEgress, request, READ_S)
+        return response
+
+    async def egress_records(self, sandbox_id: str) -> AsyncIterator[pb.EgressRecord]:
+        """All requests of a sandbox that are kept, oldest first."""
+        token = ""
+        while True:
+            found = await self.list_egress(sandbox_id, page_size=1000, page_token=token)
+            for record in found.records:
+                yield record
+            token = found.next_page_token
+            if not token:
+                return
