@@ -46,7 +46,7 @@ from sandbox_svc.backends.base import (
 from sandbox_svc.backends.cgroups import Counters
 from sandbox_svc.backends.commands import ENVIRONMENT, absolute, check_command
 from sandbox_svc.backends.embedded_process import EmbeddedProcess
-from sandbox_svc.backends.fds import read_upto, refusal, write_all
+from sandbox_svc.backends.fds import not_opened, read_upto, write_all
 from sandbox_svc.backends.jobs import Job, refusal
 from sandbox_svc.backends.layers import writing
 from sandbox_svc.backends.link import Link, LinkClosed
@@ -411,7 +411,7 @@ class EmbeddedBox:
         if fds:
             return reply, fds[0]
         path, problem = request["path"], str(reply.get("error", "refused"))
-        raise refusal(reply.get("errno"), path, problem)
+        raise not_opened(reply.get("errno"), path, problem)
 
     async def freeze(self) -> str:
         """Stop every process, turn the upper into a layer, go on over it; return its id."""

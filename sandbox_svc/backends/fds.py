@@ -35,7 +35,7 @@ def write_all(fd: int, content: bytes) -> None:
         view = view[os.write(fd, view) :]
 
 
-def refusal(code: int | None, path: str, problem: str) -> RegreenError:
+def not_opened(code: int | None, path: str, problem: str) -> RegreenError:
     """What it means that a path could not be opened inside a sandbox."""
     match code:
         case errno.ENOENT | errno.ENOTDIR:
