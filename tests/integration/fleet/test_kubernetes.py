@@ -2,7 +2,10 @@
 
 import asyncio
 import contextlib
+import json
+import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import pytest_asyncio
 import yaml
 
 from regreen.client.channel import connect
-from regreen.client.sandbox import StateClient
+from regreen.client.sandbox import SandboxClient, StateClient
 from regreen.rpc.errors import (
     FailedPrecondition,
     MissingDependency,
@@ -25,9 +28,11 @@ from sandbox_svc.__main__ import serving
 from sandbox_svc.fleet.calls import METHODS, Endpoint, Worker
 from sandbox_svc.fleet.manifests import INSTANCE, SPEC
 from tests.fixtures.kube import Fault
-from tests.integration.fleet.conftest import prepared, world
+from tests.integration.fleet.conftest import Front, prepared, world
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240), pytest.mark.slow]
+
+_ROOT = Path(__file__).parents[3]
 
 
 @pytest_asyncio.fixture(loop_scope="module")
@@ -253,6 +258,35 @@ async def test_a_new_front_takes_over_and_sweeps_what_does_not_fit(plain):
         await eventually(swept)
 
 
+async def test_the_workers_of_a_killed_front_are_taken_over(plain, tmp_path):
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "sandbox_svc", "--backend=kubernetes", f"--home={tmp_path}"),
+        *("--listen=127.0.0.1:0", "--metrics=127.0.0.1:0", f"--kube-config={plain.kubeconfig}"),
+        *("--kube-name=killed", "--kube-workers=1", "--warm-seats=1", "--max-sandboxes=8"),
+        stderr=asyncio.subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(_ROOT)},
+        cwd=_ROOT,
+    )
+    address = ""
+    while not address:
+        line = json.loads(await process.stderr.readline())
+        address = line.get("address", "") if line["event"] == "serving" else ""
+    channel = connect(address)
+    first = Front(StateClient(channel), SandboxClient(channel), plain.settings(), address)
+    state = await prepared(first, "of the killed\n")
+    box = await first.sandboxes.create_sandbox(state.id)
+    await channel.close()
+    process.kill()
+    await process.wait()
+    left = {name for name in pods(plain) if name.startswith("killed")}
+    assert len(left) == 1
+    async with plain.front(kube_name="killed", kube_workers=1) as front:
+        assert {name for name in pods(plain) if name.startswith("killed")} == left
+        ran = await front.sandboxes.run(box.id, ["cat", "notes.txt"])
+        assert ran.stdout.head == b"of the killed\n"
+    await eventually(lambda: _no_object_of(plain, "killed"))
+
+
 async def test_the_end_of_a_front_leaves_nothing(plain):
     async with plain.front(kube_name="Büro #7/../$(rm)\n", kube_workers=1) as front:
         (pod,) = [p for p in plain.cluster.all("pods") if "b-ro-7-rm" in p["metadata"]["name"]]
@@ -350,7 +384,7 @@ async def test_every_bad_request_ends_in_a_typed_status(plain, front):
 
 async def test_the_role_in_the_repository_allows_what_was_asked(plain):
     """Runs last on the plain cluster: compares what the front asked with the Role it is given."""
-    text = (Path(__file__).parents[3] / "infra/kubernetes/sandbox-front.yaml").read_text()
+    text = (_ROOT / "infra/kubernetes/sandbox-front.yaml").read_text()
     (role,) = [item for item in yaml.safe_load_all(text) if item["kind"] == "Role"]
     allowed = {
         (verb, resource)

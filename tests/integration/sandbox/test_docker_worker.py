@@ -2,11 +2,14 @@
 
 import asyncio
 import hashlib
+import io
 import json
 import os
 import re
 import sys
+import tarfile
 import time
+import uuid
 from pathlib import Path
 
 import docker.client
@@ -23,6 +26,7 @@ from sandbox_svc.worker.docker import DockerWorker, WorkerOptions
 
 IMAGE = os.environ.get("REGREEN_TEST_WORKER_IMAGE", "regreen-sandbox")
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow]
+_PACKAGES = ("regreen", "sandbox_svc")
 _ROOT = Path(__file__).parents[3]
 _ABSENT = {"cpu", "memfd", "inotify"}
 """What a container without control groups of its own cannot enforce inside."""
@@ -42,11 +46,31 @@ def engine():
 
 
 @pytest.fixture(scope="module")
-def options(engine, tmp_path_factory):
+def image(engine, tmp_path_factory):
+    """The image with the code of this tree in it; removed at the end."""
+    context = io.BytesIO()
+    lines = [f"FROM {IMAGE}", *(f"COPY {name} /opt/regreen/lib/{name}" for name in _PACKAGES)]
+    with tarfile.open(fileobj=context, mode="w") as archive:
+        dockerfile = tarfile.TarInfo("Dockerfile")
+        dockerfile.size = len("\n".join(lines))
+        archive.addfile(dockerfile, io.BytesIO("\n".join(lines).encode()))
+        for name in _PACKAGES:
+            archive.add(_ROOT / name, name, filter=lambda m: None if "__pycache__" in m.name else m)
+    context.seek(0)
+    tag = f"regreen-test-{uuid.uuid4().hex[:12]}"
+    built = engine.build(fileobj=context, custom_context=True, tag=tag, rm=True, decode=True)
+    said = list(built)
+    assert not any("error" in line for line in said), said[-1]
+    yield tag
+    engine.remove_image(tag, force=True)
+
+
+@pytest.fixture(scope="module")
+def options(image, tmp_path_factory):
     home = tmp_path_factory.mktemp("worker")
     for path in (home, *home.parents[:2]):
         path.chmod(0o711)
-    return WorkerOptions(IMAGE, home, memory_bytes=2 << 30, arguments=("--warm-seats=1",))
+    return WorkerOptions(image, home, memory_bytes=2 << 30, arguments=("--warm-seats=1",))
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -170,8 +194,8 @@ async def test_processes_are_bounded_and_nothing_is_reachable(clients):
         await sandboxes.delete_sandbox(sandbox.id)
 
 
-async def test_states_outlive_the_container_and_leftovers_are_removed(engine, options, tmp_path):
-    own = WorkerOptions(IMAGE, tmp_path / "w", arguments=("--warm-seats=0",))
+async def test_states_outlive_the_container_and_leftovers_are_removed(engine, image, tmp_path):
+    own = WorkerOptions(image, tmp_path / "w", arguments=("--warm-seats=0",))
     for path in (tmp_path, *tmp_path.parents[:2]):
         path.chmod(0o711)
     left = DockerWorker(own)
@@ -198,19 +222,23 @@ async def test_without_its_syscall_filter_it_says_what_is_missing(options, tmp_p
     narrow.write_text(json.dumps(profile))
     began = time.monotonic()
     with pytest.raises(MissingDependency, match="sandboxes do not work here"):
-        async with DockerWorker(WorkerOptions(IMAGE, tmp_path / "n", seccomp=narrow)):
+        async with DockerWorker(WorkerOptions(options.image, tmp_path / "n", seccomp=narrow)):
             pass
     assert time.monotonic() - began < 60
     with pytest.raises(MissingDependency, match="cannot be read"):
-        async with DockerWorker(WorkerOptions(IMAGE, tmp_path / "n", seccomp=tmp_path / "no")):
+        async with DockerWorker(
+            WorkerOptions(options.image, tmp_path / "n", seccomp=tmp_path / "no")
+        ):
             pass
 
 
-async def test_the_command_says_where_it_serves_and_ends_with_its_container(engine, tmp_path):
+async def test_the_command_says_where_it_serves_and_ends_with_its_container(
+    engine, image, tmp_path
+):
     for path in (tmp_path, *tmp_path.parents[:2]):
         path.chmod(0o711)
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "sandbox_svc.worker", "--docker", IMAGE, "--home", str(tmp_path)),
+        *(sys.executable, "-m", "sandbox_svc.worker", "--docker", image, "--home", str(tmp_path)),
         *("--listen", "127.0.0.1:0", "--", "--warm-seats=0"),
         stdout=asyncio.subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": str(_ROOT)},
