@@ -55,7 +55,7 @@ __regreen_end() {
   __regreen_functions
   builtin alias -p
   builtin umask -p
-  builtin printf 'cd -- %q || builtin echo %q" is gone; this is $PWD"\n' "$PWD" "$PWD"
+  builtin printf 'cd -- %q || { cd /; builtin echo %q" is gone; this is /"; }\n' "$PWD" "$PWD"
   builtin declare -p OLDPWD  # after the cd, which sets it
   builtin printf '__regreen_set=%q\n' "$__regreen_set"
   builtin printf '# %s end\n' "$__regreen_mark"

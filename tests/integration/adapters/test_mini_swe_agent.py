@@ -58,6 +58,10 @@ async def test_what_commands_do_is_told_as_the_frameworks_own_environments_tell_
         [{"command": f"echo; echo {SUBMIT}; echo mine"}, "", None],
         [{"command": "kill -9 $$"}, "", None],
         [{"command": "yes | head -c 300000"}, "", None],
+        [{"command": "echo \0"}, "", None],
+        [{"command": "echo \ud800"}, "", None],
+        [{"command": "rm -r /work/repo"}, "", None],
+        [{"command": "pwd"}, "", None],
     ]
     given = {
         "environment": config(world, env={"GREETING": "hello"}, output_bytes=1 << 16, timeout=20),
@@ -79,6 +83,9 @@ async def test_what_commands_do_is_told_as_the_frameworks_own_environments_tell_
     assert told[8]["returncode"] == 137
     assert len(told[9]["output"]) < 70_000
     assert "bytes dropped" in told[9]["output"]
+    for number in (10, 11, 13):
+        assert told[number]["returncode"] == -1
+        assert told[number]["exception_info"]
     assert await world.count() == 0
 
 
@@ -87,9 +94,7 @@ async def test_limits_are_the_sandboxes_and_wrong_ones_are_named(
 ) -> None:
     given = {
         "environment": config(world, limits={"pids": 16}),
-        "actions": [
-            [{"command": "ulimit -u; for i in $(seq 40); do sleep 9 & done; wait"}, "", 15]
-        ],
+        "actions": [[{"command": "sh -c 'for i in $(seq 40); do sleep 9 & done'"}, "", 15]],
     }
     (told,) = json.loads(await script(DRIVER, given=given))["outputs"]
     assert "fork" in told["output"]

@@ -14,7 +14,7 @@ from regreen.adapters.held import HeldSandbox, SandboxConfig
 from regreen.adapters.session import BadSyntax, BashSession
 from regreen.client.channel import connect
 from regreen.client.dataset import TaskClient
-from regreen.rpc.errors import InvalidArgument, NotFound
+from regreen.rpc.errors import FailedPrecondition, InvalidArgument, NotFound
 from tests.integration import dataset_samples as samples
 from tests.integration.adapters.conftest import World
 
@@ -109,6 +109,22 @@ async def test_a_command_that_cannot_be_parsed_does_nothing(shell: BashSession) 
     with pytest.raises(ValueError, match="NUL"):
         await shell.run("echo \0")
     assert await say(shell, "echo 'it''s '\\''fine'\\'''") == "its 'fine'\n"
+
+
+async def test_a_directory_that_is_gone_is_told(shell: BashSession) -> None:
+    await shell.run("mkdir '/tmp/a b'; cd '/tmp/a b'; rmdir '/tmp/a b'")
+    assert await say(shell, "echo hi") == "/tmp/a b is gone; this is /\nhi\n"
+    assert await say(shell, "pwd") == "/\n"
+
+
+async def test_a_session_that_cannot_start_says_why(world: World) -> None:
+    for wrong, said in (({"env": {"PATH": "/nowhere"}}, "bash"), ({"cwd": "/none"}, "/none")):
+        held = await opened(world, **wrong)
+        with pytest.raises(FailedPrecondition, match=said):
+            await BashSession(held).open()
+        await held.close()
+        with pytest.raises(FailedPrecondition, match="was closed"):
+            await held.run(["true"])
 
 
 async def test_a_fake_end_is_no_end(shell: BashSession) -> None:

@@ -144,6 +144,8 @@ async def test_failures_are_swe_rexs_own_exceptions(world: World, script: Script
         read("/usr"),
         closed(),
         closed(),
+        execute("pwd", shell=True, cwd="/no/such/place"),
+        bash("echo \0"),
     )
     kinds = [answer and answer.get("raised") for answer in told]
     assert kinds == [
@@ -161,6 +163,8 @@ async def test_failures_are_swe_rexs_own_exceptions(world: World, script: Script
         "FileNotFoundError",
         "OSError",
         None,
+        "SessionDoesNotExistError",
+        "FileNotFoundError",
         "SessionDoesNotExistError",
     ]
     assert told[1]["message"].startswith("Oh no: Command 'false' failed with exit code 1")
