@@ -54,9 +54,11 @@ def _run_and_kill(
     )
     assert child.stdout is not None
     promised = {}
-    for _ in range(lines):
-        state, content = child.stdout.readline().split()
-        promised[state] = content
+    while lines and (line := child.stdout.readline()):
+        if len(line.split()) == 2:  # others are the log
+            lines -= 1
+            state, content = line.split()
+            promised[state] = content
     time.sleep(after_s)  # a moment of its own for each case, not a wait for anything
     child.send_signal(signal.SIGKILL)
     rest, _ = child.communicate(timeout=30)
