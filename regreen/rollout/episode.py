@@ -202,7 +202,7 @@ class Runner:
 
 def _record(agent: Agent, stop: Stop, branch: BranchPoint | None) -> pb.Trajectory:
     """What was said and done, before it is graded."""
-    labels = {"stop": stop, "hint": agent.spec.knobs.hint}
+    labels: dict[str, str] = {"stop": stop, "hint": agent.spec.knobs.hint}
     seed = agent.spec.tool_seed() if branch is None else branch.tool_seed
     if seed is not None:
         labels[TOOL_SEED] = str(seed)
