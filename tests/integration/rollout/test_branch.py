@@ -1,9 +1,16 @@
 """Branching a rollout at a turn: the same tokens and files up to there, nothing run again."""
 
-from dataclasses import replace
+import asyncio
+import json
+import os
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
+from dataset_svc.__main__ import serving
+from dataset_svc.settings import DatasetSettings
 from regreen.common.v1 import GRADER_BUILD_GATES, PIPELINE_FULL
 from regreen.dataset import v1 as pb
 from regreen.rollout.branch import branch_point
@@ -11,8 +18,10 @@ from regreen.rollout.context import FULL, EpisodeSpec, Knobs
 from regreen.rollout.episode import Runner, run_branch
 from regreen.rollout.record import segments
 from regreen.rpc.errors import FailedPrecondition, InvalidArgument
+from tests.integration import dataset_samples as samples
 from tests.integration.rollout.world import PIN, VALIDATE, call, says
 
+ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 SPEC = EpisodeSpec(grader=GRADER_BUILD_GATES, knobs=Knobs(keep_states=True))
 STAMP = call("run_sh", cmd="date +%s%N > stamp; cat stamp; echo x >> runs")
@@ -103,6 +112,63 @@ async def test_a_branch_of_the_full_pipeline_goes_on_in_its_attempt(world):
         assert list(found.token_ids[: len(segments_of(origin, turn))]) == segments_of(origin, turn)
         assert found.pipeline == PIPELINE_FULL
         await _discard(stack, origin, found)
+
+
+async def test_the_command_branches_a_stored_trajectory(world, database_url, tmp_path):
+    settings = DatasetSettings(
+        home=tmp_path / "data", listen="127.0.0.1:0", metrics="127.0.0.1:0", drain_s=0.5,
+        fsync=False,
+    )  # fmt: skip
+    script = [*says(STAMP, SPOIL, VALIDATE)]
+
+    async def regreen(*arguments):
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", "from regreen.cli.main import main; main()"),
+            *(*arguments, "--home", str(tmp_path)),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        out, err = await process.communicate()
+        return process.returncode, [json.loads(line) for line in out.splitlines()], err.decode()
+
+    async with (
+        serving(settings, database_url) as dataset,
+        world.playing(script, dataset=dataset.address) as stack,
+    ):
+        (tmp_path / "run").mkdir()
+        found = {"endpoints": asdict(stack.endpoints)}
+        (tmp_path / "run" / "stack.json").write_text(json.dumps(found))
+        task = pb.Task()
+        task.CopyFrom(world.task)
+        task.id, task.state_id = samples.fresh("greet"), ""
+        await stack.tasks.import_tasks([task])
+        report = samples.report(task.id)
+        report.state_id = world.task.state_id
+        await stack.tasks.record_gate(report)
+        options = ("--grader", "build_gates", "--json")
+        code, rows, err = await regreen(
+            *("rollout", "run", "--task", task.id, "--keep-states", *options)
+        )
+        assert code == 0, err
+        origin = await stack.trajectories.get_trajectory(rows[0]["id"])
+        code, rows, err = await regreen(
+            *("rollout", "branch", origin.id, "--turn", "2", "--samples", "2", "--json")
+        )
+        assert code == 0, err
+        assert len(rows) == 2
+        for row in rows:
+            branch = await stack.trajectories.get_trajectory(row["id"])
+            end = origin.turns[2].token_end
+            assert branch.token_ids[:end] == origin.token_ids[:end]
+            assert dict(branch.labels).items() >= {
+                ("branch_of", origin.id), ("branch_turn", "2"),
+            }  # fmt: skip
+        code, _, err = await regreen("rollout", "branch", rows[0]["id"], "--turn", "4")
+        assert code != 0
+        assert "--keep-states" in err
+        await _discard(stack, origin)
 
 
 def segments_of(origin, turn):
