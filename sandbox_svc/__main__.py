@@ -15,11 +15,12 @@ from regreen.rpc.server import Server
 from regreen.sandbox import v1 as pb
 from sandbox_svc.service import SandboxHost
 from sandbox_svc.servicer import SandboxServicer, StateServicer
+from sandbox_svc.servicer_action import ActionServicer
 from sandbox_svc.servicer_egress import EgressServicer
 from sandbox_svc.servicer_exec import ExecServicer
 from sandbox_svc.settings import SandboxSettings
 
-_NAMES = ("StateService", "SandboxService", "ExecService", "EgressService")
+_NAMES = ("StateService", "SandboxService", "ActionService", "ExecService", "EgressService")
 SERVICES = tuple(f"regreen.sandbox.v1.{name}" for name in _NAMES)
 
 
@@ -40,6 +41,7 @@ async def serving(
         pb.add_SandboxServiceServicer_to_server(SandboxServicer(started), server.grpc)
         pb.add_ExecServiceServicer_to_server(ExecServicer(started), server.grpc)
         pb.add_EgressServiceServicer_to_server(EgressServicer(started), server.grpc)
+        pb.add_ActionServiceServicer_to_server(ActionServicer(started), server.grpc)
         async with server:
             yield server
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import takewhile
 
 from regreen.rpc.errors import (
     FailedPrecondition,
@@ -330,19 +331,24 @@ async def diff(
 
     Raises:
         ResourceExhausted: the diff is over a bound.
+
+    Only paths are compared that a layer touches which the two do not share.
     """
     if not root.startswith("/") or ".." in root.split("/"):
         raise InvalidArgument("root", f"is not a plain absolute path: {root!r}")
     limits = limits or DiffLimits()
     with manager.using(sandbox_id) as sandbox:
         base = manager.states.get(base_state_id or sandbox.state_id)
-        if sandbox.layers[: len(base.layers)] == base.layers:
-            paths = await sandbox.box.changed_paths(root, since=len(base.layers))
-            async with manager.fresh(base.id) as pristine:
-                return await diff_boxes(pristine, sandbox.box, paths, root, limits)
         async with manager.fresh(base.id) as pristine:
-            both = {*await _all(pristine, root), *await _all(sandbox.box, root)}
-            return await diff_boxes(pristine, sandbox.box, sorted(both), root, limits)
+            pairs = zip(sandbox.layers, pristine.layers, strict=False)
+            shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+            if shared or not pristine.layers:
+                touched = {*await sandbox.box.changed_paths(root, since=shared)}
+                if len(pristine.layers) > shared:
+                    touched.update(await pristine.changed_paths(root, since=shared))
+            else:
+                touched = {*await _all(pristine, root), *await _all(sandbox.box, root)}
+            return await diff_boxes(pristine, sandbox.box, sorted(touched), root, limits)
 
 
 async def _all(box: Box, root: str) -> Sequence[str]:

@@ -60,6 +60,24 @@ EGRESS_CONNECTIONS = Gauge(
     "regreen_sandbox_egress_connections", "Connections of sandboxes to the proxy."
 )
 
+LAYERS_FLATTENED = Counter(
+    "regreen_sandbox_layers_flattened", "Layers that were merged with others into one."
+)
+STATES_DROPPED = Counter(
+    "regreen_sandbox_states_dropped", "States dropped to keep the disk budget.", ["kind"]
+)
+ACTION_CACHE_HITS = Counter(
+    "regreen_sandbox_action_cache_hits", "Actions answered from the cache or one in flight."
+)
+ACTION_CACHE_MISSES = Counter("regreen_sandbox_action_cache_misses", "Actions that had to run.")
+ACTION_RERUNS = Counter(
+    "regreen_sandbox_action_reruns", "Cached actions that were run again to compare."
+)
+ACTIONS_QUARANTINED = Counter(
+    "regreen_sandbox_actions_quarantined", "Actions whose runs were seen to differ."
+)
+ACTION_QUEUE_DEPTH = Gauge("regreen_sandbox_action_queue_depth", "Actions that wait for a place.")
+
 
 def count_limit(reason: str) -> None:
     """Count a command by the limit that ended it, if one did."""

@@ -12,7 +12,6 @@
 import asyncio
 import contextlib
 import time
-from collections import deque
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -37,6 +36,8 @@ if TYPE_CHECKING:
     from sandbox_svc.executions import Execution
 
 _MAX_FORKS = 256
+_FORKS_AT_ONCE = 16
+"""Forks of all calls that start at a time; more would only wait for each other."""
 _REAP_S = 1.0
 _NO_LIMITS = Limits()
 _T = TypeVar("_T")
@@ -56,6 +57,10 @@ class Sandbox:
     ttl_s: float
     created_s: float
     expires_s: float
+    parent_id: str = ""
+    """The sandbox that it was forked from."""
+    states: list[tuple[str, int]] = field(default_factory=list)
+    """States that it stands on, oldest first: id, and how many of `layers` show its files."""
     door: Door | None = None
     """Its way out; None where it has none."""
     calls: int = 0
@@ -96,6 +101,7 @@ class Manager:
         self._validations = asyncio.Semaphore(self.pool.max_validations)
         self._reaper: asyncio.Task[None] | None = None
         self._finishing: set[asyncio.Task[Any]] = set()
+        self._starting = asyncio.Semaphore(_FORKS_AT_ONCE)
 
     async def start(self) -> None:
         """Start ending sandboxes whose time is over."""
@@ -177,6 +183,7 @@ class Manager:
         labels: Mapping[str, str],
         ttl_s: float,
         reach: AllowList | None,
+        parent_id: str = "",
     ) -> Sandbox:
         sandbox_id = new_id("sbx")
         door = self.egress.door(sandbox_id, reach) if reach is not None else None
@@ -200,6 +207,8 @@ class Manager:
             created_s=now,
             expires_s=now + ttl_s,
             door=door,
+            parent_id=parent_id,
+            states=[(state.id, len(state.layers))],
         )
         self._sandboxes[sandbox.id] = sandbox
         return sandbox
@@ -265,23 +274,48 @@ class Manager:
             return await self._frozen(sandbox, labels)
 
     async def _frozen(self, sandbox: Sandbox, labels: Mapping[str, str]) -> State:
-        parent = self._parent_of(sandbox)
         with self.states.growing():
-            layer = await sandbox.box.freeze()
+            left = self._follow(sandbox)
+            try:
+                layer = await sandbox.box.freeze()
+            finally:
+                self.states.release(left)
             self.states.hold([layer])
             sandbox.layers = (*sandbox.layers, layer)
-            return await self.states.add(
-                sandbox.layers, action=f"snapshot {layer}", parent=parent, labels=labels
+            parent, depth = self._parent_of(sandbox)
+            state = await self.states.add(
+                (*parent.layers, *sandbox.layers[depth:]),
+                action=f"snapshot {layer}",
+                parent=parent,
+                labels=labels,
             )
+            sandbox.states.append((state.id, len(sandbox.layers)))
+            return state
 
-    def _parent_of(self, sandbox: Sandbox) -> State:
-        """The state with the most layers that the sandbox still stands on."""
-        best = self.states.get(sandbox.state_id)
-        for state in self.states.list():
-            covered = sandbox.layers[: len(state.layers)] == state.layers
-            if covered and len(state.layers) > len(best.layers):
-                best = state
-        return best
+    def _parent_of(self, sandbox: Sandbox) -> tuple[State, int]:
+        """The latest state that the sandbox stands on, and how many of its layers that covers."""
+        known = ((self.states.peek(id), depth) for id, depth in reversed(sandbox.states))
+        found = next(((state, depth) for state, depth in known if state is not None), None)
+        if found is None:
+            raise NotFound(f"no such state: {sandbox.state_id}", metadata={"id": sandbox.state_id})
+        return found
+
+    def _follow(self, sandbox: Sandbox) -> Sequence[str]:
+        """Let a sandbox that is about to start anew stand on its parent's layers as they are now.
+
+        They were flattened meanwhile; a chain that only grew would get too long to mount. Returns
+        what it held before, to be released when it has started anew.
+        """
+        parent, depth = self._parent_of(sandbox)
+        rebase = getattr(sandbox.box, "rebase", None)
+        if rebase is None or sandbox.layers[:depth] == parent.layers:
+            return ()
+        held, rest = sandbox.layers, sandbox.layers[depth:]
+        sandbox.layers = (*parent.layers, *rest)
+        self.states.hold(sandbox.layers)
+        rebase(depth, parent.layers)
+        sandbox.states = [(parent.id, len(parent.layers))]
+        return held
 
     async def fork(
         self, sandbox_id: str, count: int, labels: Mapping[str, str] | None = None
@@ -295,19 +329,28 @@ class Manager:
             raise InvalidArgument("count", f"{count}", f"give 1 to {_MAX_FORKS}")
         with self.using(sandbox_id) as sandbox, self._reserve(count) as taken:
             state = await self._finish(self._snapshot(sandbox, {}))
-            forks: deque[Sandbox] = deque()
-            try:
-                for _ in range(count):
-                    merged = {**sandbox.labels, **(labels or {})}
-                    reach = sandbox.door.allow if sandbox.door is not None else None
-                    forks.append(
-                        await self._create(state, sandbox.limits, merged, sandbox.ttl_s, reach)
+            merged = {**sandbox.labels, **(labels or {})}
+            reach = sandbox.door.allow if sandbox.door is not None else None
+
+            async def one() -> Sandbox:
+                async with self._starting:
+                    fresh = self.states.get(state.id)
+                    fork = await self._create(
+                        fresh, sandbox.limits, merged, sandbox.ttl_s, reach, sandbox.id
                     )
-                    taken()
+                taken()
+                return fork
+
+            tasks = [asyncio.create_task(one()) for _ in range(count)]
+            try:
+                return state, tuple(await asyncio.gather(*tasks))
             except BaseException:
-                await asyncio.gather(*(self.delete(fork.id) for fork in forks))
+                for task in tasks:
+                    task.cancel()
+                ended = await asyncio.gather(*tasks, return_exceptions=True)
+                started = [fork for fork in ended if isinstance(fork, Sandbox)]
+                await asyncio.gather(*(self.delete(fork.id) for fork in started))
                 raise
-            return state, tuple(forks)
 
     async def restore(self, sandbox_id: str, state_id: str) -> Sandbox:
         """Put a sandbox, in place, on another state; its processes and changes end."""
@@ -318,10 +361,12 @@ class Manager:
 
     async def _restore(self, sandbox: Sandbox, state: State) -> None:
         async with sandbox.lock:
+            state = self.states.get(state.id)
             fresh = await self._box(state, sandbox.limits, (), sandbox.door)
             old, held = sandbox.box, sandbox.layers
             sandbox.box, sandbox.layers = fresh, state.layers
             sandbox.state_id = state.id
+            sandbox.states = [(state.id, len(state.layers))]
             try:
                 await old.delete()
             finally:
@@ -359,6 +404,10 @@ class Manager:
         in_use = any(s.state_id == state_id for s in self._sandboxes.values())
         await self.states.delete(state_id, in_use=in_use)
 
+    def stood_on(self) -> set[str]:
+        """Ids of the states that live sandboxes stand on, those of their snapshots included."""
+        return {id for s in self._sandboxes.values() for id, _ in (*s.states, (s.state_id, 0))}
+
     @contextlib.asynccontextmanager
     async def fresh(
         self,
@@ -366,7 +415,7 @@ class Manager:
         *,
         limits: Limits | None = None,
         extra_mounts: Sequence[Mount] = (),
-    ) -> AsyncIterator[Box]:
+    ) -> AsyncIterator["LeasedBox"]:
         """A box over a state for one validation; waits for a free place, always deleted."""
         box = await self.open_box(state_id, limits=limits or _NO_LIMITS, extra_mounts=extra_mounts)
         try:
@@ -378,9 +427,11 @@ class Manager:
         self, state_id: str, *, limits: Limits = _NO_LIMITS, extra_mounts: Sequence[Mount] = ()
     ) -> "LeasedBox":
         """A fresh box over a state, outside the pool of agents; the caller must delete it."""
-        state = self.states.runnable(state_id)
+        self.states.runnable(state_id)
         await self._validations.acquire()
         try:
+            state = self.states.get(state_id)
+            held = state.layers
             box = await self._box(state, limits, extra_mounts)
         except BaseException:
             self._validations.release()
@@ -388,9 +439,9 @@ class Manager:
 
         def released() -> None:
             self._validations.release()
-            self.states.release(state.layers)
+            self.states.release(held)
 
-        return LeasedBox(box, released)
+        return LeasedBox(box, held, released)
 
     async def _reap(self) -> None:
         while True:
@@ -408,8 +459,9 @@ class Manager:
 class LeasedBox:
     """A box that gives its place back when it is deleted."""
 
-    def __init__(self, box: Box, released: Callable[[], None]) -> None:
+    def __init__(self, box: Box, layers: Sequence[str], released: Callable[[], None]) -> None:
         self._box, self._released = box, released
+        self.layers = tuple(layers)
         self.id, self.limits = box.id, box.limits
         self.run, self.start = box.run, box.start
         self.read_file, self.read_range = box.read_file, box.read_range

@@ -1,6 +1,7 @@
 """The parts of one sandbox service, built from its settings and taken down in order.
 
-- Start: runtime (sweeps what a crash left), states, manager, builder, validator; stop: reversed.
+- Start: runtime (sweeps what a crash left), states, manager, builder, validator, actions, upkeep;
+  stop: reversed.
 - Validations wait for a place, which they hold as long as they run, whoever still waits for them;
   agents' sandboxes never wait, they are refused.
 - This module knows no gRPC; the servicers translate and call it.
@@ -16,6 +17,7 @@ from typing import Self
 from regreen.blobs import open_blobs
 from regreen.rpc.errors import InvalidArgument
 from sandbox_svc import egress_probe, metrics
+from sandbox_svc.actions import Actions
 from sandbox_svc.backends.base import Capability, Runtime
 from sandbox_svc.backends.embedded import EmbeddedRuntime
 from sandbox_svc.builders.base import Builder, EnvironmentSpec, FileChange, Prepared, Progress
@@ -29,6 +31,7 @@ from sandbox_svc.selfcheck import SelfCheck
 from sandbox_svc.settings import SandboxSettings
 from sandbox_svc.states import State, StateStore
 from sandbox_svc.transfer import Transfer
+from sandbox_svc.upkeep import Upkeep
 from sandbox_svc.validate import Validation, ValidationOptions, Validator
 from sandbox_svc.wheelhouse import DistStore
 
@@ -79,6 +82,16 @@ class SandboxHost:
         self.transfer = Transfer(
             self.states, self.runtime, self._offered, max_bytes=settings.import_bytes
         )
+        self.upkeep = Upkeep(
+            self.states, self.runtime, self.manager.stood_on, time.time, settings.upkeep()
+        )
+        self.actions = Actions(
+            self.states,
+            self.runtime,
+            home,
+            limits=settings.actions(),
+            defaults=settings.limits(),
+        )
         self._dists, self._tools = home / "dists", home / "tools"
         self._builders = {builder.name: builder for builder in builders}
         self._validator: Validator | None = None
@@ -96,15 +109,19 @@ class SandboxHost:
             self.proven = (await egress_probe.prove(self.runtime, enabled=self.settings.egress),)
         await self.self_check.start()
         self._validator = Validator(self.states, self.runtime, place=self._place)
+        await self.actions.open()
+        await self.upkeep.start()
         metrics.ACTIVE.set_function(lambda: len(self.manager.list()))
         metrics.STATES.set_function(lambda: len(self.states.list()))
         return self
 
     async def __aexit__(self, *exc: object) -> None:
+        await self.actions.close()
         if self._validator is not None:
             await self._validator.close()
         await self.executions.close()
         await self.self_check.close()
+        await self.upkeep.close()
         await self.manager.close()
         await self.egress.close()
         await self.states.close()

@@ -125,6 +125,13 @@ class StateServicer(_Servicer, pb.StateServiceServicer):
         messages = [translate.state_to(state) for state in chosen]
         return pb.ListStatesResponse(states=messages, next_page_token=token)
 
+    async def GetLineage(
+        self, request: pb.GetLineageRequest, context: Context
+    ) -> pb.GetLineageResponse:
+        """Read a state and those that it was made from."""
+        line = self._host.states.lineage(check_id(request.id, "st", "id"))
+        return pb.GetLineageResponse(states=[translate.state_to(state) for state in line])
+
     async def DeleteState(
         self, request: pb.DeleteStateRequest, context: Context
     ) -> pb.DeleteStateResponse:

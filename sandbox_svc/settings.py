@@ -9,6 +9,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from regreen.settings import ServiceSettings
+from sandbox_svc.actions import ActionLimits
 from sandbox_svc.backends.base import Limits
 from sandbox_svc.egress import Egress
 from sandbox_svc.egress_exchange import Bounds
@@ -16,6 +17,7 @@ from sandbox_svc.egress_log import Ledger
 from sandbox_svc.egress_route import Upstream
 from sandbox_svc.egress_rules import parse_networks
 from sandbox_svc.sandboxes import PoolLimits
+from sandbox_svc.upkeep import UpkeepLimits
 
 
 class SandboxSettings(ServiceSettings):
@@ -146,6 +148,38 @@ class SandboxSettings(ServiceSettings):
             ),
             ledger=Ledger(kept_s=self.egress_kept_s),
             enabled=self.egress,
+        )
+
+    flatten_layers: int = Field(default=30, ge=0, le=120)
+    """Snapshots above one another before their layers are merged into one; 0 never."""
+    state_bytes: int = Field(default=0, ge=0)
+    """Disk budget of all states; over it those used least recently are dropped. 0 means none."""
+    snapshot_grace_s: float = Field(default=86_400.0, ge=0)
+    """Snapshots used within this time are never dropped for the disk budget."""
+    max_actions: int = Field(default=4, ge=1)
+    """Actions (Execute) that run at once; more wait."""
+    max_queued_actions: int = Field(default=256, ge=0)
+    """Actions that wait for a place; more are answered RESOURCE_EXHAUSTED."""
+    action_cache_bytes: int = Field(default=1 << 30, ge=0)
+    """Results of actions that are kept, on the disk; those used least recently go first."""
+    action_rerun_share: float = Field(default=0.02, ge=0, le=1)
+    """Share of answers from the action cache that are run again in the background to compare."""
+
+    def upkeep(self) -> UpkeepLimits:
+        """When states are flattened and dropped."""
+        return UpkeepLimits(
+            flatten_layers=self.flatten_layers,
+            state_bytes=self.state_bytes,
+            snapshot_grace_s=self.snapshot_grace_s,
+        )
+
+    def actions(self) -> ActionLimits:
+        """How many actions there may be, and what is kept of them."""
+        return ActionLimits(
+            running=self.max_actions,
+            queued=self.max_queued_actions,
+            cache_bytes=self.action_cache_bytes,
+            rerun_share=self.action_rerun_share,
         )
 
     def limits(self) -> Limits:

@@ -7,6 +7,8 @@
   of the process alone loses nothing that was answered.
 - A state prepared with another test runner is dropped when the store opens: no validator reads it.
 - Layers without a state and without a running sandbox are removed; nothing else removes layers.
+- A state's layers may be swapped for others that show the same files, in one write of its record;
+  whoever waits between reading a state and holding its layers reads it again.
 - Preparations of one spec digest share one run, which ends when nobody waits for it any more.
 """
 
@@ -26,10 +28,12 @@ from typing import Any
 from regreen.rpc.errors import FailedPrecondition, NotFound
 from sandbox_svc.backends.base import Mount, Runtime
 from sandbox_svc.backends.layers import writing
-from sandbox_svc.builders.base import RUNNER, Prepared, Progress, Stage
+from sandbox_svc.builders.base import RUNNER, Prepared, Progress
+from sandbox_svc.flights import Flights
 
 _FORMAT = 1
 _MAX_SECONDS, _MAX_BYTES = 1e10, 1 << 62
+_TOUCH_S = 1.0
 
 Build = Callable[[Progress], Awaitable[Prepared]]
 Clock = Callable[[], float]
@@ -167,14 +171,6 @@ def _outdated(state: State) -> bool:
     return prepared and state.metadata.get("runner") != RUNNER
 
 
-@dataclass(slots=True)
-class _Flight:
-    task: "asyncio.Task[State]"
-    listeners: list[Progress] = field(default_factory=list)
-    last: Stage | None = None
-    waiters: int = 0
-
-
 class StateStore:
     """The states of one runtime, indexed by small files below `home`."""
 
@@ -182,12 +178,15 @@ class StateStore:
         self._directory = home / "states"
         self._runtime, self._clock = runtime, clock
         self._states: dict[str, State] = {}
-        self._flights: dict[str, _Flight] = {}
-        self._ending: set[asyncio.Task[State]] = set()
+        self._flights: Flights[State] = Flights()
         self._used: dict[str, int] = {}
         self._growing = 0
         self._collect_later = False
         self._background: set[asyncio.Task[None]] = set()
+        self._rewriting = asyncio.Lock()
+        self._touched: dict[str, float] = {}
+        self.changed: list[Callable[[str], None]] = []
+        """Called with the id of each state that was recorded or deleted."""
         self._host, self._boot = host_fingerprint(), boot_id()
 
     async def open(self) -> None:
@@ -205,16 +204,15 @@ class StateStore:
                 path.unlink(missing_ok=True)
                 continue
             self._states[state.id] = state
+            with contextlib.suppress(OSError):
+                self._touched[state.id] = path.stat().st_mtime
             if not state.durable:
                 self._save_later(state.id)
         await self.collect()
 
     async def close(self) -> None:
         """End preparations and wait until all states are durable."""
-        tasks = [*self._ending, *(flight.task for flight in self._flights.values())]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._flights.close()
         await asyncio.gather(*self._background, return_exceptions=True)
 
     def get(self, state_id: str) -> State:
@@ -227,6 +225,10 @@ class StateStore:
             return self._states[state_id]
         except KeyError:
             raise NotFound(f"no such state: {state_id}", metadata={"id": state_id}) from None
+
+    def peek(self, state_id: str) -> State | None:
+        """One state, if there is one of this id."""
+        return self._states.get(state_id)
 
     def runnable(self, state_id: str) -> State:
         """One state, if this host can run it.
@@ -242,7 +244,37 @@ class StateStore:
                 "prepare it again here",
                 metadata={"id": state_id},
             )
+        self._touch(state_id)
         return state
+
+    def _touch(self, state_id: str) -> None:
+        """Remember in the record's time that a state is used now."""
+        now = self._clock()
+        if now - self._touched.get(state_id, 0.0) >= _TOUCH_S:
+            self._touched[state_id] = now
+            with contextlib.suppress(OSError):
+                os.utime(self._directory / f"{state_id}.json", (now, now))
+
+    def used_s(self, state: State) -> float:
+        """When a state was last used, as Unix time; about right after a restart too."""
+        return max(state.created_s, self._touched.get(state.id, 0.0))
+
+    def in_use(self, layer: str) -> bool:
+        """Whether something runs over a layer."""
+        return layer in self._used
+
+    def lineage(self, state_id: str) -> Sequence[State]:
+        """A state and those that it was made from, the root first; deleted ones end the line.
+
+        Raises:
+            NotFound: there is none of this id.
+        """
+        line = [self.get(state_id)]
+        seen = {state_id}
+        while (parent := self._states.get(line[-1].parent_id)) and parent.id not in seen:
+            seen.add(parent.id)
+            line.append(parent)
+        return line[::-1]
 
     def find(self, spec_sha256: str) -> State | None:
         """The prepared state of a spec, if there is one."""
@@ -268,7 +300,10 @@ class StateStore:
         prepared: Prepared | None = None,
         labels: Mapping[str, str] | None = None,
     ) -> State:
-        """Record a state over frozen layers; a snapshot inherits its parent's mounts and env."""
+        """Record a state over frozen layers; a snapshot inherits its parent's mounts and env.
+
+        A parent's layers, as they are now, are the lowest of `layers`.
+        """
         own = layers[len(parent.layers) :] if parent else layers
         sizes = [await self._runtime.layer_size(layer) for layer in own]
         state = State(
@@ -306,7 +341,13 @@ class StateStore:
         """Make a state exist from now on."""
         self._write(state, durable=False)
         self._states[state.id] = state
+        self._touched[state.id] = self._clock()
         self._save_later(state.id)
+        self._tell(state.id)
+
+    def _tell(self, state_id: str) -> None:
+        for listener in self.changed:
+            listener(state_id)
 
     def stamp(self, state: State) -> State:
         """The state as recorded in this boot, now."""
@@ -328,15 +369,35 @@ class StateStore:
     async def _save(self, state_id: str) -> None:
         """Bring a state's layers to the disk, then say so in its record."""
         await self._runtime.make_durable()
-        state = self._states.get(state_id)
-        if state is None:
-            return
-        state = replace(state, durable=True)
-        await asyncio.to_thread(self._write, state, durable=True)
-        if state_id in self._states:
-            self._states[state_id] = state
+        async with self._rewriting:
+            state = self._states.get(state_id)
+            if state is not None:
+                await self._rewrite(state, replace(state, durable=True))
+
+    async def _rewrite(self, old: State, new: State) -> None:
+        """Put a record in the place of another of the same state, unless that has gone."""
+        await asyncio.to_thread(self._write, new, durable=True)
+        present = self._states.get(new.id)
+        if present is old:
+            self._states[new.id] = new
+        elif present is None:
+            (self._directory / f"{new.id}.json").unlink(missing_ok=True)
         else:
-            (self._directory / f"{state_id}.json").unlink(missing_ok=True)
+            self._write(present, durable=False)
+
+    async def swap_layers(self, old: Sequence[str], new: Sequence[str]) -> int:
+        """Have all states that stand on `old` stand on `new`, which shows the same files.
+
+        `new` has reached the disk. Each record is replaced whole; returns how many were.
+        """
+        lowest, swapped = tuple(old), 0
+        async with self._rewriting:
+            for state in list(self._states.values()):
+                if state.layers[: len(lowest)] == lowest and self._states.get(state.id) is state:
+                    layers = (*new, *state.layers[len(lowest) :])
+                    await self._rewrite(state, replace(state, layers=layers))
+                    swapped += 1
+        return swapped
 
     async def prepare(
         self,
@@ -347,57 +408,19 @@ class StateStore:
         progress: Progress | None = None,
     ) -> State:
         """The state of a spec: found, or built once for all who ask meanwhile."""
-        flight = self._flights.get(spec_sha256)
-        if flight is None:
-            found = self.find(spec_sha256)
-            if found is not None and not rebuild:
-                return found
-            task = asyncio.create_task(self._build(spec_sha256, build))
-            made = flight = self._flights[spec_sha256] = _Flight(task)
-            task.add_done_callback(lambda _: self._land(spec_sha256, made))
-        return await self._join(spec_sha256, flight, progress)
+        found = self.find(spec_sha256)
+        if found is not None and not rebuild and spec_sha256 not in self._flights:
+            return found
 
-    def _land(self, spec_sha256: str, flight: _Flight) -> None:
-        """Let nobody join a flight any more."""
-        if self._flights.get(spec_sha256) is flight:
-            del self._flights[spec_sha256]
+        async def run(report: Progress) -> State:
+            with self.growing():
+                self._collect_later = True
+                prepared = await build(report)
+                return await self.add(
+                    prepared.layers, action=spec_sha256, spec_sha256=spec_sha256, prepared=prepared
+                )
 
-    async def _join(self, spec_sha256: str, flight: _Flight, progress: Progress | None) -> State:
-        if progress is not None:
-            flight.listeners.append(progress)
-            if flight.last is not None:
-                progress(flight.last)
-        flight.waiters += 1
-        try:
-            return await asyncio.shield(flight.task)
-        except asyncio.CancelledError:
-            if flight.waiters == 1 and not flight.task.done():
-                self._land(spec_sha256, flight)
-                flight.task.cancel()
-                self._ending.add(flight.task)
-                flight.task.add_done_callback(self._ending.discard)
-            raise
-        finally:
-            flight.waiters -= 1
-            if progress is not None:
-                flight.listeners.remove(progress)
-
-    async def _build(self, spec_sha256: str, build: Build) -> State:
-        own = asyncio.current_task()
-
-        def report(stage: Stage) -> None:
-            flight = self._flights.get(spec_sha256)
-            if flight is not None and flight.task is own:
-                flight.last = stage
-                for listener in list(flight.listeners):
-                    listener(stage)
-
-        with self.growing():
-            self._collect_later = True
-            prepared = await build(report)
-            return await self.add(
-                prepared.layers, action=spec_sha256, spec_sha256=spec_sha256, prepared=prepared
-            )
+        return await self._flights.join(spec_sha256, run, progress)
 
     def hold(self, layers: Iterable[str]) -> None:
         """Protect layers that a running sandbox uses."""
@@ -424,7 +447,9 @@ class StateStore:
                 f"sandboxes run on state {state_id}; delete them first", metadata={"id": state_id}
             )
         del self._states[state_id]
+        self._touched.pop(state_id, None)
         (self._directory / f"{state_id}.json").unlink(missing_ok=True)
+        self._tell(state_id)
         await self.collect()
 
     async def collect(self) -> int:

@@ -151,6 +151,7 @@ def sandbox_to(sandbox: Sandbox) -> pb.Sandbox:
         expire_time=timestamp(sandbox.expires_s),
         limits=limits_to(sandbox.limits),
         labels=sandbox.labels,
+        parent_id=sandbox.parent_id,
     )
 
 

@@ -254,7 +254,7 @@ class Validator:
 
     async def _fork(self, plan: Plan, change: LockChange | None, seed: int) -> Validation:
         """One run in one fresh fork."""
-        state = plan.state
+        state = self._states.get(plan.state.id)
         self._states.hold(state.layers)
         try:
             box = await self._runtime.create(state.layers, limits=self._limits, mounts=state.mounts)
@@ -342,7 +342,7 @@ def _key(plan: Plan) -> str:
     options = plan.options
     parts = [
         plan.state.id,
-        list(plan.state.layers),
+        plan.state.created_s,
         plan.sha256,
         [[r.path, r.reason] for r in plan.reverted],
         sorted(options.held_pins.items()),

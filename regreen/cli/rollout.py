@@ -1,5 +1,6 @@
-"""`regreen rollout run|worker`: run episodes.
+"""`regreen rollout run|branch|worker`: run episodes.
 
+- `branch` goes on after a turn of a stored trajectory, from its tokens and its State.
 - `run` commits every trajectory to the dataset; a failing episode is a result, not an error.
 - `worker` leases rollouts from the queue until it is stopped; stop it at any time, nothing is lost.
 """
@@ -7,7 +8,7 @@
 import asyncio
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +20,8 @@ from regreen.cli.options import Home, Json, open_stack
 from regreen.dataset import v1 as pb
 from regreen.ids import derive_seed
 from regreen.rollout.baselines import baseline, check_baseline
-from regreen.rollout.episode import Runner, run_episode
+from regreen.rollout.branch import branch_point
+from regreen.rollout.episode import Runner, run_branch, run_episode
 from regreen.rollout.progress import TurnListener, show_turns
 from regreen.rollout.worker import RolloutProgress, Worker, WorkerStats, knowledge_of, outcome
 from regreen.train.names import grader_of, mode_of, pipeline_of
@@ -43,11 +45,40 @@ def run(
     ] = "policy",
     samples: Annotated[int, typer.Option(min=1, max=1000, help="Episodes.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the first episode.")] = 0,
+    keep_states: Annotated[
+        bool, typer.Option("--keep-states", help="Keep a State per turn, to branch there.")
+    ] = False,
     json_output: Json = False,
 ) -> None:
     """Run episodes on one task and store their trajectories."""
+    settings = {"knobs.keep_states": str(keep_states)}
     with output.progress() as show:
-        found = output.run(_run(home, task, pipeline, mode, grader, actor, samples, seed, show))
+        found = output.run(
+            _run(home, task, pipeline, mode, grader, actor, samples, seed, settings, show)
+        )
+    _print(found, json_output)
+
+
+@app.command()
+def branch(
+    trajectory: Annotated[str, typer.Argument(help="Trajectory id.")],
+    turn: Annotated[int, typer.Option(min=0, help="Go on after this turn (`traj show`).")],
+    home: Home = None,
+    samples: Annotated[int, typer.Option(min=1, max=1000, help="Branches.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the first branch.")] = 0,
+    keep_states: Annotated[
+        bool, typer.Option("--keep-states", help="Keep a State per turn, to branch again.")
+    ] = False,
+    json_output: Json = False,
+) -> None:
+    """Sample again from a turn of a stored trajectory, over its exact tokens and files."""
+    settings = {"knobs.keep_states": str(keep_states)}
+    with output.progress() as show:
+        found = output.run(_branch(home, trajectory, turn, samples, seed, settings, show))
+    _print(found, json_output)
+
+
+def _print(found: list[pb.Trajectory], json_output: bool) -> None:
     if json_output:
         output.print_json_lines(found)
         return
@@ -80,6 +111,7 @@ async def _run(
     actor: str,
     samples: int,
     seed: int,
+    settings: Mapping[str, str],
     show: output.ProgressPrinter,
 ) -> list[pb.Trajectory]:
     in_pipeline, in_mode, by_grader = pipeline_of(pipeline), mode_of(mode), grader_of(grader)
@@ -104,6 +136,7 @@ async def _run(
                 grader=by_grader,
                 actor=script,
                 seed=derive_seed(seed, sample),
+                settings=settings,
                 policy_name=name,
                 knowledge=await knowledge_of(stack),
                 listener=listen,
@@ -111,6 +144,40 @@ async def _run(
             await stack.trajectories.commit_trajectory(trajectory)
             found.append(trajectory)
             meter.advance(detail=f"{task_id}: {outcome(trajectory)}")
+    return found
+
+
+async def _branch(
+    home: Path | None,
+    trajectory_id: str,
+    turn: int,
+    samples: int,
+    seed: int,
+    settings: Mapping[str, str],
+    show: output.ProgressPrinter,
+) -> list[pb.Trajectory]:
+    found: list[pb.Trajectory] = []
+    meter = Meter(listener(show), "branches", samples)
+    async with open_stack(home) as stack:
+        origin = await stack.trajectories.get_trajectory(trajectory_id)
+        branch_point(origin, turn)
+        task = await stack.tasks.get_task(origin.task_id)
+        name, knowledge = await name_served(stack), await knowledge_of(stack)
+        for sample in range(samples):
+            trajectory = await run_branch(
+                stack,
+                task,
+                origin,
+                turn,
+                seed=derive_seed(seed, "branch", trajectory_id, turn, sample),
+                settings=settings,
+                policy_name=name,
+                knowledge=knowledge,
+                listener=one_line(meter, task.id),
+            )
+            await stack.trajectories.commit_trajectory(trajectory)
+            found.append(trajectory)
+            meter.advance(detail=f"{task.id}: {outcome(trajectory)}")
     return found
 
 

@@ -77,6 +77,12 @@ class StateClient(Caller):
         response: pb.ListStatesResponse = await self._call(self._stub.ListStates, request, READ_S)
         return response
 
+    async def get_lineage(self, id: str) -> Sequence[pb.State]:
+        """A state and those that it was made from, the root first."""
+        response = await self._call(self._stub.GetLineage, pb.GetLineageRequest(id=id), READ_S)
+        states: Sequence[pb.State] = response.states
+        return states
+
     async def delete_state(self, id: str, *, request_id: str = "") -> None:
         """Remove a state."""
         request = pb.DeleteStateRequest(id=id, request_id=request_id or new_request_id())

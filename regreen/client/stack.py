@@ -13,6 +13,7 @@ from typing import Any
 
 import grpc
 
+from regreen.client.actions import ActionClient
 from regreen.client.channel import Tls, connect
 from regreen.client.dataset import RolloutQueueClient, RunClient, TaskClient, TrajectoryClient
 from regreen.client.egress import EgressClient
@@ -77,6 +78,7 @@ class Stack:
         self.sandbox = SandboxClient(channels["sandbox"], patience_s=patience_s)
         self.execs = ExecClient(channels["sandbox"], patience_s=patience_s)
         self.egress = EgressClient(channels["sandbox"], patience_s=patience_s)
+        self.actions = ActionClient(channels["sandbox"], patience_s=patience_s)
         self.policy = PolicyClient(channels["policy"], patience_s=patience_s)
         self.judge = JudgeClient(channels["judge"], patience_s=patience_s)
         self.learner = LearnerClient(channels["learner"], patience_s=patience_s)

@@ -22,6 +22,7 @@ from regreen.rollout.prompts import harmless, without_turns
 from regreen.rollout.record import TokenStream
 from regreen.rollout.tools import Observation, Workbench
 from regreen.rollout.toolset import ToolSet
+from regreen.rpc.errors import FailedPrecondition
 
 if TYPE_CHECKING:
     from regreen.client.stack import Stack
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 Stop = Literal["passed", "gave-up", "turn-limit", "token-limit", "time-limit", "stuck", "changed"]
 _LEAST_TOKENS = 8
 _EDITS = frozenset({"write_file", "run_sh"})
+_CHANGING = _EDITS | {"dependency_upgrade", "remove_dependency", "upgrade_gradle"}
+"""Tools that may change files of the sandbox."""
 
 
 @dataclass(slots=True)
@@ -50,12 +53,20 @@ class Agent:
     error: PrimaryError | None = None
     """The error that is being repaired."""
     history: list[tuple[Call | None, Observation]] = field(default_factory=list)
+    state_id: str = ""
+    """With `knobs.keep_states`: the State that holds the sandbox's files as they are."""
 
     async def begin(self, messages: Sequence[ChatMessage], error: PrimaryError | None) -> None:
         """Start a fresh context with a prompt."""
         rendered = await self.stack.policy.render_chat(messages)
         self.stream.add_prompt(list(rendered.token_ids), rendered.text)
         self.error, self.history = error, []
+        self._name_state()
+
+    def _name_state(self) -> None:
+        """Record with the latest turn which State holds the files after it."""
+        if self.spec.knobs.keep_states:
+            self.stream.turns[-1].state_id = self.state_id
 
     def tell(self, doing: str, found: str = "") -> None:
         """Say what is done now, or what it found."""
@@ -133,7 +144,16 @@ class Agent:
             if call.key == "validate_and_build":
                 self.tell(call.key, seen.headline)
         await self._observe(call, seen, self.clock() - started - said_s)
+        if self.spec.knobs.keep_states and call is not None and call.key in _CHANGING:
+            await self._keep_state()
+        self._name_state()
         return call, seen
+
+    async def _keep_state(self) -> None:
+        try:
+            self.state_id = await self.bench.keep_state(self.trajectory_id)
+        except FailedPrecondition:
+            self.state_id = ""  # the call has ended the sandbox, as the next one will be told
 
     async def _observe(self, call: Call | None, seen: Observation, seconds: float) -> None:
         name = call.name if call else "error"

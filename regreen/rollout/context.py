@@ -110,6 +110,9 @@ class Knobs:
     """Confirm a passing validation on another fresh fork without the result cache."""
     coverage: bool = False
     """Measure coverage in the final validation."""
+    keep_states: bool = False
+    """Keep a State after every turn that may have changed files, so that the rollout can be
+    branched there. Each ends what a command left running; they stay until somebody deletes them."""
 
 
 @dataclass(frozen=True, slots=True)

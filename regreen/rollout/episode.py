@@ -27,6 +27,7 @@ from regreen.dataset import v1 as pb
 from regreen.ids import new_id
 from regreen.rollout.actors import Actor, PolicyActor
 from regreen.rollout.agent import Agent, Stop
+from regreen.rollout.branch import TOOL_SEED, BranchPoint, branch_point
 from regreen.rollout.context import FULL, SIMPLIFIED, Budget, EpisodeSpec, with_labels
 from regreen.rollout.facts import FactsCache, standing
 from regreen.rollout.full import discard_states, run_full
@@ -37,7 +38,7 @@ from regreen.rollout.reward import RewardSettings
 from regreen.rollout.simplified import run_simplified
 from regreen.rollout.tools import Workbench
 from regreen.rollout.toolset import ToolSet, load_toolset
-from regreen.rpc.errors import FailedPrecondition, InvalidArgument, RegreenError
+from regreen.rpc.errors import FailedPrecondition, InvalidArgument, NotFound, RegreenError
 
 if TYPE_CHECKING:
     from regreen.client.stack import Stack
@@ -83,18 +84,22 @@ class Runner:
         *,
         trajectory_id: str = "",
         listener: TurnListener = ignore,
+        branch: BranchPoint | None = None,
     ) -> pb.Trajectory:
-        """One graded rollout; `listener` is told every turn.
+        """One graded rollout, or the rest of one; `listener` is told every turn.
 
         Raises:
-            FailedPrecondition: the task is not prepared on this host, or the mode is not fair.
+            FailedPrecondition: the task is not prepared on this host, or the mode is not fair, or
+                the State of the branch has gone.
             RegreenError: trouble of the platform; the rollout must be tried again, never scored.
         """
         check_fair(task, spec)
+        if branch is not None:
+            await self._check_branch(task, spec, branch)
         trajectory_id = trajectory_id or new_id("trj")
         with structlog.contextvars.bound_contextvars(trajectory_id=trajectory_id):
             sandbox = await self.stack.sandbox.create_sandbox(
-                task.state_id,
+                branch.state_id if branch else task.state_id,
                 labels={"trajectory": trajectory_id, "task": task.id},
                 ttl_s=spec.budget.wall_s + spec.budget.validation_s * 2 + _SLACK_S,
             )
@@ -103,7 +108,7 @@ class Runner:
                     with counting_away() as away:
                         return await self._in_sandbox(
                             task, spec, actor or PolicyActor(), trajectory_id, sandbox.id, listener,
-                            lambda: self.clock() - away.seconds,
+                            lambda: self.clock() - away.seconds, branch,
                         )  # fmt: skip
             finally:
                 await self.discard(sandbox.id)
@@ -117,6 +122,7 @@ class Runner:
         sandbox_id: str,
         listener: TurnListener,
         clock: Callable[[], float],
+        branch: BranchPoint | None,
     ) -> pb.Trajectory:
         start_ns, started = self.now_ns(), clock()
         facts = await self.facts.get(self.stack, task, sandbox_id)
@@ -128,27 +134,61 @@ class Runner:
             bench,
             actor,
             spec,
-            self.tools(spec),
+            self.tools(spec) if branch is None else self._tools_of(branch),
             trajectory_id,
             started + spec.budget.wall_s,
             clock,
             listener,
+            state_id=task.state_id,
         )
+        if branch is not None:
+            branch.enter(agent)
         pipeline = run_full if spec.pipeline == PIPELINE_FULL else run_simplified
+        keeps = False
         try:
-            stop = await pipeline(agent, self.knowledge)
-            trajectory = _record(agent, stop)
+            stop = await pipeline(agent, self.knowledge, branch)
+            trajectory = _record(agent, stop, branch)
             agent.tell("grade")
             await conclude(bench, spec, trajectory, self.validated, self.rewards)
             agent.tell("grade", "solved" if trajectory.reward.solved else "not solved")
+            keeps = spec.knobs.keep_states
         finally:
-            if bench.kept_states:  # no State can go while the sandbox stands on it
+            if bench.kept_states and not keeps:  # no State can go while the sandbox stands on it
                 await self.discard(sandbox_id)
                 await discard_states(self.stack, bench.kept_states)
         trajectory.stage_seconds.update(bench.stage_s)
         trajectory.start_time.FromNanoseconds(start_ns)
         trajectory.end_time.FromNanoseconds(max(start_ns, self.now_ns()))
         return trajectory
+
+    def _tools_of(self, branch: BranchPoint) -> ToolSet:
+        """The tool set that the prefix of a branch speaks of."""
+        seed = branch.tool_seed
+        return self.toolset if seed is None else self.toolset.varied(seed)
+
+    async def _check_branch(self, task: pb.Task, spec: EpisodeSpec, branch: BranchPoint) -> None:
+        """Refuse a branch that cannot be run; learn the facts of the task's untouched files."""
+        if branch.outputs >= spec.turns():
+            raise InvalidArgument(
+                "turn", f"{branch.turn} leaves no turn of {spec.turns()}", "branch earlier"
+            )
+        try:
+            await self.stack.state.get_state(branch.state_id)
+            await self.stack.state.get_state(branch.prompt_state_id)
+        except NotFound as error:
+            raise FailedPrecondition(
+                f"the State of turn {branch.turn} of {branch.trajectory_id} has gone ({error}); "
+                "run the rollout again with knobs.keep_states=true and keep its States"
+            ) from error
+        if self.facts.peek(task.state_id) is None:
+            pristine = await self.stack.sandbox.create_sandbox(
+                task.state_id, labels={"task": task.id}
+            )
+            try:
+                async with standing(self.stack, pristine.id):
+                    await self.facts.get(self.stack, task, pristine.id)
+            finally:
+                await self.discard(pristine.id)
 
     async def discard(self, sandbox_id: str) -> None:
         """Delete a sandbox that is not needed any more."""
@@ -159,8 +199,12 @@ class Runner:
             log.warning("sandbox not deleted", sandbox_id=sandbox_id, error=str(error))
 
 
-def _record(agent: Agent, stop: Stop) -> pb.Trajectory:
+def _record(agent: Agent, stop: Stop, branch: BranchPoint | None) -> pb.Trajectory:
     """What was said and done, before it is graded."""
+    labels: dict[str, str] = {"stop": stop, "hint": agent.spec.knobs.hint}
+    seed = agent.spec.tool_seed() if branch is None else branch.tool_seed
+    if seed is not None:
+        labels[TOOL_SEED] = str(seed)
     spec, task = agent.spec, agent.bench.task
     trajectory = pb.Trajectory(
         id=agent.trajectory_id,
@@ -177,7 +221,7 @@ def _record(agent: Agent, stop: Stop) -> pb.Trajectory:
         actor=agent.actor.name,
         state_id=task.state_id,
         policy=spec.policy_name,
-        labels={"stop": stop, "hint": spec.knobs.hint},
+        labels=labels | (branch.labels() if branch else {}),
     )
     agent.stream.fill(trajectory)
     return trajectory
@@ -232,3 +276,39 @@ async def run_episode(
     )
     spec = with_labels(spec, settings or {})
     return await Runner(stack, knowledge).run(task, spec, actor, listener=listener)
+
+
+async def run_branch(
+    stack: "Stack",
+    task: pb.Task,
+    origin: pb.Trajectory,
+    turn: int,
+    *,
+    seed: int = 0,
+    actor: Actor | None = None,
+    budget: Budget | None = None,
+    settings: Mapping[str, str] | None = None,
+    policy_name: str = "",
+    knowledge: Knowledge | None = None,
+    listener: TurnListener = ignore,
+) -> pb.Trajectory:
+    """A rollout that goes on after a turn of another one, graded like any.
+
+    Raises:
+        InvalidArgument: nothing can follow that turn.
+        FailedPrecondition: the files of that turn were not kept, or have gone.
+    """
+    branch = branch_point(origin, turn)
+    full = origin.pipeline == PIPELINE_FULL
+    spec = EpisodeSpec(
+        pipeline=origin.pipeline,
+        mode=origin.mode,
+        grader=origin.grader,
+        seed=seed,
+        group_seed=seed,
+        policy_name=policy_name,
+        budget=budget or (FULL if full else SIMPLIFIED),
+    )
+    spec = with_labels(spec, {"knobs.hint": branch.hint, **(settings or {})})
+    runner = Runner(stack, knowledge)
+    return await runner.run(task, spec, actor, listener=listener, branch=branch)

@@ -5,7 +5,8 @@
   tries the next candidate; at most `tries` attempts per error.
 - An error seen earlier in the episode never counts as new, so that the loop cannot go in circles.
 - Tool calls and wall time are bounded over the whole episode, not per attempt.
-- The States that an episode keeps live as long as it does; turns still name them afterwards.
+- The States that an episode makes live as long as it does, unless `knobs.keep_states` is set; turns
+  still name them afterwards.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
@@ -17,6 +18,7 @@ import structlog
 from regreen.dataset import v1 as pb
 from regreen.policy.v1 import ChatMessage
 from regreen.rollout.agent import Agent, Stop
+from regreen.rollout.branch import BranchPoint
 from regreen.rollout.context import EpisodeSpec
 from regreen.rollout.dependencies import ToolError
 from regreen.rollout.facts import Facts
@@ -34,23 +36,30 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 
-async def run_full(agent: Agent, knowledge: Knowledge | None) -> Stop:
-    """Repair error after error until green, or until a limit."""
+async def run_full(
+    agent: Agent, knowledge: Knowledge | None, branch: BranchPoint | None = None
+) -> Stop:
+    """Repair error after error until green, or until a limit; a branch is in the first attempt."""
     bench = agent.bench
     kept = bench.task.state_id
     error, error_log = bench.facts.error, bench.facts.log
-    known: set[str] = set()
+    known = {error.signature if error else ""}
+    resumed = branch is not None
+    if branch is not None:
+        kept = branch.prompt_state_id
+        if kept != bench.task.state_id:
+            error, error_log = await _standing_error(agent, branch)
+        agent.error = error
     while True:
         known.add(error.signature if error else "")
         begin = partial(_begin, agent, error, error_log)
-        stop, found = await _repair(agent, begin, _candidates(agent, error, knowledge), known, kept)
+        stop, found = await _repair(
+            agent, begin, _candidates(agent, error, knowledge), known, kept, resumed=resumed
+        )
+        resumed = False
         if found is None or found.validation is None:
             return stop
-        state = await agent.stack.sandbox.snapshot_sandbox(
-            bench.sandbox_id, labels={"trajectory": agent.trajectory_id}
-        )
-        kept = state.id
-        bench.kept_states.append(kept)
+        kept = agent.state_id = await bench.keep_state(agent.trajectory_id)
         agent.stream.turns[-1].state_id = kept
         error, error_log = found.error, found.validation.log
 
@@ -85,8 +94,13 @@ async def _repair(
     candidates: Sequence[Hit],
     known: set[str],
     kept: str,
+    *,
+    resumed: bool = False,
 ) -> tuple[Stop, Observation | None]:
-    """Attempts on one error; what showed the new error that took its place, or why it ended."""
+    """Attempts on one error; what showed the new error that took its place, or why it ended.
+
+    With `resumed` the first attempt has begun already: its turns count.
+    """
     budget = agent.spec.budget
     stop: Stop = "turn-limit"
     for attempt in range(budget.tries):
@@ -94,9 +108,11 @@ async def _repair(
         if left <= 0:
             return "turn-limit", None
         hint = candidates[attempt].advice if attempt < len(candidates) else ""
-        await begin(hint, attempt)
+        used = agent.turns if resumed and not attempt else 0
+        if not used:
+            await begin(hint, attempt)
         stop = await agent.run(
-            min(left, budget.attempt_turns), lambda seen: _is_new_error(seen, known)
+            min(left, budget.attempt_turns - used), lambda seen: _is_new_error(seen, known)
         )
         if stop in ("passed", "gave-up", "time-limit"):
             return stop, None
@@ -106,6 +122,7 @@ async def _repair(
         if _is_new_error(seen, known):
             return "changed", seen
         await agent.stack.sandbox.restore_sandbox(agent.bench.sandbox_id, kept)
+        agent.state_id = kept
     return stop, None
 
 
@@ -167,6 +184,15 @@ async def _begin(
         log=error_log,
     )
     await agent.begin(messages, error)
+
+
+async def _standing_error(agent: Agent, branch: BranchPoint) -> tuple[PrimaryError | None, str]:
+    """The error that a branch is in the middle of repairing, and its log."""
+    sandbox, sandbox_id = agent.stack.sandbox, agent.bench.sandbox_id
+    await sandbox.restore_sandbox(sandbox_id, branch.prompt_state_id)
+    found = await _look(agent)
+    await sandbox.restore_sandbox(sandbox_id, branch.state_id)
+    return found.error, found.validation.log if found.validation is not None else ""
 
 
 async def _look(agent: Agent) -> Observation:

@@ -76,6 +76,19 @@ class TokenStream:
         self._append(token_ids)
         self._turn(pb.TURN_ROLE_PROMPT, text, len(token_ids), ok=True)
 
+    def add_prefix(self, token_ids: Sequence[int], turns: Sequence[pb.Turn]) -> None:
+        """Begin with the context of another trajectory, from a prompt on; it carries no loss."""
+        offset = turns[0].token_start - len(self.token_ids)
+        self.segment_start = len(self.token_ids)
+        self._append(token_ids)
+        for turn in turns:
+            copy = pb.Turn()
+            copy.CopyFrom(turn)
+            copy.index = len(self.turns)
+            copy.token_start -= offset
+            copy.token_end -= offset
+            self.turns.append(copy)
+
     def add_sample(
         self, sample: Sample, *, tool: str, arguments_json: str, ok: bool, duration_s: float = 0.0
     ) -> None:

@@ -19,10 +19,17 @@ from regreen.rollout.toolset import ToolSet
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from regreen.rollout.branch import BranchPoint
 
-async def run_simplified(agent: Agent, knowledge: Knowledge | None) -> Stop:
-    """Repair one error in one context."""
+
+async def run_simplified(
+    agent: Agent, knowledge: Knowledge | None, branch: "BranchPoint | None" = None
+) -> Stop:
+    """Repair one error in one context; a branch has begun it already."""
     facts = agent.bench.facts
+    if branch is not None:
+        agent.error = facts.error
+        return await agent.run(agent.spec.turns() - agent.turns)
     messages = opening(agent.bench.task, facts, agent.spec, agent.tools, knowledge)
     await agent.begin(messages, facts.error)
     return await agent.run(agent.spec.turns())

@@ -84,7 +84,7 @@ class Workbench:
     error: PrimaryError | None = None
     """Primary error of the last validation that failed."""
     kept_states: list[str] = field(default_factory=list)
-    """States made in this episode; deleted when it ends."""
+    """States made in this episode; deleted when it ends, unless it keeps them."""
     _validated: str = ""
 
     async def call(self, call: Call) -> Observation:
@@ -111,6 +111,14 @@ class Workbench:
     def spend(self, stage: str, seconds: float) -> None:
         """Add wall time to a stage."""
         self.stage_s[stage] = self.stage_s.get(stage, 0.0) + seconds
+
+    async def keep_state(self, trajectory_id: str) -> str:
+        """Freeze the sandbox into a State; its id."""
+        state = await self.stack.sandbox.snapshot_sandbox(
+            self.sandbox_id, labels={"trajectory": trajectory_id}
+        )
+        self.kept_states.append(state.id)
+        return state.id
 
     @property
     def held(self) -> Mapping[str, str]:

@@ -255,8 +255,25 @@ class EmbeddedRuntime:
         return sorted(os.listdir(self._home / "layers"))
 
     async def layer_size(self, layer: str) -> int:
-        """Bytes of one layer."""
-        return (await self.blocking(uppers.usage, self.layout.layer(layer))).size_bytes
+        """Bytes of one layer; files that it shares with others count in part."""
+        place = self.layout.layer(layer)
+        return (await self.blocking(uppers.usage, place, shared=True)).size_bytes
+
+    async def merge_layers(
+        self, below: Sequence[str], layers: Sequence[str], mounts: Sequence[Mount] = ()
+    ) -> str:
+        """One durable layer that shows over `below` what `layers` show there (lowest first).
+
+        Raises:
+            OSError: they cannot be read by this service; nothing was made.
+        """
+        targets = self.layout.ensure_targets((m.target, m.source.is_dir()) for m in mounts)
+        names = self.layout.lower_names(self._base[False], targets, below)
+        beneath = [self._home / name for name in names]
+        tops = [self.layout.layer(layer) for layer in layers]
+        merged: str = await self.blocking(self.layout.merge, tops, beneath)
+        await self.make_durable()
+        return merged
 
     async def orphans(self) -> Mapping[str, frozenset[str]]:
         """Processes, groups, directories and mounts that belong to no live box and no warm seat."""

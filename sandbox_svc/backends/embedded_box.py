@@ -425,9 +425,15 @@ class EmbeddedBox:
             self._runtime.tidy()
             return layer
 
+    def rebase(self, count: int, layers: Sequence[str]) -> None:
+        """Stand on `layers` in place of the lowest `count` from the next start on."""
+        below = max(0, len(self._base_layers) - count) + len(layers)
+        every = [*layers, *self.layers[count:]]
+        self._base_layers, self._own_layers = every[:below], every[below:]
+
     async def changed_paths(self, under: str, *, since: int | None = None) -> Sequence[str]:
         """Absolute paths touched since creation, or above the first `since` layers, sorted."""
-        layout, layers = self._runtime.layout, [*self._base_layers, *self._own_layers]
+        layout, layers = self._runtime.layout, self.layers
         split = len(self._base_layers) if since is None else since
         lowers = [layout.layer(layer) for layer in layers[:split]]
         tops = [layout.layer(layer) for layer in layers[split:]]

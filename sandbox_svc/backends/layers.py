@@ -21,6 +21,7 @@ from pathlib import Path
 
 from regreen.rpc.errors import DiskFull, FailedPrecondition, InfraError
 from sandbox_svc.backends import linux
+from sandbox_svc.backends.merge import merge_layers
 
 HOST_ID = 101_000
 """The unprivileged host uid and gid of every sandbox when the service runs as root."""
@@ -180,6 +181,17 @@ class Layout:
         layer = secrets.token_hex(6)
         os.rename(draft, self.layer(layer))
         return layer
+
+    def merge(self, layers: Sequence[Path], beneath: Sequence[Path]) -> str:
+        """Make a layer that shows over `beneath` what `layers` show there; its id."""
+        draft = self.draft_layer()
+        try:
+            with writing():
+                merge_layers(layers, beneath, draft)
+            return self.adopt_layer(draft)
+        except BaseException:
+            self.discard(draft)
+            raise
 
     def sync(self) -> None:
         """Write the file system that holds the layers to its disk."""

@@ -36,8 +36,11 @@ class Usage:
     """Whether everything could be looked at."""
 
 
-def usage(top: Path) -> Usage:
-    """Allocated bytes and inodes below `top`; entries that vanish meanwhile do not count."""
+def usage(top: Path, *, shared: bool = False) -> Usage:
+    """Allocated bytes and inodes below `top`; entries that vanish meanwhile do not count.
+
+    With `shared`, a file with several names counts in equal parts wherever it has one.
+    """
     size = inodes = 0
     whole = True
     with _opened(top) as top_fd:
@@ -49,8 +52,10 @@ def usage(top: Path) -> Usage:
                     inodes += 1
                     with contextlib.suppress(FileNotFoundError):
                         info = entry.stat(follow_symlinks=False)
-                        size += info.st_blocks * 512
-                        if stat.S_ISDIR(info.st_mode):
+                        directory = stat.S_ISDIR(info.st_mode)
+                        names = info.st_nlink if shared and not directory else 1
+                        size += info.st_blocks * 512 // max(1, names)
+                        if directory:
                             stack.append(_join(here, entry.name))
             except OSError as error:
                 whole = whole and error.errno in _GONE

@@ -49,6 +49,7 @@ from regreen.policy.v1 import policy_service_pb2
 from regreen.rpc.server import Server
 from regreen.sandbox import v1 as sandbox_pb
 from regreen.sandbox.v1 import (
+    action_service_pb2,
     egress_service_pb2,
     exec_service_pb2,
     sandbox_service_pb2,
@@ -246,6 +247,7 @@ async def test_sandbox(sandboxes: grpc.aio.Channel) -> None:
     goods: Goods = {
         "PrepareState": pb.PrepareStateRequest(spec=whole),
         "GetState": pb.GetStateRequest(id=state),
+        "GetLineage": pb.GetLineageRequest(id=state),
         "DeleteState": pb.DeleteStateRequest(id=nowhere),
         "ExportState": pb.ExportStateRequest(id=state),
         "CreateSandbox": pb.CreateSandboxRequest(
@@ -269,6 +271,10 @@ async def test_sandbox(sandboxes: grpc.aio.Channel) -> None:
         "Diff": pb.DiffRequest(sandbox_id=box, base_state_id=state),
         "Validate": pb.ValidateRequest(state_id=nowhere, changes=[change]),
         "ListEgress": pb.ListEgressRequest(sandbox_id=box, page_size=10),
+        "Execute": pb.ExecuteRequest(
+            state_id=state, command=command, limits=pb.Limits(pids=16), keep_state=True
+        ),
+        "ListQuarantined": pb.ListQuarantinedRequest(page_size=1),
     }
 
     async def remove(name: str, answers: Answers) -> None:
@@ -279,7 +285,8 @@ async def test_sandbox(sandboxes: grpc.aio.Channel) -> None:
             await stub.DeleteSandbox(pb.DeleteSandboxRequest(id=one))
 
     sweep = Sweep(sandboxes, remove)
-    await sweep.all(_services(state_service_pb2, sandbox_service_pb2, egress_service_pb2), goods)
+    modules = (state_service_pb2, sandbox_service_pb2, action_service_pb2, egress_service_pb2)
+    await sweep.all(_services(*modules), goods)
     check(sweep, 700)
     assert (await stub.GetSandbox(pb.GetSandboxRequest(id=box))).sandbox.id == box
 

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 from regreen.rpc.errors import FailedPrecondition
-from sandbox_svc.backends.base import Limits
+from sandbox_svc.backends.base import Command, Limits
 from sandbox_svc.backends.embedded import EmbeddedRuntime
 from sandbox_svc.sandboxes import Manager
 from sandbox_svc.states import StateStore
 
 _CHILD = Path(__file__).with_name("snapshotting.py")
+_FLATTENER = Path(__file__).with_name("flattening.py")
 _ROOT = Path(__file__).parents[3]
 
 
@@ -40,10 +41,12 @@ def _groups(instance: str) -> list[Path]:
     return [path.parent for path in found]
 
 
-def _run_and_kill(home: Path, lines: int) -> dict[str, str]:
+def _run_and_kill(
+    home: Path, lines: int, script: Path = _CHILD, after_s: float = 0.0
+) -> dict[str, str]:
     """Start the child, read `lines` promises, kill it without warning."""
     child = subprocess.Popen(
-        [sys.executable, str(_CHILD), str(home)],
+        [sys.executable, str(script), str(home)],
         stdout=subprocess.PIPE,
         text=True,
         cwd=_ROOT,
@@ -51,9 +54,12 @@ def _run_and_kill(home: Path, lines: int) -> dict[str, str]:
     )
     assert child.stdout is not None
     promised = {}
-    for _ in range(lines):
-        state, content = child.stdout.readline().split()
-        promised[state] = content
+    while lines and (line := child.stdout.readline()):
+        if len(line.split()) == 2:  # others are the log
+            lines -= 1
+            state, content = line.split()
+            promised[state] = content
+    time.sleep(after_s)  # a moment of its own for each case, not a wait for anything
     child.send_signal(signal.SIGKILL)
     rest, _ = child.communicate(timeout=30)
     for line in rest.splitlines():
@@ -109,6 +115,34 @@ async def test_a_killed_service_leaves_whole_states_and_nothing_else(tmp_path, l
         for state_id, content in promised.items():
             async with manager.fresh(state_id) as box:
                 assert (await box.read_file("/work/repo/count", 100)).decode() == content
+        await states.close()
+    finally:
+        await runtime.close()
+
+
+@pytest.mark.parametrize(("lines", "after_s"), [(4, 0.0), (5, 0.02), (9, 0.06), (13, 0.15)])
+async def test_a_service_killed_while_it_flattens_leaves_whole_states(tmp_path, lines, after_s):
+    home = tmp_path / "home"
+    promised = await asyncio.to_thread(_run_and_kill, home, lines, _FLATTENER, after_s)
+    promised.pop("flat", None)
+    assert await asyncio.to_thread(_gone, home, 10.0), _processes_below(home)
+    runtime = EmbeddedRuntime(home, run_probes=False, warm_seats=0)
+    await runtime.start()
+    try:
+        assert os.listdir(home / "trash") == []
+        states = StateStore(home, runtime)
+        await states.open()
+        found = {state.id: state for state in states.list()}
+        assert set(promised) <= set(found)
+        assert {layer for s in found.values() for layer in s.layers} == set(await runtime.layers())
+        manager = Manager(runtime, states)
+        for state_id, content in promised.items():
+            async with manager.fresh(state_id) as box:
+                assert (await box.read_file("/work/repo/count", 100)).decode() == content
+                if content != "0":
+                    script = "cd many; cat f* | sort -u; ls | wc -l; ls g*"
+                    seen = await box.run(Command(("/bin/sh", "-c", script)))
+                    assert seen.stdout.text.split() == [content, "401", f"g{content}"]
         await states.close()
     finally:
         await runtime.close()
