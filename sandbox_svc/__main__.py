@@ -15,9 +15,12 @@ from regreen.rpc.server import Server
 from regreen.sandbox import v1 as pb
 from sandbox_svc.service import SandboxHost
 from sandbox_svc.servicer import SandboxServicer, StateServicer
+from sandbox_svc.servicer_image import ImageServicer
 from sandbox_svc.settings import SandboxSettings
 
-SERVICES = tuple(f"regreen.sandbox.v1.{name}" for name in ("StateService", "SandboxService"))
+SERVICES = tuple(
+    f"regreen.sandbox.v1.{name}" for name in ("StateService", "SandboxService", "ImageService")
+)
 
 
 @contextlib.asynccontextmanager
@@ -29,6 +32,7 @@ async def serving(
         server = Server(settings, SERVICES)
         pb.add_StateServiceServicer_to_server(StateServicer(started), server.grpc)
         pb.add_SandboxServiceServicer_to_server(SandboxServicer(started), server.grpc)
+        pb.add_ImageServiceServicer_to_server(ImageServicer(started), server.grpc)
         async with server:
             yield server
 

@@ -29,7 +29,7 @@ from regreen.ids import new_id
 from regreen.rpc.errors import InvalidArgument, NotFound, ResourceExhausted
 from sandbox_svc import metrics
 from sandbox_svc.backends.base import Box, Limits, Mount, Runtime
-from sandbox_svc.states import State, StateStore
+from sandbox_svc.states import DEFAULT_CWD, State, StateStore
 
 _MAX_FORKS = 256
 _REAP_S = 1.0
@@ -51,6 +51,8 @@ class Sandbox:
     ttl_s: float
     created_s: float
     expires_s: float
+    cwd: str = DEFAULT_CWD
+    """Where commands run that name no directory."""
     calls: int = 0
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -167,6 +169,7 @@ class Manager:
             ttl_s=ttl_s,
             created_s=now,
             expires_s=now + ttl_s,
+            cwd=state.cwd,
         )
         self._sandboxes[sandbox.id] = sandbox
         return sandbox
@@ -177,7 +180,7 @@ class Manager:
         try:
             mounts = (*state.mounts, *extra)
             return await self.runtime.create(
-                state.layers, limits=limits, mounts=mounts, env=state.env
+                state.layers, limits=limits, mounts=mounts, env=state.env, base=state.base
             )
         except BaseException:
             self.states.release(state.layers)
@@ -283,7 +286,7 @@ class Manager:
             fresh = await self._box(state, sandbox.limits, ())
             old, held = sandbox.box, sandbox.layers
             sandbox.box, sandbox.layers = fresh, state.layers
-            sandbox.state_id = state.id
+            sandbox.state_id, sandbox.cwd = state.id, state.cwd
             try:
                 await old.delete()
             finally:

@@ -22,6 +22,7 @@ from sandbox_svc.builders.base import Builder, EnvironmentSpec, FileChange, Prep
 from sandbox_svc.builders.interpreters import find_all
 from sandbox_svc.builders.python import PythonBuilder
 from sandbox_svc.builders.system import SystemBuilder
+from sandbox_svc.images.store import Images
 from sandbox_svc.sandboxes import Manager
 from sandbox_svc.settings import SandboxSettings
 from sandbox_svc.states import State, StateStore
@@ -62,6 +63,7 @@ class SandboxHost:
         self.transfer = Transfer(
             self.states, self.runtime, self._offered, max_bytes=settings.import_bytes
         )
+        self.images = Images(self.states, self.runtime, max_bytes=settings.import_bytes)
         self._dists, self._tools = home / "dists", home / "tools"
         self._builders = {builder.name: builder for builder in builders}
         self._validator: Validator | None = None
@@ -84,6 +86,7 @@ class SandboxHost:
         if self._validator is not None:
             await self._validator.close()
         await self.manager.close()
+        await self.images.close()
         await self.states.close()
         await self.runtime.close()
 

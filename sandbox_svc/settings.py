@@ -54,7 +54,7 @@ class SandboxSettings(ServiceSettings):
     command_s: float = Field(default=3600.0, gt=0)
     """Longest run of one command."""
     import_bytes: int = Field(default=16 << 30, ge=1 << 20)
-    """Largest archive that ImportState takes, unpacked."""
+    """Largest archive that ImportState and ImportImage take, packed or unpacked."""
 
     def limits(self) -> Limits:
         """Limits of a sandbox whose request names none."""

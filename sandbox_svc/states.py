@@ -2,7 +2,9 @@
 
 - A state is an ordered list of layers and a record; the record is written last, by an atomic
   rename, so a state is whole or absent whenever the process dies.
-- A state's id depends on its parent and on the action that made it, on nothing else.
+- A state's id depends on its parent and on the action that made it, on nothing else; the action
+  of an imported image is its configuration's digest, so that the base is part of the id.
+- States of images run on any host of their platform; others only on hosts like the one they are of.
 - A state made before a crash of the host counts only if its layers had reached the disk; a crash
   of the process alone loses nothing that was answered.
 - A state prepared with another test runner is dropped when the store opens: no validator reads it.
@@ -16,6 +18,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
@@ -24,12 +27,15 @@ from pathlib import Path
 from typing import Any
 
 from regreen.rpc.errors import FailedPrecondition, NotFound
-from sandbox_svc.backends.base import Mount, Runtime
+from sandbox_svc.backends.base import HOST_BASE, Mount, Runtime
 from sandbox_svc.backends.layers import writing
 from sandbox_svc.builders.base import RUNNER, Prepared, Progress, Stage
 
 _FORMAT = 1
 _MAX_SECONDS, _MAX_BYTES = 1e10, 1 << 62
+_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
+_BASE = re.compile(r"host|image:sha256:[0-9a-f]{64}")
+DEFAULT_CWD = "/work/repo"
 
 Build = Callable[[Progress], Awaitable[Prepared]]
 Clock = Callable[[], float]
@@ -43,6 +49,17 @@ def host_fingerprint() -> str:
             if line.startswith(("ID=", "VERSION_ID=")):
                 release += line.split("=", 1)[1].strip('"') + "-"
     return f"{release}{platform.machine()}-{'-'.join(platform.libc_ver())}"
+
+
+def platform_name() -> str:
+    """What the programs of an image depend on: operating system and processor."""
+    machine = platform.machine()
+    return f"linux/{_ARCHITECTURES.get(machine, machine)}"
+
+
+def image_action(config_sha256: str) -> str:
+    """The action that makes the root state of an image."""
+    return f"image sha256:{config_sha256}"
 
 
 def boot_id() -> str:
@@ -75,6 +92,10 @@ class State:
     host: str = ""
     boot: str = ""
     durable: bool = False
+    base: str = HOST_BASE
+    """Where its programs come from: the host, or `image:sha256:` and a configuration's digest."""
+    cwd: str = DEFAULT_CWD
+    """Where commands run that name no directory."""
 
     def encode(self) -> bytes:
         """The record as JSON."""
@@ -92,6 +113,7 @@ class State:
         fields = json.loads(data)
         if not isinstance(fields, dict) or fields.pop("format", None) != _FORMAT:
             raise ValueError("not a state record")
+        fields = {"base": HOST_BASE, "cwd": DEFAULT_CWD, **fields}  # older records lack them
         try:
             _check_record(fields)
             fields["mounts"] = tuple(Mount(Path(a), b, c) for a, b, c in fields["mounts"])
@@ -147,6 +169,8 @@ _CHECKS: Mapping[str, Callable[[object], bool]] = {
     "labels": _is_map,
     "metadata": _is_metadata,
     "durable": lambda value: isinstance(value, bool),
+    "base": lambda value: isinstance(value, str) and bool(_BASE.fullmatch(value)),
+    "cwd": lambda value: _is_text(value) and str(value).startswith("/") and "\0" not in str(value),
 }
 
 
@@ -187,6 +211,7 @@ class StateStore:
         self._used: dict[str, int] = {}
         self._growing = 0
         self._collect_later = False
+        self._dropping = asyncio.Lock()
         self._background: set[asyncio.Task[None]] = set()
         self._host, self._boot = host_fingerprint(), boot_id()
 
@@ -236,9 +261,10 @@ class StateStore:
             FailedPrecondition: it was made for another machine, C library or distribution.
         """
         state = self.get(state_id)
-        if state.host != self._host:
+        here = self._host if state.base == HOST_BASE else platform_name()
+        if state.host != here:
             raise FailedPrecondition(
-                f"state {state_id} was made on {state.host}, this host is {self._host}; "
+                f"state {state_id} was made on {state.host}, this host is {here}; "
                 "prepare it again here",
                 metadata={"id": state_id},
             )
@@ -298,6 +324,9 @@ class StateStore:
                 env=parent.env,
                 metadata=parent.metadata,
                 python=parent.python,
+                host=parent.host if parent.base != HOST_BASE else state.host,
+                base=parent.base,
+                cwd=parent.cwd,
             )
         self.record(state)
         return state
@@ -442,9 +471,18 @@ class StateStore:
             return 0
         wanted = {layer for state in self._states.values() for layer in state.layers}
         unused = [layer for layer in held if layer not in wanted and layer not in self._used]
-        for layer in unused:
-            await self._runtime.drop_layer(layer)
+        async with self._dropping:
+            for layer in unused:
+                await self._runtime.drop_layer(layer)
         return len(unused)
+
+    async def undisturbed(self) -> None:
+        """Wait, within `growing`, until no layer is being removed any more.
+
+        Layers that are named by their content may be found and used only after that.
+        """
+        async with self._dropping:
+            return
 
     @contextlib.contextmanager
     def growing(self) -> Iterator[None]:

@@ -256,7 +256,9 @@ class Validator:
         state = plan.state
         self._states.hold(state.layers)
         try:
-            box = await self._runtime.create(state.layers, limits=self._limits, mounts=state.mounts)
+            box = await self._runtime.create(
+                state.layers, limits=self._limits, mounts=state.mounts, base=state.base
+            )
             try:
                 return await self._in_box(plan, change, seed, box)
             finally:

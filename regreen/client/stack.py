@@ -15,6 +15,7 @@ import grpc
 
 from regreen.client.channel import Tls, connect
 from regreen.client.dataset import RolloutQueueClient, RunClient, TaskClient, TrajectoryClient
+from regreen.client.image import ImageClient
 from regreen.client.judge import JudgeClient
 from regreen.client.learner import LearnerClient
 from regreen.client.policy import PolicyClient
@@ -73,6 +74,7 @@ class Stack:
         self.runs = RunClient(channels["dataset"], patience_s=patience_s)
         self.state = StateClient(channels["sandbox"], patience_s=patience_s)
         self.sandbox = SandboxClient(channels["sandbox"], patience_s=patience_s)
+        self.images = ImageClient(channels["sandbox"], patience_s=patience_s)
         self.policy = PolicyClient(channels["policy"], patience_s=patience_s)
         self.judge = JudgeClient(channels["judge"], patience_s=patience_s)
         self.learner = LearnerClient(channels["learner"], patience_s=patience_s)

@@ -176,6 +176,8 @@ class Box(Protocol):
 
 
 NO_ENV: Mapping[str, str] = MappingProxyType({})
+HOST_BASE = "host"
+"""Base of sandboxes that run the programs of this host; any other brings its own in its layers."""
 
 
 class Runtime(Protocol):
@@ -199,10 +201,12 @@ class Runtime(Protocol):
         mounts: Sequence[Mount] = (),
         network: bool = False,
         env: Mapping[str, str] = NO_ENV,
+        base: str = HOST_BASE,
     ) -> Box:
         """Start a box over `layers` (lowest first); an empty sequence is the bare base.
 
-        `env` goes below every command's own variables.
+        `env` goes below every command's own variables. Unless `base` is `HOST_BASE`, no program
+        of the host is shown: the layers are a whole system.
         """
         ...
 

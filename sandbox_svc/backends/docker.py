@@ -21,7 +21,15 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from regreen.rpc.errors import FailedPrecondition, InfraError, MissingDependency
-from sandbox_svc.backends.base import NO_ENV, Capability, Command, EndReason, Limits, Mount
+from sandbox_svc.backends.base import (
+    HOST_BASE,
+    NO_ENV,
+    Capability,
+    Command,
+    EndReason,
+    Limits,
+    Mount,
+)
 from sandbox_svc.backends.docker_box import DockerBox, layer_record, parse_listing
 from sandbox_svc.backends.docker_exec import capture
 from sandbox_svc.backends.embedded import DEFAULT_LIMITS
@@ -153,8 +161,13 @@ class DockerRuntime:
         mounts: Sequence[Mount] = (),
         network: bool = False,
         env: Mapping[str, str] = NO_ENV,
+        base: str = HOST_BASE,
     ) -> DockerBox:
         """Start a box over `layers` (lowest first); an empty sequence is the bare base."""
+        if base != HOST_BASE:
+            raise FailedPrecondition(
+                "the docker backend has no imported images; use the embedded backend"
+            )
         for mount in mounts:
             if not mount.source.exists():
                 raise MissingDependency(f"mount source does not exist: {mount.source}")
