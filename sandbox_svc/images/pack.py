@@ -202,8 +202,9 @@ class _Packer:
             headers = _attributes(fd)
         finally:
             os.close(fd)
-        fields = {**_common(info), "type": tarfile.DIRTYPE, "pax_headers": headers}
-        return _header(path or ".", **fields)
+        common = _common(info)
+        common["pax_headers"] |= headers
+        return _header(path or ".", **common, type=tarfile.DIRTYPE)
 
     def _entry(self, fd: int, here: str, name: str, info: os.stat_result) -> Iterator[bytes]:
         path = _join(here, name)
@@ -225,11 +226,12 @@ class _Packer:
         if info.st_nlink > 1:
             self._linked[info.st_ino] = path
 
-    def _file(self, path: str, common: Mapping[str, Any]) -> Iterator[bytes]:
+    def _file(self, path: str, common: dict[str, Any]) -> Iterator[bytes]:
         fd = self._open(path, os.O_NONBLOCK | os.O_NOFOLLOW)
         try:
             size = os.fstat(fd).st_size
-            yield _header(path, **common, size=size, pax_headers=_attributes(fd))
+            common["pax_headers"] |= _attributes(fd)
+            yield _header(path, **common, size=size)
             left = size
             while left:
                 piece = os.read(fd, min(left, CHUNK_BYTES))
@@ -247,9 +249,13 @@ def _join(here: str, name: str) -> str:
 
 
 def _common(info: os.stat_result) -> dict[str, Any]:
-    whole, rest = divmod(info.st_mtime_ns, 10**9)
-    mtime = info.st_mtime if rest else whole
-    return {"mode": stat.S_IMODE(info.st_mode) & 0o1777, "mtime": mtime}
+    seconds, rest = divmod(info.st_mtime_ns, 10**9)
+    exact = {"mtime": f"{seconds}.{rest:09d}"} if rest else {}
+    return {
+        "mode": stat.S_IMODE(info.st_mode) & 0o1777,
+        "mtime": seconds,
+        "pax_headers": exact,
+    }
 
 
 def _attribute(fd: int, name: str) -> bytes:

@@ -11,6 +11,7 @@
 """
 
 import asyncio
+import contextlib
 import hashlib
 import io
 import os
@@ -35,6 +36,7 @@ from sandbox_svc.states import State, StateStore, image_action, platform_name, s
 from sandbox_svc.transfer import LayerFiles, layer_files
 
 _AT_ONCE = 4
+_DRAIN_S = 30.0
 _REFERENCE = re.compile(r"[a-z0-9][a-z0-9._/:-]{0,200}(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?")
 _VERSION = "1"
 """Of the way layers are unpacked; another one makes other layers."""
@@ -126,8 +128,12 @@ class Images:
                 await self._blocking(_append, target.fileno(), b"".join(held))
                 held, size = [], 0
                 if total > self.max_bytes:
-                    raise _too_large()
+                    break
             await self._blocking(_append, target.fileno(), b"".join(held))
+            if total > self.max_bytes:
+                os.truncate(path, 0)
+                await _drained(chunks)
+                raise _too_large()
 
     async def _take(
         self,
@@ -268,6 +274,14 @@ def _config_of(state: State) -> Mapping[str, Any]:
 
 def _too_large() -> ResourceExhausted:
     return ResourceExhausted("the archive is larger than this service takes (import_bytes)")
+
+
+async def _drained(chunks: AsyncIterator[bytes]) -> None:
+    """Let a client send its rest: one that is cut off may not see why."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_DRAIN_S):
+            async for _ in chunks:
+                pass
 
 
 def _append(fd: int, data: bytes) -> None:

@@ -17,6 +17,7 @@ import os
 import stat
 import tarfile
 from collections.abc import Iterator, Mapping
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
 from regreen.rpc.errors import InvalidArgument
@@ -30,7 +31,7 @@ _ATTRIBUTE = "SCHILY.xattr."
 _PATH_BYTES = 4000
 _PART_BYTES = 255
 _ALL_PATHS_BYTES = 128 << 20
-_MAX_TIME_NS = (1 << 33) * 10**9
+_MAX_TIME_S = 1 << 33
 _DIRECTORY, _FILE, _LINK, _HIDDEN = "d", "f", "l", "w"
 _REFUSED = (errno.EINVAL, errno.EILSEQ, errno.ENAMETOOLONG, errno.EMLINK, errno.EFBIG)
 NOTES = {
@@ -219,6 +220,8 @@ class LayerUnpacker:
         at = 0
         parts: list[tuple[int, int]] = list(member.sparse or ())  # type: ignore[arg-type]
         for offset, size in parts:
+            if size == 0:
+                continue  # marks the end
             if offset < at or size < 0 or offset + size > member.size:
                 raise _bad(member.name, "has parts out of order")
             os.lseek(fd, offset, os.SEEK_SET)
@@ -302,8 +305,10 @@ def _normal(name: str) -> str:
 
 
 def _time_ns(member: tarfile.TarInfo) -> int:
-    with contextlib.suppress(ValueError, OverflowError):  # infinite, or no number
-        return max(0, min(int(member.mtime * 10**9), _MAX_TIME_NS))
+    if not 0 <= member.mtime < _MAX_TIME_S:  # nor where it is no number
+        return 0
+    with contextlib.suppress(InvalidOperation):
+        return int(Decimal(member.pax_headers.get("mtime", str(member.mtime))) * 10**9)
     return 0
 
 
