@@ -48,7 +48,7 @@ from regreen.policy import v1 as policy_pb
 from regreen.policy.v1 import policy_service_pb2
 from regreen.rpc.server import Server
 from regreen.sandbox import v1 as sandbox_pb
-from regreen.sandbox.v1 import sandbox_service_pb2, state_service_pb2
+from regreen.sandbox.v1 import image_service_pb2, sandbox_service_pb2, state_service_pb2
 from sandbox_svc.__main__ import serving as sandbox_serving
 from sandbox_svc.backends.embedded import EmbeddedRuntime
 from sandbox_svc.service import SandboxHost
@@ -260,6 +260,13 @@ async def test_sandbox(sandboxes: grpc.aio.Channel) -> None:
         "FindText": pb.FindTextRequest(sandbox_id=box, text="x"),
         "Diff": pb.DiffRequest(sandbox_id=box, base_state_id=state),
         "Validate": pb.ValidateRequest(state_id=nowhere, changes=[change]),
+        "ImportImage": [
+            pb.ImportImageRequest(
+                options=pb.ImageOptions(reference="a:1", labels={"a": "b"}, format=1)
+            ),
+            pb.ImportImageRequest(chunk=b"x"),
+        ],
+        "ExportImage": pb.ExportImageRequest(state_id=state, reference="a:1"),
     }
 
     async def remove(name: str, answers: Answers) -> None:
@@ -270,7 +277,8 @@ async def test_sandbox(sandboxes: grpc.aio.Channel) -> None:
             await stub.DeleteSandbox(pb.DeleteSandboxRequest(id=one))
 
     sweep = Sweep(sandboxes, remove)
-    await sweep.all(_services(state_service_pb2, sandbox_service_pb2), goods)
+    modules = (state_service_pb2, sandbox_service_pb2, image_service_pb2)
+    await sweep.all(_services(*modules), goods)
     check(sweep, 700)
     assert (await stub.GetSandbox(pb.GetSandboxRequest(id=box))).sandbox.id == box
 
