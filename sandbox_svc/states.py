@@ -17,7 +17,6 @@ import contextlib
 import hashlib
 import json
 import os
-import platform
 import re
 import secrets
 import time
@@ -30,10 +29,10 @@ from regreen.rpc.errors import FailedPrecondition, NotFound
 from sandbox_svc.backends.base import HOST_BASE, Mount, Runtime
 from sandbox_svc.backends.layers import writing
 from sandbox_svc.builders.base import RUNNER, Prepared, Progress, Stage
+from sandbox_svc.hosts import boot_id, host_fingerprint, platform_name
 
 _FORMAT = 1
 _MAX_SECONDS, _MAX_BYTES = 1e10, 1 << 62
-_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 _BASE = re.compile(r"host|image:sha256:[0-9a-f]{64}")
 DEFAULT_CWD = "/work/repo"
 
@@ -41,30 +40,9 @@ Build = Callable[[Progress], Awaitable[Prepared]]
 Clock = Callable[[], float]
 
 
-def host_fingerprint() -> str:
-    """What a state's binaries depend on: machine, C library, distribution."""
-    release = ""
-    with contextlib.suppress(OSError):
-        for line in Path("/etc/os-release").read_text(encoding="utf-8").splitlines():
-            if line.startswith(("ID=", "VERSION_ID=")):
-                release += line.split("=", 1)[1].strip('"') + "-"
-    return f"{release}{platform.machine()}-{'-'.join(platform.libc_ver())}"
-
-
-def platform_name() -> str:
-    """What the programs of an image depend on: operating system and processor."""
-    machine = platform.machine()
-    return f"linux/{_ARCHITECTURES.get(machine, machine)}"
-
-
 def image_action(config_sha256: str) -> str:
     """The action that makes the root state of an image."""
     return f"image sha256:{config_sha256}"
-
-
-def boot_id() -> str:
-    """Changes when the host starts anew."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 
 def state_id(parent_id: str, action: str) -> str:

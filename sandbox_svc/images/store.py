@@ -26,13 +26,14 @@ from regreen.rpc.errors import FailedPrecondition, InvalidArgument, ResourceExha
 from sandbox_svc.backends.base import HOST_BASE, Runtime
 from sandbox_svc.backends.layers import writing
 from sandbox_svc.backends.tree_archive import Quota
+from sandbox_svc.hosts import platform_name
 from sandbox_svc.images import manifest
 from sandbox_svc.images.archive import Archive
 from sandbox_svc.images.manifest import Format, Image
 from sandbox_svc.images.pack import image_archive
 from sandbox_svc.images.streams import CHUNK_BYTES, Slice, TarStream, damaged, unpacked
 from sandbox_svc.images.unpack import NOTES, OPAQUE, LayerUnpacker
-from sandbox_svc.states import State, StateStore, image_action, platform_name, state_id
+from sandbox_svc.states import State, StateStore, image_action, state_id
 from sandbox_svc.transfer import LayerFiles, layer_files
 
 _AT_ONCE = 4

@@ -14,7 +14,7 @@ from typing import Any
 
 import zstandard
 
-from sandbox_svc.states import platform_name
+from sandbox_svc.hosts import platform_name
 
 MACHINE = platform_name().partition("/")[2]
 OTHER = "s390x"
