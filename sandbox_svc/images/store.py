@@ -6,7 +6,8 @@
   appear, and then its state. What a crash leaves is a draft or a layer without a state, and both
   are swept at start.
 - An archive lies on disk once while it is read; packed or unpacked it stays below `max_bytes`.
-- Once an archive has come whole, it is taken to its end, whether or not the caller still waits.
+- Once an archive has come whole, it is taken to its end, whether or not the caller still waits;
+  only the end of the service cuts that short.
 - Blocking work is in threads of its own; none of them waits for a client.
 """
 
@@ -16,13 +17,19 @@ import hashlib
 import io
 import os
 import re
+import threading
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from regreen.rpc.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
+from regreen.rpc.errors import (
+    FailedPrecondition,
+    InvalidArgument,
+    ResourceExhausted,
+    Unavailable,
+)
 from sandbox_svc.backends.base import HOST_BASE, Runtime
 from sandbox_svc.backends.layers import writing
 from sandbox_svc.backends.tree_archive import Quota
@@ -58,6 +65,24 @@ class _Taken:
     """Per layer, what of it was dropped."""
 
 
+@dataclass(slots=True)
+class _Quota(Quota):
+    """A quota that ends early when the service does."""
+
+    stopping: threading.Event = field(default_factory=threading.Event)
+
+    def take_bytes(self, size_bytes: int) -> None:
+        """Count bytes alone.
+
+        Raises:
+            ResourceExhausted: the archive is over its bound.
+            Unavailable: the service stops.
+        """
+        if self.stopping.is_set():
+            raise Unavailable("the service stops; send the archive again")
+        Quota.take_bytes(self, size_bytes)
+
+
 def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="sandbox-images")
 
@@ -71,11 +96,13 @@ class Images:
     max_bytes: int = 16 << 30
     threads: ThreadPoolExecutor = field(default_factory=_threads)
     _taking: set["asyncio.Task[State]"] = field(default_factory=set)
+    _stopping: threading.Event = field(default_factory=threading.Event)
 
     async def close(self) -> None:
-        """Wait for archives that have come whole."""
+        """Give up archives that are being unpacked, and wait until nothing is left of them."""
+        self._stopping.set()
         await asyncio.gather(*self._taking, return_exceptions=True)
-        self.threads.shutdown()
+        self.threads.shutdown(wait=False)
 
     async def import_(
         self,
@@ -94,7 +121,7 @@ class Images:
         """
         files = layer_files(self.runtime)
         with writing():
-            spool = await self._blocking(files.draft_layer)
+            spool = files.draft_layer()
         try:
             await self._receive(spool / "sent", chunks)
         except BaseException:
@@ -113,7 +140,12 @@ class Images:
             task.exception()
 
     async def _blocking(self, call: Any, *args: object) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self.threads, call, *args)
+        """Run a call in a thread, to its end: what it writes to stays open as long."""
+        work = asyncio.get_running_loop().run_in_executor(self.threads, call, *args)
+        try:
+            return await asyncio.shield(work)
+        finally:
+            await asyncio.wait([work])
 
     async def _receive(self, path: Path, chunks: AsyncIterator[bytes]) -> None:
         held, size = [], 0
@@ -144,12 +176,11 @@ class Images:
         reference: str,
         labels: Mapping[str, str],
     ) -> State:
+        quota = _Quota(self.max_bytes, stopping=self._stopping)
         try:
             with self.states.growing():
                 await self.states.undisturbed()
-                taken = await self._blocking(
-                    _take_archive, files, spool, kind, reference, Quota(self.max_bytes)
-                )
+                taken = await self._blocking(_take_archive, files, spool, kind, reference, quota)
                 return await self._recorded(taken, labels)
         except BaseException:
             await self.states.collect()
@@ -267,7 +298,7 @@ def _is_count(value: object) -> bool:
 
 def _config_of(state: State) -> Mapping[str, Any]:
     """The configuration of the image that a state stands on."""
-    system, _, machine = platform_name().partition("/")
+    system, _, machine = state.host.partition("/")
     config = _facts_of(state).get("config")
     found = dict(config) if isinstance(config, dict) else {}
     return {**found, "os": system, "architecture": machine}

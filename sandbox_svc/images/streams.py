@@ -24,6 +24,7 @@ from sandbox_svc.backends.tree_archive import Quota
 
 CHUNK_BYTES = 1 << 20
 _HEADER_BYTES = 1 << 20
+_GLOBALS = 64
 _BLOCK = 512
 _WINDOW_BYTES = 128 << 20
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
@@ -111,6 +112,8 @@ class TarStream:
         try:
             with tarfile.open(fileobj=self, mode="r:", encoding="utf-8") as archive:  # type: ignore[call-overload]
                 while (member := archive.next()) is not None:
+                    if len(archive.pax_headers) > _GLOBALS:
+                        raise damaged("has too many headers that hold for all that follows")
                     self._quota.take(0)
                     self._room = _HEADER_BYTES
                     yield member

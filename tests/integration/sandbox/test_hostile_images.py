@@ -288,10 +288,17 @@ async def test_a_hostile_system_cannot_move_what_is_mounted_over_it(small):
         *made.programs("sh", "ls"),
     )
     state = (await image.import_image([made.oci(links, WorkingDir="/")])).state
+    assert state.base != "host"
     box = await sandboxes.create_sandbox(state.id)
-    done = await sandboxes.run(
-        box.id, ["/bin/sh", "-c", "echo x > /tmp/y; ls -d /proc/self /dev/null /tmp/y"]
-    )
+    script = """
+        echo x > /tmp/y; ls -d /proc/self /dev/null /tmp/y
+        [ -r /proc/sys/kernel/core_pattern ] || echo absent
+        [ -w /proc/sys/kernel/core_pattern ] && echo open
+        [ -w /proc/sysrq-trigger ] && echo open
+        ls /proc/1/root >/dev/null 2>&1 && echo seen
+        exit 0
+    """
+    done = await sandboxes.run(box.id, ["/bin/sh", "-c", script])
     assert done.stdout.head == b"/dev/null\n/proc/self\n/tmp/y\n"
 
 

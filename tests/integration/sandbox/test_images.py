@@ -20,8 +20,11 @@ from regreen.client.channel import connect
 from regreen.client.image import ImageClient, directory_chunks
 from regreen.rpc.errors import FailedPrecondition, InvalidArgument, NotFound
 from regreen.sandbox import v1 as pb
-from sandbox_svc.images.store import layer_id
+from sandbox_svc.backends.base import Limits
+from sandbox_svc.images.store import Images, layer_id
 from sandbox_svc.images.unpack import OPAQUE
+from sandbox_svc.states import StateStore
+from tests.contract.runtimes import started
 from tests.integration.sandbox import images as made
 from tests.integration.sandbox.overlay import prepared
 
@@ -416,6 +419,22 @@ async def test_states_of_the_host_and_odd_requests_are_refused(service, image):
             with pytest.raises(grpc.aio.AioRpcError, match=field) as refused:
                 await stub.ImportImage(iter(requests))
             assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_backend_without_layers_says_so(tmp_path):
+    async with started("docker", tmp_path) as runtime:
+        states = StateStore(tmp_path, runtime)
+        images = Images(states, runtime)
+        with pytest.raises(FailedPrecondition, match="embedded backend"):
+            await images.import_(aiter_of(b"x"))
+        with pytest.raises(FailedPrecondition, match="embedded backend"):
+            await runtime.create([], limits=Limits(), base="image:sha256:" + "0" * 64)
+        await images.close()
+
+
+async def aiter_of(*chunks: bytes):
+    for chunk in chunks:
+        yield chunk
 
 
 async def test_a_fork_of_an_image_is_as_quick_as_any(service, image, shell):
