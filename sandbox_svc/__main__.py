@@ -18,10 +18,11 @@ from sandbox_svc.servicer import SandboxServicer, StateServicer
 from sandbox_svc.servicer_action import ActionServicer
 from sandbox_svc.servicer_egress import EgressServicer
 from sandbox_svc.servicer_exec import ExecServicer
+from sandbox_svc.servicer_image import ImageServicer
 from sandbox_svc.settings import SandboxSettings
 
-_NAMES = ("StateService", "SandboxService", "ActionService", "ExecService", "EgressService")
-SERVICES = tuple(f"regreen.sandbox.v1.{name}" for name in _NAMES)
+_NAMES = ("State", "Sandbox", "Action", "Exec", "Image", "Egress")
+SERVICES = tuple(f"regreen.sandbox.v1.{name}Service" for name in _NAMES)
 
 
 @contextlib.asynccontextmanager
@@ -42,6 +43,7 @@ async def serving(
         pb.add_ExecServiceServicer_to_server(ExecServicer(started), server.grpc)
         pb.add_EgressServiceServicer_to_server(EgressServicer(started), server.grpc)
         pb.add_ActionServiceServicer_to_server(ActionServicer(started), server.grpc)
+        pb.add_ImageServiceServicer_to_server(ImageServicer(started), server.grpc)
         async with server:
             yield server
 

@@ -260,7 +260,11 @@ class Actions:
             self._states.hold(state.layers)
             try:
                 box = await self._runtime.create(
-                    state.layers, limits=action.limits, mounts=state.mounts, env=state.env
+                    state.layers,
+                    limits=action.limits,
+                    mounts=state.mounts,
+                    env=state.env,
+                    base=state.base,
                 )
                 try:
                     return await self._in_box(box, action, key, state, keep_state, own_name)

@@ -118,6 +118,10 @@ async def _tool(box: Box, argv: Sequence[str], root: str, output_bytes: int) -> 
         raise
     if result.reason is EndReason.TIMEOUT:
         raise ResourceExhausted(f"looking through {root} took more than {_TIMEOUT_S:.0f} s")
+    if result.reason is EndReason.EXIT and result.exit_code in (126, 127):
+        raise FailedPrecondition(
+            f"the sandbox has no {argv[0]} (its image brings none); list files with a command"
+        )
     return result
 
 

@@ -30,7 +30,7 @@ from sandbox_svc import metrics
 from sandbox_svc.backends.base import Box, Limits, Mount, Runtime
 from sandbox_svc.egress import Door, Egress
 from sandbox_svc.egress_rules import AllowList
-from sandbox_svc.states import State, StateStore
+from sandbox_svc.states import DEFAULT_CWD, State, StateStore
 
 if TYPE_CHECKING:
     from sandbox_svc.executions import Execution
@@ -63,6 +63,8 @@ class Sandbox:
     """States that it stands on, oldest first: id, and how many of `layers` show its files."""
     door: Door | None = None
     """Its way out; None where it has none."""
+    cwd: str = DEFAULT_CWD
+    """Where commands run that name no directory."""
     calls: int = 0
     executions: "dict[str, Execution]" = field(default_factory=dict)
     """Commands started in it that run or are kept, oldest first."""
@@ -209,6 +211,7 @@ class Manager:
             door=door,
             parent_id=parent_id,
             states=[(state.id, len(state.layers))],
+            cwd=state.cwd,
         )
         self._sandboxes[sandbox.id] = sandbox
         return sandbox
@@ -221,7 +224,12 @@ class Manager:
         try:
             mounts = (*state.mounts, *extra)
             return await self.runtime.create(
-                state.layers, limits=limits, mounts=mounts, env=state.env, door=door
+                state.layers,
+                limits=limits,
+                mounts=mounts,
+                env=state.env,
+                door=door,
+                base=state.base,
             )
         except BaseException:
             self.states.release(state.layers)
@@ -365,7 +373,7 @@ class Manager:
             fresh = await self._box(state, sandbox.limits, (), sandbox.door)
             old, held = sandbox.box, sandbox.layers
             sandbox.box, sandbox.layers = fresh, state.layers
-            sandbox.state_id = state.id
+            sandbox.state_id, sandbox.cwd = state.id, state.cwd
             sandbox.states = [(state.id, len(state.layers))]
             try:
                 await old.delete()

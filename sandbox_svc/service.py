@@ -26,6 +26,7 @@ from sandbox_svc.builders.python import PythonBuilder
 from sandbox_svc.builders.system import SystemBuilder
 from sandbox_svc.egress import Egress
 from sandbox_svc.executions import Executions
+from sandbox_svc.images.store import Images
 from sandbox_svc.sandboxes import Manager
 from sandbox_svc.selfcheck import SelfCheck
 from sandbox_svc.settings import SandboxSettings
@@ -92,6 +93,7 @@ class SandboxHost:
             limits=settings.actions(),
             defaults=settings.limits(),
         )
+        self.images = Images(self.states, self.runtime, max_bytes=settings.import_bytes)
         self._dists, self._tools = home / "dists", home / "tools"
         self._builders = {builder.name: builder for builder in builders}
         self._validator: Validator | None = None
@@ -124,6 +126,7 @@ class SandboxHost:
         await self.upkeep.close()
         await self.manager.close()
         await self.egress.close()
+        await self.images.close()
         await self.states.close()
         await self.runtime.close()
 

@@ -264,7 +264,7 @@ class SandboxServicer(_Servicer, pb.SandboxServiceServicer):
             await events.put(event or pb.ExecResponse(stderr=data))
 
         with self._host.manager.using(request.sandbox_id) as sandbox:
-            command = translate.command_from(request.command, sandbox.limits)
+            command = translate.command_from(request.command, sandbox.limits, sandbox.cwd)
             task = asyncio.create_task(sandbox.box.run(command, sink))
             try:
                 while not (task.done() and events.empty()):
@@ -285,7 +285,7 @@ class SandboxServicer(_Servicer, pb.SandboxServiceServicer):
 
         async def work() -> pb.RunResponse:
             with self._host.manager.using(request.sandbox_id) as sandbox:
-                command = translate.command_from(request.command, sandbox.limits)
+                command = translate.command_from(request.command, sandbox.limits, sandbox.cwd)
                 return pb.RunResponse(result=_ended(await sandbox.box.run(command)))
 
         return await self._once("Run", request, work)
@@ -325,16 +325,16 @@ class SandboxServicer(_Servicer, pb.SandboxServiceServicer):
     ) -> pb.ListFilesResponse:
         """List files that match a glob."""
         check_id(request.sandbox_id, "sbx", "sandbox_id")
-        root = request.root or translate.DEFAULT_CWD
         with self._host.manager.using(request.sandbox_id) as sandbox:
+            root = request.root or sandbox.cwd
             found = await files.list_files(sandbox.box, root, request.glob, request.limit)
         return translate.entries_to(*found)
 
     async def FindText(self, request: pb.FindTextRequest, context: Context) -> pb.FindTextResponse:
         """Find lines that contain a text."""
         check_id(request.sandbox_id, "sbx", "sandbox_id")
-        root = request.root or translate.DEFAULT_CWD
         with self._host.manager.using(request.sandbox_id) as sandbox:
+            root = request.root or sandbox.cwd
             found = await files.find_text(
                 sandbox.box, request.text, root, request.glob, request.limit
             )
@@ -346,7 +346,7 @@ class SandboxServicer(_Servicer, pb.SandboxServiceServicer):
         diff = await files.diff(
             self._host.manager,
             request.sandbox_id,
-            root=request.root or translate.DEFAULT_CWD,
+            root=request.root or self._host.manager.get(request.sandbox_id).cwd,
             base_state_id=request.base_state_id,
         )
         return translate.diff_to(diff)

@@ -30,7 +30,8 @@ class ActionServicer(pb.ActionServiceServicer):
         """Run a command in a fresh fork, or answer with what it gave before."""
         check_id(request.state_id, "st", "state_id")
         limits = translate.limits_from(request.limits)
-        command = translate.command_from(request.command, limits)
+        cwd = self._host.states.get(request.state_id).cwd
+        command = translate.command_from(request.command, limits, cwd)
 
         async def work() -> pb.ExecuteResponse:
             answer = await self._host.actions.execute(

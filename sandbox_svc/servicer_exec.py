@@ -37,7 +37,7 @@ class ExecServicer(pb.ExecServiceServicer):
         sandbox = self._manager.get(check_id(request.sandbox_id, "sbx", "sandbox_id"))
         terminal = _size(request.terminal, "terminal") if request.HasField("terminal") else None
         command = replace(
-            translate.command_from(request.command, sandbox.limits),
+            translate.command_from(request.command, sandbox.limits, sandbox.cwd),
             open_stdin=request.open_stdin,
             terminal=terminal,
         )

@@ -2,7 +2,9 @@
 
 - A state is an ordered list of layers and a record; the record is written last, by an atomic
   rename, so a state is whole or absent whenever the process dies.
-- A state's id depends on its parent and on the action that made it, on nothing else.
+- A state's id depends on its parent and on the action that made it, on nothing else; the action
+  of an imported image is its configuration's digest, so that the base is part of the id.
+- States of images run on any host of their platform; others only on hosts like the one they are of.
 - A state made before a crash of the host counts only if its layers had reached the disk; a crash
   of the process alone loses nothing that was answered.
 - A state prepared with another test runner is dropped when the store opens: no validator reads it.
@@ -17,7 +19,6 @@ import contextlib
 import hashlib
 import json
 import os
-import platform
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
@@ -26,32 +27,24 @@ from pathlib import Path
 from typing import Any
 
 from regreen.rpc.errors import FailedPrecondition, NotFound
-from sandbox_svc.backends.base import Mount, Runtime
+from sandbox_svc.backends.base import HOST_BASE, Mount, Runtime
 from sandbox_svc.backends.layers import writing
 from sandbox_svc.builders.base import RUNNER, Prepared, Progress
 from sandbox_svc.flights import Flights
+from sandbox_svc.hosts import boot_id, host_fingerprint, platform_name
+from sandbox_svc.state_records import check_record
 
 _FORMAT = 1
-_MAX_SECONDS, _MAX_BYTES = 1e10, 1 << 62
+DEFAULT_CWD = "/work/repo"
 _TOUCH_S = 1.0
 
 Build = Callable[[Progress], Awaitable[Prepared]]
 Clock = Callable[[], float]
 
 
-def host_fingerprint() -> str:
-    """What a state's binaries depend on: machine, C library, distribution."""
-    release = ""
-    with contextlib.suppress(OSError):
-        for line in Path("/etc/os-release").read_text(encoding="utf-8").splitlines():
-            if line.startswith(("ID=", "VERSION_ID=")):
-                release += line.split("=", 1)[1].strip('"') + "-"
-    return f"{release}{platform.machine()}-{'-'.join(platform.libc_ver())}"
-
-
-def boot_id() -> str:
-    """Changes when the host starts anew."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+def image_action(config_sha256: str) -> str:
+    """The action that makes the root state of an image."""
+    return f"image sha256:{config_sha256}"
 
 
 def state_id(parent_id: str, action: str) -> str:
@@ -79,6 +72,10 @@ class State:
     host: str = ""
     boot: str = ""
     durable: bool = False
+    base: str = HOST_BASE
+    """Where its programs come from: the host, or `image:sha256:` and a configuration's digest."""
+    cwd: str = DEFAULT_CWD
+    """Where commands run that name no directory."""
 
     def encode(self) -> bytes:
         """The record as JSON."""
@@ -96,73 +93,14 @@ class State:
         fields = json.loads(data)
         if not isinstance(fields, dict) or fields.pop("format", None) != _FORMAT:
             raise ValueError("not a state record")
+        fields = {"base": HOST_BASE, "cwd": DEFAULT_CWD, **fields}  # older records lack them
         try:
-            _check_record(fields)
+            check_record(fields)
             fields["mounts"] = tuple(Mount(Path(a), b, c) for a, b, c in fields["mounts"])
             fields["layers"] = tuple(fields["layers"])
             return cls(**fields)
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a state record: {error}") from error
-
-
-def _is_text(value: object) -> bool:
-    """Whether a value is text that a message can carry: JSON can hold half a character."""
-    return isinstance(value, str) and value.encode("utf-8", "ignore").decode() == value
-
-
-def _is_list(value: object, check: Callable[[object], bool]) -> bool:
-    return isinstance(value, list) and all(map(check, value))
-
-
-def _is_map(value: object) -> bool:
-    return isinstance(value, dict) and all(map(_is_text, (*value, *value.values())))
-
-
-def _is_mount(value: object) -> bool:
-    return isinstance(value, list) and [type(item) for item in value] == [str, str, bool]
-
-
-def _is_number(value: object, below: float = _MAX_SECONDS) -> bool:
-    return isinstance(value, int | float) and 0 <= value < below and not isinstance(value, bool)
-
-
-def _is_metadata(value: object) -> bool:
-    """Whether metadata has a baseline that can be shown, or none."""
-    if not isinstance(value, dict):
-        return False
-    baseline = value.get("baseline")
-    if not isinstance(baseline, dict):
-        return baseline is None
-    return (
-        _is_list(baseline.get("passing"), _is_text)
-        and _is_list(baseline.get("failing"), _is_text)
-        and _is_text(baseline.get("log"))
-        and _is_number(baseline.get("seconds"))
-    )
-
-
-_CHECKS: Mapping[str, Callable[[object], bool]] = {
-    **dict.fromkeys(("id", "parent_id", "spec_sha256", "python", "host", "boot"), _is_text),
-    "layers": lambda value: _is_list(value, _is_text),
-    "created_s": _is_number,
-    "size_bytes": lambda value: isinstance(value, int) and _is_number(value, _MAX_BYTES),
-    "mounts": lambda value: _is_list(value, _is_mount),
-    "env": _is_map,
-    "labels": _is_map,
-    "metadata": _is_metadata,
-    "durable": lambda value: isinstance(value, bool),
-}
-
-
-def _check_record(fields: Mapping[str, object]) -> None:
-    """Refuse a record whose values are of other types than this service writes.
-
-    Raises:
-        ValueError: names the field.
-    """
-    for name, check in _CHECKS.items():
-        if not check(fields[name]):
-            raise ValueError(f"not a state record: {name} is of another type")
 
 
 def _outdated(state: State) -> bool:
@@ -182,6 +120,7 @@ class StateStore:
         self._used: dict[str, int] = {}
         self._growing = 0
         self._collect_later = False
+        self._dropping = asyncio.Lock()
         self._background: set[asyncio.Task[None]] = set()
         self._rewriting = asyncio.Lock()
         self._touched: dict[str, float] = {}
@@ -238,9 +177,10 @@ class StateStore:
             FailedPrecondition: it was made for another machine, C library or distribution.
         """
         state = self.get(state_id)
-        if state.host != self._host:
+        here = self._host if state.base == HOST_BASE else platform_name()
+        if state.host != here:
             raise FailedPrecondition(
-                f"state {state_id} was made on {state.host}, this host is {self._host}; "
+                f"state {state_id} was made on {state.host}, this host is {here}; "
                 "prepare it again here",
                 metadata={"id": state_id},
             )
@@ -333,6 +273,9 @@ class StateStore:
                 env=parent.env,
                 metadata=parent.metadata,
                 python=parent.python,
+                host=parent.host if parent.base != HOST_BASE else state.host,
+                base=parent.base,
+                cwd=parent.cwd,
             )
         self.record(state)
         return state
@@ -467,9 +410,18 @@ class StateStore:
             return 0
         wanted = {layer for state in self._states.values() for layer in state.layers}
         unused = [layer for layer in held if layer not in wanted and layer not in self._used]
-        for layer in unused:
-            await self._runtime.drop_layer(layer)
+        async with self._dropping:
+            for layer in unused:
+                await self._runtime.drop_layer(layer)
         return len(unused)
+
+    async def undisturbed(self) -> None:
+        """Wait, within `growing`, until no layer is being removed any more.
+
+        Layers that are named by their content may be found and used only after that.
+        """
+        async with self._dropping:
+            return
 
     @contextlib.contextmanager
     def growing(self) -> Iterator[None]:

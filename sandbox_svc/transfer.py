@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from regreen.rpc.errors import FailedPrecondition, InvalidArgument, RegreenError
-from sandbox_svc.backends.base import Mount, Runtime
+from sandbox_svc.backends.base import HOST_BASE, Mount, Runtime
 from sandbox_svc.backends.layers import writing
 from sandbox_svc.backends.tree_archive import Quota, TreeReader, write_tree
-from sandbox_svc.states import State, StateStore, state_id
+from sandbox_svc.states import State, StateStore, image_action, state_id
 
 _CHUNK_BYTES = 1 << 20
 _END = "end"
@@ -49,8 +49,8 @@ class LayerFiles(Protocol):
         """A fresh directory to unpack into."""
         ...
 
-    def adopt_layer(self, draft: Path) -> str:
-        """Turn an unpacked directory into a layer; returns its id."""
+    def adopt_layer(self, draft: Path, layer: str = "") -> str:
+        """Turn an unpacked directory into a layer, named by its content if so told; its id."""
         ...
 
     def discard(self, path: Path) -> None:
@@ -61,6 +61,21 @@ class LayerFiles(Protocol):
     def owner(self) -> int | None:
         """Host id that files of layers must have; None when it is the service's own."""
         ...
+
+
+def layer_files(runtime: Runtime) -> LayerFiles:
+    """The layers of a runtime as directories.
+
+    Raises:
+        FailedPrecondition: it has none.
+    """
+    files = getattr(runtime, "layer_files", None)
+    if files is None:
+        raise FailedPrecondition(
+            f"the {runtime.name} backend cannot export or import states; use the embedded backend"
+        )
+    found: LayerFiles = files()
+    return found
 
 
 def _threads() -> ThreadPoolExecutor:
@@ -78,23 +93,13 @@ class Transfer:
     max_bytes: int = 16 << 30
     threads: ThreadPoolExecutor = field(default_factory=_threads)
 
-    def _files(self) -> LayerFiles:
-        files = getattr(self.runtime, "layer_files", None)
-        if files is None:
-            raise FailedPrecondition(
-                f"the {self.runtime.name} backend cannot export or import states; "
-                "use the embedded backend"
-            )
-        found: LayerFiles = files()
-        return found
-
     async def export(self, state_id: str) -> AsyncIterator[bytes]:
         """The archive of a state, in pieces.
 
         Raises:
             NotFound: no such state.
         """
-        state, files = self.states.get(state_id), self._files()
+        state, files = self.states.get(state_id), layer_files(self.runtime)
         self.states.hold(state.layers)
         try:
             record = _portable(state, await self._roots())
@@ -126,7 +131,7 @@ class Transfer:
             InvalidArgument: a malformed or hostile archive.
             ResourceExhausted: it is larger than allowed.
         """
-        files, roots = self._files(), await self._roots()
+        files, roots = layer_files(self.runtime), await self._roots()
         with self.states.growing():
             record, layers = await self._unpacked(chunks, files)
             try:
@@ -172,6 +177,10 @@ class Transfer:
             raise InvalidArgument("archive", "record and layers do not fit together")
         if state.spec_sha256 and state.id != state_id("", state.spec_sha256):
             raise InvalidArgument("archive", "its id is not that of its spec")
+        if state.base != HOST_BASE and not state.parent_id:
+            action = image_action(state.base.removeprefix("image:sha256:"))
+            if state.id != state_id("", action):
+                raise InvalidArgument("archive", "its id is not that of its image")
         mounts = tuple(_local(mount, roots) for mount in state.mounts)
         fresh = self.states.stamp(state)
         return replace(fresh, mounts=mounts, layers=tuple(layers))

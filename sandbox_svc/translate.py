@@ -18,9 +18,8 @@ from sandbox_svc.backends.base import Capability, Captured, Command, EndReason, 
 from sandbox_svc.builders.base import Stage
 from sandbox_svc.builders.testrun import TestResult
 from sandbox_svc.sandboxes import Sandbox
-from sandbox_svc.states import State
+from sandbox_svc.states import DEFAULT_CWD, State
 
-DEFAULT_CWD = "/work/repo"
 MAX_OUTPUT_BYTES = 16 << 20
 _MOST = {
     "memory_bytes": 1 << 50,
@@ -101,8 +100,8 @@ def limits_to(limits: Limits) -> pb.Limits:
     )
 
 
-def command_from(message: pb.Command, limits: Limits) -> Command:
-    """A command of a request; absent bounds are those of the sandbox.
+def command_from(message: pb.Command, limits: Limits, cwd: str = DEFAULT_CWD) -> Command:
+    """A command of a request; absent bounds and directory are those of the sandbox.
 
     Raises:
         InvalidArgument: a field makes no sense.
@@ -116,7 +115,7 @@ def command_from(message: pb.Command, limits: Limits) -> Command:
     return Command(
         argv=tuple(message.argv),
         env=dict(message.environment),
-        cwd=message.cwd or DEFAULT_CWD,
+        cwd=message.cwd or cwd,
         stdin=message.stdin,
         timeout_s=timeout_s,
         output_bytes=output_bytes,
@@ -167,6 +166,7 @@ def state_to(state: State) -> pb.State:
         python=state.python,
         host=state.host,
         labels=state.labels,
+        base=state.base,
     )
     baseline = state.metadata.get("baseline")
     if state.spec_sha256 and isinstance(baseline, Mapping):

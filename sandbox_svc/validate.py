@@ -257,7 +257,9 @@ class Validator:
         state = self._states.get(plan.state.id)
         self._states.hold(state.layers)
         try:
-            box = await self._runtime.create(state.layers, limits=self._limits, mounts=state.mounts)
+            box = await self._runtime.create(
+                state.layers, limits=self._limits, mounts=state.mounts, base=state.base
+            )
             try:
                 verdict = await self._in_box(plan, change, seed, box)
                 # Looked at before the box goes, which may make room again.

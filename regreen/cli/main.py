@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import regreen
-from regreen.cli import bench, demo, doctor, evals, fix, rollout, stack, tasks, train, traj
+from regreen.cli import bench, demo, doctor, evals, fix, rollout, stack, state, tasks, train, traj
 
 app = typer.Typer(
     name="regreen",
@@ -25,6 +25,7 @@ demo.register(app)
 bench.register(app)
 app.add_typer(tasks.app, name="tasks", help="Import, prepare and verify tasks.")
 app.add_typer(rollout.app, name="rollout", help="Run episodes.")
+app.add_typer(state.app, name="state", help="List, import and export states and images.")
 app.add_typer(train.app, name="train", help="Train a policy.")
 app.add_typer(traj.app, name="traj", help="Look at trajectories.")
 

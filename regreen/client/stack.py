@@ -18,6 +18,7 @@ from regreen.client.channel import Tls, connect
 from regreen.client.dataset import RolloutQueueClient, RunClient, TaskClient, TrajectoryClient
 from regreen.client.egress import EgressClient
 from regreen.client.exec import ExecClient
+from regreen.client.image import ImageClient
 from regreen.client.judge import JudgeClient
 from regreen.client.learner import LearnerClient
 from regreen.client.policy import PolicyClient
@@ -79,6 +80,7 @@ class Stack:
         self.execs = ExecClient(channels["sandbox"], patience_s=patience_s)
         self.egress = EgressClient(channels["sandbox"], patience_s=patience_s)
         self.actions = ActionClient(channels["sandbox"], patience_s=patience_s)
+        self.images = ImageClient(channels["sandbox"], patience_s=patience_s)
         self.policy = PolicyClient(channels["policy"], patience_s=patience_s)
         self.judge = JudgeClient(channels["judge"], patience_s=patience_s)
         self.learner = LearnerClient(channels["learner"], patience_s=patience_s)

@@ -270,6 +270,10 @@ class Door(Protocol):
         ...
 
 
+HOST_BASE = "host"
+"""Base of sandboxes that run the programs of this host; any other brings its own in its layers."""
+
+
 class Runtime(Protocol):
     """Makes boxes from ordered layers."""
 
@@ -292,13 +296,15 @@ class Runtime(Protocol):
         network: bool = False,
         env: Mapping[str, str] = NO_ENV,
         door: Door | None = None,
+        base: str = HOST_BASE,
     ) -> Box:
         """Start a box over `layers` (lowest first); an empty sequence is the bare base.
 
-        `env` goes below every command's own variables. Without a door there is no way out.
+        `env` goes below every command's own variables. Without a door there is no way out. Unless
+        `base` is `HOST_BASE`, no program of the host is shown: the layers are a whole system.
 
         Raises:
-            FailedPrecondition: this runtime has no doors.
+            FailedPrecondition: this runtime has no doors, or no imported images.
         """
         ...
 

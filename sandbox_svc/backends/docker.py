@@ -22,6 +22,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from regreen.rpc.errors import FailedPrecondition, InfraError, MissingDependency
 from sandbox_svc.backends.base import (
+    HOST_BASE,
     NO_ENV,
     Capability,
     Command,
@@ -169,12 +170,17 @@ class DockerRuntime:
         network: bool = False,
         env: Mapping[str, str] = NO_ENV,
         door: Door | None = None,
+        base: str = HOST_BASE,
     ) -> DockerBox:
         """Start a box over `layers` (lowest first); an empty sequence is the bare base."""
         if door is not None:
             raise FailedPrecondition(
                 "egress: sandboxes of the docker backend have no network at all; "
                 "use --backend embedded"
+            )
+        if base != HOST_BASE:
+            raise FailedPrecondition(
+                "the docker backend has no imported images; use the embedded backend"
             )
         for mount in mounts:
             if not mount.source.exists():

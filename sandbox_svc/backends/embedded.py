@@ -25,9 +25,9 @@ from typing import Any, ParamSpec, TypeVar
 
 from regreen.rpc.errors import FailedPrecondition, InfraError, InvalidArgument, MissingDependency
 from sandbox_svc.backends import cgroups, leftovers, linux, probe, uppers, wire
-from sandbox_svc.backends.base import NO_ENV, Capability, Door, Limits, Mount
+from sandbox_svc.backends.base import HOST_BASE, NO_ENV, Capability, Door, Limits, Mount
 from sandbox_svc.backends.embedded_box import EmbeddedBox
-from sandbox_svc.backends.layers import HOST_ID, Layout, is_full, writing
+from sandbox_svc.backends.layers import HOST_ID, WHOLE_TARGETS, Layout, is_full, writing
 from sandbox_svc.backends.seats import Seat, Seats
 
 DEFAULT_LIMITS = Limits(
@@ -72,6 +72,8 @@ class EmbeddedRuntime:
         self._base: dict[bool, str] = {}
         self._boxes: dict[str, EmbeddedBox] = {}
         self._mounts: dict[str, tuple[tuple[Mount, ...], bool]] = {}
+        self._whole: set[str] = set()
+        """Boxes whose layers are a whole system."""
         self._capabilities: tuple[Capability, ...] = ()
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="sandbox-files")
         self._volatile = True
@@ -154,11 +156,14 @@ class EmbeddedRuntime:
         network: bool = False,
         env: Mapping[str, str] = NO_ENV,
         door: Door | None = None,
+        base: str = HOST_BASE,
     ) -> EmbeddedBox:
         """Start a box over `layers` (lowest first); an empty sequence is the bare base."""
         _check_mounts(mounts)
         box = EmbeddedBox(self, secrets.token_hex(6), layers, self._complete(limits), env, door)
         self._mounts[box.id] = (tuple(mounts), network)
+        if base != HOST_BASE:
+            self._whole.add(box.id)
         self._boxes[box.id] = box
         try:
             with writing():
@@ -200,10 +205,19 @@ class EmbeddedRuntime:
     def specification(self, box: EmbeddedBox) -> wire.Message:
         """What a seat needs to become the first process of a box."""
         mounts, network = self._mounts[box.id]
-        targets = self.layout.ensure_targets((m.target, m.source.is_dir()) for m in mounts)
+        whole = box.id in self._whole
+        places = [(m.target, m.source.is_dir()) for m in mounts]
+        if whole:
+            skeleton = self.layout.ensure_base(network=network, whole=True)
+            above = self.layout.ensure_targets([*WHOLE_TARGETS, *places])
+            lower = self.layout.lower_names([skeleton], box.layers, [above])
+        else:
+            below = [self._base[network], self.layout.ensure_targets(places)]
+            lower = self.layout.lower_names(below, box.layers)
         return {
             "box": box.id,
-            "lower": self.layout.lower_names(self._base[network], targets, box.layers),
+            "lower": lower,
+            "programs": not whole,
             "mounts": [[str(m.source), m.target, m.read_only] for m in mounts],
             "volatile": self._volatile,
             "rlimits": self._rlimits(box.limits),
@@ -243,6 +257,7 @@ class EmbeddedRuntime:
         """Release what the runtime holds for a box whose processes are dead."""
         self._boxes.pop(box.id, None)
         self._mounts.pop(box.id, None)
+        self._whole.discard(box.id)
         self._in_background(self.blocking(self.layout.discard, self.layout.box(box.id)))
 
     async def blocking(self, call: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:

@@ -62,6 +62,10 @@ _UNFINISHED = (
     "tools/.new-*",
 )
 """Names under which the stores beside the layers write before they rename."""
+WHOLE_TARGETS = (("/dev", True), ("/proc", True), ("/tmp", True))
+"""What is mounted over a system that comes from an image, whatever the image has there."""
+_WHOLE_DIRECTORIES = ("etc", "work", "work/repo", "work/home")
+_WHOLE_FILES = ("passwd", "group", "hosts", "hostname")
 _HOST_LINKS = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 _ETC_COPIES = [
     "alternatives",
@@ -176,11 +180,19 @@ class Layout:
         self.own(draft)
         return draft
 
-    def adopt_layer(self, draft: Path) -> str:
-        """Turn a directory made by `draft_layer` into a layer; returns its id."""
-        layer = secrets.token_hex(6)
-        os.rename(draft, self.layer(layer))
-        return layer
+    def adopt_layer(self, draft: Path, layer: str = "") -> str:
+        """Turn a directory made by `draft_layer` into a layer; returns its id.
+
+        A given `layer` names the content: if it is there already, the draft goes.
+        """
+        name = layer or secrets.token_hex(6)
+        try:
+            os.rename(draft, self.layer(name))
+        except OSError as error:
+            if not layer or error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            self.discard(draft)
+        return name
 
     def merge(self, layers: Sequence[Path], beneath: Sequence[Path]) -> str:
         """Make a layer that shows over `beneath` what `layers` show there; its id."""
@@ -207,7 +219,9 @@ class Layout:
             for entry in list(self.home.glob(pattern)):
                 remove_tree(entry)
 
-    def lower_names(self, base: str, targets: str, layers: Sequence[str]) -> list[str]:
+    def lower_names(
+        self, below: Sequence[str], layers: Sequence[str], above: Sequence[str] = ()
+    ) -> list[str]:
         """Relative lower directories, lowest first; raises when a layer is missing."""
         for layer in layers:
             if not self.layer(layer).is_dir():
@@ -215,14 +229,23 @@ class Layout:
                     f"layer {layer} is not on this host; import or prepare its state again",
                     metadata={"layer": layer},
                 )
-        names = [base, targets, *(f"layers/{layer}" for layer in layers)]
+        names = [*below, *(f"layers/{layer}" for layer in layers), *above]
         if sum(len(name) + 1 for name in names) > _OPTION_BYTES:
             raise FailedPrecondition(f"{len(layers)} layers are too many; flatten the state")
         return names
 
-    def ensure_base(self, *, network: bool) -> str:
-        """Build the base skeleton when it is missing; returns its relative name."""
+    def ensure_base(self, *, network: bool, whole: bool = False) -> str:
+        """Build the base skeleton when it is missing; returns its relative name.
+
+        `whole`: what lies below a system that comes from an image.
+        """
         resolver = _read_or_empty(Path("/etc/resolv.conf")) if network else b""
+        if whole:
+            tag = hashlib.sha256(_SKELETON_VERSION.encode() + resolver).hexdigest()[:10]
+            name = f"base/w{tag}"
+            if not (self.home / name).is_dir():
+                self._build(name, lambda root: _fill_whole(root, resolver))
+            return name
         digest = hashlib.sha256(_SKELETON_VERSION.encode() + resolver)
         digest.update(_read_or_empty(Path("/etc/ld.so.cache")))
         digest.update(_listing(Path("/etc/alternatives")))
@@ -289,6 +312,16 @@ def _fill_base(root: Path, resolver: bytes) -> None:
     (etc / "mtab").symlink_to("/proc/self/mounts")
     (root / "var/run").symlink_to("/run")
     (etc / "resolv.conf").write_bytes(resolver)
+
+
+def _fill_whole(root: Path, resolver: bytes) -> None:
+    """What a system from an image may lack: a user, a home, a name for itself."""
+    for name in _WHOLE_DIRECTORIES:
+        (root / name).mkdir(mode=0o755)
+    for name in _WHOLE_FILES:
+        (root / "etc" / name).write_text(_ETC_FILES[name])
+    if resolver:
+        (root / "etc/resolv.conf").write_bytes(resolver)
 
 
 def _copy(source: Path, target: Path) -> None:

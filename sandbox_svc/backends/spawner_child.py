@@ -86,7 +86,7 @@ class _Setup:
     def _open_sources(self) -> list[tuple[int, str, bool]]:
         self.step = "open mounts"
         sources = []
-        for name in _HOST_PROGRAMS:
+        for name in _HOST_PROGRAMS if self.spec["programs"] else ():
             if os.path.isdir(f"/{name}") and not os.path.islink(f"/{name}"):
                 sources.append((linux.open_tree(f"/{name}"), f"/{name}", True))
         for source, target, read_only in self.spec["mounts"]:

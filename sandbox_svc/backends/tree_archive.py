@@ -78,8 +78,16 @@ class Quota:
         Raises:
             ResourceExhausted: the archive is over its bound.
         """
-        self.size_bytes -= size_bytes
         self.entries -= 1
+        self.take_bytes(size_bytes)
+
+    def take_bytes(self, size_bytes: int) -> None:
+        """Count bytes alone.
+
+        Raises:
+            ResourceExhausted: the archive is over its bound.
+        """
+        self.size_bytes -= size_bytes
         if self.size_bytes < 0 or self.entries < 0:
             raise ResourceExhausted("the archive is larger than this service takes (import_bytes)")
 

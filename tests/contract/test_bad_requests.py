@@ -52,6 +52,7 @@ from regreen.sandbox.v1 import (
     action_service_pb2,
     egress_service_pb2,
     exec_service_pb2,
+    image_service_pb2,
     sandbox_service_pb2,
     state_service_pb2,
 )
@@ -275,6 +276,13 @@ async def test_sandbox(sandboxes: grpc.aio.Channel) -> None:
             state_id=state, command=command, limits=pb.Limits(pids=16), keep_state=True
         ),
         "ListQuarantined": pb.ListQuarantinedRequest(page_size=1),
+        "ImportImage": [
+            pb.ImportImageRequest(
+                options=pb.ImageOptions(reference="a:1", labels={"a": "b"}, format=1)
+            ),
+            pb.ImportImageRequest(chunk=b"x"),
+        ],
+        "ExportImage": pb.ExportImageRequest(state_id=state, reference="a:1"),
     }
 
     async def remove(name: str, answers: Answers) -> None:
@@ -285,7 +293,13 @@ async def test_sandbox(sandboxes: grpc.aio.Channel) -> None:
             await stub.DeleteSandbox(pb.DeleteSandboxRequest(id=one))
 
     sweep = Sweep(sandboxes, remove)
-    modules = (state_service_pb2, sandbox_service_pb2, action_service_pb2, egress_service_pb2)
+    modules = (
+        state_service_pb2,
+        sandbox_service_pb2,
+        action_service_pb2,
+        egress_service_pb2,
+        image_service_pb2,
+    )
     await sweep.all(_services(*modules), goods)
     check(sweep, 700)
     assert (await stub.GetSandbox(pb.GetSandboxRequest(id=box))).sandbox.id == box

@@ -18,6 +18,7 @@ _ROOT = Path(__file__).parents[3]
 _UID = "12345"
 _CHOSEN = (
     "exit_codes or time_out_kills or files_are_written or freezing or changed_paths or fork_bomb"
+    " or programs_alone or whiteouts_hide or comes_back_equal"
     " or memory or bytes or kernel_settings or b3_ or no_privileges or ports_of or magic"
     " or terminal or reaches_the_whole_group or full_pipe"
     " or only_way_out or deleted_names or kept_files"
@@ -50,6 +51,7 @@ def test_an_ordinary_user_gets_the_same_walls():
                 *("tests/contract/test_runtime.py", "tests/contract/test_abuse.py"),
                 "tests/contract/test_process.py",
                 *(f"tests/integration/sandbox/test_{name}.py" for name in ("flatten", "actions")),
+                "tests/integration/sandbox/test_images.py",
             ],
             cwd=_ROOT,
             env={

@@ -1,0 +1,1 @@
+"""Container images as states, and states as container images, without an engine."""

@@ -1,0 +1,193 @@
+"""Archives as streams that are read once, forwards, within bounds.
+
+- Bytes are counted where they are unpacked: what a small file expands to is never held, and never
+  written, beyond the quota.
+- `read` is what `tarfile` reads headers with, and has little room between two members; `content`
+  is for what a member holds.
+- Nothing seeks backwards: a header with a negative size cannot make a reader go in circles.
+- Damaged input of any kind is an `InvalidArgument`.
+"""
+
+import gzip
+import hashlib
+import io
+import os
+import tarfile
+import zlib
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import zstandard
+
+from regreen.rpc.errors import InvalidArgument
+from sandbox_svc.backends.tree_archive import Quota
+
+CHUNK_BYTES = 1 << 20
+_HEADER_BYTES = 1 << 20
+_GLOBALS = 64
+_BLOCK = 512
+_WINDOW_BYTES = 128 << 20
+_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+_OTHERS = {b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
+_DAMAGE = (gzip.BadGzipFile, EOFError, zlib.error, zstandard.ZstdError)
+
+
+def damaged(what: str) -> InvalidArgument:
+    """The error for an archive that is not what it should be."""
+    return InvalidArgument("archive", what, "send an image archive as it was written")
+
+
+class Slice(io.RawIOBase):
+    """A part of an open file as a file of its own; the file's position is not used."""
+
+    def __init__(self, fd: int, start: int, size: int) -> None:
+        super().__init__()
+        self._fd, self._start, self._size, self._at = fd, start, size, 0
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def seekable(self) -> bool:
+        """Always."""
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Move to a place from the beginning, or from here."""
+        self._at = max(0, offset + (self._at if whence == 1 else 0))
+        return self._at
+
+    def tell(self) -> int:
+        """Where the next read begins."""
+        return self._at
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        """Fill a buffer from here on."""
+        wanted = min(len(buffer), self._size - self._at)
+        data = os.pread(self._fd, wanted, self._start + self._at) if wanted > 0 else b""
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+def unpacked(raw: io.RawIOBase) -> BinaryIO:
+    """What a stream holds once its compression, if any, is undone.
+
+    Raises:
+        InvalidArgument: a compression that images do not have.
+    """
+    source = io.BufferedReader(raw, CHUNK_BYTES)
+    head = source.peek(8)[:8]
+    if head.startswith(_GZIP):
+        return gzip.GzipFile(fileobj=source)  # type: ignore[return-value]
+    if head.startswith(_ZSTD):
+        unpacker = zstandard.ZstdDecompressor(max_window_size=_WINDOW_BYTES)
+        found: BinaryIO = unpacker.stream_reader(source, read_across_frames=True)
+        return found
+    for magic, name in _OTHERS.items():
+        if head.startswith(magic):
+            raise damaged(f"is compressed with {name}, and images use gzip or zstd")
+    return source
+
+
+class TarStream:
+    """A tar archive that is read once: what `tarfile` needs of a file, bounded and hashed."""
+
+    def __init__(self, source: BinaryIO, quota: Quota, *, skip: bool = False) -> None:
+        self._source, self._quota = source, quota
+        self._skip = skip
+        """Whether to skip contents unread; then there is no digest."""
+        self._at = 0
+        self._digest = hashlib.sha256()
+        self._room = _HEADER_BYTES
+        self._last = b""
+
+    def members(self) -> Iterator[tarfile.TarInfo]:
+        """The members in order, each to be read before the next is asked for.
+
+        Raises:
+            InvalidArgument: the archive is damaged or cut short.
+            ResourceExhausted: it is over its bound.
+        """
+        try:
+            with tarfile.open(fileobj=self, mode="r:", encoding="utf-8") as archive:  # type: ignore[call-overload]
+                while (member := archive.next()) is not None:
+                    if len(archive.pax_headers) > _GLOBALS:
+                        raise damaged("has too many headers that hold for all that follows")
+                    self._quota.take(0)
+                    self._room = _HEADER_BYTES
+                    yield member
+                    archive.members = []  # tarfile keeps all that it has seen
+                    self._room = _HEADER_BYTES
+        except (tarfile.TarError, ValueError, UnicodeError, RecursionError, OverflowError) as error:
+            raise damaged(f"is no tar archive, or a damaged one: {error}") from None
+        if self._last not in (b"", bytes(_BLOCK)):
+            raise damaged("is damaged, or cut short")
+
+    def tell(self) -> int:
+        """Bytes read so far."""
+        return self._at
+
+    def seek(self, position: int, whence: int = 0) -> int:
+        """Skip forwards."""
+        if whence or position < self._at:
+            raise damaged("has a header that points backwards")
+        if self._skip:
+            self._at = self._source.seek(position)
+        while self._at < position:
+            if not self._take(min(CHUNK_BYTES, position - self._at)):
+                break
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        """A header, or part of one."""
+        if not 0 <= size <= self._room:
+            raise damaged("has a header that is too large")
+        self._room -= size
+        self._last = self._take(size)
+        return self._last
+
+    def content(self, size: int) -> Iterator[bytes]:
+        """The next `size` bytes in pieces.
+
+        Raises:
+            InvalidArgument: there are fewer.
+        """
+        while size > 0:
+            piece = self._take(min(CHUNK_BYTES, size))
+            if not piece:
+                raise damaged("is cut short")
+            size -= len(piece)
+            yield piece
+
+    def piece(self) -> bytes:
+        """What comes next, whatever it is; empty at the end.
+
+        Raises:
+            InvalidArgument: it cannot be unpacked.
+        """
+        return self._take(CHUNK_BYTES)
+
+    def finish(self) -> str:
+        """Read to the end; the SHA-256 of everything."""
+        while self._take(CHUNK_BYTES):
+            pass
+        return self._digest.hexdigest()
+
+    def _take(self, size: int) -> bytes:
+        pieces: list[bytes] = []
+        missing = size
+        while missing:
+            try:
+                piece = self._source.read(missing)
+            except _DAMAGE as error:
+                raise damaged(f"holds data that cannot be unpacked: {error}") from None
+            if not piece:
+                break
+            pieces.append(piece)
+            missing -= len(piece)
+        data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        self._at += len(data)
+        self._quota.take_bytes(len(data))
+        self._digest.update(data)
+        return data

@@ -1,0 +1,72 @@
+"""What the record of a state may hold: its file may be damaged, or come from another host.
+
+- A value of another type than this service writes is refused by its name, before anything uses it.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+
+_MAX_SECONDS, _MAX_BYTES = 1e10, 1 << 62
+_BASE = re.compile(r"host|image:sha256:[0-9a-f]{64}")
+
+
+def _is_text(value: object) -> bool:
+    """Whether a value is text that a message can carry: JSON can hold half a character."""
+    return isinstance(value, str) and value.encode("utf-8", "ignore").decode() == value
+
+
+def _is_list(value: object, check: Callable[[object], bool]) -> bool:
+    return isinstance(value, list) and all(map(check, value))
+
+
+def _is_map(value: object) -> bool:
+    return isinstance(value, dict) and all(map(_is_text, (*value, *value.values())))
+
+
+def _is_mount(value: object) -> bool:
+    return isinstance(value, list) and [type(item) for item in value] == [str, str, bool]
+
+
+def _is_number(value: object, below: float = _MAX_SECONDS) -> bool:
+    return isinstance(value, int | float) and 0 <= value < below and not isinstance(value, bool)
+
+
+def _is_metadata(value: object) -> bool:
+    """Whether metadata has a baseline that can be shown, or none."""
+    if not isinstance(value, dict):
+        return False
+    baseline = value.get("baseline")
+    if not isinstance(baseline, dict):
+        return baseline is None
+    return (
+        _is_list(baseline.get("passing"), _is_text)
+        and _is_list(baseline.get("failing"), _is_text)
+        and _is_text(baseline.get("log"))
+        and _is_number(baseline.get("seconds"))
+    )
+
+
+_CHECKS: Mapping[str, Callable[[object], bool]] = {
+    **dict.fromkeys(("id", "parent_id", "spec_sha256", "python", "host", "boot"), _is_text),
+    "layers": lambda value: _is_list(value, _is_text),
+    "created_s": _is_number,
+    "size_bytes": lambda value: isinstance(value, int) and _is_number(value, _MAX_BYTES),
+    "mounts": lambda value: _is_list(value, _is_mount),
+    "env": _is_map,
+    "labels": _is_map,
+    "metadata": _is_metadata,
+    "durable": lambda value: isinstance(value, bool),
+    "base": lambda value: isinstance(value, str) and bool(_BASE.fullmatch(value)),
+    "cwd": lambda value: _is_text(value) and str(value).startswith("/") and "\0" not in str(value),
+}
+
+
+def check_record(fields: Mapping[str, object]) -> None:
+    """Refuse a record whose values are of other types than this service writes.
+
+    Raises:
+        ValueError: names the field.
+    """
+    for name, check in _CHECKS.items():
+        if not check(fields[name]):
+            raise ValueError(f"not a state record: {name} is of another type")

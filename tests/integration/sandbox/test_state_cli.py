@@ -1,0 +1,119 @@
+"""`regreen state` as a user runs it, against a service of its own."""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from tests.integration.sandbox import images as made
+from tests.integration.sandbox.overlay import prepared
+
+_ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def cli(service, tmp_path):
+    """Runs `regreen` on a home that names the service."""
+    run = tmp_path / "stack/run"
+    run.mkdir(parents=True)
+    found = {"endpoints": {"sandbox": service[2].address}}
+    (run / "stack.json").write_text(json.dumps(found))
+
+    async def call(*words: str) -> subprocess.CompletedProcess:
+        return await asyncio.to_thread(
+            subprocess.run,
+            [sys.executable, "-c", "from regreen.cli.main import main; main()", *words],
+            env={**os.environ, "PYTHONPATH": str(_ROOT), "REGREEN_HOME": str(tmp_path / "stack")},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    return call
+
+
+async def test_images_directories_and_states_come_and_go(service, cli, tmp_path):
+    states, sandboxes, _ = service
+    two = made.layout()
+    system = made.system()
+    for name in ("work:1", "work:2"):
+        two.add([system, made.files(name=name.encode())], name=name)
+    archive = tmp_path / "image.tar"
+    archive.write_bytes(made.gzipped(two.tar()))
+    refused = await cli("state", "import", str(archive))
+    assert refused.returncode == 2
+    assert "name one: work:1, work:2" in refused.stderr
+    done = await cli("state", "import", str(archive), "--reference", "work:2", "--json")
+    assert done.returncode == 0, done.stderr
+    assert "send" in done.stderr
+    image = json.loads(done.stdout)["state"]
+    box = await sandboxes.create_sandbox(image["id"])
+    assert (await sandboxes.run(box.id, ["cat", "/name"])).stdout.head == b"work:2"
+
+    root = tmp_path / "root"
+    with tarfile.open(archive) as layout:
+        layout.extractall(root, filter="tar")
+    again = await cli("state", "import", str(root), "--reference", "work:2")
+    assert again.stdout.strip() == image["id"]
+
+    out = tmp_path / "out.tar"
+    done = await cli("state", "export", image["id"], str(out), "--reference", "work:3", "--json")
+    assert json.loads(done.stdout) == {
+        "file": str(out),
+        "kind": "image",
+        "size_bytes": out.stat().st_size,
+    }
+    back = await cli("state", "import", str(out), "--json")
+    assert json.loads(back.stdout)["state"]["labels"]["image.reference"].endswith("work:3")
+
+    plain = await prepared(states, a="1")
+    done = await cli("state", "export", plain.id, str(out))
+    assert "state archive" in done.stdout, done.stderr
+    await states.delete_state(plain.id)
+    assert (await cli("state", "import", str(out))).stdout.strip() == plain.id
+    listed = await cli("state", "list", "--json")
+    rows = [json.loads(line) for line in listed.stdout.splitlines()]
+    assert {row["id"]: row["base"] for row in rows}[plain.id] == "host"
+    assert image["id"] in (await cli("state", "list")).stdout
+
+
+async def test_what_cannot_be_read_or_found_is_named(service, cli, tmp_path):
+    states, _, _ = service
+    plain = await prepared(states, a="1")
+    (tmp_path / "text").write_text("no archive")
+    for words, code, said in (
+        (["import", str(tmp_path / "absent")], 2, "absent is not there"),
+        (["import", str(tmp_path / "text")], 2, "archive"),
+        (["export", "st_" + "0" * 32, str(tmp_path / "x")], 1, "no such state"),
+        (["export", plain.id, str(tmp_path / "no/x")], 2, "cannot be written"),
+        (["export", plain.id, str(tmp_path / "x"), "--reference", "a:1"], 2, "reference"),
+    ):
+        done = await cli("state", *words)
+        assert (done.returncode, said in done.stderr) == (code, True), done.stderr
+        assert "Traceback" not in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "s", "stack", "text"]
+
+
+async def test_the_example(service, tmp_path):
+    source, target = tmp_path / "source.tar", tmp_path / "target.tar"
+    source.write_bytes(made.docker_save(made.system()))
+    done = await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "examples/sandbox_image.py", service[2].address, source, target],
+        cwd=_ROOT,
+        env={**os.environ, "PYTHONPATH": str(_ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.stdout.startswith("image:sha256:"), done.stderr
+    assert f"exit 0 saved {target.stat().st_size} bytes" in done.stdout
+    with tarfile.open(target) as archive:
+        assert "manifest.json" in archive.getnames()

@@ -1,0 +1,98 @@
+"""Image archives with random damage: each is taken or refused by name, and nothing else happens."""
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from regreen.rpc.errors import InvalidArgument, ResourceExhausted
+from sandbox_svc.backends.layers import Layout, remove_tree
+from sandbox_svc.backends.tree_archive import Quota
+from sandbox_svc.images.manifest import Format
+from sandbox_svc.images.store import _take_archive
+from tests.integration.sandbox import images as made
+
+_QUOTA = 4 << 20
+
+
+def _layer() -> bytes:
+    """A bit of everything that a layer may have."""
+    return made.tar(
+        made.folder("d", 0o700),
+        made.entry("d/x" * 30, b"1" * 700, pax_headers={"SCHILY.xattr.user.k": "v"}),
+        made.hard_link("h", "d/x" * 30),
+        made.symlink("l", "../../.."),
+        made.entry("d/.wh.gone"),
+        made.entry("e/.wh..wh..opq"),
+        made.entry("\u00fc" * 90, b"2", mtime=1.5),
+    )
+
+
+def _damaged(data: bytes, chance: random.Random) -> bytes:
+    """The archive with a few bytes changed, a block lost, doubled, or moved, or its end cut."""
+    out = bytearray(data)
+    for _ in range(chance.randint(1, 6)):
+        if len(out) < 2048:
+            break
+        at = chance.randrange(len(out) // 512) * 512
+        block = out[at : at + 512]
+        match chance.randrange(6):
+            case 0:
+                del out[at : at + 512]
+            case 1:
+                out[at:at] = block
+            case 2:
+                out[at : at + 512] = chance.randbytes(512)
+            case 3:
+                del out[chance.randrange(1024, len(out)) :]
+            case _:
+                for _ in range(chance.randint(1, 4)):
+                    out[min(len(out) - 1, at + chance.randrange(512))] = chance.randrange(256)
+                if chance.random() < 0.7 and len(out) >= at + 512:
+                    _sign(out, at)
+    return bytes(out)
+
+
+def _sign(out: bytearray, at: int) -> None:
+    """Make a header's checksum fit again, so that what it says is believed."""
+    out[at + 148 : at + 156] = b" " * 8
+    out[at + 148 : at + 156] = b"%06o\0 " % sum(out[at : at + 512])
+
+
+def _take(files: Layout, archive: bytes, kind: Format) -> bool:
+    spool = files.draft_layer()
+    try:
+        (spool / "sent").write_bytes(archive)
+        _take_archive(files, spool, kind, "", Quota(_QUOTA, 5000))
+        return True
+    except (InvalidArgument, ResourceExhausted):
+        return False
+    finally:
+        remove_tree(spool)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_damage_is_named_and_nothing_leaves_the_layer(tmp_path: Path, seed: int) -> None:
+    chance = random.Random(seed)
+    (tmp_path / "kept").write_text("kept")
+    layer = _layer()
+    goods = {
+        Format.OCI: made.oci(layer),
+        Format.DOCKER: made.docker_save(layer, layer),
+        Format.ROOT: layer,
+        Format.UNKNOWN: made.oci(layer, packed=[made.gzipped(layer)]),
+    }
+    outcomes = []
+    for number in range(25):
+        files = Layout(tmp_path / f"home{number}", None)
+        for kind, good in goods.items():
+            outcomes.append(_take(files, _damaged(good, chance), kind))
+            assert list((files.home / "trash").iterdir()) == []
+            deep = made.oci(_damaged(layer, chance))  # a layer that is damaged and well signed
+            outcomes.append(_take(files, deep, Format.OCI))
+        assert sorted(os.listdir(files.home)) == ["base", "layers", "run", "trash"]
+        remove_tree(files.home)
+    assert sorted(os.listdir(tmp_path)) == ["kept"]
+    assert (tmp_path / "kept").read_text() == "kept"
+    assert {True, False} == set(outcomes)
