@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import platform
 import re
 import sys
 import tarfile
@@ -117,6 +118,28 @@ async def test_the_container_has_no_privilege(engine, worker):
     assert said.count("0000000000000000") == 2
     assert "looked" in said
     assert "WRITABLE" not in said
+
+
+_CALLS = """
+import ctypes, errno
+libc = ctypes.CDLL(None, use_errno=True)
+for number in (321, 425, 250, 298, 304, 310, 435):
+    ctypes.set_errno(0)
+    result = libc.syscall(number, *[ctypes.c_long(-1)] * 5)
+    print(number, errno.errorcode.get(ctypes.get_errno(), result))
+"""
+"""bpf, io_uring_setup, keyctl, perf_event_open, open_by_handle_at, process_vm_readv, clone3."""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="numbers of another machine")
+async def test_the_filter_refuses_what_the_service_never_needs(engine, worker):
+    asked = engine.exec_create(worker._container, ["python3", "-c", _CALLS])
+    said = dict(line.split() for line in engine.exec_start(asked["Id"]).decode().splitlines())
+    assert said.pop("435") == "ENOSYS"
+    assert set(said.values()) == {"EPERM"}
+    asked = engine.exec_create(worker._container, ["unshare", "--user", "--mount", "true"])
+    engine.exec_start(asked["Id"])
+    assert engine.exec_inspect(asked["Id"])["ExitCode"] == 0
 
 
 async def test_what_is_enforced_inside_is_told(clients):
