@@ -6,6 +6,7 @@
   the order survives a restart.
 - What belongs to a deleted state goes with it, evidence included.
 - Quarantined keys are never forgotten otherwise, and never answered from here.
+- Any thread may call; the index is guarded by one lock.
 """
 
 import base64
@@ -16,6 +17,7 @@ import json
 import os
 import secrets
 import shutil
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -116,7 +118,7 @@ class ActionStore:
     def __init__(self, home: Path, *, max_bytes: int) -> None:
         self._home, self._max_bytes = home, max_bytes
         self._index: OrderedDict[str, tuple[str, int]] = OrderedDict()
-        self._bytes = 0
+        self._bytes, self._lock = 0, threading.RLock()
         self._quarantined: dict[str, Quarantined] = {}
 
     def open(self, exists: Callable[[str], bool]) -> None:
@@ -169,20 +171,22 @@ class ActionStore:
         except (OSError, ValueError):
             self.remove(key)
             return None
-        if key in self._index:
-            self._index.move_to_end(key)
+        with self._lock:
+            if key in self._index:
+                self._index.move_to_end(key)
         return found
 
     def put(self, key: str, state_id: str, outcome: Outcome) -> None:
         """Keep what an action gave."""
-        self.remove(key)
         data = encode(outcome)
-        if len(data) > self._max_bytes:
-            return
-        self._write(self._path(key, state_id), data)
-        self._index[key] = state_id, len(data)
-        self._bytes += len(data)
-        self._evict()
+        with self._lock:
+            self.remove(key)
+            if len(data) > self._max_bytes:
+                return
+            self._write(self._path(key, state_id), data)
+            self._index[key] = state_id, len(data)
+            self._bytes += len(data)
+            self._evict()
 
     def _write(self, path: Path, data: bytes) -> None:
         draft = self._home / "drafts" / secrets.token_hex(8)
@@ -197,16 +201,18 @@ class ActionStore:
 
     def remove(self, key: str) -> None:
         """Forget what an action gave."""
-        state_id, size = self._index.pop(key, ("", 0))
-        if state_id:
-            self._bytes -= size
-            with contextlib.suppress(OSError):
-                self._path(key, state_id).unlink()
+        with self._lock:
+            state_id, size = self._index.pop(key, ("", 0))
+            if state_id:
+                self._bytes -= size
+                with contextlib.suppress(OSError):
+                    self._path(key, state_id).unlink()
 
     def drop_state(self, state_id: str) -> None:
         """Forget everything about a state."""
-        for key in [key for key, (owner, _) in list(self._index.items()) if owner == state_id]:
-            self.remove(key)
+        with self._lock:
+            for key in [key for key, (owner, _) in self._index.items() if owner == state_id]:
+                self.remove(key)
         with contextlib.suppress(OSError):
             (self._home / "results" / state_id).rmdir()
         for key, item in list(self._quarantined.items()):

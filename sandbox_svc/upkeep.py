@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from regreen.rpc.errors import RegreenError
+from regreen.rpc.errors import FailedPrecondition, RegreenError
 from sandbox_svc import metrics
 from sandbox_svc.backends.base import Runtime
 from sandbox_svc.states import State, StateStore
@@ -140,7 +140,7 @@ class Upkeep:
             with self._states.growing():
                 merged = await merge(below, chain, state.mounts)
                 count = await self._states.swap_layers((*below, *chain), (*below, merged))
-        except OSError as error:
+        except (OSError, FailedPrecondition) as error:
             self._unreadable.add((*below, *chain))
             log.warning("chain not flattened", state_id=state.id, error=str(error))
             return
