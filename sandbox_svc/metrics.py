@@ -33,3 +33,14 @@ STATE_CACHE_MISSES = Counter(
 STATES = Gauge("regreen_sandbox_states", "States that this host holds.")
 EXPIRED = Counter("regreen_sandbox_expired", "Sandboxes deleted because their time was over.")
 QUEUE_DEPTH = Gauge("regreen_sandbox_queue_depth", "Validations that wait for a place.")
+WARM_HITS = Counter(
+    "regreen_sandbox_warm_hits", "Test runs that went on in a sandbox started ahead."
+)
+WARM_MISSES = Counter(
+    "regreen_sandbox_warm_misses", "Test runs that had to start cold, by reason.", ["reason"]
+)
+WARM_CHECKS = Counter("regreen_sandbox_warm_checks", "Warm verdicts that were checked cold.")
+WARM_MISMATCHES = Counter(
+    "regreen_sandbox_warm_mismatches", "Warm verdicts that a cold run contradicted."
+)
+WARM_WAITING = Gauge("regreen_sandbox_warm_waiting", "Sandboxes started ahead that wait.")

@@ -8,6 +8,7 @@
 - No limit is reported as enforced that a probe on this host has not proven.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -52,6 +53,18 @@ class EndReason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Later:
+    """Lets a command start ahead of what it is to do; only the embedded runtime can."""
+
+    stdin_fd: int
+    """Its standard input instead of `Command.stdin`; the caller keeps its own copy."""
+    on_channel: "OutputSink"
+    """Gets what the command writes to its result pipe while it runs."""
+    go: asyncio.Event
+    """Its time limits count from when this is set."""
+
+
+@dataclass(frozen=True, slots=True)
 class Command:
     """One command to run inside a sandbox."""
 
@@ -66,6 +79,7 @@ class Command:
     channel: bool = False
     """Open a result pipe for this command; its fd number is in REGREEN_CHANNEL_FD."""
     channel_bytes: int = 64 << 20
+    later: Later | None = None
 
 
 @dataclass(frozen=True, slots=True)

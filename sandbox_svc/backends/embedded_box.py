@@ -151,7 +151,8 @@ class EmbeddedBox:
             PipeReader("stderr", Collector(command.output_bytes), sink),
         ]
         if command.channel:
-            job.readers.append(PipeReader("channel", channel, None))
+            heard = command.later.on_channel if command.later is not None else None
+            job.readers.append(PipeReader("channel", channel, heard))
         self._jobs[job.id] = job
         began = time.monotonic()
         try:
@@ -160,6 +161,8 @@ class EmbeddedBox:
             refused = await self._start(link, job, command)
             if refused is not None:
                 return refused
+            if command.later is not None:
+                await _first(command.later.go, job.done)
             ended = await self._wait(link, job, command.timeout_s)
             return await self._result(job, ended, time.monotonic() - began)
         except asyncio.CancelledError:
@@ -182,7 +185,8 @@ class EmbeddedBox:
             "env": env,
             "cwd": command.cwd,
         }
-        stdin = wire.bytes_fd(command.stdin)
+        later = command.later
+        stdin = wire.bytes_fd(command.stdin) if later is None else os.dup(later.stdin_fd)
         try:
             fds = (stdin, *(reader.write_fd for reader in job.readers))
             reply, _ = await link.request(request, fds)
@@ -427,6 +431,15 @@ class EmbeddedBox:
             f"sandbox {self.id} has lost its processes (out of memory or killed); "
             "restore it or create a new one"
         )
+
+
+async def _first(go: asyncio.Event, done: asyncio.Future[wire.Message]) -> None:
+    """Wait until a command may go on, or has ended."""
+    waiting = asyncio.ensure_future(go.wait())
+    try:
+        await asyncio.wait([waiting, done], return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        waiting.cancel()
 
 
 async def _ended(jobs: Sequence[Job]) -> bool:

@@ -7,6 +7,7 @@
 - Controls, tests that must fail, run before modules that the key decides and at the end, below a
   collector of their own: hooks that see them touch nothing of a real test. No plugin lists them.
 - Functions of pytest that were replaced meanwhile are reported too.
+- Started ahead of its request (`names` in the first line), it loads modules and waits; see preload.
 - The pipe is not inherited by other programs and a forked child never writes to it.
 
 Code under test shares this process and could reach the key; see "What remains" in docs/tasks.md.
@@ -20,6 +21,7 @@ import dis
 import hashlib
 import hmac
 import importlib
+import importlib.util
 import json
 import os
 import struct
@@ -27,7 +29,7 @@ import sys
 import threading
 import traceback
 from types import CodeType, FrameType, FunctionType, ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 BAD = ("failed", "error")
 MOST_CONTROLS = 12
@@ -178,9 +180,15 @@ def same(left: tuple[Any, ...], right: tuple[Any, ...]) -> bool:
     return len(left) == len(right) and all(a is right[n] for n, a in enumerate(left))
 
 
-def control_body() -> None:
-    """What a control runs."""
-    raise AssertionError("this control must fail")
+def make_control() -> Any:
+    """What a control runs; it has no source, so that no report spends time on reading this file."""
+    space: dict[str, Any] = {}
+    text = "def control_body():\n    raise AssertionError('this control must fail')\n"
+    exec(compile(text, "<control>", "exec"), space)
+    return space["control_body"]
+
+
+control_body = make_control()
 
 
 class Controls:
@@ -383,34 +391,101 @@ def import_pytest(root: str, send: Any) -> Any:
         return pytest
 
 
+class Ahead:
+    """A run that was started ahead of its request: pytest and other modules are loaded."""
+
+    def __init__(self, fd: int, first: dict[str, Any], preload: Any) -> None:
+        pipe = Pipe(fd, bytes.fromhex(first["key"]))
+        path, notes = list(sys.path), []  # type: tuple[list[str], list[Any]]
+        self.pytest = import_pytest(first["root"], notes.append)
+        self.watch = Watch(watched_modules())
+        sys.argv = [entry_point(self.pytest)]
+        sys.path[:] = [os.getcwd(), *path]
+        with preload.quiet() as log:
+            self.shelf = preload.Shelf(first["root"], log)
+            refused = self.shelf.load(first["names"], first["deep"])
+        names = [n for n, m in self.shelf.base.items() if preload.inside(m, self.shelf.root)]
+        if names or notes:
+            refused["*"] = "the repository is loaded when Python starts"
+        sys.path[:] = path
+        loaded = sum(len(group.modules) for group in self.shelf.groups)
+        pipe.send({"t": "ahead", "refused": refused, "loaded": loaded})
+        if refused:
+            os._exit(0)
+        self.setup = json.loads(sys.stdin.buffer.read().decode())
+
+    def serve(self, pipe: Pipe) -> None:
+        """From now on hand out what was loaded; end the process if a run cannot use it."""
+
+        def refuse(why: str) -> NoReturn:
+            pipe.send({"t": "anew", "msg": why})
+            os._exit(1)
+
+        self.shelf.serve(refuse)
+
+
+def entry_point(pytest: Any) -> str:
+    return os.path.join(os.path.dirname(pytest.__file__), "__main__.py")
+
+
+def load_preload() -> Any:
+    """The module beside this file; it and what only it needs stay invisible."""
+    before = set(sys.modules)
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "preload.py")
+    spec: Any = importlib.util.spec_from_file_location("regreen_preload", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+    return module
+
+
+def run_pytest(setup: dict[str, Any], pipe: Pipe, key: bytes, ahead: Ahead | None) -> int:
+    """One run of pytest; its status."""
+    path = list(sys.path)
+    pytest = ahead.pytest if ahead is not None else import_pytest(setup["root"], pipe.send)
+    pipe.send({"t": "pytest", "version": pytest.__version__})
+    watch = ahead.watch if ahead is not None else Watch(watched_modules())
+    controls = Controls(pipe, key, watch, pytest)
+    sys.path[:] = [os.getcwd(), *path]
+    sys.argv = [entry_point(pytest)]
+    lines = Lines(setup["root"], setup["skip"]) if setup["coverage"] else None
+    recorder = None
+    if setup.get("survey"):
+        recorder = load_preload().Recorder(setup["root"])
+        sys.meta_path.insert(0, recorder)
+    if ahead is not None:
+        ahead.serve(pipe)
+    if lines is not None:
+        lines.start()
+    status = int(pytest.main(list(setup["arguments"]), plugins=[Reporter(pipe), controls]))
+    controls.tell()
+    if lines is not None:
+        sys.settrace(None)
+        threading.settrace(None)
+        pipe.send({"t": "coverage", "files": lines.report()})
+    if recorder is not None:
+        places = [p for p in sys.path if (p + "/").startswith(recorder.root)]
+        pipe.send({"t": "survey", "names": recorder.survey(), "places": places})
+    return status
+
+
 def main() -> None:
     fd = int(os.environ.pop("REGREEN_CHANNEL_FD"))
     os.set_inheritable(fd, False)
-    setup = json.loads(sys.stdin.buffer.read().decode())
+    setup = json.loads(sys.stdin.buffer.readline().decode())
+    sys.path[:] = sys.path[1:]
+    ahead = Ahead(fd, setup, load_preload()) if "names" in setup else None
+    setup = setup if ahead is None else ahead.setup
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
     key = bytes.fromhex(setup.pop("key"))
     pipe = Pipe(fd, key)
     pipe.send({"t": "start", "python": list(sys.version_info[:3])})
-    path = sys.path[1:]
-    sys.path[:] = path
     status = 1
     try:
-        pytest = import_pytest(setup["root"], pipe.send)
-        pipe.send({"t": "pytest", "version": pytest.__version__})
-        controls = Controls(pipe, key, Watch(watched_modules()), pytest)
-        sys.path[:] = [os.getcwd(), *path]
-        sys.argv = [os.path.join(os.path.dirname(pytest.__file__), "__main__.py")]
-        lines = Lines(setup["root"], setup["skip"]) if setup["coverage"] else None
-        if lines is not None:
-            lines.start()
-        status = int(pytest.main(list(setup["arguments"]), plugins=[Reporter(pipe), controls]))
-        controls.tell()
-        if lines is not None:
-            sys.settrace(None)
-            threading.settrace(None)
-            pipe.send({"t": "coverage", "files": lines.report()})
+        status = run_pytest(setup, pipe, key, ahead)
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else 1
         pipe.send({"t": "crash", "msg": f"SystemExit: {stop.code}"})
