@@ -170,9 +170,7 @@ class Bench:
 
 async def _timed(validator: Validator, state: State, fix: FileChange) -> tuple[Validation, float]:
     began = time.perf_counter()
-    verdict = await validator.validate(
-        state.id, [fix], ValidationOptions(), skip_cache_lookup=True
-    )
+    verdict = await validator.validate(state.id, [fix], ValidationOptions(), skip_cache_lookup=True)
     return verdict, time.perf_counter() - began
 
 

@@ -27,6 +27,7 @@ from sandbox_svc.settings import SandboxSettings
 from sandbox_svc.states import State, StateStore
 from sandbox_svc.transfer import Transfer
 from sandbox_svc.validate import Validation, ValidationOptions, Validator
+from sandbox_svc.warm import WarmPool
 from sandbox_svc.wheelhouse import DistStore
 
 
@@ -65,6 +66,7 @@ class SandboxHost:
         self._dists, self._tools = home / "dists", home / "tools"
         self._builders = {builder.name: builder for builder in builders}
         self._validator: Validator | None = None
+        self.warm: WarmPool | None = None
         self._places = asyncio.Semaphore(settings.max_validations)
 
     async def __aenter__(self) -> Self:
@@ -75,7 +77,10 @@ class SandboxHost:
         python = PythonBuilder(DistStore(self._dists), self._tools, blobs)
         for builder in (python, SystemBuilder()):
             self._builders.setdefault(builder.name, builder)
-        self._validator = Validator(self.states, self.runtime, place=self._place)
+        if self.runtime.name == "embedded" and self.settings.warm_states:
+            home, kept = self.settings.home / "sandbox", self.settings.warm()
+            self.warm = WarmPool(self.states, self.runtime, home, settings=kept)
+        self._validator = Validator(self.states, self.runtime, place=self._place, warm=self.warm)
         metrics.ACTIVE.set_function(lambda: len(self.manager.list()))
         metrics.STATES.set_function(lambda: len(self.states.list()))
         return self
@@ -83,6 +88,8 @@ class SandboxHost:
     async def __aexit__(self, *exc: object) -> None:
         if self._validator is not None:
             await self._validator.close()
+        if self.warm is not None:
+            await self.warm.close()
         await self.manager.close()
         await self.states.close()
         await self.runtime.close()
@@ -126,6 +133,16 @@ class SandboxHost:
             return await builder.prepare(spec, self.runtime, self.settings.limits(), report)
 
         return await self.states.prepare(spec.digest, build, rebuild=rebuild, progress=progress)
+
+    async def delete_state(self, state_id: str) -> None:
+        """Forget a state and the layers that only it uses.
+
+        Raises:
+            FailedPrecondition: sandboxes run on it.
+        """
+        if self.warm is not None:
+            await self.warm.drop(state_id)
+        await self.manager.delete_state(state_id)
 
     async def validate(
         self,

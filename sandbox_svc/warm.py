@@ -15,6 +15,7 @@ import json
 import os
 import random
 import secrets
+import sys
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
@@ -39,6 +40,10 @@ DEATHS = 3
 _PIPE_BYTES = 60_000
 _INBOX = Path(__file__).parent / "builders" / "inbox"
 _SOURCE = (".py", ".pyi")
+
+
+Names = tuple[tuple[str, str], ...]
+"""Modules to load ahead; see `testrun.Survey`."""
 
 
 class Miss(StrEnum):
@@ -88,12 +93,12 @@ class Spare:
         """Whether the run still waits or gets ready."""
         return self._run is not None and not self._run.done()
 
-    def start(self, options: testrun.RunOptions, names: tuple[str, ...], *, deep: bool) -> None:
+    def start(self, options: testrun.RunOptions, names: Names, *, deep: bool) -> None:
         """Start the run; it loads these modules and waits."""
         first = {"key": self._key.hex(), "names": names, "root": REPO, "deep": deep}
         read, self._stdin = os.pipe2(os.O_CLOEXEC)
-        later = Later(read, self._listen, self._go)
-        command = testrun.run_command(options, later=later)
+        self._later = Later(read, self._listen, self._go)
+        command = testrun.run_command(options, later=self._later)
 
         async def run() -> ExecResult:
             try:
@@ -134,6 +139,7 @@ class Spare:
         if self._run is None or not self.alive:
             return Miss.DIED
         key = secrets.token_bytes(32)
+        self._later.timeout_s = options.timeout_s
         self._go.set()
         await self._write(testrun.run_request(options, key))
         self._close_stdin()
@@ -163,7 +169,7 @@ class _Hot:
     """A State that is kept warm."""
 
     state: State
-    names: tuple[str, ...] | None = None
+    names: Names | None = None
     spares: list[Spare] = field(default_factory=list)
     refill: asyncio.Task[None] | None = None
     served: int = 0
@@ -217,6 +223,9 @@ class WarmPool:
         try:
             yield spare
         finally:
+            hot = self._hot.get(plan.state.id)
+            if hot is not None:  # only now, so that the run has the processors to itself
+                self._refill_later(hot)
             await asyncio.shield(self._in_background(self._discard(spare)))
 
     def _unfit(self, plan: Plan, seed: int) -> Miss | None:
@@ -242,7 +251,6 @@ class WarmPool:
             hot.spares.sort(key=lambda s: not s.ready.done())
             spare = hot.spares.pop(0)
             metrics.WARM_WAITING.set(self.waiting)
-            self._refill_later(hot)
             with contextlib.suppress(TimeoutError):
                 if await spare.loaded() and spare.alive:
                     return spare
@@ -293,6 +301,14 @@ class WarmPool:
         hot.spares = []
         metrics.WARM_WAITING.set(self.waiting)
 
+    async def drop(self, state_id: str) -> None:
+        """Let a State be cold again, and wait until nothing holds its layers any more."""
+        hot = self._hot.get(state_id)
+        self.forget(state_id)
+        if hot is not None and hot.refill is not None:
+            await asyncio.gather(hot.refill, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
     def wants_check(self, state_id: str) -> bool:
         """Whether a warm verdict is to be checked cold: a State's first, then a sample."""
         hot = self._hot.get(state_id)
@@ -334,7 +350,7 @@ class WarmPool:
             hot.refill = None
             self._switch_off(hot.state.id, str(error) or type(error).__name__)
 
-    async def _add(self, hot: _Hot, names: tuple[str, ...]) -> None:
+    async def _add(self, hot: _Hot, names: Names) -> None:
         spare = await self._begin(hot.state, names, deep=False)
         hot.spares.append(spare)
         report = await spare.loaded()
@@ -355,7 +371,7 @@ class WarmPool:
                 raise _Unsuited("its warm sandboxes take more memory than there is for them")
             self.forget(oldest)
 
-    async def _learn(self, state: State) -> tuple[str, ...]:
+    async def _learn(self, state: State) -> Names:
         """Which modules a State's tests import and which of them can be loaded ahead."""
         async with self._box(state) as box:
             options = testrun.options_of(state.metadata, state.env)
@@ -373,10 +389,14 @@ class WarmPool:
             if "*" in refused:
                 raise _Unsuited(refused["*"])
             logging.get().debug("not_loaded_ahead", state_id=state.id, modules=refused)
-            names = tuple(n for n in names if n not in refused)
+            whole = {name.partition(".")[0] for name in refused} - sys.stdlib_module_names
+            whole -= {"_pytest"}
+            names = tuple(
+                n for n in names if n[0] not in refused and n[0].partition(".")[0] not in whole
+            )
         raise _Unsuited("what it imports is not settled")
 
-    async def _try(self, state: State, names: tuple[str, ...]) -> dict[str, str]:
+    async def _try(self, state: State, names: Names) -> dict[str, str]:
         """Load the modules once with every check; those that cannot be, and why."""
         spare = await self._begin(state, names, deep=True)
         try:
@@ -387,7 +407,7 @@ class WarmPool:
         finally:
             await self._discard(spare)
 
-    async def _begin(self, state: State, names: tuple[str, ...], *, deep: bool) -> Spare:
+    async def _begin(self, state: State, names: Names, *, deep: bool) -> Spare:
         self._states.hold(state.layers)
         try:
             box = await self._runtime.create(state.layers, limits=self._limits, mounts=state.mounts)
@@ -444,7 +464,7 @@ def _is_own(state: State) -> bool:
     try:
         return all(
             (tools / "lib" / name).read_bytes() == (_INBOX / name).read_bytes()
-            for name in ("run_tests.py", "preload.py")
+            for name in ("run_tests.py", "preload.py", "control.py")
         )
     except OSError:
         return False

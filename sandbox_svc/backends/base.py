@@ -52,7 +52,7 @@ class EndReason(StrEnum):
     INFRA = "infra"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Later:
     """Lets a command start ahead of what it is to do; only the embedded runtime can."""
 
@@ -62,6 +62,8 @@ class Later:
     """Gets what the command writes to its result pipe while it runs."""
     go: asyncio.Event
     """Its time limits count from when this is set."""
+    timeout_s: float = 0.0
+    """Replaces that of the command if it is set by then."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -161,9 +161,11 @@ class EmbeddedBox:
             refused = await self._start(link, job, command)
             if refused is not None:
                 return refused
+            timeout_s = command.timeout_s
             if command.later is not None:
                 await _first(command.later.go, job.done)
-            ended = await self._wait(link, job, command.timeout_s)
+                timeout_s = command.later.timeout_s or timeout_s
+            ended = await self._wait(link, job, timeout_s)
             return await self._result(job, ended, time.monotonic() - began)
         except asyncio.CancelledError:
             job.reason = job.reason or EndReason.SIGNAL
@@ -435,9 +437,10 @@ class EmbeddedBox:
 
 async def _first(go: asyncio.Event, done: asyncio.Future[wire.Message]) -> None:
     """Wait until a command may go on, or has ended."""
-    waiting = asyncio.ensure_future(go.wait())
+    waiting = asyncio.create_task(go.wait())
+    done.add_done_callback(lambda _: waiting.cancel())
     try:
-        await asyncio.wait([waiting, done], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([waiting])
     finally:
         waiting.cancel()
 

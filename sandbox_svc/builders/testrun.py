@@ -60,7 +60,8 @@ class TestResult:
 class Survey:
     """What a run imported before its tests, in order, and where it looked in the repository."""
 
-    names: tuple[str, ...]
+    names: tuple[tuple[str, str], ...]
+    """Each with a digest of the conditions if the repository or pytest asked for it."""
     places: tuple[str, ...]
 
 
@@ -218,7 +219,7 @@ def read_run(result: ExecResult, key: bytes) -> TestRun:
         elif kind == "control":
             controls.append(str(frame.get("o")))
         elif kind == "survey":
-            survey = Survey(tuple(frame["names"]), tuple(frame["places"]))
+            survey = Survey(tuple((n, d) for n, d in frame["names"]), tuple(frame["places"]))
         elif kind == "anew":
             anew = str(frame.get("msg", "")) or "unknown"
         elif kind == "crash":

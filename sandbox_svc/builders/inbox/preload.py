@@ -15,6 +15,7 @@ import _locale
 import atexit
 import contextlib
 import gc
+import hashlib
 import importlib
 import os
 import signal
@@ -71,8 +72,14 @@ def conditions() -> tuple[Any, ...]:
         *(os.getcwd(), mask, tuple(sys.argv), sys.getrecursionlimit(), sys.getswitchinterval()),
         *(sys.dont_write_bytecode, _locale.setlocale(_locale.LC_ALL, None), gc.isenabled()),
         sockets.getdefaulttimeout() if sockets is not None else None,
-        tuple(id(hook) for hook in sys.path_hooks),
+        len(sys.path_hooks),
     )
+
+
+def digest(variables: dict[str, str]) -> str:
+    """One word for these variables and the other conditions."""
+    text = repr((sorted(variables.items()), conditions()))
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
 
 
 def effects(find: Callable[[str], Any]) -> dict[str, Any]:
@@ -85,7 +92,7 @@ def effects(find: Callable[[str], Any]) -> dict[str, Any]:
     return {
         "conditions": conditions(),
         "path": tuple(sys.path),
-        "hooks": tuple(id(hook) for hook in hooks),
+        "hooks": tuple(id(hook) for hook in (*hooks, *sys.path_hooks)),
         "streams": (id(sys.stdout), id(sys.stderr)),
         "uses of streams": count(sys.stdout) + count(sys.stderr),
         "signals": tuple(h if isinstance(h, int) else id(h) for h in handlers),
@@ -99,21 +106,28 @@ def effects(find: Callable[[str], Any]) -> dict[str, Any]:
     }
 
 
-def shape(modules: dict[str, Any], deep: bool) -> Any:
-    """The identity of everything in modules; with `deep`, of what is in their classes too."""
-    found: dict[tuple[str, str], int] = {}
+def shape(modules: dict[str, Any]) -> Any:
+    """The identity of everything in modules and in the classes that they define."""
+    found: dict[tuple[str, str], Any] = {}
     for name, module in modules.items():
         if name in SHIFTING or not isinstance(module, ModuleType):
             continue
         for key, value in list(vars(module).items()):
-            if key in HOOKS or not (deep or callable(value)):
+            if key in HOOKS:
                 continue
-            found[name, key] = id(value)
-            if deep and isinstance(value, type) and value.__module__ == name:
+            found[name, key] = identity(value)
+            if isinstance(value, type) and value.__module__ == name:
                 for inner, thing in list(vars(value).items()):
                     if not inner.startswith("__") and (callable(thing) or inner[0] != "_"):
                         found[name, key + "." + inner] = id(thing)
     return found
+
+
+def identity(value: Any) -> Any:
+    """What tells a value from others: plain ones by what they are, the rest by which they are."""
+    if value is None or isinstance(value, (bool, int, float, str, bytes, tuple)):
+        return repr(value) if not isinstance(value, tuple) or len(value) < 9 else len(value)
+    return id(value)
 
 
 def inside(module: Any, root: str) -> bool:
@@ -126,28 +140,35 @@ def inside(module: Any, root: str) -> bool:
     return any((os.path.realpath(place) + os.sep).startswith(root) for place in places if place)
 
 
+def importing(name: str) -> bool:
+    """Whether the import of a module has begun and not ended."""
+    spec = getattr(sys.modules.get(name), "__spec__", None)
+    return bool(getattr(spec, "_initializing", False))
+
+
 class Recorder:
-    """Notes which modules a run asks for, in order, while conditions stay as they were."""
+    """Notes which modules a run asks for, in order, and under which conditions."""
 
     def __init__(self, root: str) -> None:
         self.root = os.path.join(os.path.realpath(root), "")
-        self.names: list[str] = []
-        self.start = (environment(), conditions())
+        self.names: dict[str, str] = {}
+        self.open: list[str] = []
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
-        if self.start and (environment(), conditions()) == self.start:
-            self.names.append(name)
-        else:
-            self.start = None  # type: ignore[assignment]
+        while self.open and not importing(self.open[-1]):
+            self.open.pop()
+        foreign = [n for n in self.open if not inside(sys.modules.get(n), self.root)]
+        self.open.append(name)
+        self.names.setdefault(name, "" if foreign else digest(environment()))
 
-    def survey(self) -> list[str]:
+    def survey(self) -> list[tuple[str, str]]:
         """The names that were found elsewhere than in the repository."""
-        found = []
-        for name in dict.fromkeys(self.names):
-            module = sys.modules.get(name)
-            if isinstance(module, ModuleType) and not inside(module, self.root):
-                found.append(name)
-        return found
+        return [
+            (name, told)
+            for name, told in self.names.items()
+            if isinstance(sys.modules.get(name), ModuleType)
+            and not inside(sys.modules[name], self.root)
+        ]
 
 
 class Group:
@@ -204,22 +225,27 @@ class Shelf:
         self.refuse: Callable[[str], NoReturn] = self._raise
         self.environment: dict[str, str] = {}
         self.conditions: tuple[Any, ...] = ()
-        self.shape: Any = {}
+        self.functions: list[tuple[dict[str, Any], str, Any]] = []
 
     def _raise(self, why: str) -> NoReturn:
         raise Refused(why)
 
     # Loading
 
-    def load(self, names: list[str], deep: bool) -> dict[str, str]:
-        """Load what can be loaded ahead; the others by name with the reason."""
+    def load(self, names: list[tuple[str, str]], deep: bool) -> dict[str, str]:
+        """Load what can be loaded ahead; the others by name with the reason.
+
+        It ends where a run has changed the conditions before it imports the next one.
+        """
         refused: dict[str, str] = {}
         sys.meta_path.insert(0, self)
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            for name in names:
+            for name, told_digest in names:
                 if name in sys.modules or name in self.of:
                     continue
+                if told_digest and told_digest != digest(self._after_all()):
+                    break
                 why = self._load(name, told or [], deep)
                 if why:
                     refused[name] = why
@@ -227,7 +253,13 @@ class Shelf:
         for group in self.groups:
             group.released = False
         self.environment, self.conditions = environment(), conditions()
-        self.shape = shape(self.base, False)
+        self.functions = [
+            (vars(module), key, value)
+            for name, module in self.base.items()
+            if name not in SHIFTING and isinstance(module, ModuleType)
+            for key, value in vars(module).items()
+            if callable(value) and key not in HOOKS
+        ]
         return refused
 
     def _load(self, name: str, told: list[Any], deep: bool) -> str:
@@ -235,7 +267,7 @@ class Shelf:
         group = self.loading = Group(name)
         deep = deep and name.partition(".")[0] not in (*STANDARD, "_pytest")
         known = self._known() if deep else {}
-        first, before = shape(known, True), effects(self._find)
+        first, before = shape(known), effects(self._find)
         filters, variables = list(warnings.filters), dict(os.environ)
         finders, size = list(sys.meta_path), os.fstat(self.log).st_size
         absent, register = Absent(), atexit.register
@@ -245,7 +277,7 @@ class Shelf:
             return call
 
         sys.meta_path.append(absent)
-        atexit.register = note
+        atexit.register = note  # type: ignore[assignment]
         try:
             importlib.import_module(name)
         except BaseException as error:  # noqa: BLE001 - whatever a package raises
@@ -275,10 +307,18 @@ class Shelf:
             changed.append("atexit")
         why = why or ("it changes " + ", ".join(changed) if changed else "")
         if deep and not why:
-            why = self._patched(first, shape(known, True), group)
+            why = self._patched(first, shape(known), group)
         if not why:
             self._hide(group)
         return why
+
+    def _after_all(self) -> dict[str, str]:
+        """The environment of a run that has imported everything so far."""
+        space = environment()
+        for group in self.groups:
+            for key, value in group.variables.items():
+                put(space, key, value)
+        return space
 
     def _find(self, name: str) -> Any:
         return sys.modules.get(name) or self._module(name)
@@ -352,6 +392,8 @@ class Shelf:
             shelved = owner + "." + name in self.of
             if key not in first and (child is not None or shelved):
                 continue
+            if first.get(key) == "None" and name[0] == "_" and owner.split(".")[0] in STANDARD:
+                continue  # a cache that is filled when it is first needed
             return f"it changes {owner}.{name}"
         return ""
 
@@ -449,8 +491,7 @@ class Shelf:
         top = [n for n in group.modules if "." not in n]
         if all(n in sys.builtin_module_names or is_standard(group.modules[n]) for n in top):
             return
-        now = shape(self.base, False)
-        if any(now.get(key) != value for key, value in self.shape.items()):
+        if any(space.get(key) is not value for space, key, value in self.functions):
             self.refuse("patched")
         for name in top:
             spec = getattr(group.modules[name], "__spec__", None)

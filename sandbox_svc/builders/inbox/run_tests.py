@@ -180,15 +180,19 @@ def same(left: tuple[Any, ...], right: tuple[Any, ...]) -> bool:
     return len(left) == len(right) and all(a is right[n] for n, a in enumerate(left))
 
 
-def make_control() -> Any:
-    """What a control runs; it has no source, so that no report spends time on reading this file."""
-    space: dict[str, Any] = {}
-    text = "def control_body():\n    raise AssertionError('this control must fail')\n"
-    exec(compile(text, "<control>", "exec"), space)
-    return space["control_body"]
+def beside(name: str) -> Any:
+    """A module of a file beside this one; it and what only it needs stay invisible."""
+    before = set(sys.modules)
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), name + ".py")
+    spec: Any = importlib.util.spec_from_file_location("regreen_" + name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for new in set(sys.modules) - before:
+        del sys.modules[new]
+    return module
 
 
-control_body = make_control()
+control_body = beside("control").control_body
 
 
 class Controls:
@@ -428,18 +432,6 @@ def entry_point(pytest: Any) -> str:
     return os.path.join(os.path.dirname(pytest.__file__), "__main__.py")
 
 
-def load_preload() -> Any:
-    """The module beside this file; it and what only it needs stay invisible."""
-    before = set(sys.modules)
-    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "preload.py")
-    spec: Any = importlib.util.spec_from_file_location("regreen_preload", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    for name in set(sys.modules) - before:
-        del sys.modules[name]
-    return module
-
-
 def run_pytest(setup: dict[str, Any], pipe: Pipe, key: bytes, ahead: Ahead | None) -> int:
     """One run of pytest; its status."""
     path = list(sys.path)
@@ -452,7 +444,7 @@ def run_pytest(setup: dict[str, Any], pipe: Pipe, key: bytes, ahead: Ahead | Non
     lines = Lines(setup["root"], setup["skip"]) if setup["coverage"] else None
     recorder = None
     if setup.get("survey"):
-        recorder = load_preload().Recorder(setup["root"])
+        recorder = beside("preload").Recorder(setup["root"])
         sys.meta_path.insert(0, recorder)
     if ahead is not None:
         ahead.serve(pipe)
@@ -475,7 +467,7 @@ def main() -> None:
     os.set_inheritable(fd, False)
     setup = json.loads(sys.stdin.buffer.readline().decode())
     sys.path[:] = sys.path[1:]
-    ahead = Ahead(fd, setup, load_preload()) if "names" in setup else None
+    ahead = Ahead(fd, setup, beside("preload")) if "names" in setup else None
     setup = setup if ahead is None else ahead.setup
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
