@@ -246,7 +246,7 @@ class Shelf:
                     continue
                 if told_digest and told_digest != digest(self._after_all()):
                     break
-                why = self._load(name, told or [], deep)
+                why = self._load(name, told, deep)
                 if why:
                     refused[name] = why
         sys.meta_path.remove(self)
@@ -262,7 +262,7 @@ class Shelf:
         ]
         return refused
 
-    def _load(self, name: str, told: list[Any], deep: bool) -> str:
+    def _load(self, name: str, told: Any, deep: bool) -> str:
         """Load one module and put it on the shelf; the reason if that cannot be."""
         group = self.loading = Group(name)
         deep = deep and name.partition(".")[0] not in (*STANDARD, "_pytest")

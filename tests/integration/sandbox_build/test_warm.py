@@ -313,8 +313,9 @@ async def test_closing_while_it_warms_leaves_nothing(world: World) -> None:
     before = len(world.runtime._boxes)
     pool = WarmPool(world.states, world.runtime, world.home, settings=NEVER)
     pool.warm(world.state)
-    while len(world.runtime._boxes) == before:
-        await asyncio.sleep(0)
+    learning = pool._hot[world.state.id].refill
+    assert learning is not None
+    await asyncio.wait([learning], timeout=0.5)
     await pool.close()
     assert len(world.runtime._boxes) == before
     assert pool.waiting == 0
