@@ -464,7 +464,7 @@ def _is_own(state: State) -> bool:
     try:
         return all(
             (tools / "lib" / name).read_bytes() == (_INBOX / name).read_bytes()
-            for name in ("run_tests.py", "preload.py", "control.py")
+            for name in ("run_tests.py", "preload.py", "control.py", "quiet.py")
         )
     except OSError:
         return False

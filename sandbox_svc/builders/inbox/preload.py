@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import _locale
 import atexit
-import contextlib
 import gc
 import hashlib
 import importlib
@@ -37,26 +36,6 @@ HOOKS = frozenset({"excepthook", "__warningregistry__", "__builtins__"})
 
 class Refused(Exception):
     """A module cannot be loaded ahead."""
-
-
-@contextlib.contextmanager
-def quiet() -> Any:
-    """Standard output and error go to a file meanwhile; gives its descriptor."""
-    path = "/tmp/.regreen-ahead"
-    log = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-    os.unlink(path)
-    kept = {number: os.dup(number) for number in (1, 2)}
-    for number in kept:
-        os.dup2(log, number)
-    try:
-        yield log
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        for number, copy in kept.items():
-            os.dup2(copy, number)
-            os.close(copy)
-        os.close(log)
 
 
 def environment() -> dict[str, str]:
@@ -125,9 +104,8 @@ def shape(modules: dict[str, Any]) -> Any:
 
 def identity(value: Any) -> Any:
     """What tells a value from others: plain ones by what they are, the rest by which they are."""
-    if value is None or isinstance(value, (bool, int, float, str, bytes, tuple)):
-        return repr(value) if not isinstance(value, tuple) or len(value) < 9 else len(value)
-    return id(value)
+    plain = value is None or isinstance(value, (bool, int, float, str, bytes, tuple))
+    return repr(value)[:200] if plain else id(value)
 
 
 def inside(module: Any, root: str) -> bool:
@@ -222,15 +200,10 @@ class Shelf:
         self.groups: list[Group] = []
         self.of: dict[str, Group] = {}
         self.loading: Group | None = None
-        self.refuse: Callable[[str], NoReturn] = self._raise
+        self.refuse: Any = None
         self.environment: dict[str, str] = {}
         self.conditions: tuple[Any, ...] = ()
         self.functions: list[tuple[dict[str, Any], str, Any]] = []
-
-    def _raise(self, why: str) -> NoReturn:
-        raise Refused(why)
-
-    # Loading
 
     def load(self, names: list[tuple[str, str]], deep: bool) -> dict[str, str]:
         """Load what can be loaded ahead; the others by name with the reason.
@@ -267,7 +240,7 @@ class Shelf:
         group = self.loading = Group(name)
         deep = deep and name.partition(".")[0] not in (*STANDARD, "_pytest")
         known = self._known() if deep else {}
-        first, before = shape(known), effects(self._find)
+        first, before = shape(known), effects(self._module)
         filters, variables = list(warnings.filters), dict(os.environ)
         finders, size = list(sys.meta_path), os.fstat(self.log).st_size
         absent, register = Absent(), atexit.register
@@ -294,17 +267,14 @@ class Shelf:
         why = self._take(group)
         why = why or self._effects_of(group, filters, variables, finders)
         group.absent = [n for n in absent.names if n not in sys.modules]
-        after = effects(self._find)
+        after = effects(self._module)
         if after["uses of streams"] > before["uses of streams"]:
             gc.collect()
-            after = effects(self._find)
-        if after["uses of streams"] < before["uses of streams"]:
-            after["uses of streams"] = before["uses of streams"]
-        if before["random"] is None:
-            before["random"] = after["random"]
+            after = effects(self._module)
+        after["uses of streams"] = max(after["uses of streams"], before["uses of streams"])
+        before["random"] = after["random"] if before["random"] is None else before["random"]
         changed = [key for key in before if before[key] != after[key]]
-        if sys.getrefcount(note) > 2:
-            changed.append("atexit")
+        changed += ["atexit"] if sys.getrefcount(note) > 2 else []
         why = why or ("it changes " + ", ".join(changed) if changed else "")
         if deep and not why:
             why = self._patched(first, shape(known), group)
@@ -320,21 +290,13 @@ class Shelf:
                 put(space, key, value)
         return space
 
-    def _find(self, name: str) -> Any:
-        return sys.modules.get(name) or self._module(name)
-
     def _known(self) -> dict[str, Any]:
-        known = dict(self.base)
-        for group in self.groups:
-            known.update(group.modules)
-        return known
+        return {**self.base, **{n: m for g in self.groups for n, m in g.modules.items()}}
 
     def _take(self, group: Group) -> str:
         """Collect what is new."""
-        shelved = [n for g in self.groups for n in g.modules]
-        old = set(self.base).union(shelved)
         for name, module in list(sys.modules.items()):
-            if name not in old:
+            if name not in self.base and name not in self.of:
                 group.modules[name] = module
                 if module is not None and inside(module, self.root):
                     return "it loads a part of the repository"
@@ -403,7 +365,7 @@ class Shelf:
             self.of[name] = group
             parent, _, child = name.rpartition(".")
             if parent and parent not in group.modules:
-                owner = self.base.get(parent) or self._module(parent)
+                owner = self._module(parent)
                 if getattr(owner, "__dict__", {}).get(child) is group.modules[name]:
                     group.children.append((parent, child, group.modules[name]))
         for name in [n for n in sys.modules if n not in self.base]:
@@ -411,13 +373,12 @@ class Shelf:
         for other in self.groups:
             other.released = False
             for parent, child, _ in other.children:
-                vars(self.base.get(parent) or self._module(parent)).pop(child, None)
+                vars(self._module(parent)).pop(child, None)
 
     def _module(self, name: str) -> Any:
+        """A module, on the shelf or not."""
         group = self.of.get(name)
-        return group.modules.get(name) if group is not None else None
-
-    # Handing out
+        return sys.modules.get(name) if group is None else group.modules[name]
 
     def serve(self, refuse: Callable[[str], NoReturn]) -> None:
         """Hand out modules from now on; `refuse` is called when a run has to be done anew."""

@@ -405,7 +405,7 @@ class Ahead:
         self.watch = Watch(watched_modules())
         sys.argv = [entry_point(self.pytest)]
         sys.path[:] = [os.getcwd(), *path]
-        with preload.quiet() as log:
+        with beside("quiet").quiet() as log:
             self.shelf = preload.Shelf(first["root"], log)
             refused = self.shelf.load(first["names"], first["deep"])
         names = [n for n, m in self.shelf.base.items() if preload.inside(m, self.shelf.root)]
