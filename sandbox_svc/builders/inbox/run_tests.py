@@ -15,6 +15,7 @@ Code under test shares this process and could reach the key; see "What remains" 
 
 from __future__ import annotations
 
+import atexit
 import builtins
 import contextlib
 import dis
@@ -28,6 +29,7 @@ import struct
 import sys
 import threading
 import traceback
+from operator import is_
 from types import CodeType, FrameType, FunctionType, ModuleType, SimpleNamespace
 from typing import Any, NoReturn
 
@@ -177,7 +179,7 @@ def insides(value: Any) -> tuple[Any, ...]:
 
 
 def same(left: tuple[Any, ...], right: tuple[Any, ...]) -> bool:
-    return len(left) == len(right) and all(a is right[n] for n, a in enumerate(left))
+    return len(left) == len(right) and all(map(is_, left, right))
 
 
 def beside(name: str) -> Any:
@@ -192,7 +194,7 @@ def beside(name: str) -> Any:
     return module
 
 
-control_body = beside("control").control_body
+control_body, around = beside("control").control_body, beside("quiet")
 
 
 class Controls:
@@ -405,9 +407,10 @@ class Ahead:
         self.watch = Watch(watched_modules())
         sys.argv = [entry_point(self.pytest)]
         sys.path[:] = [os.getcwd(), *path]
-        with beside("quiet").quiet() as log:
+        with around.quiet() as log:
             self.shelf = preload.Shelf(first["root"], log)
             refused = self.shelf.load(first["names"], first["deep"])
+        around.remember_files([group.modules for group in self.shelf.groups])
         names = [n for n, m in self.shelf.base.items() if preload.inside(m, self.shelf.root)]
         if names or notes:
             refused["*"] = "the repository is loaded when Python starts"
@@ -486,8 +489,7 @@ def main() -> None:
         text = str(error).strip().split("\n")[0][:300]
         pipe.send({"t": "crash", "msg": f"{type(error).__name__}: {text}"})
     pipe.send({"t": "exit", "status": status})
-    sys.stdout.flush()
-    sys.exit(status)
+    around.leave(status, atexit)
 
 
 if __name__ == "__main__":
