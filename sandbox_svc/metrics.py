@@ -77,6 +77,17 @@ ACTIONS_QUARANTINED = Counter(
     "regreen_sandbox_actions_quarantined", "Actions whose runs were seen to differ."
 )
 ACTION_QUEUE_DEPTH = Gauge("regreen_sandbox_action_queue_depth", "Actions that wait for a place.")
+WARM_HITS = Counter(
+    "regreen_sandbox_warm_hits", "Test runs that went on in a sandbox started ahead."
+)
+WARM_MISSES = Counter(
+    "regreen_sandbox_warm_misses", "Test runs that had to start cold, by reason.", ["reason"]
+)
+WARM_CHECKS = Counter("regreen_sandbox_warm_checks", "Warm verdicts that were checked cold.")
+WARM_MISMATCHES = Counter(
+    "regreen_sandbox_warm_mismatches", "Warm verdicts that a cold run contradicted."
+)
+WARM_WAITING = Gauge("regreen_sandbox_warm_waiting", "Sandboxes started ahead that wait.")
 
 
 def count_limit(reason: str) -> None:

@@ -34,6 +34,7 @@ from sandbox_svc.states import State, StateStore
 from sandbox_svc.transfer import Transfer
 from sandbox_svc.upkeep import Upkeep
 from sandbox_svc.validate import Validation, ValidationOptions, Validator
+from sandbox_svc.warm import WarmPool
 from sandbox_svc.wheelhouse import DistStore
 
 
@@ -97,6 +98,7 @@ class SandboxHost:
         self._dists, self._tools = home / "dists", home / "tools"
         self._builders = {builder.name: builder for builder in builders}
         self._validator: Validator | None = None
+        self.warm: WarmPool | None = None
         self._places = asyncio.Semaphore(settings.max_validations)
 
     async def __aenter__(self) -> Self:
@@ -110,7 +112,10 @@ class SandboxHost:
         if self.runtime.capabilities():  # a runtime that was told to prove nothing has none
             self.proven = (await egress_probe.prove(self.runtime, enabled=self.settings.egress),)
         await self.self_check.start()
-        self._validator = Validator(self.states, self.runtime, place=self._place)
+        if self.runtime.name == "embedded" and self.settings.warm_states:
+            home, kept = self.settings.home / "sandbox", self.settings.warm()
+            self.warm = WarmPool(self.states, self.runtime, home, settings=kept)
+        self._validator = Validator(self.states, self.runtime, place=self._place, warm=self.warm)
         await self.actions.open()
         await self.upkeep.start()
         metrics.ACTIVE.set_function(lambda: len(self.manager.list()))
@@ -124,6 +129,8 @@ class SandboxHost:
         await self.executions.close()
         await self.self_check.close()
         await self.upkeep.close()
+        if self.warm is not None:
+            await self.warm.close()
         await self.manager.close()
         await self.egress.close()
         await self.images.close()
@@ -169,6 +176,16 @@ class SandboxHost:
             return await builder.prepare(spec, self.runtime, self.settings.limits(), report)
 
         return await self.states.prepare(spec.digest, build, rebuild=rebuild, progress=progress)
+
+    async def delete_state(self, state_id: str) -> None:
+        """Forget a state and the layers that only it uses.
+
+        Raises:
+            FailedPrecondition: sandboxes run on it.
+        """
+        if self.warm is not None:
+            await self.warm.drop(state_id)
+        await self.manager.delete_state(state_id)
 
     async def validate(
         self,

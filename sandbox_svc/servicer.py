@@ -136,7 +136,7 @@ class StateServicer(_Servicer, pb.StateServiceServicer):
         self, request: pb.DeleteStateRequest, context: Context
     ) -> pb.DeleteStateResponse:
         """Forget a state and the layers that only it uses."""
-        await self._host.manager.delete_state(check_id(request.id, "st", "id"))
+        await self._host.delete_state(check_id(request.id, "st", "id"))
         return pb.DeleteStateResponse()
 
     async def ExportState(

@@ -18,6 +18,7 @@ from sandbox_svc.egress_route import Upstream
 from sandbox_svc.egress_rules import parse_networks
 from sandbox_svc.sandboxes import PoolLimits
 from sandbox_svc.upkeep import UpkeepLimits
+from sandbox_svc.warm import WarmSettings
 
 
 class SandboxSettings(ServiceSettings):
@@ -48,6 +49,14 @@ class SandboxSettings(ServiceSettings):
     """Sandboxes of clients at once; more are answered RESOURCE_EXHAUSTED."""
     max_validations: int = Field(default=4, ge=1)
     """Validations at once; more wait."""
+    warm_states: int = Field(default=2, ge=0, le=64)
+    """States whose validations find an interpreter started ahead; those used last. 0: none."""
+    warm_spares: int = Field(default=1, ge=1, le=16)
+    """Sandboxes started ahead for each of them; a validation uses one up."""
+    warm_memory_bytes: int = Field(default=2 << 30, ge=64 << 20)
+    """Memory of all sandboxes started ahead."""
+    warm_check_share: float = Field(default=0.05, ge=0, le=1)
+    """Share of their verdicts that a cold run checks in the background."""
     default_ttl_s: float = Field(default=900.0, gt=0)
     """Life of a sandbox whose request names none and that is not kept alive."""
     max_ttl_s: float = Field(default=86_400.0, gt=0)
@@ -192,6 +201,15 @@ class SandboxSettings(ServiceSettings):
             inodes=self.inodes,
             output_bytes=self.output_bytes,
             wall_s=self.command_s,
+        )
+
+    def warm(self) -> WarmSettings:
+        """What is started ahead of validations."""
+        return WarmSettings(
+            states=self.warm_states,
+            spares=self.warm_spares,
+            memory_bytes=self.warm_memory_bytes,
+            check_share=self.warm_check_share,
         )
 
     def pool(self) -> PoolLimits:

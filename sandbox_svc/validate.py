@@ -7,6 +7,7 @@
 - Equal requests share one run, which waits for a place itself and ends with its last waiter.
 - Only verdicts of runs that came to their own end are cached.
 - A run that ends its sandbox twice while the runtime lives has failed; once may be bad luck.
+- A run that was started ahead (`warm.py`) is worth what a cold one is, or is done again cold.
 """
 
 import asyncio
@@ -20,7 +21,16 @@ from pathlib import Path
 from typing import Any
 
 from regreen.lockfile import Lock, LockChange, lock_change, normalize, parse_lock
-from regreen.rpc.errors import DiskFull, FailedPrecondition, InfraError, InvalidArgument, NoSuchFile
+from regreen.rpc.errors import (
+    DiskFull,
+    FailedPrecondition,
+    InfraError,
+    InvalidArgument,
+    NoSuchFile,
+    NotFound,
+    RegreenError,
+)
+from sandbox_svc import metrics
 from sandbox_svc.backends.base import Box, Command, EndReason, Limits, Runtime
 from sandbox_svc.builders import testrun
 from sandbox_svc.builders.base import LOCK, REPO, RUNNER, TOOLS, FileChange
@@ -33,9 +43,11 @@ from sandbox_svc.verdicts import (
     Validation,
     ValidationOptions,
     conclude,
+    difference,
     required_ids,
     verdict_without_run,
 )
+from sandbox_svc.warm import Miss, WarmPool
 
 __all__ = ["Outcome", "Validation", "ValidationOptions", "Validator", "changes_sha256"]
 
@@ -81,6 +93,7 @@ class Validator:
         clock: Callable[[], float] | None = None,
         place: Place = contextlib.nullcontext,
         cache_bytes: int = CACHE_BYTES,
+        warm: WarmPool | None = None,
     ) -> None:
         self._states, self._runtime, self._place = states, runtime, place
         self._cache_bytes, self._cached_bytes = cache_bytes, 0
@@ -89,6 +102,8 @@ class Validator:
         self._cache: OrderedDict[str, Validation] = OrderedDict()
         self._running: dict[str, _Flight] = {}
         self._indexes: dict[str, Mapping[str, Any]] = {}
+        self._warm = warm
+        self._checks: set[asyncio.Task[None]] = set()
 
     async def validate(
         self,
@@ -134,10 +149,14 @@ class Validator:
 
     async def close(self) -> None:
         """End validations that are still running."""
-        running = [flight.task for flight in self._running.values()]
+        running = [*(flight.task for flight in self._running.values()), *self._checks]
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
+
+    async def checked(self) -> None:
+        """Wait until no warm verdict is being checked."""
+        await asyncio.gather(*self._checks)
 
     def _plan(
         self, state_id: str, changes: Iterable[FileChange], options: ValidationOptions
@@ -171,7 +190,31 @@ class Validator:
         verdict = replace(verdict, seconds=round(self._clock() - started, 3))
         if verdict.lasting:
             self._keep(key, verdict)
+        if verdict.warm and self._warm is not None and self._warm.wants_check(plan.state.id):
+            check = asyncio.create_task(self._check_warm(plan, key, verdict, self._warm))
+            self._checks.add(check)
+            check.add_done_callback(self._checks.discard)
         return verdict
+
+    async def _check_warm(self, plan: Plan, key: str, verdict: Validation, warm: WarmPool) -> None:
+        """Judge again, cold; if that says something else, it is what counts from now on."""
+        metrics.WARM_CHECKS.inc()
+        try:
+            async with self._place():
+                cold = await self._cold(plan, None, plan.options.seed)
+        except (RegreenError, _SandboxEnded):
+            return
+        found = difference(verdict, cold, plan.facts["spec"]["test"]["unstable"])
+        if not found or not cold.lasting:
+            return
+        warm.differed(plan.state.id, found)
+        self._forget(key)
+        if plan.options.repeat == 1:
+            self._keep(key, replace(cold, seconds=verdict.seconds))
+
+    def _forget(self, key: str) -> None:
+        dropped = self._cache.pop(key, None)
+        self._cached_bytes -= dropped.weight if dropped else 0
 
     def _keep(self, key: str, verdict: Validation) -> None:
         old = self._cache.pop(key, None)
@@ -253,7 +296,34 @@ class Validator:
         return verdict_without_run(plan, Outcome.FAILED, summary, log=log, lasting=False)
 
     async def _fork(self, plan: Plan, change: LockChange | None, seed: int) -> Validation:
-        """One run in one fresh fork."""
+        """One run in one fresh fork, warm if that is the same."""
+        found = await self._try_warm(plan, seed) if self._warm is not None else None
+        return found or await self._cold(plan, change, seed)
+
+    async def _try_warm(self, plan: Plan, seed: int) -> Validation | None:
+        """One run in a fork whose interpreter was started ahead; None if it has to be cold."""
+        assert self._warm is not None
+        async with self._warm.spare(plan, seed) as spare:
+            run: TestRun | Miss = Miss.NOT_READY
+            if isinstance(spare, Miss):
+                run = spare
+            else:
+                try:
+                    plan = await _apply(plan, spare.box)
+                    run = await spare.finish(self._options(plan, seed))
+                except (FailedPrecondition, NotFound, InfraError):
+                    run = Miss.DIED
+        if isinstance(run, Miss):
+            metrics.WARM_MISSES.labels(run.value).inc()
+            return None
+        metrics.WARM_HITS.inc()
+        verdict = replace(conclude(plan, run), warm=True)
+        if verdict.outcome is not Outcome.PASSED and self._runtime.disk_is_full():
+            raise DiskFull(f"no space to validate; it ended with: {verdict.summary}")
+        return verdict
+
+    async def _cold(self, plan: Plan, change: LockChange | None, seed: int) -> Validation:
+        """One run in one fresh fork that starts with nothing."""
         state = self._states.get(plan.state.id)
         self._states.hold(state.layers)
         try:
@@ -281,14 +351,16 @@ class Validator:
                 if failed is not None:
                     return failed
         plan = await _apply(plan, box)
+        return conclude(plan, await self._run_tests(box, self._options(plan, seed)))
+
+    def _options(self, plan: Plan, seed: int) -> testrun.RunOptions:
         options = testrun.options_of(plan.facts, plan.state.env)
-        options = replace(
+        return replace(
             options,
             coverage=plan.options.coverage,
             seed=seed,
             timeout_s=plan.options.timeout_s or options.timeout_s,
         )
-        return conclude(plan, await self._run_tests(box, options))
 
     async def _run_tests(self, box: Box, options: testrun.RunOptions) -> TestRun:
         """Run the tests.

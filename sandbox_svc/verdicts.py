@@ -68,6 +68,8 @@ class Validation:
     """Per file: lines that ran and lines that can run."""
     lasting: bool = True
     """Whether the same request would end the same way; false after a limit or a kill."""
+    warm: bool = False
+    """Whether the tests ran in a sandbox that was started ahead."""
 
     @property
     def weight(self) -> int:
@@ -112,6 +114,20 @@ def verdict_without_run(
         plan.state.id, plan.sha256, outcome, summary,
         failing=failing, reverted=plan.reverted, log=log, lasting=lasting,
     )  # fmt: skip
+
+
+def difference(left: Validation, right: Validation, unstable: Iterable[str] = ()) -> str:
+    """What tells two verdicts on one diff apart, times and texts aside; empty if nothing."""
+    if left.outcome is not right.outcome:
+        return f"{left.outcome} and {right.outcome}"
+    ignored = frozenset(unstable)
+    one, two = ({t.id: t.outcome for t in v.tests if t.id not in ignored} for v in (left, right))
+    for name in sorted({*one, *two}):
+        if one.get(name) != two.get(name):
+            return f"{name}: {one.get(name, 'absent')} and {two.get(name, 'absent')}"
+    if left.failing != right.failing or left.reverted != right.reverted:
+        return "the required tests that fail, or the changes that are left out"
+    return ""
 
 
 def conclude(plan: Plan, run: TestRun) -> Validation:

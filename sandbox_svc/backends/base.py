@@ -8,6 +8,7 @@
 - No limit is reported as enforced that a probe on this host has not proven.
 """
 
+import asyncio
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -69,6 +70,20 @@ class TerminalSize:
     columns: int = 80
 
 
+@dataclass(slots=True)
+class Later:
+    """Lets a command start ahead of what it is to do; only the embedded runtime can."""
+
+    stdin_fd: int
+    """Its standard input instead of `Command.stdin`; the caller keeps its own copy."""
+    on_channel: "OutputSink"
+    """Gets what the command writes to its result pipe while it runs."""
+    go: asyncio.Event
+    """Its time limits count from when this is set."""
+    timeout_s: float = 0.0
+    """Replaces that of the command if it is set by then."""
+
+
 @dataclass(frozen=True, slots=True)
 class Command:
     """One command to run inside a sandbox."""
@@ -90,6 +105,7 @@ class Command:
     terminal: TerminalSize | None = None
     """Give it a terminal: what it prints is stdout, its input as if left open. Only `Box.start`
     looks at it."""
+    later: Later | None = None
 
 
 @dataclass(frozen=True, slots=True)

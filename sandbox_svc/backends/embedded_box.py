@@ -40,6 +40,7 @@ from sandbox_svc.backends.base import (
     ExecResult,
     FileStat,
     Gate,
+    Later,
     Limits,
     OutputSink,
 )
@@ -47,7 +48,7 @@ from sandbox_svc.backends.cgroups import Counters
 from sandbox_svc.backends.commands import ENVIRONMENT, absolute, check_command
 from sandbox_svc.backends.embedded_process import EmbeddedProcess
 from sandbox_svc.backends.fds import not_opened, read_upto, write_all
-from sandbox_svc.backends.jobs import Job, refusal
+from sandbox_svc.backends.jobs import Job, all_ended, first_of, refusal
 from sandbox_svc.backends.layers import writing
 from sandbox_svc.backends.link import Link, LinkClosed
 from sandbox_svc.backends.output import Collector, PipeReader
@@ -172,9 +173,12 @@ class EmbeddedBox:
         ]
         if command.channel:
             channel = Collector(command.channel_bytes, head_only=True)
-            readers.append(PipeReader("channel", channel, None))
-        job = await self.begin(command, readers, wire.bytes_fd(command.stdin))
-        return await self.conclude(job, command.timeout_s)
+            heard = command.later.on_channel if command.later is not None else None
+            readers.append(PipeReader("channel", channel, heard))
+        later = command.later
+        stdin = wire.bytes_fd(command.stdin) if later is None else os.dup(later.stdin_fd)
+        job = await self.begin(command, readers, stdin)
+        return await self.conclude(job, command.timeout_s, later)
 
     async def start(self, command: Command) -> EmbeddedProcess:
         """Start a command that is spoken to while it runs."""
@@ -199,12 +203,15 @@ class EmbeddedBox:
             raise
         return job
 
-    async def conclude(self, job: Job, timeout_s: float) -> ExecResult:
+    async def conclude(self, job: Job, timeout_s: float, later: Later | None = None) -> ExecResult:
         """Wait for the end of a command that was begun; cancelling kills it."""
         try:
             if job.refused is not None:
                 metrics.count_limit(job.refused.reason)
                 return job.refused
+            if later is not None:
+                await first_of(later.go, job.done)
+                timeout_s = later.timeout_s or timeout_s
             ended = await self._wait(job.link, job, timeout_s)
             result = await self._result(job, ended, time.monotonic() - job.began_s)
             metrics.count_limit(result.reason)
@@ -297,11 +304,11 @@ class EmbeddedBox:
         """Kill by the first process, politely attributed; then the group; then the sandbox."""
         with contextlib.suppress(LinkClosed, TimeoutError):
             await link.request(request, timeout_s=_KILL_GRACE_S)
-        if await _ended(jobs):
+        if await all_ended(jobs, _KILL_GRACE_S):
             return
         if self._seat is not None:
             self._runtime.cgroups.kill(self._seat.group, self._seat.pid)
-        if not await _ended(jobs):
+        if not await all_ended(jobs, _KILL_GRACE_S):
             self._overrun = reason if reason in OVERRUNS else None
             await self._end()
 
@@ -487,11 +494,3 @@ class EmbeddedBox:
                 metadata={"overrun": reason},
             )
         return InfraError(f"sandbox {self.id} has lost its processes; {remedy}")
-
-
-async def _ended(jobs: Sequence[Job]) -> bool:
-    """Whether all commands end within the time that a kill may take."""
-    waiting = [job.done for job in jobs if not job.done.done()]
-    if waiting:
-        await asyncio.wait(waiting, timeout=_KILL_GRACE_S)
-    return all(job.done.done() for job in jobs)

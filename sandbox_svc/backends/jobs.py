@@ -8,6 +8,7 @@ import asyncio
 import errno
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from regreen.rpc.errors import FailedPrecondition, InvalidArgument
@@ -64,3 +65,21 @@ def refusal(reply: wire.Message, command: Command) -> ExecResult | None:
 def _note(text: str) -> Captured:
     data = f"regreen: {text}\n".encode("utf-8", "replace")
     return Captured(data, b"", len(data))
+
+
+async def first_of(go: asyncio.Event, done: asyncio.Future[wire.Message]) -> None:
+    """Wait until a command may go on, or has ended."""
+    waiting = asyncio.create_task(go.wait())
+    done.add_done_callback(lambda _: waiting.cancel())
+    try:
+        await asyncio.wait([waiting])
+    finally:
+        waiting.cancel()
+
+
+async def all_ended(jobs: Sequence[Job], within_s: float) -> bool:
+    """Whether all commands end within the time that a kill may take."""
+    waiting = [job.done for job in jobs if not job.done.done()]
+    if waiting:
+        await asyncio.wait(waiting, timeout=within_s)
+    return all(job.done.done() for job in jobs)

@@ -17,7 +17,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from regreen.rpc.errors import DiskFull, FailedPrecondition, InfraError
-from sandbox_svc.backends.base import Box, Command, EndReason, ExecResult, Limits, Mount, Runtime
+from sandbox_svc.backends.base import (
+    Box,
+    Command,
+    EndReason,
+    ExecResult,
+    Later,
+    Limits,
+    Mount,
+    Runtime,
+)
 from sandbox_svc.builders.base import ENV, REPO, TOOLS, Baseline
 
 MAX_FRAME = 4 << 20
@@ -51,6 +60,15 @@ class TestResult:
 
 
 @dataclass(frozen=True, slots=True)
+class Survey:
+    """What a run imported before its tests, in order, and where it looked in the repository."""
+
+    names: tuple[tuple[str, str], ...]
+    """Each with a digest of the conditions if the repository or pytest asked for it."""
+    places: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class TestRun:
     """One run of the tests."""
 
@@ -71,6 +89,9 @@ class TestRun:
     coverage: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     replaced: frozenset[str] = frozenset()
     """Functions of the test runner that were replaced during the run."""
+    anew: str = ""
+    """Why a run that was started ahead has to be done anew; empty if it need not."""
+    survey: Survey | None = None
 
     def ids(self, *outcomes: str) -> frozenset[str]:
         return frozenset(i for i, test in self.tests.items() if test.outcome in outcomes)
@@ -99,34 +120,49 @@ def pytest_arguments(arguments: Sequence[str]) -> list[str]:
     return [*fixed, "--continue-on-collection-errors", "--tb=short", "--color=no", *arguments]
 
 
-async def run_tests(box: Box, options: RunOptions) -> TestRun:
+async def run_tests(box: Box, options: RunOptions, *, survey: bool = False) -> TestRun:
     """Run the tests in a box in which nothing of an agent has run.
+
+    With `survey` they are only collected, to learn what that imports.
 
     Raises:
         BoxEnded: the sandbox died under the run.
         InfraError: the runtime failed.
     """
     key = secrets.token_bytes(32)
-    setup = {
-        "key": key.hex(),
-        "arguments": pytest_arguments(options.arguments),
-        "coverage": options.coverage,
-        "root": REPO,
-        "skip": list(options.skip),
-    }
-    environment = {**options.environment, "PYTHONHASHSEED": str(options.seed % 4294967296)}
-    command = Command(
-        (f"{ENV}/bin/python", f"{TOOLS}/lib/run_tests.py"),
-        env=environment,
-        cwd=REPO,
-        stdin=json.dumps(setup).encode(),
-        timeout_s=options.timeout_s,
-        channel=True,
-    )
+    command = run_command(options, stdin=run_request(options, key, survey=survey))
     result = await box.run(command)
     if result.reason is EndReason.INFRA:
         raise BoxEnded(readable_log(result))
     return read_run(result, key)
+
+
+def run_request(options: RunOptions, key: bytes, *, survey: bool = False) -> bytes:
+    """What the runner reads before it runs the tests."""
+    arguments = pytest_arguments(options.arguments)
+    setup = {
+        "key": key.hex(),
+        "arguments": [*arguments, "--collect-only"] if survey else arguments,
+        "coverage": options.coverage,
+        "root": REPO,
+        "skip": list(options.skip),
+        "survey": survey,
+    }
+    return json.dumps(setup).encode()
+
+
+def run_command(options: RunOptions, *, stdin: bytes = b"", later: Later | None = None) -> Command:
+    """The command that runs the tests; started ahead, its request comes `later`."""
+    environment = {**options.environment, "PYTHONHASHSEED": str(options.seed % 4294967296)}
+    return Command(
+        (f"{ENV}/bin/python", f"{TOOLS}/lib/run_tests.py"),
+        env=environment,
+        cwd=REPO,
+        stdin=stdin,
+        timeout_s=options.timeout_s,
+        channel=True,
+        later=later,
+    )
 
 
 def read_frames(data: bytes, key: bytes) -> tuple[list[dict[str, Any]], str]:
@@ -167,7 +203,8 @@ def read_run(result: ExecResult, key: bytes) -> TestRun:
     replaced: set[str] = set()
     controls: list[str] = []
     collected = deselected = 0
-    crash, status, ended = "", -1, False
+    crash, status, ended, anew = "", -1, False, ""
+    survey: Survey | None = None
     for frame in frames:
         kind = frame.get("t")
         if kind == "test":
@@ -184,6 +221,10 @@ def read_run(result: ExecResult, key: bytes) -> TestRun:
             replaced.update(map(str, frame["names"]))
         elif kind == "control":
             controls.append(str(frame.get("o")))
+        elif kind == "survey":
+            survey = Survey(tuple((n, d) for n, d in frame["names"]), tuple(frame["places"]))
+        elif kind == "anew":
+            anew = str(frame.get("msg", "")) or "unknown"
         elif kind == "crash":
             crash = str(frame.get("msg", "")) or "unknown"
         elif kind == "exit":
@@ -202,6 +243,8 @@ def read_run(result: ExecResult, key: bytes) -> TestRun:
         result=result,
         coverage=coverage,
         replaced=frozenset(replaced),
+        anew=anew,
+        survey=survey,
     )
 
 

@@ -8,6 +8,7 @@
   collector of their own: hooks that see them touch nothing of a real test. No plugin lists them.
 - Functions of pytest that were replaced meanwhile are reported too.
 - Of a test that was skipped or failed as expected it is told whether the tests themselves say so.
+- Started ahead of its request (`names` in the first line), it loads modules and waits; see preload.
 - The pipe is not inherited by other programs and a forked child never writes to it.
 
 Code under test shares this process and could reach the key; see "What remains" in docs/tasks.md.
@@ -15,21 +16,22 @@ Code under test shares this process and could reach the key; see "What remains" 
 
 from __future__ import annotations
 
+import atexit
 import builtins
 import contextlib
-import dis
 import hashlib
 import hmac
 import importlib
+import importlib.util
 import json
 import os
 import struct
 import sys
 import threading
 import traceback
-import unittest
-from types import CodeType, FrameType, FunctionType, ModuleType, SimpleNamespace
-from typing import Any
+from operator import is_
+from types import FunctionType, ModuleType, SimpleNamespace
+from typing import Any, NoReturn
 
 BAD = ("failed", "error")
 MOST_CONTROLS = 12
@@ -85,55 +87,10 @@ def folded(so_far: str, report: Any) -> str:
     return outcome if outcome and so_far not in BAD else so_far
 
 
-class Origin:
-    """Tells whether a test is passed over by its own words: a mark, or a call in a test file."""
-
-    def __init__(self, root: str, tests: list[str], pytest: Any) -> None:
-        self.root, self.tests = os.path.join(os.path.realpath(root), ""), tuple(tests)
-        homes = [sys.modules[name].__file__ for name in ("_pytest.runner", "unittest.case")]
-        self.machinery = tuple(os.path.join(os.path.dirname(str(home)), "") for home in homes)
-        self.skips = (pytest.skip.Exception, pytest.xfail.Exception, unittest.SkipTest)
-
-    def own(self, item: Any, call: Any) -> bool | None:
-        """None where nothing was raised."""
-        info = call.excinfo or next(iter(getattr(item, "_excinfo", None) or ()), None)
-        if info is None:
-            return None
-        error = info.value
-        if isinstance(error, self.skips):
-            while isinstance(error.__context__, self.skips):
-                error = error.__context__  # what pytest makes of a skip of unittest
-            raiser = self.raiser(error)
-            if raiser:
-                return self.is_test(raiser)
-        return self.marked(item)
-
-    def raiser(self, error: BaseException) -> str:
-        """The file of the innermost frame outside the machinery of tests; empty if none is."""
-        walk = traceback.walk_tb(error.__traceback__)
-        files = [os.path.realpath(frame.f_code.co_filename) for frame, _ in walk]
-        while files and files[-1].startswith(self.machinery):
-            files.pop()
-        pluggy = os.sep + "pluggy" + os.sep
-        return "" if not files or pluggy in files[-1] else files[-1]
-
-    def is_test(self, filename: str) -> bool:
-        if not filename.startswith(self.root):
-            return False
-        relative = filename[len(self.root) :]
-        return any(relative == t or relative.startswith(t + "/") for t in self.tests)
-
-    def marked(self, item: Any) -> bool:
-        marks = {mark.name for mark in item.iter_markers()} & {"skip", "skipif", "xfail"}
-        places = (getattr(item, "obj", None), getattr(item, "cls", None))
-        flags = ("__unittest_skip__", "__unittest_expecting_failure__")
-        return bool(marks) or any(getattr(p, flag, False) for p in places for flag in flags)
-
-
 class Reporter:
     """pytest hooks that turn reports into one outcome per test id."""
 
-    def __init__(self, pipe: Pipe, origin: Origin) -> None:
+    def __init__(self, pipe: Pipe, origin: Any) -> None:
         self.send, self.origin = pipe.send, origin
         self.open: dict[str, dict[str, Any]] = {}
         self.own: dict[str, bool] = {}
@@ -230,12 +187,23 @@ def insides(value: Any) -> tuple[Any, ...]:
 
 
 def same(left: tuple[Any, ...], right: tuple[Any, ...]) -> bool:
-    return len(left) == len(right) and all(a is right[n] for n, a in enumerate(left))
+    return len(left) == len(right) and all(map(is_, left, right))
 
 
-def control_body() -> None:
-    """What a control runs."""
-    raise AssertionError("this control must fail")
+def beside(name: str) -> Any:
+    """A module of a file beside this one; it and what only it needs stay invisible."""
+    before = set(sys.modules)
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), name + ".py")
+    spec: Any = importlib.util.spec_from_file_location("regreen_" + name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for new in set(sys.modules) - before:
+        del sys.modules[new]
+    return module
+
+
+control_body, around = beside("control").control_body, beside("quiet")
+Origin, Lines = beside("origin").Origin, beside("lines").Lines
 
 
 class Controls:
@@ -359,62 +327,6 @@ def watched_modules() -> list[ModuleType]:
     return [sys.modules[n] for n in (*WATCHED, *sorted(names)) if n in sys.modules]
 
 
-class Lines:
-    """Records executed lines of the files below `root` that are not tests."""
-
-    def __init__(self, root: str, skip: list[str]) -> None:
-        self.prefix, self.skip = root.rstrip("/") + "/", tuple(skip)
-        self.seen: dict[str, set[int]] = {}
-
-    def wanted(self, filename: str) -> bool:
-        if not filename.startswith(self.prefix):
-            return False
-        relative = filename[len(self.prefix) :]
-        return not any(relative == s or relative.startswith(s + "/") for s in self.skip)
-
-    def trace(self, frame: FrameType, event: str, argument: Any) -> Any:
-        name = frame.f_code.co_filename
-        lines = self.seen.get(name)
-        if lines is None:
-            if not self.wanted(name):
-                return None
-            lines = self.seen[name] = set()
-        lines.add(frame.f_lineno)
-
-        def local(inner: FrameType, kind: str, value: Any) -> Any:
-            if kind == "line":
-                lines.add(inner.f_lineno)
-            return local
-
-        return local
-
-    def start(self) -> None:
-        threading.settrace(self.trace)
-        sys.settrace(self.trace)
-
-    def report(self) -> dict[str, list[int]]:
-        files: dict[str, list[int]] = {}
-        for name, ran in self.seen.items():
-            try:
-                with open(name, "rb") as source:
-                    code = compile(source.read(), name, "exec", dont_inherit=True)
-            except (OSError, SyntaxError, ValueError):
-                continue
-            can: set[int] = set()
-            stack = [code]
-            while stack:
-                item = stack.pop()
-                can.update(_lines_of(item))
-                stack.extend(c for c in item.co_consts if hasattr(c, "co_code"))
-            if can:
-                files[name[len(self.prefix) :]] = [len(can & ran), len(can)]
-        return files
-
-
-def _lines_of(code: CodeType) -> set[int]:
-    return {line for _, line in dis.findlinestarts(code) if line}
-
-
 def import_pytest(root: str, send: Any) -> Any:
     """pytest without the repository on the path.
 
@@ -438,35 +350,91 @@ def import_pytest(root: str, send: Any) -> Any:
         return pytest
 
 
+class Ahead:
+    """A run that was started ahead of its request: pytest and other modules are loaded."""
+
+    def __init__(self, fd: int, first: dict[str, Any], preload: Any) -> None:
+        pipe = Pipe(fd, bytes.fromhex(first["key"]))
+        path, notes = list(sys.path), []  # type: tuple[list[str], list[Any]]
+        self.pytest = import_pytest(first["root"], notes.append)
+        self.watch = Watch(watched_modules())
+        sys.argv = [entry_point(self.pytest)]
+        sys.path[:] = [os.getcwd(), *path]
+        with around.quiet() as log:
+            self.shelf = preload.Shelf(first["root"], log)
+            refused = self.shelf.load(first["names"], first["deep"])
+        around.remember_files([group.modules for group in self.shelf.groups])
+        names = [n for n, m in self.shelf.base.items() if preload.inside(m, self.shelf.root)]
+        if names or notes:
+            refused["*"] = "the repository is loaded when Python starts"
+        sys.path[:] = path
+        loaded = sum(len(group.modules) for group in self.shelf.groups)
+        pipe.send({"t": "ahead", "refused": refused, "loaded": loaded})
+        if refused:
+            os._exit(0)
+        self.setup = json.loads(sys.stdin.buffer.read().decode())
+
+    def serve(self, pipe: Pipe) -> None:
+        """From now on hand out what was loaded; end the process if a run cannot use it."""
+
+        def refuse(why: str) -> NoReturn:
+            pipe.send({"t": "anew", "msg": why})
+            os._exit(1)
+
+        self.shelf.serve(refuse)
+
+
+def entry_point(pytest: Any) -> str:
+    return os.path.join(os.path.dirname(pytest.__file__), "__main__.py")
+
+
+def run_pytest(setup: dict[str, Any], pipe: Pipe, key: bytes, ahead: Ahead | None) -> int:
+    """One run of pytest; its status."""
+    path = list(sys.path)
+    pytest = ahead.pytest if ahead is not None else import_pytest(setup["root"], pipe.send)
+    pipe.send({"t": "pytest", "version": pytest.__version__})
+    watch = ahead.watch if ahead is not None else Watch(watched_modules())
+    controls = Controls(pipe, key, watch, pytest)
+    sys.path[:] = [os.getcwd(), *path]
+    sys.argv = [entry_point(pytest)]
+    lines = Lines(setup["root"], setup["skip"]) if setup["coverage"] else None
+    recorder = None
+    if setup.get("survey"):
+        recorder = beside("preload").Recorder(setup["root"])
+        sys.meta_path.insert(0, recorder)
+    if ahead is not None:
+        ahead.serve(pipe)
+    if lines is not None:
+        lines.start()
+    reporter = Reporter(pipe, Origin(setup["root"], setup["skip"], pytest))
+    status = int(pytest.main(list(setup["arguments"]), plugins=[reporter, controls]))
+    controls.tell()
+    if lines is not None:
+        sys.settrace(None)
+        threading.settrace(None)
+        pipe.send({"t": "coverage", "files": lines.report()})
+    if recorder is not None:
+        places = [p for p in sys.path if (p + "/").startswith(recorder.root)]
+        pipe.send({"t": "survey", "names": recorder.survey(), "places": places})
+    return status
+
+
 def main() -> None:
     fd = int(os.environ.pop("REGREEN_CHANNEL_FD"))
     os.set_inheritable(fd, False)
-    setup = json.loads(sys.stdin.buffer.read().decode())
+    setup = json.loads(sys.stdin.buffer.readline().decode())
+    sys.path[:] = sys.path[1:]
+    ahead = Ahead(fd, setup, beside("preload")) if "names" in setup else None
+    setup = setup if ahead is None else ahead.setup
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
     key = bytes.fromhex(setup.pop("key"))
     pipe = Pipe(fd, key)
     pipe.send({"t": "start", "python": list(sys.version_info[:3])})
-    path = sys.path[1:]
-    sys.path[:] = path
     status = 1
     try:
-        pytest = import_pytest(setup["root"], pipe.send)
-        pipe.send({"t": "pytest", "version": pytest.__version__})
-        controls = Controls(pipe, key, Watch(watched_modules()), pytest)
-        reporter = Reporter(pipe, Origin(setup["root"], setup["skip"], pytest))
-        sys.path[:] = [os.getcwd(), *path]
-        sys.argv = [os.path.join(os.path.dirname(pytest.__file__), "__main__.py")]
-        lines = Lines(setup["root"], setup["skip"]) if setup["coverage"] else None
-        if lines is not None:
-            lines.start()
-        status = int(pytest.main(list(setup["arguments"]), plugins=[reporter, controls]))
-        controls.tell()
-        if lines is not None:
-            sys.settrace(None)
-            threading.settrace(None)
-            pipe.send({"t": "coverage", "files": lines.report()})
+        status = run_pytest(setup, pipe, key, ahead)
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else 1
         pipe.send({"t": "crash", "msg": f"SystemExit: {stop.code}"})
@@ -475,8 +443,7 @@ def main() -> None:
         text = str(error).strip().split("\n")[0][:300]
         pipe.send({"t": "crash", "msg": f"{type(error).__name__}: {text}"})
     pipe.send({"t": "exit", "status": status})
-    sys.stdout.flush()
-    sys.exit(status)
+    around.leave(status, atexit)
 
 
 if __name__ == "__main__":
