@@ -138,7 +138,7 @@ class Upkeep:
         self._states.hold([*below, *chain])
         try:
             with self._states.growing():
-                merged = await merge(below, chain, state.mounts)
+                merged = await merge(below, chain, state.mounts, state.base)
                 count = await self._states.swap_layers((*below, *chain), (*below, merged))
         except (OSError, FailedPrecondition) as error:
             self._unreadable.add((*below, *chain))

@@ -275,15 +275,23 @@ class EmbeddedRuntime:
         return (await self.blocking(uppers.usage, place, shared=True)).size_bytes
 
     async def merge_layers(
-        self, below: Sequence[str], layers: Sequence[str], mounts: Sequence[Mount] = ()
+        self,
+        below: Sequence[str],
+        layers: Sequence[str],
+        mounts: Sequence[Mount] = (),
+        base: str = HOST_BASE,
     ) -> str:
         """One durable layer that shows over `below` what `layers` show there (lowest first).
 
         Raises:
             OSError: they cannot be read by this service; nothing was made.
         """
-        targets = self.layout.ensure_targets((m.target, m.source.is_dir()) for m in mounts)
-        names = self.layout.lower_names(self._base[False], targets, below)
+        if base == HOST_BASE:
+            targets = self.layout.ensure_targets((m.target, m.source.is_dir()) for m in mounts)
+            lowest = [self._base[False], targets]
+        else:  # mount points lie above the layers of an image
+            lowest = [self.layout.ensure_base(network=False, whole=True)]
+        names = self.layout.lower_names(lowest, below)
         beneath = [self._home / name for name in names]
         tops = [self.layout.layer(layer) for layer in layers]
         merged: str = await self.blocking(self.layout.merge, tops, beneath)
