@@ -25,6 +25,7 @@ from sandbox_svc.egress_tls import Incomplete, begins_like_tls, server_name
 
 _CHUNK = 1 << 16
 _MAX_GREETING_BYTES, _MAX_GREETING_READS = 1 << 15, 32
+_MAX_REASON_CHARS = 200
 _LINGER_S, _LINGER_BYTES = 1.0, 1 << 20
 _HOP_BY_HOP = frozenset(
     (b"connection", b"keep-alive", b"te", b"trailer", b"upgrade", b"expect", b"host")
@@ -207,6 +208,8 @@ class Exchange:
             async with asyncio.TaskGroup() as both:
                 both.create_task(self._sent(early, writer, target))
                 both.create_task(self._pump(reader, self._writer, record.received))
+        except* ConnectionError:  # as many clients hang up; what went through is counted
+            record.detail = "ended by a reset"
         finally:
             abort(writer)
 
@@ -343,7 +346,8 @@ class Exchange:
         if self._record is not None:
             self._record.status = status
         try:
-            self._send(h11.Response(status_code=status, headers=headers))
+            reason = _printable(detail)
+            self._send(h11.Response(status_code=status, headers=headers, reason=reason))
             self._send(h11.Data(data=body))
             self._send(h11.EndOfMessage())
             await self._drained()
@@ -365,6 +369,12 @@ class Exchange:
         if self._record is None:
             raise RuntimeError("no request was read")
         return self._record
+
+
+def _printable(detail: str) -> bytes:
+    """As a reason phrase: all that many clients show of a refused tunnel."""
+    text = "".join(char if " " <= char <= "~" else "?" for char in detail)
+    return f"regreen egress: {text[:_MAX_REASON_CHARS]}".encode("ascii")
 
 
 def _over() -> _Refused:

@@ -59,8 +59,9 @@ class Sandbox:
     expires_s: float
     parent_id: str = ""
     """The sandbox that it was forked from."""
-    states: list[tuple[str, int]] = field(default_factory=list)
-    """States that it stands on, oldest first: id, and how many of `layers` show its files."""
+    states: list[tuple[str, int | None]] = field(default_factory=list)
+    """States that it stands on, oldest first: id, and how many of `layers` show its files; None
+    where that is no number of whole layers any more."""
     door: Door | None = None
     """Its way out; None where it has none."""
     cwd: str = DEFAULT_CWD
@@ -291,8 +292,9 @@ class Manager:
             self.states.hold([layer])
             sandbox.layers = (*sandbox.layers, layer)
             parent, depth = self._parent_of(sandbox)
+            below = () if depth is None else parent.layers
             state = await self.states.add(
-                (*parent.layers, *sandbox.layers[depth:]),
+                (*below, *sandbox.layers[depth or 0 :]),
                 action=f"snapshot {layer}",
                 parent=parent,
                 labels=labels,
@@ -300,7 +302,7 @@ class Manager:
             sandbox.states.append((state.id, len(sandbox.layers)))
             return state
 
-    def _parent_of(self, sandbox: Sandbox) -> tuple[State, int]:
+    def _parent_of(self, sandbox: Sandbox) -> tuple[State, int | None]:
         """The latest state that the sandbox stands on, and how many of its layers that covers."""
         known = ((self.states.peek(id), depth) for id, depth in reversed(sandbox.states))
         found = next(((state, depth) for state, depth in known if state is not None), None)
@@ -316,13 +318,14 @@ class Manager:
         """
         parent, depth = self._parent_of(sandbox)
         rebase = getattr(sandbox.box, "rebase", None)
-        if rebase is None or sandbox.layers[:depth] == parent.layers:
+        if rebase is None or depth is None or sandbox.layers[:depth] == parent.layers:
             return ()
         held, rest = sandbox.layers, sandbox.layers[depth:]
         sandbox.layers = (*parent.layers, *rest)
         self.states.hold(sandbox.layers)
         rebase(depth, parent.layers)
-        sandbox.states = [(parent.id, len(parent.layers))]
+        before = [id for id, _ in sandbox.states if id != parent.id]
+        sandbox.states = [*((id, None) for id in before), (parent.id, len(parent.layers))]
         return held
 
     async def fork(

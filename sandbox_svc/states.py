@@ -240,11 +240,8 @@ class StateStore:
         prepared: Prepared | None = None,
         labels: Mapping[str, str] | None = None,
     ) -> State:
-        """Record a state over frozen layers; a snapshot inherits its parent's mounts and env.
-
-        A parent's layers, as they are now, are the lowest of `layers`.
-        """
-        own = layers[len(parent.layers) :] if parent else layers
+        """Record a state over frozen layers; a snapshot inherits its parent's mounts and env."""
+        own = [layer for layer in layers if not parent or layer not in parent.layers]
         sizes = [await self._runtime.layer_size(layer) for layer in own]
         state = State(
             id=state_id(parent.id if parent else "", action),

@@ -98,15 +98,19 @@ __regreen_end() {
 _SIGNAL = r"""
 IFS= read -r mark
 for entry in /proc/[0-9]*; do
-  mapfile -d '' -t words <"$entry/cmdline"
-  [ ${#words[@]} -gt 0 ] && [ "${words[-1]}" = "$mark" ] && leader=${entry#/proc/} && break
+  mapfile -d '' -t words <"$entry/cmdline" && [ ${#words[@]} -gt 0 ] || continue
+  [ "${words[-1]}" = "$mark" ] && read -r line <"$entry/stat" || continue
+  fields=(${line##*) })
+  leader=${fields[2]}  # its group: a subshell has the same words
+  break
 done 2>/dev/null
 [ -n "$leader" ] || exit 3
 [ "$1" = KILL ] || { kill -s "$1" -- "-$leader"; exit 0; }
 for entry in /proc/[0-9]*; do
   read -r line <"$entry/stat" || continue
-  set -- ${line##*) }
-  [ "$3" = "$leader" ] && [ "${entry#/proc/}" != "$leader" ] && kill -KILL "${entry#/proc/}"
+  fields=(${line##*) })
+  pid=${entry#/proc/}
+  [ "${fields[2]}" = "$leader" ] && [ "$pid" != "$leader" ] && kill -KILL "$pid"
 done 2>/dev/null
 exit 0
 """

@@ -76,7 +76,9 @@ def show(
     typer.echo(f"{found.id}  task {found.task_id}  {found.actor} {found.policy}  {verdict}")
     for turn in found.turns:
         role = _ROLES.get(turn.role, "?")
-        typer.echo(f"\n--- {turn.index} {role} {turn.tool} [{turn.token_start}:{turn.token_end}]")
+        state = f" {turn.state_id}" if turn.state_id else ""
+        span = f"[{turn.token_start}:{turn.token_end}]"
+        typer.echo(f"\n--- {turn.index} {role} {turn.tool} {span}{state}")
         typer.echo(turn.text)
     typer.echo("\n--- reward")
     for part in found.reward.parts:

@@ -72,7 +72,7 @@ class KubeApi:
             self._kinds[kind] = generic.create_namespaced_resource(
                 AGENT_GROUP, AGENT_VERSION, kind, plural
             )
-        self._labels = {INSTANCE: instance}
+        self._labels: dict[str, Any] = {INSTANCE: instance}
         self._log = get()
 
     async def close(self) -> None:
@@ -145,7 +145,7 @@ class KubeApi:
         Raises:
             Gone: the version is too old, or the watch broke; list again.
         """
-        events = self._client.watch(
+        events: Any = self._client.watch(
             self._kinds[kind],
             labels=self._labels,
             resource_version=version,

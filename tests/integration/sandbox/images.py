@@ -4,7 +4,9 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import shutil
+import stat
 import subprocess
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -15,6 +17,7 @@ from typing import Any
 import zstandard
 
 from sandbox_svc.hosts import platform_name
+from sandbox_svc.images.unpack import OPAQUE
 
 MACHINE = platform_name().partition("/")[2]
 OTHER = "s390x"
@@ -184,3 +187,58 @@ def zstd(data: bytes) -> bytes:
 def pieces(data: bytes, size: int = 200_000) -> Iterator[bytes]:
     for at in range(0, len(data), size):
         yield data[at : at + size]
+
+
+def tree(top: Path) -> dict[str, tuple[object, ...]]:
+    """What a directory holds: types, modes, times, contents, links, attributes, whiteouts."""
+    found: dict[str, tuple[object, ...]] = {}
+    for directory, folders, names in os.walk(top):
+        for name in (*folders, *names):
+            path = Path(directory, name)
+            info = path.lstat()
+            content: object = os.readlink(path) if path.is_symlink() else ""
+            if path.is_file() and not path.is_symlink():
+                content = sha256(path.read_bytes())
+            marks = [
+                (mark, os.getxattr(path, mark, follow_symlinks=False))
+                for mark in os.listxattr(path, follow_symlinks=False)
+                if not mark.startswith("user.overlay.") or mark == OPAQUE
+            ]
+            if stat.S_ISCHR(info.st_mode):  # a whiteout: only its being there counts
+                found[str(path.relative_to(top))] = ("whiteout", info.st_rdev)
+                continue
+            links = info.st_nlink if not path.is_dir() else 0
+            key = str(path.relative_to(top))
+            found[key] = (oct(info.st_mode), info.st_mtime, content, marks, links)
+    return found
+
+
+def check_layout(archive: bytes, name: str) -> None:
+    """An image layout by its specification, and `manifest.json` that says the same."""
+    with tarfile.open(fileobj=io.BytesIO(archive)) as found:
+        content = {m.name: found.extractfile(m).read() for m in found.getmembers()}
+
+    def blob(descriptor: dict) -> bytes:
+        data = content["blobs/" + descriptor["digest"].replace(":", "/")]
+        assert sha256(data) == descriptor["digest"].removeprefix("sha256:")
+        assert len(data) == descriptor["size"]
+        return data
+
+    kind = "application/vnd.oci.image"
+    assert json.loads(content["oci-layout"]) == {"imageLayoutVersion": "1.0.0"}
+    index = json.loads(content["index.json"])
+    (entry,) = index["manifests"]
+    assert (index["schemaVersion"], entry["mediaType"]) == (2, f"{kind}.manifest.v1+json")
+    assert entry["annotations"]["org.opencontainers.image.ref.name"] == name
+    manifest = json.loads(blob(entry))
+    assert manifest["config"]["mediaType"] == f"{kind}.config.v1+json"
+    config = json.loads(blob(manifest["config"]))
+    assert config["os"], config["architecture"]
+    assert {layer["mediaType"] for layer in manifest["layers"]} == {f"{kind}.layer.v1.tar"}
+    digests = [f"sha256:{sha256(blob(layer))}" for layer in manifest["layers"]]
+    assert config["rootfs"] == {"type": "layers", "diff_ids": digests}
+    assert len(config["history"]) == len(digests)
+    (docker,) = json.loads(content["manifest.json"])
+    assert docker["RepoTags"] == [name]
+    assert docker["Config"].endswith(sha256(blob(manifest["config"])))
+    assert [f"sha256:{p.rpartition('/')[2]}" for p in docker["Layers"]] == digests

@@ -189,6 +189,34 @@ async def test_diffs_name_what_changed_across_flattened_layers(tmp_path):
     await _close(*host)
 
 
+async def test_a_sandbox_outlives_the_flattened_states_that_it_stood_on(tmp_path):
+    host = await _open(tmp_path / "home", flatten_layers=3)
+    runtime, states, manager, upkeep = host
+    root = await _prepared(runtime, states, "echo 1 > one")
+    sandbox = await manager.create(root.id)
+    line = []
+    for number in range(5):
+        await sh(sandbox.box, f"echo {number} > n{number}", cwd="/work/repo")
+        line.append((await manager.snapshot(sandbox.id)).id)
+    await upkeep.start()
+    await asyncio.wait_for(upkeep.settled(), 30.0)
+    await sh(sandbox.box, "echo 5 > n5; rm n0", cwd="/work/repo")
+    line.append((await manager.snapshot(sandbox.id)).id)
+    assert sandbox.layers == states.get(line[-1]).layers
+    for gone in (line[4], line[5]):
+        await manager.delete_state(gone)
+    await sh(sandbox.box, "echo 6 > n6", cwd="/work/repo")
+    assert (await manager.snapshot(sandbox.id)).parent_id == line[3]
+    for gone in (state.id for state in states.list() if state.id != root.id):
+        await manager.delete_state(gone)
+    last = await manager.snapshot(sandbox.id)
+    assert last.parent_id == root.id
+    async with manager.fresh(last.id) as box:
+        listed = await sh(box, "cd /work/repo; ls; cat n6")
+        assert listed.stdout.text.split() == ["n1", "n2", "n3", "n4", "n5", "n6", "one", "6"]
+    await _close(*host)
+
+
 async def test_a_chain_that_cannot_be_read_is_left_as_it_is(tmp_path, monkeypatch):
     host = await _open(tmp_path / "home", flatten_layers=2)
     runtime, states, manager, upkeep = host

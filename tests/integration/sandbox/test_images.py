@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import shutil
-import stat
 import statistics
 import subprocess
 import tarfile
@@ -22,7 +21,6 @@ from regreen.rpc.errors import FailedPrecondition, InvalidArgument, NotFound
 from regreen.sandbox import v1 as pb
 from sandbox_svc.backends.base import Limits
 from sandbox_svc.images.store import Images, layer_id
-from sandbox_svc.images.unpack import OPAQUE
 from sandbox_svc.states import StateStore
 from tests.contract.runtimes import started
 from tests.integration.sandbox import images as made
@@ -314,30 +312,6 @@ async def test_sparse_files_keep_their_holes(service, image, shell, tmp_path):
         assert (await sh(sandboxes, state.id, "ls -l /holes")).split()[4] == "50000003"
 
 
-def tree(top: Path) -> dict[str, tuple[object, ...]]:
-    """What a directory holds: types, modes, times, contents, links, attributes, whiteouts."""
-    found: dict[str, tuple[object, ...]] = {}
-    for directory, folders, names in os.walk(top):
-        for name in (*folders, *names):
-            path = Path(directory, name)
-            info = path.lstat()
-            content: object = os.readlink(path) if path.is_symlink() else ""
-            if path.is_file() and not path.is_symlink():
-                content = made.sha256(path.read_bytes())
-            marks = [
-                (mark, os.getxattr(path, mark, follow_symlinks=False))
-                for mark in os.listxattr(path, follow_symlinks=False)
-                if not mark.startswith("user.overlay.") or mark == OPAQUE
-            ]
-            if stat.S_ISCHR(info.st_mode):  # a whiteout: only its being there counts
-                found[str(path.relative_to(top))] = ("whiteout", info.st_rdev)
-                continue
-            links = info.st_nlink if not path.is_dir() else 0
-            key = str(path.relative_to(top))
-            found[key] = (oct(info.st_mode), info.st_mtime, content, marks, links)
-    return found
-
-
 async def test_an_exported_state_comes_back_equal(service, image, shell, tmp_path):
     states, sandboxes, _ = service
     words = made.tar(
@@ -357,11 +331,11 @@ async def test_an_exported_state_comes_back_equal(service, image, shell, tmp_pat
     await sandboxes.delete_sandbox(box.id)
     archive = b"".join([c async for c in image.export_image(child.id, reference="work:1")])
     assert archive == b"".join([c async for c in image.export_image(child.id, reference="work:1")])
-    check_layout(archive, "work:1")
+    made.check_layout(archive, "work:1")
     back = (await image.import_image(made.pieces(archive), reference="work:1")).state
     layers = tmp_path / "home/sandbox/layers"
     for old, new in zip(child.layers, back.layers, strict=True):
-        assert tree(layers / old) == tree(layers / new)
+        assert made.tree(layers / old) == made.tree(layers / new)
     for form in (pb.IMAGE_FORMAT_DOCKER, pb.IMAGE_FORMAT_OCI):
         assert (await image.import_image([archive], format=form)).state.id == back.id
     script = "echo $A; ls /d; ls /e; cat /e/l; ls -d /bin/ln 2>/dev/null || echo gone"
@@ -371,37 +345,6 @@ async def test_an_exported_state_comes_back_equal(service, image, shell, tmp_pat
     arrived = await states.import_state([moved])  # the service's own archives know the base too
     assert (arrived.id, arrived.base, arrived.host) == (back.id, back.base, back.host)
     assert (await sh(sandboxes, arrived.id, "echo $A")) == "b\n"
-
-
-def check_layout(archive: bytes, name: str) -> None:
-    """An image layout by its specification, and `manifest.json` that says the same."""
-    with tarfile.open(fileobj=io.BytesIO(archive)) as found:
-        content = {m.name: found.extractfile(m).read() for m in found.getmembers()}
-
-    def blob(descriptor: dict) -> bytes:
-        data = content["blobs/" + descriptor["digest"].replace(":", "/")]
-        assert made.sha256(data) == descriptor["digest"].removeprefix("sha256:")
-        assert len(data) == descriptor["size"]
-        return data
-
-    kind = "application/vnd.oci.image"
-    assert json.loads(content["oci-layout"]) == {"imageLayoutVersion": "1.0.0"}
-    index = json.loads(content["index.json"])
-    (entry,) = index["manifests"]
-    assert (index["schemaVersion"], entry["mediaType"]) == (2, f"{kind}.manifest.v1+json")
-    assert entry["annotations"]["org.opencontainers.image.ref.name"] == name
-    manifest = json.loads(blob(entry))
-    assert manifest["config"]["mediaType"] == f"{kind}.config.v1+json"
-    config = json.loads(blob(manifest["config"]))
-    assert config["os"], config["architecture"]
-    assert {layer["mediaType"] for layer in manifest["layers"]} == {f"{kind}.layer.v1.tar"}
-    digests = [f"sha256:{made.sha256(blob(layer))}" for layer in manifest["layers"]]
-    assert config["rootfs"] == {"type": "layers", "diff_ids": digests}
-    assert len(config["history"]) == len(digests)
-    (docker,) = json.loads(content["manifest.json"])
-    assert docker["RepoTags"] == [name]
-    assert docker["Config"].endswith(made.sha256(blob(manifest["config"])))
-    assert [f"sha256:{p.rpartition('/')[2]}" for p in docker["Layers"]] == digests
 
 
 async def test_states_of_the_host_and_odd_requests_are_refused(service, image):

@@ -140,6 +140,9 @@ async def test_timeouts_keep_what_can_be_kept(shell: BashSession) -> None:
     assert await shell.interrupt() == "part\n"
     assert await shell.interrupt() == ""
     assert await say(shell, "echo $x $PWD") == "1 /tmp\n"
+    ran = await shell.run("x=2; (x=3; (sleep 60); true); x=4", timeout_s=0.5)
+    assert (ran.timed_out, ran.kept) == (True, True)
+    assert await say(shell, "echo $x; x=1") == "2\n"
     ran = await shell.run("trap '' INT; x=3; sleep 60", timeout_s=0.3)
     assert (ran.timed_out, ran.kept) == (True, False)
     assert await say(shell, "echo $x") == "1\n"
