@@ -288,10 +288,10 @@ class EmbeddedRuntime:
         """
         if base == HOST_BASE:
             targets = self.layout.ensure_targets((m.target, m.source.is_dir()) for m in mounts)
-            names = self.layout.lower_names([self._base[False], targets], below)
-        else:
-            skeleton = self.layout.ensure_base(network=False, whole=True)
-            names = self.layout.lower_names([skeleton], below)
+            lowest = [self._base[False], targets]
+        else:  # mount points lie above the layers of an image
+            lowest = [self.layout.ensure_base(network=False, whole=True)]
+        names = self.layout.lower_names(lowest, below)
         beneath = [self._home / name for name in names]
         tops = [self.layout.layer(layer) for layer in layers]
         merged: str = await self.blocking(self.layout.merge, tops, beneath)

@@ -35,11 +35,12 @@ def _children(parent: int) -> frozenset[str]:
 
 
 def _directories(home: Path) -> frozenset[str]:
-    """Directories of boxes, and what was put out of sight and is not removed yet."""
+    """Directories of boxes, and what was put out of sight and is not removed yet; no drafts."""
     found: set[str] = set()
     for kind in ("run", "trash"):
         with contextlib.suppress(FileNotFoundError):
-            found.update(f"{kind}/{name}" for name in os.listdir(home / kind))
+            names = os.listdir(home / kind)
+            found.update(f"{kind}/{name}" for name in names if not name.startswith("draft-"))
     return frozenset(found)
 
 

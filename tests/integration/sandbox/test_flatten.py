@@ -8,10 +8,12 @@ import pytest
 from sandbox_svc.backends.base import Limits
 from sandbox_svc.backends.embedded import EmbeddedRuntime
 from sandbox_svc.builders.base import Prepared
+from sandbox_svc.images.store import Images
 from sandbox_svc.sandboxes import Manager
 from sandbox_svc.states import StateStore
 from sandbox_svc.upkeep import Upkeep, UpkeepLimits
 from tests.contract.runtimes import sh
+from tests.integration.sandbox import images as made
 from tests.integration.sandbox.trees import tree
 
 pytestmark = pytest.mark.skipif(
@@ -234,3 +236,44 @@ async def test_a_chain_that_cannot_be_read_is_left_as_it_is(tmp_path, monkeypatc
     async with manager.fresh(line[-1]) as box:
         assert await box.read_file("/work/repo/n", 9) == b"3\n"
     await _close(*host)
+
+
+async def test_snapshots_of_an_image_are_flattened_over_the_image(tmp_path):
+    runtime, states, manager, upkeep = await _open(tmp_path / "home", flatten_layers=4)
+    images = Images(states, runtime)
+
+    async def archive():
+        yield made.oci(made.system(), made.files(etc__hosts=b"ours", gone=b"1", d__old=b"2"))
+
+    image, _ = await images.import_(archive())
+    sandbox = await manager.create(image.id)
+    line = []
+    for step in (
+        "rm /gone /etc/hosts",
+        "rm -r /d; mkdir /d; echo 1 > /d/x",
+        "rm /bin/ln /d/x; echo 2 > /d/y",
+        "mkdir /etc/passwd.d; echo 3 > /etc/passwd.d/z",
+        "rm /etc/group",
+        "echo 4 > /end",
+    ):
+        assert (await sh(sandbox.box, step)).ok
+        line.append((await manager.snapshot(sandbox.id)).id)
+
+    async def shown() -> list[str]:
+        found = []
+        for state_id in line:
+            async with manager.fresh(state_id) as box:
+                done = await sh(box, "ls -R / /etc 2>&1 | cat; cat /etc/hosts; ls -d /usr")
+                found.append(done.stdout.text.partition("/proc:")[0] + done.stderr.text)
+        return found
+
+    before = await shown()
+    await upkeep.start()
+    await asyncio.wait_for(upkeep.settled(), 60.0)
+    last = states.get(line[-1])
+    assert len(last.layers) < len(image.layers) + len(line)
+    assert last.layers[: len(image.layers)] == image.layers
+    assert last.base == image.base
+    assert await shown() == before
+    await images.close()
+    await _close(runtime, states, manager, upkeep)
