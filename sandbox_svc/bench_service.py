@@ -1,7 +1,7 @@
 """Measures the sandbox service through gRPC against the kernel's floor and against Docker.
 
 - `python -m sandbox_svc.bench_service --json` prints one JSON object; without the flag, a table.
-- The service runs as a process of its own, as users run it; the client is the shipped one.
+- The service runs as a process of its own, as users run it, on a unix socket.
 - The floor is a C program (`floor.c`) that makes the same namespaces and mounts with nothing
   around them; without a C compiler it is left out, and said so.
 - At each concurrency all contenders take turns within one run, so that load falls on all of them.
@@ -23,22 +23,23 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from regreen.client.channel import connect
-from regreen.client.sandbox import SandboxClient, StateClient
+import grpc
+
 from regreen.common.v1 import CHANGE_KIND_ADD, FileChange
 from regreen.rpc.errors import ResourceExhausted
+from regreen.rpc.wire import from_rpc_error
 from regreen.sandbox import v1 as pb
 from sandbox_svc.floor import Floor
 
 LEVELS = (1, 2, 8, 32)
 _BURST = 256
-_READY_S = 60.0
+_READY_S, _CALL_S = 60.0, 600.0
 Once = Callable[[], Awaitable[None]]
 Samples = dict[str, list[float]]
 
 
 class Service:
-    """A sandbox service process and clients of it."""
+    """A sandbox service process and the calls of it that are measured."""
 
     def __init__(self, home: Path, *flags: str) -> None:
         self._home, self._flags = home, flags
@@ -51,11 +52,12 @@ class Service:
         self._process = await asyncio.create_subprocess_exec(
             *command, stdout=self._log, stderr=self._log
         )
-        self._channel = connect(self.address)
-        self.sandboxes = SandboxClient(self._channel, patience_s=_READY_S)
-        self.states = StateClient(self._channel, patience_s=_READY_S)
-        self.once = SandboxClient(self._channel, patience_s=0.0)
-        await self.sandboxes.get_capabilities()
+        self._channel = grpc.aio.insecure_channel(self.address)
+        self._sandboxes: Any = pb.SandboxServiceStub(self._channel)
+        self._states: Any = pb.StateServiceStub(self._channel)
+        await self._sandboxes.GetCapabilities(
+            pb.GetCapabilitiesRequest(), timeout=_READY_S, wait_for_ready=True
+        )
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -70,31 +72,48 @@ class Service:
         pages = Path(f"/proc/{self._process.pid}/statm").read_text("ascii").split()[1]
         return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
+    async def create(self, state_id: str) -> str:
+        """A new sandbox; its id."""
+        request = pb.CreateSandboxRequest(state_id=state_id)
+        return str((await self._sandboxes.CreateSandbox(request, timeout=_CALL_S)).sandbox.id)
+
+    async def run(self, sandbox_id: str, *argv: str, cwd: str = "/") -> pb.CommandResult:
+        """One command to its end."""
+        command = pb.Command(argv=argv, cwd=cwd)
+        request = pb.RunRequest(sandbox_id=sandbox_id, command=command)
+        found: pb.CommandResult = (await self._sandboxes.Run(request, timeout=_CALL_S)).result
+        return found
+
+    async def delete(self, sandbox_id: str) -> None:
+        """Delete a sandbox."""
+        await self._sandboxes.DeleteSandbox(pb.DeleteSandboxRequest(id=sandbox_id), timeout=_CALL_S)
+
     async def root_state(self) -> str:
         """A State with one small file over the host's programs."""
         file = FileChange(path="file", kind=CHANGE_KIND_ADD, content=b"x" * 1000)
         spec = pb.EnvironmentSpec(builder="system", overlay=[file])
-        async for event in self.states.prepare_state(spec):
+        async for event in self._states.PrepareState(pb.PrepareStateRequest(spec=spec)):
             if event.HasField("state"):
-                return event.state.id
+                return str(event.state.id)
         raise RuntimeError("the preparation ended without a state")
 
     async def grown(self, state_id: str, script: str) -> str:
         """A State on top of another: what a shell script leaves."""
-        box = await self.sandboxes.create_sandbox(state_id)
+        box = await self.create(state_id)
         try:
-            ended = await self.sandboxes.run(box.id, ["sh", "-ec", script], timeout_s=600.0)
+            ended = await self.run(box, "sh", "-ec", script)
             if ended.exit_code:
                 raise RuntimeError(ended.stderr.head.decode(errors="replace"))
-            return (await self.sandboxes.snapshot_sandbox(box.id)).id
+            request = pb.SnapshotSandboxRequest(id=box)
+            return str((await self._sandboxes.SnapshotSandbox(request, timeout=_CALL_S)).state.id)
         finally:
-            await self.sandboxes.delete_sandbox(box.id)
+            await self.delete(box)
 
     async def cycle(self, state_id: str) -> None:
         """Create, one command, delete."""
-        box = await self.sandboxes.create_sandbox(state_id)
-        await self.sandboxes.run(box.id, ["/bin/true"], cwd="/")
-        await self.sandboxes.delete_sandbox(box.id)
+        box = await self.create(state_id)
+        await self.run(box, "/bin/true")
+        await self.delete(box)
 
 
 async def at_once(once: Once, count: int, lanes: int) -> list[float]:
@@ -164,7 +183,7 @@ async def levels(
     service: Service, state: str, floor: Floor | None, docker: Docker | None, turns: int
 ) -> dict[str, Samples]:
     """Cycles and commands at each concurrency, contenders interleaved."""
-    live = (await service.sandboxes.create_sandbox(state)).id
+    live = await service.create(state)
     found: dict[str, Samples] = {}
     for lanes in LEVELS:
         count = max(turns, lanes)
@@ -185,12 +204,12 @@ async def levels(
                 await one("docker_exec", docker.exec, max(lanes, count // 10))
         found[str(lanes)] = rows
         _say(f"concurrency {lanes}")
-    await service.sandboxes.delete_sandbox(live)
+    await service.delete(live)
     return found
 
 
 async def _exec(service: Service, sandbox_id: str) -> None:
-    await service.sandboxes.run(sandbox_id, ["/bin/true"], cwd="/")
+    await service.run(sandbox_id, "/bin/true")
 
 
 _FILES = "mkdir -p {at} && cd {at} && head -c {size} /dev/zero | split -a 5 -b {each} -"
@@ -224,9 +243,9 @@ async def _forks_of(service: Service, state: str, count: int) -> list[float]:
     found = []
     for _ in range(count):
         began = time.perf_counter()
-        box = await service.sandboxes.create_sandbox(state)
+        box = await service.create(state)
         found.append((time.perf_counter() - began) * 1e3)
-        await service.sandboxes.delete_sandbox(box.id)
+        await service.delete(box)
     return found
 
 
@@ -237,16 +256,11 @@ async def _children(service: Service, state: str) -> Samples:
     for wanted in (1, 10, 100, 1000):
         while len(live) < wanted:
             more = min(16, wanted - len(live))
-            made = await asyncio.gather(
-                *(service.sandboxes.create_sandbox(state) for _ in range(more))
-            )
-            live += [box.id for box in made]
+            live += await asyncio.gather(*(service.create(state) for _ in range(more)))
         found[str(wanted)] = await _forks_of(service, state, 20)
         _say(f"{wanted} children")
     for start in range(0, len(live), 16):
-        await asyncio.gather(
-            *(service.sandboxes.delete_sandbox(i) for i in live[start : start + 16])
-        )
+        await asyncio.gather(*(service.delete(box) for box in live[start : start + 16]))
     return found
 
 
@@ -273,7 +287,7 @@ async def burst(home: Path) -> dict[str, Any]:
                 **({"refused": _percentiles(refused)} if refused else {}),
                 "grown_mb": round((service.resident_bytes - before) / 1e6, 1),
             }
-            await asyncio.gather(*(service.sandboxes.delete_sandbox(i) for i in live))
+            await asyncio.gather(*(service.delete(box) for box in live))
         _say(f"burst, {name}")
     return found
 
@@ -284,13 +298,14 @@ async def _fork_or_refusal(
     """One fork of a burst; a refusal counts only if it says when to come again."""
     began = time.perf_counter()
     try:
-        box = await service.once.create_sandbox(state)
-    except ResourceExhausted as error:
-        if not error.retry_after_s:
-            raise
+        box = await service.create(state)
+    except grpc.aio.AioRpcError as raw:
+        error = from_rpc_error(raw)
+        if not isinstance(error, ResourceExhausted) or not error.retry_after_s:
+            raise error from raw
         refused.append((time.perf_counter() - began) * 1e3)
         return
-    live.append(box.id)
+    live.append(box)
     times.append((time.perf_counter() - began) * 1e3)
 
 
