@@ -214,8 +214,9 @@ class WarmPool:
     @contextlib.asynccontextmanager
     async def spare(self, plan: Plan, seed: int) -> AsyncIterator[Spare | Miss]:
         """A warm sandbox for one run of a plan, or the reason why it has to be cold."""
-        self._use(plan.state)
         why = self._unfit(plan, seed)
+        if why is None:  # a State whose diffs have to be cold anyway is not worth a warm-up
+            self._use(plan.state)
         spare = None if why else await self._take(plan.state.id)
         if spare is None:
             yield why or Miss.NOT_READY
