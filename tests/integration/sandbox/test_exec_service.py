@@ -162,7 +162,9 @@ async def test_a_python_prompt_on_a_terminal(execs, box):
         await execs.resize_terminal(box.id, execution.id, 50, 132)
         await type_in(b"import os; code = os.system('stty size')\n")
         await seen.until(b"50 132\r\n")
-        await type_in(b"import time; print('a' + 'sleep'); time.sleep(300)\n")
+        # Short naps: a signal just before a long one would be noticed after it.
+        naps = b"any(time.sleep(0.1) for _ in iter(int, 1))"
+        await type_in(b"import time; print('a' + 'sleep'); " + naps + b"\n")
         await seen.until(b"asleep\r\n")
         await type_in(b"\x03")
         await seen.until(b"KeyboardInterrupt")

@@ -283,6 +283,7 @@ async def test_a_sample_is_checked(world: World) -> None:
 
 async def test_states_used_longest_ago_give_way_and_memory_is_bounded(world: World) -> None:
     other = replace(world.state, id="st_other")
+    world.states.record(other)
     snapshot = replace(world.state, id="st_snapshot", parent_id=world.state.id)
     before = len(world.runtime._boxes)
     pool = WarmPool(
