@@ -61,7 +61,7 @@ def bench(
     for number, name in enumerate(chosen):
         began_s, stage = time.monotonic(), f"[{number + 1}/{len(chosen)}] {name}"
         output.STDERR.print(stage, highlight=False, markup=False)
-        found = _run(name)
+        found = _run(BENCHMARKS[name])
         ended = f"{stage} ended after {time.monotonic() - began_s:.0f} s"
         output.STDERR.print(ended, highlight=False, markup=False)
         if found is None:
@@ -94,8 +94,8 @@ def _make_model() -> None:
     subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
 
 
-def _run(name: str) -> dict[str, Any] | None:
-    command = [sys.executable, "-m", BENCHMARKS[name], "--json"]
+def _run(module: str) -> dict[str, Any] | None:
+    command = [sys.executable, "-m", module, "--json"]
     # Standard error stays that of this command, so progress is seen at once.
     ended = subprocess.run(command, stdout=subprocess.PIPE, env=os.environ, check=False)
     if ended.returncode != 0:

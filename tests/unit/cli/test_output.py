@@ -160,7 +160,7 @@ def test_what_a_benchmark_tells_is_passed_on(tmp_path: Path, monkeypatch, capfd)
         "import sys\nsys.stderr.write('round 1/2\\n')\nsys.stdout.write('hello\\n{\"a\": 1}\\n')\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert bench._run("quick") == {"a": 1}
+    assert bench._run("quick_svc.bench") == {"a": 1}
     assert "round 1/2" in capfd.readouterr().err
 
 
