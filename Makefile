@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.regreen-setup
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo up down status logs test test-fast check fmt bench bench-sandbox proto proto-check clean
+.PHONY: help setup demo up down status logs test test-fast check fmt bench bench-sandbox soak proto proto-check clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  \1|\2/' | column -t -s '|'
@@ -47,6 +47,9 @@ bench: $(STAMP) ## Measure against named peers; tables here, JSON under build/be
 
 bench-sandbox: $(STAMP) ## Measure the sandbox service: against the kernel, Docker, and cold validations
 	@$(BIN)/regreen bench sandbox sandbox-service sandbox-warm
+
+soak: $(STAMP) ## Run 10,000 sandboxes under random operations and kill -9; nothing may be left or lost
+	@.venv/bin/python -m tests.load.soak
 
 proto: $(STAMP) ## Regenerate the stubs from proto/
 	@infra/scripts/proto.sh

@@ -1,0 +1,302 @@
+"""Soak: thousands of sandboxes under random operations and `kill -9`, and what is left of them.
+
+- One real service, restarted when it is killed; the killed are the service, its spawner, and first
+  processes of sandboxes, at random moments.
+- A State that was answered must be there, whole and with its own content, whatever was killed.
+- An operation may fail only in the ways that the contract names for a service or a sandbox that
+  went away; every other error is a fault.
+- In the end, with the service stopped: no process, mount, control group or directory of a sandbox
+  is left, and the service's memory has not grown with their number.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from regreen.client.channel import connect
+from regreen.client.sandbox import SandboxClient, StateClient
+from regreen.common.v1 import CHANGE_KIND_ADD, FileChange
+from regreen.rpc.errors import (
+    DeadlineExceeded,
+    FailedPrecondition,
+    InfraError,
+    NotFound,
+    RegreenError,
+    ResourceExhausted,
+    Unavailable,
+)
+from regreen.sandbox import v1 as pb
+from sandbox_svc.backends import leftovers
+
+ALLOWED = (DeadlineExceeded, FailedPrecondition, InfraError, NotFound, ResourceExhausted)
+"""What an operation may end with when something was killed; `Unavailable` is waited out."""
+MARK = "/work/mark"
+_LANES = 8
+_MOST_STATES = 40
+_DAEMON = "nohup sleep 1000 >/dev/null 2>&1 & echo started"
+
+
+@dataclass
+class Soak:
+    """One run and what it has seen."""
+
+    home: Path
+    count: int
+    rng: random.Random
+    kill_s: float = 3.0
+    """Mean time between two kills."""
+    made: int = 0
+    states: dict[str, str] = field(default_factory=dict)
+    """Answered States and the content of their mark."""
+    done: Counter[str] = field(default_factory=Counter)
+    refused: Counter[str] = field(default_factory=Counter)
+    faults: list[str] = field(default_factory=list)
+    killed: Counter[str] = field(default_factory=Counter)
+    resident: list[tuple[int, int]] = field(default_factory=list)
+    """(sandboxes made, resident bytes of a service that has lived for a while)."""
+    _process: asyncio.subprocess.Process | None = None
+    _born_s: float = 0.0
+
+    async def run(self) -> dict[str, Any]:
+        """All of it; the report."""
+        ended = asyncio.Event()
+        keeper = asyncio.create_task(self._keep_running(ended))
+        try:
+            async with connect(self._address) as channel:
+                self.sandboxes = SandboxClient(channel, patience_s=120.0)
+                self.state = StateClient(channel, patience_s=120.0)
+                self.root = await self._root()
+                killer = asyncio.create_task(self._kill())
+                await asyncio.gather(*(self._lane() for _ in range(_LANES)))
+                killer.cancel()
+                await self._check_states()
+                await self._clear()
+        finally:
+            ended.set()
+            await keeper
+        return self._report(await self._left())
+
+    @property
+    def _address(self) -> str:
+        return f"unix:{self.home / 's.sock'}"
+
+    async def _keep_running(self, ended: asyncio.Event) -> None:
+        """Start the service as often as it ends, until asked to stop it."""
+        command = [sys.executable, "-m", "sandbox_svc", "--home", str(self.home)]
+        command += ["--listen", self._address, "--metrics", "127.0.0.1:0"]
+        command += ["--max-sandboxes", "64", "--log-level", "error"]
+        with (self.home / "service.log").open("ab") as log:
+            while True:
+                self._process = await asyncio.create_subprocess_exec(
+                    *command, stdout=log, stderr=log
+                )
+                self._born_s = time.monotonic()
+                waiting = [asyncio.create_task(self._process.wait())]
+                waiting.append(asyncio.create_task(ended.wait()))
+                await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                if ended.is_set():
+                    with contextlib.suppress(ProcessLookupError):
+                        self._process.terminate()
+                    await self._process.wait()
+                    return
+                waiting[1].cancel()
+
+    async def _root(self) -> str:
+        await self.sandboxes.get_capabilities()  # waits until it serves
+        mark = FileChange(path="file", kind=CHANGE_KIND_ADD, content=b"x")
+        spec = pb.EnvironmentSpec(builder="system", overlay=[mark])
+        async for event in self.state.prepare_state(spec):
+            if event.HasField("state"):
+                return event.state.id
+        raise AssertionError("no state came")
+
+    async def _kill(self) -> None:
+        while True:
+            await asyncio.sleep(self.rng.expovariate(1 / self.kill_s))
+            assert self._process is not None
+            service = self._process.pid
+            spawners = _children(service)
+            boxes = [box for spawner in spawners for box in _children(spawner)]
+            kind = self.rng.choices(("box", "spawner", "service"), (6, 2, 1))[0]
+            victims = {"box": boxes, "spawner": spawners, "service": [service]}[kind]
+            if victims:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self.rng.choice(victims), signal.SIGKILL)
+                    self.killed[kind] += 1
+
+    async def _lane(self) -> None:
+        """Sandboxes one after the other, with a few random operations on each."""
+        while self.made < self.count:
+            self.made += 1
+            if self.made % 50 == 0:
+                self._look()
+            start = self.rng.choice([self.root, *self.states])
+            box = await self._try("create", lambda s=start: self.sandboxes.create_sandbox(s))
+            if box is None:
+                continue
+            for _ in range(self.rng.randrange(4)):
+                await self._operate(box.id)
+            await self._try("delete", lambda b=box: self.sandboxes.delete_sandbox(b.id))
+
+    async def _operate(self, box: str) -> None:
+        operation = self.rng.choice((self._write, self._daemon, self._snapshot, self._fork))
+        await operation(box)
+
+    async def _write(self, box: str) -> None:
+        text = f"echo {self.rng.randrange(1 << 30)} > {MARK}"
+        await self._try("write", lambda: self.sandboxes.run(box, ["sh", "-c", text], cwd="/"))
+
+    async def _daemon(self, box: str) -> None:
+        await self._try("daemon", lambda: self.sandboxes.run(box, ["sh", "-c", _DAEMON], cwd="/"))
+
+    async def _snapshot(self, box: str) -> None:
+        content = str(self.rng.randrange(1 << 40))
+        path, data = MARK, content.encode()
+        wrote = await self._try("mark", lambda: self._marked(box, path, data))
+        if wrote is None:
+            return
+        state = await self._try("snapshot", lambda: self.sandboxes.snapshot_sandbox(box))
+        if state is not None:
+            self.states[state.id] = content
+        if len(self.states) > _MOST_STATES:
+            old = self.rng.choice(list(self.states))
+            del self.states[old]
+            await self._try("delete state", lambda: self.state.delete_state(old))
+
+    async def _marked(self, box: str, path: str, data: bytes) -> bool:
+        await self.sandboxes.write_file(box, path, data)
+        return True
+
+    async def _fork(self, box: str) -> None:
+        forked = await self._try("fork", lambda: self.sandboxes.fork_sandbox(box, 2))
+        if forked is None:
+            return
+        self.made += len(forked.sandboxes)
+        for fork in forked.sandboxes:
+            await self._try("delete", lambda f=fork: self.sandboxes.delete_sandbox(f.id))
+        await self._try("delete state", lambda: self.state.delete_state(forked.state.id))
+
+    async def _try(self, name: str, call: Callable[[], Awaitable[Any]]) -> Any:
+        try:
+            found = await call()
+        except ALLOWED as error:
+            self.refused[f"{name}: {type(error).__name__}"] += 1
+            return None
+        except (RegreenError, Unavailable) as error:
+            self.faults.append(f"{name}: {type(error).__name__}: {error}"[:300])
+            return None
+        self.done[name] += 1
+        return found
+
+    def _look(self) -> None:
+        """Note the memory of a service that has lived for a while."""
+        sys.stderr.write(f"\r{self.made} of {self.count} sandboxes, killed {dict(self.killed)} ")
+        sys.stderr.flush()
+        if self._process is not None and time.monotonic() - self._born_s > 20.0:
+            with contextlib.suppress(OSError):
+                text = Path(f"/proc/{self._process.pid}/statm").read_text("ascii")
+                pages = int(text.split()[1])
+                self.resident.append((self.made, pages * os.sysconf("SC_PAGE_SIZE")))
+
+    async def _check_states(self) -> None:
+        """Every State that was answered and not deleted shows its own content."""
+        for state_id, content in self.states.items():
+            try:
+                box = await self.sandboxes.create_sandbox(state_id)
+                found = (await self.sandboxes.read_file(box.id, MARK)).content.decode()
+                await self.sandboxes.delete_sandbox(box.id)
+            except RegreenError as error:
+                found = f"{type(error).__name__}: {error}"
+            if found != content:
+                self.faults.append(f"state {state_id} shows {found!r}, not {content!r}")
+
+    async def _clear(self) -> None:
+        for box in (await self.sandboxes.list_sandboxes(page_size=1000)).sandboxes:
+            await self.sandboxes.delete_sandbox(box.id)
+
+    async def _left(self) -> dict[str, list[str]]:
+        """What of sandboxes is on this host after the service has stopped."""
+        home = self.home / "sandbox"
+        instance = hashlib.sha256(os.fsencode(home.absolute())).hexdigest()[:8]
+        files = Path("/sys/fs/cgroup").glob(f"**/regreen-{instance}/*/cgroup.procs")
+        groups = frozenset(str(path.parent) for path in files)
+        found = leftovers.look(home, groups=lambda: groups, spawner=0)
+        processes = [
+            path.parent.name
+            for path in Path("/proc").glob("[0-9]*/environ")
+            if str(self.home).encode() in _read(path) or str(self.home) in _line(path.parent)
+        ]
+        return {
+            **{kind: sorted(names) for kind, names in found.items()},
+            "process": [pid for pid in processes if int(pid) != os.getpid()],
+        }
+
+    def _report(self, left: dict[str, list[str]]) -> dict[str, Any]:
+        return {
+            "soak": "sandbox",
+            "sandboxes": self.made,
+            "done": dict(self.done),
+            "refused": dict(self.refused),
+            "killed": dict(self.killed),
+            "states_checked": len(self.states),
+            "resident": self.resident[:: max(1, len(self.resident) // 20)],
+            "left": {kind: names for kind, names in left.items() if names},
+            "faults": self.faults[:50],
+        }
+
+
+def _children(pid: int) -> list[int]:
+    with contextlib.suppress(OSError):
+        text = Path(f"/proc/{pid}/task/{pid}/children").read_text("ascii")
+        return [int(child) for child in text.split()]
+    return []
+
+
+def _read(path: Path) -> bytes:
+    with contextlib.suppress(OSError):
+        return path.read_bytes()
+    return b""
+
+
+def _line(process: Path) -> str:
+    return _read(process / "cmdline").replace(b"\0", b" ").decode(errors="replace")
+
+
+async def soak(count: int, seed: int, kill_s: float) -> dict[str, Any]:
+    """One soak in a fresh home; its report."""
+    home = Path(tempfile.mkdtemp(prefix="regreen-soak-"))
+    home.chmod(0o711)
+    try:
+        return await Soak(home, count, random.Random(seed), kill_s).run()
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def main() -> int:
+    """Run it; 1 if anything was left, lost or faulty."""
+    parser = argparse.ArgumentParser(prog="tests.load.soak", description=__doc__)
+    parser.add_argument("--sandboxes", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--kill-s", type=float, default=3.0, help="mean time between kills")
+    options = parser.parse_args()
+    report = asyncio.run(soak(options.sandboxes, options.seed, options.kill_s))
+    sys.stdout.write("\n" + json.dumps(report, indent=1) + "\n")
+    return 1 if report["left"] or report["faults"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
