@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.regreen-setup
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo up down status logs test test-fast check fmt bench bench-sandbox soak proto proto-check clean
+.PHONY: help setup demo up down status logs test test-fast check fmt bench bench-sandbox soak fuzz proto proto-check clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  \1|\2/' | column -t -s '|'
@@ -50,6 +50,9 @@ bench-sandbox: $(STAMP) ## Measure the sandbox service: against the kernel, Dock
 
 soak: $(STAMP) ## Run 10,000 sandboxes under random operations and kill -9; nothing may be left or lost
 	@.venv/bin/python -m tests.load.soak
+
+fuzz: $(STAMP) ## Send 100,000 random and mutated requests to the sandbox service
+	@.venv/bin/python -m tests.load.fuzz
 
 proto: $(STAMP) ## Regenerate the stubs from proto/
 	@infra/scripts/proto.sh

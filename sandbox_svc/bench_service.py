@@ -52,16 +52,16 @@ class Service:
         self._process = await asyncio.create_subprocess_exec(
             *command, stdout=self._log, stderr=self._log
         )
-        self._channel = grpc.aio.insecure_channel(self.address)
-        self._sandboxes: Any = pb.SandboxServiceStub(self._channel)
-        self._states: Any = pb.StateServiceStub(self._channel)
+        self.channel = grpc.aio.insecure_channel(self.address)
+        self._sandboxes: Any = pb.SandboxServiceStub(self.channel)
+        self._states: Any = pb.StateServiceStub(self.channel)
         await self._sandboxes.GetCapabilities(
             pb.GetCapabilitiesRequest(), timeout=_READY_S, wait_for_ready=True
         )
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        await self._channel.close()
+        await self.channel.close()
         self._process.terminate()
         await self._process.wait()
         self._log.close()

@@ -48,7 +48,7 @@ from sandbox_svc.backends.cgroups import Counters
 from sandbox_svc.backends.commands import ENVIRONMENT, absolute, check_command
 from sandbox_svc.backends.embedded_process import EmbeddedProcess
 from sandbox_svc.backends.fds import not_opened, read_upto, write_all
-from sandbox_svc.backends.jobs import Job, all_ended, first_of, refusal
+from sandbox_svc.backends.jobs import Job, all_ended, first_of, lost, refusal
 from sandbox_svc.backends.layers import writing
 from sandbox_svc.backends.link import Link, LinkClosed
 from sandbox_svc.backends.output import Collector, PipeReader
@@ -90,7 +90,7 @@ class EmbeddedBox:
         self._ended = False
         self._overrun: EndReason | None = None
         """The limit that the sandbox went over when it was ended as a whole."""
-        self._deleted = False
+        self._deleted = self._freezing = False
         self._files = asyncio.Lock()
         self._seen = Counters()
         self._watch: Watch | None = None
@@ -424,11 +424,15 @@ class EmbeddedBox:
         """Stop every process, turn the upper into a layer, go on over it; return its id."""
         self._require()
         async with self._files:
-            await self._end()
-            with writing():
-                layer = self._runtime.layout.freeze(self.id)
-            self._own_layers.append(layer)
-            await self.launch()
+            self._freezing = True
+            try:
+                await self._end()
+                with writing():
+                    layer = self._runtime.layout.freeze(self.id)
+                self._own_layers.append(layer)
+                await self.launch()
+            finally:
+                self._freezing = False
             self._runtime.tidy()
             return layer
 
@@ -486,11 +490,4 @@ class EmbeddedBox:
         return self._link
 
     def _lost(self) -> RegreenError:
-        remedy = "restore it or create a new one"
-        if self._overrun is not None:
-            reason = self._overrun.value
-            return FailedPrecondition(
-                f"sandbox {self.id} was ended: it went over a limit ({reason}); {remedy}",
-                metadata={"overrun": reason},
-            )
-        return InfraError(f"sandbox {self.id} has lost its processes; {remedy}")
+        return lost(self.id, self._overrun, freezing=self._freezing)

@@ -11,7 +11,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from regreen.rpc.errors import FailedPrecondition, InvalidArgument
+from regreen.rpc.errors import (
+    FailedPrecondition,
+    InfraError,
+    InvalidArgument,
+    RegreenError,
+    Unavailable,
+)
 from sandbox_svc.backends import wire
 from sandbox_svc.backends.base import Captured, Command, EndReason, ExecResult
 from sandbox_svc.backends.link import Link
@@ -83,3 +89,16 @@ async def all_ended(jobs: Sequence[Job], within_s: float) -> bool:
     if waiting:
         await asyncio.wait(waiting, timeout=within_s)
     return all(job.done.done() for job in jobs)
+
+
+def lost(box: str, overrun: EndReason | None, *, freezing: bool) -> RegreenError:
+    """What it means that a sandbox has no first process: whose doing it was."""
+    remedy = "restore it or create a new one"
+    if freezing:
+        return Unavailable(f"sandbox {box} is being frozen; try again")
+    if overrun is not None:
+        return FailedPrecondition(
+            f"sandbox {box} was ended: it went over a limit ({overrun.value}); {remedy}",
+            metadata={"overrun": overrun.value},
+        )
+    return InfraError(f"sandbox {box} has lost its processes; {remedy}")
