@@ -94,13 +94,13 @@ class Fuzz:
             for method in service.methods
             if method.name not in _LEFT_OUT
         ]
-        state = await self.service.root_state()
         for start in range(0, count, 1000):
+            state = await self.service.root_state()  # it may have been deleted meanwhile
             box = await self.service.create(state)
             goods = {m.name: _good(m, box, state) for m in methods}
             await self._some(methods, goods, min(1000, count - start))
             sys.stderr.write(f"\r{start + 1000} of {count} ")
-        box = await self.service.create(state)
+        box = await self.service.create(await self.service.root_state())
         assert (await self.service.run(box, "/bin/true")).exit_code == 0
         await self.service.delete(box)
 
