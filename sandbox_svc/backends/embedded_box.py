@@ -490,4 +490,4 @@ class EmbeddedBox:
         return self._link
 
     def _lost(self) -> RegreenError:
-        return lost(self.id, self._overrun, freezing=self._freezing)
+        return lost(self.id, self._overrun, passing=self._freezing or self._deleted)

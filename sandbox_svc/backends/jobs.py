@@ -91,11 +91,14 @@ async def all_ended(jobs: Sequence[Job], within_s: float) -> bool:
     return all(job.done.done() for job in jobs)
 
 
-def lost(box: str, overrun: EndReason | None, *, freezing: bool) -> RegreenError:
-    """What it means that a sandbox has no first process: whose doing it was."""
+def lost(box: str, overrun: EndReason | None, *, passing: bool) -> RegreenError:
+    """What it means that a sandbox has no first process: whose doing it was.
+
+    `passing`: it is being frozen, restored or deleted; who asks again learns what came of it.
+    """
     remedy = "restore it or create a new one"
-    if freezing:
-        return Unavailable(f"sandbox {box} is being frozen; try again")
+    if passing:
+        return Unavailable(f"sandbox {box} is being frozen or ended; try again")
     if overrun is not None:
         return FailedPrecondition(
             f"sandbox {box} was ended: it went over a limit ({overrun.value}); {remedy}",

@@ -131,7 +131,7 @@ class Fuzz:
         except grpc.aio.AioRpcError as raw:
             self.codes[raw.code().name] += 1
             error: RegreenError = from_rpc_error(raw)
-            frozen = "is being frozen" in str(error)
+            frozen = "is being frozen or ended" in str(error)
             ours = not frozen and raw.code() in (
                 grpc.StatusCode.INTERNAL,
                 grpc.StatusCode.UNKNOWN,
