@@ -180,7 +180,10 @@ async def test_bad_input_to_sandbox(local: Local) -> None:
         huge = FileChange(path="../out", kind=CHANGE_KIND_MODIFY, content=b"x")
         with pytest.raises(InvalidArgument, match=r"\.\./out"):
             await prepared(stack, sandbox_pb.EnvironmentSpec(builder="system", overlay=[huge]))
-        state_id = await prepared(stack, sandbox_pb.EnvironmentSpec(builder="system"))
+        own = FileChange(path="of-this-test", kind=CHANGE_KIND_MODIFY, content=b"x")
+        state_id = await prepared(
+            stack, sandbox_pb.EnvironmentSpec(builder="system", overlay=[own])
+        )
         box = await stack.sandbox.create_sandbox(state_id)
         try:
             for path in ("/proc/sys/kernel/hostname", "/"):

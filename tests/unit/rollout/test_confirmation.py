@@ -28,7 +28,7 @@ class Fork:
         await asyncio.sleep(0)
         if isinstance(answer, Exception):
             raise answer
-        return Validation(outcome=answer)
+        return Validation(outcome=answer, lasting=True)
 
 
 async def test_a_failed_confirmation_counts_for_everyone():
