@@ -190,10 +190,14 @@ class ActionStore:
 
     def _write(self, path: Path, data: bytes) -> None:
         draft = self._home / "drafts" / secrets.token_hex(8)
-        with writing():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            draft.write_bytes(data)
-            draft.rename(path)
+        try:
+            with writing():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                draft.write_bytes(data)
+                draft.rename(path)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
 
     def _evict(self) -> None:
         while self._bytes > self._max_bytes and self._index:

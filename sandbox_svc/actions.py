@@ -25,7 +25,7 @@ from pathlib import Path
 
 import structlog
 
-from regreen.rpc.errors import RegreenError, ResourceExhausted
+from regreen.rpc.errors import DiskFull, RegreenError, ResourceExhausted
 from sandbox_svc import metrics
 from sandbox_svc.action_store import ActionStore, Outcome, Quarantined
 from sandbox_svc.backends import seccomp
@@ -205,7 +205,7 @@ class Actions:
         if known is not None and not outcome.child_id:
             outcome = replace(outcome, files_sha256=known.files_sha256, child_id=known.child_id)
         if not self._store.is_quarantined(key) and self._states.peek(action.state_id):
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, DiskFull):  # a result that is not kept is one still
                 await asyncio.to_thread(self._store.put, key, action.state_id, outcome)
         return answer
 

@@ -18,7 +18,7 @@ from regreen.rpc.errors import NotFound
 from sandbox_svc import metrics
 
 _FIRST, _LAST = 500, 500
-_MAX_CLOSED = 1000
+_MAX_CLOSED, _MAX_CLOSED_RECORDS = 1000, 50_000
 _KEPT_S = 3600.0
 _MAX_PATH, _MAX_LOGGED_PATH = 2048, 200
 
@@ -131,10 +131,13 @@ class Ledger:
         self._prune()
 
     def _prune(self) -> None:
-        closed = [(id, kept.closed_s) for id, kept in self._kept.items() if kept.closed_s]
+        closed = [(id, kept) for id, kept in self._kept.items() if kept.closed_s is not None]
+        left = sum(len(kept.first) + len(kept.last) for _, kept in closed)
         surplus = len(closed) - _MAX_CLOSED
-        for index, (sandbox_id, closed_s) in enumerate(closed):
-            if index < surplus or (closed_s or 0.0) + self._kept_s < self._clock():
+        for index, (sandbox_id, kept) in enumerate(closed):
+            over = index < surplus or left > _MAX_CLOSED_RECORDS
+            if over or (kept.closed_s or 0.0) + self._kept_s < self._clock():
+                left -= len(kept.first) + len(kept.last)
                 del self._kept[sandbox_id]
 
     def list(self, sandbox_id: str) -> Sequence[Record]:

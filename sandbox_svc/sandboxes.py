@@ -24,8 +24,10 @@ from collections.abc import (
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import structlog
+
 from regreen.ids import new_id
-from regreen.rpc.errors import InvalidArgument, NotFound, ResourceExhausted
+from regreen.rpc.errors import InvalidArgument, NotFound, RegreenError, ResourceExhausted
 from sandbox_svc import metrics
 from sandbox_svc.backends.base import Box, Limits, Mount, Runtime
 from sandbox_svc.egress import Door, Egress
@@ -35,6 +37,7 @@ from sandbox_svc.states import DEFAULT_CWD, State, StateStore
 if TYPE_CHECKING:
     from sandbox_svc.executions import Execution
 
+log = structlog.get_logger(__name__)
 _MAX_FORKS = 256
 _FORKS_AT_ONCE = 16
 """Forks of all calls that start at a time; more would only wait for each other."""
@@ -116,7 +119,9 @@ class Manager:
             self._reaper.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._reaper
-        await asyncio.gather(*(self.delete(sandbox) for sandbox in list(self._sandboxes)))
+        await asyncio.gather(
+            *(self.delete(sandbox) for sandbox in list(self._sandboxes)), return_exceptions=True
+        )
         await asyncio.gather(*self._finishing, return_exceptions=True)
 
     def _finish(self, work: Coroutine[Any, Any, _T]) -> Awaitable[_T]:
@@ -403,8 +408,11 @@ class Manager:
         async with sandbox.lock:
             try:
                 await sandbox.box.delete()
-            finally:
-                self.states.release(sandbox.layers)
+            except BaseException:
+                sandbox.expires_s = 0.0
+                self._sandboxes[sandbox.id] = sandbox  # the reaper tries again
+                raise
+            self.states.release(sandbox.layers)
 
     async def delete_state(self, state_id: str) -> None:
         """Forget a state.
@@ -457,13 +465,21 @@ class Manager:
     async def _reap(self) -> None:
         while True:
             await asyncio.sleep(_REAP_S)
-            await self.reap()
+            try:
+                await self.reap()
+            except (RegreenError, OSError) as error:
+                log.warning("sandbox not deleted; it is tried again", error=str(error))
 
     async def reap(self) -> int:
         """Delete sandboxes whose time is over; returns how many."""
         over = [s.id for s in list(self._sandboxes.values()) if self._is_over(s)]
-        await asyncio.gather(*(self.delete(sandbox_id) for sandbox_id in over))
-        metrics.EXPIRED.inc(len(over))
+        ended = await asyncio.gather(
+            *(self.delete(sandbox_id) for sandbox_id in over), return_exceptions=True
+        )
+        failed = [error for error in ended if isinstance(error, BaseException)]
+        metrics.EXPIRED.inc(len(over) - len(failed))
+        if failed:
+            raise failed[0]
         return len(over)
 
 

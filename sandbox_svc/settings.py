@@ -159,7 +159,7 @@ class SandboxSettings(ServiceSettings):
             enabled=self.egress,
         )
 
-    flatten_layers: int = Field(default=30, ge=0, le=120)
+    flatten_layers: int = Field(default=30, ge=0, le=60)
     """Snapshots above one another before their layers are merged into one; 0 never."""
     state_bytes: int = Field(default=0, ge=0)
     """Disk budget of all states; over it those used least recently are dropped. 0 means none."""

@@ -24,7 +24,9 @@ def _is_map(value: object) -> bool:
 
 
 def _is_mount(value: object) -> bool:
-    return isinstance(value, list) and [type(item) for item in value] == [str, str, bool]
+    if not isinstance(value, list) or [type(item) for item in value] != [str, str, bool]:
+        return False
+    return "\0" not in value[0] and "\0" not in value[1]
 
 
 def _is_number(value: object, below: float = _MAX_SECONDS) -> bool:

@@ -217,8 +217,9 @@ class StateStore:
         return line[::-1]
 
     def find(self, spec_sha256: str) -> State | None:
-        """The prepared state of a spec, if there is one."""
-        return self._states.get(state_id("", spec_sha256))
+        """The prepared state of a spec that this host can run, if there is one."""
+        found = self._states.get(state_id("", spec_sha256))
+        return found if found is not None and found.host == self._host else None
 
     def list(self, *, spec_sha256: str = "", parent_id: str = "") -> Sequence[State]:
         """States that match, oldest first."""
@@ -296,12 +297,16 @@ class StateStore:
     def _write(self, state: State, *, durable: bool) -> None:
         path = self._directory / f"{state.id}.json"
         draft = self._directory / f".{state.id}.{secrets.token_hex(4)}"
-        with writing(), draft.open("wb") as target:
-            target.write(state.encode())
-            if durable:
-                target.flush()
-                os.fsync(target.fileno())
-        draft.rename(path)
+        try:
+            with writing(), draft.open("wb") as target:
+                target.write(state.encode())
+                if durable:
+                    target.flush()
+                    os.fsync(target.fileno())
+            draft.rename(path)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
 
     def _save_later(self, state_id: str) -> None:
         self._in_background(self._save(state_id))

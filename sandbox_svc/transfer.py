@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from regreen.rpc.errors import FailedPrecondition, InvalidArgument, RegreenError
+from regreen.rpc.errors import FailedPrecondition, InvalidArgument
 from sandbox_svc.backends.base import HOST_BASE, Mount, Runtime
 from sandbox_svc.backends.layers import writing
 from sandbox_svc.backends.tree_archive import Quota, TreeReader, write_tree
@@ -136,15 +136,15 @@ class Transfer:
             record, layers = await self._unpacked(chunks, files)
             try:
                 state = self._accept(record, layers, roots)
-                known = state.id in {state.id for state in self.states.list()}
-            except RegreenError:
+                known = self.states.peek(state.id)
+                if known is None:
+                    self.states.record(state)
+            except BaseException:
                 await self._drop(layers)
                 raise
-            if known:
+            if known is not None:
                 await self._drop(layers)
-                return self.states.get(state.id)
-            self.states.record(state)
-            return state
+            return known or state
 
     async def _unpacked(
         self, chunks: AsyncIterator[bytes], files: LayerFiles

@@ -82,30 +82,22 @@ class Upkeep:
         """Wait until there is nothing left to do."""
         await self._idle.wait()
 
-    @property
-    def layers(self) -> int:
-        """Layers that this host holds."""
-        return len(self._sizes)
-
-    @property
-    def disk_bytes(self) -> int:
-        """Bytes of all layers, as last measured."""
-        return sum(self._sizes.values())
-
     async def _run(self) -> None:
         while True:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), self._tick_s)
             self._wake.clear()
-            try:
-                while await self._flatten_one():
-                    pass
-                await self._measure(again=False)
-                await self._keep_budget()
-            except (RegreenError, OSError) as error:
-                log.warning("upkeep of states failed", error=str(error))
+            for step in (self._flatten_all, self._keep_budget):  # one that fails stops no other
+                try:
+                    await step()
+                except (RegreenError, OSError) as error:
+                    log.warning("upkeep of states failed", error=str(error))
             if not self._wake.is_set():
                 self._idle.set()
+
+    async def _flatten_all(self) -> None:
+        while await self._flatten_one():
+            pass
 
     async def _flatten_one(self) -> bool:
         """Flatten one chain; whether there was one."""
@@ -157,12 +149,16 @@ class Upkeep:
         sizes: dict[str, int] = {}
         for layer in held:
             found = known.get(layer)
-            sizes[layer] = await self._runtime.layer_size(layer) if found is None else found
+            with contextlib.suppress(FileNotFoundError):  # it went meanwhile
+                sizes[layer] = await self._runtime.layer_size(layer) if found is None else found
         self._sizes = sizes
 
     async def _keep_budget(self) -> None:
         most = self._limits.state_bytes
-        if not most or self._wanted_bytes() <= most:
+        if not most:
+            return
+        await self._measure(again=False)
+        if self._wanted_bytes() <= most:
             return
         await self._measure(again=True)  # what is shared with layers that went counts in full now
         while (size := self._wanted_bytes()) > most:

@@ -431,6 +431,9 @@ class EmbeddedBox:
                     layer = self._runtime.layout.freeze(self.id)
                 self._own_layers.append(layer)
                 await self.launch()
+            except BaseException:
+                await self._end()  # half a start is none, or the next freeze would lack this layer
+                raise
             finally:
                 self._freezing = False
             self._runtime.tidy()

@@ -22,7 +22,7 @@ from sandbox_svc.images.streams import damaged
 _SHA256 = re.compile(r"sha256:[0-9a-f]{64}")
 _LAYOUT, _INDEX, _DOCKER = "oci-layout", "index.json", "manifest.json"
 _NESTED, _MANIFESTS = 4, 1000
-MAX_LAYERS = 80
+MAX_LAYERS = 64
 """What still fits into the options of a mount, with room for snapshots on top."""
 _CONFIG_BYTES = 512 << 10
 _NAMES = ("io.containerd.image.name", "org.opencontainers.image.ref.name")
