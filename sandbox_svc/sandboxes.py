@@ -5,8 +5,8 @@
 - Such an operation, once begun, goes on to its end when its caller goes away: no work is lost.
 - A sandbox with a call in progress does not expire; any other ends at `expires_s`.
 - Layers below a live sandbox are held, so that deleting its state cannot pull them away.
-- Sandboxes of agents and fresh forks for validations draw on separate allowances: a full pool of
-  agents cannot block a verdict.
+- Sandboxes of agents and fresh forks to compare them with draw on separate allowances: a full pool
+  of agents cannot block a diff.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ import structlog
 from regreen.ids import new_id
 from regreen.rpc.errors import InvalidArgument, NotFound, RegreenError, ResourceExhausted
 from sandbox_svc import metrics
-from sandbox_svc.backends.base import Box, Limits, Mount, Runtime
+from sandbox_svc.backends.base import Box, Limits, Runtime
 from sandbox_svc.egress import Door, Egress
 from sandbox_svc.egress_rules import AllowList
 from sandbox_svc.states import DEFAULT_CWD, State, StateStore
@@ -80,7 +80,7 @@ class PoolLimits:
     """How many sandboxes there may be, and for how long."""
 
     max_sandboxes: int = 64
-    max_validations: int = 8
+    max_comparisons: int = 8
     default_ttl_s: float = 900.0
     max_ttl_s: float = 24 * 3600.0
     retry_after_s: float = 2.0
@@ -104,7 +104,7 @@ class Manager:
         self._clock = clock
         self._sandboxes: dict[str, Sandbox] = {}
         self._reserved = 0
-        self._validations = asyncio.Semaphore(self.pool.max_validations)
+        self._comparisons = asyncio.Semaphore(self.pool.max_comparisons)
         self._reaper: asyncio.Task[None] | None = None
         self._finishing: set[asyncio.Task[Any]] = set()
         self._starting = asyncio.Semaphore(_FORKS_AT_ONCE)
@@ -197,7 +197,7 @@ class Manager:
         door = self.egress.door(sandbox_id, reach) if reach is not None else None
         try:
             with metrics.START_SECONDS.time():
-                box = await self._box(state, limits, (), door)
+                box = await self._box(state, limits, door)
         except BaseException:
             if door is not None:
                 door.close()
@@ -222,17 +222,14 @@ class Manager:
         self._sandboxes[sandbox.id] = sandbox
         return sandbox
 
-    async def _box(
-        self, state: State, limits: Limits, extra: Sequence[Mount], door: Door | None = None
-    ) -> Box:
+    async def _box(self, state: State, limits: Limits, door: Door | None = None) -> Box:
         """A box over a state, whose layers are then held once."""
         self.states.hold(state.layers)
         try:
-            mounts = (*state.mounts, *extra)
             return await self.runtime.create(
                 state.layers,
                 limits=limits,
-                mounts=mounts,
+                mounts=state.mounts,
                 env=state.env,
                 door=door,
                 base=state.base,
@@ -378,7 +375,7 @@ class Manager:
     async def _restore(self, sandbox: Sandbox, state: State) -> None:
         async with sandbox.lock:
             state = self.states.get(state.id)
-            fresh = await self._box(state, sandbox.limits, (), sandbox.door)
+            fresh = await self._box(state, sandbox.limits, sandbox.door)
             old, held = sandbox.box, sandbox.layers
             sandbox.box, sandbox.layers = fresh, state.layers
             sandbox.state_id, sandbox.cwd = state.id, state.cwd
@@ -428,39 +425,22 @@ class Manager:
         return {id for s in self._sandboxes.values() for id, _ in (*s.states, (s.state_id, 0))}
 
     @contextlib.asynccontextmanager
-    async def fresh(
-        self,
-        state_id: str,
-        *,
-        limits: Limits | None = None,
-        extra_mounts: Sequence[Mount] = (),
-    ) -> AsyncIterator["LeasedBox"]:
-        """A box over a state for one validation; waits for a free place, always deleted."""
-        box = await self.open_box(state_id, limits=limits or _NO_LIMITS, extra_mounts=extra_mounts)
-        try:
-            yield box
-        finally:
-            await asyncio.shield(box.delete())
-
-    async def open_box(
-        self, state_id: str, *, limits: Limits = _NO_LIMITS, extra_mounts: Sequence[Mount] = ()
-    ) -> "LeasedBox":
-        """A fresh box over a state, outside the pool of agents; the caller must delete it."""
+    async def fresh(self, state_id: str) -> AsyncIterator[Box]:
+        """A box over an untouched state, to compare with; waits for a place, always deleted."""
         self.states.runnable(state_id)
-        await self._validations.acquire()
+        async with self._comparisons:
+            state = self.states.get(state_id)  # as it is after the wait
+            box = await self._box(state, _NO_LIMITS)
+            try:
+                yield box
+            finally:
+                await self._finish(self._end(box, state.layers))
+
+    async def _end(self, box: Box, held: Sequence[str]) -> None:
         try:
-            state = self.states.get(state_id)
-            held = state.layers
-            box = await self._box(state, limits, extra_mounts)
-        except BaseException:
-            self._validations.release()
-            raise
-
-        def released() -> None:
-            self._validations.release()
+            await box.delete()
+        finally:
             self.states.release(held)
-
-        return LeasedBox(box, held, released)
 
     async def _reap(self) -> None:
         while True:
@@ -481,29 +461,3 @@ class Manager:
         if failed:
             raise failed[0]
         return len(over)
-
-
-class LeasedBox:
-    """A box that gives its place back when it is deleted."""
-
-    def __init__(self, box: Box, layers: Sequence[str], released: Callable[[], None]) -> None:
-        self._box, self._released = box, released
-        self.layers = tuple(layers)
-        self.id, self.limits = box.id, box.limits
-        self.run, self.start = box.run, box.start
-        self.read_file, self.read_range = box.read_file, box.read_range
-        self.write_file, self.freeze, self.changed_paths = (
-            box.write_file,
-            box.freeze,
-            box.changed_paths,
-        )
-        self._open = True
-
-    async def delete(self) -> None:
-        """Delete the box; safe to call twice."""
-        if self._open:
-            self._open = False
-            try:
-                await self._box.delete()
-            finally:
-                self._released()

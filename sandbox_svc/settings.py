@@ -216,7 +216,7 @@ class SandboxSettings(ServiceSettings):
         """How many sandboxes there may be, and for how long."""
         return PoolLimits(
             max_sandboxes=self.max_sandboxes,
-            max_validations=self.max_validations,
+            max_comparisons=self.max_validations,
             default_ttl_s=min(self.default_ttl_s, self.max_ttl_s),
             max_ttl_s=self.max_ttl_s,
         )

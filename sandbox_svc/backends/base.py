@@ -220,6 +220,11 @@ class Box(Protocol):
     limits: Limits
     """The limits in force."""
 
+    @property
+    def layers(self) -> Sequence[str]:
+        """All layers below what the box wrote itself, lowest first."""
+        ...
+
     async def run(self, command: Command, sink: OutputSink | None = None) -> ExecResult:
         """Run one command to its end."""
         ...
