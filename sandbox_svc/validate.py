@@ -20,6 +20,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import structlog
+
 from regreen.lockfile import Lock, LockChange, lock_change, normalize, parse_lock
 from regreen.rpc.errors import (
     DiskFull,
@@ -36,6 +38,7 @@ from sandbox_svc.builders import testrun
 from sandbox_svc.builders.base import LOCK, REPO, RUNNER, TOOLS, FileChange
 from sandbox_svc.builders.protect import Reverted, check_changes, split_changes
 from sandbox_svc.builders.testrun import TestRun
+from sandbox_svc.spares import Miss
 from sandbox_svc.states import StateStore
 from sandbox_svc.verdicts import (
     Outcome,
@@ -47,7 +50,9 @@ from sandbox_svc.verdicts import (
     required_ids,
     verdict_without_run,
 )
-from sandbox_svc.warm import Miss, WarmPool
+from sandbox_svc.warm import WarmPool
+
+log = structlog.get_logger(__name__)
 
 __all__ = ["Outcome", "Validation", "ValidationOptions", "Validator", "changes_sha256"]
 
@@ -202,13 +207,15 @@ class Validator:
         try:
             async with self._place():
                 cold = await self._cold(plan, None, plan.options.seed)
-        except (RegreenError, _SandboxEnded):
+        except (RegreenError, _SandboxEnded) as error:
+            log.warning("warm_check_failed", state_id=plan.state.id, error=str(error))
+            warm.check_again(plan.state.id)
             return
         found = difference(verdict, cold, plan.facts["spec"]["test"]["unstable"])
         if not found or not cold.lasting:
             return
-        warm.differed(plan.state.id, found)
         self._forget(key)
+        warm.differed(plan.state.id, found)
         if plan.options.repeat == 1:
             self._keep(key, replace(cold, seconds=verdict.seconds))
 

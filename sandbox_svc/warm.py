@@ -11,57 +11,31 @@
 
 import asyncio
 import contextlib
-import json
 import os
 import random
-import secrets
 import sys
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from dataclasses import dataclass, field, replace
-from enum import StrEnum
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from regreen.rpc import logging
 from regreen.rpc.errors import RegreenError
 from sandbox_svc import metrics
-from sandbox_svc.backends.base import Box, EndReason, ExecResult, Later, Limits, Runtime
+from sandbox_svc.backends.base import Box, Limits, Runtime
 from sandbox_svc.builders import testrun
 from sandbox_svc.builders.base import REPO, TOOLS
+from sandbox_svc.spares import Miss, Names, Spare
 from sandbox_svc.states import State, StateStore
 from sandbox_svc.verdicts import Plan
 
 ROUNDS = 8
 """Trials until the modules that can be loaded ahead are known."""
 REMEMBERED = 1024
-READY_S = 120.0
 DEATHS = 3
-_PIPE_BYTES = 60_000
 _INBOX = Path(__file__).parent / "builders" / "inbox"
 _SOURCE = (".py", ".pyi")
-
-
-Names = tuple[tuple[str, str], ...]
-"""Modules to load ahead; see `testrun.Survey`."""
-
-
-class Miss(StrEnum):
-    """Why a validation was not served by a warm sandbox."""
-
-    OFF = "off"
-    """The State differs, is not suited, or is none that a builder made."""
-    OPTIONS = "options"
-    """Coverage or a seed."""
-    LOCK = "lock"
-    SOURCE = "source"
-    """The diff changes a file that is no Python source, or adds a top-level module."""
-    NOT_READY = "not_ready"
-    DIED = "died"
-    ENDED = "ended"
-    """The run was ended by a limit or a signal."""
-    ANEW = "anew"
-    """Something was imported under other conditions than ahead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,94 +48,6 @@ class WarmSettings:
     memory_bytes: int = 2 << 30
     check_share: float = 0.05
     """Share of warm verdicts that are checked cold."""
-
-
-class Spare:
-    """One sandbox whose test run waits."""
-
-    def __init__(self, state: State, box: Box) -> None:
-        self.state, self.box = state, box
-        self.memory_bytes = 0
-        self.ready: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-        self._go, self._key = asyncio.Event(), secrets.token_bytes(32)
-        self._heard, self._skip = bytearray(), 0
-        self._stdin = -1
-        self._run: asyncio.Task[ExecResult] | None = None
-
-    @property
-    def alive(self) -> bool:
-        """Whether the run still waits or gets ready."""
-        return self._run is not None and not self._run.done()
-
-    def start(self, options: testrun.RunOptions, names: Names, *, deep: bool) -> None:
-        """Start the run; it loads these modules and waits."""
-        first = {"key": self._key.hex(), "names": names, "root": REPO, "deep": deep}
-        read, self._stdin = os.pipe2(os.O_CLOEXEC)
-        self._later = Later(read, self._listen, self._go)
-        command = testrun.run_command(options, later=self._later)
-
-        async def run() -> ExecResult:
-            try:
-                return await self.box.run(command)
-            finally:
-                os.close(read)
-                if not self.ready.done():
-                    self.ready.set_result({})
-
-        self._run = asyncio.create_task(run())
-        self._feed = asyncio.create_task(self._write(json.dumps(first).encode() + b"\n"))
-
-    async def _write(self, data: bytes) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            if len(data) <= _PIPE_BYTES:
-                os.write(self._stdin, data)
-            else:
-                await asyncio.to_thread(_write_all, self._stdin, data)
-
-    async def _listen(self, stream: str, chunk: bytes) -> None:
-        if stream != "channel" or self.ready.done():
-            return
-        self._heard += chunk
-        frames, _ = testrun.read_frames(bytes(self._heard), self._key)
-        if frames:
-            self._skip = len(self._heard)
-            self.ready.set_result(frames[0])
-
-    async def loaded(self) -> Mapping[str, Any]:
-        """What the run says once it waits; empty if it ended instead."""
-        async with asyncio.timeout(READY_S):
-            report = await asyncio.shield(self.ready)
-            await self._feed
-        return report
-
-    async def finish(self, options: testrun.RunOptions) -> testrun.TestRun | Miss:
-        """Let the run go on over what the sandbox holds now; what it reported."""
-        if self._run is None or not self.alive:
-            return Miss.DIED
-        key = secrets.token_bytes(32)
-        self._later.timeout_s = options.timeout_s
-        self._go.set()
-        await self._write(testrun.run_request(options, key))
-        self._close_stdin()
-        result = await self._run
-        if result.reason not in (EndReason.EXIT, EndReason.TIMEOUT):
-            return Miss.ENDED
-        run = testrun.read_run(replace(result, channel=result.channel[self._skip :]), key)
-        return Miss.ANEW if run.anew else run
-
-    def _close_stdin(self) -> None:
-        if self._stdin >= 0:
-            os.close(self._stdin)
-            self._stdin = -1
-
-    async def delete(self) -> None:
-        """End the run and remove the sandbox."""
-        if self._run is not None:
-            self._run.cancel()
-            self._feed.cancel()
-            await asyncio.gather(self._run, self._feed, return_exceptions=True)
-        self._close_stdin()
-        await self.box.delete()
 
 
 @dataclass(slots=True)
@@ -252,10 +138,15 @@ class WarmPool:
             hot.spares.sort(key=lambda s: not s.ready.done())
             spare = hot.spares.pop(0)
             metrics.WARM_WAITING.set(self.waiting)
-            with contextlib.suppress(TimeoutError):
-                if await spare.loaded() and spare.alive:
+            good = False
+            try:
+                with contextlib.suppress(TimeoutError):
+                    good = bool(await spare.loaded()) and spare.alive
+                if good:
                     return spare
-            await self._discard(spare)
+            finally:  # also when the validation is cancelled while it waits
+                if not good:
+                    await asyncio.shield(self._in_background(self._discard(spare)))
             hot.deaths += 1
             if hot.deaths >= DEATHS:
                 self._switch_off(hot.state.id, "its warm sandboxes die")
@@ -322,9 +213,17 @@ class WarmPool:
         """A State's verdicts differ: it is never warm again."""
         metrics.WARM_MISMATCHES.inc()
         logging.get().error("warm_verdict_differs", state_id=state_id, difference=what)
-        self._marks.mkdir(parents=True, exist_ok=True)
-        (self._marks / state_id).write_text(what + "\n", encoding="utf-8")
-        self.forget(state_id)
+        self._switch_off(state_id, "its verdicts differed, cold and warm")
+        try:
+            self._marks.mkdir(parents=True, exist_ok=True)
+            (self._marks / state_id).write_text(what + "\n", encoding="utf-8")
+        except OSError as error:
+            logging.get().error("never_warm_not_recorded", state_id=state_id, error=str(error))
+
+    def check_again(self, state_id: str) -> None:
+        """A check came to nothing: the next warm verdict is checked instead."""
+        if (hot := self._hot.get(state_id)) is not None:
+            hot.served = 0
 
     def _switch_off(self, state_id: str, why: str) -> None:
         logging.get().info("state_stays_cold", state_id=state_id, reason=why)
@@ -347,9 +246,14 @@ class WarmPool:
             while len(hot.spares) < self._settings.spares and hot.names is not None:
                 async with self._one:
                     await self._add(hot, hot.names)
-        except (RegreenError, TimeoutError, OSError, _Unsuited) as error:
+        except (_Unsuited, TimeoutError) as error:
             hot.refill = None
             self._switch_off(hot.state.id, str(error) or type(error).__name__)
+        except (RegreenError, OSError) as error:  # of the platform, not of the State
+            hot.refill = None
+            logging.get().warning("warming_failed", state_id=hot.state.id, error=str(error))
+            self._seen.pop(hot.state.id, None)  # two more validations, then it is tried again
+            self.forget(hot.state.id)
 
     async def _add(self, hot: _Hot, names: Names) -> None:
         spare = await self._begin(hot.state, names, deep=False)
@@ -470,8 +374,8 @@ def _is_own(state: State) -> bool:
         return False
     try:
         return all(
-            (tools / "lib" / name).read_bytes() == (_INBOX / name).read_bytes()
-            for name in ("run_tests.py", "preload.py", "control.py", "quiet.py")
+            (tools / "lib" / source.name).read_bytes() == source.read_bytes()
+            for source in _INBOX.glob("*.py")
         )
     except OSError:
         return False
@@ -492,9 +396,3 @@ async def _memory(box: Box) -> int:
     """Resident memory of a sandbox, if its runtime tells."""
     usage = getattr(box, "usage", None)
     return int((await usage())["memory"]) if usage is not None else 0
-
-
-def _write_all(fd: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]

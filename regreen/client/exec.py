@@ -9,7 +9,14 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Callable,
+    Mapping,
+    Sequence,
+)
 
 import grpc
 
@@ -212,9 +219,10 @@ class ExecClient(Caller):
         try:
             events = self.follow_exec(sandbox_id, execution.id)
             async with contextlib.aclosing(events):
-                async for event in events:
-                    _raise_of(feeder)
+                while (event := await _next(events, feeder)) is not None:
                     yield event
+                    if event.WhichOneof("event") != "ended":
+                        _raise_of(feeder)
         finally:
             if feeder is not None:
                 feeder.cancel()
@@ -241,6 +249,23 @@ class ExecClient(Caller):
                 )
             except DeadlineExceeded:
                 continue
+
+
+async def _next(
+    events: AsyncIterator[pb.AttachExecResponse], feeder: "asyncio.Task[None] | None"
+) -> pb.AttachExecResponse | None:
+    """The next event; None at the end. A feeder that fails is not waited past: nothing may come."""
+    coming = asyncio.ensure_future(anext(events, None))
+    try:
+        if feeder is not None and not feeder.done():
+            await asyncio.wait({coming, feeder}, return_when=asyncio.FIRST_COMPLETED)
+        if not coming.done():
+            _raise_of(feeder)
+        return await coming
+    finally:
+        if not coming.done():
+            coming.cancel()
+            await asyncio.gather(coming, return_exceptions=True)
 
 
 def _raise_of(task: "asyncio.Task[None] | None") -> None:

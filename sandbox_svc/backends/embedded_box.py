@@ -48,7 +48,7 @@ from sandbox_svc.backends.cgroups import Counters
 from sandbox_svc.backends.commands import ENVIRONMENT, absolute, check_command
 from sandbox_svc.backends.embedded_process import EmbeddedProcess
 from sandbox_svc.backends.fds import not_opened, read_upto, write_all
-from sandbox_svc.backends.jobs import Job, all_ended, first_of, lost, refusal
+from sandbox_svc.backends.jobs import Job, all_ended, first_of, lost, name_end, refusal
 from sandbox_svc.backends.layers import writing
 from sandbox_svc.backends.link import Link, LinkClosed
 from sandbox_svc.backends.output import Collector, PipeReader
@@ -59,8 +59,7 @@ if TYPE_CHECKING:
     from sandbox_svc.backends.embedded import EmbeddedRuntime
 
 _KILL_GRACE_S = 2.0
-_END_S = 10.0
-_READY_S = 30.0
+_END_S, _READY_S = 10.0, 30.0
 _INLINE_READ_BYTES = 1 << 20
 
 
@@ -319,8 +318,7 @@ class EmbeddedBox:
         before, self._seen = self._seen, self.counters()
         if ended is None:
             oom = self._seen.oom_kills > before.oom_kills
-            killed = EndReason.SIGNAL if self._deleted or self._files.locked() else EndReason.INFRA
-            reason = job.reason or (EndReason.OOM if oom else killed)
+            reason = job.reason or (EndReason.OOM if oom else EndReason.INFRA)
             return ExecResult(reason, -9, 9, out, err, wall_s, channel=channel)
         status = int(ended["status"])
         number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
@@ -349,7 +347,10 @@ class EmbeddedBox:
 
     async def usage(self) -> wire.Message:
         """Memory, processes and unlinked bytes, as the first process sees them."""
-        return (await self._require().request({"op": "usage"}))[0]
+        try:
+            return (await self._require().request({"op": "usage"}))[0]
+        except LinkClosed as error:
+            raise self._lost() from error
 
     @property
     def upper_path(self) -> str:
@@ -425,6 +426,7 @@ class EmbeddedBox:
         self._require()
         async with self._files:
             self._freezing = True
+            name_end(self._jobs.values())
             try:
                 await self._end()
                 with writing():
@@ -458,6 +460,7 @@ class EmbeddedBox:
     async def delete(self) -> None:
         """Kill all processes and remove everything; safe to call twice and after a failure."""
         self._deleted = True
+        name_end(self._jobs.values())
         task = self._deleting
         if task is None or (task.done() and (task.cancelled() or task.exception())):
             task = self._deleting = asyncio.create_task(self._delete())
@@ -467,6 +470,7 @@ class EmbeddedBox:
         if self._watch is not None:
             self._watch.close()
         async with self._files:
+            name_end(self._jobs.values())
             await self._end()
             await self._runtime.forget(self)
 

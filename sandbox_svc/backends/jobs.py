@@ -8,7 +8,7 @@ import asyncio
 import errno
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from regreen.rpc.errors import (
@@ -105,3 +105,10 @@ def lost(box: str, overrun: EndReason | None, *, passing: bool) -> RegreenError:
             metadata={"overrun": overrun.value},
         )
     return InfraError(f"sandbox {box} has lost its processes; {remedy}")
+
+
+def name_end(jobs: Iterable[Job]) -> None:
+    """Say of commands that still run that the caller's wish ends them."""
+    for job in jobs:
+        if not job.done.done():
+            job.reason = job.reason or EndReason.SIGNAL

@@ -25,6 +25,7 @@ import importlib
 import importlib.util
 import json
 import os
+import signal
 import struct
 import sys
 import threading
@@ -377,7 +378,11 @@ class Ahead:
     def serve(self, pipe: Pipe) -> None:
         """From now on hand out what was loaded; end the process if a run cannot use it."""
 
+        owner = os.getpid()
+
         def refuse(why: str) -> NoReturn:
+            if os.getpid() != owner:  # only the owner can tell; killed, its run is done again cold
+                os.kill(owner, signal.SIGKILL)
             pipe.send({"t": "anew", "msg": why})
             os._exit(1)
 

@@ -22,9 +22,10 @@ from sandbox_svc.backends.embedded import EmbeddedRuntime
 from sandbox_svc.backends.embedded_box import EmbeddedBox
 from sandbox_svc.builders.base import FileChange
 from sandbox_svc.builders.python import PythonBuilder
+from sandbox_svc.spares import Miss
 from sandbox_svc.states import State, StateStore
 from sandbox_svc.validate import Outcome, Validation, ValidationOptions, Validator
-from sandbox_svc.warm import Miss, WarmPool, WarmSettings
+from sandbox_svc.warm import WarmPool, WarmSettings
 from sandbox_svc.wheelhouse import DistStore
 from tests.fixtures.tasks.tiny_task import FAIL_TO_PASS, tiny_spec
 
