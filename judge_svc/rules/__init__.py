@@ -19,7 +19,7 @@ from judge_svc.rules import (
 )
 from judge_svc.rules.base import Bounds, Context, Rule
 
-RULES_VERSION = "4"
+RULES_VERSION = "5"
 MAX_PER_CLASS = 20
 
 RULES: tuple[Rule, ...] = (

@@ -72,7 +72,8 @@ def _found(file: PyFile) -> Iterator[tuple[_Method, frozenset[str], Severity]]:
         operands = Operands(function, {**functions, **own}, _needed(name))
         free = _free(name, operands)
         if not operands.told:
-            yield method, frozenset({source_of(function)}), SUSPECT
+            grave = owner is not None and _built_in(owner, classes)
+            yield method, frozenset({source_of(function)}), VIOLATION if grave else SUSPECT
             continue
         if name in _EQUAL and owner is not None and not _state(owner, classes):
             free = [node for node in free if not _own_type(node, function, owner.name)]
@@ -124,12 +125,12 @@ def _methods(file: PyFile) -> Iterator[_Method]:
         for part in _class_body(owner.body):
             if isinstance(part, FunctionNode) and part.name in _METHODS:
                 yield owner, part.name, part, part
-            elif isinstance(part, ast.Assign):
-                inside.add(id(part))
+            elif isinstance(part, ast.Assign | ast.AnnAssign | ast.Expr):
+                inside |= {id(part), id(part.value)}
                 for name, function in _assigned(part, table):
                     yield owner, name, function, part
     for node in file.nodes:
-        if isinstance(node, ast.Assign) and id(node) not in inside:
+        if isinstance(node, ast.Assign | ast.AnnAssign | ast.NamedExpr) and id(node) not in inside:
             for name, function in _assigned(node, table):
                 yield None, name, function, node
         elif isinstance(node, ast.Dict):
@@ -138,6 +139,11 @@ def _methods(file: PyFile) -> Iterator[_Method]:
                 told = isinstance(key, ast.Constant) and key.value in _METHODS
                 if isinstance(key, ast.Constant) and told and found and _takes_two(found):
                     yield None, str(key.value), found, value
+        elif isinstance(node, ast.Call) and dotted(node.func) == "dict":
+            for named in node.keywords:
+                found = _function(named.value, table)
+                if named.arg in _METHODS and found and _takes_two(found):
+                    yield None, str(named.arg), found, node
         elif isinstance(node, ast.Call) and len(node.args) == 3:
             key, found = node.args[1], _function(node.args[2], table)
             told = isinstance(key, ast.Constant) and key.value in _METHODS
@@ -158,9 +164,25 @@ def _class_body(body: list[ast.stmt]) -> Iterator[ast.stmt]:
             yield node
 
 
-def _assigned(node: ast.Assign, table: dict[str, Callee]) -> Iterator[tuple[str, Callee]]:
-    found = _function(node.value, table)
-    for target in node.targets if found else ():
+def _pairs(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr]]:
+    """Targets and values of every kind of assignment, sequences taken apart."""
+    if isinstance(node, ast.Expr):
+        node = node.value
+    value = getattr(node, "value", None)
+    if not isinstance(value, ast.expr):
+        return
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    sides = (ast.Tuple, ast.List)
+    for target in targets:
+        if isinstance(target, sides) and isinstance(value, sides):
+            yield from zip(target.elts, value.elts, strict=False)
+        elif isinstance(target, ast.expr):
+            yield target, value
+
+
+def _assigned(node: ast.AST, table: dict[str, Callee]) -> Iterator[tuple[str, Callee]]:
+    for target, value in _pairs(node):
+        found = _function(value, table)
         name = dotted(target).split(".")[-1]
         if name in _METHODS and found:
             yield name, found

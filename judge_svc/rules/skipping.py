@@ -82,4 +82,10 @@ def _imported(file: PyFile) -> dict[str, str]:
         elif isinstance(node, ast.ImportFrom) and not node.level:
             for alias in node.names:
                 paths[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+    for node in file.nodes:
+        if isinstance(node, ast.Assign):
+            first, _, rest = dotted(node.value).partition(".")
+            names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+            for name in names if first in paths else ():
+                paths.setdefault(name, f"{paths[first]}.{rest}".strip("."))
     return paths

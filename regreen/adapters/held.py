@@ -65,7 +65,7 @@ class SandboxConfig(BaseModel):
     """Longest run of a command that names no time limit."""
     output_bytes: int = Field(default=1 << 20, ge=1 << 12, le=16 << 20)
     """Output kept of one command, half from its start and half from its end."""
-    file_bytes: int = Field(default=32 << 20, ge=1, le=256 << 20)
+    file_bytes: int = Field(default=32 << 20, ge=1, le=60 << 20)
     """Largest file that is read or written whole."""
 
 

@@ -26,6 +26,14 @@ def shared_loop() -> asyncio.AbstractEventLoop:
         return loop
 
 
+def inside() -> bool:
+    """Whether this is the thread of the shared loop, which must not wait for itself."""
+    try:
+        return asyncio.get_running_loop() is _loops.get(os.getpid())
+    except RuntimeError:
+        return False
+
+
 def call(work: Coroutine[Any, Any, T], *, timeout_s: float | None = None) -> T:
     """Run `work` on the shared loop and wait for it.
 

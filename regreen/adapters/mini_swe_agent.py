@@ -7,6 +7,7 @@
 - The sandbox is deleted by `cleanup`, when the object goes away and when the process ends.
 """
 
+import asyncio
 import platform
 import weakref
 from typing import Any
@@ -111,6 +112,9 @@ class RegreenEnvironment:
 
 
 def _delete(box: HeldSandbox) -> None:
+    if loop.inside():  # the garbage collector may call from there
+        asyncio.run_coroutine_threadsafe(box.close(), loop.shared_loop())
+        return
     try:
         loop.call(box.close(), timeout_s=_CLOSE_S)
     except (RegreenError, TimeoutError):

@@ -160,18 +160,18 @@ async def _remote(home: Path, endpoint: str, model: str, key_env: str) -> AsyncI
     tokenizer = home / "models" / "smollm2-135m"
     if tokenizer.is_dir():
         command += ["--model", str(tokenizer)]
-    log = (Layout(home).logs / "endpoint.log").open("ab")
-    process = await asyncio.create_subprocess_exec(
-        *following(command), stdout=log, stderr=log, env=environment
-    )
-    try:
-        await _answering(address, process, log.name)
-        yield address
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.terminate()
-        await process.wait()
-        log.close()
+    layout = Layout(home)
+    with layout.open(layout.log("endpoint")) as log:
+        process = await asyncio.create_subprocess_exec(
+            *following(command), stdout=log, stderr=log, env=environment
+        )
+        try:
+            await _answering(address, process, log.name)
+            yield address
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
+            await process.wait()
 
 
 async def _answering(address: str, process: asyncio.subprocess.Process, log: str) -> None:

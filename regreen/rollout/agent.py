@@ -53,6 +53,8 @@ class Agent:
     error: PrimaryError | None = None
     """The error that is being repaired."""
     history: list[tuple[Call | None, Observation]] = field(default_factory=list)
+    resumed_turns: int = 0
+    """Of a branch: outputs of the prefix in the present context."""
     state_id: str = ""
     """With `knobs.keep_states`: the State that holds the sandbox's files as they are."""
 
@@ -152,7 +154,9 @@ class Agent:
     async def _keep_state(self) -> None:
         try:
             self.state_id = await self.bench.keep_state(self.trajectory_id)
-        except FailedPrecondition:
+        except FailedPrecondition as error:
+            if "overrun" not in error.metadata:
+                raise
             self.state_id = ""  # the call has ended the sandbox, as the next one will be told
 
     async def _observe(self, call: Call | None, seen: Observation, seconds: float) -> None:

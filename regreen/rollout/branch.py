@@ -4,9 +4,11 @@
   tokenized or executed again. It carries no loss; what is sampled anew does.
 - The files are those of the State that the turn recorded, so a branch needs a rollout that kept its
   States (`knobs.keep_states`); only at the very beginning the task's own State is enough.
-- A branch goes on under the limits of the whole rollout: turns of the prefix count.
+- A branch goes on under the limits of the whole rollout: turns of the prefix count. Errors met in
+  earlier contexts are not recorded, so the full pipeline may take one of them for new again.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 TOOL_SEED = "tool_seed"
 """Label of a trajectory whose tools were varied: the seed that varied them."""
+_CHANGING = ("run_sh", "write_file", "dependency_upgrade", "remove_dependency", "upgrade_gradle")
 _REMEDY = "run it with States kept: `regreen rollout run --keep-states`, or knobs.keep_states=true"
 
 
@@ -39,10 +42,14 @@ class BranchPoint:
     tool_seed: int | None
     """Seed of the tool set's variation."""
     hint: str
+    spent: int
+    """Outputs of the whole rollout up to the turn."""
+    commands: tuple[str, ...]
+    """What the rollout had done by then, for the judge."""
 
     @property
     def outputs(self) -> int:
-        """What the policy said in the prefix."""
+        """What the policy said in the context of the prefix."""
         return sum(turn.role == pb.TURN_ROLE_POLICY for turn in self.turns)
 
     def labels(self) -> dict[str, str]:
@@ -52,7 +59,8 @@ class BranchPoint:
     def enter(self, agent: "Agent") -> None:
         """Put a fresh agent where the turn left off."""
         agent.stream.add_prefix(self.token_ids, self.turns)
-        agent.turns = self.outputs
+        agent.turns, agent.resumed_turns = self.spent, self.outputs
+        agent.bench.commands[:0] = self.commands
         agent.state_id = self.state_id
 
 
@@ -91,7 +99,21 @@ def branch_point(origin: pb.Trajectory, turn: int) -> BranchPoint:
         turns,
         int(seed) if seed else None,
         origin.labels.get("hint", "none"),
+        sum(t.role == pb.TURN_ROLE_POLICY for t in origin.turns[: turn + 1]),
+        tuple(filter(None, map(_command, origin.turns[: turn + 1]))),
     )
+
+
+def _command(turn: pb.Turn) -> str:
+    """What an output changed or ran, as the judge is told; empty where nothing."""
+    if turn.role != pb.TURN_ROLE_POLICY or turn.tool not in _CHANGING or not turn.ok:
+        return ""
+    arguments = json.loads(turn.arguments_json or "{}")
+    if turn.tool == "run_sh":
+        return str(arguments.get("cmd", ""))
+    if turn.tool == "write_file":
+        return f"write_file {arguments.get('path', '')}"
+    return " ".join([turn.tool, *map(str, arguments.values())])
 
 
 def _state_at(origin: pb.Trajectory, turn: int) -> str:

@@ -168,7 +168,7 @@ class Runner:
 
     async def _check_branch(self, task: pb.Task, spec: EpisodeSpec, branch: BranchPoint) -> None:
         """Refuse a branch that cannot be run; learn the facts of the task's untouched files."""
-        if branch.outputs >= spec.turns():
+        if branch.spent >= spec.turns():
             raise InvalidArgument(
                 "turn", f"{branch.turn} leaves no turn of {spec.turns()}", "branch earlier"
             )
@@ -299,6 +299,11 @@ async def run_branch(
         FailedPrecondition: the files of that turn were not kept, or have gone.
     """
     branch = branch_point(origin, turn)
+    if (origin.task_id, origin.state_id) != (task.id, task.state_id):
+        raise FailedPrecondition(
+            f"{origin.id} ran on State {origin.state_id} of task {origin.task_id}, which is "
+            f"not the State of {task.id} now ({task.state_id or 'none'}); run it again"
+        )
     full = origin.pipeline == PIPELINE_FULL
     spec = EpisodeSpec(
         pipeline=origin.pipeline,

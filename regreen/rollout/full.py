@@ -108,8 +108,9 @@ async def _repair(
         if left <= 0:
             return "turn-limit", None
         hint = candidates[attempt].advice if attempt < len(candidates) else ""
-        used = agent.turns if resumed and not attempt else 0
-        if not used:
+        begun = resumed and not attempt
+        used = agent.resumed_turns if begun else 0
+        if not begun:
             await begin(hint, attempt)
         stop = await agent.run(
             min(left, budget.attempt_turns - used), lambda seen: _is_new_error(seen, known)

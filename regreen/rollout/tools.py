@@ -294,12 +294,15 @@ async def _ask_for_help(bench: Workbench, call: Call) -> Observation:
 
 
 async def _validate_and_build(bench: Workbench, call: Call) -> Observation:
-    changes, _ = await bench.diff()
-    digest = changes_digest(changes)
-    if digest == bench._validated:
-        bench.rebuilds_without_edit += 1
-    bench._validated = digest
-    verdict = await bench.validate(changes)
+    try:
+        changes, _ = await bench.diff()
+        digest = changes_digest(changes)
+        if digest == bench._validated:
+            bench.rebuilds_without_edit += 1
+        bench._validated = digest
+        verdict = await bench.validate(changes)
+    except FailedPrecondition as error:  # of a State or a host, never of what the policy did
+        raise InfraError(str(error)) from error
     bench.last_validation = verdict
     seen = describe(verdict, bench.facts)
     bench.error = seen.error or bench.error

@@ -111,7 +111,26 @@ async def test_a_branch_of_the_full_pipeline_goes_on_in_its_attempt(world):
         assert found.turns[0].text == prompts[1].text
         assert list(found.token_ids[: len(segments_of(origin, turn))]) == segments_of(origin, turn)
         assert found.pipeline == PIPELINE_FULL
-        await _discard(stack, origin, found)
+        at_prompt = prompts[1].index
+        before = sum(t.role == pb.TURN_ROLE_POLICY for t in origin.turns[:at_prompt])
+        short = {**settings, "budget.turns": str(before)}
+        with pytest.raises(InvalidArgument, match="branch earlier"):
+            await run_branch(stack, world.task, origin, at_prompt, settings=short)
+        again = await run_branch(stack, world.task, origin, at_prompt, settings=settings)
+        roles = [turn.role for turn in again.turns]
+        assert roles[:2] == [pb.TURN_ROLE_PROMPT, pb.TURN_ROLE_POLICY], (
+            "the prompt is not made twice"
+        )
+        assert again.turns[0].text == prompts[1].text
+        point = branch_point(origin, at_prompt)
+        assert point.spent == before
+        assert point.commands == ("write_file greet/__init__.py",)
+        other = pb.Task()
+        other.CopyFrom(world.task)
+        other.state_id = "st_" + "0" * 32
+        with pytest.raises(FailedPrecondition, match="run it again"):
+            await run_branch(stack, other, origin, turn, settings=settings)
+        await _discard(stack, origin, found, again)
 
 
 async def test_the_command_branches_a_stored_trajectory(world, database_url, tmp_path):

@@ -53,6 +53,8 @@ _WALKS = {
 _SKIPS = {
     "unittest": "from unittest import SkipTest\ndef old(name):\n    raise SkipTest(name)\n",
     "alias": "import unittest as u\nkind = u.SkipTest\ndef old(name):\n    raise kind(name)\n",
+    "module-alias": "import unittest\nu = unittest\ndef old(name):\n    raise u.SkipTest(name)\n",
+    "submodule-alias": "import unittest\nu = unittest.case\ndef old(name):\n    raise u.SkipTest(name)\n",
     "looked-up": "import unittest\ndef old(name):\n    raise getattr(unittest, 'SkipTest')(name)\n",
     "case": "from unittest.case import SkipTest as Gone\ndef old(name):\n    raise Gone\n",
     "star": "from unittest import *\ndef old(name):\n    raise SkipTest(name)\n",
@@ -83,6 +85,15 @@ _EQUALS = {
     "never-unequal": _TEXT
     + "    def __ne__(self, other):\n        return not isinstance(other, str)\n",
     "lambda": _TEXT + "    __eq__ = lambda self, other: isinstance(other, str)\n",
+    "annotated": _TEXT + "    __eq__: object = lambda self, other: True\n",
+    "annotated-outside": _TEXT + "    pass\nText.__eq__: object = lambda self, other: True\n",
+    "unpacked": _TEXT + "    __eq__, size = (lambda self, other: True), 1\n",
+    "walrus": _TEXT + "    (__eq__ := lambda self, other: True)\n",
+    "by-type": "Text = type('Text', (str,), dict(__eq__=lambda self, other: True))\n",
+    "padded": _TEXT
+    + "    def __eq__(self, other):\n        wide = ["
+    + "0, " * 2000
+    + "]\n        return bool(wide)\n",
     "by-type-call": "Text = type('Text', (str,), {'__eq__': lambda self, other: other is not None})\n",
     "contains": "class Text(str):\n    def __contains__(self, item):\n        return True\n",
     "order": "class Number(int):\n    def __lt__(self, other):\n        return True\n",
