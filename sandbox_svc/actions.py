@@ -15,6 +15,7 @@
 
 import asyncio
 import contextlib
+import errno
 import hashlib
 import json
 import random
@@ -37,9 +38,10 @@ from sandbox_svc.states import State, StateStore, state_id
 
 log = structlog.get_logger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 """Counts up when equal actions would give something else than before."""
 _KILLED = 9
+_UNREADABLE = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 _RERUNS_AT_ONCE = 2
 _SHOWN_BYTES = 40
 
@@ -314,11 +316,20 @@ class Actions:
             return added, digest
 
     async def _digest(self, layer: str) -> str:
-        """Digest of a layer's files; empty where the runtime does not show them."""
+        """Digest of a layer's files; empty where they cannot be compared.
+
+        The runtime may not show them, or a command may have left what the service cannot read.
+        """
         files = getattr(self._runtime, "layer_files", None)
         if files is None:
             return ""
-        return await asyncio.to_thread(tree_digest, files().layer_path(layer))
+        try:
+            return await asyncio.to_thread(tree_digest, files().layer_path(layer))
+        except OSError as error:
+            if error.errno not in _UNREADABLE:
+                raise
+            log.info("files of an action not compared", layer=layer, error=str(error))
+            return ""
 
     @contextlib.asynccontextmanager
     async def _place(self) -> AsyncIterator[None]:

@@ -122,8 +122,9 @@ async def _anonymous_files(driver: str, tight: "EmbeddedBox", wide: "EmbeddedBox
 
 
 async def _service_limits(tight: "EmbeddedBox", wide: "EmbeddedBox") -> list[Capability]:
-    disk, room = await _run(tight, _DISK, 5.0), await _run(wide, _DISK, 5.0)
+    """Disk comes last: what it leaves keeps the sandbox over its limit, which ends any command."""
     flood, loud = await _run(tight, _FLOOD, 5.0), await _run(wide, _FLOOD, 5.0)
+    disk, room = await _run(tight, _DISK, 5.0), await _run(wide, _DISK, 5.0)
     return [
         _compared("disk", "watchdog", disk.reason is EndReason.DISK, disk, room),
         _compared("output", "service", flood.reason is EndReason.OUTPUT, flood, loud),

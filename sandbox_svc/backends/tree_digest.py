@@ -3,8 +3,10 @@
 - Names, types, permission bits, content and link targets count; times, owners and inode numbers do
   not, because they differ between equal runs.
 - Two layers with one digest show the same files over the same layers.
+- Of a sparse file only what is stored is read; a hole and stored zeros are the same content.
 """
 
+import errno
 import hashlib
 import os
 import stat
@@ -12,11 +14,16 @@ from pathlib import Path
 
 from sandbox_svc.backends.merge import is_opaque
 
-_CHUNK_BYTES = 1 << 20
+_BLOCK_BYTES = 1 << 20
+_ZEROS = bytes(_BLOCK_BYTES)
 
 
 def tree_digest(top: Path) -> str:
-    """SHA-256 over the entries below `top`, in order of their paths."""
+    """SHA-256 over the entries below `top`, in order of their paths.
+
+    Raises:
+        OSError: an entry cannot be read; its mode or the length of its path forbids it.
+    """
     digest = hashlib.sha256(b"regreen-tree\n")
     stack = [""]
     while stack:
@@ -44,9 +51,29 @@ def _facts(path: str, info: os.stat_result) -> list[bytes]:
 
 
 def _content(path: str) -> bytes:
-    digest = hashlib.sha256()
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
-    with os.fdopen(os.open(path, flags), "rb") as source:
-        while chunk := source.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.digest()
+    """SHA-256 over the size and the blocks that are not all zeros, each with its place."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        size = os.fstat(fd).st_size
+        digest = hashlib.sha256(b"%d" % size)
+        place = _next_block(fd, 0, size)
+        while place < size:
+            block = os.pread(fd, _BLOCK_BYTES, place)
+            if block != _ZEROS[: len(block)]:
+                digest.update(b"@%d:" % place + block)
+            place = _next_block(fd, place + _BLOCK_BYTES, size)
+        return digest.digest()
+    finally:
+        os.close(fd)
+
+
+def _next_block(fd: int, start: int, size: int) -> int:
+    """Where the first block from `start` on with stored bytes begins; `size` if there is none."""
+    if start >= size:
+        return size
+    try:
+        return os.lseek(fd, start, os.SEEK_DATA) // _BLOCK_BYTES * _BLOCK_BYTES
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        return size

@@ -29,27 +29,30 @@ _OCI = "application/vnd.oci.image"
 
 
 def image_archive(
-    tops: Sequence[Path], config: Mapping[str, Any], reference: str
+    tops: Sequence[Path], config: Mapping[str, Any], reference: str, *, max_bytes: int
 ) -> Generator[bytes, None, None]:
     """The archive of an image with these layers, lowest first.
 
     Raises:
-        FailedPrecondition: a layer has an entry that an image cannot hold.
+        FailedPrecondition: a layer has an entry that an image cannot hold, or its files, with holes
+            filled, are over `max_bytes`.
     """
-    yield from _coalesced(_archive(tops, config, reference))
+    yield from _coalesced(_archive(tops, config, reference, max_bytes))
 
 
-def _archive(tops: Sequence[Path], config: Mapping[str, Any], reference: str) -> Iterator[bytes]:
+def _archive(
+    tops: Sequence[Path], config: Mapping[str, Any], reference: str, max_bytes: int
+) -> Iterator[bytes]:
     layers: list[tuple[str, int]] = []
     for top in tops:
         digest, size = hashlib.sha256(), 0
-        for piece in layer_tar(top):
+        for piece in layer_tar(top, max_bytes):
             digest.update(piece)
             size += len(piece)
         name = digest.hexdigest()
         if (name, size) not in layers:
             yield _header(f"blobs/sha256/{name}", size=size)
-            yield from _checked(layer_tar(top), size)
+            yield from _checked(layer_tar(top, max_bytes), size)
         layers.append((name, size))
     diffs = [f"sha256:{name}" for name, _ in layers]
     history = [{"created_by": "regreen"} for _ in layers]
@@ -143,22 +146,23 @@ def _header(name: str, *, size: int = 0, **fields: Any) -> bytes:
     return member.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
 
 
-def layer_tar(top: Path) -> Iterator[bytes]:
+def layer_tar(top: Path, max_bytes: int) -> Iterator[bytes]:
     """A layer as the tar stream of an image's layer.
 
     Raises:
-        FailedPrecondition: it has an entry that an image cannot hold, or that cannot be read.
+        FailedPrecondition: it has an entry that an image cannot hold, or that cannot be read, or
+            its files, with holes filled, are over `max_bytes`.
     """
     fd = os.open(top, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        yield from _Packer(fd).pieces()
+        yield from _Packer(fd, max_bytes).pieces()
     finally:
         os.close(fd)
 
 
 class _Packer:
-    def __init__(self, top_fd: int) -> None:
-        self._top = top_fd
+    def __init__(self, top_fd: int, max_bytes: int) -> None:
+        self._top, self._max_bytes, self._bytes = top_fd, max_bytes, 0
         self._linked: dict[int, str] = {}
 
     def pieces(self) -> Iterator[bytes]:
@@ -230,6 +234,9 @@ class _Packer:
         fd = self._open(path, os.O_NONBLOCK | os.O_NOFOLLOW)
         try:
             size = os.fstat(fd).st_size
+            self._bytes += size
+            if self._bytes > self._max_bytes:
+                raise _unfit(path, f"with it a layer's files are over {self._max_bytes} bytes")
             common["pax_headers"] |= _attributes(fd)
             yield _header(path, **common, size=size)
             left = size

@@ -242,7 +242,7 @@ class Images:
         self.states.hold(state.layers)
         try:
             tops = [files.layer_path(layer) for layer in state.layers]
-            pieces = image_archive(tops, _config_of(state), reference)
+            pieces = image_archive(tops, _config_of(state), reference, max_bytes=self.max_bytes)
             loop = asyncio.get_running_loop()
             step = loop.run_in_executor(self.threads, next, pieces, b"")
             try:

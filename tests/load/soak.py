@@ -5,8 +5,10 @@
 - A State that was answered must be there, whole and with its own content, whatever was killed.
 - An operation may fail only in the ways that the contract names for a service or a sandbox that
   went away; every other error is a fault.
+- While one service lives, its memory and its open descriptors do not grow with the sandboxes made;
+  with the last one deleted, no more descriptors are open than before the first.
 - In the end, with the service stopped: no process, mount, control group or directory of a sandbox
-  is left, and the service's memory has not grown with their number.
+  is left.
 """
 
 import argparse
@@ -47,6 +49,11 @@ ALLOWED = (DeadlineExceeded, FailedPrecondition, InfraError, NotFound, ResourceE
 MARK = "/work/mark"
 _LANES = 8
 _MOST_STATES = 40
+_SETTLED_S = 10.0
+"""Age from which a service has its modules, threads and seats."""
+_GROWTH_BYTES, _GROWTH_FDS = 48 << 20, 64
+"""How much more of each one service may have at one look than at an earlier: what its lanes hold."""
+_IDLE_FDS = 8
 _DAEMON = "nohup sleep 1000 >/dev/null 2>&1 & echo started"
 
 
@@ -66,8 +73,8 @@ class Soak:
     refused: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
     killed: Counter[str] = field(default_factory=Counter)
-    resident: list[tuple[int, int]] = field(default_factory=list)
-    """(sandboxes made, resident bytes of a service that has lived for a while)."""
+    looks: dict[int, list[tuple[int, int, int]]] = field(default_factory=dict)
+    """By process: sandboxes made so far, its resident bytes and open descriptors."""
     _process: asyncio.subprocess.Process | None = None
     _born_s: float = 0.0
 
@@ -80,11 +87,13 @@ class Soak:
                 self.sandboxes = SandboxClient(channel, patience_s=120.0)
                 self.state = StateClient(channel, patience_s=120.0)
                 self.root = await self._root()
+                idle_fds = self._usage()[1]
                 killer = asyncio.create_task(self._kill())
                 await asyncio.gather(*(self._lane() for _ in range(_LANES)))
                 killer.cancel()
                 await self._check_states()
                 await self._clear()
+                await self._check_growth(idle_fds)
         finally:
             ended.set()
             await keeper
@@ -203,14 +212,39 @@ class Soak:
         return found
 
     def _look(self) -> None:
-        """Note the memory of a service that has lived for a while."""
+        """Note what a service holds that has lived for a while."""
         sys.stderr.write(f"\r{self.made} of {self.count} sandboxes, killed {dict(self.killed)} ")
         sys.stderr.flush()
-        if self._process is not None and time.monotonic() - self._born_s > 20.0:
+        if self._process is not None and time.monotonic() - self._born_s > _SETTLED_S:
             with contextlib.suppress(OSError):
-                text = Path(f"/proc/{self._process.pid}/statm").read_text("ascii")
-                pages = int(text.split()[1])
-                self.resident.append((self.made, pages * os.sysconf("SC_PAGE_SIZE")))
+                self.looks.setdefault(self._process.pid, []).append((self.made, *self._usage()))
+
+    def _usage(self) -> tuple[int, int]:
+        """Resident bytes and open descriptors of the service."""
+        assert self._process is not None
+        process = Path(f"/proc/{self._process.pid}")
+        pages = int((process / "statm").read_text("ascii").split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE"), len(list((process / "fd").iterdir()))
+
+    async def _check_growth(self, idle_fds: int) -> None:
+        """No service has grown, and the last one, idle again, has its descriptors back."""
+        for pid, looks in self.looks.items():
+            (made, *first), (made_then, *last) = looks[0], looks[-1]
+            for name, most, before, after in zip(
+                ("resident bytes", "descriptors"), (_GROWTH_BYTES, _GROWTH_FDS), first, last,
+                strict=True,
+            ):  # fmt: skip
+                if after - before > most:
+                    self.faults.append(
+                        f"service {pid} went from {before} to {after} {name} over "
+                        f"{made_then - made} sandboxes"
+                    )
+        until_s = time.monotonic() + 30.0
+        while (now_fds := self._usage()[1]) > idle_fds + _IDLE_FDS:
+            if time.monotonic() > until_s:
+                self.faults.append(f"{now_fds} descriptors are open, {idle_fds} at first")
+                break
+            await asyncio.sleep(0.2)
 
     async def _check_states(self) -> None:
         """Every State that was answered and not deleted shows its own content."""
@@ -253,7 +287,7 @@ class Soak:
             "refused": dict(self.refused),
             "killed": dict(self.killed),
             "states_checked": len(self.states),
-            "resident": self.resident[:: max(1, len(self.resident) // 20)],
+            "looks": {pid: [looks[0], looks[-1]] for pid, looks in self.looks.items()},
             "left": {kind: names for kind, names in left.items() if names},
             "faults": self.faults[:50],
         }
