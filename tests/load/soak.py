@@ -52,7 +52,7 @@ _MOST_STATES = 40
 _SETTLED_S = 10.0
 """Age from which a service has its modules, threads and seats."""
 _GROWTH_BYTES, _GROWTH_FDS = 48 << 20, 64
-"""How much more of each one service may have at one look than at an earlier: what its lanes hold."""
+"""How much more one service may have of each at a look than at an earlier one."""
 _IDLE_FDS = 8
 _DAEMON = "nohup sleep 1000 >/dev/null 2>&1 & echo started"
 
