@@ -58,8 +58,7 @@ from sandbox_svc.backends.watchdog import Watch
 if TYPE_CHECKING:
     from sandbox_svc.backends.embedded import EmbeddedRuntime
 
-_KILL_GRACE_S = 2.0
-_END_S, _READY_S = 10.0, 30.0
+_KILL_GRACE_S, _END_S, _READY_S = 2.0, 10.0, 30.0
 _INLINE_READ_BYTES = 1 << 20
 
 
@@ -117,7 +116,8 @@ class EmbeddedBox:
         self._link = Link(seat.sock, self._on_event)
         try:
             async with asyncio.timeout(_READY_S):
-                await self._link.post(self._runtime.specification(self))
+                with contextlib.suppress(LinkClosed):  # why it ended, the next line says
+                    await self._link.post(self._runtime.specification(self))
                 await self._ready
                 if self._door is not None:
                     self._gate = self._door.open(await self._listener(self._link))

@@ -87,6 +87,8 @@ class Link:
                 received = wire.receive(self._sock)
             except BlockingIOError:
                 return
+            except ConnectionResetError:
+                continue  # told once, before what the other side sent last
             except (OSError, json.JSONDecodeError):
                 received = None
             if received is None:

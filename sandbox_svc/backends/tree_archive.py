@@ -6,6 +6,7 @@
   entries or bytes than it was told to take; it writes only below one fresh directory.
 """
 
+import errno
 import os
 import shutil
 import stat
@@ -20,6 +21,8 @@ _OPAQUE = "REGREEN.opaque"
 _XATTR = "user.overlay.opaque"
 _MAX_PATH = 4096
 _MAX_PART = 255
+_REFUSED = (errno.EINVAL, errno.EILSEQ, errno.ENAMETOOLONG, errno.EMLINK, errno.EFBIG)
+"""What the file system says of an entry that cannot be, whoever unpacks it."""
 
 
 def write_tree(archive: tarfile.TarFile, top: Path, prefix: str) -> None:
@@ -115,6 +118,14 @@ class TreeReader:
             raise _bad(relative, "twice, or not below a directory of the archive")
         self._seen.add(relative)
         self.quota.take(max(0, member.size))
+        try:
+            self._make(archive, member, relative)
+        except OSError as error:
+            if error.errno not in _REFUSED:
+                raise
+            raise _bad(relative, f"cannot be made: {os.strerror(error.errno)}") from None
+
+    def _make(self, archive: tarfile.TarFile, member: tarfile.TarInfo, relative: str) -> None:
         path = self.top / relative
         if member.isdir():
             path.mkdir(mode=0o755)

@@ -17,7 +17,7 @@ import pytest
 _ROOT = Path(__file__).parents[3]
 _UID = "12345"
 _CHOSEN = (
-    "exit_codes or time_out_kills or files_are_written or freezing or changed_paths or fork_bomb"
+    "abuse or exit_codes or time_out_kills or files_are_written or freezing or changed_paths or fork_bomb"
     " or programs_alone or whiteouts_hide or comes_back_equal"
     " or memory or bytes or kernel_settings or b3_ or no_privileges or ports_of or magic"
     " or terminal or reaches_the_whole_group or full_pipe"
@@ -48,7 +48,7 @@ def test_an_ordinary_user_gets_the_same_walls():
                 *("setpriv", "--reuid", _UID, "--regid", _UID, "--clear-groups", python, "-m"),
                 *("pytest", "-q", "-p", "no:cacheprovider", "-k", f"not docker and ({_CHOSEN})"),
                 *("--basetemp", str(work / "t"), "-c", str(_ROOT / "pyproject.toml")),
-                *("tests/contract/test_runtime.py", "tests/contract/test_abuse.py"),
+                *("tests/contract/test_runtime.py", "tests/contract/abuse"),
                 "tests/contract/test_process.py",
                 *(f"tests/integration/sandbox/test_{name}.py" for name in ("flatten", "actions")),
                 "tests/integration/sandbox/test_images.py",
