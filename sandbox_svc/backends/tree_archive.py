@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from regreen.rpc.errors import InvalidArgument, ResourceExhausted
+from regreen.rpc.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 
 _OPAQUE = "REGREEN.opaque"
 _XATTR = "user.overlay.opaque"
@@ -23,30 +23,48 @@ _MAX_PATH = 4096
 _MAX_PART = 255
 _REFUSED = (errno.EINVAL, errno.EILSEQ, errno.ENAMETOOLONG, errno.EMLINK, errno.EFBIG)
 """What the file system says of an entry that cannot be, whoever unpacks it."""
+_UNREADABLE = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 
 
 def write_tree(archive: tarfile.TarFile, top: Path, prefix: str) -> None:
-    """Add the layer at `top` to an archive below `prefix`."""
-    for path, relative in _walk(top):
-        info = path.lstat()
-        member = tarfile.TarInfo(f"{prefix}/{relative}")
-        member.mode, member.mtime = stat.S_IMODE(info.st_mode) & 0o777, int(info.st_mtime)
-        if stat.S_ISDIR(info.st_mode):
-            member.type = tarfile.DIRTYPE
-            if _is_opaque(path):
-                member.pax_headers = {_OPAQUE: "y"}
-            archive.addfile(member)
-        elif stat.S_ISLNK(info.st_mode):
-            member.type, member.linkname = tarfile.SYMTYPE, os.readlink(path)
-            archive.addfile(member)
-        elif stat.S_ISCHR(info.st_mode) and info.st_rdev == 0:
-            member.type = tarfile.CHRTYPE
-            archive.addfile(member)
-        elif stat.S_ISREG(info.st_mode):
-            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
-            with os.fdopen(os.open(path, flags), "rb") as source:
-                member.size = os.fstat(source.fileno()).st_size
-                archive.addfile(member, source)
+    """Add the layer at `top` to an archive below `prefix`.
+
+    Raises:
+        FailedPrecondition: an entry cannot be read; its mode or the length of its path forbids it.
+    """
+    try:
+        for path, relative in _walk(top):
+            _write_entry(archive, path, f"{prefix}/{relative}")
+    except OSError as error:
+        if error.errno not in _UNREADABLE:
+            raise
+        shown = os.path.relpath(error.filename or top, top)[:120].encode("utf-8", "replace")
+        raise FailedPrecondition(
+            f"the state cannot be exported because of {shown.decode()!r}:"
+            f" {os.strerror(error.errno)}; remove it and take another snapshot"
+        ) from None
+
+
+def _write_entry(archive: tarfile.TarFile, path: Path, name: str) -> None:
+    info = path.lstat()
+    member = tarfile.TarInfo(name)
+    member.mode, member.mtime = stat.S_IMODE(info.st_mode) & 0o777, int(info.st_mtime)
+    if stat.S_ISDIR(info.st_mode):
+        member.type = tarfile.DIRTYPE
+        if _is_opaque(path):
+            member.pax_headers = {_OPAQUE: "y"}
+        archive.addfile(member)
+    elif stat.S_ISLNK(info.st_mode):
+        member.type, member.linkname = tarfile.SYMTYPE, os.readlink(path)
+        archive.addfile(member)
+    elif stat.S_ISCHR(info.st_mode) and info.st_rdev == 0:
+        member.type = tarfile.CHRTYPE
+        archive.addfile(member)
+    elif stat.S_ISREG(info.st_mode):
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os.fdopen(os.open(path, flags), "rb") as source:
+            member.size = os.fstat(source.fileno()).st_size
+            archive.addfile(member, source)
 
 
 def _walk(top: Path) -> Iterator[tuple[Path, str]]:

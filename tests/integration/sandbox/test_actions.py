@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +10,12 @@ import pytest
 from regreen.client.actions import ActionClient
 from regreen.client.channel import connect
 from regreen.client.sandbox import SandboxClient, StateClient
-from regreen.rpc.errors import InvalidArgument, NotFound, ResourceExhausted
+from regreen.rpc.errors import (
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+)
 from regreen.sandbox import v1 as pb
 from sandbox_svc.__main__ import serving
 from sandbox_svc.backends.embedded import EmbeddedRuntime
@@ -150,6 +156,77 @@ async def test_an_action_that_differs_is_quarantined_for_good(tmp_path):
         await place.states.delete_state(state)
         assert await place.quarantined() == []
     assert not list((tmp_path / "home/sandbox/actions/results").iterdir())
+
+
+_DIFFERS = {
+    "random": "head -c 8 /dev/urandom | od -An -tx1",
+    "time": _MARK,
+    "pid": "echo $$; (sh -c 'echo $PPID' & wait)",
+}
+
+
+async def _hundred(place: Place, state: str, script: str) -> list[pb.ExecuteResponse]:
+    return [await place.sh(state, script) for _ in range(100)]
+
+
+async def test_a_hundred_runs_that_differ_are_flagged_and_no_longer_served(tmp_path):
+    async with running(tmp_path, action_rerun_share=1.0) as place:
+        state = (await prepared(place.states, a="1")).id
+        for name, script in _DIFFERS.items():
+            if name == "pid" and not await _differs(place, state, script):
+                continue  # numbers begin anew in every sandbox
+            await _hundred(place, state, script)  # the first second look comes among them
+
+            async def flagged(script: str = script) -> bool:
+                return (await place.sh(state, script)).quarantined
+
+            await until(flagged)
+            answers = await asyncio.gather(*(place.sh(state, script) for _ in range(20)))
+            assert all(answer.quarantined and not answer.cached for answer in answers), name
+            if name != "pid":
+                assert len({out(answer) for answer in answers}) == 20
+
+
+async def _differs(place: Place, state: str, script: str) -> bool:
+    runs = [await place.sh(state, script, do_not_cache=True) for _ in range(10)]
+    return len({out(run) for run in runs}) > 1
+
+
+async def test_without_second_looks_a_run_that_differs_is_served_a_hundred_times(tmp_path):
+    async with running(tmp_path) as place:  # its share of second looks is 0
+        state = (await prepared(place.states, a="1")).id
+        for name in ("random", "time"):
+            answers = await _hundred(place, state, _DIFFERS[name])
+            assert [answer.cached for answer in answers] == [False] + [True] * 99
+            assert len({out(answer) for answer in answers}) == 1
+
+
+_UNREADABLE = {
+    "mode": "echo secret > kept; chmod 0 kept; mkdir d; echo x > d/x; chmod 0 d",
+    "path": "for i in $(seq 400); do mkdir ddddddddddddddd; cd ddddddddddddddd; done; echo x > f",
+}
+
+
+@pytest.mark.parametrize("name", _UNREADABLE)
+async def test_files_that_cannot_be_compared_do_not_cost_the_answer(tmp_path, name):
+    async with running(tmp_path) as place:
+        state = (await prepared(place.states, a="1")).id
+        script = f"{_UNREADABLE[name]} && echo done"
+        answer = await place.sh(state, script, keep_state=True)
+        assert (out(answer), answer.result.exit_code) == (b"done\n", 0)
+        assert answer.state.parent_id == state
+        digest = answer.state.labels["files_sha256"]
+        assert digest == "" if name == "path" or os.geteuid() else digest
+        box = await place.sandboxes.create_sandbox(answer.state.id)
+        seen = await place.sandboxes.run(box.id, ["/bin/sh", "-c", "ls | head -n 3"])
+        assert seen.stdout.head == (b"a\nd\nkept\n" if name == "mode" else b"a\nddddddddddddddd\n")
+        again = await place.sh(state, script, keep_state=True)
+        assert out(again) == b"done\n"
+        assert again.state.id
+        if digest == "":
+            with pytest.raises(FailedPrecondition, match="cannot be exported because of"):
+                async for _ in place.states.export_state(answer.state.id):
+                    pass
 
 
 async def test_a_forced_run_is_compared_with_what_is_known(tmp_path):

@@ -312,6 +312,23 @@ async def test_sparse_files_keep_their_holes(service, image, shell, tmp_path):
         assert (await sh(sandboxes, state.id, "ls -l /holes")).split()[4] == "50000003"
 
 
+async def test_an_export_over_the_bound_is_refused_before_its_holes_are_read(service, image, shell):
+    """A terabyte of nothing costs a block here, and would cost a terabyte on the wire."""
+    _, sandboxes, _ = service
+    grower = made.tar(*made.programs("truncate"))
+    state = (await image.import_image([made.oci(shell, grower)])).state
+    box = await sandboxes.create_sandbox(state.id, limits=pb.Limits(disk_bytes=4 << 40))
+    grown = await sandboxes.run(box.id, ["sh", "-c", "truncate -s 1T /holes"])
+    assert grown.exit_code == 0, grown.stderr.head
+    child = await sandboxes.snapshot_sandbox(box.id)
+    await sandboxes.delete_sandbox(box.id)
+    async with asyncio.timeout(20):
+        with pytest.raises(FailedPrecondition, match=r"files are over \d+ bytes"):
+            async for _ in image.export_image(child.id):
+                pass
+    assert await sh(sandboxes, state.id, "ls /holes 2>/dev/null || echo none") == "none\n"
+
+
 async def test_an_exported_state_comes_back_equal(service, image, shell, tmp_path):
     states, sandboxes, _ = service
     words = made.tar(

@@ -119,6 +119,30 @@ class StateTree(RuleBasedStateMachine):
             path: text for path, text in files.items() if not f"{path}/".startswith(f"{name}/")
         }
 
+    @precondition(lambda self: self.boxes)
+    @rule(pick=_PICK, names=st.permutations(("a", "b", "d", "d/e", "f")))
+    def rename(self, pick: int, names: list[str]) -> None:
+        """A file or a directory moves to where nothing is; overlayfs may refuse and `mv` copies."""
+        box_id, (old, new, *_) = self._box(pick), names
+        files = self.boxes[box_id]
+        taken = [path for path in files if f"{path}/".startswith(f"{new}/")]
+        moved = [path for path in files if f"{path}/".startswith(f"{old}/")]
+        if taken or not moved or f"{new}/".startswith(f"{old}/"):
+            return
+        room = f"rm -rf {new} && mkdir -p $(dirname {new})"
+        self.do(self._sh(box_id, f"cd /work/repo && {room} && mv -T {old} {new}"))
+        for path in moved:
+            files[new + path.removeprefix(old)] = files.pop(path)
+
+    @rule()
+    def collect_garbage(self) -> None:
+        self.do(self._collect())
+
+    async def _collect(self) -> None:
+        await self.store.collect()
+        needed = {layer for state in self.store.list() for layer in state.layers}
+        assert needed <= set(await self.runtime.layers())
+
     def _recorded(self, box_id: str, state) -> None:
         assert state.parent_id == self.latest[box_id]
         self.states[state.id] = dict(self.boxes[box_id])
