@@ -202,6 +202,25 @@ async def test_b3_b4_who_owns_the_mounts_can_undo_them(box, unfiltered_box, comm
     assert (await sh(box, undo)).stdout.text == ""
 
 
+_PIVOT = f"""{_CALLS}
+import sys
+print("mount", call(165, b"none", sys.argv[1].encode(), b"tmpfs", 0, 0))
+os.chdir(sys.argv[1])
+print("open_tree", call(428, -100, b"/usr", 1))
+print("pivot_root", call(155, b".", b"."))
+"""
+
+
+@needs_python
+@x86_64
+async def test_b3_who_owns_the_mounts_moves_the_root(box, common):
+    done = apart(["/usr/bin/python3", "-c", _PIVOT, str(common)], "-m")
+    assert done.stdout == "mount OK\nopen_tree OK\npivot_root OK\n"
+    await sh(box, "mkdir -p /work/m")
+    inside = (await python(box, _PIVOT, "/work/m")).stdout.text
+    assert inside == "mount EPERM\nopen_tree EPERM\npivot_root EPERM\n"
+
+
 async def test_b5_only_the_standard_descriptors_are_open(box):
     result = await sh(box, "ls /proc/self/fd | sort -n | tr '\\n' ' '")
     assert result.stdout.text == "0 1 2 3 "

@@ -50,7 +50,7 @@ def _run_and_kill(
         stdout=subprocess.PIPE,
         text=True,
         cwd=_ROOT,
-        env={**os.environ, "PYTHONPATH": str(_ROOT)},
+        env={**os.environ, "PYTHONPATH": f"{_ROOT}:{os.environ.get('PYTHONPATH', '')}"},
     )
     assert child.stdout is not None
     promised = {}
