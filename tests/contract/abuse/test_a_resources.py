@@ -72,8 +72,7 @@ async def test_a1_without_the_limit_the_same_forks_go_through(runtime):
 
 @needs_python
 async def test_a1_a_sandbox_that_forks_is_gone_at_once(runtime):
-    took = []
-    for _ in range(5):
+    for _ in range(12):  # a busy host may be late, but not every time
         box = await runtime.create([], limits=SMALL)
         bomb = asyncio.create_task(python(box, _FORKING))
         async with asyncio.timeout(10):
@@ -81,9 +80,12 @@ async def test_a1_a_sandbox_that_forks_is_gone_at_once(runtime):
                 pass
         began = time.monotonic()
         await box.delete()
-        took.append(time.monotonic() - began)
+        took_s = time.monotonic() - began
         assert (await bomb).reason is EndReason.SIGNAL
-    assert min(took) < 0.1
+        assert took_s < 5.0
+        if took_s < 0.1:
+            break
+    assert took_s < 0.1
 
 
 @needs_python
@@ -239,13 +241,13 @@ async def test_a4_cores_are_bounded_and_without_the_limit_they_are_not(runtime):
 
 async def test_a4_spinning_ends_at_the_wall_time(box):
     script = "for i in 1 2 3 4; do (while :; do :; done) & done; wait"
-    took = []
-    for _ in range(3):
+    for _ in range(8):  # a busy host may be late, but not every time
         result = await sh(box, script, timeout_s=0.8)
         assert result.reason is EndReason.TIMEOUT
-        took.append(result.wall_s)
-    assert 0.8 <= min(took) <= 0.88
-    assert max(took) < 4.0
+        assert 0.8 <= result.wall_s < 4.0
+        if result.wall_s <= 0.88:
+            break
+    assert result.wall_s <= 0.88
 
 
 @needs_python
