@@ -45,7 +45,7 @@ class Wish:
 
 
 class Exec:
-    """One exec of a container; `feed` gets what it prints, and tells how long to pause reading."""
+    """One exec of a container; `feed` gets what it prints, and may ask for a short pause."""
 
     def __init__(
         self, engine: Engine, wish: Wish, feed: Callable[[str, bytes], float | None]
@@ -81,7 +81,7 @@ class Exec:
                 self.close()
 
         await self._engine.owned(self._open(container), drop)
-        self.resume()
+        self._resume()
 
     async def _open(self, container: str) -> None:
         opened = await self._engine.blocking(self._start, container)
@@ -103,8 +103,7 @@ class Exec:
         stream = api.exec_start(made["Id"], socket=True, tty=wish.terminal)
         return made["Id"], stream, getattr(stream, "_sock", stream)
 
-    def resume(self) -> None:
-        """Read on."""
+    def _resume(self) -> None:
         if self._sock is not None and not self._reading and not self.drained.is_set():
             self._loop.add_reader(self._sock, self._on_readable, self._sock)
             self._reading = True
@@ -134,8 +133,7 @@ class Exec:
             pause_s = self._feed("stdout", data) if self._wish.terminal else self._frames(data)
             if pause_s is not None:
                 self._pause()
-                if pause_s:
-                    self._loop.call_later(pause_s, self.resume)
+                self._loop.call_later(pause_s, self._resume)
                 return
 
     def _frames(self, data: bytes) -> float | None:

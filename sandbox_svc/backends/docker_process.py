@@ -3,7 +3,8 @@
 - It runs under a name of its own (`docker_marks.py`): whoever stops it ends all its processes,
   however they hide, and none of another command.
 - As with any command there, its own end is asked for: a daemon may hold the stream for ever.
-- A slow sink slows the command, and holds up neither its time limit nor its end.
+- What it prints is always read on: an engine that cannot hand on the output of one command tells
+  the end of no other in that container. What waits for a slow sink is bounded by what is kept.
 - A signal that ended it is told by its exit code, as everywhere in this backend.
 """
 
@@ -35,7 +36,6 @@ _SLOWEST_POLL_S = 1.0
 _QUIET_S = 0.3
 _LAST_WORDS_S = 3.0
 _FLOOD_PAUSE_S = 0.002
-_SINK_CHUNKS = 16
 _GONE = "the command's standard input is closed"
 
 
@@ -121,15 +121,11 @@ class DockerProcess:
             return _FLOOD_PAUSE_S
         if self._pump is not None and kept:
             self._queue.put_nowait((name, data))
-            if self._queue.qsize() >= _SINK_CHUNKS and not self._ended:
-                return 0.0  # until the sink has taken some
         return None
 
     async def _deliver(self, sink: OutputSink) -> None:
         while (item := await self._queue.get()) is not None:
             await sink(*item)
-            if self._queue.qsize() < _SINK_CHUNKS and self._exec is not None:
-                self._exec.resume()
 
     async def write(self, data: bytes) -> int:
         """Give it the first bytes of `data`, once there is room; returns how many."""
@@ -235,7 +231,6 @@ class DockerProcess:
     async def _last_words(self, running: Exec) -> None:
         """Read what the command printed last; a daemon that holds the stream is not waited for."""
         self._ended = True
-        running.resume()
         began_s = self._loop.time()
         while not running.drained.is_set():
             now = self._loop.time()
