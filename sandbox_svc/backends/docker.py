@@ -114,7 +114,7 @@ class DockerRuntime:
             if self._run_probes:
                 self._capabilities = tuple(await self._prove())
         except BaseException:
-            await asyncio.shield(self.engine.task(self.engine.close()))
+            await self.engine.close()
             raise
 
     async def _sweep(self) -> None:
@@ -162,7 +162,12 @@ class DockerRuntime:
             await self.engine.discard(container)
 
     async def close(self) -> None:
-        """Delete every box and let go of the engine; bounded in time, whatever the engine does."""
+        """Delete every box and let go of the engine; bounded in time, whatever the engine does.
+
+        Safe to call twice.
+        """
+        if self._closing:
+            return
         self._closing = True
         await asyncio.gather(
             *(box.delete() for box in list(self._boxes.values())), return_exceptions=True

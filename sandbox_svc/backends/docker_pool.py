@@ -48,6 +48,8 @@ class PoolSize:
 class _Shelf:
     ready: deque[str] = field(default_factory=deque)
     wanted_s: float = 0.0
+    rests_until_s: float = 0.0
+    """Not filled before, because it could not be."""
 
 
 class ContainerPool:
@@ -145,8 +147,9 @@ class ContainerPool:
 
     async def _fill_one(self) -> bool:
         """Start one container where one is missing; whether there may be more to do."""
+        now = self._clock()
         for recipe, shelf in reversed(self._shelves.items()):
-            if len(shelf.ready) < self._size.each:
+            if len(shelf.ready) < self._size.each and shelf.rests_until_s <= now:
                 return await self._make_room(recipe) and await self._fill(recipe)
         return False
 
@@ -163,10 +166,11 @@ class ContainerPool:
     async def _fill(self, recipe: Recipe) -> bool:
         try:
             container = await self._start(recipe)
-        except RegreenError as error:
+        except Exception as error:  # noqa: BLE001  (whatever it is, others are filled and it rests)
             get().warning("container not kept ready", error=str(error))
-            await self._clear(recipe)  # wanted again, it is tried again
-            return False
+            if (shelf := self._shelves.get(recipe)) is not None:
+                shelf.rests_until_s = self._clock() + _TIDY_S
+            return True
         shelf = self._shelves.get(recipe)
         if shelf is None:  # its layers went meanwhile
             await self._discard(container)

@@ -110,7 +110,9 @@ async def test_a_signal_without_a_handler_is_how_it_ended(box):
 
 
 async def test_signals_reach_a_command_with_an_empty_environment(box):
-    text = "echo up; exec env -i /bin/sh -c 'trap \"echo caught; exit 7\" TERM; while :; do :; done'"
+    text = (
+        "echo up; exec env -i /bin/sh -c 'trap \"echo caught; exit 7\" TERM; while :; do :; done'"
+    )
     process = await box.start(script(text))
     await shows(process, b"up\n")
     async with asyncio.timeout(_WAIT_S):

@@ -1,0 +1,291 @@
+"""The Docker runtime where its engine fails, hangs or is cut off: none is left, nobody hangs."""
+
+import asyncio
+import threading
+import time
+
+import pytest
+import pytest_asyncio
+
+from regreen.rpc.errors import (
+    FailedPrecondition,
+    InfraError,
+    InvalidArgument,
+    MissingDependency,
+    Unavailable,
+)
+from sandbox_svc.backends.base import Command, EndReason
+from sandbox_svc.backends.docker import DockerRuntime
+from sandbox_svc.backends.docker_pool import PoolSize
+from tests.contract.runtimes import DOCKER_IMAGE, SMALL, sh, started
+from tests.fixtures.engine_proxy import EngineProxy
+
+pytestmark = [pytest.mark.asyncio(loop_scope="function"), pytest.mark.slow]
+CREATE, START, DELETE = r"POST /containers/create", r"POST /containers/\w+/start", r"DELETE /cont"
+CHAIN = "perl -e 'while (1) { exit if fork(); setpgrp }' >/dev/null 2>&1 & while :; do :; done"
+
+
+@pytest_asyncio.fixture
+async def proxy(tmp_path, tmp_path_factory, monkeypatch):
+    async with started("docker", tmp_path / "probe"):
+        pass  # skips where no engine answers
+    proxy = EngineProxy(tmp_path_factory.mktemp("e") / "s")
+    monkeypatch.setenv("DOCKER_HOST", proxy.url)
+    yield proxy
+    proxy.close()
+
+
+@pytest_asyncio.fixture
+async def make(proxy, tmp_path):
+    made = []
+
+    async def make(**options) -> DockerRuntime:
+        runtime = DockerRuntime(
+            tmp_path / f"own{len(made)}", image=DOCKER_IMAGE, run_probes=False, **options
+        )
+        await runtime.start()
+        made.append(runtime)
+        return runtime
+
+    yield make
+    proxy.rules.clear()
+    for runtime in made:
+        await runtime.close()
+
+
+async def until(check, within_s: float = 30.0) -> None:
+    async with asyncio.timeout(within_s):
+        while not await check():  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+
+
+async def seen(event: threading.Event) -> None:
+    assert await asyncio.to_thread(event.wait, 20)
+
+
+async def nothing_left(runtime: DockerRuntime) -> None:
+    async def empty() -> bool:
+        return not await runtime._containers() and not runtime.engine.doomed
+
+    await until(empty)
+
+
+@pytest.mark.parametrize("how", [{"status": 500}, {"cut": True}])
+async def test_a_container_that_cannot_be_started_does_not_stay(proxy, make, how):
+    runtime = await make()
+    proxy.rule(START, times=1, **how)
+    with pytest.raises(InfraError):
+        await runtime.create([], limits=SMALL)
+    await nothing_left(runtime)
+    box = await runtime.create([], limits=SMALL)
+    assert (await sh(box, "echo on")).stdout.text == "on\n"
+
+
+async def test_a_creation_whose_answer_is_lost_is_found_by_its_name(proxy, make):
+    runtime = await make(answer_s=1.5)
+    rule = proxy.rule(CREATE, times=1, after=threading.Event())
+    with pytest.raises(InfraError, match="does not answer"):
+        await runtime.create([], limits=SMALL)
+    assert rule.done.is_set()  # the engine has made one
+    await nothing_left(runtime)
+
+
+@pytest.mark.parametrize("step", [CREATE, START])
+async def test_a_caller_that_goes_away_meanwhile_leaves_no_container(proxy, make, step):
+    runtime = await make()
+    rule = proxy.rule(step, times=1, after=threading.Event())
+    creating = asyncio.create_task(runtime.create([], limits=SMALL))
+    await seen(rule.done)
+    creating.cancel()
+    rule.after.set()
+    with pytest.raises(asyncio.CancelledError):
+        await creating
+    await nothing_left(runtime)
+
+
+async def test_closing_meanwhile_leaves_no_container(proxy, make):
+    runtime = await make(pool=PoolSize(each=2))
+    await runtime.create([], limits=SMALL)
+    rule = proxy.rule(START, after=threading.Event())
+    creating = asyncio.create_task(runtime.create([], limits=SMALL, env={"A": "b"}))
+    await seen(rule.done)
+    closing = asyncio.create_task(runtime.close())
+    await asyncio.sleep(0.2)
+    rule.after.set()
+    await asyncio.wait_for(closing, 30)
+    await asyncio.gather(creating, return_exceptions=True)
+    with pytest.raises(Unavailable):
+        await runtime.create([], limits=SMALL)
+    again = DockerRuntime(runtime._home, image=DOCKER_IMAGE, run_probes=False)
+    await again.engine.connect()
+    assert await again._containers() == []
+    await again.engine.close()
+
+
+async def test_the_pool_fills_on_after_whatever_went_wrong(proxy, make):
+    runtime = await make(pool=PoolSize(each=1))
+
+    async def filled() -> bool:
+        return runtime.pool.waiting == 1
+
+    await runtime.create([], limits=SMALL)
+    await until(filled)
+    rule = proxy.rule(START, cut=True, times=1)
+    await runtime.create([], limits=SMALL)
+    await seen(rule.seen)
+    await runtime.create([], limits=SMALL)
+    await until(filled)
+    taken = proxy.rule(r"GET /containers/\w+/json", cut=True, times=1)
+    box = await runtime.create([], limits=SMALL)  # what waits cannot be asked for: a fresh one
+    assert taken.seen.is_set()
+    assert (await sh(box, "echo on")).ok
+    await until(filled)
+    assert (await runtime.orphans())["container"] == frozenset()
+
+
+async def test_who_goes_away_while_taking_from_the_pool_leaves_none(proxy, make):
+    runtime = await make(pool=PoolSize(each=1, total=1))
+
+    async def filled() -> bool:
+        return runtime.pool.waiting == 1
+
+    box = await runtime.create([], limits=SMALL)
+    await until(filled)
+    rule = proxy.rule(r"GET /containers/\w+/json", times=1, after=threading.Event())
+    taking = asyncio.create_task(runtime.create([], limits=SMALL))
+    await seen(rule.done)
+    taking.cancel()
+    rule.after.set()
+    with pytest.raises(asyncio.CancelledError):
+        await taking
+    await box.delete()
+    await runtime.pool.close()
+    await nothing_left(runtime)
+
+
+async def test_an_engine_that_hangs_hangs_nobody(proxy, make):
+    runtime = await make(answer_s=1.0, pool=PoolSize(each=1))
+    box = await runtime.create([], limits=SMALL)
+    running = await box.start(Command(("sleep", "300"), cwd="/", timeout_s=3.0))
+    waiting = asyncio.create_task(running.wait())
+    rule = proxy.rule(r".*", before=threading.Event())
+    slowest_s, began = 0.0, time.monotonic()
+
+    async def beat() -> None:
+        nonlocal slowest_s
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(0.01)
+            slowest_s = max(slowest_s, time.monotonic() - before)
+
+    beating = asyncio.create_task(beat())
+    calls = [
+        runtime.create([], limits=SMALL),
+        sh(box, "true"),
+        box.read_file("/etc/passwd", 1 << 20),
+        box.write_file("/work/home/x", b"x"),
+        box.freeze(),
+        box.changed_paths("/work"),
+        runtime.orphans(),
+        waiting,
+    ]
+    ended = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 40)
+    assert [type(error).__name__ for error in ended if not isinstance(error, InfraError)] == []
+    with pytest.raises(InfraError):
+        await box.delete()
+    await asyncio.wait_for(runtime.close(), 60)
+    beating.cancel()
+    assert slowest_s < 0.8
+    assert time.monotonic() - began < 90
+    rule.before.set()
+    fresh = DockerRuntime(runtime._home, image=DOCKER_IMAGE, run_probes=False)
+    proxy.rule(r".*", cut=True)
+    with pytest.raises(MissingDependency, match="no Docker engine answers"):
+        await fresh.start()
+    proxy.rules.clear()
+    again = DockerRuntime(runtime._home, image=DOCKER_IMAGE, run_probes=False)
+    await again.start()
+    assert await again._containers() == []
+    await again.close()
+
+
+async def test_a_deletion_that_failed_is_done_when_asked_again(proxy, make):
+    runtime = await make()
+    box = await runtime.create([], limits=SMALL)
+    proxy.rule(DELETE, status=500, times=1)
+    with pytest.raises(InfraError):
+        await box.delete()
+    await box.delete()
+    assert await runtime._containers() == []
+
+
+async def test_where_a_command_cannot_be_ended_alone_the_sandbox_ends(proxy, make):
+    runtime = await make()
+    box = await runtime.create([], limits=SMALL)
+    process = await box.start(Command(("sleep", "300"), cwd="/", timeout_s=1.0))
+    proxy.rule(r"POST /containers/\w+/exec", status=500)
+    result = await asyncio.wait_for(process.wait(), 40)
+    assert result.reason is EndReason.TIMEOUT
+    proxy.rules.clear()
+    with pytest.raises(FailedPrecondition, match="over a limit"):
+        await sh(box, "true")
+    assert not (await runtime.engine.state(box.container))["Running"]
+    await box.delete()
+
+
+async def test_processes_that_come_and_go_and_those_that_fill_the_table_are_ended(make):
+    runtime = await make()
+    box = await runtime.create([], limits=SMALL)
+    if not (await sh(box, "command -v perl")).ok:
+        pytest.skip("the image has no perl")
+    other = asyncio.create_task(
+        sh(box, "i=0; while [ $i -lt 300 ]; do i=$((i+1)); /bin/true; done")
+    )
+    result = await sh(box, CHAIN, timeout_s=1.0)
+    assert result.reason is EndReason.TIMEOUT
+    left = await sh(box, "cat /proc/[0-9]*/comm")
+    assert "perl" not in left.stdout.text
+    assert (await other).ok
+    bomb = await sh(box, "perl -e 'while (1) { fork }'", timeout_s=2.0)
+    assert bomb.reason is EndReason.TIMEOUT
+    assert "perl" not in (await sh(box, "cat /proc/[0-9]*/comm")).stdout.text
+
+
+async def test_names_come_round_and_a_daemon_keeps_its_own(make, monkeypatch):
+    from sandbox_svc.backends import docker_marks
+
+    monkeypatch.setattr(docker_marks, "COUNT", 4)
+    runtime = await make()
+    box = await runtime.create([], limits=SMALL)
+    assert (await sh(box, "setsid sleep 321 > /dev/null 2>&1 & echo up")).ok
+    for _ in range(12):
+        assert (await sh(box, "sleep 300", timeout_s=0.2)).reason is EndReason.TIMEOUT
+    assert (await sh(box, "grep -lzx '32[1]' /proc/[0-9]*/cmdline")).ok
+
+
+async def test_a_way_that_is_gone_or_closed_is_told(make):
+    runtime = await make()
+    box = await runtime.create([], limits=SMALL)
+    await sh(box, "mkdir /work/repo/d; cd /work/repo/d; echo x > f")
+    assert (await sh(box, "pwd", cwd="/work/repo/d")).ok
+    layer = await box.freeze()
+    fork = await runtime.create([layer], limits=SMALL)
+    await sh(fork, "cd /work/repo; echo y > d/f; chmod 000 d")
+    assert "/work/repo/d/" in await fork.changed_paths("/work/repo")
+    assert (await sh(box, "pwd; rm -r ../d", cwd="/work/repo/d")).ok
+    with pytest.raises(InvalidArgument, match=r"cwd: no such directory"):
+        await sh(box, "true", cwd="/work/repo/d")
+
+
+async def test_an_oci_runtime_that_the_engine_lacks_is_named(proxy, tmp_path):
+    runtime = DockerRuntime(tmp_path / "r", image=DOCKER_IMAGE, oci_runtime="no-such-runtime")
+    with pytest.raises(MissingDependency, match=r"docker_runtime: .*'no-such-runtime'"):
+        await runtime.start()
+    other = DockerRuntime(
+        tmp_path / "o", image=DOCKER_IMAGE, oci_runtime="io.containerd.runc.v2", run_probes=False
+    )
+    await other.start()
+    box = await other.create([], limits=SMALL)
+    told = await other.engine.blocking(other.api.inspect_container, box.container)
+    assert told["HostConfig"]["Runtime"] == "io.containerd.runc.v2"
+    await other.close()
