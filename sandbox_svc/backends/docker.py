@@ -371,20 +371,20 @@ class DockerRuntime:
             return result.reason, result.stdout.text
 
         try:
-            _, memory = await sh("head -c 200000000 /dev/zero | tail -c 200000000 | wc -c")
-            _, forks = await sh("for i in $(seq 40); do sleep 3 & done; echo all")
             _, status = await sh("grep -E 'CapEff|NoNewPrivs|Seccomp:' /proc/self/status")
             _, devices = await sh("grep -c : /proc/net/dev")
-            spin, _ = await sh("env -i setsid sleep 301 & while :; do :; done", timeout_s=0.5)
+            _, memory = await sh("head -c 200000000 /dev/zero | tail -c 200000000 | wc -c")
+            hidden = "env -i setsid sleep 301 & sleep 0.2; echo; while :; do :; done"
+            spin, _ = await sh(hidden, timeout_s=1.0)
             _, left = await sh("cat /proc/[0-9]*/cmdline | tr '\\0' ' '")
+            ended = "sleep infinity" in left and "sleep 301" not in left
+            _, forks = await sh("for i in $(seq 40); do sleep 3 & done; echo all")  # fills it
         finally:
             await box.delete()
         return [
             Capability("memory", "200000000" not in memory, self.name),
             Capability("pids", "all" not in forks, self.name),
-            Capability(
-                "wall_time", spin is EndReason.TIMEOUT and "sleep 301" not in left, self.name
-            ),
+            Capability("wall_time", spin is EndReason.TIMEOUT and ended, self.name),
             Capability("no_capabilities", "CapEff:\t0000000000000000" in status, self.name),
             Capability("no_new_privs", "NoNewPrivs:\t1" in status, self.name),
             Capability("syscall_filter", "Seccomp:\t2" in status, self.name),

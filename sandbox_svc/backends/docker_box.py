@@ -77,6 +77,7 @@ _LISTING_BYTES = 256 << 20
 _END_TRIES = 6
 _END_S = 20.0
 _AGAIN_S = 0.2
+_KILLED = 137
 _START_ROOM = 8
 """Threads that the engine's starter needs in a container."""
 
@@ -246,13 +247,11 @@ class DockerBox:
         finally:
             self.unmark(mark, empty=False)
 
-    async def how(self, code: int | None, *, gone: bool) -> tuple[EndReason, int, int]:
+    async def how(self, container: str, code: int | None) -> tuple[EndReason, int, int]:
         """How a command ended, from its exit code: reason, code and signal to show."""
-        if gone:
-            code = 137
         if code is None:
             reason, number = EndReason.INFRA, 0
-        elif code == 137 and await self._out_of_memory():
+        elif code == _KILLED and (await self.engine.state(container)).get("OOMKilled"):
             reason, number = EndReason.OOM, 9
         elif 128 < code < 160:
             reason, number = EndReason.SIGNAL, code - 128
@@ -260,21 +259,21 @@ class DockerBox:
             reason, number = EndReason.EXIT, 0
         return reason, -number if number else code or 0, number
 
-    async def not_started(self, command: Command, told: Captured, wall_s: float) -> ExecResult:
+    async def not_started(self, container: str, command: Command, told: Captured) -> ExecResult:
         """What it means that the engine did not get a command to run."""
         self._known.discard(command.cwd)
-        stats = await self.engine.blocking(
-            self.engine.api.stats, self.container, stream=False, one_shot=True
-        )
-        pids = stats.get("pids_stats") or {}
-        if int(pids.get("current") or 0) + _START_ROOM >= int(pids.get("limit") or 1 << 30):
-            return ExecResult(EndReason.PIDS, 126, stderr=told, wall_s=wall_s)
-        if not await self._is_directory(command.cwd):
-            raise InvalidArgument("cwd", f"no such directory in the sandbox: {command.cwd}")
+        try:
+            if self._freezing or self.deleted or container != self.container:
+                raise ContainerGone(told.text)
+            pids = await self.engine.pids(container)
+            if pids.get("current", 0) + _START_ROOM >= pids.get("limit", 1 << 30):
+                return ExecResult(EndReason.PIDS, 126, stderr=told)
+            if not await self._is_directory(command.cwd):
+                raise InvalidArgument("cwd", f"no such directory in the sandbox: {command.cwd}")
+        except (ContainerGone, NotFound):  # its container ended before it began
+            reason, shown, number = await self.how(container, _KILLED)
+            return ExecResult(reason, shown, number)
         raise InfraError(f"the engine did not start the command: {told.text[:500]}")
-
-    async def _out_of_memory(self) -> bool:
-        return bool((await self.engine.state(self.container)).get("OOMKilled"))
 
     async def read_file(self, path: str, max_bytes: int) -> bytes:
         """Read a regular file, resolved inside the sandbox's root; links never leave it."""

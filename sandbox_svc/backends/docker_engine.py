@@ -186,6 +186,11 @@ class Engine:
 
         return await self.blocking(look)
 
+    async def pids(self, container: str) -> dict[str, int]:
+        """How many processes a container has and may have: `current` and `limit`, where told."""
+        stats = await self.blocking(self.api.stats, container, stream=False, one_shot=True)
+        return {key: int(value) for key, value in (stats.get("pids_stats") or {}).items()}
+
     async def discard(self, container: str, *, settle_s: float = 0.0) -> None:
         """Remove a container now, or as soon as the engine lets it.
 

@@ -11,6 +11,7 @@
 import asyncio
 import contextlib
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from regreen.rpc.errors import FailedPrecondition, InfraError
@@ -36,6 +37,7 @@ _SLOWEST_POLL_S = 1.0
 _QUIET_S = 0.3
 _LAST_WORDS_S = 3.0
 _FLOOD_PAUSE_S = 0.002
+_KILLED = 137
 _GONE = "the command's standard input is closed"
 
 
@@ -50,6 +52,7 @@ class DockerProcess:
         self.stderr = OutputLog(command.output_bytes, self.changed)
         self._input_open = command.open_stdin or command.terminal is not None
         self._exec: Exec | None = None
+        self._container = box.container
         self._mark: Mark | None = None
         self._channel: Channel | None = None
         self._queue: asyncio.Queue[tuple[str, bytes] | None] = asyncio.Queue()
@@ -72,7 +75,7 @@ class DockerProcess:
         mark = self._mark = await box.mark()
         try:
             self._exec = Exec(box.engine, self._wish(mark), self._feed)
-            await self._exec.open(box.container, lambda _: box.end(mark, EndReason.SIGNAL))
+            await self._exec.open(self._container, lambda _: box.end(mark, EndReason.SIGNAL))
         except BaseException:
             box.unmark(mark, empty=False)
             raise
@@ -242,13 +245,12 @@ class DockerProcess:
     async def _result(self, found: dict[str, Any], stopped: EndReason | None) -> ExecResult:
         wall_s = time.monotonic() - self._began_s
         out, err = self.stdout.captured(), self.stderr.captured()
-        code = found.get("ExitCode")
+        code = found.get("ExitCode") if found else _KILLED
         if stopped is None and code in (126, 127) and not found.get("Pid"):
-            return await self._box.not_started(self._command, out, wall_s)
-        ended = await self._box.how(None if code is None else int(code), gone=not found)
-        if stopped is not None:
-            ended = (stopped, -9, 9)
-        reason, shown, number = ended
+            ended = await self._box.not_started(self._container, self._command, out)
+            return replace(ended, wall_s=wall_s)
+        ending = (stopped, -9, 9) if stopped else await self._box.how(self._container, code)
+        reason, shown, number = ending
         channel = await self._channel.finish() if self._channel is not None else b""
         return ExecResult(reason, shown, number, out, err, wall_s, channel=channel)
 

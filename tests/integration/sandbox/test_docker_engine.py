@@ -16,7 +16,9 @@ from regreen.rpc.errors import (
 )
 from sandbox_svc.backends.base import Command, EndReason
 from sandbox_svc.backends.docker import DockerRuntime
+from sandbox_svc.backends.docker_engine import Engine
 from sandbox_svc.backends.docker_pool import PoolSize
+from sandbox_svc.worker.docker import DockerWorker, WorkerOptions
 from tests.contract.runtimes import DOCKER_IMAGE, SMALL, sh, started
 from tests.fixtures.engine_proxy import EngineProxy
 
@@ -82,11 +84,12 @@ async def test_a_container_that_cannot_be_started_does_not_stay(proxy, make, how
 
 
 async def test_a_creation_whose_answer_is_lost_is_found_by_its_name(proxy, make):
-    runtime = await make(answer_s=1.5)
+    runtime = await make()
+    runtime.api.timeout = 2.0
     rule = proxy.rule(CREATE, times=1, after=threading.Event())
     with pytest.raises(InfraError, match="does not answer"):
         await runtime.create([], limits=SMALL)
-    assert rule.done.is_set()  # the engine has made one
+    await seen(rule.done)  # the engine has made one
     await nothing_left(runtime)
 
 
@@ -164,10 +167,11 @@ async def test_who_goes_away_while_taking_from_the_pool_leaves_none(proxy, make)
 
 
 async def test_an_engine_that_hangs_hangs_nobody(proxy, make):
-    runtime = await make(answer_s=1.0, pool=PoolSize(each=1))
+    runtime = await make(pool=PoolSize(each=1))
     box = await runtime.create([], limits=SMALL)
     running = await box.start(Command(("sleep", "300"), cwd="/", timeout_s=3.0))
     waiting = asyncio.create_task(running.wait())
+    runtime.api.timeout = runtime.engine.patient.timeout = 1.0
     rule = proxy.rule(r".*", before=threading.Event())
     slowest_s, began = 0.0, time.monotonic()
 
@@ -207,6 +211,18 @@ async def test_an_engine_that_hangs_hangs_nobody(proxy, make):
     await again.start()
     assert await again._containers() == []
     await again.close()
+
+
+async def test_a_command_that_freezing_overtakes_is_one_that_it_ended(make):
+    runtime = await make()
+    box = await runtime.create([], limits=SMALL)
+    for _ in range(3):
+        process = await box.start(Command(("sleep", "300"), cwd="/work/repo"))
+        waiting = asyncio.create_task(process.wait())
+        await box.freeze()
+        result = await asyncio.wait_for(waiting, 20)
+        assert (result.reason, result.signal) == (EndReason.SIGNAL, 9)
+    assert (await sh(box, "true")).ok
 
 
 async def test_a_deletion_that_failed_is_done_when_asked_again(proxy, make):
@@ -289,3 +305,32 @@ async def test_an_oci_runtime_that_the_engine_lacks_is_named(proxy, tmp_path):
     told = await other.engine.blocking(other.api.inspect_container, box.container)
     assert told["HostConfig"]["Runtime"] == "io.containerd.runc.v2"
     await other.close()
+
+
+async def test_what_is_proven_and_that_waiting_containers_are_no_leaks(proxy, tmp_path):
+    runtime = DockerRuntime(tmp_path / "p", image=DOCKER_IMAGE, pool=PoolSize(each=1))
+    await runtime.start()
+    told = {found.name: found.proven for found in runtime.capabilities()}
+    assert {name for name, proven in told.items() if not proven} == {"cpu", "disk"}
+    await runtime.create([], limits=SMALL)
+    async with asyncio.timeout(30):
+        while not runtime.pool.waiting:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    assert (await runtime.orphans())["container"] == frozenset()
+    await runtime.close()
+
+
+async def test_a_worker_whose_start_is_cut_short_leaves_no_container(proxy, tmp_path):
+    worker = DockerWorker(WorkerOptions(DOCKER_IMAGE, tmp_path / "w"))
+    rule = proxy.rule(START, times=1, after=threading.Event())
+    starting = asyncio.create_task(worker.__aenter__())
+    await seen(rule.done)
+    starting.cancel()
+    rule.after.set()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    engine = Engine()
+    await engine.connect()
+    labels = {"label": f"regreen.worker={worker._name}"}
+    assert not await engine.blocking(engine.api.containers, all=True, filters=labels)
+    await engine.close()

@@ -80,9 +80,7 @@ async def test_without_descriptors_a_command_is_refused_and_none_is_left_open(bo
                 else:
                     result = await box.run(command)
                 ended.append(result.ok)
-            except ResourceExhausted as error:
-                assert "descriptors" in str(error)
-                assert error.retry_after_s
+            except ResourceExhausted:
                 ended.append(False)
         assert opened() == before, spare
     assert ended == sorted(ended)
