@@ -38,6 +38,7 @@ from sandbox_svc.backends.embedded import DEFAULT_LIMITS
 from sandbox_svc.backends.layers import is_full
 
 _LABEL = "regreen.instance"
+_IDENTITY = "docker-instance"
 _REPOSITORY = "regreen-layer"
 _BASE = "regreen-base"
 _DEEPEST = 120
@@ -73,7 +74,7 @@ class DockerRuntime:
     ) -> None:
         self._home, self._image, self._oci = home.absolute(), image, oci_runtime
         self._defaults, self._run_probes = defaults, run_probes
-        self._instance = hashlib.sha256(os.fsencode(self._home)).hexdigest()[:12]
+        self._instance = _instance_of(self._home)
         self._boxes: dict[str, DockerBox] = {}
         self._started: dict[str, tuple[tuple[Mount, ...], bool]] = {}
         self._capabilities: tuple[Capability, ...] = ()
@@ -100,6 +101,7 @@ class DockerRuntime:
                 names the remedy.
         """
         (self._home / "docker-layers").mkdir(parents=True, exist_ok=True)
+        (self._home / _IDENTITY).write_text(self._instance, encoding="ascii")
         try:
             info = await self.engine.connect()
             self._data = info.get("DockerRootDir", "")
@@ -392,6 +394,15 @@ class DockerRuntime:
             Capability("cpu", False, self.name, "set, not proven"),
             Capability("disk", False, self.name, "only the size of one file is bounded"),
         ]
+
+
+def _instance_of(home: Path) -> str:
+    """What the containers of a home are told by: services in containers may have equal paths."""
+    with contextlib.suppress(FileNotFoundError):
+        return (home / _IDENTITY).read_text(encoding="ascii").strip()
+    if (home / "docker-layers").is_dir():  # of a version that took the path for it
+        return hashlib.sha256(os.fsencode(home)).hexdigest()[:12]
+    return secrets.token_hex(6)
 
 
 def _complete(limits: Limits, default: Limits) -> Limits:

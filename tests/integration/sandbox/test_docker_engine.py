@@ -293,6 +293,29 @@ async def test_a_way_that_is_gone_or_closed_is_told(make):
         await sh(box, "true", cwd="/work/repo/d")
 
 
+async def test_another_service_whose_home_has_the_same_path_is_left_alone(make, tmp_path):
+    runtime = await make()
+    box = await runtime.create([], limits=SMALL)
+    home = runtime._home.rename(tmp_path / "elsewhere")  # as in a container with its own volume
+    other = DockerRuntime(runtime._home, image=DOCKER_IMAGE, run_probes=False)
+    await other.start()
+    assert (await sh(box, "echo alive")).stdout.text == "alive\n"
+    successor = DockerRuntime(home, image=DOCKER_IMAGE, run_probes=False)
+    await successor.start()
+    assert await successor._containers() == []
+    await other.close()
+    await successor.close()
+
+
+async def test_what_cannot_be_begun_for_want_of_processes_says_so(make):
+    runtime = await make()
+    box = await runtime.create([], limits=SMALL)
+    await sh(box, "for i in $(seq 60); do sleep 20 & done")
+    full = [await sh(box, "/bin/true; /bin/true") for _ in range(2)]
+    assert all(not result.ok for result in full)
+    assert all("fork" in r.stderr.text or r.reason is EndReason.PIDS for r in full)
+
+
 async def test_an_oci_runtime_that_the_engine_lacks_is_named(proxy, tmp_path):
     runtime = DockerRuntime(tmp_path / "r", image=DOCKER_IMAGE, oci_runtime="no-such-runtime")
     with pytest.raises(MissingDependency, match=r"docker_runtime: .*'no-such-runtime'"):
