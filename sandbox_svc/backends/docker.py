@@ -32,7 +32,7 @@ from sandbox_svc.backends.base import (
 )
 from sandbox_svc.backends.docker_box import DockerBox, layer_record
 from sandbox_svc.backends.docker_engine import ContainerGone, Engine
-from sandbox_svc.backends.docker_marks import PREPARE
+from sandbox_svc.backends.docker_marks import COUNT, PREPARE
 from sandbox_svc.backends.docker_pool import ContainerPool, PoolSize, Recipe
 from sandbox_svc.backends.embedded import DEFAULT_LIMITS
 from sandbox_svc.backends.layers import is_full
@@ -122,6 +122,9 @@ class DockerRuntime:
     async def _sweep(self) -> None:
         for container in await self._containers():
             await self.engine.discard(container)
+        for layer in await self.layers():
+            if self._record(layer) is None:  # commands could not run there
+                (self._home / "docker-layers" / layer).unlink()
         filters = {"label": f"{_LABEL}={self._instance}"}
         for image in await self.engine.blocking(self.api.images, filters=filters):
             tags = [tag for tag in image["RepoTags"] or () if tag != "<none>:<none>"]
@@ -278,19 +281,22 @@ class DockerRuntime:
         except (FileNotFoundError, NotADirectoryError):
             return None
         record: dict[str, Any] = json.loads(text)
-        return record
+        return record if record.get("names") == COUNT else None
 
-    async def commit(self, box: DockerBox) -> str:
-        """Kill a box's processes and turn its changes into a layer.
+    def check_depth(self, box: DockerBox) -> None:
+        """Refuse one snapshot more where the engine takes none.
 
         Raises:
-            FailedPrecondition: there are too many layers below it; nothing was killed.
+            FailedPrecondition: there are too many layers below the box.
         """
         if len(box.layers) >= _DEEPEST:
             raise FailedPrecondition(
                 f"{len(box.layers)} snapshots above one another are as many as the engine takes; "
                 "prepare a state of what the sandbox holds"
             )
+
+    async def commit(self, box: DockerBox) -> str:
+        """Kill a box's processes and turn its changes into a layer."""
         return await self.engine.blocking(self._commit, box)
 
     def _commit(self, box: DockerBox) -> str:

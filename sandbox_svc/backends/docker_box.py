@@ -132,7 +132,7 @@ class DockerBox:
             process = await self._begin(command, sink, channel)
             return await process.wait()
         except ContainerGone as error:
-            raise await self._why(error) from error
+            raise await self._why() from error
         finally:
             if channel is not None:
                 await asyncio.shield(self.engine.task(channel.close()))
@@ -144,7 +144,7 @@ class DockerBox:
         try:
             return await self._begin(command)
         except ContainerGone as error:
-            raise await self._why(error) from error
+            raise await self._why() from error
 
     async def _begin(
         self, command: Command, sink: OutputSink | None = None, channel: Channel | None = None
@@ -179,14 +179,17 @@ class DockerBox:
         """Give a name back; `empty`: for certain none of its processes is left."""
         self._marks.give_back(mark, empty=empty)
 
-    async def end(self, mark: Mark, reason: EndReason) -> None:
+    async def end(self, container: str, mark: Mark, reason: EndReason) -> None:
         """End every process of one command; the whole sandbox, if there is no other way.
+
+        `container`: in which it was started; one that was left has no processes any more.
 
         Raises:
             InfraError: the engine does not answer.
         """
-        container = self.container
         async with self._ending:
+            if container != self.container:
+                return
             for number in range(_END_TRIES):
                 if number:
                     await asyncio.sleep(_AGAIN_S)
@@ -225,10 +228,11 @@ class DockerBox:
     ) -> Answer:
         """Run a helper as the sandbox's user; one that does not end is ended."""
         mark, answer = await self.mark(), None
+        container = self.container
         try:
             answer = await ask(
                 self.engine,
-                self.container,
+                container,
                 argv,
                 user=mark.user,
                 stdin=stdin,
@@ -237,13 +241,13 @@ class DockerBox:
             return answer
         finally:
             if answer is None or not answer.ended:
-                self.engine.task(self._end_helper(mark))
+                self.engine.task(self._end_helper(container, mark))
             else:
                 self.unmark(mark, empty=True)
 
-    async def _end_helper(self, mark: Mark) -> None:
+    async def _end_helper(self, container: str, mark: Mark) -> None:
         try:
-            await self.end(mark, EndReason.SIGNAL)
+            await self.end(container, mark, EndReason.SIGNAL)
         finally:
             self.unmark(mark, empty=False)
 
@@ -316,7 +320,7 @@ class DockerBox:
             async with self._life:
                 return await self._user(argv, stdin=stdin, limit_bytes=limit_bytes)
         except ContainerGone as error:
-            raise await self._why(error) from error
+            raise await self._why() from error
 
     async def freeze(self) -> str:
         """Stop every process, turn the changes into a layer, go on over it; return its id."""
@@ -326,6 +330,7 @@ class DockerBox:
     async def _freeze(self) -> str:
         async with self._life:
             self._require()
+            self._runtime.check_depth(self)
             self._freezing = True
             try:
                 layer = await self._runtime.commit(self)
@@ -383,13 +388,13 @@ class DockerBox:
     def _lost(self) -> RegreenError:
         return lost(self.id, self._overrun, passing=self._freezing or self.deleted)
 
-    async def _why(self, error: ContainerGone) -> RegreenError:
+    async def _why(self) -> RegreenError:
         """What it means that the container does not run."""
         if self._freezing or self.deleted or self._ended:
             return self._lost()
         state = await self.engine.state(self.container)
-        if state.get("Running"):
-            return error
+        if state.get("Running"):  # it is another one by now
+            return lost(self.id, None, passing=True)
         self._ended = True
         self._overrun = EndReason.OOM if state.get("OOMKilled") else None
         return self._lost()
@@ -426,4 +431,4 @@ def parse_listing(data: bytes) -> dict[str, bytes]:
 
 def layer_record(layers: Sequence[str], size_bytes: int) -> str:
     """What is remembered of a layer beside its image."""
-    return json.dumps({"below": list(layers), "size_bytes": size_bytes})
+    return json.dumps({"below": list(layers), "size_bytes": size_bytes, "names": COUNT})

@@ -63,7 +63,7 @@ class Engine:
         self._doomed: dict[str, float] = {}
         """Containers to remove, by id or name, and until when one that is absent may still come."""
         self._remover: asyncio.Task[None] | None = None
-        self._closing = False
+        self._closing = self._closed = False
         self.api: Any = None
         self.patient: Any = None
         """For calls that take as long as there is data."""
@@ -103,6 +103,8 @@ class Engine:
             with translated():
                 return call(*args, **kwargs)
 
+        if self._closed:
+            raise EngineSilent("the runtime is closed")
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     def task(self, work: Coroutine[Any, Any, _T]) -> "asyncio.Task[_T]":
@@ -242,6 +244,7 @@ class Engine:
                 for client in (self.api, self.patient):
                     if client is not None:
                         await self.blocking(client.close)
+        self._closed = True
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 

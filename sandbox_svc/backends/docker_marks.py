@@ -111,9 +111,9 @@ done
 """Prints the groups of every process that is alive."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Mark:
-    """The name that one command runs under."""
+    """The name that one command runs under, in one container."""
 
     number: int
 
@@ -146,16 +146,13 @@ class Marks:
 
     def give_back(self, mark: Mark, *, empty: bool) -> None:
         """The command has ended; `empty`: for certain with all its processes."""
+        if mark not in self._running:  # of a container that was left
+            return
         self._running.discard(mark)
         if empty:
             self._free.append(mark)
         else:
             self._spent.add(mark)
-
-    @property
-    def spent(self) -> bool:
-        """Whether there are names that may have become free."""
-        return bool(self._spent)
 
     def renew(self, groups: Iterable[str]) -> None:
         """Free the names whose groups are not among those of the living processes."""

@@ -23,7 +23,7 @@ from sandbox_svc.backends.base import (
     OutputSink,
     TerminalSize,
 )
-from sandbox_svc.backends.docker_engine import EngineSilent
+from sandbox_svc.backends.docker_engine import ContainerGone, EngineSilent
 from sandbox_svc.backends.docker_exec import Exec, Wish, within
 from sandbox_svc.backends.docker_marks import SIGNAL, Mark
 from sandbox_svc.backends.output import OutputLog, Pulse
@@ -52,7 +52,7 @@ class DockerProcess:
         self.stderr = OutputLog(command.output_bytes, self.changed)
         self._input_open = command.open_stdin or command.terminal is not None
         self._exec: Exec | None = None
-        self._container = box.container
+        self._container = ""
         self._mark: Mark | None = None
         self._channel: Channel | None = None
         self._queue: asyncio.Queue[tuple[str, bytes] | None] = asyncio.Queue()
@@ -73,11 +73,14 @@ class DockerProcess:
         self = cls(box, command, sink)
         self._channel = channel
         mark = self._mark = await box.mark()
+        container = self._container = box.container
         try:
             self._exec = Exec(box.engine, self._wish(mark), self._feed)
-            await self._exec.open(self._container, lambda _: box.end(mark, EndReason.SIGNAL))
-        except BaseException:
+            await self._exec.open(container, lambda _: box.end(container, mark, EndReason.SIGNAL))
+        except BaseException as error:
             box.unmark(mark, empty=False)
+            if isinstance(error, EngineSilent):  # it may run, or be about to
+                box.engine.task(box.end(container, mark, EndReason.SIGNAL))
             raise
         self._began_s = time.monotonic()
         if sink is not None:
@@ -155,7 +158,11 @@ class DockerProcess:
         """Send a signal to its process group; whether it still ran."""
         if self._ended or self._mark is None:
             return False
-        return await self._box.root(SIGNAL, self._mark.gid, str(number)) == 0
+        if self._container != self._box.container:
+            return False
+        with contextlib.suppress(ContainerGone):
+            return await self._box.root(SIGNAL, self._mark.gid, str(number)) == 0
+        return False
 
     async def resize(self, size: TerminalSize) -> None:
         """Set the size of its terminal."""
@@ -199,7 +206,7 @@ class DockerProcess:
         """End all its processes, whatever becomes of the caller meanwhile."""
         try:
             if self._mark is not None:
-                ending = self._box.engine.task(self._box.end(self._mark, EndReason.SIGNAL))
+                ending = self._box.engine.task(self._end(self._mark, EndReason.SIGNAL))
                 with contextlib.suppress(InfraError):
                     await asyncio.shield(ending)
         finally:
@@ -226,9 +233,12 @@ class DockerProcess:
             else:
                 await within(running.drained, left_s)
 
+    async def _end(self, mark: Mark, reason: EndReason) -> None:
+        await self._box.end(self._container, mark, reason)
+
     async def _overrun(self, reason: EndReason) -> EndReason:
         assert self._mark is not None
-        await self._box.end(self._mark, reason)
+        await self._end(self._mark, reason)
         return reason
 
     async def _last_words(self, running: Exec) -> None:

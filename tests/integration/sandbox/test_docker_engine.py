@@ -213,6 +213,24 @@ async def test_an_engine_that_hangs_hangs_nobody(proxy, make):
     await again.close()
 
 
+async def test_a_command_whose_start_was_not_answered_does_not_run_on(proxy, make):
+    runtime = await make()
+    box = await runtime.create([], limits=SMALL)
+    assert (await sh(box, "true", cwd="/work/repo")).ok
+    runtime.api.timeout = 2.0
+    rule = proxy.rule(r"POST /exec/\w+/start", times=1, after=threading.Event())
+    with pytest.raises(InfraError):
+        await sh(box, "sleep 341", cwd="/work/repo")
+    await seen(rule.done)
+    runtime.api.timeout = 60.0
+    seek = "grep -lzx '34[1]' /proc/[0-9]*/cmdline || echo none"
+
+    async def gone() -> bool:
+        return (await sh(box, seek)).stdout.text == "none\n"
+
+    await until(gone)
+
+
 async def test_a_command_that_freezing_overtakes_is_one_that_it_ended(make):
     runtime = await make()
     box = await runtime.create([], limits=SMALL)
@@ -223,6 +241,22 @@ async def test_a_command_that_freezing_overtakes_is_one_that_it_ended(make):
         result = await asyncio.wait_for(waiting, 20)
         assert (result.reason, result.signal) == (EndReason.SIGNAL, 9)
     assert (await sh(box, "true")).ok
+
+
+async def test_the_end_of_a_command_before_a_freeze_ends_none_after_it(make):
+    runtime = await make()
+    box = await runtime.create([], limits=SMALL)
+    first = await box.start(Command(("sleep", "300"), cwd="/"))
+    container, mark = first._container, first._mark
+    waiting = asyncio.create_task(first.wait())
+    await box.freeze()
+    await waiting
+    second = await box.start(Command(("sleep", "300"), cwd="/"))
+    assert second._mark.gid == mark.gid
+    await box.end(container, mark, EndReason.TIMEOUT)
+    assert (await second._exec.look())["Running"]
+    await box.end(second._container, second._mark, EndReason.TIMEOUT)
+    assert (await second.wait()).signal == 9
 
 
 async def test_a_deletion_that_failed_is_done_when_asked_again(proxy, make):
