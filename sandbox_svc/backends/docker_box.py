@@ -78,6 +78,8 @@ _END_TRIES = 6
 _END_S = 20.0
 _AGAIN_S = 0.2
 _KILLED = 137
+_TOLD = (0, 44, 45, 46)
+"""Exit codes of the scripts here that have a meaning."""
 _START_ROOM = 8
 """Threads that the engine's starter needs in a container."""
 
@@ -269,8 +271,7 @@ class DockerBox:
         try:
             if self._freezing or self.deleted or container != self.container:
                 raise ContainerGone(told.text)
-            pids = await self.engine.pids(container)
-            if pids.get("current", 0) + _START_ROOM >= pids.get("limit", 1 << 30):
+            if await self._is_full(container):
                 return ExecResult(EndReason.PIDS, 126, stderr=told)
             if not await self._is_directory(command.cwd):
                 raise InvalidArgument("cwd", f"no such directory in the sandbox: {command.cwd}")
@@ -278,6 +279,11 @@ class DockerBox:
             reason, shown, number = await self.how(container, _KILLED)
             return ExecResult(reason, shown, number)
         raise InfraError(f"the engine did not start the command: {told.text[:500]}")
+
+    async def _is_full(self, container: str) -> bool:
+        """Whether there is no room for another process."""
+        pids = await self.engine.pids(container)
+        return pids.get("current", 0) + _START_ROOM >= pids.get("limit", 1 << 30)
 
     async def read_file(self, path: str, max_bytes: int) -> bytes:
         """Read a regular file, resolved inside the sandbox's root; links never leave it."""
@@ -318,7 +324,12 @@ class DockerBox:
         argv = _sh(script, *arguments)
         try:
             async with self._life:
-                return await self._user(argv, stdin=stdin, limit_bytes=limit_bytes)
+                answer = await self._user(argv, stdin=stdin, limit_bytes=limit_bytes)
+                if answer.code not in _TOLD and await self._is_full(self.container):
+                    raise FailedPrecondition(
+                        "the sandbox is at its limit of processes; end some or restore it"
+                    )
+                return answer
         except ContainerGone as error:
             raise await self._why() from error
 

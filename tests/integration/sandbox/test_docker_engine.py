@@ -348,6 +348,8 @@ async def test_what_cannot_be_begun_for_want_of_processes_says_so(make):
     full = [await sh(box, "/bin/true; /bin/true") for _ in range(2)]
     assert all(not result.ok for result in full)
     assert all("fork" in r.stderr.text or r.reason is EndReason.PIDS for r in full)
+    with pytest.raises(FailedPrecondition, match="limit of processes"):
+        await box.read_file("/etc/passwd", 1 << 20)
 
 
 async def test_an_oci_runtime_that_the_engine_lacks_is_named(proxy, tmp_path):
@@ -369,12 +371,15 @@ async def test_what_is_proven_and_that_waiting_containers_are_no_leaks(proxy, tm
     await runtime.start()
     told = {found.name: found.proven for found in runtime.capabilities()}
     assert {name for name, proven in told.items() if not proven} == {"cpu", "disk"}
-    await runtime.create([], limits=SMALL)
-    async with asyncio.timeout(30):
-        while not runtime.pool.waiting:  # noqa: ASYNC110
-            await asyncio.sleep(0.05)
-    assert (await runtime.orphans())["container"] == frozenset()
-    await runtime.close()
+    try:
+        await runtime.create([], limits=SMALL)
+
+        async def settled() -> bool:  # what is on its way belongs to nobody yet
+            return runtime.pool.waiting == 2 and not (await runtime.orphans())["container"]
+
+        await until(settled)
+    finally:
+        await runtime.close()
 
 
 async def test_a_worker_whose_start_is_cut_short_leaves_no_container(proxy, tmp_path):
