@@ -52,6 +52,10 @@ async def make(proxy, tmp_path):
     yield make
     proxy.rules.clear()
     for runtime in made:
+        if not runtime._closing:
+            await asyncio.gather(*(box.delete() for box in list(runtime._boxes.values())))
+            for layer in await runtime.layers():
+                await runtime.drop_layer(layer)
         await runtime.close()
 
 
