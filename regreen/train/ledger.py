@@ -169,12 +169,8 @@ class Ledger:
         if started and (record is None or self._version(started) >= record.policy_version):
             return record, started
         async for candidate in all_checkpoints(self.stack, self.run_id):
-            if started and self._version(started) == candidate.policy_version:
-                self._tell(damages, candidate)
-                return candidate, started
             # The learner has lost or never had its own copy: take the recorded one.
             await self.stop()
-            started = None
             try:
                 return candidate, await self._start_recorded(candidate, damages)
             except DataLoss as error:

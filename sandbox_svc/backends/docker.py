@@ -1,8 +1,8 @@
 """Sandboxes as containers of a Docker engine, through its SDK.
 
-- The SDK blocks; every call runs in this runtime's own named threads.
-- Containers have no network, no capabilities, no new privileges, and limits on memory, processes
-  and cores; they carry this instance's label and are swept by it at start.
+- Containers have no network, no new privileges, and limits on memory, processes and cores; their
+  commands have no capabilities. They carry this instance's label and are swept by it at start.
+- A container is a live box's, waits in the pool, or is being removed; any other is a leak.
 - A layer is an image tag; the image holds everything below it, and its record names what that is.
   An image of this instance without a record was cut short, and is removed at start.
 - Disk use is not enforced here, and `capabilities` says so; only one file is bounded.
@@ -14,13 +14,12 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
-from regreen.rpc.errors import FailedPrecondition, InfraError, MissingDependency
+from regreen.rpc.errors import FailedPrecondition, InfraError, MissingDependency, Unavailable
 from sandbox_svc.backends.base import (
     HOST_BASE,
     NO_ENV,
@@ -31,25 +30,30 @@ from sandbox_svc.backends.base import (
     Limits,
     Mount,
 )
-from sandbox_svc.backends.docker_box import DockerBox, layer_record, parse_listing
-from sandbox_svc.backends.docker_exec import capture
+from sandbox_svc.backends.docker_box import DockerBox, layer_record
+from sandbox_svc.backends.docker_engine import ContainerGone, Engine
+from sandbox_svc.backends.docker_marks import COUNT, PREPARE
 from sandbox_svc.backends.docker_pool import ContainerPool, PoolSize, Recipe
 from sandbox_svc.backends.embedded import DEFAULT_LIMITS
 from sandbox_svc.backends.layers import is_full
 
 _LABEL = "regreen.instance"
+_IDENTITY = "docker-instance"
 _REPOSITORY = "regreen-layer"
 _BASE = "regreen-base"
-_PREPARE = """
+_DEEPEST = 120
+"""Layers of an image; the engine's overlay driver takes no more than some more."""
+_PREPARE_S = 120
+_END_S = 30
+_PREPARE = f"""
 set -e
 mkdir -p /work/repo /work/env /work/home /run/regreen /opt /srv /mnt
 chmod 711 /run/regreen
 grep -q ':1000:' /etc/passwd || echo 'regreen:x:1000:1000::/work/home:/bin/sh' >> /etc/passwd
 grep -q ':1000:' /etc/group || echo 'regreen:x:1000:' >> /etc/group
 chown 1000:1000 /work /work/* /opt /srv /mnt
+{PREPARE}
 """
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
 
 
 class DockerRuntime:
@@ -66,100 +70,115 @@ class DockerRuntime:
         defaults: Limits = DEFAULT_LIMITS,
         run_probes: bool = True,
         pool: PoolSize | None = None,
+        answer_s: float = 60.0,
     ) -> None:
         self._home, self._image, self._oci = home.absolute(), image, oci_runtime
         self._defaults, self._run_probes = defaults, run_probes
-        self._instance = hashlib.sha256(os.fsencode(self._home)).hexdigest()[:12]
-        self._threads = ThreadPoolExecutor(64, thread_name_prefix="sandbox-docker")
+        self._instance = _instance_of(self._home)
         self._boxes: dict[str, DockerBox] = {}
         self._started: dict[str, tuple[tuple[Mount, ...], bool]] = {}
         self._capabilities: tuple[Capability, ...] = ()
         self._base = self._data = ""
-        self.api: Any = None
+        self._closing = False
+        self.engine = Engine(answer_s=answer_s)
         self.pool = ContainerPool(
-            pool or PoolSize(), start=self._start_from, remove=self._remove, running=self._running
+            pool or PoolSize(),
+            start=self._start_from,
+            discard=lambda container: self.engine.task(self.engine.discard(container)),
+            running=self._is_running,
         )
+
+    @property
+    def api(self) -> Any:
+        """The engine's client."""
+        return self.engine.api
 
     async def start(self) -> None:
         """Reach the engine, sweep what a crashed predecessor left, get ready.
 
         Raises:
-            MissingDependency: no engine, or it lacks the image; the message names the remedy.
+            MissingDependency: no engine, or it lacks the image or the OCI runtime; the message
+                names the remedy.
         """
-        try:
-            import docker.client
-        except ImportError as error:
-            raise MissingDependency(
-                "the docker package is missing; install regreen[sandbox]"
-            ) from (error)
-        from docker.errors import DockerException
-
         (self._home / "docker-layers").mkdir(parents=True, exist_ok=True)
+        (self._home / _IDENTITY).write_text(self._instance, encoding="ascii")
         try:
-            client: Any = await self.blocking(docker.client.DockerClient.from_env, timeout=120)
-            self.api = client.api
-            self._data = (await self.blocking(self.api.info)).get("DockerRootDir", "")
-        except DockerException as error:
-            raise MissingDependency(
-                f"no Docker engine answers ({error}); start one or set DOCKER_HOST, "
-                "or use --backend embedded"
-            ) from error
-        await self.blocking(self._sweep)
-        await self.blocking(self._prepare_base)
-        if self._run_probes:
-            self._capabilities = tuple(await self._prove())
+            info = await self.engine.connect()
+            self._data = info.get("DockerRootDir", "")
+            known = info.get("Runtimes") or {}
+            if self._oci and known and self._oci not in known and not self._oci.startswith("io."):
+                raise MissingDependency(
+                    f"docker_runtime: the engine has no OCI runtime {self._oci!r}; it has "
+                    f"{', '.join(sorted(known))}: add it to the engine's daemon.json"
+                )
+            await self._sweep()
+            await self._prepare_base()
+            if self._run_probes:
+                self._capabilities = tuple(await self._prove())
+        except BaseException:
+            await self.engine.close()
+            raise
 
-    def _sweep(self) -> None:
+    async def _sweep(self) -> None:
+        for container in await self._containers():
+            await self.engine.discard(container)
+        for layer in await self.layers():
+            if self._record(layer) is None:  # commands could not run there
+                (self._home / "docker-layers" / layer).unlink()
         filters = {"label": f"{_LABEL}={self._instance}"}
-        for container in self.api.containers(all=True, filters=filters):
-            self._remove(container["Id"])
-        for image in self.api.images(filters=filters):
+        for image in await self.engine.blocking(self.api.images, filters=filters):
             tags = [tag for tag in image["RepoTags"] or () if tag != "<none>:<none>"]
             for tag in tags or [image["Id"]]:  # untagged: dropped while a container stood on it
                 layer = tag.removeprefix(f"{_REPOSITORY}:")
                 if not tags or (layer != tag and self._record(layer) is None):
-                    self._remove_image(tag)
+                    await self._remove_image(tag)
 
-    def _prepare_base(self) -> None:
+    async def _prepare_base(self) -> None:
         """Commit the base image once per source image: users and directories of a sandbox."""
-        from docker.errors import ImageNotFound
-
         try:
-            source = self.api.inspect_image(self._image)["Id"]
-        except ImageNotFound as error:
+            source = (await self.engine.blocking(self.api.inspect_image, self._image))["Id"]
+        except ContainerGone as error:
             raise MissingDependency(
                 f"the engine has no image {self._image}; docker pull it or set docker_image"
             ) from error
         tag = hashlib.sha256((source + _PREPARE).encode()).hexdigest()[:12]
         self._base = f"{_BASE}:{tag}"
-        with contextlib.suppress(ImageNotFound):
-            self.api.inspect_image(self._base)
+        with contextlib.suppress(ContainerGone):
+            await self.engine.blocking(self.api.inspect_image, self._base)
             return
-        container = self.api.create_container(
-            self._image,
-            ["/bin/sh", "-c", _PREPARE],
+        container = await self.engine.create(
+            f"regreen-{self._instance}",
+            image=self._image,
+            command=["/bin/sh", "-c", _PREPARE],
             user="0:0",
             entrypoint=[],
             labels={_LABEL: self._instance},
             host_config=self.api.create_host_config(network_mode="none"),
-        )["Id"]
+        )
         try:
-            self.api.start(container)
-            code = self.api.wait(container)["StatusCode"]
-            if code != 0:
-                log = self.api.logs(container).decode("utf-8", "replace")[-500:]
-                raise MissingDependency(f"image {self._image} cannot be prepared: {log}")
-            self.api.commit(container, repository=_BASE, tag=tag)
+            ended = await self.engine.blocking(self.api.wait, container, timeout=_PREPARE_S)
+            if ended["StatusCode"] != 0:
+                log = await self.engine.blocking(self.api.logs, container)
+                told = log.decode("utf-8", "replace")[-500:]
+                raise MissingDependency(f"image {self._image} cannot be prepared: {told}")
+            commit = self.engine.patient.commit
+            await self.engine.blocking(commit, container, repository=_BASE, tag=tag)
         finally:
-            self._remove(container)
+            await self.engine.discard(container)
 
     async def close(self) -> None:
-        """Delete every box and stop the threads."""
-        await asyncio.gather(*(box.delete() for box in list(self._boxes.values())))
+        """Delete every box and let go of the engine; bounded in time, whatever the engine does.
+
+        Safe to call twice.
+        """
+        if self._closing:
+            return
+        self._closing = True
+        await asyncio.gather(
+            *(box.delete() for box in list(self._boxes.values())), return_exceptions=True
+        )
         await self.pool.close()
-        if self.api is not None:
-            await self.blocking(self.api.close)
-        self._threads.shutdown()
+        await self.engine.close()
 
     async def create(
         self,
@@ -185,13 +204,16 @@ class DockerRuntime:
         for mount in mounts:
             if not mount.source.exists():
                 raise MissingDependency(f"mount source does not exist: {mount.source}")
+        if self._closing:
+            raise Unavailable("the service is stopping")
         box = DockerBox(self, layers, _complete(limits, self._defaults), env)
         self._boxes[box.id] = box
         self._started[box.id] = (tuple(mounts), network)
         try:
             await box.launch()
         except BaseException:
-            await asyncio.shield(box.delete())
+            with contextlib.suppress(InfraError):  # the engine goes on trying
+                await box.delete()
             raise
         return box
 
@@ -202,23 +224,17 @@ class DockerRuntime:
         fresh = len(box.layers) == box.below  # else it goes on after a freeze, alone on its layers
         if fresh and (waiting := await self.pool.take(recipe)):
             return waiting
-        return await self.blocking(self._start_from, recipe)
+        return await self._start_from(recipe)
 
-    def _running(self, container: str) -> bool:
-        from docker.errors import APIError
+    async def _is_running(self, container: str) -> bool:
+        return bool((await self.engine.state(container)).get("Running"))
 
-        try:
-            return bool(self.api.inspect_container(container)["State"]["Running"])
-        except APIError:
-            return False
-
-    def _start_from(self, recipe: Recipe) -> str:
-        from docker.errors import APIError
-
+    async def _start_from(self, recipe: Recipe) -> str:
         limits, mounts = recipe.limits, recipe.mounts
         host_config = self.api.create_host_config(
-            network_mode="host" if recipe.network else "none",
+            network_mode="bridge" if recipe.network else "none",
             cap_drop=["ALL"],
+            cap_add=["KILL"],  # of root, who ends commands; these get none
             security_opt=["no-new-privileges"],
             pids_limit=limits.pids + 2,
             mem_limit=limits.memory_bytes,
@@ -229,25 +245,24 @@ class DockerRuntime:
             init=True,
             tmpfs={"/tmp": f"mode=1777,size={limits.memory_bytes // 2}"},
             binds=[f"{m.source}:{m.target}:{'ro' if m.read_only else 'rw'}" for m in mounts],
-            ulimits=[{"Name": "fsize", "Soft": limits.disk_bytes, "Hard": limits.disk_bytes}],
+            ulimits=[
+                {"Name": "fsize", "Soft": limits.disk_bytes, "Hard": limits.disk_bytes},
+                {"Name": "core", "Soft": 0, "Hard": 0},
+            ],
             log_config={"Type": "none"},
             runtime=self._oci or None,
         )
-        try:
-            container: str = self.api.create_container(
-                self._image_of(recipe.layers),
-                ["sleep", "infinity"],
-                entrypoint=[],
-                user="0:0",
-                hostname="regreen",
-                working_dir="/",
-                labels={_LABEL: self._instance},
-                host_config=host_config,
-            )["Id"]
-            self.api.start(container)
-        except APIError as error:
-            raise InfraError(f"the engine cannot start a container: {error}") from error
-        return container
+        return await self.engine.create(
+            f"regreen-{self._instance}",
+            image=self._image_of(recipe.layers),
+            command=["sleep", "infinity"],
+            entrypoint=[],
+            user="0:0",
+            hostname="regreen",
+            working_dir="/",
+            labels={_LABEL: self._instance},
+            host_config=host_config,
+        )
 
     def _image_of(self, layers: Sequence[str]) -> str:
         if not layers:
@@ -266,23 +281,33 @@ class DockerRuntime:
         except (FileNotFoundError, NotADirectoryError):
             return None
         record: dict[str, Any] = json.loads(text)
-        return record
+        return record if record.get("names") == COUNT else None
+
+    def check_depth(self, box: DockerBox) -> None:
+        """Refuse one snapshot more where the engine takes none.
+
+        Raises:
+            FailedPrecondition: there are too many layers below the box.
+        """
+        if len(box.layers) >= _DEEPEST:
+            raise FailedPrecondition(
+                f"{len(box.layers)} snapshots above one another are as many as the engine takes; "
+                "prepare a state of what the sandbox holds"
+            )
 
     async def commit(self, box: DockerBox) -> str:
         """Kill a box's processes and turn its changes into a layer."""
-        return await self.blocking(self._commit, box)
+        return await self.engine.blocking(self._commit, box)
 
     def _commit(self, box: DockerBox) -> str:
         from docker.errors import APIError
 
         layer = secrets.token_hex(6)
-        try:
-            with contextlib.suppress(APIError):
-                self.api.kill(box.container)
-            self.api.commit(box.container, repository=_REPOSITORY, tag=layer, pause=False)
-            history = self.api.history(f"{_REPOSITORY}:{layer}")
-        except APIError as error:
-            raise InfraError(f"the engine cannot commit: {error}") from error
+        with contextlib.suppress(APIError):  # it has ended; `wait` knows
+            self.api.kill(box.container)
+        self.api.wait(box.container, timeout=_END_S)
+        self.engine.patient.commit(box.container, repository=_REPOSITORY, tag=layer, pause=False)
+        history = self.api.history(f"{_REPOSITORY}:{layer}")
         path = self._home / "docker-layers" / layer
         draft = path.with_name(f".{layer}")
         draft.write_text(layer_record(box.layers, int(history[0]["Size"])), encoding="utf-8")
@@ -291,45 +316,25 @@ class DockerRuntime:
 
     async def orphans(self) -> Mapping[str, frozenset[str]]:
         """Containers of this instance that belong to no live box."""
-        found = await self.blocking(self._containers)
-        return {"container": found - {box.container for box in self._boxes.values()}}
+        found = frozenset(await self._containers())
+        own = {box.container for box in self._boxes.values()} | self.pool.containers
+        return {"container": found - own}
 
-    def _containers(self) -> frozenset[str]:
+    async def _containers(self) -> Sequence[str]:
         filters = {"label": f"{_LABEL}={self._instance}"}
-        return frozenset(entry["Id"] for entry in self.api.containers(all=True, filters=filters))
+        found = await self.engine.blocking(self.api.containers, all=True, filters=filters)
+        return [entry["Id"] for entry in found]
 
-    async def remove_container(self, container: str) -> None:
-        """Kill and remove a container; absent ones are fine."""
-        for box_id, box in list(self._boxes.items()):
-            if box.container == container and box.deleted:
-                del self._boxes[box_id], self._started[box_id]
-        if container:
-            await self.blocking(self._remove, container)
+    async def forget(self, box: DockerBox) -> None:
+        """Kill and remove the container of a box that is deleted.
 
-    def _remove(self, container: str) -> None:
-        from docker.errors import APIError
-
-        with contextlib.suppress(APIError):
-            self.api.remove_container(container, force=True, v=True)
-
-    async def listing(
-        self, layers: Sequence[str], script: str, limit_bytes: int
-    ) -> dict[str, bytes]:
-        """What a listing script prints in an untouched container over `layers`."""
-        box = await self.create(layers, limits=Limits())
-        try:
-            argv = ["/bin/sh", "-c", script]
-            _, out, _ = await self.blocking(
-                capture, self.api, box.container, argv, user="1000:1000", limit_bytes=limit_bytes
-            )
-            return parse_listing(out.head)
-        finally:
-            await box.delete()
-
-    async def blocking(self, call: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        """Run a blocking call in the runtime's own threads."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, lambda: call(*args, **kwargs))
+        Raises:
+            InfraError: it is still there; asked again, it is tried again.
+        """
+        if box.container:
+            await self.engine.remove(box.container)
+        self._boxes.pop(box.id, None)
+        self._started.pop(box.id, None)
 
     async def layers(self) -> Sequence[str]:
         """Ids of all layers that this host holds."""
@@ -354,13 +359,11 @@ class DockerRuntime:
             return
         (self._home / "docker-layers" / layer).unlink(missing_ok=True)
         await self.pool.drop_layer(layer)
-        await self.blocking(self._remove_image, f"{_REPOSITORY}:{layer}")
+        await self._remove_image(f"{_REPOSITORY}:{layer}")
 
-    def _remove_image(self, name: str) -> None:
-        from docker.errors import APIError
-
-        with contextlib.suppress(APIError):
-            self.api.remove_image(name, force=True)
+    async def _remove_image(self, name: str) -> None:
+        with contextlib.suppress(InfraError):  # without a record, the next start tries again
+            await self.engine.blocking(self.api.remove_image, name, force=True)
 
     def capabilities(self) -> Sequence[Capability]:
         """What this host was proven to enforce."""
@@ -376,17 +379,20 @@ class DockerRuntime:
             return result.reason, result.stdout.text
 
         try:
-            _, memory = await sh("head -c 200000000 /dev/zero | tail -c 200000000 | wc -c")
-            _, forks = await sh("for i in $(seq 40); do sleep 3 & done; echo all")
             _, status = await sh("grep -E 'CapEff|NoNewPrivs|Seccomp:' /proc/self/status")
             _, devices = await sh("grep -c : /proc/net/dev")
-            spin, _ = await sh("while :; do :; done", timeout_s=0.5)
+            _, memory = await sh("head -c 200000000 /dev/zero | tail -c 200000000 | wc -c")
+            hidden = "env -i setsid sleep 301 & sleep 0.2; echo; while :; do :; done"
+            spin, _ = await sh(hidden, timeout_s=1.0)
+            _, left = await sh("cat /proc/[0-9]*/cmdline | tr '\\0' ' '")
+            ended = "sleep infinity" in left and "sleep 301" not in left
+            _, forks = await sh("for i in $(seq 40); do sleep 3 & done; echo all")  # fills it
         finally:
             await box.delete()
         return [
             Capability("memory", "200000000" not in memory, self.name),
             Capability("pids", "all" not in forks, self.name),
-            Capability("wall_time", spin is EndReason.TIMEOUT, self.name),
+            Capability("wall_time", spin is EndReason.TIMEOUT and ended, self.name),
             Capability("no_capabilities", "CapEff:\t0000000000000000" in status, self.name),
             Capability("no_new_privs", "NoNewPrivs:\t1" in status, self.name),
             Capability("syscall_filter", "Seccomp:\t2" in status, self.name),
@@ -394,6 +400,15 @@ class DockerRuntime:
             Capability("cpu", False, self.name, "set, not proven"),
             Capability("disk", False, self.name, "only the size of one file is bounded"),
         ]
+
+
+def _instance_of(home: Path) -> str:
+    """What the containers of a home are told by: services in containers may have equal paths."""
+    with contextlib.suppress(FileNotFoundError):
+        return (home / _IDENTITY).read_text(encoding="ascii").strip()
+    if (home / "docker-layers").is_dir():  # of a version that took the path for it
+        return hashlib.sha256(os.fsencode(home)).hexdigest()[:12]
+    return secrets.token_hex(6)
 
 
 def _complete(limits: Limits, default: Limits) -> Limits:

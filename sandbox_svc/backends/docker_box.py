@@ -1,9 +1,14 @@
 """A sandbox in a container of a Docker engine.
 
-- The container's first process belongs to root without capabilities; commands run as user 1000
-  and cannot end it.
+- The container's first process belongs to root; commands run as user 1000 and cannot end it. Root
+  there has one capability, to signal; commands have none.
 - Files are read and written by commands inside the container, so every path resolves there.
 - Freezing kills everything, commits, and goes on in a fresh container over the new image.
+- Where the processes of a command cannot be ended alone, the whole sandbox ends: none of them runs
+  on in a sandbox that is still used.
+- A box whose container has ended refuses everything but `delete`, and says whose doing it was.
+- Starting, freezing and deleting are never left half done: a caller that goes away leaves them to
+  finish.
 - A signal is recognised by the shell's convention (128 + number); the engine tells no more.
 """
 
@@ -11,15 +16,21 @@ import asyncio
 import json
 import secrets
 import shlex
-import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from regreen.rpc.errors import FailedPrecondition, InfraError, InvalidArgument, NoSuchFile, NotFound
-from sandbox_svc import metrics
+from regreen.rpc.errors import (
+    FailedPrecondition,
+    InfraError,
+    InvalidArgument,
+    NoSuchFile,
+    NotFound,
+    RegreenError,
+    ResourceExhausted,
+)
 from sandbox_svc.backends.base import (
+    OVERRUNS,
+    Captured,
     Command,
     EndReason,
     ExecResult,
@@ -28,16 +39,16 @@ from sandbox_svc.backends.base import (
     OutputSink,
 )
 from sandbox_svc.backends.commands import ENVIRONMENT, absolute, check_command
-from sandbox_svc.backends.docker_exec import MARK, ContainerExec, capture
+from sandbox_svc.backends.docker_channel import Channel
+from sandbox_svc.backends.docker_engine import ContainerGone, Engine, EngineSilent
+from sandbox_svc.backends.docker_exec import ROOT, Answer, ask
+from sandbox_svc.backends.docker_marks import COUNT, END, GROUPS, Mark, Marks
 from sandbox_svc.backends.docker_process import DockerProcess
-from sandbox_svc.backends.output import Collector
+from sandbox_svc.backends.jobs import lost
 
 if TYPE_CHECKING:
     from sandbox_svc.backends.docker import DockerRuntime
 
-_T = TypeVar("_T")
-USER = "1000:1000"
-_ROOT = "0:0"
 _READ = """
 p=$1
 [ -e "$p" ] || exit 44
@@ -57,8 +68,20 @@ mkdir -p -- "$(dirname -- "$r")" || exit 46
 cat > "$r" || exit 46
 chmod "$2" -- "$r"
 """
-_LISTING = "find {} -xdev ! -type d -printf '%y %s %m %T@ %C@ %p\\0' 2>/dev/null; true"
+_LISTING = (
+    "find {} -xdev '(' ! -type d -printf '%y %s %m %T@ %C@ %p\\0' ')' -o "
+    "'(' '(' ! -readable -o ! -executable ')' -printf '%y 0 %m %T@ %C@ %p/\\0' ')' "
+    "2>/dev/null; true"
+)
 _LISTING_BYTES = 256 << 20
+_END_TRIES = 6
+_END_S = 20.0
+_AGAIN_S = 0.2
+_KILLED = 137
+_TOLD = (0, 44, 45, 46)
+"""Exit codes of the scripts here that have a meaning."""
+_START_ROOM = 8
+"""Threads that the engine's starter needs in a container."""
 
 
 class DockerBox:
@@ -73,107 +96,194 @@ class DockerBox:
     ) -> None:
         self.id, self.limits = secrets.token_hex(6), limits
         self._runtime = runtime
+        self.engine: Engine = runtime.engine
         self.below = len(layers)
         self.layers = list(layers)
         self.env = ENVIRONMENT | dict(env)
         self.container = ""
         self.deleted = False
-        self._life = asyncio.Lock()
+        self._freezing = self._ended = False
+        self._overrun: EndReason | None = None
+        """The limit that the sandbox went over when it was ended as a whole."""
+        self._marks = Marks()
+        self._known: set[str] = set()
+        """Directories that were seen since the container started."""
+        self._life, self._ending = asyncio.Lock(), asyncio.Lock()
+        self._deleting: asyncio.Task[None] | None = None
 
     async def launch(self) -> None:
         """Start a container over the present layers."""
+        async with self._life:
+            await self._launch()
+
+    async def _launch(self) -> None:
+        if self.deleted:
+            raise self._lost()
+        self._marks, self._known = Marks(), set()
         self.container = await self._runtime.start_container(self)
 
     async def run(self, command: Command, sink: OutputSink | None = None) -> ExecResult:
         """Run one command to its end."""
         check_command(command)
         self._require()
-        loop, stop = asyncio.get_running_loop(), threading.Event()
-
-        def deliver(stream: str, data: bytes) -> None:
-            if sink is not None:
-                asyncio.run_coroutine_threadsafe(_call(sink, stream, data), loop).result()
-
-        work = asyncio.ensure_future(
-            self._runtime.blocking(self._run, command, deliver if sink else None, stop)
-        )
+        channel: Channel | None = None
         try:
-            return await asyncio.shield(work)
-        except asyncio.CancelledError:
-            stop.set()
-            await asyncio.gather(work, return_exceptions=True)
-            raise
+            if command.channel:
+                channel = Channel(self, command.channel_bytes)
+                await channel.open()
+            process = await self._begin(command, sink, channel)
+            return await process.wait()
+        except ContainerGone as error:
+            raise await self._why() from error
+        finally:
+            if channel is not None:
+                await asyncio.shield(self.engine.task(channel.close()))
 
     async def start(self, command: Command) -> DockerProcess:
         """Start a command that is spoken to while it runs."""
         check_command(command)
         self._require()
-        return await DockerProcess.begin(self, command)
+        try:
+            return await self._begin(command)
+        except ContainerGone as error:
+            raise await self._why() from error
 
-    @property
-    def api(self) -> Any:
-        """The engine's client."""
-        return self._runtime.api
-
-    @property
-    def user(self) -> str:
-        """Who commands run as."""
-        return USER
-
-    async def blocking(self, call: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
-        """Run a blocking call in the runtime's own threads."""
-        return await self._runtime.blocking(call, *args, **kwargs)
-
-    def _run(self, command: Command, sink: Any, stop: threading.Event) -> ExecResult:
-        api, began = self._runtime.api, time.monotonic()
-        code, _, _ = capture(api, self.container, ["test", "-d", command.cwd], user=USER)
-        if code != 0:
+    async def _begin(
+        self, command: Command, sink: OutputSink | None = None, channel: Channel | None = None
+    ) -> DockerProcess:
+        if command.cwd not in self._known and not await self._is_directory(command.cwd):
             raise InvalidArgument("cwd", f"no such directory in the sandbox: {command.cwd}")
-        mark = secrets.token_hex(8)
-        env = self.env | dict(command.env) | {MARK: mark}
-        script, channel = 'exec "$@"', None
-        if command.channel:
-            channel = _Channel(api, self.container, mark, command.channel_bytes)
-            env["REGREEN_CHANNEL_FD"] = "3"
-            script = f"exec 3>{shlex.quote(channel.path)}; {script}"
-        argv = ["/bin/sh", "-c", script, "-", *command.argv]
-        out, err = Collector(command.output_bytes), Collector(command.output_bytes)
-        limit = min(command.timeout_s, self.limits.wall_s or command.timeout_s)
-        running = ContainerExec(
-            api, self.container, argv, env=env, cwd=command.cwd, user=USER, stdin=command.stdin
-        )
-        exit_code, timed_out = running.run(out, err, timeout_s=limit, sink=sink, stop=stop)
-        result = self.result(exit_code, timed_out, out, err, time.monotonic() - began)
-        if channel is None:
-            return result
-        return _with_channel(result, channel.finish())
+        self._known.add(command.cwd)
+        return await DockerProcess.begin(self, command, sink, channel)
 
-    def result(
-        self, code: int | None, timed_out: bool, out: Collector, err: Collector, wall_s: float
-    ) -> ExecResult:
-        """How a command ended, from its exit code; asks the engine, so for worker threads."""
-        if timed_out:
-            reason, number = EndReason.TIMEOUT, 9
-        elif code is None:
+    async def _is_directory(self, path: str) -> bool:
+        return (await self._user(["test", "-d", path])).code != 1
+
+    async def mark(self) -> Mark:
+        """A name for one command, which must be given back; waits while another is being ended."""
+        while self._ending.locked():
+            async with self._ending:
+                pass
+        self._require()
+        mark = self._marks.take()
+        if mark is None:
+            answer = await ask(self.engine, self.container, _sh(GROUPS), user=ROOT)
+            if answer.code == 0:
+                self._marks.renew(answer.out.text.split())
+            mark = self._marks.take()
+        if mark is None:
+            raise ResourceExhausted(
+                f"{COUNT} commands have processes in the sandbox", retry_after_s=1.0
+            )
+        return mark
+
+    def unmark(self, mark: Mark, *, empty: bool) -> None:
+        """Give a name back; `empty`: for certain none of its processes is left."""
+        self._marks.give_back(mark, empty=empty)
+
+    async def end(self, container: str, mark: Mark, reason: EndReason) -> None:
+        """End every process of one command; the whole sandbox, if there is no other way.
+
+        `container`: in which it was started; one that was left has no processes any more.
+
+        Raises:
+            InfraError: the engine does not answer.
+        """
+        async with self._ending:
+            if container != self.container:
+                return
+            for number in range(_END_TRIES):
+                if number:
+                    await asyncio.sleep(_AGAIN_S)
+                try:
+                    if await self._sh_root(container, END, mark.gid) == 0:
+                        return
+                except ContainerGone:
+                    return
+                except EngineSilent:
+                    self._ended = True  # nobody knows what still runs there
+                    raise
+                except InfraError:
+                    continue
+            await self._put_down(container, reason)
+
+    async def _put_down(self, container: str, reason: EndReason) -> None:
+        if container != self.container:
+            return
+        self._ended = True
+        self._overrun = reason if reason in OVERRUNS else None
+        try:
+            await self.engine.blocking(self.engine.api.kill, container)
+        except ContainerGone:
+            return
+
+    async def root(self, script: str, *arguments: str) -> int:
+        """Run a short shell script as the container's root; its exit code, -1 if unknown."""
+        return await self._sh_root(self.container, script, *arguments)
+
+    async def _sh_root(self, container: str, script: str, *arguments: str) -> int:
+        argv = _sh(script, *arguments)
+        return (await ask(self.engine, container, argv, user=ROOT, timeout_s=_END_S)).code
+
+    async def _user(
+        self, argv: Sequence[str], *, stdin: bytes = b"", limit_bytes: int = 1024
+    ) -> Answer:
+        """Run a helper as the sandbox's user; one that does not end is ended."""
+        mark, answer = await self.mark(), None
+        container = self.container
+        try:
+            answer = await ask(
+                self.engine,
+                container,
+                argv,
+                user=mark.user,
+                stdin=stdin,
+                limit_bytes=limit_bytes,
+            )
+            return answer
+        finally:
+            if answer is None or not answer.ended:
+                self.engine.task(self._end_helper(container, mark))
+            else:
+                self.unmark(mark, empty=True)
+
+    async def _end_helper(self, container: str, mark: Mark) -> None:
+        try:
+            await self.end(container, mark, EndReason.SIGNAL)
+        finally:
+            self.unmark(mark, empty=False)
+
+    async def how(self, container: str, code: int | None) -> tuple[EndReason, int, int]:
+        """How a command ended, from its exit code: reason, code and signal to show."""
+        if code is None:
             reason, number = EndReason.INFRA, 0
-        elif code == 137 and self._out_of_memory():
+        elif code == _KILLED and (await self.engine.state(container)).get("OOMKilled"):
             reason, number = EndReason.OOM, 9
         elif 128 < code < 160:
             reason, number = EndReason.SIGNAL, code - 128
         else:
             reason, number = EndReason.EXIT, 0
-        metrics.count_limit(reason)
-        shown = -number if number else code or 0
-        return ExecResult(reason, shown, number, out.captured(), err.captured(), wall_s)
+        return reason, -number if number else code or 0, number
 
-    def _out_of_memory(self) -> bool:
-        from docker.errors import APIError
-
+    async def not_started(self, container: str, command: Command, told: Captured) -> ExecResult:
+        """What it means that the engine did not get a command to run."""
+        self._known.discard(command.cwd)
         try:
-            state = self._runtime.api.inspect_container(self.container)["State"]
-        except APIError:  # it was removed under the command
-            return False
-        return bool(state.get("OOMKilled"))
+            if self._freezing or self.deleted or container != self.container:
+                raise ContainerGone(told.text)
+            if await self._is_full(container):
+                return ExecResult(EndReason.PIDS, 126, stderr=told)
+            if not await self._is_directory(command.cwd):
+                raise InvalidArgument("cwd", f"no such directory in the sandbox: {command.cwd}")
+        except (ContainerGone, NotFound):  # its container ended before it began
+            reason, shown, number = await self.how(container, _KILLED)
+            return ExecResult(reason, shown, number)
+        raise InfraError(f"the engine did not start the command: {told.text[:500]}")
+
+    async def _is_full(self, container: str) -> bool:
+        """Whether there is no room for another process."""
+        pids = await self.engine.pids(container)
+        return pids.get("current", 0) + _START_ROOM >= pids.get("limit", 1 << 30)
 
     async def read_file(self, path: str, max_bytes: int) -> bytes:
         """Read a regular file, resolved inside the sandbox's root; links never leave it."""
@@ -190,10 +300,12 @@ class DockerBox:
     ) -> tuple[bytes, FileStat]:
         """Read part of a regular file; the stat tells the size of the whole."""
         arguments = [absolute(path), str(offset + 1), str(max_bytes)]
-        code, out, _ = await self._script(_READ, arguments, limit_bytes=max_bytes + 64)
-        _raise_for(code, path)
-        first, _, content = out.head.partition(b"\n")
-        size, mode = first.split()
+        answer = await self._script(_READ, arguments, limit_bytes=max_bytes + 64)
+        _raise_for(answer.code, path)
+        first, _, content = answer.out.head.partition(b"\n")
+        size, _, mode = first.partition(b" ")
+        if not (size.isdigit() and mode.isdigit()):
+            raise InfraError(f"the container did not answer for {path}")
         return content, FileStat(int(size), int(mode, 8) & 0o777)
 
     async def write_file(self, path: str, content: bytes, mode: int = 0o644) -> None:
@@ -201,34 +313,46 @@ class DockerBox:
         if self.limits.disk_bytes and len(content) > self.limits.disk_bytes:
             raise InvalidArgument("content", "larger than the sandbox's disk limit")
         arguments = [absolute(path), f"{mode & 0o777:o}"]
-        code, _, _ = await self._script(_WRITE, arguments, stdin=content)
-        _raise_for(code, path)
+        _raise_for((await self._script(_WRITE, arguments, stdin=content)).code, path)
 
     async def _script(
         self, script: str, arguments: Sequence[str], *, stdin: bytes = b"", limit_bytes: int = 1024
-    ) -> tuple[int, Any, Any]:
+    ) -> Answer:
         self._require()
         if not stdin:
             script = f"exec < /dev/null\n{script}"
-        async with self._life:
-            return await self._runtime.blocking(
-                capture,
-                self._runtime.api,
-                self.container,
-                ["/bin/sh", "-c", script, "-", *arguments],
-                user=USER,
-                stdin=stdin,
-                limit_bytes=limit_bytes,
-            )
+        argv = _sh(script, *arguments)
+        try:
+            async with self._life:
+                answer = await self._user(argv, stdin=stdin, limit_bytes=limit_bytes)
+                if answer.code not in _TOLD and await self._is_full(self.container):
+                    raise FailedPrecondition(
+                        "the sandbox is at its limit of processes; end some or restore it"
+                    )
+                return answer
+        except ContainerGone as error:
+            raise await self._why() from error
 
     async def freeze(self) -> str:
         """Stop every process, turn the changes into a layer, go on over it; return its id."""
         self._require()
+        return await asyncio.shield(self.engine.task(self._freeze()))
+
+    async def _freeze(self) -> str:
         async with self._life:
-            layer = await self._runtime.commit(self)
-            self.layers.append(layer)
-            await self._runtime.remove_container(self.container)
-            await self.launch()
+            self._require()
+            self._runtime.check_depth(self)
+            self._freezing = True
+            try:
+                layer = await self._runtime.commit(self)
+                self.layers.append(layer)
+                await self.engine.discard(self.container)
+                await self._launch()
+            except BaseException:
+                self._ended = True  # half a start is none
+                raise
+            finally:
+                self._freezing = False
             return layer
 
     async def changed_paths(self, under: str, *, since: int | None = None) -> Sequence[str]:
@@ -236,59 +360,59 @@ class DockerBox:
         self._require()
         below = self.layers[: self.below if since is None else since]
         script = _LISTING.format(shlex.quote(absolute(under)))
-        old = await self._runtime.listing(below, script, _LISTING_BYTES)
-        _, out, _ = await self._script(script, [], limit_bytes=_LISTING_BYTES)
-        new = parse_listing(out.head)
-        return sorted(path for path in {*old, *new} if old.get(path) != new.get(path))
+        untouched = await self._runtime.create(below, limits=Limits())
+        try:
+            old = await untouched.listed(script)
+        finally:
+            await self.engine.task(untouched.delete())
+        new = await self.listed(script)
+        blind = {path for path in new if path.endswith("/")}
+        return sorted({path for path in {*old, *new} if old.get(path) != new.get(path)} | blind)
+
+    async def listed(self, script: str) -> dict[str, bytes]:
+        """What a script lists: path to everything else that it prints about it."""
+        answer = await self._script(script, [], limit_bytes=_LISTING_BYTES)
+        if answer.code != 0:
+            raise InfraError(f"the container did not list its files (code {answer.code})")
+        if answer.out.truncated:
+            raise FailedPrecondition("the sandbox has more files than can be compared")
+        return parse_listing(answer.out.head)
 
     async def delete(self) -> None:
-        """Kill all processes and remove everything; safe to call twice."""
-        if self.deleted:
-            return
+        """Kill all processes and remove everything; safe to call twice and after a failure."""
         self.deleted = True
+        task = self._deleting
+        if task is None or (task.done() and (task.cancelled() or task.exception())):
+            task = self._deleting = self.engine.task(self._delete())
+        await asyncio.shield(task)
+
+    async def _delete(self) -> None:
         async with self._life:
-            await self._runtime.remove_container(self.container)
+            await self._runtime.forget(self)
 
     def _require(self) -> None:
         if self.deleted:
             raise NotFound(f"sandbox {self.id} was deleted")
+        if self._ended:
+            raise self._lost()
+
+    def _lost(self) -> RegreenError:
+        return lost(self.id, self._overrun, passing=self._freezing or self.deleted)
+
+    async def _why(self) -> RegreenError:
+        """What it means that the container does not run."""
+        if self._freezing or self.deleted or self._ended:
+            return self._lost()
+        state = await self.engine.state(self.container)
+        if state.get("Running"):  # it is another one by now
+            return lost(self.id, None, passing=True)
+        self._ended = True
+        self._overrun = EndReason.OOM if state.get("OOMKilled") else None
+        return self._lost()
 
 
-class _Channel:
-    """A pipe into which one command may write: named for a moment, read by root."""
-
-    def __init__(self, api: Any, container: str, mark: str, limit_bytes: int) -> None:
-        self.path = f"/run/regreen/{mark}"
-        self._out = Collector(limit_bytes, head_only=True)
-        self._stop = threading.Event()
-        script = f"mkdir -p -m 711 /run/regreen; mkfifo -m 622 {self.path}"
-        code, _, err = capture(api, container, ["/bin/sh", "-c", script], user=_ROOT)
-        if code != 0:
-            raise InfraError(f"cannot make a result channel: {err.text}")
-        reader = ["/bin/sh", "-c", f"exec 3<{self.path}; rm {self.path}; exec cat <&3"]
-        self._reader = ContainerExec(
-            api, container, reader, env={MARK: mark + "r"}, cwd="/", user=_ROOT
-        )
-        self._thread = threading.Thread(target=self._read, name="sandbox-docker-channel")
-        self._thread.start()
-
-    def _read(self) -> None:
-        self._reader.run(self._out, Collector(1024), timeout_s=86_400, sink=None, stop=self._stop)
-
-    def finish(self) -> bytes:
-        """What was written until now."""
-        self._thread.join(1.0)
-        self._stop.set()
-        self._thread.join()
-        return self._out.captured().head
-
-
-async def _call(sink: OutputSink, stream: str, data: bytes) -> None:
-    await sink(stream, data)
-
-
-def _with_channel(result: ExecResult, channel: bytes) -> ExecResult:
-    return replace(result, channel=channel)
+def _sh(script: str, *arguments: str) -> list[str]:
+    return ["/bin/sh", "-c", script, "-", *arguments]
 
 
 def _raise_for(code: int, path: str) -> None:
@@ -318,4 +442,4 @@ def parse_listing(data: bytes) -> dict[str, bytes]:
 
 def layer_record(layers: Sequence[str], size_bytes: int) -> str:
     """What is remembered of a layer beside its image."""
-    return json.dumps({"below": list(layers), "size_bytes": size_bytes})
+    return json.dumps({"below": list(layers), "size_bytes": size_bytes, "names": COUNT})

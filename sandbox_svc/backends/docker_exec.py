@@ -1,151 +1,262 @@
-"""One command in a container: started, read, stopped; blocking, for worker threads.
+"""One exec of a container: started in the engine's threads, read and written on the event loop.
 
-- The stream of a docker exec lives as long as any process holds it; the command's own end is asked
+- The stream of an exec lives as long as any process holds it; the end of its main process is asked
   for separately, so that a daemon cannot hold a call.
-- Standard streams arrive in frames of eight header bytes; nothing is trusted about their sizes.
-- Each command carries a mark in its environment, by which its processes are found and killed.
+- Standard streams arrive in frames of eight header bytes; a terminal's output arrives as it is.
+- One whose start was cut short is not lost: whoever began it gets it, or `drop` does.
+- Helpers run with a fixed path: nothing that a sandbox may write is looked up by their names.
 """
 
+import asyncio
 import contextlib
-import select
+import itertools
 import socket
+import ssl
 import struct
-import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sandbox_svc.backends.base import Captured
+from sandbox_svc.backends.docker_engine import ContainerGone, Engine
 from sandbox_svc.backends.output import Collector
 
-MARK = "REGREEN_JOB"
-_POLL_S = 0.1
-_GRACE_S = 0.2
-KILL = (
-    "for p in /proc/[0-9]*; do "
-    f'if tr "\\0" "\\n" < $p/environ 2>/dev/null | grep -qx "{MARK}=$1"; '
-    "then kill -9 ${p#/proc/}; fi; done 2>/dev/null; true"
-)
-
-Api = Any
-"""`docker.APIClient`, which has no types."""
+HELPER_PATH = "/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin"
+ROOT = "0:0"
+_READ_BYTES = 65_536
+_HEADER_BYTES = 8
+_AT_ONCE = 8
+_POLL_S = 0.05
+_GRACE_S = 0.3
+_CODE_S = 2.0
+_AGAIN = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
-class ContainerExec:
-    """One running command."""
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What an exec is started with."""
+
+    argv: Sequence[str]
+    user: str
+    env: Mapping[str, str]
+    cwd: str = "/"
+    stdin: bool = False
+    terminal: bool = False
+
+
+class Exec:
+    """One exec of a container; `feed` gets what it prints, and may ask for a short pause."""
 
     def __init__(
-        self,
-        api: Api,
-        container: str,
-        argv: Sequence[str],
-        *,
-        env: Mapping[str, str],
-        cwd: str,
-        user: str,
-        stdin: bytes = b"",
+        self, engine: Engine, wish: Wish, feed: Callable[[str, bytes], float | None]
     ) -> None:
-        self._api, self._container, self._user = api, container, user
-        self._mark = env.get(MARK, "")
-        created = api.exec_create(
+        self._loop = asyncio.get_running_loop()
+        self._engine, self._wish, self._feed = engine, wish, feed
+        self.id = ""
+        self.drained = asyncio.Event()
+        """Set when nothing more can come."""
+        self._response: Any = None
+        self._sock: socket.socket | None = None
+        self._buffer = b""
+        self._room: asyncio.Future[None] | None = None
+        self._reading = False
+        self.seen_s = 0.0
+        """When it last printed, by the loop's clock."""
+
+    async def open(
+        self, container: str, late: Callable[["Exec"], Awaitable[object]] | None = None
+    ) -> None:
+        """Start it; if the caller goes away meanwhile, `late` gets it once it runs.
+
+        Raises:
+            ContainerGone: the container does not run.
+            InfraError: the engine did not start it.
+        """
+
+        async def drop(_: None) -> None:
+            try:
+                if late is not None:
+                    await late(self)
+            finally:
+                self.close()
+
+        await self._engine.owned(self._open(container), drop)
+        self._resume()
+
+    async def _open(self, container: str) -> None:
+        opened = await self._engine.blocking(self._start, container)
+        self.id, self._response, self._sock = opened
+        self._sock.setblocking(False)
+        self.seen_s = self._loop.time()
+
+    def _start(self, container: str) -> tuple[str, Any, socket.socket]:
+        api, wish = self._engine.api, self._wish
+        made = api.exec_create(
             container,
-            list(argv),
-            stdin=bool(stdin),
-            environment=dict(env),
-            workdir=cwd,
-            user=user,
+            list(wish.argv),
+            stdin=wish.stdin,
+            tty=wish.terminal,
+            environment=dict(wish.env),
+            workdir=wish.cwd,
+            user=wish.user,
         )
-        self.id: str = created["Id"]
-        stream = api.exec_start(self.id, socket=True)
-        self._sock: socket.socket = getattr(stream, "_sock", stream)
-        self._stdin = stdin
+        stream = api.exec_start(made["Id"], socket=True, tty=wish.terminal)
+        return made["Id"], stream, getattr(stream, "_sock", stream)
 
-    def run(
-        self,
-        out: Collector,
-        err: Collector,
-        *,
-        timeout_s: float,
-        sink: Callable[[str, bytes], None] | None,
-        stop: threading.Event,
-    ) -> tuple[int | None, bool]:
-        """Read until the command's end; its exit code (None: unknown) and whether time ran out."""
-        writer = threading.Thread(target=self._write, name="sandbox-docker-stdin", daemon=True)
-        if self._stdin:
-            writer.start()
-        until = time.monotonic() + timeout_s
-        timed_out = False
-        buffer = b""
-        ended_at = 0.0
+    def _resume(self) -> None:
+        if self._sock is not None and not self._reading and not self.drained.is_set():
+            self._loop.add_reader(self._sock, self._on_readable, self._sock)
+            self._reading = True
+            self._loop.call_soon(self._on_readable, self._sock)  # TLS may hold what came before
+
+    def _pause(self) -> None:
+        if self._reading and self._sock is not None:
+            self._loop.remove_reader(self._sock)
+            self._reading = False
+
+    def _on_readable(self, sock: socket.socket) -> None:
+        pending = getattr(sock, "pending", int)
+        for number in itertools.count():
+            if not self._reading or (number >= _AT_ONCE and not pending()):
+                return
+            try:
+                data = sock.recv(_READ_BYTES)
+            except _AGAIN:
+                return
+            except OSError:
+                data = b""
+            if not data:
+                self._pause()
+                self.drained.set()
+                return
+            self.seen_s = self._loop.time()
+            pause_s = self._feed("stdout", data) if self._wish.terminal else self._frames(data)
+            if pause_s is not None:
+                self._pause()
+                self._loop.call_later(pause_s, self._resume)
+                return
+
+    def _frames(self, data: bytes) -> float | None:
+        self._buffer += data
+        pause_s: float | None = None
+        while len(self._buffer) >= _HEADER_BYTES:
+            kind, size = struct.unpack(">BxxxL", self._buffer[:_HEADER_BYTES])
+            end = _HEADER_BYTES + size
+            if len(self._buffer) < end:
+                break
+            name = "stderr" if kind == 2 else "stdout"
+            wanted = self._feed(name, self._buffer[_HEADER_BYTES:end])
+            pause_s = pause_s if wanted is None else wanted
+            self._buffer = self._buffer[end:]
+        return pause_s
+
+    @property
+    def open_for_input(self) -> bool:
+        """Whether it can still be written to."""
+        return self._sock is not None
+
+    async def write(self, data: bytes) -> int:
+        """Give it the first bytes of `data`, once there is room; returns how many.
+
+        Raises:
+            BrokenPipeError: its input is closed.
+        """
         while True:
-            ready, _, _ = select.select([self._sock], [], [], _POLL_S)
-            if ready:
-                data = self._receive()
-                if not data:
-                    break
-                buffer = self._frames(buffer + data, out, err, sink)
-            now = time.monotonic()
-            if ended_at and (not ready or now > ended_at + _GRACE_S):
-                break
-            if not ended_at and not ready and not self._running():
-                ended_at = now
-            if not timed_out and (now > until or stop.is_set()):
-                timed_out = True
-                self.kill()
-                ended_at = ended_at or now + _GRACE_S
-        with contextlib.suppress(OSError):
-            self._sock.close()
-        return self._exit_code(), timed_out
+            if self._sock is None:
+                raise BrokenPipeError
+            try:
+                return self._sock.send(data[:_READ_BYTES])
+            except _AGAIN:
+                await self._wait_for_room(self._sock)
+            except OSError as error:
+                raise BrokenPipeError from error
 
-    def _receive(self) -> bytes:
+    async def _wait_for_room(self, sock: socket.socket) -> None:
+        room = self._room = self._loop.create_future()
+        self._loop.add_writer(sock, _wake, room)
         try:
-            return self._sock.recv(65_536)
-        except OSError:
-            return b""
+            await room
+        finally:
+            self._room = None
+            if self._sock is not None:
+                self._loop.remove_writer(sock)
 
-    def _write(self) -> None:
+    async def give(self, data: bytes) -> None:
+        """Give it all of its input and let it see the end, as far as it reads."""
+        with contextlib.suppress(BrokenPipeError):
+            while data:
+                data = data[await self.write(data) :]
+            self.end_input()
+
+    def end_input(self) -> None:
+        """Let it see the end of its input."""
+        if self._sock is not None:
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_WR)
+
+    async def look(self) -> dict[str, Any]:
+        """What the engine knows of it; empty if its container is gone."""
+        try:
+            found: dict[str, Any] = await self._engine.blocking(
+                self._engine.api.exec_inspect, self.id
+            )
+        except ContainerGone:
+            return {}
+        return found
+
+    async def ended(self) -> dict[str, Any]:
+        """What the engine knows once it tells the exit code, or after a while without one."""
+        until_s = self._loop.time() + _CODE_S
+        while True:
+            found = await self.look()
+            told = found.get("ExitCode") is not None and not found.get("Running")
+            if told or not found or self._loop.time() > until_s:
+                return found
+            await asyncio.sleep(_POLL_S)
+
+    def close(self) -> None:
+        """Release the stream; the command is not ended by that."""
+        sock, stream = self._sock, self._response
+        self._pause()
+        self._sock = self._response = None
+        self.drained.set()
+        if sock is None:
+            return
+        self._loop.remove_writer(sock)
+        if self._room is not None:
+            _wake(self._room)
         with contextlib.suppress(OSError):
-            self._sock.sendall(self._stdin)
-            self._sock.shutdown(socket.SHUT_WR)
-
-    @staticmethod
-    def _frames(
-        buffer: bytes,
-        out: Collector,
-        err: Collector,
-        sink: Callable[[str, bytes], None] | None,
-    ) -> bytes:
-        while len(buffer) >= 8:
-            kind, size = struct.unpack(">BxxxL", buffer[:8])
-            if len(buffer) < 8 + size:
-                break
-            data, buffer = buffer[8 : 8 + size], buffer[8 + size :]
-            collector, name = (err, "stderr") if kind == 2 else (out, "stdout")
-            kept = not collector.over
-            collector.feed(data)
-            if sink is not None and kept:
-                sink(name, data)
-        return buffer
-
-    def _running(self) -> bool:
-        return bool(self._api.exec_inspect(self.id)["Running"])
-
-    def _exit_code(self) -> int | None:
-        for _ in range(50):
-            code = self._api.exec_inspect(self.id)["ExitCode"]
-            if code is not None:
-                return int(code)
-            time.sleep(_POLL_S / 5)
-        return None
-
-    def kill(self) -> None:
-        """Kill the processes that carry this command's mark."""
-        argv = ["/bin/sh", "-c", KILL, "-", self._mark]
-        capture(self._api, self._container, argv, user=self._user)
+            stream.close()
+            sock.close()
 
 
-def capture(
-    api: Api,
+def _wake(room: "asyncio.Future[None]") -> None:
+    if not room.done():
+        room.set_result(None)
+
+
+async def within(event: asyncio.Event, timeout_s: float) -> bool:
+    """Whether an event comes in time."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
+    return event.is_set()
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """How a helper ended."""
+
+    code: int
+    """-1 where the engine does not tell, or where it did not end in time."""
+    out: Captured
+    err: Captured
+    ended: bool
+    """Whether it ended by itself, with everything that held its output."""
+
+
+async def ask(
+    engine: Engine,
     container: str,
     argv: Sequence[str],
     *,
@@ -153,9 +264,33 @@ def capture(
     stdin: bytes = b"",
     limit_bytes: int = 1 << 20,
     timeout_s: float = 60.0,
-) -> tuple[int, Captured, Captured]:
-    """Run a short helper command; its exit code and output."""
+) -> Answer:
+    """Run a short helper command; one that does not end in time is left to the caller."""
     out, err = Collector(limit_bytes, head_only=True), Collector(1 << 16)
-    helper = ContainerExec(api, container, argv, env={}, cwd="/", user=user, stdin=stdin)
-    code, _ = helper.run(out, err, timeout_s=timeout_s, sink=None, stop=threading.Event())
-    return (-1 if code is None else code), out.captured(), err.captured()
+
+    def feed(name: str, data: bytes) -> None:
+        (err if name == "stderr" else out).feed(data)
+
+    wish = Wish(argv, user, {"PATH": HELPER_PATH, "LC_ALL": "C"}, stdin=bool(stdin))
+    helper = Exec(engine, wish, feed)
+    writer: asyncio.Task[None] | None = None
+    try:
+        await helper.open(container)
+        if stdin:
+            writer = asyncio.create_task(helper.give(stdin))
+        running = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while running and not await within(helper.drained, 1.0):
+                    running = bool((await helper.look()).get("Running"))
+                found = await helper.ended()
+                await within(helper.drained, _GRACE_S)
+                code = found.get("ExitCode")
+                ended = code is not None and helper.drained.is_set()
+                code = -1 if code is None else int(code)
+                return Answer(code, out.captured(), err.captured(), ended)
+        return Answer(-1, out.captured(), err.captured(), False)
+    finally:
+        if writer is not None:
+            writer.cancel()
+        helper.close()

@@ -1,276 +1,276 @@
-"""A command in a container that is spoken to while it runs.
+"""A command in a container, from its start to its end.
 
-- The engine's exec socket carries input and output; it is read on the event loop, and every call
-  of the engine's API runs in the runtime's threads.
-- As with any command there, its own end is asked for: a daemon may hold the socket for ever.
-- Signals go to the process group of the oldest process that carries the command's mark.
+- It runs under a name of its own (`docker_marks.py`): whoever stops it ends all its processes,
+  however they hide, and none of another command.
+- As with any command there, its own end is asked for: a daemon may hold the stream for ever.
+- What it prints is always read on: an engine that cannot hand on the output of one command tells
+  the end of no other in that container. What waits for a slow sink is bounded by what is kept.
 - A signal that ended it is told by its exit code, as everywhere in this backend.
 """
 
 import asyncio
 import contextlib
-import secrets
-import socket
-import struct
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from regreen.rpc.errors import FailedPrecondition, InvalidArgument
-from sandbox_svc.backends.base import Command, EndReason, ExecResult, TerminalSize
-from sandbox_svc.backends.docker_exec import KILL, MARK, capture
+from regreen.rpc.errors import FailedPrecondition, InfraError
+from sandbox_svc import metrics
+from sandbox_svc.backends.base import (
+    Command,
+    EndReason,
+    ExecResult,
+    OutputSink,
+    TerminalSize,
+)
+from sandbox_svc.backends.docker_engine import ContainerGone, EngineSilent
+from sandbox_svc.backends.docker_exec import Exec, Wish, within
+from sandbox_svc.backends.docker_marks import SIGNAL, Mark
 from sandbox_svc.backends.output import OutputLog, Pulse
 
 if TYPE_CHECKING:
     from sandbox_svc.backends.docker_box import DockerBox
+    from sandbox_svc.backends.docker_channel import Channel
 
 _POLL_S = 0.1
-_GRACE_S = 0.3
+_SLOWEST_POLL_S = 1.0
+_QUIET_S = 0.3
+_LAST_WORDS_S = 3.0
 _FLOOD_PAUSE_S = 0.002
-_READ_BYTES = 65_536
-_HEADER_BYTES = 8
 _KILLED = 137
 _GONE = "the command's standard input is closed"
-_SIGNAL = (
-    "f=; for p in /proc/[0-9]*; do n=${p#/proc/}; "
-    f'if tr "\\0" "\\n" < $p/environ 2>/dev/null | grep -qx "{MARK}=$1" '
-    '&& { [ -z "$f" ] || [ $n -lt $f ]; }; then f=$n; fi; done; '
-    '[ -n "$f" ] && kill -$2 -$f'
-)
 
 
 class DockerProcess:
     """See `backends.base.Process`."""
 
-    def __init__(self, box: "DockerBox", command: Command) -> None:
+    def __init__(self, box: "DockerBox", command: Command, sink: OutputSink | None = None) -> None:
         self._loop = asyncio.get_running_loop()
-        self._box, self._command = box, command
-        self._container, self._mark = box.container, secrets.token_hex(8)
+        self._box, self._command, self._sink = box, command, sink
         self.changed = Pulse()
         self.stdout = OutputLog(command.output_bytes, self.changed)
         self.stderr = OutputLog(command.output_bytes, self.changed)
-        self._id = ""
-        self._stream: Any = None
-        self._sock: socket.socket | None = None
-        self._buffer = b""
-        self._drained = asyncio.Event()
         self._input_open = command.open_stdin or command.terminal is not None
-        self._room: asyncio.Future[None] | None = None
-        self._feeder: asyncio.Task[None] | None = None
+        self._exec: Exec | None = None
+        self._container = ""
+        self._mark: Mark | None = None
+        self._channel: Channel | None = None
+        self._queue: asyncio.Queue[tuple[str, bytes] | None] = asyncio.Queue()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._pump: asyncio.Task[None] | None = None
         self._ended = False
         self._began_s = time.monotonic()
 
     @classmethod
-    async def begin(cls, box: "DockerBox", command: Command) -> "DockerProcess":
-        """Start a command of a box."""
-        self = cls(box, command)
-        self._sock = await box.blocking(self._open)
-        self._sock.setblocking(False)
-        self._read_on()
+    async def begin(
+        cls,
+        box: "DockerBox",
+        command: Command,
+        sink: OutputSink | None = None,
+        channel: "Channel | None" = None,
+    ) -> "DockerProcess":
+        """Start a command of a box; it ends with its caller until that has it."""
+        self = cls(box, command, sink)
+        self._channel = channel
+        mark = self._mark = await box.mark()
+        container = self._container = box.container
+        try:
+            self._exec = Exec(box.engine, self._wish(mark), self._feed)
+            await self._exec.open(container, lambda _: box.end(container, mark, EndReason.SIGNAL))
+        except BaseException as error:
+            box.unmark(mark, empty=False)
+            if isinstance(error, EngineSilent):  # it may run, or be about to
+                box.engine.task(box.end(container, mark, EndReason.SIGNAL))
+            raise
+        self._began_s = time.monotonic()
+        if sink is not None:
+            self._pump = asyncio.create_task(self._deliver(sink))
         if not self._input_open and command.stdin:
-            self._input_open = True
-            self._feeder = asyncio.create_task(self._feed())
+            self._tasks.append(asyncio.create_task(self._exec.give(command.stdin)))
         if command.terminal is not None:
-            await self.resize(command.terminal)
+            await self._first_size(command.terminal)
         return self
 
-    def _open(self) -> socket.socket:
-        api, command, user = self._box.api, self._command, self._box.user
-        code, _, _ = capture(api, self._container, ["test", "-d", command.cwd], user=user)
-        if code != 0:
-            raise InvalidArgument("cwd", f"no such directory in the sandbox: {command.cwd}")
-        terminal, script = command.terminal is not None, 'exec "$@"'
+    def _wish(self, mark: Mark) -> Wish:
+        command, script = self._command, 'exec "$@"'
+        env = self._box.env | dict(command.env)
         if command.terminal is not None:  # before it starts, so that it sees no change of size
             size = command.terminal
             script = f"stty rows {size.rows} cols {size.columns} 2>/dev/null; {script}"
-        term = {"TERM": "xterm-256color"} if terminal else {}
-        env = self._box.env | term | dict(command.env) | {MARK: self._mark}
-        created = api.exec_create(
-            self._container,
-            ["/bin/sh", "-c", script, "-", *command.argv],
+            env = {"TERM": "xterm-256color"} | dict(command.env)
+            env = self._box.env | env
+        if self._channel is not None:
+            env["REGREEN_CHANNEL_FD"] = "3"
+            script = f"exec 3>{self._channel.path}; {script}"
+        return Wish(
+            ("/bin/sh", "-c", script, "-", *command.argv),
+            mark.user,
+            env,
+            command.cwd,
             stdin=self._input_open or bool(command.stdin),
-            tty=terminal,
-            environment=env,
-            workdir=command.cwd,
-            user=user,
+            terminal=command.terminal is not None,
         )
-        self._id = created["Id"]
-        self._stream = api.exec_start(self._id, socket=True, tty=terminal)
-        sock: socket.socket = getattr(self._stream, "_sock", self._stream)
-        return sock
 
-    def _read_on(self) -> None:
-        if self._sock is not None and not self._drained.is_set():
-            self._loop.add_reader(self._sock, self._on_readable, self._sock)
-
-    def _on_readable(self, sock: socket.socket) -> None:
+    async def _first_size(self, size: TerminalSize) -> None:
         try:
-            data = sock.recv(_READ_BYTES)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if not data:
-            self._loop.remove_reader(sock)
-            self._drained.set()
-        elif self._command.terminal is not None:
-            self.stdout.feed(data)
-        else:
-            self._frames(data)
-        if data and (self.stdout.over or self.stderr.over):
-            self._loop.remove_reader(sock)
-            self._loop.call_later(_FLOOD_PAUSE_S, self._read_on)
+            await self.resize(size)
+        except BaseException:
+            await self._give_up()
+            raise
 
-    def _frames(self, data: bytes) -> None:
-        self._buffer += data
-        while len(self._buffer) >= _HEADER_BYTES:
-            kind, size = struct.unpack(">BxxxL", self._buffer[:_HEADER_BYTES])
-            end = _HEADER_BYTES + size
-            if len(self._buffer) < end:
-                return
-            log = self.stderr if kind == 2 else self.stdout
-            log.feed(self._buffer[_HEADER_BYTES:end])
-            self._buffer = self._buffer[end:]
+    def _feed(self, name: str, data: bytes) -> float | None:
+        """Take what was printed; how long to wait before more is read."""
+        log = self.stderr if name == "stderr" else self.stdout
+        kept = not log.over
+        log.feed(data)
+        if log.over:
+            return _FLOOD_PAUSE_S
+        if self._pump is not None and kept:
+            self._queue.put_nowait((name, data))
+        return None
+
+    async def _deliver(self, sink: OutputSink) -> None:
+        while (item := await self._queue.get()) is not None:
+            await sink(*item)
 
     async def write(self, data: bytes) -> int:
         """Give it the first bytes of `data`, once there is room; returns how many."""
-        while True:
-            if self._sock is None or not self._input_open:
-                raise FailedPrecondition(_GONE)
-            try:
-                return self._sock.send(data[:_READ_BYTES])
-            except BlockingIOError:
-                await self._wait_for_room(self._sock)
-            except OSError as error:
-                self._input_open = False
-                raise FailedPrecondition(_GONE) from error
-
-    async def _feed(self) -> None:
-        """Give a command that is not spoken to its input."""
-        rest = self._command.stdin
-        with contextlib.suppress(FailedPrecondition):
-            while rest:
-                rest = rest[await self.write(rest) :]
-            await self.close_input()
-
-    async def _wait_for_room(self, sock: socket.socket) -> None:
-        room = self._room = self._loop.create_future()
-        self._loop.add_writer(sock, _wake, room)
+        if self._exec is None or not self._input_open:
+            raise FailedPrecondition(_GONE)
         try:
-            await room
-        finally:
-            self._room = None
-            if self._sock is not None:
-                self._loop.remove_writer(sock)
+            return await self._exec.write(data)
+        except BrokenPipeError as error:
+            self._input_open = False
+            raise FailedPrecondition(_GONE) from error
 
     async def close_input(self) -> None:
         """Let it see the end of its input; on a terminal that is a character."""
-        if self._sock is None or not self._input_open:
+        if self._exec is None or not self._input_open:
             return
         if self._command.terminal is not None:
             with contextlib.suppress(FailedPrecondition):
                 await self.write(b"\x04")
             return
         self._input_open = False
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_WR)
+        self._exec.end_input()
 
     async def signal(self, number: int) -> bool:
         """Send a signal to its process group; whether it still ran."""
-        return not self._ended and await self._script(_SIGNAL, str(number)) == 0
-
-    async def _script(self, script: str, *arguments: str) -> int:
-        argv: Sequence[str] = ["/bin/sh", "-c", script, "-", self._mark, *arguments]
-        box = self._box
-        code, _, _ = await box.blocking(capture, box.api, self._container, argv, user=box.user)
-        return int(code)
+        if self._ended or self._mark is None:
+            return False
+        if self._container != self._box.container:
+            return False
+        with contextlib.suppress(ContainerGone):
+            return await self._box.root(SIGNAL, self._mark.gid, str(number)) == 0
+        return False
 
     async def resize(self, size: TerminalSize) -> None:
         """Set the size of its terminal."""
-        from docker.errors import APIError
-
         if self._command.terminal is None:
             raise FailedPrecondition("the command has no terminal; start it with one")
-        with contextlib.suppress(APIError):  # it has ended
-            await self._box.blocking(self._box.api.exec_resize, self._id, size.rows, size.columns)
+        if self._exec is None or self._ended:
+            return
+        engine, number = self._box.engine, self._exec.id
+        try:
+            await engine.blocking(engine.api.exec_resize, number, size.rows, size.columns)
+        except EngineSilent:
+            raise
+        except InfraError:  # it has ended
+            return
 
     async def wait(self) -> ExecResult:
         """Wait for its end, within its time limit."""
+        running = self._exec
+        if running is None:
+            raise RuntimeError("the command was not started")
+        stopped: EndReason | None = None
+        found: dict[str, Any] = {}
         try:
-            return await self._wait()
-        except asyncio.CancelledError:
-            await asyncio.shield(self._script(KILL))
+            stopped = await self._until_end(running)
+            found = await running.ended()
+            await self._last_words(running)
+        except BaseException:
+            await self._give_up()
             raise
+        try:
+            if self._pump is not None:
+                self._queue.put_nowait(None)
+                await self._pump
+            result = await self._result(found, stopped)
+            metrics.count_limit(result.reason)
+            return result
         finally:
-            self._ended = True
             self._close()
 
-    async def _wait(self) -> ExecResult:
-        stopped: EndReason | None = None
+    async def _give_up(self) -> None:
+        """End all its processes, whatever becomes of the caller meanwhile."""
+        try:
+            if self._mark is not None:
+                ending = self._box.engine.task(self._end(self._mark, EndReason.SIGNAL))
+                with contextlib.suppress(InfraError):
+                    await asyncio.shield(ending)
+        finally:
+            self._close()
+
+    async def _until_end(self, running: Exec) -> EndReason | None:
+        """Wait for the end of its main process; why it was brought about, if it was."""
         wall_s = self._box.limits.wall_s or self._command.timeout_s
         until_s = self._began_s + min(self._command.timeout_s, wall_s)
-        while await self._runs():
+        most_bytes, pause_s = self._box.limits.output_bytes, 0.0
+        while True:
+            if pause_s and not (await running.look()).get("Running"):
+                return None
             now = time.monotonic()
-            most = self._box.limits.output_bytes
-            flooded = 0 < most < self.stdout.total_bytes + self.stderr.total_bytes
-            if stopped is None and (now > until_s or flooded):
-                stopped = EndReason.OUTPUT if flooded else EndReason.TIMEOUT
-                await self._script(KILL)
-            left_s = max(0.0, until_s - now) or _POLL_S
-            await _within(self._drained, min(_POLL_S, left_s))
-        await _within(self._drained, _GRACE_S)
-        code = await self._box.blocking(self._exit_code)
-        result = await self._box.blocking(
-            self._box.result,
-            code,
-            stopped is not None,
-            self.stdout,
-            self.stderr,
-            time.monotonic() - self._began_s,
-        )
-        return result if stopped is None else replace(result, reason=stopped)
+            if 0 < most_bytes < self.stdout.total_bytes + self.stderr.total_bytes:
+                return await self._overrun(EndReason.OUTPUT)
+            if now >= until_s:
+                return await self._overrun(EndReason.TIMEOUT)
+            silent = running.drained.is_set()  # it may have closed its output and go on
+            pause_s = min(pause_s * 2 if silent and pause_s else _POLL_S, _SLOWEST_POLL_S)
+            left_s = max(0.001, min(pause_s, until_s - now))
+            if silent:
+                await asyncio.sleep(left_s)
+            else:
+                await within(running.drained, left_s)
 
-    async def _runs(self) -> bool:
-        from docker.errors import APIError
+    async def _end(self, mark: Mark, reason: EndReason) -> None:
+        await self._box.end(self._container, mark, reason)
 
-        try:
-            found = await self._box.blocking(self._box.api.exec_inspect, self._id)
-        except APIError:  # the container is gone, and the command with it
-            return False
-        return bool(found["Running"])
+    async def _overrun(self, reason: EndReason) -> EndReason:
+        assert self._mark is not None
+        await self._end(self._mark, reason)
+        return reason
 
-    def _exit_code(self) -> int | None:
-        from docker.errors import APIError
+    async def _last_words(self, running: Exec) -> None:
+        """Read what the command printed last; a daemon that holds the stream is not waited for."""
+        self._ended = True
+        began_s = self._loop.time()
+        while not running.drained.is_set():
+            now = self._loop.time()
+            quiet_s = max(began_s, running.seen_s) + _QUIET_S - now
+            if quiet_s <= 0 or now > began_s + _LAST_WORDS_S:
+                return
+            await within(running.drained, quiet_s)
 
-        try:
-            code = self._box.api.exec_inspect(self._id)["ExitCode"]
-        except APIError:
-            return _KILLED
-        return None if code is None else int(code)
+    async def _result(self, found: dict[str, Any], stopped: EndReason | None) -> ExecResult:
+        wall_s = time.monotonic() - self._began_s
+        out, err = self.stdout.captured(), self.stderr.captured()
+        code = found.get("ExitCode") if found else _KILLED
+        if stopped is None and code in (126, 127) and not found.get("Pid"):
+            ended = await self._box.not_started(self._container, self._command, out)
+            return replace(ended, wall_s=wall_s)
+        ending = (stopped, -9, 9) if stopped else await self._box.how(self._container, code)
+        reason, shown, number = ending
+        channel = await self._channel.finish() if self._channel is not None else b""
+        return ExecResult(reason, shown, number, out, err, wall_s, channel=channel)
 
     def _close(self) -> None:
-        sock, self._sock, self._input_open = self._sock, None, False
-        if sock is None:
-            return
-        self._drained.set()
-        self._loop.remove_reader(sock)
-        self._loop.remove_writer(sock)
-        if self._feeder is not None:
-            self._feeder.cancel()
-        if self._room is not None:
-            _wake(self._room)
-        with contextlib.suppress(OSError):
-            self._stream.close()
-            sock.close()
-
-
-def _wake(room: "asyncio.Future[None]") -> None:
-    if not room.done():
-        room.set_result(None)
-
-
-async def _within(event: asyncio.Event, timeout_s: float) -> None:
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(timeout_s):
-            await event.wait()
+        self._ended, self._input_open = True, False
+        if self._exec is not None:
+            self._exec.close()
+        for task in (*self._tasks, self._pump):
+            if task is not None:
+                task.cancel()
+        mark, self._mark = self._mark, None
+        if mark is not None:
+            self._box.unmark(mark, empty=False)

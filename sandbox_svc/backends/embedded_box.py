@@ -48,7 +48,7 @@ from sandbox_svc.backends.cgroups import Counters
 from sandbox_svc.backends.commands import ENVIRONMENT, absolute, check_command
 from sandbox_svc.backends.embedded_process import EmbeddedProcess
 from sandbox_svc.backends.fds import not_opened, read_upto, write_all
-from sandbox_svc.backends.jobs import Job, all_ended, first_of, lost, name_end, refusal
+from sandbox_svc.backends.jobs import Job, all_ended, first_of, lost, name_end, prepared, refusal
 from sandbox_svc.backends.layers import writing
 from sandbox_svc.backends.link import Link, LinkClosed
 from sandbox_svc.backends.output import Collector, PipeReader
@@ -166,16 +166,15 @@ class EmbeddedBox:
         """Run one command to its end."""
         check_command(command)
         self._require()
-        readers = [
-            PipeReader("stdout", Collector(command.output_bytes), sink),
-            PipeReader("stderr", Collector(command.output_bytes), sink),
-        ]
+        later, sizes = command.later, (command.output_bytes, command.channel_bytes)
+        outputs = [(name, Collector(sizes[0]), sink) for name in ("stdout", "stderr")]
         if command.channel:
-            channel = Collector(command.channel_bytes, head_only=True)
-            heard = command.later.on_channel if command.later is not None else None
-            readers.append(PipeReader("channel", channel, heard))
-        later = command.later
-        stdin = wire.bytes_fd(command.stdin) if later is None else os.dup(later.stdin_fd)
+            heard = later.on_channel if later is not None else None
+            outputs.append(("channel", Collector(sizes[1], head_only=True), heard))
+        readers, stdin = prepared(
+            outputs,
+            lambda: os.dup(later.stdin_fd) if later else wire.bytes_fd(command.stdin),
+        )
         job = await self.begin(command, readers, stdin)
         return await self.conclude(job, command.timeout_s, later)
 
@@ -209,7 +208,7 @@ class EmbeddedBox:
                 metrics.count_limit(job.refused.reason)
                 return job.refused
             if later is not None:
-                await first_of(later.go, job.done)
+                await first_of(later.go, job)
                 timeout_s = later.timeout_s or timeout_s
             ended = await self._wait(job.link, job, timeout_s)
             result = await self._result(job, ended, time.monotonic() - job.began_s)

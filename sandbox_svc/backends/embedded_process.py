@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING
 from regreen.rpc.errors import FailedPrecondition, InfraError
 from sandbox_svc.backends import wire
 from sandbox_svc.backends.base import Captured, Command, ExecResult, TerminalSize
+from sandbox_svc.backends.jobs import prepared
 from sandbox_svc.backends.link import LinkClosed
-from sandbox_svc.backends.output import OutputLog, PipeReader, Pulse
+from sandbox_svc.backends.output import OutputLog, Pulse
 
 if TYPE_CHECKING:
     from sandbox_svc.backends.embedded_box import EmbeddedBox
@@ -55,12 +56,16 @@ class EmbeddedProcess:
         if command.terminal is not None:
             command = replace(command, env=_TERMINAL_ENV | dict(command.env))
         self = cls(box, command)
-        readers = [PipeReader("stdout", self.stdout, None), PipeReader("stderr", self.stderr, None)]
-        if command.open_stdin and command.terminal is None:
+
+        def stdin() -> int:
+            if not command.open_stdin or command.terminal is not None:
+                return wire.bytes_fd(command.stdin)
             theirs, self._input = os.pipe2(os.O_CLOEXEC)
             os.set_blocking(self._input, False)
-        else:
-            theirs = wire.bytes_fd(command.stdin)
+            return theirs
+
+        outputs = [("stdout", self.stdout, None), ("stderr", self.stderr, None)]
+        readers, theirs = prepared(outputs, stdin)
         try:
             self._job = await box.begin(command, readers, theirs)
         except BaseException:

@@ -2,13 +2,15 @@
 
 - A job is known by its number to the first process of its sandbox; the exit message ends it.
 - What could not be started is a result where the command is at fault, and else an error.
+- Descriptors of a command that does not come to be are closed, also where there are no more.
 """
 
 import asyncio
+import contextlib
 import errno
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from regreen.rpc.errors import (
@@ -16,12 +18,13 @@ from regreen.rpc.errors import (
     InfraError,
     InvalidArgument,
     RegreenError,
+    ResourceExhausted,
     Unavailable,
 )
 from sandbox_svc.backends import wire
-from sandbox_svc.backends.base import Captured, Command, EndReason, ExecResult
+from sandbox_svc.backends.base import Captured, Command, EndReason, ExecResult, OutputSink
 from sandbox_svc.backends.link import Link
-from sandbox_svc.backends.output import PipeReader
+from sandbox_svc.backends.output import Collector, PipeReader
 
 
 @dataclass(slots=True)
@@ -42,7 +45,11 @@ class Job:
 
     def on_terminal(self, fd: int) -> None:
         """Read the terminal instead of the first pipe."""
-        self.terminal = os.dup(fd)
+        try:
+            self.terminal = os.dup(fd)
+        except OSError:
+            os.close(fd)
+            raise
         unused, self.readers[0] = (
             self.readers[0],
             PipeReader("stdout", self.readers[0].collector, None, fd),
@@ -73,14 +80,41 @@ def _note(text: str) -> Captured:
     return Captured(data, b"", len(data))
 
 
-async def first_of(go: asyncio.Event, done: asyncio.Future[wire.Message]) -> None:
-    """Wait until a command may go on, or has ended."""
+async def first_of(go: asyncio.Event, job: Job) -> None:
+    """Wait until a command may go on, or has ended; its time counts from there."""
     waiting = asyncio.create_task(go.wait())
-    done.add_done_callback(lambda _: waiting.cancel())
+    job.done.add_done_callback(lambda _: waiting.cancel())
     try:
         await asyncio.wait([waiting])
     finally:
         waiting.cancel()
+    if go.is_set():
+        job.began_s = time.monotonic()
+
+
+def prepared(
+    outputs: Iterable[tuple[str, Collector, OutputSink | None]], stdin: Callable[[], int]
+) -> tuple[list[PipeReader], int]:
+    """A reader for each output and the descriptor of standard input: all of them, or none.
+
+    Raises:
+        ResourceExhausted: the service has no descriptors left.
+    """
+    with contextlib.ExitStack() as undo:
+        try:
+            readers = []
+            for output in outputs:
+                readers.append(PipeReader(*output))
+                undo.callback(readers[-1].close)
+            given = stdin()
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            raise ResourceExhausted(
+                "the service has no file descriptors left for the command", retry_after_s=1.0
+            ) from error
+        undo.pop_all()
+        return readers, given
 
 
 async def all_ended(jobs: Sequence[Job], within_s: float) -> bool:

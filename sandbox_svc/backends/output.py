@@ -106,17 +106,21 @@ class PipeReader:
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._name, self.collector, self._sink = name, collector, sink
-        self._fd, self._write_fd = terminal_fd, -1
-        if terminal_fd < 0:
-            self._fd, self._write_fd = os.pipe2(os.O_CLOEXEC)
-        os.set_blocking(self._fd, False)
         self._queue: asyncio.Queue[bytes | None] = asyncio.Queue()
         self._pump: asyncio.Task[None] | None = None
         self._resume: asyncio.TimerHandle | None = None
         self._reading = False
-        if sink is not None:
-            self._pump = self._loop.create_task(self._deliver(sink))
-        self._watch()
+        self._fd, self._write_fd = terminal_fd, -1
+        if terminal_fd < 0:
+            self._fd, self._write_fd = os.pipe2(os.O_CLOEXEC)
+        try:
+            os.set_blocking(self._fd, False)
+            if sink is not None:
+                self._pump = self._loop.create_task(self._deliver(sink))
+            self._watch()
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def write_fd(self) -> int:

@@ -1,7 +1,8 @@
 """`python -m sandbox_svc.worker`: one sandbox service of this node, inside one container.
 
 - It prints the address once the service serves, and stays until it is asked to end.
-- When the container ends by itself, so does this, with the end of its log.
+- When the container ends by itself, so does this, with the end of its log; while the engine does
+  not answer, nothing is known to have ended.
 - Flags after `--` are those of `sandbox_svc`.
 """
 
@@ -12,7 +13,7 @@ import signal
 import sys
 from pathlib import Path
 
-from regreen.rpc.errors import RegreenError
+from regreen.rpc.errors import InfraError, RegreenError
 from regreen.settings import default_home
 from sandbox_svc.worker.docker import DockerWorker, WorkerOptions
 
@@ -28,7 +29,7 @@ async def run(options: WorkerOptions) -> int:
         sys.stdout.flush()
         asked = asyncio.create_task(stop.wait())
         try:
-            while await worker.running():
+            while await _runs(worker):
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(1.0):
                         await asyncio.shield(asked)
@@ -37,6 +38,15 @@ async def run(options: WorkerOptions) -> int:
             return 1
         finally:
             asked.cancel()
+
+
+async def _runs(worker: DockerWorker) -> bool:
+    """Whether the container runs, as far as the engine tells."""
+    try:
+        return await worker.running()
+    except InfraError as error:
+        sys.stderr.write(f"sandbox_svc.worker: {error}\n")
+        return True
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,7 +8,9 @@
 - On a unix socket it has no network at all; given a TCP address of loopback, it is on a bridge, and
   sandboxes still have none.
 - States and sandboxes lie in a directory of the host that outlives the container.
-- One worker per home; what a killed predecessor left is removed at start, by label.
+- One worker per home; what a killed predecessor left is removed at start, by label, and one that
+  cannot be removed is an error: two services never share a home.
+- A start that fails or is cut short leaves no container; an engine that hangs hangs nobody.
 """
 
 import asyncio
@@ -25,6 +27,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from regreen.rpc.errors import InfraError, InvalidArgument, MissingDependency
 from regreen.settings import check_address, is_local
+from sandbox_svc.backends.docker_engine import ContainerGone, Engine
 
 _LABEL = "regreen.worker"
 _USER = 10_001
@@ -33,6 +36,7 @@ _HOME, _RUN, _SOCKET = "/home/regreen/data", "/run/regreen", "sandbox.sock"
 _PORT = 50052
 _START_S = 60.0
 _STOP_S = 15
+_ANSWER_S = 60.0
 _LOOK_S = 0.1
 
 
@@ -64,7 +68,7 @@ class DockerWorker:
         self._home = options.home.absolute()
         self._name = hashlib.sha256(os.fsencode(self._home)).hexdigest()[:12]
         self._container = ""
-        self._api: Any = None
+        self._engine: Engine | None = None
         root = os.geteuid() == 0
         self._user = (_USER, _USER) if root else (os.getuid(), os.getgid())
         self.address = options.listen or f"unix:{self._home}/run/{_SOCKET}"
@@ -80,49 +84,32 @@ class DockerWorker:
         Raises:
             MissingDependency: no engine, no image, no profile, or sandboxes do not work inside.
         """
-        self._connect()
-        for part in ("data", "run"):
-            path = self._home / part
-            path.mkdir(parents=True, exist_ok=True)
-            if os.geteuid() == 0:
-                os.chown(path, *self._user)
-        (self._home / "run" / _SOCKET).unlink(missing_ok=True)
-        await asyncio.to_thread(self._sweep)
+        engine = self._engine = Engine(answer_s=_ANSWER_S)
         try:
-            await asyncio.to_thread(self._start)
+            info = await engine.connect()
+            await self._sweep(engine)
+            for part in ("data", "run"):
+                path = self._home / part
+                path.mkdir(parents=True, exist_ok=True)
+                if os.geteuid() == 0:
+                    os.chown(path, *self._user)
+            (self._home / "run" / _SOCKET).unlink(missing_ok=True)
+            await self._start(engine, info)
             await self._wait()
         except BaseException:
-            await asyncio.shield(self.close())
+            await asyncio.shield(asyncio.ensure_future(self.close()))
             raise
         return self
 
     async def __aexit__(self, *exc: object) -> None:
         await self.close()
 
-    def _connect(self) -> None:
-        try:
-            import docker.client
-            from docker.errors import DockerException
-        except ImportError as error:
-            raise MissingDependency(
-                "the docker package is missing; install regreen[sandbox]"
-            ) from error
-        try:
-            connect: Any = docker.client.DockerClient.from_env
-            self._api = connect(timeout=120).api
-            self._api.ping()
-        except DockerException as error:
-            raise MissingDependency(
-                f"no Docker engine answers ({error}); start one or set DOCKER_HOST"
-            ) from error
+    async def _sweep(self, engine: Engine) -> None:
+        filters = {"label": f"{_LABEL}={self._name}"}
+        for found in await engine.blocking(engine.api.containers, all=True, filters=filters):
+            await engine.remove(found["Id"])
 
-    def _sweep(self) -> None:
-        for found in self._api.containers(all=True, filters={"label": f"{_LABEL}={self._name}"}):
-            self._remove(found["Id"])
-
-    def _start(self) -> None:
-        from docker.errors import APIError, ImageNotFound
-
+    async def _start(self, engine: Engine, info: dict[str, Any]) -> None:
         options = self._options
         ports: dict[int, tuple[str, int | None]] = {}
         serve = [f"--listen=unix:{_RUN}/{_SOCKET}"]
@@ -131,9 +118,10 @@ class DockerWorker:
             ports = {_PORT: (host, int(port) or None)}
             serve = [f"--listen=0.0.0.0:{_PORT}", "--insecure"]
         try:
-            self._container = self._api.create_container(
-                options.image,
-                [
+            self._container = await engine.create(
+                f"regreen-worker-{self._name}",
+                image=options.image,
+                command=[
                     *("python3", "-m", "sandbox_svc", "--backend=embedded", f"--home={_HOME}"),
                     *("--metrics=127.0.0.1:9052", *serve, *options.arguments),
                 ],
@@ -141,21 +129,20 @@ class DockerWorker:
                 labels={_LABEL: self._name},
                 environment={"HOME": "/home/regreen"},
                 ports=list(ports),
-                host_config=self._host_config(ports),
-            )["Id"]
-            self._api.start(self._container)
-            if options.listen:
-                (bound,) = self._api.port(self._container, _PORT)
-                self.address = f"{bound['HostIp']}:{bound['HostPort']}"
-        except ImageNotFound as error:
+                host_config=self._host_config(engine, info, ports),
+            )
+        except ContainerGone as error:
             raise MissingDependency(
                 f"the engine has no image {options.image}; build it from "
-                "infra/docker/sandbox.Dockerfile"
+                f"infra/docker/sandbox.Dockerfile ({error})"
             ) from error
-        except APIError as error:
-            raise InfraError(f"the engine cannot start the worker: {error}") from error
+        if options.listen:
+            (bound,) = await engine.blocking(engine.api.port, self._container, _PORT)
+            self.address = f"{bound['HostIp']}:{bound['HostPort']}"
 
-    def _host_config(self, ports: dict[int, tuple[str, int | None]]) -> Any:
+    def _host_config(
+        self, engine: Engine, info: dict[str, Any], ports: dict[int, tuple[str, int | None]]
+    ) -> Any:
         options = self._options
         try:
             profile = options.seccomp.read_text(encoding="ascii")
@@ -164,12 +151,11 @@ class DockerWorker:
                 f"seccomp: {options.seccomp} cannot be read ({error.strerror}); give the profile "
                 "of infra/docker"
             ) from error
-        engine = self._api.info()
-        cores = float(engine.get("NCPU") or 1)
+        cores = float(info.get("NCPU") or 1)
         security = ["no-new-privileges", f"seccomp={profile}"]
-        if any("apparmor" in o for o in engine.get("SecurityOptions") or ()):
+        if any("apparmor" in o for o in info.get("SecurityOptions") or ()):
             security.append("apparmor=unconfined")  # the engine's own profile forbids mount
-        config = self._api.create_host_config(
+        config = engine.api.create_host_config(
             network_mode="bridge" if ports else "none",
             port_bindings=ports,
             cap_drop=["ALL"],
@@ -206,41 +192,35 @@ class DockerWorker:
         raise InfraError(f"the worker does not serve: {await self.log()}")
 
     async def running(self) -> bool:
-        """Whether the container still runs."""
-        state = (await asyncio.to_thread(self._api.inspect_container, self._container))["State"]
-        return bool(state["Running"])
+        """Whether the container still runs.
 
-    async def wait(self) -> int:
-        """Wait until the container ends; its exit code."""
-        ended = await asyncio.to_thread(self._api.wait, self._container, timeout=None)
-        return int(ended["StatusCode"])
+        Raises:
+            InfraError: the engine does not answer.
+        """
+        engine = self._engine
+        return engine is not None and bool((await engine.state(self._container)).get("Running"))
 
     async def log(self) -> str:
         """The end of what the service said."""
-        text = await asyncio.to_thread(self._api.logs, self._container, tail=20)
+        engine = self._engine
+        if engine is None:
+            return ""
+        try:
+            text = await engine.blocking(engine.api.logs, self._container, tail=20)
+        except InfraError as error:
+            return str(error)
         return bytes(text).decode("utf-8", "replace").strip()[-2000:]
 
     async def close(self) -> None:
         """End the service, let it finish, remove the container; states stay."""
-        if self._api is None:
+        engine, self._engine = self._engine, None
+        if engine is None:
             return
         if self._container:
-            await asyncio.to_thread(self._end)
-        await asyncio.to_thread(self._api.close)
-        self._api = None
-
-    def _end(self) -> None:
-        from docker.errors import APIError
-
-        with contextlib.suppress(APIError):
-            self._api.stop(self._container, timeout=_STOP_S)
-        self._remove(self._container)
-
-    def _remove(self, container: str) -> None:
-        from docker.errors import APIError
-
-        with contextlib.suppress(APIError):
-            self._api.remove_container(container, force=True, v=True)
+            with contextlib.suppress(InfraError):
+                await engine.blocking(engine.api.stop, self._container, timeout=_STOP_S)
+            await engine.discard(self._container)
+        await engine.close()
 
 
 async def _serves(stub: Any) -> bool:

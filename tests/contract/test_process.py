@@ -109,6 +109,19 @@ async def test_a_signal_without_a_handler_is_how_it_ended(box):
     assert (result.reason, result.signal) == (EndReason.SIGNAL, signal.SIGINT)
 
 
+async def test_signals_reach_a_command_with_an_empty_environment(box):
+    text = (
+        "echo up; exec env -i /bin/sh -c 'trap \"echo caught; exit 7\" TERM; while :; do :; done'"
+    )
+    process = await box.start(script(text))
+    await shows(process, b"up\n")
+    async with asyncio.timeout(_WAIT_S):
+        await sh(box, "until grep -q '[t]rap' /proc/[0-9]*/cmdline; do :; done; sleep 0.3")
+    assert await process.signal(signal.SIGTERM)
+    result = await process.wait()
+    assert (result.exit_code, result.stdout.text) == (7, "up\ncaught\n")
+
+
 async def test_time_runs_out_and_cancelling_kills(box):
     process = await box.start(script("sleep 300", open_stdin=True, timeout_s=0.5))
     assert (await process.wait()).reason is EndReason.TIMEOUT

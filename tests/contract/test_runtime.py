@@ -106,6 +106,46 @@ async def test_time_out_kills_everything_that_the_command_started(box):
     assert "sleep 30" not in left
 
 
+HIDDEN = "env -i setsid sleep 311 & (env -i setsid env -i sleep 312 &) ; exec env -i sleep 313"
+
+
+async def test_no_process_hides_from_the_end_of_its_command(box):
+    other = asyncio.create_task(sh(box, "sleep 4; echo lived"))
+    result = await sh(box, HIDDEN, timeout_s=1.0)
+    assert result.reason is EndReason.TIMEOUT
+    left = (await sh(box, "cat /proc/[0-9]*/cmdline | tr '\\0' ' '")).stdout.text
+    assert "sleep 31" not in left
+    task = asyncio.create_task(sh(box, HIDDEN))
+    async with asyncio.timeout(10):
+        await sh(box, "until grep -qzx '31[2]' /proc/[0-9]*/cmdline; do :; done")
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    left = (await sh(box, "cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' '")).stdout.text
+    assert "sleep 31" not in left
+    assert (await other).stdout.text == "lived\n"
+
+
+async def test_a_command_that_closes_its_output_is_waited_for(box):
+    began = time.monotonic()
+    result = await sh(box, "exec > /dev/null 2>&1; sleep 1.5; exit 4")
+    assert (result.reason, result.exit_code) == (EndReason.EXIT, 4)
+    assert time.monotonic() - began > 1.4
+
+
+async def test_a_sink_that_takes_nothing_holds_up_neither_time_nor_cancelling(box):
+    async def never(stream: str, data: bytes) -> None:
+        await asyncio.Event().wait()
+
+    flood = Command(("/bin/sh", "-c", "while :; do echo xxxxxxxxxxxx; done"), cwd="/")
+    task = asyncio.create_task(box.run(flood, never))
+    await asyncio.sleep(1.0)  # it is full by then
+    task.cancel()
+    async with asyncio.timeout(15):
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+
 async def test_time_out_of_one_command_leaves_the_others_alone(box):
     slow = asyncio.create_task(sh(box, "sleep 2; echo lived"))
     short = await sh(box, "sleep 300", timeout_s=0.5)
