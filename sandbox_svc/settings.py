@@ -99,6 +99,9 @@ class SandboxSettings(ServiceSettings):
     kubelet finds it); empty is RuntimeDefault."""
     kube_apparmor: str = ""
     """AppArmor of the workers: `unconfined` or a localhost profile; empty is the node's default."""
+    kube_secret: str = ""
+    """Secret whose entries become environment variables of the workers, for example `AWS_*` for
+    `blobs`; no sandbox sees them."""
     kube_cpus: float = Field(default=4.0, gt=0)
     """Cores of one worker."""
     kube_memory_bytes: int = Field(default=16 << 30, ge=256 << 20)

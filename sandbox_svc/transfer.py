@@ -310,6 +310,8 @@ def _unpack_members(
         prefix, _, below = member.name.partition("/")
         number, _, path = below.partition("/")
         if prefix == "layers" and number == str(len(drafts)) and not path and member.isdir():
+            if reader is not None:
+                reader.close()
             drafts.append(files.draft_layer())
             reader = TreeReader(drafts[-1], files.owner, quota)
         elif prefix == "layers" and reader and number == str(len(drafts) - 1) and path:
@@ -318,4 +320,6 @@ def _unpack_members(
             raise InvalidArgument("archive", f"has an entry out of place: {member.name[:120]!r}")
     if not complete:
         raise InvalidArgument("archive", "is cut short")
+    if reader is not None:
+        reader.close()
     return record

@@ -122,6 +122,7 @@ class TreeReader:
     quota: Quota
     _directories: set[str] = field(default_factory=lambda: {""})
     _seen: set[str] = field(default_factory=set)
+    _open: list[tuple[tarfile.TarInfo, Path]] = field(default_factory=list)
 
     def add(self, archive: tarfile.TarFile, member: tarfile.TarInfo, relative: str) -> None:
         """Unpack one entry.
@@ -160,7 +161,15 @@ class TreeReader:
             self._file(archive, member, path)
         else:
             raise _bad(relative, "is of a type that layers do not have")
-        self._finish(member, path)
+        if member.isdir():
+            self._open.append((member, path))
+        else:
+            self._finish(member, path)
+
+    def close(self) -> None:
+        """Give directories their modes and times, which entries below would not bear or change."""
+        while self._open:
+            self._finish(*self._open.pop())
 
     def _file(self, archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> None:
         source = archive.extractfile(member)
@@ -175,8 +184,8 @@ class TreeReader:
             os.lchown(path, self.owner, self.owner)
         if member.isreg() or member.isdir():
             path.chmod(member.mode & 0o777)
-            when = max(0, min(int(member.mtime), 1 << 33))
-            os.utime(path, (when, when), follow_symlinks=False)
+        when = max(0, min(int(member.mtime), 1 << 33))
+        os.utime(path, (when, when), follow_symlinks=False)
 
 
 def _checked(relative: str) -> str:

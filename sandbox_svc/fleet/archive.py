@@ -4,23 +4,32 @@
 - The pieces together are the very bytes that ExportState gave; cutting decides what is shared,
   never what is restored.
 - Reading verifies every piece by its digest; a damaged archive is an error, never a state.
-- A name appears after everything that it needs: a state is there whole or not at all.
+- A name appears after everything that it needs: a state is there whole or not at all. Pieces that a
+  store has lost since are damage too.
+- The event loop never waits for the disk: a slow or full one costs a transfer, not the front.
 """
 
+import asyncio
 import base64
 import binascii
 import json
 import re
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from google.protobuf.message import DecodeError
+
 from regreen.blobs import Digest, ObjectBlobs
-from regreen.rpc.errors import DataLoss
+from regreen.rpc.errors import DataLoss, NotFound
+from regreen.sandbox import v1 as pb
+from sandbox_svc.backends.layers import writing
 
 _BLOCK = 512
+_MOST_PARTS = 1000
+"""More than a state has layers; content that looks like headers does not make more."""
 _FORMAT = 1
 _LAYER = re.compile(rb"layers/\d+/?")
 
@@ -49,7 +58,12 @@ class Archive:
             DataLoss: its manifest is damaged.
         """
         digest = await self._blobs.named(state_id)
-        return None if digest is None else _decode(await self._blobs.get(digest), state_id)
+        if digest is None:
+            return None
+        try:
+            return _decode(await self._blobs.get(digest), state_id)
+        except NotFound as error:
+            raise DataLoss(f"the archive of state {state_id} is damaged: {error}") from error
 
     async def store(
         self,
@@ -66,42 +80,67 @@ class Archive:
         await self._blobs.name(state_id, digest, replace=replace)
 
     async def _store_parts(self, chunks: AsyncIterator[bytes]) -> Sequence[Digest]:
+        """Cut a stream and store its parts.
+
+        Raises:
+            DiskFull: there is no room for them here, or in the store.
+        """
         parts: list[Digest] = []
-        self._scratch.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self._scratch) as scratch:
-            path = Path(scratch) / "part"
-            target: IO[bytes] | None = None
-            cutter = Cutter()
-            try:
-                async for chunk in chunks:
-                    for begins, piece in cutter.feed(chunk):
-                        if begins and target is not None:
-                            target.close()
-                            parts.append(await self._blobs.put_file(path))
-                        if begins or target is None:
-                            target = path.open("wb")
-                        target.write(piece)
-            finally:
-                if target is not None:
-                    target.close()
-            if target is not None:
-                parts.append(await self._blobs.put_file(path))
+        with writing():
+            self._scratch.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self._scratch) as scratch:
+                part = _Part(Path(scratch) / "part")
+                cutter = Cutter()
+                try:
+                    async for chunk in chunks:
+                        for begins, piece in await asyncio.to_thread(cutter.cut, chunk):
+                            begins = begins and len(parts) < _MOST_PARTS
+                            if begins and part.close():
+                                parts.append(await self._blobs.put_file(part.path))
+                            await asyncio.to_thread(part.write, piece)
+                    if part.close():
+                        parts.append(await self._blobs.put_file(part.path))
+                finally:
+                    part.close()
         return parts
 
-    async def read(self, archived: Archived) -> AsyncIterator[bytes]:
+    async def read(self, archived: Archived) -> AsyncGenerator[bytes, None]:
         """The bytes for ImportState, verified.
 
         Raises:
-            NotFound: a piece is gone.
-            DataLoss: a piece is damaged.
+            DataLoss: a piece is gone or damaged.
         """
         for part in archived.parts:
-            async for chunk in self._blobs.stream(part):
-                yield chunk
+            try:
+                async for chunk in self._blobs.stream(part):
+                    yield chunk
+            except NotFound as error:
+                raise DataLoss(error.message) from error
 
     async def forget(self, state_id: str) -> None:
         """Have the id stand for nothing; layers stay, others may use them."""
         await self._blobs.unname(state_id)
+
+
+class _Part:
+    """The file of one piece."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._target: IO[bytes] | None = None
+
+    def write(self, data: bytes) -> None:
+        """Add bytes to the piece, or begin one."""
+        if self._target is None:
+            self._target = self.path.open("wb")
+        self._target.write(data)
+
+    def close(self) -> bool:
+        """End the piece; whether there was one."""
+        target, self._target = self._target, None
+        if target is not None:
+            target.close()
+        return target is not None
 
 
 class Cutter:
@@ -111,6 +150,15 @@ class Cutter:
         self._header = b""
         self._skip = 0
         self._extended = False
+
+    def cut(self, chunk: bytes) -> Sequence[tuple[bool, bytes]]:
+        """What `feed` gives, in as few pieces as there are parts."""
+        joined: list[tuple[bool, list[bytes]]] = []
+        for begins, piece in self.feed(chunk):
+            if begins or not joined:
+                joined.append((begins, []))
+            joined[-1][1].append(piece)
+        return [(begins, b"".join(pieces)) for begins, pieces in joined]
 
     def feed(self, chunk: bytes) -> Sequence[tuple[bool, bytes]]:
         """The bytes of `chunk` in pieces, each with whether it begins a part.
@@ -168,6 +216,8 @@ def _decode(data: bytes, state_id: str) -> Archived:
             raise ValueError("of another format")
         parts = tuple(Digest(str(sha256), int(size)) for sha256, size in fields["parts"])
         state = base64.b64decode(fields["state"], validate=True)
+        if pb.State.FromString(state).id != state_id:
+            raise ValueError("of another state")
         return Archived(state, str(fields["key"]), parts)
-    except (ValueError, KeyError, TypeError, binascii.Error) as error:
+    except (ValueError, KeyError, TypeError, binascii.Error, DecodeError) as error:
         raise DataLoss(f"the archive of state {state_id} is damaged: {error}") from None

@@ -3,16 +3,21 @@
 - Methods come from the compiled contracts: what a worker serves needs no code here.
 - Every call has a deadline and carries on whose behalf it is made; nothing is retried here.
 - A stream is always cancelled on the way out (grpc#43462).
+- `CancelledError` means that the caller was cancelled, nothing else: grpc also raises it where a
+  channel closes under a call and where the iterator of requests fails, which are errors here.
+- A worker that is left takes no more calls; those in progress may go on for a while.
 """
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
 from google.protobuf import descriptor_pool, message_factory
 
-from regreen.rpc.errors import FailedPrecondition, Unavailable
+from regreen.rpc.errors import DeadlineExceeded, FailedPrecondition, RegreenError, Unavailable
 from regreen.rpc.wire import from_rpc_error
 from regreen.sandbox import v1 as pb
 
@@ -26,8 +31,6 @@ SERVICES = tuple(
 ASK_S = 10.0
 """Deadline of the front's own questions."""
 _OPTIONS = (
-    ("grpc.max_receive_message_length", 64 << 20),
-    ("grpc.max_send_message_length", 64 << 20),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.initial_reconnect_backoff_ms", 100),
@@ -93,46 +96,62 @@ class Endpoint:
 class Worker:
     """One sandbox service and the channel to it."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint, *, max_message_bytes: int = 64 << 20) -> None:
         self.endpoint = endpoint
         self.name = endpoint.name
-        self._channel = grpc.aio.insecure_channel(endpoint.address, options=_OPTIONS)
+        options = [
+            *_OPTIONS,
+            ("grpc.max_receive_message_length", max_message_bytes),
+            ("grpc.max_send_message_length", max_message_bytes),
+        ]
+        self._channel = grpc.aio.insecure_channel(endpoint.address, options=options)
+        self._calls: set[Any] = set()
+        self._idle = asyncio.Event()
+        self._left = False
 
-    async def close(self) -> None:
-        """End the channel; calls in progress fail."""
-        await self._channel.close()
+    async def close(self, grace_s: float = 0.0) -> None:
+        """Take no more calls; those in progress fail as unavailable after `grace_s`."""
+        self._left = True
+        try:
+            if grace_s and self._calls:
+                self._idle.clear()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(grace_s):
+                        await self._idle.wait()
+        finally:
+            for call in list(self._calls):
+                call.cancel()
+            await self._channel.close()
 
     async def call(
         self, method: Method, request: Any, timeout_s: float = ASK_S, metadata: Metadata = ()
     ) -> Any:
         """One request, one response."""
-        make = self._channel.unary_unary(
-            method.path,
-            request_serializer=method.request.SerializeToString,
-            response_deserializer=method.response.FromString,
-        )
+        make = self._channel.unary_unary(*_codecs(method))
+        with self._making(lambda: make(request, timeout=timeout_s, metadata=metadata)) as call:
+            return await call
+
+    async def ask(
+        self, method: Method, request: Any, timeout_s: float = ASK_S, metadata: Metadata = ()
+    ) -> Any:
+        """A call that takes no time; a worker that does not answer soon is unavailable."""
         try:
-            return await make(request, timeout=timeout_s, metadata=metadata)
-        except grpc.aio.AioRpcError as error:
-            raise self._typed(error) from error
+            return await self.call(method, request, timeout_s, metadata)
+        except DeadlineExceeded as error:
+            raise Unavailable(
+                f"worker {self.name} does not answer within {timeout_s:.0f} s; try again",
+                metadata={"worker": self.name},
+                retry_after_s=1.0,
+            ) from error
 
     async def stream(
         self, method: Method, request: Any, timeout_s: float, metadata: Metadata = ()
-    ) -> AsyncIterator[Any]:
+    ) -> AsyncGenerator[Any, None]:
         """One request, a stream of responses."""
-        make = self._channel.unary_stream(
-            method.path,
-            request_serializer=method.request.SerializeToString,
-            response_deserializer=method.response.FromString,
-        )
-        call = make(request, timeout=timeout_s, metadata=metadata)
-        try:
+        make = self._channel.unary_stream(*_codecs(method))
+        with self._making(lambda: make(request, timeout=timeout_s, metadata=metadata)) as call:
             async for response in call:
                 yield response
-        except grpc.aio.AioRpcError as error:
-            raise self._typed(error) from error
-        finally:
-            call.cancel()
 
     async def send(
         self,
@@ -141,19 +160,60 @@ class Worker:
         timeout_s: float,
         metadata: Metadata = (),
     ) -> Any:
-        """A stream of requests, one response."""
-        make = self._channel.stream_unary(
-            method.path,
-            request_serializer=method.request.SerializeToString,
-            response_deserializer=method.response.FromString,
-        )
-        call = make(requests, timeout=timeout_s, metadata=metadata)
+        """A stream of requests, one response; what `requests` raises is raised here."""
+        make = self._channel.stream_unary(*_codecs(method))
+        failed: list[Exception] = []
+
+        async def watched() -> AsyncIterator[Any]:
+            try:
+                async for request in requests:
+                    yield request
+            except Exception as error:
+                failed.append(error)
+                raise
+
         try:
-            return await call
+            with self._making(
+                lambda: make(watched(), timeout=timeout_s, metadata=metadata)
+            ) as call:
+                return await call
+        except RegreenError as error:
+            if failed:
+                raise failed[0] from error
+            raise
+
+    @contextlib.contextmanager
+    def _making(self, make: Callable[[], Any]) -> Iterator[Any]:
+        """A call of this worker; its errors are typed, and it is cancelled on the way out.
+
+        Raises:
+            Unavailable: the worker was left, before or meanwhile.
+        """
+        if self._left:
+            raise self._gone()
+        call = make()
+        self._calls.add(call)
+        try:
+            yield call
         except grpc.aio.AioRpcError as error:
             raise self._typed(error) from error
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            raise self._gone() from error
         finally:
             call.cancel()
+            self._calls.discard(call)
+            if not self._calls:
+                self._idle.set()
+
+    def _gone(self) -> Unavailable:
+        return Unavailable(
+            f"worker {self.name} left during the call; try again",
+            metadata={"worker": self.name},
+            retry_after_s=1.0,
+        )
 
     def _typed(self, error: grpc.aio.AioRpcError) -> Exception:
         typed = from_rpc_error(error)
@@ -169,3 +229,7 @@ class Worker:
                 retry_after_s=typed.retry_after_s or 1.0,
             )
         return typed
+
+
+def _codecs(method: Method) -> tuple[str, Callable[[Any], bytes], Callable[[bytes], Any]]:
+    return method.path, method.request.SerializeToString, method.response.FromString

@@ -4,18 +4,22 @@
   or is given it, a spec to the worker that its digest prefers; lists are those of all workers.
 - Requests and answers pass unchanged, request ids included, so a worker sees a repeat as one.
 - What an answer tells of new states and sandboxes is learned on the way.
-- Deleting what is gone succeeds, here as on a worker.
+- A worker that drops a call, or has no room, costs the call only where no other can do it: a
+  preparation begins anew elsewhere, a call on a sandbox is the client's to repeat.
+- Deleting what is gone succeeds, here as on a worker; what is on a worker that cannot be asked now
+  is not gone.
 """
 
 import asyncio
+import contextlib
 import secrets
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc
 
 from regreen.ids import check_id
-from regreen.rpc.errors import NotFound, Unavailable
+from regreen.rpc.errors import NotFound, RegreenError, ResourceExhausted, Unavailable
 from regreen.rpc.logging import TRACE_HEADER, TRAJECTORY_HEADER
 from regreen.sandbox import v1 as pb
 from sandbox_svc.fleet.calls import METHODS, PACKAGE, SERVICES, Metadata, Method, Worker
@@ -27,13 +31,17 @@ from sandbox_svc.states import state_id
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Handler = Callable[[Any, Context], Any]
-_CALL_S = 3600.0
+_CALL_S, _STREAM_S = 3600.0, 24 * 3600.0
+"""Deadlines of calls that come without one."""
+_CREATE_S = 20.0
+"""A worker that makes no sandbox within so long hangs; the next is asked, and what the first may
+still make ends with its time."""
+_END = object()
 _PASSED_ON = (TRACE_HEADER, TRAJECTORY_HEADER)
 _LISTS = {
     "StateService/ListStates": "states",
     "SandboxService/ListSandboxes": "sandboxes",
     "ActionService/ListQuarantined": "actions",
-    "EgressService/ListEgress": "records",
 }
 
 
@@ -48,6 +56,7 @@ class Front:
             "StateService/DeleteState": self._delete_state,
             "SandboxService/DeleteSandbox": self._delete_sandbox,
             "SandboxService/GetCapabilities": self._capabilities,
+            "EgressService/ListEgress": self._list_egress,
         }
 
     def add_to(self, server: grpc.aio.Server) -> None:
@@ -72,38 +81,39 @@ class Front:
             return self._to_sandbox(method, field)
         if prefix == "st" and name not in _LISTS:
             return self._to_state(method, field)
-        return self._merged(name, method, field)
+        return self._merged(name, method)
 
     def _to_sandbox(self, method: Method, field: str) -> Handler:
         """Calls on one sandbox."""
         wants_state = next((f for f in ("state_id", "base_state_id") if method.has(f)), "")
 
-        async def worker_for(request: Any) -> Worker:
+        async def on_worker(request: Any, call: Callable[[Worker], Awaitable[Any]]) -> Any:
             sandbox_id = check_id(getattr(request, field), "sbx", field)
-            worker = await self._registry.worker_of(sandbox_id)
-            if wants_state and (wanted := getattr(request, wants_state)):
+            wanted = getattr(request, wants_state) if wants_state else ""
+            if wanted:
                 check_id(wanted, "st", wants_state)
-                await self._router.ensure(worker, wanted)
-            return worker
+            worker = await self._registry.worker_of(sandbox_id)
+            try:
+                if wanted:
+                    return await self._router.with_state(worker, wanted, call)
+                return await call(worker)
+            except NotFound as error:
+                self._gone(error, sandbox_id)
+                raise
 
         async def unary(request: Any, context: Context) -> Any:
-            worker = await worker_for(request)
-            try:
-                response = await worker.call(method, request, *_terms(context))
-            except NotFound as error:
-                self._gone(error, getattr(request, field))
-                raise
-            self._learn(worker, response)
-            return response
+            async def call(worker: Worker) -> Any:
+                response = await worker.call(method, request, *_terms(context, method))
+                self._learn(worker, response)
+                return response
+
+            return await on_worker(request, call)
 
         async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
-            worker = await worker_for(request)
-            try:
-                async for response in worker.stream(method, request, *_terms(context)):
+            begun = await on_worker(request, _opener(method, request, context))
+            async with contextlib.aclosing(_rest(*begun)) as responses:
+                async for response in responses:
                     yield response
-            except NotFound as error:
-                self._gone(error, getattr(request, field))
-                raise
 
         return stream if method.streams_out else unary
 
@@ -113,23 +123,28 @@ class Front:
 
     def _to_state(self, method: Method, field: str) -> Handler:
         """Calls on one state."""
+        takes_place = method.name == "CreateSandbox"
 
         async def unary(request: Any, context: Context) -> Any:
             wanted = check_id(getattr(request, field), "st", field)
 
             async def call(worker: Worker) -> Any:
-                response = await worker.call(method, request, *_terms(context))
+                timeout_s, headers = _terms(context, method)
+                if takes_place and timeout_s > _CREATE_S:
+                    response = await worker.ask(method, request, _CREATE_S, headers)
+                else:
+                    response = await worker.call(method, request, timeout_s, headers)
                 self._learn(worker, response)
                 return response
 
-            return await self._router.on_state(wanted, call)
+            return await self._router.on_state(wanted, call, takes_place=takes_place)
 
         async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
             wanted = check_id(getattr(request, field), "st", field)
-            worker = (await self._router.candidates(wanted))[0]
-            await self._router.ensure(worker, wanted)
-            async for response in worker.stream(method, request, *_terms(context)):
-                yield response
+            begun = await self._router.on_state(wanted, _opener(method, request, context))
+            async with contextlib.aclosing(_rest(*begun)) as responses:
+                async for response in responses:
+                    yield response
 
         return stream if method.streams_out else unary
 
@@ -138,19 +153,17 @@ class Front:
 
         async def handle(requests: AsyncIterator[Any], context: Context) -> Any:
             worker = self._registry.ranked(secrets.token_hex(8))[0]
-            response = await worker.send(method, requests, *_terms(context))
+            response = await worker.send(method, requests, *_terms(context, method))
             self._learn(worker, response)
             return response
 
         return handle
 
-    def _merged(self, name: str, method: Method, field: str) -> Handler:
-        """Lists: of all workers, or of that of the sandbox which the request names."""
+    def _merged(self, name: str, method: Method) -> Handler:
+        """Lists: of all workers."""
         entries = _LISTS[name]
 
         async def handle(request: Any, context: Context) -> Any:
-            if method.has("sandbox_id") and request.sandbox_id:
-                return await self._to_sandbox(method, "sandbox_id")(request, context)
             page([], _place, request.page_size, request.page_token)  # refuses bad ones at once
             filters = {
                 set_field.name: value
@@ -174,50 +187,79 @@ class Front:
     ) -> AsyncIterator[pb.PrepareStateResponse]:
         """Build or find the state of a spec, where its digest prefers it."""
         wanted = state_id("", spec_from_proto(request.spec).digest)
-        method = METHODS["StateService/PrepareState"]
         held = self._registry.holders(wanted)
         order = sorted(self._registry.ranked(wanted), key=lambda worker: worker.name not in held)
-        for number, worker in enumerate(order):
-            began = False
+        first: RegreenError | None = None
+        for worker in order:
             try:
-                if not request.rebuild and await self._router.archive.find(wanted):
-                    await self._router.ensure(worker, wanted)
-                async for event in worker.stream(method, request, *_terms(context)):
-                    began = True
-                    if event.HasField("state"):
-                        self._router.made(worker, event.state, replace=request.rebuild)
-                    yield event
+                async with contextlib.aclosing(self._prepare_on(worker, request, context)) as told:
+                    async for event in told:
+                        yield event
                 return
-            except Unavailable:
-                if began or number == len(order) - 1:
-                    raise
+            except (ResourceExhausted, Unavailable) as error:
+                first = first or error
+        raise first or self._router.missing(wanted)
+
+    async def _prepare_on(
+        self, worker: Worker, request: pb.PrepareStateRequest, context: Context
+    ) -> AsyncGenerator[pb.PrepareStateResponse, None]:
+        method = METHODS["StateService/PrepareState"]
+        if not request.rebuild:
+            wanted = state_id("", spec_from_proto(request.spec).digest)
+            await self._router.offer(worker, wanted)
+        events = worker.stream(method, request, *_terms(context, method))
+        async with contextlib.aclosing(events):
+            async for event in events:
+                if event.HasField("state"):
+                    if request.rebuild:
+                        await self._router.replaced(worker, event.state)
+                    self._router.made(worker, event.state, replace=request.rebuild)
+                    yield event
+                    return
+                yield event
 
     async def _get_state(
         self, request: pb.GetStateRequest, context: Context
     ) -> pb.GetStateResponse:
         """Read a state, wherever it is."""
         wanted = check_id(request.id, "st", "id")
-        holders = await self._registry.find_state(wanted)
-        if holders:
-            worker = self._registry.ready[min(holders)]
-            method = METHODS["StateService/GetState"]
-            response: pb.GetStateResponse = await worker.call(method, request, *_terms(context))
-            return response
-        archived = await self._router.archive.find(wanted)
+        method = METHODS["StateService/GetState"]
+        silent: Unavailable | None = None
+        try:
+            while holders := await self._registry.find_state(wanted):
+                worker = self._registry.ready[min(holders)]
+                try:
+                    response: pb.GetStateResponse = await worker.ask(method, request)
+                    return response
+                except NotFound:
+                    self._registry.forget_state(wanted, worker.name)
+        except Unavailable as error:
+            silent = error  # it may still be in the blob store
+        archived = await self._router.archived(wanted)
         if archived is None:
-            raise self._router.missing(wanted)
+            raise silent or self._router.missing(wanted)
         return pb.GetStateResponse(state=pb.State.FromString(archived.state))
 
     async def _delete_state(
         self, request: pb.DeleteStateRequest, context: Context
     ) -> pb.DeleteStateResponse:
-        """Forget a state everywhere."""
+        """Forget a state everywhere.
+
+        Raises:
+            Unavailable: a worker that holds it cannot be told; it would bring the state back.
+        """
         wanted = check_id(request.id, "st", "id")
         method = METHODS["StateService/DeleteState"]
-        for worker in self._registry.ranked(wanted):
-            await worker.call(method, request, *_terms(context))
+        await self._router.settled(wanted)
+        workers = self._registry.ranked(wanted)
+        if self._registry.holders(wanted) - {worker.name for worker in workers}:
+            raise self._router.missing(wanted)
+        if unknown := self._registry.not_known_yet():
+            raise unknown
+        for worker in workers:
+            await worker.call(method, request, *_terms(context, method))
             self._registry.forget_state(wanted, worker.name)
-        await self._router.archive.forget(wanted)
+        await self._router.forget(wanted)
         return pb.DeleteStateResponse()
 
     async def _delete_sandbox(
@@ -230,18 +272,36 @@ class Front:
         except NotFound:
             return pb.DeleteSandboxResponse()
         method = METHODS["SandboxService/DeleteSandbox"]
-        await worker.call(method, request, *_terms(context))
+        await worker.call(method, request, *_terms(context, method))
         self._registry.forget_sandbox(wanted)
         return pb.DeleteSandboxResponse()
+
+    async def _list_egress(
+        self, request: pb.ListEgressRequest, context: Context
+    ) -> pb.ListEgressResponse:
+        """What a sandbox asked of the network; its worker knows for a while after its end."""
+        wanted = check_id(request.sandbox_id, "sbx", "sandbox_id")
+        method = METHODS["EgressService/ListEgress"]
+        try:
+            worker = await self._registry.worker_of(wanted)
+        except NotFound:
+            fields = {field.name: value for field, value in request.ListFields()}
+            for _, response in await self._registry.ask_all("EgressService/ListEgress", **fields):
+                kept: pb.ListEgressResponse = response
+                return kept
+            raise
+        response = await worker.call(method, request, *_terms(context, method))
+        listed: pb.ListEgressResponse = response
+        return listed
 
     async def _capabilities(
         self, request: pb.GetCapabilitiesRequest, context: Context
     ) -> pb.GetCapabilitiesResponse:
-        """What every worker was proven to enforce."""
-        method = METHODS["SandboxService/GetCapabilities"]
-        workers = self._registry.ranked("")
-        answers = await asyncio.gather(*(w.call(method, request, 60.0) for w in workers))
-        return merged_capabilities(answers)
+        """What every worker was proven to enforce; one that went away enforces nothing."""
+        answers = await self._registry.ask_all("SandboxService/GetCapabilities", timeout_s=60.0)
+        if not answers:
+            raise self._registry.none_ready()
+        return merged_capabilities([answer for _, answer in answers])
 
     def _learn(self, worker: Worker, response: Any) -> None:
         """Take note of the states and sandboxes in an answer."""
@@ -292,14 +352,44 @@ def _subject(name: str, method: Method) -> tuple[str, str]:
     raise RuntimeError(f"no rule says where {name} goes")
 
 
-def _terms(context: Context) -> tuple[float, Metadata]:
+def _opener(
+    method: Method, request: Any, context: Context
+) -> Callable[[Worker], Awaitable[tuple[AsyncGenerator[Any, None], Any]]]:
+    """Begins a stream on a worker: the stream, and its first response or `_END`.
+
+    What is wrong with a worker shows before the first response, when another can still be asked.
+    """
+
+    async def opened(worker: Worker) -> tuple[AsyncGenerator[Any, None], Any]:
+        responses = worker.stream(method, request, *_terms(context, method))
+        try:
+            return responses, await anext(responses, _END)
+        except BaseException:
+            await responses.aclose()
+            raise
+
+    return opened
+
+
+async def _rest(responses: AsyncGenerator[Any, None], first: Any) -> AsyncGenerator[Any, None]:
+    """A stream from its first response on."""
+    async with contextlib.aclosing(responses):
+        response = first
+        while response is not _END:
+            yield response
+            response = await anext(responses, _END)
+
+
+def _terms(context: Context, method: Method) -> tuple[float, Metadata]:
     """Deadline and headers for the call that a call is passed on as."""
+    most_s = _STREAM_S if method.streams_out else _CALL_S
     headers = [
         (str(key), str(value))
         for key, value in context.invocation_metadata() or ()
         if key in _PASSED_ON
     ]
-    return min(context.time_remaining() or _CALL_S, _CALL_S), headers
+    left_s = context.time_remaining()
+    return most_s if left_s is None else min(left_s, most_s), headers
 
 
 async def _all(worker: Worker, name: str, field: str, filters: dict[str, Any]) -> Sequence[Any]:

@@ -103,15 +103,51 @@ class KubeApi:
                 lambda: self._client.create(resource.from_dict(manifest)),
             )
         except AlreadyExists:
-            made = await self._settled(
-                f"get {kind} {name}", lambda: self._client.get(resource, name)
-            )
+            present = await self.find(kind, name)
+            if present is None:
+                raise Unavailable(f"{kind} {name} is going; try again", retry_after_s=1.0) from None
+            return present
         found: Manifest = made.to_dict()
+        return found
+
+    async def find(self, kind: str, name: str) -> Manifest | None:
+        """One object of this front.
+
+        Raises:
+            AlreadyExists: the name is taken by something else.
+        """
+        try:
+            found: Manifest = await self._settled(
+                f"get {kind} {name}", lambda: self._got(kind, name)
+            )
+        except RegreenError as error:
+            if error.metadata.get("code") == "404":
+                return None
+            raise
         labels = found["metadata"].get("labels") or {}
         if labels.get(INSTANCE) != self._labels[INSTANCE]:
             raise AlreadyExists(
                 f"{kind} {name} is there and not of this front; choose another kube_name"
             )
+        return found
+
+    async def _got(self, kind: str, name: str) -> Manifest:
+        found: Manifest = (await self._client.get(self._kinds[kind], name)).to_dict()
+        return found
+
+    async def replace(self, manifest: Manifest) -> Manifest | None:
+        """Put an object in the place of the version that it names; None if that is no more."""
+        kind, name = manifest["kind"], manifest["metadata"]["name"]
+        try:
+            made = await self._settled(
+                f"replace {kind} {name}",
+                lambda: self._client.replace(self._kinds[kind].from_dict(manifest)),
+            )
+        except RegreenError as error:
+            if error.metadata.get("code") in ("404", "409"):
+                return None
+            raise
+        found: Manifest = made.to_dict()
         return found
 
     async def delete(self, kind: str, name: str, *, grace_s: int | None = None) -> None:

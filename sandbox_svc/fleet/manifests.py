@@ -6,10 +6,13 @@
   front's anchor, a ConfigMap: deleting that removes everything.
 - Equal settings give equal specs; the digest of the spec is a label, so a changed one shows.
 - Names are valid whatever the front is called: what is no DNS label is replaced and hashed.
+- Workers get every setting that is not the front's own, in words: a new one needs no code here.
+- A secret is never part of a spec: it is named, and read by the cluster.
 """
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,12 +30,19 @@ AGENT_GROUP, AGENT_VERSION = "extensions.agents.x-k8s.io", "v1beta1"
 _USER = 10_001
 _HOME = "/home/regreen/data"
 _SLUG = 40
-_FORWARDED = (
-    *("warm_seats", "max_sandboxes", "max_validations", "default_ttl_s", "max_ttl_s"),
-    *("memory_bytes", "pids", "cpus", "disk_bytes", "inodes", "output_bytes", "command_s"),
-    *("import_bytes", "max_rpcs", "max_message_bytes", "log_level"),
+_PROBES = 64
+"""Calls that a worker takes beyond those of its front: probes, and the front's own questions."""
+_CLEAN_UP_S = 20
+"""Time that a worker has after its calls are drained, to leave nothing behind."""
+_OWN = frozenset(
+    {
+        *("listen", "metrics", "home", "insecure", "tls_cert", "tls_key", "tls_ca"),
+        *("backend", "blobs", "egress_upstream", "max_rpcs"),
+    }
 )
-"""Settings of the front that its workers get."""
+_OWN_PREFIXES = ("kube_", "docker_", "fleet_")
+"""Settings that are the front's own, or given to its workers in another form; all others are
+theirs too."""
 Manifest = dict[str, Any]
 
 
@@ -71,9 +81,12 @@ class Plan:
             **more,
         }
 
-    def anchor(self) -> Manifest:
-        """The object that owns all others."""
-        return self._object("v1", "ConfigMap", self.instance, {}, owner=None)
+    def anchor(self, claims: bool) -> Manifest:
+        """The object that owns all others, and says what the front wants there to be."""
+        made = self._object("v1", "ConfigMap", self.instance, {}, owner=None)
+        kind = "claims" if claims else "pods"
+        wanted = {"spec": self.digest, "workers": str(self.settings.kube_workers), "kind": kind}
+        return made | {"data": wanted}
 
     def pod(self, name: str, owner: Manifest) -> Manifest:
         """One worker as a plain pod."""
@@ -101,14 +114,12 @@ class Plan:
         return made | {"spec": {"replicas": 1, "sandboxTemplateRef": {"name": self.pool_name}}}
 
     def claim(self, name: str, owner: Manifest) -> Manifest:
-        """One worker as a SandboxClaim; the label reaches its pod when it is bound."""
+        """One worker as a SandboxClaim.
+
+        It asks for no labels: controllers refuse those of domains that they were not told of.
+        """
         made = self._agent("SandboxClaim", name, {SPEC: self.digest}, owner)
-        return made | {
-            "spec": {
-                "warmPoolRef": {"name": self.pool_name},
-                "additionalPodMetadata": {"labels": {WORKER: "true"}},
-            }
-        }
+        return made | {"spec": {"warmPoolRef": {"name": self.pool_name}}}
 
     @property
     def pool_name(self) -> str:
@@ -143,7 +154,7 @@ class Plan:
             "enableServiceLinks": False,
             "hostUsers": False,
             "restartPolicy": "Always",
-            "terminationGracePeriodSeconds": 30,
+            "terminationGracePeriodSeconds": math.ceil(settings.drain_s) + _CLEAN_UP_S,
             "securityContext": {
                 "runAsNonRoot": True,
                 "runAsUser": _USER,
@@ -183,7 +194,10 @@ class Plan:
                 if settings.kube_apparmor == "unconfined"
                 else {"type": "Localhost", "localhostProfile": settings.kube_apparmor}
             )
-        return {
+        given: Manifest = {}
+        if settings.kube_secret:
+            given = {"envFrom": [{"secretRef": {"name": settings.kube_secret}}]}
+        return given | {
             "name": CONTAINER,
             "image": settings.kube_image,
             "command": ["python3", "-m", "sandbox_svc"],
@@ -211,10 +225,25 @@ class Plan:
         settings = self.settings
         given = ["--backend=embedded", f"--home={_HOME}", "--insecure"]
         given += [f"--listen=$(POD_IP):{GRPC_PORT}", f"--metrics=$(POD_IP):{METRICS_PORT}"]
+        # Probes count as calls: refused by a busy worker, they would end it with all that it runs.
+        given.append(f"--max-rpcs={settings.max_rpcs + _PROBES}")
         if "://" in settings.blobs:
-            given.append(f"--blobs={settings.blobs}")
-        for name in _FORWARDED:
-            value, default = getattr(settings, name), type(settings).model_fields[name].default
-            if value != default:
-                given.append(f"--{name.replace('_', '-')}={value}")
+            given.append(f"--blobs={_literal(settings.blobs)}")
+        if not settings.state_bytes:
+            # The kubelet evicts a pod that outgrows its volume, with all that runs in it.
+            given.append(f"--state-bytes={settings.kube_disk_bytes // 2}")
+        for name, field in type(settings).model_fields.items():
+            value = getattr(settings, name)
+            if name in _OWN or name.startswith(_OWN_PREFIXES) or value == field.default:
+                continue
+            flag = name.replace("_", "-")
+            if isinstance(value, bool):
+                given.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                given.append(f"--{flag}={_literal(str(value))}")
         return given
+
+
+def _literal(text: str) -> str:
+    """`text` as an argument in which the kubelet expands nothing."""
+    return text.replace("$", "$$")

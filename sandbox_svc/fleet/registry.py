@@ -2,13 +2,17 @@
 
 - All of it is learned from the workers and can be learned again: a front keeps nothing on disk.
 - A worker counts from the moment that its states and sandboxes are known.
-- A worker that is not ready for a while keeps what it has; one whose process began anew has lost
-  its sandboxes, one that is gone its states too, and this is remembered for those who ask.
+- A worker that is not ready for a while keeps what it has, and calls in progress; one whose process
+  began anew has lost its sandboxes, one that is gone its states too, and this is remembered for
+  those who ask.
+- What a worker that was there before the front has is not known until it was asked: meanwhile
+  nothing that may be on it is said not to exist.
 - Memory is bounded: what falls out is asked of the workers anew.
 """
 
 import asyncio
 import contextlib
+import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -16,24 +20,33 @@ from typing import Any
 from regreen.rpc.errors import NotFound, RegreenError, Unavailable
 from regreen.rpc.logging import get
 from regreen.sandbox import v1 as pb
-from sandbox_svc.fleet.calls import METHODS, Endpoint, Worker
+from sandbox_svc.fleet.calls import ASK_S, METHODS, Endpoint, Worker
 from sandbox_svc.fleet.ring import ranked
 
 _KNOWN = 200_000
 _LOST = 20_000
 _PAGE = 1000
-_AGAIN_S = 0.3
+_AGAIN_S, _MOST_AGAIN_S = 0.3, 5.0
+_STRANGE_S = 120.0
+"""For so long a worker that the front found, and that does not get ready, may have anything."""
+_GONE_GRACE_S = 45.0
+"""A pod that goes drains its calls; when its node is cut off, keepalive ends them by then."""
+_ASIDE_GRACE_S = 24 * 3600.0
+"""A worker that is not ready, mostly for being busy, ends its calls itself."""
 
 
 class Registry:
     """The workers of one front."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, max_message_bytes: int = 64 << 20) -> None:
+        self._max_message_bytes = max_message_bytes
         self.ready: dict[str, Worker] = {}
         self.keys: dict[str, str] = {}
         """State id to what its line of descent is placed by: the id of its first ancestor."""
         self._endpoints: dict[str, Endpoint] = {}
-        self._holders: dict[str, set[str]] = {}
+        self._strangers: dict[str, float] | None = None
+        """Workers that were there first, with what nobody knows, and until when that counts."""
+        self._holders: OrderedDict[str, set[str]] = OrderedDict()
         self._sandboxes: OrderedDict[str, str] = OrderedDict()
         self._lost: OrderedDict[str, str] = OrderedDict()
         self._greeting: dict[str, asyncio.Task[None]] = {}
@@ -45,6 +58,8 @@ class Registry:
         """End all channels."""
         for name in list(self._endpoints):
             self._leave(name)
+        for task in self._closing:
+            task.cancel()
         await asyncio.gather(*self._closing, return_exceptions=True)
 
     async def wait_ready(self, timeout_s: float) -> bool:
@@ -59,6 +74,8 @@ class Registry:
     def update(self, endpoints: Iterable[Endpoint]) -> None:
         """Take note of the workers that there are now."""
         now = {endpoint.name: endpoint for endpoint in endpoints}
+        if self._strangers is None:
+            self._strangers = dict.fromkeys(now, time.monotonic() + _STRANGE_S)
         for name, old in list(self._endpoints.items()):
             new = now.get(name)
             if new is None or new.incarnation != old.incarnation:
@@ -67,7 +84,7 @@ class Registry:
                 self._leave(name)
                 self._end_sandboxes(name)
             elif not new.ready or new.address != old.address:
-                self._leave(name)
+                self._leave(name, _ASIDE_GRACE_S)
         self._endpoints = now
         for name, endpoint in now.items():
             if endpoint.ready and name not in self.ready and name not in self._greeting:
@@ -75,7 +92,7 @@ class Registry:
 
     async def _greet(self, endpoint: Endpoint) -> None:
         """Learn what a worker has, then let it count."""
-        worker = Worker(endpoint)
+        worker, delay_s = Worker(endpoint, max_message_bytes=self._max_message_bytes), _AGAIN_S
         try:
             while True:
                 try:
@@ -83,8 +100,10 @@ class Registry:
                     break
                 except RegreenError as error:
                     self._log.warning("worker not known yet", worker=worker.name, why=str(error))
-                    await asyncio.sleep(_AGAIN_S)
+                    await asyncio.sleep(delay_s)
+                    delay_s = min(delay_s * 2, _MOST_AGAIN_S)
             self.ready[worker.name] = worker
+            (self._strangers or {}).pop(worker.name, None)
             self._log.info("worker ready", worker=worker.name, states=len(self._holders))
             self._changed.set()
         finally:
@@ -102,20 +121,20 @@ class Registry:
         async for sandbox in pages(worker, "SandboxService/ListSandboxes", "sandboxes"):
             self.learn_sandbox(worker, sandbox.id)
 
-    def _leave(self, name: str) -> Worker | None:
-        """Use a worker no more; what it has stays known."""
+    def _leave(self, name: str, grace_s: float = 0.0) -> None:
+        """Use a worker no more; what it has stays known, calls in progress get a while."""
         if task := self._greeting.pop(name, None):
             task.cancel()
         worker = self.ready.pop(name, None)
         if worker is not None:
-            closing = asyncio.create_task(worker.close())
+            closing = asyncio.create_task(worker.close(grace_s))
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
-        return worker
 
     def _drop(self, name: str) -> None:
         """Forget what a worker had."""
-        self._leave(name)
+        self._leave(name, _GONE_GRACE_S)
+        (self._strangers or {}).pop(name, None)
         self._end_sandboxes(name)
         states = 0
         for state_id, holders in list(self._holders.items()):
@@ -142,12 +161,39 @@ class Registry:
         """The worker that took a state or sandbox with it; empty when none is known."""
         return self._lost.get(id_, "")
 
+    def not_known_yet(self) -> Unavailable | None:
+        """The error for what no worker has, while it may be on one that was not asked yet."""
+        now = time.monotonic()
+        names = [name for name, until in (self._strangers or {}).items() if now < until]
+        if not names:
+            return None
+        return Unavailable(
+            f"worker {min(names)} is not ready yet, and may have it; try again",
+            metadata={"worker": min(names)},
+            retry_after_s=1.0,
+        )
+
+    def _is_current(self, worker: Worker, *, process: bool) -> bool:
+        """Whether what a worker answers still is so."""
+        asked, now = worker.endpoint, self._endpoints.get(worker.name)
+        if now is None or now.incarnation != asked.incarnation:
+            return False
+        return not process or now.process == asked.process
+
     def learn_state(self, worker: Worker, state: pb.State) -> None:
         """A worker holds a state."""
+        if not self._is_current(worker, process=False):
+            if state.id not in self._holders:
+                self._remember_loss(state.id, worker.name)
+            return
         self._holders.setdefault(state.id, set()).add(worker.name)
+        self._holders.move_to_end(state.id)
         self._lost.pop(state.id, None)
         parent = state.parent_id
         self.keys.setdefault(state.id, self.keys.get(parent, parent) if parent else state.id)
+        while len(self._holders) > _KNOWN:
+            oldest, _ = self._holders.popitem(last=False)
+            self.keys.pop(oldest, None)
 
     def forget_state(self, state_id: str, worker: str | None = None) -> None:
         """A worker, or all of them, holds a state no more."""
@@ -159,6 +205,9 @@ class Registry:
 
     def learn_sandbox(self, worker: Worker, sandbox_id: str) -> None:
         """A sandbox lives on a worker."""
+        if not self._is_current(worker, process=True):
+            self._remember_loss(sandbox_id, worker.name)
+            return
         self._sandboxes[sandbox_id] = worker.name
         self._sandboxes.move_to_end(sandbox_id)
         while len(self._sandboxes) > _KNOWN:
@@ -176,6 +225,10 @@ class Registry:
         """Ids of the states that some worker holds."""
         return iter(self._holders)
 
+    def none_ready(self) -> Unavailable:
+        """The error for calls that any worker would do for."""
+        return Unavailable("no worker is ready; try again", retry_after_s=1.0)
+
     def ranked(self, key: str) -> Sequence[Worker]:
         """The ready workers in the order in which a key prefers them.
 
@@ -183,7 +236,7 @@ class Registry:
             Unavailable: there is none.
         """
         if not self.ready:
-            raise Unavailable("no worker is ready; try again", retry_after_s=1.0)
+            raise self.none_ready()
         return [self.ready[name] for name in ranked(key, self.ready)]
 
     async def worker_of(self, sandbox_id: str) -> Worker:
@@ -191,7 +244,7 @@ class Registry:
 
         Raises:
             NotFound: it lives nowhere, or its worker is lost.
-            Unavailable: its worker is not ready for now.
+            Unavailable: its worker, or one that may have it, is not ready for now.
         """
         name = self._sandboxes.get(sandbox_id)
         if name is None and (lost := self._lost.get(sandbox_id)):
@@ -204,6 +257,8 @@ class Registry:
             for worker, response in found:
                 self.learn_sandbox(worker, response.sandbox.id)
                 return worker
+            if unknown := self.not_known_yet():
+                raise unknown
             raise NotFound(f"no such sandbox: {sandbox_id}", metadata={"id": sandbox_id})
         if name not in self.ready:
             raise Unavailable(
@@ -222,7 +277,9 @@ class Registry:
             self.learn_state(worker, response.state)
         return self.holders(state_id) & set(self.ready)
 
-    async def ask_all(self, method: str, **fields: Any) -> Sequence[tuple[Worker, Any]]:
+    async def ask_all(
+        self, method: str, *, timeout_s: float = ASK_S, **fields: Any
+    ) -> Sequence[tuple[Worker, Any]]:
         """The answers of those ready workers that have what is asked for.
 
         Raises:
@@ -231,7 +288,7 @@ class Registry:
         asked = METHODS[method]
         workers = list(self.ready.values())
         answers = await asyncio.gather(
-            *(worker.call(asked, asked.request(**fields)) for worker in workers),
+            *(worker.ask(asked, asked.request(**fields), timeout_s) for worker in workers),
             return_exceptions=True,
         )
         pairs = list(zip(workers, answers, strict=True))
@@ -259,7 +316,7 @@ async def pages(worker: Worker, method: str, field: str, **fields: Any) -> Any:
     asked, token = METHODS[method], ""
     while True:
         request = asked.request(page_size=_PAGE, page_token=token, **fields)
-        response = await worker.call(asked, request)
+        response = await worker.ask(asked, request)
         for entry in getattr(response, field):
             yield entry
         token = response.next_page_token

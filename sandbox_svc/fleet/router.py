@@ -3,19 +3,24 @@
 - A line of states goes to the worker that rendezvous hashing gives for its first ancestor; those
   that hold the state come before those that would have to fetch it.
 - A worker without room, or that does not answer, is passed over for the next in that order; when
-  none takes the call, what the first one said is answered.
+  none takes the call, what the first one said is answered. Nothing is brought to a worker that is
+  known to be full.
 - A state that a worker lacks is taken from the blob store by its id, verified; one that is only on
-  another worker is put there first. Each move is done once, whoever waits for it.
+  another worker, or damaged in the store, is put there first. Each move is done once, whoever
+  waits for it.
 - A state that went with its worker is FAILED_PRECONDITION with its id: make it again.
+- What is deleted is not brought back by what was under way: deleting waits for that.
 """
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Literal, TypeVar
 
 from regreen.rpc.errors import (
     DataLoss,
     FailedPrecondition,
+    InvalidArgument,
     NotFound,
     RegreenError,
     ResourceExhausted,
@@ -34,13 +39,25 @@ _MOVE_S = 3600.0
 _KEEPS = 2
 """States that are put into the blob store at once; more wait."""
 _CLOSE_S = 20.0
+_MOST_LISTED = 1000
+_NEXT = (ResourceExhausted, Unavailable)
+"""What another worker may do better."""
 
 
 class Router:
     """Routes calls of one front."""
 
-    def __init__(self, registry: Registry, archive: Archive, *, keep: Keep = "prepared") -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        archive: Archive,
+        *,
+        keep: Keep = "prepared",
+        max_sandboxes: int = _MOST_LISTED + 1,
+    ) -> None:
+        """`max_sandboxes` is how many each worker takes."""
         self.registry, self.archive, self._keep = registry, archive, keep
+        self._max_sandboxes = max_sandboxes
         self._flights: dict[tuple[str, ...], asyncio.Task[Any]] = {}
         self._keeps = asyncio.Semaphore(_KEEPS)
         self._log = get()
@@ -55,81 +72,186 @@ class Router:
 
     def missing(self, state_id: str) -> RegreenError:
         """The error for a state that cannot be had now."""
-        if waiting := self.registry.holders(state_id):
+        holders = self.registry.holders(state_id)
+        if waiting := holders - set(self.registry.ready) or holders:
             return Unavailable(
                 f"worker {min(waiting)}, which holds state {state_id}, is not ready; try again",
                 metadata={"id": state_id, "worker": min(waiting)},
                 retry_after_s=1.0,
             )
-        worker = self.registry.lost_with(state_id)
-        if not worker:
-            return NotFound(f"no such state: {state_id}", metadata={"id": state_id})
-        return FailedPrecondition(
-            f"state {state_id} was only on worker {worker}, which is lost; make it again",
-            metadata={"id": state_id, "worker": worker},
-        )
+        if worker := self.registry.lost_with(state_id):
+            return FailedPrecondition(
+                f"state {state_id} was only on worker {worker}, which is lost; make it again",
+                metadata={"id": state_id, "worker": worker},
+            )
+        if unknown := self.registry.not_known_yet():
+            return unknown
+        return NotFound(f"no such state: {state_id}", metadata={"id": state_id})
 
     async def candidates(self, state_id: str) -> Sequence[Worker]:
         """Workers for a state: those that hold it, then the others, each as its line prefers."""
-        held = await self.registry.find_state(state_id)
+        held: set[str] = set()
+        silent: Unavailable | None = None
+        try:
+            held = await self.registry.find_state(state_id)
+        except Unavailable as error:
+            silent = error  # it may still be in the blob store
         key = self.registry.keys.get(state_id)
         if key is None:
-            archived = await self.archive.find(state_id)
+            archived = await self.archived(state_id)
             if archived is None:
-                raise self.missing(state_id)
+                raise silent or self.missing(state_id)
             key = archived.key
         order = self.registry.ranked(key)
         return sorted(order, key=lambda worker: worker.name not in held)
 
-    async def on_state(self, state_id: str, call: Callable[[Worker], Awaitable[_T]]) -> _T:
-        """Do a call on a worker that has, or is given, a state."""
+    async def on_state(
+        self,
+        state_id: str,
+        call: Callable[[Worker], Awaitable[_T]],
+        *,
+        takes_place: bool = False,
+    ) -> _T:
+        """Do a call on a worker that has, or is given, a state.
+
+        `takes_place` says that the call needs room for a sandbox.
+        """
         first: RegreenError | None = None
         for worker in await self.candidates(state_id):
             try:
-                return await self._with_state(worker, state_id, call)
-            except (ResourceExhausted, Unavailable) as error:
+                if takes_place and worker.name not in self.registry.holders(state_id):
+                    await self._check_room(worker)
+                await self.ensure(worker, state_id)
+            except RegreenError as error:
+                # Trouble in moving a state is no answer where the state is, but found no room.
+                if first is None and not isinstance(error, _NEXT):
+                    raise
+                first = first or error
+                continue
+            try:
+                return await self.with_state(worker, state_id, call)
+            except _NEXT as error:
                 first = first or error
         raise first or self.missing(state_id)
 
-    async def _with_state(
+    async def with_state(
         self, worker: Worker, state_id: str, call: Callable[[Worker], Awaitable[_T]]
     ) -> _T:
+        """Do a call on a worker that is given a state if it lacks it, or turns out to."""
         await self.ensure(worker, state_id)
         try:
             return await call(worker)
         except NotFound as error:
             if error.metadata.get("id") != state_id:
                 raise
-        self.registry.forget_state(state_id, worker.name)  # deleted behind the front's back
+        self.registry.forget_state(state_id, worker.name)  # dropped behind the front's back
         await self.ensure(worker, state_id)
         return await call(worker)
+
+    async def _check_room(self, worker: Worker) -> None:
+        """Spare a full worker a state that it could do nothing with.
+
+        Raises:
+            ResourceExhausted: it has as many sandboxes as it takes.
+        """
+        most = self._max_sandboxes
+        if most > _MOST_LISTED:
+            return
+        listed = await worker.ask(
+            METHODS["SandboxService/ListSandboxes"], pb.ListSandboxesRequest(page_size=most)
+        )
+        if len(listed.sandboxes) >= most:
+            raise ResourceExhausted(
+                f"{most} of {most} sandboxes are in use on worker {worker.name}",
+                metadata={"limit": str(most), "worker": worker.name},
+                retry_after_s=1.0,
+            )
 
     async def ensure(self, worker: Worker, state_id: str) -> None:
         """Have a worker hold a state.
 
         Raises:
             NotFound: there is no such state.
-            FailedPrecondition: it went with its worker.
-            DataLoss: its archive is damaged.
+            FailedPrecondition: it went with its worker, or only a damaged archive is left of it.
         """
         if worker.name not in self.registry.holders(state_id):
-            names = ("bring", worker.endpoint.incarnation, worker.endpoint.process, state_id)
+            names = ("bring", state_id, worker.endpoint.incarnation, worker.endpoint.process)
             await self._once(names, lambda: self._bring(worker, state_id))
 
+    async def offer(self, worker: Worker, state_id: str) -> None:
+        """Have a worker hold a state if the blob store has it; trouble with that is only logged."""
+        if worker.name in self.registry.holders(state_id):
+            return
+        try:
+            if await self.archived(state_id) is not None:
+                await self.ensure(worker, state_id)
+        except RegreenError as error:
+            self._log.warning("state not brought", state=state_id, why=str(error))
+
+    async def archived(self, state_id: str) -> Archived | None:
+        """A state in the blob store; a damaged manifest is removed and counts as none."""
+        try:
+            return await self.archive.find(state_id)
+        except DataLoss as error:
+            self._log.error("archive damaged", state=state_id, why=str(error))
+        await self.archive.forget(state_id)
+        return None
+
     async def _bring(self, worker: Worker, state_id: str) -> None:
-        archived = await self.archive.find(state_id)
-        if archived is None:
-            sources = await self.registry.find_state(state_id)
-            if worker.name in sources:
-                return
-            if sources:
-                await self.keep(self.registry.ready[min(sources)], state_id)
-                archived = await self.archive.find(state_id)
+        damage: DataLoss | None = None
+        archived = await self.archived(state_id)
+        if archived is not None:
+            try:
+                return await self._put(worker, state_id, archived)
+            except DataLoss as error:
+                self._log.error("archive damaged", state=state_id, why=str(error))
+                damage = error
+        if await self._keep_from_any(worker, state_id, replace=damage is not None):
+            return None
+        archived = await self.archived(state_id)
         if archived is None:
             raise self.missing(state_id)
-        state = await self._import(worker, archived)
+        try:
+            return await self._put(worker, state_id, archived)
+        except DataLoss as error:
+            raise FailedPrecondition(
+                f"the archive of state {state_id} is damaged ({error}); make it again",
+                metadata={"id": state_id},
+            ) from error
+
+    async def _keep_from_any(self, worker: Worker, state_id: str, *, replace: bool) -> bool:
+        """Have the blob store get a state from who holds it; whether `worker` itself does."""
+        trouble: RegreenError | None = None
+        for name in sorted(await self.registry.find_state(state_id)):
+            source = self.registry.ready.get(name)
+            if name == worker.name:
+                return True
+            if source is None:
+                continue
+            try:
+                await self.keep(source, state_id, replace=replace)
+            except NotFound:
+                self.registry.forget_state(state_id, name)
+            except Unavailable as error:
+                trouble = trouble or error
+            else:
+                return False
+        if trouble is not None:
+            raise trouble
+        return False
+
+    async def _put(self, worker: Worker, state_id: str, archived: Archived) -> None:
+        """Give a worker a state out of the blob store.
+
+        Raises:
+            DataLoss: what is there is damaged.
+        """
+        try:
+            state = await self._import(worker, archived)
+        except InvalidArgument as error:
+            raise DataLoss(f"worker {worker.name} refuses it: {error}") from error
         if state.id != state_id:
-            raise DataLoss(f"the archive of state {state_id} holds {state.id}")
+            raise DataLoss(f"it is of state {state.id}")
         self.registry.keys[state_id] = archived.key
         self.registry.learn_state(worker, state)
         metrics.STATE_MOVES.inc()
@@ -139,15 +261,17 @@ class Router:
         method = METHODS["StateService/ImportState"]
 
         async def requests() -> AsyncIterator[pb.ImportStateRequest]:
-            async for chunk in self.archive.read(archived):
-                yield pb.ImportStateRequest(chunk=chunk)
+            async with contextlib.aclosing(self.archive.read(archived)) as chunks:
+                async for chunk in chunks:
+                    yield pb.ImportStateRequest(chunk=chunk)
 
         state: pb.State = (await worker.send(method, requests(), _MOVE_S)).state
         return state
 
     async def keep(self, worker: Worker, state_id: str, *, replace: bool = False) -> None:
         """Put a state of a worker into the blob store, unless it is there."""
-        await self._once(("keep", state_id), lambda: self._store(worker, state_id, replace))
+        names = ("keep", state_id, "anew" if replace else "")
+        await self._once(names, lambda: self._store(worker, state_id, replace))
 
     async def _store(self, worker: Worker, state_id: str, replace: bool) -> None:
         async with self._keeps:
@@ -155,31 +279,52 @@ class Router:
                 METHODS["StateService/GetState"],
                 METHODS["StateService/ExportState"],
             )
-            state = (await worker.call(get_state, pb.GetStateRequest(id=state_id))).state
+            state = (await worker.ask(get_state, pb.GetStateRequest(id=state_id))).state
             key = self.registry.keys.get(state_id, state_id)
-            responses = worker.stream(export, pb.ExportStateRequest(id=state_id), _MOVE_S)
-            chunks = (response.chunk async for response in responses)
-            await self.archive.store(
-                state_id, state.SerializeToString(), key, chunks, replace=replace
-            )
+            exported = worker.stream(export, pb.ExportStateRequest(id=state_id), _MOVE_S)
+            async with contextlib.aclosing(exported) as responses:
+                chunks = (response.chunk async for response in responses)
+                await self.archive.store(
+                    state_id, state.SerializeToString(), key, chunks, replace=replace
+                )
+
+    async def settled(self, state_id: str) -> None:
+        """Wait until nothing moves a state any more."""
+        while flights := [f for names, f in self._flights.items() if names[1] == state_id]:
+            await asyncio.wait(flights)
+
+    async def forget(self, state_id: str) -> None:
+        """Have the blob store forget a state, after what is on its way there."""
+        await self.settled(state_id)
+        await self.archive.forget(state_id)
+
+    async def replaced(self, worker: Worker, state: pb.State) -> None:
+        """A worker made a state anew: no other copy is used any more, if it can be helped."""
+        method = METHODS["StateService/DeleteState"]
+        for name in sorted(self.registry.holders(state.id) - {worker.name}):
+            other = self.registry.ready.get(name)
+            try:
+                if other is not None:
+                    await other.ask(method, pb.DeleteStateRequest(id=state.id))
+            except RegreenError as error:
+                self._log.warning("an older copy stays", state=state.id, why=str(error))
+        self.registry.forget_state(state.id)
 
     def made(self, worker: Worker, state: pb.State, *, replace: bool = False) -> None:
         """A worker made a state; it is kept in the background if it should be."""
-        if replace:
-            self.registry.forget_state(state.id)
         self.registry.learn_state(worker, state)
         wanted = self._keep == "all" or (self._keep == "prepared" and not state.parent_id)
         if wanted:
-            task = self._fly(
-                ("later", state.id), lambda: self._keep_later(worker, state.id, replace)
+            self._fly(
+                ("later", state.id, "anew" if replace else ""),
+                lambda: self._keep_later(worker, state.id, replace),
             )
-            task.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     async def _keep_later(self, worker: Worker, state_id: str, replace: bool) -> None:
         try:
-            if replace or await self.archive.find(state_id) is None:
+            if replace or await self.archived(state_id) is None:
                 await self.keep(worker, state_id, replace=replace)
-        except RegreenError as error:
+        except (RegreenError, OSError) as error:
             self._log.warning("state not kept", state=state_id, why=str(error))
 
     async def _once(

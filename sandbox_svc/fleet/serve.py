@@ -9,7 +9,7 @@ import functools
 from collections.abc import AsyncIterator
 
 from regreen.blobs import open_blobs
-from regreen.rpc.errors import MissingDependency
+from regreen.rpc.errors import InvalidArgument, MissingDependency
 from regreen.rpc.server import Server
 from sandbox_svc import metrics
 from sandbox_svc.fleet.archive import Archive
@@ -24,10 +24,21 @@ from sandbox_svc.settings import SandboxSettings
 
 @contextlib.asynccontextmanager
 async def serving(settings: SandboxSettings) -> AsyncIterator[Server]:
-    """The running front."""
+    """The running front.
+
+    Raises:
+        InvalidArgument: a setting that a front cannot give to its workers.
+        MissingDependency: no usable cluster, or no worker in time.
+    """
+    if settings.egress_upstream:
+        raise InvalidArgument(
+            "egress_upstream",
+            "would stand in the pods' specs with its password",
+            "leave it out; give workers a way out by the cluster's network",
+        )
     home = settings.home / "sandbox"
     home.mkdir(parents=True, exist_ok=True)
-    registry = Registry()
+    registry = Registry(max_message_bytes=settings.max_message_bytes)
 
     for state in ("ready", "waiting"):
         metrics.WORKERS.labels(state).set_function(functools.partial(registry.count, state))
@@ -42,7 +53,12 @@ async def serving(settings: SandboxSettings) -> AsyncIterator[Server]:
                 "look at the pods, or wait longer with kube_start_s"
             )
         blobs = open_blobs(settings.blobs or settings.home / "blobs")
-        router = Router(registry, Archive(blobs, home / "moving"), keep=settings.fleet_keep)
+        router = Router(
+            registry,
+            Archive(blobs, home / "moving"),
+            keep=settings.fleet_keep,
+            max_sandboxes=settings.max_sandboxes,
+        )
         stack.push_async_callback(router.close)
         server = Server(settings, SERVICES)
         Front(router).add_to(server.grpc)

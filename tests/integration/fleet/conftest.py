@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import shutil
 import tempfile
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from prometheus_client import REGISTRY
 from regreen.client.channel import connect
 from regreen.client.sandbox import SandboxClient, StateClient
 from regreen.common import v1 as common_pb
+from regreen.rpc.errors import NotFound, Unavailable
 from regreen.sandbox import v1 as pb
 from sandbox_svc.__main__ import serving
 from sandbox_svc.settings import SandboxSettings
@@ -75,15 +77,15 @@ class World:
 
 
 @contextlib.asynccontextmanager
-async def world(**options: Any) -> AsyncIterator[World]:
-    """A cluster with one node, gone at the end."""
+async def world(volume_bytes: int = 0, **options: Any) -> AsyncIterator[World]:
+    """A cluster with one node, gone at the end; `volume_bytes` bounds the volumes of pods."""
     home = Path(tempfile.mkdtemp(prefix="regreen-kube-"))
     home.chmod(0o711)
     cluster = kube.Cluster(**options)
     try:
         async with (
             kube.running(cluster, home / "kubeconfig"),
-            kubelet.node(cluster, home) as node,
+            kubelet.node(cluster, home, volume_bytes) as node,
         ):
             yield World(cluster, node, home, home / "kubeconfig")
     finally:
@@ -116,3 +118,32 @@ async def prepared(front: Front, text: str) -> pb.State:
     """The state of `spec(text)`, through the front."""
     events = [event async for event in front.states.prepare_state(spec(text))]
     return events[-1].state
+
+
+async def eventually(check, within_s: float = 30.0):
+    """The first true answer of `check`, which may be refused meanwhile."""
+    give_up = time.monotonic() + within_s
+    while True:
+        try:
+            if found := await check():
+                return found
+        except Unavailable:
+            pass
+        assert time.monotonic() < give_up, "did not happen"
+        await asyncio.sleep(0.05)
+
+
+def pods(world) -> dict[str, dict]:
+    return {pod["metadata"]["name"]: pod for pod in world.cluster.all("pods")}
+
+
+async def holding(world, state_id: str) -> set[str]:
+    """Pods whose service, asked itself, has a state."""
+    found = set()
+    for name, pod in pods(world).items():
+        channel = connect(f"{pod['status']['podIP']}:50052")
+        with contextlib.suppress(NotFound, Unavailable):
+            await StateClient(channel, patience_s=0.0).get_state(state_id)
+            found.add(name)
+        await channel.close()
+    return found

@@ -1,12 +1,10 @@
 """A front over a stand-in cluster whose workers are real sandbox services."""
 
 import asyncio
-import contextlib
 import json
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -28,7 +26,14 @@ from sandbox_svc.__main__ import serving
 from sandbox_svc.fleet.calls import METHODS, Endpoint, Worker
 from sandbox_svc.fleet.manifests import INSTANCE, SPEC
 from tests.fixtures.kube import Fault
-from tests.integration.fleet.conftest import Front, prepared, world
+from tests.integration.fleet.conftest import (
+    Front,
+    eventually,
+    holding,
+    pods,
+    prepared,
+    world,
+)
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240), pytest.mark.slow]
 
@@ -40,35 +45,6 @@ async def front(plain):
     """A front that leaves its workers to the next test's."""
     async with plain.front(kube_keep_workers=True) as front:
         yield front
-
-
-async def eventually(check, within_s: float = 30.0):
-    """The first true answer of `check`, which may be refused meanwhile."""
-    give_up = time.monotonic() + within_s
-    while True:
-        try:
-            if found := await check():
-                return found
-        except Unavailable:
-            pass
-        assert time.monotonic() < give_up, "did not happen"
-        await asyncio.sleep(0.05)
-
-
-def pods(world) -> dict[str, dict]:
-    return {pod["metadata"]["name"]: pod for pod in world.cluster.all("pods")}
-
-
-async def holding(world, state_id: str) -> set[str]:
-    """Pods whose service, asked itself, has a state."""
-    found = set()
-    for name, pod in pods(world).items():
-        channel = connect(f"{pod['status']['podIP']}:50052")
-        with contextlib.suppress(NotFound, Unavailable):
-            await StateClient(channel, patience_s=0.0).get_state(state_id)
-            found.add(name)
-        await channel.close()
-    return found
 
 
 async def test_two_workers_are_used_as_one_service(plain, front):
@@ -229,6 +205,13 @@ async def test_a_kept_state_outlives_every_worker(plain):
             return (names / leaf.id).exists()
 
         await eventually(written)
+
+        def layers(state_id):
+            digest = (names / state_id).read_text().split()[0]
+            manifest = json.loads((names.parent / digest[:2] / digest).read_bytes())
+            return [sha256 for sha256, _ in manifest["parts"][1:-1]]
+
+        assert layers(leaf.id)[:-1] == layers(state.id), "a child shares its parent's layers"
         for name in pods(plain):
             await plain.cluster.delete("pods", name, 1)
 
@@ -238,6 +221,13 @@ async def test_a_kept_state_outlives_every_worker(plain):
         fresh = await eventually(made)
         ran = await front.sandboxes.run(fresh.id, ["cat", "notes.txt", "leaf.txt"])
         assert ran.stdout.head == b"root of it\nleaf\n"
+        twig = await front.sandboxes.snapshot_sandbox(fresh.id)
+
+        async def twig_written():
+            return (names / twig.id).exists()
+
+        await eventually(twig_written)
+        assert layers(twig.id)[:-1] == layers(leaf.id), "wherever they were made"
 
 
 async def test_a_new_front_takes_over_and_sweeps_what_does_not_fit(plain):
@@ -263,6 +253,7 @@ async def test_the_workers_of_a_killed_front_are_taken_over(plain, tmp_path):
         *(sys.executable, "-m", "sandbox_svc", "--backend=kubernetes", f"--home={tmp_path}"),
         *("--listen=127.0.0.1:0", "--metrics=127.0.0.1:0", f"--kube-config={plain.kubeconfig}"),
         *("--kube-name=killed", "--kube-workers=1", "--warm-seats=1", "--max-sandboxes=8"),
+        "--drain-s=0.2",
         stderr=asyncio.subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": str(_ROOT)},
         cwd=_ROOT,
@@ -392,7 +383,8 @@ async def test_the_role_in_the_repository_allows_what_was_asked(plain):
         for verb in rule["verbs"]
         for resource in rule["resources"]
     }
-    verbs = {"POST": "create", "DELETE": "delete", "WATCH": "watch", "GET": "list"}
+    verbs = {"POST": "create", "PUT": "update", "DELETE": "delete"}
+    verbs |= {"WATCH": "watch", "GET": "list"}
     asked = {(verbs[verb], kind) for verb, kind, _ in plain.cluster.seen}
     asked = {pair for pair in asked if pair != ("list", "configmaps")}  # one is read by its name
     assert asked <= allowed

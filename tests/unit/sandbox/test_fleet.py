@@ -4,11 +4,13 @@ import io
 import json
 import re
 import tarfile
+import typing
 
 import pytest
 
 from regreen.blobs import Digest, open_blobs
 from regreen.rpc.errors import DataLoss, InvalidArgument
+from regreen.sandbox import v1 as pb
 from sandbox_svc.fleet.archive import Archive, Cutter
 from sandbox_svc.fleet.manifests import Plan, slug
 from sandbox_svc.fleet.ring import ranked
@@ -69,10 +71,11 @@ async def test_a_child_shares_its_parents_layers_and_damage_is_noticed(tmp_path)
     archive = Archive(blobs, tmp_path / "scratch")
     parent = archive_of({"a": b"a" * 100_000}, record=b'{"of": "parent"}')
     child = archive_of({"a": b"a" * 100_000}, {"b": b"b"}, record=b'{"of": "child"}')
-    await archive.store("st_p", b"P", "st_p", pieces(parent, 1000))
-    await archive.store("st_c", b"C", "st_p", pieces(child, 999))
+    of_p, of_c = (pb.State(id=name).SerializeToString() for name in ("st_p", "st_c"))
+    await archive.store("st_p", of_p, "st_p", pieces(parent, 1000))
+    await archive.store("st_c", of_c, "st_p", pieces(child, 999))
     found_p, found_c = await archive.find("st_p"), await archive.find("st_c")
-    assert (found_p.state, found_c.state, found_c.key) == (b"P", b"C", "st_p")
+    assert (found_p.state, found_c.state, found_c.key) == (of_p, of_c, "st_p")
     assert found_p.parts[1] == found_c.parts[1]
     assert found_p.parts[1].size_bytes > 100_000
     assert b"".join([chunk async for chunk in archive.read(found_c)]) == child
@@ -82,6 +85,9 @@ async def test_a_child_shares_its_parents_layers_and_damage_is_noticed(tmp_path)
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     with pytest.raises(DataLoss):
         [chunk async for chunk in archive.read(found_c)]
+    path.unlink()
+    with pytest.raises(DataLoss, match="is not stored"):
+        [chunk async for chunk in archive.read(found_c)]
     await archive.forget("st_c")
     assert await archive.find("st_c") is None
     assert await archive.find("st_p") is not None
@@ -89,6 +95,18 @@ async def test_a_child_shares_its_parents_layers_and_damage_is_noticed(tmp_path)
     await blobs.name("st_x", manifest)
     with pytest.raises(DataLoss, match="archive of state st_x"):
         await archive.find("st_x")
+
+
+async def test_content_that_looks_like_headers_makes_no_flood_of_blobs(tmp_path):
+    header = tarfile.TarInfo("layers/0")
+    header.type = tarfile.DIRTYPE
+    data = archive_of({"a": b"a"}) + header.tobuf(tarfile.USTAR_FORMAT) * 3000
+    archive = Archive(open_blobs(tmp_path / "blobs", fsync=False), tmp_path / "scratch")
+    state = pb.State(id="st_h").SerializeToString()
+    await archive.store("st_h", state, "st_h", pieces(data, 1 << 16))
+    found = await archive.find("st_h")
+    assert len(found.parts) <= 1001
+    assert b"".join([chunk async for chunk in archive.read(found)]) == data
 
 
 async def test_who_names_first_wins_unless_told_to_replace(tmp_path):
@@ -121,7 +139,9 @@ def test_names_are_labels_whatever_the_front_is_called(name):
 
 
 def test_a_worker_pod_is_walled_in():
-    settings = SandboxSettings(kube_runtime_class="gvisor", kube_seccomp="regreen.json", pids=99)
+    settings = SandboxSettings(
+        kube_runtime_class="gvisor", kube_seccomp="regreen.json", pids=99, egress=False
+    )
     plan = Plan(settings)
     pod = plan.pod("w-1", {"uid": "u"})
     spec, container = pod["spec"], pod["spec"]["containers"][0]
@@ -140,8 +160,83 @@ def test_a_worker_pod_is_walled_in():
     assert {"cpu", "memory", "ephemeral-storage"} <= set(container["resources"]["limits"])
     assert "hostPath" not in json.dumps(pod)
     assert all(set(volume) == {"name", "emptyDir"} for volume in spec["volumes"])
-    assert "--pids=99" in container["args"]
+    assert {"--pids=99", "--no-egress"} <= set(container["args"])
     assert pod["metadata"]["ownerReferences"] == [{"uid": "u"}]
     default = Plan(SandboxSettings())
     assert default.pod_spec()["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
     assert default.digest != plan.digest == Plan(settings).digest
+
+
+_OF_THE_FRONT = {
+    *("listen", "metrics", "home", "insecure", "tls_cert", "tls_key", "tls_ca"),
+    *("backend", "blobs", "egress_upstream", "max_rpcs"),
+}
+
+
+def _another(name: str, value):
+    """A value that is allowed and not `value`."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + 1
+    if isinstance(value, float):
+        return value / 2 or 0.5
+    return {"log_level": "debug", "egress_private": "10.0.0.0/8"}[name]
+
+
+def test_a_worker_gets_every_setting_but_the_fronts_own(monkeypatch):
+    monkeypatch.delenv("REGREEN_CONFIG", raising=False)
+    fields = SandboxSettings.model_fields
+    theirs = {
+        name: _another(name, field.default)
+        for name, field in fields.items()
+        if name not in _OF_THE_FRONT and not name.startswith(("kube_", "docker_", "fleet_"))
+    }
+    assert {"egress", "drain_s", "warm_check_share", "state_bytes", "max_executions"} <= set(theirs)
+    front = SandboxSettings(**theirs, blobs="s3://bucket/a", kube_name="front", tls_ca=None)
+    (container,) = Plan(front).pod_spec()["containers"]
+    args = [arg.replace("$(POD_IP)", "127.0.0.1") for arg in container["args"]]
+    worker = SandboxSettings.load(args)
+    assert {name: getattr(worker, name) for name in theirs} == theirs
+    assert worker.max_rpcs > front.max_rpcs
+    assert (worker.backend, worker.blobs, worker.kube_name) == (
+        *("embedded", "s3://bucket/a"),
+        fields["kube_name"].default,
+    )
+
+
+def test_a_worker_bounds_its_states_by_its_disk_and_waits_for_its_calls():
+    plan = Plan(SandboxSettings(kube_disk_bytes=10 << 30, drain_s=90.5))
+    spec = plan.pod_spec()
+    assert f"--state-bytes={5 << 30}" in spec["containers"][0]["args"]
+    assert spec["terminationGracePeriodSeconds"] > 91
+    told = Plan(SandboxSettings(state_bytes=7)).pod_spec()["containers"][0]["args"]
+    assert [arg for arg in told if arg.startswith("--state-bytes")] == ["--state-bytes=7"]
+
+
+def test_nothing_in_a_setting_is_expanded_and_a_secret_is_only_named():
+    plan = Plan(SandboxSettings(blobs="s3://b/$(HOME)", kube_secret="aws"))
+    (container,) = plan.pod_spec()["containers"]
+    assert "--blobs=s3://b/$$(HOME)" in container["args"]
+    assert container["envFrom"] == [{"secretRef": {"name": "aws"}}]
+
+
+def test_every_field_of_a_pod_is_one_that_the_client_library_knows():
+    core = pytest.importorskip("lightkube.models.core_v1")
+    settings = SandboxSettings(
+        kube_runtime_class="gvisor", kube_seccomp="a", kube_apparmor="b", kube_secret="c"
+    )
+    _known(core.Pod, Plan(settings).pod("w-1", {"uid": "u"}), "Pod")
+
+
+def _known(kind, value, path: str) -> None:
+    """Compare names with the typed model, which is made from the API's own description."""
+    kind = next((k for k in typing.get_args(kind) if k is not type(None)), kind)
+    if isinstance(value, list):
+        for item in value:
+            _known(kind, item, f"{path}[]")
+    elif isinstance(value, dict) and hasattr(kind, "to_dict"):
+        hints = typing.get_type_hints(kind)
+        assert set(value) <= set(hints), path
+        for name, item in value.items():
+            _known(hints[name], item, f"{path}.{name}")
