@@ -34,10 +34,6 @@ STANDARD = frozenset(getattr(sys, "stdlib_module_names", ()))
 HOOKS = frozenset({"excepthook", "__warningregistry__", "__builtins__"})
 
 
-class Refused(Exception):
-    """A module cannot be loaded ahead."""
-
-
 def environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith(OWN_PYTEST)}
 
@@ -108,14 +104,18 @@ def identity(value: Any) -> Any:
     return repr(value)[:200] if plain else id(value)
 
 
+def places(module: Any) -> list[str]:
+    """Where the files of a module are."""
+    try:
+        found = [getattr(module, "__file__", None), *(getattr(module, "__path__", None) or ())]
+        return [os.path.realpath(str(place)) + os.sep for place in found if place]
+    except Exception:  # noqa: BLE001 - a module may answer anything
+        return ["unknown"]
+
+
 def inside(module: Any, root: str) -> bool:
     """Whether a module comes from the repository, in part or whole."""
-    places = [str(getattr(module, "__file__", None) or "")]
-    try:
-        places += list(getattr(module, "__path__", None) or ())
-    except Exception:  # noqa: BLE001 - a module may answer anything
-        return True
-    return any((os.path.realpath(place) + os.sep).startswith(root) for place in places if place)
+    return any(place.startswith(root) for place in places(module))
 
 
 def importing(name: str) -> bool:
@@ -197,6 +197,8 @@ class Shelf:
     def __init__(self, root: str, log: int) -> None:
         self.root, self.log = os.path.join(os.path.realpath(root), ""), log
         self.base = dict(sys.modules)
+        homes = [sys.prefix, sys.base_prefix, os.path.dirname(os.__file__), *filter(None, sys.path)]
+        self.homes = tuple(os.path.join(os.path.realpath(home), "") for home in homes)
         self.groups: list[Group] = []
         self.of: dict[str, Group] = {}
         self.loading: Group | None = None
@@ -300,6 +302,8 @@ class Shelf:
                 group.modules[name] = module
                 if module is not None and inside(module, self.root):
                     return "it loads a part of the repository"
+                if not all(place.startswith(self.homes) for place in places(module)):
+                    return "it loads files that are not of the State's packages"
         return "" if group.modules else "it brings nothing"
 
     def _effects_of(
@@ -450,11 +454,10 @@ class Shelf:
             if name in sys.modules and sys.modules[name] is not module:
                 self.refuse("conflict: " + name)
         top = [n for n in group.modules if "." not in n]
-        if all(n in sys.builtin_module_names or is_standard(group.modules[n]) for n in top):
-            return
-        if any(space.get(key) is not value for space, key, value in self.functions):
+        own = all(n in sys.builtin_module_names or is_standard(group.modules[n]) for n in top)
+        if not own and any(space.get(key) is not value for space, key, value in self.functions):
             self.refuse("patched")
-        for name in top:
+        for name in top:  # the standard library too: a repository may have a module of that name
             spec = getattr(group.modules[name], "__spec__", None)
             origin = getattr(spec, "origin", None)
             if not origin or origin in ("built-in", "frozen"):
@@ -469,10 +472,8 @@ class Shelf:
 
 def is_standard(module: Any) -> bool:
     """Whether a module belongs to the interpreter."""
-    place = str(getattr(module, "__file__", None) or "")
-    return not place or (
-        place.startswith(os.path.dirname(os.__file__)) and "site-packages" not in place
-    )
+    place = str(getattr(module, "__file__", None) or os.__file__)
+    return place.startswith(os.path.dirname(os.__file__)) and "site-packages" not in place
 
 
 def put(space: dict[str, str], key: str, value: Any) -> None:
@@ -489,9 +490,8 @@ def put_variable(key: str, value: Any) -> None:
 
 def mutated() -> None:
     """Tell the warnings module that its filters are others now."""
-    tell = getattr(warnings, "_filters_mutated", None) or getattr(
-        warnings, "_filters_mutated_lock_held", None
-    )
+    names = ("_filters_mutated", "_filters_mutated_lock_held")
+    tell = next(filter(None, (getattr(warnings, name, None) for name in names)), None)
     if tell is None:
-        raise Refused("this Python does not let filters of warnings be changed")
+        raise RuntimeError("this Python does not let filters of warnings be changed")
     tell()
