@@ -108,7 +108,7 @@ async def _compare(bench: Bench, state: State, case: _Case) -> dict[str, Any]:
     await bench.pool.settled()
     before = _misses()
     warm, warm_s = await timed(bench.warm, state, diff, options)
-    row = {"case": name, "outcome": cold.outcome.value, "tests": len(cold.tests)}
+    row: dict[str, Any] = {"case": name, "outcome": cold.outcome.value, "tests": len(cold.tests)}
     row |= {"warm": warm.warm, "cold_s": round(cold_s, 3), "warm_s": round(warm_s, 3)}
     if not warm.warm:
         row["why_cold"] = _why_cold(bench, state, before)

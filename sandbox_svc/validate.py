@@ -12,7 +12,6 @@
 
 import asyncio
 import contextlib
-import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
@@ -28,7 +27,6 @@ from regreen.rpc.errors import (
     FailedPrecondition,
     InfraError,
     InvalidArgument,
-    NoSuchFile,
     NotFound,
     RegreenError,
 )
@@ -36,8 +34,9 @@ from sandbox_svc import metrics
 from sandbox_svc.backends.base import Box, Command, EndReason, Limits, Runtime
 from sandbox_svc.builders import testrun
 from sandbox_svc.builders.base import LOCK, REPO, RUNNER, TOOLS, FileChange
-from sandbox_svc.builders.protect import Reverted, check_changes, split_changes
+from sandbox_svc.builders.protect import check_changes, split_changes
 from sandbox_svc.builders.testrun import TestRun
+from sandbox_svc.plans import apply, changes_sha256, check_part, key_of, part_of
 from sandbox_svc.spares import Miss
 from sandbox_svc.states import StateStore
 from sandbox_svc.verdicts import (
@@ -129,11 +128,12 @@ class Validator:
             DiskFull: it failed and there is no space, so that nothing is known of the diff.
         """
         plan = self._plan(state_id, changes, options or ValidationOptions())
-        key = _key(plan)
-        found = self._cache.get(key)
-        if found is not None and not skip_cache_lookup:
-            self._cache.move_to_end(key)
-            return replace(found, cached=True)
+        key, whole = key_of(plan), key_of(plan, whole=True)
+        for one in (whole, key):  # a whole verdict is worth more than one that stopped early
+            found = self._cache.get(one)
+            if found is not None and not skip_cache_lookup:
+                self._cache.move_to_end(one)
+                return replace(found, cached=True)
         flight = self._running.get(key)
         if flight is None:
             flight = _Flight(asyncio.create_task(self._run_and_keep(plan, key)))
@@ -175,6 +175,7 @@ class Validator:
             )
         if not 1 <= options.repeat <= 10:
             raise InvalidArgument("repeat", f"is {options.repeat}", "use 1 to 10")
+        check_part(options)
         if not required_ids(state.metadata, options):
             raise FailedPrecondition(
                 f"state {state_id} has no test that must pass; name some in required_tests "
@@ -193,6 +194,8 @@ class Validator:
             started = self._clock()
             verdict = await self._judge(plan)
         verdict = replace(verdict, seconds=round(self._clock() - started, 3))
+        if not verdict.partial:  # a run that did not stop early was a whole one
+            key = key_of(plan, whole=True)
         if verdict.lasting:
             self._keep(key, verdict)
         if verdict.warm and self._warm is not None and self._warm.wants_check(plan.state.id):
@@ -316,7 +319,7 @@ class Validator:
                 run = spare
             else:
                 try:
-                    plan = await _apply(plan, spare.box)
+                    plan = await apply(plan, spare.box)
                     run = await spare.finish(self._options(plan, seed))
                 except (FailedPrecondition, NotFound, InfraError):
                     run = Miss.DIED
@@ -357,7 +360,7 @@ class Validator:
                 failed = await self._sync(plan, box)
                 if failed is not None:
                     return failed
-        plan = await _apply(plan, box)
+        plan = await apply(plan, box)
         return conclude(plan, await self._run_tests(box, self._options(plan, seed)))
 
     def _options(self, plan: Plan, seed: int) -> testrun.RunOptions:
@@ -365,6 +368,7 @@ class Validator:
         return replace(
             options,
             coverage=plan.options.coverage,
+            part=part_of(plan),
             seed=seed,
             timeout_s=plan.options.timeout_s or options.timeout_s,
         )
@@ -408,53 +412,3 @@ class Validator:
         return verdict_without_run(
             plan, Outcome.BUILD_FAILED, f"the lock cannot be installed: {first}", log=log
         )
-
-
-def changes_sha256(changes: Iterable[FileChange]) -> str:
-    """Digest of the canonical form of a diff."""
-    rows = [
-        [c.path, c.mode, None if c.content is None else hashlib.sha256(c.content).hexdigest()]
-        for c in sorted(changes, key=lambda c: c.path)
-    ]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-
-
-def _key(plan: Plan) -> str:
-    options = plan.options
-    parts = [
-        plan.state.id,
-        plan.state.created_s,
-        plan.sha256,
-        [[r.path, r.reason] for r in plan.reverted],
-        sorted(options.held_pins.items()),
-        sorted(options.required_tests),
-        options.coverage,
-        options.timeout_s,
-        options.seed,
-        options.repeat,
-    ]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-async def _apply(plan: Plan, box: Box) -> Plan:
-    """Write the kept changes into the fork; one that cannot be written is reported.
-
-    Raises:
-        DiskFull: the host has no space left; says nothing about the diff.
-    """
-    deleted = [f"{REPO}/{c.path}" for c in plan.changes if c.content is None]
-    if deleted:
-        await box.run(Command(("rm", "-f", "--", *deleted), cwd="/"))
-    reverted = list(plan.reverted)
-    applied: list[FileChange] = []
-    for change in plan.changes:
-        if change.content is None:
-            applied.append(change)
-            continue
-        mode = 0o755 if change.mode & 0o100 else 0o644
-        try:
-            await box.write_file(f"{REPO}/{change.path}", change.content, mode)
-            applied.append(change)
-        except (InvalidArgument, NoSuchFile) as error:
-            reverted.append(Reverted(change.path, f"unwritable: {error}"))
-    return replace(plan, changes=tuple(applied), reverted=tuple(reverted))
