@@ -8,13 +8,15 @@
 - Only verdicts of runs that came to their own end are cached.
 - A run that ends its sandbox twice while the runtime lives has failed; once may be bad luck.
 - A run that was started ahead (`warm.py`) is worth what a cold one is, or is done again cold.
+- A run that was shared among forks (`workers.py`) is worth what a serial one is, or done again;
+  who passes the cache over asks for an independent look and gets a serial one.
 """
 
 import asyncio
 import contextlib
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,7 @@ from sandbox_svc.verdicts import (
     verdict_without_run,
 )
 from sandbox_svc.warm import WarmPool
+from sandbox_svc.workers import Proof, Workers
 
 log = structlog.get_logger(__name__)
 
@@ -98,6 +101,7 @@ class Validator:
         place: Place = contextlib.nullcontext,
         cache_bytes: int = CACHE_BYTES,
         warm: WarmPool | None = None,
+        workers: Workers | None = None,
     ) -> None:
         self._states, self._runtime, self._place = states, runtime, place
         self._cache_bytes, self._cached_bytes = cache_bytes, 0
@@ -106,7 +110,7 @@ class Validator:
         self._cache: OrderedDict[str, Validation] = OrderedDict()
         self._running: dict[str, _Flight] = {}
         self._indexes: dict[str, Mapping[str, Any]] = {}
-        self._warm = warm
+        self._warm, self._workers = warm, workers
         self._checks: set[asyncio.Task[None]] = set()
 
     async def validate(
@@ -134,9 +138,11 @@ class Validator:
             if found is not None and not skip_cache_lookup:
                 self._cache.move_to_end(one)
                 return replace(found, cached=True)
+        if skip_cache_lookup and self._workers is not None:
+            plan, key = replace(plan, alone=True), f"{key} alone"
         flight = self._running.get(key)
         if flight is None:
-            flight = _Flight(asyncio.create_task(self._run_and_keep(plan, key)))
+            flight = _Flight(asyncio.create_task(self._run_and_keep(plan)))
             self._running[key] = flight
             flight.task.add_done_callback(lambda _: self._landed(key, flight))
         flight.waiters += 1
@@ -160,8 +166,9 @@ class Validator:
         await asyncio.gather(*running, return_exceptions=True)
 
     async def checked(self) -> None:
-        """Wait until no warm verdict is being checked."""
-        await asyncio.gather(*self._checks)
+        """Wait until no verdict is being checked and no State tried."""
+        while self._checks:
+            await asyncio.gather(*self._checks)
 
     def _plan(
         self, state_id: str, changes: Iterable[FileChange], options: ValidationOptions
@@ -189,38 +196,85 @@ class Validator:
         digest = changes_sha256([*kept, *([lock] if lock else [])])
         return Plan(state, kept, reverted, lock, options, digest)
 
-    async def _run_and_keep(self, plan: Plan, key: str) -> Validation:
+    async def _run_and_keep(self, plan: Plan) -> Validation:
         async with self._place():
             started = self._clock()
             verdict = await self._judge(plan)
         verdict = replace(verdict, seconds=round(self._clock() - started, 3))
-        if not verdict.partial:  # a run that did not stop early was a whole one
-            key = key_of(plan, whole=True)
+        # A run that did not stop early was a whole one.
+        key = key_of(plan, whole=not verdict.partial)
         if verdict.lasting:
             self._keep(key, verdict)
-        if verdict.warm and self._warm is not None and self._warm.wants_check(plan.state.id):
-            check = asyncio.create_task(self._check_warm(plan, key, verdict, self._warm))
-            self._checks.add(check)
-            check.add_done_callback(self._checks.discard)
+        source = self._workers if verdict.workers > 1 else self._warm if verdict.warm else None
+        if source is not None and source.wants_check(plan.state.id):
+            self._later(self._check(plan, key, verdict, source))
+        if self._workers is not None and verdict.workers == 1:
+            proof = self._workers.trial(plan, verdict)
+            if proof is not None:
+                self._later(self._try_workers(plan, verdict, proof, self._workers))
         return verdict
 
-    async def _check_warm(self, plan: Plan, key: str, verdict: Validation, warm: WarmPool) -> None:
-        """Judge again, cold; if that says something else, it is what counts from now on."""
-        metrics.WARM_CHECKS.inc()
+    def _later(self, work: Coroutine[Any, Any, None]) -> None:
+        check = asyncio.create_task(work)
+        self._checks.add(check)
+        check.add_done_callback(self._checks.discard)
+
+    async def _check(
+        self, plan: Plan, key: str, verdict: Validation, source: WarmPool | Workers
+    ) -> None:
+        """Judge again, cold and serially; if that says something else, it counts from now on."""
+        source.checks.inc()
         try:
             async with self._place():
                 cold = await self._cold(plan, None, plan.options.seed)
         except (RegreenError, _SandboxEnded) as error:
-            log.warning("warm_check_failed", state_id=plan.state.id, error=str(error))
-            warm.check_again(plan.state.id)
+            log.warning("check_failed", state_id=plan.state.id, error=str(error))
+            source.check_again(plan.state.id)
             return
         found = difference(verdict, cold, plan.facts["spec"]["test"]["unstable"])
         if not found or not cold.lasting:
             return
         self._forget(key)
-        warm.differed(plan.state.id, found)
+        source.differed(plan.state.id, found)
         if plan.options.repeat == 1:
             self._keep(key, replace(cold, seconds=verdict.seconds))
+
+    async def _try_workers(
+        self, plan: Plan, serial: Validation, proof: Proof, workers: Workers
+    ) -> None:
+        """Show that workers say the same of a diff that passes, and of none."""
+        untouched = self._plan(plan.state.id, (), ValidationOptions())
+        try:
+            for tried in (plan, untouched):
+                async with self._place():
+                    if tried is untouched:
+                        serial = await self._cold(untouched, None, 0)
+                    found = await workers.run(tried, self._options(tried, 0), proof)
+                if isinstance(found, str) or not serial.lasting:
+                    told = found if isinstance(found, str) else serial.summary
+                    log.info("workers_trial_failed", state_id=plan.state.id, reason=told)
+                    return
+                unstable = plan.facts["spec"]["test"]["unstable"]
+                if told := difference(serial, conclude(*found), unstable):
+                    workers.differed(plan.state.id, told)
+                    return
+        except (RegreenError, _SandboxEnded) as error:
+            log.warning("workers_trial_failed", state_id=plan.state.id, error=str(error))
+            return
+        workers.prove(plan.state.id, proof)
+
+    async def _in_workers(self, plan: Plan, seed: int) -> Validation | None:
+        """One run shared among several forks; None if it has to be done by one."""
+        proof = self._workers.proof(plan, seed) if self._workers is not None else None
+        if proof is None or self._workers is None:
+            return None
+        found = await self._workers.run(plan, self._options(plan, seed), proof)
+        metrics.WORKER_RUNS.labels("alone" if isinstance(found, str) else "together").inc()
+        if isinstance(found, str):
+            log.info("run_again_by_one", state_id=plan.state.id, reason=found)
+            return None
+        verdict = replace(conclude(*found), workers=proof.count)
+        return None if self._runtime.disk_is_full() else verdict
 
     def _forget(self, key: str) -> None:
         dropped = self._cache.pop(key, None)
@@ -306,7 +360,9 @@ class Validator:
         return verdict_without_run(plan, Outcome.FAILED, summary, log=log, lasting=False)
 
     async def _fork(self, plan: Plan, change: LockChange | None, seed: int) -> Validation:
-        """One run in one fresh fork, warm if that is the same."""
+        """One run in fresh forks: several or a warm one where that is the same."""
+        if change is None and (shared := await self._in_workers(plan, seed)) is not None:
+            return shared
         found = await self._try_warm(plan, seed) if self._warm is not None else None
         return found or await self._cold(plan, change, seed)
 

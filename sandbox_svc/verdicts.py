@@ -104,6 +104,8 @@ class Plan:
     lock: FileChange | None
     options: ValidationOptions
     sha256: str
+    alone: bool = False
+    """Whether the tests run one after the other in any case: an independent look is asked for."""
 
     @property
     def facts(self) -> Mapping[str, Any]:

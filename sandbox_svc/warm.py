@@ -65,6 +65,8 @@ class _Hot:
 class WarmPool:
     """Warm sandboxes of the States that are validated most recently."""
 
+    checks = metrics.WARM_CHECKS
+
     def __init__(
         self,
         states: StateStore,
