@@ -379,6 +379,7 @@ class Validator:
                     run = await spare.finish(self._options(plan, seed))
                 except (FailedPrecondition, NotFound, InfraError):
                     run = Miss.DIED
+        self._warm.went(plan.state.id, run if isinstance(run, Miss) else None)
         if isinstance(run, Miss):
             metrics.WARM_MISSES.labels(run.value).inc()
             return None

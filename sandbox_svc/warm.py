@@ -34,6 +34,8 @@ ROUNDS = 8
 """Trials until the modules that can be loaded ahead are known."""
 REMEMBERED = 1024
 DEATHS = 3
+FUTILE = 5
+"""Runs in a row that had to be done anew, none having gone on before, until a State stays cold."""
 _INBOX = Path(__file__).parent / "builders" / "inbox"
 _SOURCE = (".py", ".pyi")
 
@@ -60,6 +62,8 @@ class _Hot:
     refill: asyncio.Task[None] | None = None
     served: int = 0
     deaths: int = 0
+    futile: int = 0
+    """Runs that were done anew as long as none has gone on."""
 
 
 class WarmPool:
@@ -202,6 +206,18 @@ class WarmPool:
         if hot is not None and hot.refill is not None:
             await asyncio.gather(hot.refill, return_exceptions=True)
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def went(self, state_id: str, miss: Miss | None) -> None:
+        """Hear how a warm run went: a State whose own tests end each of them is not worth it."""
+        hot = self._hot.get(state_id)
+        if hot is None or hot.futile < 0:
+            return
+        if miss is None:
+            hot.futile = -1
+        elif miss is Miss.ANEW:
+            hot.futile += 1
+            if hot.futile >= FUTILE:
+                self._switch_off(state_id, "its runs have to be done anew")
 
     def wants_check(self, state_id: str) -> bool:
         """Whether a warm verdict is to be checked cold: a State's first, then a sample."""
