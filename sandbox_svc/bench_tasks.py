@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from regreen.pkgindex import PackageIndex, index_urls
+from regreen.rpc import logging
 from regreen.rpc.errors import RegreenError
 from regreen.tasks import environment as env
 from regreen.tasks.jsonl import shipped_distributions, shipped_tasks
@@ -263,6 +264,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=600.0, help="begin no task after this")
     parser.add_argument("--out", type=Path, help="file of JSON lines to go on with")
     options = parser.parse_args(argv)
+    logging.configure("bench", "warning")
     home = Path(tempfile.mkdtemp(prefix="regreen-tasks-"))
     home.chmod(0o711)
     try:

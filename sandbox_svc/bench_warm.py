@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from regreen.pkgindex import PackageIndex, index_urls, usable_files
+from regreen.rpc import logging
 from regreen.rpc.errors import RegreenError
 from sandbox_svc.backends.base import Box, Limits
 from sandbox_svc.backends.embedded import EmbeddedRuntime
@@ -251,6 +252,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--rounds", type=int, default=10, help="turns of each contender")
     options = parser.parse_args(argv)
+    logging.configure("bench", "warning")
     home = Path(tempfile.mkdtemp(prefix="regreen-warm-"))
     home.chmod(0o711)
     try:
