@@ -15,7 +15,7 @@ import os
 import random
 import sys
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Container, Coroutine, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from sandbox_svc.spares import Miss, Names, Spare
 from sandbox_svc.states import State, StateStore
 from sandbox_svc.verdicts import Plan
 
-ROUNDS = 8
+ROUNDS = 16
 """Trials until the modules that can be loaded ahead are known."""
 REMEMBERED = 1024
 DEATHS = 3
@@ -314,9 +314,7 @@ class WarmPool:
             logging.get().debug("not_loaded_ahead", state_id=state.id, modules=refused)
             whole = {name.partition(".")[0] for name in refused} - sys.stdlib_module_names
             whole -= {"_pytest"}
-            names = tuple(
-                n for n in names if n[0] not in refused and n[0].partition(".")[0] not in whole
-            )
+            names = tuple(n for n in names if not _lost(n[0], refused, whole))
         raise _Unsuited("what it imports is not settled")
 
     async def _try(self, state: State, names: Names) -> dict[str, str]:
@@ -397,6 +395,12 @@ def _is_own(state: State) -> bool:
         )
     except OSError:
         return False
+
+
+def _lost(name: str, refused: Iterable[str], whole: Container[str]) -> bool:
+    """Whether the import of a module brings about that of one that is refused."""
+    inside = any(name == other or name.startswith(other + ".") for other in refused)
+    return inside or name.partition(".")[0] in whole
 
 
 def _brings_module(path: str, places: tuple[str, ...], own: frozenset[str]) -> bool:

@@ -341,14 +341,14 @@ class Shelf:
             parent, _, child = name.rpartition(".")
             if parent and parent not in group.modules:
                 owner = self._module(parent)
-                if getattr(owner, "__dict__", {}).get(child) is group.modules[name]:
+                if space(owner).get(child) is group.modules[name]:
                     group.children.append((parent, child, group.modules[name]))
-        for name in [n for n in sys.modules if n not in self.base]:
+        for name in set(sys.modules).difference(self.base, self.spoilt):
             del sys.modules[name]
         for other in self.groups:
             other.released = False
             for parent, child, _ in other.children:
-                vars(self._module(parent)).pop(child, None)
+                space(self._module(parent)).pop(child, None)
 
     def _module(self, name: str) -> Any:
         """A module, on the shelf or not."""
