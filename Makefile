@@ -45,8 +45,8 @@ fmt: $(STAMP) ## Format code and protos
 bench: $(STAMP) ## Measure against named peers; tables here, JSON under build/bench
 	@$(BIN)/regreen bench
 
-bench-sandbox: $(STAMP) ## Measure the sandbox service: against the kernel, Docker, and cold validations
-	@$(BIN)/regreen bench sandbox sandbox-service sandbox-warm
+bench-sandbox: $(STAMP) ## Measure the sandbox service: against the kernel, Docker, cold validations; and every task
+	@$(BIN)/regreen bench sandbox sandbox-service sandbox-warm sandbox-tasks
 
 soak: $(STAMP) ## Run 10,000 sandboxes under random operations and kill -9; nothing may be left or lost
 	@.venv/bin/python -m tests.load.soak

@@ -36,7 +36,7 @@ def evidence_from(message: pb.Evidence, field: str) -> Evidence:
     """Evidence of a request.
 
     Raises:
-        InvalidArgument: an enum value is not known.
+        InvalidArgument: an enum value is not known, or only a part of the tests was run.
     """
     return Evidence(
         changes=tuple(_change(c, f"{field}.changes") for c in message.changes),
@@ -45,8 +45,8 @@ def evidence_from(message: pb.Evidence, field: str) -> Evidence:
         ),
         unified_diff=message.unified_diff,
         error_log=message.error_log[-MAX_LOG_CHARS:],
-        before=_run(message.before) if message.HasField("before") else None,
-        after=_run(message.after) if message.HasField("after") else None,
+        before=_run(message.before, f"{field}.before") if message.HasField("before") else None,
+        after=_run(message.after, f"{field}.after") if message.HasField("after") else None,
         commands=tuple(c[:MAX_COMMAND_CHARS] for c in message.commands[:MAX_COMMANDS]),
         mode=_mode(message.mode, f"{field}.mode"),
         protected_paths=tuple(message.protected_paths),
@@ -79,7 +79,9 @@ def _change(message: common_pb.FileChange, field: str) -> Change:
     return Change(message.path, kind, message.content, message.mode or 0o644)
 
 
-def _run(message: sandbox_pb.Validation) -> TestRun:
+def _run(message: sandbox_pb.Validation, field: str) -> TestRun:
+    if message.partial:  # what was left out would look like tests that are gone
+        raise InvalidArgument(field, "is of a part of the tests", "validate the whole")
     coverage = None
     if message.HasField("coverage"):
         files = {f.path: (f.covered, f.lines) for f in message.coverage.files}

@@ -87,6 +87,15 @@ WARM_CHECKS = Counter("regreen_sandbox_warm_checks", "Warm verdicts that were ch
 WARM_MISMATCHES = Counter(
     "regreen_sandbox_warm_mismatches", "Warm verdicts that a cold run contradicted."
 )
+WORKER_RUNS = Counter(
+    "regreen_sandbox_worker_runs", "Test runs shared among several forks, by result.", ["result"]
+)
+WORKER_CHECKS = Counter(
+    "regreen_sandbox_worker_checks", "Verdicts of several workers that were checked serially."
+)
+WORKER_MISMATCHES = Counter(
+    "regreen_sandbox_worker_mismatches", "Verdicts of several workers that one run contradicted."
+)
 WARM_WAITING = Gauge("regreen_sandbox_warm_waiting", "Sandboxes started ahead that wait.")
 
 

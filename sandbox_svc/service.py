@@ -36,6 +36,7 @@ from sandbox_svc.upkeep import Upkeep
 from sandbox_svc.validate import Validation, ValidationOptions, Validator
 from sandbox_svc.warm import WarmPool
 from sandbox_svc.wheelhouse import DistStore
+from sandbox_svc.workers import Workers
 
 
 def make_runtime(settings: SandboxSettings) -> Runtime:
@@ -115,7 +116,9 @@ class SandboxHost:
         if self.runtime.name == "embedded" and self.settings.warm_states:
             home, kept = self.settings.home / "sandbox", self.settings.warm()
             self.warm = WarmPool(self.states, self.runtime, home, settings=kept)
-        self._validator = Validator(self.states, self.runtime, place=self._place, warm=self.warm)
+        self._validator = Validator(
+            self.states, self.runtime, place=self._place, warm=self.warm, workers=self._workers()
+        )
         await self.actions.open()
         await self.upkeep.start()
         metrics.ACTIVE.set_function(lambda: len(self.manager.list()))
@@ -136,6 +139,14 @@ class SandboxHost:
         await self.images.close()
         await self.states.close()
         await self.runtime.close()
+
+    def _workers(self) -> Workers | None:
+        """What shares the tests of a validation among forks, if that is asked for."""
+        if self.runtime.name != "embedded" or self.settings.validation_workers < 2:
+            return None
+        home, limits = self.settings.home / "sandbox", self.settings.limits()
+        kept = self.settings.workers()
+        return Workers(self.states, self.runtime, home, limits=limits, settings=kept)
 
     @contextlib.asynccontextmanager
     async def _place(self) -> AsyncIterator[None]:

@@ -19,6 +19,7 @@ from sandbox_svc.egress_rules import parse_networks
 from sandbox_svc.sandboxes import PoolLimits
 from sandbox_svc.upkeep import UpkeepLimits
 from sandbox_svc.warm import WarmSettings
+from sandbox_svc.workers import WorkerSettings
 
 
 class SandboxSettings(ServiceSettings):
@@ -56,7 +57,10 @@ class SandboxSettings(ServiceSettings):
     warm_memory_bytes: int = Field(default=2 << 30, ge=64 << 20)
     """Memory of all sandboxes started ahead."""
     warm_check_share: float = Field(default=0.05, ge=0, le=1)
-    """Share of their verdicts that a cold run checks in the background."""
+    """Share of their verdicts, and of those of several workers, that one cold run checks."""
+    validation_workers: int = Field(default=1, ge=1, le=64)
+    """Forks that one validation may run its test files in at once, within the limits of one
+    sandbox, and only for States of which that was shown to be the same. 1: none but the first."""
     default_ttl_s: float = Field(default=900.0, gt=0)
     """Life of a sandbox whose request names none and that is not kept alive."""
     max_ttl_s: float = Field(default=86_400.0, gt=0)
@@ -214,6 +218,10 @@ class SandboxSettings(ServiceSettings):
             memory_bytes=self.warm_memory_bytes,
             check_share=self.warm_check_share,
         )
+
+    def workers(self) -> WorkerSettings:
+        """When the tests of a validation are shared among forks."""
+        return WorkerSettings(most=self.validation_workers, check_share=self.warm_check_share)
 
     def pool(self) -> PoolLimits:
         """How many sandboxes there may be, and for how long."""

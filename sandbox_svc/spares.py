@@ -14,6 +14,7 @@ from dataclasses import replace
 from enum import StrEnum
 from typing import Any
 
+from regreen.rpc import logging
 from sandbox_svc.backends.base import Box, EndReason, ExecResult, Later
 from sandbox_svc.backends.fds import write_all
 from sandbox_svc.builders import testrun
@@ -116,6 +117,8 @@ class Spare:
         if result.reason not in (EndReason.EXIT, EndReason.TIMEOUT):
             return Miss.ENDED
         run = testrun.read_run(replace(result, channel=result.channel[self._skip :]), key)
+        if run.anew:
+            logging.get().debug("warm_run_done_anew", state_id=self.state.id, reason=run.anew)
         return Miss.ANEW if run.anew else run
 
     def _close_stdin(self) -> None:

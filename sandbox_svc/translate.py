@@ -227,6 +227,8 @@ def options_from(request: pb.ValidateRequest) -> validate.ValidationOptions:
         coverage=request.coverage,
         timeout_s=seconds(request.timeout, "timeout"),
         seed=request.seed,
+        stop_early=request.stop_early,
+        only_tests=tuple(request.only_tests),
     )
 
 
@@ -267,6 +269,9 @@ def validation_to(verdict: validate.Validation) -> pb.Validation:
         duration=duration(verdict.seconds),
         cached=verdict.cached,
         lasting=verdict.lasting,
+        partial=verdict.partial,
+        not_run=verdict.not_run,
+        workers=verdict.workers,
     )
     if verdict.coverage:
         message.coverage.CopyFrom(_coverage(verdict.coverage))

@@ -8,14 +8,15 @@
 - Only verdicts of runs that came to their own end are cached.
 - A run that ends its sandbox twice while the runtime lives has failed; once may be bad luck.
 - A run that was started ahead (`warm.py`) is worth what a cold one is, or is done again cold.
+- A run that was shared among forks (`workers.py`) is worth what a serial one is, or done again;
+  who passes the cache over asks for an independent look and gets a serial one.
 """
 
 import asyncio
 import contextlib
-import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,6 @@ from regreen.rpc.errors import (
     FailedPrecondition,
     InfraError,
     InvalidArgument,
-    NoSuchFile,
     NotFound,
     RegreenError,
 )
@@ -36,8 +36,9 @@ from sandbox_svc import metrics
 from sandbox_svc.backends.base import Box, Command, EndReason, Limits, Runtime
 from sandbox_svc.builders import testrun
 from sandbox_svc.builders.base import LOCK, REPO, RUNNER, TOOLS, FileChange
-from sandbox_svc.builders.protect import Reverted, check_changes, split_changes
+from sandbox_svc.builders.protect import check_changes, split_changes
 from sandbox_svc.builders.testrun import TestRun
+from sandbox_svc.plans import apply, changes_sha256, check_part, key_of, part_of
 from sandbox_svc.spares import Miss
 from sandbox_svc.states import StateStore
 from sandbox_svc.verdicts import (
@@ -51,6 +52,7 @@ from sandbox_svc.verdicts import (
     verdict_without_run,
 )
 from sandbox_svc.warm import WarmPool
+from sandbox_svc.workers import Proof, Workers
 
 log = structlog.get_logger(__name__)
 
@@ -99,6 +101,7 @@ class Validator:
         place: Place = contextlib.nullcontext,
         cache_bytes: int = CACHE_BYTES,
         warm: WarmPool | None = None,
+        workers: Workers | None = None,
     ) -> None:
         self._states, self._runtime, self._place = states, runtime, place
         self._cache_bytes, self._cached_bytes = cache_bytes, 0
@@ -107,7 +110,7 @@ class Validator:
         self._cache: OrderedDict[str, Validation] = OrderedDict()
         self._running: dict[str, _Flight] = {}
         self._indexes: dict[str, Mapping[str, Any]] = {}
-        self._warm = warm
+        self._warm, self._workers = warm, workers
         self._checks: set[asyncio.Task[None]] = set()
 
     async def validate(
@@ -129,14 +132,17 @@ class Validator:
             DiskFull: it failed and there is no space, so that nothing is known of the diff.
         """
         plan = self._plan(state_id, changes, options or ValidationOptions())
-        key = _key(plan)
-        found = self._cache.get(key)
-        if found is not None and not skip_cache_lookup:
-            self._cache.move_to_end(key)
-            return replace(found, cached=True)
+        key, whole = key_of(plan), key_of(plan, whole=True)
+        for one in (whole, key):  # a whole verdict is worth more than one that stopped early
+            found = self._cache.get(one)
+            if found is not None and not skip_cache_lookup:
+                self._cache.move_to_end(one)
+                return replace(found, cached=True)
+        if skip_cache_lookup and self._workers is not None:
+            plan, key = replace(plan, alone=True), f"{key} alone"
         flight = self._running.get(key)
         if flight is None:
-            flight = _Flight(asyncio.create_task(self._run_and_keep(plan, key)))
+            flight = _Flight(asyncio.create_task(self._run_and_keep(plan)))
             self._running[key] = flight
             flight.task.add_done_callback(lambda _: self._landed(key, flight))
         flight.waiters += 1
@@ -160,8 +166,9 @@ class Validator:
         await asyncio.gather(*running, return_exceptions=True)
 
     async def checked(self) -> None:
-        """Wait until no warm verdict is being checked."""
-        await asyncio.gather(*self._checks)
+        """Wait until no verdict is being checked and no State tried."""
+        while self._checks:
+            await asyncio.gather(*self._checks)
 
     def _plan(
         self, state_id: str, changes: Iterable[FileChange], options: ValidationOptions
@@ -175,6 +182,7 @@ class Validator:
             )
         if not 1 <= options.repeat <= 10:
             raise InvalidArgument("repeat", f"is {options.repeat}", "use 1 to 10")
+        check_part(options)
         if not required_ids(state.metadata, options):
             raise FailedPrecondition(
                 f"state {state_id} has no test that must pass; name some in required_tests "
@@ -188,36 +196,85 @@ class Validator:
         digest = changes_sha256([*kept, *([lock] if lock else [])])
         return Plan(state, kept, reverted, lock, options, digest)
 
-    async def _run_and_keep(self, plan: Plan, key: str) -> Validation:
+    async def _run_and_keep(self, plan: Plan) -> Validation:
         async with self._place():
             started = self._clock()
             verdict = await self._judge(plan)
         verdict = replace(verdict, seconds=round(self._clock() - started, 3))
+        # A run that did not stop early was a whole one.
+        key = key_of(plan, whole=not verdict.partial)
         if verdict.lasting:
             self._keep(key, verdict)
-        if verdict.warm and self._warm is not None and self._warm.wants_check(plan.state.id):
-            check = asyncio.create_task(self._check_warm(plan, key, verdict, self._warm))
-            self._checks.add(check)
-            check.add_done_callback(self._checks.discard)
+        source = self._workers if verdict.workers > 1 else self._warm if verdict.warm else None
+        if source is not None and source.wants_check(plan.state.id):
+            self._later(self._check(plan, key, verdict, source))
+        if self._workers is not None and verdict.workers == 1:
+            proof = self._workers.trial(plan, verdict)
+            if proof is not None:
+                self._later(self._try_workers(plan, verdict, proof, self._workers))
         return verdict
 
-    async def _check_warm(self, plan: Plan, key: str, verdict: Validation, warm: WarmPool) -> None:
-        """Judge again, cold; if that says something else, it is what counts from now on."""
-        metrics.WARM_CHECKS.inc()
+    def _later(self, work: Coroutine[Any, Any, None]) -> None:
+        check = asyncio.create_task(work)
+        self._checks.add(check)
+        check.add_done_callback(self._checks.discard)
+
+    async def _check(
+        self, plan: Plan, key: str, verdict: Validation, source: WarmPool | Workers
+    ) -> None:
+        """Judge again, cold and serially; if that says something else, it counts from now on."""
+        source.checks.inc()
         try:
             async with self._place():
                 cold = await self._cold(plan, None, plan.options.seed)
         except (RegreenError, _SandboxEnded) as error:
-            log.warning("warm_check_failed", state_id=plan.state.id, error=str(error))
-            warm.check_again(plan.state.id)
+            log.warning("check_failed", state_id=plan.state.id, error=str(error))
+            source.check_again(plan.state.id)
             return
         found = difference(verdict, cold, plan.facts["spec"]["test"]["unstable"])
         if not found or not cold.lasting:
             return
         self._forget(key)
-        warm.differed(plan.state.id, found)
+        source.differed(plan.state.id, found)
         if plan.options.repeat == 1:
             self._keep(key, replace(cold, seconds=verdict.seconds))
+
+    async def _try_workers(
+        self, plan: Plan, serial: Validation, proof: Proof, workers: Workers
+    ) -> None:
+        """Show that workers say the same of a diff that passes, and of none."""
+        untouched = self._plan(plan.state.id, (), ValidationOptions())
+        try:
+            for tried in (plan, untouched):
+                async with self._place():
+                    if tried is untouched:
+                        serial = await self._cold(untouched, None, 0)
+                    found = await workers.run(tried, self._options(tried, 0), proof)
+                if isinstance(found, str) or not serial.lasting:
+                    told = found if isinstance(found, str) else serial.summary
+                    log.info("workers_trial_failed", state_id=plan.state.id, reason=told)
+                    return
+                unstable = plan.facts["spec"]["test"]["unstable"]
+                if told := difference(serial, conclude(*found), unstable):
+                    workers.differed(plan.state.id, told)
+                    return
+        except (RegreenError, _SandboxEnded) as error:
+            log.warning("workers_trial_failed", state_id=plan.state.id, error=str(error))
+            return
+        workers.prove(plan.state.id, proof)
+
+    async def _in_workers(self, plan: Plan, seed: int) -> Validation | None:
+        """One run shared among several forks; None if it has to be done by one."""
+        proof = self._workers.proof(plan, seed) if self._workers is not None else None
+        if proof is None or self._workers is None:
+            return None
+        found = await self._workers.run(plan, self._options(plan, seed), proof)
+        metrics.WORKER_RUNS.labels("alone" if isinstance(found, str) else "together").inc()
+        if isinstance(found, str):
+            log.info("run_again_by_one", state_id=plan.state.id, reason=found)
+            return None
+        verdict = replace(conclude(*found), workers=proof.count)
+        return None if self._runtime.disk_is_full() else verdict
 
     def _forget(self, key: str) -> None:
         dropped = self._cache.pop(key, None)
@@ -303,7 +360,9 @@ class Validator:
         return verdict_without_run(plan, Outcome.FAILED, summary, log=log, lasting=False)
 
     async def _fork(self, plan: Plan, change: LockChange | None, seed: int) -> Validation:
-        """One run in one fresh fork, warm if that is the same."""
+        """One run in fresh forks: several or a warm one where that is the same."""
+        if change is None and (shared := await self._in_workers(plan, seed)) is not None:
+            return shared
         found = await self._try_warm(plan, seed) if self._warm is not None else None
         return found or await self._cold(plan, change, seed)
 
@@ -316,10 +375,11 @@ class Validator:
                 run = spare
             else:
                 try:
-                    plan = await _apply(plan, spare.box)
+                    plan = await apply(plan, spare.box)
                     run = await spare.finish(self._options(plan, seed))
                 except (FailedPrecondition, NotFound, InfraError):
                     run = Miss.DIED
+        self._warm.went(plan.state.id, run if isinstance(run, Miss) else None)
         if isinstance(run, Miss):
             metrics.WARM_MISSES.labels(run.value).inc()
             return None
@@ -357,7 +417,7 @@ class Validator:
                 failed = await self._sync(plan, box)
                 if failed is not None:
                     return failed
-        plan = await _apply(plan, box)
+        plan = await apply(plan, box)
         return conclude(plan, await self._run_tests(box, self._options(plan, seed)))
 
     def _options(self, plan: Plan, seed: int) -> testrun.RunOptions:
@@ -365,6 +425,7 @@ class Validator:
         return replace(
             options,
             coverage=plan.options.coverage,
+            part=part_of(plan),
             seed=seed,
             timeout_s=plan.options.timeout_s or options.timeout_s,
         )
@@ -408,53 +469,3 @@ class Validator:
         return verdict_without_run(
             plan, Outcome.BUILD_FAILED, f"the lock cannot be installed: {first}", log=log
         )
-
-
-def changes_sha256(changes: Iterable[FileChange]) -> str:
-    """Digest of the canonical form of a diff."""
-    rows = [
-        [c.path, c.mode, None if c.content is None else hashlib.sha256(c.content).hexdigest()]
-        for c in sorted(changes, key=lambda c: c.path)
-    ]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-
-
-def _key(plan: Plan) -> str:
-    options = plan.options
-    parts = [
-        plan.state.id,
-        plan.state.created_s,
-        plan.sha256,
-        [[r.path, r.reason] for r in plan.reverted],
-        sorted(options.held_pins.items()),
-        sorted(options.required_tests),
-        options.coverage,
-        options.timeout_s,
-        options.seed,
-        options.repeat,
-    ]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-async def _apply(plan: Plan, box: Box) -> Plan:
-    """Write the kept changes into the fork; one that cannot be written is reported.
-
-    Raises:
-        DiskFull: the host has no space left; says nothing about the diff.
-    """
-    deleted = [f"{REPO}/{c.path}" for c in plan.changes if c.content is None]
-    if deleted:
-        await box.run(Command(("rm", "-f", "--", *deleted), cwd="/"))
-    reverted = list(plan.reverted)
-    applied: list[FileChange] = []
-    for change in plan.changes:
-        if change.content is None:
-            applied.append(change)
-            continue
-        mode = 0o755 if change.mode & 0o100 else 0o644
-        try:
-            await box.write_file(f"{REPO}/{change.path}", change.content, mode)
-            applied.append(change)
-        except (InvalidArgument, NoSuchFile) as error:
-            reverted.append(Reverted(change.path, f"unwritable: {error}"))
-    return replace(plan, changes=tuple(applied), reverted=tuple(reverted))

@@ -3,6 +3,9 @@
 - A required test counts only if the trusted runner reported it as passed and the run ended whole.
 - A run that is not believed has no results at all, whatever it reported.
 - A verdict is lasting only if the run came to its own end.
+- A part of the tests never passes: chosen tests that pass are `incomplete`. What did not run is
+  counted, and neither listed as missing nor as failing.
+- A run that stopped early has failed, and so would the whole one: it is the beginning of it.
 """
 
 from collections.abc import Iterable, Mapping
@@ -28,6 +31,8 @@ class Outcome(StrEnum):
     BUILD_FAILED = "build_failed"
     TIMEOUT = "timeout"
     REJECTED = "rejected"
+    INCOMPLETE = "incomplete"
+    """The chosen tests pass; the others did not run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +49,10 @@ class ValidationOptions:
     seed: int = 0
     repeat: int = 1
     """Runs in so many forks; passes only if every run passes."""
+    stop_early: bool = False
+    """Stop where a required test is known not to pass."""
+    only_tests: tuple[str, ...] = ()
+    """Run these alone: ids, classes, files or folders; such a verdict never passes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +79,12 @@ class Validation:
     """Whether the same request would end the same way; false after a limit or a kill."""
     warm: bool = False
     """Whether the tests ran in a sandbox that was started ahead."""
+    partial: bool = False
+    """Whether tests were left out because the request said so."""
+    not_run: int = 0
+    """Collected tests that were left out."""
+    workers: int = 1
+    """Forks that the tests ran in at the same time."""
 
     @property
     def weight(self) -> int:
@@ -89,6 +104,8 @@ class Plan:
     lock: FileChange | None
     options: ValidationOptions
     sha256: str
+    alone: bool = False
+    """Whether the tests run one after the other in any case: an independent look is asked for."""
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -113,7 +130,24 @@ def verdict_without_run(
     return Validation(
         plan.state.id, plan.sha256, outcome, summary,
         failing=failing, reverted=plan.reverted, log=log, lasting=lasting,
+        partial=bool(plan.options.only_tests),
     )  # fmt: skip
+
+
+def belongs(test: str, chosen: str) -> bool:
+    """Whether a test is the chosen one, or within the chosen file, class or folder."""
+    chosen = chosen.rstrip("/")
+    return test == chosen or test.startswith((chosen + "::", chosen + "/", chosen + "["))
+
+
+def _known_to_fail(test: str, run: TestRun) -> bool:
+    """Whether a run that stopped early shows that a test does not pass."""
+    if test in run.tests:
+        return True
+    inside = any(i.partition("::")[0] == test for i in run.ids("failed", "error"))
+    return inside or any(
+        test == e or test.startswith((e + "::", e + "/")) for e in run.collect_errors
+    )
 
 
 def difference(left: Validation, right: Validation, unstable: Iterable[str] = ()) -> str:
@@ -133,15 +167,27 @@ def difference(left: Validation, right: Validation, unstable: Iterable[str] = ()
 def conclude(plan: Plan, run: TestRun) -> Validation:
     """The verdict that a test run supports."""
     required = required_ids(plan.facts, plan.options)
+    only = plan.options.only_tests
+    if only:
+        required = frozenset(i for i in required if any(belongs(i, one) for one in only))
     run = _believed(run, plan.facts["baseline"].get("replaced", ()))
     passed = run.ids("passed")
     failing = tuple(sorted(i for i in required - passed if not _collected_green(i, run, passed)))
+    if run.stopped:
+        failing = tuple(i for i in failing if _known_to_fail(i, run))
+    not_run = max(0, run.part.collected - len(run.tests)) if run.part is not None else 0
     missing = [TestResult(i, "missing") for i in failing if i not in run.tests]
     tests = tuple(sorted([*run.tests.values(), *missing], key=lambda t: t.id))
     counts: dict[str, int] = {}
     for test in tests:
         counts[test.outcome] = counts.get(test.outcome, 0) + 1
     outcome, summary = _decide(run, required, failing)
+    partial = bool(only or run.stopped)
+    if outcome is Outcome.PASSED and partial:
+        outcome = Outcome.INCOMPLETE
+        summary = f"the {len(required)} chosen tests that are required pass"
+    if partial and not_run:
+        summary += f"; {not_run} tests were not run"
     return Validation(
         state_id=plan.state.id,
         changes_sha256=plan.sha256,
@@ -155,6 +201,8 @@ def conclude(plan: Plan, run: TestRun) -> Validation:
         error_lines=testrun.error_lines(run),
         coverage=run.coverage,
         lasting=run.result.reason is EndReason.EXIT,
+        partial=partial,
+        not_run=not_run if partial else 0,
     )
 
 
@@ -202,10 +250,13 @@ def _decide(
         return Outcome.BUILD_FAILED, f"pytest cannot start: {run.crash}"
     if not run.complete:
         return Outcome.FAILED, "the test run ended before its own end (exit inside a test?)"
-    if not run.tests and run.collect_errors:
+    begun = bool(run.stopped and run.part is not None and run.part.collected)
+    if not run.tests and run.collect_errors and not begun:
         first = next(iter(run.collect_errors.values())) or "an error"
         return Outcome.BUILD_FAILED, f"no test can be collected: {first}"
-    if not run.tests:
+    if not run.tests and run.part is not None and run.part.collected and not begun:
+        return Outcome.BUILD_FAILED, "no test that was collected is among the chosen ones"
+    if not run.tests and not begun:
         lines = [line for line in run.log.strip().splitlines() if line.strip()]
         return Outcome.BUILD_FAILED, f"no test ran: {lines[-1] if lines else 'no output'}"
     if failing:

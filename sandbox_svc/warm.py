@@ -15,7 +15,7 @@ import os
 import random
 import sys
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Container, Coroutine, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,12 @@ from sandbox_svc.spares import Miss, Names, Spare
 from sandbox_svc.states import State, StateStore
 from sandbox_svc.verdicts import Plan
 
-ROUNDS = 8
+ROUNDS = 16
 """Trials until the modules that can be loaded ahead are known."""
 REMEMBERED = 1024
 DEATHS = 3
+FUTILE = 5
+"""Runs in a row that had to be done anew, none having gone on before, until a State stays cold."""
 _INBOX = Path(__file__).parent / "builders" / "inbox"
 _SOURCE = (".py", ".pyi")
 
@@ -60,10 +62,14 @@ class _Hot:
     refill: asyncio.Task[None] | None = None
     served: int = 0
     deaths: int = 0
+    futile: int = 0
+    """Runs that were done anew as long as none has gone on."""
 
 
 class WarmPool:
     """Warm sandboxes of the States that are validated most recently."""
+
+    checks = metrics.WARM_CHECKS
 
     def __init__(
         self,
@@ -201,6 +207,18 @@ class WarmPool:
             await asyncio.gather(hot.refill, return_exceptions=True)
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    def went(self, state_id: str, miss: Miss | None) -> None:
+        """Hear how a warm run went: a State whose own tests end each of them is not worth it."""
+        hot = self._hot.get(state_id)
+        if hot is None or hot.futile < 0:
+            return
+        if miss is None:
+            hot.futile = -1
+        elif miss is Miss.ANEW:
+            hot.futile += 1
+            if hot.futile >= FUTILE:
+                self._switch_off(state_id, "its runs have to be done anew")
+
     def wants_check(self, state_id: str) -> bool:
         """Whether a warm verdict is to be checked cold: a State's first, then a sample."""
         hot = self._hot.get(state_id)
@@ -296,9 +314,7 @@ class WarmPool:
             logging.get().debug("not_loaded_ahead", state_id=state.id, modules=refused)
             whole = {name.partition(".")[0] for name in refused} - sys.stdlib_module_names
             whole -= {"_pytest"}
-            names = tuple(
-                n for n in names if n[0] not in refused and n[0].partition(".")[0] not in whole
-            )
+            names = tuple(n for n in names if not _lost(n[0], refused, whole))
         raise _Unsuited("what it imports is not settled")
 
     async def _try(self, state: State, names: Names) -> dict[str, str]:
@@ -379,6 +395,12 @@ def _is_own(state: State) -> bool:
         )
     except OSError:
         return False
+
+
+def _lost(name: str, refused: Iterable[str], whole: Container[str]) -> bool:
+    """Whether the import of a module brings about that of one that is refused."""
+    inside = any(name == other or name.startswith(other + ".") for other in refused)
+    return inside or name.partition(".")[0] in whole
 
 
 def _brings_module(path: str, places: tuple[str, ...], own: frozenset[str]) -> bool:

@@ -27,6 +27,7 @@ BENCHMARKS = {
     "learner": "learner_svc.bench",
     "sandbox-service": "sandbox_svc.bench_service",
     "sandbox-warm": "sandbox_svc.bench_warm",
+    "sandbox-tasks": "sandbox_svc.bench_tasks",
 }
 """Modules by name; a run that names none takes the first three."""
 USUAL = ("sandbox", "policy", "learner")
@@ -112,6 +113,8 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):
             rows |= _flat(value, f"{name}.")
+        elif isinstance(value, list):
+            rows[name] = f"{len(value)}, see the JSON file"
         elif isinstance(value, float):
             rows[name] = f"{value:.4g}"
         else:

@@ -319,9 +319,11 @@ class SandboxClient(Caller):
         timeout_s: float = 900.0,
         skip_cache_lookup: bool = False,
         seed: int = 0,
+        stop_early: bool = False,
+        only_tests: Sequence[str] = (),
         request_id: str = "",
     ) -> pb.Validation:
-        """The verdict on a diff, computed in a fresh fork."""
+        """The verdict on a diff, computed in a fresh fork; for feedback, on a part of the tests."""
         request = pb.ValidateRequest(
             request_id=request_id or new_request_id(),
             state_id=state_id,
@@ -332,6 +334,8 @@ class SandboxClient(Caller):
             timeout=duration(timeout_s),
             skip_cache_lookup=skip_cache_lookup,
             seed=seed,
+            stop_early=stop_early,
+            only_tests=only_tests,
         )
         response = await self._call(self._stub.Validate, request, 2 * timeout_s + _VALIDATE_S)
         validation: pb.Validation = response.validation

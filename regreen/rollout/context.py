@@ -113,6 +113,9 @@ class Knobs:
     keep_states: bool = False
     """Keep a State after every turn that may have changed files, so that the rollout can be
     branched there. Each ends what a command left running; they stay until somebody deletes them."""
+    stop_early: bool = False
+    """Simplified pipeline: a validation that the agent asks for stops where a required test is
+    known not to pass. What it sees is shorter; the final one is always whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +144,12 @@ class EpisodeSpec:
             raise InvalidArgument("mode", "is not said", "choose any-fix or keep-new")
         if not self.grader:
             raise InvalidArgument("grader", "is not said", "choose a grader")
+        if self.knobs.stop_early and self.pipeline != PIPELINE_SIMPLIFIED:
+            raise InvalidArgument(
+                "knobs.stop_early",
+                "would change what this pipeline compares, the errors of whole runs",
+                "use it in the simplified pipeline",
+            )
 
     def turns(self) -> int:
         """The turn limit after variation."""

@@ -127,8 +127,9 @@ class Runner:
         start_ns, started = self.now_ns(), clock()
         facts = await self.facts.get(self.stack, task, sandbox_id)
         bench = Workbench(
-            self.stack, task, sandbox_id, facts, spec.mode, spec.budget, self.knowledge, clock
-        )
+            self.stack, task, sandbox_id, facts, spec.mode, spec.budget, self.knowledge, clock,
+            stop_early=spec.knobs.stop_early,
+        )  # fmt: skip
         agent = Agent(
             self.stack,
             bench,

@@ -268,7 +268,8 @@ def compose(
 
     Raises:
         InfraError: it was submitted and the validator gave no verdict; retry the rollout.
-        InvalidArgument: no grader, or the grader needs a judge's verdict and there is none.
+        InvalidArgument: no grader, a validation of a part of the tests, or the grader needs a
+            judge's verdict and there is none.
     """
     chosen = _GRADERS.get(grader)
     if chosen is None:
@@ -310,12 +311,15 @@ def check_scorable(
 
     Raises:
         InfraError: a submitted rollout without a validation, or one without an outcome.
+        InvalidArgument: a validation of a part of the tests, whose shares are not the whole's.
     """
     if validation is None:
         if end == dataset_pb.EPISODE_END_SUBMITTED:
             raise InfraError("the submitted rollout was never validated; retry it")
     elif validation.outcome == sandbox_pb.VALIDATION_OUTCOME_UNSPECIFIED:
         raise InfraError("the validation has no outcome; retry the rollout")
+    elif validation.partial:
+        raise InvalidArgument("validation", "is of a part of the tests", "validate the whole")
 
 
 def flags_of(verdict: judge_pb.Verdict | None) -> tuple[Flag, ...]:

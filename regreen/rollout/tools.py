@@ -83,6 +83,8 @@ class Workbench:
     last_validation: sandbox_pb.Validation | None = None
     error: PrimaryError | None = None
     """Primary error of the last validation that failed."""
+    stop_early: bool = False
+    """Whether validations that the agent asks for end with what decides them."""
     kept_states: list[str] = field(default_factory=list)
     """States made in this episode; deleted when it ends, unless it keeps them."""
     _validated: str = ""
@@ -161,6 +163,7 @@ class Workbench:
         fresh: bool = False,
         coverage: bool = False,
         seed: int = 0,
+        stop_early: bool = False,
     ) -> sandbox_pb.Validation:
         """The verdict on a diff in a fresh fork of the task's State."""
         started = self.clock()
@@ -173,6 +176,7 @@ class Workbench:
                 timeout_s=self.budget.validation_s,
                 skip_cache_lookup=fresh,
                 seed=seed,
+                stop_early=stop_early,
             )
         except InvalidArgument as error:
             if not error.field.startswith("changes"):
@@ -300,7 +304,7 @@ async def _validate_and_build(bench: Workbench, call: Call) -> Observation:
         if digest == bench._validated:
             bench.rebuilds_without_edit += 1
         bench._validated = digest
-        verdict = await bench.validate(changes)
+        verdict = await bench.validate(changes, stop_early=bench.stop_early)
     except FailedPrecondition as error:  # of a State or a host, never of what the policy did
         raise InfraError(str(error)) from error
     bench.last_validation = verdict
@@ -325,6 +329,7 @@ def describe(verdict: sandbox_pb.Validation, facts: Facts) -> Observation:
         error = analyse(f"E   {first.message}")
     outcome = sandbox_pb.ValidationOutcome.Name(verdict.outcome)[19:].lower().replace("_", " ")
     counts = ", ".join(f"{n} {name}" for name, n in sorted(verdict.counts.items()) if n)
+    counts += f", stopped there with {verdict.not_run} not run" if verdict.partial else ""
     parts = [f"NOT GREEN ({outcome})" + (f": {counts}" if counts else "")]
     if verdict.outcome == sandbox_pb.VALIDATION_OUTCOME_REJECTED or error is None:
         parts.append(verdict.summary)

@@ -69,6 +69,16 @@ class Survey:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """What a run that was to run a part has collected."""
+
+    collected: int
+    chosen: int
+    ids_sha256: str
+    """Over all collected ids, in order."""
+
+
+@dataclass(frozen=True, slots=True)
 class TestRun:
     """One run of the tests."""
 
@@ -92,6 +102,10 @@ class TestRun:
     anew: str = ""
     """Why a run that was started ahead has to be done anew; empty if it need not."""
     survey: Survey | None = None
+    part: Part | None = None
+    """What there was to run, where only a part was to."""
+    stopped: str = ""
+    """The required test whose result ended the run before its end; empty if none did."""
 
     def ids(self, *outcomes: str) -> frozenset[str]:
         return frozenset(i for i, test in self.tests.items() if test.outcome in outcomes)
@@ -112,6 +126,8 @@ class RunOptions:
     """Roots that coverage leaves out."""
     coverage: bool = False
     seed: int = 0
+    part: Mapping[str, Any] | None = None
+    """Which part of the tests runs (`inbox/part.py`); None: all."""
 
 
 def pytest_arguments(arguments: Sequence[str]) -> list[str]:
@@ -147,6 +163,7 @@ def run_request(options: RunOptions, key: bytes, *, survey: bool = False) -> byt
         "root": REPO,
         "skip": list(options.skip),
         "survey": survey,
+        "part": options.part,
     }
     return json.dumps(setup).encode()
 
@@ -205,6 +222,7 @@ def read_run(result: ExecResult, key: bytes) -> TestRun:
     collected = deselected = 0
     crash, status, ended, anew = "", -1, False, ""
     survey: Survey | None = None
+    part, stopped = None, ""
     for frame in frames:
         kind = frame.get("t")
         if kind == "test":
@@ -223,6 +241,10 @@ def read_run(result: ExecResult, key: bytes) -> TestRun:
             controls.append(str(frame.get("o")))
         elif kind == "survey":
             survey = Survey(tuple((n, d) for n, d in frame["names"]), tuple(frame["places"]))
+        elif kind == "part":
+            part = Part(int(frame.get("n", 0)), int(frame.get("run", 0)), str(frame.get("ids")))
+        elif kind == "stopped":
+            stopped = str(frame.get("by"))
         elif kind == "anew":
             anew = str(frame.get("msg", "")) or "unknown"
         elif kind == "crash":
@@ -245,6 +267,8 @@ def read_run(result: ExecResult, key: bytes) -> TestRun:
         replaced=frozenset(replaced),
         anew=anew,
         survey=survey,
+        part=part,
+        stopped=stopped,
     )
 
 

@@ -270,7 +270,9 @@ async def test_sandbox(sandboxes: grpc.aio.Channel) -> None:
         "ListFiles": pb.ListFilesRequest(sandbox_id=box, glob="*.py"),
         "FindText": pb.FindTextRequest(sandbox_id=box, text="x"),
         "Diff": pb.DiffRequest(sandbox_id=box, base_state_id=state),
-        "Validate": pb.ValidateRequest(state_id=nowhere, changes=[change]),
+        "Validate": pb.ValidateRequest(
+            state_id=nowhere, changes=[change], only_tests=["tests/test_a.py"], stop_early=True
+        ),
         "ListEgress": pb.ListEgressRequest(sandbox_id=box, page_size=10),
         "Execute": pb.ExecuteRequest(
             state_id=state, command=command, limits=pb.Limits(pids=16), keep_state=True

@@ -157,6 +157,7 @@ async def test_coverage_is_reported(tmp_path):
             "evidence.originals",
         ),
         (evidence(new="x" * 2000), "evidence.changes"),
+        (pb.Evidence(after=sandbox_pb.Validation(partial=True)), "evidence.after"),
     ],
 )
 async def test_bad_evidence_names_the_field(tmp_path, message, field):

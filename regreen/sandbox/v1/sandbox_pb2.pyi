@@ -93,6 +93,8 @@ class _ValidationOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Val
     """Time ran out."""
     VALIDATION_OUTCOME_REJECTED: _ValidationOutcome.ValueType  # 5
     """The diff asks for something that is not allowed."""
+    VALIDATION_OUTCOME_INCOMPLETE: _ValidationOutcome.ValueType  # 6
+    """The tests chosen by `only_tests` pass; nothing is said of the others."""
 
 class ValidationOutcome(_ValidationOutcome, metaclass=_ValidationOutcomeEnumTypeWrapper):
     """How a validation ended."""
@@ -109,6 +111,8 @@ VALIDATION_OUTCOME_TIMEOUT: ValidationOutcome.ValueType  # 4
 """Time ran out."""
 VALIDATION_OUTCOME_REJECTED: ValidationOutcome.ValueType  # 5
 """The diff asks for something that is not allowed."""
+VALIDATION_OUTCOME_INCOMPLETE: ValidationOutcome.ValueType  # 6
+"""The tests chosen by `only_tests` pass; nothing is said of the others."""
 Global___ValidationOutcome: _TypeAlias = ValidationOutcome  # noqa: Y015
 
 @_typing.final
@@ -1023,6 +1027,9 @@ class Validation(_message.Message):
     CACHED_FIELD_NUMBER: _builtins.int
     COVERAGE_FIELD_NUMBER: _builtins.int
     LASTING_FIELD_NUMBER: _builtins.int
+    PARTIAL_FIELD_NUMBER: _builtins.int
+    NOT_RUN_FIELD_NUMBER: _builtins.int
+    WORKERS_FIELD_NUMBER: _builtins.int
     state_id: _builtins.str
     """State it was computed in a fresh fork of."""
     changes_sha256: _builtins.str
@@ -1039,6 +1046,15 @@ class Validation(_message.Message):
     """Whether the same request would end the same way. False after a limit of time or of the sandbox; such a verdict is
     never cached, and is no evidence of what the changes do.
     """
+    partial: _builtins.bool
+    """Whether tests were left out because the request said so (`only_tests`, or `stop_early` and it stopped). Never
+    PASSED, never given as the answer to a request for the whole, and no basis of a reward: shares of tests are not
+    those of the whole.
+    """
+    not_run: _builtins.int
+    """Collected tests that were left out; 0 unless `partial`."""
+    workers: _builtins.int
+    """Forks of the state that the tests ran in at the same time; 1 if one after the other."""
     @_builtins.property
     def tests(self) -> _containers.RepeatedCompositeFieldContainer[Global___TestResult]:
         """Every test that reported or was expected."""
@@ -1079,10 +1095,13 @@ class Validation(_message.Message):
         cached: _builtins.bool = ...,
         coverage: Global___Coverage | None = ...,
         lasting: _builtins.bool = ...,
+        partial: _builtins.bool = ...,
+        not_run: _builtins.int = ...,
+        workers: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["coverage", b"coverage", "duration", b"duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached", b"cached", "changes_sha256", b"changes_sha256", "counts", b"counts", "coverage", b"coverage", "duration", b"duration", "failing", b"failing", "lasting", b"lasting", "log", b"log", "outcome", b"outcome", "reverted", b"reverted", "state_id", b"state_id", "summary", b"summary", "tests", b"tests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached", b"cached", "changes_sha256", b"changes_sha256", "counts", b"counts", "coverage", b"coverage", "duration", b"duration", "failing", b"failing", "lasting", b"lasting", "log", b"log", "not_run", b"not_run", "outcome", b"outcome", "partial", b"partial", "reverted", b"reverted", "state_id", b"state_id", "summary", b"summary", "tests", b"tests", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

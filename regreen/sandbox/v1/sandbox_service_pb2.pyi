@@ -1014,6 +1014,8 @@ class ValidateRequest(_message.Message):
     TIMEOUT_FIELD_NUMBER: _builtins.int
     SKIP_CACHE_LOOKUP_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    STOP_EARLY_FIELD_NUMBER: _builtins.int
+    ONLY_TESTS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Client-chosen id of this request."""
     state_id: _builtins.str
@@ -1024,6 +1026,10 @@ class ValidateRequest(_message.Message):
     """Do not answer from the result cache; the result still replaces the cached one."""
     seed: _builtins.int
     """Seed of hash randomisation and test order variations; 0 is the pinned default."""
+    stop_early: _builtins.bool
+    """Stop as soon as a required test is known not to pass. Whether the diff passes is the same as without it; only the
+    list of tests is shorter, and then `partial` says so. A pass is always a whole run. Not with `coverage`.
+    """
     @_builtins.property
     def changes(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.FileChange]:
         """The agent's diff."""
@@ -1040,6 +1046,12 @@ class ValidateRequest(_message.Message):
     def timeout(self) -> _duration_pb2.Duration:
         """Time limit; absent means the task's."""
 
+    @_builtins.property
+    def only_tests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Run only these: ids of tests, files or folders, relative to the repository. Everything is still collected. The
+        verdict is partial and never PASSED: for feedback, not for grading. Not with `coverage`.
+        """
+
     def __init__(
         self,
         *,
@@ -1052,10 +1064,12 @@ class ValidateRequest(_message.Message):
         timeout: _duration_pb2.Duration | None = ...,
         skip_cache_lookup: _builtins.bool = ...,
         seed: _builtins.int = ...,
+        stop_early: _builtins.bool = ...,
+        only_tests: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["timeout", b"timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["changes", b"changes", "coverage", b"coverage", "held_pins", b"held_pins", "request_id", b"request_id", "required_tests", b"required_tests", "seed", b"seed", "skip_cache_lookup", b"skip_cache_lookup", "state_id", b"state_id", "timeout", b"timeout"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changes", b"changes", "coverage", b"coverage", "held_pins", b"held_pins", "only_tests", b"only_tests", "request_id", b"request_id", "required_tests", b"required_tests", "seed", b"seed", "skip_cache_lookup", b"skip_cache_lookup", "state_id", b"state_id", "stop_early", b"stop_early", "timeout", b"timeout"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

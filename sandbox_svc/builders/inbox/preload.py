@@ -16,6 +16,7 @@ import atexit
 import gc
 import hashlib
 import importlib
+import importlib.util
 import os
 import signal
 import sys
@@ -28,14 +29,20 @@ from typing import Any, NoReturn
 
 OWN_PYTEST = "PYTEST_"
 """Variables that pytest sets for itself in every run."""
-SHIFTING = frozenset({"sys", "warnings", "pdb", "__main__", "_warnings"})
-"""Modules that the test runner itself changes."""
-STANDARD = frozenset(getattr(sys, "stdlib_module_names", ()))
-HOOKS = frozenset({"excepthook", "__warningregistry__", "__builtins__"})
 
 
-class Refused(Exception):
-    """A module cannot be loaded ahead."""
+def _beside(name: str) -> Any:
+    """A module of a file beside this one."""
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), name + ".py")
+    spec: Any = importlib.util.spec_from_file_location("regreen_" + name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+looks = _beside("looks")
+STANDARD, SHIFTING, HOOKS = looks.STANDARD, looks.SHIFTING, looks.HOOKS
+inside, places, shape, space = looks.inside, looks.places, looks.shape, looks.space
 
 
 def environment() -> dict[str, str]:
@@ -85,45 +92,6 @@ def effects(find: Callable[[str], Any]) -> dict[str, Any]:
     }
 
 
-def shape(modules: dict[str, Any]) -> Any:
-    """The identity of everything in modules and in the classes that they define."""
-    found: dict[tuple[str, str], Any] = {}
-    for name, module in modules.items():
-        if name in SHIFTING or not isinstance(module, ModuleType):
-            continue
-        for key, value in list(vars(module).items()):
-            if key in HOOKS:
-                continue
-            found[name, key] = identity(value)
-            if isinstance(value, type) and value.__module__ == name:
-                for inner, thing in list(vars(value).items()):
-                    if not inner.startswith("__") and (callable(thing) or inner[0] != "_"):
-                        found[name, key + "." + inner] = id(thing)
-    return found
-
-
-def identity(value: Any) -> Any:
-    """What tells a value from others: plain ones by what they are, the rest by which they are."""
-    plain = value is None or isinstance(value, (bool, int, float, str, bytes, tuple))
-    return repr(value)[:200] if plain else id(value)
-
-
-def inside(module: Any, root: str) -> bool:
-    """Whether a module comes from the repository, in part or whole."""
-    places = [str(getattr(module, "__file__", None) or "")]
-    try:
-        places += list(getattr(module, "__path__", None) or ())
-    except Exception:  # noqa: BLE001 - a module may answer anything
-        return True
-    return any((os.path.realpath(place) + os.sep).startswith(root) for place in places if place)
-
-
-def importing(name: str) -> bool:
-    """Whether the import of a module has begun and not ended."""
-    spec = getattr(sys.modules.get(name), "__spec__", None)
-    return bool(getattr(spec, "_initializing", False))
-
-
 class Recorder:
     """Notes which modules a run asks for, in order, and under which conditions."""
 
@@ -133,7 +101,7 @@ class Recorder:
         self.open: list[str] = []
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
-        while self.open and not importing(self.open[-1]):
+        while self.open and not looks.importing(self.open[-1]):
             self.open.pop()
         foreign = [n for n in self.open if not inside(sys.modules.get(n), self.root)]
         self.open.append(name)
@@ -197,13 +165,16 @@ class Shelf:
     def __init__(self, root: str, log: int) -> None:
         self.root, self.log = os.path.join(os.path.realpath(root), ""), log
         self.base = dict(sys.modules)
+        homes = [sys.prefix, sys.base_prefix, os.path.dirname(os.__file__), *filter(None, sys.path)]
+        self.homes = tuple(os.path.join(os.path.realpath(home), "") for home in homes)
         self.groups: list[Group] = []
         self.of: dict[str, Group] = {}
+        self.spoilt: set[str] = set()
         self.loading: Group | None = None
         self.refuse: Any = None
         self.environment: dict[str, str] = {}
         self.conditions: tuple[Any, ...] = ()
-        self.functions: list[tuple[dict[str, Any], str, Any]] = []
+        self.functions: list[tuple[str, dict[str, Any], str, Any]] = []
 
     def load(self, names: list[tuple[str, str]], deep: bool) -> dict[str, str]:
         """Load what can be loaded ahead; the others by name with the reason.
@@ -222,15 +193,16 @@ class Shelf:
                 why = self._load(name, told, deep)
                 if why:
                     refused[name] = why
+                    self.spoilt = set(sys.modules).difference(self.base, self.of)
         sys.meta_path.remove(self)
         for group in self.groups:
             group.released = False
         self.environment, self.conditions = environment(), conditions()
         self.functions = [
-            (vars(module), key, value)
+            (name, space(module), key, value)
             for name, module in self.base.items()
-            if name not in SHIFTING and isinstance(module, ModuleType)
-            for key, value in vars(module).items()
+            if name not in SHIFTING
+            for key, value in space(module).items()
             if callable(value) and key not in HOOKS
         ]
         return refused
@@ -294,12 +266,15 @@ class Shelf:
         return {**self.base, **{n: m for g in self.groups for n, m in g.modules.items()}}
 
     def _take(self, group: Group) -> str:
-        """Collect what is new."""
-        for name, module in list(sys.modules.items()):
-            if name not in self.base and name not in self.of:
-                group.modules[name] = module
-                if module is not None and inside(module, self.root):
-                    return "it loads a part of the repository"
+        """Collect what is new; what one that was refused has left is not."""
+        old = {*self.base, *self.of, *self.spoilt}
+        group.modules = {name: module for name, module in sys.modules.items() if name not in old}
+        for module in group.modules.values():
+            found = [] if any(module is other for other in self.base.values()) else places(module)
+            if any(place.startswith(self.root) for place in found):
+                return "it loads a part of the repository"
+            if not all(place.startswith(self.homes) for place in found):
+                return "it loads files that are not of the State's packages"
         return "" if group.modules else "it brings nothing"
 
     def _effects_of(
@@ -366,14 +341,14 @@ class Shelf:
             parent, _, child = name.rpartition(".")
             if parent and parent not in group.modules:
                 owner = self._module(parent)
-                if getattr(owner, "__dict__", {}).get(child) is group.modules[name]:
+                if space(owner).get(child) is group.modules[name]:
                     group.children.append((parent, child, group.modules[name]))
-        for name in [n for n in sys.modules if n not in self.base]:
+        for name in set(sys.modules).difference(self.base, self.spoilt):
             del sys.modules[name]
         for other in self.groups:
             other.released = False
             for parent, child, _ in other.children:
-                vars(self._module(parent)).pop(child, None)
+                space(self._module(parent)).pop(child, None)
 
     def _module(self, name: str) -> Any:
         """A module, on the shelf or not."""
@@ -450,11 +425,11 @@ class Shelf:
             if name in sys.modules and sys.modules[name] is not module:
                 self.refuse("conflict: " + name)
         top = [n for n in group.modules if "." not in n]
-        if all(n in sys.builtin_module_names or is_standard(group.modules[n]) for n in top):
-            return
-        if any(space.get(key) is not value for space, key, value in self.functions):
-            self.refuse("patched")
-        for name in top:
+        own = all(n in sys.builtin_module_names or looks.is_standard(group.modules[n]) for n in top)
+        for owner, held, key, value in () if own else self.functions:
+            if held.get(key) is not value:
+                self.refuse(f"patched: {owner}.{key}")
+        for name in top:  # the standard library too: a repository may have a module of that name
             spec = getattr(group.modules[name], "__spec__", None)
             origin = getattr(spec, "origin", None)
             if not origin or origin in ("built-in", "frozen"):
@@ -465,14 +440,6 @@ class Shelf:
         for name in group.absent:
             if PathFinder.find_spec(name) is not None:
                 self.refuse("shadowed: " + name)
-
-
-def is_standard(module: Any) -> bool:
-    """Whether a module belongs to the interpreter."""
-    place = str(getattr(module, "__file__", None) or "")
-    return not place or (
-        place.startswith(os.path.dirname(os.__file__)) and "site-packages" not in place
-    )
 
 
 def put(space: dict[str, str], key: str, value: Any) -> None:
@@ -489,9 +456,8 @@ def put_variable(key: str, value: Any) -> None:
 
 def mutated() -> None:
     """Tell the warnings module that its filters are others now."""
-    tell = getattr(warnings, "_filters_mutated", None) or getattr(
-        warnings, "_filters_mutated_lock_held", None
-    )
+    names = ("_filters_mutated", "_filters_mutated_lock_held")
+    tell = next(filter(None, (getattr(warnings, name, None) for name in names)), None)
     if tell is None:
-        raise Refused("this Python does not let filters of warnings be changed")
+        raise RuntimeError("this Python does not let filters of warnings be changed")
     tell()

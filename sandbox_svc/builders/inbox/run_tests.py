@@ -1,7 +1,8 @@
 """Runs pytest and reports every result over an inherited pipe.
 
 - Standard library only, Python 3.7 and newer, pytest 3.6 and newer.
-- Standard input carries one JSON object: `key` (hex), `arguments`, `coverage`, `root`.
+- Standard input carries one JSON object: `key` (hex), `arguments`, `coverage`, `root`; with
+  `part`, only a part of the collected tests runs (`part.py`).
 - A frame is 4 bytes of length, 32 bytes of HMAC-SHA256(key, sequence number + body), a JSON body.
 - pytest is imported before the repository is on the path, so that no file there can replace it.
 - Controls, tests that must fail, run before modules that the key decides and at the end, below a
@@ -91,7 +92,7 @@ def folded(so_far: str, report: Any) -> str:
 class Reporter:
     """pytest hooks that turn reports into one outcome per test id."""
 
-    def __init__(self, pipe: Pipe, origin: Any) -> None:
+    def __init__(self, pipe: Any, origin: Any) -> None:
         self.send, self.origin = pipe.send, origin
         self.open: dict[str, dict[str, Any]] = {}
         self.own: dict[str, bool] = {}
@@ -204,7 +205,7 @@ def beside(name: str) -> Any:
 
 
 control_body, around = beside("control").control_body, beside("quiet")
-Origin, Lines = beside("origin").Origin, beside("lines").Lines
+Origin, Lines, Part = beside("origin").Origin, beside("lines").Lines, beside("part").Part
 
 
 class Controls:
@@ -411,8 +412,10 @@ def run_pytest(setup: dict[str, Any], pipe: Pipe, key: bytes, ahead: Ahead | Non
         ahead.serve(pipe)
     if lines is not None:
         lines.start()
-    reporter = Reporter(pipe, Origin(setup["root"], setup["skip"], pytest))
-    status = int(pytest.main(list(setup["arguments"]), plugins=[reporter, controls]))
+    part = Part(pipe.send, setup["part"], pytest) if setup.get("part") else None
+    reporter = Reporter(part or pipe, Origin(setup["root"], setup["skip"], pytest))
+    plugins = [reporter, controls, *([part] if part is not None else [])]
+    status = int(pytest.main(list(setup["arguments"]), plugins=plugins))
     controls.tell()
     if lines is not None:
         sys.settrace(None)

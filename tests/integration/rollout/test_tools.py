@@ -55,6 +55,18 @@ async def test_facts_are_what_a_developer_sees(shared):
     assert facts.lock.pins["wordlib"] == "2.0"
 
 
+async def test_feedback_may_stop_where_it_is_decided_and_grading_does_not(bench):
+    bench.stop_early = True
+    seen = (await bench.call(Call("validate_and_build", "validate_and_build", {}))).text
+    assert "1 failed, stopped there with 2 not run" in seen
+    assert bench.last_validation.partial
+    changes, _ = await bench.diff()
+    whole = await bench.validate(changes)
+    assert not whole.partial
+    assert (whole.counts["failed"], whole.counts["passed"]) == (2, 1)
+    assert whole.outcome == bench.last_validation.outcome
+
+
 async def test_a_long_observation_of_a_failed_validation_shows_the_log(bench):
     usual = (await bench.call(Call("validate_and_build", "validate_and_build", {}))).text
     assert len(usual) <= bench.budget.observation_chars

@@ -13,7 +13,9 @@ from regreen.client.channel import connect
 from regreen.client.sandbox import SandboxClient, StateClient
 from regreen.dataset.v1 import dataset_pb2
 from regreen.pkgindex import PackageIndex
-from regreen.rpc.errors import MissingDependency
+from regreen.rpc.errors import InvalidArgument, MissingDependency
+from regreen.sandbox import v1 as pb
+from regreen.tasks.environment import environment
 from regreen.tasks.gate import Gate
 from regreen.tasks.jsonl import dump_lines, load_tasks
 from regreen.tasks.messages import gate_report, task_message
@@ -167,3 +169,19 @@ async def test_messages_carry_the_task_and_the_report(world: World) -> None:
     assert report.status == dataset_pb2.TASK_STATUS_ADMITTED
     assert len(report.checks) == len(verdict.checks)
     assert report.create_time.nanos == 500_000_000
+
+
+async def test_a_client_may_ask_for_a_part_of_the_tests(world: World) -> None:
+    assert isinstance(world.gate.client, ServiceGateClient)
+    sandboxes = world.gate.client.sandboxes
+    state = await world.gate.client.prepare(environment(world.task, world.releases))
+    early = await sandboxes.validate(state.id, stop_early=True)
+    assert (early.outcome, early.partial) == (pb.VALIDATION_OUTCOME_FAILED, True)
+    assert (early.not_run, early.workers, early.lasting) == (2, 1, True)
+    chosen = await sandboxes.validate(state.id, only_tests=["tests/test_greet.py::test_arithmetic"])
+    assert (chosen.outcome, chosen.not_run) == (pb.VALIDATION_OUTCOME_INCOMPLETE, 2)
+    whole = await sandboxes.validate(state.id)
+    assert (whole.outcome, whole.partial, whole.not_run) == (early.outcome, False, 0)
+    with pytest.raises(InvalidArgument) as refused:
+        await sandboxes.validate(state.id, only_tests=["/"])
+    assert refused.value.field == "only_tests"

@@ -212,3 +212,35 @@ def test_a_package_that_loads_the_repository_is_not_loaded_ahead(case: Case) -> 
     case.survey()
     refused, _ = case.ahead()
     assert refused["lib"] == "it loads a part of the repository"
+
+
+def test_a_module_of_the_standard_library_that_the_repository_shadows_is_no_longer_it(
+    case: Case,
+) -> None:
+    own = (
+        "import sys\nfrom lib import VALUE\nimport colorsys\nVALUE = getattr(colorsys, 'OWN', 41)\n"
+    )
+    case.write("repo/own/__init__.py", own)
+    case.write("repo/elsewhere/colorsys.py", "OWN = 42\n")
+    assert "colorsys" in case.survey()
+    assert outcome(case.ahead()[1]) == "passed"
+    change = own.replace("import colorsys", "sys.path.insert(0, 'elsewhere')\nimport colorsys")
+    _, found = case.ahead(lambda: case.write("repo/own/__init__.py", change))
+    assert outcome(found).endswith("anew")
+    assert outcome(case.cold()) == "failed"  # what a run that starts with nothing says
+
+
+def test_a_package_outside_of_those_of_the_state_is_not_loaded_ahead(case: Case) -> None:
+    away = case.home / "away"
+    case.write("away/extra.py", "")
+    loads = f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("extra", {str(away / "extra.py")!r})
+sys.modules["extra"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules["extra"])
+VALUE = 41
+"""
+    case.write("packages/lib/__init__.py", loads)
+    case.survey()
+    refused, _ = case.ahead()
+    assert "not of the State's packages" in refused["lib"]

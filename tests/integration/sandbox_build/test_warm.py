@@ -25,7 +25,7 @@ from sandbox_svc.builders.python import PythonBuilder
 from sandbox_svc.spares import Miss
 from sandbox_svc.states import State, StateStore
 from sandbox_svc.validate import Outcome, Validation, ValidationOptions, Validator
-from sandbox_svc.warm import WarmPool, WarmSettings
+from sandbox_svc.warm import FUTILE, WarmPool, WarmSettings
 from sandbox_svc.wheelhouse import DistStore
 from tests.fixtures.tasks.tiny_task import FAIL_TO_PASS, tiny_spec
 
@@ -337,4 +337,19 @@ async def test_the_second_validation_makes_a_state_warm(world: World) -> None:
         assert set(verdict.failing) == set(FAIL_TO_PASS)
     finally:
         await validator.close()
+        await pool.close()
+
+
+@pytest.mark.parametrize("useful", [False, True])
+async def test_a_state_whose_runs_are_all_done_anew_stays_cold(world: World, useful: bool) -> None:
+    pool = WarmPool(world.states, world.runtime, world.home, settings=NEVER)
+    try:
+        pool.warm(world.state)
+        pool.went(world.state.id, None if useful else Miss.SOURCE)
+        for _ in range(FUTILE):
+            assert not pool.why_off(world.state.id)
+            pool.went(world.state.id, Miss.ANEW)
+        why = pool.why_off(world.state.id)
+        assert why == ("" if useful else "its runs have to be done anew")
+    finally:
         await pool.close()

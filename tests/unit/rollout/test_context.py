@@ -2,6 +2,7 @@
 
 import pytest
 
+from regreen.common.v1 import PIPELINE_FULL
 from regreen.rollout.context import (
     FULL,
     SIMPLIFIED,
@@ -76,3 +77,10 @@ def test_limits_follow_the_context_of_the_policy(usual):
     assert (large.observation_chars, large.prompt_chars) == (8192, 8192)
     assert (large.turns, large.wall_s) == (usual.turns, usual.wall_s)
     assert budget_for(usual, 1 << 20).observation_chars == 16_000
+
+
+def test_an_early_stop_is_for_the_pipeline_that_compares_no_errors():
+    labels = {"knobs.stop_early": "true"}
+    assert with_labels(EpisodeSpec(), labels).knobs.stop_early
+    with pytest.raises(InvalidArgument, match=r"knobs\.stop_early.*simplified"):
+        with_labels(EpisodeSpec(pipeline=PIPELINE_FULL), labels)

@@ -218,6 +218,18 @@ def test_trouble_of_the_platform_is_never_scored():
             compose(grader=common_pb.GRADER_BUILD, end=end, validation=run)
 
 
+def test_a_part_of_the_tests_is_never_scored():
+    part = sandbox_pb.Validation(outcome=sandbox_pb.VALIDATION_OUTCOME_FAILED, partial=True)
+    for numbers in (RewardSettings(), PARTIAL):
+        with pytest.raises(InvalidArgument, match="part of the tests"):
+            compose(
+                grader=common_pb.GRADER_BUILD,
+                end=pb.EPISODE_END_SUBMITTED,
+                validation=part,
+                settings=numbers,
+            )
+
+
 def test_an_episode_that_ran_out_without_a_diff_fails():
     reward = compose(grader=common_pb.GRADER_BUILD, end=pb.EPISODE_END_TURN_LIMIT)
     assert (reward.value, reward.solved) == (0.0, False)

@@ -7,10 +7,13 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar
 
 import pytest
 
-from sandbox_svc.builders.inbox import sync_env
+from sandbox_svc.builders.inbox import looks, part, sync_env
+from sandbox_svc.verdicts import belongs
 
 INBOX = Path(sync_env.__file__).parent
 
@@ -127,3 +130,41 @@ def test_installed_distributions_leave_the_project_out(tmp_path: Path) -> None:
         "ruamel-yaml": "0.1",
     }
     assert sync_env.same_version("1.0.post1", "1.0-post1")
+
+
+class Lazy(ModuleType):
+    """A module that loads others when it is touched."""
+
+    woken: ClassVar[list[str]] = []
+
+    @property
+    def __dict__(self) -> Any:  # type: ignore[override]
+        self.woken.append("__dict__")
+        return {}
+
+    def __getattr__(self, name: str) -> Any:
+        self.woken.append(name)
+        raise AttributeError(name)
+
+
+def test_looking_at_a_lazy_module_does_not_wake_it() -> None:
+    lazy = Lazy("lazy")
+    ModuleType.__setattr__(lazy, "__file__", "/somewhere/lazy.py")
+    Lazy.woken.clear()
+    assert looks.places(lazy) == ["/somewhere/lazy.py/"]
+    assert looks.inside(lazy, "/somewhere/")
+    assert not looks.inside(lazy, "/elsewhere/")
+    looks.shape({"lazy": lazy})
+    assert not Lazy.woken
+    assert vars(lazy) == {}, "what looking used to do"
+    assert Lazy.woken
+
+
+def test_what_belongs_to_a_chosen_place() -> None:
+    tests = ("tests/a/test_b.py::TestC::test_d[1]", "tests/a/test_b.py::TestC::test_d")
+    for chosen in ("tests", "tests/a/", "tests/a/test_b.py", "tests/a/test_b.py::TestC"):
+        assert all(part.belongs(test, chosen) and belongs(test, chosen) for test in tests)
+    assert part.belongs(tests[0], tests[1])
+    assert not part.belongs(tests[1], tests[0])
+    for chosen in ("test", "tests/a/test", "tests/a/test_b.py::TestC::test"):
+        assert not any(part.belongs(test, chosen) or belongs(test, chosen) for test in tests)
