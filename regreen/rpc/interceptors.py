@@ -16,6 +16,7 @@ import inspect
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from logging import DEBUG
 from typing import Any
 
 import grpc
@@ -44,7 +45,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     ) -> None:
         self._call_timeout_s, self._stream_timeout_s = call_timeout_s, stream_timeout_s
         self._idempotency: Idempotency[Any] | None = Idempotency() if remember else None
-        self._log = get()
+        self._log = get().bind()
+        self._wrapped: dict[str, tuple[Any, Any]] = {}
+        """By method: the handler that it wraps, and the wrapped one."""
 
     async def intercept_service(
         self,
@@ -55,11 +58,17 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
-        service, _, method = handler_call_details.method.lstrip("/").partition("/")
+        found = self._wrapped.get(handler_call_details.method)
+        if found is None or found[0] is not handler:
+            found = handler, self._wrap(handler_call_details.method, handler)
+            self._wrapped[handler_call_details.method] = found
+        return found[1]
+
+    def _wrap(self, name: str, handler: Any) -> Any:
+        service, _, method = name.lstrip("/").partition("/")
         if service in _UNCOUNTED:
             return handler
-        metadata = {str(key): str(value) for key, value in handler_call_details.invocation_metadata}
-        call = _Call(self, service, method, metadata)
+        call = _Call(self, service, method)
         if handler.request_streaming and handler.response_streaming:
             wrapped = call.streaming(handler.stream_stream, "bidi_stream")
             return grpc.stream_stream_rpc_method_handler(wrapped, *_codecs(handler))
@@ -73,22 +82,40 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return grpc.unary_unary_rpc_method_handler(single, *_codecs(handler))
 
 
+class _Counts:
+    """A method's metrics; a lookup by labels for each call would cost more than the counting."""
+
+    def __init__(self, *labels: str) -> None:
+        self._labels = labels
+        self.started = metrics.STARTED.labels(*labels)
+        self._seconds = metrics.SECONDS.labels(*labels)
+        self._handled: dict[str, Any] = {}
+
+    def ended(self, code: str, seconds: float) -> None:
+        """One call more has ended."""
+        self._seconds.observe(seconds)
+        handled = self._handled.get(code)
+        if handled is None:
+            handled = self._handled[code] = metrics.HANDLED.labels(*self._labels, code)
+        handled.inc()
+
+
 class _Call:
     """One method's handler, wrapped."""
 
-    def __init__(
-        self, owner: CallInterceptor, service: str, method: str, metadata: dict[str, str]
-    ) -> None:
+    def __init__(self, owner: CallInterceptor, service: str, method: str) -> None:
         self._owner, self._service, self._method = owner, service, method
-        self._metadata = metadata
+        self._name = f"{service}/{method}"
 
     def single(
         self, behaviour: Callable[..., Awaitable[Any]], kind: str, *, merge: bool
     ) -> Callable[[Any, Context], Awaitable[Any]]:
         """Wrap a handler with one response."""
+        counts = _Counts(kind, self._service, self._method)
+        limit_s = self._owner._call_timeout_s
 
         async def handle(request: Any, context: Context) -> Any:
-            async with _Observed(self, kind, request, context) as observed:
+            async with _Observed(self, counts, request, context, limit_s) as observed:
                 async with asyncio.timeout(observed.timeout_s):
                     request = _readable(request)
                     response = await self._once(behaviour, request, context, merge=merge)
@@ -110,16 +137,19 @@ class _Call:
         memory = self._owner._idempotency
         if not request_id or memory is None:
             return await behaviour(request, context)
-        method = f"{self._service}/{self._method}"
-        return await memory.once(method, request_id, request, lambda: behaviour(request, context))
+        return await memory.once(
+            self._name, request_id, request, lambda: behaviour(request, context)
+        )
 
     def streaming(
         self, behaviour: Callable[..., Any], kind: str
     ) -> Callable[[Any, Context], AsyncIterator[Any]]:
         """Wrap a handler with a stream of responses."""
+        counts = _Counts(kind, self._service, self._method)
+        limit_s = self._owner._stream_timeout_s
 
         async def handle(request: Any, context: Context) -> AsyncIterator[Any]:
-            async with _Observed(self, kind, request, context) as observed:
+            async with _Observed(self, counts, request, context, limit_s) as observed:
                 end_s = asyncio.get_running_loop().time() + observed.timeout_s
                 responses = behaviour(_readable(request), context)
                 if inspect.isawaitable(responses):
@@ -143,45 +173,43 @@ class _Call:
 class _Observed:
     """Counts one call, binds its log context and maps what it raises."""
 
-    def __init__(self, call: _Call, kind: str, request: Any, context: Context) -> None:
-        self._call, self._context = call, context
-        self._ids = _ids(request, call._metadata)
-        self.span = Span.after(call._metadata.get(TRACE_HEADER, ""))
+    def __init__(
+        self, call: _Call, counts: _Counts, request: Any, context: Context, limit_s: float
+    ) -> None:
+        self._call, self._counts, self._context = call, counts, context
+        trace, trajectory = _headers(context)
+        self._ids = _ids(request, trace, trajectory)
+        self.span = Span.after(trace)
         self.span.saw(request)
-        self._labels = (kind, call._service, call._method)
         remaining_s = context.time_remaining()
-        streams = kind in ("server_stream", "bidi_stream")
-        owner = call._owner
-        limit_s = owner._stream_timeout_s if streams else owner._call_timeout_s
         self.timeout_s = limit_s if remaining_s is None else min(remaining_s, limit_s)
         self._start_s = 0.0
 
     async def __aenter__(self) -> "_Observed":
         structlog.contextvars.bind_contextvars(
-            method=f"{self._call._service}/{self._call._method}",
-            span_id=self.span.span_id,
-            **self._ids,
+            method=self._call._name, span_id=self.span.span_id, **self._ids
         )
         self._start_s = time.monotonic()
-        metrics.STARTED.labels(*self._labels).inc()
+        self._counts.started.inc()
         return self
 
     async def __aexit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         seconds = time.monotonic() - self._start_s
         mapped = self._map(error)
         code = mapped.status if mapped else ("CANCELLED" if error else "OK")
-        metrics.SECONDS.labels(*self._labels).observe(seconds)
-        metrics.HANDLED.labels(*self._labels, code).inc()
+        self._counts.ended(code, seconds)
         log = self._call._owner._log
-        fields = {"code": code, "seconds": round(seconds, 4), **self.span.fields()}
         if isinstance(mapped, InfraError):
-            log.error("call failed", **fields, exc_info=error)
+            log.error("call failed", **self._facts(code, seconds), exc_info=error)
         elif self.span.sampled:
-            log.info("call", **fields)
-        else:
-            log.debug("call", **fields)
+            log.info("call", **self._facts(code, seconds))
+        elif log.is_enabled_for(DEBUG):
+            log.debug("call", **self._facts(code, seconds))
         if mapped:
             await self._context.abort_with_status(wire.to_status(mapped))
+
+    def _facts(self, code: str, seconds: float) -> dict[str, Any]:
+        return {"code": code, "seconds": round(seconds, 4), **self.span.fields()}
 
     def _map(self, error: BaseException | None) -> RegreenError | None:
         if error is None or isinstance(error, asyncio.CancelledError | GeneratorExit):
@@ -195,11 +223,22 @@ class _Observed:
         return InfraError(f"internal error: {type(error).__name__}")
 
 
-def _ids(request: Any, metadata: dict[str, str]) -> dict[str, str]:
+def _headers(context: Context) -> tuple[str, str]:
+    """What the caller's headers say of the trace and of the trajectory."""
+    trace = trajectory = ""
+    for key, value in context.invocation_metadata() or ():
+        if key == TRACE_HEADER:
+            trace = str(value)
+        elif key == TRAJECTORY_HEADER:
+            trajectory = str(value)
+    return trace, trajectory
+
+
+def _ids(request: Any, trace: str, trajectory: str) -> dict[str, str]:
     """Ids of a call for its logs; a trajectory without a trace is a trace of its own."""
-    trajectory_id = getattr(request, "trajectory_id", "") or metadata.get(TRAJECTORY_HEADER, "")
+    trajectory_id = getattr(request, "trajectory_id", "") or trajectory
     own_trace = trajectory_id.removeprefix("trj_")
-    trace_id = metadata.get(TRACE_HEADER, "")[3:35]
+    trace_id = trace[3:35]
     if not trace_id and _TRACE_ID.fullmatch(own_trace):
         trace_id = own_trace
     return {"trajectory_id": trajectory_id[:_MAX_ID_CHARS], "trace_id": trace_id}

@@ -9,9 +9,12 @@
 
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import lru_cache
+from typing import Any, cast
+
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
 _PARENT = re.compile(r"[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})")
 _SUBJECTS = (
@@ -22,6 +25,24 @@ _NESTED = ("state", "sandbox", "execution")
 _BY_PREFIX = {"st": "state_id", "sbx": "sandbox_id", "exe": "exec_id", "run": "run_id"}
 _MAX_CHARS = 100
 _SAMPLED = 1
+
+
+@lru_cache(maxsize=1024)
+def _fields_of(kind: Hashable) -> tuple[Sequence[str], bool, Sequence[str]]:
+    """Of a message type: its id fields, whether it has an id of its own, its nested messages.
+
+    What is no message, such as a stream of them, has none.
+    """
+    descriptor = getattr(kind, "DESCRIPTOR", None)
+    if not isinstance(descriptor, Descriptor):
+        return (), False, ()
+    fields = {
+        name: field for name, field in descriptor.fields_by_name.items() if not field.is_repeated
+    }
+    texts = {name for name, field in fields.items() if field.type == FieldDescriptor.TYPE_STRING}
+    ids = tuple(name for name in _SUBJECTS if name in texts)
+    nested = tuple(name for name in _NESTED if name in fields and fields[name].message_type)
+    return ids, "id" in texts, nested
 
 
 @dataclass(slots=True)
@@ -45,18 +66,18 @@ class Span:
 
     def saw(self, message: Any) -> None:
         """Note the ids in a request or response; the first of each kind stays."""
-        self._note(message)
-        for name in _NESTED:
-            inner = getattr(message, name, None)
-            if inner is not None and hasattr(inner, "DESCRIPTOR"):
-                self._note(inner)
+        for name in self._note(message):
+            self._note(getattr(message, name))
 
-    def _note(self, message: Any) -> None:
-        for name in _SUBJECTS:
-            self._keep(name, getattr(message, name, ""))
-        own = getattr(message, "id", "")
-        if isinstance(own, str):
-            self._keep(_BY_PREFIX.get(own.partition("_")[0], ""), own)
+    def _note(self, message: Any) -> Sequence[str]:
+        """Note the ids of a message itself; its fields that may hold more."""
+        ids, own, nested = _fields_of(cast(Hashable, type(message)))
+        for name in ids:
+            self._keep(name, getattr(message, name))
+        if own:
+            prefix = message.id.partition("_")[0]
+            self._keep(_BY_PREFIX.get(prefix, ""), message.id)
+        return nested
 
     def _keep(self, name: str, value: Any) -> None:
         if name and isinstance(value, str) and value:

@@ -1,6 +1,8 @@
 """Hard limits by cgroup: version 2 where it is delegated, else version 1, else none.
 
 - One group per sandbox, below one group per runtime instance, so leftovers can be found by name.
+- A sandbox's first process makes its group itself, before it has anything of the sandbox: the
+  kernel changes one group at a time, and the service must not wait for that.
 - A driver only writes limits; whether the kernel enforces them is proven by `probe.py`.
 - `destroy` kills what is still inside; it is called after the sandbox's first process has ended.
 - Nothing outside the instance's own group is ever changed, except enabling controllers in a
@@ -11,9 +13,10 @@ import contextlib
 import os
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from sandbox_svc.backends.base import Limits
 
@@ -30,17 +33,32 @@ class Counters:
     pid_refusals: int = 0
 
 
+class Write(NamedTuple):
+    """A value for a file of a group; one that is not needed may be refused."""
+
+    path: str
+    value: str
+    needed: bool = True
+
+
+class Plan(NamedTuple):
+    """Directories to make, then what to write."""
+
+    directories: Sequence[str] = ()
+    writes: Sequence[Write] = ()
+
+
 class CgroupDriver(Protocol):
     """Makes and removes the group of a sandbox."""
 
     name: str
 
-    def create(self, box: str) -> list[str]:
-        """Make the group; returns the files into which its first process writes "0"."""
+    def plan(self, box: str, limits: Limits) -> Plan:
+        """What the first process of a sandbox does to make and to enter its group."""
         ...
 
-    def limit(self, box: str, limits: Limits) -> None:
-        """Set the limits of a group."""
+    def writes(self, box: str, limits: Limits) -> Sequence[Write]:
+        """What to write for other limits than a group was made with."""
         ...
 
     def counters(self, box: str) -> Counters:
@@ -84,9 +102,9 @@ def _counter(path: str, name: bytes) -> int:
     return int(rest.split(b"\n", 1)[0]) if found else 0
 
 
-def _kill_members(group: Path, keep: int = 0) -> None:
+def _kill_members(group: str, keep: int = 0) -> None:
     try:
-        members = (group / "cgroup.procs").read_text(encoding="ascii").split()
+        members = Path(group, "cgroup.procs").read_text(encoding="ascii").split()
     except OSError:
         return
     for member in members:
@@ -95,114 +113,124 @@ def _kill_members(group: Path, keep: int = 0) -> None:
                 os.kill(int(member), signal.SIGKILL)
 
 
-def _remove(group: Path) -> None:
+def _remove(group: str) -> None:
     """Kill and remove a leaf group; the kernel refuses while a process is still ending."""
     until = time.monotonic() + _GRACE_S
-    while group.is_dir():
-        try:
-            group.rmdir()
-        except FileNotFoundError:
+    while not _removed(group):
+        _kill_members(group)
+        if time.monotonic() > until:
             return
-        except OSError:
-            _kill_members(group)
-            if time.monotonic() > until:
-                return
-            time.sleep(0.002)
+        time.sleep(0.002)
+
+
+def _removed(group: str) -> bool:
+    """Remove a leaf group; False while something is in it."""
+    try:
+        os.rmdir(group)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 class _Base:
+    entrance: str
+    """The file of a group into which a process writes "0" to enter it."""
+
     def __init__(self, groups: dict[str, Path], instance: str) -> None:
         self._groups = {kind: path / f"regreen-{instance}" for kind, path in groups.items()}
+        self._places = tuple(dict.fromkeys(map(str, self._groups.values())))
 
     def _prepare(self) -> None:
-        for path in set(self._groups.values()):
-            path.mkdir(exist_ok=True)
+        for path in self._places:
+            os.makedirs(path, exist_ok=True)
 
-    def _of(self, kind: str, box: str) -> Path:
-        return self._groups[kind] / box
+    def writes(self, box: str, limits: Limits) -> list[Write]:
+        raise NotImplementedError
+
+    def plan(self, box: str, limits: Limits) -> Plan:
+        places = [f"{path}/{box}" for path in self._places]
+        joins = [Write(f"{place}/{self.entrance}", "0") for place in places]
+        return Plan(places, [*self.writes(box, limits), *joins])
+
+    def _of(self, kind: str, box: str) -> str:
+        return f"{self._groups[kind]}/{box}"
 
     def kill(self, box: str, keep: int) -> None:
         _kill_members(self._of("pids", box), keep)
 
     def destroy(self, box: str) -> None:
-        for path in set(self._groups.values()):
-            _remove(path / box)
+        for path in self._places:
+            _remove(f"{path}/{box}")
 
     def sweep(self) -> None:
-        for path in set(self._groups.values()):
-            if path.is_dir():
-                for leftover in path.iterdir():
-                    if leftover.is_dir():
-                        _remove(leftover)
+        for box in self.members():
+            self.destroy(box)
 
     def members(self) -> frozenset[str]:
         found: set[str] = set()
-        for path in set(self._groups.values()):
-            with contextlib.suppress(FileNotFoundError):
-                found.update(entry.name for entry in path.iterdir() if entry.is_dir())
+        for path in self._places:
+            with contextlib.suppress(FileNotFoundError), os.scandir(path) as entries:
+                found.update(entry.name for entry in entries if entry.is_dir())
         return frozenset(found)
 
     def close(self) -> None:
         self.sweep()
-        for path in set(self._groups.values()):
+        for path in self._places:
             with contextlib.suppress(OSError):
-                path.rmdir()
+                os.rmdir(path)
 
 
 class CgroupV1(_Base):
     """memory, pids and cpu hierarchies of version 1 (needs root)."""
 
     name = "cgroup-v1"
+    entrance = "tasks"
+    """For one thread, the caller's own: `cgroup.procs` would stop every fork and exit of the host
+    for an RCU grace period (cgroup_procs_write_start)."""
 
-    def create(self, box: str) -> list[str]:
-        for path in self._groups.values():
-            (path / box).mkdir()
-        return [str(path / box / "cgroup.procs") for path in self._groups.values()]
-
-    def limit(self, box: str, limits: Limits) -> None:
+    def writes(self, box: str, limits: Limits) -> list[Write]:
+        found = []
         if limits.memory_bytes:
-            memory = self._of("memory", box)
-            (memory / "memory.limit_in_bytes").write_text(str(limits.memory_bytes))
-            with contextlib.suppress(OSError):
-                (memory / "memory.memsw.limit_in_bytes").write_text(str(limits.memory_bytes))
+            memory, size = self._of("memory", box), str(limits.memory_bytes)
+            found.append(Write(f"{memory}/memory.limit_in_bytes", size))
+            found.append(Write(f"{memory}/memory.memsw.limit_in_bytes", size, needed=False))
         if limits.pids:
-            (self._of("pids", box) / "pids.max").write_text(str(limits.pids + 1))
+            found.append(Write(f"{self._of('pids', box)}/pids.max", str(limits.pids + 1)))
         if limits.cpus:
-            cpu = self._of("cpu", box)
-            (cpu / "cpu.cfs_period_us").write_text(str(_PERIOD_US))
-            (cpu / "cpu.cfs_quota_us").write_text(str(max(1000, int(limits.cpus * _PERIOD_US))))
+            cpu, quota = self._of("cpu", box), max(1000, int(limits.cpus * _PERIOD_US))
+            found.append(Write(f"{cpu}/cpu.cfs_period_us", str(_PERIOD_US)))
+            found.append(Write(f"{cpu}/cpu.cfs_quota_us", str(quota)))
+        return found
 
     def counters(self, box: str) -> Counters:
         return Counters(
-            _counter(f"{self._groups['memory']}/{box}/memory.oom_control", b"oom_kill"),
-            _counter(f"{self._groups['pids']}/{box}/pids.events", b"max"),
+            _counter(f"{self._of('memory', box)}/memory.oom_control", b"oom_kill"),
+            _counter(f"{self._of('pids', box)}/pids.events", b"max"),
         )
 
     def throttled(self, box: str) -> int:
-        return _counter(f"{self._groups['cpu']}/{box}/cpu.stat", b"nr_throttled")
+        return _counter(f"{self._of('cpu', box)}/cpu.stat", b"nr_throttled")
 
 
 class CgroupV2(_Base):
     """A delegated version 2 subtree."""
 
     name = "cgroup-v2"
+    entrance = "cgroup.procs"
 
-    def create(self, box: str) -> list[str]:
-        group = self._of("pids", box)
-        group.mkdir()
-        return [str(group / "cgroup.procs")]
-
-    def limit(self, box: str, limits: Limits) -> None:
-        group = self._of("pids", box)
+    def writes(self, box: str, limits: Limits) -> list[Write]:
+        group, found = self._of("pids", box), []
         if limits.memory_bytes:
-            (group / "memory.max").write_text(str(limits.memory_bytes))
-            with contextlib.suppress(OSError):
-                (group / "memory.swap.max").write_text("0")
+            found.append(Write(f"{group}/memory.max", str(limits.memory_bytes)))
+            found.append(Write(f"{group}/memory.swap.max", "0", needed=False))
         if limits.pids:
-            (group / "pids.max").write_text(str(limits.pids + 1))
+            found.append(Write(f"{group}/pids.max", str(limits.pids + 1)))
         if limits.cpus:
             quota = max(1000, int(limits.cpus * _PERIOD_US))
-            (group / "cpu.max").write_text(f"{quota} {_PERIOD_US}")
+            found.append(Write(f"{group}/cpu.max", f"{quota} {_PERIOD_US}"))
+        return found
 
     def counters(self, box: str) -> Counters:
         group = self._of("pids", box)
@@ -220,11 +248,11 @@ class NoCgroup:
 
     name = "rlimit"
 
-    def create(self, box: str) -> list[str]:
-        return []
+    def plan(self, box: str, limits: Limits) -> Plan:
+        return Plan()
 
-    def limit(self, box: str, limits: Limits) -> None:
-        return
+    def writes(self, box: str, limits: Limits) -> Sequence[Write]:
+        return ()
 
     def counters(self, box: str) -> Counters:
         return Counters()

@@ -27,7 +27,7 @@ from regreen.rpc.errors import FailedPrecondition, InfraError, InvalidArgument, 
 from sandbox_svc.backends import cgroups, leftovers, linux, probe, uppers, wire
 from sandbox_svc.backends.base import HOST_BASE, NO_ENV, Capability, Door, Limits, Mount
 from sandbox_svc.backends.embedded_box import EmbeddedBox
-from sandbox_svc.backends.layers import HOST_ID, WHOLE_TARGETS, Layout, is_full, writing
+from sandbox_svc.backends.layers import HOST_ID, WHOLE_TARGETS, Layout, is_full
 from sandbox_svc.backends.seats import Seat, Seats
 
 DEFAULT_LIMITS = Limits(
@@ -78,6 +78,9 @@ class EmbeddedRuntime:
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="sandbox-files")
         self._volatile = True
         self._trash: set[asyncio.Task[None]] = set()
+        self._left: list[tuple[str, bool]] = []
+        """Of seats that ended: the name, and whether it is the upper that goes or the group."""
+        self._putting_away = False
         self.cgroups: cgroups.CgroupV1 | cgroups.CgroupV2 | cgroups.NoCgroup = cgroups.NoCgroup()
 
     async def start(self) -> None:
@@ -100,7 +103,7 @@ class EmbeddedRuntime:
             network: await self.blocking(self.layout.ensure_base, network=network)
             for network in (False, True)
         }
-        self._seats = Seats(self.cgroups, self._warm)
+        self._seats = Seats(self.cgroups, self._defaults, warm=self._warm, clear=self._clear)
         self._seats.start(self._home, owner)
         try:
             await self._prove()
@@ -140,7 +143,7 @@ class EmbeddedRuntime:
         await asyncio.gather(*(box.delete() for box in list(self._boxes.values())))
         if self._seats is not None:
             await self._seats.close()
-        await asyncio.gather(*self._trash, return_exceptions=True)
+        await self.settle()
         await self.blocking(self.cgroups.close)
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
@@ -166,8 +169,6 @@ class EmbeddedRuntime:
             self._whole.add(box.id)
         self._boxes[box.id] = box
         try:
-            with writing():
-                self.layout.new_upper(box.id)
             await box.launch()
         except BaseException:
             await asyncio.shield(box.delete())
@@ -188,22 +189,14 @@ class EmbeddedRuntime:
         )
 
     async def seat_for(self, box: EmbeddedBox) -> Seat:
-        """A seat with the box's limits set."""
+        """A seat for a box."""
         if self._seats is None:
             raise InfraError("the runtime was not started")
-        seat = await self._seats.take(network=self._mounts[box.id][1])
-        try:
-            self.cgroups.limit(seat.group, box.limits)
-        except BaseException as error:
-            seat.sock.close()
-            await self.leave(seat)
-            if isinstance(error, OSError):
-                raise InfraError(f"cannot set limits: {error}") from error
-            raise
-        return seat
+        return await self._seats.take(network=self._mounts[box.id][1])
 
-    def specification(self, box: EmbeddedBox) -> wire.Message:
+    def specification(self, box: EmbeddedBox, seat: Seat) -> wire.Message:
         """What a seat needs to become the first process of a box."""
+        other = box.limits != seat.limits
         mounts, network = self._mounts[box.id]
         whole = box.id in self._whole
         places = [(m.target, m.source.is_dir()) for m in mounts]
@@ -215,11 +208,12 @@ class EmbeddedRuntime:
             below = [self._base[network], self.layout.ensure_targets(places)]
             lower = self.layout.lower_names(below, box.layers)
         return {
-            "box": box.id,
+            "place": seat.name,
             "lower": lower,
             "programs": not whole,
             "mounts": [[str(m.source), m.target, m.read_only] for m in mounts],
             "volatile": self._volatile,
+            "limits": self.cgroups.writes(seat.name, box.limits) if other else [],
             "rlimits": self._rlimits(box.limits),
             "tmp_bytes": box.limits.memory_bytes // 2,
             "tmp_inodes": box.limits.inodes,
@@ -232,7 +226,35 @@ class EmbeddedRuntime:
             if self._seats is not None:
                 await self._seats.leave(seat)
         finally:
-            self._in_background(self.blocking(self.cgroups.destroy, seat.group))
+            self._put_away(seat.name, upper=False)
+
+    def _put_away(self, name: str, *, upper: bool) -> None:
+        """Remove in the background, together with what waits for it already, what a seat had."""
+        self._left.append((name, upper))
+        if not self._putting_away:
+            self._putting_away = True
+            self._in_background(self._put_all_away())
+
+    async def _put_all_away(self) -> None:
+        try:
+            while self._left:
+                left, self._left = self._left, []
+                for name in await self.blocking(self._put_quickly_away, left):
+                    self._in_background(self.blocking(self.layout.discard, self.layout.box(name)))
+        finally:
+            self._putting_away = False
+
+    def _put_quickly_away(self, left: Sequence[tuple[str, bool]]) -> Sequence[str]:
+        """Remove control groups and empty uppers; names of those uppers that hold files."""
+        for name, upper in left:
+            if not upper:
+                self.cgroups.destroy(name)
+        return [name for name, upper in left if upper and not self.layout.removed(name)]
+
+    def _clear(self, name: str) -> None:
+        """Remove what a seat has that no box ever took."""
+        self.cgroups.destroy(name)
+        self.layout.discard(self.layout.box(name))
 
     def tidy(self) -> None:
         """Remove in the background what a freeze put aside."""
@@ -240,7 +262,8 @@ class EmbeddedRuntime:
 
     async def settle(self) -> None:
         """Wait until what was deleted has gone."""
-        await asyncio.gather(*self._trash, return_exceptions=True)
+        while self._trash:
+            await asyncio.gather(*self._trash, return_exceptions=True)
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -258,7 +281,8 @@ class EmbeddedRuntime:
         self._boxes.pop(box.id, None)
         self._mounts.pop(box.id, None)
         self._whole.discard(box.id)
-        self._in_background(self.blocking(self.layout.discard, self.layout.box(box.id)))
+        if box.place:
+            self._put_away(box.place, upper=True)
 
     async def blocking(self, call: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
         """Run a blocking call in the runtime's own threads."""
@@ -306,12 +330,14 @@ class EmbeddedRuntime:
             groups=self.cgroups.members,
             spawner=self._seats.spawner if self._seats is not None else 0,
         )
-        seats = [seat for box in list(self._boxes.values()) if (seat := box.seat) is not None]
-        seats.extend(self._seats.warm if self._seats is not None else ())
+        boxes = list(self._boxes.values())
+        warm = tuple(self._seats.warm) if self._seats is not None else ()
+        seats = [*warm, *(box.seat for box in boxes if box.seat is not None)]
+        places = [*(seat.name for seat in warm), *(box.place for box in boxes)]
         known = {
             "process": {str(seat.pid) for seat in seats},
-            "cgroup": {seat.group for seat in seats},
-            "directory": {f"run/{box}" for box in self._boxes},
+            "cgroup": {seat.name for seat in seats},
+            "directory": {f"run/{name}" for name in places},
         }
         return {kind: names - known.get(kind, set()) for kind, names in found.items()}
 

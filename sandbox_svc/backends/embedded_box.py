@@ -29,7 +29,7 @@ from regreen.rpc.errors import (
     RegreenError,
 )
 from sandbox_svc import metrics
-from sandbox_svc.backends import uppers, wire
+from sandbox_svc.backends import jobs, uppers, wire
 from sandbox_svc.backends.base import (
     NO_ENV,
     OVERRUNS,
@@ -48,7 +48,7 @@ from sandbox_svc.backends.cgroups import Counters
 from sandbox_svc.backends.commands import ENVIRONMENT, absolute, check_command
 from sandbox_svc.backends.embedded_process import EmbeddedProcess
 from sandbox_svc.backends.fds import not_opened, read_upto, write_all
-from sandbox_svc.backends.jobs import Job, all_ended, first_of, lost, name_end, prepared, refusal
+from sandbox_svc.backends.jobs import Job, all_ended, first_of, name_end, prepared
 from sandbox_svc.backends.layers import writing
 from sandbox_svc.backends.link import Link, LinkClosed
 from sandbox_svc.backends.output import Collector, PipeReader
@@ -83,6 +83,8 @@ class EmbeddedBox:
         self._own_layers: list[str] = []
         self._link: Link | None = None
         self._seat: Seat | None = None
+        self.place = ""
+        """Name of the directories that hold the upper; empty between a freeze and a new start."""
         self._ready: asyncio.Future[None] | None = None
         self._jobs: dict[int, Job] = {}
         self._ended = False
@@ -111,14 +113,16 @@ class EmbeddedBox:
         self._ended, self._seen, self._overrun = False, Counters(), None
         if self._watch is not None:
             self._watch.close()
-        self._watch = Watch(self, self._jobs)
         seat = self._seat = await self._runtime.seat_for(self)
+        self.place = seat.name
         self._link = Link(seat.sock, self._on_event)
         try:
             async with asyncio.timeout(_READY_S):
                 with contextlib.suppress(LinkClosed):  # why it ended, the next line says
-                    await self._link.post(self._runtime.specification(self))
+                    await self._link.post(self._runtime.specification(self, seat))
                 await self._ready
+                soft = self._runtime.cgroups.name == "rlimit"
+                self._watch = Watch(self, self._jobs, memory=soft)
                 if self._door is not None:
                     self._gate = self._door.open(await self._listener(self._link))
         except LinkClosed as error:
@@ -151,8 +155,7 @@ class EmbeddedBox:
             if message.get("ready"):
                 ready.set_result(None)
                 return
-            step, error = message.get("step", "clone"), message.get("error", "it ended")
-            ready.set_exception(InfraError(f"sandbox set-up failed at {step}: {error}"))
+            ready.set_exception(jobs.not_ready(message))
         if "closed" in message:
             if not self._ended and self.counters().oom_kills > self._seen.oom_kills:
                 self._overrun = EndReason.OOM
@@ -175,7 +178,7 @@ class EmbeddedBox:
             outputs,
             lambda: os.dup(later.stdin_fd) if later else wire.bytes_fd(command.stdin),
         )
-        job = await self.begin(command, readers, stdin)
+        job = await self.begin(command, readers, stdin, told=later is not None)
         return await self.conclude(job, command.timeout_s, later)
 
     async def start(self, command: Command) -> EmbeddedProcess:
@@ -184,18 +187,21 @@ class EmbeddedBox:
         self._require()
         return await EmbeddedProcess.begin(self, command)
 
-    async def begin(self, command: Command, readers: list[PipeReader], stdin: int) -> Job:
+    async def begin(
+        self, command: Command, readers: list[PipeReader], stdin: int, *, told: bool = True
+    ) -> Job:
         """Start a command with these descriptors, which it closes; `conclude` must follow.
 
-        With a terminal, `stdin` and the pipe of the first reader are not used.
+        With a terminal, `stdin` and the pipe of the first reader are not used. Unless `told`, only
+        the end says whether it began: one message less for whoever waits for nothing else.
         """
         loop, link = asyncio.get_running_loop(), self._require()
-        job = Job(link.next_id(), link, loop.create_future(), readers)
+        job = Job(link.next_id(), link, command, loop.create_future(), readers)
         self._jobs[job.id] = job
         try:
             if self._watch is not None:
                 self._watch.wake()
-            job.refused = await self._start(job, command, stdin)
+            job.refused = await self._start(job, stdin, told=told)
         except BaseException as error:
             await self._abandon(job, error)
             raise
@@ -211,7 +217,8 @@ class EmbeddedBox:
                 await first_of(later.go, job)
                 timeout_s = later.timeout_s or timeout_s
             ended = await self._wait(job.link, job, timeout_s)
-            result = await self._result(job, ended, time.monotonic() - job.began_s)
+            refused = jobs.refusal(ended, job.command) if ended is not None else None
+            result = refused or await self._result(job, ended, time.monotonic() - job.began_s)
             metrics.count_limit(result.reason)
             return result
         except asyncio.CancelledError as error:
@@ -233,23 +240,14 @@ class EmbeddedBox:
         for reader in job.readers:
             reader.close()
 
-    async def _start(self, job: Job, command: Command, stdin: int) -> ExecResult | None:
-        env = self._env | dict(command.env)
-        if command.channel:
-            env["REGREEN_CHANNEL_FD"] = "3"
-        request: wire.Message = {
-            "id": job.id,
-            "op": "run",
-            "argv": list(command.argv),
-            "env": env,
-            "cwd": command.cwd,
-        }
+    async def _start(self, job: Job, stdin: int, *, told: bool) -> ExecResult | None:
+        request = job.request(self._env, told=told)
         fds = (stdin, *(reader.write_fd for reader in job.readers))
-        if command.terminal is not None:
-            size, fds = command.terminal, ()
-            request["terminal"] = [size.rows, size.columns]
         try:
-            reply, received = await job.link.request(request, fds)
+            if not told:
+                await job.link.post(request, fds)
+                return None
+            reply, received = await job.link.request(request, () if job.command.terminal else fds)
         except (LinkClosed, TimeoutError) as error:
             raise self._lost() from error
         finally:
@@ -258,7 +256,7 @@ class EmbeddedBox:
                 reader.handed_over()
         if received:
             job.on_terminal(received[0])
-        return refusal(reply, command)
+        return jobs.refusal(reply, job.command)
 
     async def _wait(self, link: Link, job: Job, timeout_s: float) -> wire.Message | None:
         """The exit message, or None when the whole sandbox died under the command."""
@@ -286,27 +284,27 @@ class EmbeddedBox:
 
     async def stop_all(self, reason: EndReason) -> None:
         """Stop all commands for a reason, and kill whatever earlier commands have left behind."""
-        jobs = list(self._jobs.values())
-        for job in jobs:
+        doomed = list(self._jobs.values())
+        for job in doomed:
             job.reason = job.reason or reason
         if self._link is not None:
-            await self._kill(self._link, {"op": "kill_all"}, jobs, reason)
+            await self._kill(self._link, {"op": "kill_all"}, doomed, reason)
 
     async def _stop(self, link: Link, job: Job) -> None:
         """Kill a command's processes."""
         await self._kill(link, {"op": "kill", "job": job.id}, [job], job.reason)
 
     async def _kill(
-        self, link: Link, request: wire.Message, jobs: Sequence[Job], reason: EndReason | None
+        self, link: Link, request: wire.Message, doomed: Sequence[Job], reason: EndReason | None
     ) -> None:
         """Kill by the first process, politely attributed; then the group; then the sandbox."""
         with contextlib.suppress(LinkClosed, TimeoutError):
             await link.request(request, timeout_s=_KILL_GRACE_S)
-        if await all_ended(jobs, _KILL_GRACE_S):
+        if await all_ended(doomed, _KILL_GRACE_S):
             return
         if self._seat is not None:
-            self._runtime.cgroups.kill(self._seat.group, self._seat.pid)
-        if not await all_ended(jobs, _KILL_GRACE_S):
+            self._runtime.cgroups.kill(self._seat.name, self._seat.pid)
+        if not await all_ended(doomed, _KILL_GRACE_S):
             self._overrun = reason if reason in OVERRUNS else None
             await self._end()
 
@@ -337,12 +335,12 @@ class EmbeddedBox:
 
     def counters(self) -> Counters:
         """Events of the sandbox's control group."""
-        group = self._seat.group if self._seat is not None else ""
+        group = self._seat.name if self._seat is not None else ""
         return self._runtime.cgroups.counters(group) if group else Counters()
 
     def throttled(self) -> int:
         """How often the sandbox was stopped for its use of cores."""
-        return self._runtime.cgroups.throttled(self._seat.group) if self._seat is not None else 0
+        return self._runtime.cgroups.throttled(self._seat.name) if self._seat is not None else 0
 
     async def usage(self) -> wire.Message:
         """Memory, processes and unlinked bytes, as the first process sees them."""
@@ -354,12 +352,7 @@ class EmbeddedBox:
     @property
     def upper_path(self) -> str:
         """Host path of the upper directory."""
-        return str(self._runtime.layout.box(self.id) / "u")
-
-    @property
-    def soft_memory(self) -> bool:
-        """Whether memory is watched by the service instead of a cgroup."""
-        return self._runtime.cgroups.name == "rlimit"
+        return str(self._runtime.layout.box(self.place) / "u")
 
     async def measure(self) -> uppers.Usage:
         """Bytes and inodes in the upper."""
@@ -429,7 +422,8 @@ class EmbeddedBox:
             try:
                 await self._end()
                 with writing():
-                    layer = self._runtime.layout.freeze(self.id)
+                    layer = self._runtime.layout.freeze(self.place)
+                self.place = ""
                 self._own_layers.append(layer)
                 await self.launch()
             except BaseException:
@@ -496,4 +490,4 @@ class EmbeddedBox:
         return self._link
 
     def _lost(self) -> RegreenError:
-        return lost(self.id, self._overrun, passing=self._freezing or self._deleted)
+        return jobs.lost(self.id, self._overrun, passing=self._freezing or self._deleted)

@@ -10,10 +10,11 @@ import contextlib
 import errno
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from regreen.rpc.errors import (
+    DiskFull,
     FailedPrecondition,
     InfraError,
     InvalidArgument,
@@ -23,6 +24,7 @@ from regreen.rpc.errors import (
 )
 from sandbox_svc.backends import wire
 from sandbox_svc.backends.base import Captured, Command, EndReason, ExecResult, OutputSink
+from sandbox_svc.backends.layers import FULL
 from sandbox_svc.backends.link import Link
 from sandbox_svc.backends.output import Collector, PipeReader
 
@@ -33,7 +35,9 @@ class Job:
 
     id: int
     link: Link
+    command: Command
     done: asyncio.Future[wire.Message]
+    """What ended it, or what kept it from beginning."""
     readers: list[PipeReader] = field(default_factory=list)
     reason: EndReason | None = None
     """Set by whoever stops the command."""
@@ -42,6 +46,21 @@ class Job:
     terminal: int = -1
     """A second descriptor of its terminal, for whoever writes to it and resizes it."""
     began_s: float = field(default_factory=time.monotonic)
+
+    def request(self, env: Mapping[str, str], *, told: bool) -> wire.Message:
+        """What the first process is asked; `told`: it shall say that the command has begun."""
+        command, channel = self.command, {"REGREEN_CHANNEL_FD": "3"}
+        found: wire.Message = {
+            "id": self.id,
+            "op": "run",
+            "argv": list(command.argv),
+            "env": {**env, **command.env, **(channel if command.channel else {})},
+            "cwd": command.cwd,
+            "told": told,
+        }
+        if command.terminal is not None:
+            found["terminal"] = [command.terminal.rows, command.terminal.columns]
+        return found
 
     def on_terminal(self, fd: int) -> None:
         """Read the terminal instead of the first pipe."""
@@ -123,6 +142,13 @@ async def all_ended(jobs: Sequence[Job], within_s: float) -> bool:
     if waiting:
         await asyncio.wait(waiting, timeout=within_s)
     return all(job.done.done() for job in jobs)
+
+
+def not_ready(message: wire.Message) -> RegreenError:
+    """What a first process said, or did not say, when it ended before it was ready."""
+    step, error = message.get("step", "clone"), message.get("error", "it ended")
+    failure = f"sandbox set-up failed at {step}: {error}"
+    return DiskFull(failure) if message.get("errno") in FULL else InfraError(failure)
 
 
 def lost(box: str, overrun: EndReason | None, *, passing: bool) -> RegreenError:

@@ -1,6 +1,6 @@
 """Directories of the embedded runtime: base skeleton, layers, live uppers, trash.
 
-- `layers/<id>` never changes after its rename into place; `run/<box>/{u,w,m}` dies with its box.
+- `layers/<id>` never changes after its rename into place; `run/<seat>/{u,w}` dies with its box.
 - All of them lie on one file system, so freezing is a rename.
 - Names are short and relative: an overlay's options must fit into one page (4096 bytes).
 - Every file belongs to one host id for all sandboxes (root: `HOST_ID`; otherwise the caller),
@@ -62,6 +62,11 @@ _UNFINISHED = (
     "tools/.new-*",
 )
 """Names under which the stores beside the layers write before they rename."""
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""How a full disk says so."""
+_DIRTY = "w/work/incompat/volatile/dirty"
+_WORK = ("w/work/incompat/volatile", "w/work/incompat", "w/work", "w")
+"""What overlayfs leaves below a work directory, innermost first."""
 WHOLE_TARGETS = (("/dev", True), ("/proc", True), ("/tmp", True))
 """What is mounted over a system that comes from an image, whatever the image has there."""
 _WHOLE_DIRECTORIES = ("etc", "work", "work/repo", "work/home")
@@ -104,7 +109,7 @@ def writing() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in FULL:
             raise DiskFull(f"no space left for sandboxes and states: {error}") from error
         raise
 
@@ -121,7 +126,7 @@ class Layout:
 
     def __init__(self, home: Path, owner: int | None) -> None:
         self.home, self.owner = home, owner
-        for name in ("layers", "run", "base", "trash"):
+        for name in ("layers", "run", "base", "trash", "stage"):
             (home / name).mkdir(mode=0o755, parents=True, exist_ok=True)
 
     def layer(self, layer: str) -> Path:
@@ -129,7 +134,7 @@ class Layout:
         return self.home / "layers" / layer
 
     def box(self, box: str) -> Path:
-        """The directory of a live sandbox."""
+        """The directory of a live sandbox's first process, by the name of its seat."""
         return self.home / "run" / box
 
     def own(self, path: Path | str) -> None:
@@ -137,21 +142,27 @@ class Layout:
         if self.owner is not None:
             os.lchown(path, self.owner, self.owner)
 
-    def new_upper(self, box: str) -> None:
-        """Make fresh upper, work and mount directories of a box."""
-        root = self.box(box)
-        root.mkdir(mode=0o755, exist_ok=True)
-        for name in "uwm":
-            (root / name).mkdir(mode=0o755)
-        self.own(root / "u")
+    def removed(self, box: str) -> bool:
+        """Remove what a box has if it wrote nothing; whether it is gone."""
+        root = f"{self.home}/run/{box}"
+        try:
+            os.rmdir(f"{root}/u")
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(f"{root}/{_DIRTY}")
+            for name in _WORK:
+                with contextlib.suppress(FileNotFoundError):
+                    os.rmdir(f"{root}/{name}")
+            os.rmdir(root)
+        except OSError:
+            return False
+        return True
 
     def freeze(self, box: str) -> str:
-        """Turn the unmounted upper of a box into a layer and make a fresh one; its id."""
+        """Turn the unmounted upper of a box into a layer; its id."""
         layer = secrets.token_hex(6)
         root = self.box(box)
         os.rename(root / "u", self.layer(layer))
         os.rename(root, self.home / "trash" / secrets.token_hex(8))
-        self.new_upper(box)
         return layer
 
     def empty_trash(self) -> None:
@@ -224,7 +235,7 @@ class Layout:
     ) -> list[str]:
         """Relative lower directories, lowest first; raises when a layer is missing."""
         for layer in layers:
-            if not self.layer(layer).is_dir():
+            if not os.path.isdir(f"{self.home}/layers/{layer}"):
                 raise FailedPrecondition(
                     f"layer {layer} is not on this host; import or prepare its state again",
                     metadata={"layer": layer},

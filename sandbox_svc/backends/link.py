@@ -98,7 +98,7 @@ class Link:
 
     def _dispatch(self, message: wire.Message, fds: list[int]) -> None:
         number = message.get("id")
-        is_event = "status" in message or "ready" in message
+        is_event = "status" in message or "ready" in message or "refused" in message
         if not is_event and isinstance(number, int) and number in self._waiting:
             future = self._waiting[number]
             if not future.done():

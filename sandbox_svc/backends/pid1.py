@@ -3,6 +3,8 @@
 - It is pid 1 of the sandbox's pid namespace: when it ends, every process of the sandbox ends.
 - It holds no capability, cannot be dumped or traced, and takes no signal but SIGCHLD.
 - It ends when its socket ends, so no sandbox outlives its service.
+- Who starts a command and waits for nothing but its end is told of its beginning only if there is
+  none.
 - One thread, no state on disk; commands start by posix_spawn and inherit its confinement.
 - A terminal comes from the sandbox's own devpts; its other side is handed to the service.
 - Paths are resolved by the kernel inside the sandbox's root; only regular files are handed out.
@@ -78,7 +80,10 @@ class Pid1:
         finally:
             for fd in fds:
                 os.close(fd)
-        wire.send(self._sock, {"id": request["id"], **reply}, () if out is None else (out,))
+        if request.get("told", True):
+            wire.send(self._sock, {"id": request["id"], **reply}, () if out is None else (out,))
+        elif "pid" not in reply:
+            wire.send(self._sock, {"id": request["id"], "refused": True, **reply})
         if out is not None:
             os.close(out)
 

@@ -3,8 +3,9 @@
 - Joining control groups and making namespaces takes most of a sandbox's start (the kernel waits
   for grace periods); seats do it ahead of time, so that a fork takes a few milliseconds.
 - A seat is used once. It has no file system of a sandbox yet and has run no code of one.
-- Each seat has its own control group; its limits are set when it is taken. A seat that is not
-  made, for whatever reason, leaves no group and no descriptor.
+- Each seat has a control group, made with the usual limits (whoever takes it for others sets
+  those), and directories for an upper, both of its name. A seat that is not made, for whatever
+  reason, leaves neither, and no descriptor.
 - A spawner that was killed is started again; its sandboxes have died with it and say so.
 """
 
@@ -18,16 +19,19 @@ import socket
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from regreen.rpc.errors import InfraError
 from sandbox_svc.backends import wire
+from sandbox_svc.backends.base import Limits
 from sandbox_svc.backends.cgroups import CgroupV1, CgroupV2, NoCgroup
 from sandbox_svc.backends.link import Link, LinkClosed
 
 _END_S = 10.0
+Spawner = subprocess.Popen[bytes]
 _START = (
     "import os, sys; sys.path.insert(0, os.environ['REGREEN_PACKAGES']);"
     "from sandbox_svc.backends.spawner import main; main()"
@@ -39,7 +43,10 @@ _START = (
 class Seat:
     """A first process that has settled in its namespaces and control group."""
 
-    group: str
+    name: str
+    """Of its control group, and of its directories."""
+    limits: Limits
+    """What its control group was made with."""
     pid: int
     pidfd: int
     sock: socket.socket
@@ -55,9 +62,17 @@ class Seat:
 class Seats:
     """Owns the spawner; hands out seats and keeps a few warm."""
 
-    def __init__(self, cgroups: CgroupV1 | CgroupV2 | NoCgroup, warm: int) -> None:
-        self._cgroups, self._wanted = cgroups, warm
-        self._process: subprocess.Popen[bytes] | None = None
+    def __init__(
+        self,
+        cgroups: CgroupV1 | CgroupV2 | NoCgroup,
+        limits: Limits,
+        *,
+        warm: int,
+        clear: Callable[[str], None],
+    ) -> None:
+        """`clear` removes, blocking, what a seat of a name has left."""
+        self._cgroups, self._limits, self._wanted, self._clear = cgroups, limits, warm, clear
+        self._process: Spawner | None = None
         self._link: Link | None = None
         self._warm: deque[Seat] = deque()
         self._refill: asyncio.Task[None] | None = None
@@ -111,7 +126,7 @@ class Seats:
         seat = None
         while not network and self._warm and seat is None:
             seat = self._warm.popleft()
-            if not seat.alive:
+            if self._link is None or self._link.closed or not seat.alive:
                 await self._discard(seat)
                 seat = None
         self._refill_later()
@@ -122,19 +137,21 @@ class Seats:
             raise InfraError("the runtime is not running")
         if self._link.closed:
             self._begin()
-        group = secrets.token_hex(6)
+        name = secrets.token_hex(6)
+        plan = self._cgroups.plan(name, self._limits)
+        request: wire.Message = {"network": network, "group": plan, "place": name}
+        process = self._process
+        making = asyncio.create_task(self._settled(self._link, name, request))
         try:
-            joins = self._cgroups.create(group)
-        except OSError as error:
-            self._undo(group)
-            raise InfraError(f"cannot make a control group: {error}") from error
-        try:
-            return await self._settled(self._link, group, {"network": network, "cgroups": joins})
-        except BaseException:
-            self._undo(group)
+            return await asyncio.shield(making)
+        except asyncio.CancelledError:
+            self._in_background(self._unmake(making, process, name))
+            raise
+        except InfraError:
+            self._in_background(self._undo(process, name))
             raise
 
-    async def _settled(self, link: Link, group: str, request: wire.Message) -> Seat:
+    async def _settled(self, link: Link, name: str, request: wire.Message) -> Seat:
         try:
             reply, fds = await link.request(request)
         except (LinkClosed, TimeoutError) as error:
@@ -143,11 +160,33 @@ class Seats:
             for fd in fds:
                 os.close(fd)
             raise InfraError(f"the spawner refused: {reply.get('error', reply)}")
-        return Seat(group, int(reply["pid"]), fds[1], socket.socket(fileno=fds[0]))
+        sock = socket.socket(fileno=fds[0])
+        return Seat(name, self._limits, int(reply["pid"]), fds[1], sock)
 
-    def _undo(self, group: str) -> None:
-        """Remove a group in the background; a process on its way into it fails and ends."""
-        task = asyncio.create_task(asyncio.to_thread(self._cgroups.destroy, group))
+    async def _unmake(
+        self, making: "asyncio.Task[Seat]", process: Spawner | None, name: str
+    ) -> None:
+        """End a seat that nobody waits for any more, as soon as it is there."""
+        try:
+            seat = await making
+        except InfraError:
+            await self._undo(process, name)
+        else:
+            await self._discard(seat)
+
+    async def _undo(self, process: Spawner | None, name: str) -> None:
+        """Remove what a seat has that is on its way or dead; it dies with its spawner."""
+
+        def undo() -> None:
+            if process is not None and self._link is not None and self._link.closed:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_END_S)
+            self._clear(name)
+
+        await asyncio.to_thread(undo)
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
         self._undoing.add(task)
         task.add_done_callback(self._undoing.discard)
 
@@ -173,7 +212,7 @@ class Seats:
     async def _discard(self, seat: Seat) -> None:
         await self.leave(seat)
         seat.sock.close()
-        await asyncio.to_thread(self._cgroups.destroy, seat.group)
+        await asyncio.to_thread(self._clear, seat.name)
 
     async def close(self) -> None:
         """End the warm seats and the spawner."""

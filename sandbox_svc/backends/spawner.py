@@ -14,7 +14,7 @@ import signal
 import socket
 
 from sandbox_svc.backends import linux, wire
-from sandbox_svc.backends.spawner_child import become_first_process
+from sandbox_svc.backends.spawner_child import become_first_process, forbid_imports
 
 _NAMESPACES = linux.CLONE_NEWNS | linux.CLONE_NEWUTS | linux.CLONE_NEWIPC | linux.CLONE_NEWPID
 
@@ -35,6 +35,7 @@ class Spawner:
         poller = select.poll()
         poller.register(self._control, select.POLLIN)
         poller.register(self._wake_read, select.POLLIN)
+        forbid_imports()
         gc.freeze()
         while True:
             ready = {fd for fd, _ in poller.poll()}

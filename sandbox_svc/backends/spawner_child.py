@@ -2,13 +2,13 @@
 
 - It settles first (cgroup, private mounts, network) and waits there until it is needed, so that
   a service can keep a few seats warm; then it gets its file system and loses its privileges.
-- Order: overlay root, read-only host programs, caller's mounts, /proc, /dev,
-  pivot_root, identity, capabilities, no_new_privs, seccomp; then `Pid1.serve`.
+- Order: overlay root, read-only host programs, caller's mounts, /proc and /dev (mounted aside while
+  it waited), pivot_root, identity, capabilities, no_new_privs, seccomp; then `Pid1.serve`.
 - The mounts belong to a user namespace in which the sandbox has no capability: as root the
   initial one, otherwise an outer one that only this set-up code ever entered with privileges.
 - Inside there is one user (1000), mapped to one unprivileged host id; the host's root is unmapped.
 - Host sources are opened before any target is touched, and targets are resolved without links.
-- After set-up no Python module can be loaded: the sandbox's files are hostile.
+- No Python module can be loaded any more: the sandbox's files are hostile.
 - Every failure is reported over the socket with the name of the step; nothing is half-confined.
 """
 
@@ -23,6 +23,7 @@ import signal
 import socket
 import stat
 import sys
+from collections.abc import Iterable
 from typing import NoReturn
 
 from sandbox_svc.backends import linux, seccomp, wire
@@ -40,7 +41,8 @@ _DEVICE_LINKS = {
 _PROC_READ_ONLY = ("sys", "irq", "bus", "fs", "sysrq-trigger")
 _PROC_MASKED = ("kcore", "keys", "timer_list", "sched_debug", "kallsyms", "kmsg")
 _HOST_PROGRAMS = ("usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32")
-_FILTER = seccomp.deny_list()
+_FILTER = linux.SeccompFilter(seccomp.deny_list())
+_LAST_CAPABILITY = linux.last_capability()
 _BASE_FLAGS = linux.MS_NOSUID | linux.MS_NODEV
 _ATTRIBUTES = linux.MOUNT_ATTR_NOSUID | linux.MOUNT_ATTR_NODEV
 
@@ -59,24 +61,52 @@ class _Setup:
         if self.host_id is None:
             _map_ids(0, seat["uid"], seat["gid"])
         self.step = "cgroup"
-        for path in seat["cgroups"]:
-            _write(path, "0")
+        directories, writes = seat["group"]
+        for path in directories:
+            os.mkdir(path)
+        _write_all(writes)
         linux.unshare(linux.CLONE_NEWCGROUP)
+        self.step = "directories"
+        root = f"{self.home}/run/{seat['place']}"
+        for path in (root, f"{root}/u", f"{root}/w"):
+            os.mkdir(path, 0o755)
+        if self.host_id is not None:
+            os.chown(f"{root}/u", *self.host_id)
         self.step = "private mounts"
         linux.mount(None, "/", None, linux.MS_REC | linux.MS_PRIVATE, None)
         self.step = "network"
         socket.sethostname("regreen")
         if not seat["network"]:
             linux.loopback_up()
+        self._stage()
+
+    def _stage(self) -> None:
+        """Mount, beside the place of the root, what every sandbox has: /proc and /dev."""
+        self.step = "stage"
+        os.umask(0o022)
+        os.chdir(f"{self.home}/stage")
+        linux.mount("tmpfs", ".", "tmpfs", linux.MS_NOSUID, "mode=755,size=64k,nr_inodes=16")
+        os.chdir(f"{self.home}/stage")
+        for name in ("root", "proc", "dev"):
+            os.mkdir(name)
+        self._proc()
+        self._devices()
 
     def finish(self, spec: wire.Message) -> None:
         """The file system, then the confinement."""
         self.spec = spec
+        self.step = "group limits"
+        _write_all(spec["limits"])
         sources = self._open_sources()
         self._overlay()
         self._attach(sources)
-        self._proc()
-        self._devices()
+        self._move("proc", "/proc")
+        self._move("dev", "/dev")
+        flags = _BASE_FLAGS
+        shared = f"mode=1777,size={spec['shm_bytes']},nr_inodes=20k"
+        self._mount_new("/dev/shm", flags, shared)
+        temporary = f"mode=1777,size={spec['tmp_bytes']},nr_inodes={spec['tmp_inodes']}"
+        self._mount_new("/tmp", flags, temporary)
         self.step = "pivot_root"
         linux.pivot_root(".", ".")
         linux.umount(".")
@@ -98,13 +128,12 @@ class _Setup:
         self.step = "overlay"
         os.chdir(self.home)
         lower = ":".join(reversed(self.spec["lower"]))
-        box = f"run/{self.spec['box']}"
-        options = f"lowerdir={lower},upperdir={box}/u,workdir={box}/w,userxattr"
+        root = f"run/{self.spec['place']}"
+        options = f"lowerdir={lower},upperdir={root}/u,workdir={root}/w,userxattr"
         if self.spec["volatile"]:
             options += ",volatile"
-        linux.mount("overlay", f"{box}/m", "overlay", _BASE_FLAGS, options)
-        os.chdir(f"{box}/m")
-        os.umask(0o022)
+        linux.mount("overlay", "stage/root", "overlay", _BASE_FLAGS, options)
+        os.chdir("stage/root")
 
     def _target(self, path: str, directory: bool) -> int:
         """An O_PATH descriptor of a place inside the new root, created when it is missing."""
@@ -140,53 +169,52 @@ class _Setup:
             os.close(place)
             os.close(tree)
 
-    def _mount_new(self, kind: str, target: str, flags: int, data: str | None) -> None:
+    def _move(self, staged: str, target: str) -> None:
+        """Move a staged mount to its place in the new root."""
         self.step = f"mount {target}"
         place = self._target(target, directory=True)
-        linux.mount(kind, f"/proc/self/fd/{place}", kind, flags, data)
+        linux.mount(f"../{staged}", f"/proc/self/fd/{place}", None, linux.MS_MOVE, None)
+        os.close(place)
+
+    def _mount_new(self, target: str, flags: int, options: str) -> None:
+        """A fresh file system in memory."""
+        self.step = f"mount {target}"
+        place = self._target(target, directory=True)
+        linux.mount("tmpfs", f"/proc/self/fd/{place}", "tmpfs", flags, options)
         os.close(place)
 
     def _proc(self) -> None:
-        self._mount_new("proc", "/proc", _BASE_FLAGS | linux.MS_NOEXEC, None)
+        linux.mount("proc", "proc", "proc", _BASE_FLAGS | linux.MS_NOEXEC, None)
+        top = os.open("proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         for name in _PROC_READ_ONLY:
             self.step = f"protect /proc/{name}"
-            if os.path.lexists(f"proc/{name}"):
-                self._bind_over(f"proc/{name}", f"/proc/{name}", read_only=True)
+            with contextlib.suppress(FileNotFoundError):
+                _bind(linux.open_tree(name, top), top, name, read_only=True)
         for name in _PROC_MASKED:
             self.step = f"mask /proc/{name}"
-            if os.path.lexists(f"proc/{name}"):
-                self._bind_over("/dev/null", f"/proc/{name}", read_only=True)
-
-    def _bind_over(self, source: str, target: str, *, read_only: bool) -> None:
-        tree = linux.open_tree(source)
-        if read_only:
-            linux.mount_setattr(tree, linux.MOUNT_ATTR_RDONLY)
-        place = self._target(target, directory=False)
-        linux.move_mount(tree, place)
-        os.close(place)
-        os.close(tree)
+            with contextlib.suppress(FileNotFoundError):
+                _bind(linux.open_tree("/dev/null"), top, name, read_only=True)
+        os.close(top)
 
     def _devices(self) -> None:
-        self._mount_new("tmpfs", "/dev", linux.MS_NOSUID, "mode=755,size=64k,nr_inodes=64")
+        self.step = "mount /dev"
+        linux.mount("tmpfs", "dev", "tmpfs", linux.MS_NOSUID, "mode=755,size=64k,nr_inodes=64")
+        top = os.open("dev", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         for name in _DEVICES:
             self.step = f"mount /dev/{name}"
-            self._bind_over(f"/dev/{name}", f"/dev/{name}", read_only=False)
+            os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644, dir_fd=top))
+            _bind(linux.open_tree(f"/dev/{name}"), top, name, read_only=False)
         for name, destination in _DEVICE_LINKS.items():
-            os.symlink(destination, f"dev/{name}")
+            os.symlink(destination, name, dir_fd=top)
         for name in ("shm", "pts"):
-            os.mkdir(f"dev/{name}", 0o755)
-        flags = _BASE_FLAGS
-        shared = f"mode=1777,size={self.spec['shm_bytes']},nr_inodes=20k"
-        self._mount_new("tmpfs", "/dev/shm", flags, shared)
+            os.mkdir(name, 0o755, dir_fd=top)
         with contextlib.suppress(OSError):
             terminals = "newinstance,ptmxmode=0666,mode=620,max=64"  # of a number all share
-            self._mount_new("devpts", "/dev/pts", linux.MS_NOSUID | linux.MS_NOEXEC, terminals)
+            no_programs = linux.MS_NOSUID | linux.MS_NOEXEC
+            linux.mount("devpts", "dev/pts", "devpts", no_programs, terminals)
         self.step = "seal /dev"
-        device_root = self._target("/dev", directory=True)
-        linux.mount_setattr(device_root, linux.MOUNT_ATTR_RDONLY, recursive=False)
-        os.close(device_root)
-        temporary = f"mode=1777,size={self.spec['tmp_bytes']},nr_inodes={self.spec['tmp_inodes']}"
-        self._mount_new("tmpfs", "/tmp", flags, temporary)
+        linux.mount_setattr(top, linux.MOUNT_ATTR_RDONLY, recursive=False)
+        os.close(top)
 
     def _confine(self) -> None:
         self.step = "identity"
@@ -202,13 +230,23 @@ class _Setup:
         for name, value in self.spec["rlimits"].items():
             _limit(getattr(resource, name), value)
         self.step = "capabilities"
-        linux.drop_capabilities()
+        linux.drop_capabilities(_LAST_CAPABILITY)
         self.step = "no_new_privs"
         linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
         self.step = "seccomp"
-        linux.install_seccomp(_FILTER)
+        _FILTER.install()
         linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
         linux.prctl(linux.PR_SET_DUMPABLE, 0)
+
+
+def _bind(tree: int, directory: int, name: str, *, read_only: bool) -> None:
+    """Attach a detached tree over an entry of a directory that only this set-up code can change."""
+    try:
+        if read_only:
+            linux.mount_setattr(tree, linux.MOUNT_ATTR_RDONLY)
+        linux.move_mount_at(tree, directory, name)
+    finally:
+        os.close(tree)
 
 
 def _limit(which: int, value: int) -> None:
@@ -232,6 +270,16 @@ def _write(path: str, text: str) -> None:
         os.close(fd)
 
 
+def _write_all(writes: Iterable[tuple[str, str, bool]]) -> None:
+    """Write values to files, of which those that are not needed may be refused."""
+    for path, value, needed in writes:
+        try:
+            _write(path, value)
+        except OSError:
+            if needed:
+                raise
+
+
 def _keep_only(sock: socket.socket) -> None:
     null = os.open("/dev/null", os.O_RDWR)
     for number in (0, 1, 2):
@@ -241,7 +289,8 @@ def _keep_only(sock: socket.socket) -> None:
     os.closerange(fd + 1, 1 << 16)
 
 
-def _forbid_imports() -> None:
+def forbid_imports() -> None:
+    """Let no module be loaded from a file from now on; the spawner does it, before it clones."""
     sys.path.clear()
     sys.path_hooks.clear()
     sys.path_importer_cache.clear()
@@ -255,9 +304,9 @@ def become_first_process(
     status = 1
     setup = _Setup(home, host_id)
     try:
+        linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
         _keep_only(sock)
         os.setsid()
-        _forbid_imports()
         setup.settle(seat)
         received = wire.receive(sock)
         if received is not None:
@@ -267,6 +316,8 @@ def become_first_process(
         status = 0
     except Exception as error:  # noqa: BLE001  (last frame of this process: report, end)
         with contextlib.suppress(OSError):
-            wire.send(sock, {"ready": False, "step": setup.step, "error": str(error)})
+            number = getattr(error, "errno", None)
+            said = {"ready": False, "step": setup.step, "error": str(error), "errno": number}
+            wire.send(sock, said)
     finally:
         os._exit(status)

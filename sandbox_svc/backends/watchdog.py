@@ -85,8 +85,9 @@ class _Disk:
 class Watch:
     """The watchdog of one sandbox, from the start of its first process to its end."""
 
-    def __init__(self, box: "EmbeddedBox", jobs: Mapping[int, "Job"]) -> None:
-        self._box, self._jobs = box, jobs
+    def __init__(self, box: "EmbeddedBox", jobs: Mapping[int, "Job"], *, memory: bool) -> None:
+        """`memory`: whether it is watched too, because no control group does."""
+        self._box, self._jobs, self._memory = box, jobs, memory
         self._disk = _Disk(box, box.upper_path)
         self._next_count = 0.0
         self._task: asyncio.Task[None] | None = None
@@ -127,7 +128,7 @@ class Watch:
         bounded = limits.disk_bytes or limits.inodes
         if bounded and self._disk.could_be_over(now) and await self._disk.is_over(now):
             return EndReason.DISK
-        if box.soft_memory and 0 < limits.memory_bytes < int((await box.usage())["memory"]):
+        if self._memory and 0 < limits.memory_bytes < int((await box.usage())["memory"]):
             return EndReason.OOM
         return None
 

@@ -34,7 +34,7 @@ needs_root = pytest.mark.skipif(not IS_ROOT, reason="only root can lay this trap
 x86_64 = pytest.mark.skipif(os.uname().machine != "x86_64", reason="call numbers of x86_64")
 
 # What the spawner of a weakened runtime runs first.
-NO_FILTER = "child._FILTER = seccomp._ret(None)"
+NO_FILTER = "child._FILTER = linux.SeccompFilter(seccomp._ret(None))"
 NO_MASKS = "child._PROC_MASKED = ()"
 DUMPABLE = """
 prctl = linux.prctl

@@ -91,7 +91,7 @@ def test_damage_is_named_and_nothing_leaves_the_layer(tmp_path: Path, seed: int)
             assert list((files.home / "trash").iterdir()) == []
             deep = made.oci(_damaged(layer, chance))  # a layer that is damaged and well signed
             outcomes.append(_take(files, deep, Format.OCI))
-        assert sorted(os.listdir(files.home)) == ["base", "layers", "run", "trash"]
+        assert sorted(os.listdir(files.home)) == ["base", "layers", "run", "stage", "trash"]
         remove_tree(files.home)
     assert sorted(os.listdir(tmp_path)) == ["kept"]
     assert (tmp_path / "kept").read_text() == "kept"
