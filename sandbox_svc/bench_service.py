@@ -17,6 +17,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -138,16 +139,22 @@ async def at_once(once: Once, count: int, lanes: int) -> list[float]:
 
 
 class Docker:
-    """The Docker SDK's own way: a container for each turn."""
+    """The Docker SDK's own way: a container for each turn, a client for each thread."""
 
     def __init__(self, image: str, threads: ThreadPoolExecutor) -> None:
+        self._image, self._threads, self._local = image, threads, threading.local()
+        self._client.images.get(image)
+        self._live = self._start()
+
+    @property
+    def _client(self) -> Any:
+        """This thread's client; one that threads share loses connections when many are open."""
         import docker.client
 
         connect_engine: Any = docker.client.DockerClient.from_env
-        self._client = connect_engine(timeout=120)
-        self._image, self._threads = image, threads
-        self._client.images.get(image)
-        self._live = self._start()
+        if not hasattr(self._local, "client"):
+            self._local.client = connect_engine(timeout=120)
+        return self._local.client
 
     def _start(self) -> Any:
         container = self._client.containers.create(
@@ -161,14 +168,17 @@ class Docker:
         container.exec_run(["/bin/true"])
         container.remove(force=True)
 
+    def _exec(self) -> None:
+        live = self._client.containers.prepare_model({"Id": self._live.id})
+        live.exec_run(["/bin/true"])
+
     async def cycle(self) -> None:
         """Create, start, one command, remove."""
         await asyncio.get_running_loop().run_in_executor(self._threads, self._cycle)
 
     async def exec(self) -> None:
         """One command in a running container."""
-        call = self._live.exec_run
-        await asyncio.get_running_loop().run_in_executor(self._threads, call, ["/bin/true"])
+        await asyncio.get_running_loop().run_in_executor(self._threads, self._exec)
 
     def close(self) -> None:
         """Remove what is left."""
