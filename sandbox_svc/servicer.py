@@ -1,6 +1,6 @@
 """The two gRPC services over a `SandboxHost`: they translate, nothing else.
 
-- Mutations with a `request_id` answer a repeated request from memory; a missing id means once.
+- Mutations with a `request_id` answer a repeated request from memory (`regreen.rpc.interceptors`).
 - Lists are paged by position in a stable order; a token names the last entry that was sent.
 - A preparation repeats its last progress event every 10 s, so that a caller sees it live.
 - A command's stream is backpressure all the way: a slow reader slows the command.
@@ -9,14 +9,13 @@
 import asyncio
 import bisect
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, TypeVar
 
 import grpc
 
 from regreen.ids import check_id
 from regreen.rpc.errors import InvalidArgument
-from regreen.rpc.idempotency import Idempotency
 from regreen.sandbox import v1 as pb
 from sandbox_svc import files, metrics, translate
 from sandbox_svc.backends.base import ExecResult
@@ -72,13 +71,6 @@ def _place(item: State | Sandbox) -> tuple[float, str]:
 class _Servicer:
     def __init__(self, host: SandboxHost) -> None:
         self._host = host
-        self._answers: Idempotency[Any] = Idempotency()
-
-    async def _once(self, method: str, request: M, work: Callable[[], Awaitable[T]]) -> T:
-        if not request.request_id:
-            return await work()
-        answer: T = await self._answers.once(method, request.request_id, request, work)
-        return answer
 
 
 class StateServicer(_Servicer, pb.StateServiceServicer):
@@ -168,18 +160,14 @@ class SandboxServicer(_Servicer, pb.SandboxServiceServicer):
     ) -> pb.CreateSandboxResponse:
         """Fork a state."""
         check_id(request.state_id, "st", "state_id")
-
-        async def work() -> pb.CreateSandboxResponse:
-            sandbox = await self._host.manager.create(
-                request.state_id,
-                limits=translate.limits_from(request.limits),
-                labels=request.labels,
-                ttl_s=translate.seconds(request.ttl, "ttl"),
-                allow=request.egress.allow,
-            )
-            return pb.CreateSandboxResponse(sandbox=translate.sandbox_to(sandbox))
-
-        return await self._once("CreateSandbox", request, work)
+        sandbox = await self._host.manager.create(
+            request.state_id,
+            limits=translate.limits_from(request.limits),
+            labels=request.labels,
+            ttl_s=translate.seconds(request.ttl, "ttl"),
+            allow=request.egress.allow,
+        )
+        return pb.CreateSandboxResponse(sandbox=translate.sandbox_to(sandbox))
 
     async def GetSandbox(
         self, request: pb.GetSandboxRequest, context: Context
@@ -209,27 +197,19 @@ class SandboxServicer(_Servicer, pb.SandboxServiceServicer):
     ) -> pb.ForkSandboxResponse:
         """Snapshot a sandbox and start more from there."""
         check_id(request.id, "sbx", "id")
-
-        async def work() -> pb.ForkSandboxResponse:
-            state, forks = await self._host.manager.fork(request.id, request.count, request.labels)
-            return pb.ForkSandboxResponse(
-                state=translate.state_to(state),
-                sandboxes=[translate.sandbox_to(fork) for fork in forks],
-            )
-
-        return await self._once("ForkSandbox", request, work)
+        state, forks = await self._host.manager.fork(request.id, request.count, request.labels)
+        return pb.ForkSandboxResponse(
+            state=translate.state_to(state),
+            sandboxes=[translate.sandbox_to(fork) for fork in forks],
+        )
 
     async def SnapshotSandbox(
         self, request: pb.SnapshotSandboxRequest, context: Context
     ) -> pb.SnapshotSandboxResponse:
         """Freeze a sandbox into a state."""
         check_id(request.id, "sbx", "id")
-
-        async def work() -> pb.SnapshotSandboxResponse:
-            state = await self._host.manager.snapshot(request.id, request.labels)
-            return pb.SnapshotSandboxResponse(state=translate.state_to(state))
-
-        return await self._once("SnapshotSandbox", request, work)
+        state = await self._host.manager.snapshot(request.id, request.labels)
+        return pb.SnapshotSandboxResponse(state=translate.state_to(state))
 
     async def RestoreSandbox(
         self, request: pb.RestoreSandboxRequest, context: Context
@@ -237,12 +217,8 @@ class SandboxServicer(_Servicer, pb.SandboxServiceServicer):
         """Put a sandbox on another state."""
         check_id(request.id, "sbx", "id")
         check_id(request.state_id, "st", "state_id")
-
-        async def work() -> pb.RestoreSandboxResponse:
-            sandbox = await self._host.manager.restore(request.id, request.state_id)
-            return pb.RestoreSandboxResponse(sandbox=translate.sandbox_to(sandbox))
-
-        return await self._once("RestoreSandbox", request, work)
+        sandbox = await self._host.manager.restore(request.id, request.state_id)
+        return pb.RestoreSandboxResponse(sandbox=translate.sandbox_to(sandbox))
 
     async def KeepAlive(
         self, request: pb.KeepAliveRequest, context: Context
@@ -282,13 +258,9 @@ class SandboxServicer(_Servicer, pb.SandboxServiceServicer):
     async def Run(self, request: pb.RunRequest, context: Context) -> pb.RunResponse:
         """Run a command to its end."""
         check_id(request.sandbox_id, "sbx", "sandbox_id")
-
-        async def work() -> pb.RunResponse:
-            with self._host.manager.using(request.sandbox_id) as sandbox:
-                command = translate.command_from(request.command, sandbox.limits, sandbox.cwd)
-                return pb.RunResponse(result=_ended(await sandbox.box.run(command)))
-
-        return await self._once("Run", request, work)
+        with self._host.manager.using(request.sandbox_id) as sandbox:
+            command = translate.command_from(request.command, sandbox.limits, sandbox.cwd)
+            return pb.RunResponse(result=_ended(await sandbox.box.run(command)))
 
     async def ReadFile(self, request: pb.ReadFileRequest, context: Context) -> pb.ReadFileResponse:
         """Read part of a regular file."""
@@ -355,17 +327,13 @@ class SandboxServicer(_Servicer, pb.SandboxServiceServicer):
         """Judge a diff in a fresh fork of a state."""
         check_id(request.state_id, "st", "state_id")
         changes = changes_from_proto(list(request.changes))
-
-        async def work() -> pb.ValidateResponse:
-            verdict = await self._host.validate(
-                request.state_id,
-                changes,
-                translate.options_from(request),
-                skip_cache_lookup=request.skip_cache_lookup,
-            )
-            return pb.ValidateResponse(validation=translate.validation_to(verdict))
-
-        return await self._once("Validate", request, work)
+        verdict = await self._host.validate(
+            request.state_id,
+            changes,
+            translate.options_from(request),
+            skip_cache_lookup=request.skip_cache_lookup,
+        )
+        return pb.ValidateResponse(validation=translate.validation_to(verdict))
 
     async def GetCapabilities(
         self, request: pb.GetCapabilitiesRequest, context: Context

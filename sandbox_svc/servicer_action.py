@@ -8,7 +8,6 @@ from typing import Any
 import grpc
 
 from regreen.ids import check_id
-from regreen.rpc.idempotency import Idempotency
 from regreen.sandbox import v1 as pb
 from sandbox_svc import translate
 from sandbox_svc.action_store import Quarantined
@@ -24,7 +23,6 @@ class ActionServicer(pb.ActionServiceServicer):
 
     def __init__(self, host: SandboxHost) -> None:
         self._host = host
-        self._answers: Idempotency[pb.ExecuteResponse] = Idempotency()
 
     async def Execute(self, request: pb.ExecuteRequest, context: Context) -> pb.ExecuteResponse:
         """Run a command in a fresh fork, or answer with what it gave before."""
@@ -32,21 +30,15 @@ class ActionServicer(pb.ActionServiceServicer):
         limits = translate.limits_from(request.limits)
         cwd = self._host.states.get(request.state_id).cwd
         command = translate.command_from(request.command, limits, cwd)
-
-        async def work() -> pb.ExecuteResponse:
-            answer = await self._host.actions.execute(
-                request.state_id,
-                command,
-                limits=limits,
-                do_not_cache=request.do_not_cache,
-                skip_cache_lookup=request.skip_cache_lookup,
-                keep_state=request.keep_state,
-            )
-            return _answer_to(answer)
-
-        if not request.request_id:
-            return await work()
-        return await self._answers.once("Execute", request.request_id, request, work)
+        answer = await self._host.actions.execute(
+            request.state_id,
+            command,
+            limits=limits,
+            do_not_cache=request.do_not_cache,
+            skip_cache_lookup=request.skip_cache_lookup,
+            keep_state=request.keep_state,
+        )
+        return _answer_to(answer)
 
     async def ListQuarantined(
         self, request: pb.ListQuarantinedRequest, context: Context

@@ -31,7 +31,9 @@ T = TypeVar("T", bound=Message)
 @dataclass(slots=True)
 class _Entry(Generic[T]):
     fingerprint: bytes
-    task: "asyncio.Task[T]"
+    task: "asyncio.Task[T] | None"
+    """What is under way; None once there is an answer."""
+    answer: T | None = None
     waiters: int = 0
     expires_s: float = 0.0
     size_bytes: int = 0
@@ -78,12 +80,16 @@ class Idempotency(Generic[T]):
         return await self._wait(key, entry)
 
     async def _wait(self, key: tuple[str, str], entry: _Entry[T]) -> T:
+        task = entry.task
+        if task is None:
+            assert entry.answer is not None
+            return entry.answer
         entry.waiters += 1
         try:
-            answer = await asyncio.shield(entry.task)
+            answer = await asyncio.shield(task)
         except asyncio.CancelledError:
-            if entry.waiters == 1 and not entry.task.done():
-                entry.task.cancel()
+            if entry.waiters == 1 and not task.done():
+                task.cancel()
                 self._forget(key)
             raise
         except BaseException:
@@ -97,7 +103,7 @@ class Idempotency(Generic[T]):
     def _remember(self, entry: _Entry[T], answer: T) -> None:
         if entry.done:
             return
-        entry.done = True
+        entry.done, entry.task, entry.answer = True, None, answer
         entry.expires_s = self._clock() + self._ttl_s
         entry.size_bytes = len(answer.SerializeToString())
         self._bytes += entry.size_bytes
