@@ -3,7 +3,7 @@
 - The stream of an exec lives as long as any process holds it; the end of its main process is asked
   for separately, so that a daemon cannot hold a call.
 - Standard streams arrive in frames of eight header bytes; a terminal's output arrives as it is.
-- One whose start was cut short holds no stream; what runs of it is its caller's to end.
+- One whose start was cut short is not lost: whoever began it gets it, or `drop` does.
 - Helpers run with a fixed path: nothing that a sandbox may write is looked up by their names.
 """
 
@@ -13,7 +13,7 @@ import itertools
 import socket
 import ssl
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,8 +63,10 @@ class Exec:
         self.seen_s = 0.0
         """When it last printed, by the loop's clock."""
 
-    async def open(self, container: str) -> None:
-        """Start it; if the caller goes away meanwhile, its stream is closed once it runs.
+    async def open(
+        self, container: str, late: Callable[["Exec"], Awaitable[object]] | None = None
+    ) -> None:
+        """Start it; if the caller goes away meanwhile, `late` gets it once it runs.
 
         Raises:
             ContainerGone: the container does not run.
@@ -72,7 +74,11 @@ class Exec:
         """
 
         async def drop(_: None) -> None:
-            self.close()
+            try:
+                if late is not None:
+                    await late(self)
+            finally:
+                self.close()
 
         await self._engine.owned(self._open(container), drop)
         self._resume()
