@@ -100,8 +100,8 @@ class DockerRuntime:
             MissingDependency: no engine, or it lacks the image or the OCI runtime; the message
                 names the remedy.
         """
-        (self._home / "docker-layers").mkdir(parents=True, exist_ok=True)
-        (self._home / _IDENTITY).write_text(self._instance, encoding="ascii")
+        _keep_identity(self._home, self._instance)  # first: layers without one are of old homes
+        (self._home / "docker-layers").mkdir(exist_ok=True)
         try:
             info = await self.engine.connect()
             self._data = info.get("DockerRootDir", "")
@@ -404,11 +404,30 @@ class DockerRuntime:
 
 def _instance_of(home: Path) -> str:
     """What the containers of a home are told by: services in containers may have equal paths."""
+    kept = _kept_identity(home)
+    if kept is None and (home / "docker-layers").is_dir():  # a version that took the path for it
+        return hashlib.sha256(os.fsencode(home)).hexdigest()[:12]
+    return kept or secrets.token_hex(6)
+
+
+def _kept_identity(home: Path) -> str | None:
+    """What a home holds: empty where an older version was cut short in writing it."""
     with contextlib.suppress(FileNotFoundError):
         return (home / _IDENTITY).read_text(encoding="ascii").strip()
-    if (home / "docker-layers").is_dir():  # of a version that took the path for it
-        return hashlib.sha256(os.fsencode(home)).hexdigest()[:12]
-    return secrets.token_hex(6)
+    return None
+
+
+def _keep_identity(home: Path, instance: str) -> None:
+    """Write it once and as a whole: a home that loses it loses track of its containers."""
+    if _kept_identity(home):
+        return
+    home.mkdir(parents=True, exist_ok=True)
+    draft = home / f".{_IDENTITY}"
+    with draft.open("w", encoding="ascii") as target:
+        target.write(instance)
+        target.flush()
+        os.fsync(target.fileno())
+    draft.rename(home / _IDENTITY)
 
 
 def _complete(limits: Limits, default: Limits) -> Limits:

@@ -207,6 +207,17 @@ class DockerBox:
                     continue
             await self._put_down(container, reason)
 
+    async def finish(self, container: str, mark: Mark) -> None:
+        """End every process of one command, and only then give its name back.
+
+        Raises:
+            InfraError: the engine does not answer.
+        """
+        try:
+            await self.end(container, mark, EndReason.SIGNAL)
+        finally:
+            self.unmark(mark, empty=False)
+
     async def _put_down(self, container: str, reason: EndReason) -> None:
         if container != self.container:
             return
@@ -243,15 +254,9 @@ class DockerBox:
             return answer
         finally:
             if answer is None or not answer.ended:
-                self.engine.task(self._end_helper(container, mark))
+                self.engine.task(self.finish(container, mark))
             else:
                 self.unmark(mark, empty=True)
-
-    async def _end_helper(self, container: str, mark: Mark) -> None:
-        try:
-            await self.end(container, mark, EndReason.SIGNAL)
-        finally:
-            self.unmark(mark, empty=False)
 
     async def how(self, container: str, code: int | None) -> tuple[EndReason, int, int]:
         """How a command ended, from its exit code: reason, code and signal to show."""

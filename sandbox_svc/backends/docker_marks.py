@@ -6,6 +6,7 @@
 - Names are given to one command at a time; one comes back only when no process has its group.
 - The programs here run as the container's root with no capability but to signal. They use nothing
   but what is built into a shell: a full process table cannot stop them once they have begun.
+- A process whose first thread has ended looks dead; it is alive as long as it has others.
 - First the command's processes are stopped, so that none is born behind the back of the search,
   then killed. Where processes come and go faster than they can be looked at, everything in the
   container is stopped in one step by the kernel, searched, and let go on.
@@ -39,7 +40,8 @@ look() {
     case $key in
       State:) state=${value%% *} ;;
       PPid:) parent=$value ;;
-      Groups:) marks=" $value "; break ;;
+      Groups:) marks=" $value "; case $state in [ZXx]) ;; *) break ;; esac ;;
+      Threads:) case $value in [01]) ;; *) state=S ;; esac; break ;;
     esac
   done 2>/dev/null < "$1/status"
   [ "$state" ] || gone=1

@@ -123,9 +123,9 @@ class ContainerPool:
 
     async def _clear(self, recipe: Recipe) -> None:
         shelf = self._shelves.pop(recipe, _Shelf())
-        await asyncio.shield(
-            asyncio.gather(*(self._discard(container) for container in shelf.ready))
-        )
+        going = list(shelf.ready)
+        shelf.ready.clear()  # a `take` under way still has the shelf
+        await asyncio.shield(asyncio.gather(*(self._discard(container) for container in going)))
 
     async def _keep(self) -> None:
         while True:

@@ -2,6 +2,7 @@
 
 - It runs under a name of its own (`docker_marks.py`): whoever stops it ends all its processes,
   however they hide, and none of another command.
+- The name goes back only when nobody is still to end what runs under it: it may be another's next.
 - As with any command there, its own end is asked for: a daemon may hold the stream for ever.
 - What it prints is always read on: an engine that cannot hand on the output of one command tells
   the end of no other in that container. What waits for a slow sink is bounded by what is kept.
@@ -74,13 +75,12 @@ class DockerProcess:
         self._channel = channel
         mark = self._mark = await box.mark()
         container = self._container = box.container
+        running = self._exec = Exec(box.engine, self._wish(mark), self._feed)
+        opening = box.engine.task(running.open(container))
         try:
-            self._exec = Exec(box.engine, self._wish(mark), self._feed)
-            await self._exec.open(container, lambda _: box.end(container, mark, EndReason.SIGNAL))
-        except BaseException as error:
-            box.unmark(mark, empty=False)
-            if isinstance(error, EngineSilent):  # it may run, or be about to
-                box.engine.task(box.end(container, mark, EndReason.SIGNAL))
+            await asyncio.shield(opening)
+        except BaseException:
+            box.engine.task(self._abandon(opening))
             raise
         self._began_s = time.monotonic()
         if sink is not None:
@@ -90,6 +90,16 @@ class DockerProcess:
         if command.terminal is not None:
             await self._first_size(command.terminal)
         return self
+
+    async def _abandon(self, opening: "asyncio.Task[None]") -> None:
+        """End what comes of a start that nobody waits for, then give its name back."""
+        try:
+            with contextlib.suppress(EngineSilent):  # it may run, or be about to
+                await opening
+        except BaseException:  # it does not run
+            self._close()
+            raise
+        await self._give_up()
 
     def _wish(self, mark: Mark) -> Wish:
         command, script = self._command, 'exec "$@"'
@@ -204,9 +214,10 @@ class DockerProcess:
 
     async def _give_up(self) -> None:
         """End all its processes, whatever becomes of the caller meanwhile."""
+        mark, self._mark = self._mark, None
         try:
-            if self._mark is not None:
-                ending = self._box.engine.task(self._end(self._mark, EndReason.SIGNAL))
+            if mark is not None:
+                ending = self._box.engine.task(self._box.finish(self._container, mark))
                 with contextlib.suppress(InfraError):
                     await asyncio.shield(ending)
         finally:
@@ -233,12 +244,10 @@ class DockerProcess:
             else:
                 await within(running.drained, left_s)
 
-    async def _end(self, mark: Mark, reason: EndReason) -> None:
-        await self._box.end(self._container, mark, reason)
-
     async def _overrun(self, reason: EndReason) -> EndReason:
         assert self._mark is not None
-        await self._end(self._mark, reason)
+        ending = self._box.end(self._container, self._mark, reason)
+        await asyncio.shield(self._box.engine.task(ending))  # or its program might outlive the name
         return reason
 
     async def _last_words(self, running: Exec) -> None:

@@ -249,6 +249,12 @@ class _Process(NamedTuple):
     state: str
     started: int
     """Clock ticks since boot."""
+    threads: int
+
+    @property
+    def dead(self) -> bool:
+        """Whether it only waits to be reaped; its first thread may end before the others."""
+        return self.state in "ZX" and self.threads <= 1
 
 
 def _look_at(pid: int) -> _Process:
@@ -256,8 +262,8 @@ def _look_at(pid: int) -> _Process:
         with open(f"/proc/{pid}/stat", "rb") as source:
             fields = source.read().rsplit(b")", 1)[1].split()
     except (OSError, IndexError):
-        return _Process(0, "X", 0)
-    return _Process(int(fields[1]), fields[0].decode(), int(fields[19]))
+        return _Process(0, "X", 0, 0)
+    return _Process(int(fields[1]), fields[0].decode(), int(fields[19]), int(fields[17]))
 
 
 def _doomed(job: _Job, others: set[int]) -> list[int]:
@@ -275,7 +281,7 @@ def _doomed(job: _Job, others: set[int]) -> list[int]:
     return [
         pid
         for pid, process in info.items()
-        if process.state not in "ZX"
+        if not process.dead
         and (process.started, pid) >= (first, job.pid)
         and not belongs_to_other(pid)
     ]

@@ -1,6 +1,7 @@
 """What every sandbox runtime must do: commands, files, layers."""
 
 import asyncio
+import platform
 import time
 
 import pytest
@@ -124,6 +125,44 @@ async def test_no_process_hides_from_the_end_of_its_command(box):
     left = (await sh(box, "cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' '")).stdout.text
     assert "sleep 31" not in left
     assert (await other).stdout.text == "lived\n"
+
+
+_HEADLESS = (
+    bytes.fromhex("7f454c4602010100000000000000000002003e00010000007800400000000000")
+    + bytes.fromhex("4000000000000000000000000000000000000000400038000100000000000000")
+    + bytes.fromhex("0100000005000000000000000000000000004000000000000000400000000000")
+    + bytes.fromhex("9c000000000000009c000000000000000010000000000000")
+    + bytes.fromhex("b838000000bf0009010031f60f05")  # clone(VM | SIGHAND | THREAD)
+    + bytes.fromhex("85c07409b83c00000031ff0f05")  # exit, of the first thread only
+    + bytes.fromhex("b8220000000f05ebf7")  # the other pauses for ever
+)
+"""A program whose first thread ends: the kernel shows it as a zombie, with a thread that lives."""
+_SEEN = """
+until set -- $(grep -lx 'Name:.headless' /proc/[0-9]*/status 2>/dev/null) && [ $# = {} ] &&
+  [ $(cat "$@" /dev/null | grep -c '^State:.Z') = {} ]
+do :; done
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the program is for x86_64")
+async def test_no_process_without_its_first_thread_outlives_its_command(box):
+    await box.write_file("/work/home/headless", _HEADLESS, 0o755)
+    other = asyncio.create_task(sh(box, "sleep 6; echo lived"))
+    task = asyncio.create_task(sh(box, "$HOME/headless & $HOME/headless & sleep 300", timeout_s=3))
+    assert (await sh(box, _SEEN.format(2, 2), timeout_s=2.5)).ok  # both look dead and live
+    assert (await task).reason is EndReason.TIMEOUT
+    assert (await sh(box, _SEEN.format(0, 0), timeout_s=5.0)).ok
+    task = asyncio.create_task(sh(box, "$HOME/headless & exec $HOME/headless"))
+    assert (await sh(box, _SEEN.format(2, 2), timeout_s=5.0)).ok
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert (await sh(box, _SEEN.format(0, 0), timeout_s=5.0)).ok
+    assert (await other).stdout.text == "lived\n"
+    process = await box.start(Command(("/work/home/headless",), cwd="/"))
+    assert (await sh(box, _SEEN.format(1, 1), timeout_s=5.0)).ok
+    assert await process.signal(15)
+    assert (await process.wait()).signal == 15
 
 
 async def test_a_command_that_closes_its_output_is_waited_for(box):

@@ -235,6 +235,48 @@ async def test_a_command_whose_start_was_not_answered_does_not_run_on(proxy, mak
     await until(gone)
 
 
+async def test_a_name_is_not_given_back_before_its_command_is_ended(proxy, make):
+    runtime = await make()
+    box = await runtime.create([], limits=SMALL)
+    assert (await sh(box, "true")).ok
+    names = box._marks._running
+    assert not names
+
+    async def given_back() -> bool:
+        return not names
+
+    sleep, start = Command(("sleep", "351"), cwd="/"), r"POST /exec/\w+/start"
+    rule = proxy.rule(start, times=1, before=threading.Event())
+    starting = asyncio.create_task(box.start(sleep))
+    await seen(rule.seen)
+    starting.cancel()  # who wanted it has gone before it began
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert len(names) == 1
+    rule.before.set()
+    await until(given_back)
+    runtime.api.timeout = 1.0
+    rule = proxy.rule(start, times=1, after=threading.Event())
+    with pytest.raises(InfraError):  # it runs, and nobody was told
+        await box.start(sleep)
+    assert len(names) == 1
+    await until(given_back)
+    runtime.api.timeout = 60.0
+    waiting = asyncio.create_task((await box.start(sleep)).wait())
+    await asyncio.sleep(0.2)
+    rule = proxy.rule(r"POST /containers/\w+/exec", times=1, before=threading.Event())
+    waiting.cancel()
+    await seen(rule.seen)  # it is being ended
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert len(names) == 1
+    rule.before.set()
+    await until(given_back)
+    seek = "grep -lzx '35[1]' /proc/[0-9]*/cmdline || echo none"
+    assert (await sh(box, seek)).stdout.text == "none\n"
+
+
 async def test_a_command_that_freezing_overtakes_is_one_that_it_ended(make):
     runtime = await make()
     box = await runtime.create([], limits=SMALL)

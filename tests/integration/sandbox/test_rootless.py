@@ -21,7 +21,8 @@ _PARTS = {
     "abuse": ("abuse", ["tests/contract/abuse"]),
     "contract": (
         "not docker and (exit_codes or time_out_kills or files_are_written or freezing"
-        " or changed_paths or children or terminal or reaches_the_whole_group or full_pipe)",
+        " or changed_paths or children or terminal or reaches_the_whole_group or full_pipe"
+        " or first_thread)",
         ["tests/contract/test_runtime.py", "tests/contract/test_process.py"],
     ),
     "states": (
