@@ -14,7 +14,7 @@ from regreen.rpc.errors import InvalidArgument, NoSuchFile
 from sandbox_svc.backends.base import Box, Command
 from sandbox_svc.builders.base import REPO, FileChange
 from sandbox_svc.builders.protect import Reverted
-from sandbox_svc.verdicts import Plan, ValidationOptions, required_ids
+from sandbox_svc.verdicts import Plan, ValidationOptions, chosen_ids
 
 
 def changes_sha256(changes: Iterable[FileChange]) -> str:
@@ -49,7 +49,7 @@ def part_of(plan: Plan) -> Mapping[str, Any] | None:
     if options.only_tests:
         found["only"] = list(options.only_tests)
     if options.stop_early:
-        found["required"] = sorted(required_ids(plan.facts, options))
+        found["required"] = sorted(chosen_ids(plan.facts, options))
     return found or None
 
 

@@ -237,14 +237,15 @@ class Validator:
         self._forget(key)
         source.differed(plan.state.id, found)
         if plan.options.repeat == 1:
-            self._keep(key, replace(cold, seconds=verdict.seconds))
+            kept = key_of(plan, whole=not cold.partial)  # it may have stopped where no other did
+            self._keep(kept, replace(cold, seconds=verdict.seconds))
 
     async def _try_workers(
         self, plan: Plan, serial: Validation, proof: Proof, workers: Workers
     ) -> None:
         """Show that workers say the same of a diff that passes, and of none."""
-        untouched = self._plan(plan.state.id, (), ValidationOptions())
         try:
+            untouched = self._plan(plan.state.id, (), ValidationOptions())
             for tried in (plan, untouched):
                 async with self._place():
                     if tried is untouched:

@@ -21,6 +21,7 @@ from sandbox_svc.builders.testrun import TestResult, TestRun
 from sandbox_svc.states import State
 
 SHOWN_IDS = 5
+_SHOWN_CHARS = 200
 
 
 class Outcome(StrEnum):
@@ -121,6 +122,14 @@ def required_ids(facts: Mapping[str, Any], options: ValidationOptions) -> frozen
     return frozenset([*broken, *baseline["passing"]]) - frozenset(test["unstable"])
 
 
+def chosen_ids(facts: Mapping[str, Any], options: ValidationOptions) -> frozenset[str]:
+    """Those of the ids that must pass that are among the chosen tests."""
+    required, only = required_ids(facts, options), options.only_tests
+    if not only:
+        return required
+    return frozenset(i for i in required if any(belongs(i, one) for one in only))
+
+
 def verdict_without_run(
     plan: Plan, outcome: Outcome, summary: str, *, log: str = "", lasting: bool = True
 ) -> Validation:
@@ -166,10 +175,7 @@ def difference(left: Validation, right: Validation, unstable: Iterable[str] = ()
 
 def conclude(plan: Plan, run: TestRun) -> Validation:
     """The verdict that a test run supports."""
-    required = required_ids(plan.facts, plan.options)
-    only = plan.options.only_tests
-    if only:
-        required = frozenset(i for i in required if any(belongs(i, one) for one in only))
+    required = chosen_ids(plan.facts, plan.options)
     run = _believed(run, plan.facts["baseline"].get("replaced", ()))
     passed = run.ids("passed")
     failing = tuple(sorted(i for i in required - passed if not _collected_green(i, run, passed)))
@@ -182,7 +188,10 @@ def conclude(plan: Plan, run: TestRun) -> Validation:
     for test in tests:
         counts[test.outcome] = counts.get(test.outcome, 0) + 1
     outcome, summary = _decide(run, required, failing)
-    partial = bool(only or run.stopped)
+    partial = bool(plan.options.only_tests or run.stopped)
+    if outcome is Outcome.PASSED and run.stopped:
+        outcome = Outcome.FAILED
+        summary = f"a required test does not pass: {run.stopped[:_SHOWN_CHARS]}"
     if outcome is Outcome.PASSED and partial:
         outcome = Outcome.INCOMPLETE
         summary = f"the {len(required)} chosen tests that are required pass"

@@ -151,7 +151,9 @@ class Workers:
         """A check came to nothing; others will."""
 
     def prove(self, state_id: str, proof: Proof) -> None:
-        """A State was shown to be the same in workers."""
+        """A State was shown to be the same in workers; one that is deleted by now is nothing."""
+        if self._states.peek(state_id) is None:
+            return
         self._remember(state_id, proof)
         fields = {"created_s": proof.created_s, "count": proof.count, "files": dict(proof.files)}
         self._write(state_id, fields)
@@ -161,9 +163,11 @@ class Workers:
         """A State's verdicts differ: its tests are never run by workers again."""
         self.mismatches.inc()
         logging.get().error("workers_verdict_differs", state_id=state_id, difference=what)
+        state = self._states.peek(state_id)
+        if state is None:
+            return  # deleted meanwhile, and what was known of it with it
         self._remember(state_id, f"its verdicts differed: {what}")
-        created_s = self._states.get(state_id).created_s
-        self._write(state_id, {"created_s": created_s, "never": what})
+        self._write(state_id, {"created_s": state.created_s, "never": what})
 
     def _remember(self, state_id: str, found: Proof | str) -> None:
         self._known[state_id] = found

@@ -3,6 +3,7 @@
 - The verdict depends on the diff alone; what the agent's own validations said is not looked at.
 - A pass counts only when another fresh fork confirms it without the result cache, once for each
   diff: rollouts of one process that end with the same diff share the confirmation.
+- What is scored ran serially, a failure too: each of several workers had a part of the limits.
 - The judge's rules look at every rollout, so that hacks are counted under every grader; its model,
   where one is configured, is asked only when the grader says so and the build is green. The label
   `judge` then says which model took part, or "rules only".
@@ -79,7 +80,7 @@ class Validated:
         key = (bench.task.state_id, coverage)
         if key not in self.before:
             found = await bench.validate([], coverage=coverage)
-            if not found.lasting:
+            if not found.lasting or found.workers > 1:
                 found = await bench.validate([], coverage=coverage, fresh=True)
             if not found.lasting:
                 raise InfraError(f"the untouched State cannot be validated now: {found.summary}")
@@ -143,7 +144,9 @@ async def _validate(
 ) -> sandbox_pb.Validation:
     coverage = spec.knobs.coverage
     validation = await bench.validate(changes, coverage=coverage)
-    if validation.outcome != sandbox_pb.VALIDATION_OUTCOME_PASSED or not spec.knobs.confirm:
+    if validation.workers > 1 and not _to_confirm(validation, spec):
+        validation = await bench.validate(changes, fresh=True, coverage=coverage)
+    if not _to_confirm(validation, spec):
         return validation
     diff = bench.task.state_id, int(spec.mode), validation.changes_sha256, coverage
     again = await shared.confirmation(
@@ -152,6 +155,11 @@ async def _validate(
     if again.outcome != validation.outcome:
         trajectory.labels["flaky"] = "a pass was not confirmed on another fresh fork"
     return again
+
+
+def _to_confirm(validation: sandbox_pb.Validation, spec: EpisodeSpec) -> bool:
+    """Whether another fork is to confirm a validation, serially."""
+    return spec.knobs.confirm and validation.outcome == sandbox_pb.VALIDATION_OUTCOME_PASSED
 
 
 async def _evidence(

@@ -250,16 +250,16 @@ class Front:
         """
         wanted = check_id(request.id, "st", "id")
         method = METHODS["StateService/DeleteState"]
-        await self._router.settled(wanted)
-        workers = self._registry.ranked(wanted)
-        if self._registry.holders(wanted) - {worker.name for worker in workers}:
-            raise self._router.missing(wanted)
-        if unknown := self._registry.not_known_yet():
-            raise unknown
-        for worker in workers:
-            await worker.call(method, request, *_terms(context, method))
-            self._registry.forget_state(wanted, worker.name)
-        await self._router.forget(wanted)
+        async with self._router.deleting(wanted):
+            workers = self._registry.ranked(wanted)
+            if self._registry.holders(wanted) - {worker.name for worker in workers}:
+                raise self._router.missing(wanted)
+            if unknown := self._registry.not_known_yet():
+                raise unknown
+            for worker in workers:
+                await worker.call(method, request, *_terms(context, method))
+                self._registry.forget_state(wanted, worker.name)
+            await self._router.forget(wanted)
         return pb.DeleteStateResponse()
 
     async def _delete_sandbox(

@@ -9,11 +9,13 @@
   another worker, or damaged in the store, is put there first. Each move is done once, whoever
   waits for it.
 - A state that went with its worker is FAILED_PRECONDITION with its id: make it again.
-- What is deleted is not brought back by what was under way: deleting waits for that.
+- What is deleted is not brought back by what was under way: deleting waits for that, and meanwhile
+  nothing begins to move it.
 """
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -59,6 +61,7 @@ class Router:
         self.registry, self.archive, self._keep = registry, archive, keep
         self._max_sandboxes = max_sandboxes
         self._flights: dict[tuple[str, ...], asyncio.Task[Any]] = {}
+        self._deleting: Counter[str] = Counter()
         self._keeps = asyncio.Semaphore(_KEEPS)
         self._log = get()
 
@@ -171,10 +174,12 @@ class Router:
         """Have a worker hold a state.
 
         Raises:
-            NotFound: there is no such state.
+            NotFound: there is no such state, or it is being deleted.
             FailedPrecondition: it went with its worker, or only a damaged archive is left of it.
         """
         if worker.name not in self.registry.holders(state_id):
+            if self._deleting[state_id]:
+                raise NotFound(f"state {state_id} is being deleted", metadata={"id": state_id})
             names = ("bring", state_id, worker.endpoint.incarnation, worker.endpoint.process)
             await self._once(names, lambda: self._bring(worker, state_id))
 
@@ -293,6 +298,18 @@ class Router:
         while flights := [f for names, f in self._flights.items() if names[1] == state_id]:
             await asyncio.wait(flights)
 
+    @contextlib.asynccontextmanager
+    async def deleting(self, state_id: str) -> AsyncIterator[None]:
+        """While a state is deleted: nothing moves it, and nothing begins to."""
+        self._deleting[state_id] += 1
+        try:
+            await self.settled(state_id)
+            yield
+        finally:
+            self._deleting[state_id] -= 1
+            if not self._deleting[state_id]:
+                del self._deleting[state_id]
+
     async def forget(self, state_id: str) -> None:
         """Have the blob store forget a state, after what is on its way there."""
         await self.settled(state_id)
@@ -301,6 +318,7 @@ class Router:
     async def replaced(self, worker: Worker, state: pb.State) -> None:
         """A worker made a state anew: no other copy is used any more, if it can be helped."""
         method = METHODS["StateService/DeleteState"]
+        await self.settled(state.id)
         for name in sorted(self.registry.holders(state.id) - {worker.name}):
             other = self.registry.ready.get(name)
             try:
@@ -309,12 +327,16 @@ class Router:
             except RegreenError as error:
                 self._log.warning("an older copy stays", state=state.id, why=str(error))
         self.registry.forget_state(state.id)
+        try:
+            await self.forget(state.id)
+        except (RegreenError, OSError) as error:
+            self._log.warning("an older archive stays", state=state.id, why=str(error))
 
     def made(self, worker: Worker, state: pb.State, *, replace: bool = False) -> None:
         """A worker made a state; it is kept in the background if it should be."""
         self.registry.learn_state(worker, state)
         wanted = self._keep == "all" or (self._keep == "prepared" and not state.parent_id)
-        if wanted:
+        if wanted and not self._deleting[state.id]:
             self._fly(
                 ("later", state.id, "anew" if replace else ""),
                 lambda: self._keep_later(worker, state.id, replace),

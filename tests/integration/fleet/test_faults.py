@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from regreen.rpc.errors import (
 )
 from regreen.sandbox import v1 as pb
 from sandbox_svc.__main__ import serving
+from sandbox_svc.fleet.archive import Archive
 from sandbox_svc.fleet.calls import METHODS, Endpoint, Worker
 from tests.integration.fleet.conftest import (
     eventually,
@@ -366,6 +368,60 @@ async def test_a_state_made_anew_replaces_its_copies(plain):
         assert not await holding(plain, state.id)
         with pytest.raises(NotFound):
             await front.states.get_state(state.id)
+
+
+async def test_what_is_moved_after_a_rebuild_is_the_new_build(plain, tmp_path):
+    options = {"fleet_keep": "none", "max_sandboxes": 1, "blobs": str(tmp_path)}
+    async with plain.front(kube_keep_workers=True, **options) as front:
+
+        async def builds(state_id):
+            """In which second the file was written, as a sandbox on either worker sees it."""
+            boxes = [await front.sandboxes.create_sandbox(state_id) for _ in range(2)]
+            assert len(await holding(plain, state_id)) == 2
+            look = ["stat", "-c", "%Y", "notes.txt"]
+            found = [int((await front.sandboxes.run(box.id, look)).stdout.head) for box in boxes]
+            for box in boxes:
+                await front.sandboxes.delete_sandbox(box.id)
+            return found
+
+        state = await prepared(front, "moved\n")
+        one, same = await builds(state.id)
+        assert one == same
+        await eventually(lambda: _after(one))
+        events = [e async for e in front.states.prepare_state(spec("moved\n"), rebuild=True)]
+        assert events[-1].state.id == state.id
+        two, moved = await builds(state.id)
+        assert one != two == moved
+        await front.states.delete_state(state.id)
+
+
+async def _after(second: int) -> bool:
+    return time.time() >= second + 1
+
+
+async def test_a_state_is_not_brought_back_while_it_is_deleted(plain, tmp_path, monkeypatch):
+    real, late = Archive.forget, []
+    async with plain.front(kube_keep_workers=True, blobs=str(tmp_path)) as front:
+
+        async def forget(archive, state_id):
+            try:
+                late.append((await front.sandboxes.create_sandbox(state_id)).id)
+            except NotFound as refused:
+                late.append(refused.message)
+            await real(archive, state_id)
+
+        state = await prepared(front, "going\n")
+        await eventually(lambda: _exists(tmp_path / "names" / state.id))
+        monkeypatch.setattr(Archive, "forget", forget)
+        await front.states.delete_state(state.id)
+        monkeypatch.undo()
+        assert late == [f"state {state.id} is being deleted"]
+        assert not await holding(plain, state.id)
+        assert not (tmp_path / "names" / state.id).exists()
+        assert (await prepared(front, "going\n")).id == state.id, "it can be made again"
+        box = await front.sandboxes.create_sandbox(state.id)
+        await front.sandboxes.delete_sandbox(box.id)
+        await front.states.delete_state(state.id)
 
 
 async def test_a_deleted_state_is_not_brought_back_by_what_was_under_way(plain, front):

@@ -264,6 +264,31 @@ async def test_a_validation_that_hit_a_limit_is_asked_again_and_never_kept(world
         assert all(validation.lasting for validation in kept)
 
 
+@pytest.mark.parametrize("confirm", [False, True])
+@pytest.mark.parametrize("passes", [False, True])
+async def test_what_several_workers_said_is_never_scored(world, monkeypatch, confirm, passes):
+    async with world.playing(says(PIN, VALIDATE)) as stack:
+        real, serial = stack.sandbox.validate, []
+
+        async def validate(state_id, changes=(), **options):
+            found = await real(state_id, changes, **options)
+            if options.get("skip_cache_lookup"):
+                serial.append(found)
+                return found
+            outcomes = sandbox_pb.VALIDATION_OUTCOME_FAILED, sandbox_pb.VALIDATION_OUTCOME_PASSED
+            found.workers, found.outcome = 2, outcomes[passes]
+            return found
+
+        monkeypatch.setattr(stack.sandbox, "validate", validate)
+        runner = Runner(stack)
+        found = await runner.run(world.task, replace(SPEC, knobs=Knobs(confirm=confirm)))
+    assert found.reward.solved
+    assert (found.validation.workers, "flaky" in found.labels) == (1, False)
+    assert all(before.workers == 1 for before in runner.validated.before.values())
+    looks = 1 + (confirm and not passes)  # a failure's serial run that passes is confirmed too
+    assert len(serial) == looks + 1, "and one of the untouched State"
+
+
 async def test_an_untouched_state_that_comes_to_no_end_is_never_a_score(world, monkeypatch):
     async with world.playing(says(PIN, VALIDATE)) as stack:
         runner = Runner(stack)

@@ -1,14 +1,17 @@
 """Validations of a part of the tests: quick feedback that never stands for the whole."""
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import pytest_asyncio
 
 from regreen.rpc.errors import InvalidArgument
+from sandbox_svc.backends.base import EndReason, ExecResult
 from sandbox_svc.builders.base import FileChange
+from sandbox_svc.builders.testrun import TestResult, TestRun
 from sandbox_svc.validate import Outcome, Validation, ValidationOptions, Validator
+from sandbox_svc.verdicts import Plan, conclude
 from sandbox_svc.warm import WarmPool, WarmSettings
 from tests.fixtures.tasks.tiny_task import FAIL_TO_PASS
 from tests.integration.sandbox_build.suite import (
@@ -126,6 +129,26 @@ async def test_chosen_tests_that_fail_are_told(world: World) -> None:
     nothing = await world.judge(FIX, only_tests=("tests/nowhere.py",))
     assert nothing.outcome is Outcome.BUILD_FAILED
     assert "among the chosen" in nothing.summary
+
+
+async def test_chosen_tests_stop_only_for_a_chosen_one(world: World) -> None:
+    there = await world.judge(only_tests=(EARLY,), stop_early=True)
+    assert outcomes(there) == {EARLY: "passed"}, "what holds another test cannot be collected"
+    assert there.outcome is Outcome.INCOMPLETE
+    lost = await world.judge(only_tests=(EARLY, WHOLE), stop_early=True)
+    assert (lost.outcome, lost.failing) == (Outcome.FAILED, (WHOLE,))
+    assert outcomes(lost) == {WHOLE: "missing"}
+
+
+async def test_a_run_that_stopped_is_never_a_pass(world: World) -> None:
+    state = world.suite.state
+    plan = Plan(state, (), (), None, ValidationOptions(only_tests=(EARLY,)), "")
+    result = ExecResult(EndReason.EXIT)
+    run = TestRun({EARLY: TestResult(EARLY, "passed")}, {}, 1, 0, "", True, "", 0, result)
+    assert conclude(plan, run).outcome is Outcome.INCOMPLETE
+    stopped = conclude(plan, replace(run, stopped=LATE))
+    assert (stopped.outcome, stopped.partial) == (Outcome.FAILED, True)
+    assert stopped.summary == f"a required test does not pass: {LATE}"
 
 
 async def test_what_makes_no_sense_is_refused(world: World) -> None:

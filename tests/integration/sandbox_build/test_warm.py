@@ -270,6 +270,27 @@ async def test_a_verdict_that_a_cold_run_contradicts_ends_warmth_for_good(world:
         await pool.close()
 
 
+async def test_a_check_that_stops_early_is_no_whole_verdict(world: World) -> None:
+    state = replace(world.state, id="st_stops")
+    world.states.record(state)
+    pool = WarmPool(world.states, world.runtime, world.home, settings=NEVER)
+    validator = Validator(world.states, world.runtime, warm=pool)
+    changes, early = [FileChange(GREET, KNOWS)], ValidationOptions(stop_early=True)
+    try:
+        pool.warm(state)
+        await pool.settled()
+        first = await validator.validate(state.id, changes, early)
+        assert (first.warm, first.partial, first.outcome) == (True, False, Outcome.PASSED)
+        await validator.checked()
+        kept = await validator.validate(state.id, changes, early)
+        assert (kept.cached, kept.partial, kept.outcome) == (True, True, Outcome.FAILED)
+        whole = await validator.validate(state.id, changes)
+        assert (whole.cached, whole.partial, whole.outcome) == (False, False, Outcome.FAILED)
+    finally:
+        await validator.close()
+        await pool.close()
+
+
 async def test_a_sample_is_checked(world: World) -> None:
     drawn = iter([0.9, 0.01, 0.9])
     settings = WarmSettings(check_share=0.05)

@@ -11,7 +11,7 @@ from sandbox_svc.backends.base import Limits
 from sandbox_svc.builders.base import FileChange
 from sandbox_svc.states import State
 from sandbox_svc.validate import Outcome, Validation, ValidationOptions, Validator
-from sandbox_svc.verdicts import difference
+from sandbox_svc.verdicts import Plan, difference
 from sandbox_svc.workers import Proof, Workers, WorkerSettings, shares
 from tests.fixtures.tasks.tiny_task import FAIL_TO_PASS
 from tests.integration.sandbox_build.suite import (
@@ -206,6 +206,18 @@ async def test_a_verdict_that_one_run_contradicts_ends_it_for_good(suite: Suite)
     kept = await case.many.validate(state.id, [change])
     assert (kept.cached, kept.workers, kept.outcome) == (True, 1, Outcome.PASSED)
     assert "differed" in case.workers.why_not(state.id)
+
+
+async def test_a_state_that_is_deleted_meanwhile_leaves_nothing(suite: Suite) -> None:
+    case = Case(suite)
+    gone = replace(suite.state, id="st_gone")
+    plan = Plan(gone, (), (), None, ValidationOptions(), "")
+    proof = Proof(gone.created_s, 2, {})
+    await case.many._try_workers(plan, await case.alone(FIX), proof, case.workers)
+    case.workers.prove(gone.id, proof)
+    case.workers.differed(gone.id, "passed and failed")
+    assert not (suite.home / "workers" / gone.id).exists()
+    assert gone.id not in case.workers._known
 
 
 ENDS = {
