@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Runs every test, fast ones first, in one pytest call, and prints pytest's own closing line last.
-# A test file runs in one process and in order; PYTEST_ARGS="-n 0" runs all of them in one, "-n 4" in four.
+# A test file runs in one process and in order; Tests wait more than they compute: three processes keep two cores busy. PYTEST_ARGS="-n 0" runs all in one.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-exec .venv/bin/pytest -p no:cacheprovider -n 2 --dist loadfile --no-loadscope-reorder \
+exec .venv/bin/pytest -p no:cacheprovider -n 3 --dist loadfile --no-loadscope-reorder \
   tests/unit tests/contract tests/integration tests/e2e "$@"
