@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs every test, fast ones first, in one pytest call, and prints pytest's own closing line last.
-# A test file runs in one process and in order; Tests wait more than they compute: three processes keep two cores busy. PYTEST_ARGS="-n 0" runs all in one.
+# A test file runs in one process and in order. Tests wait more than they compute: three processes keep two
+# cores busy; PYTEST_ARGS="-n 0" runs all of them in one.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
