@@ -73,8 +73,8 @@ class CgroupDriver(Protocol):
         """Kill every process of the group but the host pid `keep`."""
         ...
 
-    def destroy(self, box: str) -> None:
-        """Kill what is left and remove the group; unknown boxes are ignored."""
+    def destroy(self, box: str) -> bool:
+        """Kill what is left and remove the group; whether it is gone."""
         ...
 
     def sweep(self) -> None:
@@ -113,14 +113,15 @@ def _kill_members(group: str, keep: int = 0) -> None:
                 os.kill(int(member), signal.SIGKILL)
 
 
-def _remove(group: str) -> None:
-    """Kill and remove a leaf group; the kernel refuses while a process is still ending."""
+def _remove(group: str) -> bool:
+    """Kill and remove a leaf group, which the kernel refuses while a process is still ending."""
     until = time.monotonic() + _GRACE_S
     while not _removed(group):
         _kill_members(group)
         if time.monotonic() > until:
-            return
+            return False
         time.sleep(0.002)
+    return True
 
 
 def _removed(group: str) -> bool:
@@ -160,9 +161,9 @@ class _Base:
     def kill(self, box: str, keep: int) -> None:
         _kill_members(self._of("pids", box), keep)
 
-    def destroy(self, box: str) -> None:
-        for path in self._places:
-            _remove(f"{path}/{box}")
+    def destroy(self, box: str) -> bool:
+        gone = [_remove(f"{path}/{box}") for path in self._places]
+        return all(gone)
 
     def sweep(self) -> None:
         for box in self.members():
@@ -194,8 +195,9 @@ class CgroupV1(_Base):
         found = []
         if limits.memory_bytes:
             memory, size = self._of("memory", box), str(limits.memory_bytes)
-            found.append(Write(f"{memory}/memory.limit_in_bytes", size))
-            found.append(Write(f"{memory}/memory.memsw.limit_in_bytes", size, needed=False))
+            both = Write(f"{memory}/memory.memsw.limit_in_bytes", size, needed=False)
+            # never below the other: first where the limit rises, last where it falls
+            found += [both, Write(f"{memory}/memory.limit_in_bytes", size), both]
         if limits.pids:
             found.append(Write(f"{self._of('pids', box)}/pids.max", str(limits.pids + 1)))
         if limits.cpus:
@@ -263,8 +265,8 @@ class NoCgroup:
     def kill(self, box: str, keep: int) -> None:
         return
 
-    def destroy(self, box: str) -> None:
-        return
+    def destroy(self, box: str) -> bool:
+        return True
 
     def sweep(self) -> None:
         return

@@ -23,12 +23,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+import structlog
+
 from regreen.rpc.errors import FailedPrecondition, InfraError, InvalidArgument, MissingDependency
 from sandbox_svc.backends import cgroups, leftovers, linux, probe, uppers, wire
 from sandbox_svc.backends.base import HOST_BASE, NO_ENV, Capability, Door, Limits, Mount
 from sandbox_svc.backends.embedded_box import EmbeddedBox
 from sandbox_svc.backends.layers import HOST_ID, WHOLE_TARGETS, Layout, is_full
 from sandbox_svc.backends.seats import Seat, Seats
+
+log = structlog.get_logger(__name__)
 
 DEFAULT_LIMITS = Limits(
     memory_bytes=4 << 30,
@@ -80,7 +84,9 @@ class EmbeddedRuntime:
         self._trash: set[asyncio.Task[None]] = set()
         self._left: list[tuple[str, bool]] = []
         """Of seats that ended: the name, and whether it is the upper that goes or the group."""
-        self._putting_away = False
+        self._stuck: list[str] = []
+        """Groups that something in the kernel held; tried again with the next."""
+        self._putting_away = self._untidy = False
         self.cgroups: cgroups.CgroupV1 | cgroups.CgroupV2 | cgroups.NoCgroup = cgroups.NoCgroup()
 
     async def start(self) -> None:
@@ -230,7 +236,8 @@ class EmbeddedRuntime:
 
     def _put_away(self, name: str, *, upper: bool) -> None:
         """Remove in the background, together with what waits for it already, what a seat had."""
-        self._left.append((name, upper))
+        self._left += [(name, upper), *((stuck, False) for stuck in self._stuck)]
+        self._stuck.clear()
         if not self._putting_away:
             self._putting_away = True
             self._in_background(self._put_all_away())
@@ -240,21 +247,32 @@ class EmbeddedRuntime:
             while self._left:
                 left, self._left = self._left, []
                 for name in await self.blocking(self._put_quickly_away, left):
-                    self._in_background(self.blocking(self.layout.discard, self.layout.box(name)))
+                    self._in_background(self.blocking(self._discard, name))
         finally:
             self._putting_away = False
+        if self._untidy:
+            self._untidy = False
+            self.tidy()
 
     def _put_quickly_away(self, left: Sequence[tuple[str, bool]]) -> Sequence[str]:
-        """Remove control groups and empty uppers; names of those uppers that hold files."""
-        for name, upper in left:
-            if not upper:
-                self.cgroups.destroy(name)
-        return [name for name, upper in left if upper and not self.layout.removed(name)]
+        """Remove empty uppers and control groups; names of those uppers that hold files."""
+        full = [name for name, upper in left if upper and not self.layout.removed(name)]
+        for name in (name for name, upper in left if not upper):
+            if not self.cgroups.destroy(name):
+                self._stuck.append(name)
+        return full
 
     def _clear(self, name: str) -> None:
         """Remove what a seat has that no box ever took."""
         self.cgroups.destroy(name)
-        self.layout.discard(self.layout.box(name))
+        self._discard(name)
+
+    def _discard(self, name: str) -> None:
+        try:
+            self.layout.discard(self.layout.box(name))
+        except OSError as error:  # no descriptors, perhaps; it is out of sight, and tried again
+            self._untidy = True
+            log.warning("directories not removed", seat=name, error=str(error))
 
     def tidy(self) -> None:
         """Remove in the background what a freeze put aside."""

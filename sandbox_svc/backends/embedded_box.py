@@ -113,6 +113,7 @@ class EmbeddedBox:
         self._ended, self._seen, self._overrun = False, Counters(), None
         if self._watch is not None:
             self._watch.close()
+            self._watch = None
         seat = self._seat = await self._runtime.seat_for(self)
         self.place = seat.name
         self._link = Link(seat.sock, self._on_event)
@@ -123,6 +124,8 @@ class EmbeddedBox:
                 await self._ready
                 soft = self._runtime.cgroups.name == "rlimit"
                 self._watch = Watch(self, self._jobs, memory=soft)
+                if self._jobs:  # one came while the first process got ready
+                    self._watch.wake()
                 if self._door is not None:
                     self._gate = self._door.open(await self._listener(self._link))
         except LinkClosed as error:
@@ -210,14 +213,15 @@ class EmbeddedBox:
     async def conclude(self, job: Job, timeout_s: float, later: Later | None = None) -> ExecResult:
         """Wait for the end of a command that was begun; cancelling kills it."""
         try:
-            if job.refused is not None:
-                metrics.count_limit(job.refused.reason)
-                return job.refused
-            if later is not None:
-                await first_of(later.go, job)
-                timeout_s = later.timeout_s or timeout_s
-            ended = await self._wait(job.link, job, timeout_s)
-            refused = jobs.refusal(ended, job.command) if ended is not None else None
+            refused, ended = job.refused, None
+            if refused is None:
+                if later is not None:
+                    await first_of(later.go, job)
+                    timeout_s = later.timeout_s or timeout_s
+                ended = await self._wait(job.link, job, timeout_s)
+                refused = jobs.refusal(ended or {}, job.command)
+            if refused is not None:
+                self._seen = self.counters()  # what its attempt counted is no later command's
             result = refused or await self._result(job, ended, time.monotonic() - job.began_s)
             metrics.count_limit(result.reason)
             return result
@@ -447,7 +451,10 @@ class EmbeddedBox:
         lowers = [layout.layer(layer) for layer in layers[:split]]
         tops = [layout.layer(layer) for layer in layers[split:]]
         tops.append(Path(self.upper_path))
-        found = await self._runtime.blocking(uppers.changed, tops, lowers, absolute(under))
+        try:
+            found = await self._runtime.blocking(uppers.changed, tops, lowers, absolute(under))
+        except FileNotFoundError as error:  # frozen, restored or deleted meanwhile
+            raise self._lost() from error
         return sorted(found)
 
     async def delete(self) -> None:

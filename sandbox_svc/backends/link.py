@@ -46,7 +46,11 @@ class Link:
         return next(self._ids)
 
     async def request(
-        self, message: wire.Message, fds: tuple[int, ...] = (), *, timeout_s: float = _REPLY_S
+        self,
+        message: wire.Message,
+        fds: tuple[int, ...] = (),
+        *,
+        timeout_s: float | None = _REPLY_S,
     ) -> Reply:
         """Send a request and wait for its reply; the caller owns the descriptors in it.
 

@@ -18,11 +18,14 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import structlog
 
 from regreen.rpc.errors import InfraError
 from sandbox_svc.backends import wire
@@ -30,7 +33,9 @@ from sandbox_svc.backends.base import Limits
 from sandbox_svc.backends.cgroups import CgroupV1, CgroupV2, NoCgroup
 from sandbox_svc.backends.link import Link, LinkClosed
 
-_END_S = 10.0
+log = structlog.get_logger(__name__)
+
+_END_S, _REPLY_S = 10.0, 60.0
 Spawner = subprocess.Popen[bytes]
 _START = (
     "import os, sys; sys.path.insert(0, os.environ['REGREEN_PACKAGES']);"
@@ -127,7 +132,7 @@ class Seats:
         while not network and self._warm and seat is None:
             seat = self._warm.popleft()
             if self._link is None or self._link.closed or not seat.alive:
-                await self._discard(seat)
+                self._in_background(self._discard(seat))
                 seat = None
         self._refill_later()
         return seat or await self._make(network=network)
@@ -143,22 +148,28 @@ class Seats:
         process = self._process
         making = asyncio.create_task(self._settled(self._link, name, request))
         try:
-            return await asyncio.shield(making)
+            async with asyncio.timeout(_REPLY_S):
+                return await asyncio.shield(making)
         except asyncio.CancelledError:
             self._in_background(self._unmake(making, process, name))
             raise
+        except TimeoutError as error:
+            self._in_background(self._unmake(making, process, name))
+            raise InfraError("the spawner does not answer") from error
         except InfraError:
             self._in_background(self._undo(process, name))
             raise
 
     async def _settled(self, link: Link, name: str, request: wire.Message) -> Seat:
         try:
-            reply, fds = await link.request(request)
-        except (LinkClosed, TimeoutError) as error:
-            raise InfraError("the spawner does not answer") from error
+            reply, fds = await link.request(request, timeout_s=None)
+        except LinkClosed as error:
+            raise InfraError("the spawner has ended") from error
         if len(fds) != 2:
             for fd in fds:
                 os.close(fd)
+            if "pid" in reply:  # it ends as its socket does
+                await asyncio.to_thread(_wait_without_descriptor, int(reply["pid"]))
             raise InfraError(f"the spawner refused: {reply.get('error', reply)}")
         sock = socket.socket(fileno=fds[0])
         return Seat(name, self._limits, int(reply["pid"]), fds[1], sock)
@@ -186,9 +197,14 @@ class Seats:
         await asyncio.to_thread(undo)
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        def ended(task: "asyncio.Task[None]") -> None:
+            self._undoing.discard(task)
+            if not task.cancelled() and (error := task.exception()) is not None:
+                log.warning("a seat was not cleared; the next start does it", error=str(error))
+
         task = asyncio.create_task(work)
         self._undoing.add(task)
-        task.add_done_callback(self._undoing.discard)
+        task.add_done_callback(ended)
 
     def _refill_later(self) -> None:
         busy = self._refill is not None and not self._refill.done()
@@ -210,9 +226,11 @@ class Seats:
             os.close(seat.pidfd)
 
     async def _discard(self, seat: Seat) -> None:
-        await self.leave(seat)
-        seat.sock.close()
-        await asyncio.to_thread(self._clear, seat.name)
+        try:
+            await self.leave(seat)
+        finally:
+            seat.sock.close()
+            await asyncio.to_thread(self._clear, seat.name)
 
     async def close(self) -> None:
         """End the warm seats and the spawner."""
@@ -221,9 +239,9 @@ class Seats:
             await asyncio.gather(self._refill, return_exceptions=True)
         while self._warm:
             await self._discard(self._warm.popleft())
-        await asyncio.gather(*self._undoing, return_exceptions=True)
         if self._link is not None:
             self._link.close()
+        await asyncio.gather(*self._undoing, return_exceptions=True)
         process, self._process = self._process, None
         if process is None:
             return
@@ -232,6 +250,13 @@ class Seats:
         except subprocess.TimeoutExpired:
             process.kill()
             await asyncio.to_thread(process.wait, _END_S)
+
+
+def _wait_without_descriptor(pid: int) -> None:
+    """Wait until a process that cannot be held by a descriptor, for want of one, has ended."""
+    until_s = time.monotonic() + _END_S
+    while os.path.exists(f"/proc/{pid}") and time.monotonic() < until_s:
+        time.sleep(0.01)
 
 
 async def _readable(fd: int, timeout_s: float) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from sandbox_svc.backends import linux
 
-_LOAD, _JA, _JEQ, _JGE, _JSET, _RET, _AND = 0x20, 0x05, 0x15, 0x35, 0x45, 0x06, 0x54
+_LOAD, _JA, _JEQ, _JGE, _JSET, _RET = 0x20, 0x05, 0x15, 0x35, 0x45, 0x06
 _FEW = 3
 _ALLOW, _ERRNO = 0x7FFF0000, 0x00050000
 _NAMESPACES = (

@@ -65,7 +65,6 @@ class _Setup:
         for path in directories:
             os.mkdir(path)
         _write_all(writes)
-        linux.unshare(linux.CLONE_NEWCGROUP)
         self.step = "directories"
         root = f"{self.home}/run/{seat['place']}"
         for path in (root, f"{root}/u", f"{root}/w"):
@@ -97,6 +96,9 @@ class _Setup:
         self.spec = spec
         self.step = "group limits"
         _write_all(spec["limits"])
+        linux.unshare(
+            linux.CLONE_NEWCGROUP
+        )  # not before: nobody may set its own namespace's limits
         sources = self._open_sources()
         self._overlay()
         self._attach(sources)

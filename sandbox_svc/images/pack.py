@@ -34,8 +34,8 @@ def image_archive(
     """The archive of an image with these layers, lowest first.
 
     Raises:
-        FailedPrecondition: a layer has an entry that an image cannot hold, or its files, with holes
-            filled, are over `max_bytes`.
+        FailedPrecondition: a layer has an entry that an image cannot hold, or all of them, with
+            holes filled, are over `max_bytes`.
     """
     yield from _coalesced(_archive(tops, config, reference, max_bytes))
 
@@ -46,7 +46,7 @@ def _archive(
     layers: list[tuple[str, int]] = []
     for top in tops:
         digest, size = hashlib.sha256(), 0
-        for piece in layer_tar(top, max_bytes):
+        for piece in layer_tar(top, max_bytes):  # of which lower layers took their part
             digest.update(piece)
             size += len(piece)
         name = digest.hexdigest()
@@ -54,6 +54,7 @@ def _archive(
             yield _header(f"blobs/sha256/{name}", size=size)
             yield from _checked(layer_tar(top, max_bytes), size)
         layers.append((name, size))
+        max_bytes -= size
     diffs = [f"sha256:{name}" for name, _ in layers]
     history = [{"created_by": "regreen"} for _ in layers]
     image = {**config, "rootfs": {"type": "layers", "diff_ids": diffs}, "history": history}
@@ -236,7 +237,7 @@ class _Packer:
             size = os.fstat(fd).st_size
             self._bytes += size
             if self._bytes > self._max_bytes:
-                raise _unfit(path, f"with it a layer's files are over {self._max_bytes} bytes")
+                raise _unfit(path, "with it the image is larger than this service takes")
             common["pax_headers"] |= _attributes(fd)
             yield _header(path, **common, size=size)
             left = size

@@ -23,7 +23,7 @@ from google.protobuf import message_factory
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
 
-from regreen.rpc.errors import InfraError, RegreenError
+from regreen.rpc.errors import InfraError, RegreenError, ResourceExhausted
 from regreen.rpc.wire import from_rpc_error
 from regreen.sandbox import v1 as pb
 from regreen.sandbox.v1 import (
@@ -96,13 +96,25 @@ class Fuzz:
         ]
         for start in range(0, count, 1000):
             state = await self.service.root_state()  # it may have been deleted meanwhile
-            box = await self.service.create(state)
+            box = await self._box(state)
             goods = {m.name: _good(m, box, state) for m in methods}
             await self._some(methods, goods, min(1000, count - start))
             sys.stderr.write(f"\r{start + 1000} of {count} ")
-        box = await self.service.create(await self.service.root_state())
+        box = await self._box(await self.service.root_state())
         assert (await self.service.run(box, "/bin/true")).exit_code == 0
         await self.service.delete(box)
+
+    async def _box(self, state: str) -> str:
+        """A sandbox of our own, as soon as those that the requests made have expired."""
+        async with asyncio.timeout(60.0):
+            while True:
+                try:
+                    return await self.service.create(state)
+                except grpc.aio.AioRpcError as raw:
+                    error = from_rpc_error(raw)
+                    if not isinstance(error, ResourceExhausted):
+                        raise
+                    await asyncio.sleep(error.retry_after_s or 1.0)
 
     async def _some(
         self, methods: Sequence[MethodDescriptor], goods: dict[str, Message], count: int

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from regreen.rpc.errors import InvalidArgument, ResourceExhausted
+from regreen.rpc.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from sandbox_svc.backends.layers import Layout, remove_tree
 from sandbox_svc.backends.tree_archive import Quota
 from sandbox_svc.images.manifest import Format
+from sandbox_svc.images.pack import image_archive
 from sandbox_svc.images.store import _take_archive
 from tests.integration.sandbox import images as made
 
@@ -96,3 +97,15 @@ def test_damage_is_named_and_nothing_leaves_the_layer(tmp_path: Path, seed: int)
     assert sorted(os.listdir(tmp_path)) == ["kept"]
     assert (tmp_path / "kept").read_text() == "kept"
     assert {True, False} == set(outcomes)
+
+
+def test_the_bound_of_an_export_is_that_of_all_its_layers(tmp_path):
+    for name in ("below", "above"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_bytes(name.encode() * 100_000)
+    tops = [tmp_path / "below", tmp_path / "above"]
+    assert sum(map(len, image_archive(tops, {}, "x", max_bytes=2_000_000))) > 1_000_000
+    for few, most in ((tops[:1], 600_000), (tops[1:], 600_000)):
+        assert list(image_archive(few, {}, "x", max_bytes=most))
+    with pytest.raises(FailedPrecondition, match="larger than this service takes"):
+        list(image_archive(tops, {}, "x", max_bytes=600_000))
