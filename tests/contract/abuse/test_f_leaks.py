@@ -69,7 +69,7 @@ async def test_f1_a_thousand_forks_leave_nothing(tmp_path):
         after = await _rested(runtime)
         spare = {"descriptors": 4, "children": 1, "process": 1, "cgroup": 1, "groups": 3}
         for kind, count in after.items():
-            assert count <= before[kind] + spare.get(kind, 0), kind
+            assert count <= before[kind] + spare.get(kind, 0), (kind, count, before[kind])
         assert (after["run"], after["trash"]) == (0, 0)
 
 
@@ -131,14 +131,18 @@ async def test_f2_a_killed_spawner_is_replaced_and_its_sandboxes_say_so(tmp_path
 async def test_f2_a_command_that_cannot_be_stopped_ends_its_sandbox_which_says_so(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(embedded_box, "_KILL_GRACE_S", 0.0)  # nothing ends that fast
+    monkeypatch.setattr(embedded_box, "_KILL_GRACE_S", 0.0)  # hardly anything ends that fast
     async with started("embedded", tmp_path / "home") as runtime:
-        box = await runtime.create([], limits=SMALL)
-        assert (await sh(box, "sleep 100", timeout_s=0.2)).reason is EndReason.TIMEOUT
-        with pytest.raises(FailedPrecondition, match="it went over a limit") as refused:
-            await sh(box, "true")
-        assert refused.value.metadata == {"overrun": "timeout"}
-        await box.delete()
+        for _ in range(20):
+            box = await runtime.create([], limits=SMALL)
+            assert (await sh(box, "sleep 100", timeout_s=0.2)).reason is EndReason.TIMEOUT
+            told = (await asyncio.gather(sh(box, "true"), return_exceptions=True))[0]
+            await box.delete()
+            if isinstance(told, FailedPrecondition):
+                assert "it went over a limit" in str(told)
+                assert told.metadata == {"overrun": "timeout"}
+                return
+        pytest.fail("each of twenty commands ended before anybody could look")
 
 
 async def test_f2_a_set_up_that_fails_leaves_nothing(tmp_path):

@@ -57,6 +57,8 @@ async def test_facts_are_what_a_developer_sees(shared):
 
 async def test_feedback_may_stop_where_it_is_decided_and_grading_does_not(bench):
     bench.stop_early = True
+    change = {"path": "early.txt", "content": "a diff that nobody has had validated whole"}
+    await bench.call(Call("write_file", "write_file", change))
     seen = (await bench.call(Call("validate_and_build", "validate_and_build", {}))).text
     assert "1 failed, stopped there with 2 not run" in seen
     assert bench.last_validation.partial

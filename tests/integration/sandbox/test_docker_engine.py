@@ -273,8 +273,12 @@ async def test_a_name_is_not_given_back_before_its_command_is_ended(proxy, make)
     assert len(names) == 1
     rule.before.set()
     await until(given_back)
-    seek = "grep -lzx '35[1]' /proc/[0-9]*/cmdline || echo none"
-    assert (await sh(box, seek)).stdout.text == "none\n"
+
+    async def none_is_left() -> bool:
+        seek = "grep -lzx '35[1]' /proc/[0-9]*/cmdline || echo none"
+        return (await sh(box, seek)).stdout.text == "none\n"
+
+    await until(none_is_left)
 
 
 async def test_a_command_that_freezing_overtakes_is_one_that_it_ended(make):
