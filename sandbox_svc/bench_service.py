@@ -143,6 +143,7 @@ class Docker:
 
     def __init__(self, image: str, threads: ThreadPoolExecutor) -> None:
         self._image, self._threads, self._local = image, threads, threading.local()
+        self._clients: list[Any] = []
         self._client.images.get(image)
         self._live = self._start()
 
@@ -154,6 +155,7 @@ class Docker:
         connect_engine: Any = docker.client.DockerClient.from_env
         if not hasattr(self._local, "client"):
             self._local.client = connect_engine(timeout=120)
+            self._clients.append(self._local.client)
         return self._local.client
 
     def _start(self) -> Any:
@@ -183,7 +185,8 @@ class Docker:
     def close(self) -> None:
         """Remove what is left."""
         self._live.remove(force=True)
-        self._client.close()
+        for client in self._clients:
+            client.close()
 
 
 async def posix_spawn() -> None:

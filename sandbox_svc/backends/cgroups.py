@@ -13,6 +13,7 @@ import contextlib
 import os
 import signal
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,7 +136,7 @@ def _removed(group: str) -> bool:
     return True
 
 
-class _Base:
+class _Base(ABC):
     entrance: str
     """The file of a group into which a process writes "0" to enter it."""
 
@@ -147,8 +148,8 @@ class _Base:
         for path in self._places:
             os.makedirs(path, exist_ok=True)
 
-    def writes(self, box: str, limits: Limits) -> list[Write]:
-        raise NotImplementedError
+    @abstractmethod
+    def writes(self, box: str, limits: Limits) -> list[Write]: ...
 
     def plan(self, box: str, limits: Limits) -> Plan:
         places = [f"{path}/{box}" for path in self._places]

@@ -41,7 +41,7 @@ from sandbox_svc.backends.base import (
 from sandbox_svc.backends.commands import ENVIRONMENT, absolute, check_command
 from sandbox_svc.backends.docker_channel import Channel
 from sandbox_svc.backends.docker_engine import ContainerGone, Engine, EngineSilent
-from sandbox_svc.backends.docker_exec import ROOT, Answer, ask
+from sandbox_svc.backends.docker_exec import ROOT, Answer, Exec, ask
 from sandbox_svc.backends.docker_marks import COUNT, END, GROUPS, Mark, Marks
 from sandbox_svc.backends.docker_process import DockerProcess
 from sandbox_svc.backends.jobs import lost
@@ -181,14 +181,20 @@ class DockerBox:
         """Give a name back; `empty`: for certain none of its processes is left."""
         self._marks.give_back(mark, empty=empty)
 
-    async def end(self, container: str, mark: Mark, reason: EndReason) -> None:
+    async def end(
+        self, container: str, mark: Mark, reason: EndReason, running: Exec | None = None
+    ) -> None:
         """End every process of one command; the whole sandbox, if there is no other way.
 
         `container`: in which it was started; one that was left has no processes any more.
+        `running`: of which the engine may have yet to make the process.
 
         Raises:
             InfraError: the engine does not answer.
         """
+        if running is not None and not await self._has_begun(running):
+            await self._put_down(container, reason)  # it might begin when nobody looks any more
+            return
         async with self._ending:
             if container != self.container:
                 return
@@ -207,14 +213,23 @@ class DockerBox:
                     continue
             await self._put_down(container, reason)
 
-    async def finish(self, container: str, mark: Mark) -> None:
+    async def _has_begun(self, running: Exec) -> bool:
+        try:
+            return await running.begun()
+        except EngineSilent:
+            self._ended = True  # nobody knows what will run there
+            raise
+        except InfraError:
+            return True  # the engine knows it no more
+
+    async def finish(self, container: str, mark: Mark, running: Exec | None = None) -> None:
         """End every process of one command, and only then give its name back.
 
         Raises:
             InfraError: the engine does not answer.
         """
         try:
-            await self.end(container, mark, EndReason.SIGNAL)
+            await self.end(container, mark, EndReason.SIGNAL, running)
         finally:
             self.unmark(mark, empty=False)
 

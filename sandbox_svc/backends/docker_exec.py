@@ -29,6 +29,7 @@ _AT_ONCE = 8
 _POLL_S = 0.05
 _GRACE_S = 0.3
 _CODE_S = 2.0
+_BEGIN_S = 10.0
 _AGAIN = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
@@ -53,6 +54,7 @@ class Exec:
         self._loop = asyncio.get_running_loop()
         self._engine, self._wish, self._feed = engine, wish, feed
         self.id = ""
+        """Known to the engine from before it is started."""
         self.drained = asyncio.Event()
         """Set when nothing more can come."""
         self._response: Any = None
@@ -84,12 +86,12 @@ class Exec:
         self._resume()
 
     async def _open(self, container: str) -> None:
-        opened = await self._engine.blocking(self._start, container)
-        self.id, self._response, self._sock = opened
-        self._sock.setblocking(False)
+        response, sock = await self._engine.blocking(self._start, container)
+        sock.setblocking(False)
+        self._response, self._sock = response, sock
         self.seen_s = self._loop.time()
 
-    def _start(self, container: str) -> tuple[str, Any, socket.socket]:
+    def _start(self, container: str) -> tuple[Any, socket.socket]:
         api, wish = self._engine.api, self._wish
         made = api.exec_create(
             container,
@@ -100,8 +102,9 @@ class Exec:
             workdir=wish.cwd,
             user=wish.user,
         )
+        self.id = made["Id"]
         stream = api.exec_start(made["Id"], socket=True, tty=wish.terminal)
-        return made["Id"], stream, getattr(stream, "_sock", stream)
+        return stream, getattr(stream, "_sock", stream)
 
     def _resume(self) -> None:
         if self._sock is not None and not self._reading and not self.drained.is_set():
@@ -203,6 +206,22 @@ class Exec:
         except ContainerGone:
             return {}
         return found
+
+    async def begun(self) -> bool:
+        """Whether its process was made or never will be; the engine answers a start before that.
+
+        Raises:
+            InfraError: the engine does not answer.
+        """
+        until_s = self._loop.time() + _BEGIN_S
+        while self.id:  # without one it was not even started
+            found = await self.look()
+            if not found or found.get("Pid") or found.get("ExitCode") is not None:
+                return True
+            if self._loop.time() > until_s:
+                return False
+            await asyncio.sleep(_POLL_S)
+        return True
 
     async def ended(self) -> dict[str, Any]:
         """What the engine knows once it tells the exit code, or after a while without one."""

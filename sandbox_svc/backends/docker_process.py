@@ -217,7 +217,8 @@ class DockerProcess:
         mark, self._mark = self._mark, None
         try:
             if mark is not None:
-                ending = self._box.engine.task(self._box.finish(self._container, mark))
+                finishing = self._box.finish(self._container, mark, self._exec)
+                ending = self._box.engine.task(finishing)
                 with contextlib.suppress(InfraError):
                     await asyncio.shield(ending)
         finally:
@@ -246,7 +247,7 @@ class DockerProcess:
 
     async def _overrun(self, reason: EndReason) -> EndReason:
         assert self._mark is not None
-        ending = self._box.end(self._container, self._mark, reason)
+        ending = self._box.end(self._container, self._mark, reason, self._exec)
         await asyncio.shield(self._box.engine.task(ending))  # or its program might outlive the name
         return reason
 

@@ -96,9 +96,8 @@ class _Setup:
         self.spec = spec
         self.step = "group limits"
         _write_all(spec["limits"])
-        linux.unshare(
-            linux.CLONE_NEWCGROUP
-        )  # not before: nobody may set its own namespace's limits
+        # Not before: nobody may set the limits of the group that is its namespace's root.
+        linux.unshare(linux.CLONE_NEWCGROUP)
         sources = self._open_sources()
         self._overlay()
         self._attach(sources)

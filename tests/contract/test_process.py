@@ -4,27 +4,13 @@ import asyncio
 import signal
 
 import pytest
-import pytest_asyncio
 
 from regreen.rpc.errors import FailedPrecondition, InvalidArgument
 from sandbox_svc.backends.base import Command, EndReason, Limits, TerminalSize
-from tests.contract.runtimes import NAMES, SMALL, sh, started
+from tests.contract.runtimes import SMALL, sh
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 _WAIT_S = 20.0
-
-
-@pytest_asyncio.fixture(params=NAMES, scope="module", loop_scope="module")
-async def runtime(request, tmp_path_factory):
-    async with started(request.param, tmp_path_factory.mktemp("process")) as runtime:
-        yield runtime
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def box(runtime):
-    box = await runtime.create([], limits=SMALL)
-    yield box
-    await box.delete()
 
 
 def script(text: str, **options) -> Command:

@@ -17,13 +17,6 @@ async def runtime(tmp_path_factory):
         yield runtime
 
 
-@pytest_asyncio.fixture(loop_scope="module")
-async def box(runtime):
-    box = await runtime.create([], limits=SMALL)
-    yield box
-    await box.delete()
-
-
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def unfiltered(tmp_path_factory):
     """A runtime that lets every system call through."""

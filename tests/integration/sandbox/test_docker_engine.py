@@ -273,12 +273,27 @@ async def test_a_name_is_not_given_back_before_its_command_is_ended(proxy, make)
     assert len(names) == 1
     rule.before.set()
     await until(given_back)
+    seek = "grep -lzx '35[1]' /proc/[0-9]*/cmdline || echo none"
+    assert (await sh(box, seek)).stdout.text == "none\n"
 
-    async def none_is_left() -> bool:
-        seek = "grep -lzx '35[1]' /proc/[0-9]*/cmdline || echo none"
-        return (await sh(box, seek)).stdout.text == "none\n"
 
-    await until(none_is_left)
+async def test_a_command_is_ended_that_the_engine_has_yet_to_start(make):
+    """The engine answers a start before it makes the process."""
+    runtime = await make()
+    box = await runtime.create([], limits=SMALL)
+    await asyncio.gather(*(_cut_short(box, Command(("sleep", "352"), cwd="/")) for _ in range(4)))
+    await asyncio.sleep(0.5)  # for what comes late
+    seek = "grep -lzx '35[2]' /proc/[0-9]*/cmdline || echo none"
+    assert (await sh(box, seek)).stdout.text == "none\n"
+
+
+async def _cut_short(box, command: Command) -> None:
+    process = await box.start(command)
+    waiting = asyncio.create_task(process.wait())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
 
 
 async def test_a_command_that_freezing_overtakes_is_one_that_it_ended(make):

@@ -40,15 +40,14 @@ FILES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Suite:
-    """A runtime with a prepared state."""
+class Workshop:
+    """A runtime and what prepares states on it."""
 
     runtime: EmbeddedRuntime
     states: StateStore
     home: Path
     builder: PythonBuilder
     store: DistStore
-    state: State
 
     async def prepared(self, name: str, files: Mapping[str, str], **test: object) -> State:
         """Another state, with these files over the tiny task's."""
@@ -62,9 +61,16 @@ class Suite:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Suite(Workshop):
+    """The same, with a prepared state."""
+
+    state: State
+
+
 @contextlib.asynccontextmanager
-async def open_suite() -> AsyncIterator[Suite]:
-    """A suite; nothing of it is left afterwards."""
+async def open_workshop() -> AsyncIterator[Workshop]:
+    """A workshop; nothing of it is left afterwards."""
     home = Path(tempfile.mkdtemp(prefix="regreen-suite-"))
     home.chmod(0o711)
     runtime = EmbeddedRuntime(home / "rt", run_probes=False)
@@ -76,14 +82,19 @@ async def open_suite() -> AsyncIterator[Suite]:
     states = StateStore(home, runtime)
     await states.open()
     store = DistStore(home / "dists", lambda: PackageIndex(["http://127.0.0.1:9"]))
-    builder = PythonBuilder(store, home / "tools")
-    world = Suite(runtime, states, home, builder, store, State("", ()))
-    state = await world.prepared("suite", FILES, fail_to_pass=(*FAIL_TO_PASS, WHOLE))
     try:
-        yield Suite(runtime, states, home, builder, store, state)
+        yield Workshop(runtime, states, home, PythonBuilder(store, home / "tools"), store)
         assert not runtime._boxes, "sandboxes are left"
         assert not states._used, "layers are still held"
     finally:
         await states.close()
         await runtime.close()
         shutil.rmtree(home, ignore_errors=True)
+
+
+@contextlib.asynccontextmanager
+async def open_suite() -> AsyncIterator[Suite]:
+    """A workshop whose state has several test files."""
+    async with open_workshop() as shop:
+        state = await shop.prepared("suite", FILES, fail_to_pass=(*FAIL_TO_PASS, WHOLE))
+        yield Suite(shop.runtime, shop.states, shop.home, shop.builder, shop.store, state)

@@ -3,9 +3,7 @@
 import asyncio
 import os
 import re
-import shutil
 import signal
-import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,24 +12,19 @@ import pytest
 import pytest_asyncio
 
 from regreen.lockfile import format_lock, parse_lock
-from regreen.pkgindex import PackageIndex
-from regreen.rpc.errors import MissingDependency
 from sandbox_svc import metrics
 from sandbox_svc.backends.base import Limits
 from sandbox_svc.backends.embedded import EmbeddedRuntime
 from sandbox_svc.backends.embedded_box import EmbeddedBox
 from sandbox_svc.builders.base import FileChange
-from sandbox_svc.builders.python import PythonBuilder
 from sandbox_svc.spares import Miss
 from sandbox_svc.states import State, StateStore
 from sandbox_svc.validate import Outcome, Validation, ValidationOptions, Validator
 from sandbox_svc.warm import FUTILE, WarmPool, WarmSettings
-from sandbox_svc.wheelhouse import DistStore
 from tests.fixtures.tasks.tiny_task import FAIL_TO_PASS, tiny_spec
+from tests.integration.sandbox_build.suite import FIXED, GREET, open_workshop
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-GREET = "greet/__init__.py"
-FIXED = b"from wordlib import salute\n\n\ndef greeting(name):\n    return f'{salute()}, {name}!'\n"
 WRONG = b"from wordlib import salute\n\n\ndef greeting(name):\n    return f'{salute()} {name}'\n"
 NEVER = WarmSettings(check_share=0.0)
 
@@ -62,33 +55,20 @@ class World:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def world() -> AsyncIterator[World]:
-    home = Path(tempfile.mkdtemp(prefix="regreen-warm-"))
-    home.chmod(0o711)
-    runtime = EmbeddedRuntime(home / "rt", run_probes=False)
-    try:
-        await runtime.start()
-    except MissingDependency as error:
-        shutil.rmtree(home, ignore_errors=True)
-        pytest.skip(f"no sandboxes here: {error}")
-    states = StateStore(home, runtime)
-    await states.open()
-    store = DistStore(home / "dists", lambda: PackageIndex(["http://127.0.0.1:9"]))
-    builder = PythonBuilder(store, home / "tools")
-    (home / "made").mkdir()
-    spec = tiny_spec(store, home / "made")
-    state = await states.prepare(spec.digest, lambda p: builder.prepare(spec, runtime, Limits(), p))
-    pool = WarmPool(states, runtime, home, settings=NEVER)
-    cold, warm = Validator(states, runtime), Validator(states, runtime, warm=pool)
-    try:
-        yield World(runtime, states, home, cold, warm, pool, state)
-    finally:
-        await warm.close()
-        await pool.close()
-        assert not runtime._boxes, "sandboxes are left"
-        assert not states._used, "layers are still held"
-        await states.close()
-        await runtime.close()
-        shutil.rmtree(home, ignore_errors=True)
+    async with open_workshop() as shop:
+        runtime, states, home = shop.runtime, shop.states, shop.home
+        (home / "made").mkdir()
+        spec = tiny_spec(shop.store, home / "made")
+        state = await states.prepare(
+            spec.digest, lambda p: shop.builder.prepare(spec, runtime, Limits(), p)
+        )
+        pool = WarmPool(states, runtime, home, settings=NEVER)
+        cold, warm = Validator(states, runtime), Validator(states, runtime, warm=pool)
+        try:
+            yield World(runtime, states, home, cold, warm, pool, state)
+        finally:
+            await warm.close()
+            await pool.close()
 
 
 def without_times(verdict: Validation) -> Validation:
