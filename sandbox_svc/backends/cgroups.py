@@ -49,6 +49,14 @@ class Plan(NamedTuple):
     writes: Sequence[Write] = ()
 
 
+def fields(writes: Sequence[Write]) -> list[str | int]:
+    """Writes as a request's fields: how many, then path, value and whether it is needed of each."""
+    found: list[str | int] = [len(writes)]
+    for write in writes:
+        found += [write.path, write.value, int(write.needed)]
+    return found
+
+
 class CgroupDriver(Protocol):
     """Makes and removes the group of a sandbox."""
 

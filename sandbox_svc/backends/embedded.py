@@ -26,7 +26,7 @@ from typing import Any, ParamSpec, TypeVar
 import structlog
 
 from regreen.rpc.errors import FailedPrecondition, InfraError, InvalidArgument, MissingDependency
-from sandbox_svc.backends import cgroups, leftovers, linux, probe, uppers, wire
+from sandbox_svc.backends import cgroups, leftovers, linux, probe, program, uppers, wire
 from sandbox_svc.backends.base import HOST_BASE, NO_ENV, Capability, Door, Limits, Mount
 from sandbox_svc.backends.embedded_box import EmbeddedBox
 from sandbox_svc.backends.layers import HOST_ID, WHOLE_TARGETS, Layout, is_full
@@ -103,6 +103,7 @@ class EmbeddedRuntime:
         _raise_descriptor_limit()
         owner = HOST_ID if self._root_mode else None
         self.layout = Layout(self._home, owner)
+        built = await self.blocking(program.spawner)
         self.cgroups = cgroups.choose(self.instance)
         await self.blocking(self._sweep)
         self._base = {
@@ -110,7 +111,7 @@ class EmbeddedRuntime:
             for network in (False, True)
         }
         self._seats = Seats(self.cgroups, self._defaults, warm=self._warm, clear=self._clear)
-        self._seats.start(self._home, owner)
+        self._seats.start(self._home, owner, built)
         try:
             await self._prove()
         except InfraError as error:
@@ -200,8 +201,8 @@ class EmbeddedRuntime:
             raise InfraError("the runtime was not started")
         return await self._seats.take(network=self._mounts[box.id][1])
 
-    def specification(self, box: EmbeddedBox, seat: Seat) -> wire.Message:
-        """What a seat needs to become the first process of a box."""
+    def specification(self, box: EmbeddedBox, seat: Seat) -> Sequence[wire.Field]:
+        """What a seat needs to become the first process of a box, as `spawner/seat.c` reads it."""
         other = box.limits != seat.limits
         mounts, network = self._mounts[box.id]
         whole = box.id in self._whole
@@ -213,18 +214,18 @@ class EmbeddedRuntime:
         else:
             below = [self._base[network], self.layout.ensure_targets(places)]
             lower = self.layout.lower_names(below, box.layers)
-        return {
-            "place": seat.name,
-            "lower": lower,
-            "programs": not whole,
-            "mounts": [[str(m.source), m.target, m.read_only] for m in mounts],
-            "volatile": self._volatile,
-            "limits": self.cgroups.writes(seat.name, box.limits) if other else [],
-            "rlimits": self._rlimits(box.limits),
-            "tmp_bytes": box.limits.memory_bytes // 2,
-            "tmp_inodes": box.limits.inodes,
-            "shm_bytes": box.limits.memory_bytes // 4,
-        }
+        memory, inodes = box.limits.memory_bytes, box.limits.inodes
+        fields: list[wire.Field] = [0, "become"]
+        fields += cgroups.fields(self.cgroups.writes(seat.name, box.limits) if other else ())
+        fields += [seat.name, ":".join(reversed(lower)), int(self._volatile), int(not whole)]
+        fields += [memory // 2, memory // 4, inodes, len(mounts)]
+        for mount in mounts:
+            fields += [str(mount.source), mount.target, int(mount.read_only)]
+        rlimits = self._rlimits(box.limits)
+        fields.append(len(rlimits))
+        for which, value in rlimits.items():
+            fields += [which, value]
+        return fields
 
     async def leave(self, seat: Seat) -> None:
         """End a seat's processes; its control group goes in the background."""
@@ -288,10 +289,15 @@ class EmbeddedRuntime:
         self._trash.add(task)
         task.add_done_callback(self._trash.discard)
 
-    def _rlimits(self, limits: Limits) -> dict[str, int]:
-        values = {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": 65_536, "RLIMIT_FSIZE": limits.disk_bytes}
+    def _rlimits(self, limits: Limits) -> dict[int, int]:
+        values = {
+            resource.RLIMIT_CORE: 0,
+            resource.RLIMIT_NOFILE: 65_536,
+            resource.RLIMIT_FSIZE: limits.disk_bytes,
+        }
         if isinstance(self.cgroups, cgroups.NoCgroup):
-            values |= {"RLIMIT_NPROC": limits.pids + 1, "RLIMIT_DATA": limits.memory_bytes}
+            values[resource.RLIMIT_NPROC] = limits.pids + 1
+            values[resource.RLIMIT_DATA] = limits.memory_bytes
         return values
 
     async def forget(self, box: EmbeddedBox) -> None:

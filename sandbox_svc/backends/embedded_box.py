@@ -120,7 +120,7 @@ class EmbeddedBox:
         try:
             async with asyncio.timeout(_READY_S):
                 with contextlib.suppress(LinkClosed):  # why it ended, the next line says
-                    await self._link.post(self._runtime.specification(self, seat))
+                    await self._link.post(*self._runtime.specification(self, seat))
                 await self._ready
                 soft = self._runtime.cgroups.name == "rlimit"
                 self._watch = Watch(self, self._jobs, memory=soft)
@@ -135,7 +135,7 @@ class EmbeddedBox:
 
     async def _listener(self, link: Link) -> socket.socket:
         """A socket of the sandbox's loopback, made before any command of it runs."""
-        reply, fds = await link.request({"op": "listen", "port": PROXY_PORT})
+        reply, fds = await link.request("listen", PROXY_PORT)
         if not fds:
             raise InfraError(f"the sandbox cannot listen: {reply.get('error', reply)}")
         return socket.socket(fileno=fds[0])
@@ -249,9 +249,10 @@ class EmbeddedBox:
         fds = (stdin, *(reader.write_fd for reader in job.readers))
         try:
             if not told:
-                await job.link.post(request, fds)
+                await job.link.post(job.id, "run", *request, fds=fds)
                 return None
-            reply, received = await job.link.request(request, () if job.command.terminal else fds)
+            given = () if job.command.terminal else fds
+            reply, received = await job.link.request("run", *request, fds=given, number=job.id)
         except (LinkClosed, TimeoutError) as error:
             raise self._lost() from error
         finally:
@@ -292,18 +293,22 @@ class EmbeddedBox:
         for job in doomed:
             job.reason = job.reason or reason
         if self._link is not None:
-            await self._kill(self._link, {"op": "kill_all"}, doomed, reason)
+            await self._kill(self._link, ("kill_all",), doomed, reason)
 
     async def _stop(self, link: Link, job: Job) -> None:
         """Kill a command's processes."""
-        await self._kill(link, {"op": "kill", "job": job.id}, [job], job.reason)
+        await self._kill(link, ("kill", job.id), [job], job.reason)
 
     async def _kill(
-        self, link: Link, request: wire.Message, doomed: Sequence[Job], reason: EndReason | None
+        self,
+        link: Link,
+        request: tuple[str, *tuple[int, ...]],
+        doomed: Sequence[Job],
+        reason: EndReason | None,
     ) -> None:
         """Kill by the first process, politely attributed; then the group; then the sandbox."""
         with contextlib.suppress(LinkClosed, TimeoutError):
-            await link.request(request, timeout_s=_KILL_GRACE_S)
+            await link.request(*request, timeout_s=_KILL_GRACE_S)
         if await all_ended(doomed, _KILL_GRACE_S):
             return
         if self._seat is not None:
@@ -349,7 +354,7 @@ class EmbeddedBox:
     async def usage(self) -> wire.Message:
         """Memory, processes and unlinked bytes, as the first process sees them."""
         try:
-            return (await self._require().request({"op": "usage"}))[0]
+            return (await self._require().request("usage"))[0]
         except LinkClosed as error:
             raise self._lost() from error
 
@@ -377,7 +382,7 @@ class EmbeddedBox:
     ) -> tuple[bytes, FileStat]:
         """Read part of a regular file; the stat tells the size of the whole."""
         async with self._files:
-            _, fd = await self._open({"op": "open", "path": absolute(path)})
+            _, fd = await self._open("open", absolute(path))
             try:
                 info = os.fstat(fd)
                 if not stat.S_ISREG(info.st_mode):
@@ -396,8 +401,7 @@ class EmbeddedBox:
         if self.limits.disk_bytes and len(content) > self.limits.disk_bytes:
             raise InvalidArgument("content", "larger than the sandbox's disk limit")
         async with self._files:
-            request = {"op": "create", "path": absolute(path), "mode": mode}
-            _, fd = await self._open(request)
+            _, fd = await self._open("create", absolute(path), mode)
             with os.fdopen(fd, "wb", buffering=0):
                 if not stat.S_ISREG(os.fstat(fd).st_mode):
                     raise InvalidArgument("path", f"not a regular file: {path}")
@@ -407,15 +411,14 @@ class EmbeddedBox:
                     else:
                         await self._runtime.blocking(write_all, fd, content)
 
-    async def _open(self, request: wire.Message) -> tuple[wire.Message, int]:
+    async def _open(self, what: str, path: str, *fields: int) -> tuple[wire.Message, int]:
         try:
-            reply, fds = await self._require().request(request)
+            reply, fds = await self._require().request(what, path, *fields)
         except (LinkClosed, TimeoutError) as error:
             raise self._lost() from error
         if fds:
             return reply, fds[0]
-        path, problem = request["path"], str(reply.get("error", "refused"))
-        raise not_opened(reply.get("errno"), path, problem)
+        raise not_opened(reply.get("errno"), path, str(reply.get("error", "refused")))
 
     async def freeze(self) -> str:
         """Stop every process, turn the upper into a layer, go on over it; return its id."""

@@ -134,7 +134,7 @@ class EmbeddedProcess:
         if job is None or self._ended or job.done.done():
             return False
         try:
-            reply, _ = await job.link.request({"op": "signal", "job": job.id, "signal": number})
+            reply, _ = await job.link.request("signal", job.id, number)
         except LinkClosed:
             return False
         except TimeoutError as error:

@@ -47,20 +47,21 @@ class Job:
     """A second descriptor of its terminal, for whoever writes to it and resizes it."""
     began_s: float = field(default_factory=time.monotonic)
 
-    def request(self, env: Mapping[str, str], *, told: bool) -> wire.Message:
+    def request(self, env: Mapping[str, str], *, told: bool) -> Sequence[wire.Field]:
         """What the first process is asked; `told`: it shall say that the command has begun."""
-        command, channel = self.command, {"REGREEN_CHANNEL_FD": "3"}
-        found: wire.Message = {
-            "id": self.id,
-            "op": "run",
-            "argv": list(command.argv),
-            "env": {**env, **command.env, **(channel if command.channel else {})},
-            "cwd": command.cwd,
-            "told": told,
-        }
-        if command.terminal is not None:
-            found["terminal"] = [command.terminal.rows, command.terminal.columns]
-        return found
+        command, size = self.command, self.command.terminal
+        variables = {**env, **command.env}
+        if command.channel:
+            variables["REGREEN_CHANNEL_FD"] = "3"
+        return (
+            int(told),
+            *((size.rows, size.columns) if size is not None else (0, 0)),
+            command.cwd,
+            len(command.argv),
+            *command.argv,
+            len(variables),
+            *(f"{name}={value}" for name, value in variables.items()),
+        )
 
     def on_terminal(self, fd: int) -> None:
         """Read the terminal instead of the first pipe."""

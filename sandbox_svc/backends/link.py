@@ -1,6 +1,6 @@
 """Request and reply over a SEQPACKET socket on the event loop.
 
-- Every request has an id; a reply carries it back; other messages go to `on_event`.
+- Every request begins with an id; a reply carries it back; other messages go to `on_event`.
 - When the other side ends, every waiting request fails with `LinkClosed` at once.
 - Descriptors that arrive for nobody are closed.
 """
@@ -47,22 +47,25 @@ class Link:
 
     async def request(
         self,
-        message: wire.Message,
+        what: str,
+        *fields: wire.Field,
         fds: tuple[int, ...] = (),
-        *,
+        number: int | None = None,
         timeout_s: float | None = _REPLY_S,
     ) -> Reply:
         """Send a request and wait for its reply; the caller owns the descriptors in it.
+
+        `number`: an id that was taken before with `next_id`.
 
         Raises:
             LinkClosed: the other side has ended.
             TimeoutError: no reply came in time.
         """
-        number = message.setdefault("id", self.next_id())
+        number = self.next_id() if number is None else number
         future: asyncio.Future[Reply] = self._loop.create_future()
         self._waiting[number] = future
         try:
-            await self.post(message, fds)
+            await self.post(number, what, *fields, fds=fds)
             async with asyncio.timeout(timeout_s):
                 return await future
         except asyncio.CancelledError:
@@ -72,13 +75,13 @@ class Link:
         finally:
             self._waiting.pop(number, None)
 
-    async def post(self, message: wire.Message, fds: tuple[int, ...] = ()) -> None:
-        """Send a message that has no reply."""
+    async def post(self, *fields: wire.Field, fds: tuple[int, ...] = ()) -> None:
+        """Send a message whose reply, if it has one, nobody waits for."""
         while True:
             if self.closed:
                 raise LinkClosed
             try:
-                wire.send(self._sock, message, fds)
+                wire.send(self._sock, fields, fds)
                 return
             except BlockingIOError:
                 await asyncio.sleep(0.001)

@@ -17,7 +17,6 @@ import select
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
@@ -28,7 +27,7 @@ from typing import Any
 import structlog
 
 from regreen.rpc.errors import InfraError
-from sandbox_svc.backends import wire
+from sandbox_svc.backends import cgroups, seccomp, wire
 from sandbox_svc.backends.base import Limits
 from sandbox_svc.backends.cgroups import CgroupV1, CgroupV2, NoCgroup
 from sandbox_svc.backends.link import Link, LinkClosed
@@ -37,11 +36,6 @@ log = structlog.get_logger(__name__)
 
 _END_S, _REPLY_S = 10.0, 60.0
 Spawner = subprocess.Popen[bytes]
-_START = (
-    "import os, sys; sys.path.insert(0, os.environ['REGREEN_PACKAGES']);"
-    "from sandbox_svc.backends.spawner import main; main()"
-)
-"""What the spawner runs; its arguments are in its environment, which sandboxes cannot read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +77,13 @@ class Seats:
         self._refill: asyncio.Task[None] | None = None
         self._home = Path()
         self._host_id: int | None = None
+        self._program = Path()
         self._closing = False
         self._undoing: set[asyncio.Task[None]] = set()
 
-    def start(self, home: Path, host_id: int | None) -> None:
+    def start(self, home: Path, host_id: int | None, program: Path) -> None:
         """Start the spawner."""
-        self._home, self._host_id = home, host_id
+        self._home, self._host_id, self._program = home, host_id, program
         self._begin()
 
     def _begin(self) -> None:
@@ -97,23 +92,22 @@ class Seats:
             self._process.kill()
             self._process.wait()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        package_root = str(Path(__file__).resolve().parents[2])
-        ids = "-" if self._host_id is None else str(self._host_id)
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", _START],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                env={
-                    "LANG": "C.UTF-8",
-                    "REGREEN_PACKAGES": package_root,
-                    "REGREEN_CONTROL": str(theirs.fileno()),
-                    "REGREEN_SPAWN_HOME": str(self._home),
-                    "REGREEN_SPAWN_ID": ids,
-                },
-                start_new_session=True,
-            )
+        rules = wire.memfd(seccomp.deny_list())
+        try:
+            with theirs:
+                self._process = subprocess.Popen(
+                    ["regreen-spawner", str(theirs.fileno())],
+                    executable=self._program,
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    env={},
+                    start_new_session=True,
+                )
+            host_id = -1 if self._host_id is None else self._host_id
+            wire.send(ours, [str(self._home), host_id], (rules,))
+        finally:
+            os.close(rules)
         self._link = Link(ours)
 
     @property
@@ -144,7 +138,8 @@ class Seats:
             self._begin()
         name = secrets.token_hex(6)
         plan = self._cgroups.plan(name, self._limits)
-        request: wire.Message = {"network": network, "group": plan, "place": name}
+        request = [int(network), name, *wire.counted(plan.directories)]
+        request += cgroups.fields(plan.writes)
         process = self._process
         making = asyncio.create_task(self._settled(self._link, name, request))
         try:
@@ -160,9 +155,9 @@ class Seats:
             self._in_background(self._undo(process, name))
             raise
 
-    async def _settled(self, link: Link, name: str, request: wire.Message) -> Seat:
+    async def _settled(self, link: Link, name: str, request: Sequence[wire.Field]) -> Seat:
         try:
-            reply, fds = await link.request(request, timeout_s=None)
+            reply, fds = await link.request("seat", *request, timeout_s=None)
         except LinkClosed as error:
             raise InfraError("the spawner has ended") from error
         if len(fds) != 2:

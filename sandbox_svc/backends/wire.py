@@ -1,24 +1,28 @@
 """Messages between the service, its spawner and the first process of a sandbox.
 
-- One JSON object per SOCK_SEQPACKET message, file descriptors beside it (SCM_RIGHTS).
-- A body too large for one message travels in a memfd, passed as the first descriptor.
+- A request is a list of fields, each ended by a NUL, in one SOCK_SEQPACKET message, file
+  descriptors beside it (SCM_RIGHTS): what reads it needs no parser (`spawner/wire.c`).
+- An answer is one JSON object.
+- A request too large for one message travels in a memfd, passed as the first descriptor.
 - Received descriptors are close-on-exec; the receiver owns them.
 """
 
 import json
 import os
 import socket
+from collections.abc import Sequence
 from typing import Any
 
 _INLINE_BYTES = 60_000
-_BODY_BYTES = 32 << 20
 _RECEIVE_BYTES = 1 << 16
 _MAX_FDS = 8
 
 Message = dict[str, Any]
+Field = str | int
 
 
-def _memfd(data: bytes) -> int:
+def memfd(data: bytes) -> int:
+    """A descriptor of a file in memory that holds `data`, to be read from its beginning."""
     fd = os.memfd_create("regreen", os.MFD_CLOEXEC)
     try:
         view = memoryview(data)
@@ -33,24 +37,41 @@ def _memfd(data: bytes) -> int:
 
 def bytes_fd(data: bytes) -> int:
     """A descriptor from which exactly `data` can be read."""
-    return _memfd(data) if data else os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+    return memfd(data) if data else os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
 
 
-def send(sock: socket.socket, message: Message, fds: tuple[int, ...] = ()) -> None:
-    """Send one message; raises BlockingIOError when a non-blocking socket is full."""
-    body = json.dumps(message).encode("ascii")
+def counted(fields: Sequence[Field]) -> list[Field]:
+    """A list as fields: how many, then each."""
+    return [len(fields), *fields]
+
+
+def encoded(fields: Sequence[Field]) -> bytes:
+    """The bytes of a request.
+
+    Raises:
+        ValueError: a field holds a NUL.
+    """
+    body = os.fsencode("\0".join(map(str, fields))) + b"\0"
+    if body.count(b"\0") != len(fields):
+        raise ValueError("a field holds a NUL")
+    return body
+
+
+def send(sock: socket.socket, fields: Sequence[Field], fds: tuple[int, ...] = ()) -> None:
+    """Send one request; raises BlockingIOError when a non-blocking socket is full."""
+    body = encoded(fields)
     if len(body) <= _INLINE_BYTES:
         socket.send_fds(sock, [body], list(fds))
         return
-    memfd = _memfd(body)
+    large = memfd(body)
     try:
-        socket.send_fds(sock, [b'{"memfd": true}'], [memfd, *fds])
+        socket.send_fds(sock, [b"memfd\0"], [large, *fds])
     finally:
-        os.close(memfd)
+        os.close(large)
 
 
 def receive(sock: socket.socket) -> tuple[Message, list[int]] | None:
-    """Receive one message with its descriptors; None at end of stream."""
+    """Receive one answer with its descriptors; None at end of stream."""
     space = socket.CMSG_SPACE(_MAX_FDS * 4)
     data, ancillary, _, _ = sock.recvmsg(_RECEIVE_BYTES, space, socket.MSG_CMSG_CLOEXEC)
     fds: list[int] = []
@@ -64,7 +85,4 @@ def receive(sock: socket.socket) -> tuple[Message, list[int]] | None:
     if not data:
         return None
     message: Message = json.loads(data)
-    if message.get("memfd") is True and fds:
-        with os.fdopen(fds.pop(0), "rb") as body:
-            message = json.loads(body.read(_BODY_BYTES))
     return message, fds

@@ -1,7 +1,6 @@
 """F: attacks on what the service holds: nothing leaks, and a failure leaves nothing."""
 
 import asyncio
-import inspect
 import os
 import re
 import signal
@@ -16,7 +15,7 @@ from regreen.rpc.errors import (
     InvalidArgument,
     MissingDependency,
 )
-from sandbox_svc.backends import embedded_box, spawner_child
+from sandbox_svc.backends import embedded_box, program
 from sandbox_svc.backends.base import EndReason, Mount
 from tests.contract.abuse.walls import BREAKS_AT, IS_ROOT, weakened
 from tests.contract.runtimes import SMALL, sh, started
@@ -160,16 +159,14 @@ async def test_f2_a_set_up_that_fails_leaves_nothing(tmp_path):
 
 def steps() -> list[str]:
     """Every step that the set-up of a sandbox names, taken from its source."""
-    source = inspect.getsource(spawner_child)
-    found = dict.fromkeys(re.findall(r'self\.step = f?"([^"]+)"', source))
-    found.pop("mount {target}")
-    found.pop("open mount {source}")
+    source = (program._SOURCES / "seat.c").read_text("utf-8")
+    found = dict.fromkeys(re.findall(r'\bstep\("([^"]+)"', source))
+    found.pop("mount %s")
+    found.pop("open mount %s")
     named = []
     for step in found:
-        if step == "start":
-            continue  # nothing was done yet
         name = {"protect": "sys", "mask": "kcore"}.get(step.split()[0], "null")
-        named.append(re.sub(r"\{.*\}", name, step))
+        named.append(step.replace("%s", name))
     return [*named, "mount /usr", "mount /proc", "mount /dev", "mount /dev/shm", "mount /tmp"]
 
 

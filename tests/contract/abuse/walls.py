@@ -1,6 +1,6 @@
 """One protection taken away at a time, so that an attack can be seen to succeed without it.
 
-- A weakened runtime is the real one whose spawner changes one thing before it serves.
+- A weakened runtime is the real one whose spawner was built without one thing.
 - `plain` is an ordinary user in ordinary namespaces; `apart` is the first user of namespaces that
   are thrown away. Neither is ever root of the host.
 - Nothing here writes to /proc/sys, to a device, or outside a directory made for the test.
@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from sandbox_svc.backends import seats
+from sandbox_svc.backends import program
 from sandbox_svc.backends.base import Command, ExecResult, Limits
 from sandbox_svc.backends.embedded import EmbeddedRuntime
 
@@ -33,41 +33,25 @@ needs_python = pytest.mark.skipif(
 needs_root = pytest.mark.skipif(not IS_ROOT, reason="only root can lay this trap")
 x86_64 = pytest.mark.skipif(os.uname().machine != "x86_64", reason="call numbers of x86_64")
 
-# What the spawner of a weakened runtime runs first.
-NO_FILTER = "child._FILTER = linux.SeccompFilter(seccomp._ret(None))"
-NO_MASKS = "child._PROC_MASKED = ()"
-DUMPABLE = """
-prctl = linux.prctl
-linux.prctl = lambda o, v=0, t=0: None if (o, v) == (linux.PR_SET_DUMPABLE, 0) else prctl(o, v, t)
-"""
-BREAKS_AT = """
-class Breaking(child._Setup):
-    def __init__(self, *given):
-        self.breaks_at = open({path!r}).read()
-        super().__init__(*given)
-    def __setattr__(self, name, value):
-        object.__setattr__(self, name, value)
-        if name == "step" and value == self.breaks_at:
-            raise OSError(5, "injected")
-child._Setup = Breaking
-"""
-_BEFORE = (
-    "import os, sys; sys.path.insert(0, os.environ['REGREEN_PACKAGES'])\n"
-    "from sandbox_svc.backends import linux, seccomp, spawner, spawner_child as child\n"
-)
+# What the spawner of a weakened runtime is compiled with.
+NO_FILTER, NO_MASKS, DUMPABLE = "WITHOUT_FILTER", "WITHOUT_MASKS", "DUMPABLE"
+BREAKS_AT = 'BREAKS_AT="{path}"'
+"""A file that names the step to fail at."""
+_BUILD = program.spawner
 
 
 @asynccontextmanager
 async def weakened(home: Path, change: str, *, warm: int = 0) -> AsyncIterator[EmbeddedRuntime]:
-    """A running runtime whose spawner executes `change` before it serves."""
-    start, seats._START = seats._START, f"{_BEFORE}{change}\nspawner.main()"
+    """A running runtime whose spawner was compiled with `change`."""
+    built = _BUILD([change], home.parent / "built")
+    normal, program.spawner = program.spawner, lambda: built
     runtime = EmbeddedRuntime(home, run_probes=False, warm_seats=warm)
     try:
         await runtime.start()
         yield runtime
     finally:
         await runtime.close()
-        seats._START = start
+        program.spawner = normal
 
 
 def _ordinary() -> dict[str, Any]:

@@ -1,0 +1,134 @@
+/* The spawner: a process with one thread that clones sandboxes for a service that has many.
+ *
+ * - Started beside the service, it never shares memory or threads with it.
+ * - It ends when its control socket ends, and every sandbox ends with it.
+ * - A sandbox's process has its own socket and nothing else of it.
+ * - Requests are answered in order; setting a sandbox up happens in the clone, not here.
+ *
+ *   spawner FD     what it works with is asked for over the socket, because sandboxes can read its arguments
+ */
+#include "spawner.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#ifndef CLONE_NEWCGROUP
+#define CLONE_NEWCGROUP 0x02000000
+#endif
+static const int SPACES = CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWPID;
+
+static bool read_settings(int control, Settings *settings) {
+  Request request;
+  struct stat info;
+  if (!receive(control, &request)) return false;
+  settings->home = strdup(text(&request));
+  long id = number(&request);
+  settings->root = id >= 0;
+  settings->uid = settings->root ? (uid_t)id : geteuid();
+  settings->gid = settings->root ? (gid_t)id : getegid();
+  if (request.count != 1 || fstat(request.fds[0], &info)) return false;
+  struct sock_filter *program = malloc(info.st_size);
+  if (program == NULL || pread(request.fds[0], program, info.st_size, 0) != info.st_size) return false;
+  settings->filter = (struct sock_fprog){info.st_size / sizeof *program, program};
+  release(&request);
+  return true;
+}
+
+/* Leave this process nothing but its socket. */
+static void keep_only(int sock) {
+  int null = open("/dev/null", O_RDWR);
+  for (int number = 0; number < 3; number++) dup2(null, number);
+  if (sock > 3) syscall(SYS_close_range, 3, sock - 1, 0);
+  syscall(SYS_close_range, sock + 1, ~0U, 0);
+}
+
+static void become_first_process(int sock, const Settings *settings, Request *seat) {
+  Request spec;
+  prctl(PR_SET_PDEATHSIG, (unsigned long)SIGKILL, 0UL, 0UL, 0UL);
+  keep_only(sock);
+  setsid();
+  settle(sock, settings, seat);
+  if (!receive(sock, &spec)) _exit(0);
+  finish(settings, &spec);
+  release(&spec);
+  answer(sock, NULL, 0, "{\"ready\": true}");
+  serve(sock);
+  _exit(0);
+}
+
+static void create(int control, const Settings *settings, Request *seat) {
+  long id = number(seat);
+  int ends[2], flags = SPACES;
+  text(seat);
+  if (!number(seat)) flags |= CLONE_NEWNET;
+  if (!settings->root) flags |= CLONE_NEWUSER;
+  if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends)) {
+    answer(control, NULL, 0, "{\"id\": %ld, \"error\": %s}", id, quoted(strerror(errno)));
+    return;
+  }
+  seat->at = 0;
+  pid_t pid = syscall(SYS_clone, flags | SIGCHLD, NULL, NULL, NULL, NULL);
+  if (pid == 0) become_first_process(ends[1], settings, seat);
+  int held = pid > 0 ? syscall(SYS_pidfd_open, pid, 0) : -1;
+  if (pid < 0) {
+    answer(control, NULL, 0, "{\"id\": %ld, \"error\": %s}", id, quoted(strerror(errno)));
+  } else if (held < 0) {  /* it ends as its socket does */
+    answer(control, NULL, 0, "{\"id\": %ld, \"pid\": %d, \"error\": %s}", id, pid, quoted(strerror(errno)));
+  } else {
+    const int fds[] = {ends[0], held};
+    answer(control, fds, 2, "{\"id\": %ld, \"pid\": %d}", id, pid);
+    close(held);
+  }
+  close(ends[0]);
+  close(ends[1]);
+}
+
+static void kill_children(void) {
+  char path[64];
+  pid_t pid;
+  snprintf(path, sizeof path, "/proc/self/task/%d/children", getpid());
+  FILE *children = fopen(path, "re");
+  while (children != NULL && fscanf(children, "%d", &pid) == 1) kill(pid, SIGKILL);
+}
+
+int main(int argc, char **argv) {
+  if (argc != 2) {
+    fprintf(stderr, "usage: spawner FD (it is started by the sandbox service)\n");
+    return 2;
+  }
+  int control = atoi(argv[1]);
+  Settings settings;
+  fcntl(control, F_SETFD, FD_CLOEXEC);
+  signal(SIGINT, SIG_IGN);
+  int ended = child_signals();
+  if (!read_settings(control, &settings)) return 1;
+  struct pollfd watched[] = {{control, POLLIN, 0}, {ended, POLLIN, 0}};
+  for (;;) {
+    if (poll(watched, 2, -1) < 0) continue;
+    if (watched[1].revents) {
+      char unused[1024];
+      while (read(ended, unused, sizeof unused) > 0) continue;
+      while (waitpid(-1, NULL, WNOHANG) > 0) continue;
+    }
+    if (watched[0].revents) {
+      Request request;
+      if (!receive(control, &request)) break;
+      create(control, &settings, &request);
+      release(&request);
+    }
+  }
+  kill_children();
+  return 0;
+}

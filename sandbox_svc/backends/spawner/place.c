@@ -1,0 +1,120 @@
+/* Objects of a file tree that may be hostile: paths never leave it, links are followed only where it says so. */
+#include "spawner.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/mount.h>
+#include <linux/openat2.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#ifndef AT_RECURSIVE
+#define AT_RECURSIVE 0x8000
+#endif
+#ifndef OPEN_TREE_CLONE
+#define OPEN_TREE_CLONE 1
+#endif
+
+static int resolved(int directory, const char *path, int flags, mode_t mode, unsigned long resolve) {
+  struct open_how how = {.flags = flags | O_CLOEXEC, .mode = mode, .resolve = resolve};
+  return syscall(SYS_openat2, directory, path, &how, sizeof how);
+}
+
+int open_beneath(int directory, const char *path, int flags) {
+  return resolved(directory, path, flags, 0, RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS);
+}
+
+int open_inside(const char *path, int flags, mode_t mode) {
+  int root = open("/", O_PATH | O_DIRECTORY | O_CLOEXEC);
+  if (root < 0) return -1;
+  flags |= O_NONBLOCK | O_NOCTTY;
+  int fd = resolved(root, path, flags, mode, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS);
+  int kept = errno;
+  close(root);
+  errno = kept;
+  return fd;
+}
+
+/* One component of a place, made where it is missing. */
+static int entered(int here, const char *part, bool directory) {
+  if (directory) {
+    if (mkdirat(here, part, 0755) && errno != EEXIST) return -1;
+  } else {
+    int fd = openat(here, part, O_CREAT | O_EXCL | O_CLOEXEC, 0644);
+    if (fd < 0) return -1;
+    close(fd);
+  }
+  return open_beneath(here, part, O_PATH);
+}
+
+int make_place(const char *path, bool directory) {
+  char rest[4096], *part, *saved = NULL;
+  while (*path == '/') path++;
+  if (snprintf(rest, sizeof rest, "%s", path) >= (int)sizeof rest) {
+    errno = ENAMETOOLONG;
+    return -1;
+  }
+  int here = open(".", O_PATH | O_DIRECTORY | O_CLOEXEC);
+  if (here < 0) return -1;
+  int found = open_beneath(here, rest, O_PATH);
+  if (found >= 0 || errno != ENOENT) {
+    close(here);
+    return found;
+  }
+  for (part = strtok_r(rest, "/", &saved); part != NULL && here >= 0;) {
+    char *following = strtok_r(NULL, "/", &saved);
+    int next = entered(here, part, directory || following != NULL);
+    int kept = errno;
+    close(here);
+    errno = kept;
+    here = next;
+    part = following;
+  }
+  return here;
+}
+
+int make_parents(const char *path) {
+  struct stat info;
+  char *copy = strdup(path);
+  if (copy == NULL) return -1;
+  char *last = strrchr(copy, '/');
+  if (last == NULL || last == copy) {
+    free(copy);
+    return 0;
+  }
+  *last = '\0';
+  int failed = stat(copy, &info);
+  for (char *at = copy + 1; failed; at++) {
+    if (*at != '/' && *at != '\0') continue;
+    char kept = *at;
+    *at = '\0';
+    bool refused = mkdir(copy, 0777) && errno != EEXIST;
+    *at = kept;
+    if (refused || kept == '\0') {
+      failed = refused || stat(copy, &info);
+      break;
+    }
+  }
+  int why = errno;
+  free(copy);
+  errno = why;
+  if (!failed && !S_ISDIR(info.st_mode)) {
+    errno = EEXIST;
+    return -1;
+  }
+  return failed ? -1 : 0;
+}
+
+int tree_of(int directory, const char *path) {
+  return syscall(SYS_open_tree, directory, path, OPEN_TREE_CLONE | O_CLOEXEC | AT_RECURSIVE);
+}
+
+int set_attributes(int tree, unsigned long attributes, bool recursive) {
+  struct mount_attr wanted = {.attr_set = attributes};
+  int flags = AT_EMPTY_PATH | (recursive ? AT_RECURSIVE : 0);
+  return syscall(SYS_mount_setattr, tree, "", flags, &wanted, sizeof wanted);
+}

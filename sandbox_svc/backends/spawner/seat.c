@@ -1,0 +1,351 @@
+/* From a freshly cloned process to the confined first process of a sandbox.
+ *
+ * - It settles first (control group, directories, private mounts, network, /proc and /dev beside the place of the root) and
+ *   waits until it is needed, so that a service can keep a few seats warm; then it gets its file system and loses its privileges.
+ * - Order: overlay root, read-only host programs, caller's mounts, /proc and /dev, pivot_root, identity, capabilities,
+ *   no_new_privs, seccomp; then `serve`.
+ * - The mounts belong to a user namespace in which the sandbox has no capability: as root the initial one, otherwise an outer
+ *   one that only this set-up code ever entered with privileges.
+ * - Inside there is one user (1000), mapped to one unprivileged host id; the host's root is unmapped.
+ * - Host sources are opened before any target is touched, and targets are resolved without links.
+ * - Every failure is reported over the socket with the name of the step; nothing is half-confined.
+ */
+#include "spawner.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <grp.h>
+#include <net/if.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mount.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#ifndef CLONE_NEWCGROUP
+#define CLONE_NEWCGROUP 0x02000000
+#endif
+enum { INSIDE_ID = 1000, LAST_KNOWN_CAPABILITY = 37, OPTION_BYTES = 4096 };
+enum { ATTRIBUTE_READ_ONLY = 1, ATTRIBUTE_NOSUID = 2, ATTRIBUTE_NODEV = 4 };
+enum { FROM_TREE = 0x4, ONTO_OBJECT = 0x40 }; /* flags of move_mount */
+
+static const char *const DEVICES[] = {"null", "zero", "full", "random", "urandom", "tty", NULL};
+static const char *const DEVICE_LINKS[][2] = {
+    {"fd", "/proc/self/fd"}, {"stdin", "/proc/self/fd/0"}, {"stdout", "/proc/self/fd/1"},
+    {"stderr", "/proc/self/fd/2"}, {"ptmx", "pts/ptmx"}, {NULL, NULL}};
+static const char *const PROC_READ_ONLY[] = {"sys", "irq", "bus", "fs", "sysrq-trigger", NULL};
+static const char *const PROC_MASKED[] = {
+#ifndef WITHOUT_MASKS /* taken away by a test, to see an attack succeed */
+    "kcore", "keys", "timer_list", "sched_debug", "kallsyms", "kmsg",
+#endif
+    NULL};
+static const char *const HOST_PROGRAMS[] = {"usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32", NULL};
+static const int SAFE = MS_NOSUID | MS_NODEV;
+
+static int channel;
+static char at[320] = "start", breaks_at[320];
+
+static void fail(const char *why, int number) __attribute__((noreturn));
+
+static void fail(const char *why, int number) {
+  char step[700];
+  snprintf(step, sizeof step, "%s", quoted(at));
+  answer(channel, NULL, 0, "{\"ready\": false, \"step\": %s, \"error\": %s, \"errno\": %d}", step, quoted(why), number);
+  _exit(1);
+}
+
+static void need(bool done) {
+  if (!done) fail(strerror(errno), errno);
+}
+
+static void step(const char *format, ...) __attribute__((format(printf, 1, 2)));
+
+static void step(const char *format, ...) {
+  va_list values;
+  va_start(values, format);
+  vsnprintf(at, sizeof at, format, values);
+  va_end(values);
+  if (*breaks_at && strcmp(breaks_at, at) == 0) fail("injected", EIO);
+}
+
+static bool put(const char *path, const char *value) {
+  int fd = open(path, O_WRONLY | O_CLOEXEC);
+  if (fd < 0) return false;
+  ssize_t size = strlen(value), done = write(fd, value, size);
+  int kept = errno;
+  close(fd);
+  errno = kept;
+  return done == size;
+}
+
+/* Values for files of a control group, of which those that are not needed may be refused. */
+static void put_all(Request *request) {
+  for (long left = number(request); left > 0; left--) {
+    const char *path = text(request), *value = text(request);
+    bool needed = number(request);
+    need(put(path, value) || !needed);
+  }
+}
+
+static void map_ids(unsigned inside, uid_t uid, gid_t gid) {
+  char line[64];
+  need(put("/proc/self/setgroups", "deny"));
+  snprintf(line, sizeof line, "%u %u 1", inside, gid);
+  need(put("/proc/self/gid_map", line));
+  snprintf(line, sizeof line, "%u %u 1", inside, uid);
+  need(put("/proc/self/uid_map", line));
+}
+
+static void raise_loopback(void) {
+  struct ifreq lo = {.ifr_name = "lo"};
+  int sock = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+  need(sock >= 0 && ioctl(sock, SIOCGIFFLAGS, &lo) == 0);
+  lo.ifr_flags |= IFF_UP;
+  need(ioctl(sock, SIOCSIFFLAGS, &lo) == 0);
+  close(sock);
+}
+
+/* Attach a detached tree over an entry of a directory that only this set-up code can change. */
+static void cover(int tree, int directory, const char *name, bool read_only) {
+  need(tree >= 0);
+  need(!read_only || set_attributes(tree, ATTRIBUTE_READ_ONLY, true) == 0);
+  need(syscall(SYS_move_mount, tree, "", directory, name, FROM_TREE) == 0);
+  close(tree);
+}
+
+static int directory_of(const char *name) {
+  int fd = open(name, O_PATH | O_DIRECTORY | O_CLOEXEC);
+  need(fd >= 0);
+  return fd;
+}
+
+static void stage_proc(void) {
+  need(mount("proc", "proc", "proc", SAFE | MS_NOEXEC, NULL) == 0);
+  int top = directory_of("proc");
+  for (const char *const *name = PROC_READ_ONLY; *name; name++) {
+    step("protect /proc/%s", *name);
+    int tree = tree_of(top, *name);
+    if (tree >= 0 || errno != ENOENT) cover(tree, top, *name, true);
+  }
+  for (const char *const *name = PROC_MASKED; *name; name++) {
+    step("mask /proc/%s", *name);
+    if (faccessat(top, *name, F_OK, 0) == 0) cover(tree_of(AT_FDCWD, "/dev/null"), top, *name, true);
+  }
+  close(top);
+}
+
+static void stage_devices(void) {
+  char source[32];
+  step("mount /dev");
+  need(mount("tmpfs", "dev", "tmpfs", MS_NOSUID, "mode=755,size=64k,nr_inodes=64") == 0);
+  int top = directory_of("dev");
+  for (const char *const *name = DEVICES; *name; name++) {
+    step("mount /dev/%s", *name);
+    int place = openat(top, *name, O_CREAT | O_EXCL | O_CLOEXEC, 0644);
+    need(place >= 0);
+    close(place);
+    snprintf(source, sizeof source, "/dev/%s", *name);
+    cover(tree_of(AT_FDCWD, source), top, *name, false);
+  }
+  for (int i = 0; DEVICE_LINKS[i][0]; i++) need(symlinkat(DEVICE_LINKS[i][1], top, DEVICE_LINKS[i][0]) == 0);
+  need(mkdirat(top, "shm", 0755) == 0 && mkdirat(top, "pts", 0755) == 0);
+  /* terminals of a number that all share; where there can be none, a command that wants one is refused */
+  mount("devpts", "dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, "newinstance,ptmxmode=0666,mode=620,max=64");
+  step("seal /dev");
+  need(set_attributes(top, ATTRIBUTE_READ_ONLY, false) == 0);
+  close(top);
+}
+
+/* Mount, beside the place of the root, what every sandbox has. */
+static void stage(const char *home) {
+  char path[OPTION_BYTES];
+  step("stage");
+  umask(022);
+  snprintf(path, sizeof path, "%s/stage", home);
+  need(chdir(path) == 0);
+  need(mount("tmpfs", ".", "tmpfs", MS_NOSUID, "mode=755,size=64k,nr_inodes=16") == 0);
+  need(chdir(path) == 0);
+  need(mkdir("root", 0755) == 0 && mkdir("proc", 0755) == 0 && mkdir("dev", 0755) == 0);
+  stage_proc();
+  stage_devices();
+}
+
+void settle(int sock, const Settings *settings, Request *seat) {
+  char path[OPTION_BYTES];
+  channel = sock;
+#ifdef BREAKS_AT /* a file that names the step to fail at: how a test injects a fault */
+  int fault = open(BREAKS_AT, O_RDONLY | O_CLOEXEC);
+  if (fault >= 0 && read(fault, breaks_at, sizeof breaks_at - 1) >= 0) close(fault);
+#endif
+  text(seat), text(seat);
+  bool network = number(seat);
+  const char *place = text(seat);
+  step("outer identity");
+  if (!settings->root) map_ids(0, settings->uid, settings->gid);
+  step("cgroup");
+  for (long left = number(seat); left > 0; left--) need(mkdir(text(seat), 0777) == 0);
+  put_all(seat);
+  step("directories");
+  for (const char *const *part = (const char *const[]){"", "/u", "/w", NULL}; *part; part++) {
+    snprintf(path, sizeof path, "%s/run/%s%s", settings->home, place, *part);
+    need(mkdir(path, 0755) == 0);
+    if (settings->root && strcmp(*part, "/u") == 0) need(chown(path, settings->uid, settings->gid) == 0);
+  }
+  step("private mounts");
+  need(mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) == 0);
+  step("network");
+  need(sethostname("regreen", strlen("regreen")) == 0);
+  if (!network) raise_loopback();
+  stage(settings->home);
+}
+
+typedef struct { int tree; const char *target; bool read_only; } Source;
+
+static Source *open_sources(bool programs, Request *spec, long *count) {
+  step("open mounts");
+  long asked = number(spec);
+  Source *found = calloc(asked + sizeof HOST_PROGRAMS / sizeof *HOST_PROGRAMS, sizeof *found);
+  need(found != NULL);
+  *count = 0;
+  for (const char *const *name = HOST_PROGRAMS; programs && *name; name++) {
+    struct stat info;
+    char *path = malloc(strlen(*name) + 2);
+    need(path != NULL);
+    sprintf(path, "/%s", *name);
+    if (lstat(path, &info) || !S_ISDIR(info.st_mode)) continue;
+    found[(*count)++] = (Source){tree_of(AT_FDCWD, path), path, true};
+    need(found[*count - 1].tree >= 0);
+  }
+  for (; asked > 0; asked--) {
+    const char *source = text(spec), *target = text(spec);
+    step("open mount %s", source);
+    found[(*count)++] = (Source){tree_of(AT_FDCWD, source), target, number(spec)};
+    need(found[*count - 1].tree >= 0);
+  }
+  return found;
+}
+
+static void mount_overlay(const Settings *settings, const char *place, const char *lower, bool is_volatile) {
+  char options[OPTION_BYTES];
+  step("overlay");
+  need(chdir(settings->home) == 0);
+  int size = snprintf(options, sizeof options, "lowerdir=%s,upperdir=run/%s/u,workdir=run/%s/w,userxattr%s", lower, place,
+                      place, is_volatile ? ",volatile" : "");
+  if (size >= (int)sizeof options) fail("more layers than one mount can name", E2BIG); /* the kernel would cut them off */
+  need(mount("overlay", "stage/root", "overlay", SAFE, options) == 0);
+  need(chdir("stage/root") == 0);
+}
+
+static void attach(const Source *sources, long count) {
+  for (const Source *source = sources; source < sources + count; source++) {
+    struct stat info;
+    step("mount %s", source->target);
+    int attributes = ATTRIBUTE_NOSUID | ATTRIBUTE_NODEV | (source->read_only ? ATTRIBUTE_READ_ONLY : 0);
+    need(set_attributes(source->tree, attributes, true) == 0 && fstat(source->tree, &info) == 0);
+    int place = make_place(source->target, S_ISDIR(info.st_mode));
+    need(place >= 0);
+    need(syscall(SYS_move_mount, source->tree, "", place, "", FROM_TREE | ONTO_OBJECT) == 0);
+    close(place);
+    close(source->tree);
+  }
+}
+
+/* Move a staged mount to its place in the new root. */
+static void move(const char *staged, const char *target) {
+  step("mount %s", target);
+  int place = make_place(target, true);
+  need(place >= 0 && syscall(SYS_move_mount, AT_FDCWD, staged, place, "", ONTO_OBJECT) == 0);
+  close(place);
+}
+
+/* A fresh file system in memory. */
+static void mount_memory(const char *target, long size, const char *inodes) {
+  char path[64], options[96];
+  step("mount %s", target);
+  int place = make_place(target, true);
+  need(place >= 0);
+  snprintf(path, sizeof path, "/proc/self/fd/%d", place);
+  snprintf(options, sizeof options, "mode=1777,size=%ld,nr_inodes=%s", size, inodes);
+  need(mount("tmpfs", path, "tmpfs", SAFE, options) == 0);
+  close(place);
+}
+
+static void drop_capabilities(void) {
+  struct { unsigned version; int pid; } head = {0x20080522, 0};
+  struct { unsigned effective, permitted, inheritable; } none[2] = {{0, 0, 0}, {0, 0, 0}};
+  int capability = 0;
+  while (prctl(PR_CAPBSET_DROP, (unsigned long)capability, 0UL, 0UL, 0UL) == 0) capability++;
+  need(errno == EINVAL && capability >= LAST_KNOWN_CAPABILITY); /* the first that the kernel does not know */
+  need(prctl(PR_CAP_AMBIENT, (unsigned long)PR_CAP_AMBIENT_CLEAR_ALL, 0UL, 0UL, 0UL) == 0);
+  need(syscall(SYS_capset, &head, none) == 0);
+}
+
+static void limit(int which, rlim_t value) {
+  struct rlimit now;
+  need(getrlimit(which, &now) == 0);
+  if (now.rlim_max != RLIM_INFINITY && value > now.rlim_max) value = now.rlim_max;
+  now = (struct rlimit){value, value};
+  need(setrlimit(which, &now) == 0);
+}
+
+static void confine(const Settings *settings, Request *spec) {
+  step("identity");
+  if (settings->root) {
+    need(setgroups(0, NULL) == 0);
+    need(setresgid(settings->gid, settings->gid, settings->gid) == 0);
+    need(setresuid(settings->uid, settings->uid, settings->uid) == 0);
+    need(prctl(PR_SET_DUMPABLE, 1UL, 0UL, 0UL, 0UL) == 0);
+  }
+  need(unshare(CLONE_NEWUSER) == 0);
+  map_ids(INSIDE_ID, settings->root ? settings->uid : 0, settings->root ? settings->gid : 0);
+  step("limits");
+  for (long left = number(spec); left > 0; left--) {
+    int which = number(spec);
+    limit(which, number(spec));
+  }
+  step("capabilities");
+  drop_capabilities();
+  step("no_new_privs");
+  need(prctl(PR_SET_NO_NEW_PRIVS, 1UL, 0UL, 0UL, 0UL) == 0);
+  step("seccomp");
+#ifndef WITHOUT_FILTER /* taken away by a test, to see an attack succeed */
+  need(prctl(PR_SET_SECCOMP, 2UL, &settings->filter, 0UL, 0UL) == 0);
+#endif
+  need(prctl(PR_SET_PDEATHSIG, (unsigned long)SIGKILL, 0UL, 0UL, 0UL) == 0);
+#ifndef DUMPABLE /* taken away by a test, to see an attack succeed */
+  need(prctl(PR_SET_DUMPABLE, 0UL, 0UL, 0UL, 0UL) == 0);
+#endif
+}
+
+void finish(const Settings *settings, Request *spec) {
+  long count;
+  text(spec), text(spec);
+  step("group limits");
+  put_all(spec);
+  /* Not before: nobody may set the limits of the group that is its namespace's root. */
+  need(unshare(CLONE_NEWCGROUP) == 0);
+  const char *place = text(spec), *lower = text(spec);
+  bool is_volatile = number(spec), programs = number(spec);
+  long memory = number(spec), shared = number(spec);
+  const char *inodes = text(spec);
+  Source *sources = open_sources(programs, spec, &count);
+  mount_overlay(settings, place, lower, is_volatile);
+  attach(sources, count);
+  move("../proc", "/proc");
+  move("../dev", "/dev");
+  mount_memory("/dev/shm", shared, "20k");
+  mount_memory("/tmp", memory, inodes);
+  step("pivot_root");
+  need(syscall(SYS_pivot_root, ".", ".") == 0);
+  need(umount2(".", MNT_DETACH) == 0 && chdir("/") == 0);
+  confine(settings, spec);
+}

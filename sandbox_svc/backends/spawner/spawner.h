@@ -1,0 +1,72 @@
+/* The spawner of the embedded runtime, and the first process of each of its sandboxes.
+ *
+ * - One program, one thread; nothing here is linked but the C library.
+ * - The service asks in fields, each ended by a NUL, over a SEQPACKET socket; answers are JSON objects (see `wire.py`).
+ * - The service is trusted, what runs in a sandbox is not: no byte of a sandbox's files is ever interpreted here.
+ */
+#ifndef REGREEN_SPAWNER_H
+#define REGREEN_SPAWNER_H
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <linux/filter.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <sys/stat.h>
+#include <sys/types.h>
+
+enum { MOST_FDS = 8, CHANNELS = 4 };
+
+/* One request and the descriptors that came with it, which are closed when it is done with. */
+typedef struct {
+  char *bytes;
+  size_t size, at;
+  void *mapped;
+  int fds[MOST_FDS], count;
+} Request;
+
+/* What does not change from one sandbox to the next. */
+typedef struct {
+  char *home;             /* the runtime's directory */
+  bool root;              /* sandboxes get the ids below; else they have this process's own */
+  uid_t uid;
+  gid_t gid;
+  struct sock_fprog filter;
+} Settings;
+
+/* wire.c */
+bool receive(int sock, Request *request); /* false at the end of the stream */
+void release(Request *request);
+char *text(Request *request); /* the next field; ends this process where there is none, which is never so */
+long number(Request *request);
+char **texts(Request *request); /* a count, then so many fields; to be freed */
+void answer(int sock, const int *fds, int count, const char *format, ...) __attribute__((format(printf, 4, 5)));
+const char *quoted(const char *text); /* for one use at a time within an answer */
+
+/* seat.c: from a cloned process to a confined one; a failure is told with its step and ends this process */
+void settle(int sock, const Settings *settings, Request *seat);
+void finish(const Settings *settings, Request *spec);
+
+/* place.c: objects of a file tree that may be hostile */
+int open_beneath(int directory, const char *path, int flags);
+int open_inside(const char *path, int flags, mode_t mode);
+int make_place(const char *path, bool directory); /* an O_PATH descriptor below ".", made where it is missing */
+int make_parents(const char *path);
+int tree_of(int directory, const char *path); /* a detached clone of the mounts there */
+int set_attributes(int tree, unsigned long attributes, bool recursive);
+
+/* pid1.c */
+void serve(int sock);
+int child_signals(void); /* a descriptor that is readable when a child has ended; blocks SIGCHLD */
+
+/* kill.c */
+int kill_descendants(pid_t first, const pid_t *others, int count); /* how many; -1: everything was killed */
+void kill_all(void);
+
+/* files.c: each returns a descriptor, or -1 with errno */
+int open_to_read(const char *path, struct stat *info);
+int open_to_write(const char *path, mode_t mode);
+int listen_on(int port);
+typedef struct { long resident_bytes, processes, unlinked_bytes; } Usage;
+Usage usage(void);
+#endif
