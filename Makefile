@@ -62,4 +62,4 @@ proto-check: $(STAMP) ## Lint contracts, find drift of the stubs and breaking ch
 
 clean: ## Remove everything that was built or downloaded here
 	@[ ! -x $(BIN)/regreen ] || $(BIN)/regreen down
-	@rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache
+	@rm -rf .venv build sandbox_svc/backends/spawner/built .mypy_cache .ruff_cache .pytest_cache

@@ -21,6 +21,12 @@ RUN useradd --create-home --uid 10001 regreen \
     && install -d -o regreen -g regreen /home/regreen/data /run/regreen
 COPY regreen /opt/regreen/lib/regreen
 COPY sandbox_svc /opt/regreen/lib/sandbox_svc
+# The spawner is a C program; the compiler goes again.
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && PYTHONPATH=/opt/regreen/lib PYTHONDONTWRITEBYTECODE=1 /opt/regreen/venv/bin/python -m sandbox_svc.backends.program \
+    && apt-get purge --yes --auto-remove gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
 
 USER 10001:10001
 ENV HOME=/home/regreen PATH=/opt/regreen/venv/bin:/usr/local/bin:/usr/bin:/bin PYTHONPATH=/opt/regreen/lib PYTHONDONTWRITEBYTECODE=1

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Writes requirements/{lock,model,peer}.txt: name, version and hashes of what .venv holds now; build.txt, what builds regreen
-# itself; sandbox.txt, the part of it that the image of infra/docker/sandbox.Dockerfile needs; and adapters.txt, what only the
+# itself; compiler.txt, a C compiler for machines that have none; sandbox.txt, the part of it that the image of infra/docker/sandbox.Dockerfile needs; and adapters.txt, what only the
 # tests of adapters install. Run after changing pyproject.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -16,6 +16,8 @@ done
 # The frameworks that tests/integration/adapters runs: without what they do not import, and beside what .venv holds.
 printf '%s\n' mini-swe-agent==2.4.6 swe-rex==1.4.0 bashlex==0.18 pexpect==4.9.0 ptyprocess==0.7.0 |
   .venv/bin/uv pip compile --quiet --no-deps --generate-hashes --no-header --no-annotate --universal --python-version 3.11 - -o requirements/adapters.txt
+printf '%s\n' ziglang==0.17.1 |
+  .venv/bin/uv pip compile --quiet --no-deps --generate-hashes --no-header --no-annotate --universal --python-version 3.11 - -o requirements/compiler.txt
 printf '%s\n' hatchling editables | .venv/bin/uv pip compile --quiet --generate-hashes --no-header --no-annotate --universal --python-version 3.11 \
   --constraint "$work/lock.in" - -o requirements/build.txt
 .venv/bin/uv pip compile --quiet --generate-hashes --no-header --no-annotate --universal --python-version 3.11 \

@@ -66,5 +66,11 @@ if ! .venv/bin/python -c 'import torch, sys; sys.exit(not torch.__version__.star
 fi
 say "4/4 regreen itself"
 uv --build-constraint requirements/build.txt --editable .
+spawner() { .venv/bin/python -m sandbox_svc.backends.program; }
+if ! spawner >/dev/null 2>&1; then
+  say "    no C compiler that works for the sandbox's first process: fetching one, 90 MB, and building with it takes a minute"
+  locked compiler
+  spawner >/dev/null
+fi
 touch .venv/.regreen-setup
 say "done in $SECONDS s"

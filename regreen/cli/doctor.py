@@ -92,6 +92,7 @@ def _machine(home: Path) -> list[Finding]:
         Finding("python", sys.version_info >= (3, 11), version, "use Python 3.11"),
         Finding("platform", sys.platform == "linux", sys.platform, "run on Linux"),
         _namespaces(),
+        *_spawner(),
         Finding("disk", free > 5 * _GIB, f"{free / _GIB:.1f} GiB free", "free 5 GiB"),
         Finding("memory", memory > 6 * _GIB, f"{memory / _GIB:.1f} GiB", "use 8 GiB or more"),
         Finding("cpu", True, f"{os.cpu_count()} cores"),
@@ -110,6 +111,17 @@ def _namespaces() -> Finding:
     lifts = [f"sysctl {k}={good}" for k, (bad, good) in _SWITCHES.items() if set_to.get(k) == bad]
     inside = "let this container make user namespaces, or set sandbox `backend` to docker"
     return Finding(name, False, found, ", ".join(lifts) or inside)
+
+
+def _spawner() -> list[Finding]:
+    """Whether the sandbox service has its spawner, a C program, or can build it."""
+    if importlib.util.find_spec("sandbox_svc") is None:
+        return []
+    tried = _tried(["-P", "-m", "sandbox_svc.backends.program"])
+    if tried.returncode == 0:
+        return [Finding("spawner", True, "built")]
+    said = tried.stderr.strip().splitlines()[-1:] or ["it failed"]
+    return [Finding("spawner", False, said[0], "install gcc and libc6-dev, or ziglang")]
 
 
 def _interpreters() -> list[Finding]:

@@ -33,7 +33,8 @@ def compilers() -> Iterator[list[str]]:
         if found := shutil.which(name):
             yield [found]
     if importlib.util.find_spec("ziglang") is not None:
-        yield [sys.executable, "-m", "ziglang", "cc"]
+        target = f"{os.uname().machine}-linux-musl"
+        yield [sys.executable, "-m", "ziglang", "cc", "-target", target, "-s"]
 
 
 def spawner(defines: Sequence[str] = (), into: Path | None = None) -> Path:
@@ -49,7 +50,7 @@ def spawner(defines: Sequence[str] = (), into: Path | None = None) -> Path:
     for file in files:
         digest.update(file.read_bytes())
     name = f"spawner-{digest.hexdigest()[:16]}"
-    places = (into,) if into is not None else (_SOURCES / "built", _cache())
+    places = _places() if into is None else [into]
     for place in places:
         if os.access(place / name, os.X_OK):
             return place / name
@@ -66,14 +67,14 @@ def spawner(defines: Sequence[str] = (), into: Path | None = None) -> Path:
         finally:
             shutil.rmtree(draft, ignore_errors=True)
         return place / name
-    raise MissingDependency(
-        f"the spawner cannot be built: neither {places[0]} nor {places[1]} may be written"
-    )
+    told = " and ".join(map(str, places))
+    raise MissingDependency(f"the spawner cannot be kept: {told} may not be written")
 
 
-def _cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base, "regreen")
+def _places() -> list[Path]:
+    """Where the program may be kept, best first."""
+    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return [_SOURCES / "built", Path(cache, "regreen")]
 
 
 def _compile(sources: Sequence[str], target: Path, defines: Sequence[str]) -> None:
