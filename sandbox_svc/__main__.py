@@ -4,10 +4,11 @@
 - Ended or killed, it leaves no process, mount or control group behind.
 """
 
-import asyncio
 import contextlib
 import sys
 from collections.abc import AsyncIterator
+
+import uvloop
 
 from regreen.rpc import logging
 from regreen.rpc.errors import RegreenError
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     settings = SandboxSettings.load(argv)
     logging.configure("sandbox", settings.log_level)
     try:
-        asyncio.run(serve(settings))
+        uvloop.run(serve(settings))
     except RegreenError as error:
         sys.stderr.write(f"sandbox_svc: {error}\n")
         return 1

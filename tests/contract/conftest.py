@@ -3,6 +3,9 @@
 import pytest_asyncio
 
 from tests.contract.runtimes import NAMES, SMALL, started
+from tests.loops import pytest_asyncio_loop_factories
+
+__all__ = ["box", "pytest_asyncio_loop_factories", "runtime"]
 
 
 @pytest_asyncio.fixture(params=NAMES, scope="module", loop_scope="module")
