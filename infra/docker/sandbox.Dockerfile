@@ -5,6 +5,12 @@
 #
 # Any image with apt and a Python of 3.11 or newer among its packages will do as a base; behind a mirror, add --build-arg PIP_INDEX_URL=...
 ARG BASE_IMAGE=debian:bookworm-slim
+FROM ${BASE_IMAGE} AS spawner
+RUN apt-get update && apt-get install --yes --no-install-recommends python3 gcc libc6-dev
+COPY regreen /src/regreen
+COPY sandbox_svc /src/sandbox_svc
+RUN cd /src && python3 -m sandbox_svc.backends.program
+
 FROM ${BASE_IMAGE}
 ARG PIP_INDEX_URL=
 
@@ -21,12 +27,7 @@ RUN useradd --create-home --uid 10001 regreen \
     && install -d -o regreen -g regreen /home/regreen/data /run/regreen
 COPY regreen /opt/regreen/lib/regreen
 COPY sandbox_svc /opt/regreen/lib/sandbox_svc
-# The spawner is a C program; the compiler goes again.
-RUN apt-get update \
-    && apt-get install --yes --no-install-recommends gcc libc6-dev \
-    && PYTHONPATH=/opt/regreen/lib PYTHONDONTWRITEBYTECODE=1 /opt/regreen/venv/bin/python -m sandbox_svc.backends.program \
-    && apt-get purge --yes --auto-remove gcc libc6-dev \
-    && rm -rf /var/lib/apt/lists/*
+COPY --from=spawner /src/sandbox_svc/backends/spawner/built /opt/regreen/lib/sandbox_svc/backends/spawner/built
 
 USER 10001:10001
 ENV HOME=/home/regreen PATH=/opt/regreen/venv/bin:/usr/local/bin:/usr/bin:/bin PYTHONPATH=/opt/regreen/lib PYTHONDONTWRITEBYTECODE=1
