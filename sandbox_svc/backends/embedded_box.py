@@ -293,22 +293,18 @@ class EmbeddedBox:
         for job in doomed:
             job.reason = job.reason or reason
         if self._link is not None:
-            await self._kill(self._link, ("kill_all",), doomed, reason)
+            await self._kill(self._link, doomed, reason, "kill_all")
 
     async def _stop(self, link: Link, job: Job) -> None:
         """Kill a command's processes."""
-        await self._kill(link, ("kill", job.id), [job], job.reason)
+        await self._kill(link, [job], job.reason, "kill", job.id)
 
     async def _kill(
-        self,
-        link: Link,
-        request: tuple[str, *tuple[int, ...]],
-        doomed: Sequence[Job],
-        reason: EndReason | None,
+        self, link: Link, doomed: Sequence[Job], reason: EndReason | None, what: str, *job: int
     ) -> None:
         """Kill by the first process, politely attributed; then the group; then the sandbox."""
         with contextlib.suppress(LinkClosed, TimeoutError):
-            await link.request(*request, timeout_s=_KILL_GRACE_S)
+            await link.request(what, *job, timeout_s=_KILL_GRACE_S)
         if await all_ended(doomed, _KILL_GRACE_S):
             return
         if self._seat is not None:
