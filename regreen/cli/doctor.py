@@ -25,7 +25,7 @@ from regreen.rpc.errors import InvalidArgument, RegreenError
 from regreen.settings import default_home
 
 _GIB = 1 << 30
-_PROBE_S = 20.0
+_PROBE_S, _BUILD_S = 20.0, 180.0
 _NAMESPACE = """
 import ctypes, os
 def check(failed, name):
@@ -117,7 +117,7 @@ def _spawner() -> list[Finding]:
     """Whether the sandbox service has its spawner, a C program, or can build it."""
     if importlib.util.find_spec("sandbox_svc") is None:
         return []
-    tried = _tried(["-P", "-m", "sandbox_svc.backends.program"])
+    tried = _tried(["-P", "-m", "sandbox_svc.backends.program"], _BUILD_S)
     if tried.returncode == 0:
         return [Finding("spawner", True, "built")]
     said = tried.stderr.strip().splitlines()[-1:] or ["it failed"]
@@ -138,12 +138,14 @@ def _pythons(found: Iterable[str]) -> Finding:
     return Finding("interpreters", bool(versions), ", ".join(versions) or "none", remedy)
 
 
-def _tried(arguments: Sequence[str]) -> "subprocess.CompletedProcess[str]":
+def _tried(
+    arguments: Sequence[str], within_s: float = _PROBE_S
+) -> "subprocess.CompletedProcess[str]":
     """A Python program's end; one that hangs or cannot start has an error text like any other."""
     command = [sys.executable, *arguments]
     try:
         return subprocess.run(
-            command, capture_output=True, text=True, timeout=_PROBE_S, check=False
+            command, capture_output=True, text=True, timeout=within_s, check=False
         )
     except (OSError, subprocess.SubprocessError) as error:
         return subprocess.CompletedProcess(command, 1, "", str(error))

@@ -111,8 +111,8 @@ class EmbeddedRuntime:
             for network in (False, True)
         }
         self._seats = Seats(self.cgroups, self._defaults, warm=self._warm, clear=self._clear)
-        self._seats.start(self._home, owner, built)
         try:
+            self._seats.start(self._home, owner, built)
             await self._prove()
         except InfraError as error:
             await self.close()

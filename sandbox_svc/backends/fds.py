@@ -13,6 +13,7 @@ from regreen.rpc.errors import (
     InvalidArgument,
     NoSuchFile,
     RegreenError,
+    ResourceExhausted,
 )
 
 
@@ -46,5 +47,9 @@ def not_opened(code: int | None, path: str, problem: str) -> RegreenError:
             )
         case errno.ENOSPC | errno.EDQUOT:
             return DiskFull(f"no space left where the sandbox writes {path}: {problem}")
+        case errno.EMFILE | errno.ENFILE | errno.ETOOMANYREFS:
+            return ResourceExhausted(
+                f"no descriptor can be had of {path}: {problem}", retry_after_s=1.0
+            )
         case _:
             return InvalidArgument("path", f"{problem}: {path}")

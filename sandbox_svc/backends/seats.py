@@ -106,6 +106,11 @@ class Seats:
                 )
             host_id = -1 if self._host_id is None else self._host_id
             wire.send(ours, [str(self._home), host_id], (rules,))
+        except OSError as error:
+            ours.close()
+            raise InfraError(
+                f"the spawner cannot be started: {error}; start the service anew"
+            ) from error
         finally:
             os.close(rules)
         self._link = Link(ours)

@@ -84,5 +84,5 @@ def receive(sock: socket.socket) -> tuple[Message, list[int]] | None:
             )
     if not data:
         return None
-    message: Message = json.loads(data)
+    message: Message = json.loads(data.decode("utf-8", "replace"))  # it may quote any bytes
     return message, fds

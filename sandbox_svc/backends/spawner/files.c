@@ -63,12 +63,31 @@ int listen_on(int port) {
   return sock;
 }
 
+static int by_inode(const void *a, const void *b) {
+  ino_t one = ((const Unlinked *)a)->inode, other = ((const Unlinked *)b)->inode;
+  return (one > other) - (one < other);
+}
+
+/* Keep one of each: processes may share a file in any number of descriptors. */
+static void squeeze(Found *found) {
+  size_t kept = 0;
+  if (found->count) qsort(found->all, found->count, sizeof *found->all, by_inode);
+  for (size_t i = 0; i < found->count; i++)
+    if (kept == 0 || found->all[kept - 1].inode != found->all[i].inode) found->all[kept++] = found->all[i];
+  found->count = kept;
+}
+
 static void add_unlinked(Found *found, ino_t inode, long bytes) {
-  if (found->count == found->room) {
-    Unlinked *grown = realloc(found->all, (found->room + 1024) * sizeof *grown);
-    if (grown == NULL) return;
-    found->all = grown;
-    found->room += 1024;
+  bool full = found->count == found->room;
+  if (full) squeeze(found);
+  if (full && found->count >= found->room / 2) {
+    size_t room = found->room ? found->room * 2 : 1024;
+    Unlinked *grown = realloc(found->all, room * sizeof *grown);
+    if (grown == NULL && found->count == found->room) return;
+    if (grown != NULL) {
+      found->all = grown;
+      found->room = room;
+    }
   }
   found->all[found->count++] = (Unlinked){inode, bytes};
 }
@@ -83,11 +102,6 @@ static void look_at_descriptors(const char *pid, dev_t device, Found *found) {
     if (fstatat(dirfd(fds), entry->d_name, &info, 0) == 0 && info.st_nlink == 0 && info.st_dev == device)
       add_unlinked(found, info.st_ino, info.st_blocks * 512L);
   if (fds != NULL) closedir(fds);
-}
-
-static int by_inode(const void *a, const void *b) {
-  ino_t one = ((const Unlinked *)a)->inode, other = ((const Unlinked *)b)->inode;
-  return (one > other) - (one < other);
 }
 
 /* Resident memory, processes, and bytes of files that are open but unlinked, each counted once. */
@@ -112,9 +126,8 @@ Usage usage(void) {
     look_at_descriptors(entry->d_name, root.st_dev, &found);
   }
   if (proc != NULL) closedir(proc);
-  if (found.count) qsort(found.all, found.count, sizeof *found.all, by_inode);
-  for (size_t i = 0; i < found.count; i++)
-    if (i == 0 || found.all[i].inode != found.all[i - 1].inode) now.unlinked_bytes += found.all[i].bytes;
+  squeeze(&found);
+  for (size_t i = 0; i < found.count; i++) now.unlinked_bytes += found.all[i].bytes;
   free(found.all);
   return now;
 }

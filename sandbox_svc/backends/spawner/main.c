@@ -88,7 +88,8 @@ static void create(int control, const Settings *settings, Request *seat) {
     answer(control, NULL, 0, "{\"id\": %ld, \"pid\": %d, \"error\": %s}", id, pid, quoted(strerror(errno)));
   } else {
     const int fds[] = {ends[0], held};
-    answer(control, fds, 2, "{\"id\": %ld, \"pid\": %d}", id, pid);
+    if (!answer(control, fds, 2, "{\"id\": %ld, \"pid\": %d}", id, pid))
+      answer(control, NULL, 0, "{\"id\": %ld, \"pid\": %d, \"error\": %s}", id, pid, quoted(strerror(errno)));
     close(held);
   }
   close(ends[0]);

@@ -37,6 +37,7 @@ static int running, room;
 
 int child_signals(void) {
   sigset_t set;
+  signal(SIGCHLD, SIG_DFL); /* ignored by whoever started the service, no end would ever be told */
   sigemptyset(&set);
   sigaddset(&set, SIGCHLD);
   sigprocmask(SIG_BLOCK, &set, NULL);
@@ -63,17 +64,21 @@ static bool is_program(const char *path) {
   return stat(path, &info) == 0 && S_ISREG(info.st_mode) && access(path, X_OK) == 0;
 }
 
-/* The path of a program, looked for as a shell does; false where there is none. */
-static bool find(const char *program, char *const *env, char *found, size_t size) {
+/* The path of a program, looked for as a shell does; an errno, or 0. */
+static int find(const char *program, char *const *env, char *found, size_t size) {
   const char *path = "";
-  if (strchr(program, '/') != NULL) return (size_t)snprintf(found, size, "%s", program) < size;
+  if (strlen(program) >= size) return ENAMETOOLONG;
+  if (strchr(program, '/') != NULL) {
+    strcpy(found, program);
+    return 0;
+  }
   for (; *env; env++)
     if (strncmp(*env, "PATH=", 5) == 0) path = *env + 5;
   for (;;) {
     int length = strcspn(path, ":");
     int needed = snprintf(found, size, "%.*s/%s", length ? length : 1, length ? path : ".", program);
-    if (needed > 0 && (size_t)needed < size && is_program(found)) return true;
-    if (path[length] == '\0') return false;
+    if (needed > 0 && (size_t)needed < size && is_program(found)) return 0;
+    if (path[length] == '\0') return ENOENT;
     path += length + 1;
   }
 }
@@ -100,20 +105,20 @@ static int start(const char *path, char **argv, char **env, const Request *reque
   posix_spawn_file_actions_t actions;
   posix_spawnattr_t attributes;
   sigset_t none, defaults;
+  if (request->cut) return EMFILE;
   posix_spawn_file_actions_init(&actions);
   posix_spawnattr_init(&attributes);
-  if (terminal != NULL) {
-    posix_spawn_file_actions_addopen(&actions, 0, terminal->path, O_RDWR, 0);
-    for (int number = 1; number < 3; number++) posix_spawn_file_actions_adddup2(&actions, 0, number);
-  }
-  for (int number = 0; terminal == NULL && number < request->count && number < CHANNELS; number++)
-    posix_spawn_file_actions_adddup2(&actions, request->fds[number], number);
+  int failed = terminal ? posix_spawn_file_actions_addopen(&actions, 0, terminal->path, O_RDWR, 0) : 0;
+  for (int number = 1; terminal && number < 3 && !failed; number++)
+    failed = posix_spawn_file_actions_adddup2(&actions, 0, number);
+  for (int number = 0; !terminal && number < request->count && number < CHANNELS && !failed; number++)
+    failed = posix_spawn_file_actions_adddup2(&actions, request->fds[number], number);
   sigemptyset(&none);
   sigfillset(&defaults);
   posix_spawnattr_setsigmask(&attributes, &none);
   posix_spawnattr_setsigdefault(&attributes, &defaults);
   posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETSID | POSIX_SPAWN_SETSIGMASK | POSIX_SPAWN_SETSIGDEF);
-  int failed = posix_spawn(pid, path, &actions, &attributes, argv, env);
+  if (!failed) failed = posix_spawn(pid, path, &actions, &attributes, argv, env);
   posix_spawn_file_actions_destroy(&actions);
   posix_spawnattr_destroy(&attributes);
   return failed;
@@ -121,7 +126,7 @@ static int start(const char *path, char **argv, char **env, const Request *reque
 
 static void refuse(int sock, long id, const char *kind, bool told, const char *what, const char *why, int number) {
   char line[600];
-  snprintf(line, sizeof line, "%s%s%s", what, *what ? ": " : "", why);
+  snprintf(line, sizeof line, "%.400s%s%s", what, *what ? ": " : "", why);
   answer(sock, NULL, 0, "{\"id\": %ld, \"errno\": %d, \"error\": %s, \"%s\": true%s}", id, number, quoted(line), kind,
          told ? "" : ", \"refused\": true");
 }
@@ -145,8 +150,8 @@ static void run(int sock, long id, Request *request) {
     failed = errno, kind = "cwd", what = cwd;
   } else if (!make_room()) {
     failed = ENOMEM;
-  } else if (!find(what, env, found, sizeof found)) {
-    failed = ENOENT, why = "command not found";
+  } else if ((failed = find(what, env, found, sizeof found)) != 0) {
+    why = failed == ENOENT ? "command not found" : NULL;
   } else {
     failed = start(found, argv, env, request, wanted, &pid);
   }
@@ -157,7 +162,10 @@ static void run(int sock, long id, Request *request) {
   }
   if (!failed) {
     jobs[running++] = (Job){id, pid, wanted ? terminal.inside : -1};
-    if (told) answer(sock, &terminal.outside, wanted ? 1 : 0, "{\"id\": %ld, \"pid\": %d}", id, pid);
+    if (told && !answer(sock, &terminal.outside, wanted ? 1 : 0, "{\"id\": %ld, \"pid\": %d}", id, pid)) {
+      failed = errno, kind = "no_terminal", what = "";
+      kill(-pid, SIGKILL);
+    }
     if (wanted) close(terminal.outside);
   }
 end:
@@ -187,12 +195,12 @@ static void kill_job(int sock, long id, Request *request) {
 
 /* Hand a descriptor out, or say why there is none. */
 static void hand_out(int sock, long id, int fd, const char *facts) {
-  if (fd < 0) {
-    answer(sock, NULL, 0, "{\"id\": %ld, \"errno\": %d, \"error\": %s}", id, errno, quoted(strerror(errno)));
-    return;
-  }
-  answer(sock, &fd, 1, "{\"id\": %ld%s}", id, facts);
-  close(fd);
+  bool done = fd >= 0 && answer(sock, &fd, 1, "{\"id\": %ld%s}", id, facts);
+  int why = errno;
+  if (fd >= 0) close(fd);
+  if (done) return;
+  const char *told = why == EINVAL ? "not a regular file" : strerror(why);
+  answer(sock, NULL, 0, "{\"id\": %ld, \"errno\": %d, \"error\": %s}", id, why, quoted(told));
 }
 
 static void dispatch(int sock, Request *request) {

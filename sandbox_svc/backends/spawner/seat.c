@@ -139,6 +139,7 @@ static void stage_proc(void) {
   for (const char *const *name = PROC_MASKED; *name; name++) {
     step("mask /proc/%s", *name);
     if (faccessat(top, *name, F_OK, 0) == 0) cover(tree_of(AT_FDCWD, "/dev/null"), top, *name, true);
+    else need(errno == ENOENT);
   }
   close(top);
 }

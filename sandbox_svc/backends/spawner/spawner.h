@@ -23,6 +23,7 @@ typedef struct {
   size_t size, at;
   void *mapped;
   int fds[MOST_FDS], count;
+  bool cut; /* descriptors are missing, because this process may have no more */
 } Request;
 
 /* What does not change from one sandbox to the next. */
@@ -40,7 +41,8 @@ void release(Request *request);
 char *text(Request *request); /* the next field; ends this process where there is none, which is never so */
 long number(Request *request);
 char **texts(Request *request); /* a count, then so many fields; to be freed */
-void answer(int sock, const int *fds, int count, const char *format, ...) __attribute__((format(printf, 4, 5)));
+/* False, with errno, where the descriptors cannot be sent; who cannot answer at all ends, which the service sees. */
+bool answer(int sock, const int *fds, int count, const char *format, ...) __attribute__((format(printf, 4, 5)));
 const char *quoted(const char *text); /* for one use at a time within an answer */
 
 /* seat.c: from a cloned process to a confined one; a failure is told with its step and ends this process */

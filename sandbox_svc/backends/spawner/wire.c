@@ -46,6 +46,7 @@ bool receive(int sock, Request *request) {
   while (size < 0 && errno == EINTR);
   if (size <= 0) return false;
   take_fds(&message, request);
+  request->cut = message.msg_flags & MSG_CTRUNC;
   request->bytes = inline_bytes;
   request->size = size;
   bool whole = inline_bytes[size - 1] == '\0';
@@ -86,19 +87,20 @@ const char *quoted(const char *text) {
   for (; *text && at < sizeof room - 3; text++) {
     unsigned char byte = *text;
     if (byte == '"' || byte == '\\') room[at++] = '\\';
-    room[at++] = byte < 0x20 || byte > 0x7e ? '?' : byte;
+    room[at++] = byte < 0x20 || byte == 0x7f ? '?' : byte; /* what is no UTF-8, the service replaces */
   }
   room[at++] = '"';
   room[at] = '\0';
   return room;
 }
 
-void answer(int sock, const int *fds, int count, const char *format, ...) {
+bool answer(int sock, const int *fds, int count, const char *format, ...) {
   char bytes[ANSWER_BYTES];
   va_list values;
   va_start(values, format);
   int size = vsnprintf(bytes, sizeof bytes, format, values);
   va_end(values);
+  if (size >= (int)sizeof bytes) size = sizeof bytes - 1;
   union { struct cmsghdr head; char room[CMSG_SPACE(MOST_FDS * sizeof(int))]; } control = {0};
   struct iovec body = {bytes, size};
   struct msghdr message = {.msg_iov = &body, .msg_iovlen = 1};
@@ -110,5 +112,9 @@ void answer(int sock, const int *fds, int count, const char *format, ...) {
     control.head.cmsg_len = CMSG_LEN(count * sizeof(int));
     memcpy(CMSG_DATA(&control.head), fds, count * sizeof(int));
   }
-  while (sendmsg(sock, &message, MSG_NOSIGNAL) < 0 && errno == EINTR) continue;
+  ssize_t sent;
+  do sent = sendmsg(sock, &message, MSG_NOSIGNAL);
+  while (sent < 0 && errno == EINTR);
+  if (sent < 0 && count == 0) _exit(5);
+  return sent >= 0;
 }

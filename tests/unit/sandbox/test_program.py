@@ -1,5 +1,6 @@
 """The spawner is built once, from any compiler, or says what to install."""
 
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -58,11 +59,56 @@ def test_started_by_hand_it_says_who_starts_it():
     assert "started by the sandbox service" in done.stderr
 
 
+def test_what_another_user_could_have_put_there_is_not_executed(tmp_path, monkeypatch):
+    place = tmp_path / "built"
+    good = program.spawner(into=place)
+    for path, mode in ((good, 0o777), (place, 0o777)):
+        kept = path.stat().st_mode
+        path.chmod(mode)
+        assert not program._usable(good)
+        path.chmod(kept)
+    assert program._usable(good)
+    place.chmod(0o777)
+    with pytest.raises(MissingDependency, match="others may"):
+        program.spawner(["DUMPABLE"], into=place)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_what_belongs_to_another_user_is_built_anew(tmp_path):
+    planted = program.spawner(into=tmp_path)
+    planted.write_bytes(b"#!/bin/sh\n")
+    os.chown(planted, 64_021, 64_021)
+    assert program.spawner(into=tmp_path).read_bytes()[:4] == b"\x7fELF"
+    assert planted.stat().st_uid == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
+def test_a_place_where_nothing_may_be_executed_leaves_the_next(tmp_path, monkeypatch):
+    closed, cache = tmp_path / "noexec", tmp_path / "cache"
+    closed.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "noexec,mode=755,size=8m", "tmpfs", str(closed)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("no mounts here")
+    try:
+        monkeypatch.setattr(program, "_places", lambda: [closed, cache])
+        assert program.spawner().parent == cache
+    finally:
+        subprocess.run(["umount", str(closed)], check=True)
+
+
+def test_a_draft_that_a_killed_build_left_is_removed(tmp_path):
+    left = tmp_path / ".draft-left"
+    left.mkdir()
+    os.utime(left, (0, 0))
+    program.spawner(into=tmp_path)
+    assert not left.exists()
+
+
 def test_a_place_that_cannot_be_written_leaves_the_next(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     places = [tmp_path / "file" / "built", tmp_path / "cache"]
     monkeypatch.setattr(program, "_places", lambda: places)
     assert program.spawner().parent == tmp_path / "cache"
     monkeypatch.setattr(program, "_places", lambda: places[:1])
-    with pytest.raises(MissingDependency, match="may not be written"):
+    with pytest.raises(MissingDependency, match="this user may not write"):
         program.spawner()
