@@ -60,7 +60,7 @@ _CALM_SHARE = 4
 _SLOPE_BYTES = 500
 """Resident bytes that one service may keep of each sandbox, by its slope. What has no bound of its
 own shows: an answer that was remembered as a message took 1,600, and a sandbox has three."""
-_SLOPE_OVER = 500
+_SLOPE_OVER = 1000
 """Sandboxes from which a slope tells more than chance."""
 _GROWTH_BYTES, _GROWTH_FDS = 48 << 20, 64
 """How much more one service may have of each at a look than at an earlier one."""
