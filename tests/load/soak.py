@@ -89,6 +89,7 @@ class Soak:
     calm: list[tuple[int, int]] = field(default_factory=list)
     """Of the service that is spared: sandboxes made so far and its resident bytes."""
     _spared: bool = False
+    _calm_pids: set[int] = field(default_factory=set)
     _process: asyncio.subprocess.Process | None = None
     _born_s: float = 0.0
 
@@ -171,7 +172,7 @@ class Soak:
         while self.made < until:
             self.made += 1
             if self._spared and self.made % 10 == 0:
-                self.calm.append((self.made, self._usage()[0]))
+                self._look_calmly()
             if self.made % 50 == 0:
                 self._look()
             start = self.rng.choice([self.root, *self.states])
@@ -181,6 +182,13 @@ class Soak:
             for _ in range(self.rng.randrange(4)):
                 await self._operate(box.id)
             await self._try("delete", lambda b=box: self.sandboxes.delete_sandbox(b.id))
+
+    def _look_calmly(self) -> None:
+        """Note the memory of the service that is spared; it has to be one and the same."""
+        assert self._process is not None
+        with contextlib.suppress(OSError):
+            self.calm.append((self.made, self._usage()[0]))
+            self._calm_pids.add(self._process.pid)
 
     async def _operate(self, box: str) -> None:
         operation = self.rng.choice((self._write, self._daemon, self._snapshot, self._fork))
@@ -260,6 +268,8 @@ class Soak:
                         f"service {pid} went from {before} to {after} {name} over "
                         f"{made_then - made} sandboxes"
                     )
+        if len(self._calm_pids) > 1:
+            self.faults.append("the service that was spared has ended all the same")
         if (slope := self._flatness()) and slope["checked"] and not slope["flat"]:
             self.faults.append(f"the service that was spared grew: {slope}")
         until_s = time.monotonic() + 30.0
