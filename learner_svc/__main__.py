@@ -35,6 +35,7 @@ async def serve(settings: LearnerSettings) -> None:
         async with server:
             await server.wait()
     finally:
+        servicer.close()
         await runs.close()
 
 

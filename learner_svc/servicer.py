@@ -42,6 +42,10 @@ class LearnerServicer(pb.LearnerServiceServicer):
         self._runs, self._engine = runs, default_engine
         self._once: Idempotency[Any] = Idempotency()
 
+    def close(self) -> None:
+        """Forget what was answered."""
+        self._once.close()
+
     async def StartRun(self, request: pb.StartRunRequest, context: Context) -> pb.StartRunResponse:
         # Not remembered: after a crash the same request must start the run again.
         run = await self._runs.start(self._spec(request), request.resume_uri)

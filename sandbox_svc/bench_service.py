@@ -238,8 +238,13 @@ async def _exec(service: Service, sandbox_id: str) -> None:
 _FILES = "mkdir -p {at} && cd {at} && head -c {size} /dev/zero | split -a 5 -b {each} -"
 
 
-async def forks(service: Service, root: str, turns: int, *, large: bool) -> dict[str, Samples]:
-    """Time to fork by size of the State, by its layers and by children that live already."""
+async def forks(
+    service: Service, root: str, other: Service, turns: int, *, large: bool
+) -> dict[str, Samples]:
+    """Time to fork by size of the State, by its layers and by children that live already.
+
+    `other` has no sandboxes: what its forks take beside those children is not the service's doing.
+    """
     sizes = {"1 MB": (1_000_000, 50_000), "350 MB, 20,000 files": (350_000_000, 17_500)}
     if large:
         sizes["1 GB, 20,000 files"] = (1_000_000_000, 50_000)
@@ -258,7 +263,8 @@ async def forks(service: Service, root: str, turns: int, *, large: bool) -> dict
         for kind, states in (("size", by_size), ("layers", by_layers)):
             for name, chosen in states.items():
                 found[kind].setdefault(name, []).extend(await _forks_of(service, chosen, 5))
-    found["children"] = await _children(service, by_size["350 MB, 20,000 files"])
+    state = by_size["350 MB, 20,000 files"]
+    found["children"], found["children elsewhere"] = await _children(service, state, other)
     return found
 
 
@@ -272,19 +278,25 @@ async def _forks_of(service: Service, state: str, count: int) -> list[float]:
     return found
 
 
-async def _children(service: Service, state: str) -> Samples:
-    """Time of one more fork while 1, 10, 100 and 1,000 children of the State live."""
+async def _children(service: Service, state: str, other: Service) -> tuple[Samples, Samples]:
+    """Time of one more fork while 1, 10, 100 and 1,000 children of the State live; there and
+    in another service of this host, which has none."""
     live: list[str] = []
     found: Samples = {}
+    elsewhere: Samples = {}
+    empty = await other.root_state()
+    await _forks_of(other, empty, 5)
     for wanted in (1, 10, 100, 1000):
         while len(live) < wanted:
             more = min(16, wanted - len(live))
             live += await asyncio.gather(*(service.create(state) for _ in range(more)))
-        found[str(wanted)] = await _forks_of(service, state, 20)
+        for _ in range(2):
+            found.setdefault(str(wanted), []).extend(await _forks_of(service, state, 10))
+            elsewhere.setdefault(str(wanted), []).extend(await _forks_of(other, empty, 10))
         _say(f"{wanted} children")
     for start in range(0, len(live), 16):
         await asyncio.gather(*(service.delete(box) for box in live[start : start + 16]))
-    return found
+    return found, elsewhere
 
 
 async def burst(home: Path) -> dict[str, Any]:
@@ -372,7 +384,9 @@ async def measure(home: Path, image: str, turns: int, *, large: bool) -> dict[st
         async with Service(home / "service", *flags) as service:
             root = await service.root_state()
             by_level = await levels(service, root, floor, docker, turns)
-            by_kind = await forks(service, root, turns, large=large)
+            (home / "other").mkdir()
+            async with Service(home / "other", "--warm-seats", "8") as other:
+                by_kind = await forks(service, root, other, turns, large=large)
     return _report(by_level, by_kind, await burst(home), skipped, turns)
 
 

@@ -26,7 +26,7 @@ from sandbox_svc.specs import changes_from_proto, spec_from_proto
 from sandbox_svc.states import State
 
 _HEARTBEAT_S = 10.0
-_PAGE, _MAX_PAGE = 100, 1000
+DEFAULT_PAGE, _MAX_PAGE = 100, 1000
 _READ_BYTES = 1 << 20
 _MAX_TRANSFER_BYTES = 48 << 20
 
@@ -47,21 +47,31 @@ def page(
     """
     if not 0 <= size <= _MAX_PAGE:
         raise InvalidArgument("page_size", f"{size}", f"give 0 to {_MAX_PAGE}")
-    start = 0
-    if token:
-        seconds, _, name = token.partition("_")
-        try:
-            place = float.fromhex(seconds), name
-        except (ValueError, OverflowError):
-            raise InvalidArgument(
-                "page_token", "is none of this service", "start from the first page"
-            ) from None
-        start = bisect.bisect_right(items, place, key=key)
-    chosen = items[start : start + (size or _PAGE)]
+    start = bisect.bisect_right(items, place_of(token), key=key) if token else 0
+    chosen = items[start : start + (size or DEFAULT_PAGE)]
     if not chosen or start + len(chosen) >= len(items):
         return chosen, ""
-    seconds_s, name = key(chosen[-1])
-    return chosen, f"{seconds_s.hex()}_{name}"
+    return chosen, token_of(key(chosen[-1]))
+
+
+def place_of(token: str) -> tuple[float, str]:
+    """The place in an order that a token names.
+
+    Raises:
+        InvalidArgument: it names none.
+    """
+    seconds, _, name = token.partition("_")
+    try:
+        return float.fromhex(seconds), name
+    except (ValueError, OverflowError):
+        raise InvalidArgument(
+            "page_token", "is none of this service", "start from the first page"
+        ) from None
+
+
+def token_of(place: tuple[float, str]) -> str:
+    """The token that names a place in an order."""
+    return f"{place[0].hex()}_{place[1]}"
 
 
 def _place(item: State | Sandbox) -> tuple[float, str]:

@@ -82,7 +82,8 @@ class SandboxSettings(ServiceSettings):
     max_executions: int = Field(default=32, ge=1, le=1024)
     """Commands of one sandbox that run on their own or are kept; the oldest ended ones go first."""
     import_bytes: int = Field(default=16 << 30, ge=1 << 20)
-    """Largest archive that ImportState and ImportImage take, packed or unpacked."""
+    """Largest archive that ImportState and ImportImage take, packed or unpacked, and that
+    ExportState and ExportImage give."""
     kube_name: str = Field(default="regreen-sandbox", min_length=1, max_length=200)
     """Name of this front in the cluster; one that starts under it takes over what is there."""
     kube_config: Path | None = None

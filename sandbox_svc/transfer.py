@@ -91,6 +91,7 @@ class Transfer:
     roots: Callable[[], dict[str, Path]]
     """Directories that imported states may mount: name to path."""
     max_bytes: int = 16 << 30
+    """Of the files of one archive, either way."""
     threads: ThreadPoolExecutor = field(default_factory=_threads)
 
     async def export(self, state_id: str) -> AsyncIterator[bytes]:
@@ -98,6 +99,7 @@ class Transfer:
 
         Raises:
             NotFound: no such state.
+            FailedPrecondition: it holds what cannot be exported, or more than `max_bytes`.
         """
         state, files = self.states.get(state_id), layer_files(self.runtime)
         self.states.hold(state.layers)
@@ -106,7 +108,7 @@ class Transfer:
             layers = [files.layer_path(layer) for layer in state.layers]
             read_fd, write_fd = _pipe()
             os.set_blocking(read_fd, False)
-            writer = self._in_thread(_pack, write_fd, record, layers)
+            writer = self._in_thread(_pack, write_fd, record, layers, self.max_bytes)
             try:
                 while chunk := await _receive(read_fd):
                     yield chunk
@@ -220,7 +222,7 @@ def _pipe() -> tuple[int, int]:
     return read_fd, write_fd
 
 
-def _pack(write_fd: int, record: bytes, layers: Sequence[Path]) -> None:
+def _pack(write_fd: int, record: bytes, layers: Sequence[Path], max_bytes: int) -> None:
     with (
         contextlib.suppress(BrokenPipeError),
         os.fdopen(write_fd, "wb") as pipe,
@@ -233,7 +235,7 @@ def _pack(write_fd: int, record: bytes, layers: Sequence[Path]) -> None:
             top = tarfile.TarInfo(f"layers/{number}")
             top.type, top.mode = tarfile.DIRTYPE, 0o755
             archive.addfile(top)
-            write_tree(archive, layer, f"layers/{number}")
+            max_bytes -= write_tree(archive, layer, f"layers/{number}", max_bytes)
         archive.addfile(tarfile.TarInfo(_END))
 
 

@@ -3,17 +3,18 @@
 - Two calls with one id that overlap share one execution; it goes on while anyone waits for it.
 - Only success is remembered; a failure may be tried again.
 - An id that comes back with another request is refused, never answered with the wrong result.
-- Memory is bounded by count, bytes and age; what must survive a restart is kept by the service.
+- What is remembered is bounded by count, bytes and age and lies outside the process's memory
+  (`answers`); what must survive a restart is kept by the service.
 """
 
 import asyncio
 import hashlib
 import time
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Generic, Protocol, Self, TypeVar
 
+from regreen.rpc.answers import Answers, Kept
 from regreen.rpc.errors import InvalidArgument
 
 
@@ -24,20 +25,22 @@ class Message(Protocol):
         """The message as bytes."""
         ...
 
+    @classmethod
+    def FromString(cls, data: bytes) -> Self:
+        """The message of bytes."""
+        ...
+
 
 T = TypeVar("T", bound=Message)
 
 
 @dataclass(slots=True)
-class _Entry(Generic[T]):
-    fingerprint: bytes
-    task: "asyncio.Task[T] | None"
-    """What is under way; None once there is an answer."""
-    answer: T | None = None
+class _Flight(Generic[T]):
+    """An execution under way."""
+
+    request: bytes
+    task: "asyncio.Task[T]"
     waiters: int = 0
-    expires_s: float = 0.0
-    size_bytes: int = 0
-    done: bool = field(default=False)
 
 
 class Idempotency(Generic[T]):
@@ -47,14 +50,20 @@ class Idempotency(Generic[T]):
         self,
         *,
         ttl_s: float = 24 * 3600.0,
-        max_entries: int = 20_000,
+        max_entries: int = 500_000,
         max_bytes: int = 128 << 20,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._ttl_s, self._max_entries, self._max_bytes = ttl_s, max_entries, max_bytes
-        self._clock = clock
-        self._entries: OrderedDict[tuple[str, str], _Entry[T]] = OrderedDict()
-        self._bytes = 0
+        self._flights: dict[bytes, _Flight[T]] = {}
+        self._answers = Answers(
+            ttl_s=ttl_s, max_entries=max_entries, max_bytes=max_bytes, clock=clock
+        )
+        self._types: dict[str, type[T]] = {}
+        """By method, what its answers are."""
+
+    def close(self) -> None:
+        """Forget every answer."""
+        self._answers.close()
 
     async def once(
         self, method: str, request_id: str, request: Message, work: Callable[[], Awaitable[T]]
@@ -65,58 +74,52 @@ class Idempotency(Generic[T]):
             InvalidArgument: the id was used for a different request.
         """
         fingerprint = hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
-        key = (method, request_id)
-        entry = self._entries.get(key)
-        if entry and entry.done and entry.expires_s < self._clock():
-            self._forget(key)
-            entry = None
-        if entry and entry.fingerprint != fingerprint:
+        name = hashlib.sha256(f"{method}\n{request_id}".encode("utf-8", "surrogatepass")).digest()
+        flight = self._flights.get(name)
+        kept = self._answers.find(name) if flight is None else None
+        known = flight.request if flight else kept.request if kept else fingerprint
+        if known != fingerprint:
             raise InvalidArgument(
                 "request_id", f"{request_id[:80]!r} was used for another request", "use a fresh id"
             )
-        if entry is None:
-            entry = _Entry(fingerprint, asyncio.ensure_future(_as_coroutine(work)))
-            self._entries[key] = entry
-        return await self._wait(key, entry)
+        if kept is not None:
+            return self._types[method].FromString(kept.answer)
+        if flight is None:
+            flight = self._begin(method, name, fingerprint, work)
+        return await self._wait(name, flight)
 
-    async def _wait(self, key: tuple[str, str], entry: _Entry[T]) -> T:
-        task = entry.task
-        if task is None:
-            assert entry.answer is not None
-            return entry.answer
-        entry.waiters += 1
+    def _begin(
+        self, method: str, name: bytes, fingerprint: bytes, work: Callable[[], Awaitable[T]]
+    ) -> _Flight[T]:
+        flight = _Flight(fingerprint, asyncio.ensure_future(_as_coroutine(work)))
+
+        def done(task: "asyncio.Task[T]") -> None:
+            self._land(name, flight)
+            if task.cancelled() or task.exception():
+                return
+            answer = task.result()
+            self._types[method] = type(answer)
+            self._answers.put(name, Kept(fingerprint, answer.SerializeToString()))
+
+        self._flights[name] = flight
+        flight.task.add_done_callback(done)
+        return flight
+
+    async def _wait(self, name: bytes, flight: _Flight[T]) -> T:
+        flight.waiters += 1
         try:
-            answer = await asyncio.shield(task)
+            return await asyncio.shield(flight.task)
         except asyncio.CancelledError:
-            if entry.waiters == 1 and not task.done():
-                task.cancel()
-                self._forget(key)
-            raise
-        except BaseException:
-            self._forget(key)
+            if flight.waiters == 1 and not flight.task.done():
+                flight.task.cancel()
+                self._land(name, flight)
             raise
         finally:
-            entry.waiters -= 1
-        self._remember(entry, answer)
-        return answer
+            flight.waiters -= 1
 
-    def _remember(self, entry: _Entry[T], answer: T) -> None:
-        if entry.done:
-            return
-        entry.done, entry.task, entry.answer = True, None, answer
-        entry.expires_s = self._clock() + self._ttl_s
-        entry.size_bytes = len(answer.SerializeToString())
-        self._bytes += entry.size_bytes
-        while len(self._entries) > self._max_entries or self._bytes > self._max_bytes:
-            oldest = next((key for key, value in self._entries.items() if value.done), None)
-            if oldest is None:
-                return
-            self._forget(oldest)
-
-    def _forget(self, key: tuple[str, str]) -> None:
-        entry = self._entries.pop(key, None)
-        if entry:
-            self._bytes -= entry.size_bytes
+    def _land(self, name: bytes, flight: _Flight[T]) -> None:
+        if self._flights.get(name) is flight:
+            del self._flights[name]
 
 
 async def _as_coroutine(work: Callable[[], Awaitable[T]]) -> T:

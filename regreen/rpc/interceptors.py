@@ -49,6 +49,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._wrapped: dict[str, tuple[Any, Any]] = {}
         """By method: the handler that it wraps, and the wrapped one."""
 
+    def close(self) -> None:
+        """Forget what was answered."""
+        if self._idempotency is not None:
+            self._idempotency.close()
+
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],

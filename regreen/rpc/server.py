@@ -30,7 +30,7 @@ class Server:
     """One service's server; add servicers to `grpc` before entering it.
 
     `services` are full names such as "regreen.sandbox.v1.SandboxService". `remember` answers
-    repeated requests from memory; off for a service that remembers them itself.
+    repeated requests by their ids; off for a service that remembers them itself.
     """
 
     def __init__(
@@ -38,14 +38,11 @@ class Server:
     ) -> None:
         self._settings, self._services = settings, tuple(services)
         self._log = get()
+        self._calls = CallInterceptor(
+            settings.call_timeout_s, stream_timeout_s=settings.stream_timeout_s, remember=remember
+        )
         self.grpc: grpc.aio.Server = grpc.aio.server(
-            interceptors=[
-                CallInterceptor(
-                    settings.call_timeout_s,
-                    stream_timeout_s=settings.stream_timeout_s,
-                    remember=remember,
-                )
-            ],
+            interceptors=[self._calls],
             maximum_concurrent_rpcs=settings.max_rpcs,
             options=[
                 ("grpc.max_receive_message_length", settings.max_message_bytes),
@@ -95,6 +92,7 @@ class Server:
         self._log.info("draining", seconds=self._settings.drain_s)
         await self.grpc.stop(self._settings.drain_s)
         self._metrics.close()
+        self._calls.close()
 
     async def wait(self) -> None:
         """Return when the process is asked to end."""

@@ -41,8 +41,9 @@ from sandbox_svc.backends.base import (
 from sandbox_svc.backends.commands import ENVIRONMENT, absolute, check_command
 from sandbox_svc.backends.docker_channel import Channel
 from sandbox_svc.backends.docker_engine import ContainerGone, Engine, EngineSilent
-from sandbox_svc.backends.docker_exec import ROOT, Answer, Exec, ask
+from sandbox_svc.backends.docker_exec import ROOT, Answer, Exec, Helper, ask
 from sandbox_svc.backends.docker_marks import COUNT, END, GROUPS, Mark, Marks
+from sandbox_svc.backends.docker_oom import Before, OomKills
 from sandbox_svc.backends.docker_process import DockerProcess
 from sandbox_svc.backends.jobs import lost
 
@@ -106,6 +107,7 @@ class DockerBox:
         self._overrun: EndReason | None = None
         """The limit that the sandbox went over when it was ended as a whole."""
         self._marks = Marks()
+        self._kills = OomKills(self.engine, "")
         self._known: set[str] = set()
         """Directories that were seen since the container started."""
         self._life, self._ending = asyncio.Lock(), asyncio.Lock()
@@ -121,6 +123,7 @@ class DockerBox:
             raise self._lost()
         self._marks, self._known = Marks(), set()
         self.container = await self._runtime.start_container(self)
+        self._kills = OomKills(self.engine, self.container)
 
     async def run(self, command: Command, sink: OutputSink | None = None) -> ExecResult:
         """Run one command to its end."""
@@ -257,33 +260,46 @@ class DockerBox:
         """Run a helper as the sandbox's user; one that does not end is ended."""
         mark, answer = await self.mark(), None
         container = self.container
+        helper = Helper(self.engine, argv, user=mark.user, stdin=stdin, limit_bytes=limit_bytes)
         try:
-            answer = await ask(
-                self.engine,
-                container,
-                argv,
-                user=mark.user,
-                stdin=stdin,
-                limit_bytes=limit_bytes,
-            )
+            answer = await helper.answer(container)
             return answer
         finally:
             if answer is None or not answer.ended:
-                self.engine.task(self.finish(container, mark))
+                self.engine.task(self._end_helper(container, mark, helper))
             else:
                 self.unmark(mark, empty=True)
 
-    async def how(self, container: str, code: int | None) -> tuple[EndReason, int, int]:
+    async def _end_helper(self, container: str, mark: Mark, helper: Helper) -> None:
+        """End a helper that nobody waits for, which may have yet to begin."""
+        if await helper.may_run():
+            await self.finish(container, mark, helper.exec)
+        else:
+            self.unmark(mark, empty=False)
+
+    async def kills(self) -> Before:
+        """What was counted of kills for want of memory before a command began."""
+        return await self._kills.before()
+
+    async def how(
+        self, container: str, code: int | None, before: Before | None = None
+    ) -> tuple[EndReason, int, int]:
         """How a command ended, from its exit code: reason, code and signal to show."""
         if code is None:
             reason, number = EndReason.INFRA, 0
-        elif code == _KILLED and (await self.engine.state(container)).get("OOMKilled"):
+        elif code == _KILLED and await self._for_memory(container, before):
             reason, number = EndReason.OOM, 9
         elif 128 < code < 160:
             reason, number = EndReason.SIGNAL, code - 128
         else:
             reason, number = EndReason.EXIT, 0
         return reason, -number if number else code or 0, number
+
+    async def _for_memory(self, container: str, before: Before | None) -> bool:
+        """Whether signal 9 came from the kernel, for want of memory."""
+        if before is not None and container == self.container:
+            return await self._kills.since(before)
+        return bool((await self.engine.state(container)).get("OOMKilled"))
 
     async def not_started(self, container: str, command: Command, told: Captured) -> ExecResult:
         """What it means that the engine did not get a command to run."""

@@ -17,8 +17,9 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from regreen.rpc.errors import InfraError
 from sandbox_svc.backends.base import Captured
-from sandbox_svc.backends.docker_engine import ContainerGone, Engine
+from sandbox_svc.backends.docker_engine import ContainerGone, Engine, EngineSilent
 from sandbox_svc.backends.output import Collector
 
 HELPER_PATH = "/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -274,42 +275,74 @@ class Answer:
     """Whether it ended by itself, with everything that held its output."""
 
 
+class Helper:
+    """A short command and what it answers; it goes by itself, or is ended by whoever began it."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        argv: Sequence[str],
+        *,
+        user: str,
+        stdin: bytes = b"",
+        limit_bytes: int = 1 << 20,
+    ) -> None:
+        self._engine, self._stdin = engine, stdin
+        self._out, self._err = Collector(limit_bytes, head_only=True), Collector(1 << 16)
+        wish = Wish(argv, user, {"PATH": HELPER_PATH, "LC_ALL": "C"}, stdin=bool(stdin))
+        self.exec = Exec(engine, wish, self._feed)
+        self._opening: asyncio.Task[None] | None = None
+
+    def _feed(self, name: str, data: bytes) -> None:
+        (self._err if name == "stderr" else self._out).feed(data)
+
+    async def answer(self, container: str, *, timeout_s: float = 60.0) -> Answer:
+        """Run it; one that does not end in time is left to the caller."""
+        opening = self._opening = self._engine.task(self.exec.open(container))
+        writer: asyncio.Task[None] | None = None
+        try:
+            await asyncio.shield(opening)
+            if self._stdin:
+                writer = asyncio.create_task(self.exec.give(self._stdin))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    return await self._ended()
+            return Answer(-1, self._out.captured(), self._err.captured(), False)
+        finally:
+            if writer is not None:
+                writer.cancel()
+            opening.add_done_callback(lambda _: self.exec.close())
+
+    async def _ended(self) -> Answer:
+        running, drained = True, self.exec.drained
+        while running and not await within(drained, 1.0):
+            running = bool((await self.exec.look()).get("Running"))
+        code = (await self.exec.ended()).get("ExitCode")
+        await within(drained, _GRACE_S)
+        ended = code is not None and drained.is_set()
+        code = -1 if code is None else int(code)
+        return Answer(code, self._out.captured(), self._err.captured(), ended)
+
+    async def may_run(self) -> bool:
+        """Whether the engine began it, or may yet do so; waits for what it says."""
+        if self._opening is None:
+            return False
+        try:
+            await asyncio.shield(self._opening)
+        except EngineSilent:
+            return True
+        except InfraError:
+            return False
+        return True
+
+
 async def ask(
     engine: Engine,
     container: str,
     argv: Sequence[str],
     *,
     user: str,
-    stdin: bytes = b"",
-    limit_bytes: int = 1 << 20,
     timeout_s: float = 60.0,
 ) -> Answer:
     """Run a short helper command; one that does not end in time is left to the caller."""
-    out, err = Collector(limit_bytes, head_only=True), Collector(1 << 16)
-
-    def feed(name: str, data: bytes) -> None:
-        (err if name == "stderr" else out).feed(data)
-
-    wish = Wish(argv, user, {"PATH": HELPER_PATH, "LC_ALL": "C"}, stdin=bool(stdin))
-    helper = Exec(engine, wish, feed)
-    writer: asyncio.Task[None] | None = None
-    try:
-        await helper.open(container)
-        if stdin:
-            writer = asyncio.create_task(helper.give(stdin))
-        running = True
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                while running and not await within(helper.drained, 1.0):
-                    running = bool((await helper.look()).get("Running"))
-                found = await helper.ended()
-                await within(helper.drained, _GRACE_S)
-                code = found.get("ExitCode")
-                ended = code is not None and helper.drained.is_set()
-                code = -1 if code is None else int(code)
-                return Answer(code, out.captured(), err.captured(), ended)
-        return Answer(-1, out.captured(), err.captured(), False)
-    finally:
-        if writer is not None:
-            writer.cancel()
-        helper.close()
+    return await Helper(engine, argv, user=user).answer(container, timeout_s=timeout_s)

@@ -27,6 +27,7 @@ from sandbox_svc.backends.base import (
 from sandbox_svc.backends.docker_engine import ContainerGone, EngineSilent
 from sandbox_svc.backends.docker_exec import Exec, Wish, within
 from sandbox_svc.backends.docker_marks import SIGNAL, Mark
+from sandbox_svc.backends.docker_oom import Before
 from sandbox_svc.backends.output import OutputLog, Pulse
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class DockerProcess:
         self._exec: Exec | None = None
         self._container = ""
         self._mark: Mark | None = None
+        self._kills: Before | None = None
         self._channel: Channel | None = None
         self._queue: asyncio.Queue[tuple[str, bytes] | None] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
@@ -73,6 +75,7 @@ class DockerProcess:
         """Start a command of a box; it ends with its caller until that has it."""
         self = cls(box, command, sink)
         self._channel = channel
+        self._kills = await box.kills()
         mark = self._mark = await box.mark()
         container = self._container = box.container
         running = self._exec = Exec(box.engine, self._wish(mark), self._feed)
@@ -269,7 +272,9 @@ class DockerProcess:
         if stopped is None and code in (126, 127) and not found.get("Pid"):
             ended = await self._box.not_started(self._container, self._command, out)
             return replace(ended, wall_s=wall_s)
-        ending = (stopped, -9, 9) if stopped else await self._box.how(self._container, code)
+        ending = None if stopped is None else (stopped, -9, 9)
+        if ending is None:
+            ending = await self._box.how(self._container, code, self._kills)
         reason, shown, number = ending
         channel = await self._channel.finish() if self._channel is not None else b""
         return ExecResult(reason, shown, number, out, err, wall_s, channel=channel)

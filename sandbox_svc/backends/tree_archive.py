@@ -2,6 +2,7 @@
 
 - Kept: regular files, directories, symbolic links, whiteouts, opaque marks, permission bits, mtime.
   Left out: owners, set-id bits, sockets, pipes, other devices.
+- Writing takes a bound on the bytes of files, holes counted, and no file is read that goes over it.
 - Reading refuses absolute paths, `..`, duplicates, entries below a link, unknown types, and more
   entries or bytes than it was told to take; it writes only below one fresh directory.
 """
@@ -26,26 +27,45 @@ _REFUSED = (errno.EINVAL, errno.EILSEQ, errno.ENAMETOOLONG, errno.EMLINK, errno.
 _UNREADABLE = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 
 
-def write_tree(archive: tarfile.TarFile, top: Path, prefix: str) -> None:
-    """Add the layer at `top` to an archive below `prefix`.
+def write_tree(archive: tarfile.TarFile, top: Path, prefix: str, max_bytes: int) -> int:
+    """Add the layer at `top` to an archive below `prefix`; the bytes of its files.
 
     Raises:
         FailedPrecondition: an entry cannot be read; its mode or the length of its path forbids it.
+            Or its files, with holes filled, are over `max_bytes`.
     """
+    taken = 0
     try:
         for path, relative in _walk(top):
-            _write_entry(archive, path, f"{prefix}/{relative}")
+            taken += _write_entry(archive, path, f"{prefix}/{relative}", max_bytes - taken)
     except OSError as error:
         if error.errno not in _UNREADABLE:
             raise
-        shown = os.path.relpath(error.filename or top, top)[:120].encode("utf-8", "replace")
-        raise FailedPrecondition(
-            f"the state cannot be exported because of {shown.decode()!r}:"
-            f" {os.strerror(error.errno)}; remove it and take another snapshot"
-        ) from None
+        raise _unfit(error.filename or str(top), top, os.strerror(error.errno)) from None
+    except _TooLargeError as error:
+        raise _unfit(error.args[0], top, OVER_BOUND.format("archive")) from None
+    return taken
 
 
-def _write_entry(archive: tarfile.TarFile, path: Path, name: str) -> None:
+OVER_BOUND = "with it the {} is larger than this service takes, which import_bytes says"
+"""What is wrong with a file that an archive has no room for."""
+
+
+class _TooLargeError(Exception):
+    """A file is larger than what an archive may still take."""
+
+
+def _unfit(path: str, top: Path, problem: str) -> FailedPrecondition:
+    shown = os.path.relpath(path, top)[:120].encode("utf-8", "replace").decode()
+    return FailedPrecondition(
+        f"the state cannot be exported because of {shown!r}: {problem};"
+        " remove it and take another snapshot",
+        metadata={"path": shown},
+    )
+
+
+def _write_entry(archive: tarfile.TarFile, path: Path, name: str, max_bytes: int) -> int:
+    """Add one entry, unless it is over the bound; the bytes of its content."""
     info = path.lstat()
     member = tarfile.TarInfo(name)
     member.mode, member.mtime = stat.S_IMODE(info.st_mode) & 0o777, int(info.st_mtime)
@@ -64,7 +84,10 @@ def _write_entry(archive: tarfile.TarFile, path: Path, name: str) -> None:
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
         with os.fdopen(os.open(path, flags), "rb") as source:
             member.size = os.fstat(source.fileno()).st_size
+            if member.size > max_bytes:
+                raise _TooLargeError(str(path))
             archive.addfile(member, source)
+    return member.size
 
 
 def _walk(top: Path) -> Iterator[tuple[Path, str]]:

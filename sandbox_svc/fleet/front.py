@@ -6,11 +6,11 @@
 - What an answer tells of new states and sandboxes is learned on the way.
 - A worker that drops a call, or has no room, costs the call only where no other can do it: a
   preparation begins anew elsewhere, a call on a sandbox is the client's to repeat.
+- A state that is deleted while it is prepared is gone, and its preparation fails.
 - Deleting what is gone succeeds, here as on a worker; what is on a worker that cannot be asked now
   is not gone.
 """
 
-import asyncio
 import contextlib
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
@@ -23,7 +23,7 @@ from regreen.rpc.errors import NotFound, RegreenError, ResourceExhausted, Unavai
 from regreen.rpc.logging import TRACE_HEADER, TRAJECTORY_HEADER
 from regreen.sandbox import v1 as pb
 from sandbox_svc.fleet.calls import METHODS, PACKAGE, SERVICES, Metadata, Method, Worker
-from sandbox_svc.fleet.registry import pages
+from sandbox_svc.fleet.listing import merged_page, place
 from sandbox_svc.fleet.router import Router
 from sandbox_svc.servicer import page
 from sandbox_svc.specs import spec_from_proto
@@ -164,21 +164,15 @@ class Front:
         entries = _LISTS[name]
 
         async def handle(request: Any, context: Context) -> Any:
-            page([], _place, request.page_size, request.page_token)  # refuses bad ones at once
+            page([], place, request.page_size, request.page_token)  # refuses bad ones at once
             filters = {
                 set_field.name: value
                 for set_field, value in request.ListFields()
                 if set_field.name not in ("page_size", "page_token")
             }
-            found = await asyncio.gather(
-                *(_all(worker, name, entries, filters) for worker in self._registry.ranked(""))
-            )
-            merged: dict[str, Any] = {}
-            for entry in sorted((e for listed in found for e in listed), key=_place):
-                merged.setdefault(_name(entry), entry)
-            ordered = list(merged.values())
-            chosen, token = page(ordered, _place, request.page_size, request.page_token)
-            return method.response(**{entries: list(chosen), "next_page_token": token})
+            size, token = request.page_size, request.page_token
+            found = await merged_page(self._registry, name, entries, filters, size, token)
+            return method.response(**{entries: found[0], "next_page_token": found[1]})
 
         return handle
 
@@ -204,19 +198,25 @@ class Front:
         self, worker: Worker, request: pb.PrepareStateRequest, context: Context
     ) -> AsyncGenerator[pb.PrepareStateResponse, None]:
         method = METHODS["StateService/PrepareState"]
+        wanted = state_id("", spec_from_proto(request.spec).digest)
         if not request.rebuild:
-            wanted = state_id("", spec_from_proto(request.spec).digest)
             await self._router.offer(worker, wanted)
         events = worker.stream(method, request, *_terms(context, method))
-        async with contextlib.aclosing(events):
+        made: pb.PrepareStateResponse | None = None
+        async with self._router.preparing(worker, wanted) as turn, contextlib.aclosing(events):
             async for event in events:
-                if event.HasField("state"):
-                    if request.rebuild:
-                        await self._router.replaced(worker, event.state)
-                    self._router.made(worker, event.state, replace=request.rebuild)
+                if not event.HasField("state"):
                     yield event
-                    return
-                yield event
+                    continue
+                turn.check()
+                if request.rebuild:
+                    await self._router.replaced(worker, event.state)
+                    turn.check()
+                self._router.made(worker, event.state, replace=request.rebuild)
+                made = event
+                break
+        if made is not None:
+            yield made
 
     async def _get_state(
         self, request: pb.GetStateRequest, context: Context
@@ -390,27 +390,6 @@ def _terms(context: Context, method: Method) -> tuple[float, Metadata]:
     ]
     left_s = context.time_remaining()
     return most_s if left_s is None else min(left_s, most_s), headers
-
-
-async def _all(worker: Worker, name: str, field: str, filters: dict[str, Any]) -> Sequence[Any]:
-    try:
-        return [entry async for entry in pages(worker, name, field, **filters)]
-    except Unavailable:
-        return []  # a worker that went away has nothing to list
-
-
-def _place(entry: Any) -> tuple[float, str]:
-    return float(entry.create_time.ToNanoseconds()), _name(entry)
-
-
-def _name(entry: Any) -> str:
-    """What tells entries of one moment apart."""
-    fields = entry.DESCRIPTOR.fields_by_name
-    if "id" in fields:
-        return str(entry.id)
-    return (
-        str(entry.action_sha256) if "action_sha256" in fields else entry.SerializeToString().hex()
-    )
 
 
 def _rpc(method: Method, handler: Handler) -> Any:

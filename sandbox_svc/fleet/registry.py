@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Any
 
 from regreen.rpc.errors import NotFound, RegreenError, Unavailable
@@ -46,7 +46,8 @@ class Registry:
         self._endpoints: dict[str, Endpoint] = {}
         self._strangers: dict[str, float] | None = None
         """Workers that were there first, with what nobody knows, and until when that counts."""
-        self._holders: OrderedDict[str, set[str]] = OrderedDict()
+        self._holders: OrderedDict[str, dict[str, int]] = OrderedDict()
+        """By state: the workers that hold it, and since which nanosecond."""
         self._sandboxes: OrderedDict[str, str] = OrderedDict()
         self._lost: OrderedDict[str, str] = OrderedDict()
         self._greeting: dict[str, asyncio.Task[None]] = {}
@@ -138,7 +139,7 @@ class Registry:
         self._end_sandboxes(name)
         states = 0
         for state_id, holders in list(self._holders.items()):
-            holders.discard(name)
+            holders.pop(name, None)
             if not holders:
                 del self._holders[state_id]
                 self._remember_loss(state_id, name)
@@ -186,7 +187,8 @@ class Registry:
             if state.id not in self._holders:
                 self._remember_loss(state.id, worker.name)
             return
-        self._holders.setdefault(state.id, set()).add(worker.name)
+        since_ns = state.create_time.ToNanoseconds()
+        self._holders.setdefault(state.id, {})[worker.name] = since_ns
         self._holders.move_to_end(state.id)
         self._lost.pop(state.id, None)
         parent = state.parent_id
@@ -197,8 +199,9 @@ class Registry:
 
     def forget_state(self, state_id: str, worker: str | None = None) -> None:
         """A worker, or all of them, holds a state no more."""
-        holders = self._holders.get(state_id, set())
-        holders.difference_update([worker] if worker else list(holders))
+        holders = self._holders.get(state_id, {})
+        for name in [worker] if worker else list(holders):
+            holders.pop(name, None)
         if not holders:
             self._holders.pop(state_id, None)
             self.keys.pop(state_id, None)
@@ -220,6 +223,13 @@ class Registry:
     def holders(self, state_id: str) -> set[str]:
         """Names of the workers that hold a state, ready or not."""
         return set(self._holders.get(state_id, ()))
+
+    def is_oldest(self, state_id: str, worker: str, among: Container[str]) -> bool:
+        """Whether no other of these workers is known to have held a state for longer."""
+        known = self._holders.get(state_id, {})
+        if worker not in known:
+            return True
+        return worker == min((name for name in known if name in among), key=lambda n: (known[n], n))
 
     def states(self) -> Iterator[str]:
         """Ids of the states that some worker holds."""

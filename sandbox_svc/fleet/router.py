@@ -9,8 +9,9 @@
   another worker, or damaged in the store, is put there first. Each move is done once, whoever
   waits for it.
 - A state that went with its worker is FAILED_PRECONDITION with its id: make it again.
-- What is deleted is not brought back by what was under way: deleting waits for that, and meanwhile
-  nothing begins to move it.
+- What is deleted is not brought back by what was under way: deleting waits for moves, and meanwhile
+  none begins; what a preparation makes that a deletion has overtaken is deleted too.
+- While a state made anew takes the place of its copies, nobody is given one of them.
 """
 
 import asyncio
@@ -46,6 +47,29 @@ _NEXT = (ResourceExhausted, Unavailable)
 """What another worker may do better."""
 
 
+class Preparation:
+    """A preparation under way."""
+
+    def __init__(self, state_id: str) -> None:
+        self._state_id = state_id
+        self.overtaken = False
+        """Whether the state was deleted since it began."""
+        self.remade = False
+        """Whether somebody else made the state after that."""
+
+    def check(self) -> None:
+        """Refuse what it made, if that is deleted already.
+
+        Raises:
+            FailedPrecondition: the state was deleted meanwhile.
+        """
+        if self.overtaken:
+            raise FailedPrecondition(
+                f"state {self._state_id} was deleted while it was prepared; prepare it again",
+                metadata={"id": self._state_id},
+            )
+
+
 class Router:
     """Routes calls of one front."""
 
@@ -62,6 +86,9 @@ class Router:
         self._max_sandboxes = max_sandboxes
         self._flights: dict[tuple[str, ...], asyncio.Task[Any]] = {}
         self._deleting: Counter[str] = Counter()
+        self._preparing: dict[str, set[Preparation]] = {}
+        self._replacing: dict[str, asyncio.Event] = {}
+        """States of which the copies are being replaced; set at the end."""
         self._keeps = asyncio.Semaphore(_KEEPS)
         self._log = get()
 
@@ -177,6 +204,8 @@ class Router:
             NotFound: there is no such state, or it is being deleted.
             FailedPrecondition: it went with its worker, or only a damaged archive is left of it.
         """
+        while (replacing := self._replacing.get(state_id)) is not None:
+            await replacing.wait()
         if worker.name not in self.registry.holders(state_id):
             if self._deleting[state_id]:
                 raise NotFound(f"state {state_id} is being deleted", metadata={"id": state_id})
@@ -302,6 +331,8 @@ class Router:
     async def deleting(self, state_id: str) -> AsyncIterator[None]:
         """While a state is deleted: nothing moves it, and nothing begins to."""
         self._deleting[state_id] += 1
+        for preparation in self._preparing.get(state_id, ()):
+            preparation.overtaken = True
         try:
             await self.settled(state_id)
             yield
@@ -310,6 +341,34 @@ class Router:
             if not self._deleting[state_id]:
                 del self._deleting[state_id]
 
+    @contextlib.asynccontextmanager
+    async def preparing(self, worker: Worker, state_id: str) -> AsyncIterator[Preparation]:
+        """While a worker prepares a state; if that is deleted meanwhile, so is what comes of it.
+
+        Unless somebody asked for it again since: the worker makes it once for both.
+        """
+        turn = Preparation(state_id)
+        turns = self._preparing.setdefault(state_id, set())
+        turns.add(turn)
+        try:
+            yield turn
+        finally:
+            turns.discard(turn)
+            if not turns:
+                self._preparing.pop(state_id, None)
+            if turn.overtaken and not turn.remade and all(t.overtaken for t in turns):
+                names = ("unmake", state_id, worker.endpoint.incarnation)
+                await self._once(names, lambda: self._unmake(worker, state_id))
+
+    async def _unmake(self, worker: Worker, state_id: str) -> None:
+        method = METHODS["StateService/DeleteState"]
+        try:
+            await worker.ask(method, pb.DeleteStateRequest(id=state_id))
+        except RegreenError as error:
+            self._log.warning("a deleted state stays", state=state_id, why=str(error))
+        else:
+            self.registry.forget_state(state_id, worker.name)
+
     async def forget(self, state_id: str) -> None:
         """Have the blob store forget a state, after what is on its way there."""
         await self.settled(state_id)
@@ -317,6 +376,17 @@ class Router:
 
     async def replaced(self, worker: Worker, state: pb.State) -> None:
         """A worker made a state anew: no other copy is used any more, if it can be helped."""
+        while (replacing := self._replacing.get(state.id)) is not None:
+            await replacing.wait()
+        done = self._replacing[state.id] = asyncio.Event()
+        try:
+            await self._replace(worker, state)
+            self.registry.learn_state(worker, state)
+        finally:
+            del self._replacing[state.id]
+            done.set()
+
+    async def _replace(self, worker: Worker, state: pb.State) -> None:
         method = METHODS["StateService/DeleteState"]
         await self.settled(state.id)
         for name in sorted(self.registry.holders(state.id) - {worker.name}):
@@ -335,6 +405,8 @@ class Router:
     def made(self, worker: Worker, state: pb.State, *, replace: bool = False) -> None:
         """A worker made a state; it is kept in the background if it should be."""
         self.registry.learn_state(worker, state)
+        for preparation in self._preparing.get(state.id, ()):
+            preparation.remade = True
         wanted = self._keep == "all" or (self._keep == "prepared" and not state.parent_id)
         if wanted and not self._deleting[state.id]:
             self._fly(

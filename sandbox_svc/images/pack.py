@@ -18,6 +18,7 @@ from typing import Any
 
 from regreen.rpc.errors import FailedPrecondition, InfraError
 from sandbox_svc.backends import linux
+from sandbox_svc.backends.tree_archive import OVER_BOUND
 from sandbox_svc.images.manifest import encoded
 from sandbox_svc.images.streams import CHUNK_BYTES
 from sandbox_svc.images.unpack import OPAQUE, OPAQUE_ENTRY, WHITEOUT
@@ -237,7 +238,7 @@ class _Packer:
             size = os.fstat(fd).st_size
             self._bytes += size
             if self._bytes > self._max_bytes:
-                raise _unfit(path, "with it the image is larger than this service takes")
+                raise _unfit(path, OVER_BOUND.format("image") + "; remove it and take a snapshot")
             common["pax_headers"] |= _attributes(fd)
             yield _header(path, **common, size=size)
             left = size

@@ -69,7 +69,8 @@ class ImageServiceServicer:
 
         Errors:
         - NOT_FOUND: no such state.
-        - FAILED_PRECONDITION: the state stands on the programs of its host, not on an image.
+        - FAILED_PRECONDITION: the state stands on the programs of its host, not on an image; or a file has no place in one, or
+        with it the image is larger than the service's import_bytes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -47,7 +47,8 @@ class ImageServiceStub:
 
     Errors:
     - NOT_FOUND: no such state.
-    - FAILED_PRECONDITION: the state stands on the programs of its host, not on an image.
+    - FAILED_PRECONDITION: the state stands on the programs of its host, not on an image; or a file has no place in one, or
+      with it the image is larger than the service's import_bytes.
     """
 
 @_typing.type_check_only
@@ -69,7 +70,8 @@ class ImageServiceAsyncStub(ImageServiceStub):
 
     Errors:
     - NOT_FOUND: no such state.
-    - FAILED_PRECONDITION: the state stands on the programs of its host, not on an image.
+    - FAILED_PRECONDITION: the state stands on the programs of its host, not on an image; or a file has no place in one, or
+      with it the image is larger than the service's import_bytes.
     """
 
 class ImageServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -100,7 +102,8 @@ class ImageServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors:
         - NOT_FOUND: no such state.
-        - FAILED_PRECONDITION: the state stands on the programs of its host, not on an image.
+        - FAILED_PRECONDITION: the state stands on the programs of its host, not on an image; or a file has no place in one, or
+          with it the image is larger than the service's import_bytes.
         """
 
 def add_ImageServiceServicer_to_server(servicer: ImageServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

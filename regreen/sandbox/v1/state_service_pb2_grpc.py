@@ -134,6 +134,8 @@ class StateServiceServicer:
 
         Errors:
         - NOT_FOUND: no such state.
+        - FAILED_PRECONDITION: a file cannot be read, or with it the archive is larger than the service's import_bytes; names
+        the file.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

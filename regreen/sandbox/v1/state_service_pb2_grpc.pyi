@@ -71,6 +71,8 @@ class StateServiceStub:
 
     Errors:
     - NOT_FOUND: no such state.
+    - FAILED_PRECONDITION: a file cannot be read, or with it the archive is larger than the service's import_bytes; names
+      the file.
     """
     ImportState: _grpc.StreamUnaryMultiCallable[_state_service_pb2.ImportStateRequest, _state_service_pb2.ImportStateResponse]
     """Takes an archive made by ExportState. Hostile archives are refused and leave nothing behind. Idempotent by content:
@@ -124,6 +126,8 @@ class StateServiceAsyncStub(StateServiceStub):
 
     Errors:
     - NOT_FOUND: no such state.
+    - FAILED_PRECONDITION: a file cannot be read, or with it the archive is larger than the service's import_bytes; names
+      the file.
     """
     ImportState: _aio.StreamUnaryMultiCallable[_state_service_pb2.ImportStateRequest, _state_service_pb2.ImportStateResponse]  # type: ignore[assignment]
     """Takes an archive made by ExportState. Hostile archives are refused and leave nothing behind. Idempotent by content:
@@ -210,6 +214,8 @@ class StateServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors:
         - NOT_FOUND: no such state.
+        - FAILED_PRECONDITION: a file cannot be read, or with it the archive is larger than the service's import_bytes; names
+          the file.
         """
 
     @_abc_1.abstractmethod

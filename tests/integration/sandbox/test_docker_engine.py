@@ -277,6 +277,27 @@ async def test_a_name_is_not_given_back_before_its_command_is_ended(proxy, make)
     assert (await sh(box, seek)).stdout.text == "none\n"
 
 
+async def test_a_helper_that_begins_late_still_has_its_name_and_is_ended(proxy, make):
+    runtime = await make()
+    box = await runtime.create([], limits=SMALL)
+    assert (await sh(box, "true")).ok
+    names = box._marks._running
+    rule = proxy.rule(r"POST /exec/\w+/start", times=1, before=threading.Event())
+    listing = asyncio.create_task(box.listed("sleep 353"))
+    await seen(rule.seen)
+    listing.cancel()  # who wanted it has gone before it began
+    with pytest.raises(asyncio.CancelledError):
+        await listing
+    await asyncio.sleep(1.0)
+    assert len(names) == 1  # another command would get the name, and this process with it
+    rule.before.set()
+    async with asyncio.timeout(30):
+        while names:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    seek = "grep -lzx '35[3]' /proc/[0-9]*/cmdline || echo none"
+    assert (await sh(box, seek)).stdout.text == "none\n"
+
+
 async def test_a_command_is_ended_that_the_engine_has_yet_to_start(make):
     """The engine answers a start before it makes the process."""
     runtime = await make()

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from regreen.client.channel import connect
-from regreen.rpc.errors import InvalidArgument
+from regreen.rpc.errors import FailedPrecondition, InvalidArgument
 from regreen.sandbox import v1 as pb
 from tests.integration.sandbox.overlay import prepared
 
@@ -30,6 +30,22 @@ async def test_states_travel_as_archives(service, tmp_path):
     sandbox = await sandboxes.create_sandbox(imported.id)
     listed = await sandboxes.run(sandbox.id, ["sh", "-c", "find . | sort; readlink d/l; cat c"])
     assert listed.stdout.head == b".\n./c\n./d\n./d/l\nx\n3\n"
+
+
+async def test_an_export_over_the_bound_is_refused_before_its_holes_are_read(service):
+    """A terabyte of nothing costs a block here, and would cost a terabyte on the wire."""
+    states, sandboxes, _ = service
+    state = await prepared(states, a="1")
+    box = await sandboxes.create_sandbox(state.id, limits=pb.Limits(disk_bytes=4 << 40))
+    grown = await sandboxes.run(box.id, ["truncate", "-s", "1T", "holes"])
+    assert grown.exit_code == 0, grown.stderr.head
+    child = await sandboxes.snapshot_sandbox(box.id)
+    async with asyncio.timeout(20):
+        with pytest.raises(FailedPrecondition, match=r"holes.*import_bytes.*remove it"):
+            async for _ in states.export_state(child.id):
+                pass
+    assert [chunk async for chunk in states.export_state(state.id)]
+    await sandboxes.delete_sandbox(box.id)
 
 
 def _hostile(record: bytes, *members: tarfile.TarInfo) -> bytes:

@@ -10,7 +10,7 @@ from sandbox_svc.backends.tree_archive import Quota, TreeReader, write_tree
 def packed(top) -> bytes:
     target = io.BytesIO()
     with tarfile.open(fileobj=target, mode="w|", format=tarfile.PAX_FORMAT) as archive:
-        write_tree(archive, top, "layers/0")
+        write_tree(archive, top, "layers/0", 1 << 30)
     return target.getvalue()
 
 
