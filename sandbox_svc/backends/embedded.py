@@ -45,7 +45,8 @@ DEFAULT_LIMITS = Limits(
 )
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
-_DESCRIPTORS = 65_536
+_DESCRIPTORS, _SPARE_DESCRIPTORS = 65_536, 1024
+"""Of a command; and how many more its first process may have, and the service than that."""
 _TAKEN = ("proc", "sys", "dev", "tmp")
 _REMEDY = (
     "run the service as root or allow unprivileged user namespaces "
@@ -72,6 +73,7 @@ class EmbeddedRuntime:
         self._root_mode = os.geteuid() == 0
         self.instance = hashlib.sha256(os.fsencode(self._home)).hexdigest()[:8]
         self._lock_fd = -1
+        self._descriptors = _DESCRIPTORS
         self._seats: Seats | None = None
         self._base: dict[bool, str] = {}
         self._boxes: dict[str, EmbeddedBox] = {}
@@ -100,7 +102,7 @@ class EmbeddedRuntime:
             raise MissingDependency(f"the embedded runtime does not know {linux.ARCH}; {_REMEDY}")
         self._home.mkdir(mode=0o755, parents=True, exist_ok=True)
         self._lock()
-        _raise_descriptor_limit()
+        self._descriptors = _raise_descriptor_limit()
         owner = HOST_ID if self._root_mode else None
         self.layout = Layout(self._home, owner)
         built = await self.blocking(program.spawner)
@@ -218,7 +220,7 @@ class EmbeddedRuntime:
         fields: list[wire.Field] = [0, "become"]
         fields += cgroups.fields(self.cgroups.writes(seat.name, box.limits) if other else ())
         fields += [seat.name, ":".join(reversed(lower)), int(self._volatile), int(not whole)]
-        fields += [memory // 2, memory // 4, inodes, len(mounts)]
+        fields += [memory // 2, memory // 4, self._descriptors, inodes, len(mounts)]
         for mount in mounts:
             fields += [str(mount.source), mount.target, int(mount.read_only)]
         rlimits = self._rlimits(box.limits)
@@ -292,7 +294,7 @@ class EmbeddedRuntime:
     def _rlimits(self, limits: Limits) -> dict[int, int]:
         values = {
             resource.RLIMIT_CORE: 0,
-            resource.RLIMIT_NOFILE: 65_536,
+            resource.RLIMIT_NOFILE: self._descriptors + _SPARE_DESCRIPTORS,
             resource.RLIMIT_FSIZE: limits.disk_bytes,
         }
         if isinstance(self.cgroups, cgroups.NoCgroup):
@@ -388,12 +390,17 @@ class EmbeddedRuntime:
         return self._capabilities
 
 
-def _raise_descriptor_limit() -> None:
-    """A sandbox takes two descriptors and a command up to six."""
+def _raise_descriptor_limit() -> int:
+    """Make room here, where a command takes up to six; how many a command may have itself.
+
+    Fewer than its first process and this service: see `spawner/pid1.c`.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
+    wanted = _DESCRIPTORS + 2 * _SPARE_DESCRIPTORS
+    wanted = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return max(wanted - 2 * _SPARE_DESCRIPTORS, wanted // 2)
 
 
 def _check_mounts(mounts: Sequence[Mount]) -> None:

@@ -61,10 +61,10 @@ static void become_first_process(int sock, const Settings *settings, Request *se
   setsid();
   settle(sock, settings, seat);
   if (!receive(sock, &spec)) _exit(0);
-  finish(settings, &spec);
+  long descriptors = finish(settings, &spec);
   release(&spec);
   answer(sock, NULL, 0, "{\"ready\": true}");
-  serve(sock);
+  serve(sock, descriptors);
   _exit(0);
 }
 

@@ -4,7 +4,9 @@
  * - It holds no capability, cannot be dumped or traced, and takes no signal but SIGCHLD.
  * - It ends when its socket ends, so no sandbox outlives its service.
  * - Who starts a command and waits for nothing but its end is told of its beginning only if there is none.
- * - One thread, no state on disk; commands start by posix_spawn and inherit its confinement.
+ * - One thread, no state on disk; commands start by vfork and execve and inherit its confinement.
+ * - It may have more descriptors than they: the kernel bounds what one user has in flight over unix sockets by the limit of
+ *   whoever sends, all sandboxes are one user, and so a command that has as many in flight as it may does not silence this.
  * - A terminal comes from the sandbox's own devpts; its other side is handed to the service.
  */
 #include "spawner.h"
@@ -13,7 +15,6 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
-#include <spawn.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -34,6 +35,7 @@ typedef struct { int outside, inside; char path[32]; } Terminal;
 
 static Job *jobs;
 static int running, room;
+static rlim_t most_descriptors;
 
 int child_signals(void) {
   sigset_t set;
@@ -100,27 +102,37 @@ static bool open_terminal(Terminal *terminal, long rows, long columns) {
   return false;
 }
 
-/* posix_spawn with the descriptors of the request, or a terminal, as the first ones; an errno, or 0. */
-static int start(const char *path, char **argv, char **env, const Request *request, const Terminal *terminal, pid_t *pid) {
-  posix_spawn_file_actions_t actions;
-  posix_spawnattr_t attributes;
-  sigset_t none, defaults;
-  if (request->cut) return EMFILE;
-  posix_spawn_file_actions_init(&actions);
-  posix_spawnattr_init(&attributes);
-  int failed = terminal ? posix_spawn_file_actions_addopen(&actions, 0, terminal->path, O_RDWR, 0) : 0;
-  for (int number = 1; terminal && number < 3 && !failed; number++)
-    failed = posix_spawn_file_actions_adddup2(&actions, 0, number);
-  for (int number = 0; !terminal && number < request->count && number < CHANNELS && !failed; number++)
-    failed = posix_spawn_file_actions_adddup2(&actions, request->fds[number], number);
+/* In the child of a vfork, which shares this process's memory: system calls alone. An errno, or it does not return. */
+static int become(const char *path, char **argv, char **env, const Request *request, const Terminal *terminal) {
+  const struct rlimit descriptors = {most_descriptors, most_descriptors};
+  sigset_t none;
   sigemptyset(&none);
-  sigfillset(&defaults);
-  posix_spawnattr_setsigmask(&attributes, &none);
-  posix_spawnattr_setsigdefault(&attributes, &defaults);
-  posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETSID | POSIX_SPAWN_SETSIGMASK | POSIX_SPAWN_SETSIGDEF);
-  if (!failed) failed = posix_spawn(pid, path, &actions, &attributes, argv, env);
-  posix_spawn_file_actions_destroy(&actions);
-  posix_spawnattr_destroy(&attributes);
+  if (setsid() < 0 || sigprocmask(SIG_SETMASK, &none, NULL)) return errno;
+  if (terminal != NULL) { /* of a session without one, the first that its leader opens becomes the controlling one */
+    int fd = open(terminal->path, O_RDWR);
+    for (int number = 0; number < 3; number++)
+      if (fd < 0 || dup2(fd, number) < 0) return errno;
+    if (fd >= 3) close(fd);
+  }
+  for (int number = 0; terminal == NULL && number < request->count && number < CHANNELS; number++)
+    if (dup2(request->fds[number], number) < 0) return errno;
+  if (setrlimit(RLIMIT_NOFILE, &descriptors)) return errno;
+  execve(path, argv, env);
+  return errno;
+}
+
+/* Start a program with the descriptors of the request, or a terminal, as its first ones; an errno, or 0. */
+static int start(const char *path, char **argv, char **env, const Request *request, const Terminal *terminal, pid_t *pid) {
+  static volatile int failed;
+  if (request->cut) return EMFILE;
+  failed = 0;
+  *pid = vfork();
+  if (*pid < 0) return errno;
+  if (*pid == 0) {
+    failed = become(path, argv, env, request, terminal);
+    _exit(127);
+  }
+  if (failed) waitpid(*pid, NULL, 0);
   return failed;
 }
 
@@ -251,7 +263,8 @@ static void reap(int sock) {
   }
 }
 
-void serve(int sock) {
+void serve(int sock, long descriptors) {
+  most_descriptors = descriptors;
   for (int number = 1; number < NSIG; number++)
     if (number != SIGKILL && number != SIGSTOP && number != SIGCHLD) signal(number, SIG_DFL); /* which pid 1 does not get */
   int ended = child_signals();

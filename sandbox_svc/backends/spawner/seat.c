@@ -327,7 +327,7 @@ static void confine(const Settings *settings, Request *spec) {
 #endif
 }
 
-void finish(const Settings *settings, Request *spec) {
+long finish(const Settings *settings, Request *spec) {
   long count;
   text(spec), text(spec);
   step("group limits");
@@ -336,7 +336,7 @@ void finish(const Settings *settings, Request *spec) {
   need(unshare(CLONE_NEWCGROUP) == 0);
   const char *place = text(spec), *lower = text(spec);
   bool is_volatile = number(spec), programs = number(spec);
-  long memory = number(spec), shared = number(spec);
+  long memory = number(spec), shared = number(spec), descriptors = number(spec);
   const char *inodes = text(spec);
   Source *sources = open_sources(programs, spec, &count);
   mount_overlay(settings, place, lower, is_volatile);
@@ -349,4 +349,5 @@ void finish(const Settings *settings, Request *spec) {
   need(syscall(SYS_pivot_root, ".", ".") == 0);
   need(umount2(".", MNT_DETACH) == 0 && chdir("/") == 0);
   confine(settings, spec);
+  return descriptors;
 }

@@ -47,7 +47,7 @@ const char *quoted(const char *text); /* for one use at a time within an answer 
 
 /* seat.c: from a cloned process to a confined one; a failure is told with its step and ends this process */
 void settle(int sock, const Settings *settings, Request *seat);
-void finish(const Settings *settings, Request *spec);
+long finish(const Settings *settings, Request *spec); /* how many descriptors a command may have */
 
 /* place.c: objects of a file tree that may be hostile */
 int open_beneath(int directory, const char *path, int flags);
@@ -58,7 +58,7 @@ int tree_of(int directory, const char *path); /* a detached clone of the mounts 
 int set_attributes(int tree, unsigned long attributes, bool recursive);
 
 /* pid1.c */
-void serve(int sock);
+void serve(int sock, long descriptors); /* descriptors: how many a command may have */
 int child_signals(void); /* a descriptor that is readable when a child has ended; blocks SIGCHLD */
 
 /* kill.c */
