@@ -1,0 +1,478 @@
+"""Mines dependency upgrades that break: one release, one day, one culprit after another.
+
+- The untouched tests must pass as the index was on that day, in several runs.
+- Everything is upgraded at once first: where that breaks nothing, nothing single is tried.
+- A culprit breaks alone, with only the moves that it forces; its releases are bisected, so that a
+  record names the last release that works and the first that does not.
+- Nothing is decided here by one run alone: the admission gate repeats every check of a record.
+"""
+
+import asyncio
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import date
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from packaging.version import InvalidVersion, Version
+
+from regreen.lockfile import normalize
+from regreen.mine.bisect import between, bisect, release_before
+from regreen.mine.culprits import Candidate
+from regreen.mine.facts import Damage, Run, damage, diagnose, lacking, stable_ids
+from regreen.mine.lab import Laboratory, MiningClient, Release, Unusable
+from regreen.mine.project import (
+    Needs,
+    compiled,
+    licence_of,
+    member_names,
+    needs_of,
+    test_roots,
+    unpack,
+)
+from regreen.mine.registry import Registry
+from regreen.mine.resolve import Resolver
+from regreen.pkgindex import python_allowed
+from regreen.rollout.logs import analyse, suspects
+from regreen.rpc.errors import InvalidArgument, NotFound
+from regreen.tasks.model import FileRecord, ids_sha256
+from regreen.tasks.pin import Pinner
+
+PREFERRED = "3.11"
+LATER = (date(2025, 1, 1), "3.12")
+FALLBACKS = ("3.12", "3.10", "3.9")
+MAX_SDIST_BYTES = 6 << 20
+MIN_PASSING, MIN_SHARE, MAX_PASSING = 3, 0.8, 2500
+MAX_BASE_S = 25.0
+MAX_CANDIDATE_S = 600.0
+"""No further suspect is tried after so long."""
+MAX_SINGLES, MAX_BREAKS, MAX_UNSTABLE = 8, 3, 200
+PRELOADED_BYTES = 40 << 20
+_HELD = re.compile(
+    r"^(?:pytest.*|pluggy|iniconfig|coverage|hypothesis|mock|nose|py|exceptiongroup|tomli|tox)$"
+)
+
+
+class Rejected(Exception):
+    """Why a candidate, or one break of it, gives no record."""
+
+    def __init__(self, stage: str, reason: str, detail: str = "") -> None:
+        super().__init__(f"{stage}: {reason}")
+        self.stage, self.reason, self.detail = stage, reason, detail
+
+
+@dataclass(slots=True)
+class Clock:
+    """Where the time of one candidate goes, and how often."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    stage: str = ""
+
+    @contextmanager
+    def at(self, stage: str) -> Iterator[None]:
+        """Count the time of a block to a stage."""
+        began, self.stage = monotonic(), stage
+        try:
+            yield
+        finally:
+            took = monotonic() - began
+            self.seconds[stage] = round(self.seconds.get(stage, 0.0) + took, 3)
+            self.counts[stage] = self.counts.get(stage, 0) + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """A release of a culprit with the set that it was tried in."""
+
+    version: str
+    pins: Mapping[str, str]
+    run: Run
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A break as `regreen.tasks.pin` takes it, and what only the task record holds."""
+
+    mined: dict[str, Any]
+    unstable: tuple[str, ...]
+    licence: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Ground:
+    """What every step of one candidate needs."""
+
+    candidate: Candidate
+    release: Release
+    needs: Needs
+    pins: dict[str, str]
+    run: Run
+    licence: str
+
+
+class UpgradeMiner:
+    """Mines one candidate at a time."""
+
+    def __init__(
+        self,
+        client: MiningClient,
+        registry: Registry,
+        resolver: Resolver,
+        pinner: Pinner,
+        interpreters: Sequence[str],
+    ) -> None:
+        self.client, self.registry, self.resolver = client, registry, resolver
+        self.pinner, self.interpreters = pinner, interpreters
+        self.clock = Clock()
+        self.notes: list[str] = []
+        self.version = ""
+        """The release that was looked at last."""
+
+    async def mine(
+        self, candidate: Candidate, *, seen: set[str], known: set[tuple[str, str]]
+    ) -> list[Found]:
+        """The breaks of the release of that day.
+
+        `seen` are releases that were looked at on another day, `known` the culprits and first bad
+        releases that are on record already.
+
+        Raises:
+            Rejected: the candidate is of no use; says at which stage, and why.
+        """
+        self.clock, self.notes, self.version = Clock(), [], ""
+        release, needs, licence = await self._screen(candidate, seen)
+        async with Laboratory(self.client, self.registry, release) as lab:
+            ground = await self._base(candidate, lab, needs, licence)
+            return await self._breaks(lab, ground, known)
+
+    async def _screen(self, candidate: Candidate, seen: set[str]) -> tuple[Release, Needs, str]:
+        """Everything that can be known without running anything."""
+        with self.clock.at("screen"):
+            try:
+                files = await self.registry.files(candidate.package)
+            except NotFound as error:
+                raise Rejected("screen", "unknown package") from error
+            entry = release_before(files, candidate.day.isoformat())
+            if entry is None:
+                raise Rejected("screen", "no source release at that day")
+            if entry.version in seen:
+                raise Rejected("screen", "same release as on another day", entry.version)
+            self.version = entry.version
+            if entry.size_bytes > MAX_SDIST_BYTES or not entry.sha256:
+                raise Rejected("screen", "archive too large", entry.filename)
+            python = self._python(candidate.day, entry.requires_python)
+            archive = await self.registry.sdist(candidate.package, entry.filename, entry.sha256)
+            try:
+                names = member_names(archive)
+            except InvalidArgument as error:
+                raise Rejected("screen", "archive too large", str(error)) from error
+            roots = test_roots(names)
+            if not roots:
+                self.registry.drop(entry.sha256)
+                raise Rejected("screen", "no tests in the source archive", entry.filename)
+            if compiled(names):
+                raise Rejected("screen", "code to compile", entry.filename)
+            needs, licence = await asyncio.to_thread(_read, archive, python, candidate.package)
+            day = candidate.day.isoformat()
+            tools = await self.pinner.tools(python, day)
+        sdist = FileRecord(filename=entry.filename, sha256=entry.sha256)
+        release = Release(
+            candidate.package, entry.version, sdist, python, tuple(tools), tuple(roots)
+        )
+        return release, needs, licence
+
+    def _python(self, day: date, allowed: str) -> str:
+        first = LATER[1] if day >= LATER[0] else PREFERRED
+        for version in (first, *FALLBACKS):
+            if version in self.interpreters and python_allowed(allowed, version):
+                return version
+        raise Rejected("screen", "no interpreter for it", allowed)
+
+    async def _base(
+        self, candidate: Candidate, lab: Laboratory, needs: Needs, licence: str
+    ) -> _Ground:
+        """The set that works on that day."""
+        added: set[str] = set()
+        while True:
+            with self.clock.at("resolve base"):
+                pins = await self._base_pins(candidate, lab.release, needs)
+            with self.clock.at("run base"):
+                run = await self._first(lab, pins)
+            more = lacking(run) - set(pins) - added - {candidate.package}
+            if not more or len(added) > 12:
+                break
+            added |= more
+            needs = needs.with_tests(sorted(more))
+        total = len(run.passed) + len(run.failed)
+        detail = f"{len(lab.passing)} of {total}: {_last_error(run)}"
+        if len(lab.passing) < MIN_PASSING:
+            raise Rejected("base", "too few tests pass", detail)
+        if len(run.passed) < MIN_SHARE * total:
+            raise Rejected("base", "too many tests fail", detail)
+        if len(lab.passing) > MAX_PASSING:
+            raise Rejected("base", "too many tests", detail)
+        if run.seconds > MAX_BASE_S:
+            raise Rejected("base", "too slow", f"{run.seconds:.0f} s")
+        return _Ground(candidate, lab.release, needs, pins, run, licence)
+
+    async def _first(self, lab: Laboratory, pins: Mapping[str, str]) -> Run:
+        try:
+            try:
+                return await lab.base(pins)
+            except Unusable as error:
+                if "install" not in str(error) or lab.release.mode == "path":
+                    raise
+                self.notes.append(f"in place: {str(error)[-300:]}")
+                lab.release = replace(lab.release, mode="path")
+                return await lab.base(pins)
+        except Unusable as error:
+            reason = "times out" if "timeout" in str(error) else "cannot be prepared"
+            raise Rejected("base", reason, str(error)[-600:]) from error
+
+    async def _base_pins(
+        self, candidate: Candidate, release: Release, needs: Needs
+    ) -> dict[str, str]:
+        """Pins as of the day; with fewer requirements where all of them do not go together."""
+        day = f"{candidate.day.isoformat()}T00:00:00Z"
+        bounds = [f"{name}<{version}" for name, version in candidate.hints]
+        problem = ""
+        for lines, limits in (
+            ([*needs.runtime, *needs.tests], bounds),
+            ([*needs.runtime, "pytest"], bounds),
+            ([*needs.runtime, *needs.tests], []),
+        ):
+            try:
+                pins = await self.resolver.as_of(lines, release.python, day, limits)
+            except NotFound as error:
+                problem = problem or error.message
+                continue
+            pins.pop(candidate.package, None)
+            if not set(pins) - {"pytest", "pluggy", "iniconfig", "packaging"}:
+                raise Rejected("base", "no dependencies")
+            return pins
+        raise Rejected("base", "does not resolve", " ".join(problem.split())[-500:])
+
+    async def _breaks(
+        self, lab: Laboratory, ground: _Ground, known: set[tuple[str, str]]
+    ) -> list[Found]:
+        """Upgrade everything; where that breaks, find who alone does."""
+        with self.clock.at("resolve all"):
+            newest = await self._newest(ground)
+        moved = {n for n, v in newest.items() if n in ground.pins and ground.pins[n] != v}
+        if not moved:
+            raise Rejected("upgrade", "nothing newer")
+        with self.clock.at("upgrade all"):
+            everything = await self._try(lab, newest)
+        if everything is not None and not damage(lab.passing, everything):
+            raise Rejected("upgrade", "everything newest passes", f"{len(moved)} moved")
+        found: list[Found] = []
+        left = damage(lab.passing, everything).broken if everything else lab.passing
+        reasons: list[str] = []
+        for name in self._order(ground, moved, everything)[:MAX_SINGLES]:
+            target = self._target(ground, newest, name)
+            enough = len(found) == MAX_BREAKS or (everything is not None and not left)
+            if enough or sum(self.clock.seconds.values()) > MAX_CANDIDATE_S:
+                break
+            if not target:
+                continue
+            try:
+                tried = await self._single(lab, ground, name, target)
+                broken = damage(lab.passing, tried.run)
+                if not broken:
+                    continue
+                left = left - broken.broken
+                found.append(await self._narrow(lab, ground, name, tried, known))
+            except Rejected as error:
+                reasons.append(f"{name}: {error.reason}")
+        self.notes += reasons
+        if not found:
+            reason = "no single culprit" if not reasons else "breaks cannot be used"
+            raise Rejected("split", reason, "; ".join(reasons))
+        return found
+
+    async def _newest(self, ground: _Ground) -> dict[str, str]:
+        runtime = {normalize(r.partition("[")[0]) for r in Needs(ground.needs.runtime, ()).names()}
+        free = runtime | {name for name, _ in ground.candidate.hints}
+        held = [f"{n}=={v}" for n, v in ground.pins.items() if _HELD.match(n) and n not in free]
+        problem = ""
+        for constraints in (held, []):
+            try:
+                names = ground.needs.names()
+                pins = await self.resolver.newest(names, ground.release.python, constraints)
+            except NotFound as error:
+                problem = error.message
+                continue
+            pins.pop(ground.candidate.package, None)
+            return pins
+        raise Rejected("upgrade", "newest does not resolve", " ".join(problem.split())[-500:])
+
+    async def _try(self, lab: Laboratory, pins: Mapping[str, str]) -> Run | None:
+        try:
+            return await lab.attempt(pins)
+        except Unusable as error:
+            self.notes.append(f"all: {str(error)[-200:]}")
+            return None
+
+    def _order(self, ground: _Ground, moved: set[str], run: Run | None) -> list[str]:
+        """Whom to try first: the known, then those that the log speaks of, then the declared."""
+        hinted = [n for n, _ in ground.candidate.hints if n in ground.pins]
+        error = analyse(run.log) if run is not None else None
+        spoken = suspects(error, ground.pins) if error is not None else ()
+        named = [normalize(name.partition("[")[0]) for name in ground.needs.names()]
+        every = [*hinted, *(n for n in (*spoken, *named) if n in moved), *sorted(moved)]
+        runtime = {normalize(r.partition("[")[0]) for r in Needs(ground.needs.runtime, ()).names()}
+        return [
+            n for n in dict.fromkeys(every) if n in hinted or n in runtime or not _HELD.match(n)
+        ]
+
+    def _target(self, ground: _Ground, newest: Mapping[str, str], name: str) -> str:
+        """The release of a suspect to try: the newest that goes with all, or the known one."""
+        hint = dict(ground.candidate.hints).get(name, "")
+        best = newest.get(name, "")
+        target = max(filter(None, (hint, best)), key=Version, default="")
+        return target if target and Version(target) > Version(ground.pins[name]) else ""
+
+    async def _single(self, lab: Laboratory, ground: _Ground, name: str, version: str) -> Tried:
+        """One package moved, with only what it forces to move."""
+        with self.clock.at("single"):
+            try:
+                pins = await self._settle(ground, ground.pins, name, version)
+                return Tried(version, pins, await lab.attempt(pins))
+            except NotFound as error:
+                raise Rejected("split", "no set with it", error.message[-300:]) from error
+            except Unusable as error:
+                raise Rejected("split", "cannot be run", str(error)[-300:]) from error
+
+    async def _settle(
+        self, ground: _Ground, pins: Mapping[str, str], name: str, version: str
+    ) -> dict[str, str]:
+        names = ground.needs.names()
+        found = await self.resolver.settle(
+            names, ground.release.python, dict(pins), (name, version)
+        )
+        found.pop(ground.candidate.package, None)
+        return found
+
+    async def _narrow(
+        self,
+        lab: Laboratory,
+        ground: _Ground,
+        name: str,
+        bad: Tried,
+        known: set[tuple[str, str]],
+    ) -> Found:
+        """The adjacent pair of releases, and the record of it."""
+        files = await self.registry.files(name)
+        good = Tried(ground.pins[name], ground.pins, ground.run)
+        try:
+            versions = between(files, ground.release.python, good.version, bad.version)
+        except InvalidVersion as error:
+            raise Rejected("bisect", "versions cannot be compared", str(error)) from error
+        sizes = [f.size_bytes for f in files if f.is_wheel and f.version in versions]
+        with self.clock.at("bisect"):
+            if versions and sum(sizes) <= PRELOADED_BYTES:
+                await self._offer(lab, name, versions)
+
+            async def probe(version: str) -> tuple[bool, Tried] | None:
+                try:
+                    pins = await self._settle(ground, ground.pins, name, version)
+                    run = await lab.attempt(pins)
+                except (NotFound, Unusable):
+                    return None
+                return not damage(lab.passing, run), Tried(version, pins, run)
+
+            good, bad = await bisect(versions, good, bad, probe)
+        if (name, bad.version) in known:
+            raise Rejected("bisect", "same break as on another day", f"{name} {bad.version}")
+        with self.clock.at("confirm"):
+            good, bad, lost = await self._confirm(lab, ground, name, good, bad)
+        return _found(ground, lab, name, good, bad, lost)
+
+    async def _offer(self, lab: Laboratory, name: str, versions: Sequence[str]) -> None:
+        try:
+            await lab.offer([{name: version} for version in versions])
+        except Unusable as error:
+            raise Rejected("bisect", "cannot be prepared", str(error)[-300:]) from error
+
+    async def _confirm(
+        self, lab: Laboratory, ground: _Ground, name: str, good: Tried, bad: Tried
+    ) -> tuple[Tried, Tried, Damage]:
+        """The step from the good set to the bad one, with nothing else moved than it forces."""
+        try:
+            pins = await self._settle(ground, good.pins, name, bad.version)
+            if pins != bad.pins:
+                bad = Tried(bad.version, pins, await lab.attempt(pins))
+            if good.pins == ground.pins:
+                good = replace(good, run=await lab.attempt(good.pins))
+        except (NotFound, Unusable) as error:
+            raise Rejected("confirm", "cannot be run", str(error)[-300:]) from error
+        lost = damage(stable_ids(good.run.passed) & lab.passing, bad.run)
+        if not lost:
+            raise Rejected("confirm", "not broken by one step")
+        return good, bad, lost
+
+
+def _read(archive: bytes, python: str, package: str) -> tuple[Needs, str]:
+    with tempfile.TemporaryDirectory() as folder:
+        root = unpack(archive, Path(folder))
+        return needs_of(root, archive, python, package), licence_of(root)
+
+
+def _last_error(run: Run) -> str:
+    error = analyse(run.log)
+    return error.text[:300] if error is not None else run.log.strip()[-200:]
+
+
+def _found(
+    ground: _Ground, lab: Laboratory, name: str, good: Tried, bad: Tried, lost: Damage
+) -> Found:
+    """The record of one step."""
+    release, broken = ground.release, sorted(lost.broken)
+    unstable = {
+        *lost.renamed, *(bad.run.passed - good.run.passed), *lab.unsteady,
+        *(good.run.passed - stable_ids(good.run.passed)),
+    }  # fmt: skip
+    unstable -= lost.broken
+    if len(unstable) > MAX_UNSTABLE:
+        raise Rejected("confirm", "too many ids are not stable", f"{len(unstable)}")
+    facts = diagnose(bad.run, name)
+    direct = {normalize(n.partition("[")[0]) for n in Needs(ground.needs.runtime, ()).names()}
+    names = sorted({*good.pins, *bad.pins})
+    mined = {
+        "kind": "dependency-upgrade",
+        "id": f"{release.package}-{release.version}__{name}-{bad.version}",
+        "package": release.package,
+        "version": release.version,
+        "sdist": release.sdist.model_dump(),
+        "python": release.python,
+        "build": {"mode": release.mode, "exclude_newer": ground.candidate.day.isoformat()},
+        "culprit": {
+            "name": name, "from": good.version, "to": bad.version, "direct": name in direct,
+            "last_good": good.version, "first_bad": bad.version,
+        },
+        "changed": {
+            n: [good.pins.get(n), bad.pins.get(n)]
+            for n in names
+            if good.pins.get(n) != bad.pins.get(n)
+        },
+        "pins_pass": [f"{n}=={v}" for n, v in sorted(good.pins.items())],
+        "pins_fail": [f"{n}=={v}" for n, v in sorted(bad.pins.items())],
+        "test_command": " ".join(["python -m pytest -o addopts=", *release.roots]),
+        "tests": {
+            "fail_to_pass": broken,
+            "n_fail_to_pass": len(broken),
+            "fail_to_pass_sha256": ids_sha256(broken),
+            "pass_to_pass_n": len(good.run.passed & bad.run.passed),
+        },
+        "stage": facts.stage,
+        "category": facts.category,
+        "blame_top": facts.blame,
+        "error_lines": list(facts.error_lines),
+        "seconds": {"test": round(good.run.seconds, 2)},
+    }  # fmt: skip
+    return Found(mined, tuple(sorted(unstable)), ground.licence)
