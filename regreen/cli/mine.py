@@ -85,7 +85,8 @@ def mine(
             bounds = Bounds(limit, hours, workers, requests, repeats, pause_file)
             keys = [candidate.key for candidate in candidates] if packages else []
             address = sandbox or Endpoints.load(home).sandbox
-            ended = output.run(_mine(journal, folder, bounds, wanted, keys, address))
+            names = {f.name for f in facts} | {n for f in facts for n in f.dependents}
+            ended = output.run(_mine(journal, folder, bounds, wanted, keys, address, names))
             output.STDERR.print(f"ended: {ended}", highlight=False, markup=False)
         found = report(journal)
         written = export(journal, out) if out else None
@@ -106,6 +107,7 @@ async def _mine(
     kinds: tuple[str, ...],
     keys: list[str],
     address: str,
+    names: set[str],
 ) -> str:
     channel = connect(address)
     done: set[str] = set()
@@ -124,6 +126,7 @@ async def _mine(
                 journal,
                 folder,
                 bounds,
+                names=names,
                 say=say,
             )
             return await run.run(kinds, keys)

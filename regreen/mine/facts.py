@@ -8,7 +8,7 @@
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from regreen.lockfile import normalize
@@ -168,7 +168,8 @@ MISSING = {
     "aiofiles": "aiofiles", "email_validator": "email-validator", "peewee": "peewee",
     "wtforms": "wtforms", "werkzeug": "werkzeug", "flask_sqlalchemy": "flask-sqlalchemy",
     "graphene": "graphene", "packaging": "packaging", "twisted": "twisted", "pip": "pip",
-    "docopt": "docopt", "colorama": "colorama", "termcolor": "termcolor", "tqdm": "tqdm",
+    "semantic_version": "semantic-version", "docopt": "docopt", "colorama": "colorama",
+    "termcolor": "termcolor", "tqdm": "tqdm",
 }  # fmt: skip
 """Distributions by the module that they bring. Nothing is guessed from a module's name."""
 _FIXTURES = {
@@ -185,12 +186,18 @@ _FIXTURES = {
 }  # fmt: skip
 
 
-def lacking(run: Run) -> set[str]:
-    """Distributions that a run of the untouched tests lacks, as far as they are known."""
+def lacking(run: Run, curated: Collection[str] = ()) -> set[str]:
+    """Distributions that a run of the untouched tests lacks, as far as they are known.
+
+    Those of `curated` are known to bring a module of their own name.
+    """
     found: set[str] = set()
     text = "\n".join([run.log, *run.messages.values()])
     for module in re.findall(r"No module named '?([\w.]+)'?", text):
-        name = MISSING.get(module) or MISSING.get(module.partition(".")[0])
+        top = module.partition(".")[0]
+        name = MISSING.get(module) or MISSING.get(top)
+        if not name and normalize(top) in curated:
+            name = normalize(top)
         found.update([name] if name else [])
     for fixture in re.findall(r"fixture '(\w+)' not found", text):
         found.update([_FIXTURES[fixture]] if fixture in _FIXTURES else [])

@@ -26,6 +26,7 @@ from regreen.tasks.wanted import Requirements
 MAX_FILES = 4000
 MAX_UNPACKED = 64 << 20
 _TEST_FILE = re.compile(r"(?:^|/)(?:test_[^/]*|[^/]*_tests?|tests?)\.py$")
+_ASIDE = re.compile(r"^(?:examples?|docs?|build|demo)/|/data/")
 _TEST_FOLDERS = frozenset({"test", "tests", "testing", "unittests"})
 _COMPILED = (".pyx", ".c", ".cpp", ".cc", ".rs", ".f90", ".go")
 _NOT_NEEDED = re.compile(
@@ -83,12 +84,12 @@ def member_names(archive: bytes) -> list[str]:
 
 def test_roots(names: Sequence[str]) -> list[str]:
     """Paths to run the tests from; empty if there are none."""
-    files = [name for name in names if _TEST_FILE.search(name) and "/data/" not in name]
+    files = [name for name in names if _TEST_FILE.search(name) and not _ASIDE.search(name)]
     folders: dict[str, int] = {}
     for name in files:
         parts = name.split("/")[:-1]
         depth = next((i for i, part in enumerate(parts) if part in _TEST_FOLDERS), None)
-        if depth is not None and parts[0] not in ("examples", "docs", "doc", "build"):
+        if depth is not None:
             root = "/".join(parts[: depth + 1])
             folders[root] = folders.get(root, 0) + 1
     top = [root for root in folders if "/" not in root]
@@ -152,17 +153,15 @@ def needs_of(root: Path, archive: bytes, python: str, package: str) -> Needs:
     if _mentions(root, "pkg_resources"):
         tests.append("setuptools")
     own = normalize(package)
-    return Needs(
-        tuple(line for line in _unique(runtime) if normalize(Requirement(line).name) != own),
-        _for_tests(tests, {own}),
-    )
+    needed = tuple(line for line in _unique(runtime) if normalize(Requirement(line).name) != own)
+    return Needs(needed, _for_tests(tests, {own, *map(unbound, needed)}))
 
 
-def _for_tests(lines: Iterable[str], own: set[str]) -> tuple[str, ...]:
+def _for_tests(lines: Iterable[str], had: set[str]) -> tuple[str, ...]:
     found: dict[str, None] = {}
     for line in [*_unique(lines), "pytest"]:
         name = normalize(Requirement(line).name)
-        if name not in own and (name in _KEPT_PLUGINS or not _NOT_NEEDED.match(name)):
+        if unbound(line) not in had and (name in _KEPT_PLUGINS or not _NOT_NEEDED.match(name)):
             found.setdefault(unbound(line))
     return tuple(found)
 

@@ -125,7 +125,10 @@ class UpgradeMiner:
         resolver: Resolver,
         pinner: Pinner,
         interpreters: Sequence[str],
+        names: frozenset[str] = frozenset(),
     ) -> None:
+        self.names = names
+        """Packages that bring a module of their own name, for what tests lack."""
         self.client, self.registry, self.resolver = client, registry, resolver
         self.pinner, self.interpreters = pinner, interpreters
         self.clock = Clock()
@@ -203,7 +206,7 @@ class UpgradeMiner:
                 pins = await self._base_pins(candidate, lab.release, needs)
             with self.clock.at("run base"):
                 run = await self._first(lab, pins)
-            more = lacking(run) - set(pins) - added - {candidate.package}
+            more = lacking(run, self.names) - set(pins) - added - {candidate.package}
             if not more or len(added) > 12:
                 break
             added |= more
@@ -238,24 +241,37 @@ class UpgradeMiner:
         self, candidate: Candidate, release: Release, needs: Needs
     ) -> dict[str, str]:
         """Pins as of the day; with fewer requirements where all of them do not go together."""
-        day = f"{candidate.day.isoformat()}T00:00:00Z"
-        bounds = [f"{name}<{version}" for name, version in candidate.hints]
         problem = ""
-        for lines, limits in (
-            ([*needs.runtime, *needs.tests], bounds),
-            ([*needs.runtime, "pytest"], bounds),
-            ([*needs.runtime, *needs.tests], []),
-        ):
-            try:
-                pins = await self.resolver.as_of(lines, release.python, day, limits)
-            except NotFound as error:
-                problem = problem or error.message
-                continue
-            pins.pop(candidate.package, None)
-            if not set(pins) - {"pytest", "pluggy", "iniconfig", "packaging"}:
-                raise Rejected("base", "no dependencies")
-            return pins
+        for lines in ([*needs.runtime, *needs.tests], [*needs.runtime, "pytest"]):
+            bounds = dict(candidate.hints)
+            while True:
+                try:
+                    pins = await self._as_of(candidate, release, lines, bounds)
+                except NotFound as error:
+                    problem = problem or error.message
+                    spoken = {name for name in bounds if re.search(rf"\b{name}<", error.message)}
+                    if not bounds:
+                        break
+                    for name in spoken or set(bounds):
+                        del bounds[name]
+                    continue
+                if not set(pins) - {"pytest", "pluggy", "iniconfig", "packaging"}:
+                    raise Rejected("base", "no dependencies")
+                return pins
         raise Rejected("base", "does not resolve", " ".join(problem.split())[-500:])
+
+    async def _as_of(
+        self,
+        candidate: Candidate,
+        release: Release,
+        lines: Sequence[str],
+        bounds: Mapping[str, str],
+    ) -> dict[str, str]:
+        day = f"{candidate.day.isoformat()}T00:00:00Z"
+        limits = [f"{name}<{version}" for name, version in bounds.items()]
+        pins = await self.resolver.as_of(lines, release.python, day, limits)
+        pins.pop(candidate.package, None)
+        return pins
 
     async def _breaks(
         self, lab: Laboratory, ground: _Ground, known: set[tuple[str, str]]

@@ -12,7 +12,7 @@ import asyncio
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -69,10 +69,12 @@ class Mine:
         bounds: Bounds,
         *,
         urls: Sequence[str] = (),
+        names: Iterable[str] = (),
         say: Say = lambda key, text: None,
     ) -> None:
         self._states, self._sandboxes, self._journal = states, sandboxes, journal
         self._folder, self._bounds, self._say = folder, bounds, say
+        self._names = frozenset(names)
         self._urls = tuple(urls) or index_urls()
         self._began, self._taken, self._busy_s = time.time(), 0, 0.0
         self._stop, self._troubles = "", 0
@@ -100,10 +102,10 @@ class Mine:
         keys: Sequence[str],
     ) -> None:
         uv = find_uv()
-        resolver = Resolver(uv, self._urls[0], self._folder / "cache")
+        resolver = Resolver(uv, self._urls[0], self._folder / "cache", registry)
         client = MiningClient(self._states, self._sandboxes)
         pinner = Pinner(registry, uv)
-        miner = UpgradeMiner(client, registry, resolver, pinner, interpreters)
+        miner = UpgradeMiner(client, registry, resolver, pinner, interpreters, self._names)
         while await self._may_go_on():
             candidate = self._journal.take(kinds, keys)
             if candidate is None:

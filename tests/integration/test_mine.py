@@ -34,7 +34,8 @@ DAY = date(2023, 1, 1)
 OLD, NEW = b"def hello():\n    return 'Hello'\n", b"def salute():\n    return 'Hello'\n"
 RELEASES = {"1.0": OLD, "1.1": OLD, "1.2": OLD, "2.0": NEW, "2.1": NEW, "3.0": NEW}
 TESTS = (
-    "def test_greeting():\n    from greet import greeting\n\n    assert greeting('A') == 'Hello, A!'\n"
+    "def test_greeting():\n    from greet import greeting\n\n"
+    "    assert greeting('A') == 'Hello, A!'\n"
     "\n\ndef test_sum():\n    assert 1 + 1 == 2\n"
     "\n\ndef test_difference():\n    assert 2 - 1 == 1\n"
     "\n\ndef test_product():\n    assert 2 * 2 == 4\n"
@@ -63,7 +64,8 @@ def fill(folder: Path) -> dict[str, str]:
         path = write_wheel(folder, "wordlib", version, {"wordlib.py": text})
         if version != "1.0":
             days[path.name] = "2023-06-01"
-    write_sdist(folder, "greet", {"greet/__init__.py": GREET, "tests/test_greet.py": TESTS}, ("wordlib",))  # fmt: skip
+    files = {"greet/__init__.py": GREET, "tests/test_greet.py": TESTS}
+    write_sdist(folder, "greet", files, ("wordlib",))
     write_sdist(folder, "bare", {"bare.py": "x = 1\n"}, ("wordlib",))
     plain = TESTS.replace("from greet import greeting", "greeting = 'Hello, {}!'.format")
     write_sdist(folder, "plain", {"plain.py": "", "tests/test_plain.py": plain}, ("wordlib",))

@@ -6,7 +6,8 @@ from regreen.lockfile import normalize
 from regreen.mine.culprits import EARLIEST, parse_culprits, shipped_culprits, upgrade_candidates
 
 LIST = """
-{"name": "Web.Kit", "breaks": [["2.0", "2020-01-01", "old names"], ["3.0", "2023-06-01"]], "dependents": "one two"}
+{"name": "Web.Kit", "breaks": [["2.0", "2020-01-01", "x"], ["3.0", "2023-06-01"]], \
+"dependents": "one two"}
 {"name": "db", "breaks": [["1.4", "2023-08-01"], ["2.0", "2025-01-01"]], "dependents": "two"}
 """
 

@@ -80,7 +80,11 @@ def test_releases_that_were_looked_at_are_known(tmp_path: Path) -> None:
 
 def test_admitted_records_are_written_with_their_releases(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "j.db")
-    for record, sha in ((task("b-1", ids=400), "b"), (task("a-1"), "a"), (task("c-1", "rejected"), "c")):
+    for record, sha in (
+        (task("b-1", ids=400), "b"),
+        (task("a-1"), "a"),
+        (task("c-1", "rejected"), "c"),
+    ):
         journal.keep(candidate(record.package), record, releases(sha), {"reason": ""})
     assert export(journal, tmp_path / "out") == (2, 1)
     tasks = load_tasks(tmp_path / "out" / "tasks.jsonl")
