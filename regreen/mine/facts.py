@@ -127,13 +127,13 @@ class Diagnosis:
     error_lines: tuple[str, ...]
 
 
-def diagnose(run: Run, culprit: str) -> Diagnosis:
-    """Blame, kind and first lines of what `run` says."""
-    error = analyse(run.log)
+def diagnose(run: Run, culprit: str, broken: Collection[str]) -> Diagnosis:
+    """Blame, kind and first lines of what `run` says of the tests that it broke."""
+    error = analyse(_about(run.log, broken)) or analyse(run.log)
     counts: dict[str, int] = {}
     for test, message in run.messages.items():
         line = message.strip().partition("\n")[0][:300]
-        if line and test in run.failed:
+        if line and test in broken:
             counts[line] = counts.get(line, 0) + 1
     lines = sorted(counts, key=lambda line: (-counts[line], line))
     if not lines and error is not None:
@@ -141,6 +141,24 @@ def diagnose(run: Run, culprit: str) -> Diagnosis:
     return Diagnosis(
         blame_of(error, culprit), category_of(error), stage_of(error), tuple(lines[:8])
     )
+
+
+def _about(log: str, broken: Collection[str]) -> str:
+    """The parts of a log that are about these tests; those of others failed before as well."""
+    names = {i.partition("::")[2].replace("::", ".") for i in broken}
+    files = {i.partition("::")[0] for i in broken}
+    kept: list[str] = []
+    within = False
+    for line in log.splitlines():
+        if title := re.match(r"_{3,} (.+?) _{3,}$", line):
+            about = re.sub(r"^ERROR (?:at (?:setup|teardown) of|collecting) ", "", title[1])
+            within = about in names or about in files
+        elif re.match(r"={3,} .+ ={3,}$", line):
+            within = False
+            kept.append(line)
+        if within:
+            kept.append(line)
+    return "\n".join(kept)
 
 
 MISSING = {

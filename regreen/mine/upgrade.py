@@ -10,7 +10,7 @@
 import asyncio
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import date
@@ -72,11 +72,14 @@ class Clock:
     seconds: dict[str, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     stage: str = ""
+    hear: Callable[[str], None] = lambda stage: None
+    """Called with each stage that begins."""
 
     @contextmanager
     def at(self, stage: str) -> Iterator[None]:
         """Count the time of a block to a stage."""
         began, self.stage = monotonic(), stage
+        self.hear(stage)
         try:
             yield
         finally:
@@ -137,7 +140,12 @@ class UpgradeMiner:
         """The release that was looked at last."""
 
     async def mine(
-        self, candidate: Candidate, *, seen: set[str], known: set[tuple[str, str]]
+        self,
+        candidate: Candidate,
+        *,
+        seen: set[str],
+        known: set[tuple[str, str]],
+        hear: Callable[[str], None] = lambda stage: None,
     ) -> list[Found]:
         """The breaks of the release of that day.
 
@@ -147,7 +155,7 @@ class UpgradeMiner:
         Raises:
             Rejected: the candidate is of no use; says at which stage, and why.
         """
-        self.clock, self.notes, self.version = Clock(), [], ""
+        self.clock, self.notes, self.version = Clock(hear=hear), [], ""
         release, needs, licence = await self._screen(candidate, seen)
         async with Laboratory(self.client, self.registry, release) as lab:
             ground = await self._base(candidate, lab, needs, licence)
@@ -184,8 +192,9 @@ class UpgradeMiner:
             day = candidate.day.isoformat()
             tools = await self.pinner.tools(python, day)
         sdist = FileRecord(filename=entry.filename, sha256=entry.sha256)
+        mode = "editable" if {"setup.py", "pyproject.toml"} & set(names) else "path"
         release = Release(
-            candidate.package, entry.version, sdist, python, tuple(tools), tuple(roots)
+            candidate.package, entry.version, sdist, python, tuple(tools), tuple(roots), mode
         )
         return release, needs, licence
 
@@ -456,7 +465,7 @@ def _found(
     unstable -= lost.broken
     if len(unstable) > MAX_UNSTABLE:
         raise Rejected("confirm", "too many ids are not stable", f"{len(unstable)}")
-    facts = diagnose(bad.run, name)
+    facts = diagnose(bad.run, name, lost.broken)
     direct = {normalize(n.partition("[")[0]) for n in Needs(ground.needs.runtime, ()).names()}
     names = sorted({*good.pins, *bad.pins})
     mined = {

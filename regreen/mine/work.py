@@ -141,8 +141,12 @@ class Mine:
         try:
             seen = self._journal.versions_of(candidate)
             known = self._journal.breaks_of(candidate.package)
-            self._say(candidate.key, "begun")
-            breaks = await miner.mine(candidate, seen=seen, known=known)
+            breaks = await miner.mine(
+                candidate,
+                seen=seen,
+                known=known,
+                hear=lambda stage: self._say(candidate.key, f"at {stage}"),
+            )
             kept = [await self._gate(miner, candidate, one, registry) for one in breaks]
         except Rejected as error:
             return self._ended(miner, "rejected", error.reason, error.detail, error.stage)
@@ -176,7 +180,6 @@ class Mine:
             releases = await pinner.distributions()
         tests = task.tests.model_copy(update={"unstable": list(found.unstable)})
         task = task.model_copy(update={"tests": tests, "licence": found.licence})
-        self._say(candidate.key, f"gate {task.id}")
         with miner.clock.at("gate"):
             gate = Gate(
                 miner.client, {r.pin: r for r in releases}, registry, repeats=self._bounds.repeats

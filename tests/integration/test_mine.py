@@ -70,7 +70,8 @@ def fill(folder: Path) -> dict[str, str]:
     plain = TESTS.replace("from greet import greeting", "greeting = 'Hello, {}!'.format")
     write_sdist(folder, "plain", {"plain.py": "", "tests/test_plain.py": plain}, ("wordlib",))
     failing = TESTS.replace("== 4", "== 5").replace("== 2", "== 3")
-    write_sdist(folder, "failing", {"f.py": "", "tests/test_f.py": failing}, ("wordlib",))
+    files = {"f.py": "", "setup.py": "raise SystemExit(1)\n", "tests/test_f.py": failing}
+    write_sdist(folder, "failing", files, ("wordlib",))
     return days
 
 
@@ -131,7 +132,7 @@ async def test_from_a_hint_to_an_admitted_task(world: World, tmp_path: Path) -> 
         "greet": "mined 1 of 1 admitted",
         "bare": "rejected no tests in the source archive",
         "plain": "rejected everything newest passes",
-        "failing": "rejected too many tests fail",
+        "failing": "rejected too few tests pass",
         "unknown": "rejected unknown package",
     }, {name: row["detail"] for name, row in rows.items()}
     assert world.ended[-1] == "nothing is left"

@@ -70,15 +70,36 @@ CALLEE = f"{SITE}/web/__init__.py:5: in __getattr__\n    raise AttributeError(na
     ],
 )
 def test_blame_is_the_callers_and_not_the_culprits(frames, error, blame, category) -> None:
-    found = diagnose(run(log=TRACE.format(frames=frames, error=error)), "web")
+    found = diagnose(run(log=TRACE.format(frames=frames, error=error)), "web", {A})
     assert (found.blame, found.category) == (blame, category)
     assert found.stage == "collection"
 
 
 def test_the_most_frequent_error_comes_first() -> None:
     messages = {A: "TypeError: one", B: "ValueError: two", C: "ValueError: two"}
-    found = diagnose(run(failed=BEFORE, messages=messages), "web")
+    found = diagnose(run(failed=BEFORE, messages=messages), "web", BEFORE)
     assert found.error_lines == ("ValueError: two", "TypeError: one")
+
+
+def test_what_failed_before_as_well_says_nothing_of_the_break() -> None:
+    log = """
+=================================== FAILURES ===================================
+_________________________________ test_before __________________________________
+tests/test_a.py:2: in test_before
+    import absent
+E   ModuleNotFoundError: No module named 'absent'
+______________________________ TestShop.test_new[x] ____________________________
+tests/test_a.py:9: in test_new
+    shop.sell()
+shop/__init__.py:4: in sell
+    web.old()
+E   AttributeError: module 'web' has no attribute 'old'
+=========================== short test summary info ============================
+FAILED tests/test_a.py::test_before - ModuleNotFoundError: No module named 'absent'
+"""
+    broken = {"tests/test_a.py::TestShop::test_new[x]"}
+    found = diagnose(run(failed=broken, log=log), "web", broken)
+    assert (found.blame, found.category, found.stage) == ("source", "attribute-error", "test-run")
 
 
 def test_nothing_is_guessed_from_a_modules_name() -> None:
