@@ -47,15 +47,22 @@ async def bisect(
     good: T,
     bad: T,
     probe: Callable[[str], Awaitable[tuple[bool, T] | None]],
+    guess: Sequence[str] = (),
 ) -> tuple[T, T]:
     """The adjacent pair at which `probe` turns from fine to broken.
 
     `probe` tells whether a version is fine and what was seen, or None where it cannot be tried.
+    Versions of `guess` are tried first: the right two end the search.
     """
     low, high = good, bad
-    left = list(versions)
+    left, first = list(versions), list(guess)
     while left:
         middle = len(left) // 2
+        while first:
+            version = first.pop(0)
+            if version in left:
+                middle = left.index(version)
+                break
         seen = await probe(left[middle])
         if seen is None:
             del left[middle]

@@ -10,20 +10,18 @@
 import asyncio
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
-from time import monotonic
-from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
 from regreen.lockfile import normalize
 from regreen.mine.bisect import between, bisect, release_before
+from regreen.mine.candidate import Clock, Found, Ground, Rejected, Tried
 from regreen.mine.culprits import Candidate
-from regreen.mine.facts import Damage, Run, damage, diagnose, lacking, stable_ids
+from regreen.mine.facts import Damage, Run, damage, lacking, stable_ids
 from regreen.mine.lab import Laboratory, MiningClient, Release, Unusable
 from regreen.mine.project import (
     Needs,
@@ -34,12 +32,13 @@ from regreen.mine.project import (
     test_roots,
     unpack,
 )
+from regreen.mine.record import record_of
 from regreen.mine.registry import Registry
 from regreen.mine.resolve import Resolver
-from regreen.pkgindex import python_allowed
+from regreen.pkgindex import IndexFile, python_allowed
 from regreen.rollout.logs import analyse, suspects
 from regreen.rpc.errors import InvalidArgument, NotFound
-from regreen.tasks.model import FileRecord, ids_sha256
+from regreen.tasks.model import FileRecord
 from regreen.tasks.pin import Pinner
 
 PREFERRED = "3.11"
@@ -50,72 +49,11 @@ MIN_PASSING, MIN_SHARE, MAX_PASSING = 3, 0.8, 2500
 MAX_BASE_S = 25.0
 MAX_CANDIDATE_S = 600.0
 """No further suspect is tried after so long."""
-MAX_SINGLES, MAX_BREAKS, MAX_UNSTABLE = 8, 3, 200
+MAX_SINGLES, MAX_BREAKS = 8, 3
 PRELOADED_BYTES = 40 << 20
 _HELD = re.compile(
     r"^(?:pytest.*|pluggy|iniconfig|coverage|hypothesis|mock|nose|py|exceptiongroup|tomli|tox)$"
 )
-
-
-class Rejected(Exception):
-    """Why a candidate, or one break of it, gives no record."""
-
-    def __init__(self, stage: str, reason: str, detail: str = "") -> None:
-        super().__init__(f"{stage}: {reason}")
-        self.stage, self.reason, self.detail = stage, reason, detail
-
-
-@dataclass(slots=True)
-class Clock:
-    """Where the time of one candidate goes, and how often."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
-    stage: str = ""
-    hear: Callable[[str], None] = lambda stage: None
-    """Called with each stage that begins."""
-
-    @contextmanager
-    def at(self, stage: str) -> Iterator[None]:
-        """Count the time of a block to a stage."""
-        began, self.stage = monotonic(), stage
-        self.hear(stage)
-        try:
-            yield
-        finally:
-            took = monotonic() - began
-            self.seconds[stage] = round(self.seconds.get(stage, 0.0) + took, 3)
-            self.counts[stage] = self.counts.get(stage, 0) + 1
-
-
-@dataclass(frozen=True, slots=True)
-class Tried:
-    """A release of a culprit with the set that it was tried in."""
-
-    version: str
-    pins: Mapping[str, str]
-    run: Run
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A break as `regreen.tasks.pin` takes it, and what only the task record holds."""
-
-    mined: dict[str, Any]
-    unstable: tuple[str, ...]
-    licence: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Ground:
-    """What every step of one candidate needs."""
-
-    candidate: Candidate
-    release: Release
-    needs: Needs
-    pins: dict[str, str]
-    run: Run
-    licence: str
 
 
 class UpgradeMiner:
@@ -207,7 +145,7 @@ class UpgradeMiner:
 
     async def _base(
         self, candidate: Candidate, lab: Laboratory, needs: Needs, licence: str
-    ) -> _Ground:
+    ) -> Ground:
         """The set that works on that day."""
         added: set[str] = set()
         while True:
@@ -230,7 +168,7 @@ class UpgradeMiner:
             raise Rejected("base", "too many tests", detail)
         if run.seconds > MAX_BASE_S:
             raise Rejected("base", "too slow", f"{run.seconds:.0f} s")
-        return _Ground(candidate, lab.release, needs, pins, run, licence)
+        return Ground(candidate, lab.release, needs, pins, run, licence)
 
     async def _first(self, lab: Laboratory, pins: Mapping[str, str]) -> Run:
         try:
@@ -283,7 +221,7 @@ class UpgradeMiner:
         return pins
 
     async def _breaks(
-        self, lab: Laboratory, ground: _Ground, known: set[tuple[str, str]]
+        self, lab: Laboratory, ground: Ground, known: set[tuple[str, str]]
     ) -> list[Found]:
         """Upgrade everything; where that breaks, find who alone does."""
         with self.clock.at("resolve all"):
@@ -298,29 +236,55 @@ class UpgradeMiner:
         found: list[Found] = []
         left = damage(lab.passing, everything).broken if everything else lab.passing
         reasons: list[str] = []
-        for name in self._order(ground, moved, everything)[:MAX_SINGLES]:
-            target = self._target(ground, newest, name)
+        order = self._order(ground, moved, everything)
+        for name, pins in (await self._singles(lab, ground, newest, order, reasons)).items():
             enough = len(found) == MAX_BREAKS or (everything is not None and not left)
             if enough or sum(self.clock.seconds.values()) > MAX_CANDIDATE_S:
                 break
-            if not target:
-                continue
             try:
-                tried = await self._single(lab, ground, name, target)
+                with self.clock.at("single"):
+                    tried = Tried(pins[name], pins, await lab.attempt(pins))
                 broken = damage(lab.passing, tried.run)
                 if not broken:
                     continue
                 left = left - broken.broken
                 found.append(await self._narrow(lab, ground, name, tried, known))
-            except Rejected as error:
-                reasons.append(f"{name}: {error.reason}")
+            except (Rejected, Unusable) as error:
+                reason = error.reason if isinstance(error, Rejected) else "cannot be run"
+                reasons.append(f"{name}: {reason}")
         self.notes += reasons
         if not found:
             reason = "no single culprit" if not reasons else "breaks cannot be used"
             raise Rejected("split", reason, "; ".join(reasons))
         return found
 
-    async def _newest(self, ground: _Ground) -> dict[str, str]:
+    async def _singles(
+        self,
+        lab: Laboratory,
+        ground: Ground,
+        newest: Mapping[str, str],
+        order: Sequence[str],
+        reasons: list[str],
+    ) -> dict[str, dict[str, str]]:
+        """For each suspect the set in which it alone is moved, all on offer at once."""
+        found: dict[str, dict[str, str]] = {}
+        with self.clock.at("resolve singles"):
+            for name in order:
+                target = self._target(ground, newest, name)
+                if not target or len(found) == MAX_SINGLES:
+                    continue
+                try:
+                    found[name] = await self._settle(ground, ground.pins, name, target)
+                except NotFound:
+                    reasons.append(f"{name}: no set with it")
+        with self.clock.at("offer singles"):
+            try:
+                await lab.offer(found.values())
+            except Unusable as error:
+                raise Rejected("split", "cannot be prepared", str(error)[-300:]) from error
+        return found
+
+    async def _newest(self, ground: Ground) -> dict[str, str]:
         runtime = {normalize(r.partition("[")[0]) for r in Needs(ground.needs.runtime, ()).names()}
         free = runtime | {name for name, _ in ground.candidate.hints}
         held = [f"{n}=={v}" for n, v in ground.pins.items() if _HELD.match(n) and n not in free]
@@ -343,7 +307,7 @@ class UpgradeMiner:
             self.notes.append(f"all: {str(error)[-200:]}")
             return None
 
-    def _order(self, ground: _Ground, moved: set[str], run: Run | None) -> list[str]:
+    def _order(self, ground: Ground, moved: set[str], run: Run | None) -> list[str]:
         """Whom to try first: the known, then those that the log speaks of, then the declared."""
         hinted = [n for n, _ in ground.candidate.hints if n in ground.pins]
         error = analyse(run.log) if run is not None else None
@@ -355,26 +319,15 @@ class UpgradeMiner:
             n for n in dict.fromkeys(every) if n in hinted or n in runtime or not _HELD.match(n)
         ]
 
-    def _target(self, ground: _Ground, newest: Mapping[str, str], name: str) -> str:
+    def _target(self, ground: Ground, newest: Mapping[str, str], name: str) -> str:
         """The release of a suspect to try: the newest that goes with all, or the known one."""
         hint = dict(ground.candidate.hints).get(name, "")
         best = newest.get(name, "")
         target = max(filter(None, (hint, best)), key=Version, default="")
         return target if target and Version(target) > Version(ground.pins[name]) else ""
 
-    async def _single(self, lab: Laboratory, ground: _Ground, name: str, version: str) -> Tried:
-        """One package moved, with only what it forces to move."""
-        with self.clock.at("single"):
-            try:
-                pins = await self._settle(ground, ground.pins, name, version)
-                return Tried(version, pins, await lab.attempt(pins))
-            except NotFound as error:
-                raise Rejected("split", "no set with it", error.message[-300:]) from error
-            except Unusable as error:
-                raise Rejected("split", "cannot be run", str(error)[-300:]) from error
-
     async def _settle(
-        self, ground: _Ground, pins: Mapping[str, str], name: str, version: str
+        self, ground: Ground, pins: Mapping[str, str], name: str, version: str
     ) -> dict[str, str]:
         names = ground.needs.names()
         found = await self.resolver.settle(
@@ -386,7 +339,7 @@ class UpgradeMiner:
     async def _narrow(
         self,
         lab: Laboratory,
-        ground: _Ground,
+        ground: Ground,
         name: str,
         bad: Tried,
         known: set[tuple[str, str]],
@@ -398,12 +351,13 @@ class UpgradeMiner:
             versions = between(files, ground.release.python, good.version, bad.version)
         except InvalidVersion as error:
             raise Rejected("bisect", "versions cannot be compared", str(error)) from error
-        sizes = [f.size_bytes for f in files if f.is_wheel and f.version in versions]
+        hint = dict(ground.candidate.hints).get(name, "")
+        guess = versions[max(0, versions.index(hint) - 1) :][:2] if hint in versions else []
         with self.clock.at("bisect"):
-            if versions and sum(sizes) <= PRELOADED_BYTES:
-                await self._offer(lab, name, versions)
 
             async def probe(version: str) -> tuple[bool, Tried] | None:
+                if version not in guess:
+                    await self._offer(lab, name, versions, files)
                 try:
                     pins = await self._settle(ground, ground.pins, name, version)
                     run = await lab.attempt(pins)
@@ -411,21 +365,27 @@ class UpgradeMiner:
                     return None
                 return not damage(lab.passing, run), Tried(version, pins, run)
 
-            good, bad = await bisect(versions, good, bad, probe)
+            good, bad = await bisect(versions, good, bad, probe, guess)
         if (name, bad.version) in known:
             raise Rejected("bisect", "same break as on another day", f"{name} {bad.version}")
         with self.clock.at("confirm"):
             good, bad, lost = await self._confirm(lab, ground, name, good, bad)
-        return _found(ground, lab, name, good, bad, lost)
+        return record_of(ground, lab, name, good, bad, lost)
 
-    async def _offer(self, lab: Laboratory, name: str, versions: Sequence[str]) -> None:
+    async def _offer(
+        self, lab: Laboratory, name: str, versions: Sequence[str], files: Sequence[IndexFile]
+    ) -> None:
+        """All releases of a suspect at once, where they are small."""
+        sizes = [f.size_bytes for f in files if f.is_wheel and f.version in versions]
+        if sum(sizes) > PRELOADED_BYTES:
+            return
         try:
             await lab.offer([{name: version} for version in versions])
         except Unusable as error:
             raise Rejected("bisect", "cannot be prepared", str(error)[-300:]) from error
 
     async def _confirm(
-        self, lab: Laboratory, ground: _Ground, name: str, good: Tried, bad: Tried
+        self, lab: Laboratory, ground: Ground, name: str, good: Tried, bad: Tried
     ) -> tuple[Tried, Tried, Damage]:
         """The step from the good set to the bad one, with nothing else moved than it forces."""
         try:
@@ -451,53 +411,3 @@ def _read(archive: bytes, python: str, package: str) -> tuple[Needs, str]:
 def _last_error(run: Run) -> str:
     error = analyse(run.log)
     return error.text[:300] if error is not None else run.log.strip()[-200:]
-
-
-def _found(
-    ground: _Ground, lab: Laboratory, name: str, good: Tried, bad: Tried, lost: Damage
-) -> Found:
-    """The record of one step."""
-    release, broken = ground.release, sorted(lost.broken)
-    unstable = {
-        *lost.renamed, *(bad.run.passed - good.run.passed), *lab.unsteady,
-        *(good.run.passed - stable_ids(good.run.passed)),
-    }  # fmt: skip
-    unstable -= lost.broken
-    if len(unstable) > MAX_UNSTABLE:
-        raise Rejected("confirm", "too many ids are not stable", f"{len(unstable)}")
-    facts = diagnose(bad.run, name, lost.broken)
-    direct = {normalize(n.partition("[")[0]) for n in Needs(ground.needs.runtime, ()).names()}
-    names = sorted({*good.pins, *bad.pins})
-    mined = {
-        "kind": "dependency-upgrade",
-        "id": f"{release.package}-{release.version}__{name}-{bad.version}",
-        "package": release.package,
-        "version": release.version,
-        "sdist": release.sdist.model_dump(),
-        "python": release.python,
-        "build": {"mode": release.mode, "exclude_newer": ground.candidate.day.isoformat()},
-        "culprit": {
-            "name": name, "from": good.version, "to": bad.version, "direct": name in direct,
-            "last_good": good.version, "first_bad": bad.version,
-        },
-        "changed": {
-            n: [good.pins.get(n), bad.pins.get(n)]
-            for n in names
-            if good.pins.get(n) != bad.pins.get(n)
-        },
-        "pins_pass": [f"{n}=={v}" for n, v in sorted(good.pins.items())],
-        "pins_fail": [f"{n}=={v}" for n, v in sorted(bad.pins.items())],
-        "test_command": " ".join(["python -m pytest -o addopts=", *release.roots]),
-        "tests": {
-            "fail_to_pass": broken,
-            "n_fail_to_pass": len(broken),
-            "fail_to_pass_sha256": ids_sha256(broken),
-            "pass_to_pass_n": len(good.run.passed & bad.run.passed),
-        },
-        "stage": facts.stage,
-        "category": facts.category,
-        "blame_top": facts.blame,
-        "error_lines": list(facts.error_lines),
-        "seconds": {"test": round(good.run.seconds, 2)},
-    }  # fmt: skip
-    return Found(mined, tuple(sorted(unstable)), ground.licence)

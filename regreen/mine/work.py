@@ -18,12 +18,13 @@ from pathlib import Path
 
 from regreen.client.sandbox import SandboxClient, StateClient
 from regreen.lockfile import normalize
+from regreen.mine.candidate import Found, Rejected
 from regreen.mine.culprits import Candidate
 from regreen.mine.lab import MiningClient
 from regreen.mine.registry import Registry
 from regreen.mine.resolve import Resolver
 from regreen.mine.store import Journal, Outcome
-from regreen.mine.upgrade import Found, Rejected, UpgradeMiner
+from regreen.mine.upgrade import UpgradeMiner
 from regreen.pkgindex import find_uv, index_urls
 from regreen.rpc.errors import RegreenError, ResourceExhausted
 from regreen.tasks.gate import Gate, Verdict, judge_steadily

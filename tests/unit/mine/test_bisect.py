@@ -32,6 +32,19 @@ async def test_the_first_bad_release_is_found() -> None:
     assert len(tried) <= 4
 
 
+async def test_a_right_guess_ends_the_search() -> None:
+    tried: list[str] = []
+
+    async def probe(version: str) -> tuple[bool, str]:
+        tried.append(version)
+        return version < "1.8", version
+
+    versions = [f"1.{n}" for n in range(1, 10)]
+    assert await bisect(versions, "1.0", "2.0", probe, ["1.7", "1.8"]) == ("1.7", "1.8")
+    assert tried == ["1.7", "1.8"]
+    assert await bisect(versions, "1.0", "2.0", probe, ["1.2", "1.3"]) == ("1.7", "1.8")
+
+
 async def test_releases_that_cannot_be_tried_are_left_out() -> None:
     async def probe(version: str) -> tuple[bool, str] | None:
         return None if version in ("1.4", "1.5", "1.6") else (version < "1.5", version)
