@@ -23,6 +23,8 @@ from regreen.rpc.errors import NotFound
 from regreen.tasks.complete import requires_of_sdist
 
 TIMEOUT_S = 180.0
+AT_ONCE = 3
+"""Processes of uv."""
 MOST_BUILT = 5
 """Packages without wheels in one set."""
 _NO_WHEEL = re.compile(r"Wheels are required for `([^`]+)`")
@@ -35,6 +37,7 @@ class Resolver:
     def __init__(self, uv: str, index_url: str, cache: Path, registry: Registry) -> None:
         self.uv, self.index_url, self.cache = uv, index_url, cache
         self.registry = registry
+        self._room = asyncio.Semaphore(AT_ONCE)
 
     async def as_of(
         self, requirements: Sequence[str], python: str, day: str, constraints: Sequence[str] = ()
@@ -81,7 +84,8 @@ class Resolver:
             lines = [line for line in [*requirements, *asked] if _name(line) not in built]
             bounds = [line for line in constraints if _name(line) not in built]
             try:
-                found = await self._ask(lines, python, day, bounds, preferences or {}, built)
+                async with self._room:
+                    found = await self._ask(lines, python, day, bounds, preferences or {}, built)
             except NotFound as error:
                 said = " ".join(error.message.split())
                 lost = {normalize(name) for name in _NO_WHEEL.findall(said)} - set(built)

@@ -267,16 +267,19 @@ class UpgradeMiner:
         reasons: list[str],
     ) -> dict[str, dict[str, str]]:
         """For each suspect the set in which it alone is moved, all on offer at once."""
-        found: dict[str, dict[str, str]] = {}
+        targets = {name: self._target(ground, newest, name) for name in order}
+        chosen = [name for name in order if targets[name]][:MAX_SINGLES]
+
+        async def settled(name: str) -> dict[str, str] | None:
+            try:
+                return await self._settle(ground, ground.pins, name, targets[name])
+            except NotFound:
+                reasons.append(f"{name}: no set with it")
+                return None
+
         with self.clock.at("resolve singles"):
-            for name in order:
-                target = self._target(ground, newest, name)
-                if not target or len(found) == MAX_SINGLES:
-                    continue
-                try:
-                    found[name] = await self._settle(ground, ground.pins, name, target)
-                except NotFound:
-                    reasons.append(f"{name}: no set with it")
+            sets = await asyncio.gather(*map(settled, chosen))
+        found = {name: pins for name, pins in zip(chosen, sets, strict=True) if pins is not None}
         with self.clock.at("offer singles"):
             try:
                 await lab.offer(found.values())
