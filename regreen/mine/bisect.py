@@ -15,13 +15,8 @@ T = TypeVar("T")
 MOST_BYTES = 24 << 20
 
 
-def between(
-    files: Iterable[IndexFile], python: str, good: str, bad: str, *, most: int = 40
-) -> list[str]:
-    """Releases between two that can be installed, oldest first, the two left out.
-
-    Of more than `most`, those that end a minor series.
-    """
+def between(files: Iterable[IndexFile], python: str, good: str, bad: str) -> list[str]:
+    """Releases between two that can be installed, oldest first, the two left out."""
     low, high = Version(good), Version(bad)
     tags = interpreter_tags(python)
     found: dict[Version, str] = {}
@@ -35,11 +30,7 @@ def between(
             continue
         if wheel_fits(entry.filename, tags) and python_allowed(entry.requires_python, python):
             found[version] = entry.version
-    versions = sorted(found)
-    if len(versions) > most:
-        last = {v.release[:2]: v for v in versions}
-        versions = sorted(last.values())
-    return [found[version] for version in versions]
+    return [found[version] for version in sorted(found)]
 
 
 async def bisect(
@@ -47,22 +38,15 @@ async def bisect(
     good: T,
     bad: T,
     probe: Callable[[str], Awaitable[tuple[bool, T] | None]],
-    guess: Sequence[str] = (),
 ) -> tuple[T, T]:
     """The adjacent pair at which `probe` turns from fine to broken.
 
     `probe` tells whether a version is fine and what was seen, or None where it cannot be tried.
-    Versions of `guess` are tried first: the right two end the search.
     """
     low, high = good, bad
-    left, first = list(versions), list(guess)
+    left = list(versions)
     while left:
         middle = len(left) // 2
-        while first:
-            version = first.pop(0)
-            if version in left:
-                middle = left.index(version)
-                break
         seen = await probe(left[middle])
         if seen is None:
             del left[middle]
@@ -71,6 +55,13 @@ async def bisect(
         else:
             high, left = seen[1], left[:middle]
     return low, high
+
+
+def spread(versions: Sequence[str], most: int) -> list[str]:
+    """At most so many of them, evenly."""
+    if len(versions) <= most:
+        return list(versions)
+    return [versions[(2 * n + 1) * len(versions) // (2 * most)] for n in range(most)]
 
 
 def release_before(files: Iterable[IndexFile], day: str) -> IndexFile | None:

@@ -11,6 +11,7 @@ import asyncio
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -18,7 +19,7 @@ from pathlib import Path
 from packaging.version import InvalidVersion, Version
 
 from regreen.lockfile import normalize
-from regreen.mine.bisect import between, bisect, release_before
+from regreen.mine.bisect import between, bisect, release_before, spread
 from regreen.mine.candidate import Clock, Found, Ground, Rejected, Tried
 from regreen.mine.culprits import Candidate
 from regreen.mine.facts import Damage, Run, damage, lacking, stable_ids
@@ -35,7 +36,7 @@ from regreen.mine.project import (
 from regreen.mine.record import record_of
 from regreen.mine.registry import Registry
 from regreen.mine.resolve import Resolver
-from regreen.pkgindex import IndexFile, python_allowed
+from regreen.pkgindex import python_allowed
 from regreen.rollout.logs import analyse, suspects
 from regreen.rpc.errors import InvalidArgument, NotFound
 from regreen.tasks.model import FileRecord
@@ -50,7 +51,8 @@ MAX_BASE_S = 25.0
 MAX_CANDIDATE_S = 600.0
 """No further suspect is tried after so long."""
 MAX_SINGLES, MAX_BREAKS = 8, 3
-PRELOADED_BYTES = 40 << 20
+MOST_AT_ONCE = 12
+PRELOADED_BYTES = 60 << 20
 _HELD = re.compile(
     r"^(?:pytest.*|pluggy|iniconfig|coverage|hypothesis|mock|nose|py|exceptiongroup|tomli|tox)$"
 )
@@ -348,44 +350,62 @@ class UpgradeMiner:
         known: set[tuple[str, str]],
     ) -> Found:
         """The adjacent pair of releases, and the record of it."""
-        files = await self.registry.files(name)
         good = Tried(ground.pins[name], ground.pins, ground.run)
-        try:
-            versions = between(files, ground.release.python, good.version, bad.version)
-        except InvalidVersion as error:
-            raise Rejected("bisect", "versions cannot be compared", str(error)) from error
-        hint = dict(ground.candidate.hints).get(name, "")
-        guess = versions[max(0, versions.index(hint) - 1) :][:2] if hint in versions else []
         with self.clock.at("bisect"):
-
-            async def probe(version: str) -> tuple[bool, Tried] | None:
-                if version not in guess:
-                    await self._offer(lab, name, versions, files)
-                try:
-                    pins = await self._settle(ground, ground.pins, name, version)
-                    run = await lab.attempt(pins)
-                except (NotFound, Unusable):
-                    return None
-                return not damage(lab.passing, run), Tried(version, pins, run)
-
-            good, bad = await bisect(versions, good, bad, probe, guess)
+            good, bad = await self._bisected(lab, ground, name, good, bad)
         if (name, bad.version) in known:
             raise Rejected("bisect", "same break as on another day", f"{name} {bad.version}")
         with self.clock.at("confirm"):
             good, bad, lost = await self._confirm(lab, ground, name, good, bad)
         return record_of(ground, lab, name, good, bad, lost)
 
-    async def _offer(
-        self, lab: Laboratory, name: str, versions: Sequence[str], files: Sequence[IndexFile]
-    ) -> None:
-        """All releases of a suspect at once, where they are small."""
-        sizes = [f.size_bytes for f in files if f.is_wheel and f.version in versions]
-        if sum(sizes) > PRELOADED_BYTES:
-            return
+    async def _bisected(
+        self, lab: Laboratory, ground: Ground, name: str, good: Tried, bad: Tried
+    ) -> tuple[Tried, Tried]:
+        """The adjacent pair: first the known breaking release and the one before it, then all.
+
+        Sets are resolved and offered many at once, since each new offer makes a State.
+        """
+        files = await self.registry.files(name)
+        python = ground.release.python
         try:
-            await lab.offer([{name: version} for version in versions])
-        except Unusable as error:
-            raise Rejected("bisect", "cannot be prepared", str(error)[-300:]) from error
+            left = between(files, python, good.version, bad.version)
+        except InvalidVersion as error:
+            raise Rejected("bisect", "versions cannot be compared", str(error)) from error
+        sets: dict[str, dict[str, str]] = {}
+
+        async def settled(version: str) -> None:
+            with suppress(NotFound):
+                sets[version] = await self._settle(ground, ground.pins, name, version)
+
+        async def probe(version: str) -> tuple[bool, Tried] | None:
+            if version not in sets:
+                return None
+            try:
+                run = await lab.attempt(sets[version])
+            except Unusable:
+                return None
+            return not damage(lab.passing, run), Tried(version, sets[version], run)
+
+        hint = dict(ground.candidate.hints).get(name, "")
+        at = left.index(hint) if hint in left else -1
+        chosen = left[max(0, at - 1) : at + 1] if at >= 0 else []
+        if hint == bad.version:
+            chosen = left[-1:]
+        size = max((f.size_bytes for f in files if f.version in left), default=0)
+        most = max(2, min(MOST_AT_ONCE, PRELOADED_BYTES // max(size, 1)))
+        while left:
+            chosen = chosen or spread(left, most)
+            await asyncio.gather(*map(settled, chosen))
+            try:
+                await lab.offer(sets[version] for version in chosen if version in sets)
+            except Unusable as error:
+                raise Rejected("bisect", "cannot be prepared", str(error)[-300:]) from error
+            good, bad = await bisect(chosen, good, bad, probe)
+            inside = between(files, python, good.version, bad.version)
+            left = [version for version in inside if version in left and version not in chosen]
+            chosen = []
+        return good, bad
 
     async def _confirm(
         self, lab: Laboratory, ground: Ground, name: str, good: Tried, bad: Tried

@@ -26,7 +26,7 @@ from regreen.mine.resolve import Resolver
 from regreen.mine.store import Journal, Outcome
 from regreen.mine.upgrade import UpgradeMiner
 from regreen.pkgindex import find_uv, index_urls
-from regreen.rpc.errors import RegreenError, ResourceExhausted
+from regreen.rpc.errors import ResourceExhausted
 from regreen.tasks.gate import Gate, Verdict, judge_steadily
 from regreen.tasks.jsonl import dump_lines, parse_lines
 from regreen.tasks.model import DistributionRecord, TaskRecord
@@ -154,7 +154,7 @@ class Mine:
         except ResourceExhausted as error:
             self._stop = error.message
             return self._ended(miner, "waiting", "budget", error.message)
-        except (RegreenError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - a strange archive costs itself, not the run
             return self._ended(miner, "failed", type(error).__name__, str(error)[-600:])
         finally:
             await miner.client.clear()

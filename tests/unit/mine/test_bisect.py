@@ -1,6 +1,6 @@
 """The adjacent pair of releases."""
 
-from regreen.mine.bisect import between, bisect, release_before
+from regreen.mine.bisect import between, bisect, release_before, spread
 from regreen.pkgindex import IndexFile
 
 
@@ -15,9 +15,13 @@ FILES = [
 
 def test_releases_that_can_be_installed() -> None:
     assert between(FILES, "3.11", "1.0", "3.0") == ["1.1", "1.2", "2.0", "2.1"]
-    assert between(FILES, "3.11", "1.0", "3.0", most=3) == ["1.1", "1.2", "2.0", "2.1"]
-    many = [wheel(f"1.{minor}.{patch}") for minor in range(3) for patch in range(5)]
-    assert between(many, "3.11", "1.0", "2.0", most=10) == ["1.0.4", "1.1.4", "1.2.4"]
+
+
+def test_versions_are_spread_evenly() -> None:
+    versions = [str(n) for n in range(100)]
+    assert spread(versions, 4) == ["12", "37", "62", "87"]
+    assert spread(versions, 100) == versions
+    assert spread([], 4) == []
 
 
 async def test_the_first_bad_release_is_found() -> None:
@@ -30,19 +34,6 @@ async def test_the_first_bad_release_is_found() -> None:
     versions = [f"1.{n}" for n in range(1, 10)]
     assert await bisect(versions, "1.0", "2.0", probe) == ("1.5", "1.6")
     assert len(tried) <= 4
-
-
-async def test_a_right_guess_ends_the_search() -> None:
-    tried: list[str] = []
-
-    async def probe(version: str) -> tuple[bool, str]:
-        tried.append(version)
-        return version < "1.8", version
-
-    versions = [f"1.{n}" for n in range(1, 10)]
-    assert await bisect(versions, "1.0", "2.0", probe, ["1.7", "1.8"]) == ("1.7", "1.8")
-    assert tried == ["1.7", "1.8"]
-    assert await bisect(versions, "1.0", "2.0", probe, ["1.2", "1.3"]) == ("1.7", "1.8")
 
 
 async def test_releases_that_cannot_be_tried_are_left_out() -> None:
