@@ -141,12 +141,12 @@ def needs_of(root: Path, archive: bytes, python: str, package: str) -> Needs:
     except InvalidArgument:
         declared = Declared(name=package)
     runtime = requires_of_sdist(archive, python)
-    runtime += _plain(declared.dependencies, root, python)
-    runtime += _setup_py(root, "install_requires")
+    runtime += _plain([*declared.dependencies, *_setup_py(root, "install_requires")], root, python)
     tests: list[str] = []
     for extra in ("test", "tests", "testing"):
         tests += requires_of_sdist(archive, python, extra)
-    tests += _setup_py(root, "tests_require") + _of_tox(root) + _of_files(root, python)
+    tests += _plain([*_setup_py(root, "tests_require"), *_of_tox(root)], root, python)
+    tests += _of_files(root, python)
     tests += _plain(declared.for_tests(), root, python)
     if not tests:
         tests += requires_of_sdist(archive, python, "dev")

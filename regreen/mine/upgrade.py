@@ -152,7 +152,7 @@ class UpgradeMiner:
         added: set[str] = set()
         while True:
             with self.clock.at("resolve base"):
-                pins = await self._base_pins(candidate, lab.release, needs)
+                pins, needs = await self._base_pins(candidate, lab.release, needs)
             with self.clock.at("run base"):
                 run = await self._first(lab, pins)
             more = lacking(run, self.names) - set(pins) - added - {candidate.package}
@@ -188,14 +188,14 @@ class UpgradeMiner:
 
     async def _base_pins(
         self, candidate: Candidate, release: Release, needs: Needs
-    ) -> dict[str, str]:
+    ) -> tuple[dict[str, str], Needs]:
         """Pins as of the day; with fewer requirements where all of them do not go together."""
         problem = ""
-        for lines in ([*needs.runtime, *needs.tests], [*needs.runtime, "pytest"]):
+        for wanted in (needs, Needs(needs.runtime, ("pytest",))):
             bounds = dict(candidate.hints)
             while True:
                 try:
-                    pins = await self._as_of(candidate, release, lines, bounds)
+                    pins = await self._as_of(candidate, release, wanted, bounds)
                 except NotFound as error:
                     problem = problem or error.message
                     spoken = {name for name in bounds if re.search(rf"\b{name}<", error.message)}
@@ -206,16 +206,17 @@ class UpgradeMiner:
                     continue
                 if not set(pins) - {"pytest", "pluggy", "iniconfig", "packaging"}:
                     raise Rejected("base", "no dependencies")
-                return pins
+                return pins, wanted
         raise Rejected("base", "does not resolve", " ".join(problem.split())[-500:])
 
     async def _as_of(
         self,
         candidate: Candidate,
         release: Release,
-        lines: Sequence[str],
+        needs: Needs,
         bounds: Mapping[str, str],
     ) -> dict[str, str]:
+        lines = [*needs.runtime, *needs.tests]
         day = f"{candidate.day.isoformat()}T00:00:00Z"
         limits = [f"{name}<{version}" for name, version in bounds.items()]
         pins = await self.resolver.as_of(lines, release.python, day, limits)

@@ -20,7 +20,8 @@ test_roots.__test__ = False  # type: ignore[attr-defined]
 SETUP = """
 from setuptools import setup
 raise SystemExit("never run")
-setup(name="shop", tests_require=["mock", "pytest-cov", "black"], install_requires=["web>=1,<2"])
+setup(name="shop", tests_require=["mock", "pytest-cov", "black"],
+      install_requires=["web>=1,<2", "old; python_version<'3'"])
 """
 INFO = """Metadata-Version: 2.1
 Name: shop
