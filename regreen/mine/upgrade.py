@@ -240,10 +240,12 @@ class UpgradeMiner:
         left = damage(lab.passing, everything).broken if everything else lab.passing
         reasons: list[str] = []
         order = self._order(ground, moved, everything)
+        hinted = dict(ground.candidate.hints)  # one that breaks everything hides the others
         for name, pins in (await self._singles(lab, ground, newest, order, reasons)).items():
-            enough = len(found) == MAX_BREAKS or (everything is not None and not left)
-            if enough or sum(self.clock.seconds.values()) > MAX_CANDIDATE_S:
+            if len(found) == MAX_BREAKS or sum(self.clock.seconds.values()) > MAX_CANDIDATE_S:
                 break
+            if everything is not None and not left and name not in hinted:
+                continue
             try:
                 with self.clock.at("single"):
                     tried = Tried(pins[name], pins, await lab.attempt(pins))
