@@ -14,14 +14,20 @@ from regreen.cli.options import Home, Json
 from regreen.client.channel import connect
 from regreen.client.sandbox import SandboxClient, StateClient
 from regreen.client.stack import Endpoints
-from regreen.mine.culprits import parse_culprits, shipped_culprits, upgrade_candidates
+from regreen.mine.culprits import (
+    bugfix_candidates,
+    in_turn,
+    parse_culprits,
+    shipped_culprits,
+    upgrade_candidates,
+)
 from regreen.mine.report import lines_of, report
 from regreen.mine.store import Journal
 from regreen.mine.work import Bounds, Mine, export
 from regreen.rpc.errors import InvalidArgument
 from regreen.settings import default_home
 
-KINDS = ("dependency-upgrade",)
+KINDS = ("dependency-upgrade", "release-bugfix")
 
 
 def register(app: typer.Typer) -> None:
@@ -80,7 +86,10 @@ def mine(
             journal.forget([status], reason)
         if not only_report:
             facts = parse_culprits(culprits.read_text("utf-8")) if culprits else shipped_culprits()
-            candidates = upgrade_candidates(facts, packages=packages or ())
+            candidates = in_turn(
+                upgrade_candidates(facts, packages=packages or ()),
+                bugfix_candidates(facts, packages=packages or ()),
+            )
             journal.enqueue(candidates)
             bounds = Bounds(limit, hours, workers, requests, repeats, pause_file)
             keys = [candidate.key for candidate in candidates] if packages else []

@@ -93,6 +93,23 @@ def upgrade_candidates(
     return [candidate for turn in found for candidate in _by_culprit(turn)]
 
 
+def bugfix_candidates(
+    culprits: Sequence[CulpritFacts], *, packages: Iterable[str] = ()
+) -> list[Candidate]:
+    """Where to look for bug fixes: the culprits themselves, then their dependents in turn."""
+    wanted = set(map(normalize, packages))
+    names = dict.fromkeys(culprit.name for culprit in culprits)
+    for turn in zip_longest(*(culprit.dependents for culprit in culprits)):
+        names.update(dict.fromkeys(name for name in turn if name is not None))
+    chosen = [name for name in names if not wanted or name in wanted]
+    return [Candidate("release-bugfix", name, EARLIEST) for name in chosen]
+
+
+def in_turn(*kinds: Sequence[Candidate]) -> list[Candidate]:
+    """One of each kind, then another of each."""
+    return [c for turn in zip_longest(*kinds) for c in turn if c is not None]
+
+
 def _of_package(package: str, rows: list[tuple[date, str, str]]) -> Iterator[Candidate]:
     days: list[date] = []
     for day, _, _ in sorted(rows):

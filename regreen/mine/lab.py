@@ -79,7 +79,9 @@ class Release:
     tools: tuple[str, ...]
     roots: tuple[str, ...]
     mode: str = "editable"
-    timeout_s: float = 75.0
+    overlay: FileRecord | None = None
+    """A later source archive whose tests are laid over."""
+    timeout_s: float = 180.0
 
 
 @dataclass(slots=True)
@@ -137,12 +139,16 @@ class Laboratory:
             Unusable: it cannot be installed, or the tests did not end.
         """
         await self.offer([pins])
-        self.runs += 1
         lock = format_lock(lock_of([f"{n}=={v}" for n, v in pins.items()], self.release.python))
+        return await self.attempt_files({env.LOCK: lock.encode()})
+
+    async def attempt_files(self, files: Mapping[str, bytes]) -> Run:
+        """Run the tests with other contents of some files; raises as `attempt`."""
+        self.runs += 1
         try:
             found = await self.client.validate(
                 self._state_id,
-                env.replaced_files({env.LOCK: lock.encode()}),
+                env.replaced_files(files),
                 held_pins={},
                 required_tests=(),
                 skip_cache_lookup=True,
@@ -165,6 +171,10 @@ class Laboratory:
             python=release.python,
             install_mode=release.mode,
         )
+        if release.overlay is not None:
+            later = release.overlay
+            spec.overlay_source.CopyFrom(pb.DistFile(filename=later.filename, sha256=later.sha256))
+            spec.overlay_paths.extend(release.roots)
         base = [f"{n}=={v}" for n, v in sorted(self._base.items())]
         spec.pins.extend(await self._pins(base, must=True))
         spec.wheelhouse.extend(await self._pins(sorted(self._offered - set(base))))

@@ -29,7 +29,7 @@ LATER = (date(2025, 1, 1), "3.12")
 FALLBACKS = ("3.12", "3.10", "3.9")
 MAX_SDIST_BYTES = 6 << 20
 MIN_PASSING, MIN_SHARE, MAX_PASSING = 3, 0.8, 2500
-MAX_BASE_S = 25.0
+MAX_BASE_S = 60.0
 
 
 class Miner:

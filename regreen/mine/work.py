@@ -18,9 +18,11 @@ from pathlib import Path
 
 from regreen.client.sandbox import SandboxClient, StateClient
 from regreen.lockfile import normalize
+from regreen.mine.bugfix import KIND, BugfixMiner
 from regreen.mine.candidate import Found, Rejected
 from regreen.mine.culprits import Candidate
 from regreen.mine.lab import MiningClient
+from regreen.mine.miner import Miner
 from regreen.mine.registry import Registry
 from regreen.mine.resolve import Resolver
 from regreen.mine.store import Journal, Outcome
@@ -106,14 +108,18 @@ class Mine:
         resolver = Resolver(uv, self._urls[0], self._folder / "cache", registry)
         client = MiningClient(self._states, self._sandboxes)
         pinner = Pinner(registry, uv)
-        miner = UpgradeMiner(client, registry, resolver, pinner, interpreters, self._names)
+        given = (client, registry, resolver, pinner, interpreters, self._names)
+        miners: dict[str, UpgradeMiner | BugfixMiner] = {
+            "dependency-upgrade": UpgradeMiner(*given),
+            KIND: BugfixMiner(*given),
+        }
         while await self._may_go_on():
             candidate = self._journal.take(kinds, keys)
             if candidate is None:
                 return
             self._taken += 1
             began = time.monotonic()
-            outcome = await self._one(miner, candidate, registry)
+            outcome = await self._one(miners[candidate.kind], candidate, registry)
             self._busy_s += time.monotonic() - began
             self._journal.decide(candidate, outcome)
             self._heed(candidate, outcome)
@@ -138,7 +144,9 @@ class Mine:
             self._stop = f"{bounds.hours:g} hours are over"
         return not self._stop
 
-    async def _one(self, miner: UpgradeMiner, candidate: Candidate, registry: Registry) -> Outcome:
+    async def _one(
+        self, miner: UpgradeMiner | BugfixMiner, candidate: Candidate, registry: Registry
+    ) -> Outcome:
         try:
             seen = self._journal.versions_of(candidate)
             known = self._journal.breaks_of(candidate.package)
@@ -165,14 +173,14 @@ class Mine:
         return self._ended(miner, status, reason, detail, "gate")
 
     def _ended(
-        self, miner: UpgradeMiner, status: str, reason: str, detail: str, stage: str = ""
+        self, miner: Miner, status: str, reason: str, detail: str, stage: str = ""
     ) -> Outcome:
         clock = miner.clock
         place = stage or clock.stage
         return Outcome(status, place, reason, detail, miner.version, clock.seconds, clock.counts)
 
     async def _gate(
-        self, miner: UpgradeMiner, candidate: Candidate, found: Found, registry: Registry
+        self, miner: Miner, candidate: Candidate, found: Found, registry: Registry
     ) -> TaskRecord:
         """Complete a break to a task, judge it and keep both."""
         with miner.clock.at("complete"):
