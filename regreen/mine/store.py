@@ -129,11 +129,14 @@ class Journal:
         )
         return {str(row["version"]) for row in rows}
 
-    def breaks_of(self, package: str) -> set[tuple[str, str]]:
-        """Culprits and their first bad releases that records of a package name."""
-        rows = self._db.execute("SELECT task FROM record WHERE status <> 'rejected'")
+    def breaks_of(self, candidate: Candidate) -> set[tuple[str, str]]:
+        """Culprits and first bad releases of the package that other candidates have on record."""
+        rows = self._db.execute(
+            "SELECT task FROM record WHERE status <> 'rejected' AND candidate <> ?",
+            (candidate.key,),
+        )
         tasks = [TaskRecord.model_validate_json(row["task"]) for row in rows]
-        mine = (t.culprit for t in tasks if t.package == package and t.culprit is not None)
+        mine = (t.culprit for t in tasks if t.package == candidate.package and t.culprit)
         return {(culprit.name, culprit.bad) for culprit in mine}
 
     def keep(

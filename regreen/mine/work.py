@@ -149,7 +149,7 @@ class Mine:
     ) -> Outcome:
         try:
             seen = self._journal.versions_of(candidate)
-            known = self._journal.breaks_of(candidate.package)
+            known = self._journal.breaks_of(candidate)
             breaks = await miner.mine(
                 candidate,
                 seen=seen,

@@ -74,8 +74,9 @@ def test_releases_that_were_looked_at_are_known(tmp_path: Path) -> None:
     assert journal.versions_of(early) == set()
     journal.keep(early, task("a-1"), [], {})
     journal.keep(late, task("a-2", "rejected"), [], {})
-    assert journal.breaks_of("a") == {("web", "2.0")}
-    assert journal.breaks_of("b") == set()
+    assert journal.breaks_of(late) == {("web", "2.0")}
+    assert journal.breaks_of(early) == set()  # its own record is no other's
+    assert journal.breaks_of(candidate("b")) == set()
 
 
 def test_admitted_records_are_written_with_their_releases(tmp_path: Path) -> None:
