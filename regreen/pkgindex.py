@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from html.parser import HTMLParser
 from pathlib import Path
 from types import TracebackType
@@ -61,12 +62,26 @@ class IndexFile:
     @property
     def version(self) -> str:
         """The release that the filename names; empty if it cannot be read."""
-        try:
-            if self.is_wheel:
-                return str(parse_wheel_filename(self.filename)[1])
-            return str(parse_sdist_filename(self.filename)[1])
-        except (InvalidWheelFilename, InvalidSdistFilename, InvalidVersion):
-            return ""
+        return _version_of(self.filename)
+
+
+@lru_cache(maxsize=1 << 17)
+def _version_of(filename: str) -> str:
+    """Pages are looked through again and again; reading a name costs more than the rest."""
+    try:
+        if filename.endswith(".whl"):
+            return str(parse_wheel_filename(filename)[1])
+        return str(parse_sdist_filename(filename)[1])
+    except (InvalidWheelFilename, InvalidSdistFilename, InvalidVersion):
+        return ""
+
+
+@lru_cache(maxsize=1 << 17)
+def _tags_of(filename: str) -> frozenset[Tag]:
+    try:
+        return parse_wheel_filename(filename)[3]
+    except (InvalidWheelFilename, InvalidVersion):
+        return frozenset()
 
 
 def find_uv() -> str:
@@ -310,6 +325,7 @@ def _parse_html(text: str, base: str) -> list[IndexFile]:
     return parser.files
 
 
+@lru_cache(maxsize=64)
 def interpreter_tags(python: str, machine: str = "") -> frozenset[Tag]:
     """Wheel tags that CPython `python` (`3.9`) accepts on Linux.
 
@@ -336,10 +352,7 @@ def _linux_platforms(machine: str) -> list[str]:
 
 def wheel_fits(filename: str, tags: frozenset[Tag]) -> bool:
     """Whether a wheel's name carries one of `tags`."""
-    try:
-        return not tags.isdisjoint(parse_wheel_filename(filename)[3])
-    except (InvalidWheelFilename, InvalidVersion):
-        return False
+    return not tags.isdisjoint(_tags_of(filename))
 
 
 def python_allowed(requires_python: str, python: str) -> bool:
@@ -351,6 +364,11 @@ def python_allowed(requires_python: str, python: str) -> bool:
     return any(specifiers.contains(f"{python}.{patch}") for patch in (0, 99, 2, 6, 12))
 
 
+@lru_cache(maxsize=1 << 16)
+def _release(version: str) -> Version:
+    return Version(version)
+
+
 def usable_files(
     files: Iterable[IndexFile], version: str, pythons: Sequence[str], machines: Sequence[str]
 ) -> list[IndexFile]:
@@ -359,7 +377,7 @@ def usable_files(
     One wheel per (interpreter, machine) at most: the most portable, then the first listed.
     """
     wanted = Version(version)
-    release = [f for f in files if f.version and Version(f.version) == wanted]
+    release = [f for f in files if f.version and _release(f.version) == wanted]
     chosen: dict[str, IndexFile] = {}
     complete = True
     for python in pythons:

@@ -28,6 +28,7 @@ BENCHMARKS = {
     "sandbox-service": "sandbox_svc.bench_service",
     "sandbox-warm": "sandbox_svc.bench_warm",
     "sandbox-tasks": "sandbox_svc.bench_tasks",
+    "mine": "regreen.mine.bench",
 }
 """Modules by name; a run that names none takes the first three."""
 USUAL = ("sandbox", "policy", "learner")

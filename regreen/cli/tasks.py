@@ -1,4 +1,4 @@
-"""`regreen tasks import|list|show|prepare|verify`: broken builds as tasks.
+"""`regreen tasks import|list|show|prepare|verify|mine`: broken builds as tasks.
 
 - `verify` exits with 0 only if every task that it was asked about is admitted.
 - Each row of a table says why a task is not admitted.
@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from regreen.cli import output
+from regreen.cli import mine, output
 from regreen.cli.options import Home, Json, open_stack
 from regreen.client.stack import Stack
 from regreen.common import v1 as common_pb
@@ -29,6 +29,7 @@ from regreen.tasks.records import FOLDER, RecordStore
 from regreen.train.parallel import run_bounded
 
 app = typer.Typer(no_args_is_help=True)
+mine.register(app)
 Ids = Annotated[list[str] | None, typer.Argument(help="Task ids.", show_default=False)]
 All = Annotated[bool, typer.Option("--all", help="Every task.")]
 

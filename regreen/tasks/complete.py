@@ -151,9 +151,12 @@ class _Completion:
             self.asked += requires_of_sdist(path.read_bytes(), self.python)
 
 
-def requires_of_sdist(archive: bytes, python: str) -> list[str]:
-    """What a source archive says that it requires; nothing where only its build would tell."""
-    environment = marker_environment(python)
+def requires_of_sdist(archive: bytes, python: str, extra: str = "") -> list[str]:
+    """What a source archive says that it requires, with an extra of it if one is named.
+
+    Nothing where only its build would tell.
+    """
+    environment = {**marker_environment(python), "extra": extra}
     lines: list[str] = []
     for name, text in _metadata(archive):
         if name == "PKG-INFO":

@@ -1,0 +1,133 @@
+"""Known-breaking releases and what depends on them: where the miner looks.
+
+- The lists are facts of our own: names, versions, days. `data/culprits.jsonl` has one culprit a
+  line: `name`, `breaks` (version, day of its release, what it took away), `dependents`.
+- A candidate is one package on one day: as the index was on the day before a breaking release.
+- Days before `EARLIEST` are moved there, and the breaking release is kept out by a bound: nearly
+  every package that was installable before can then run on Python 3.11.
+- The order is by need: each culprit in turn, and every package once before any comes again.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import date, timedelta
+from importlib import resources
+from itertools import zip_longest
+
+from regreen.lockfile import normalize
+
+EARLIEST = date(2022, 12, 1)
+SPACING = timedelta(days=330)
+"""Between two days on which the same package is looked at."""
+MOST_DAYS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Break:
+    """A release that is known to break others."""
+
+    version: str
+    day: date
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CulpritFacts:
+    """A package with breaking releases."""
+
+    name: str
+    breaks: tuple[Break, ...]
+    dependents: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One package on one day."""
+
+    kind: str
+    package: str
+    day: date
+    hints: tuple[tuple[str, str], ...] = ()
+    """Culprits whose next breaking release is known: name and version."""
+
+    @property
+    def key(self) -> str:
+        return f"{self.kind}:{self.package}:{self.day.isoformat()}"
+
+
+def shipped_culprits() -> list[CulpritFacts]:
+    """The curated list."""
+    text = resources.files("regreen.mine").joinpath("data/culprits.jsonl").read_text("utf-8")
+    return parse_culprits(text)
+
+
+def parse_culprits(text: str) -> list[CulpritFacts]:
+    """Culprits of a JSON Lines text."""
+    found = []
+    for line in filter(str.strip, text.splitlines()):
+        row = json.loads(line)
+        breaks = tuple(Break(v, date.fromisoformat(d), *rest) for v, d, *rest in row["breaks"])
+        dependents = tuple(normalize(name) for name in row["dependents"].split())
+        found.append(CulpritFacts(normalize(row["name"]), breaks, dependents))
+    return found
+
+
+def upgrade_candidates(
+    culprits: Sequence[CulpritFacts], *, packages: Iterable[str] = ()
+) -> list[Candidate]:
+    """Where to look for dependency upgrades that break; `packages` narrows it down."""
+    wanted = set(map(normalize, packages))
+    events: dict[str, list[tuple[date, str, str]]] = {}
+    for culprit in culprits:
+        for package in culprit.dependents:
+            for event in culprit.breaks:
+                row = (event.day, culprit.name, event.version)
+                events.setdefault(package, []).append(row)
+    found: list[list[Candidate]] = []
+    for package, rows in events.items():
+        if not wanted or package in wanted:
+            for turn, candidate in enumerate(_of_package(package, rows)):
+                found.extend([] for _ in range(turn + 1 - len(found)))
+                found[turn].append(candidate)
+    return [candidate for turn in found for candidate in _by_culprit(turn)]
+
+
+def bugfix_candidates(
+    culprits: Sequence[CulpritFacts], *, packages: Iterable[str] = ()
+) -> list[Candidate]:
+    """Where to look for bug fixes: the culprits themselves, then their dependents in turn."""
+    wanted = set(map(normalize, packages))
+    names = dict.fromkeys(culprit.name for culprit in culprits)
+    for turn in zip_longest(*(culprit.dependents for culprit in culprits)):
+        names.update(dict.fromkeys(name for name in turn if name is not None))
+    chosen = [name for name in names if not wanted or name in wanted]
+    return [Candidate("release-bugfix", name, EARLIEST) for name in chosen]
+
+
+def in_turn(*kinds: Sequence[Candidate]) -> list[Candidate]:
+    """One of each kind, then another of each."""
+    return [c for turn in zip_longest(*kinds) for c in turn if c is not None]
+
+
+def _of_package(package: str, rows: list[tuple[date, str, str]]) -> Iterator[Candidate]:
+    days: list[date] = []
+    for day, _, _ in sorted(rows):
+        at = max(day, EARLIEST)
+        if len(days) < MOST_DAYS and (not days or at - days[-1] >= SPACING):
+            days.append(at)
+    for at in days:
+        hints: dict[str, str] = {}
+        for day, culprit, version in sorted(rows):
+            if max(day, EARLIEST) >= at:
+                hints.setdefault(culprit, version)
+        yield Candidate("dependency-upgrade", package, at, tuple(hints.items()))
+
+
+def _by_culprit(candidates: Iterable[Candidate]) -> Iterator[Candidate]:
+    """One of each culprit, then another of each."""
+    rows: dict[str, list[Candidate]] = {}
+    for candidate in candidates:
+        rows.setdefault(candidate.hints[0][0], []).append(candidate)
+    for turn in zip_longest(*rows.values()):
+        yield from (candidate for candidate in turn if candidate is not None)

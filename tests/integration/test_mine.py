@@ -1,0 +1,188 @@
+"""The miner from a list of culprits to admitted tasks: a local index, real sandboxes."""
+
+import io
+import re
+import shutil
+import tarfile
+import tempfile
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from regreen.client.channel import connect
+from regreen.client.sandbox import SandboxClient, StateClient
+from regreen.mine.culprits import Candidate
+from regreen.mine.report import report
+from regreen.mine.store import Journal
+from regreen.mine.work import Bounds, Mine, export
+from regreen.rpc.errors import MissingDependency
+from regreen.tasks.jsonl import load_distributions, load_tasks
+from regreen.tasks.pin import TOOLS
+from sandbox_svc.__main__ import serving as sandbox_serving
+from sandbox_svc.settings import SandboxSettings
+from tests.fixtures.index import wheel_index
+from tests.fixtures.policy.http import serving
+from tests.fixtures.tasks.tiny_task import PYTHON, RUNNER, repack, write_wheel
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+LOOPBACK = {"listen": "127.0.0.1:0", "metrics": "127.0.0.1:0", "drain_s": 0.2}
+DAY = date(2023, 1, 1)
+OLD, NEW = b"def hello():\n    return 'Hello'\n", b"def salute():\n    return 'Hello'\n"
+RELEASES = {"1.0": OLD, "1.1": OLD, "1.2": OLD, "2.0": NEW, "2.1": NEW, "3.0": NEW}
+TESTS = (
+    "def test_greeting():\n    from greet import greeting\n\n"
+    "    assert greeting('A') == 'Hello, A!'\n"
+    "\n\ndef test_sum():\n    assert 1 + 1 == 2\n"
+    "\n\ndef test_difference():\n    assert 2 - 1 == 1\n"
+    "\n\ndef test_product():\n    assert 2 * 2 == 4\n"
+)
+GREET = "from wordlib import hello\n\n\ndef greeting(name):\n    return f'{hello()}, {name}!'\n"
+
+
+def write_sdist(folder: Path, name: str, files: dict[str, str], requires: tuple[str, ...]) -> None:
+    info = "".join(f"Requires-Dist: {line}\n" for line in (*RUNNER, *requires))
+    head = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\nLicense: MIT\n"
+    with tarfile.open(folder / f"{name}-1.0.tar.gz", "w:gz") as tar:
+        for path, text in {**files, "PKG-INFO": head + info}.items():
+            member = tarfile.TarInfo(f"{name}-1.0/{path}")
+            member.size = len(text.encode())
+            tar.addfile(member, io.BytesIO(text.encode()))
+
+
+def fill(folder: Path) -> dict[str, str]:
+    """The releases of this test's world; the days of those that are not of 2020."""
+    for name in TOOLS:
+        write_wheel(folder, re.split(r"\[", name)[0].replace("-", "_"), "1.0", {})
+    for name in RUNNER:
+        repack(folder, name)
+    days = {}
+    for version, text in RELEASES.items():
+        path = write_wheel(folder, "wordlib", version, {"wordlib.py": text})
+        if version != "1.0":
+            days[path.name] = "2023-06-01"
+    files = {"greet/__init__.py": GREET, "tests/test_greet.py": TESTS}
+    write_sdist(folder, "greet", files, ("wordlib",))
+    write_sdist(folder, "bare", {"bare.py": "x = 1\n"}, ("wordlib",))
+    plain = TESTS.replace("from greet import greeting", "greeting = 'Hello, {}!'.format")
+    write_sdist(folder, "plain", {"plain.py": "", "tests/test_plain.py": plain}, ("wordlib",))
+    failing = TESTS.replace("== 4", "== 5").replace("== 2", "== 3")
+    files = {"f.py": "", "setup.py": "raise SystemExit(1)\n", "tests/test_f.py": failing}
+    write_sdist(folder, "failing", files, ("wordlib",))
+    return days
+
+
+@dataclass(frozen=True)
+class World:
+    address: str
+    index: str
+    folder: Path
+
+    async def mine(self, *packages: str, **bounds: object) -> Journal:
+        journal = Journal(self.folder / "journal.db")
+        hints = (("wordlib", "3.0"),)
+        journal.enqueue(Candidate("dependency-upgrade", name, DAY, hints) for name in packages)
+        channel = connect(self.address)
+        try:
+            states, boxes = StateClient(channel), SandboxClient(channel)
+            limits = Bounds(**bounds)  # type: ignore[arg-type]
+            run = Mine(states, boxes, journal, self.folder, limits, urls=[self.index])
+            self.ended.append(await run.run(["dependency-upgrade"]))
+            assert not (await states.list_states()).states, "states are left"
+        finally:
+            await channel.close()
+        return journal
+
+    @property
+    def ended(self) -> list[str]:
+        return _ENDED
+
+
+_ENDED: list[str] = []
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def world() -> AsyncIterator[World]:
+    home = Path(tempfile.mkdtemp(prefix="regreen-mine-"))
+    home.chmod(0o711)
+    (home / "files").mkdir()
+    days = fill(home / "files")
+    settings = SandboxSettings(home=home / "box", warm_seats=1, warm_states=0, **LOOPBACK)
+    with pytest.MonkeyPatch.context() as patch:
+        try:
+            async with serving(wheel_index(home / "files", days)) as url:
+                patch.setenv("REGREEN_INDEX_URL", f"{url}/simple/")
+                patch.setenv("UV_CACHE_DIR", str(home / "cache"))
+                async with sandbox_serving(settings) as box:
+                    yield World(box.address, f"{url}/simple/", home / "work")
+        except MissingDependency as error:
+            pytest.skip(f"no sandboxes here: {error}")
+        finally:
+            shutil.rmtree(home, ignore_errors=True)
+
+
+def reasons(journal: Journal) -> dict[str, str]:
+    rows = journal.rows("candidate")
+    return {row["package"]: f"{row['status']} {row['reason']}" for row in rows}
+
+
+async def test_from_a_hint_to_an_admitted_task(world: World, tmp_path: Path) -> None:
+    journal = await world.mine("greet", "bare", "unknown")
+    assert reasons(journal) == {
+        "greet": "mined 1 of 1 admitted",
+        "bare": "rejected no tests in the source archive",
+        "unknown": "rejected unknown package",
+    }
+    assert world.ended[-1] == "nothing is left"
+    assert export(journal, tmp_path)[0] == 1
+    (task,) = load_tasks(tmp_path / "tasks.jsonl")
+    assert task.id == "greet-1.0__wordlib-2.0"  # bisected: the hint names 3.0
+    assert task.culprit is not None
+    assert (task.culprit.good, task.culprit.bad, task.culprit.direct) == ("1.2", "2.0", True)
+    assert (task.status, task.python, task.pythons) == ("admitted", PYTHON, [PYTHON])
+    assert task.tests.fail_to_pass == ["tests/test_greet.py::test_greeting"]
+    assert task.tests.pass_to_pass_count == 3
+    assert (task.blame, task.category, task.stage) == ("source", "import-error", "test-run")
+    assert (task.changed, task.licence) == ({"wordlib": "1.2 2.0"}, "MIT")
+    releases = load_distributions(tmp_path / "distributions.jsonl")
+    assert set(task.pins_pass) | set(task.pins_fail) <= set(releases)
+    evidence = journal.rows("record")[0]["evidence"]
+    assert evidence.count('"reference-passes any_fix/pins-restored"') == 2
+    found = report(journal)
+    assert (found.usable, found.records, found.culprits) == (1, {"admitted": 1}, 1)
+    assert found.per_hour["admitted records"] > 0
+    journal.close()
+
+
+async def test_what_gives_no_record_says_why(world: World) -> None:
+    journal = await world.mine("plain", "failing")
+    found = reasons(journal)
+    assert found["plain"] == "rejected everything newest passes"
+    assert found["failing"] == "rejected too few tests pass"
+    journal.close()
+
+
+async def test_what_was_decided_is_not_done_again(world: World) -> None:
+    journal = await world.mine("greet", "bare")
+    assert world.ended[-1] == "nothing is left"
+    assert len(journal.rows("spent")) == 2  # a run that took nothing cost nothing
+    journal.forget(["rejected"], "no tests in the source archive")
+    journal.close()
+    again = await world.mine("bare", limit=1)
+    assert world.ended[-1] == "1 candidates were taken"
+    again.close()
+
+
+async def test_a_budget_that_is_spent_ends_the_run_and_loses_nothing(world: World) -> None:
+    (world.folder / "registry" / "bare.json").unlink()
+    first = Journal(world.folder / "journal.db")
+    first.forget(["rejected"], "no tests in the source archive")
+    first.close()
+    journal = await world.mine("bare", requests=0)
+    assert "budget" in world.ended[-1]
+    status = {row["package"]: row["status"] for row in journal.rows("candidate")}
+    assert status["bare"] == "waiting"
+    journal.close()
