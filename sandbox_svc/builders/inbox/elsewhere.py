@@ -44,7 +44,7 @@ def _move_clock(offset_s: float) -> str:
     try:
         _move_datetime(offset_s)
     except (ImportError, AttributeError, TypeError, IndexError) as error:
-        return "the clock of datetime cannot be moved here: %s" % error
+        return f"the clock of datetime cannot be moved here: {error}"
     _move_time(offset_s)
     return ""
 
