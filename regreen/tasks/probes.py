@@ -17,6 +17,8 @@ from regreen.sandbox.v1 import sandbox_pb2 as pb
 FLAKY = "flaky"
 CONFIRMATIONS = 3
 """Runs under one set of conditions before it is named as a cause."""
+FLAKY_LOOKS = 5
+"""Runs under the pinned conditions where they were seen to differ."""
 DAY_S = 86_400
 _NAMES = {"order": "order", "hash_seed": "hash_seed", "clock_s": "date", "host": "host",
           "user": "user", "path": "path"}  # fmt: skip
@@ -167,6 +169,8 @@ async def causes(seen: Seen, more: More) -> dict[str, tuple[str, ...]]:
     if not seen.unsteady():
         return {}
     await _until(seen, PINNED, CONFIRMATIONS, more)
+    if _differing(seen.under(PINNED)):  # where one is flaky, others often are
+        await _until(seen, PINNED, FLAKY_LOOKS, more)
     tried: dict[Around, None] = {}
     for around in list(dict.fromkeys(run.around for run in seen.runs)):
         suspects = seen.deviating(around) - _differing(seen.under(PINNED))

@@ -120,7 +120,11 @@ class Trial:
         except (InvalidArgument, MissingDependency, NotFound) as error:
             self.fixes[name] = f"does not apply: {error}"
             return
-        await self._once(check, changes, PINNED, fix.mode)
+        try:
+            await self._once(check, changes, PINNED, fix.mode)
+        except InvalidArgument as error:
+            self.fixes[name] = f"is not allowed: {error}"
+            return
         if self._first_wrong(check):
             await self._once(check, changes, PINNED, fix.mode)
         if not self._first_wrong(check, last=True) or self._unsteady(check):
