@@ -29,7 +29,7 @@ rm -rf "$OLD"
 grep -rlIF --include='*.pth' --include='*.egg-link' --include='__editable__*' \
   --include='direct_url.json' --include='env.json' -e "$OLD" "$ENV"/lib/python*/site-packages \
   /work/.regreen 2>/dev/null |
-while IFS= read -r file; do sed -i "s|$OLD\\([^A-Za-z0-9_.-]\\|$\\)|$NEW\\1|g" "$file"; done
+while IFS= read -r file; do sed -Ei "s#$OLD([^A-Za-z0-9_.-]|$)#$NEW\\1#g" "$file"; done
 """
 """Moves the repository; the kernel renames no directory of a layer below, so it is copied."""
 

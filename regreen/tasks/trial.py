@@ -52,7 +52,7 @@ class Row:
     check: str
     run: Run
     summary: str
-    outcome: int
+    outcome: pb.ValidationOutcome.ValueType
     sha256: str
     seconds: float
     reverted: tuple[str, ...] = ()

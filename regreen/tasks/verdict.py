@@ -72,11 +72,12 @@ class Verdict:
 
 def of_fields(fields: Mapping[str, Any]) -> Verdict:
     """The verdict that `dataclasses.asdict` made these fields of."""
-    listed = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    listed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
     held = [Quarantined(q["id"], tuple(q["causes"]), tuple(q["outcomes"]))
             for q in fields.get("quarantined", ())]  # fmt: skip
     checks = tuple(Check(**check) for check in fields.get("checks", ()))
-    return Verdict(**{**listed, "quarantined": tuple(held), "checks": checks})
+    listed.update(quarantined=tuple(held), checks=checks)
+    return Verdict(**listed)
 
 
 def joined(first: Verdict, second: Verdict) -> Verdict:

@@ -14,7 +14,7 @@ from tests.integration.sandbox_build.suite import FIX, Workshop, open_workshop
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 LOOKS = """
-import collections, datetime, email.utils, getpass, os, pickle, platform, pwd, socket, time, uuid
+import datetime, email.utils, getpass, os, pickle, platform, pwd, socket, subprocess, sys, time
 import pytest
 
 STARTED = datetime.datetime.now()
@@ -66,6 +66,9 @@ def test_imports_come_from_beside():
     import greet
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     assert greet.__file__.startswith(root + os.sep)
+    ask = [sys.executable, "-c", "import greet; print(greet.__file__)"]
+    told = subprocess.run(ask, cwd="/tmp", stdout=subprocess.PIPE, check=True).stdout
+    assert told.decode().strip() == greet.__file__, "where the environment says that it is"
 
 
 def clocks():
