@@ -75,60 +75,62 @@ class Trial:
         self.fixes: dict[str, str] = {}
         self.unprobed: dict[str, str] = {}
         self.seen: dict[str, Seen] = {}
+        self.changes: dict[str, Sequence[common_pb2.FileChange]] = {}
         self.fixed = Seen()
         self._hold(dict.fromkeys(task.tests.unstable, (RECORDED,)), None)
 
     async def run(self) -> Verdict:
-        """Broken, no-op, then every reference fix; then decide."""
-        if await self._broken() and await self._noop():
-            for fix in self.task.fixes:
-                await self._try_fix(fix)
+        """A look at the broken State, a no-op and every fix; the repeats of what holds; decide."""
+        added = common_pb2.CHANGE_KIND_ADD
+        noop = common_pb2.FileChange(path=NOOP_PATH, kind=added, content=NOOP, mode=0o644)
+        self._add(BROKEN, self._baseline())
+        if await self._look(BROKEN, []) and await self._look(NO_OP, [noop]):
+            fixes = [fix for fix in self.task.fixes if await self._look_at_fix(fix)]
+            if fixes:
+                await self._repeat(BROKEN, [], elsewhere=True)
+                await self._repeat(NO_OP, [noop], elsewhere=False)
+            if not self._first_wrong(BROKEN) and not self._first_wrong(NO_OP):
+                for fix in fixes:
+                    await self._finish(fix)
         return self._decide()
 
-    async def _broken(self) -> bool:
-        """Whether the untouched State fails as recorded."""
-        self._add(BROKEN, self._baseline())
-        wrong = self._first_wrong(BROKEN)
-        if wrong:
-            await self._once(BROKEN, [], PINNED)
-        if self._first_wrong(BROKEN, last=True):
-            return False
-        await self._repeat(BROKEN, [], elsewhere=True)
-        return not self._first_wrong(BROKEN)
+    async def _look(
+        self, check: str, changes: Sequence[common_pb2.FileChange], mode: str = "any_fix"
+    ) -> bool:
+        """Whether a check holds under the pinned conditions, or may: what does not is seen twice."""
+        if check not in self.seen:
+            await self._once(check, changes, PINNED, mode)
+        if not self._first_wrong(check):
+            return True
+        await self._once(check, changes, PINNED, mode)
+        return not self._first_wrong(check, last=True) or bool(self.seen[check].unsteady())
 
-    async def _noop(self) -> bool:
-        """Whether a diff without effect fails too."""
-        added = common_pb2.CHANGE_KIND_ADD
-        change = common_pb2.FileChange(path=NOOP_PATH, kind=added, content=NOOP, mode=0o644)
-        await self._once(NO_OP, [change], PINNED)
-        if self._first_wrong(NO_OP):
-            await self._once(NO_OP, [change], PINNED)
-        if self._first_wrong(NO_OP, last=True):
-            return False
-        await self._repeat(NO_OP, [change], elsewhere=False)
-        return not self._first_wrong(NO_OP)
-
-    async def _try_fix(self, fix: Fix) -> None:
-        """Every repeat of a fix must turn the same tests green and break none."""
+    async def _look_at_fix(self, fix: Fix) -> bool:
+        """Whether a fix applies and turns the tests green, at first sight."""
         name = f"{fix.mode}/{fix.origin}"
         check = f"{REFERENCE} {name}"
         if check in self.seen:
             self.fixes[name] = "is there twice; keep one fix of a mode and origin"
-            return
+            return False
         try:
-            changes = await self.gate.reference(self.task, fix, self.state)
+            self.changes[check] = await self.gate.reference(self.task, fix, self.state)
         except (InvalidArgument, MissingDependency, NotFound) as error:
             self.fixes[name] = f"does not apply: {error}"
-            return
+            return False
         try:
-            await self._once(check, changes, PINNED, fix.mode)
+            if await self._look(check, self.changes[check], fix.mode):
+                return True
         except InvalidArgument as error:
             self.fixes[name] = f"is not allowed: {error}"
-            return
-        if self._first_wrong(check):
-            await self._once(check, changes, PINNED, fix.mode)
-        if not self._first_wrong(check, last=True) or self._unsteady(check):
-            await self._repeat(check, changes, elsewhere=True, mode=fix.mode)
+            return False
+        self.fixes[name] = self._first_wrong(check)
+        return False
+
+    async def _finish(self, fix: Fix) -> None:
+        """Every repeat of a fix must turn the same tests green and break none."""
+        name = f"{fix.mode}/{fix.origin}"
+        check = f"{REFERENCE} {name}"
+        await self._repeat(check, self.changes[check], elsewhere=True, mode=fix.mode)
         self.fixes[name] = self._first_wrong(check) or "ok"
         good = self.fixes[name] == "ok"
         if good and (fix.mode == "any_fix" or not self.fixed.runs):
@@ -235,9 +237,6 @@ class Trial:
                 causes = tuple(c for c in causes if c != RECORDED or len(causes) == 1)
                 lines = (*old.outcomes, *lines)
             self.held[id] = Quarantined(id, causes, lines)
-
-    def _unsteady(self, check: str) -> bool:
-        return bool(self.seen[check].unsteady())
 
     def _first_wrong(self, check: str, *, last: bool = False) -> str:
         """What is wrong with a check in its first run that is, or its last; empty: nothing."""
