@@ -97,7 +97,7 @@ class Trial:
     async def _look(
         self, check: str, changes: Sequence[common_pb2.FileChange], mode: str = "any_fix"
     ) -> bool:
-        """Whether a check holds under the pinned conditions, or may: what does not is seen twice."""
+        """Whether a check holds under the pinned conditions, or may: what fails is run twice."""
         if check not in self.seen:
             await self._once(check, changes, PINNED, mode)
         if not self._first_wrong(check):
