@@ -2,7 +2,7 @@
 
 - Every refusal names the field by its path in the request, the problem and the remedy.
 - A task is admitted only on evidence: broken fails, reference passes, no-op fails, each at least
-  twice and always, pinned by hash, nothing flaky.
+  twice and as often as the report says, always, pinned by hash, nothing flaky, hanging on nothing.
 """
 
 import hashlib
@@ -27,6 +27,7 @@ from regreen.rpc.errors import InvalidArgument
 
 MAX_DOCUMENT_BYTES = 32 << 20
 MIN_REPEATS = 2
+MAX_REPEATS = 100
 REPEATED_CHECKS = ("broken-fails", "reference-passes", "noop-fails")
 PINNED_CHECK = "pinned"
 
@@ -86,6 +87,8 @@ def check_gate(report: GateRecord) -> None:
         InvalidArgument: names the field.
     """
     one_of("report.status", report.status, [s for s in TASK_STATUSES if s != "new"])
+    if not 0 <= report.evidence.get("repeats", 0) <= MAX_REPEATS:
+        raise InvalidArgument("report.repeats", "makes no sense", f"give 0 to {MAX_REPEATS}")
     for position, check in enumerate(report.checks):
         if not _SLUG.fullmatch(check.name):
             raise InvalidArgument(
@@ -96,9 +99,19 @@ def check_gate(report: GateRecord) -> None:
         return
     if report.flaky:
         raise InvalidArgument("report.flaky", "is not empty", "quarantine what is flaky")
+    if report.evidence.get("depends_on"):
+        raise InvalidArgument("report.depends_on", "is not empty", "reject what hangs on it")
+    required = set(report.evidence.get("fail_to_pass", ()))
+    required.update(report.evidence.get("pass_to_pass", ()))
+    for held in report.evidence.get("quarantined", ()):
+        if held.get("id") in required:
+            raise InvalidArgument(
+                "report.quarantined", f"{held['id'][:80]} is required too", "leave it out of one"
+            )
+    repeats = max(MIN_REPEATS, report.evidence.get("repeats", 0))
     for name in (*REPEATED_CHECKS, PINNED_CHECK):
         made = [check for check in report.checks if check.name == name]
-        wanted = 1 if name == PINNED_CHECK else MIN_REPEATS
+        wanted = 1 if name == PINNED_CHECK else repeats
         if len({check.repeat for check in made}) < wanted:
             raise InvalidArgument(
                 "report.checks",

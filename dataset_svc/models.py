@@ -112,6 +112,8 @@ class GateReport(Base):
     state_id: Mapped[str]
     error_log: Mapped[str]
     flaky: Mapped[list[str]]
+    evidence: Mapped[Document | None]
+    """What no query looks at: what the verdict hangs on, quarantined tests, ids, fixes, drift."""
     create_time: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
@@ -130,6 +132,7 @@ class GateCheck(Base):
     detail: Mapped[str]
     results_sha256: Mapped[str]
     duration_s: Mapped[float]
+    conditions: Mapped[str] = mapped_column(server_default="")
 
 
 class Run(Base):

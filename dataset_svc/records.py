@@ -66,6 +66,7 @@ class CheckRecord:
     detail: str = ""
     results_sha256: str = ""
     duration_s: float = 0.0
+    conditions: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,8 @@ class GateRecord:
     flaky: tuple[str, ...] = ()
     state_id: str = ""
     error_log: str = ""
+    evidence: Document = field(default_factory=dict)
+    """The report's further fields, by their names in the contract."""
     create_time: datetime | None = None
 
 

@@ -216,18 +216,30 @@ def gate_record(report: pb.GateReport) -> GateRecord:
                 check.detail,
                 check.results_sha256,
                 seconds(check, "duration", f"report.checks[{place}].duration") or 0.0,
+                check.conditions,
             )
             for place, check in enumerate(report.checks)
         ),
         flaky=tuple(report.flaky),
         state_id=report.state_id,
         error_log=report.error_log,
+        evidence=_evidence(report),
     )
+
+
+def _evidence(report: pb.GateReport) -> Document:
+    """What of a report is kept as a document."""
+    rest = pb.GateReport()
+    rest.CopyFrom(report)
+    for name in ("task_id", "status", "reason", "checks", "flaky", "state_id", "error_log"):
+        rest.ClearField(name)
+    rest.ClearField("create_time")
+    return to_document(rest, "report")
 
 
 def gate_message(record: GateRecord) -> pb.GateReport:
     """A stored gate report."""
-    return pb.GateReport(
+    report = pb.GateReport(
         task_id=record.task_id,
         status=enum_value(pb.TaskStatus, record.status),
         reason=record.reason,
@@ -239,6 +251,7 @@ def gate_message(record: GateRecord) -> pb.GateReport:
                 detail=check.detail,
                 results_sha256=check.results_sha256,
                 duration=duration(check.duration_s),
+                conditions=check.conditions,
             )
             for check in record.checks
         ],
@@ -247,6 +260,7 @@ def gate_message(record: GateRecord) -> pb.GateReport:
         error_log=record.error_log,
         create_time=timestamp(record.create_time),
     )
+    return from_document(record.evidence, report)
 
 
 def group_record(group: pb.Group, field: str) -> GroupRecord:

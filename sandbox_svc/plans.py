@@ -7,13 +7,14 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import astuple, replace
 from typing import Any
 
 from regreen.rpc.errors import InvalidArgument, NoSuchFile
 from sandbox_svc.backends.base import Box, Command
 from sandbox_svc.builders.base import REPO, FileChange
 from sandbox_svc.builders.protect import Reverted
+from sandbox_svc.conditions import PINNED, check_conditions
 from sandbox_svc.verdicts import Plan, ValidationOptions, chosen_ids
 
 
@@ -27,7 +28,7 @@ def changes_sha256(changes: Iterable[FileChange]) -> str:
 
 
 def check_part(options: ValidationOptions) -> None:
-    """Refuse a choice of tests that cannot be followed.
+    """Refuse a choice of tests, or conditions of a run, that cannot be followed.
 
     Raises:
         InvalidArgument: names the field.
@@ -40,6 +41,13 @@ def check_part(options: ValidationOptions) -> None:
     if options.coverage and (options.only_tests or options.stop_early):
         raise InvalidArgument(
             "coverage", "cannot be measured on a part of the tests", "ask for the whole"
+        )
+    if options.conditions == PINNED:
+        return
+    check_conditions(options.conditions)
+    if options.coverage or options.only_tests or options.stop_early:
+        raise InvalidArgument(
+            "conditions", "come with coverage or a part of the tests", "ask for a whole run"
         )
 
 
@@ -69,6 +77,7 @@ def key_of(plan: Plan, *, whole: bool = False) -> str:
         options.repeat,
         options.stop_early and not whole,
         sorted(options.only_tests),
+        astuple(options.conditions),
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

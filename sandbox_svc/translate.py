@@ -17,6 +17,7 @@ from sandbox_svc import files, validate
 from sandbox_svc.backends.base import Capability, Captured, Command, EndReason, ExecResult, Limits
 from sandbox_svc.builders.base import Stage
 from sandbox_svc.builders.testrun import TestResult
+from sandbox_svc.conditions import Conditions
 from sandbox_svc.sandboxes import Sandbox
 from sandbox_svc.states import DEFAULT_CWD, State
 
@@ -229,6 +230,18 @@ def options_from(request: pb.ValidateRequest) -> validate.ValidationOptions:
         seed=request.seed,
         stop_early=request.stop_early,
         only_tests=tuple(request.only_tests),
+        conditions=_conditions(request.conditions),
+    )
+
+
+def _conditions(message: pb.Conditions) -> Conditions:
+    return Conditions(
+        order_seed=message.order_seed,
+        hash_seed=message.hash_seed,
+        clock_s=message.clock_offset.seconds,
+        host=message.host_name,
+        user=message.user_name,
+        repository=message.repository,
     )
 
 
@@ -272,6 +285,8 @@ def validation_to(verdict: validate.Validation) -> pb.Validation:
         partial=verdict.partial,
         not_run=verdict.not_run,
         workers=verdict.workers,
+        probe=verdict.probe,
+        unmet=verdict.unmet,
     )
     if verdict.coverage:
         message.coverage.CopyFrom(_coverage(verdict.coverage))

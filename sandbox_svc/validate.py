@@ -7,6 +7,7 @@
 - Equal requests share one run, which waits for a place itself and ends with its last waiter.
 - Only verdicts of runs that came to their own end are cached.
 - A run that ends its sandbox twice while the runtime lives has failed; once may be bad luck.
+- A run under other conditions than the pinned ones is cold, serial and marked as a probe.
 - A run that was started ahead (`warm.py`) is worth what a cold one is, or is done again cold.
 - A run that was shared among forks (`workers.py`) is worth what a serial one is, or done again;
   who passes the cache over asks for an independent look and gets a serial one.
@@ -38,6 +39,7 @@ from sandbox_svc.builders import testrun
 from sandbox_svc.builders.base import LOCK, REPO, RUNNER, TOOLS, FileChange
 from sandbox_svc.builders.protect import check_changes, split_changes
 from sandbox_svc.builders.testrun import TestRun
+from sandbox_svc.conditions import PINNED, settle
 from sandbox_svc.plans import apply, changes_sha256, check_part, key_of, part_of
 from sandbox_svc.spares import Miss
 from sandbox_svc.states import StateStore
@@ -200,7 +202,8 @@ class Validator:
         async with self._place():
             started = self._clock()
             verdict = await self._judge(plan)
-        verdict = replace(verdict, seconds=round(self._clock() - started, 3))
+        probe = plan.options.conditions != PINNED
+        verdict = replace(verdict, seconds=round(self._clock() - started, 3), probe=probe)
         # A run that did not stop early was a whole one.
         key = key_of(plan, whole=not verdict.partial)
         if verdict.lasting:
@@ -362,6 +365,8 @@ class Validator:
 
     async def _fork(self, plan: Plan, change: LockChange | None, seed: int) -> Validation:
         """One run in fresh forks: several or a warm one where that is the same."""
+        if plan.options.conditions != PINNED:
+            return await self._cold(plan, change, seed)
         if change is None and (shared := await self._in_workers(plan, seed)) is not None:
             return shared
         found = await self._try_warm(plan, seed) if self._warm is not None else None
@@ -418,8 +423,10 @@ class Validator:
                 failed = await self._sync(plan, box)
                 if failed is not None:
                     return failed
-        plan = await apply(plan, box)
-        return conclude(plan, await self._run_tests(box, self._options(plan, seed)))
+        plan, options = await apply(plan, box), self._options(plan, seed)
+        if plan.options.conditions != PINNED:
+            options = await settle(box, plan.options.conditions, options)
+        return conclude(plan, await self._run_tests(box, options))
 
     def _options(self, plan: Plan, seed: int) -> testrun.RunOptions:
         options = testrun.options_of(plan.facts, plan.state.env)

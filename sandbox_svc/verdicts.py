@@ -18,6 +18,7 @@ from sandbox_svc.builders import testrun
 from sandbox_svc.builders.base import FileChange
 from sandbox_svc.builders.protect import Reverted
 from sandbox_svc.builders.testrun import TestResult, TestRun
+from sandbox_svc.conditions import PINNED, Conditions
 from sandbox_svc.states import State
 
 SHOWN_IDS = 5
@@ -54,6 +55,8 @@ class ValidationOptions:
     """Stop where a required test is known not to pass."""
     only_tests: tuple[str, ...] = ()
     """Run these alone: ids, classes, files or folders; such a verdict never passes."""
+    conditions: Conditions = PINNED
+    """Anything else than `PINNED` makes the verdict a probe, which nothing may be scored by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,10 @@ class Validation:
     """Collected tests that were left out."""
     workers: int = 1
     """Forks that the tests ran in at the same time."""
+    probe: bool = False
+    """Whether it was computed under other conditions than the pinned ones."""
+    unmet: Mapping[str, str] = field(default_factory=dict)
+    """Conditions that could not be brought about, and why."""
 
     @property
     def weight(self) -> int:
@@ -212,6 +219,7 @@ def conclude(plan: Plan, run: TestRun) -> Validation:
         lasting=run.result.reason is EndReason.EXIT,
         partial=partial,
         not_run=not_run if partial else 0,
+        unmet=run.unmet,
     )
 
 

@@ -25,6 +25,7 @@ from sandbox_svc import metrics
 from sandbox_svc.backends.base import Captured, EndReason, Limits, Runtime
 from sandbox_svc.builders import testrun
 from sandbox_svc.builders.testrun import TestRun
+from sandbox_svc.conditions import PINNED
 from sandbox_svc.plans import apply
 from sandbox_svc.states import State, StateStore
 from sandbox_svc.verdicts import Outcome, Plan, Validation
@@ -125,6 +126,7 @@ class Workers:
         """Whether a plan is one that workers can run as they are."""
         options = plan.options
         special = seed or options.coverage or options.stop_early or options.only_tests
+        special = special or options.conditions != PINNED
         return not special and plan.lock is None and options.repeat == 1
 
     def _count(self, files: int) -> int:

@@ -103,6 +103,7 @@ async def record_gate(
         state_id=report.state_id,
         error_log=report.error_log,
         flaky=list(report.flaky),
+        evidence=report.evidence,
     )
     session.add(row)
     await session.flush()
@@ -116,6 +117,7 @@ async def record_gate(
             detail=check.detail,
             results_sha256=check.results_sha256,
             duration_s=check.duration_s,
+            conditions=check.conditions,
         )
         for position, check in enumerate(report.checks)
     )
@@ -145,12 +147,15 @@ async def last_gate_report(session: AsyncSession, task_id: str) -> GateRecord:
         status=row.status,
         reason=row.reason,
         checks=tuple(
-            CheckRecord(c.name, c.repeat, c.ok, c.detail, c.results_sha256, c.duration_s)
+            CheckRecord(
+                c.name, c.repeat, c.ok, c.detail, c.results_sha256, c.duration_s, c.conditions
+            )
             for c in checks
         ),
         flaky=tuple(row.flaky),
         state_id=row.state_id,
         error_log=row.error_log,
+        evidence=row.evidence or {},
         create_time=row.create_time,
     )
 

@@ -4,7 +4,9 @@
 - Each row of a table says why a task is not admitted.
 """
 
+import re
 from collections import Counter
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +21,7 @@ from regreen.dataset import v1 as pb
 from regreen.rpc.errors import FailedPrecondition, InvalidArgument, NotFound
 from regreen.settings import default_home
 from regreen.tasks.admit import Admission, ReportingGateClient, import_records, reasons_of
+from regreen.tasks.gate import REPEATS
 from regreen.tasks.jsonl import (
     load_distributions,
     load_tasks,
@@ -132,7 +135,17 @@ def show(
     typer.echo(f"python {task.environment.python}, {len(task.environment.pins)} pins")
     typer.echo(f"fail to pass {task.fail_to_pass_count}, pass to pass {task.pass_to_pass_count}")
     for check in report.checks if report else []:
-        typer.echo(f"  {'ok ' if check.ok else 'BAD'} {check.name} {check.repeat}: {check.detail}")
+        mark, around = (
+            "ok " if check.ok else "BAD",
+            f" [{check.conditions}]" * bool(check.conditions),
+        )
+        typer.echo(f"  {mark} {check.name} {check.repeat}{around}: {check.detail}")
+    for held in report.quarantined if report else []:
+        typer.echo(f"  quarantined ({' '.join(held.causes)}) {held.id}")
+        for line in held.outcomes:
+            typer.echo(f"    {line}")
+    for line in report.drift if report else []:
+        typer.echo(f"  changed: {line}")
     typer.echo(task.error_log)
 
 
@@ -161,48 +174,95 @@ def verify(
     ids: Ids = None,
     every: All = False,
     home: Home = None,
-    repeats: Annotated[int, typer.Option(min=2, max=10, help="Runs of each check.")] = 2,
+    split: Annotated[str, typer.Option(help="Every task of train, validation or test.")] = "",
+    repeats: Annotated[int, typer.Option(min=2, max=20, help="Runs of each check.")] = REPEATS,
     again: Annotated[bool, typer.Option(help="Also tasks that were decided here before.")] = False,
+    older_than: Annotated[
+        str, typer.Option(help="Also tasks that were decided longer ago: 7d, 12h, 30m.")
+    ] = "",
+    rebuild: Annotated[
+        bool, typer.Option(help="Make environments anew from their hashes, not from what is kept.")
+    ] = False,
     concurrency: Annotated[int, typer.Option(min=1, help="Tasks at a time.")] = 2,
     json_output: Json = False,
 ) -> None:
     """Prepare and gate tasks: broken fails, the reference fix passes, a no-op fails, repeatedly.
 
-    Exits with 1 unless every task is admitted.
+    What was decided before stands, so that a run that was cut short goes on; `--older-than` lets it
+    stand for so long only, for a timer. Prints what changed. Exits with 1 unless every task is
+    admitted.
     """
+    asked = _Asked(
+        _wanted(ids, every or bool(split)), split, repeats, again, _age(older_than), rebuild,
+        concurrency,
+    )  # fmt: skip
     with output.progress() as show_progress:
-        rows, reasons = output.run(
-            _verify(home, _wanted(ids, every), repeats, again, concurrency, show_progress)
-        )
+        reports = output.run(_verify(home, asked, show_progress))
     if json_output:
-        output.print_json_lines(
-            {
-                "id": row.id,
-                "status": status_name(row.status),
-                "state": row.state_id,
-                "reason": reasons.get(row.id, ""),
-            }
-            for row in rows
-        )
+        output.print_json_lines(_row(report) for report in reports)
     else:
-        table = [[row.id, status_name(row.status), _short(reasons.get(row.id, ""))] for row in rows]
+        table = [[r.task_id, status_name(r.status), _short(_why(r))] for r in reports]
         output.print_table("", ["task", "status", "reason"], table)
-    counts = Counter(status_name(row.status) for row in rows)
+        for report in reports:
+            for line in report.drift:
+                typer.echo(f"{report.task_id}: {line}")
+    counts = Counter(status_name(report.status) for report in reports)
+    counts["changed"] = sum(bool(report.drift) for report in reports)
     output.STDERR.print(", ".join(f"{count} {name}" for name, count in sorted(counts.items())))
-    if any(row.status != pb.TASK_STATUS_ADMITTED for row in rows):
+    if any(report.status != pb.TASK_STATUS_ADMITTED for report in reports):
         raise typer.Exit(output.FAILED)
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What `verify` was asked for."""
+
+    ids: list[str]
+    split: str
+    repeats: int
+    again: bool
+    older_than_s: float | None
+    rebuild: bool
+    concurrency: int
+
+
+def _row(report: pb.GateReport) -> dict[str, object]:
+    return {
+        "id": report.task_id,
+        "status": status_name(report.status),
+        "state": report.state_id,
+        "reason": report.reason,
+        "depends_on": list(report.depends_on),
+        "quarantined": {held.id: list(held.causes) for held in report.quarantined},
+        "fixes": dict(report.fixes),
+        "repeats": report.repeats,
+        "drift": list(report.drift),
+        "time": report.create_time.ToJsonString(),
+    }
+
+
+def _why(report: pb.GateReport) -> str:
+    return "" if report.status == pb.TASK_STATUS_ADMITTED else report.reason
+
+
+def _age(text: str) -> float | None:
+    """Seconds of an age such as 7d."""
+    if not text:
+        return None
+    found = re.fullmatch(r"(\d{1,6})([smhd])", text)
+    if found is None:
+        output.fail(InvalidArgument("older-than", f"{text!r} is no age", "give one like 7d or 12h"))
+    return int(found[1]) * {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}[found[2]]
+
+
 async def _verify(
-    home: Path | None,
-    ids: list[str],
-    repeats: int,
-    again: bool,
-    concurrency: int,
-    show_progress: output.ProgressPrinter,
-) -> tuple[list[pb.Task], dict[str, str]]:
+    home: Path | None, asked: _Asked, show_progress: output.ProgressPrinter
+) -> list[pb.GateReport]:
+    ids = asked.ids
     async with open_stack(home, patience_s=120.0) as stack:
-        tasks = await _stored(stack, ids)
+        tasks = await _stored(stack, ids, asked.split)
+        if asked.split and not tasks:
+            raise NotFound(f"no task is in the split {asked.split!r}; import some")
         records = _records(home).of_tasks(tasks, shipped_tasks())
         known = {record.id for record in records}
         for task in tasks:
@@ -220,20 +280,22 @@ async def _verify(
             stack,
             records,
             shipped_distributions(),
-            repeats=repeats,
-            again=again,
+            repeats=asked.repeats,
+            again=asked.again,
+            older_than_s=asked.older_than_s,
+            rebuild=asked.rebuild,
             progress=progress,
         )
         done |= await admission.standing(chosen)
         show_progress("tasks", len(done), len(chosen), f"{len(done)} decided before")
-        decided = await admission.run(chosen, concurrency=concurrency)
-        return decided, await reasons_of(stack, decided)
+        decided = await admission.run(chosen, concurrency=asked.concurrency)
+        return [await stack.tasks.get_gate_report(task.id) for task in decided]
 
 
-async def _stored(stack: Stack, ids: list[str]) -> list[pb.Task]:
-    """The tasks of these ids, or all."""
+async def _stored(stack: Stack, ids: list[str], split: str = "") -> list[pb.Task]:
+    """The tasks of these ids, or all of a split, or all."""
     if not ids:
-        return await stack.tasks.all_tasks()
+        return await stack.tasks.all_tasks(pb.TaskFilter(split=split))
     return [await stack.tasks.get_task(task_id) for task_id in dict.fromkeys(ids)]
 
 

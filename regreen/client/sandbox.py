@@ -321,9 +321,13 @@ class SandboxClient(Caller):
         seed: int = 0,
         stop_early: bool = False,
         only_tests: Sequence[str] = (),
+        conditions: pb.Conditions | None = None,
         request_id: str = "",
     ) -> pb.Validation:
-        """The verdict on a diff, computed in a fresh fork; for feedback, on a part of the tests."""
+        """The verdict on a diff, computed in a fresh fork; for feedback, on a part of the tests.
+
+        `conditions` other than the pinned ones make it a probe, by which nothing may be scored.
+        """
         request = pb.ValidateRequest(
             request_id=request_id or new_request_id(),
             state_id=state_id,
@@ -336,6 +340,7 @@ class SandboxClient(Caller):
             seed=seed,
             stop_early=stop_early,
             only_tests=only_tests,
+            conditions=conditions,
         )
         response = await self._call(self._stub.Validate, request, 2 * timeout_s + _VALIDATE_S)
         validation: pb.Validation = response.validation

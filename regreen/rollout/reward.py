@@ -311,7 +311,8 @@ def check_scorable(
 
     Raises:
         InfraError: a submitted rollout without a validation, or one without an outcome.
-        InvalidArgument: a validation of a part of the tests, whose shares are not the whole's.
+        InvalidArgument: a validation of a part of the tests, whose shares are not the whole's, or
+            one under other conditions than the pinned ones.
     """
     if validation is None:
         if end == dataset_pb.EPISODE_END_SUBMITTED:
@@ -320,6 +321,8 @@ def check_scorable(
         raise InfraError("the validation has no outcome; retry the rollout")
     elif validation.partial:
         raise InvalidArgument("validation", "is of a part of the tests", "validate the whole")
+    elif validation.probe:
+        raise InvalidArgument("validation", "is a probe", "validate under the pinned conditions")
 
 
 def flags_of(verdict: judge_pb.Verdict | None) -> tuple[Flag, ...]:

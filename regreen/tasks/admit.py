@@ -5,12 +5,16 @@
 - Admission runs the gate through the sandbox service and stores its evidence; a task that lacks an
   interpreter here waits, it is not rejected.
 - Reference fixes that edit files are worked out against the State, then stored with the task.
-- What was decided here before is not decided again unless asked for.
+- What was decided here before is not decided again unless asked for, or older than asked for, so
+  that a run that was cut short goes on where it stopped.
+- A report says what changed against the one before.
 - Records are kept as they are imported, so that tasks of any origin can be gated later.
 - Trouble with one task does not end the others.
 """
 
 import asyncio
+import contextlib
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from regreen.client.sandbox import SandboxClient, StateClient
@@ -18,13 +22,15 @@ from regreen.client.stack import Stack
 from regreen.common import v1 as common_pb
 from regreen.dataset import v1 as pb
 from regreen.pkgindex import PackageIndex, index_urls
-from regreen.rpc.errors import NotFound
+from regreen.rpc.errors import FailedPrecondition, NotFound
 from regreen.sandbox import v1 as sandbox_pb
 from regreen.tasks import environment as env
-from regreen.tasks.gate import Gate, Verdict, judge_steadily
+from regreen.tasks.drift import drift
+from regreen.tasks.gate import REPEATS, Gate, judge_steadily
 from regreen.tasks.messages import MODES, gate_report, task_message
 from regreen.tasks.model import TaskRecord, ids_sha256
 from regreen.tasks.records import RECORD_LABEL, RecordStore, record_sha256, releases_of
+from regreen.tasks.verdict import Verdict
 from regreen.tasks.verify import ServiceGateClient
 
 DECIDED = frozenset({pb.TASK_STATUS_ADMITTED, pb.TASK_STATUS_REJECTED, pb.TASK_STATUS_QUARANTINED})
@@ -88,6 +94,37 @@ async def reasons_of(stack: Stack, tasks: Iterable[pb.Task]) -> dict[str, str]:
     return found
 
 
+async def last_report(stack: Stack, task_id: str) -> pb.GateReport | None:
+    """The last report of the gate on a task, if there is one."""
+    try:
+        return await stack.tasks.get_gate_report(task_id)
+    except NotFound:
+        return None
+
+
+async def verify(
+    stack: Stack,
+    task: TaskRecord,
+    distributions: env.Distributions,
+    *,
+    repeats: int = REPEATS,
+    keep: RecordStore | None = None,
+    progress: ProgressSink = lambda task_id, text: None,
+) -> pb.GateReport:
+    """Gate a task of any origin: store it, judge it here and now, store the evidence, return it.
+
+    Raises:
+        InvalidArgument: the record is no valid task.
+        RegreenError: the platform failed; nothing was decided.
+    """
+    await import_records(stack, [task], distributions, keep=keep)
+    admission = Admission(
+        stack, [task], distributions, repeats=repeats, again=True, progress=progress
+    )
+    await admission.run([task.id])
+    return await stack.tasks.get_gate_report(task.id)
+
+
 def choose_python(record: TaskRecord, interpreters: Mapping[str, str]) -> str | None:
     """The interpreter to prepare a record with: its own, else one it was admitted on, else None."""
     if all(version in interpreters for version in (record.python, *record.choices)):
@@ -106,13 +143,21 @@ class Admission:
         records: Sequence[TaskRecord],
         distributions: env.Distributions,
         *,
-        repeats: int = 2,
+        repeats: int = REPEATS,
         again: bool = False,
+        older_than_s: float | None = None,
+        rebuild: bool = False,
+        clock: Callable[[], float] = time.time,
         progress: ProgressSink = lambda task_id, text: None,
     ) -> None:
+        """Tasks that were decided stand, unless `again`, or that is more than `older_than_s` ago.
+
+        `rebuild` lets go of the State of a task first, so that it is made of its hashes anew.
+        """
         self._stack, self._distributions = stack, distributions
         self._records = {record.id: record for record in records}
         self._repeats, self._again, self._progress = repeats, again, progress
+        self._older_than_s, self._rebuild, self._clock = older_than_s, rebuild, clock
 
     async def run(self, task_ids: Sequence[str], *, concurrency: int = 2) -> list[pb.Task]:
         """Decide on tasks; the tasks as they are now, in the order given.
@@ -160,18 +205,32 @@ class Admission:
             self._stack.state, self._stack.sandbox, lambda text: self._progress(task_id, text)
         )
         releases = {**self._distributions, **releases_of(stored)}
+        if self._rebuild and stored.state_id:
+            await self._let_go(stored.state_id)
         gate = Gate(client, releases, index, repeats=self._repeats)
         other = "" if python == record.python else python
         judged, verdict = await judge_steadily(gate, record, other)
         if verdict.admitted:
             await self._store_fixes(judged, gate, verdict, other, record_sha256(record))
-        report = to_report(record, verdict)
         self._progress(task_id, f"{verdict.status}: {verdict.reason}")
-        return await self._stack.tasks.record_gate(report, validation_time_s=verdict.seconds)
+        return await self._record(to_report(record, verdict), verdict.seconds)
+
+    async def _record(self, report: pb.GateReport, seconds: float | None = None) -> pb.Task:
+        """Store a report with what changed against the one before."""
+        report.drift.extend(drift(await last_report(self._stack, report.task_id), report))
+        return await self._stack.tasks.record_gate(report, validation_time_s=seconds)
+
+    async def _let_go(self, state_id: str) -> None:
+        """Delete a State if nobody uses it."""
+        with contextlib.suppress(NotFound, FailedPrecondition):
+            await self._stack.state.delete_state(state_id)
 
     async def _stands(self, task: pb.Task) -> bool:
         """Whether a task is decided and the state that the decision rests on is still there."""
         if task.status not in DECIDED:
+            return False
+        age_s = self._clock() - task.verify_time.ToNanoseconds() / 1e9
+        if self._older_than_s is not None and age_s > self._older_than_s:
             return False
         if not task.state_id:
             return True
@@ -191,7 +250,7 @@ class Admission:
         )
         self._progress(record.id, f"waiting: {reason}")
         report = pb.GateReport(task_id=record.id, status=pb.TASK_STATUS_WAITING, reason=reason)
-        return await self._stack.tasks.record_gate(report)
+        return await self._record(report)
 
     async def _store_fixes(
         self, record: TaskRecord, gate: Gate, verdict: Verdict, python: str, sha256: str

@@ -86,6 +86,16 @@ def gate_report(verdict: Verdict, *, task_id: str = "", now_s: float = 0.0) -> p
         state_id=verdict.state_id,
         error_log=verdict.error_log,
         create_time=Timestamp(seconds=int(now_s), nanos=int(now_s % 1 * 1e9)),
+        depends_on=verdict.depends_on,
+        repeats=verdict.repeats,
+        fail_to_pass=verdict.fail_to_pass,
+        pass_to_pass=verdict.pass_to_pass,
+        fixes=verdict.fixes,
+        python=verdict.python,
+        quarantined=[
+            pb.QuarantinedTest(id=held.id, causes=held.causes, outcomes=held.outcomes)
+            for held in verdict.quarantined
+        ],
     )
     for check in verdict.checks:
         entry = report.checks.add(
@@ -94,9 +104,13 @@ def gate_report(verdict: Verdict, *, task_id: str = "", now_s: float = 0.0) -> p
             ok=check.ok,
             detail=check.detail,
             results_sha256=check.results_sha256,
+            conditions=check.conditions,
         )
         entry.duration.FromNanoseconds(int(check.seconds * 1e9))
     if verdict.admitted and verdict.flaky:
         names = ", ".join(verdict.flaky)
         report.checks.add(name="unstable", repeat=1, ok=True, detail=f"never required: {names}")
+    for number, (what, why) in enumerate(verdict.unprobed.items(), 1):
+        detail = f"not varied: {what}: {why}"
+        report.checks.add(name="unprobed", repeat=number, ok=True, detail=detail)
     return report

@@ -21,7 +21,7 @@ from regreen.pkgindex import PackageIndex, index_urls
 from regreen.rpc.errors import RegreenError, Unavailable
 from regreen.sandbox.v1 import sandbox_pb2 as pb
 from regreen.sandbox.v1 import state_service_pb2 as state_pb
-from regreen.tasks.gate import Gate, Verdict, judge_patiently
+from regreen.tasks.gate import SHIPPED_REPEATS, Gate, judge_steadily
 from regreen.tasks.jsonl import (
     dump_lines,
     load_distributions,
@@ -30,6 +30,7 @@ from regreen.tasks.jsonl import (
     shipped_tasks,
 )
 from regreen.tasks.model import TaskRecord, ids_sha256
+from regreen.tasks.verdict import Verdict, of_fields
 
 VALIDATION_S = 1800.0
 
@@ -60,6 +61,7 @@ class ServiceGateClient:
         held_pins: Mapping[str, str],
         required_tests: Sequence[str],
         skip_cache_lookup: bool,
+        conditions: pb.Conditions | None = None,
     ) -> pb.Validation:
         """The verdict on a diff."""
         return await self.sandboxes.validate(
@@ -68,6 +70,7 @@ class ServiceGateClient:
             held_pins=held_pins,
             required_tests=required_tests,
             skip_cache_lookup=skip_cache_lookup,
+            conditions=conditions,
             timeout_s=VALIDATION_S,
         )
 
@@ -92,7 +95,7 @@ def read_verdicts(path: Path) -> list[Verdict]:
         return []
     lines = path.read_text("utf-8").splitlines()
     fields = [json.loads(line) for line in lines if line.strip()]
-    return [Verdict(**{**f, "checks": ()}) for f in fields]
+    return [of_fields(f) for f in fields]
 
 
 async def verify_all(
@@ -110,7 +113,7 @@ async def verify_all(
             task = queue.pop()
             started = time.monotonic()
             try:
-                verdict = await judge_patiently(gate, task, python)
+                _, verdict = await judge_steadily(gate, task, python)
             except RegreenError as error:
                 failed += 1
                 sys.stderr.write(f"{task.id}: could not be judged: {error}\n")
@@ -170,7 +173,7 @@ async def run(options: argparse.Namespace) -> int:
     try:
         client = ServiceGateClient(StateClient(channel), SandboxClient(channel))
         async with PackageIndex(index_urls()) as index:
-            gate = Gate(client, releases, index, repeats=options.repeats)
+            gate = Gate(client, releases, index, repeats=options.repeats, learn=not options.strict)
             failed = await verify_all(
                 gate, chosen, options.out, python=options.python, workers=options.workers
             )
@@ -190,7 +193,10 @@ def main() -> None:
     parser.add_argument("--tasks", type=Path, help="directory of a task set; default: the shipped")
     parser.add_argument("--only", action="append", default=[], help="id of one task; repeatable")
     parser.add_argument("--python", default="", help="judge on this interpreter instead")
-    parser.add_argument("--repeats", type=int, default=2, help="runs of every check")
+    parser.add_argument("--repeats", type=int, default=SHIPPED_REPEATS, help="runs of every check")
+    parser.add_argument(
+        "--strict", action="store_true", help="refuse other failing tests than recorded"
+    )
     parser.add_argument("--workers", type=int, default=2, help="tasks judged at a time")
     parser.add_argument("--out", type=Path, default=Path("verdicts.jsonl"), help="verdict file")
     parser.add_argument("--update", type=Path, help="directory to write the task set to")

@@ -18,7 +18,7 @@ from sandbox_svc.backends.base import Limits, Mount, Runtime
 FORMAT = 2
 """Part of every spec digest: raise it when a builder's output changes for the same spec."""
 
-RUNNER = 5
+RUNNER = 6
 """Version of the test runner that a State holds; only its own validator can read it."""
 
 REPO = "/work/repo"

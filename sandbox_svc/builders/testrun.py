@@ -106,6 +106,8 @@ class TestRun:
     """What there was to run, where only a part was to."""
     stopped: str = ""
     """The required test whose result ended the run before its end; empty if none did."""
+    unmet: Mapping[str, str] = field(default_factory=dict)
+    """Conditions that were asked for and not brought about, and why."""
 
     def ids(self, *outcomes: str) -> frozenset[str]:
         return frozenset(i for i, test in self.tests.items() if test.outcome in outcomes)
@@ -128,6 +130,10 @@ class RunOptions:
     seed: int = 0
     part: Mapping[str, Any] | None = None
     """Which part of the tests runs (`inbox/part.py`); None: all."""
+    root: str = REPO
+    order_seed: int = 0
+    elsewhere: Mapping[str, Any] = field(default_factory=dict)
+    """Another clock or host name (`inbox/elsewhere.py`)."""
 
 
 def pytest_arguments(arguments: Sequence[str]) -> list[str]:
@@ -160,10 +166,12 @@ def run_request(options: RunOptions, key: bytes, *, survey: bool = False) -> byt
         "key": key.hex(),
         "arguments": [*arguments, "--collect-only"] if survey else arguments,
         "coverage": options.coverage,
-        "root": REPO,
+        "root": options.root,
         "skip": list(options.skip),
         "survey": survey,
         "part": options.part,
+        "order": options.order_seed,
+        "elsewhere": dict(options.elsewhere),
     }
     return json.dumps(setup).encode()
 
@@ -174,7 +182,7 @@ def run_command(options: RunOptions, *, stdin: bytes = b"", later: Later | None 
     return Command(
         (f"{ENV}/bin/python", f"{TOOLS}/lib/run_tests.py"),
         env=environment,
-        cwd=REPO,
+        cwd=options.root,
         stdin=stdin,
         timeout_s=options.timeout_s,
         channel=True,
@@ -223,6 +231,7 @@ def read_run(result: ExecResult, key: bytes) -> TestRun:
     crash, status, ended, anew = "", -1, False, ""
     survey: Survey | None = None
     part, stopped = None, ""
+    unmet: dict[str, str] = {}
     for frame in frames:
         kind = frame.get("t")
         if kind == "test":
@@ -245,6 +254,8 @@ def read_run(result: ExecResult, key: bytes) -> TestRun:
             part = Part(int(frame.get("n", 0)), int(frame.get("run", 0)), str(frame.get("ids")))
         elif kind == "stopped":
             stopped = str(frame.get("by"))
+        elif kind == "unmet":
+            unmet.update({str(k): str(v)[:300] for k, v in frame["what"].items()})
         elif kind == "anew":
             anew = str(frame.get("msg", "")) or "unknown"
         elif kind == "crash":
@@ -269,6 +280,7 @@ def read_run(result: ExecResult, key: bytes) -> TestRun:
         survey=survey,
         part=part,
         stopped=stopped,
+        unmet=unmet,
     )
 
 

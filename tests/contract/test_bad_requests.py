@@ -270,9 +270,22 @@ async def test_sandbox(sandboxes: grpc.aio.Channel) -> None:
         "ListFiles": pb.ListFilesRequest(sandbox_id=box, glob="*.py"),
         "FindText": pb.FindTextRequest(sandbox_id=box, text="x"),
         "Diff": pb.DiffRequest(sandbox_id=box, base_state_id=state),
-        "Validate": pb.ValidateRequest(
-            state_id=nowhere, changes=[change], only_tests=["tests/test_a.py"], stop_early=True
-        ),
+        "Validate": [
+            pb.ValidateRequest(
+                state_id=nowhere, changes=[change], only_tests=["tests/test_a.py"], stop_early=True
+            ),
+            pb.ValidateRequest(
+                state_id=nowhere,
+                conditions=pb.Conditions(
+                    order_seed=2,
+                    hash_seed=1,
+                    clock_offset=Duration(seconds=86_400),
+                    host_name="a",
+                    user_name="b",
+                    repository="/work/elsewhere",
+                ),
+            ),
+        ],
         "ListEgress": pb.ListEgressRequest(sandbox_id=box, page_size=10),
         "Execute": pb.ExecuteRequest(
             state_id=state, command=command, limits=pb.Limits(pids=16), keep_state=True

@@ -14,7 +14,7 @@ from dataset_svc.settings import DatasetSettings
 from regreen.client.stack import Endpoints, Stack
 from regreen.dataset import v1 as pb
 from regreen.rpc.errors import MissingDependency, NotFound
-from regreen.tasks.admit import Admission, import_records, reasons_of
+from regreen.tasks.admit import Admission, import_records, reasons_of, verify
 from regreen.tasks.model import DistributionRecord, TaskRecord
 from regreen.tasks.records import RECORD_LABEL, RecordStore, record_sha256
 from sandbox_svc.__main__ import serving as sandbox_serving
@@ -40,7 +40,7 @@ class World:
         await import_records(self.stack, records, self.releases, keep=self.kept)
         tasks = [await self.stack.tasks.get_task(record.id) for record in records]
         found = self.kept.of_tasks(tasks, [])
-        return await Admission(self.stack, found, {}).run([task.id for task in tasks])
+        return await Admission(self.stack, found, {}, repeats=2).run([task.id for task in tasks])
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -99,7 +99,7 @@ async def test_one_task_in_trouble_does_not_end_the_others(world: World) -> None
     good = named(world.record, "good")
     await import_records(world.stack, [good], world.releases)
     lost = named(world.record, "never-imported")
-    admission = Admission(world.stack, [lost, good], {})
+    admission = Admission(world.stack, [lost, good], {}, repeats=2)
     with pytest.raises(NotFound, match="never-imported"):
         await admission.run(["never-imported", "good"], concurrency=1)
     assert (await world.stack.tasks.get_task("good")).status == pb.TASK_STATUS_ADMITTED
@@ -111,7 +111,9 @@ async def test_what_was_decided_before_is_known_before_the_work_begins(world: Wo
     await import_records(world.stack, [fresh], world.releases)
     told: list[str] = []
     ids = ["done", "fresh"]
-    admission = Admission(world.stack, [done, fresh], {}, progress=lambda id, _: told.append(id))
+    admission = Admission(
+        world.stack, [done, fresh], {}, repeats=2, progress=lambda id, _: told.append(id)
+    )
     assert await admission.standing(ids) == {"done"}
     await admission.run(ids)
     assert set(told) == {"fresh"}
@@ -125,6 +127,43 @@ async def test_what_is_not_admitted_has_a_reason(world: World) -> None:
     reasons = await reasons_of(world.stack, [task])
     assert reasons["future"].startswith("needs Python 3.99; found ")
     assert "`uv python install 3.99`" in reasons["future"]
+
+
+async def test_a_verdict_stands_until_it_is_too_old(world: World) -> None:
+    record = named(world.record, "aged")
+    (task,) = await world.admit(record)
+    then = task.verify_time.ToNanoseconds() / 1e9
+
+    def asked(age_s: float, **more: object) -> Admission:
+        clock = lambda: then + age_s  # noqa: E731
+        return Admission(world.stack, [record], {}, repeats=2, clock=clock, **more)  # type: ignore[arg-type]
+
+    assert await asked(3599.0, older_than_s=3600.0).standing(["aged"]) == {"aged"}
+    assert await asked(3601.0, older_than_s=3600.0).standing(["aged"]) == set()
+    assert await asked(1e9).standing(["aged"]) == {"aged"}
+    (again,) = await asked(3601.0, older_than_s=3600.0, rebuild=True).run(["aged"])
+    assert again.verify_time.ToNanoseconds() > task.verify_time.ToNanoseconds()
+    assert again.state_id == task.state_id, "equal hashes give an equal State"
+    state = await world.stack.state.get_state(again.state_id)
+    assert state.create_time.ToNanoseconds() > task.verify_time.ToNanoseconds(), "made anew"
+    report = await world.stack.tasks.get_gate_report("aged")
+    assert list(report.drift) == []
+
+
+async def test_what_changed_against_the_last_verdict_is_told(world: World) -> None:
+    report = await verify(world.stack, named(world.record, "drifts"), world.releases, repeats=2)
+    assert report.status == pb.TASK_STATUS_ADMITTED, report.reason
+    assert (report.repeats, list(report.drift)) == (2, [])
+    assert sorted(report.fail_to_pass) == sorted(FAIL_TO_PASS)
+    assert dict(report.fixes) == {"any_fix/pins-restored": "ok", "keep_new/source-edit": "ok"}
+    assert {"", "order=2 hash_seed=1"} <= {check.conditions for check in report.checks}
+    useless = world.record.pins_fail
+    worse = named(world.record, "drifts", pins_pass=useless, fixes=world.record.fixes[:1])
+    worse = worse.model_copy(update={"modes": ["any_fix"]})
+    report = await verify(world.stack, worse, world.releases, repeats=2)
+    assert report.status == pb.TASK_STATUS_REJECTED
+    assert report.drift[0].startswith("admitted before, rejected now: reference fix: failed")
+    assert "2 tests no longer turn green" in report.drift[1]
 
 
 async def test_a_damaged_record_is_none(world: World, tmp_path: Path) -> None:

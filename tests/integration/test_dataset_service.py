@@ -102,30 +102,6 @@ async def test_a_malformed_task_is_refused_by_field_and_nothing_is_stored(
         await clients.tasks.get_task(good.id)
 
 
-async def test_gate_reports_need_their_evidence(clients: Clients):
-    (task_id,) = await imported(clients)
-    with pytest.raises(NotFound):
-        await clients.tasks.get_gate_report(task_id)
-    once = samples.report(task_id)
-    del once.checks[1]
-    failed = samples.report(task_id)
-    failed.checks[0].ok = False
-    flaky = samples.report(task_id)
-    flaky.flaky.append("tests/test_a.py::test_one")
-    for report in (once, failed, flaky):
-        with pytest.raises(InvalidArgument):
-            await clients.tasks.record_gate(report)
-    assert (await clients.tasks.get_task(task_id)).status == pb.TASK_STATUS_NEW
-    flaky.status = pb.TASK_STATUS_QUARANTINED
-    await clients.tasks.record_gate(flaky)
-    task = await clients.tasks.record_gate(samples.report(task_id), validation_time_s=2.5)
-    assert task.status == pb.TASK_STATUS_ADMITTED
-    assert task.validation_time.ToMilliseconds() == 2500
-    stored = await clients.tasks.get_gate_report(task_id)
-    stored.ClearField("create_time")
-    assert stored == samples.report(task_id)
-
-
 async def test_no_package_is_in_two_splits(clients: Clients):
     package = samples.fresh("pkg")
     tasks = [samples.task(package=package) for _ in range(3)]

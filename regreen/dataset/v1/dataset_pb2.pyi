@@ -345,6 +345,7 @@ class GateCheck(_message.Message):
     DETAIL_FIELD_NUMBER: _builtins.int
     RESULTS_SHA256_FIELD_NUMBER: _builtins.int
     DURATION_FIELD_NUMBER: _builtins.int
+    CONDITIONS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name: "broken-fails", "reference-passes", "noop-fails", "pinned"."""
     repeat: _builtins.int
@@ -355,6 +356,8 @@ class GateCheck(_message.Message):
     """What was seen."""
     results_sha256: _builtins.str
     """SHA-256 over the sorted "id outcome" lines that were seen."""
+    conditions: _builtins.str
+    """What was different around the run, for example "order=7 hash_seed=11"; empty: nothing."""
     @_builtins.property
     def duration(self) -> _duration_pb2.Duration:
         """Wall time."""
@@ -368,20 +371,75 @@ class GateCheck(_message.Message):
         detail: _builtins.str = ...,
         results_sha256: _builtins.str = ...,
         duration: _duration_pb2.Duration | None = ...,
+        conditions: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "duration", b"duration", "name", b"name", "ok", b"ok", "repeat", b"repeat", "results_sha256", b"results_sha256"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["conditions", b"conditions", "detail", b"detail", "duration", b"duration", "name", b"name", "ok", b"ok", "repeat", b"repeat", "results_sha256", b"results_sha256"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GateCheck: _TypeAlias = GateCheck  # noqa: Y015
 
 @_typing.final
+class QuarantinedTest(_message.Message):
+    """A test that is not required because its outcome is not one of the code alone."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    CAUSES_FIELD_NUMBER: _builtins.int
+    OUTCOMES_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Id."""
+    @_builtins.property
+    def causes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Why: "flaky", "order", "hash_seed", "date", "host", "user", "path", or "recorded" where the task says so."""
+
+    @_builtins.property
+    def outcomes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What it did, a line for each check: "reference-passes any_fix/pins-restored 2 [order=7]: failed"."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        causes: _abc.Iterable[_builtins.str] | None = ...,
+        outcomes: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["causes", b"causes", "id", b"id", "outcomes", b"outcomes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QuarantinedTest: _TypeAlias = QuarantinedTest  # noqa: Y015
+
+@_typing.final
 class GateReport(_message.Message):
     """The gate's evidence for one task on one host."""
 
     DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class FixesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     TASK_ID_FIELD_NUMBER: _builtins.int
     STATUS_FIELD_NUMBER: _builtins.int
@@ -391,6 +449,14 @@ class GateReport(_message.Message):
     STATE_ID_FIELD_NUMBER: _builtins.int
     ERROR_LOG_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
+    DEPENDS_ON_FIELD_NUMBER: _builtins.int
+    QUARANTINED_FIELD_NUMBER: _builtins.int
+    REPEATS_FIELD_NUMBER: _builtins.int
+    FAIL_TO_PASS_FIELD_NUMBER: _builtins.int
+    PASS_TO_PASS_FIELD_NUMBER: _builtins.int
+    FIXES_FIELD_NUMBER: _builtins.int
+    DRIFT_FIELD_NUMBER: _builtins.int
+    PYTHON_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
     """Task."""
     status: Global___TaskStatus.ValueType
@@ -401,6 +467,10 @@ class GateReport(_message.Message):
     """State that was gated."""
     error_log: _builtins.str
     """Log that the agent starts from."""
+    repeats: _builtins.int
+    """Repeats of each check that were asked for."""
+    python: _builtins.str
+    """Interpreter, "major.minor"."""
     @_builtins.property
     def checks(self) -> _containers.RepeatedCompositeFieldContainer[Global___GateCheck]:
         """Checks made."""
@@ -413,6 +483,30 @@ class GateReport(_message.Message):
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When."""
 
+    @_builtins.property
+    def depends_on(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What the task's verdict hangs on beside the code: "date", "host", "user", "path", "order", "hash_seed", "network"."""
+
+    @_builtins.property
+    def quarantined(self) -> _containers.RepeatedCompositeFieldContainer[Global___QuarantinedTest]:
+        """Tests that are not required, with the evidence. `flaky` lists their ids where the task is not admitted."""
+
+    @_builtins.property
+    def fail_to_pass(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Tests that fail in the broken state and pass with the reference fix, the same in every run."""
+
+    @_builtins.property
+    def pass_to_pass(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Tests that pass in both."""
+
+    @_builtins.property
+    def fixes(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Reference fixes, "mode/origin": "ok", or what was wrong."""
+
+    @_builtins.property
+    def drift(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What changed against the report before; empty where nothing did, or there was none."""
+
     def __init__(
         self,
         *,
@@ -424,10 +518,18 @@ class GateReport(_message.Message):
         state_id: _builtins.str = ...,
         error_log: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
+        depends_on: _abc.Iterable[_builtins.str] | None = ...,
+        quarantined: _abc.Iterable[Global___QuarantinedTest] | None = ...,
+        repeats: _builtins.int = ...,
+        fail_to_pass: _abc.Iterable[_builtins.str] | None = ...,
+        pass_to_pass: _abc.Iterable[_builtins.str] | None = ...,
+        fixes: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        drift: _abc.Iterable[_builtins.str] | None = ...,
+        python: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checks", b"checks", "create_time", b"create_time", "error_log", b"error_log", "flaky", b"flaky", "reason", b"reason", "state_id", b"state_id", "status", b"status", "task_id", b"task_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checks", b"checks", "create_time", b"create_time", "depends_on", b"depends_on", "drift", b"drift", "error_log", b"error_log", "fail_to_pass", b"fail_to_pass", "fixes", b"fixes", "flaky", b"flaky", "pass_to_pass", b"pass_to_pass", "python", b"python", "quarantined", b"quarantined", "reason", b"reason", "repeats", b"repeats", "state_id", b"state_id", "status", b"status", "task_id", b"task_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

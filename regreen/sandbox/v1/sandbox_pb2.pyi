@@ -927,6 +927,52 @@ class RevertedChange(_message.Message):
 Global___RevertedChange: _TypeAlias = RevertedChange  # noqa: Y015
 
 @_typing.final
+class Conditions(_message.Message):
+    """What is different around a test run; absent and empty fields mean the pinned conditions."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ORDER_SEED_FIELD_NUMBER: _builtins.int
+    HASH_SEED_FIELD_NUMBER: _builtins.int
+    CLOCK_OFFSET_FIELD_NUMBER: _builtins.int
+    HOST_NAME_FIELD_NUMBER: _builtins.int
+    USER_NAME_FIELD_NUMBER: _builtins.int
+    REPOSITORY_FIELD_NUMBER: _builtins.int
+    order_seed: _builtins.int
+    """Run the collected tests in an order drawn from this seed: files, then classes, then tests; 0: as collected. An odd
+    seed gives the reverse of the even one below it.
+    """
+    hash_seed: _builtins.int
+    """Seed of hash randomisation; 0: that of the request."""
+    host_name: _builtins.str
+    """Name of the host."""
+    user_name: _builtins.str
+    """Name of the user, and of the home directory."""
+    repository: _builtins.str
+    """Absolute directory that the repository is moved to, below /work."""
+    @_builtins.property
+    def clock_offset(self) -> _duration_pb2.Duration:
+        """Move the clock that Python code reads by so much, forwards or backwards."""
+
+    def __init__(
+        self,
+        *,
+        order_seed: _builtins.int = ...,
+        hash_seed: _builtins.int = ...,
+        clock_offset: _duration_pb2.Duration | None = ...,
+        host_name: _builtins.str = ...,
+        user_name: _builtins.str = ...,
+        repository: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["clock_offset", b"clock_offset"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clock_offset", b"clock_offset", "hash_seed", b"hash_seed", "host_name", b"host_name", "order_seed", b"order_seed", "repository", b"repository", "user_name", b"user_name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Conditions: _TypeAlias = Conditions  # noqa: Y015
+
+@_typing.final
 class Coverage(_message.Message):
     """Line coverage of the code under test."""
 
@@ -1014,6 +1060,26 @@ class Validation(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class UnmetEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     STATE_ID_FIELD_NUMBER: _builtins.int
     CHANGES_SHA256_FIELD_NUMBER: _builtins.int
     OUTCOME_FIELD_NUMBER: _builtins.int
@@ -1030,6 +1096,8 @@ class Validation(_message.Message):
     PARTIAL_FIELD_NUMBER: _builtins.int
     NOT_RUN_FIELD_NUMBER: _builtins.int
     WORKERS_FIELD_NUMBER: _builtins.int
+    PROBE_FIELD_NUMBER: _builtins.int
+    UNMET_FIELD_NUMBER: _builtins.int
     state_id: _builtins.str
     """State it was computed in a fresh fork of."""
     changes_sha256: _builtins.str
@@ -1055,6 +1123,8 @@ class Validation(_message.Message):
     """Collected tests that were left out; 0 unless `partial`."""
     workers: _builtins.int
     """Forks of the state that the tests ran in at the same time; 1 if one after the other."""
+    probe: _builtins.bool
+    """Whether it was computed under `conditions` of the request: evidence of what a verdict hangs on, no basis of a reward."""
     @_builtins.property
     def tests(self) -> _containers.RepeatedCompositeFieldContainer[Global___TestResult]:
         """Every test that reported or was expected."""
@@ -1079,6 +1149,10 @@ class Validation(_message.Message):
     def coverage(self) -> Global___Coverage:
         """Coverage when asked for."""
 
+    @_builtins.property
+    def unmet(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Conditions that could not be brought about ("clock", "host_name", ...), and why; the run was without them."""
+
     def __init__(
         self,
         *,
@@ -1098,10 +1172,12 @@ class Validation(_message.Message):
         partial: _builtins.bool = ...,
         not_run: _builtins.int = ...,
         workers: _builtins.int = ...,
+        probe: _builtins.bool = ...,
+        unmet: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["coverage", b"coverage", "duration", b"duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached", b"cached", "changes_sha256", b"changes_sha256", "counts", b"counts", "coverage", b"coverage", "duration", b"duration", "failing", b"failing", "lasting", b"lasting", "log", b"log", "not_run", b"not_run", "outcome", b"outcome", "partial", b"partial", "reverted", b"reverted", "state_id", b"state_id", "summary", b"summary", "tests", b"tests", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached", b"cached", "changes_sha256", b"changes_sha256", "counts", b"counts", "coverage", b"coverage", "duration", b"duration", "failing", b"failing", "lasting", b"lasting", "log", b"log", "not_run", b"not_run", "outcome", b"outcome", "partial", b"partial", "probe", b"probe", "reverted", b"reverted", "state_id", b"state_id", "summary", b"summary", "tests", b"tests", "unmet", b"unmet", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

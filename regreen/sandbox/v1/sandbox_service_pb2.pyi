@@ -1016,6 +1016,7 @@ class ValidateRequest(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     STOP_EARLY_FIELD_NUMBER: _builtins.int
     ONLY_TESTS_FIELD_NUMBER: _builtins.int
+    CONDITIONS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Client-chosen id of this request."""
     state_id: _builtins.str
@@ -1025,7 +1026,7 @@ class ValidateRequest(_message.Message):
     skip_cache_lookup: _builtins.bool
     """Do not answer from the result cache; the result still replaces the cached one."""
     seed: _builtins.int
-    """Seed of hash randomisation and test order variations; 0 is the pinned default."""
+    """Seed of hash randomisation; 0 is the pinned default."""
     stop_early: _builtins.bool
     """Stop as soon as a required test is known not to pass. Whether the diff passes is the same as without it; only the
     list of tests is shorter, and then `partial` says so. A pass is always a whole run. Not with `coverage`.
@@ -1052,6 +1053,12 @@ class ValidateRequest(_message.Message):
         verdict is partial and never PASSED: for feedback, not for grading. Not with `coverage`.
         """
 
+    @_builtins.property
+    def conditions(self) -> _sandbox_pb2.Conditions:
+        """Conditions other than the pinned ones, to learn what a verdict hangs on: for a gate, never for scoring. Such a
+        verdict says so in `probe`. Not with `coverage`, `stop_early` or `only_tests`.
+        """
+
     def __init__(
         self,
         *,
@@ -1066,10 +1073,11 @@ class ValidateRequest(_message.Message):
         seed: _builtins.int = ...,
         stop_early: _builtins.bool = ...,
         only_tests: _abc.Iterable[_builtins.str] | None = ...,
+        conditions: _sandbox_pb2.Conditions | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["timeout", b"timeout"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["conditions", b"conditions", "timeout", b"timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["changes", b"changes", "coverage", b"coverage", "held_pins", b"held_pins", "only_tests", b"only_tests", "request_id", b"request_id", "required_tests", b"required_tests", "seed", b"seed", "skip_cache_lookup", b"skip_cache_lookup", "state_id", b"state_id", "stop_early", b"stop_early", "timeout", b"timeout"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changes", b"changes", "conditions", b"conditions", "coverage", b"coverage", "held_pins", b"held_pins", "only_tests", b"only_tests", "request_id", b"request_id", "required_tests", b"required_tests", "seed", b"seed", "skip_cache_lookup", b"skip_cache_lookup", "state_id", b"state_id", "stop_early", b"stop_early", "timeout", b"timeout"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

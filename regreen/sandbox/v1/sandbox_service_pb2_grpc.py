@@ -295,7 +295,7 @@ class SandboxServiceServicer:
 
         Errors:
         - NOT_FOUND: no such state.
-        - INVALID_ARGUMENT: a malformed change or test; coverage of a part of the tests.
+        - INVALID_ARGUMENT: a malformed change, test or condition; coverage of a part of the tests.
         - INTERNAL with reason INFRA: the platform failed; retry, never score.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -142,7 +142,7 @@ class SandboxServiceStub:
 
     Errors:
     - NOT_FOUND: no such state.
-    - INVALID_ARGUMENT: a malformed change or test; coverage of a part of the tests.
+    - INVALID_ARGUMENT: a malformed change, test or condition; coverage of a part of the tests.
     - INTERNAL with reason INFRA: the platform failed; retry, never score.
     """
     GetCapabilities: _grpc.UnaryUnaryMultiCallable[_sandbox_service_pb2.GetCapabilitiesRequest, _sandbox_service_pb2.GetCapabilitiesResponse]
@@ -266,7 +266,7 @@ class SandboxServiceAsyncStub(SandboxServiceStub):
 
     Errors:
     - NOT_FOUND: no such state.
-    - INVALID_ARGUMENT: a malformed change or test; coverage of a part of the tests.
+    - INVALID_ARGUMENT: a malformed change, test or condition; coverage of a part of the tests.
     - INTERNAL with reason INFRA: the platform failed; retry, never score.
     """
     GetCapabilities: _aio.UnaryUnaryMultiCallable[_sandbox_service_pb2.GetCapabilitiesRequest, _sandbox_service_pb2.GetCapabilitiesResponse]  # type: ignore[assignment]
@@ -483,7 +483,7 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors:
         - NOT_FOUND: no such state.
-        - INVALID_ARGUMENT: a malformed change or test; coverage of a part of the tests.
+        - INVALID_ARGUMENT: a malformed change, test or condition; coverage of a part of the tests.
         - INTERNAL with reason INFRA: the platform failed; retry, never score.
         """
 

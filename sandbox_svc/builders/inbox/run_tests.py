@@ -2,7 +2,8 @@
 
 - Standard library only, Python 3.7 and newer, pytest 3.6 and newer.
 - Standard input carries one JSON object: `key` (hex), `arguments`, `coverage`, `root`; with
-  `part`, only a part of the collected tests runs (`part.py`).
+  `part`, only a part of the collected tests runs (`part.py`); with `elsewhere`, under another
+  clock or host name (`elsewhere.py`), with `order` in another order (`order.py`).
 - A frame is 4 bytes of length, 32 bytes of HMAC-SHA256(key, sequence number + body), a JSON body.
 - pytest is imported before the repository is on the path, so that no file there can replace it.
 - Controls, tests that must fail, run before modules that the key decides and at the end, below a
@@ -414,7 +415,8 @@ def run_pytest(setup: dict[str, Any], pipe: Pipe, key: bytes, ahead: Ahead | Non
         lines.start()
     part = Part(pipe.send, setup["part"], pytest) if setup.get("part") else None
     reporter = Reporter(part or pipe, Origin(setup["root"], setup["skip"], pytest))
-    plugins = [reporter, controls, *([part] if part is not None else [])]
+    order = [beside("order").Order(setup["order"], pytest)] if setup.get("order") else []
+    plugins = [reporter, controls, *order, *([part] if part is not None else [])]
     status = int(pytest.main(list(setup["arguments"]), plugins=plugins))
     controls.tell()
     if lines is not None:
@@ -441,6 +443,8 @@ def main() -> None:
     pipe = Pipe(fd, key)
     pipe.send({"t": "start", "python": list(sys.version_info[:3])})
     status = 1
+    if setup.get("elsewhere"):
+        pipe.send({"t": "unmet", "what": beside("elsewhere").apply(setup["elsewhere"])})
     try:
         status = run_pytest(setup, pipe, key, ahead)
     except SystemExit as stop:

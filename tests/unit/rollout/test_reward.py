@@ -218,6 +218,12 @@ def test_trouble_of_the_platform_is_never_scored():
             compose(grader=common_pb.GRADER_BUILD, end=end, validation=run)
 
 
+def test_a_run_under_other_conditions_is_never_scored():
+    probe = sandbox_pb.Validation(outcome=sandbox_pb.VALIDATION_OUTCOME_PASSED, probe=True)
+    with pytest.raises(InvalidArgument, match="is a probe"):
+        compose(grader=common_pb.GRADER_BUILD, end=pb.EPISODE_END_SUBMITTED, validation=probe)
+
+
 def test_a_part_of_the_tests_is_never_scored():
     part = sandbox_pb.Validation(outcome=sandbox_pb.VALIDATION_OUTCOME_FAILED, partial=True)
     for numbers in (RewardSettings(), PARTIAL):

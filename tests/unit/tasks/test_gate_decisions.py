@@ -6,10 +6,11 @@ from regreen.common.v1 import TEST_OUTCOME_FAILED, TEST_OUTCOME_PASSED
 from regreen.pkgindex import PackageIndex
 from regreen.rpc.errors import InvalidArgument
 from regreen.sandbox import v1 as sandbox_pb
-from regreen.tasks.gate import STEADY_ROUNDS, Gate, Verdict, judge_steadily
+from regreen.tasks.gate import STEADY_ROUNDS, Gate, judge_steadily
 from regreen.tasks.jsonl import load_tasks
 from regreen.tasks.messages import gate_report
 from regreen.tasks.model import DistributionRecord, FileRecord, Fix, TaskRecord, Tests
+from regreen.tasks.verdict import Verdict
 
 SHA = "ab" * 32
 PINS = ("a==1", "a==2")
@@ -70,9 +71,11 @@ class Sandboxes:
         return {}
 
 
-async def steadily(sandboxes: Sandboxes, record=RECORD) -> tuple[TaskRecord, Verdict]:
+async def steadily(
+    sandboxes: Sandboxes, record=RECORD, *, learn: bool = False
+) -> tuple[TaskRecord, Verdict]:
     async with PackageIndex(["http://127.0.0.1:9"]) as index:
-        return await judge_steadily(Gate(sandboxes, RELEASES, index), record)
+        return await judge_steadily(Gate(sandboxes, RELEASES, index, learn=learn), record)
 
 
 async def test_a_stable_task_is_judged_once():
@@ -111,9 +114,12 @@ async def test_recorded_tests_that_do_not_fail_here_are_named():
             "tests": tests.model_copy(update={"fail_to_pass_count": 2, "fail_to_pass_sha256": ""})
         }
     )
-    _, verdict = await steadily(Sandboxes(()), record)
+    _, verdict = await steadily(Sandboxes(()), record, learn=True)
     assert (verdict.status, verdict.lost) == ("admitted", ("green",))
     assert verdict.reason == "1 tests turn green, 0 unstable; 1 recorded ones do not: green"
+    _, verdict = await steadily(Sandboxes(()), record)
+    assert verdict.status == "rejected"
+    assert verdict.reason == "broken-fails: 1 of 2 tests recorded as failing pass: green"
 
 
 async def test_a_task_with_other_unstable_tests_in_every_round_is_quarantined():
