@@ -204,6 +204,7 @@ def report_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     cold = collections.Counter(str(c["why_cold"]) for c in cases if not c["warm"])
     differing = [case for case in cases if not case["same"]]
     real = [case for case in differing if not case["cold_differs_from_itself"]]
+    skipped = {row["task"]: row["skipped"] for row in rows if "skipped" in row}
     return {
         "bench": "warm_verdicts",
         "cpus": os.cpu_count(),
@@ -217,8 +218,12 @@ def report_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "cold_over_warm_median": round(statistics.median(ratios), 2) if ratios else 0.0,
         "cold_because": dict(cold),
         "differences": differing,
-        "targets": {"verdicts that differ, cold and warm": target(len(real), "at most", 0)},
-        "skipped": {row["task"]: row["skipped"] for row in rows if "skipped" in row},
+        "targets": {
+            "verdicts that differ, cold and warm": target(len(real), "at most", 0),
+            "tasks that could not be compared": target(len(skipped), "at most", 0),
+            "verdicts that were served warm": target(len(warm), "at least", 1),
+        },
+        "skipped": skipped,
         "rows": list(rows),
     }
 

@@ -24,8 +24,18 @@ def test_equal_verdicts_meet_the_target():
     assert report["cold_because"] == {"lock": 1}
     assert report["cold_over_warm_median"] == 4.0
     assert report["skipped"] == {"two": "no index"}
-    assert all(found["met"] for found in report["targets"].values())
+    met = {name: found["met"] for name, found in report["targets"].items()}
+    assert met == {
+        "verdicts that differ, cold and warm": True,
+        "tasks that could not be compared": False,
+        "verdicts that were served warm": True,
+    }
     assert "cold (lock)" in table(report)
+
+
+def test_what_compared_nothing_meets_nothing():
+    report = report_of(rows(COLD))
+    assert not report["targets"]["verdicts that were served warm"]["met"]
 
 
 def test_a_verdict_that_differs_misses_it_and_a_flaky_test_does_not():
@@ -33,7 +43,7 @@ def test_a_verdict_that_differs_misses_it_and_a_flaky_test_does_not():
     assert (flaky["differ"], flaky["differ_cold_from_itself_too"]) == (0, 1)
     wrong = report_of(rows(SAME, WRONG))
     assert wrong["differ"] == 1
-    assert not any(found["met"] for found in wrong["targets"].values())
+    assert not wrong["targets"]["verdicts that differ, cold and warm"]["met"]
     assert "DIFFERS: a: failed and passed" in table(wrong)
 
 
