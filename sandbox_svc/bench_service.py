@@ -31,6 +31,7 @@ from regreen.common.v1 import CHANGE_KIND_ADD, FileChange
 from regreen.rpc.errors import ResourceExhausted
 from regreen.rpc.wire import from_rpc_error
 from regreen.sandbox import v1 as pb
+from sandbox_svc.bench_warm import target
 from sandbox_svc.floor import Floor
 
 LEVELS = (1, 2, 8, 32)
@@ -436,14 +437,8 @@ def _report(
 
 def _targets(ratios: dict[str, float]) -> dict[str, dict[str, Any]]:
     """Which of the ratios that have a target meet it."""
-    found = {}
-    for name, ratio in ratios.items():
-        kind = name.partition(", at ")[0]
-        if kind in _TARGETS:
-            side, bound = _TARGETS[kind]
-            met = ratio >= bound if side == "at least" else ratio <= bound
-            found[name] = {"ratio": ratio, "target": f"{side} {bound:g}", "met": met}
-    return found
+    kinds = {name: name.partition(", at ")[0] for name in ratios}
+    return {n: target(ratios[n], *_TARGETS[k]) for n, k in kinds.items() if k in _TARGETS}
 
 
 def _rows(samples: Samples) -> dict[str, dict[str, float]]:
