@@ -231,7 +231,7 @@ def _row(report: pb.GateReport) -> dict[str, object]:
         "id": report.task_id,
         "status": status_name(report.status),
         "state": report.state_id,
-        "reason": report.reason,
+        "reason": _why(report),
         "depends_on": list(report.depends_on),
         "quarantined": {held.id: list(held.causes) for held in report.quarantined},
         "fixes": dict(report.fixes),

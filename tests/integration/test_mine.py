@@ -150,7 +150,7 @@ async def test_from_a_hint_to_an_admitted_task(world: World, tmp_path: Path) -> 
     releases = load_distributions(tmp_path / "distributions.jsonl")
     assert set(task.pins_pass) | set(task.pins_fail) <= set(releases)
     evidence = journal.rows("record")[0]["evidence"]
-    assert evidence.count('"reference-passes any_fix/pins-restored"') == 2
+    assert evidence.count('"reference-passes any_fix/pins-restored"') == 3  # the last elsewhere
     found = report(journal)
     assert (found.usable, found.records, found.culprits) == (1, {"admitted": 1}, 1)
     assert found.per_hour["admitted records"] > 0
