@@ -50,7 +50,7 @@ def _is_metadata(value: object) -> bool:
 
 _CHECKS: Mapping[str, Callable[[object], bool]] = {
     **dict.fromkeys(("id", "parent_id", "spec_sha256", "python", "host", "boot"), _is_text),
-    "layers": lambda value: _is_list(value, _is_text),
+    **dict.fromkeys(("layers", "ancestors"), lambda value: _is_list(value, _is_text)),
     "created_s": _is_number,
     "size_bytes": lambda value: isinstance(value, int) and _is_number(value, _MAX_BYTES),
     "mounts": lambda value: _is_list(value, _is_mount),

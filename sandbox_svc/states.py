@@ -76,6 +76,8 @@ class State:
     """Where its programs come from: the host, or `image:sha256:` and a configuration's digest."""
     cwd: str = DEFAULT_CWD
     """Where commands run that name no directory."""
+    ancestors: tuple[str, ...] = ()
+    """Ids of those it was made from, the root first; older records name the parent alone."""
 
     def encode(self) -> bytes:
         """The record as JSON."""
@@ -93,11 +95,12 @@ class State:
         fields = json.loads(data)
         if not isinstance(fields, dict) or fields.pop("format", None) != _FORMAT:
             raise ValueError("not a state record")
-        fields = {"base": HOST_BASE, "cwd": DEFAULT_CWD, **fields}  # older records lack them
+        fields = {"base": HOST_BASE, "cwd": DEFAULT_CWD, "ancestors": [], **fields}  # new ones
         try:
             check_record(fields)
             fields["mounts"] = tuple(Mount(Path(a), b, c) for a, b, c in fields["mounts"])
             fields["layers"] = tuple(fields["layers"])
+            fields["ancestors"] = tuple(fields["ancestors"])
             return cls(**fields)
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a state record: {error}") from error
@@ -204,17 +207,23 @@ class StateStore:
         return layer in self._used
 
     def lineage(self, state_id: str) -> Sequence[State]:
-        """A state and those that it was made from, the root first; deleted ones end the line.
+        """A state and those that it was made from, the root first; deleted ones are left out.
 
         Raises:
             NotFound: there is none of this id.
         """
-        line = [self.get(state_id)]
-        seen = {state_id}
-        while (parent := self._states.get(line[-1].parent_id)) and parent.id not in seen:
-            seen.add(parent.id)
-            line.append(parent)
-        return line[::-1]
+        state = self.get(state_id)
+        ids = [id for id in dict.fromkeys(self._ancestors(state)) if id != state_id]
+        return [*(self._states[id] for id in ids if id in self._states), state]
+
+    def _ancestors(self, state: State) -> tuple[str, ...]:
+        """Ids of those that a state was made from, as far as records tell."""
+        line, seen = [], {state.id}
+        while not state.ancestors and state.parent_id and state.parent_id not in seen:
+            seen.add(state.parent_id)
+            line.append(state.parent_id)
+            state = self._states.get(state.parent_id, state)
+        return (*state.ancestors, *line[::-1])
 
     def find(self, spec_sha256: str) -> State | None:
         """The prepared state of a spec that this host can run, if there is one."""
@@ -248,6 +257,7 @@ class StateStore:
             id=state_id(parent.id if parent else "", action),
             layers=tuple(layers),
             parent_id=parent.id if parent else "",
+            ancestors=(*self._ancestors(parent), parent.id) if parent else (),
             spec_sha256=spec_sha256,
             created_s=self._clock(),
             size_bytes=sum(sizes),

@@ -17,6 +17,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from regreen.rpc.errors import FailedPrecondition, InfraError, MissingDependency, Unavailable
@@ -36,6 +37,7 @@ from sandbox_svc.backends.docker_marks import COUNT, PREPARE
 from sandbox_svc.backends.docker_pool import ContainerPool, PoolSize, Recipe
 from sandbox_svc.backends.embedded import DEFAULT_LIMITS
 from sandbox_svc.backends.layers import is_full
+from sandbox_svc.backends.probe import MEMFD
 
 _LABEL = "regreen.instance"
 _IDENTITY = "docker-instance"
@@ -370,7 +372,7 @@ class DockerRuntime:
         return self._capabilities
 
     async def _prove(self) -> list[Capability]:
-        limits = Limits(memory_bytes=64 << 20, pids=16, cpus=0.5)
+        limits = Limits(memory_bytes=64 << 20, pids=16, cpus=0.5, output_bytes=1 << 20)
         box = await self.create([], limits=limits)
 
         async def sh(script: str, timeout_s: float = 20.0) -> tuple[EndReason, str]:
@@ -382,6 +384,9 @@ class DockerRuntime:
             _, status = await sh("grep -E 'CapEff|NoNewPrivs|Seccomp:' /proc/self/status")
             _, devices = await sh("grep -c : /proc/net/dev")
             _, memory = await sh("head -c 200000000 /dev/zero | tail -c 200000000 | wc -c")
+            program = f"command -v python3 > /dev/null && exec python3 -ISc {quote(MEMFD)}"
+            memfd, _ = await sh(program)
+            flood, _ = await sh("head -c 4000000 /dev/zero; sleep 2")
             hidden = "env -i setsid sleep 301 & sleep 0.2; echo; while :; do :; done"
             spin, _ = await sh(hidden, timeout_s=1.0)
             _, left = await sh("cat /proc/[0-9]*/cmdline | tr '\\0' ' '")
@@ -397,8 +402,12 @@ class DockerRuntime:
             Capability("no_new_privs", "NoNewPrivs:\t1" in status, self.name),
             Capability("syscall_filter", "Seccomp:\t2" in status, self.name),
             Capability("no_network", devices.strip() == "1", self.name),
+            Capability("output", flood is EndReason.OUTPUT, "service"),
+            Capability("memfd", memfd is EndReason.OOM, self.name, f"at the limit: {memfd}"),
             Capability("cpu", False, self.name, "set, not proven"),
             Capability("disk", False, self.name, "only the size of one file is bounded"),
+            Capability("inodes", False, self.name, "not bounded"),
+            Capability("inotify", False, self.name, "containers share those of one host user"),
         ]
 
 
@@ -437,5 +446,6 @@ def _complete(limits: Limits, default: Limits) -> Limits:
         pids=limits.pids or default.pids,
         cpus=limits.cpus or default.cpus,
         disk_bytes=limits.disk_bytes or default.disk_bytes,
+        output_bytes=limits.output_bytes or default.output_bytes,
         wall_s=limits.wall_s or default.wall_s,
     )

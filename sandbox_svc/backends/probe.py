@@ -7,6 +7,7 @@
 """
 
 import asyncio
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sandbox_svc.backends.base import Capability, Command, EndReason, ExecResult, Limits
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 _FORKS = "i=0; while [ $i -lt 40 ]; do sleep 3 & i=$((i+1)); done; echo all"
 _MEMORY = "head -c 200000000 /dev/zero | tail -c 200000000 > /dev/null && echo all"
-_MEMFD = """
+MEMFD = """
 import os
 for number in range(20):
     fd = os.memfd_create("probe")
@@ -30,6 +31,10 @@ _FLOOD = "head -c 4000000 /dev/zero; sleep 0.5; echo all >&2"
 _DISK = (
     "head -c 8000000 /dev/zero > /work/home/a; head -c 8000000 /dev/zero > /work/home/b;"
     " sleep 1; echo all"
+)
+_FILES = (
+    "i=0; while [ $i -lt 2000 ]; do : > /work/home/$i; i=$((i+1)); done;"
+    " [ -e /work/home/1999 ] && sleep 1; echo all"
 )
 _LOOK = """
 grep -E '^(CapEff|CapBnd|NoNewPrivs|Seccomp):' /proc/self/status
@@ -49,19 +54,27 @@ _TIGHT = Limits(
     disk_bytes=10 << 20,
     output_bytes=1 << 20,
 )
-_WIDE = Limits(memory_bytes=1 << 30, pids=256, cpus=16.0, disk_bytes=1 << 30, output_bytes=1 << 28)
+_WIDE = Limits(
+    memory_bytes=1 << 30,
+    pids=256,
+    cpus=16.0,
+    disk_bytes=1 << 30,
+    inodes=1 << 20,
+    output_bytes=1 << 28,
+)
+_FEW_FILES = replace(_WIDE, inodes=500)
 
 
 async def prove(runtime: "EmbeddedRuntime") -> list[Capability]:
     """Run all probes; the result has one entry per limit and protection."""
-    boxes = await asyncio.gather(
-        *(runtime.create([], limits=limits) for limits in (_TIGHT, _WIDE, _TIGHT, _WIDE, _TIGHT))
-    )
+    wanted = (_TIGHT, _WIDE, _TIGHT, _WIDE, _TIGHT, _FEW_FILES, _WIDE)
+    boxes = await asyncio.gather(*(runtime.create([], limits=limits) for limits in wanted))
     try:
         groups = await asyncio.gather(
             _kernel_limits(runtime.cgroups.name, boxes[0], boxes[1]),
             _service_limits(boxes[2], boxes[3]),
             _walls(boxes[4]),
+            _numbers_of_files(boxes[5], boxes[6]),
         )
         return [capability for group in groups for capability in group]
     finally:
@@ -116,7 +129,7 @@ async def _anonymous_files(driver: str, tight: "EmbeddedBox", wide: "EmbeddedBox
     """Memory in files without a name, which only a control group counts."""
     results = []
     for box in (tight, wide):
-        command = Command(("/usr/bin/python3", "-I", "-S", "-c", _MEMFD), cwd="/", timeout_s=5.0)
+        command = Command(("/usr/bin/python3", "-I", "-S", "-c", MEMFD), cwd="/", timeout_s=5.0)
         results.append(await box.run(command))
     return _compared("memfd", driver, results[0].reason is EndReason.OOM, *results)
 
@@ -129,6 +142,12 @@ async def _service_limits(tight: "EmbeddedBox", wide: "EmbeddedBox") -> list[Cap
         _compared("disk", "watchdog", disk.reason is EndReason.DISK, disk, room),
         _compared("output", "service", flood.reason is EndReason.OUTPUT, flood, loud),
     ]
+
+
+async def _numbers_of_files(tight: "EmbeddedBox", wide: "EmbeddedBox") -> list[Capability]:
+    """Empty files: too small for the disk limit to act."""
+    few, many = await asyncio.gather(_run(tight, _FILES, 5.0), _run(wide, _FILES, 5.0))
+    return [_compared("inodes", "watchdog", few.reason is EndReason.DISK, few, many)]
 
 
 async def _walls(box: "EmbeddedBox") -> list[Capability]:

@@ -520,7 +520,9 @@ class Limits(_message.Message):
     inodes: _builtins.int
     """Files created."""
     output_bytes: _builtins.int
-    """Output kept of each stream of a command."""
+    """What one command may print on both streams together; one that prints more is stopped with reason OUTPUT. How much
+    is kept of each stream is `Command.output_bytes`.
+    """
     @_builtins.property
     def wall(self) -> _duration_pb2.Duration:
         """Wall time of one command."""
@@ -711,7 +713,7 @@ class Command(_message.Message):
     stdin: _builtins.bytes
     """Bytes given on standard input."""
     output_bytes: _builtins.int
-    """Bytes kept of each stream; 0 means the sandbox's."""
+    """Bytes kept of each stream, half from its start and half from its end; 0 means 1 MiB, the most is 16 MiB."""
     @_builtins.property
     def argv(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Program and arguments."""

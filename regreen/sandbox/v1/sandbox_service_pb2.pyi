@@ -319,7 +319,7 @@ class ForkSandboxRequest(_message.Message):
     id: _builtins.str
     """Sandbox to fork."""
     count: _builtins.int
-    """How many forks."""
+    """How many forks, from 1 to 256."""
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Labels of the forks."""

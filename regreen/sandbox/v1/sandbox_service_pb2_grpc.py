@@ -130,6 +130,7 @@ class SandboxServiceServicer:
         """Forks a state into a new sandbox. Idempotent by request_id.
 
         Errors:
+        - INVALID_ARGUMENT: malformed limits or egress.
         - NOT_FOUND: no such state.
         - FAILED_PRECONDITION: the state cannot run on this host.
         - RESOURCE_EXHAUSTED: too many sandboxes; retry after the delay given.
@@ -173,6 +174,7 @@ class SandboxServiceServicer:
         request_id.
 
         Errors:
+        - INVALID_ARGUMENT: `count` is not from 1 to 256.
         - NOT_FOUND: no such sandbox.
         - RESOURCE_EXHAUSTED: too many sandboxes.
         """

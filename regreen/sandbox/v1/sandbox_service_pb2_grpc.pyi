@@ -37,6 +37,7 @@ class SandboxServiceStub:
     """Forks a state into a new sandbox. Idempotent by request_id.
 
     Errors:
+    - INVALID_ARGUMENT: malformed limits or egress.
     - NOT_FOUND: no such state.
     - FAILED_PRECONDITION: the state cannot run on this host.
     - RESOURCE_EXHAUSTED: too many sandboxes; retry after the delay given.
@@ -64,6 +65,7 @@ class SandboxServiceStub:
     request_id.
 
     Errors:
+    - INVALID_ARGUMENT: `count` is not from 1 to 256.
     - NOT_FOUND: no such sandbox.
     - RESOURCE_EXHAUSTED: too many sandboxes.
     """
@@ -161,6 +163,7 @@ class SandboxServiceAsyncStub(SandboxServiceStub):
     """Forks a state into a new sandbox. Idempotent by request_id.
 
     Errors:
+    - INVALID_ARGUMENT: malformed limits or egress.
     - NOT_FOUND: no such state.
     - FAILED_PRECONDITION: the state cannot run on this host.
     - RESOURCE_EXHAUSTED: too many sandboxes; retry after the delay given.
@@ -188,6 +191,7 @@ class SandboxServiceAsyncStub(SandboxServiceStub):
     request_id.
 
     Errors:
+    - INVALID_ARGUMENT: `count` is not from 1 to 256.
     - NOT_FOUND: no such sandbox.
     - RESOURCE_EXHAUSTED: too many sandboxes.
     """
@@ -288,6 +292,7 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
         """Forks a state into a new sandbox. Idempotent by request_id.
 
         Errors:
+        - INVALID_ARGUMENT: malformed limits or egress.
         - NOT_FOUND: no such state.
         - FAILED_PRECONDITION: the state cannot run on this host.
         - RESOURCE_EXHAUSTED: too many sandboxes; retry after the delay given.
@@ -339,6 +344,7 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
         request_id.
 
         Errors:
+        - INVALID_ARGUMENT: `count` is not from 1 to 256.
         - NOT_FOUND: no such sandbox.
         - RESOURCE_EXHAUSTED: too many sandboxes.
         """

@@ -456,7 +456,14 @@ async def test_what_is_proven_and_that_waiting_containers_are_no_leaks(proxy, tm
     runtime = DockerRuntime(tmp_path / "p", image=DOCKER_IMAGE, pool=PoolSize(each=1))
     await runtime.start()
     told = {found.name: found.proven for found in runtime.capabilities()}
-    assert {name for name, proven in told.items() if not proven} == {"cpu", "disk"}
+    assert {name for name, proven in told.items() if not proven} == {
+        "cpu",
+        "disk",
+        "inodes",
+        "inotify",
+    }
+    assert told["output"]
+    assert told["memfd"]
     try:
         await runtime.create([], limits=SMALL)
 

@@ -147,7 +147,7 @@ async def test_what_is_enforced_inside_is_told(clients):
     told = {capability.name: capability.proven for capability in answer.capabilities}
     assert answer.runtime == "embedded"
     assert {name for name, proven in told.items() if not proven} <= _ABSENT
-    assert {"memory", "pids", "disk", "output", "wall_time", "no_network"} <= set(told)
+    assert {"memory", "pids", "disk", "inodes", "output", "wall_time", "no_network"} <= set(told)
 
 
 async def test_a_rollouts_life_inside_the_container(clients):

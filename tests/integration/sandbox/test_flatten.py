@@ -1,6 +1,7 @@
 """Flattening a chain of layers: the states show the same files, before and after."""
 
 import asyncio
+import json
 import shutil
 
 import pytest
@@ -214,6 +215,46 @@ async def test_a_sandbox_outlives_the_flattened_states_that_it_stood_on(tmp_path
     async with manager.fresh(last.id) as box:
         listed = await sh(box, "cd /work/repo; ls; cat n6")
         assert listed.stdout.text.split() == ["n1", "n2", "n3", "n4", "n5", "n6", "one", "6"]
+    await _close(*host)
+
+
+async def test_a_lineage_leaves_out_what_was_deleted_and_goes_on(tmp_path):
+    host = await _open(tmp_path / "home", flatten_layers=50)
+    runtime, states, manager, _ = host
+    root = await _prepared(runtime, states, "echo 1 > one")
+    sandbox, line = await _chain(manager, root, 4)
+    for gone in (line[1], line[2]):
+        await manager.delete_state(gone)
+    await _close(*host)
+
+    host = runtime, states, manager, _ = await _open(tmp_path / "home", flatten_layers=50)
+    assert [s.id for s in states.lineage(line[3])] == [root.id, line[0], line[3]]
+    sandbox = await manager.create(line[3])
+    child = await manager.snapshot(sandbox.id)
+    assert [s.id for s in states.lineage(child.id)] == [root.id, line[0], line[3], child.id]
+    await manager.delete_state(root.id)
+    assert [s.id for s in states.lineage(child.id)] == [line[0], line[3], child.id]
+    await _close(*host)
+
+
+async def test_records_that_name_the_parent_alone_have_a_lineage_by_parents(tmp_path):
+    host = await _open(tmp_path / "home", flatten_layers=50)
+    runtime, states, manager, _ = host
+    root = await _prepared(runtime, states, "echo 1 > one")
+    _sandbox, line = await _chain(manager, root, 3)
+    await _close(*host)
+    for path in (tmp_path / "home" / "states").glob("st_*.json"):
+        record = json.loads(path.read_bytes())
+        del record["ancestors"]
+        path.write_text(json.dumps(record))
+
+    host = runtime, states, manager, _ = await _open(tmp_path / "home", flatten_layers=50)
+    assert [s.id for s in states.lineage(line[2])] == [root.id, *line]
+    child = await manager.snapshot((await manager.create(line[2])).id)
+    await manager.delete_state(line[1])
+    assert [s.id for s in states.lineage(line[2])] == [line[2]]
+    kept = [root.id, line[0], line[2], child.id]
+    assert [s.id for s in states.lineage(child.id)] == kept
     await _close(*host)
 
 

@@ -291,22 +291,23 @@ async def test_probes_prove_the_limits_of_this_host(tmp_path):
     found = {c.name: c for c in runtime.capabilities()}
     await runtime.close()
     always = {"wall_time", "pids", "memory", "disk", "output", "no_capabilities", "no_new_privs"}
-    always |= {"syscall_filter", "no_network", "host_read_only", "no_nested_namespaces"}
+    always |= {"inodes", "syscall_filter", "no_network", "host_read_only", "no_nested_namespaces"}
     assert not [found[name] for name in always if not found[name].proven]
     assert not found["inotify"].proven
 
 
 async def test_probes_prove_nothing_where_no_limit_acts(tmp_path, monkeypatch):
     monkeypatch.setattr(probe, "_TIGHT", probe._WIDE)
+    monkeypatch.setattr(probe, "_FEW_FILES", probe._WIDE)
     runtime = EmbeddedRuntime(tmp_path / "home")
     await runtime.start()
     proven = {c.name for c in runtime.capabilities() if c.proven}
     await runtime.close()
-    assert proven & {"pids", "memory", "memfd", "disk", "output", "cpu"} == set()
+    assert proven & {"pids", "memory", "memfd", "disk", "inodes", "output", "cpu"} == set()
 
 
 async def test_probes_prove_nothing_where_the_scripts_cannot_run(tmp_path, monkeypatch):
-    for script in ("_FORKS", "_MEMORY", "_MEMFD", "_DISK", "_FLOOD", "_LOOK"):
+    for script in ("_FORKS", "_MEMORY", "MEMFD", "_DISK", "_FILES", "_FLOOD", "_LOOK"):
         monkeypatch.setattr(probe, script, "no-such-program")
     runtime = EmbeddedRuntime(tmp_path / "home")
     await runtime.start()

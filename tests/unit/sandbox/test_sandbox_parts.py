@@ -251,10 +251,16 @@ def test_settings_become_limits(tmp_path):
 
 def test_records_without_a_base_are_of_the_host_and_ids_of_host_states_stay() -> None:
     fields = json.loads(State(id=state_id("", "x"), layers=("a",)).encode())
-    del fields["base"], fields["cwd"]
+    del fields["base"], fields["cwd"], fields["ancestors"]
     old = State.decode(json.dumps(fields).encode())
     assert (old.base, old.cwd) == ("host", "/work/repo")
     assert state_id("", "ab" * 32) == "st_4784588662af4bf506cfd93d40fff992"
-    for change in ({"base": "image:sha256:zz"}, {"base": 1}, {"cwd": "relative"}, {"cwd": "/a\0"}):
+    for change in (
+        {"base": "image:sha256:zz"},
+        {"base": 1},
+        {"ancestors": [1]},
+        {"cwd": "relative"},
+        {"cwd": "/a\0"},
+    ):
         with pytest.raises(ValueError, match="another type"):
             State.decode(json.dumps(fields | change).encode())
