@@ -11,7 +11,8 @@
   second half of it, when everything is warm, its resident memory has a slope, in bytes for each
   sandbox, that is told and has a bound.
 - In the end, with the service stopped: no process, mount, control group or directory of a sandbox
-  is left.
+  is left. Every service, spawner and first process that was seen while it ran is looked for by its
+  process id and start time, because a spawner's environment and arguments do not name its home.
 """
 
 import argparse
@@ -47,6 +48,7 @@ from regreen.rpc.errors import (
 )
 from regreen.sandbox import v1 as pb
 from sandbox_svc.backends import leftovers
+from tests.load import processes
 
 ALLOWED = (DeadlineExceeded, FailedPrecondition, InfraError, NotFound, ResourceExhausted)
 """What an operation may end with when something was killed; `Unavailable` is waited out."""
@@ -65,6 +67,10 @@ _SLOPE_OVER = 1000
 _GROWTH_BYTES, _GROWTH_FDS = 48 << 20, 64
 """How much more one service may have of each at a look than at an earlier one."""
 _IDLE_FDS = 8
+_SEE_S = 0.2
+"""Between two looks at which processes there are."""
+_GONE_S = 10.0
+"""Within which what was killed has been reaped, as `test_crash` has it."""
 _DAEMON = "nohup sleep 1000 >/dev/null 2>&1 & echo started"
 
 
@@ -88,6 +94,8 @@ class Soak:
     """By process: sandboxes made so far, its resident bytes and open descriptors."""
     calm: list[tuple[int, int]] = field(default_factory=list)
     """Of the service that is spared: sandboxes made so far and its resident bytes."""
+    seen: dict[processes.Lived, str] = field(default_factory=dict)
+    """Processes of the service, by process id and start time."""
     _spared: bool = False
     _calm_pids: set[int] = field(default_factory=set)
     _process: asyncio.subprocess.Process | None = None
@@ -97,6 +105,7 @@ class Soak:
         """All of it; the report."""
         ended = asyncio.Event()
         keeper = asyncio.create_task(self._keep_running(ended))
+        seer = asyncio.create_task(self._see_all())
         try:
             async with connect(self._address) as channel:
                 self.sandboxes = SandboxClient(channel, patience_s=120.0)
@@ -114,9 +123,11 @@ class Soak:
                 await self._clear()
                 await self._check_growth(idle_fds)
         finally:
+            seer.cancel()
+            self._see()
             ended.set()
             await keeper
-        return self._report(await self._left())
+        return self._report(await self._left(_GONE_S))
 
     @property
     def _address(self) -> str:
@@ -152,13 +163,25 @@ class Soak:
                 return event.state.id
         raise AssertionError("no state came")
 
+    async def _see_all(self) -> None:
+        while True:
+            self._see()
+            await asyncio.sleep(_SEE_S)
+
+    def _see(self) -> None:
+        """Remember the processes that there are, and forget those that have ended."""
+        self.seen = processes.still(self.seen)
+        if self._process is not None:
+            self.seen |= processes.family(self._process.pid)
+
     async def _kill(self) -> None:
         while True:
             await asyncio.sleep(self.rng.expovariate(1 / self.kill_s))
             assert self._process is not None
+            self._see()  # who loses its parent is not found by it any more
             service = self._process.pid
-            spawners = _children(service)
-            boxes = [box for spawner in spawners for box in _children(spawner)]
+            spawners = processes.children(service)
+            boxes = [box for spawner in spawners for box in processes.children(spawner)]
             weights = (1, 0, 0) if self._spared else (6, 2, 1)
             kind = self.rng.choices(("box", "spawner", "service"), weights)[0]
             victims = {"box": boxes, "spawner": spawners, "service": [service]}[kind]
@@ -311,21 +334,37 @@ class Soak:
         for box in (await self.sandboxes.list_sandboxes(page_size=1000)).sandboxes:
             await self.sandboxes.delete_sandbox(box.id)
 
-    async def _left(self) -> dict[str, list[str]]:
-        """What of sandboxes is on this host after the service has stopped."""
+    def _alive(self, home: Path, instance: str) -> dict[int, str]:
+        """Processes of the service and its sandboxes, and how each was found."""
+        alive = {
+            int(path.parent.name): "names the home"
+            for path in Path("/proc").glob("[0-9]*/environ")
+            if str(self.home).encode() in _read(path) + _read(path.parent / "cmdline")
+        }
+        alive |= processes.of_instance(home, instance)
+        alive |= {pid: role for (pid, _), role in processes.still(self.seen).items()}
+        alive.pop(os.getpid(), None)
+        return alive
+
+    async def _left(self, within_s: float = 0.0) -> dict[str, list[str]]:
+        """What of sandboxes is on this host, once no process is, or that time has passed."""
         home = self.home / "sandbox"
         instance = hashlib.sha256(os.fsencode(home.absolute())).hexdigest()[:8]
+        until_s = time.monotonic() + within_s
+        while alive := self._alive(home, instance):
+            if time.monotonic() > until_s:
+                break
+            await asyncio.sleep(0.05)  # what was killed is still to be reaped, by init perhaps
         files = Path("/sys/fs/cgroup").glob(f"**/regreen-{instance}/*/cgroup.procs")
         groups = frozenset(str(path.parent) for path in files)
         found = leftovers.look(home, groups=lambda: groups, spawner=0)
-        processes = [
-            path.parent.name
-            for path in Path("/proc").glob("[0-9]*/environ")
-            if str(self.home).encode() in _read(path) or str(self.home) in _line(path.parent)
-        ]
+        seen_by = processes.mounts(home)
         return {
             **{kind: sorted(names) for kind, names in found.items()},
-            "process": [pid for pid in processes if int(pid) != os.getpid()],
+            "mount": [f"{point} in the view of {pid}" for point, pid in sorted(seen_by.items())],
+            "process": [
+                f"{pid}: {why}, {processes.state(pid)}" for pid, why in sorted(alive.items())
+            ],
         }
 
     def _report(self, left: dict[str, list[str]]) -> dict[str, Any]:
@@ -343,21 +382,10 @@ class Soak:
         }
 
 
-def _children(pid: int) -> list[int]:
-    with contextlib.suppress(OSError):
-        text = Path(f"/proc/{pid}/task/{pid}/children").read_text("ascii")
-        return [int(child) for child in text.split()]
-    return []
-
-
 def _read(path: Path) -> bytes:
     with contextlib.suppress(OSError):
         return path.read_bytes()
     return b""
-
-
-def _line(process: Path) -> str:
-    return _read(process / "cmdline").replace(b"\0", b" ").decode(errors="replace")
 
 
 async def soak(count: int, seed: int, kill_s: float) -> dict[str, Any]:

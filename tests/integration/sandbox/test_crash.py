@@ -1,6 +1,7 @@
 """Killing the process that owns sandboxes: states are whole or absent, nothing else remains."""
 
 import asyncio
+import hashlib
 import os
 import signal
 import subprocess
@@ -15,22 +16,25 @@ from sandbox_svc.backends.base import Command, Limits
 from sandbox_svc.backends.embedded import EmbeddedRuntime
 from sandbox_svc.sandboxes import Manager
 from sandbox_svc.states import StateStore
+from tests.load import processes
 
 _CHILD = Path(__file__).with_name("snapshotting.py")
 _FLATTENER = Path(__file__).with_name("flattening.py")
 _ROOT = Path(__file__).parents[3]
 
 
-def _processes_below(home: Path) -> list[str]:
-    """Command lines of processes that name `home` or hold the marker of the child's daemon."""
-    found = []
+def _processes_below(home: Path, seen: dict[processes.Lived, str]) -> list[str]:
+    """Processes that name `home`, are in its control groups, or were `seen` and still live."""
+    instance = hashlib.sha256(os.fsencode(home.absolute())).hexdigest()[:8]
+    found = [f"{pid}: {why}" for pid, why in processes.of_instance(home, instance).items()]
+    found += [f"{pid}: {role}" for (pid, _), role in processes.still(seen).items()]
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
             except OSError:
                 continue
-            if str(home) in line or "sleep 98765" in line:
+            if str(home) in line:
                 found.append(line)
     return found
 
@@ -43,8 +47,11 @@ def _groups(instance: str) -> list[Path]:
 
 def _run_and_kill(
     home: Path, lines: int, script: Path = _CHILD, after_s: float = 0.0
-) -> dict[str, str]:
-    """Start the child, read `lines` promises, kill it without warning."""
+) -> tuple[dict[str, str], dict[processes.Lived, str]]:
+    """Start the child, read `lines` promises, kill it without warning.
+
+    What it promised, and its processes as they were just before.
+    """
     child = subprocess.Popen(
         [sys.executable, str(script), str(home)],
         stdout=subprocess.PIPE,
@@ -60,19 +67,23 @@ def _run_and_kill(
             state, content = line.split()
             promised[state] = content
     time.sleep(after_s)  # a moment of its own for each case, not a wait for anything
+    seen = processes.family(child.pid)
+    assert {"service", "spawner", "first process"} <= set(seen.values())
+    below = _processes_below(home, {})
+    assert any("control group" in line or "mounts of" in line for line in below), below
     child.send_signal(signal.SIGKILL)
     rest, _ = child.communicate(timeout=30)
     for line in rest.splitlines():
         if len(line.split()) == 2:
             state, content = line.split()
             promised[state] = content
-    return promised
+    return promised, seen
 
 
-def _gone(home: Path, timeout_s: float) -> bool:
+def _gone(home: Path, seen: dict[processes.Lived, str], timeout_s: float) -> bool:
     until = time.monotonic() + timeout_s
     while time.monotonic() < until:
-        if not _processes_below(home):
+        if not _processes_below(home, seen):
             return True
         time.sleep(0.02)
     return False
@@ -81,8 +92,8 @@ def _gone(home: Path, timeout_s: float) -> bool:
 @pytest.mark.parametrize("lines", [1, 4, 13])
 async def test_a_killed_service_leaves_whole_states_and_nothing_else(tmp_path, lines):
     home = tmp_path / "home"
-    promised = await asyncio.to_thread(_run_and_kill, home, lines)
-    assert await asyncio.to_thread(_gone, home, 10.0), _processes_below(home)
+    promised, seen = await asyncio.to_thread(_run_and_kill, home, lines)
+    assert await asyncio.to_thread(_gone, home, seen, 10.0), _processes_below(home, seen)
     unfinished = [
         home / "dists/tmpabc",
         home / "dists/files/ab/.part-1",
@@ -123,9 +134,9 @@ async def test_a_killed_service_leaves_whole_states_and_nothing_else(tmp_path, l
 @pytest.mark.parametrize(("lines", "after_s"), [(4, 0.0), (5, 0.02), (9, 0.06), (13, 0.15)])
 async def test_a_service_killed_while_it_flattens_leaves_whole_states(tmp_path, lines, after_s):
     home = tmp_path / "home"
-    promised = await asyncio.to_thread(_run_and_kill, home, lines, _FLATTENER, after_s)
+    promised, seen = await asyncio.to_thread(_run_and_kill, home, lines, _FLATTENER, after_s)
     promised.pop("flat", None)
-    assert await asyncio.to_thread(_gone, home, 10.0), _processes_below(home)
+    assert await asyncio.to_thread(_gone, home, seen, 10.0), _processes_below(home, seen)
     runtime = EmbeddedRuntime(home, run_probes=False, warm_seats=0)
     await runtime.start()
     try:
@@ -150,8 +161,8 @@ async def test_a_service_killed_while_it_flattens_leaves_whole_states(tmp_path, 
 
 async def test_damaged_and_foreign_records_are_dropped(tmp_path):
     home = tmp_path / "home"
-    await asyncio.to_thread(_run_and_kill, home, 2)
-    await asyncio.to_thread(_gone, home, 10.0)
+    _, seen = await asyncio.to_thread(_run_and_kill, home, 2)
+    assert await asyncio.to_thread(_gone, home, seen, 10.0), _processes_below(home, seen)
     index = home / "states"
     whole = sorted(index.glob("st_*.json"))
     (index / "st_torn.json").write_bytes(whole[0].read_bytes()[:50])

@@ -1,11 +1,14 @@
 """A short soak; `python -m tests.load.soak` is the long one."""
 
 import random
+from pathlib import Path
 
 import pytest
 
 from regreen.rpc.errors import MissingDependency
 from sandbox_svc.backends.embedded import EmbeddedRuntime
+from sandbox_svc.bench_service import Service
+from tests.load import processes
 from tests.load.soak import Soak, soak
 
 
@@ -17,12 +20,48 @@ async def test_nothing_is_left_or_lost_under_random_kills(tmp_path) -> None:
     except MissingDependency as error:
         pytest.skip(f"no sandboxes here: {error}")
     await runtime.close()
-    report = await soak(150, seed=7, kill_s=2.0)
+    report = await soak(150, seed=7, kill_s=0.7)
     assert report["faults"] == []
     assert report["left"] == {}
     assert sum(report["killed"].values()) > 0
     assert report["done"]["snapshot"] > 0
     assert report["states_checked"] > 0
+
+
+async def test_what_lives_is_found(tmp_path) -> None:
+    home = tmp_path / "h"
+    runtime = EmbeddedRuntime(home / "sandbox", run_probes=False)
+    home.mkdir(mode=0o711)
+    try:
+        await runtime.start()
+    except MissingDependency as error:
+        pytest.skip(f"no sandboxes here: {error}")
+    grouped = runtime.cgroups.name != "rlimit"
+    await runtime.close()
+    run, blind = (Soak(home, 0, random.Random(1)) for _ in range(2))
+    async with Service(home) as service:
+        box = await service.create(await service.root_state())
+        await service.run(box, "sh", "-c", "nohup sleep 1000 >/dev/null 2>&1 &")
+        run.seen = family = processes.family(service.pid)
+        assert {"service", "spawner", "first process"} <= set(family.values())
+        found = (await run._left())["process"]
+        told = {line.rpartition(", ")[0] for line in found}
+        assert {f"{pid}: {role}" for (pid, _), role in family.items()} <= told
+        by_traces = {int(line.split(":")[0]) for line in (await blind._left())["process"]}
+        firsts = {pid for (pid, _), role in family.items() if role == "first process"}
+        if grouped:
+            assert firsts <= by_traces
+            sleeper = {child for first in firsts for child in processes.children(first)}
+            assert sleeper
+            assert sleeper <= by_traces
+        seats = {pid for pid in firsts if b"/stage" in Path(f"/proc/{pid}/mountinfo").read_bytes()}
+        assert bool((await run._left())["mount"]) == bool(seats)
+        assert (
+            processes.still({(pid, start + 1): role for (pid, start), role in family.items()}) == {}
+        )
+    left = await run._left(10.0)
+    assert left["process"] == []
+    assert left["mount"] == []
 
 
 @pytest.mark.parametrize(("each_bytes", "flat"), [(4800, False), (100, True)])
