@@ -131,8 +131,11 @@ class StateServicer(_Servicer, pb.StateServiceServicer):
         self, request: pb.GetLineageRequest, context: Context
     ) -> pb.GetLineageResponse:
         """Read a state and those that it was made from."""
-        line = self._host.states.lineage(check_id(request.id, "st", "id"))
-        return pb.GetLineageResponse(states=[translate.state_to(state) for state in line])
+        states, id = self._host.states, check_id(request.id, "st", "id")
+        return pb.GetLineageResponse(
+            states=[translate.state_to(state) for state in states.lineage(id)],
+            ancestor_ids=states.ancestors(id),
+        )
 
     async def DeleteState(
         self, request: pb.DeleteStateRequest, context: Context

@@ -212,9 +212,17 @@ class StateStore:
         Raises:
             NotFound: there is none of this id.
         """
-        state = self.get(state_id)
-        ids = [id for id in dict.fromkeys(self._ancestors(state)) if id != state_id]
-        return [*(self._states[id] for id in ids if id in self._states), state]
+        ids = self.ancestors(state_id)
+        return [*(self._states[id] for id in ids if id in self._states), self._states[state_id]]
+
+    def ancestors(self, state_id: str) -> Sequence[str]:
+        """Ids of all that a state was made from, the root first, deleted ones included.
+
+        Raises:
+            NotFound: there is none of this id.
+        """
+        ids = dict.fromkeys(self._ancestors(self.get(state_id)))
+        return [id for id in ids if id != state_id]
 
     def _ancestors(self, state: State) -> tuple[str, ...]:
         """Ids of those that a state was made from, as far as records tell."""

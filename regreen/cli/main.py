@@ -8,7 +8,20 @@ from typing import Annotated
 import typer
 
 import regreen
-from regreen.cli import bench, demo, doctor, evals, fix, rollout, stack, state, tasks, train, traj
+from regreen.cli import (
+    bench,
+    demo,
+    doctor,
+    evals,
+    fix,
+    rollout,
+    sandbox,
+    stack,
+    state,
+    tasks,
+    train,
+    traj,
+)
 
 app = typer.Typer(
     name="regreen",
@@ -25,7 +38,8 @@ demo.register(app)
 bench.register(app)
 app.add_typer(tasks.app, name="tasks", help="Import, prepare and verify tasks.")
 app.add_typer(rollout.app, name="rollout", help="Run episodes.")
-app.add_typer(state.app, name="state", help="List, import and export states and images.")
+app.add_typer(state.app, name="state", help="Look at, import, export and delete states.")
+app.add_typer(sandbox.app, name="sandbox", help="Look at and delete sandboxes.")
 app.add_typer(train.app, name="train", help="Train a policy.")
 app.add_typer(traj.app, name="traj", help="Look at trajectories.")
 

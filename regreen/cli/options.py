@@ -1,10 +1,12 @@
 """Options that many commands share.
 
 - `--home` names the directory of the local stack; the endpoints are read from it.
+- `--address` names a sandbox service that runs alone; then no stack is needed.
 """
 
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,16 +19,42 @@ Home = Annotated[
     Path | None,
     typer.Option(help="Directory of the stack's data; default REGREEN_HOME.", show_default=False),
 ]
+Address = Annotated[
+    str,
+    typer.Option(
+        help="Address of a sandbox service; default that of the stack.", show_default=False
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+_PATIENCE_S = 10.0
+"""An address that was typed and where nothing answers is said to be wrong after so long."""
+_PAGE = 1000
 
 
-def open_stack(home: Path | None, *, patience_s: float = 60.0) -> Stack:
-    """Clients of the running local stack.
+def open_stack(home: Path | None, *, address: str = "", patience_s: float = 60.0) -> Stack:
+    """Clients of the running local stack, or of the one sandbox service at `address`.
 
     Raises:
         Unavailable: no stack runs from this home.
     """
+    if address:
+        return Stack(Endpoints(sandbox=address), patience_s=min(patience_s, _PATIENCE_S))
     return Stack(Endpoints.load(home or default_home()), patience_s=patience_s)
+
+
+async def read_pages(
+    ask: Callable[[int, str], Awaitable[Any]], field: str, limit: int
+) -> list[Any]:
+    """Entries of a list, at most `limit`; `ask` takes the size and the token of a page."""
+    rows: list[Any] = []
+    token = ""
+    while len(rows) < limit:
+        page = await ask(min(limit - len(rows), _PAGE), token)
+        rows += getattr(page, field)
+        token = page.next_page_token
+        if not token:
+            break
+    return rows
 
 
 def parse_labels(values: list[str], field: str = "set") -> dict[str, str]:

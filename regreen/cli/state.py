@@ -1,5 +1,6 @@
-"""`regreen state list|import|export`: prepared file systems, and images as such.
+"""`regreen state list|show|tree|delete|import|export`: prepared file systems, and images as such.
 
+- What a state was made from is told over gaps that deleted ones leave.
 - A directory or archive of an image becomes a state; an archive made by `export` of any state is
   known by its first entry and read as what it is.
 - A state of an image is exported as an image that engines load, any other as a state archive.
@@ -8,50 +9,148 @@
 
 import os
 import tarfile
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from regreen.cli import output
-from regreen.cli.options import Home, Json, open_stack
+from regreen.cli.options import Address, Home, Json, open_stack, read_pages
+from regreen.cli.sandbox import read_sandboxes
 from regreen.client.image import directory_chunks, file_chunks
+from regreen.client.stack import Stack
 from regreen.rpc.errors import InvalidArgument
 from regreen.sandbox import v1 as pb
 
 app = typer.Typer(no_args_is_help=True)
 _RECORD = "state.json"
 _MIB = 1 << 20
+_MOST = 100_000
 Tell = Any
+Limit = Annotated[int, typer.Option(min=1, max=100_000, help="At most this many.")]
+_COLUMNS = ("id", "made", "base", "size", "parent", "labels")
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """Everything the service knows of one state."""
+
+    state: pb.State
+    ancestors: Sequence[tuple[pb.State, bool]]
+    """The root first; of those that were deleted the id alone, and True."""
+    children: Sequence[pb.State]
+    sandboxes: Sequence[pb.Sandbox]
+
+    @property
+    def valid_on(self) -> str:
+        """Which hosts can run it."""
+        host = self.state.host
+        return f"hosts like {host}" if self.state.base == "host" else f"every host of {host}"
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Its facts for people, name and value."""
+        state, whole = self.state, sum(one.size_bytes for one, _ in self.ancestors)
+        baseline = state.baseline
+        told = f"{len(baseline.passing)} tests pass, {len(baseline.failing)} fail"
+        facts = [
+            ("id", state.id),
+            ("made", _made(state)),
+            ("base", state.base),
+            ("valid on", self.valid_on),
+            ("python", state.python),
+            ("spec", state.spec_sha256),
+            ("size", f"{_mib(state.size_bytes)} of its own, {_mib(whole)} of its ancestors"),
+            ("layers", f"{len(state.layers)}: {' '.join(state.layers)}"),
+            ("baseline", told if state.HasField("baseline") else ""),
+            ("labels", _labels(state)),
+            ("sandboxes", " ".join(box.id for box in self.sandboxes)),
+        ]
+        return [(name, value) for name, value in facts if value]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as JSON-able values."""
+        line = [
+            {"id": one.id, "deleted": True} if gone else {**output.as_dict(one), "deleted": False}
+            for one, gone in self.ancestors
+        ]
+        return {
+            "state": output.as_dict(self.state),
+            "valid_on": self.valid_on,
+            "ancestors": line,
+            "children": [output.as_dict(child) for child in self.children],
+            "sandboxes": [box.id for box in self.sandboxes],
+        }
 
 
 @app.command("list")
 def list_states(
     home: Home = None,
-    limit: Annotated[int, typer.Option(min=1, max=100_000, help="At most this many.")] = 1000,
+    address: Address = "",
+    limit: Limit = 1000,
     json_output: Json = False,
 ) -> None:
     """List states, oldest first."""
-    rows = output.run(_list(home, limit))
+    rows = output.run(_list(home, address, limit))
     if json_output:
         output.print_json_lines(rows)
         return
-    output.print_table(
-        "",
-        ["id", "made", "base", "size", "parent", "labels"],
-        [
-            [
-                row.id,
-                row.create_time.ToDatetime().strftime("%Y-%m-%d %H:%M"),
-                _short(row.base),
-                f"{row.size_bytes / _MIB:.1f} MiB",
-                row.parent_id,
-                " ".join(f"{name}={value}" for name, value in sorted(row.labels.items())),
-            ]
-            for row in rows
-        ],
-    )
+    output.print_table("", _COLUMNS, [_row(row) for row in rows])
+
+
+@app.command("show")
+def show_state(
+    id: Annotated[str, typer.Argument(help="State id.")],
+    home: Home = None,
+    address: Address = "",
+    json_output: Json = False,
+) -> None:
+    """Print what a state is, what it was made from, what was made of it, and what runs on it."""
+    found = output.run(_show(home, address, id))
+    if json_output:
+        output.print_json(found.as_dict())
+        return
+    for name, value in found.facts():
+        typer.echo(f"{name:10} {value}")
+    if found.ancestors:
+        output.print_table("made from", _COLUMNS, [_row(*one) for one in found.ancestors])
+    if found.children:
+        output.print_table("children", _COLUMNS, [_row(child) for child in found.children])
+
+
+@app.command("tree")
+def show_tree(
+    id: Annotated[str, typer.Argument(help="State at the top; default: every root.")] = "",
+    home: Home = None,
+    address: Address = "",
+    limit: Limit = 1000,
+    json_output: Json = False,
+) -> None:
+    """Print which states were made from which, each below the one that it was made from."""
+    rows = output.run(_tree(home, address, id, limit))
+    if json_output:
+        output.print_json_lines({"depth": depth, **output.as_dict(row)} for depth, row in rows)
+        return
+    for depth, row in rows:
+        gone = f"  from {row.parent_id} (deleted)" if row.parent_id and not depth and not id else ""
+        typer.echo(f"{'  ' * depth}{row.id}  {_made(row)}  {_mib(row.size_bytes)}{gone}")
+
+
+@app.command("delete")
+def delete_state(
+    id: Annotated[str, typer.Argument(help="State id.")],
+    home: Home = None,
+    address: Address = "",
+    json_output: Json = False,
+) -> None:
+    """Delete a state that no sandbox runs on; states made from it go on."""
+    output.run(_delete(home, address, id))
+    if json_output:
+        output.print_json({"deleted": id})
+        return
+    typer.echo(f"deleted {id}")
 
 
 @app.command("import")
@@ -60,6 +159,7 @@ def import_state(
         Path, typer.Argument(help="An image archive, a state archive, or a directory.")
     ],
     home: Home = None,
+    address: Address = "",
     reference: Annotated[
         str, typer.Option(help="Which image, where the archive holds several.")
     ] = "",
@@ -67,7 +167,7 @@ def import_state(
 ) -> None:
     """Make a state of an image (docker save, OCI layout), of a root directory, or of an export."""
     with output.progress() as tell:
-        found = output.run(_import(home, source, reference, tell))
+        found = output.run(_import(home, address, source, reference, tell))
     if json_output:
         output.print_json(found)
         return
@@ -81,6 +181,7 @@ def export_state(
     state: Annotated[str, typer.Argument(help="State id.")],
     file: Annotated[Path, typer.Argument(help="Where the archive goes.")],
     home: Home = None,
+    address: Address = "",
     reference: Annotated[
         str, typer.Option(help="Name of the image in the archive, for example work:latest.")
     ] = "",
@@ -88,34 +189,87 @@ def export_state(
 ) -> None:
     """Write a state to an archive: an image that engines load where it stands on an image."""
     with output.progress() as tell:
-        kind, size_bytes = output.run(_export(home, state, file, reference, tell))
+        kind, size_bytes = output.run(_export(home, address, state, file, reference, tell))
     if json_output:
         output.print_json({"file": str(file), "kind": kind, "size_bytes": size_bytes})
         return
     typer.echo(f"{file}: {kind} archive of {size_bytes / _MIB:.1f} MiB")
 
 
-def _short(base: str) -> str:
-    return base if base == "host" else base.removeprefix("image:sha256:")[:12]
+def _row(row: pb.State, deleted: bool = False) -> list[str]:
+    if deleted:
+        return [row.id, "deleted", "", "", "", ""]
+    base = row.base if row.base == "host" else row.base.removeprefix("image:sha256:")[:12]
+    return [row.id, _made(row), base, _mib(row.size_bytes), row.parent_id, _labels(row)]
 
 
-async def _list(home: Path | None, limit: int) -> list[pb.State]:
-    rows: list[pb.State] = []
-    async with open_stack(home) as stack:
-        token = ""
-        while len(rows) < limit:
-            page = await stack.state.list_states(
-                page_size=min(limit - len(rows), 1000), page_token=token
-            )
-            rows += page.states
-            token = page.next_page_token
-            if not token:
-                break
-    return rows
+def _made(row: pb.State) -> str:
+    return row.create_time.ToDatetime().strftime("%Y-%m-%d %H:%M")
+
+
+def _mib(size_bytes: int) -> str:
+    return f"{size_bytes / _MIB:.1f} MiB"
+
+
+def _labels(row: pb.State) -> str:
+    return " ".join(f"{name}={value}" for name, value in sorted(row.labels.items()))
+
+
+async def _read(stack: Stack, limit: int, parent_id: str = "") -> list[pb.State]:
+    return await read_pages(
+        lambda size, token: stack.state.list_states(
+            page_size=size, page_token=token, parent_id=parent_id
+        ),
+        "states",
+        limit,
+    )
+
+
+async def _list(home: Path | None, address: str, limit: int) -> list[pb.State]:
+    async with open_stack(home, address=address) as stack:
+        return await _read(stack, limit)
+
+
+async def _show(home: Path | None, address: str, id: str) -> Shown:
+    async with open_stack(home, address=address) as stack:
+        lineage = await stack.state.lineage(id)
+        children = await _read(stack, _MOST, id)
+        boxes = await read_sandboxes(stack, _MOST)
+    *above, state = lineage.states
+    there = {one.id: one for one in above}
+    ids = lineage.ancestor_ids or list(there)  # a service from before it named the deleted ones
+    ancestors = [(there.get(one) or pb.State(id=one), one not in there) for one in ids]
+    return Shown(state, ancestors, children, [box for box in boxes if box.state_id == id])
+
+
+async def _tree(home: Path | None, address: str, id: str, limit: int) -> list[tuple[int, pb.State]]:
+    """States in the order of a tree, each with its depth."""
+    async with open_stack(home, address=address) as stack:
+        if id:
+            await stack.state.get_state(id)
+        rows = await _read(stack, limit)
+    ids = {row.id for row in rows}
+    below: dict[str, list[pb.State]] = defaultdict(list)
+    for row in rows:
+        below[row.parent_id if row.parent_id in ids else ""].append(row)
+    found: list[tuple[int, pb.State]] = []
+    tops = [row for row in rows if row.id == id] if id else below[""]
+    waiting = [(0, row) for row in reversed(tops)]
+    while waiting:
+        depth, row = waiting.pop()
+        found.append((depth, row))
+        waiting += [(depth + 1, child) for child in reversed(below[row.id])]
+    return found
+
+
+async def _delete(home: Path | None, address: str, id: str) -> None:
+    async with open_stack(home, address=address) as stack:
+        await stack.state.get_state(id)  # the service takes one that is absent as deleted
+        await stack.state.delete_state(id)
 
 
 async def _import(
-    home: Path | None, source: Path, reference: str, tell: Tell
+    home: Path | None, address: str, source: Path, reference: str, tell: Tell
 ) -> pb.ImportImageResponse:
     if not source.exists():
         raise InvalidArgument("source", f"{source} is not there", "give a file or a directory")
@@ -123,7 +277,7 @@ async def _import(
     size = 0 if whole else source.stat().st_size
     chunks = _told(directory_chunks(source) if whole else file_chunks(source), size, tell)
     try:
-        async with open_stack(home) as stack:
+        async with open_stack(home, address=address) as stack:
             if not whole and _is_state_archive(source):
                 return pb.ImportImageResponse(state=await stack.state.import_state(chunks))
             return await stack.images.import_image(chunks, reference=reference)
@@ -153,9 +307,9 @@ def _told(chunks: Iterable[bytes], size: int, tell: Tell) -> Iterator[bytes]:
 
 
 async def _export(
-    home: Path | None, state_id: str, file: Path, reference: str, tell: Tell
+    home: Path | None, address: str, state_id: str, file: Path, reference: str, tell: Tell
 ) -> tuple[str, int]:
-    async with open_stack(home) as stack:
+    async with open_stack(home, address=address) as stack:
         state = await stack.state.get_state(state_id)
         if state.base == "host":
             if reference:

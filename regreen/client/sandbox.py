@@ -79,9 +79,14 @@ class StateClient(Caller):
 
     async def get_lineage(self, id: str) -> Sequence[pb.State]:
         """A state and those that it was made from, the root first."""
-        response = await self._call(self._stub.GetLineage, pb.GetLineageRequest(id=id), READ_S)
-        states: Sequence[pb.State] = response.states
-        return states
+        return (await self.lineage(id)).states
+
+    async def lineage(self, id: str) -> pb.GetLineageResponse:
+        """The same, with the ids of deleted ones."""
+        response: pb.GetLineageResponse = await self._call(
+            self._stub.GetLineage, pb.GetLineageRequest(id=id), READ_S
+        )
+        return response
 
     async def delete_state(self, id: str, *, request_id: str = "") -> None:
         """Remove a state."""

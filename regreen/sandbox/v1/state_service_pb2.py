@@ -26,7 +26,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from regreen.sandbox.v1 import sandbox_pb2 as regreen_dot_sandbox_dot_v1_dot_sandbox__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&regreen/sandbox/v1/state_service.proto\x12\x12regreen.sandbox.v1\x1a\x1egoogle/protobuf/duration.proto\x1a regreen/sandbox/v1/sandbox.proto\"m\n\x13PrepareStateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x31\n\x04spec\x18\x02 \x01(\x0b\x32#.regreen.sandbox.v1.EnvironmentSpec\x12\x0f\n\x07rebuild\x18\x03 \x01(\x08\"\x84\x01\n\x14PrepareStateResponse\x12\x37\n\x08progress\x18\x01 \x01(\x0b\x32#.regreen.sandbox.v1.PrepareProgressH\x00\x12*\n\x05state\x18\x02 \x01(\x0b\x32\x19.regreen.sandbox.v1.StateH\x00\x42\x07\n\x05\x65vent\"z\n\x0fPrepareProgress\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x0c\n\x04\x64one\x18\x02 \x01(\x03\x12\r\n\x05total\x18\x03 \x01(\x03\x12\x0f\n\x07message\x18\x04 \x01(\t\x12*\n\x07\x65lapsed\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x1d\n\x0fGetStateRequest\x12\n\n\x02id\x18\x01 \x01(\t\"<\n\x10GetStateResponse\x12(\n\x05state\x18\x01 \x01(\x0b\x32\x19.regreen.sandbox.v1.State\"b\n\x11ListStatesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x13\n\x0bspec_sha256\x18\x03 \x01(\t\x12\x11\n\tparent_id\x18\x04 \x01(\t\"X\n\x12ListStatesResponse\x12)\n\x06states\x18\x01 \x03(\x0b\x32\x19.regreen.sandbox.v1.State\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x1f\n\x11GetLineageRequest\x12\n\n\x02id\x18\x01 \x01(\t\"?\n\x12GetLineageResponse\x12)\n\x06states\x18\x01 \x03(\x0b\x32\x19.regreen.sandbox.v1.State\"4\n\x12\x44\x65leteStateRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"\x15\n\x13\x44\x65leteStateResponse\" \n\x12\x45xportStateRequest\x12\n\n\x02id\x18\x01 \x01(\t\"$\n\x13\x45xportStateResponse\x12\r\n\x05\x63hunk\x18\x01 \x01(\x0c\"7\n\x12ImportStateRequest\x12\r\n\x05\x63hunk\x18\x01 \x01(\x0c\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"?\n\x13ImportStateResponse\x12(\n\x05state\x18\x01 \x01(\x0b\x32\x19.regreen.sandbox.v1.State2\xa8\x05\n\x0cStateService\x12\x63\n\x0cPrepareState\x12\'.regreen.sandbox.v1.PrepareStateRequest\x1a(.regreen.sandbox.v1.PrepareStateResponse0\x01\x12U\n\x08GetState\x12#.regreen.sandbox.v1.GetStateRequest\x1a$.regreen.sandbox.v1.GetStateResponse\x12[\n\nListStates\x12%.regreen.sandbox.v1.ListStatesRequest\x1a&.regreen.sandbox.v1.ListStatesResponse\x12[\n\nGetLineage\x12%.regreen.sandbox.v1.GetLineageRequest\x1a&.regreen.sandbox.v1.GetLineageResponse\x12^\n\x0b\x44\x65leteState\x12&.regreen.sandbox.v1.DeleteStateRequest\x1a\'.regreen.sandbox.v1.DeleteStateResponse\x12`\n\x0b\x45xportState\x12&.regreen.sandbox.v1.ExportStateRequest\x1a\'.regreen.sandbox.v1.ExportStateResponse0\x01\x12`\n\x0bImportState\x12&.regreen.sandbox.v1.ImportStateRequest\x1a\'.regreen.sandbox.v1.ImportStateResponse(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&regreen/sandbox/v1/state_service.proto\x12\x12regreen.sandbox.v1\x1a\x1egoogle/protobuf/duration.proto\x1a regreen/sandbox/v1/sandbox.proto\"m\n\x13PrepareStateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x31\n\x04spec\x18\x02 \x01(\x0b\x32#.regreen.sandbox.v1.EnvironmentSpec\x12\x0f\n\x07rebuild\x18\x03 \x01(\x08\"\x84\x01\n\x14PrepareStateResponse\x12\x37\n\x08progress\x18\x01 \x01(\x0b\x32#.regreen.sandbox.v1.PrepareProgressH\x00\x12*\n\x05state\x18\x02 \x01(\x0b\x32\x19.regreen.sandbox.v1.StateH\x00\x42\x07\n\x05\x65vent\"z\n\x0fPrepareProgress\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x0c\n\x04\x64one\x18\x02 \x01(\x03\x12\r\n\x05total\x18\x03 \x01(\x03\x12\x0f\n\x07message\x18\x04 \x01(\t\x12*\n\x07\x65lapsed\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x1d\n\x0fGetStateRequest\x12\n\n\x02id\x18\x01 \x01(\t\"<\n\x10GetStateResponse\x12(\n\x05state\x18\x01 \x01(\x0b\x32\x19.regreen.sandbox.v1.State\"b\n\x11ListStatesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x13\n\x0bspec_sha256\x18\x03 \x01(\t\x12\x11\n\tparent_id\x18\x04 \x01(\t\"X\n\x12ListStatesResponse\x12)\n\x06states\x18\x01 \x03(\x0b\x32\x19.regreen.sandbox.v1.State\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x1f\n\x11GetLineageRequest\x12\n\n\x02id\x18\x01 \x01(\t\"U\n\x12GetLineageResponse\x12)\n\x06states\x18\x01 \x03(\x0b\x32\x19.regreen.sandbox.v1.State\x12\x14\n\x0c\x61ncestor_ids\x18\x02 \x03(\t\"4\n\x12\x44\x65leteStateRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"\x15\n\x13\x44\x65leteStateResponse\" \n\x12\x45xportStateRequest\x12\n\n\x02id\x18\x01 \x01(\t\"$\n\x13\x45xportStateResponse\x12\r\n\x05\x63hunk\x18\x01 \x01(\x0c\"7\n\x12ImportStateRequest\x12\r\n\x05\x63hunk\x18\x01 \x01(\x0c\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"?\n\x13ImportStateResponse\x12(\n\x05state\x18\x01 \x01(\x0b\x32\x19.regreen.sandbox.v1.State2\xa8\x05\n\x0cStateService\x12\x63\n\x0cPrepareState\x12\'.regreen.sandbox.v1.PrepareStateRequest\x1a(.regreen.sandbox.v1.PrepareStateResponse0\x01\x12U\n\x08GetState\x12#.regreen.sandbox.v1.GetStateRequest\x1a$.regreen.sandbox.v1.GetStateResponse\x12[\n\nListStates\x12%.regreen.sandbox.v1.ListStatesRequest\x1a&.regreen.sandbox.v1.ListStatesResponse\x12[\n\nGetLineage\x12%.regreen.sandbox.v1.GetLineageRequest\x1a&.regreen.sandbox.v1.GetLineageResponse\x12^\n\x0b\x44\x65leteState\x12&.regreen.sandbox.v1.DeleteStateRequest\x1a\'.regreen.sandbox.v1.DeleteStateResponse\x12`\n\x0b\x45xportState\x12&.regreen.sandbox.v1.ExportStateRequest\x1a\'.regreen.sandbox.v1.ExportStateResponse0\x01\x12`\n\x0bImportState\x12&.regreen.sandbox.v1.ImportStateRequest\x1a\'.regreen.sandbox.v1.ImportStateResponse(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -50,19 +50,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETLINEAGEREQUEST']._serialized_start=781
   _globals['_GETLINEAGEREQUEST']._serialized_end=812
   _globals['_GETLINEAGERESPONSE']._serialized_start=814
-  _globals['_GETLINEAGERESPONSE']._serialized_end=877
-  _globals['_DELETESTATEREQUEST']._serialized_start=879
-  _globals['_DELETESTATEREQUEST']._serialized_end=931
-  _globals['_DELETESTATERESPONSE']._serialized_start=933
-  _globals['_DELETESTATERESPONSE']._serialized_end=954
-  _globals['_EXPORTSTATEREQUEST']._serialized_start=956
-  _globals['_EXPORTSTATEREQUEST']._serialized_end=988
-  _globals['_EXPORTSTATERESPONSE']._serialized_start=990
-  _globals['_EXPORTSTATERESPONSE']._serialized_end=1026
-  _globals['_IMPORTSTATEREQUEST']._serialized_start=1028
-  _globals['_IMPORTSTATEREQUEST']._serialized_end=1083
-  _globals['_IMPORTSTATERESPONSE']._serialized_start=1085
-  _globals['_IMPORTSTATERESPONSE']._serialized_end=1148
-  _globals['_STATESERVICE']._serialized_start=1151
-  _globals['_STATESERVICE']._serialized_end=1831
+  _globals['_GETLINEAGERESPONSE']._serialized_end=899
+  _globals['_DELETESTATEREQUEST']._serialized_start=901
+  _globals['_DELETESTATEREQUEST']._serialized_end=953
+  _globals['_DELETESTATERESPONSE']._serialized_start=955
+  _globals['_DELETESTATERESPONSE']._serialized_end=976
+  _globals['_EXPORTSTATEREQUEST']._serialized_start=978
+  _globals['_EXPORTSTATEREQUEST']._serialized_end=1010
+  _globals['_EXPORTSTATERESPONSE']._serialized_start=1012
+  _globals['_EXPORTSTATERESPONSE']._serialized_end=1048
+  _globals['_IMPORTSTATEREQUEST']._serialized_start=1050
+  _globals['_IMPORTSTATEREQUEST']._serialized_end=1105
+  _globals['_IMPORTSTATERESPONSE']._serialized_start=1107
+  _globals['_IMPORTSTATERESPONSE']._serialized_end=1170
+  _globals['_STATESERVICE']._serialized_start=1173
+  _globals['_STATESERVICE']._serialized_end=1853
 # @@protoc_insertion_point(module_scope)

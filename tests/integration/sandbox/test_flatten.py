@@ -234,6 +234,7 @@ async def test_a_lineage_leaves_out_what_was_deleted_and_goes_on(tmp_path):
     assert [s.id for s in states.lineage(child.id)] == [root.id, line[0], line[3], child.id]
     await manager.delete_state(root.id)
     assert [s.id for s in states.lineage(child.id)] == [line[0], line[3], child.id]
+    assert states.ancestors(child.id) == [root.id, *line]  # deleted ones are known by their ids
     await _close(*host)
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from regreen.client.channel import connect
+from regreen.client.exec import ExecClient
 from tests.integration.sandbox import images as made
 from tests.integration.sandbox.overlay import prepared
 
@@ -91,6 +93,11 @@ async def test_what_cannot_be_read_or_found_is_named(service, cli, tmp_path):
         (["import", str(tmp_path / "absent")], 2, "absent is not there"),
         (["import", str(tmp_path / "text")], 2, "archive"),
         (["export", "st_" + "0" * 32, str(tmp_path / "x")], 1, "no such state"),
+        (["show", "st_" + "0" * 32], 1, "no such state"),
+        (["tree", "st_" + "0" * 32], 1, "no such state"),
+        (["delete", "st_" + "0" * 32], 1, "no such state"),
+        (["delete", "x"], 2, "id"),
+        (["list", "--address", "127.0.0.1:1"], 3, "127.0.0.1:1"),
         (["export", plain.id, str(tmp_path / "no/x")], 2, "cannot be written"),
         (["export", plain.id, str(tmp_path / "x"), "--reference", "a:1"], 2, "reference"),
     ):
@@ -98,6 +105,75 @@ async def test_what_cannot_be_read_or_found_is_named(service, cli, tmp_path):
         assert (done.returncode, said in done.stderr) == (code, True), done.stderr
         assert "Traceback" not in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "s", "stack", "text"]
+
+
+async def test_a_state_shows_all_that_is_known_of_it(service, cli):
+    states, sandboxes, server = service
+    root = await prepared(states, a="1")
+    box = await sandboxes.create_sandbox(root.id, labels={"for": "a test"})
+    line = []
+    for turn in range(3):
+        await sandboxes.write_file(box.id, f"/work/repo/{turn}", b"x" * 5000)
+        line.append(await sandboxes.snapshot_sandbox(box.id, labels={"turn": str(turn)}))
+    first, second, third = line
+    held = await cli("state", "delete", root.id)
+    assert (held.returncode, "sandboxes run on state" in held.stderr) == (1, True), held.stderr
+    gone = await cli("state", "delete", second.id, "--json")
+    assert json.loads(gone.stdout) == {"deleted": second.id}
+
+    found = json.loads((await cli("state", "show", third.id, "--json")).stdout)
+    above = [(one["id"], one["deleted"]) for one in found["ancestors"]]
+    assert above == [(root.id, False), (first.id, False), (second.id, True)]
+    assert (found["state"]["base"], found["sandboxes"]) == ("host", [])
+    assert int(found["state"]["size_bytes"]) == third.size_bytes >= 5000
+    assert found["valid_on"] == f"hosts like {third.host}"
+    assert found["children"] == []
+    shown = (await cli("state", "show", first.id, "--address", server.address)).stdout
+    top = json.loads((await cli("state", "show", root.id, "--json")).stdout)
+    assert [child["id"] for child in top["children"]] == [first.id]
+    assert top["sandboxes"] == [box.id]
+    for said in (first.id, f"2: {' '.join(first.layers)}", first.host, "turn=0", "made from"):
+        assert said in shown
+    assert "children" not in shown  # the one that it had is deleted
+
+    tree = (await cli("state", "tree")).stdout.splitlines()
+    assert [row.split()[0] for row in tree] == [root.id, first.id, third.id]
+    assert tree[1].startswith("  st_")
+    assert tree[2].endswith(f"from {second.id} (deleted)")
+    below = await cli("state", "tree", first.id, "--json")
+    assert [json.loads(row)["depth"] for row in below.stdout.splitlines()] == [0]
+
+    listed = await cli("sandbox", "list", "--label", "for=a test", "--json")
+    assert json.loads(listed.stdout)["id"] == box.id
+    assert (await cli("sandbox", "list", "--label", "for=another", "--json")).stdout == ""
+    assert box.id in (await cli("sandbox", "show", box.id)).stdout
+    assert (await cli("sandbox", "delete", box.id)).stdout == f"deleted {box.id}\n"
+    assert (await cli("state", "delete", root.id)).returncode == 0
+    assert [one.id for one in (await states.list_states()).states] == [first.id, third.id]
+
+
+async def test_an_image_names_its_configuration_and_platform(service, cli, tmp_path):
+    archive = tmp_path / "image.tar"
+    archive.write_bytes(made.docker_save(made.system()))
+    image = (await cli("state", "import", str(archive))).stdout.strip()
+    found = json.loads((await cli("state", "show", image, "--json")).stdout)
+    assert found["state"]["base"].startswith("image:sha256:")
+    assert found["valid_on"].startswith("every host of linux/")
+    assert found["ancestors"] == []
+
+
+async def test_a_running_command_is_shown(service, cli):
+    states, sandboxes, server = service
+    box = await sandboxes.create_sandbox((await prepared(states, a="1")).id)
+    async with connect(server.address) as channel:
+        execs = ExecClient(channel)
+        slow = await execs.start_exec(box.id, ["sleep", "600"])
+        assert "sleep 600" in (await cli("sandbox", "show", box.id)).stdout
+        await execs.signal_exec(box.id, slow.id, 15)
+        assert [event async for event in execs.follow_exec(box.id, slow.id)][-1].ended.signal == 15
+    found = json.loads((await cli("sandbox", "show", box.id, "--json")).stdout)
+    assert found["executions"][0]["result"]["signal"] == 15
+    assert "signal 15" in (await cli("sandbox", "show", box.id)).stdout
 
 
 async def test_the_example(service, tmp_path):

@@ -17,7 +17,8 @@ from regreen.cli.main import app
 DOCS = (Path(__file__).resolve().parents[3] / "docs" / "cli.md").read_text()
 READS = (
     *("status", "doctor", "logs", "report", "tasks list", "tasks show", "tasks prepare"),
-    *("traj list", "traj show"),
+    *("traj list", "traj show", "state list", "state show", "state tree"),
+    *("sandbox list", "sandbox show"),
 )
 
 
