@@ -1,39 +1,35 @@
-"""Speak to a command while it runs: a prompt on a terminal, keys, a signal, how it ended."""
+"""A shell on a terminal that outlives its calls: keys, size, output taken up again, a signal."""
 
-import asyncio
 import sys
 
-from regreen.client.channel import connect
-from regreen.client.exec import ExecClient
-from regreen.client.sandbox import SandboxClient, StateClient
+import grpc
+
 from regreen.sandbox import v1 as pb
 
+channel = grpc.insecure_channel(sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1:50052")
+states, sandboxes = pb.StateServiceStub(channel), pb.SandboxServiceStub(channel)
 
-async def main(address: str) -> None:
-    async with connect(address) as channel:
-        states, sandboxes, execs = StateClient(channel), SandboxClient(channel), ExecClient(channel)
-        prepared = states.prepare_state(pb.EnvironmentSpec(builder="system"))
-        *_, last = [event async for event in prepared]
-        box = (await sandboxes.create_sandbox(last.state.id)).id
-        answers: asyncio.Queue[bytes] = asyncio.Queue()
-
-        async def keys():
-            yield b"6 * 7\n"
-            while b"42" not in await answers.get():
-                pass
-            yield b"exit(3)\n"
-
-        size = pb.TerminalSize(rows=30, columns=100)
-        async for event in execs.exec_stream(box, ["python3"], stdin=keys(), terminal=size):
-            if event.HasField("stdout"):  # goes on by itself after a dropped connection
-                answers.put_nowait(event.stdout.data)
-                print(event.stdout.data.decode(), end="")
-        print("exit", event.ended.exit_code)
-        slow = await execs.start_exec(box, ["sleep", "600"])
-        print("still running:", await execs.signal_exec(box, slow.id, 15))
-        ended = [event async for event in execs.follow_exec(box, slow.id)][-1].ended
-        print("signal", ended.signal)
-        await sandboxes.delete_sandbox(box)
-
-
-asyncio.run(main(sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1:50052"))
+execs = pb.ExecServiceStub(channel)
+spec = pb.EnvironmentSpec(builder="system")
+*_, last = states.PrepareState(pb.PrepareStateRequest(spec=spec), timeout=120)
+create = pb.CreateSandboxRequest(state_id=last.state.id)
+box = sandboxes.CreateSandbox(create, timeout=30).sandbox.id
+sh, size = pb.Command(argv=["sh"]), pb.TerminalSize(rows=30, columns=100)
+start = pb.StartExecRequest(sandbox_id=box, command=sh, open_stdin=True, terminal=size)
+shell = {"sandbox_id": box, "exec_id": execs.StartExec(start, timeout=30).execution.id}
+execs.ResizeTerminal(pb.ResizeTerminalRequest(**shell, size=pb.TerminalSize(rows=40, columns=120)))
+seen, given = b"", 0
+for keys, answer in ((b"stty size\n", b"40 120"), (b"echo $((6 * 7))\n", b"42\r")):
+    write = pb.WriteStdinRequest(**shell, offset=given, data=keys)
+    given = execs.WriteStdin(write, timeout=15).stdin_bytes
+    reading = execs.AttachExec(pb.AttachExecRequest(**shell, stdout_offset=len(seen)))
+    while answer not in seen:
+        seen += next(reading).stdout.data
+    reading.cancel()  # the shell goes on, and what it prints meanwhile is kept
+print(seen.decode())
+for one in execs.ListExecs(pb.ListExecsRequest(sandbox_id=box), timeout=15).executions:
+    print(*one.argv, "took", one.stdin_bytes, "bytes, ended:", one.HasField("result"))
+execs.SignalExec(pb.SignalExecRequest(**shell, signal=1), timeout=15)
+*_, last = execs.AttachExec(pb.AttachExecRequest(**shell), timeout=60)
+print("ended by signal", last.ended.signal)
+sandboxes.DeleteSandbox(pb.DeleteSandboxRequest(id=box), timeout=30)

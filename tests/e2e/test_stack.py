@@ -29,7 +29,7 @@ BY_NAME = {service.name: service for service in SERVICES}
 EXAMPLES = {
     "dataset": "1 reward 0.1",
     "sandbox": "+hello\n\na State of its own now: st_",
-    "sandbox_exec": "exit 3\nstill running: True\nsignal 15\n",
+    "sandbox_exec": "sh took 26 bytes, ended: False\nended by signal 1\n",
     "policy": "'Good morning.",
     "judge": "not genuine",
     "learner": "step 1 loss ",
@@ -134,19 +134,6 @@ def test_examples_of_the_sandbox_service(local: Local) -> None:
         assert said in done.stdout
     assert "nothing -> VALIDATION_OUTCOME_" in done.stdout
     assert "nothing -> VALIDATION_OUTCOME_PASSED" not in done.stdout
-
-
-def test_examples_are_short_and_in_the_docs() -> None:
-    pages = {
-        "mini_swe_agent_env": "adapters.md",
-        "swe_rex_deployment": "adapters.md",
-    }
-    for path in (ROOT / "examples").glob("*.py"):
-        lines = [line for line in path.read_text().splitlines() if line.strip()]
-        service, _, capability = path.stem.partition("_")
-        assert len(lines) <= (40 if capability else 20), path.name
-        page = pages.get(path.stem, f"services/{service}.md")
-        assert path.read_text() in (ROOT / "docs" / page).read_text()
 
 
 async def test_bad_input_to_dataset(local: Local) -> None:

@@ -1,0 +1,34 @@
+"""Run commands as pure functions of a State: results are cached, those that differ are named."""
+
+import sys
+
+import grpc
+
+from regreen.sandbox import v1 as pb
+
+channel = grpc.insecure_channel(sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1:50052")
+states = pb.StateServiceStub(channel)
+
+actions = pb.ActionServiceStub(channel)
+spec = pb.EnvironmentSpec(builder="system")
+*_, last = states.PrepareState(pb.PrepareStateRequest(spec=spec), timeout=120)
+
+
+def execute(script: str, **options: bool) -> pb.ExecuteResponse:
+    command = pb.Command(argv=["sh", "-c", script])
+    request = pb.ExecuteRequest(state_id=last.state.id, command=command, **options)
+    return actions.Execute(request, timeout=60)
+
+
+build = "echo built > out.txt; echo done"
+made = execute(build, keep_state=True)
+again = execute(build, keep_state=True)
+print(again.result.stdout.head.decode().strip(), "from the cache:", again.cached)
+print("what it left is a State:", made.state.id, "the same:", again.state.id == made.state.id)
+print("not cached:", not execute(build, do_not_cache=True).cached)
+clock = "date +%s%N"
+execute(clock)
+print("differs:", execute(clock, skip_cache_lookup=True).quarantined)
+listed = actions.ListQuarantined(pb.ListQuarantinedRequest(), timeout=15).actions
+for one in listed:
+    print("quarantined:", *one.argv, "because", one.detail)
