@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,14 +28,12 @@ from typing import Any
 import grpc
 
 from regreen.common.v1 import CHANGE_KIND_ADD, FileChange
-from regreen.rpc.errors import ResourceExhausted
-from regreen.rpc.wire import from_rpc_error
 from regreen.sandbox import v1 as pb
+from sandbox_svc import bench_burst
 from sandbox_svc.bench_warm import target
 from sandbox_svc.floor import Floor
 
 LEVELS = (1, 2, 8, 32)
-_BURST = 256
 _READY_S, _CALL_S = 60.0, 600.0
 _REST_S = 1.0
 """After each contender's turn: what it left to be cleared away is nobody else's load."""
@@ -102,6 +100,10 @@ class Service:
         request = pb.RunRequest(sandbox_id=sandbox_id, command=command)
         found: pb.CommandResult = (await self._sandboxes.Run(request, timeout=_CALL_S)).result
         return found
+
+    async def read(self, state_id: str) -> None:
+        """Look a State up."""
+        await self._states.GetState(pb.GetStateRequest(id=state_id), timeout=_CALL_S)
 
     async def delete(self, sandbox_id: str) -> None:
         """Delete a sandbox."""
@@ -308,60 +310,6 @@ async def _children(service: Service, state: str, other: Service) -> tuple[Sampl
     return found, elsewhere
 
 
-async def burst(home: Path) -> dict[str, Any]:
-    """256 forks of one State at once, with room for all, then with room for 64."""
-    found: dict[str, Any] = {}
-    for name, room in (("room for all", _BURST + 1), ("room for 64", 64)):
-        folder = home / f"burst{room}"
-        folder.mkdir()
-        async with Service(folder, "--max-sandboxes", str(room)) as service:
-            state = await service.root_state()
-            await service.cycle(state)
-            before = service.resident_bytes
-            times: list[float] = []
-            refused: list[float] = []
-            live: list[str] = []
-
-            await asyncio.gather(
-                *(_fork_or_refusal(service, state, times, refused, live) for _ in range(_BURST))
-            )
-            found[name] = {
-                "success": len(times) / _BURST,
-                **_percentiles(times),
-                **({"refused": _percentiles(refused)} if refused else {}),
-                "grown_mb": round((service.resident_bytes - before) / 1e6, 1),
-            }
-            await asyncio.gather(*(service.delete(box) for box in live))
-        _say(f"burst, {name}")
-    return found
-
-
-async def _fork_or_refusal(
-    service: Service, state: str, times: list[float], refused: list[float], live: list[str]
-) -> None:
-    """One fork of a burst; a refusal counts only if it says when to come again."""
-    began = time.perf_counter()
-    try:
-        box = await service.create(state)
-    except grpc.aio.AioRpcError as raw:
-        error = from_rpc_error(raw)
-        if not isinstance(error, ResourceExhausted) or not error.retry_after_s:
-            raise error from raw
-        refused.append((time.perf_counter() - began) * 1e3)
-        return
-    live.append(box)
-    times.append((time.perf_counter() - began) * 1e3)
-
-
-def _percentiles(values: Sequence[float]) -> dict[str, float]:
-    ordered = sorted(values)
-
-    def at(share: float) -> float:
-        return round(ordered[min(len(ordered) - 1, int(share * len(ordered)))], 2)
-
-    return {"p50_ms": at(0.5), "p95_ms": at(0.95), "p99_ms": at(0.99)}
-
-
 def _say(text: str) -> None:
     sys.stderr.write(f"{time.strftime('%H:%M:%S')} {text}\n")
     sys.stderr.flush()
@@ -396,7 +344,7 @@ async def measure(home: Path, image: str, turns: int, *, large: bool) -> dict[st
             (home / "other").mkdir()
             async with Service(home / "other", "--warm-seats", "8") as other:
                 by_kind = await forks(service, root, other, turns, large=large)
-    return _report(by_level, by_kind, await burst(home), skipped, turns)
+    return _report(by_level, by_kind, await bench_burst.burst(home, Service), skipped, turns)
 
 
 def _report(
@@ -430,7 +378,7 @@ def _report(
         "forks": {kind: _rows(rows) for kind, rows in by_kind.items()},
         "bursts": bursts,
         "ratios": ratios,
-        "targets": _targets(ratios),
+        "targets": _targets(ratios) | bench_burst.targets(bursts),
         "skipped": skipped,
     }
 
@@ -465,7 +413,7 @@ def _table(report: dict[str, Any]) -> str:
                     f"{row['samples']} samples)"
                 )
     for name, found in report["bursts"].items():
-        lines.append(f"{_BURST} forks at once, {name}: {found}")
+        lines.append(f"{bench_burst.BURST} forks at once, {name}: {found}")
     lines += [f"{name:50} {ratio:8.2f}x" for name, ratio in report["ratios"].items()]
     for name, found in report["targets"].items():
         verdict = "met" if found["met"] else "missed"

@@ -1,5 +1,6 @@
-"""What the reports of the validation benchmarks make of what was measured."""
+"""What the reports of the benchmarks make of what was measured."""
 
+from sandbox_svc import bench_burst
 from sandbox_svc.bench_tasks import report_of, table
 from sandbox_svc.bench_warm import target
 
@@ -52,3 +53,33 @@ def test_targets_have_two_sides():
     assert not target(4.9, "at least", 5.0)["met"]
     assert target(0.0, "at most", 0.0)["met"]
     assert target(7.25, "at least", 5.0) == {"ratio": 7.25, "target": "at least 5", "met": True}
+
+
+ALL = {"success": 1.0, "p50_ms": 800.0, "p99_of_row": 0.7}
+FEW = {"success": 1.0, "p50_ms": 150.0, "p99_of_row": 0.6, "told_delay": 1.0}
+FEW |= {"reads": {"p99_ms": 150.0}, "refused": {"p99_ms": 200.0}}
+
+
+def missed(room, few):
+    found = bench_burst.targets({"room for all": room, "room for 64": few})
+    return {name for name, one in found.items() if not one["met"]}
+
+
+def test_a_burst_meets_its_targets_or_says_which_it_misses():
+    assert missed(ALL, FEW) == set()
+    assert missed({**ALL, "success": 0.99}, FEW) == {"success, room for all"}
+    slow = {**FEW, "refused": {"p99_ms": 500.0}}
+    assert missed(ALL, slow) == {
+        "refused p99 over p99 of as many reads, room for 64",
+        "refused p99 over p50 of the forks with room for all",
+    }
+    assert missed(ALL, {**FEW, "told_delay": 0.99, "success": 0.5}) == {
+        "refusals with a delay, room for 64",
+        "success after the delay, room for 64",
+    }
+    stuck = {**ALL, "p99_of_row": 1.3}
+    assert missed(stuck, FEW) == {"p99 over forks at once x one alone, room for all"}
+
+
+def test_a_burst_that_refused_nobody_has_shown_nothing_of_overload():
+    assert len(missed(ALL, {name: FEW[name] for name in ("success", "p50_ms", "p99_of_row")})) == 4
