@@ -245,16 +245,14 @@ async def _show(home: Path | None, address: str, id: str) -> Shown:
 async def _tree(home: Path | None, address: str, id: str, limit: int) -> list[tuple[int, pb.State]]:
     """States in the order of a tree, each with its depth."""
     async with open_stack(home, address=address) as stack:
-        if id:
-            await stack.state.get_state(id)
+        tops = [await stack.state.get_state(id)] if id else []
         rows = await _read(stack, limit)
     ids = {row.id for row in rows}
     below: dict[str, list[pb.State]] = defaultdict(list)
     for row in rows:
         below[row.parent_id if row.parent_id in ids else ""].append(row)
     found: list[tuple[int, pb.State]] = []
-    tops = [row for row in rows if row.id == id] if id else below[""]
-    waiting = [(0, row) for row in reversed(tops)]
+    waiting = [(0, row) for row in reversed(tops or below[""])]
     while waiting:
         depth, row = waiting.pop()
         found.append((depth, row))
