@@ -54,7 +54,12 @@ class Origin:
         return any(relative == t or relative.startswith(t + "/") for t in self.tests)
 
     def marked(self, item: Any) -> bool:
-        marks = {mark.name for mark in item.iter_markers()} & {"skip", "skipif", "xfail"}
+        marks = [name for name in ("skip", "skipif", "xfail") if self.has_mark(item, name)]
         places = (getattr(item, "obj", None), getattr(item, "cls", None))
         flags = ("__unittest_skip__", "__unittest_expecting_failure__")
         return bool(marks) or any(getattr(p, flag, False) for p in places for flag in flags)
+
+    def has_mark(self, item: Any, name: str) -> bool:
+        if hasattr(item, "iter_markers"):
+            return next(item.iter_markers(name), None) is not None
+        return item.get_marker(name) is not None  # pytest before 3.6
