@@ -320,4 +320,5 @@ class _OldItem:
 
 def test_marks_are_read_as_the_oldest_pytest_offers_them(tmp_path: Path) -> None:
     origin = Origin(str(tmp_path), ["tests"], pytest)
-    assert origin.has_mark(_OldItem(), "xfail") and not origin.has_mark(_OldItem(), "skip")
+    assert origin.has_mark(_OldItem(), "xfail")
+    assert not origin.has_mark(_OldItem(), "skip")
