@@ -19,6 +19,7 @@ from regreen.sandbox import v1 as pb
 from sandbox_svc.settings import SandboxSettings
 from tests.integration.sandbox.egressing import TALK, echo, until, web, world
 from tests.integration.sandbox.test_crash import _gone, _processes_below
+from tests.load import processes
 
 _ROOT = Path(__file__).parents[3]
 
@@ -57,6 +58,7 @@ async def test_killed_it_leaves_no_tunnel_and_no_process(tmp_path):
                 )
                 await until(lambda: seen.open)
                 before = set(os.listdir(tmp_path / "sandbox/run"))
+                lived = await asyncio.to_thread(processes.family, child.pid)
                 child.send_signal(signal.SIGKILL)
                 await until(lambda: not seen.open)
                 await asyncio.gather(running, return_exceptions=True)
@@ -65,7 +67,7 @@ async def test_killed_it_leaves_no_tunnel_and_no_process(tmp_path):
             _, log = await asyncio.to_thread(child.communicate)
     assert seen.bodies == [b"hi"]
     home = tmp_path / "sandbox"
-    assert await asyncio.to_thread(_gone, home, 10.0), _processes_below(home)
+    assert await asyncio.to_thread(_gone, home, lived, 10.0), _processes_below(home, lived)
     assert b'"event": "egress"' in log
     again = _service(tmp_path)
     try:
@@ -76,7 +78,7 @@ async def test_killed_it_leaves_no_tunnel_and_no_process(tmp_path):
     finally:
         again.terminate()
         await asyncio.to_thread(again.communicate)
-    assert await asyncio.to_thread(_processes_below, home) == []
+    assert await asyncio.to_thread(_processes_below, home, {}) == []
 
 
 @dataclass
