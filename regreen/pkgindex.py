@@ -153,7 +153,11 @@ def _uv_default_index(uv: str) -> str:
 
 
 class PackageIndex:
-    """An async client over one or more indexes; use as an async context manager."""
+    """An async client over one or more indexes; use as an async context manager.
+
+    Raises:
+        MissingDependency: the URL of an index is malformed.
+    """
 
     def __init__(self, urls: Sequence[str], *, deadline_s: float = 120.0) -> None:
         self.urls = tuple(url.rstrip("/") + "/" for url in urls)
@@ -171,8 +175,9 @@ class PackageIndex:
 
     @property
     def places(self) -> tuple[tuple[str, int], ...]:
-        """Host and port of each index."""
-        return tuple(place_of(httpx.URL(url)) for url in self._bare)
+        """Host and port of each index that has them."""
+        places = (place_of(httpx.URL(url)) for url in self._bare)
+        return tuple((host, port) for host, port in places if host)
 
     def watch(
         self,
@@ -293,8 +298,18 @@ def place_of(url: httpx.URL) -> tuple[str, int]:
 
 
 def _bare(url: str) -> str:
-    """A URL without its user name and password."""
-    return str(httpx.URL(url).copy_with(username=None, password=None))
+    """A URL without its user name and password.
+
+    Raises:
+        MissingDependency: it is malformed; the message does not repeat it.
+    """
+    try:
+        return str(httpx.URL(url).copy_with(username=None, password=None))
+    except httpx.InvalidURL:
+        raise MissingDependency(
+            "the URL of a package index is malformed; correct REGREEN_INDEX_URL, or uv's or pip's "
+            "settings"
+        ) from None
 
 
 class _Credentials(httpx.Auth):
@@ -313,6 +328,8 @@ class _Credentials(httpx.Auth):
     def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
         """Sign a request to a host that is known by name; netrc's `default` is for nobody."""
         pair = self._of.get(place_of(request.url))
+        if pair is None and request.url.userinfo:  # of a link on an index's page
+            pair = (request.url.username, request.url.password)
         if pair is None and request.url.host in self._netrc and request.url.host != "default":
             login, _, password = self._netrc[request.url.host]
             pair = (login, password or "")

@@ -6,17 +6,18 @@
 - A refused request is never sent; it is recorded like any other.
 - The digest of what came back is of the bytes as they came: of a release file, the file's own.
 - Records hold no header and no query of a URL: both can carry credentials.
-- The requests of a preparation that succeeded are part of the State's record, as plain data.
+- The requests of a preparation that succeeded are part of the State's record, as text.
 """
 
-from collections.abc import AsyncIterator, Mapping
+import json
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import httpx
 
 from regreen.allowlist import AllowList, normal_host
 from regreen.pkgindex import PackageIndex, place_of
-from regreen.rpc.errors import FailedPrecondition
+from regreen.rpc.errors import MissingDependency
 from sandbox_svc.egress_log import Decision, Ledger, Record, cut
 
 METADATA = "egress"
@@ -46,7 +47,7 @@ class Fetches:
         """Record a request that is about to be sent.
 
         Raises:
-            FailedPrecondition: its host is not one that may be asked.
+            MissingDependency: its host is not one that may be asked.
         """
         host, port = place_of(request.url)
         record = self._ledger.begin(self._state_id)
@@ -65,8 +66,8 @@ class Fetches:
             raise self._refused(record.host, port)
         request.extensions = {**request.extensions, _RECORD: record}
 
-    def _refused(self, host: str, port: int) -> FailedPrecondition:
-        return FailedPrecondition(
+    def _refused(self, host: str, port: int) -> MissingDependency:
+        return MissingDependency(
             f"the package index leads to {host}:{port}, which preparations may not ask; "
             "if it should, add it to the setting prepare_hosts of the sandbox service",
             metadata={"host": f"{host}:{port}"},
@@ -95,9 +96,15 @@ class Fetches:
             self._end(record, Decision.FAILED, "there was no answer")
         self._ledger.closed(self._state_id)
 
-    def facts(self) -> list[Mapping[str, Any]]:
-        """The requests as plain data, oldest first."""
-        return [record.facts() for record in self._records]
+    def encode(self) -> str:
+        """The requests as text, oldest first: one value in a State's record, cheap to copy."""
+        return json.dumps([record.facts() for record in self._records], separators=(",", ":"))
+
+
+def decode(text: str) -> Sequence[Mapping[str, Any]]:
+    """The requests of a text that `Fetches.encode` made."""
+    requests: Sequence[Mapping[str, Any]] = json.loads(text)
+    return requests
 
 
 class _Counted(httpx.AsyncByteStream):

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 from regreen.blobs import open_blobs
 from regreen.rpc.errors import InvalidArgument, NotFound
-from sandbox_svc import egress_probe, metrics
+from sandbox_svc import egress_probe, fetches, metrics
 from sandbox_svc.actions import Actions
 from sandbox_svc.backends.base import Capability, Runtime
 from sandbox_svc.backends.embedded import EmbeddedRuntime
@@ -27,7 +27,6 @@ from sandbox_svc.builders.python import PythonBuilder
 from sandbox_svc.builders.system import SystemBuilder
 from sandbox_svc.egress import Egress
 from sandbox_svc.executions import Executions
-from sandbox_svc.fetches import METADATA, Fetches
 from sandbox_svc.images.store import Images
 from sandbox_svc.sandboxes import Manager
 from sandbox_svc.selfcheck import SelfCheck
@@ -187,13 +186,13 @@ class SandboxHost:
 
         async def build(report: Progress) -> Prepared:
             made = state_id("", spec.digest)
-            fetches = Fetches(self.egress.ledger, made, self.settings.prepared_from())
+            allow, limits = self.settings.prepared_from(), self.settings.limits()
+            way = fetches.Fetches(self.egress.ledger, made, allow)
             try:
-                limits = self.settings.limits()
-                prepared = await builder.prepare(spec, self.runtime, limits, report, fetches)
+                prepared = await builder.prepare(spec, self.runtime, limits, report, way)
             finally:
-                fetches.close()
-            asked = {METADATA: fetches.facts()}
+                way.close()
+            asked = {fetches.METADATA: way.encode()}
             return replace(prepared, metadata={**prepared.metadata, **asked})
 
         return await self.states.prepare(spec.digest, build, rebuild=rebuild, progress=progress)
@@ -215,13 +214,12 @@ class SandboxHost:
         state = self.states.peek(wanted)
         if state is None:
             return self.asked(wanted)
-        if METADATA not in state.metadata:
+        if fetches.METADATA not in state.metadata:
             raise NotFound(
                 f"no preparation of state {wanted} is on record: it was imported, or prepared "
                 "before requests were recorded"
             )
-        kept: Sequence[Mapping[str, Any]] = state.metadata[METADATA]
-        return kept
+        return fetches.decode(state.metadata[fetches.METADATA])
 
     async def delete_state(self, state_id: str) -> None:
         """Forget a state and the layers that only it uses.

@@ -3,6 +3,7 @@
 - A value of another type than this service writes is refused by its name, before anything uses it.
 """
 
+import json
 import re
 from collections.abc import Callable, Mapping
 
@@ -54,9 +55,17 @@ def _is_request(value: object) -> bool:
     return all(check(value[name]) for name, check in _REQUEST.items())
 
 
+def _is_requests(value: object) -> bool:
+    """Whether a value is what `fetches.decode` can read."""
+    try:
+        return isinstance(value, str) and _is_list(json.loads(value), _is_request)
+    except (ValueError, RecursionError):
+        return False
+
+
 def _is_metadata(value: object) -> bool:
     """Whether metadata has a baseline and requests that can be shown, or none."""
-    if not isinstance(value, dict) or not _is_list(value.get("egress", []), _is_request):
+    if not isinstance(value, dict) or not _is_requests(value.get("egress", "[]")):
         return False
     baseline = value.get("baseline")
     if not isinstance(baseline, dict):

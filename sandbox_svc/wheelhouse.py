@@ -102,8 +102,8 @@ class DistStore:
         """Have every (package name, file) here; `fetches` sees to what has to be asked for.
 
         Raises:
-            FailedPrecondition: the index leads to a host that may not be asked.
-            MissingDependency: a file is missing and the index does not give it.
+            MissingDependency: a file is missing and the index does not give it, or leads to a
+                host that may not be asked.
         """
         missing = {f.sha256: (name, f) for name, f in wanted if not self.has(f.sha256)}
         if not missing:

@@ -232,7 +232,6 @@ class Builder(Protocol):
         """Fetch, build, install, run the tests once, freeze; `fetches` sees to what is fetched.
 
         Raises:
-            FailedPrecondition: a package index leads to a host that may not be asked.
             InvalidArgument: the spec cannot be followed.
             MissingDependency: an interpreter or a file is not here and cannot be fetched.
             InfraError: the runtime failed.

@@ -17,7 +17,7 @@ from starlette.responses import RedirectResponse, Response
 from regreen.client.channel import connect
 from regreen.client.egress import EgressClient
 from regreen.client.sandbox import SandboxClient, StateClient
-from regreen.rpc.errors import FailedPrecondition, InvalidArgument, MissingDependency, NotFound
+from regreen.rpc.errors import InvalidArgument, MissingDependency, NotFound
 from regreen.sandbox import v1 as pb
 from sandbox_svc.__main__ import serving
 from sandbox_svc.backends.embedded import EmbeddedRuntime
@@ -132,16 +132,16 @@ async def world(tmp_path: Path, monkeypatch, **settings) -> AsyncIterator[World]
         )
         runtime = EmbeddedRuntime(home / "sandbox", run_probes=False, warm_seats=1)
         host = SandboxHost(facts, runtime)
-        try:
-            async with serving(facts, host) as server, connect(server.address) as channel:
-                states = StateClient(channel, patience_s=0.0)
-                sandboxes = SandboxClient(channel, patience_s=0.0)
-                records = EgressClient(channel, patience_s=0.0)
-                yield World(index, url, host, states, sandboxes, records, spec, home)
-        except MissingDependency as error:
-            if "package files" in str(error):
-                raise
-            pytest.skip(f"no sandboxes here: {error}")
+        async with contextlib.AsyncExitStack() as exits:
+            try:
+                server = await exits.enter_async_context(serving(facts, host))
+            except MissingDependency as error:
+                pytest.skip(f"no sandboxes here: {error}")
+            channel = await exits.enter_async_context(connect(server.address))
+            states = StateClient(channel, patience_s=0.0)
+            sandboxes = SandboxClient(channel, patience_s=0.0)
+            records = EgressClient(channel, patience_s=0.0)
+            yield World(index, url, host, states, sandboxes, records, spec, home)
 
 
 def holders(folder: Path, secret: bytes) -> list[Path]:
@@ -222,7 +222,7 @@ async def test_a_host_that_is_not_on_the_list_is_never_asked(tmp_path, monkeypat
     async with world(tmp_path, monkeypatch) as here:
         port = here.url.rpartition(":")[2]
         here.index.redirect = f"http://localhost:{port}"
-        with pytest.raises(FailedPrecondition, match=f"localhost:{port}.*prepare_hosts"):
+        with pytest.raises(MissingDependency, match=f"localhost:{port}.*prepare_hosts"):
             await here.host.prepare(here.spec)
         records = await here.asked(state_id("", here.spec.digest))
         refused = [record for record in records if not record.allowed]
@@ -235,7 +235,7 @@ async def test_a_host_that_is_not_on_the_list_is_never_asked(tmp_path, monkeypat
 async def test_the_operator_can_add_hosts_and_passwords_do_not_go_there(tmp_path, monkeypatch):
     async with world(tmp_path, monkeypatch, prepare_hosts="localhost:1") as refusing:
         refusing.index.redirect = "http://localhost:2"
-        with pytest.raises(FailedPrecondition):
+        with pytest.raises(MissingDependency, match="prepare_hosts"):
             await refusing.host.prepare(refusing.spec)
     (tmp_path / "other").mkdir()
     async with world(tmp_path / "other", monkeypatch, prepare_hosts="localhost:1") as here:

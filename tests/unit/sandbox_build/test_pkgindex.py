@@ -156,6 +156,13 @@ async def test_netrc_is_for_the_hosts_that_it_names(
     assert _Index.signed[-1][1] == _basic("you", "other")
 
 
+def test_a_malformed_index_is_named_without_its_password() -> None:
+    with pytest.raises(MissingDependency, match="REGREEN_INDEX_URL") as caught:
+        PackageIndex(["https://me:hunter2@index.test:port/simple"])
+    assert "hunter2" not in str(caught.value)
+    assert PackageIndex(["file:///srv/simple", "https://a.test/"]).places == (("a.test", 443),)
+
+
 async def test_the_store_fetches_once_and_offers_a_house(server: str, tmp_path: Path) -> None:
     store = DistStore(tmp_path, lambda: PackageIndex([f"{server}/json"]))
     file = DistFile(NAME, SHA)
