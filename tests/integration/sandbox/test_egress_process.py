@@ -1,4 +1,4 @@
-"""The proxy of a real service process: what its start proves, its upstream, and its death."""
+"""The proxy of a service: what its start proves, its upstream, its operator's list, its death."""
 
 import asyncio
 import base64
@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from regreen.allowlist import AllowList
 from regreen.client.channel import connect
 from regreen.client.sandbox import SandboxClient, StateClient
+from regreen.rpc.errors import FailedPrecondition
 from regreen.sandbox import v1 as pb
 from sandbox_svc.settings import SandboxSettings
 from tests.integration.sandbox.egressing import TALK, echo, until, web, world
@@ -164,3 +166,16 @@ def test_bad_settings_are_refused_at_once(field, value, said, capsys, tmp_path):
     assert field in error
     assert said in error
     assert "hunter2" not in error
+
+
+async def test_no_request_goes_beyond_what_the_operator_allows(tmp_path):
+    ceiling = AllowList.parse(["*.index.test:80"])
+    async with world(tmp_path, ceiling=ceiling) as here:
+        before = here.host.egress.open_for
+        for allow in (["index.test:80"], ["*.test:80"], ["a.index.test"], ["*.index.test"]):
+            with pytest.raises(FailedPrecondition, match=r"egress\.allow\[1\].*egress_hosts"):
+                await here.sandbox("a.index.test:80", *allow)
+        assert here.host.egress.open_for == before
+        sandbox = await here.sandbox("a.index.test:80", "*.b.index.test:80")
+        assert (await here.fetch(sandbox, "http://c.index.test/")).startswith("403")
+        assert (await here.fetch(sandbox, "http://a.index.test/")).startswith("502")
