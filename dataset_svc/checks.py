@@ -23,6 +23,7 @@ from dataset_svc.models import (
     TURN_ROLES,
 )
 from dataset_svc.records import GateRecord, TaskRecord, TrajectoryRecord
+from regreen.allowlist import AllowList
 from regreen.rpc.errors import InvalidArgument
 
 MAX_DOCUMENT_BYTES = 32 << 20
@@ -200,6 +201,7 @@ def _check_environment(spec: Mapping[str, Any], field: str) -> None:
             for number, file in enumerate(pin.get("files", [])):
                 _check_dist_file(file, f"{where}.files[{number}]")
     check_changes(spec.get("overlay", []), f"{field}.overlay")
+    AllowList.parse(spec.get("egress", []), f"{field}.egress")
 
 
 def _check_dist_file(file: Mapping[str, Any], field: str) -> None:

@@ -3,19 +3,23 @@
 - The index is the user's own: REGREEN_INDEX_URL, uv's or pip's settings, else uv's default.
 - Nothing is trusted without its sha256; a file whose bytes differ never gets its name.
 - No code of a package runs here: sdists are stored, never built.
+- Credentials come from an index's URL or from netrc and travel in the `Authorization` header alone:
+  no URL that is requested, logged or told in an error has them, and no other host gets them.
 - Protocol: the simple repository API (PEP 503 HTML, PEP 691 JSON, PEP 700 upload times).
 """
 
 import asyncio
 import configparser
+import contextlib
 import hashlib
+import netrc
 import os
 import shutil
 import ssl
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from html.parser import HTMLParser
@@ -149,10 +153,16 @@ def _uv_default_index(uv: str) -> str:
 
 
 class PackageIndex:
-    """An async client over one or more indexes; use as an async context manager."""
+    """An async client over one or more indexes; use as an async context manager.
+
+    Raises:
+        MissingDependency: the URL of an index is malformed.
+    """
 
     def __init__(self, urls: Sequence[str], *, deadline_s: float = 120.0) -> None:
-        self._urls = tuple(url.rstrip("/") + "/" for url in urls)
+        self.urls = tuple(url.rstrip("/") + "/" for url in urls)
+        """The indexes that are asked, in order, as they were given: passwords included."""
+        self._bare = tuple(_bare(url) for url in self.urls)
         self._deadline_s = deadline_s
         self._pages: dict[str, list[IndexFile]] = {}
         self._client = httpx.AsyncClient(
@@ -160,12 +170,25 @@ class PackageIndex:
             follow_redirects=True,
             verify=_ssl_context(),
             limits=httpx.Limits(max_connections=8),
+            auth=_Credentials(self.urls),
         )
 
     @property
-    def urls(self) -> tuple[str, ...]:
-        """The indexes that are asked, in order."""
-        return self._urls
+    def places(self) -> tuple[tuple[str, int], ...]:
+        """Host and port of each index that has them."""
+        places = (place_of(httpx.URL(url)) for url in self._bare)
+        return tuple((host, port) for host, port in places if host)
+
+    def watch(
+        self,
+        asked: Callable[[httpx.Request], Awaitable[None]],
+        answered: Callable[[httpx.Response], Awaitable[None]],
+    ) -> None:
+        """Have every request told before it is sent, redirects too, and the head of every answer.
+
+        What `asked` raises comes out of the call that would have sent the request.
+        """
+        self._client.event_hooks = {"request": [asked], "response": [answered]}
 
     async def __aenter__(self) -> Self:
         return self
@@ -187,7 +210,7 @@ class PackageIndex:
         """
         key = canonicalize_name(name)
         if key not in self._pages:
-            for base in self._urls:
+            for base in self._bare:
                 page = await self._page(f"{base}{key}/")
                 if page is not None:
                     self._pages[key] = page
@@ -267,6 +290,53 @@ class PackageIndex:
         finally:
             Path(temporary).unlink(missing_ok=True)
         return into
+
+
+def place_of(url: httpx.URL) -> tuple[str, int]:
+    """Host and port that a URL leads to."""
+    return url.host, url.port or (443 if url.scheme == "https" else 80)
+
+
+def _bare(url: str) -> str:
+    """A URL without its user name and password.
+
+    Raises:
+        MissingDependency: it is malformed; the message does not repeat it.
+    """
+    try:
+        return str(httpx.URL(url).copy_with(username=None, password=None))
+    except httpx.InvalidURL:
+        raise MissingDependency(
+            "the URL of a package index is malformed; correct REGREEN_INDEX_URL, or uv's or pip's "
+            "settings"
+        ) from None
+
+
+class _Credentials(httpx.Auth):
+    """Names and passwords by host and port, of URLs and of netrc."""
+
+    def __init__(self, urls: Iterable[str]) -> None:
+        self._of: dict[tuple[str, int], tuple[str, str]] = {}
+        for url in map(httpx.URL, urls):
+            if url.username or url.password:
+                self._of[place_of(url)] = (url.username, url.password)
+        self._netrc: Mapping[str, tuple[str, str | None, str | None]] = {}
+        path = os.environ.get("NETRC") or os.path.expanduser("~/.netrc")
+        with contextlib.suppress(OSError, netrc.NetrcParseError):  # as other clients pass it over
+            self._netrc = netrc.netrc(path).hosts
+
+    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
+        """Sign a request to a host that is known by name; netrc's `default` is for nobody."""
+        pair = self._of.get(place_of(request.url))
+        if pair is None and request.url.userinfo:  # of a link on an index's page
+            pair = (request.url.username, request.url.password)
+        if pair is None and request.url.host in self._netrc and request.url.host != "default":
+            login, _, password = self._netrc[request.url.host]
+            pair = (login, password or "")
+        if pair is not None:
+            yield from httpx.BasicAuth(*pair).auth_flow(request)
+        else:
+            yield request
 
 
 def _ssl_context() -> ssl.SSLContext:

@@ -16,13 +16,14 @@ from typing import Any
 
 import structlog
 
+from regreen.allowlist import AllowList
 from regreen.rpc.errors import FailedPrecondition
 from sandbox_svc import metrics
 from sandbox_svc.backends.base import PROXY_PORT
 from sandbox_svc.egress_exchange import Bounds, Exchange
 from sandbox_svc.egress_log import Ledger, Record
 from sandbox_svc.egress_route import Resolver, Route, SystemResolver, Upstream, abort
-from sandbox_svc.egress_rules import AddressRules, AllowList, Network
+from sandbox_svc.egress_rules import AddressRules, Network
 
 _PROXY = f"http://127.0.0.1:{PROXY_PORT}"
 _DIRECT = "localhost,127.0.0.1,::1"
@@ -47,10 +48,11 @@ class Egress:
         resolver: Resolver | None = None,
         ledger: Ledger | None = None,
         enabled: bool = True,
+        ceiling: AllowList | None = None,
     ) -> None:
         self.ledger = ledger or Ledger()
         self.bounds = bounds or Bounds()
-        self._enabled = enabled
+        self._enabled, self._ceiling = enabled, ceiling
         self._system = SystemResolver()
         self.route = Route(
             AddressRules(private),
@@ -65,14 +67,27 @@ class Egress:
         """A way out for a sandbox; whoever asks for it closes it.
 
         Raises:
-            FailedPrecondition: this service gives none.
+            FailedPrecondition: this service gives none, or none to a host of the list.
         """
         if not self._enabled:
             raise FailedPrecondition(
                 "egress: this service gives sandboxes no network; set egress=true to allow it"
             )
+        self._check_ceiling(allow)
         door = self._doors[sandbox_id] = Door(self, sandbox_id, allow)
         return door
+
+    def _check_ceiling(self, allow: AllowList) -> None:
+        if self._ceiling is None:
+            return
+        for at, rule in enumerate(allow.rules):
+            if not self._ceiling.covers(rule):
+                ports = " and ".join(str(port) for port in sorted(rule.ports))
+                raise FailedPrecondition(
+                    f"egress.allow[{at}]: {'*.' * rule.below}{rule.host} on {ports} is not among "
+                    "the hosts that this service gives a way to; leave it out, or have its "
+                    "operator add it to the setting egress_hosts"
+                )
 
     def forget(self, door: "Door") -> None:
         """A door was closed."""

@@ -17,10 +17,10 @@ from urllib.parse import urlsplit
 
 import h11
 
+from regreen.allowlist import AllowList, normal_host, split_authority
 from regreen.rpc import logging
 from sandbox_svc.egress_log import Decision, Record, Tally, cut
 from sandbox_svc.egress_route import AddressRefused, Route, Streams, abort
-from sandbox_svc.egress_rules import AllowList, normal_host, split_authority
 from sandbox_svc.egress_tls import Incomplete, begins_like_tls, server_name
 
 _CHUNK = 1 << 16

@@ -1,5 +1,6 @@
-"""What sandboxes asked of the network: one record a request, for audits and for ListEgress.
+"""What was asked of the network: one record a request, for audits and for ListEgress.
 
+- Each is of a sandbox, or of the preparation of a State, and kept under its id.
 - A record is there as soon as a request was read, and is brought up to date until it ends.
 - Bounded: of each sandbox the first and the last requests are kept, so that a flood cannot push
   out what came before it; of deleted sandboxes the latest, for a while.
@@ -9,9 +10,10 @@
 import hashlib
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from regreen.rpc import logging
 from regreen.rpc.errors import NotFound
@@ -56,7 +58,8 @@ class Tally:
 class Record:
     """One request; see `regreen.sandbox.v1.EgressRecord`."""
 
-    sandbox_id: str
+    subject_id: str
+    """The sandbox, or the State in preparation."""
     number: int
     created_s: float
     method: str = ""
@@ -70,9 +73,28 @@ class Record:
     received: Tally = field(default_factory=Tally)
 
     @property
+    def subject(self) -> str:
+        """The field that names whom it is of."""
+        return "state_id" if self.subject_id.startswith("st_") else "sandbox_id"
+
+    @property
     def allowed(self) -> bool:
         """Whether the allow list and the address let it through."""
         return self.decision in (Decision.ALLOWED, Decision.FAILED, Decision.BOUND)
+
+    def facts(self) -> Mapping[str, Any]:
+        """The record as plain data, for whoever shows or keeps it."""
+        return {
+            "number": self.number,
+            "created_s": self.created_s,
+            self.subject: self.subject_id,
+            **{name: getattr(self, name) for name in ("method", "host", "port", "path")},
+            **{name: getattr(self, name) for name in ("allowed", "detail", "status")},
+            "sent_bytes": self.sent.size_bytes,
+            "received_bytes": self.received.size_bytes,
+            "sent_sha256": self.sent.sha256,
+            "received_sha256": self.received.sha256,
+        }
 
 
 @dataclass(slots=True)
@@ -83,7 +105,7 @@ class _Kept:
 
 
 class Ledger:
-    """The records of all sandboxes of one service."""
+    """The records of all sandboxes and preparations of one service."""
 
     def __init__(self, *, kept_s: float = _KEPT_S, clock: Callable[[], float] = time.time) -> None:
         self._kept_s, self._clock = kept_s, clock
@@ -91,13 +113,14 @@ class Ledger:
         self._numbers = 0
         self._log = logging.get()
 
-    def begin(self, sandbox_id: str, *, keep: bool = True) -> Record:
+    def begin(self, subject_id: str, *, keep: bool = True) -> Record:
         """A record of a request that begins; it is only logged where `keep` is false."""
         self._numbers += 1
-        record = Record(sandbox_id, self._numbers, self._clock())
+        record = Record(subject_id, self._numbers, self._clock())
         if not keep:
             return record
-        kept = self._kept.setdefault(sandbox_id, _Kept())
+        kept = self._kept.setdefault(subject_id, _Kept())
+        kept.closed_s = None
         (kept.first if len(kept.first) < _FIRST else kept.last).append(record)
         return record
 
@@ -108,7 +131,7 @@ class Ledger:
         metrics.EGRESS_BYTES.labels("received").inc(record.received.size_bytes)
         self._log.info(
             "egress",
-            sandbox_id=record.sandbox_id,
+            **{record.subject: record.subject_id},
             http_method=record.method,
             host=record.host,
             port=record.port,
@@ -122,36 +145,34 @@ class Ledger:
             received_sha256=record.received.sha256,
         )
 
-    def closed(self, sandbox_id: str) -> None:
-        """Begin the time for which a deleted sandbox's records are kept."""
-        kept = self._kept.get(sandbox_id)
+    def closed(self, subject_id: str) -> None:
+        """Begin the time for which records are kept of what has ended."""
+        kept = self._kept.get(subject_id)
         if kept is not None:
             kept.closed_s = self._clock()
-            self._kept.move_to_end(sandbox_id)
+            self._kept.move_to_end(subject_id)
         self._prune()
 
     def _prune(self) -> None:
         closed = [(id, kept) for id, kept in self._kept.items() if kept.closed_s is not None]
         left = sum(len(kept.first) + len(kept.last) for _, kept in closed)
         surplus = len(closed) - _MAX_CLOSED
-        for index, (sandbox_id, kept) in enumerate(closed):
+        for index, (subject_id, kept) in enumerate(closed):
             over = index < surplus or left > _MAX_CLOSED_RECORDS
             if over or (kept.closed_s or 0.0) + self._kept_s < self._clock():
                 left -= len(kept.first) + len(kept.last)
-                del self._kept[sandbox_id]
+                del self._kept[subject_id]
 
-    def list(self, sandbox_id: str) -> Sequence[Record]:
-        """Records of a sandbox, oldest first.
+    def list(self, subject_id: str) -> Sequence[Record]:
+        """Records of a sandbox or of a preparation, oldest first.
 
         Raises:
             NotFound: it has asked for nothing that is still kept.
         """
         self._prune()
-        kept = self._kept.get(sandbox_id)
+        kept = self._kept.get(subject_id)
         if kept is None:
-            raise NotFound(
-                f"no request of sandbox {sandbox_id} is kept", metadata={"id": sandbox_id}
-            )
+            raise NotFound(f"no request of {subject_id} is kept", metadata={"id": subject_id})
         return [*kept.first, *kept.last]
 
 

@@ -9,10 +9,10 @@
 import asyncio
 import ipaddress
 
+from regreen.allowlist import AllowList
 from regreen.rpc.errors import FailedPrecondition, RegreenError
 from sandbox_svc.backends.base import PROXY_PORT, Capability, Command, Door, Limits, Runtime
 from sandbox_svc.egress import Egress
-from sandbox_svc.egress_rules import AllowList
 
 _ASK = """
 import socket, sys

@@ -26,12 +26,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import structlog
 
+from regreen.allowlist import AllowList
 from regreen.ids import new_id
 from regreen.rpc.errors import InvalidArgument, NotFound, RegreenError, ResourceExhausted
 from sandbox_svc import metrics
 from sandbox_svc.backends.base import Box, Limits, Runtime
 from sandbox_svc.egress import Door, Egress
-from sandbox_svc.egress_rules import AllowList
 from sandbox_svc.states import DEFAULT_CWD, State, StateStore
 
 if TYPE_CHECKING:

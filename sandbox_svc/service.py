@@ -10,13 +10,14 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from regreen.blobs import open_blobs
-from regreen.rpc.errors import InvalidArgument
-from sandbox_svc import egress_probe, metrics
+from regreen.rpc.errors import InvalidArgument, NotFound
+from sandbox_svc import egress_probe, fetches, metrics
 from sandbox_svc.actions import Actions
 from sandbox_svc.backends.base import Capability, Runtime
 from sandbox_svc.backends.embedded import EmbeddedRuntime
@@ -30,7 +31,7 @@ from sandbox_svc.images.store import Images
 from sandbox_svc.sandboxes import Manager
 from sandbox_svc.selfcheck import SelfCheck
 from sandbox_svc.settings import SandboxSettings
-from sandbox_svc.states import State, StateStore
+from sandbox_svc.states import State, StateStore, state_id
 from sandbox_svc.transfer import Transfer
 from sandbox_svc.upkeep import Upkeep
 from sandbox_svc.validate import Validation, ValidationOptions, Validator
@@ -184,9 +185,41 @@ class SandboxHost:
         (metrics.STATE_CACHE_HITS if found and not rebuild else metrics.STATE_CACHE_MISSES).inc()
 
         async def build(report: Progress) -> Prepared:
-            return await builder.prepare(spec, self.runtime, self.settings.limits(), report)
+            made = state_id("", spec.digest)
+            allow, limits = self.settings.prepared_from(), self.settings.limits()
+            way = fetches.Fetches(self.egress.ledger, made, allow)
+            try:
+                prepared = await builder.prepare(spec, self.runtime, limits, report, way)
+            finally:
+                way.close()
+            asked = {fetches.METADATA: way.encode()}
+            return replace(prepared, metadata={**prepared.metadata, **asked})
 
         return await self.states.prepare(spec.digest, build, rebuild=rebuild, progress=progress)
+
+    def asked(self, sandbox_id: str) -> Sequence[Mapping[str, Any]]:
+        """What a sandbox asked of the network, oldest first.
+
+        Raises:
+            NotFound: it has asked for nothing that is still kept.
+        """
+        return [record.facts() for record in self.egress.ledger.list(sandbox_id)]
+
+    def fetched(self, wanted: str) -> Sequence[Mapping[str, Any]]:
+        """What was asked of the network to prepare a state, oldest first.
+
+        Raises:
+            NotFound: nothing is known of it.
+        """
+        state = self.states.peek(wanted)
+        if state is None:
+            return self.asked(wanted)
+        if fetches.METADATA not in state.metadata:
+            raise NotFound(
+                f"no preparation of state {wanted} is on record: it was imported, or prepared "
+                "before requests were recorded"
+            )
+        return fetches.decode(state.metadata[fetches.METADATA])
 
     async def delete_state(self, state_id: str) -> None:
         """Forget a state and the layers that only it uses.

@@ -1,12 +1,15 @@
-"""`regreen.sandbox.v1.EgressService`: what sandboxes asked of the network.
+"""`regreen.sandbox.v1.EgressService`: what sandboxes and preparations asked of the network.
 
-- Translation only; records are kept by `egress_log.Ledger`.
+- Translation only; records are kept by `egress_log.Ledger` and, of preparations, by their States.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from regreen.ids import check_id
+from regreen.rpc.errors import InvalidArgument
 from regreen.sandbox import v1 as pb
 from sandbox_svc import translate
-from sandbox_svc.egress_log import Record
 from sandbox_svc.service import SandboxHost
 from sandbox_svc.servicer import Context, page
 
@@ -20,31 +23,24 @@ class EgressServicer(pb.EgressServiceServicer):
     async def ListEgress(
         self, request: pb.ListEgressRequest, context: Context
     ) -> pb.ListEgressResponse:
-        """List requests of a sandbox, oldest first."""
-        records = self._host.egress.ledger.list(check_id(request.sandbox_id, "sbx", "sandbox_id"))
-        chosen, token = page(records, _place, request.page_size, request.page_token)
+        """List requests of a sandbox or of a preparation, oldest first."""
+        if bool(request.sandbox_id) == bool(request.state_id):
+            raise InvalidArgument("sandbox_id", "and state_id: one must be given", "give one")
+        if request.state_id:
+            found = self._host.fetched(check_id(request.state_id, "st", "state_id"))
+        else:
+            asked = check_id(request.sandbox_id, "sbx", "sandbox_id")
+            found = self._host.asked(asked)
+        chosen, token = page(found, _place, request.page_size, request.page_token)
         return pb.ListEgressResponse(
-            records=[_record_to(record) for record in chosen], next_page_token=token
+            records=[_record_to(facts) for facts in chosen], next_page_token=token
         )
 
 
-def _place(record: Record) -> tuple[float, str]:
-    return float(record.number), ""
+def _place(facts: Mapping[str, Any]) -> tuple[float, str]:
+    return float(facts["number"]), ""
 
 
-def _record_to(record: Record) -> pb.EgressRecord:
-    return pb.EgressRecord(
-        sandbox_id=record.sandbox_id,
-        create_time=translate.timestamp(record.created_s),
-        method=record.method,
-        host=record.host,
-        port=record.port,
-        path=record.path,
-        allowed=record.allowed,
-        detail=record.detail,
-        status=record.status,
-        sent_bytes=record.sent.size_bytes,
-        received_bytes=record.received.size_bytes,
-        sent_sha256=record.sent.sha256,
-        received_sha256=record.received.sha256,
-    )
+def _record_to(facts: Mapping[str, Any]) -> pb.EgressRecord:
+    fields = {name: value for name, value in facts.items() if name not in ("number", "created_s")}
+    return pb.EgressRecord(create_time=translate.timestamp(facts["created_s"]), **fields)

@@ -8,6 +8,8 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from regreen.allowlist import AllowList, parse_hosts
+from regreen.rpc.errors import InvalidArgument
 from regreen.settings import ServiceSettings
 from sandbox_svc.actions import ActionLimits
 from sandbox_svc.backends.base import Limits
@@ -123,6 +125,9 @@ class SandboxSettings(ServiceSettings):
 
     egress: bool = True
     """Whether a request may give a sandbox a way out, through the proxy; there is no other."""
+    egress_hosts: str = ""
+    """Hosts that may be asked for at all, by comma, in the form of `egress.allow`; empty: any that
+    the address rules let through."""
     egress_private: str = ""
     """Networks that the proxy may reach though they are private or the host's own, by comma."""
     egress_upstream: str = ""
@@ -135,6 +140,9 @@ class SandboxSettings(ServiceSettings):
     """A request or tunnel without a byte for this long is ended."""
     egress_kept_s: float = Field(default=3600.0, ge=0)
     """For how long the requests of a deleted sandbox can be listed."""
+    prepare_hosts: str = "files.pythonhosted.org"
+    """Hosts that preparations may fetch from beside the package indexes of this service, by comma,
+    in the form of `egress.allow`: where an index keeps its files elsewhere."""
     self_check_s: float = Field(default=30.0, gt=0)
     """Time between two looks for leaks."""
 
@@ -146,6 +154,11 @@ class SandboxSettings(ServiceSettings):
             raise ValueError(
                 f"egress_private: {error}; give networks such as 10.0.0.0/8,fd00::/8"
             ) from None
+        for name in ("egress_hosts", "prepare_hosts"):
+            try:
+                parse_hosts(getattr(self, name), name)
+            except InvalidArgument as error:
+                raise ValueError(error.message) from None
         if self.egress_upstream:
             try:
                 Upstream.parse(self.egress_upstream)
@@ -165,7 +178,12 @@ class SandboxSettings(ServiceSettings):
             ),
             ledger=Ledger(kept_s=self.egress_kept_s),
             enabled=self.egress,
+            ceiling=parse_hosts(self.egress_hosts, "egress_hosts"),
         )
+
+    def prepared_from(self) -> AllowList:
+        """Hosts that preparations may fetch from beside the package indexes."""
+        return parse_hosts(self.prepare_hosts, "prepare_hosts") or AllowList(())
 
     flatten_layers: int = Field(default=30, ge=0, le=60)
     """Snapshots above one another before their layers are merged into one; 0 never."""

@@ -6,6 +6,9 @@
 - A file is named by a digest and a plain name; what could be a path is refused, with its field.
 """
 
+from collections.abc import Sequence
+
+from regreen.allowlist import AllowList
 from regreen.common.v1 import common_pb2
 from regreen.rpc.errors import InvalidArgument
 from regreen.sandbox.v1 import sandbox_pb2 as pb
@@ -81,7 +84,13 @@ def spec_from_proto(spec: pb.EnvironmentSpec) -> EnvironmentSpec:
         ),
         overlay_paths=tuple(spec.overlay_paths),
         pythons=tuple(spec.pythons),
+        egress=_egress(spec.egress),
     )
+
+
+def _egress(entries: Sequence[str]) -> tuple[str, ...]:
+    AllowList.parse(entries, "spec.egress")
+    return tuple(entries)
 
 
 def _file(file: pb.DistFile, where: str) -> DistFile:

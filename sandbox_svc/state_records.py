@@ -3,6 +3,7 @@
 - A value of another type than this service writes is refused by its name, before anything uses it.
 """
 
+import json
 import re
 from collections.abc import Callable, Mapping
 
@@ -29,13 +30,42 @@ def _is_mount(value: object) -> bool:
     return "\0" not in value[0] and "\0" not in value[1]
 
 
+def _is_count(value: object, below: int = _MAX_BYTES) -> bool:
+    return isinstance(value, int) and _is_number(value, below)
+
+
 def _is_number(value: object, below: float = _MAX_SECONDS) -> bool:
     return isinstance(value, int | float) and 0 <= value < below and not isinstance(value, bool)
 
 
+_REQUEST: Mapping[str, Callable[[object], bool]] = {
+    **dict.fromkeys(("method", "host", "path", "detail", "state_id"), _is_text),
+    **dict.fromkeys(("sent_sha256", "received_sha256"), _is_text),
+    **dict.fromkeys(("port", "status"), lambda value: _is_count(value, 1 << 31)),
+    **dict.fromkeys(("sent_bytes", "received_bytes", "number"), lambda value: _is_count(value)),
+    "created_s": _is_number,
+    "allowed": lambda value: isinstance(value, bool),
+}
+"""Of one request of a preparation, see `egress_log.Record.facts`."""
+
+
+def _is_request(value: object) -> bool:
+    if not isinstance(value, dict) or value.keys() != _REQUEST.keys():
+        return False
+    return all(check(value[name]) for name, check in _REQUEST.items())
+
+
+def _is_requests(value: object) -> bool:
+    """Whether a value is what `fetches.decode` can read."""
+    try:
+        return isinstance(value, str) and _is_list(json.loads(value), _is_request)
+    except (ValueError, RecursionError):
+        return False
+
+
 def _is_metadata(value: object) -> bool:
-    """Whether metadata has a baseline that can be shown, or none."""
-    if not isinstance(value, dict):
+    """Whether metadata has a baseline and requests that can be shown, or none."""
+    if not isinstance(value, dict) or not _is_requests(value.get("egress", "[]")):
         return False
     baseline = value.get("baseline")
     if not isinstance(baseline, dict):
@@ -52,7 +82,7 @@ _CHECKS: Mapping[str, Callable[[object], bool]] = {
     **dict.fromkeys(("id", "parent_id", "spec_sha256", "python", "host", "boot"), _is_text),
     **dict.fromkeys(("layers", "ancestors"), lambda value: _is_list(value, _is_text)),
     "created_s": _is_number,
-    "size_bytes": lambda value: isinstance(value, int) and _is_number(value, _MAX_BYTES),
+    "size_bytes": lambda value: _is_count(value),
     "mounts": lambda value: _is_list(value, _is_mount),
     "env": _is_map,
     "labels": _is_map,

@@ -38,6 +38,7 @@ from sandbox_svc.builders.base import (
     check_filename,
     check_sha256,
 )
+from sandbox_svc.fetches import Fetches
 
 FETCHERS = 8
 
@@ -93,12 +94,16 @@ class DistStore:
             Path(temporary).unlink(missing_ok=True)
 
     async def ensure(
-        self, wanted: Sequence[tuple[str, DistFile]], progress: Progress = lambda _: None
+        self,
+        wanted: Sequence[tuple[str, DistFile]],
+        progress: Progress = lambda _: None,
+        fetches: Fetches | None = None,
     ) -> None:
-        """Have every (package name, file) here.
+        """Have every (package name, file) here; `fetches` sees to what has to be asked for.
 
         Raises:
-            MissingDependency: a file is missing and the index does not give it.
+            MissingDependency: a file is missing and the index does not give it, or leads to a
+                host that may not be asked.
         """
         missing = {f.sha256: (name, f) for name, f in wanted if not self.has(f.sha256)}
         if not missing:
@@ -107,6 +112,8 @@ class DistStore:
         progress(Stage("fetch", 0, len(missing)))
         gate = asyncio.Semaphore(FETCHERS)
         async with self._open_index() as index:
+            if fetches is not None:
+                fetches.watch(index)
 
             async def one(name: str, file: DistFile) -> None:
                 nonlocal done

@@ -53,6 +53,9 @@ class SandboxConfig(BaseModel):
     """Directory that commands start in."""
     env: dict[str, str] = {}
     """Variables added to the sandbox's environment."""
+    egress: list[str] | None = None
+    """Hosts that commands may reach, as in `CreateSandbox.egress`; by default those that the task
+    asks for, and none with a `state_id`."""
     limits: dict[str, float] = {}
     """Limits by name: `memory_bytes`, `pids`, `cpus`, `disk_bytes`, `inodes`."""
     labels: dict[str, str] = {}
@@ -104,7 +107,9 @@ class HeldSandbox:
         """Make the sandbox that `config` describes.
 
         Raises:
-            InvalidArgument: the configuration names no state, both kinds, or an unknown limit.
+            InvalidArgument: the configuration names no state, both kinds, an unknown limit or a
+                malformed host.
+            FailedPrecondition: the service gives no way to one of the hosts.
             NotFound: there is no such state or task.
             Unavailable: the service cannot be reached.
         """
@@ -114,9 +119,15 @@ class HeldSandbox:
         address = config.address or Endpoints.load().sandbox
         channel = connect(address, _tls(config))
         try:
-            state_id = config.state_id or await _state_of_task(config, channel)
+            state_id, wanted = config.state_id, list[str]()
+            if not state_id:
+                state_id, wanted = await _state_of_task(config, channel)
             made = await SandboxClient(channel, patience_s=config.patience_s).create_sandbox(
-                state_id, limits=limits, labels=config.labels, ttl_s=config.ttl_s
+                state_id,
+                limits=limits,
+                labels=config.labels,
+                ttl_s=config.ttl_s,
+                egress=wanted if config.egress is None else config.egress,
             )
         except BaseException:
             await channel.close()
@@ -189,7 +200,8 @@ class HeldSandbox:
         return path if path.startswith("/") else f"{self.config.cwd.rstrip('/')}/{path}"
 
 
-async def _state_of_task(config: SandboxConfig, channel: grpc.aio.Channel) -> str:
+async def _state_of_task(config: SandboxConfig, channel: grpc.aio.Channel) -> tuple[str, list[str]]:
+    """The State of a task, and the hosts that it asks for."""
     dataset = connect(config.dataset_address or Endpoints.load().dataset, _tls(config))
     try:
         task = await TaskClient(dataset, patience_s=config.patience_s).get_task(config.task_id)
@@ -199,7 +211,7 @@ async def _state_of_task(config: SandboxConfig, channel: grpc.aio.Channel) -> st
     state_id = ""
     async for event in states.prepare_state(task.environment):
         state_id = event.state.id or state_id
-    return state_id
+    return state_id, list(task.environment.egress)
 
 
 def output_text(output: pb.Output, errors: str = "backslashreplace") -> str:

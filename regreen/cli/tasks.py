@@ -133,6 +133,8 @@ def show(
     if report and report.reason:
         typer.echo(report.reason)
     typer.echo(f"python {task.environment.python}, {len(task.environment.pins)} pins")
+    if task.environment.egress:
+        typer.echo(f"rollouts may reach {', '.join(task.environment.egress)}")
     typer.echo(f"fail to pass {task.fail_to_pass_count}, pass to pass {task.pass_to_pass_count}")
     for check in report.checks if report else []:
         mark, around = (

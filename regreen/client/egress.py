@@ -1,4 +1,4 @@
-"""Client of the sandbox service's record of what sandboxes asked of the network.
+"""Client of the sandbox service's record of what was asked of the network.
 
 - Each method is one RPC; `egress_records` pages through all of them.
 """
@@ -19,20 +19,29 @@ class EgressClient(Caller):
         self._stub = pb.EgressServiceStub(channel)
 
     async def list_egress(
-        self, sandbox_id: str, *, page_size: int = 0, page_token: str = ""
+        self,
+        sandbox_id: str = "",
+        *,
+        state_id: str = "",
+        page_size: int = 0,
+        page_token: str = "",
     ) -> pb.ListEgressResponse:
-        """One page of requests, oldest first."""
+        """One page of requests of a sandbox, or of the preparation of a state, oldest first."""
         request = pb.ListEgressRequest(
-            sandbox_id=sandbox_id, page_size=page_size, page_token=page_token
+            sandbox_id=sandbox_id, state_id=state_id, page_size=page_size, page_token=page_token
         )
         response: pb.ListEgressResponse = await self._call(self._stub.ListEgress, request, READ_S)
         return response
 
-    async def egress_records(self, sandbox_id: str) -> AsyncIterator[pb.EgressRecord]:
-        """All requests of a sandbox that are kept, oldest first."""
+    async def egress_records(
+        self, sandbox_id: str = "", *, state_id: str = ""
+    ) -> AsyncIterator[pb.EgressRecord]:
+        """All requests of a sandbox, or of the preparation of a state, that are kept."""
         token = ""
         while True:
-            found = await self.list_egress(sandbox_id, page_size=1000, page_token=token)
+            found = await self.list_egress(
+                sandbox_id, state_id=state_id, page_size=1000, page_token=token
+            )
             for record in found.records:
                 yield record
             token = found.next_page_token

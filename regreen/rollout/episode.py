@@ -101,6 +101,7 @@ class Runner:
             sandbox = await self.stack.sandbox.create_sandbox(
                 branch.state_id if branch else task.state_id,
                 labels={"trajectory": trajectory_id, "task": task.id},
+                egress=task.environment.egress,
                 ttl_s=spec.budget.wall_s + spec.budget.validation_s * 2 + _SLACK_S,
             )
             try:

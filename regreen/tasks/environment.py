@@ -35,6 +35,7 @@ def environment(
         python=chosen,
         install_mode=task.build.mode,
         pythons=task.choices if chosen == task.python else [],
+        egress=task.egress,
     )
     spec.pins.extend(_pin(pin, distributions, task.id) for pin in task.pins_fail)
     further = [p for p in (*task.pins_pass, *task.wheelhouse) if p not in task.pins_fail]

@@ -10,7 +10,10 @@ import hashlib
 from collections.abc import Iterable
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from regreen.allowlist import AllowList
+from regreen.rpc.errors import InvalidArgument
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+!-]{0,254}$")]
@@ -130,6 +133,8 @@ class TaskRecord(_Record):
     culprit: Culprit | None = None
     changed: dict[str, str] = {}
     """Packages that moved: name to "from to"."""
+    egress: list[str] = []
+    """Hosts that rollouts may reach, as in `CreateSandbox.egress`; validations reach none."""
     tests: Tests
     stage: str = ""
     category: str = ""
@@ -144,6 +149,15 @@ class TaskRecord(_Record):
     """Wall time of one validation where it was measured, for planning only."""
     status: Literal["unjudged", "admitted", "rejected", "quarantined"] = "unjudged"
     reason: str = ""
+
+    @field_validator("egress")
+    @classmethod
+    def _check_egress(cls, egress: list[str]) -> list[str]:
+        try:
+            AllowList.parse(egress, "egress")
+        except InvalidArgument as error:
+            raise ValueError(error.message) from None
+        return egress
 
 
 def ids_sha256(ids: Iterable[str]) -> str:

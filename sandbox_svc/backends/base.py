@@ -314,15 +314,15 @@ class Runtime(Protocol):
         *,
         limits: Limits,
         mounts: Sequence[Mount] = (),
-        network: bool = False,
         env: Mapping[str, str] = NO_ENV,
         door: Door | None = None,
         base: str = HOST_BASE,
     ) -> Box:
         """Start a box over `layers` (lowest first); an empty sequence is the bare base.
 
-        `env` goes below every command's own variables. Without a door there is no way out. Unless
-        `base` is `HOST_BASE`, no program of the host is shown: the layers are a whole system.
+        `env` goes below every command's own variables. A door is the only way out; without one
+        there is none. Unless `base` is `HOST_BASE`, no program of the host is shown: the layers are
+        a whole system.
 
         Raises:
             FailedPrecondition: this runtime has no doors, or no imported images.

@@ -78,7 +78,7 @@ class DockerRuntime:
         self._defaults, self._run_probes = defaults, run_probes
         self._instance = _instance_of(self._home)
         self._boxes: dict[str, DockerBox] = {}
-        self._started: dict[str, tuple[tuple[Mount, ...], bool]] = {}
+        self._started: dict[str, tuple[Mount, ...]] = {}
         self._capabilities: tuple[Capability, ...] = ()
         self._base = self._data = ""
         self._closing = False
@@ -188,7 +188,6 @@ class DockerRuntime:
         *,
         limits: Limits,
         mounts: Sequence[Mount] = (),
-        network: bool = False,
         env: Mapping[str, str] = NO_ENV,
         door: Door | None = None,
         base: str = HOST_BASE,
@@ -210,7 +209,7 @@ class DockerRuntime:
             raise Unavailable("the service is stopping")
         box = DockerBox(self, layers, _complete(limits, self._defaults), env)
         self._boxes[box.id] = box
-        self._started[box.id] = (tuple(mounts), network)
+        self._started[box.id] = tuple(mounts)
         try:
             await box.launch()
         except BaseException:
@@ -221,8 +220,7 @@ class DockerRuntime:
 
     async def start_container(self, box: DockerBox) -> str:
         """A running container over a box's layers, in which nothing ran yet; its id."""
-        mounts, network = self._started[box.id]
-        recipe = Recipe(tuple(box.layers), box.limits, mounts, network)
+        recipe = Recipe(tuple(box.layers), box.limits, self._started[box.id])
         fresh = len(box.layers) == box.below  # else it goes on after a freeze, alone on its layers
         if fresh and (waiting := await self.pool.take(recipe)):
             return waiting
@@ -234,7 +232,7 @@ class DockerRuntime:
     async def _start_from(self, recipe: Recipe) -> str:
         limits, mounts = recipe.limits, recipe.mounts
         host_config = self.api.create_host_config(
-            network_mode="bridge" if recipe.network else "none",
+            network_mode="none",
             cap_drop=["ALL"],
             cap_add=["KILL"],  # of root, who ends commands; these get none
             security_opt=["no-new-privileges"],

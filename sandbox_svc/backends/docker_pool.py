@@ -31,7 +31,6 @@ class Recipe:
     layers: tuple[str, ...]
     limits: Limits
     mounts: tuple[Mount, ...] = ()
-    network: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +85,7 @@ class ContainerPool:
 
     async def take(self, recipe: Recipe) -> str | None:
         """A started container, if one waits; another is started in its place."""
-        if not self._size.each or recipe.network or self._closed:
+        if not self._size.each or self._closed:
             return None
         shelf = self._shelves.setdefault(recipe, _Shelf())
         shelf.wanted_s = self._clock()

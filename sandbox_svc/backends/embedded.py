@@ -75,9 +75,9 @@ class EmbeddedRuntime:
         self._lock_fd = -1
         self._descriptors = _DESCRIPTORS
         self._seats: Seats | None = None
-        self._base: dict[bool, str] = {}
+        self._base = ""
         self._boxes: dict[str, EmbeddedBox] = {}
-        self._mounts: dict[str, tuple[tuple[Mount, ...], bool]] = {}
+        self._mounts: dict[str, tuple[Mount, ...]] = {}
         self._whole: set[str] = set()
         """Boxes whose layers are a whole system."""
         self._capabilities: tuple[Capability, ...] = ()
@@ -108,10 +108,7 @@ class EmbeddedRuntime:
         built = await self.blocking(program.spawner)
         self.cgroups = cgroups.choose(self.instance)
         await self.blocking(self._sweep)
-        self._base = {
-            network: await self.blocking(self.layout.ensure_base, network=network)
-            for network in (False, True)
-        }
+        self._base = await self.blocking(self.layout.ensure_base)
         self._seats = Seats(self.cgroups, self._defaults, warm=self._warm, clear=self._clear)
         try:
             self._seats.start(self._home, owner, built)
@@ -165,7 +162,6 @@ class EmbeddedRuntime:
         *,
         limits: Limits,
         mounts: Sequence[Mount] = (),
-        network: bool = False,
         env: Mapping[str, str] = NO_ENV,
         door: Door | None = None,
         base: str = HOST_BASE,
@@ -173,7 +169,7 @@ class EmbeddedRuntime:
         """Start a box over `layers` (lowest first); an empty sequence is the bare base."""
         _check_mounts(mounts)
         box = EmbeddedBox(self, secrets.token_hex(6), layers, self._complete(limits), env, door)
-        self._mounts[box.id] = (tuple(mounts), network)
+        self._mounts[box.id] = tuple(mounts)
         if base != HOST_BASE:
             self._whole.add(box.id)
         self._boxes[box.id] = box
@@ -201,20 +197,20 @@ class EmbeddedRuntime:
         """A seat for a box."""
         if self._seats is None:
             raise InfraError("the runtime was not started")
-        return await self._seats.take(network=self._mounts[box.id][1])
+        return await self._seats.take()
 
     def specification(self, box: EmbeddedBox, seat: Seat) -> Sequence[wire.Field]:
         """What a seat needs to become the first process of a box, as `spawner/seat.c` reads it."""
         other = box.limits != seat.limits
-        mounts, network = self._mounts[box.id]
+        mounts = self._mounts[box.id]
         whole = box.id in self._whole
         places = [(m.target, m.source.is_dir()) for m in mounts]
         if whole:
-            skeleton = self.layout.ensure_base(network=network, whole=True)
+            skeleton = self.layout.ensure_base(whole=True)
             above = self.layout.ensure_targets([*WHOLE_TARGETS, *places])
             lower = self.layout.lower_names([skeleton], box.layers, [above])
         else:
-            below = [self._base[network], self.layout.ensure_targets(places)]
+            below = [self._base, self.layout.ensure_targets(places)]
             lower = self.layout.lower_names(below, box.layers)
         memory, inodes = box.limits.memory_bytes, box.limits.inodes
         fields: list[wire.Field] = [0, "become"]
@@ -338,9 +334,9 @@ class EmbeddedRuntime:
         """
         if base == HOST_BASE:
             targets = self.layout.ensure_targets((m.target, m.source.is_dir()) for m in mounts)
-            lowest = [self._base[False], targets]
+            lowest = [self._base, targets]
         else:  # mount points lie above the layers of an image
-            lowest = [self.layout.ensure_base(network=False, whole=True)]
+            lowest = [self.layout.ensure_base(whole=True)]
         names = self.layout.lower_names(lowest, below)
         beneath = [self._home / name for name in names]
         tops = [self.layout.layer(layer) for layer in layers]

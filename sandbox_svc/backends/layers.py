@@ -245,24 +245,23 @@ class Layout:
             raise FailedPrecondition(f"{len(layers)} layers are too many; flatten the state")
         return names
 
-    def ensure_base(self, *, network: bool, whole: bool = False) -> str:
+    def ensure_base(self, *, whole: bool = False) -> str:
         """Build the base skeleton when it is missing; returns its relative name.
 
         `whole`: what lies below a system that comes from an image.
         """
-        resolver = _read_or_empty(Path("/etc/resolv.conf")) if network else b""
         if whole:
-            tag = hashlib.sha256(_SKELETON_VERSION.encode() + resolver).hexdigest()[:10]
+            tag = hashlib.sha256(_SKELETON_VERSION.encode()).hexdigest()[:10]
             name = f"base/w{tag}"
             if not (self.home / name).is_dir():
-                self._build(name, lambda root: _fill_whole(root, resolver))
+                self._build(name, _fill_whole)
             return name
-        digest = hashlib.sha256(_SKELETON_VERSION.encode() + resolver)
+        digest = hashlib.sha256(_SKELETON_VERSION.encode())
         digest.update(_read_or_empty(Path("/etc/ld.so.cache")))
         digest.update(_listing(Path("/etc/alternatives")))
-        name = f"base/b{digest.hexdigest()[:10]}{'n' if network else ''}"
+        name = f"base/b{digest.hexdigest()[:10]}"
         if not (self.home / name).is_dir():
-            self._build(name, lambda root: _fill_base(root, resolver))
+            self._build(name, _fill_base)
         return name
 
     def ensure_targets(self, targets: Iterable[tuple[str, bool]]) -> str:
@@ -303,7 +302,7 @@ def _listing(path: Path) -> bytes:
         return b""
 
 
-def _fill_base(root: Path, resolver: bytes) -> None:
+def _fill_base(root: Path) -> None:
     for name in _DIRECTORIES:
         (root / name).mkdir(mode=0o755, exist_ok=True)
     (root / "var/tmp").chmod(0o1777)
@@ -322,17 +321,15 @@ def _fill_base(root: Path, resolver: bytes) -> None:
     (etc / "localtime").symlink_to("/usr/share/zoneinfo/UTC")
     (etc / "mtab").symlink_to("/proc/self/mounts")
     (root / "var/run").symlink_to("/run")
-    (etc / "resolv.conf").write_bytes(resolver)
+    (etc / "resolv.conf").touch()
 
 
-def _fill_whole(root: Path, resolver: bytes) -> None:
+def _fill_whole(root: Path) -> None:
     """What a system from an image may lack: a user, a home, a name for itself."""
     for name in _WHOLE_DIRECTORIES:
         (root / name).mkdir(mode=0o755)
     for name in _WHOLE_FILES:
         (root / "etc" / name).write_text(_ETC_FILES[name])
-    if resolver:
-        (root / "etc/resolv.conf").write_bytes(resolver)
 
 
 def _copy(source: Path, target: Path) -> None:

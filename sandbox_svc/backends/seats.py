@@ -125,25 +125,25 @@ class Seats:
         """Seats that wait to be taken."""
         return tuple(self._warm)
 
-    async def take(self, *, network: bool) -> Seat:
-        """A seat: a warm one, or a new one when there is none or it needs the host's network."""
+    async def take(self) -> Seat:
+        """A seat: a warm one, or a new one when there is none."""
         seat = None
-        while not network and self._warm and seat is None:
+        while self._warm and seat is None:
             seat = self._warm.popleft()
             if self._link is None or self._link.closed or not seat.alive:
                 self._in_background(self._discard(seat))
                 seat = None
         self._refill_later()
-        return seat or await self._make(network=network)
+        return seat or await self._make()
 
-    async def _make(self, *, network: bool) -> Seat:
+    async def _make(self) -> Seat:
         if self._link is None or self._closing:
             raise InfraError("the runtime is not running")
         if self._link.closed:
             self._begin()
         name = secrets.token_hex(6)
         plan = self._cgroups.plan(name, self._limits)
-        request = [int(network), name, *wire.counted(plan.directories)]
+        request = [name, *wire.counted(plan.directories)]
         request += cgroups.fields(plan.writes)
         process = self._process
         making = asyncio.create_task(self._settled(self._link, name, request))
@@ -214,7 +214,7 @@ class Seats:
     async def _fill(self) -> None:
         with contextlib.suppress(InfraError):
             while len(self._warm) < self._wanted and not self._closing:
-                self._warm.append(await self._make(network=False))
+                self._warm.append(await self._make())
 
     async def leave(self, seat: Seat) -> None:
         """Kill a seat's process and wait until the kernel has ended everything below it."""

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from regreen.rpc.errors import InvalidArgument
 from sandbox_svc.backends.base import Limits, Mount, Runtime
+from sandbox_svc.fetches import Fetches
 
 FORMAT = 2
 """Part of every spec digest: raise it when a builder's output changes for the same spec."""
@@ -136,12 +137,15 @@ class EnvironmentSpec:
     overlay_paths: tuple[str, ...] = ()
     pythons: tuple[str, ...] = ()
     """Interpreters that a fix may choose, `python` among them; empty means `python` only."""
+    egress: tuple[str, ...] = ()
+    """Hosts that rollouts may reach; preparations and validations have no network all the same."""
 
     def canonical(self) -> bytes:
         """The JSON form that the digest is taken of: sorted keys, no spaces."""
-        return json.dumps(
-            asdict(self), sort_keys=True, separators=(",", ":"), default=_hex
-        ).encode()
+        fields = asdict(self)
+        if not self.egress:  # States prepared before there was the field keep their ids
+            del fields["egress"]
+        return json.dumps(fields, sort_keys=True, separators=(",", ":"), default=_hex).encode()
 
     @property
     def digest(self) -> str:
@@ -218,9 +222,14 @@ class Builder(Protocol):
     name: str
 
     async def prepare(
-        self, spec: EnvironmentSpec, runtime: Runtime, limits: Limits, progress: Progress
+        self,
+        spec: EnvironmentSpec,
+        runtime: Runtime,
+        limits: Limits,
+        progress: Progress,
+        fetches: Fetches | None = None,
     ) -> Prepared:
-        """Fetch, build, install, run the tests once, freeze.
+        """Fetch, build, install, run the tests once, freeze; `fetches` sees to what is fetched.
 
         Raises:
             InvalidArgument: the spec cannot be followed.

@@ -41,6 +41,7 @@ from sandbox_svc.builders.base import (
 )
 from sandbox_svc.builders.interpreters import Interpreter, check_version, find_interpreter
 from sandbox_svc.builders.protect import protected_roots, pytest_settings
+from sandbox_svc.fetches import Fetches
 from sandbox_svc.wheelhouse import DistStore, Wheel, pick
 
 INBOX = Path(__file__).parent / "inbox"
@@ -74,12 +75,17 @@ class PythonBuilder:
         self.tools = _lay_out_tools(tools)
 
     async def prepare(
-        self, spec: EnvironmentSpec, runtime: Runtime, limits: Limits, progress: Progress
+        self,
+        spec: EnvironmentSpec,
+        runtime: Runtime,
+        limits: Limits,
+        progress: Progress,
+        fetches: Fetches | None = None,
     ) -> Prepared:
         """Fetch, build, install, freeze, then run the broken State's tests."""
         check_spec(spec)
         interpreters = {v: find_interpreter(v) for v in spec.allowed_pythons}
-        inputs = await self._fetch(spec, interpreters, progress)
+        inputs = await self._fetch(spec, interpreters, progress, fetches)
         house = await self._wheelhouse(spec, inputs, runtime, limits, progress)
         inputs = replace(inputs, mounts=(*inputs.mounts, Mount(house, WHEELHOUSE)))
         box = await runtime.create((), limits=limits, mounts=inputs.mounts)
@@ -113,14 +119,18 @@ class PythonBuilder:
         return Prepared((layer,), kept, env, {**facts, "baseline": asdict(baseline)})
 
     async def _fetch(
-        self, spec: EnvironmentSpec, interpreters: Mapping[str, Interpreter], progress: Progress
+        self,
+        spec: EnvironmentSpec,
+        interpreters: Mapping[str, Interpreter],
+        progress: Progress,
+        fetches: Fetches | None,
     ) -> Inputs:
         wanted: list[tuple[str, DistFile]] = []
         for pin in (*spec.pins, *spec.wheelhouse):
             wanted += [(pin.name, f) for f in _files_for(pin, spec.allowed_pythons)]
         tools = [(p.name, f) for p in spec.build_pins if (f := pick(p, spec.python)) is not None]
         archives = [(spec.package, f) for f in (spec.source, spec.overlay_source) if f is not None]
-        await self.store.ensure([*wanted, *tools, *archives], progress)
+        await self.store.ensure([*wanted, *tools, *archives], progress, fetches)
         files = [f for _, f in archives]
         if spec.source_tree:
             files.append(await self._source_tree(spec))

@@ -13,6 +13,7 @@ from sandbox_svc.builders.base import (
     Stage,
     check_overlay,
 )
+from sandbox_svc.fetches import Fetches
 
 
 class SystemBuilder:
@@ -21,7 +22,12 @@ class SystemBuilder:
     name = "system"
 
     async def prepare(
-        self, spec: EnvironmentSpec, runtime: Runtime, limits: Limits, progress: Progress
+        self,
+        spec: EnvironmentSpec,
+        runtime: Runtime,
+        limits: Limits,
+        progress: Progress,
+        fetches: Fetches | None = None,
     ) -> Prepared:
         """Write the overlay into a fresh box and freeze it.
 

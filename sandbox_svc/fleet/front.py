@@ -19,7 +19,13 @@ from typing import Any
 import grpc
 
 from regreen.ids import check_id
-from regreen.rpc.errors import NotFound, RegreenError, ResourceExhausted, Unavailable
+from regreen.rpc.errors import (
+    InvalidArgument,
+    NotFound,
+    RegreenError,
+    ResourceExhausted,
+    Unavailable,
+)
 from regreen.rpc.logging import TRACE_HEADER, TRAJECTORY_HEADER
 from regreen.sandbox import v1 as pb
 from sandbox_svc.fleet.calls import METHODS, PACKAGE, SERVICES, Metadata, Method, Worker
@@ -279,10 +285,21 @@ class Front:
     async def _list_egress(
         self, request: pb.ListEgressRequest, context: Context
     ) -> pb.ListEgressResponse:
-        """What a sandbox asked of the network; its worker knows for a while after its end."""
-        wanted = check_id(request.sandbox_id, "sbx", "sandbox_id")
+        """What a sandbox or a preparation asked of the network.
+
+        A sandbox's worker knows for a while after its end, and so does that of a preparation that
+        failed; what led to a state goes with the state.
+        """
+        if bool(request.sandbox_id) == bool(request.state_id):
+            raise InvalidArgument("sandbox_id", "and state_id: one must be given", "give one")
         method = METHODS["EgressService/ListEgress"]
         try:
+            if request.state_id:
+                found: pb.ListEgressResponse = await self._to_state(method, "state_id")(
+                    request, context
+                )
+                return found
+            wanted = check_id(request.sandbox_id, "sbx", "sandbox_id")
             worker = await self._registry.worker_of(wanted)
         except NotFound:
             fields = {field.name: value for field, value in request.ListFields()}

@@ -238,6 +238,7 @@ async def test_sandbox(sandboxes: grpc.aio.Channel) -> None:
     whole.source.CopyFrom(pb.DistFile(filename="a.tar.gz", sha256="ab" * 32))
     whole.pins.add(name="a", version="1").files.add(filename="a.whl", sha256="cd" * 32)
     whole.test.CopyFrom(pb.TestSpec(arguments=["tests"], timeout=Duration(seconds=60)))
+    whole.egress.append("docs.test")
     prepare = pb.StateServiceStub(sandboxes).PrepareState
     events = [event async for event in prepare(pb.PrepareStateRequest(spec=whole))]
     state = events[-1].state.id
@@ -286,7 +287,10 @@ async def test_sandbox(sandboxes: grpc.aio.Channel) -> None:
                 ),
             ),
         ],
-        "ListEgress": pb.ListEgressRequest(sandbox_id=box, page_size=10),
+        "ListEgress": [
+            pb.ListEgressRequest(sandbox_id=box, page_size=10),
+            pb.ListEgressRequest(state_id=state, page_size=10),
+        ],
         "Execute": pb.ExecuteRequest(
             state_id=state, command=command, limits=pb.Limits(pids=16), keep_state=True
         ),

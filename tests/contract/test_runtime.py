@@ -6,10 +6,10 @@ import time
 
 import pytest
 
+from regreen.allowlist import AllowList
 from regreen.rpc.errors import FailedPrecondition, InvalidArgument, NotFound
 from sandbox_svc.backends.base import Command, EndReason, Limits, Mount
 from sandbox_svc.egress import Egress
-from sandbox_svc.egress_rules import AllowList
 from tests.contract.runtimes import SMALL, sh
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -34,7 +34,7 @@ def own(local: Local, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Id of a task of one's own, imported and admitted by commands."""
     folder = tmp_path_factory.mktemp("own")
     record, releases = tiny_record(DistStore(local.home / "sandbox" / "dists"), folder)
-    record = record.model_copy(update={"id": "own-greet"})
+    record = record.model_copy(update={"id": "own-greet", "egress": ["docs.example.org"]})
     (folder / "own.jsonl").write_text(dump_lines([record]))
     (folder / "releases.jsonl").write_text(dump_lines(releases.values()))
     words = ("tasks", "import", str(folder / "own.jsonl"))
@@ -52,6 +52,7 @@ def own(local: Local, tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_tasks_of_ones_own_are_shown_with_their_evidence(local: Local, own: str) -> None:
     shown = local.cli("tasks", "show", own).stdout
     assert "2 tests turn green, 0 unstable" in shown
+    assert "rollouts may reach docs.example.org" in shown
     assert "ok  reference-passes 2:" in shown
     listed = local.cli("tasks", "list", "--json").stdout.splitlines()
     assert own in [json.loads(line)["id"] for line in listed]

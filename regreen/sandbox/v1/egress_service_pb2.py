@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'regreen/sandbox/v1/egress_service.proto\x12\x12regreen.sandbox.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x98\x02\n\x0c\x45gressRecord\x12\x12\n\nsandbox_id\x18\x01 \x01(\t\x12/\n\x0b\x63reate_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06method\x18\x03 \x01(\t\x12\x0c\n\x04host\x18\x04 \x01(\t\x12\x0c\n\x04port\x18\x05 \x01(\x05\x12\x0c\n\x04path\x18\x06 \x01(\t\x12\x0f\n\x07\x61llowed\x18\x07 \x01(\x08\x12\x0e\n\x06\x64\x65tail\x18\x08 \x01(\t\x12\x0e\n\x06status\x18\t \x01(\x05\x12\x12\n\nsent_bytes\x18\n \x01(\x03\x12\x16\n\x0ereceived_bytes\x18\x0b \x01(\x03\x12\x13\n\x0bsent_sha256\x18\x0c \x01(\t\x12\x17\n\x0freceived_sha256\x18\r \x01(\t\"N\n\x11ListEgressRequest\x12\x12\n\nsandbox_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"`\n\x12ListEgressResponse\x12\x31\n\x07records\x18\x01 \x03(\x0b\x32 .regreen.sandbox.v1.EgressRecord\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2l\n\rEgressService\x12[\n\nListEgress\x12%.regreen.sandbox.v1.ListEgressRequest\x1a&.regreen.sandbox.v1.ListEgressResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'regreen/sandbox/v1/egress_service.proto\x12\x12regreen.sandbox.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xaa\x02\n\x0c\x45gressRecord\x12\x12\n\nsandbox_id\x18\x01 \x01(\t\x12/\n\x0b\x63reate_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06method\x18\x03 \x01(\t\x12\x0c\n\x04host\x18\x04 \x01(\t\x12\x0c\n\x04port\x18\x05 \x01(\x05\x12\x0c\n\x04path\x18\x06 \x01(\t\x12\x0f\n\x07\x61llowed\x18\x07 \x01(\x08\x12\x0e\n\x06\x64\x65tail\x18\x08 \x01(\t\x12\x0e\n\x06status\x18\t \x01(\x05\x12\x12\n\nsent_bytes\x18\n \x01(\x03\x12\x16\n\x0ereceived_bytes\x18\x0b \x01(\x03\x12\x13\n\x0bsent_sha256\x18\x0c \x01(\t\x12\x17\n\x0freceived_sha256\x18\r \x01(\t\x12\x10\n\x08state_id\x18\x0e \x01(\t\"`\n\x11ListEgressRequest\x12\x12\n\nsandbox_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x10\n\x08state_id\x18\x04 \x01(\t\"`\n\x12ListEgressResponse\x12\x31\n\x07records\x18\x01 \x03(\x0b\x32 .regreen.sandbox.v1.EgressRecord\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2l\n\rEgressService\x12[\n\nListEgress\x12%.regreen.sandbox.v1.ListEgressRequest\x1a&.regreen.sandbox.v1.ListEgressResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,11 +33,11 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'regreen.sandbox.v1.egress_s
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_EGRESSRECORD']._serialized_start=97
-  _globals['_EGRESSRECORD']._serialized_end=377
-  _globals['_LISTEGRESSREQUEST']._serialized_start=379
-  _globals['_LISTEGRESSREQUEST']._serialized_end=457
-  _globals['_LISTEGRESSRESPONSE']._serialized_start=459
-  _globals['_LISTEGRESSRESPONSE']._serialized_end=555
-  _globals['_EGRESSSERVICE']._serialized_start=557
-  _globals['_EGRESSSERVICE']._serialized_end=665
+  _globals['_EGRESSRECORD']._serialized_end=395
+  _globals['_LISTEGRESSREQUEST']._serialized_start=397
+  _globals['_LISTEGRESSREQUEST']._serialized_end=493
+  _globals['_LISTEGRESSRESPONSE']._serialized_start=495
+  _globals['_LISTEGRESSRESPONSE']._serialized_end=591
+  _globals['_EGRESSSERVICE']._serialized_start=593
+  _globals['_EGRESSSERVICE']._serialized_end=701
 # @@protoc_insertion_point(module_scope)

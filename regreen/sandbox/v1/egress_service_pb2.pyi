@@ -38,8 +38,9 @@ class EgressRecord(_message.Message):
     RECEIVED_BYTES_FIELD_NUMBER: _builtins.int
     SENT_SHA256_FIELD_NUMBER: _builtins.int
     RECEIVED_SHA256_FIELD_NUMBER: _builtins.int
+    STATE_ID_FIELD_NUMBER: _builtins.int
     sandbox_id: _builtins.str
-    """Sandbox that asked."""
+    """Sandbox that asked; empty for a preparation."""
     method: _builtins.str
     """HTTP method; CONNECT for a tunnel."""
     host: _builtins.str
@@ -47,7 +48,7 @@ class EgressRecord(_message.Message):
     port: _builtins.int
     """Port."""
     path: _builtins.str
-    """Path of a plain request; empty for a tunnel."""
+    """Path of a plain request; empty for a tunnel. Without its query where a preparation asked."""
     allowed: _builtins.bool
     """Whether the allow list and the address let it through."""
     detail: _builtins.str
@@ -61,7 +62,9 @@ class EgressRecord(_message.Message):
     sent_sha256: _builtins.str
     """SHA-256 of the bytes sent: a body, or what went into a tunnel."""
     received_sha256: _builtins.str
-    """SHA-256 of the bytes received."""
+    """SHA-256 of the bytes received; of a release file that a preparation fetched, the file's own."""
+    state_id: _builtins.str
+    """State whose preparation asked; empty for a sandbox."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When."""
@@ -82,10 +85,11 @@ class EgressRecord(_message.Message):
         received_bytes: _builtins.int = ...,
         sent_sha256: _builtins.str = ...,
         received_sha256: _builtins.str = ...,
+        state_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allowed", b"allowed", "create_time", b"create_time", "detail", b"detail", "host", b"host", "method", b"method", "path", b"path", "port", b"port", "received_bytes", b"received_bytes", "received_sha256", b"received_sha256", "sandbox_id", b"sandbox_id", "sent_bytes", b"sent_bytes", "sent_sha256", b"sent_sha256", "status", b"status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allowed", b"allowed", "create_time", b"create_time", "detail", b"detail", "host", b"host", "method", b"method", "path", b"path", "port", b"port", "received_bytes", b"received_bytes", "received_sha256", b"received_sha256", "sandbox_id", b"sandbox_id", "sent_bytes", b"sent_bytes", "sent_sha256", b"sent_sha256", "state_id", b"state_id", "status", b"status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -100,22 +104,26 @@ class ListEgressRequest(_message.Message):
     SANDBOX_ID_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    STATE_ID_FIELD_NUMBER: _builtins.int
     sandbox_id: _builtins.str
-    """Sandbox id."""
+    """Sandbox id; either this or `state_id`."""
     page_size: _builtins.int
     """At most this many; 0 means 100, the most is 1000."""
     page_token: _builtins.str
     """Token of the previous answer."""
+    state_id: _builtins.str
+    """State whose preparation is asked about; a snapshot's is that of the state it comes from."""
     def __init__(
         self,
         *,
         sandbox_id: _builtins.str = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        state_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "sandbox_id", b"sandbox_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "sandbox_id", b"sandbox_id", "state_id", b"state_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class EgressServiceStub:
-    """What sandboxes asked of the network, which they reach through the service's proxy alone.
+    """What was asked of the network: by sandboxes, which reach it through the service's proxy alone, and by the service
+    itself while it prepared a state.
     """
 
     def __init__(self, channel):
@@ -43,15 +44,17 @@ class EgressServiceStub:
 
 
 class EgressServiceServicer:
-    """What sandboxes asked of the network, which they reach through the service's proxy alone.
+    """What was asked of the network: by sandboxes, which reach it through the service's proxy alone, and by the service
+    itself while it prepared a state.
     """
 
     def ListEgress(self, request, context):
-        """Lists requests of a sandbox, oldest first; those of a deleted one are kept for a while.
+        """Lists requests of a sandbox, or of the preparation of a state, oldest first. Those of a deleted sandbox and of a
+        preparation that failed are kept for a while; those that led to a state are part of its record.
 
         Errors:
-        - NOT_FOUND: no sandbox of this id has asked for anything that is still kept.
-        - INVALID_ARGUMENT: bad page token or size.
+        - NOT_FOUND: no sandbox of this id has asked for anything that is still kept; or there is no such state.
+        - INVALID_ARGUMENT: bad page token or size; not exactly one of `sandbox_id` and `state_id`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -74,7 +77,8 @@ def add_EgressServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class EgressService:
-    """What sandboxes asked of the network, which they reach through the service's proxy alone.
+    """What was asked of the network: by sandboxes, which reach it through the service's proxy alone, and by the service
+    itself while it prepared a state.
     """
 
     @staticmethod

@@ -27,35 +27,43 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class EgressServiceStub:
-    """What sandboxes asked of the network, which they reach through the service's proxy alone."""
+    """What was asked of the network: by sandboxes, which reach it through the service's proxy alone, and by the service
+    itself while it prepared a state.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> EgressServiceAsyncStub: ...
     ListEgress: _grpc.UnaryUnaryMultiCallable[_egress_service_pb2.ListEgressRequest, _egress_service_pb2.ListEgressResponse]
-    """Lists requests of a sandbox, oldest first; those of a deleted one are kept for a while.
+    """Lists requests of a sandbox, or of the preparation of a state, oldest first. Those of a deleted sandbox and of a
+    preparation that failed are kept for a while; those that led to a state are part of its record.
 
     Errors:
-    - NOT_FOUND: no sandbox of this id has asked for anything that is still kept.
-    - INVALID_ARGUMENT: bad page token or size.
+    - NOT_FOUND: no sandbox of this id has asked for anything that is still kept; or there is no such state.
+    - INVALID_ARGUMENT: bad page token or size; not exactly one of `sandbox_id` and `state_id`.
     """
 
 @_typing.type_check_only
 class EgressServiceAsyncStub(EgressServiceStub):
-    """What sandboxes asked of the network, which they reach through the service's proxy alone."""
+    """What was asked of the network: by sandboxes, which reach it through the service's proxy alone, and by the service
+    itself while it prepared a state.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListEgress: _aio.UnaryUnaryMultiCallable[_egress_service_pb2.ListEgressRequest, _egress_service_pb2.ListEgressResponse]  # type: ignore[assignment]
-    """Lists requests of a sandbox, oldest first; those of a deleted one are kept for a while.
+    """Lists requests of a sandbox, or of the preparation of a state, oldest first. Those of a deleted sandbox and of a
+    preparation that failed are kept for a while; those that led to a state are part of its record.
 
     Errors:
-    - NOT_FOUND: no sandbox of this id has asked for anything that is still kept.
-    - INVALID_ARGUMENT: bad page token or size.
+    - NOT_FOUND: no sandbox of this id has asked for anything that is still kept; or there is no such state.
+    - INVALID_ARGUMENT: bad page token or size; not exactly one of `sandbox_id` and `state_id`.
     """
 
 class EgressServiceServicer(metaclass=_abc_1.ABCMeta):
-    """What sandboxes asked of the network, which they reach through the service's proxy alone."""
+    """What was asked of the network: by sandboxes, which reach it through the service's proxy alone, and by the service
+    itself while it prepared a state.
+    """
 
     @_abc_1.abstractmethod
     def ListEgress(
@@ -63,11 +71,12 @@ class EgressServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _egress_service_pb2.ListEgressRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_egress_service_pb2.ListEgressResponse, _abc.Awaitable[_egress_service_pb2.ListEgressResponse]]:
-        """Lists requests of a sandbox, oldest first; those of a deleted one are kept for a while.
+        """Lists requests of a sandbox, or of the preparation of a state, oldest first. Those of a deleted sandbox and of a
+        preparation that failed are kept for a while; those that led to a state are part of its record.
 
         Errors:
-        - NOT_FOUND: no sandbox of this id has asked for anything that is still kept.
-        - INVALID_ARGUMENT: bad page token or size.
+        - NOT_FOUND: no sandbox of this id has asked for anything that is still kept; or there is no such state.
+        - INVALID_ARGUMENT: bad page token or size; not exactly one of `sandbox_id` and `state_id`.
         """
 
 def add_EgressServiceServicer_to_server(servicer: EgressServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -270,6 +270,7 @@ class EnvironmentSpec(_message.Message):
     SOURCE_TREE_FIELD_NUMBER: _builtins.int
     PYTHONS_FIELD_NUMBER: _builtins.int
     BUILD_PINS_FIELD_NUMBER: _builtins.int
+    EGRESS_FIELD_NUMBER: _builtins.int
     builder: _builtins.str
     """Builder that understands this spec: "python"."""
     package: _builtins.str
@@ -335,6 +336,12 @@ class EnvironmentSpec(_message.Message):
     def build_pins(self) -> _containers.RepeatedCompositeFieldContainer[Global___Pin]:
         """Packages that build the project and source-only pins, pinned; never visible to the environment."""
 
+    @_builtins.property
+    def egress(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Hosts that rollouts may reach, as in `Egress.allow`. It gives the preparation nothing, nor a validation: both have no
+        network. Part of the digest where it is not empty.
+        """
+
     def __init__(
         self,
         *,
@@ -355,10 +362,11 @@ class EnvironmentSpec(_message.Message):
         source_tree: _common_pb2.Digest | None = ...,
         pythons: _abc.Iterable[_builtins.str] | None = ...,
         build_pins: _abc.Iterable[Global___Pin] | None = ...,
+        egress: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["overlay_source", b"overlay_source", "source", b"source", "source_tree", b"source_tree", "test", b"test"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_pins", b"build_pins", "build_requirements", b"build_requirements", "builder", b"builder", "exclude_newer", b"exclude_newer", "install_mode", b"install_mode", "overlay", b"overlay", "overlay_paths", b"overlay_paths", "overlay_source", b"overlay_source", "package", b"package", "pins", b"pins", "python", b"python", "pythons", b"pythons", "source", b"source", "source_tree", b"source_tree", "test", b"test", "version", b"version", "wheelhouse", b"wheelhouse"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_pins", b"build_pins", "build_requirements", b"build_requirements", "builder", b"builder", "egress", b"egress", "exclude_newer", b"exclude_newer", "install_mode", b"install_mode", "overlay", b"overlay", "overlay_paths", b"overlay_paths", "overlay_source", b"overlay_source", "package", b"package", "pins", b"pins", "python", b"python", "pythons", b"pythons", "source", b"source", "source_tree", b"source_tree", "test", b"test", "version", b"version", "wheelhouse", b"wheelhouse"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -132,7 +132,7 @@ class SandboxServiceServicer:
         Errors:
         - INVALID_ARGUMENT: malformed limits or egress.
         - NOT_FOUND: no such state.
-        - FAILED_PRECONDITION: the state cannot run on this host.
+        - FAILED_PRECONDITION: the state cannot run on this host, or the service gives no way to a host of `egress`.
         - RESOURCE_EXHAUSTED: too many sandboxes; retry after the delay given.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

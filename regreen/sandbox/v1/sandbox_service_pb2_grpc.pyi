@@ -39,7 +39,7 @@ class SandboxServiceStub:
     Errors:
     - INVALID_ARGUMENT: malformed limits or egress.
     - NOT_FOUND: no such state.
-    - FAILED_PRECONDITION: the state cannot run on this host.
+    - FAILED_PRECONDITION: the state cannot run on this host, or the service gives no way to a host of `egress`.
     - RESOURCE_EXHAUSTED: too many sandboxes; retry after the delay given.
     """
     GetSandbox: _grpc.UnaryUnaryMultiCallable[_sandbox_service_pb2.GetSandboxRequest, _sandbox_service_pb2.GetSandboxResponse]
@@ -165,7 +165,7 @@ class SandboxServiceAsyncStub(SandboxServiceStub):
     Errors:
     - INVALID_ARGUMENT: malformed limits or egress.
     - NOT_FOUND: no such state.
-    - FAILED_PRECONDITION: the state cannot run on this host.
+    - FAILED_PRECONDITION: the state cannot run on this host, or the service gives no way to a host of `egress`.
     - RESOURCE_EXHAUSTED: too many sandboxes; retry after the delay given.
     """
     GetSandbox: _aio.UnaryUnaryMultiCallable[_sandbox_service_pb2.GetSandboxRequest, _sandbox_service_pb2.GetSandboxResponse]  # type: ignore[assignment]
@@ -294,7 +294,7 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
         Errors:
         - INVALID_ARGUMENT: malformed limits or egress.
         - NOT_FOUND: no such state.
-        - FAILED_PRECONDITION: the state cannot run on this host.
+        - FAILED_PRECONDITION: the state cannot run on this host, or the service gives no way to a host of `egress`.
         - RESOURCE_EXHAUSTED: too many sandboxes; retry after the delay given.
         """
 

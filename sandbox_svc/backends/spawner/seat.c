@@ -188,7 +188,6 @@ void settle(int sock, const Settings *settings, Request *seat) {
   if (fault >= 0 && read(fault, breaks_at, sizeof breaks_at - 1) >= 0) close(fault);
 #endif
   text(seat), text(seat);
-  bool network = number(seat);
   const char *place = text(seat);
   step("outer identity");
   if (!settings->root) map_ids(0, settings->uid, settings->gid);
@@ -205,7 +204,9 @@ void settle(int sock, const Settings *settings, Request *seat) {
   need(mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) == 0);
   step("network");
   need(sethostname("regreen", strlen("regreen")) == 0);
-  if (!network) raise_loopback();
+#ifndef IN_THE_NETWORK_OF_THE_HOST /* so compiled by a test, to see an attack succeed */
+  raise_loopback();
+#endif
   stage(settings->home);
 }
 

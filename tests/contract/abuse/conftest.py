@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from tests.contract.abuse.walls import NO_FILTER, weakened
+from tests.contract.abuse.walls import HOST_NETWORK, NO_FILTER, weakened
 from tests.contract.runtimes import SMALL, started
 
 
@@ -21,6 +21,13 @@ async def runtime(tmp_path_factory):
 async def unfiltered(tmp_path_factory):
     """A runtime that lets every system call through."""
     async with weakened(tmp_path_factory.mktemp("unfiltered"), NO_FILTER) as runtime:
+        yield runtime
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def outside(tmp_path_factory):
+    """A runtime whose sandboxes share the network of the host."""
+    async with weakened(tmp_path_factory.mktemp("outside"), HOST_NETWORK) as runtime:
         yield runtime
 
 

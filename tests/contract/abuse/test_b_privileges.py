@@ -388,7 +388,7 @@ async def test_b9_nobody_types_into_a_terminal(box, unfiltered_box):
 
 
 @needs_python
-async def test_b9_names_of_unix_sockets_belong_to_the_network_of_the_sandbox(runtime, box):
+async def test_b9_names_of_unix_sockets_belong_to_the_network_of_the_sandbox(outside, box):
     async def greet(reader, writer):
         writer.write(b"REACHED")
         writer.close()
@@ -401,7 +401,7 @@ async def test_b9_names_of_unix_sockets_belong_to_the_network_of_the_sandbox(run
     )
     try:
         assert "ConnectionRefused" in (await python(box, script)).stderr.text
-        hosts = await runtime.create([], limits=SMALL, network=True)
+        hosts = await outside.create([], limits=SMALL)
         assert (await python(hosts, script)).stdout.text == "REACHED\n"
         await hosts.delete()
     finally:

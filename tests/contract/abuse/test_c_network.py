@@ -131,14 +131,14 @@ async def test_c2_loopback_works_inside(box):
 
 
 @pytest.mark.skipif(not Path("/bin/bash").exists(), reason="no /bin/bash on this host")
-async def test_c2_ports_of_the_host_are_not_reachable(runtime, box):
+async def test_c2_ports_of_the_host_are_not_reachable(outside, box):
     server = await asyncio.start_server(lambda r, w: w.close(), "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     script = f"exec 3<>/dev/tcp/127.0.0.1/{port} && echo REACHED"
     knock = Command(("/bin/bash", "-c", script), cwd="/")
     try:
         assert (await box.run(knock)).stdout.text == ""
-        hosts = await runtime.create([], limits=SMALL, network=True)
+        hosts = await outside.create([], limits=SMALL)
         assert (await hosts.run(knock)).stdout.text == "REACHED\n"
         await hosts.delete()
     finally:

@@ -55,7 +55,12 @@ async def world() -> AsyncIterator[World]:
     home = Path(tempfile.mkdtemp(prefix="regreen-adapters-"))
     home.chmod(0o711)
     settings = SandboxSettings(
-        home=home, warm_seats=1, listen="127.0.0.1:0", metrics="127.0.0.1:0", drain_s=0.2
+        home=home,
+        warm_seats=1,
+        listen="127.0.0.1:0",
+        metrics="127.0.0.1:0",
+        drain_s=0.2,
+        egress_private="127.0.0.0/8",
     )
     async with contextlib.AsyncExitStack() as exits:
         exits.callback(shutil.rmtree, home, ignore_errors=True)

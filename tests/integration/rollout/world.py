@@ -101,7 +101,7 @@ def _children(pid: int) -> set[int]:
 
 
 @contextlib.asynccontextmanager
-async def open_world(home: Path) -> AsyncIterator[World]:
+async def open_world(home: Path, **settings: object) -> AsyncIterator[World]:
     """Sandbox and judge services with the tiny task prepared."""
     made = home / "made"
     made.mkdir()
@@ -109,7 +109,7 @@ async def open_world(home: Path) -> AsyncIterator[World]:
         home / "sandbox" / "dists", lambda: PackageIndex(["http://127.0.0.1:9"], deadline_s=0.1)
     )
     spec = tiny_spec(store, made)
-    sandbox = SandboxSettings(home=home, warm_seats=1, **LOOPBACK)
+    sandbox = SandboxSettings(home=home, warm_seats=1, **LOOPBACK, **settings)
     judge = JudgeSettings(home=home, **LOOPBACK)
     async with sandbox_serving(sandbox) as one, judge_running(judge) as two:
         endpoints = {"sandbox": one.address, "judge": two.address}

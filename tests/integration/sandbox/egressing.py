@@ -121,7 +121,9 @@ class Seen:
 
 
 @contextlib.asynccontextmanager
-async def web(body: bytes = b"hello", *, tls=None, extra: bytes = b"") -> AsyncIterator[Seen]:
+async def web(
+    body: bytes = b"hello", *, tls=None, extra: bytes = b"", host: str = "127.0.0.1"
+) -> AsyncIterator[Seen]:
     """A server that answers every request with `body`."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -136,7 +138,7 @@ async def web(body: bytes = b"hello", *, tls=None, extra: bytes = b"") -> AsyncI
             await writer.drain()
         writer.close()
 
-    server = await asyncio.start_server(answer, "127.0.0.1", 0, ssl=tls)
+    server = await asyncio.start_server(answer, host, 0, ssl=tls)
     seen = Seen(server.sockets[0].getsockname()[1])
     async with server:
         yield seen

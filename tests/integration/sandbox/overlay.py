@@ -22,7 +22,7 @@ class OverlayBuilder:
     builds = 0
 
     async def prepare(
-        self, spec: EnvironmentSpec, runtime: Runtime, limits: Limits, progress: Progress
+        self, spec: EnvironmentSpec, runtime: Runtime, limits: Limits, progress: Progress, fetches
     ) -> Prepared:
         OverlayBuilder.builds += 1
         box = await runtime.create([], limits=limits)

@@ -1,4 +1,4 @@
-"""The proxy of a real service process: what its start proves, its upstream, and its death."""
+"""The proxy of a service: what its start proves, its upstream, its operator's list, its death."""
 
 import asyncio
 import base64
@@ -13,12 +13,15 @@ from pathlib import Path
 
 import pytest
 
+from regreen.allowlist import AllowList
 from regreen.client.channel import connect
 from regreen.client.sandbox import SandboxClient, StateClient
+from regreen.rpc.errors import FailedPrecondition
 from regreen.sandbox import v1 as pb
 from sandbox_svc.settings import SandboxSettings
 from tests.integration.sandbox.egressing import TALK, echo, until, web, world
 from tests.integration.sandbox.test_crash import _gone, _processes_below
+from tests.load import processes
 
 _ROOT = Path(__file__).parents[3]
 
@@ -57,6 +60,7 @@ async def test_killed_it_leaves_no_tunnel_and_no_process(tmp_path):
                 )
                 await until(lambda: seen.open)
                 before = set(os.listdir(tmp_path / "sandbox/run"))
+                lived = await asyncio.to_thread(processes.family, child.pid)
                 child.send_signal(signal.SIGKILL)
                 await until(lambda: not seen.open)
                 await asyncio.gather(running, return_exceptions=True)
@@ -65,7 +69,7 @@ async def test_killed_it_leaves_no_tunnel_and_no_process(tmp_path):
             _, log = await asyncio.to_thread(child.communicate)
     assert seen.bodies == [b"hi"]
     home = tmp_path / "sandbox"
-    assert await asyncio.to_thread(_gone, home, 10.0), _processes_below(home)
+    assert await asyncio.to_thread(_gone, home, lived, 10.0), _processes_below(home, lived)
     assert b'"event": "egress"' in log
     again = _service(tmp_path)
     try:
@@ -76,7 +80,7 @@ async def test_killed_it_leaves_no_tunnel_and_no_process(tmp_path):
     finally:
         again.terminate()
         await asyncio.to_thread(again.communicate)
-    assert await asyncio.to_thread(_processes_below, home) == []
+    assert await asyncio.to_thread(_processes_below, home, {}) == []
 
 
 @dataclass
@@ -162,3 +166,16 @@ def test_bad_settings_are_refused_at_once(field, value, said, capsys, tmp_path):
     assert field in error
     assert said in error
     assert "hunter2" not in error
+
+
+async def test_no_request_goes_beyond_what_the_operator_allows(tmp_path):
+    ceiling = AllowList.parse(["*.index.test:80"])
+    async with world(tmp_path, ceiling=ceiling) as here:
+        before = here.host.egress.open_for
+        for allow in (["index.test:80"], ["*.test:80"], ["a.index.test"], ["*.index.test"]):
+            with pytest.raises(FailedPrecondition, match=r"egress\.allow\[1\].*egress_hosts"):
+                await here.sandbox("a.index.test:80", *allow)
+        assert here.host.egress.open_for == before
+        sandbox = await here.sandbox("a.index.test:80", "*.b.index.test:80")
+        assert (await here.fetch(sandbox, "http://c.index.test/")).startswith("403")
+        assert (await here.fetch(sandbox, "http://a.index.test/")).startswith("502")

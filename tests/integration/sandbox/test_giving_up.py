@@ -149,7 +149,7 @@ async def test_limits_that_cannot_be_set_leave_no_seat_behind(parts):
 
 async def test_a_seat_that_is_not_made_leaves_no_group(parts):
     runtime, _, _ = parts
-    task = await begun(runtime._seats._make(network=False))
+    task = await begun(runtime._seats._make())
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     await asyncio.gather(*runtime._seats._undoing)

@@ -86,7 +86,7 @@ async def test_what_belongs_to_nothing_is_a_leak_when_it_stays(runtime, tmp_path
     assert (await check.look())["door"] == {"sbx_gone"}
     doors.discard("sbx_gone")
     (tmp_path / "home/run/lost").mkdir()
-    lost = await runtime._seats._make(network=False)
+    lost = await runtime._seats._make()
     await until((tmp_path / "home/run" / lost.name / "w").is_dir)
     first = await check.look()
     assert not any(first.values()), "what was not there before may be on its way"

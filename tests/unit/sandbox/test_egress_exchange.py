@@ -6,10 +6,11 @@ import socket
 
 import structlog
 
+from regreen.allowlist import AllowList
 from sandbox_svc.egress import Egress
 from sandbox_svc.egress_exchange import Bounds, Exchange
 from sandbox_svc.egress_log import Decision
-from sandbox_svc.egress_rules import AllowList, parse_networks
+from sandbox_svc.egress_rules import parse_networks
 
 _SEED, _ROUNDS, _AT_ONCE = 7, 1500, 20
 _BOUNDS = Bounds(head_s=5.0, connect_s=5.0, idle_s=5.0)

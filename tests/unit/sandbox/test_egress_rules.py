@@ -7,15 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from regreen.allowlist import AllowList, normal_host, parse_hosts, split_authority
 from regreen.rpc.errors import InvalidArgument
 from sandbox_svc.egress_route import Upstream
-from sandbox_svc.egress_rules import (
-    AddressRules,
-    AllowList,
-    normal_host,
-    parse_networks,
-    split_authority,
-)
+from sandbox_svc.egress_rules import AddressRules, parse_networks
 
 
 @pytest.mark.parametrize(
@@ -159,3 +154,46 @@ def test_an_upstream_keeps_its_password_out_of_errors():
         with pytest.raises(ValueError, match="give http") as caught:
             Upstream.parse(bad)
         assert "hunter2" not in str(caught.value)
+
+
+ENTRIES = st.builds(
+    lambda below, name, port: f"{'*.' * below}{name}{port}",
+    st.booleans(),
+    st.sampled_from(["test", "a.test", "b.a.test", "xa.test"]),
+    st.sampled_from(["", ":80", ":8443"]),
+)
+NAMES = ("test", "a.test", "b.a.test", "c.b.a.test", "xa.test", "other")
+
+
+@given(st.lists(ENTRIES, min_size=1, max_size=4), ENTRIES)
+def test_what_a_list_covers_it_permits_and_only_that(ours, asked):
+    ceiling, (rule,) = AllowList.parse(ours), AllowList.parse([asked]).rules
+    places = [(host, port) for host in NAMES for port in (80, 443, 8443)]
+    meant = [place for place in places if rule.permits(*place)]
+    within = all(ceiling.permits(*place) for place in meant)
+    assert within or not ceiling.covers(rule)
+    if not rule.below:
+        assert ceiling.covers(rule) == within
+
+
+def test_a_domain_is_covered_by_itself_and_by_those_above_it():
+    ceiling = AllowList.parse(["*.example.org", "example.org:8443"])
+    for entry, covered in (
+        ("*.example.org", True),
+        ("*.a.example.org:443", True),
+        ("a.example.org", True),
+        ("example.org:8443", True),
+        ("example.org", False),
+        ("*.org", False),
+        ("*.example.org:8443", False),
+        ("*.notexample.org", False),
+    ):
+        assert ceiling.covers(AllowList.parse([entry]).rules[0]) == covered, entry
+
+
+def test_a_setting_of_hosts_is_empty_or_a_list():
+    assert parse_hosts(" , ", "egress_hosts") is None
+    found = parse_hosts("pypi.org, *.pythonhosted.org:443", "egress_hosts")
+    assert found == AllowList.parse(["pypi.org", "*.pythonhosted.org:443"])
+    with pytest.raises(InvalidArgument, match=r"egress_hosts\[1\]"):
+        parse_hosts("pypi.org, http://x", "egress_hosts")

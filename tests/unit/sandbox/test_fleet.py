@@ -181,7 +181,13 @@ def _another(name: str, value):
         return value + 1
     if isinstance(value, float):
         return value / 2 or 0.5
-    return {"log_level": "debug", "egress_private": "10.0.0.0/8"}[name]
+    texts = {
+        "log_level": "debug",
+        "egress_private": "10.0.0.0/8",
+        "egress_hosts": "*.example.org",
+        "prepare_hosts": "files.example.org:8443",
+    }
+    return texts[name]
 
 
 def test_a_worker_gets_every_setting_but_the_fronts_own(monkeypatch):

@@ -10,10 +10,17 @@ import pytest
 
 from regreen.blobs import open_blobs
 from regreen.client.channel import connect
+from regreen.client.egress import EgressClient
 from regreen.client.sandbox import SandboxClient, StateClient
 from regreen.common import v1 as common_pb
 from regreen.rpc import wire
-from regreen.rpc.errors import FailedPrecondition, NotFound, RegreenError, ResourceExhausted
+from regreen.rpc.errors import (
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    RegreenError,
+    ResourceExhausted,
+)
 from regreen.rpc.server import Server
 from regreen.sandbox import v1 as pb
 from regreen.settings import ServiceSettings
@@ -42,6 +49,8 @@ class Holder:
     build_on: asyncio.Event = field(default_factory=asyncio.Event)
     deleted: asyncio.Event = field(default_factory=asyncio.Event)
     delete_on: asyncio.Event | None = None
+    failed: tuple[str, ...] = ()
+    """States whose preparation failed here not long ago."""
     listed: list[int] = field(default_factory=list)
     """How many states each of its answers to ListStates had."""
 
@@ -86,6 +95,12 @@ class Holder:
         self.message(request.state_id)
         sandbox = pb.Sandbox(id="sbx_" + "1" * 32, state_id=request.state_id)
         return pb.CreateSandboxResponse(sandbox=sandbox)
+
+    async def ListEgress(self, request, context):
+        if request.state_id not in self.failed:
+            self.message(request.state_id)
+        record = pb.EgressRecord(state_id=request.state_id, host="index.test")
+        return pb.ListEgressResponse(records=[record])
 
     async def ExportState(self, request, context):
         self.message(request.id)
@@ -145,6 +160,7 @@ class Fleet:
     states: StateClient
     sandboxes: SandboxClient
     archive: Archive
+    records: EgressClient
 
 
 @contextlib.asynccontextmanager
@@ -173,7 +189,10 @@ async def fronted(tmp_path, *holders: Holder) -> AsyncIterator[Fleet]:
         channel = connect(server.address)
         stack.push_async_callback(channel.close)
         yield Fleet(
-            StateClient(channel, patience_s=0.0), SandboxClient(channel, patience_s=0.0), archive
+            StateClient(channel, patience_s=0.0),
+            SandboxClient(channel, patience_s=0.0),
+            archive,
+            EgressClient(channel, patience_s=0.0),
         )
 
 
@@ -207,6 +226,20 @@ async def test_a_state_deleted_while_it_is_prepared_does_not_come_back(tmp_path)
         assert worker.states == {}
         assert (await prepare(fleet)).id == STATE, "it can be made again"
         assert STATE in worker.states
+
+
+async def test_what_a_preparation_fetched_is_known_where_the_state_is_or_where_it_failed(tmp_path):
+    failed, nowhere = "st_" + "e" * 32, "st_" + "f" * 32
+    holder, other = Holder(states={STATE: (1.0, b"")}), Holder(failed=(failed,))
+    async with fronted(tmp_path, holder, other) as fleet:
+        for wanted in (STATE, failed):
+            (record,) = [record async for record in fleet.records.egress_records(state_id=wanted)]
+            assert (record.state_id, record.host) == (wanted, "index.test")
+        with pytest.raises(NotFound):
+            await fleet.records.list_egress(state_id=nowhere)
+        for fields in ({}, {"sandbox_id": "sbx_" + "0" * 32, "state_id": STATE}):
+            with pytest.raises(InvalidArgument, match="sandbox_id"):
+                await fleet.records.list_egress(**fields)
 
 
 async def test_who_asks_again_after_a_deletion_keeps_what_both_waited_for(tmp_path):

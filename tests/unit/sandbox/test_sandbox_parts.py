@@ -11,12 +11,14 @@ import pytest
 
 from regreen.rpc.errors import InvalidArgument, NotFound
 from regreen.sandbox import v1 as pb
+from sandbox_svc import fetches
 from sandbox_svc.backends import seccomp
 from sandbox_svc.backends.base import Limits, Mount
 from sandbox_svc.backends.embedded import EmbeddedRuntime
 from sandbox_svc.backends.output import Collector
 from sandbox_svc.backends.uppers import changed, usage
 from sandbox_svc.builders.base import RUNNER
+from sandbox_svc.egress_log import Record
 from sandbox_svc.globs import Glob
 from sandbox_svc.servicer import page
 from sandbox_svc.settings import SandboxSettings
@@ -112,6 +114,28 @@ def test_state_records_survive_a_round_trip_and_reject_nonsense():
     for bad in (b"", b"[]", b"{}", b'{"format": 1}', state.encode().replace(b'"format": 1', b"")):
         with pytest.raises(ValueError, match=r"record|Expecting|delimiter"):
             State.decode(bad)
+
+
+REQUEST = Record("st_" + "0" * 32, 1, 1.0, host="index.test", port=443).facts()
+
+
+def test_the_requests_in_a_record_are_whole_or_the_record_is_refused():
+    def recorded(requests: object) -> bytes:
+        return State(id=state_id("", "x"), layers=(), metadata={"egress": requests}).encode()
+
+    kept = State.decode(recorded(json.dumps([REQUEST, REQUEST])))
+    assert fetches.decode(kept.metadata["egress"]) == [REQUEST, REQUEST]
+    wrong = [
+        *({**REQUEST, name: None} for name in REQUEST),
+        *({**REQUEST, name: 1 << 70} for name in ("port", "status", "received_bytes", "number")),
+        {**REQUEST, "created_s": -1.0},
+        {**REQUEST, "more": ""},
+        {name: value for name, value in REQUEST.items() if name != "host"},
+        "text",
+    ]
+    for bad in (*(json.dumps([one]) for one in wrong), "{}", "[", "[" * 100_000, [REQUEST], None):
+        with pytest.raises(ValueError, match="metadata is of another type"):
+            State.decode(recorded(bad))
 
 
 async def test_states_prepared_with_another_runner_are_gone_after_opening(tmp_path):

@@ -1,5 +1,6 @@
 """The package index client against a real local server."""
 
+import base64
 import hashlib
 import json
 import threading
@@ -29,9 +30,11 @@ NAME = "demo-1.0-py3-none-any.whl"
 
 class _Index(BaseHTTPRequestHandler):
     hits: list[str] = []
+    signed: list[tuple[str, str]] = []
 
     def do_GET(self) -> None:
         _Index.hits.append(self.path)
+        _Index.signed.append((self.headers["Host"], self.headers["Authorization"] or ""))
         kind, body, status = "text/html", b"", 200
         if self.path == "/json/demo/":
             kind = "application/vnd.pypi.simple.v1+json"
@@ -42,6 +45,14 @@ class _Index(BaseHTTPRequestHandler):
             body = link.encode()
         elif self.path == f"/files/{NAME}":
             body = BODY
+        elif self.path == "/away/demo/":
+            status = 302
+            self.send_response(status)
+            host = f"localhost:{self.server.server_address[1]}"
+            self.send_header("Location", f"http://{host}/json/demo/")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         elif self.path == "/busy/demo/":
             status = 503
         else:
@@ -59,6 +70,7 @@ class _Index(BaseHTTPRequestHandler):
 @pytest.fixture
 def server() -> Iterator[str]:
     _Index.hits.clear()
+    _Index.signed.clear()
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), _Index)
     thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
@@ -97,6 +109,58 @@ async def test_a_busy_index_is_given_up_at_the_deadline(server: str) -> None:
     async with PackageIndex([f"{server}/busy"], deadline_s=0.6) as index:
         with pytest.raises(Unavailable, match="503"):
             await index.files("demo")
+
+
+def _basic(user: str, password: str) -> str:
+    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+
+
+async def test_credentials_of_an_index_go_to_it_alone(server: str, tmp_path: Path) -> None:
+    signed = server.replace("://", "://me:pass%20word@")
+    async with PackageIndex([f"{signed}/json", f"{signed}/away"]) as index:
+        (entry,) = await index.files("demo")
+        assert "pass" not in entry.url
+        await index.download("demo", NAME, SHA, tmp_path / NAME)
+        assert index.urls[0] == f"{signed}/json/"
+    place = server.removeprefix("http://")
+    assert _Index.signed == [(place, _basic("me", "pass word"))] * 2
+    _Index.signed.clear()
+    async with PackageIndex([f"{signed}/away"]) as index:
+        await index.files("demo")
+    assert [given for _, given in _Index.signed] == [_basic("me", "pass word"), ""]
+    async with PackageIndex([f"{signed}/busy"], deadline_s=0.1) as index:
+        with pytest.raises(Unavailable) as caught:
+            await index.files("demo")
+    assert "pass" not in str(caught.value)
+
+
+async def test_netrc_is_for_the_hosts_that_it_names(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "netrc"
+    monkeypatch.setenv("NETRC", str(file))
+    for text, given in (
+        ("machine 127.0.0.1 login me password secret\n", _basic("me", "secret")),
+        ("machine other.test login me password secret\n", ""),
+        ("default login me password secret\n", ""),
+        ("nonsense\n", ""),
+    ):
+        file.write_text(text)
+        _Index.signed.clear()
+        async with PackageIndex([f"{server}/json"]) as index:
+            await index.files("demo")
+        assert [found for _, found in _Index.signed] == [given]
+    file.write_text("machine 127.0.0.1 login me password secret\n")
+    async with PackageIndex([f"{server.replace('://', '://you:other@')}/json"]) as index:
+        await index.files("demo")
+    assert _Index.signed[-1][1] == _basic("you", "other")
+
+
+def test_a_malformed_index_is_named_without_its_password() -> None:
+    with pytest.raises(MissingDependency, match="REGREEN_INDEX_URL") as caught:
+        PackageIndex(["https://me:hunter2@index.test:port/simple"])
+    assert "hunter2" not in str(caught.value)
+    assert PackageIndex(["file:///srv/simple", "https://a.test/"]).places == (("a.test", 443),)
 
 
 async def test_the_store_fetches_once_and_offers_a_house(server: str, tmp_path: Path) -> None:
