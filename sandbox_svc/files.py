@@ -19,9 +19,11 @@ from itertools import takewhile
 
 from regreen.rpc.errors import (
     FailedPrecondition,
+    InfraError,
     InvalidArgument,
     NoSuchFile,
     ResourceExhausted,
+    Unavailable,
 )
 from sandbox_svc.backends.base import Box, Command, EndReason, ExecResult, FileStat
 from sandbox_svc.builders.protect import check_path
@@ -118,6 +120,14 @@ async def _tool(box: Box, argv: Sequence[str], root: str, output_bytes: int) -> 
         raise
     if result.reason is EndReason.TIMEOUT:
         raise ResourceExhausted(f"looking through {root} took more than {_TIMEOUT_S:.0f} s")
+    if result.reason is EndReason.SIGNAL:
+        raise Unavailable(
+            "the sandbox was frozen or ended meanwhile, or the tool killed; try again"
+        )
+    if result.reason in _TOO_MUCH and (result.exit_code < 0 or result.exit_code == 126):
+        raise ResourceExhausted(f"looking through {root} went over a limit ({result.reason.value})")
+    if result.reason is EndReason.INFRA:
+        raise InfraError(f"the sandbox has lost its processes while {root} was looked through")
     if result.reason is EndReason.EXIT and result.exit_code in (126, 127):
         raise FailedPrecondition(
             f"the sandbox has no {argv[0]} (its image brings none); list files with a command"
@@ -125,6 +135,7 @@ async def _tool(box: Box, argv: Sequence[str], root: str, output_bytes: int) -> 
     return result
 
 
+_TOO_MUCH = (EndReason.OOM, EndReason.PIDS, EndReason.DISK)
 _TOOL_ENV = {"PATH": "/usr/bin:/bin", "LC_ALL": "C"}
 
 
@@ -152,7 +163,7 @@ async def _listing(
         box, ["/usr/bin/find", ".", "-mindepth", "1", "-printf", form], root, _LIST_OUTPUT_BYTES
     )
     entries = await asyncio.to_thread(_entries, result.stdout.head, pattern, errors)
-    return entries, result.stdout.truncated
+    return entries, result.stdout.truncated or result.reason is EndReason.OUTPUT
 
 
 def _entries(listed: bytes, pattern: Glob | None, errors: str) -> list[Entry]:
@@ -190,7 +201,8 @@ async def find_text(
     argv = ["/usr/bin/grep", "-rnIFZ", *skipped, "-e", text, "--", "."]
     result = await _tool(box, argv, root, _FIND_OUTPUT_BYTES)
     matches = await asyncio.to_thread(_matches, result.stdout.head, pattern)
-    return matches[:limit], len(matches) > limit or result.stdout.truncated
+    cut = result.stdout.truncated or result.reason is EndReason.OUTPUT
+    return matches[:limit], cut or len(matches) > limit
 
 
 def _matches(printed: bytes, pattern: Glob | None) -> list[Match]:
@@ -343,16 +355,17 @@ async def diff(
     limits = limits or DiffLimits()
     with manager.using(sandbox_id) as sandbox:
         base = manager.states.get(base_state_id or sandbox.state_id)
+        box = sandbox.box  # a restore gives it another; half a diff of each would be of neither
         async with manager.fresh(base.id) as pristine:
-            pairs = zip(sandbox.layers, pristine.layers, strict=False)
+            pairs = zip(box.layers, pristine.layers, strict=False)
             shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
             if shared or not pristine.layers:
-                touched = {*await sandbox.box.changed_paths(root, since=shared)}
+                touched = {*await box.changed_paths(root, since=shared)}
                 if len(pristine.layers) > shared:
                     touched.update(await pristine.changed_paths(root, since=shared))
             else:
-                touched = {*await _all(pristine, root), *await _all(sandbox.box, root)}
-            return await diff_boxes(pristine, sandbox.box, sorted(touched), root, limits)
+                touched = {*await _all(pristine, root), *await _all(box, root)}
+            return await diff_boxes(pristine, box, sorted(touched), root, limits)
 
 
 async def _all(box: Box, root: str) -> Sequence[str]:

@@ -28,7 +28,13 @@ import structlog
 
 from regreen.allowlist import AllowList
 from regreen.ids import new_id
-from regreen.rpc.errors import InvalidArgument, NotFound, RegreenError, ResourceExhausted
+from regreen.rpc.errors import (
+    InvalidArgument,
+    NotFound,
+    RegreenError,
+    ResourceExhausted,
+    Unavailable,
+)
 from sandbox_svc import metrics
 from sandbox_svc.backends.base import Box, Limits, Runtime
 from sandbox_svc.egress import Door, Egress
@@ -266,11 +272,20 @@ class Manager:
 
     @contextlib.contextmanager
     def using(self, sandbox_id: str, *, linger_s: float = 1.0) -> Iterator[Sandbox]:
-        """A sandbox that does not expire meanwhile, nor within `linger_s` afterwards."""
+        """A sandbox that does not expire meanwhile, nor within `linger_s` afterwards.
+
+        Raises:
+            Unavailable: it was restored meanwhile, and what was asked is gone with its old files.
+        """
         sandbox = self.get(sandbox_id)
+        box = sandbox.box
         sandbox.calls += 1
         try:
             yield sandbox
+        except NotFound as error:
+            if sandbox.box is box:
+                raise
+            raise Unavailable(f"sandbox {sandbox_id} was restored meanwhile; try again") from error
         finally:
             sandbox.calls -= 1
             sandbox.expires_s = max(sandbox.expires_s, self._clock() + linger_s)

@@ -1,10 +1,7 @@
-"""A sandbox of the embedded runtime.
+"""A sandbox of the embedded runtime: its life and its commands; its files are `embedded_files`.
 
 - A command ends when its main process ends; descendants may live on until freeze or delete.
 - Whoever stops a command (timeout, watchdog, cancellation) names the reason first, then kills.
-- File operations run in the sandbox's own first process; the service reads from descriptors that
-  it has checked to be regular files.
-- Freezing and file operations exclude each other: no descriptor may pin the old mounts.
 - A box whose first process has died refuses everything but `delete`, and says whose doing it was:
   a limit that the sandbox went over, or trouble of the platform.
 - Ending a box is never left half done: a caller that goes away leaves it to finish.
@@ -15,21 +12,17 @@ import contextlib
 import os
 import signal
 import socket
-import stat
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from regreen.rpc.errors import (
-    FailedPrecondition,
     InfraError,
-    InvalidArgument,
     NotFound,
     RegreenError,
 )
 from sandbox_svc import metrics
-from sandbox_svc.backends import jobs, uppers, wire
+from sandbox_svc.backends import jobs, wire
 from sandbox_svc.backends.base import (
     NO_ENV,
     OVERRUNS,
@@ -38,16 +31,15 @@ from sandbox_svc.backends.base import (
     Door,
     EndReason,
     ExecResult,
-    FileStat,
     Gate,
     Later,
     Limits,
     OutputSink,
 )
 from sandbox_svc.backends.cgroups import Counters
-from sandbox_svc.backends.commands import ENVIRONMENT, absolute, check_command
+from sandbox_svc.backends.commands import ENVIRONMENT, check_command
+from sandbox_svc.backends.embedded_files import BoxFiles
 from sandbox_svc.backends.embedded_process import EmbeddedProcess
-from sandbox_svc.backends.fds import not_opened, read_upto, write_all
 from sandbox_svc.backends.jobs import Job, all_ended, first_of, name_end, prepared
 from sandbox_svc.backends.layers import writing
 from sandbox_svc.backends.link import Link, LinkClosed
@@ -59,10 +51,9 @@ if TYPE_CHECKING:
     from sandbox_svc.backends.embedded import EmbeddedRuntime
 
 _KILL_GRACE_S, _END_S, _READY_S = 2.0, 10.0, 30.0
-_INLINE_READ_BYTES = 1 << 20
 
 
-class EmbeddedBox:
+class EmbeddedBox(BoxFiles):
     """See `backends.base.Box`."""
 
     def __init__(
@@ -74,33 +65,23 @@ class EmbeddedBox:
         env: Mapping[str, str],
         door: Door | None = None,
     ) -> None:
-        self.id, self.limits = box, limits
+        super().__init__(runtime, box, limits)
         self._env = ENVIRONMENT | dict(env) | dict(door.environment if door else NO_ENV)
         self._door = door
         self._gate: Gate | None = None
-        self._runtime = runtime
         self._base_layers = list(layers)
-        self._own_layers: list[str] = []
         self._link: Link | None = None
         self._seat: Seat | None = None
-        self.place = ""
-        """Name of the directories that hold the upper; empty between a freeze and a new start."""
         self._ready: asyncio.Future[None] | None = None
         self._jobs: dict[int, Job] = {}
         self._ended = False
         self._overrun: EndReason | None = None
         """The limit that the sandbox went over when it was ended as a whole."""
-        self._deleted = self._freezing = False
-        self._files = asyncio.Lock()
+        self._freezing = False
         self._seen = Counters()
         self._watch: Watch | None = None
         self._leaving: asyncio.Task[None] | None = None
         self._deleting: asyncio.Task[None] | None = None
-
-    @property
-    def layers(self) -> list[str]:
-        """All layers below the upper, lowest first."""
-        return [*self._base_layers, *self._own_layers]
 
     @property
     def seat(self) -> Seat | None:
@@ -354,68 +335,6 @@ class EmbeddedBox:
         except LinkClosed as error:
             raise self._lost() from error
 
-    @property
-    def upper_path(self) -> str:
-        """Host path of the upper directory."""
-        return str(self._runtime.layout.box(self.place) / "u")
-
-    async def measure(self) -> uppers.Usage:
-        """Bytes and inodes in the upper."""
-        return await self._runtime.blocking(uppers.usage, Path(self.upper_path))
-
-    async def read_file(self, path: str, max_bytes: int) -> bytes:
-        """Read a regular file, resolved inside the sandbox's root; links never leave it."""
-        content, info = await self.read_range(path, max_bytes=max_bytes)
-        if info.size_bytes > max_bytes:
-            raise FailedPrecondition(
-                f"{path} has {info.size_bytes} bytes, more than the {max_bytes} asked for",
-                metadata={"size_bytes": str(info.size_bytes)},
-            )
-        return content
-
-    async def read_range(
-        self, path: str, *, offset: int = 0, max_bytes: int
-    ) -> tuple[bytes, FileStat]:
-        """Read part of a regular file; the stat tells the size of the whole."""
-        async with self._files:
-            _, fd = await self._open("open", absolute(path))
-            try:
-                info = os.fstat(fd)
-                if not stat.S_ISREG(info.st_mode):
-                    raise InvalidArgument("path", f"not a regular file: {path}")
-                wanted = max(0, min(max_bytes, info.st_size - offset))
-                if wanted <= _INLINE_READ_BYTES:
-                    content = read_upto(fd, offset, wanted)
-                else:
-                    content = await self._runtime.blocking(read_upto, fd, offset, wanted)
-            finally:
-                os.close(fd)
-            return content, FileStat(info.st_size, stat.S_IMODE(info.st_mode))
-
-    async def write_file(self, path: str, content: bytes, mode: int = 0o644) -> None:
-        """Write a regular file, creating parent directories."""
-        if self.limits.disk_bytes and len(content) > self.limits.disk_bytes:
-            raise InvalidArgument("content", "larger than the sandbox's disk limit")
-        async with self._files:
-            _, fd = await self._open("create", absolute(path), mode)
-            with os.fdopen(fd, "wb", buffering=0):
-                if not stat.S_ISREG(os.fstat(fd).st_mode):
-                    raise InvalidArgument("path", f"not a regular file: {path}")
-                with writing():
-                    if len(content) <= _INLINE_READ_BYTES:
-                        write_all(fd, content)
-                    else:
-                        await self._runtime.blocking(write_all, fd, content)
-
-    async def _open(self, what: str, path: str, *fields: int) -> tuple[wire.Message, int]:
-        try:
-            reply, fds = await self._require().request(what, path, *fields)
-        except (LinkClosed, TimeoutError) as error:
-            raise self._lost() from error
-        if fds:
-            return reply, fds[0]
-        raise not_opened(reply.get("errno"), path, str(reply.get("error", "refused")))
-
     async def freeze(self) -> str:
         """Stop every process, turn the upper into a layer, go on over it; return its id."""
         self._require()
@@ -442,19 +361,6 @@ class EmbeddedBox:
         below = max(0, len(self._base_layers) - count) + len(layers)
         every = [*layers, *self.layers[count:]]
         self._base_layers, self._own_layers = every[:below], every[below:]
-
-    async def changed_paths(self, under: str, *, since: int | None = None) -> Sequence[str]:
-        """Absolute paths touched since creation, or above the first `since` layers, sorted."""
-        layout, layers = self._runtime.layout, self.layers
-        split = len(self._base_layers) if since is None else since
-        lowers = [layout.layer(layer) for layer in layers[:split]]
-        tops = [layout.layer(layer) for layer in layers[split:]]
-        tops.append(Path(self.upper_path))
-        try:
-            found = await self._runtime.blocking(uppers.changed, tops, lowers, absolute(under))
-        except FileNotFoundError as error:  # frozen, restored or deleted meanwhile
-            raise self._lost() from error
-        return sorted(found)
 
     async def delete(self) -> None:
         """Kill all processes and remove everything; safe to call twice and after a failure."""

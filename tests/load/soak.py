@@ -3,8 +3,7 @@
 - One real service, restarted when it is killed; the killed are the service, its spawner, and first
   processes of sandboxes, at random moments.
 - A State that was answered must be there, whole and with its own content, whatever was killed.
-- An operation may fail only in the ways that the contract names for a service or a sandbox that
-  went away; every other error is a fault.
+- What is done with the sandboxes, and what it may end in, is `operations`.
 - While one service lives, its memory and its open descriptors do not grow with the sandboxes made;
   with the last one deleted, no more descriptors are open than before the first.
 - The last part spares the service and its spawner, so that one service makes them all: over the
@@ -29,32 +28,19 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from regreen.client.channel import connect
-from regreen.client.sandbox import SandboxClient, StateClient
 from regreen.common.v1 import CHANGE_KIND_ADD, FileChange
-from regreen.rpc.errors import (
-    DeadlineExceeded,
-    FailedPrecondition,
-    InfraError,
-    NotFound,
-    RegreenError,
-    ResourceExhausted,
-    Unavailable,
-)
+from regreen.rpc.errors import RegreenError
 from regreen.sandbox import v1 as pb
 from sandbox_svc.backends import leftovers
 from tests.load import processes
+from tests.load.operations import BRIEF, MARK, Operations, Record
 
-ALLOWED = (DeadlineExceeded, FailedPrecondition, InfraError, NotFound, ResourceExhausted)
-"""What an operation may end with when something was killed; `Unavailable` is waited out."""
-MARK = "/work/mark"
 _LANES = 8
-_MOST_STATES = 40
 _SETTLED_S = 10.0
 """Age from which a service has its modules, threads and seats."""
 _CALM_SHARE = 4
@@ -71,7 +57,8 @@ _SEE_S = 0.2
 """Between two looks at which processes there are."""
 _GONE_S = 10.0
 """Within which what was killed has been reaped, as `test_crash` has it."""
-_DAEMON = "nohup sleep 1000 >/dev/null 2>&1 & echo started"
+_BRIEF_GONE_S = 10.0
+"""Within which a sandbox is gone whose time is over, on a busy host too."""
 
 
 @dataclass
@@ -83,12 +70,7 @@ class Soak:
     rng: random.Random
     kill_s: float = 3.0
     """Mean time between two kills."""
-    made: int = 0
-    states: dict[str, str] = field(default_factory=dict)
-    """Answered States and the content of their mark."""
-    done: Counter[str] = field(default_factory=Counter)
-    refused: Counter[str] = field(default_factory=Counter)
-    faults: list[str] = field(default_factory=list)
+    record: Record = field(default_factory=Record)
     killed: Counter[str] = field(default_factory=Counter)
     looks: dict[int, list[tuple[int, int, int]]] = field(default_factory=dict)
     """By process: sandboxes made so far, its resident bytes and open descriptors."""
@@ -108,8 +90,8 @@ class Soak:
         seer = asyncio.create_task(self._see_all())
         try:
             async with connect(self._address) as channel:
-                self.sandboxes = SandboxClient(channel, patience_s=120.0)
-                self.state = StateClient(channel, patience_s=120.0)
+                self.operations = Operations(channel, self.record, self.rng)
+                self.sandboxes, self.state = self.operations.sandboxes, self.operations.state
                 self.root = await self._root()
                 idle_fds = self._usage()[1]
                 killer = asyncio.create_task(self._kill())
@@ -120,6 +102,7 @@ class Soak:
                 await asyncio.gather(*(self._lane(self.count) for _ in range(_LANES)))
                 killer.cancel()
                 await self._check_states()
+                await self._check_brief()
                 await self._clear()
                 await self._check_growth(idle_fds)
         finally:
@@ -192,84 +175,32 @@ class Soak:
 
     async def _lane(self, until: int) -> None:
         """Sandboxes one after the other, with a few random operations on each."""
-        while self.made < until:
-            self.made += 1
-            if self._spared and self.made % 10 == 0:
+        while self.record.made < until:
+            self.record.made += 1
+            if self._spared and self.record.made % 10 == 0:
                 self._look_calmly()
-            if self.made % 50 == 0:
+            if self.record.made % 50 == 0:
                 self._look()
-            start = self.rng.choice([self.root, *self.states])
-            box = await self._try("create", lambda s=start: self.sandboxes.create_sandbox(s))
-            if box is None:
-                continue
-            for _ in range(self.rng.randrange(4)):
-                await self._operate(box.id)
-            await self._try("delete", lambda b=box: self.sandboxes.delete_sandbox(b.id))
+            await self.operations.life(self.root)
 
     def _look_calmly(self) -> None:
         """Note the memory of the service that is spared; it has to be one and the same."""
         assert self._process is not None
         with contextlib.suppress(OSError):
-            self.calm.append((self.made, self._usage()[0]))
+            self.calm.append((self.record.made, self._usage()[0]))
             self._calm_pids.add(self._process.pid)
-
-    async def _operate(self, box: str) -> None:
-        operation = self.rng.choice((self._write, self._daemon, self._snapshot, self._fork))
-        await operation(box)
-
-    async def _write(self, box: str) -> None:
-        text = f"echo {self.rng.randrange(1 << 30)} > {MARK}"
-        await self._try("write", lambda: self.sandboxes.run(box, ["sh", "-c", text], cwd="/"))
-
-    async def _daemon(self, box: str) -> None:
-        await self._try("daemon", lambda: self.sandboxes.run(box, ["sh", "-c", _DAEMON], cwd="/"))
-
-    async def _snapshot(self, box: str) -> None:
-        content = str(self.rng.randrange(1 << 40))
-        path, data = MARK, content.encode()
-        wrote = await self._try("mark", lambda: self._marked(box, path, data))
-        if wrote is None:
-            return
-        state = await self._try("snapshot", lambda: self.sandboxes.snapshot_sandbox(box))
-        if state is not None:
-            self.states[state.id] = content
-        if len(self.states) > _MOST_STATES:
-            old = self.rng.choice(list(self.states))
-            del self.states[old]
-            await self._try("delete state", lambda: self.state.delete_state(old))
-
-    async def _marked(self, box: str, path: str, data: bytes) -> bool:
-        await self.sandboxes.write_file(box, path, data)
-        return True
-
-    async def _fork(self, box: str) -> None:
-        forked = await self._try("fork", lambda: self.sandboxes.fork_sandbox(box, 2))
-        if forked is None:
-            return
-        self.made += len(forked.sandboxes)
-        for fork in forked.sandboxes:
-            await self._try("delete", lambda f=fork: self.sandboxes.delete_sandbox(f.id))
-        await self._try("delete state", lambda: self.state.delete_state(forked.state.id))
-
-    async def _try(self, name: str, call: Callable[[], Awaitable[Any]]) -> Any:
-        try:
-            found = await call()
-        except ALLOWED as error:
-            self.refused[f"{name}: {type(error).__name__}"] += 1
-            return None
-        except (RegreenError, Unavailable) as error:
-            self.faults.append(f"{name}: {type(error).__name__}: {error}"[:300])
-            return None
-        self.done[name] += 1
-        return found
 
     def _look(self) -> None:
         """Note what a service holds that has lived for a while."""
-        sys.stderr.write(f"\r{self.made} of {self.count} sandboxes, killed {dict(self.killed)} ")
+        sys.stderr.write(
+            f"\r{self.record.made} of {self.count} sandboxes, killed {dict(self.killed)} "
+        )
         sys.stderr.flush()
         if self._process is not None and time.monotonic() - self._born_s > _SETTLED_S:
             with contextlib.suppress(OSError):
-                self.looks.setdefault(self._process.pid, []).append((self.made, *self._usage()))
+                self.looks.setdefault(self._process.pid, []).append(
+                    (self.record.made, *self._usage())
+                )
 
     def _usage(self) -> tuple[int, int]:
         """Resident bytes and open descriptors of the service."""
@@ -287,18 +218,18 @@ class Soak:
                 strict=True,
             ):  # fmt: skip
                 if after - before > most:
-                    self.faults.append(
+                    self.record.faults.append(
                         f"service {pid} went from {before} to {after} {name} over "
                         f"{made_then - made} sandboxes"
                     )
         if len(self._calm_pids) > 1:
-            self.faults.append("the service that was spared has ended all the same")
+            self.record.faults.append("the service that was spared has ended all the same")
         if (slope := self._flatness()) and slope["checked"] and not slope["flat"]:
-            self.faults.append(f"the service that was spared grew: {slope}")
+            self.record.faults.append(f"the service that was spared grew: {slope}")
         until_s = time.monotonic() + 30.0
         while (now_fds := self._usage()[1]) > idle_fds + _IDLE_FDS:
             if time.monotonic() > until_s:
-                self.faults.append(f"{now_fds} descriptors are open, {idle_fds} at first")
+                self.record.faults.append(f"{now_fds} descriptors are open, {idle_fds} at first")
                 break
             await asyncio.sleep(0.2)
 
@@ -320,7 +251,7 @@ class Soak:
 
     async def _check_states(self) -> None:
         """Every State that was answered and not deleted shows its own content."""
-        for state_id, content in self.states.items():
+        for state_id, content in self.record.states.items():
             try:
                 box = await self.sandboxes.create_sandbox(state_id)
                 found = (await self.sandboxes.read_file(box.id, MARK)).content.decode()
@@ -328,7 +259,16 @@ class Soak:
             except RegreenError as error:
                 found = f"{type(error).__name__}: {error}"
             if found != content:
-                self.faults.append(f"state {state_id} shows {found!r}, not {content!r}")
+                self.record.faults.append(f"state {state_id} shows {found!r}, not {content!r}")
+
+    async def _check_brief(self) -> None:
+        """Sandboxes whose time was short are gone, though nobody has deleted them."""
+        until_s = time.monotonic() + _BRIEF_GONE_S
+        while left := (await self.sandboxes.list_sandboxes(labels=BRIEF)).sandboxes:
+            if time.monotonic() > until_s:
+                self.record.faults.append(f"{len(left)} sandboxes have outlived their time")
+                return
+            await asyncio.sleep(0.2)
 
     async def _clear(self) -> None:
         for box in (await self.sandboxes.list_sandboxes(page_size=1000)).sandboxes:
@@ -370,15 +310,15 @@ class Soak:
     def _report(self, left: dict[str, list[str]]) -> dict[str, Any]:
         return {
             "soak": "sandbox",
-            "sandboxes": self.made,
-            "done": dict(self.done),
-            "refused": dict(self.refused),
+            "sandboxes": self.record.made,
+            "done": dict(self.record.done),
+            "refused": dict(self.record.refused),
             "killed": dict(self.killed),
-            "states_checked": len(self.states),
+            "states_checked": len(self.record.states),
             "flatness": self._flatness(),
             "looks": {pid: [looks[0], looks[-1]] for pid, looks in self.looks.items()},
             "left": {kind: names for kind, names in left.items() if names},
-            "faults": self.faults[:50],
+            "faults": self.record.faults[:50],
         }
 
 

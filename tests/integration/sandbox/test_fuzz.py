@@ -17,5 +17,6 @@ async def test_every_request_ends_in_a_status_that_is_not_our_fault(tmp_path) ->
     await runtime.close()
     report = await fuzz(3000, seed=3)
     assert report["faults"] == []
-    assert report["infra"] == {}
-    assert report["codes"]["OK"] > 100
+    silent = {name for name, codes in report["calls"].items() if "OK" not in codes}
+    assert silent <= {"Validate"}  # for which a State with tests would have to be built
+    assert report["codes"]["OK"] > 300

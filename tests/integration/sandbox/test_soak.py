@@ -24,7 +24,9 @@ async def test_nothing_is_left_or_lost_under_random_kills(tmp_path) -> None:
     assert report["faults"] == []
     assert report["left"] == {}
     assert sum(report["killed"].values()) > 0
-    assert report["done"]["snapshot"] > 0
+    done = report["done"]
+    assert all(done[name] > 0 for name in ("snapshot", "restore", "attach again", "execute"))
+    assert done["create brief"] > 0
     assert report["states_checked"] > 0
 
 

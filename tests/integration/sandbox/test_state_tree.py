@@ -1,28 +1,36 @@
 """The tree of states against a simple model: dictionaries of files, with real sandboxes.
 
 - Whatever the order of creating, writing, snapshotting, forking, restoring, deleting, flattening
-  and crashing, every state and every sandbox shows exactly the files that the model says.
-- A crash is a new store over what the old one left on the disk; sandboxes end with it.
+  and starting anew, every state and every sandbox shows exactly the files that the model says.
+- A restart is a new store over what the old one left on the disk; sandboxes end with it.
+- A crash is `kill -9` of a whole service, perhaps in the middle of something: every state that was
+  there is there, whole; what was under way has made its state, whole, or none.
 - At the end nothing is left but what the states need.
+- Every run tries other programs. One that fails says its seed: `REGREEN_TREE_SEED=N` repeats it.
 """
 
 import asyncio
+import os
+import secrets
 import shutil
 import tempfile
 from pathlib import Path
 
-from hypothesis import HealthCheck, settings
+import pytest
+from hypothesis import HealthCheck, seed, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from regreen.rpc.errors import FailedPrecondition
-from sandbox_svc.backends.base import Command, Limits
-from sandbox_svc.backends.embedded import EmbeddedRuntime
-from sandbox_svc.builders.base import Prepared
-from sandbox_svc.sandboxes import Manager, PoolLimits
-from sandbox_svc.states import StateStore
-from sandbox_svc.upkeep import Upkeep, UpkeepLimits
+from tests.integration.sandbox.treeworlds import Known, Service, Store
 
+_SEED = "REGREEN_TREE_SEED"
 _NAMES = st.sampled_from(("a", "b", "d/a", "d/b", "d/e/a"))
 _TEXTS = st.sampled_from(("1", "2", "3"))
 _PICK = st.integers(min_value=0, max_value=9)
@@ -33,11 +41,15 @@ _MOST_BOXES = 3
 class StateTree(RuleBasedStateMachine):
     """One store, its sandboxes, and what each should hold."""
 
+    world_of: type[Store] | type[Service] = Store
+
     def __init__(self) -> None:
         super().__init__()
         self.home = Path(tempfile.mkdtemp(prefix="regreen-tree-"))
         self.home.chmod(0o711)
         self.loop = asyncio.new_event_loop()
+        self.world = self.world_of(self.home)
+        self.opened = False
         self.states: dict[str, dict[str, str]] = {}
         self.parents: dict[str, str] = {}
         self.boxes: dict[str, dict[str, str]] = {}
@@ -50,29 +62,13 @@ class StateTree(RuleBasedStateMachine):
         """Run a coroutine to its end."""
         return self.loop.run_until_complete(asyncio.wait_for(work, 60.0))
 
-    async def _open(self) -> None:
-        self.runtime = EmbeddedRuntime(self.home, run_probes=False, warm_seats=1)
-        await self.runtime.start()
-        self.store = StateStore(self.home, self.runtime)
-        await self.store.open()
-        self.manager = Manager(self.runtime, self.store, pool=PoolLimits(max_sandboxes=8))
-        await self.manager.start()
-        limits = UpkeepLimits(flatten_layers=2)
-        self.upkeep = Upkeep(self.store, self.runtime, self.manager.stood_on, lambda: 0.0, limits)
-
     @initialize()
     def prepare(self) -> None:
-        async def build(progress):
-            box = await self.runtime.create([], limits=Limits())
-            await box.write_file("/work/repo/a", b"0")
-            await box.write_file("/work/repo/d/e/a", b"0")
-            layer = await box.freeze()
-            await box.delete()
-            return Prepared((layer,), (), {}, {})
-
-        self.do(self._open())
-        root = self.do(self.store.prepare("0" * 64, build))
-        self.states[root.id] = {"a": "0", "d/e/a": "0"}
+        self.do(self.world.open())
+        self.opened = True
+        files = {"a": "0", "d/e/a": "0"}
+        root = self.do(self.world.root(files))
+        self.states[root.id] = files
 
     def _state(self, pick: int) -> str:
         return list(self.states)[pick % len(self.states)]
@@ -80,15 +76,8 @@ class StateTree(RuleBasedStateMachine):
     def _box(self, pick: int) -> str:
         return list(self.boxes)[pick % len(self.boxes)]
 
-    async def _sh(self, box_id: str, script: str) -> str:
-        box = self.manager.get(box_id).box
-        done = await box.run(Command(("/bin/sh", "-c", script), cwd="/"))
-        assert done.ok, done.stderr.text
-        return done.stdout.text
-
-    async def _shown(self, box_id: str) -> dict[str, str]:
-        lines = (await self._sh(box_id, _LIST)).split()
-        return dict(line.removeprefix("./").split("=") for line in lines)
+    def _sh(self, box_id: str, script: str) -> None:
+        self.do(self.world.sh(box_id, f"cd /work/repo && {script}"))
 
     def _appeared(self, box_id: str, state_id: str) -> None:
         self.boxes[box_id] = dict(self.states[state_id])
@@ -98,14 +87,13 @@ class StateTree(RuleBasedStateMachine):
     @rule(pick=_PICK)
     def create(self, pick: int) -> None:
         state_id = self._state(pick)
-        self._appeared(self.do(self.manager.create(state_id)).id, state_id)
+        self._appeared(self.do(self.world.create(state_id)), state_id)
 
     @precondition(lambda self: self.boxes)
     @rule(pick=_PICK, name=_NAMES, text=_TEXTS)
     def write(self, pick: int, name: str, text: str) -> None:
         box_id = self._box(pick)
-        made = f"mkdir -p $(dirname {name}) && echo {text} > {name}"
-        self.do(self._sh(box_id, f"cd /work/repo && {made}"))
+        self._sh(box_id, f"mkdir -p $(dirname {name}) && echo {text} > {name}")
         self.boxes[box_id][name] = text
 
     @precondition(lambda self: self.boxes)
@@ -113,7 +101,7 @@ class StateTree(RuleBasedStateMachine):
     def remove(self, pick: int, name: str, again: bool) -> None:
         box_id = self._box(pick)
         anew = f" && mkdir -p {name}" if again and name.startswith("d") else ""
-        self.do(self._sh(box_id, f"cd /work/repo && rm -rf {name}{anew}"))
+        self._sh(box_id, f"rm -rf {name}{anew}")
         files = self.boxes[box_id]
         self.boxes[box_id] = {
             path: text for path, text in files.items() if not f"{path}/".startswith(f"{name}/")
@@ -130,20 +118,11 @@ class StateTree(RuleBasedStateMachine):
         if taken or not moved or f"{new}/".startswith(f"{old}/"):
             return
         room = f"rm -rf {new} && mkdir -p $(dirname {new})"
-        self.do(self._sh(box_id, f"cd /work/repo && {room} && mv -T {old} {new}"))
+        self._sh(box_id, f"{room} && mv -T {old} {new}")
         for path in moved:
             files[new + path.removeprefix(old)] = files.pop(path)
 
-    @rule()
-    def collect_garbage(self) -> None:
-        self.do(self._collect())
-
-    async def _collect(self) -> None:
-        await self.store.collect()
-        needed = {layer for state in self.store.list() for layer in state.layers}
-        assert needed <= set(await self.runtime.layers())
-
-    def _recorded(self, box_id: str, state) -> None:
+    def _recorded(self, box_id: str, state: Known) -> None:
         assert state.parent_id == self.latest[box_id]
         self.states[state.id] = dict(self.boxes[box_id])
         self.parents[state.id] = state.parent_id
@@ -153,30 +132,29 @@ class StateTree(RuleBasedStateMachine):
     @rule(pick=_PICK)
     def snapshot(self, pick: int) -> None:
         box_id = self._box(pick)
-        self._recorded(box_id, self.do(self.manager.snapshot(box_id)))
+        self._recorded(box_id, self.do(self.world.snapshot(box_id)))
 
     @precondition(lambda self: self.boxes and len(self.boxes) < _MOST_BOXES)
     @rule(pick=_PICK)
     def fork(self, pick: int) -> None:
         box_id = self._box(pick)
-        state, forks = self.do(self.manager.fork(box_id, 2))
+        state, forks = self.do(self.world.fork(box_id, 2))
         self._recorded(box_id, state)
         for one in forks:
-            assert one.parent_id == box_id
-            self._appeared(one.id, state.id)
+            self._appeared(one, state.id)
 
     @precondition(lambda self: self.boxes)
     @rule(pick=_PICK, other=_PICK)
     def restore(self, pick: int, other: int) -> None:
         box_id, state_id = self._box(pick), self._state(other)
-        self.do(self.manager.restore(box_id, state_id))
+        self.do(self.world.restore(box_id, state_id))
         self._appeared(box_id, state_id)
 
     @precondition(lambda self: self.boxes)
     @rule(pick=_PICK)
     def delete_sandbox(self, pick: int) -> None:
         box_id = self._box(pick)
-        self.do(self.manager.delete(box_id))
+        self.do(self.world.delete_sandbox(box_id))
         del self.boxes[box_id], self.stands[box_id], self.latest[box_id]
 
     @precondition(lambda self: len(self.states) > 1)
@@ -185,11 +163,14 @@ class StateTree(RuleBasedStateMachine):
         state_id = self._state(pick)
         in_use = state_id in self.stands.values()
         try:
-            self.do(self.manager.delete_state(state_id))
+            self.do(self.world.delete_state(state_id))
         except FailedPrecondition:
             assert in_use
             return
         assert not in_use
+        self._gone(state_id)
+
+    def _gone(self, state_id: str) -> None:
         del self.states[state_id]
         for box_id, latest in self.latest.items():
             while latest not in self.states:
@@ -197,24 +178,14 @@ class StateTree(RuleBasedStateMachine):
             self.latest[box_id] = latest
 
     @rule()
-    def flatten(self) -> None:
-        self.do(self._flatten())
+    def restart(self) -> None:
+        self.do(self.world.restart())
+        self._ended()
+        assert {state.id for state in self.do(self.world.states())} == set(self.states)
 
-    async def _flatten(self) -> None:
-        while await self.upkeep._flatten_one():
-            pass
-
-    @rule()
-    def crash(self) -> None:
-        async def again() -> None:
-            old = self.manager, self.store, self.runtime
-            for part in old:
-                await part.close()
-            await self._open()
-
-        self.do(again())
+    def _ended(self) -> None:
+        """No sandbox outlives its service."""
         self.boxes, self.stands, self.latest = {}, {}, {}
-        assert {state.id for state in self.store.list()} == set(self.states)
 
     @rule(pick=_PICK)
     def look_at_a_state(self, pick: int) -> None:
@@ -222,21 +193,17 @@ class StateTree(RuleBasedStateMachine):
             self.do(self._look(self._state(pick)))
 
     async def _look(self, state_id: str) -> None:
-        async with self.manager.fresh(state_id) as box:
-            done = await box.run(Command(("/bin/sh", "-c", _LIST), cwd="/"))
-            lines = done.stdout.text.split()
-            shown = dict(line.removeprefix("./").split("=") for line in lines)
-        assert shown == self.states[state_id]
+        assert _files(await self.world.look(state_id, _LIST)) == self.states[state_id]
 
     @precondition(lambda self: self.boxes)
     @rule(pick=_PICK)
     def look_at_a_sandbox(self, pick: int) -> None:
         box_id = self._box(pick)
-        assert self.do(self._shown(box_id)) == self.boxes[box_id]
+        assert _files(self.do(self.world.sh(box_id, _LIST))) == self.boxes[box_id]
 
     def teardown(self) -> None:
         try:
-            if hasattr(self, "runtime"):
+            if self.opened:
                 self.do(self._end())
         finally:
             self.loop.close()
@@ -245,25 +212,100 @@ class StateTree(RuleBasedStateMachine):
     async def _end(self) -> None:
         try:
             for box_id, files in self.boxes.items():
-                assert await self._shown(box_id) == files
+                assert _files(await self.world.sh(box_id, _LIST)) == files
             for state_id in self.states:
                 await self._look(state_id)
-            await self.manager.close()
-            await self.store.collect()
-            needed = {layer for state in self.store.list() for layer in state.layers}
-            assert set(await self.runtime.layers()) == needed
+            await self.world.check_nothing_is_left()
         finally:
-            await self.manager.close()
-            await self.store.close()
-            await self.runtime.close()
+            await self.world.close()
 
 
-StateTree.TestCase.settings = settings(
-    max_examples=6,
-    stateful_step_count=25,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-    database=None,
-    derandomize=True,
-)
-TestStateTree = StateTree.TestCase
+def _files(listed: str) -> dict[str, str]:
+    return dict(line.removeprefix("./").split("=") for line in listed.split())
+
+
+class StoreTree(StateTree):
+    """The store in this process, which is told when to flatten and when to collect."""
+
+    world: Store
+
+    @rule()
+    def collect_garbage(self) -> None:
+        self.do(self.world.collect())
+
+    @rule()
+    def flatten(self) -> None:
+        self.do(self.world.flatten())
+
+
+class ServiceTree(StateTree):
+    """A service, which is killed."""
+
+    world_of = Service
+    world: Service
+
+    @rule(
+        during=st.sampled_from(("nothing", "snapshot", "fork", "restore", "delete_state", "write")),
+        pick=_PICK,
+        other=_PICK,
+        moment_ms=st.sampled_from((0, 1, 2, 3, 5, 8, 13)),
+    )
+    def crash(self, during: str, pick: int, other: int, moment_ms: int) -> None:
+        state_id = self._state(other) if self.states else ""
+        box_id = self._box(pick) if self.boxes else ""
+        if not state_id or (not box_id and during != "delete_state"):
+            during = "nothing"
+        in_use = state_id in self.stands.values()
+
+        async def work(world: Service) -> str:
+            match during:
+                case "snapshot":
+                    return (await world.snapshot(box_id)).id
+                case "fork":
+                    return (await world.fork(box_id, 1))[0].id
+                case "restore":
+                    await world.restore(box_id, state_id)
+                case "delete_state":
+                    await world.delete_state(state_id)
+                case "write":
+                    await world.sh(box_id, "echo 9 > /work/repo/a")
+            return ""
+
+        answered = self.do(self.world.killed(work, moment_ms / 1000))
+        found = {state.id: state for state in self.do(self.world.states())}
+        missing, made = set(self.states) - set(found), set(found) - set(self.states)
+        if during == "delete_state" and not in_use:
+            assert missing <= {state_id}
+            assert missing or answered is None
+        else:
+            assert not missing
+        if during in ("snapshot", "fork"):
+            assert len(made) <= 1
+            assert {answered or ""} <= {*made, ""}
+        else:
+            assert not made
+        for new in made:
+            self._recorded(box_id, found[new])
+        for old in missing:
+            self._gone(old)
+        self._ended()
+        for one in self.states:  # every committed state is whole
+            self.do(self._look(one))
+
+
+@pytest.mark.parametrize(("machine", "examples"), [(StoreTree, 20), (ServiceTree, 12)])
+def test_every_state_and_sandbox_shows_what_the_model_says(machine, examples) -> None:
+    number = int(os.environ.get(_SEED) or secrets.randbits(32))
+    print(f"{_SEED}={number} repeats these programs")  # pytest shows it where the test fails
+    run_state_machine_as_test(
+        seed(number)(machine),
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=25,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+            database=None,
+            derandomize=False,
+            print_blob=False,
+        ),
+    )

@@ -1,0 +1,146 @@
+"""The files of an embedded sandbox: reading and writing them, and what its upper says of them.
+
+- File operations run in the sandbox's own first process; the service reads from descriptors that
+  it has checked to be regular files.
+- Freezing and file operations exclude each other: no descriptor may pin the old mounts.
+- Walking the upper from outside pins nothing and may take long, so it excludes nobody: a walk that
+  the files were taken from under is asked to come again, and never answered in part.
+"""
+
+import abc
+import asyncio
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from regreen.rpc.errors import FailedPrecondition, InfraError, InvalidArgument, RegreenError
+from sandbox_svc.backends import jobs, uppers, wire
+from sandbox_svc.backends.base import FileStat, Limits
+from sandbox_svc.backends.commands import absolute
+from sandbox_svc.backends.fds import not_opened, read_upto, write_all
+from sandbox_svc.backends.layers import writing
+from sandbox_svc.backends.link import Link, LinkClosed
+
+if TYPE_CHECKING:
+    from sandbox_svc.backends.embedded import EmbeddedRuntime
+
+_INLINE_READ_BYTES = 1 << 20
+
+
+class BoxFiles(abc.ABC):
+    """What `backends.base.Box` says of files; the life of the box is `EmbeddedBox`'s."""
+
+    def __init__(self, runtime: "EmbeddedRuntime", box: str, limits: Limits) -> None:
+        self.id, self.limits = box, limits
+        self.place = ""
+        """Name of the directories that hold the upper; empty between a freeze and a new start."""
+        self._runtime = runtime
+        self._base_layers: list[str] = []
+        self._own_layers: list[str] = []
+        self._files = asyncio.Lock()
+        self._deleted = False
+
+    @abc.abstractmethod
+    def _require(self) -> Link:
+        """The way to the first process; raises where there is none."""
+
+    @abc.abstractmethod
+    def _lost(self) -> RegreenError:
+        """What it means that there is no first process."""
+
+    @property
+    def layers(self) -> list[str]:
+        """All layers below the upper, lowest first."""
+        return [*self._base_layers, *self._own_layers]
+
+    @property
+    def upper_path(self) -> str:
+        """Host path of the upper directory."""
+        return str(self._runtime.layout.box(self.place) / "u")
+
+    async def measure(self) -> uppers.Usage:
+        """Bytes and inodes in the upper."""
+        return await self._runtime.blocking(uppers.usage, Path(self.upper_path))
+
+    async def read_file(self, path: str, max_bytes: int) -> bytes:
+        """Read a regular file, resolved inside the sandbox's root; links never leave it."""
+        content, info = await self.read_range(path, max_bytes=max_bytes)
+        if info.size_bytes > max_bytes:
+            raise FailedPrecondition(
+                f"{path} has {info.size_bytes} bytes, more than the {max_bytes} asked for",
+                metadata={"size_bytes": str(info.size_bytes)},
+            )
+        return content
+
+    async def read_range(
+        self, path: str, *, offset: int = 0, max_bytes: int
+    ) -> tuple[bytes, FileStat]:
+        """Read part of a regular file; the stat tells the size of the whole."""
+        async with self._files:
+            _, fd = await self._open("open", absolute(path))
+            try:
+                info = os.fstat(fd)
+                if not stat.S_ISREG(info.st_mode):
+                    raise InvalidArgument("path", f"not a regular file: {path}")
+                wanted = max(0, min(max_bytes, info.st_size - offset))
+                if wanted <= _INLINE_READ_BYTES:
+                    content = read_upto(fd, offset, wanted)
+                else:
+                    content = await self._runtime.blocking(read_upto, fd, offset, wanted)
+            finally:
+                os.close(fd)
+            return content, FileStat(info.st_size, stat.S_IMODE(info.st_mode))
+
+    async def write_file(self, path: str, content: bytes, mode: int = 0o644) -> None:
+        """Write a regular file, creating parent directories."""
+        if self.limits.disk_bytes and len(content) > self.limits.disk_bytes:
+            raise InvalidArgument("content", "larger than the sandbox's disk limit")
+        async with self._files:
+            _, fd = await self._open("create", absolute(path), mode)
+            with os.fdopen(fd, "wb", buffering=0):
+                if not stat.S_ISREG(os.fstat(fd).st_mode):
+                    raise InvalidArgument("path", f"not a regular file: {path}")
+                with writing():
+                    if len(content) <= _INLINE_READ_BYTES:
+                        write_all(fd, content)
+                    else:
+                        await self._runtime.blocking(write_all, fd, content)
+
+    async def _open(self, what: str, path: str, *fields: int) -> tuple[wire.Message, int]:
+        try:
+            reply, fds = await self._require().request(what, path, *fields)
+        except (LinkClosed, TimeoutError) as error:
+            raise self._lost() from error
+        if fds:
+            return reply, fds[0]
+        raise not_opened(reply.get("errno"), path, str(reply.get("error", "refused")))
+
+    async def changed_paths(self, under: str, *, since: int | None = None) -> Sequence[str]:
+        """Absolute paths touched since creation, or above the first `since` layers, sorted.
+
+        Raises:
+            Unavailable: the files were frozen, merged or removed meanwhile.
+        """
+        layout, layers, place = self._runtime.layout, self.layers, self.place
+        split = len(self._base_layers) if since is None else since
+        lowers = [layout.layer(layer) for layer in layers[:split]]
+        tops = [layout.layer(layer) for layer in layers[split:]]
+        tops.append(Path(self.upper_path))
+        try:
+            found = await self._runtime.blocking(uppers.changed, tops, lowers, absolute(under))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            if place and place == self.place and self._stands_on(layers):
+                raise InfraError(f"sandbox {self.id} has lost its files: {error}") from error
+            raise jobs.lost(self.id, None, passing=True) from error
+        if not self._stands_on(layers):  # what vanished during the walk is no error to it
+            raise jobs.lost(self.id, None, passing=True)
+        return sorted(found)
+
+    def _stands_on(self, layers: Sequence[str]) -> bool:
+        """Whether nobody has taken these layers, or the upper above them, out of their place.
+
+        A freeze adds the upper to them: who has opened it before looks at the same files.
+        """
+        return not self._deleted and self.layers[: len(layers)] == layers
