@@ -42,7 +42,10 @@ static bool read_settings(int control, Settings *settings) {
   struct sock_filter *program = malloc(info.st_size);
   if (program == NULL || pread(request.fds[0], program, info.st_size, 0) != info.st_size) return false;
   settings->filter = (struct sock_fprog){info.st_size / sizeof *program, program};
+  settings->failed = NULL;
   release(&request);
+  const char *step = make_root(settings);
+  if (step != NULL && asprintf(&settings->failed, "%s: %s", step, strerror(errno)) < 0) return false;
   return true;
 }
 
@@ -75,7 +78,10 @@ static void create(int control, const Settings *settings, Request *seat) {
 #ifndef IN_THE_NETWORK_OF_THE_HOST /* so compiled by a test, to see an attack succeed */
   flags |= CLONE_NEWNET;
 #endif
-  if (!settings->root) flags |= CLONE_NEWUSER;
+  if (settings->failed != NULL) { /* told to who asked; the service then starts another */
+    answer(control, NULL, 0, "{\"id\": %ld, \"error\": %s}", id, quoted(settings->failed));
+    exit(1);
+  }
   if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends)) {
     answer(control, NULL, 0, "{\"id\": %ld, \"error\": %s}", id, quoted(strerror(errno)));
     return;

@@ -2,10 +2,11 @@
  *
  * - It settles first (control group, directories, private mounts, network, /proc and /dev beside the place of the root) and
  *   waits until it is needed, so that a service can keep a few seats warm; then it gets its file system and loses its privileges.
- * - Order: overlay root, read-only host programs, caller's mounts, /proc and /dev, pivot_root, identity, capabilities,
- *   no_new_privs, seccomp; then `serve`.
+ * - It starts in the empty root of `root.c`, as its working directory, with the host's tree as its root.
+ * - Order: overlay root, read-only host programs, caller's mounts, /proc and /dev, the root entered and the host's detached,
+ *   identity, capabilities, no_new_privs, seccomp; then `serve`.
  * - The mounts belong to a user namespace in which the sandbox has no capability: as root the initial one, otherwise an outer
- *   one that only this set-up code ever entered with privileges.
+ *   one that only the spawner and this set-up code are ever in.
  * - Inside there is one user (1000), mapped to one unprivileged host id; the host's root is unmapped.
  * - Host sources are opened before any target is touched, and targets are resolved without links.
  * - Every failure is reported over the socket with the name of the step; nothing is half-confined.
@@ -35,7 +36,6 @@
 #define CLONE_NEWCGROUP 0x02000000
 #endif
 enum { INSIDE_ID = 1000, LAST_KNOWN_CAPABILITY = 37, OPTION_BYTES = 4096 };
-enum { ATTRIBUTE_READ_ONLY = 1, ATTRIBUTE_NOSUID = 2, ATTRIBUTE_NODEV = 4 };
 enum { FROM_TREE = 0x4, ONTO_OBJECT = 0x40 }; /* flags of move_mount */
 
 static const char *const DEVICES[] = {"null", "zero", "full", "random", "urandom", "tty", NULL};
@@ -49,7 +49,6 @@ static const char *const PROC_MASKED[] = {
 #endif
     NULL};
 static const char *const HOST_PROGRAMS[] = {"usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32", NULL};
-static const int SAFE = MS_NOSUID | MS_NODEV;
 
 static int channel;
 static char at[320] = "start", breaks_at[320];
@@ -77,16 +76,6 @@ static void step(const char *format, ...) {
   if (*breaks_at && strcmp(breaks_at, at) == 0) fail("injected", EIO);
 }
 
-static bool put(const char *path, const char *value) {
-  int fd = open(path, O_WRONLY | O_CLOEXEC);
-  if (fd < 0) return false;
-  ssize_t size = strlen(value), done = write(fd, value, size);
-  int kept = errno;
-  close(fd);
-  errno = kept;
-  return done == size;
-}
-
 /* Values for files of a control group, of which those that are not needed may be refused. */
 static void put_all(Request *request) {
   for (long left = number(request); left > 0; left--) {
@@ -94,15 +83,6 @@ static void put_all(Request *request) {
     bool needed = number(request);
     need(put(path, value) || !needed);
   }
-}
-
-static void map_ids(unsigned inside, uid_t uid, gid_t gid) {
-  char line[64];
-  need(put("/proc/self/setgroups", "deny"));
-  snprintf(line, sizeof line, "%u %u 1", inside, gid);
-  need(put("/proc/self/gid_map", line));
-  snprintf(line, sizeof line, "%u %u 1", inside, uid);
-  need(put("/proc/self/uid_map", line));
 }
 
 static void raise_loopback(void) {
@@ -129,6 +109,7 @@ static int directory_of(const char *name) {
 }
 
 static void stage_proc(void) {
+  step("mount /proc beside");
   need(mount("proc", "proc", "proc", SAFE | MS_NOEXEC, NULL) == 0);
   int top = directory_of("proc");
   for (const char *const *name = PROC_READ_ONLY; *name; name++) {
@@ -166,20 +147,6 @@ static void stage_devices(void) {
   close(top);
 }
 
-/* Mount, beside the place of the root, what every sandbox has. */
-static void stage(const char *home) {
-  char path[OPTION_BYTES];
-  step("stage");
-  umask(022);
-  snprintf(path, sizeof path, "%s/stage", home);
-  need(chdir(path) == 0);
-  need(mount("tmpfs", ".", "tmpfs", MS_NOSUID, "mode=755,size=64k,nr_inodes=16") == 0);
-  need(chdir(path) == 0);
-  need(mkdir("root", 0755) == 0 && mkdir("proc", 0755) == 0 && mkdir("dev", 0755) == 0);
-  stage_proc();
-  stage_devices();
-}
-
 void settle(int sock, const Settings *settings, Request *seat) {
   char path[OPTION_BYTES];
   channel = sock;
@@ -189,8 +156,6 @@ void settle(int sock, const Settings *settings, Request *seat) {
 #endif
   text(seat), text(seat);
   const char *place = text(seat);
-  step("outer identity");
-  if (!settings->root) map_ids(0, settings->uid, settings->gid);
   step("cgroup");
   for (long left = number(seat); left > 0; left--) need(mkdir(text(seat), 0777) == 0);
   put_all(seat);
@@ -207,7 +172,9 @@ void settle(int sock, const Settings *settings, Request *seat) {
 #ifndef IN_THE_NETWORK_OF_THE_HOST /* so compiled by a test, to see an attack succeed */
   raise_loopback();
 #endif
-  stage(settings->home);
+  umask(022);
+  stage_proc();
+  stage_devices();
 }
 
 typedef struct { int tree; const char *target; bool read_only; } Source;
@@ -237,14 +204,17 @@ static Source *open_sources(bool programs, Request *spec, long *count) {
 }
 
 static void mount_overlay(const Settings *settings, const char *place, const char *lower, bool is_volatile) {
-  char options[OPTION_BYTES];
+  char options[OPTION_BYTES], target[64];
   step("overlay");
-  need(chdir(settings->home) == 0);
+  int top = directory_of(".");
+  snprintf(target, sizeof target, "/proc/self/fd/%d/root", top);
+  need(chdir(settings->home) == 0); /* short names of layers */
   int size = snprintf(options, sizeof options, "lowerdir=%s,upperdir=run/%s/u,workdir=run/%s/w,userxattr%s", lower, place,
                       place, is_volatile ? ",volatile" : "");
   if (size >= (int)sizeof options) fail("more layers than one mount can name", E2BIG); /* the kernel would cut them off */
-  need(mount("overlay", "stage/root", "overlay", SAFE, options) == 0);
-  need(chdir("stage/root") == 0);
+  need(mount("overlay", target, "overlay", SAFE, options) == 0);
+  need(fchdir(top) == 0 && chdir("root") == 0);
+  close(top);
 }
 
 static void attach(const Source *sources, long count) {
@@ -308,7 +278,7 @@ static void confine(const Settings *settings, Request *spec) {
     need(prctl(PR_SET_DUMPABLE, 1UL, 0UL, 0UL, 0UL) == 0);
   }
   need(unshare(CLONE_NEWUSER) == 0);
-  map_ids(INSIDE_ID, settings->root ? settings->uid : 0, settings->root ? settings->gid : 0);
+  need(map_ids(INSIDE_ID, settings->root ? settings->uid : 0, settings->root ? settings->gid : 0));
   step("limits");
   for (long left = number(spec); left > 0; left--) {
     int which = number(spec);
@@ -346,9 +316,8 @@ long finish(const Settings *settings, Request *spec) {
   move("../dev", "/dev");
   mount_memory("/dev/shm", shared, "20k");
   mount_memory("/tmp", memory, inodes);
-  step("pivot_root");
-  need(syscall(SYS_pivot_root, ".", ".") == 0);
-  need(umount2(".", MNT_DETACH) == 0 && chdir("/") == 0);
+  step("root");
+  need(enter_root());
   confine(settings, spec);
   return descriptors;
 }

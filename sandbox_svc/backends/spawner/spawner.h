@@ -12,10 +12,13 @@
 #include <linux/filter.h>
 #include <stdbool.h>
 #include <stddef.h>
+#include <sys/mount.h>
 #include <sys/stat.h>
 #include <sys/types.h>
 
 enum { MOST_FDS = 8, CHANNELS = 4 };
+enum { SAFE = MS_NOSUID | MS_NODEV };
+enum { ATTRIBUTE_READ_ONLY = 1, ATTRIBUTE_NOSUID = 2, ATTRIBUTE_NODEV = 4 };
 
 /* One request and the descriptors that came with it, which are closed when it is done with. */
 typedef struct {
@@ -33,6 +36,7 @@ typedef struct {
   uid_t uid;
   gid_t gid;
   struct sock_fprog filter;
+  char *failed;           /* why there can be no sandboxes; NULL: nothing */
 } Settings;
 
 /* wire.c */
@@ -44,6 +48,12 @@ char **texts(Request *request); /* a count, then so many fields; to be freed */
 /* False, with errno, where the descriptors cannot be sent; who cannot answer at all ends, which the service sees. */
 bool answer(int sock, const int *fds, int count, const char *format, ...) __attribute__((format(printf, 4, 5)));
 const char *quoted(const char *text); /* for one use at a time within an answer */
+
+/* root.c: where a sandbox's mounts hang */
+const char *make_root(const Settings *settings); /* the step that failed, with errno, or NULL; once, in the spawner */
+bool enter_root(void);                           /* from a clone's new root as its working directory */
+bool put(const char *path, const char *value);
+bool map_ids(unsigned inside, uid_t uid, gid_t gid);
 
 /* seat.c: from a cloned process to a confined one; a failure is told with its step and ends this process */
 void settle(int sock, const Settings *settings, Request *seat);

@@ -4,10 +4,12 @@ Protected files are only looked at (`access`), never written.
 """
 
 import asyncio
+import errno
 import json
 import os
 import shutil
 import struct
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -267,6 +269,47 @@ async def test_b5_a_held_directory_leads_out_of_a_bare_chroot_only(box, common):
     assert "PermissionError" in inside.stderr.text
     walked = await sh(box, f"cat ../../../../../../../../{common}/secret")
     assert (walked.stdout.text, walked.ok) == ("", False)
+
+
+_BENEATH = """
+import ctypes, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+space = os.open(f"/proc/{sys.argv[1]}/ns/mnt", os.O_RDONLY)
+def enter():
+    assert libc.setns(space, 0x20000) == 0
+enter()
+top = os.open("/", os.O_RDONLY)
+os.chroot("/work")
+os.fchdir(top)
+for _ in range(20):
+    os.chdir("..")
+os.chroot(".")
+print(os.path.exists("/work/mine"), os.path.exists(sys.argv[2]))
+enter()
+assert libc.umount2(b"/", 2) == 0
+enter()
+print(sorted((name, os.listdir("/" + name)) for name in os.listdir("/")))
+try:
+    open("/host/new", "w")
+except OSError as error:
+    print(error.errno)
+"""
+
+
+@needs_root
+@needs_python
+async def test_b5_beneath_a_sandboxs_root_is_nothing_of_the_host(runtime, common):
+    """What root of the host finds, in there, that leaves a chroot and takes the root away."""
+    (common / "secret").write_text("of the host")
+    box = await runtime.create([], limits=SMALL)
+    await sh(box, "touch /work/mine")
+    look = ["/usr/bin/python3", "-c", _BENEATH, str(box.seat.pid), f"{common}/secret"]
+    done = await asyncio.to_thread(
+        subprocess.run, look, capture_output=True, text=True, timeout=20, check=False
+    )
+    empty = [("dev", []), ("host", []), ("proc", []), ("root", [])]
+    assert done.stdout == f"True False\n{empty}\n{errno.EROFS}\n", done.stderr
+    await box.delete()
 
 
 async def test_b6_no_privileges_and_no_way_to_gain_them(box):

@@ -173,7 +173,7 @@ def steps() -> list[str]:
 async def test_f2_a_failure_at_each_step_is_told_and_leaves_nothing(tmp_path):
     where = tmp_path / "breaks-at"
     where.write_text("")
-    assert {"cgroup", "network", "overlay", "pivot_root", "identity", "seccomp"} <= set(steps())
+    assert {"cgroup", "network", "overlay", "root", "identity", "seccomp"} <= set(steps())
     async with weakened(tmp_path / "home", BREAKS_AT.format(path=str(where))) as runtime:
         whole = await runtime.create([], limits=SMALL)
         assert (await sh(whole, "echo fine")).stdout.text == "fine\n"  # nothing breaks

@@ -1,6 +1,7 @@
 """Killing the process that owns sandboxes: states are whole or absent, nothing else remains."""
 
 import asyncio
+import glob
 import hashlib
 import os
 import signal
@@ -41,8 +42,9 @@ def _processes_below(home: Path, seen: dict[processes.Lived, str]) -> list[str]:
 
 def _groups(instance: str) -> list[Path]:
     """Control groups of sandboxes of one instance."""
-    found = Path("/sys/fs/cgroup").glob(f"**/regreen-{instance}/*/cgroup.procs")
-    return [path.parent for path in found]
+    # not pathlib's, which fails at what goes while it looks, such as another instance's
+    found = glob.iglob(f"/sys/fs/cgroup/**/regreen-{instance}/*/cgroup.procs", recursive=True)
+    return [Path(path).parent for path in found]
 
 
 def _run_and_kill(

@@ -1,6 +1,7 @@
 """The spawner and the first process, where a build or its starter would have them fail."""
 
 import asyncio
+import contextlib
 import errno
 import os
 import subprocess
@@ -105,6 +106,32 @@ async def test_a_spawner_that_cannot_be_started_again_is_trouble_of_the_platform
             await runtime.create([], limits=Limits())
         kept.rename(copy)
         await (await runtime.create([], limits=Limits())).delete()
+    finally:
+        await runtime.close()
+
+
+async def test_a_spawner_that_cannot_make_its_root_says_at_which_step_and_is_replaced(tmp_path):
+    runtime = EmbeddedRuntime(tmp_path / "home", run_probes=False, warm_seats=0)
+    await runtime.start()
+    stage = tmp_path / "home/stage"
+    try:
+        os.kill(runtime._seats.spawner, 9)
+        stage.rmdir()
+        stage.touch()
+        told = set()
+        for _ in range(4):
+            with pytest.raises(InfraError) as refused:
+                await runtime.create([], limits=Limits())
+            told.add(str(refused.value))
+        assert "the spawner refused: stage: Not a directory" in told
+        stage.unlink()
+        stage.mkdir()
+        async with asyncio.timeout(20):
+            while True:
+                with contextlib.suppress(InfraError):
+                    box = await runtime.create([], limits=Limits())
+                    break
+        assert (await box.run(Command(("/bin/true",), cwd="/"))).ok
     finally:
         await runtime.close()
 

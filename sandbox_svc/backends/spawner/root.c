@@ -1,0 +1,65 @@
+/* The namespace that every sandbox starts from, with a root of its own that is made once.
+ *
+ * - pivot_root(2) walks every process of the host: it is called here once, and in no sandbox.
+ * - The namespace's root is empty and read-only. The host's tree is mounted on "host" in it and is the root of this process,
+ *   whose working directory is the empty root; a clone has both, and mounts what it needs on "proc", "dev" and "root".
+ * - `enter_root` ends that in a clone: the host's tree is detached, and the sandbox's covers the empty root for good, so
+ *   that who leaves a chroot in there, or enters the namespace, comes out in the sandbox's tree all the same.
+ * - What the host mounts later is seen by later clones; what is mounted here, the host never sees.
+ * - Without root the namespace belongs to a user namespace that only the spawner and set-up code are ever in.
+ */
+#include "spawner.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <sched.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mount.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+enum { ONTO_OBJECT = 0x40 }; /* a flag of move_mount */
+static const char *const PLACES[] = {"host", "root", "proc", "dev", NULL};
+
+bool put(const char *path, const char *value) {
+  int fd = open(path, O_WRONLY | O_CLOEXEC);
+  if (fd < 0) return false;
+  ssize_t size = strlen(value), done = write(fd, value, size);
+  int kept = errno;
+  close(fd);
+  errno = kept;
+  return done == size;
+}
+
+bool map_ids(unsigned inside, uid_t uid, gid_t gid) {
+  char users[64], groups[64];
+  snprintf(users, sizeof users, "%u %u 1", inside, uid);
+  snprintf(groups, sizeof groups, "%u %u 1", inside, gid);
+  return put("/proc/self/setgroups", "deny") && put("/proc/self/gid_map", groups) && put("/proc/self/uid_map", users);
+}
+
+const char *make_root(const Settings *settings) {
+  char path[4096];
+  if (unshare(CLONE_NEWNS | (settings->root ? 0 : CLONE_NEWUSER))) return "namespaces of the spawner";
+  if (!settings->root && !map_ids(0, settings->uid, settings->gid)) return "outer identity";
+  if (mount(NULL, "/", NULL, MS_REC | MS_SLAVE, NULL)) return "mounts of the spawner";
+  snprintf(path, sizeof path, "%s/stage", settings->home);
+  if (chdir(path) || mount("tmpfs", ".", "tmpfs", SAFE, "mode=755,size=16k,nr_inodes=8") || chdir(path)) return "stage";
+  for (const char *const *name = PLACES; *name; name++)
+    if (mkdir(*name, 0755)) return "stage";
+  if (syscall(SYS_pivot_root, ".", "host") || chroot("host")) return "pivot_root";
+  int top = open(".", O_PATH | O_DIRECTORY | O_CLOEXEC);
+  if (top < 0 || set_attributes(top, ATTRIBUTE_READ_ONLY, false)) return "seal the stage";
+  close(top);
+  if (mount(path, path, NULL, MS_BIND, NULL)) return "mark"; /* whoever looks for leftovers sees whose they are */
+  return NULL;
+}
+
+bool enter_root(void) {
+  int top = open("..", O_PATH | O_DIRECTORY | O_CLOEXEC);
+  if (top < 0 || umount2("../host", MNT_DETACH)) return false;
+  if (syscall(SYS_move_mount, AT_FDCWD, ".", top, "", ONTO_OBJECT)) return false;
+  close(top);
+  return chroot(".") == 0 && chdir("/") == 0;
+}
