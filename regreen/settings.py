@@ -151,7 +151,7 @@ class ServiceSettings(BaseSettings):
     tls_ca: Path | None = None
     """Authority that client certificates must come from; given, clients must show one."""
     max_rpcs: int = Field(default=256, ge=1)
-    """Calls served at once; more are answered RESOURCE_EXHAUSTED."""
+    """Calls served at once; more are answered RESOURCE_EXHAUSTED, with a delay."""
     max_message_bytes: int = Field(default=64 << 20, ge=1 << 16)
     """Largest request or response."""
     call_timeout_s: float = Field(default=3600.0, gt=0)

@@ -88,7 +88,8 @@ async def _one(service: "Service", at_once: int) -> dict[str, Any]:
     await asyncio.gather(*(_fork(service, state, done) for _ in range(BURST)))
     grown = service.resident_bytes - before
     coming = asyncio.gather(*(_again(service, state, delay, done) for delay in done.delays_s))
-    await asyncio.gather(*(service.delete(box) for box in done.live))
+    for box in done.live:
+        await service.delete(box)
     await coming
     alone_ms = (alone_ms + await _alone(service, state)) / 2
     row: dict[str, Any] = {

@@ -7,6 +7,7 @@
 - `CancelledError` is always raised on: swallowing it leaks the call in grpc's core (grpc#43360).
 - A `request_id` in a unary request makes it idempotent without the servicer knowing, unless the
   service keeps its own, lasting memory of requests.
+- Beyond `max_rpcs` at once a call is refused at its door, with a delay; health and reflection go on.
 - What is not a `RegreenError` is our own trouble: logged with its stack, answered INTERNAL/INFRA.
 - In grpc.aio the code of a call that went well is unset; it is recorded as OK.
 """
@@ -24,7 +25,13 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from regreen.rpc import metrics, wire
-from regreen.rpc.errors import DeadlineExceeded, InfraError, InvalidArgument, RegreenError
+from regreen.rpc.errors import (
+    DeadlineExceeded,
+    InfraError,
+    InvalidArgument,
+    RegreenError,
+    ResourceExhausted,
+)
 from regreen.rpc.idempotency import Idempotency
 from regreen.rpc.logging import TRACE_HEADER, TRAJECTORY_HEADER, get
 from regreen.rpc.spans import Span
@@ -34,6 +41,8 @@ _END = object()
 _TRACE_ID = re.compile(r"[0-9a-f]{32}")
 _MAX_ID_CHARS = 100
 """Of an id that a caller made up, so much is logged."""
+_RETRY_S = 1.0
+"""What a refused call is told to wait."""
 _UNCOUNTED = ("grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection")
 
 
@@ -41,9 +50,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps every handler of a server."""
 
     def __init__(
-        self, call_timeout_s: float, *, stream_timeout_s: float, remember: bool = True
+        self,
+        call_timeout_s: float,
+        *,
+        stream_timeout_s: float,
+        max_rpcs: int,
+        remember: bool = True,
     ) -> None:
         self._call_timeout_s, self._stream_timeout_s = call_timeout_s, stream_timeout_s
+        self._max_rpcs, self._in_flight = max_rpcs, 0
         self._idempotency: Idempotency[Any] | None = Idempotency() if remember else None
         self._log = get().bind()
         self._wrapped: dict[str, tuple[Any, Any]] = {}
@@ -196,9 +211,18 @@ class _Observed:
         )
         self._start_s = time.monotonic()
         self._counts.started.inc()
+        owner = self._call._owner
+        if owner._in_flight >= owner._max_rpcs:
+            full = ResourceExhausted(
+                f"max_rpcs: {owner._in_flight} calls are being served", retry_after_s=_RETRY_S
+            )
+            self._counts.ended(full.status, 0.0)
+            await self._context.abort_with_status(wire.to_status(full))
+        owner._in_flight += 1
         return self
 
     async def __aexit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self._call._owner._in_flight -= 1
         seconds = time.monotonic() - self._start_s
         mapped = self._map(error)
         code = mapped.status if mapped else ("CANCELLED" if error else "OK")

@@ -23,6 +23,8 @@ from regreen.rpc.logging import get
 from regreen.rpc.metrics import MetricsServer
 from regreen.settings import ServiceSettings
 
+_FLOOD = 8
+"""Times `max_rpcs` that are taken in to be refused with a delay; more are cut off without one."""
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 
 
@@ -39,11 +41,14 @@ class Server:
         self._settings, self._services = settings, tuple(services)
         self._log = get()
         self._calls = CallInterceptor(
-            settings.call_timeout_s, stream_timeout_s=settings.stream_timeout_s, remember=remember
+            settings.call_timeout_s,
+            stream_timeout_s=settings.stream_timeout_s,
+            max_rpcs=settings.max_rpcs,
+            remember=remember,
         )
         self.grpc: grpc.aio.Server = grpc.aio.server(
             interceptors=[self._calls],
-            maximum_concurrent_rpcs=settings.max_rpcs,
+            maximum_concurrent_rpcs=_FLOOD * settings.max_rpcs,
             options=[
                 ("grpc.max_receive_message_length", settings.max_message_bytes),
                 ("grpc.max_send_message_length", settings.max_message_bytes),

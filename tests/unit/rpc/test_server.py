@@ -244,9 +244,12 @@ async def test_overload_is_refused_with_a_status():
             for _ in range(2)
         ]
         await asyncio.sleep(0.2)
-        with pytest.raises(ResourceExhausted):
+        with pytest.raises(ResourceExhausted, match="max_rpcs: 2 calls") as refused:
             await caller._call(stub.GetState, pb.GetStateRequest(id="x"), 1)
+        assert refused.value.retry_after_s == 1.0
         await asyncio.gather(*slow, return_exceptions=True)
+        await caller._call(stub.GetState, pb.GetStateRequest(id="x"), 5)
+        await caller._call(stub.GetState, pb.GetStateRequest(id="x"), 5)
 
 
 async def test_a_missing_server_is_unavailable():
