@@ -286,7 +286,7 @@ def pack(root: Path) -> tuple[bytes, Digest]:
     buffer = io.BytesIO()
     size = 0
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
-        for path in sorted(_files(root)):
+        for path in sorted(project_files(root)):
             info = archive.gettarinfo(str(path), arcname=str(path.relative_to(root)))
             info.uid = info.gid = 0
             info.uname = info.gname = ""
@@ -403,7 +403,8 @@ def _test_arguments(root: Path) -> tuple[str, ...]:
     return next(((name,) for name in ("tests", "test", "testing") if (root / name).is_dir()), ())
 
 
-def _files(root: Path) -> Iterable[Path]:
+def project_files(root: Path) -> Iterable[Path]:
+    """The files of a project, without version control, environments and caches."""
     for folder, names, files in os.walk(root):
         here = Path(folder)
         names[:] = [name for name in names if not _skipped(here, name, at_root=here == root)]

@@ -18,6 +18,7 @@ PinText = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*==[A-Za-z0-9][A-Za-
 PythonText = Annotated[str, Field(pattern=r"^\d+\.\d+$")]
 Kind = Literal["dependency-upgrade", "interpreter-upgrade", "release-bugfix", "local"]
 ModeName = Literal["any_fix", "keep_new"]
+Split = Literal["train", "validation", "test"]
 
 
 class _Record(BaseModel):
@@ -157,7 +158,7 @@ class TaskRecord(_Record):
     modes: list[ModeName] = ["any_fix"]
     fixes: list[Fix] = []
     licence: str = ""
-    split: Literal["train", "validation", "test"] = "train"
+    split: Split = "train"
     demo: bool = False
     seconds: float = 0.0
     """Wall time of one validation where it was measured, for planning only."""
