@@ -23,8 +23,7 @@ from regreen.tasks.add import Added, add
 from regreen.tasks.checkout import Wish, check_out
 from regreen.tasks.exchange import SFT, Imported, export_chats, export_tasks, import_found
 from regreen.tasks.formats.items import Written
-from regreen.tasks.formats.registry import PROJECT, detect, format_of, read
-from regreen.tasks.formats.registry import OURS as OURS
+from regreen.tasks.formats.registry import OURS, PROJECT, detect, format_of, read
 from regreen.tasks.formats.sft import STYLES
 from regreen.tasks.gate import REPEATS
 from regreen.tasks.records import FOLDER, RecordStore

@@ -21,6 +21,7 @@ from regreen.dataset import v1 as pb
 from regreen.rpc.errors import FailedPrecondition, InvalidArgument, NotFound
 from regreen.settings import default_home
 from regreen.tasks.admit import Admission, ReportingGateClient, import_records, reasons_of
+from regreen.tasks.formats.registry import OURS
 from regreen.tasks.gate import REPEATS
 from regreen.tasks.jsonl import (
     load_distributions,
@@ -65,7 +66,7 @@ def import_tasks(
     Nothing that a file says of itself counts as verified: `regreen tasks verify` decides.
     """
     kind = exchange.kind_of(path, format)
-    if path is not None and kind != exchange.OURS:
+    if path is not None and kind != OURS:
         exchange.import_foreign(path, kind, split, images, home, json_output)
         return
     if split or images:

@@ -61,7 +61,7 @@ def decode(text: str, where: str, *, id: str, fail_to_pass: Iterable[str]) -> Na
     except (ParseError, ValidationError, ValueError, KeyError, AttributeError, TypeError) as error:
         if isinstance(error, InvalidArgument):
             raise
-        raise InvalidArgument(field, f"cannot be read: {error}", remedy) from error
+        raise InvalidArgument(field, f"cannot be read: {_told(error)}", remedy) from error
     if task.id != id:
         raise InvalidArgument(field, f"is of task {task.id!r}, the row of {id!r}", remedy)
     if sorted(set(fail_to_pass)) != sorted(task.fail_to_pass):
@@ -69,3 +69,11 @@ def decode(text: str, where: str, *, id: str, fail_to_pass: Iterable[str]) -> Na
     if record is not None and task.labels.get(RECORD_LABEL) != record_sha256(record):
         raise InvalidArgument(field, "has a record that is not that of its task", remedy)
     return Native(task, record)
+
+
+def _told(error: Exception) -> str:
+    """What is wrong, on one line."""
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False)[0]
+        return f"record.{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return str(error).replace("\n", " ")
