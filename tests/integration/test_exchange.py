@@ -279,6 +279,7 @@ async def test_a_repository_runs_nothing_when_it_is_read(world: World, tiny: Pat
     with tempfile.TemporaryDirectory() as folder:
         found = check_out(f"file://{tiny}", Wish(), Path(folder))
         assert (found.broken / GREET).read_text() == (TINY / GREET).read_text()
+        (Path(folder) / "no").mkdir()
         with pytest.raises(InvalidArgument, match="cannot be cloned"):
             check_out("git+ssh://-oProxyCommand=x/y", Wish(), Path(folder) / "no")
     assert not told.exists()
