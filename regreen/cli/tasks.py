@@ -65,7 +65,7 @@ def import_tasks(
 
     Nothing that a file says of itself counts as verified: `regreen tasks verify` decides.
     """
-    kind = exchange.kind_of(path, format)
+    kind = exchange.kind_of(path, format or (OURS if distributions else ""))
     if path is not None and kind != OURS:
         exchange.import_foreign(path, kind, split, images, home, json_output)
         return

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sandbox_svc.builders.interpreters import find_all
 
 from regreen.dataset import v1 as pb
 from regreen.pkgindex import find_uv
 from regreen.rpc.errors import InvalidArgument
 from regreen.tasks.formats.items import Item
 from regreen.tasks.formats.registry import FORMATS, read
+from sandbox_svc.builders.interpreters import find_all
 from tests.fixtures.tasks.tiny_task import FAIL_TO_PASS
 from tests.unit.tasks.test_formats import SAMPLES, item
 

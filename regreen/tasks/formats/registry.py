@@ -54,7 +54,7 @@ def detect(path: Path) -> str:
     """
     known = f"name one of {OURS}, {', '.join(FORMATS)}, or a project's directory"
     if not path.exists():
-        raise InvalidArgument("path", f"{path} does not exist", known)
+        raise InvalidArgument("path", f"{path} cannot be read: No such file", known)
     if path.is_dir():
         found = _directory(path)
     elif path.suffix == ".parquet":
@@ -73,14 +73,23 @@ def _directory(path: Path) -> str:
         return PROJECT
     if any(harbor.is_task(config.parent) for config in path.glob("*/task.toml")):
         return harbor.name
+    only = only_file(path)
+    if only != path:
+        return detect(only)
     first = next(iter(sorted(path.glob("*.json"))), None)
     return _rows(first) if first is not None else ""
+
+
+def only_file(path: Path) -> Path:
+    """The one file of tasks in a directory, as an export makes it; else the path itself."""
+    inside = [p for p in path.glob("*") if p.suffix in (".jsonl", ".parquet")]
+    return inside[0] if len(inside) == 1 else path
 
 
 def _rows(path: Path) -> str:
     rows = read_rows(path)
     keys = set(rows[0].row) if rows else set()
-    if {"pins_fail", "python"} <= keys:
+    if "pins_fail" in keys or {"id", "kind"} <= keys:
         return OURS
     if "breakingCommit" in keys:
         return bump.name
@@ -98,7 +107,7 @@ def read(path: Path, format: str) -> Found:
     foreign: dict[str, Foreign] = {}
     native: dict[str, Native] = {}
     repeated = 0
-    for item in format_of(format).read(path):
+    for item in format_of(format).read(only_file(path)):
         if isinstance(item, Native):
             id, new = item.task.id, item.task.id not in native
             same = not new and native[id].task == item.task
