@@ -89,6 +89,14 @@ def import_foreign(
         typer.echo(f"... and {len(done.waiting) - _SHOWN} more: `regreen tasks list`")
 
 
+def ours(tasks: list[pb.Task]) -> list[pb.Task]:
+    """Those that can be prepared and judged here; says how many of other systems wait."""
+    counts = Counter(task.foreign.format for task in tasks if task.HasField("foreign"))
+    for format, count in sorted(counts.items()):
+        output.STDERR.print(f"{count} tasks of {format} wait for what they need", style="yellow")
+    return [task for task in tasks if not task.HasField("foreign")]
+
+
 def why_not_gated(task: pb.Task) -> str:
     """Why a task whose record is not here is not judged."""
     if task.HasField("foreign"):

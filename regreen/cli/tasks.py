@@ -287,6 +287,8 @@ async def _verify(
             raise NotFound(f"no task is in the split {asked.split!r}; import some")
         records = _records(home).of_tasks(tasks, shipped_tasks())
         known = {record.id for record in records}
+        if not ids:
+            tasks = exchange.ours(tasks)
         for task in tasks:
             if task.id not in known and not ids:
                 why = exchange.why_not_gated(task)
@@ -330,6 +332,7 @@ async def _prepare(
     """One row a task: its id, and its state or what was wrong."""
     async with open_stack(home, patience_s=120.0) as stack:
         tasks = await _stored(stack, ids)
+        tasks = tasks if ids else exchange.ours(tasks)
         rows = [{"id": task.id, "state": "", "error": ""} for task in tasks]
         count = 0
 

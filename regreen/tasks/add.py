@@ -24,7 +24,7 @@ from regreen.tasks.admit import import_records, last_report, verify
 from regreen.tasks.checkout import Checkout, Wish, copied
 from regreen.tasks.drift import drift
 from regreen.tasks.gate import NOOP_PATH
-from regreen.tasks.local import Project, detect, project_files
+from regreen.tasks.local import Project, detect, project_files, test_arguments
 from regreen.tasks.model import (
     Build,
     Change,
@@ -98,7 +98,9 @@ async def add(
         root = work / "with-tests"
         overlaid(checkout.broken, root, repair.tests)
         notes.append(f"{len(repair.tests)} test files of the fix are laid over the project")
-    project = await _detected(stack, root, wish)
+    project = await _detected(stack, checkout.broken, wish)
+    if root != project.root:
+        project = replace(project, root=root, test_arguments=wish.tests or test_arguments(root))
     notes += project.notes
     spec, state = await prepared_project(stack, project, home, show)
     failing = _failing(state)
@@ -354,38 +356,18 @@ async def _unverified(
     show: Show,
 ) -> Added:
     """Store a task without a fix; broken in the same way in every repeat, or quarantined."""
-    client = ServiceGateClient(stack.state, stack.sandbox)
-    added = common_pb.CHANGE_KIND_ADD
-    noop = common_pb.FileChange(path=NOOP_PATH, kind=added, content=NOOP, mode=0o644)
-    seen: list[set[str]] = []
     report = pb.GateReport(task_id=record.id, state_id=state.id, error_log=state.baseline.log)
     report.repeats, report.python = repeats, state.python
-    for repeat, around in enumerate(probes.schedule(repeats), 1):
-        show("repeat", repeat - 1, repeats, f"{record.id} [{around}]" if str(around) else record.id)
-        found = await client.validate(
-            state.id,
-            [noop],
-            held_pins={},
-            required_tests=(),
-            skip_cache_lookup=True,
-            conditions=around.message(),
-        )
-        seen.append(set(found.failing))
-        ok = found.outcome == sandbox_pb.VALIDATION_OUTCOME_FAILED and found.lasting
-        report.checks.add(
-            name="broken-fails",
-            repeat=repeat,
-            ok=ok,
-            detail=found.summary,
-            conditions=str(around),
-            duration=found.duration,
-        )
-    show("repeat", repeats, repeats, record.id)
+    seen = await _repeated(stack, state, report, show)
     steady, ever = set.intersection(*seen), set.union(*seen)
     report.flaky.extend(sorted(ever - steady))
     steadily = [id for id in record.tests.fail_to_pass if id in steady]
     report.fail_to_pass.extend(steadily)
-    if steadily and all(check.ok for check in report.checks):
+    cut = next((check.detail for check in report.checks if not check.ok), "")
+    if cut:
+        report.status = pb.TASK_STATUS_WAITING
+        report.reason = f"a run came to no end ({cut}); raise its time, or ask a quieter machine"
+    elif steadily:
         report.status = pb.TASK_STATUS_UNVERIFIED
         report.reason = f"{len(steadily)} tests fail in each of {repeats} runs; no fix is known"
     else:
@@ -398,3 +380,34 @@ async def _unverified(
     report.drift.extend(drift(await last_report(stack, kept.id), report))
     task = await stack.tasks.record_gate(report)
     return Added(task, await stack.tasks.get_gate_report(kept.id), notes)
+
+
+async def _repeated(
+    stack: Stack, state: sandbox_pb.State, report: pb.GateReport, show: Show
+) -> list[set[str]]:
+    """What fails in each repeat; the checks go into the report."""
+    client = ServiceGateClient(stack.state, stack.sandbox)
+    added = common_pb.CHANGE_KIND_ADD
+    noop = common_pb.FileChange(path=NOOP_PATH, kind=added, content=NOOP, mode=0o644)
+    seen: list[set[str]] = []
+    for repeat, around in enumerate(probes.schedule(report.repeats), 1):
+        show("repeat", repeat - 1, report.repeats, f"{report.task_id} {around}".rstrip())
+        found = await client.validate(
+            state.id,
+            [noop],
+            held_pins={},
+            required_tests=(),
+            skip_cache_lookup=True,
+            conditions=around.message(),
+        )
+        seen.append(set(found.failing))
+        report.checks.add(
+            name="broken-fails",
+            repeat=repeat,
+            ok=found.outcome == sandbox_pb.VALIDATION_OUTCOME_FAILED and found.lasting,
+            detail=found.summary,
+            conditions=str(around),
+            duration=found.duration,
+        )
+    show("repeat", report.repeats, report.repeats, report.task_id)
+    return seen

@@ -108,7 +108,7 @@ def detect(
         pins=tuple(sorted(found.pins)),
         origin=found.origin,
         pin_files=found.pin_files,
-        test_arguments=tuple(tests) or _test_arguments(root),
+        test_arguments=tuple(tests) or test_arguments(root),
         installable=_installable(root),
         exact=found.exact,
         requirements=found.requirements,
@@ -399,7 +399,8 @@ def _pins_of_environment(environment: Path, own: str) -> set[str]:
     return pins
 
 
-def _test_arguments(root: Path) -> tuple[str, ...]:
+def test_arguments(root: Path) -> tuple[str, ...]:
+    """The tests' folder as pytest takes it; empty: pytest looks for itself."""
     return next(((name,) for name in ("tests", "test", "testing") if (root / name).is_dir()), ())
 
 

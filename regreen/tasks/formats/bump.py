@@ -91,6 +91,7 @@ def write(items: Sequence[Item], out: Path) -> Written:
             written.left_out[item.task.id] = "is no Maven build of BUMP"
             continue
         document = json.loads(foreign.document_json)
+        update(Placed(f"task {item.task.id}", document))  # what names the file is a commit
         path = out / f"{document['breakingCommit']}.json"
         path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", "utf-8")
         written.paths.append(path)

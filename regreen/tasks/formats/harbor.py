@@ -221,7 +221,7 @@ def write(items: Sequence[Item], out: Path) -> Written:
                 reason = f"is a task of {task.foreign.format}: export it to that, or to parquet"
                 written.left_out[task.id] = reason
                 continue
-            restore(json.loads(task.foreign.document_json)["files"], target)
+            restore(json.loads(task.foreign.document_json).get("files", {}), target)
         elif reason := _write_native(item, target):
             written.left_out[task.id] = reason
             continue

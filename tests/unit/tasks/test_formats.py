@@ -416,3 +416,17 @@ def test_without_pyarrow_parquet_says_what_to_install(tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert "pip install pyarrow" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("place", ["../out.txt", "/tmp/out.txt", "a/../../out.txt"])
+def test_a_stored_document_cannot_write_outside_its_directory(place: str, tmp_path: Path) -> None:
+    (foreign,) = messages(read(SAMPLES / "harbor/count-rays", "harbor"))
+    foreign.foreign.document_json = json.dumps({"files": {place: {"text": "x"}}})
+    with pytest.raises(InvalidArgument, match="leaves the task"):
+        FORMATS["harbor"].write([Item(foreign)], tmp_path / "out")
+    one, _ = messages(read(SAMPLES / "bump", "bump"))
+    document = json.loads(one.foreign.document_json) | {"breakingCommit": "../../x"}
+    one.foreign.document_json = json.dumps(document)
+    with pytest.raises(InvalidArgument, match="breakingCommit"):
+        FORMATS["bump"].write([Item(one)], tmp_path)
+    assert not list(tmp_path.rglob("*.txt"))
