@@ -21,7 +21,7 @@ from regreen.dataset import v1 as pb
 from regreen.rpc.errors import FailedPrecondition, InvalidArgument, NotFound
 from regreen.settings import default_home
 from regreen.tasks.admit import Admission, ReportingGateClient, import_records, reasons_of
-from regreen.tasks.formats.registry import OURS
+from regreen.tasks.formats.registry import OURS, only_file
 from regreen.tasks.gate import REPEATS
 from regreen.tasks.jsonl import (
     load_distributions,
@@ -73,7 +73,7 @@ def import_tasks(
         output.fail(InvalidArgument("split", "and images are for tasks of other systems"))
 
     async def work() -> pb.ImportTasksResponse:
-        records = load_tasks(path) if path else shipped_tasks()
+        records = load_tasks(only_file(path)) if path else shipped_tasks()
         known = load_distributions(distributions) if distributions else shipped_distributions()
         async with open_stack(home) as stack:
             return await import_records(stack, records, known, keep=_records(home))

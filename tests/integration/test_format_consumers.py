@@ -49,59 +49,60 @@ def consumers(registry: None) -> Iterator[Path]:
         shutil.rmtree(home, ignore_errors=True)
 
 
-def told(python: Path, *argv: Path) -> dict:
-    """What the parsers say."""
-    script = ROOT / "tests/fixtures/format_consumers.py"
+@pytest.fixture(scope="module")
+def told(consumers: Path, item: Item, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """What the parsers say of what we export, and of our samples."""
+    home = tmp_path_factory.mktemp("exported")
+    paths = {}
+    for name in ("harbor", "swe-bench", "parquet"):
+        (home / name).mkdir()
+        paths[name] = FORMATS[name].write([item], home / name).paths[0]
+    shutil.copytree(SAMPLES / "harbor", home / "harbor", dirs_exist_ok=True)
+    lines = (SAMPLES / "swe-bench/instances.jsonl").read_text().splitlines()
+    sample = home / "sample.jsonl"
+    sample.write_text(lines[1] + "\n")
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    env |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HOME": str(python.parents[1])}
-    words = [str(python), str(script), *map(str, argv)]
-    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=120)
+    env |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HOME": str(home)}
+    argv = [consumers, ROOT / "tests/fixtures/format_consumers.py", home / "harbor"]
+    argv += [paths["swe-bench"], paths["parquet"], sample]
+    done = subprocess.run(
+        list(map(str, argv)), env=env, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 
 
-def test_harbor_and_swe_bench_read_what_we_write(
-    consumers: Path, item: Item, tmp_path: Path
-) -> None:
-    paths = {}
-    for name in ("harbor", "swe-bench", "parquet"):
-        (tmp_path / name).mkdir()
-        paths[name] = FORMATS[name].write([item], tmp_path / name).paths[0]
-    shutil.copytree(SAMPLES / "harbor", tmp_path / "harbor", dirs_exist_ok=True)
-    found = told(consumers, tmp_path / "harbor", paths["swe-bench"], paths["parquet"])
-    ours = found["harbor"].pop(item.task.id)
+def test_harbor_reads_what_we_write(told: dict, item: Item) -> None:
+    found = dict(told["harbor"])
+    ours = found.pop(item.task.id)
     assert ours["valid"]
     assert ours["name"] == f"regreen/{item.task.id}"
     assert "2 tests fail" in ours["instruction"]
     assert (ours["verifier_timeout_s"], ours["network"]) == (120.0, "no-network")
     assert ours["metadata"]["regreen"]["id"] == item.task.id
     # Our samples are what Harbor takes for tasks, or they would show nothing.
-    assert {name: row["valid"] for name, row in found["harbor"].items()} == {
+    assert {name: row["valid"] for name, row in found.items()} == {
         "count-rays": True,
         "in-steps": True,
         "with-image": True,
     }
-    for (row,) in found["instances"]:
+
+
+def test_swe_bench_reads_what_we_write(told: dict, item: Item) -> None:
+    *ours, sample = told["instances"]
+    assert len(ours) == 2
+    for (row,) in ours:
         assert row["id"] == item.task.id
         assert sorted(row["fail_to_pass"]) == sorted(FAIL_TO_PASS)
         assert row["pass_to_pass"] == list(item.pass_to_pass)
         assert row["image"] == f"regreen/{item.task.id}:latest"
         assert "SWEBENCH_TEST_EXIT_CODE=$?" in row["script"]
         assert "+from wordlib import salute" in row["patch"]
+    assert [row["fail_to_pass"] for row in sample] == [["tests/test_beam.py::test_generator"]]
 
 
-def test_swe_bench_reads_our_samples_of_it(consumers: Path, tmp_path: Path) -> None:
-    lines = (SAMPLES / "swe-bench/instances.jsonl").read_text().splitlines()
-    whole = tmp_path / "whole.jsonl"
-    whole.write_text(lines[1] + "\n")
-    (tmp_path / "none").mkdir()
-    ((row,),) = told(consumers, tmp_path / "none", whole)["instances"]
-    assert row["fail_to_pass"] == ["tests/test_beam.py::test_generator"]
-
-
-def test_the_directory_that_harbor_begins_a_task_with(consumers: Path, tmp_path: Path) -> None:
-    (tmp_path / "none").mkdir()
-    template = Path(told(consumers, tmp_path / "none")["template"])
+def test_the_directory_that_harbor_begins_a_task_with_is_read(told: dict, tmp_path: Path) -> None:
+    template = Path(told["template"])
     (foreign,) = read(template, "harbor").foreign
     assert foreign.needs == ("image built from its environment/Dockerfile",)
     assert foreign.message().status == pb.TASK_STATUS_UNSPECIFIED

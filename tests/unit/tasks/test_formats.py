@@ -364,7 +364,8 @@ def test_rows_that_say_the_same_count_once(tmp_path: Path) -> None:
 def test_what_a_path_is_follows_from_its_content(tmp_path: Path, item: Item) -> None:
     assert detect(TINY) == PROJECT
     (tmp_path / "ours.jsonl").write_text(TaskRecord.model_dump_json(item.record) + "\n")
-    assert detect(tmp_path / "ours.jsonl") == OURS
+    assert detect(tmp_path / "ours.jsonl") == detect(tmp_path) == OURS
+    (tmp_path / "ours.jsonl").unlink()
     (tmp_path / "other.json").write_text('{"a": 1}')
     for path in (tmp_path / "other.json", tmp_path / "nothing", tmp_path):
         with pytest.raises(InvalidArgument, match=r"name one of regreen, swe-bench, .*project"):
