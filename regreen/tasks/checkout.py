@@ -90,11 +90,12 @@ def check_out(source: str, asked: Wish, work: Path) -> Checkout:
 def _of_repository(url: str, asked: Wish, work: Path) -> Checkout:
     clone = _clone(url, work / "repository")
     commit = asked.commit or (f"{asked.fix_commit}^" if asked.fix_commit else "HEAD")
-    broken = _tree(clone, commit, work / "broken", "commit")
+    name = _name(url)
+    broken = _tree(clone, commit, work / "broken" / name, "commit")
     wish = wished(broken, asked)
     if wish.fix_commit and not asked.commit and not asked.fix_commit:
         commit = wish.commit or f"{wish.fix_commit}^"
-        broken = _tree(clone, commit, work / "broken-too", "task.commit")
+        broken = _tree(clone, commit, work / "broken-too" / name, "task.commit")
     project = inside(broken, wish.path)
     if wish.fix_patch is not None:
         return Checkout(project, _patched(project, wish.fix_patch, work / "fixed"), wish)
@@ -102,6 +103,12 @@ def _of_repository(url: str, asked: Wish, work: Path) -> Checkout:
         return Checkout(project, None, wish)
     fixed = _tree(clone, wish.fix_commit, work / "fixed", "fix.commit")
     return Checkout(project, inside(fixed, wish.path), wish)
+
+
+def _name(url: str) -> str:
+    """The name of a repository: what a project that does not say its own is called."""
+    last = re.split(r"[/:]", url.rstrip("/"))[-1].removesuffix(".git")
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip(".-") or "project"
 
 
 def wished(root: Path, asked: Wish) -> Wish:

@@ -278,6 +278,7 @@ async def test_a_repository_runs_nothing_when_it_is_read(world: World, tiny: Pat
     told.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         found = check_out(f"file://{tiny}", Wish(), Path(folder))
+        assert found.broken.name == "greet"
         assert (found.broken / GREET).read_text() == (TINY / GREET).read_text()
         (Path(folder) / "no").mkdir()
         with pytest.raises(InvalidArgument, match="cannot be cloned"):

@@ -2,6 +2,7 @@
 
 - Every archive is fetched from the package index and checked by sha256; PIP_INDEX_URL names it.
 - It runs under the interpreter of the task, Python 3.7 or newer.
+- What may be chosen lies there as wheels: what has none is built now, with the network.
 - What builds the project and releases without wheels is held at the versions of the spec.
 """
 
@@ -157,8 +158,8 @@ def main() -> None:
     for number, pin in enumerate(spec["wheelhouse"]):
         one = folder / f"{number}.txt"
         one.write_text(line(pin))
-        if pip("download", "--no-deps", "--require-hashes", "-r", str(one), "-d", str(house)):
-            sys.stdout.write(f"left out, no file for this machine: {line(pin)}")
+        if pip("wheel", "--no-deps", "--require-hashes", "-r", str(one), "-w", str(house)):
+            sys.stdout.write(f"left out, no wheel of it for this machine: {line(pin)}")
     if spec["install_mode"] == "editable":
         must(pip("install", "--no-deps", "-e", str(repo)), "install the project")
     elif spec["install_mode"] == "path":
