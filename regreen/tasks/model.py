@@ -21,6 +21,11 @@ ModeName = Literal["any_fix", "keep_new"]
 Split = Literal["train", "validation", "test"]
 
 
+def _empty(value: object) -> bool:
+    """Left out of every text, so that older records keep their digest."""
+    return not value
+
+
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -102,7 +107,7 @@ class Fix(_Record):
     mode: ModeName
     origin: Literal["pins-restored", "source-edit", "upstream", "patch"]
     edits: list[Edit] = []
-    changes: list[Change] = []
+    changes: list[Change] = Field(default=[], exclude_if=_empty)
     """Of a patch: the files that it leaves; moved pins are those of the record."""
 
 
@@ -137,7 +142,7 @@ class TaskRecord(_Record):
     choices: list[PythonText] = []
     """Interpreters that a fix may choose; empty means `python` only."""
     sdist: FileRecord | None = None
-    tree: TreeRecord | None = None
+    tree: TreeRecord | None = Field(default=None, exclude_if=_empty)
     """The files of a project of one's own, instead of `sdist`."""
     overlay: Overlay | None = None
     build: Build = Build()

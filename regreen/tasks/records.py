@@ -10,7 +10,6 @@ import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -85,10 +84,4 @@ def releases_of(task: pb.Task) -> dict[str, DistributionRecord]:
 
 
 def _content(record: TaskRecord) -> bytes:
-    """The record as bytes; what came later counts only where it is set, so that digests stand."""
-    later: dict[str, Any] = {}
-    if record.tree is None:
-        later["tree"] = True
-    if not any(fix.changes for fix in record.fixes):
-        later["fixes"] = {"__all__": {"changes"}}
-    return record.model_dump_json(exclude=later).encode()
+    return record.model_dump_json().encode()

@@ -431,3 +431,10 @@ def test_a_stored_document_cannot_write_outside_its_directory(place: str, tmp_pa
     with pytest.raises(InvalidArgument, match="breakingCommit"):
         FORMATS["bump"].write([Item(one)], tmp_path)
     assert not list(tmp_path.rglob("*.txt"))
+
+
+def test_records_of_before_keep_their_digest(item: Item) -> None:
+    assert item.record is not None
+    text = item.record.model_dump_json()
+    assert '"tree"' not in text
+    assert '"changes"' not in text

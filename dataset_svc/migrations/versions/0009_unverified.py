@@ -5,7 +5,7 @@
 
 from alembic import op
 
-revision = "0006"
+revision = "0009"
 down_revision = "0005"
 branch_labels = None
 depends_on = None
