@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import hashlib
 import html.parser
 import json
@@ -143,6 +144,16 @@ def hold_build_tools(spec: dict[str, Any], folder: Path) -> None:
         os.environ[variable] = str(path)
 
 
+def offer(pin: dict[str, Any], folder: Path) -> None:
+    """A release that may be chosen, as a wheel."""
+    house = WORK / "wheelhouse"
+    house.mkdir(exist_ok=True)
+    one = folder / f"{pin['name']}-{pin['version']}.txt"
+    one.write_text(line(pin))
+    if pip("wheel", "--no-deps", "--require-hashes", "-r", str(one), "-w", str(house)):
+        sys.stdout.write(f"left out, no wheel of it for this machine: {line(pin)}")
+
+
 def main() -> None:
     """Source, environment, packages, wheelhouse, project."""
     spec = json.loads((HERE / "spec.json").read_text())
@@ -153,13 +164,8 @@ def main() -> None:
     pins = folder / "pins.txt"
     pins.write_text("".join(map(line, spec["pins"])))
     must(pip("install", "--no-deps", "--require-hashes", "-r", str(pins)), "install the pins")
-    house = WORK / "wheelhouse"
-    house.mkdir(exist_ok=True)
-    for number, pin in enumerate(spec["wheelhouse"]):
-        one = folder / f"{number}.txt"
-        one.write_text(line(pin))
-        if pip("wheel", "--no-deps", "--require-hashes", "-r", str(one), "-w", str(house)):
-            sys.stdout.write(f"left out, no wheel of it for this machine: {line(pin)}")
+    with concurrent.futures.ThreadPoolExecutor(8) as several:
+        list(several.map(lambda pin: offer(pin, folder), spec["wheelhouse"]))
     if spec["install_mode"] == "editable":
         must(pip("install", "--no-deps", "-e", str(repo)), "install the project")
     elif spec["install_mode"] == "path":
