@@ -6,6 +6,7 @@
 """
 
 import hashlib
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -29,8 +30,11 @@ from regreen.rpc.errors import InvalidArgument
 MAX_DOCUMENT_BYTES = 32 << 20
 MIN_REPEATS = 2
 MAX_REPEATS = 100
-REPEATED_CHECKS = ("broken-fails", "reference-passes", "noop-fails")
+REFERENCE_CHECK = "reference-passes"
+REPEATED_CHECKS = ("broken-fails", REFERENCE_CHECK, "noop-fails")
 PINNED_CHECK = "pinned"
+FOREIGN_BUILDER = "foreign"
+"""Builder of tasks of other systems, which cannot be prepared as they are."""
 
 _TASK_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+@=-]{0,199}")
 _SLUG = re.compile(r"[a-z][a-z0-9-]{0,63}")
@@ -73,8 +77,15 @@ def check_task(task: TaskRecord, field: str) -> None:
     for position, mode in enumerate(task.modes):
         one_of(f"{field}.modes[{position}]", mode, MODES)
     one_of(f"{field}.split", task.split, SPLITS)
-    _check_environment(task.document.get("environment", {}), f"{field}.environment")
-    _check_fail_to_pass(task.document, field)
+    if task.document.get("environment", {}).get("builder") == FOREIGN_BUILDER:
+        _check_foreign(task.document, field)
+        _check_fail_to_pass(task.document, field, least=0)
+    else:
+        if task.document.get("foreign"):
+            remedy = f"give the builder {FOREIGN_BUILDER!r}"
+            raise InvalidArgument(f"{field}.foreign", "is set for a task of our own", remedy)
+        _check_environment(task.document.get("environment", {}), f"{field}.environment")
+        _check_fail_to_pass(task.document, field)
     for position, fix in enumerate(task.document.get("fixes", [])):
         if fix.get("mode", "MODE_UNSPECIFIED") == "MODE_UNSPECIFIED":
             raise InvalidArgument(f"{field}.fixes[{position}].mode", "is not set")
@@ -96,6 +107,8 @@ def check_gate(report: GateRecord) -> None:
                 f"report.checks[{position}].name", f"{check.name[:80]!r} is no name"
             )
         _finite(f"report.checks[{position}].duration", check.duration_s, least=0.0)
+    if report.status == "unverified" and any(c.name == REFERENCE_CHECK for c in report.checks):
+        raise InvalidArgument("report.checks", "has a fix", "admit or reject what has a fix")
     if report.status != "admitted":
         return
     if report.flaky:
@@ -216,16 +229,34 @@ def _check_sha256(value: str, field: str) -> None:
         raise InvalidArgument(field, "is not 64 lower-case hexadecimal digits")
 
 
-def _check_fail_to_pass(document: Mapping[str, Any], field: str) -> None:
+def _check_foreign(document: Mapping[str, Any], field: str) -> None:
+    """A task of another system: the package, and all that the system says, readable."""
+    if not document["environment"].get("package"):
+        raise InvalidArgument(f"{field}.environment.package", "is empty")
+    foreign = document.get("foreign", {})
+    if not _SLUG.fullmatch(foreign.get("format", "")):
+        raise InvalidArgument(f"{field}.foreign.format", "is no format", "give one like swe-bench")
+    if not foreign.get("needs"):
+        raise InvalidArgument(f"{field}.foreign.needs", "is empty", "say what the task waits for")
+    try:
+        if not isinstance(json.loads(foreign.get("document_json", "")), dict):
+            raise ValueError("it is no object")
+    except (ValueError, RecursionError) as error:
+        raise InvalidArgument(
+            f"{field}.foreign.document_json", f"is not JSON: {error}", "give one JSON object"
+        ) from error
+
+
+def _check_fail_to_pass(document: Mapping[str, Any], field: str, least: int = 1) -> None:
     ids = document.get("fail_to_pass", [])
     count = document.get("fail_to_pass_count", 0)
     if len(set(ids)) != len(ids):
         raise InvalidArgument(f"{field}.fail_to_pass", "names a test twice")
-    if count < max(len(ids), 1):
+    if count < max(len(ids), least):
         raise InvalidArgument(
             f"{field}.fail_to_pass_count",
             f"is {count} for {len(ids)} tests",
-            "count every test, at least 1",
+            f"count every test, at least {least}",
         )
     if document.get("pass_to_pass_count", 0) < 0:
         raise InvalidArgument(f"{field}.pass_to_pass_count", "is negative")

@@ -29,7 +29,7 @@ from dataset_svc.columns import AnyText, Unsigned64
 
 Document = dict[str, Any]
 
-TASK_STATUSES = ("new", "admitted", "rejected", "quarantined", "waiting")
+TASK_STATUSES = ("new", "admitted", "rejected", "quarantined", "waiting", "unverified")
 SPLITS = ("", "train", "validation", "test")
 MODES = ("any_fix", "keep_new")
 PIPELINES = ("simplified", "full")

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from regreen.blobs import open_blobs
 from regreen.client.stack import Stack
 from regreen.common import v1 as common_pb
 from regreen.dataset import v1 as pb
@@ -19,11 +18,11 @@ from regreen.rollout.context import FULL, SIMPLIFIED, budget_for
 from regreen.rollout.episode import run_episode
 from regreen.rollout.knowledge import Knowledge
 from regreen.rollout.progress import Show, show_turns
-from regreen.rpc.errors import InfraError, InvalidArgument
+from regreen.rpc.errors import InvalidArgument
 from regreen.sandbox import v1 as sandbox_pb
-from regreen.tasks.local import Project, detect, pack
+from regreen.tasks.local import Project, detect
 from regreen.tasks.patch import describe_pins, moved_pins, onto_project, unified
-from regreen.tasks.pinned import pinned_environment
+from regreen.tasks.project import prepared_project
 from regreen.train.weights import name_served
 
 
@@ -84,7 +83,7 @@ async def fix_project(
     show("read project", 1, 1, text)
     for note in project.notes:
         show("read project", 1, 1, note)
-    spec, state = await _prepare(stack, project, home, show)
+    spec, state = await prepared_project(stack, project, home, show)
     failing = list(state.baseline.failing)
     if not failing and state.baseline.passing:
         done = f"all {len(state.baseline.passing)} tests pass already"
@@ -115,34 +114,6 @@ def local_task(
         error_log=state.baseline.log,
         split="test",
     )
-
-
-async def _prepare(
-    stack: Stack, project: Project, home: Path, show: Show
-) -> tuple[sandbox_pb.EnvironmentSpec, sandbox_pb.State]:
-    data, digest = pack(project.root)
-    await open_blobs(home / "blobs").put(data)
-    show("pin packages", 0, 1, f"{len(project.pins)} pinned")
-    spec = await pinned_environment(project, digest, home / "pins")
-    show("pin packages", 1, 1, f"{len(spec.pins)} packages, {len(spec.wheelhouse)} other releases")
-    try:
-        return spec, await _state(stack, spec, show)
-    except InvalidArgument as error:
-        if spec.install_mode != "editable" or "cannot install" not in error.message:
-            raise
-        reason = error.message.strip().splitlines()[-1]
-        show("prepare", 0, 1, f"not installable, tests run on its files as they lie: {reason}")
-    spec.install_mode = "path"
-    return spec, await _state(stack, spec, show)
-
-
-async def _state(stack: Stack, spec: sandbox_pb.EnvironmentSpec, show: Show) -> sandbox_pb.State:
-    async for event in stack.state.prepare_state(spec):
-        if event.HasField("state"):
-            return event.state
-        progress = event.progress
-        show(f"prepare: {progress.stage}", progress.done, progress.total, progress.message)
-    raise InfraError("the sandbox service ended the preparation without a state")
 
 
 async def _attempt(

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Writes requirements/{lock,model,peer}.txt: name, version and hashes of what .venv holds now; build.txt, what builds regreen
-# itself; compiler.txt, a C compiler for machines that have none; sandbox.txt, the part of it that the image of infra/docker/sandbox.Dockerfile needs; and adapters.txt, what only the
-# tests of adapters install. Run after changing pyproject.
+# itself; compiler.txt, a C compiler for machines that have none; sandbox.txt, the part of it that the image of infra/docker/sandbox.Dockerfile needs; adapters.txt, what only the
+# tests of adapters install; and formats.txt, the parsers of other systems' task formats, for one test. Run after changing pyproject.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
@@ -16,6 +16,14 @@ done
 # The frameworks that tests/integration/adapters runs: without what they do not import, and beside what .venv holds.
 printf '%s\n' mini-swe-agent==2.4.6 swe-rex==1.4.0 bashlex==0.18 pexpect==4.9.0 ptyprocess==0.7.0 |
   .venv/bin/uv pip compile --quiet --no-deps --generate-hashes --no-header --no-annotate --universal --python-version 3.11 - -o requirements/adapters.txt
+# Harbor and SWE-bench without what their parsers do not import; Harbor needs Python 3.12.
+{
+  printf '%s\n' harbor==0.26.0 swebench==5.0.2 |
+    .venv/bin/uv pip compile --quiet --no-deps --generate-hashes --no-header --no-annotate --universal --python-version 3.12 -
+  printf '%s\n' datasets==5.2.0 docker==7.2.0 modal==1.6.4 pathspec==1.1.1 pydantic==2.14.4 python-dotenv==1.2.4 tenacity==9.2.1 toml==0.10.2 unidiff==1.0.1 |
+    .venv/bin/uv pip compile --quiet --generate-hashes --no-header --no-annotate --universal --python-version 3.12 -
+} >"$work/formats.txt"
+mv "$work/formats.txt" requirements/formats.txt
 printf '%s\n' ziglang==0.17.1 |
   .venv/bin/uv pip compile --quiet --no-deps --generate-hashes --no-header --no-annotate --universal --python-version 3.11 - -o requirements/compiler.txt
 printf '%s\n' hatchling editables | .venv/bin/uv pip compile --quiet --generate-hashes --no-header --no-annotate --universal --python-version 3.11 \

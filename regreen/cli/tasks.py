@@ -1,4 +1,4 @@
-"""`regreen tasks import|list|show|prepare|verify|mine`: broken builds as tasks.
+"""`regreen tasks import|add|list|show|prepare|verify|export|mine`: broken builds as tasks.
 
 - `verify` exits with 0 only if every task that it was asked about is admitted.
 - Each row of a table says why a task is not admitted.
@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from regreen.cli import mine, output
+from regreen.cli import exchange, mine, output
 from regreen.cli.options import Home, Json, open_stack
 from regreen.client.stack import Stack
 from regreen.common import v1 as common_pb
@@ -21,6 +21,7 @@ from regreen.dataset import v1 as pb
 from regreen.rpc.errors import FailedPrecondition, InvalidArgument, NotFound
 from regreen.settings import default_home
 from regreen.tasks.admit import Admission, ReportingGateClient, import_records, reasons_of
+from regreen.tasks.formats.registry import OURS, only_file
 from regreen.tasks.gate import REPEATS
 from regreen.tasks.jsonl import (
     load_distributions,
@@ -33,6 +34,7 @@ from regreen.train.parallel import run_bounded
 
 app = typer.Typer(no_args_is_help=True)
 mine.register(app)
+exchange.register(app)
 Ids = Annotated[list[str] | None, typer.Argument(help="Task ids.", show_default=False)]
 All = Annotated[bool, typer.Option("--all", help="Every task.")]
 
@@ -40,18 +42,38 @@ All = Annotated[bool, typer.Option("--all", help="Every task.")]
 @app.command("import")
 def import_tasks(
     path: Annotated[
-        Path | None, typer.Argument(help="JSON Lines of tasks; default: the set that ships.")
+        Path | None,
+        typer.Argument(help="File or directory of tasks; default: the set that ships."),
     ] = None,
+    format: Annotated[
+        str,
+        typer.Option(help="regreen, swe-bench, swe-smith, harbor, bump, parquet; default: found."),
+    ] = "",
     distributions: Annotated[
         Path | None, typer.Option(help="JSON Lines of releases that the tasks refer to.")
+    ] = None,
+    split: Annotated[
+        str, typer.Option(help="Put tasks of other systems into train, validation or test.")
+    ] = "",
+    images: Annotated[
+        Path | None, typer.Option(help="Directory of image archives, named TASK.tar.")
     ] = None,
     home: Home = None,
     json_output: Json = False,
 ) -> None:
-    """Store tasks; unchanged ones stay as they are."""
+    """Store tasks; unchanged ones stay as they are. Those of other systems wait for what they need.
+
+    Nothing that a file says of itself counts as verified: `regreen tasks verify` decides.
+    """
+    kind = exchange.kind_of(path, format or (OURS if distributions else ""))
+    if path is not None and kind != OURS:
+        exchange.import_foreign(path, kind, split, images, home, json_output)
+        return
+    if split or images:
+        output.fail(InvalidArgument("split", "and images are for tasks of other systems"))
 
     async def work() -> pb.ImportTasksResponse:
-        records = load_tasks(path) if path else shipped_tasks()
+        records = load_tasks(only_file(path)) if path else shipped_tasks()
         known = load_distributions(distributions) if distributions else shipped_distributions()
         async with open_stack(home) as stack:
             return await import_records(stack, records, known, keep=_records(home))
@@ -67,7 +89,7 @@ def import_tasks(
 def list_tasks(
     home: Home = None,
     status: Annotated[
-        str, typer.Option(help="new, admitted, rejected, quarantined or waiting.")
+        str, typer.Option(help="new, admitted, rejected, quarantined, waiting or unverified.")
     ] = "",
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "",
     culprit: Annotated[str, typer.Option(help="Package whose release broke the build.")] = "",
@@ -267,9 +289,14 @@ async def _verify(
             raise NotFound(f"no task is in the split {asked.split!r}; import some")
         records = _records(home).of_tasks(tasks, shipped_tasks())
         known = {record.id for record in records}
+        if not ids:
+            tasks = exchange.ours(tasks)
         for task in tasks:
             if task.id not in known and not ids:
-                output.STDERR.print(f"{task.id}: skipped, its record is not here", style="yellow")
+                why = exchange.why_not_gated(task)
+                output.STDERR.print(f"{task.id}: skipped, {why}", style="yellow")
+            elif task.id not in known and task.HasField("foreign"):
+                raise FailedPrecondition(f"task {task.id!r} {exchange.why_not_gated(task)}")
         chosen = [task.id for task in tasks if ids or task.id in known]
         done: set[str] = set()
 
@@ -307,6 +334,7 @@ async def _prepare(
     """One row a task: its id, and its state or what was wrong."""
     async with open_stack(home, patience_s=120.0) as stack:
         tasks = await _stored(stack, ids)
+        tasks = tasks if ids else exchange.ours(tasks)
         rows = [{"id": task.id, "state": "", "error": ""} for task in tasks]
         count = 0
 
@@ -348,7 +376,9 @@ def _status(word: str) -> pb.TaskStatus.ValueType:
         return pb.TaskStatus.Value(f"TASK_STATUS_{word.upper()}")
     except ValueError as error:
         raise InvalidArgument(
-            "status", f"{word!r} is unknown", "give new, admitted, rejected, quarantined or waiting"
+            "status",
+            f"{word!r} is unknown",
+            "give new, admitted, rejected, quarantined, waiting or unverified",
         ) from error
 
 

@@ -334,12 +334,12 @@ async def _outcomes(stack: Stack, evaluations: Sequence[dataset_pb.Run]) -> list
 
 
 async def _others(stack: Stack, evaluated: Sequence[TaskFacts]) -> list[dataset_pb.Task]:
-    """Tasks of the splits of what was evaluated that were not evaluated."""
+    """Tasks of the splits of what was evaluated that were not; none that no one could run here."""
     ids = {task.id for task in evaluated}
     found: list[dataset_pb.Task] = []
     for split in sorted({task.split for task in evaluated} - {""}):
         every = await stack.tasks.all_tasks(dataset_pb.TaskFilter(split=split))
-        found += [task for task in every if task.id not in ids]
+        found += [t for t in every if t.id not in ids and not t.HasField("foreign")]
     return found
 
 

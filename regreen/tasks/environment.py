@@ -24,19 +24,26 @@ def environment(
     """The environment of the task's broken State; `python` asks for another interpreter.
 
     Raises:
-        InvalidArgument: a release that the task names has no entry in `distributions`.
+        InvalidArgument: a release that the task names has no entry in `distributions`, or the task
+            has no source.
     """
     chosen = python or task.python
     spec = pb.EnvironmentSpec(
         builder="python",
         package=task.package,
         version=task.version,
-        source=_file(task.sdist),
         python=chosen,
         install_mode=task.build.mode,
         pythons=task.choices if chosen == task.python else [],
         egress=task.egress,
     )
+    if (task.sdist is None) == (task.tree is None):
+        raise InvalidArgument(f"{task.id}.sdist", "and tree: give exactly one of them")
+    if task.sdist is not None:
+        spec.source.CopyFrom(_file(task.sdist))
+    if task.tree is not None:
+        tree = common_pb2.Digest(sha256=task.tree.sha256, size_bytes=task.tree.size_bytes)
+        spec.source_tree.CopyFrom(tree)
     spec.pins.extend(_pin(pin, distributions, task.id) for pin in task.pins_fail)
     further = [p for p in (*task.pins_pass, *task.wheelhouse) if p not in task.pins_fail]
     known = [p for p in dict.fromkeys(further) if p in distributions]
@@ -112,6 +119,18 @@ def edited_files(fix: Fix, read: Mapping[str, bytes]) -> list[common_pb2.FileCha
 def replaced_files(files: Mapping[str, bytes]) -> list[common_pb2.FileChange]:
     """The diff that gives files new contents."""
     return [_changed(path, content) for path, content in sorted(files.items())]
+
+
+def patched_files(task: TaskRecord, fix: Fix, python: str = "") -> list[common_pb2.FileChange]:
+    """The diff of a fix that is a patch: its files, and the pins where they move."""
+    changes = [
+        common_pb2.FileChange(path=change.path, kind=common_pb2.CHANGE_KIND_DELETE)
+        if change.text is None
+        else _changed(change.path, change.text.encode())
+        for change in fix.changes
+    ]
+    moved = sorted(task.pins_pass) != sorted(task.pins_fail)
+    return [*changes, *(restored_pins(task, python) if moved else [])]
 
 
 def _changed(path: str, content: bytes) -> common_pb2.FileChange:

@@ -119,6 +119,8 @@ class Gate:
         """
         if fix.origin == "pins-restored":
             return env.restored_pins(task, state.python)
+        if fix.origin == "patch":
+            return env.patched_files(task, fix, state.python)
         if fix.origin == "upstream":
             if task.overlay is None:
                 raise InvalidArgument("overlay", "is missing", "name the later release")

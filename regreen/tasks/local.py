@@ -108,7 +108,7 @@ def detect(
         pins=tuple(sorted(found.pins)),
         origin=found.origin,
         pin_files=found.pin_files,
-        test_arguments=tuple(tests) or _test_arguments(root),
+        test_arguments=tuple(tests) or test_arguments(root),
         installable=_installable(root),
         exact=found.exact,
         requirements=found.requirements,
@@ -286,7 +286,7 @@ def pack(root: Path) -> tuple[bytes, Digest]:
     buffer = io.BytesIO()
     size = 0
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
-        for path in sorted(_files(root)):
+        for path in sorted(project_files(root)):
             info = archive.gettarinfo(str(path), arcname=str(path.relative_to(root)))
             info.uid = info.gid = 0
             info.uname = info.gname = ""
@@ -399,11 +399,13 @@ def _pins_of_environment(environment: Path, own: str) -> set[str]:
     return pins
 
 
-def _test_arguments(root: Path) -> tuple[str, ...]:
+def test_arguments(root: Path) -> tuple[str, ...]:
+    """The tests' folder as pytest takes it; empty: pytest looks for itself."""
     return next(((name,) for name in ("tests", "test", "testing") if (root / name).is_dir()), ())
 
 
-def _files(root: Path) -> Iterable[Path]:
+def project_files(root: Path) -> Iterable[Path]:
+    """The files of a project, without version control, environments and caches."""
     for folder, names, files in os.walk(root):
         here = Path(folder)
         names[:] = [name for name in names if not _skipped(here, name, at_root=here == root)]

@@ -22,6 +22,7 @@ STATUSES = {
     "rejected": pb.TASK_STATUS_REJECTED,
     "quarantined": pb.TASK_STATUS_QUARANTINED,
     "waiting": pb.TASK_STATUS_WAITING,
+    "unverified": pb.TASK_STATUS_UNVERIFIED,
 }
 Changes = Mapping[str, Sequence[common_pb2.FileChange]]
 
@@ -73,6 +74,8 @@ def task_message(
 
 def _known(task: TaskRecord, fix: Fix, python: str) -> Sequence[common_pb2.FileChange]:
     """The diff of a fix where the record alone says it."""
+    if fix.origin == "patch":
+        return env.patched_files(task, fix, python)
     return env.restored_pins(task, python) if fix.origin == "pins-restored" else ()
 
 

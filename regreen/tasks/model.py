@@ -19,8 +19,14 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+!-]{0,254}$")]
 PinText = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*==[A-Za-z0-9][A-Za-z0-9.!+_-]*$")]
 PythonText = Annotated[str, Field(pattern=r"^\d+\.\d+$")]
-Kind = Literal["dependency-upgrade", "interpreter-upgrade", "release-bugfix"]
+Kind = Literal["dependency-upgrade", "interpreter-upgrade", "release-bugfix", "local"]
 ModeName = Literal["any_fix", "keep_new"]
+Split = Literal["train", "validation", "test"]
+
+
+def _empty(value: object) -> bool:
+    """Left out of every text, so that older records keep their digest."""
+    return not value
 
 
 class _Record(BaseModel):
@@ -32,6 +38,13 @@ class FileRecord(_Record):
 
     filename: FileName
     sha256: Sha256
+
+
+class TreeRecord(_Record):
+    """A project's files as a tar archive in the blob store of a stack."""
+
+    sha256: Sha256
+    size_bytes: int = Field(ge=1)
 
 
 class DistributionRecord(_Record):
@@ -83,12 +96,22 @@ class Edit(_Record):
     count: int = Field(default=1, ge=1)
 
 
+class Change(_Record):
+    """A whole file as a fix leaves it."""
+
+    path: str
+    text: str | None
+    """None deletes it."""
+
+
 class Fix(_Record):
-    """A reference fix: restored pins, edits of our own, or files of a later release."""
+    """A reference fix: restored pins, edits of our own, files of a later release, or a patch."""
 
     mode: ModeName
-    origin: Literal["pins-restored", "source-edit", "upstream"]
+    origin: Literal["pins-restored", "source-edit", "upstream", "patch"]
     edits: list[Edit] = []
+    changes: list[Change] = Field(default=[], exclude_if=_empty)
+    """Of a patch: the files that it leaves; moved pins are those of the record."""
 
 
 class Tests(_Record):
@@ -121,7 +144,9 @@ class TaskRecord(_Record):
     """Interpreters on which the gate has admitted the record."""
     choices: list[PythonText] = []
     """Interpreters that a fix may choose; empty means `python` only."""
-    sdist: FileRecord
+    sdist: FileRecord | None = None
+    tree: TreeRecord | None = Field(default=None, exclude_if=_empty)
+    """The files of a project of one's own, instead of `sdist`."""
     overlay: Overlay | None = None
     build: Build = Build()
     pins_pass: list[PinText]
@@ -143,7 +168,7 @@ class TaskRecord(_Record):
     modes: list[ModeName] = ["any_fix"]
     fixes: list[Fix] = []
     licence: str = ""
-    split: Literal["train", "validation", "test"] = "train"
+    split: Split = "train"
     demo: bool = False
     seconds: float = 0.0
     """Wall time of one validation where it was measured, for planning only."""

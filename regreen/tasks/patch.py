@@ -124,6 +124,19 @@ def unified(root: Path, changes: Iterable[FileChange]) -> str:
     return "".join(_diff(root, change) for change in changes)
 
 
+def unified_from(before: Mapping[str, bytes], changes: Iterable[FileChange]) -> str:
+    """`unified`, against files at hand; a path that is not among them is a new file."""
+    placed = []
+    for change in changes:
+        if change.path not in before and change.kind != CHANGE_KIND_DELETE:
+            change = FileChange(
+                path=change.path, kind=CHANGE_KIND_ADD, content=change.content, mode=change.mode
+            )
+        if before.get(change.path) != change.content or change.kind == CHANGE_KIND_DELETE:
+            placed.append(change)
+    return "".join(_difference(change, before.get(change.path, b"")) for change in placed)
+
+
 def apply(root: Path, changes: Iterable[FileChange]) -> None:
     """Write the changes into the project.
 
@@ -166,8 +179,12 @@ def _as_on_disk(root: Path, change: FileChange) -> FileChange:
 
 
 def _diff(root: Path, change: FileChange) -> str:
+    before = b"" if change.kind == CHANGE_KIND_ADD else _read(root / change.path)
+    return _difference(change, before)
+
+
+def _difference(change: FileChange, before: bytes) -> str:
     path = change.path
-    before = b"" if change.kind == CHANGE_KIND_ADD else _read(root / path)
     after = b"" if change.kind == CHANGE_KIND_DELETE else change.content
     header = [f"diff --git a/{path} b/{path}"]
     if change.kind == CHANGE_KIND_ADD:

@@ -364,7 +364,9 @@ async def test_dataset(dataset_address: str) -> None:
         facts = ParseDict({"a": [1, {"b": "c"}]}, Struct())
         second = Duration(seconds=1)
         goods: Goods = {
-            "ImportTasks": pb.ImportTasksRequest(tasks=[samples.task()], replace=True),
+            "ImportTasks": pb.ImportTasksRequest(
+                tasks=[samples.task(), samples.foreign_task()], replace=True
+            ),
             "GetTask": pb.GetTaskRequest(id=task),
             "ListTasks": pb.ListTasksRequest(page_size=1),
             "RecordGate": pb.RecordGateRequest(report=samples.report(task), validation_time=second),

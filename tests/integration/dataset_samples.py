@@ -72,6 +72,22 @@ def task(task_id: str = "", package: str = "") -> pb.Task:
     )
 
 
+def foreign_task(task_id: str = "") -> pb.Task:
+    """A task of another system."""
+    return pb.Task(
+        id=task_id or fresh("foreign"),
+        kind="issue",
+        environment=sandbox_pb.EnvironmentSpec(builder="foreign", package=fresh("acme/repo")),
+        fail_to_pass=["tests/test_a.py::test_one"],
+        fail_to_pass_count=1,
+        modes=[common_pb.MODE_ANY_FIX],
+        split="test",
+        foreign=pb.ForeignTask(
+            format="swe-bench", document_json='{"instance_id": "a"}', needs=["image a:latest"]
+        ),
+    )
+
+
 def report(task_id: str, status: int = pb.TASK_STATUS_ADMITTED) -> pb.GateReport:
     """A gate report that carries an admission."""
     names = ("broken-fails", "reference-passes", "noop-fails", "pinned")

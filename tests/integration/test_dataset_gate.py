@@ -69,3 +69,45 @@ async def test_the_whole_evidence_of_a_gate_is_kept(clients: Clients):
     stored = await clients.tasks.get_gate_report(task_id)
     stored.ClearField("create_time")
     assert stored == report
+
+
+async def test_tasks_of_other_systems_are_kept_whole_and_checked(clients: Clients):
+    task = samples.foreign_task()
+    await clients.tasks.import_tasks([task])
+    stored = await clients.tasks.get_task(task.id)
+    assert stored.foreign == task.foreign
+    assert stored.status == pb.TASK_STATUS_NEW
+    wrong = {
+        "foreign.format": lambda t: setattr(t.foreign, "format", "A b"),
+        "foreign.needs": lambda t: t.foreign.ClearField("needs"),
+        "foreign.document_json": lambda t: setattr(t.foreign, "document_json", "[1]"),
+        "environment.package": lambda t: t.environment.ClearField("package"),
+        "environment.python": lambda t: setattr(t.environment, "builder", "python"),
+    }
+    for field, change in wrong.items():
+        bad = samples.foreign_task()
+        change(bad)
+        if field == "environment.python":
+            bad.ClearField("foreign")
+            bad.environment.version = "1"
+        with pytest.raises(InvalidArgument) as refused:
+            await clients.tasks.import_tasks([bad])
+        assert refused.value.field == f"tasks[0].{field}"
+    mixed = samples.task()
+    mixed.foreign.CopyFrom(task.foreign)
+    with pytest.raises(InvalidArgument, match="is set for a task of our own"):
+        await clients.tasks.import_tasks([mixed])
+
+
+async def test_a_task_without_a_fix_may_be_unverified(clients: Clients):
+    (task_id,) = await imported(clients)
+    report = samples.report(task_id, pb.TASK_STATUS_UNVERIFIED)
+    with pytest.raises(InvalidArgument, match="has a fix"):
+        await clients.tasks.record_gate(report)
+    kept = [check for check in report.checks if check.name == "broken-fails"]
+    del report.checks[:]
+    report.checks.extend(kept)
+    task = await clients.tasks.record_gate(report)
+    assert task.status == pb.TASK_STATUS_UNVERIFIED
+    wanted = pb.TaskFilter(statuses=[pb.TASK_STATUS_UNVERIFIED])
+    assert [task.id for task in await clients.tasks.all_tasks(wanted)] == [task_id]

@@ -43,6 +43,8 @@ class _TaskStatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TaskStatus
     """Its verdicts differ between repeats."""
     TASK_STATUS_WAITING: _TaskStatus.ValueType  # 5
     """This machine lacks something it needs, for example an interpreter."""
+    TASK_STATUS_UNVERIFIED: _TaskStatus.ValueType  # 6
+    """Broken in the same way in every repeat, but no fix of it is known: may be tried, is never trained on."""
 
 class TaskStatus(_TaskStatus, metaclass=_TaskStatusEnumTypeWrapper):
     """Whether a task may be used."""
@@ -59,6 +61,8 @@ TASK_STATUS_QUARANTINED: TaskStatus.ValueType  # 4
 """Its verdicts differ between repeats."""
 TASK_STATUS_WAITING: TaskStatus.ValueType  # 5
 """This machine lacks something it needs, for example an interpreter."""
+TASK_STATUS_UNVERIFIED: TaskStatus.ValueType  # 6
+"""Broken in the same way in every repeat, but no fix of it is known: may be tried, is never trained on."""
 Global___TaskStatus: _TypeAlias = TaskStatus  # noqa: Y015
 
 class _TurnRole:
@@ -145,7 +149,7 @@ class ReferenceFix(_message.Message):
     mode: _common_pb2.Mode.ValueType
     """Mode that it answers."""
     origin: _builtins.str
-    """What it is: "pins-restored", "source-edit", "upstream"."""
+    """What it is: "pins-restored", "source-edit", "upstream", "patch"."""
     @_builtins.property
     def changes(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.FileChange]:
         """Changes relative to the broken state."""
@@ -164,6 +168,38 @@ class ReferenceFix(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReferenceFix: _TypeAlias = ReferenceFix  # noqa: Y015
+
+@_typing.final
+class ForeignTask(_message.Message):
+    """What another system says of a task that cannot be prepared here as it is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FORMAT_FIELD_NUMBER: _builtins.int
+    DOCUMENT_JSON_FIELD_NUMBER: _builtins.int
+    NEEDS_FIELD_NUMBER: _builtins.int
+    format: _builtins.str
+    """Format that it was read from: "swe-bench", "swe-smith", "harbor", "bump"."""
+    document_json: _builtins.str
+    """The task as that format has it, as JSON, so that it can be written again unchanged."""
+    @_builtins.property
+    def needs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What it needs before it can be prepared, for example "image swebench/sweb.eval.x86_64.a_1776_b-1:latest"."""
+
+    def __init__(
+        self,
+        *,
+        format: _builtins.str = ...,
+        document_json: _builtins.str = ...,
+        needs: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["document_json", b"document_json", "format", b"format", "needs", b"needs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForeignTask: _TypeAlias = ForeignTask  # noqa: Y015
 
 @_typing.final
 class Task(_message.Message):
@@ -234,6 +270,7 @@ class Task(_message.Message):
     LABELS_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     MOVED_FIELD_NUMBER: _builtins.int
+    FOREIGN_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Opaque id, for example "flask-wtf-1.0.1__werkzeug-3.1.9"."""
     kind: _builtins.str
@@ -298,6 +335,10 @@ class Task(_message.Message):
     def moved(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Packages that moved between the last green and the broken state: name to "from to"."""
 
+    @_builtins.property
+    def foreign(self) -> Global___ForeignTask:
+        """Set for a task of another system: the environment then has the builder "foreign" and names the package only."""
+
     def __init__(
         self,
         *,
@@ -324,10 +365,11 @@ class Task(_message.Message):
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         moved: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        foreign: Global___ForeignTask | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "environment", b"environment", "validation_time", b"validation_time", "verify_time", b"verify_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "environment", b"environment", "foreign", b"foreign", "validation_time", b"validation_time", "verify_time", b"verify_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blame", b"blame", "category", b"category", "create_time", b"create_time", "culprit", b"culprit", "culprit_good_version", b"culprit_good_version", "culprit_version", b"culprit_version", "environment", b"environment", "error_log", b"error_log", "fail_to_pass", b"fail_to_pass", "fail_to_pass_count", b"fail_to_pass_count", "fail_to_pass_sha256", b"fail_to_pass_sha256", "fixes", b"fixes", "id", b"id", "kind", b"kind", "labels", b"labels", "modes", b"modes", "moved", b"moved", "pass_to_pass_count", b"pass_to_pass_count", "split", b"split", "state_id", b"state_id", "status", b"status", "validation_time", b"validation_time", "verify_time", b"verify_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blame", b"blame", "category", b"category", "create_time", b"create_time", "culprit", b"culprit", "culprit_good_version", b"culprit_good_version", "culprit_version", b"culprit_version", "environment", b"environment", "error_log", b"error_log", "fail_to_pass", b"fail_to_pass", "fail_to_pass_count", b"fail_to_pass_count", "fail_to_pass_sha256", b"fail_to_pass_sha256", "fixes", b"fixes", "foreign", b"foreign", "id", b"id", "kind", b"kind", "labels", b"labels", "modes", b"modes", "moved", b"moved", "pass_to_pass_count", b"pass_to_pass_count", "split", b"split", "state_id", b"state_id", "status", b"status", "validation_time", b"validation_time", "verify_time", b"verify_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,135 @@
+"""Rows of JSON files, read with the place of everything that is wrong.
+
+- A file is JSON (one object, or a list of objects) or JSON Lines; one bad row refuses the file.
+- Places are "NAME line N" in JSON Lines and "NAME row N" in a list, from 1.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from regreen.rpc.errors import InvalidArgument
+
+MAX_FILE_BYTES = 512 << 20
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A row and where it stands."""
+
+    where: str
+    row: Row
+
+    def text(self, name: str, *, required: bool = True) -> str:
+        """A field of text; an absent one is empty unless it is required.
+
+        Raises:
+            InvalidArgument: it is absent, empty or no text.
+        """
+        value = self.row.get(name)
+        if value is None and not required:
+            return ""
+        if not isinstance(value, str) or (required and not value.strip()):
+            problem = "is missing" if name not in self.row else f"is {_told(value)}, not text"
+            raise InvalidArgument(f"{self.where} field {name}", problem, "give a text")
+        return value
+
+    def ids(self, name: str) -> tuple[str, ...]:
+        """A field of test ids: a list, or the JSON text of one.
+
+        Raises:
+            InvalidArgument: it is absent, or anything else.
+        """
+        field = f"{self.where} field {name}"
+        remedy = 'give a list of test ids, or its JSON text, for example ["tests/test_a.py::b"]'
+        if name not in self.row:
+            raise InvalidArgument(field, "is missing", remedy)
+        value = self.row[name]
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except ValueError as error:
+                raise InvalidArgument(field, f"is no JSON: {error}", remedy) from error
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            raise InvalidArgument(field, f"is {_told(value)}", remedy)
+        for place, id in enumerate(value, 1):
+            if not isinstance(id, str) or not id:
+                raise InvalidArgument(field, f"has {_told(id)} at place {place}", remedy)
+        return tuple(value)
+
+
+def read_rows(path: Path) -> list[Placed]:
+    """Every row of a JSON or JSON Lines file.
+
+    Raises:
+        InvalidArgument: the file cannot be read, or a row is no object.
+    """
+    text = read_file(path).decode("utf-8", "strict") if path.is_file() else ""
+    if path.suffix == ".jsonl" or (path.suffix != ".json" and _looks_like_lines(text)):
+        return _lines(path, text)
+    try:
+        document = json.loads(text)
+    except ValueError as error:
+        line = f" line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        remedy = "give JSON, or JSON Lines in a file named .jsonl"
+        raise InvalidArgument(f"{path.name}{line}", f"is no JSON: {error}", remedy) from error
+    if isinstance(document, dict):
+        return [Placed(path.name, document)]
+    if not isinstance(document, list):
+        problem = f"is {_told(document)}"
+        raise InvalidArgument(path.name, problem, "give an object or a list of objects")
+    return [_placed(f"{path.name} row {n}", row) for n, row in enumerate(document, 1)]
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a file of bounded size.
+
+    Raises:
+        InvalidArgument: it cannot be read, is no UTF-8, or is too large.
+    """
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            remedy = f"split it into files under {MAX_FILE_BYTES >> 20} MiB"
+            raise InvalidArgument(path.name, "is too large", remedy)
+        data = path.read_bytes()
+        data.decode("utf-8")
+    except OSError as error:
+        problem = f"cannot be read: {error.strerror}"
+        raise InvalidArgument(str(path), problem, "name a readable file") from error
+    except UnicodeDecodeError as error:
+        raise InvalidArgument(path.name, f"is not UTF-8: {error}", "write it as UTF-8") from error
+    return data
+
+
+def _lines(path: Path, text: str) -> list[Placed]:
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path.name} line {number}"
+        try:
+            rows.append(_placed(where, json.loads(line)))
+        except ValueError as error:
+            if isinstance(error, InvalidArgument):
+                raise
+            raise InvalidArgument(
+                where, f"is no JSON: {error}", "write one object a line"
+            ) from error
+    return rows
+
+
+def _placed(where: str, row: Any) -> Placed:
+    if not isinstance(row, dict):
+        raise InvalidArgument(where, f"is {_told(row)}", "give an object")
+    return Placed(where, row)
+
+
+def _looks_like_lines(text: str) -> bool:
+    return "\n{" in text.strip() and text.lstrip().startswith("{")
+
+
+def _told(value: object) -> str:
+    return f"{type(value).__name__} {str(value)[:40]!r}"
