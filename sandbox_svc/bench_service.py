@@ -301,7 +301,8 @@ async def _children(service: Service, state: str, other: Service) -> tuple[Sampl
         while len(live) < wanted:
             more = min(16, wanted - len(live))
             live += await asyncio.gather(*(service.create(state) for _ in range(more)))
-        for _ in range(2):
+        await asyncio.sleep(_REST_S)
+        for _ in range(5):
             found.setdefault(str(wanted), []).extend(await _forks_of(service, state, 10))
             elsewhere.setdefault(str(wanted), []).extend(await _forks_of(other, empty, 10))
         _say(f"{wanted} children")
