@@ -7,7 +7,7 @@
 
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -43,9 +43,12 @@ class Miner:
         pinner: Pinner,
         interpreters: Sequence[str],
         names: frozenset[str] = frozenset(),
+        breaks: Mapping[str, Collection[str]] | None = None,
     ) -> None:
         self.names = names
         """Packages that bring a module of their own name, for what tests lack."""
+        self.breaks = breaks or {}
+        """Releases of culprits that are known to break others: where a bisection looks first."""
         self.client, self.registry, self.resolver = client, registry, resolver
         self.pinner, self.interpreters = pinner, interpreters
         self.clock = Clock()

@@ -12,7 +12,7 @@ import asyncio
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -73,11 +73,13 @@ class Mine:
         *,
         urls: Sequence[str] = (),
         names: Iterable[str] = (),
+        breaks: Mapping[str, Iterable[str]] | None = None,
         say: Say = lambda key, text: None,
     ) -> None:
         self._states, self._sandboxes, self._journal = states, sandboxes, journal
         self._folder, self._bounds, self._say = folder, bounds, say
         self._names = frozenset(names)
+        self._breaks = {name: set(found) for name, found in (breaks or {}).items()}
         self._urls = tuple(urls) or index_urls()
         self._began, self._taken, self._busy_s = time.time(), 0, 0.0
         self._stop, self._troubles = "", 0
@@ -108,7 +110,7 @@ class Mine:
         resolver = Resolver(uv, self._urls[0], self._folder / "cache", registry)
         client = MiningClient(self._states, self._sandboxes)
         pinner = Pinner(registry, uv)
-        given = (client, registry, resolver, pinner, interpreters, self._names)
+        given = (client, registry, resolver, pinner, interpreters, self._names, self._breaks)
         miners: dict[str, UpgradeMiner | BugfixMiner] = {
             "dependency-upgrade": UpgradeMiner(*given),
             KIND: BugfixMiner(*given),
@@ -150,6 +152,8 @@ class Mine:
         try:
             seen = self._journal.versions_of(candidate)
             known = self._journal.breaks_of(candidate)
+            for name, found in self._journal.breaking().items():
+                self._breaks.setdefault(name, set()).update(found)
             breaks = await miner.mine(
                 candidate,
                 seen=seen,
