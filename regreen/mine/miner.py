@@ -7,7 +7,7 @@
 
 import re
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -55,6 +55,11 @@ class Miner:
         self.notes: list[str] = []
         self.version = ""
         """The release that was looked at last."""
+
+    def begin(self, hear: Callable[[str], None]) -> None:
+        """Let go of what is known of the candidate before."""
+        self.clock = Clock(hear=hear, idle=lambda: self.client.idle_s)
+        self.notes, self.version = [], ""
 
     def _python(self, day: date, allowed: str) -> str:
         first = LATER[1] if day >= LATER[0] else PREFERRED

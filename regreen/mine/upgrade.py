@@ -17,7 +17,7 @@ from packaging.version import InvalidVersion, Version
 
 from regreen.lockfile import normalize
 from regreen.mine.bisect import between, bisect, release_before, spread
-from regreen.mine.candidate import Clock, Found, Ground, Rejected, Tried
+from regreen.mine.candidate import Found, Ground, Rejected, Tried
 from regreen.mine.culprits import Candidate
 from regreen.mine.facts import Run, damage, stable_ids
 from regreen.mine.lab import Laboratory, Release, Unusable
@@ -94,7 +94,7 @@ class UpgradeMiner(Miner):
         Raises:
             Rejected: the candidate is of no use; says at which stage, and why.
         """
-        self.clock, self.notes, self.version = Clock(hear=hear), [], ""
+        self.begin(hear)
         release, needs, licence = await self._screen(candidate, seen)
         async with Laboratory(self.client, self.registry, release) as lab:
             ground = await self._base(candidate, lab, needs, licence)

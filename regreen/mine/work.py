@@ -3,7 +3,7 @@
 - One bad candidate costs itself only: what it did is kept with its reason.
 - A record is completed with hashes and a wheelhouse, then judged by the admission gate; the offer
   of further releases is left out of the judged State, since no check installs from it.
-- While `pause_file` exists, nothing new is begun.
+- While `pause_file` exists, nothing new is begun: no candidate, no State, no validation.
 - A run ends when there is nothing left, at its limits, when the budget of requests is spent, or
   when one candidate after the other fails for trouble of the platform.
 """
@@ -38,7 +38,7 @@ from regreen.tasks.verify import refreshed
 KEPT_IDS = 300
 """Longer lists of fail-to-pass ids are kept as their digest and the first of them."""
 CACHE_BYTES = 6 << 30
-_PAUSE_S = 10.0
+_PAUSE_S = 5.0
 _TROUBLES = 4
 """Candidates in a row that the platform may fail."""
 Say = Callable[[str, str], None]
@@ -108,7 +108,7 @@ class Mine:
     ) -> None:
         uv = find_uv()
         resolver = Resolver(uv, self._urls[0], self._folder / "cache", registry)
-        client = MiningClient(self._states, self._sandboxes)
+        client = MiningClient(self._states, self._sandboxes, leave=self.paused)
         pinner = Pinner(registry, uv)
         given = (client, registry, resolver, pinner, interpreters, self._names, self._breaks)
         miners: dict[str, UpgradeMiner | BugfixMiner] = {
@@ -120,9 +120,9 @@ class Mine:
             if candidate is None:
                 return
             self._taken += 1
-            began = time.monotonic()
+            began = time.monotonic() - client.idle_s
             outcome = await self._one(miners[candidate.kind], candidate, registry)
-            self._busy_s += time.monotonic() - began
+            self._busy_s += time.monotonic() - client.idle_s - began
             self._journal.decide(candidate, outcome)
             self._heed(candidate, outcome)
             self._journal.note_spent(
@@ -136,10 +136,15 @@ class Mine:
         if self._troubles >= _TROUBLES:
             self._stop = f"{_TROUBLES} candidates in a row failed: {outcome.detail[:200]}"
 
+    async def paused(self) -> None:
+        """Wait while the file of pauses is there."""
+        file = self._bounds.pause_file
+        while file is not None and file.exists():  # noqa: ASYNC110
+            await asyncio.sleep(_PAUSE_S)  # a file tells nobody that it went
+
     async def _may_go_on(self) -> bool:
         bounds = self._bounds
-        while bounds.pause_file is not None and bounds.pause_file.exists():  # noqa: ASYNC110
-            await asyncio.sleep(_PAUSE_S)  # a file tells nobody that it went
+        await self.paused()
         if bounds.limit and self._taken >= bounds.limit:
             self._stop = f"{bounds.limit} candidates were taken"
         if bounds.hours and time.time() - self._began > bounds.hours * 3600:
