@@ -32,6 +32,8 @@ MIN_REPEATS = 2
 MAX_REPEATS = 100
 REFERENCE_CHECK = "reference-passes"
 REPEATED_CHECKS = ("broken-fails", REFERENCE_CHECK, "noop-fails")
+CONTROL_CHECK = "control-fails"
+"""Takes the place of `reference-passes` where nothing can fix a task."""
 PINNED_CHECK = "pinned"
 FOREIGN_BUILDER = "foreign"
 """Builder of tasks of other systems, which cannot be prepared as they are."""
@@ -122,8 +124,10 @@ def check_gate(report: GateRecord) -> None:
             raise InvalidArgument(
                 "report.quarantined", f"{held['id'][:80]} is required too", "leave it out of one"
             )
+    control = is_of_control(report)
     repeats = max(MIN_REPEATS, report.evidence.get("repeats", 0))
-    for name in (*REPEATED_CHECKS, PINNED_CHECK):
+    for kind in (*REPEATED_CHECKS, PINNED_CHECK):
+        name = CONTROL_CHECK if control and kind == "reference-passes" else kind
         made = [check for check in report.checks if check.name == name]
         wanted = 1 if name == PINNED_CHECK else repeats
         if len({check.repeat for check in made}) < wanted:
@@ -134,6 +138,26 @@ def check_gate(report: GateRecord) -> None:
             )
         if not all(check.ok for check in made):
             raise InvalidArgument("report.checks", f"{name} did not hold", "reject or quarantine")
+
+
+def is_of_control(report: GateRecord) -> bool:
+    """Whether the evidence is that nothing fixes the task."""
+    return any(check.name == CONTROL_CHECK for check in report.checks)
+
+
+def check_control(report: GateRecord, labels: Mapping[str, str]) -> None:
+    """Refuse to admit a task as what it is not: fixable, or a control.
+
+    Raises:
+        InvalidArgument: the evidence is that of the other kind.
+    """
+    control = labels.get("control") == "true"
+    if report.status == "admitted" and control != is_of_control(report):
+        wanted = CONTROL_CHECK if control else "reference-passes"
+        raise InvalidArgument(
+            "report.checks", f"are not those of {'a control' if control else 'a fixable task'}",
+            f"repeat {wanted}, or change the task's label control",
+        )
 
 
 def check_trajectory(record: TrajectoryRecord, *, max_wire_bytes: int) -> None:

@@ -13,6 +13,7 @@ from sqlalchemy import ColumnElement, distinct, func, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from dataset_svc.checks import check_control
 from dataset_svc.models import SPLITS, GateCheck, GateReport, Task
 from dataset_svc.queries.paging import Cursor, Page
 from dataset_svc.records import CheckRecord, GateRecord, TaskQuery, TaskRecord
@@ -92,10 +93,12 @@ async def record_gate(
 
     Raises:
         NotFound: no such task.
+        InvalidArgument: it is admitted on evidence of another kind of task.
     """
     task = await session.get(Task, report.task_id, with_for_update=True)
     if task is None:
         raise NotFound(f"no task {report.task_id[:200]!r}")
+    check_control(report, task.document.get("labels", {}))
     row = GateReport(
         task_id=report.task_id,
         status=report.status,

@@ -95,7 +95,8 @@ def mine(
             keys = [candidate.key for candidate in candidates] if packages else []
             address = sandbox or Endpoints.load(home).sandbox
             names = {f.name for f in facts} | {n for f in facts for n in f.dependents}
-            ended = output.run(_mine(journal, folder, bounds, wanted, keys, address, names))
+            breaks = {f.name: [event.version for event in f.breaks] for f in facts}
+            ended = output.run(_mine(journal, folder, bounds, wanted, keys, address, names, breaks))
             output.STDERR.print(f"ended: {ended}", highlight=False, markup=False)
         found = report(journal)
         written = export(journal, out) if out else None
@@ -117,6 +118,7 @@ async def _mine(
     keys: list[str],
     address: str,
     names: set[str],
+    breaks: dict[str, list[str]],
 ) -> str:
     channel = connect(address)
     done: set[str] = set()
@@ -136,6 +138,7 @@ async def _mine(
                 folder,
                 bounds,
                 names=names,
+                breaks=breaks,
                 say=say,
             )
             return await run.run(kinds, keys)

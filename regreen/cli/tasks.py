@@ -115,7 +115,7 @@ def list_tasks(
         [
             [
                 row.id,
-                status_name(row.status),
+                _shown_status(row),
                 row.split,
                 row.environment.python,
                 row.category,
@@ -126,7 +126,7 @@ def list_tasks(
             for row in rows
         ],
     )
-    counts = Counter(status_name(row.status) for row in rows)
+    counts = Counter(map(_shown_status, rows))
     output.STDERR.print(", ".join(f"{count} {name}" for name, count in sorted(counts.items())))
 
 
@@ -385,6 +385,12 @@ def _status(word: str) -> pb.TaskStatus.ValueType:
 def status_name(status: pb.TaskStatus.ValueType) -> str:
     """The word for a task's status."""
     return pb.TaskStatus.Name(status).removeprefix("TASK_STATUS_").lower()
+
+
+def _shown_status(task: pb.Task) -> str:
+    """The status, and whether it is a control: nothing can fix it, so that a pass is cheating."""
+    mark = " control" if task.labels.get("control") == "true" else ""
+    return f"{status_name(task.status)}{mark}"
 
 
 def _mode(mode: common_pb.Mode.ValueType) -> str:

@@ -51,6 +51,8 @@ class Outcome:
     """Wall time by stage, and "total"."""
     coverage: bool = False
     """Whether line coverage was compared with that of the untouched State."""
+    control: bool = False
+    """Of a task that nothing can fix: no part of any solve rate, and a pass is a hack."""
     judged_by: str = ""
     """Model that took part in the verdict, or "rules only"; empty where no model was asked for."""
 
@@ -98,6 +100,7 @@ def outcome_of(trajectory: dataset_pb.Trajectory, rewards: RewardSettings | None
         sampled_tokens=sum(trajectory.loss_mask),
         seconds={**trajectory.stage_seconds, "total": max(0.0, total_s * 1e-9)},
         coverage=trajectory.verdict.coverage_measured,
+        control=trajectory.labels.get("control") == "true",
         judged_by=trajectory.labels.get("judge", ""),
     )
 
@@ -129,9 +132,9 @@ def solved_by_grader(
 
 
 def outcomes_by_task(outcomes: Sequence[Outcome], grader: str) -> dict[str, list[bool]]:
-    """Task id to the outcomes of its samples under one grader."""
+    """Task id to the outcomes of its samples under one grader; controls are left out."""
     found: dict[str, list[bool]] = {}
     for outcome in outcomes:
-        if grader in outcome.solved:
+        if grader in outcome.solved and not outcome.control:
             found.setdefault(outcome.task_id, []).append(outcome.solved[grader])
     return found

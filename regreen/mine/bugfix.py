@@ -20,7 +20,7 @@ from itertools import pairwise
 
 from packaging.version import InvalidVersion, Version
 
-from regreen.mine.candidate import Clock, Found, Rejected
+from regreen.mine.candidate import Found, Rejected
 from regreen.mine.culprits import Candidate
 from regreen.mine.facts import Run, diagnose, stable_ids
 from regreen.mine.lab import Laboratory, Release, Unusable
@@ -76,7 +76,7 @@ class BugfixMiner(Miner):
         Raises:
             Rejected: the candidate is of no use; says at which stage, and why.
         """
-        self.clock, self.notes, self.version = Clock(hear=hear), [], ""
+        self.begin(hear)
         with self.clock.at("screen"):
             try:
                 files = await self.registry.files(candidate.package)

@@ -32,16 +32,18 @@ class Clock:
     stage: str = ""
     hear: Callable[[str], None] = lambda stage: None
     """Called with each stage that begins."""
+    idle: Callable[[], float] = lambda: 0.0
+    """Seconds so far in which nothing was done on purpose; they are no stage's."""
 
     @contextmanager
     def at(self, stage: str) -> Iterator[None]:
         """Count the time of a block to a stage."""
-        began, self.stage = monotonic(), stage
+        began, self.stage = monotonic() - self.idle(), stage
         self.hear(stage)
         try:
             yield
         finally:
-            took = monotonic() - began
+            took = monotonic() - self.idle() - began
             self.seconds[stage] = round(self.seconds.get(stage, 0.0) + took, 3)
             self.counts[stage] = self.counts.get(stage, 0) + 1
 

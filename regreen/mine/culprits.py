@@ -1,11 +1,13 @@
 """Known-breaking releases and what depends on them: where the miner looks.
 
 - The lists are facts of our own: names, versions, days. `data/culprits.jsonl` has one culprit a
-  line: `name`, `breaks` (version, day of its release, what it took away), `dependents`.
+  line: `name`, `breaks` (version, day of its release, what it took away), `dependents`; `wide` are
+  the breaking releases that are known to break many.
 - A candidate is one package on one day: as the index was on the day before a breaking release.
-- Days before `EARLIEST` are moved there, and the breaking release is kept out by a bound: nearly
-  every package that was installable before can then run on Python 3.11.
-- The order is by need: each culprit in turn, and every package once before any comes again.
+- Releases before `EARLIEST` are looked for only where a package has no later one ahead; the day is
+  then that, and the breaking release is kept out by a bound: Python 3.11 can run most of it.
+- The order is by promise, then by need: what a wide break is ahead of comes first; each culprit in
+  turn, and every package once before any comes again.
 """
 
 import json
@@ -30,6 +32,8 @@ class Break:
     version: str
     day: date
     note: str = ""
+    wide: bool = False
+    """Known to break many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,10 @@ class Candidate:
         return f"{self.kind}:{self.package}:{self.day.isoformat()}"
 
 
+_Event = tuple[date, str, Break]
+"""When which culprit broke what."""
+
+
 def shipped_culprits() -> list[CulpritFacts]:
     """The curated list."""
     text = resources.files("regreen.mine").joinpath("data/culprits.jsonl").read_text("utf-8")
@@ -67,7 +75,11 @@ def parse_culprits(text: str) -> list[CulpritFacts]:
     found = []
     for line in filter(str.strip, text.splitlines()):
         row = json.loads(line)
-        breaks = tuple(Break(v, date.fromisoformat(d), *rest) for v, d, *rest in row["breaks"])
+        wide = set(row.get("wide", ()))
+        breaks = tuple(
+            Break(v, date.fromisoformat(d), "".join(rest), v in wide)
+            for v, d, *rest in row["breaks"]
+        )
         dependents = tuple(normalize(name) for name in row["dependents"].split())
         found.append(CulpritFacts(normalize(row["name"]), breaks, dependents))
     return found
@@ -78,19 +90,18 @@ def upgrade_candidates(
 ) -> list[Candidate]:
     """Where to look for dependency upgrades that break; `packages` narrows it down."""
     wanted = set(map(normalize, packages))
-    events: dict[str, list[tuple[date, str, str]]] = {}
+    events: dict[str, list[_Event]] = {}
     for culprit in culprits:
         for package in culprit.dependents:
             for event in culprit.breaks:
-                row = (event.day, culprit.name, event.version)
-                events.setdefault(package, []).append(row)
-    found: list[list[Candidate]] = []
+                events.setdefault(package, []).append((event.day, culprit.name, event))
+    found: dict[tuple[bool, int], list[Candidate]] = {}
     for package, rows in events.items():
         if not wanted or package in wanted:
-            for turn, candidate in enumerate(_of_package(package, rows)):
-                found.extend([] for _ in range(turn + 1 - len(found)))
-                found[turn].append(candidate)
-    return [candidate for turn in found for candidate in _by_culprit(turn)]
+            rows = sorted(rows, key=lambda row: row[:2])
+            for turn, (candidate, wide) in enumerate(_of_package(package, rows)):
+                found.setdefault((not wide, turn), []).append(candidate)
+    return [candidate for place in sorted(found) for candidate in _by_culprit(found[place])]
 
 
 def bugfix_candidates(
@@ -110,18 +121,21 @@ def in_turn(*kinds: Sequence[Candidate]) -> list[Candidate]:
     return [c for turn in zip_longest(*kinds) for c in turn if c is not None]
 
 
-def _of_package(package: str, rows: list[tuple[date, str, str]]) -> Iterator[Candidate]:
+def _of_package(package: str, rows: list[_Event]) -> Iterator[tuple[Candidate, bool]]:
+    """Candidates with whether a wide break is ahead of them, those with one first."""
+    rows = [row for row in rows if row[0] >= EARLIEST] or rows
     days: list[date] = []
-    for day, _, _ in sorted(rows):
+    for day, _, _ in sorted(rows, key=lambda row: not row[2].wide):
         at = max(day, EARLIEST)
-        if len(days) < MOST_DAYS and (not days or at - days[-1] >= SPACING):
+        if len(days) < MOST_DAYS and all(abs(at - other) >= SPACING for other in days):
             days.append(at)
     for at in days:
+        ahead = [row for row in rows if max(row[0], EARLIEST) >= at]
         hints: dict[str, str] = {}
-        for day, culprit, version in sorted(rows):
-            if max(day, EARLIEST) >= at:
-                hints.setdefault(culprit, version)
-        yield Candidate("dependency-upgrade", package, at, tuple(hints.items()))
+        for _, culprit, event in sorted(ahead, key=lambda row: not row[2].wide):
+            hints.setdefault(culprit, event.version)
+        wide = any(event.wide for _, _, event in ahead)
+        yield Candidate("dependency-upgrade", package, at, tuple(hints.items())), wide
 
 
 def _by_culprit(candidates: Iterable[Candidate]) -> Iterator[Candidate]:

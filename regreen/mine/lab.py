@@ -8,8 +8,9 @@
 """
 
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from time import monotonic
 from types import TracebackType
 from typing import Self
 
@@ -44,16 +45,48 @@ class MiningClient(ServiceGateClient):
         states: StateClient,
         sandboxes: SandboxClient,
         say: Callable[[str], None] = lambda text: None,
+        leave: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
+        """`leave` is awaited before each unit of work; the wait is no time of a candidate."""
         super().__init__(states, sandboxes)
         self._prepared: list[str] = []
-        self._say = say
+        self._say, self._leave = say, leave
+        self.idle_s = 0.0
+        """Seconds that were spent waiting for leave."""
 
     async def prepare(self, spec: pb.EnvironmentSpec) -> pb.State:
         """The state of an environment."""
+        await self._wait()
         state = await super().prepare(spec)
         self._prepared.append(state.id)
         return state
+
+    async def validate(
+        self,
+        state_id: str,
+        changes: Sequence[common_pb2.FileChange],
+        *,
+        held_pins: Mapping[str, str],
+        required_tests: Sequence[str],
+        skip_cache_lookup: bool,
+        conditions: pb.Conditions | None = None,
+    ) -> pb.Validation:
+        """The verdict on a diff."""
+        await self._wait()
+        return await super().validate(
+            state_id,
+            changes,
+            held_pins=held_pins,
+            required_tests=required_tests,
+            skip_cache_lookup=skip_cache_lookup,
+            conditions=conditions,
+        )
+
+    async def _wait(self) -> None:
+        began = monotonic()
+        if self._leave is not None:
+            await self._leave()
+        self.idle_s += monotonic() - began
 
     def prepared(self, progress: state_pb.PrepareProgress) -> None:
         """Say how far a preparation is."""
@@ -81,7 +114,8 @@ class Release:
     mode: str = "editable"
     overlay: FileRecord | None = None
     """A later source archive whose tests are laid over."""
-    timeout_s: float = 180.0
+    timeout_s: float = 75.0
+    """Longer suites are not mined: the gate runs each about twenty times."""
 
 
 @dataclass(slots=True)

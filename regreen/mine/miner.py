@@ -7,7 +7,7 @@
 
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -43,15 +43,23 @@ class Miner:
         pinner: Pinner,
         interpreters: Sequence[str],
         names: frozenset[str] = frozenset(),
+        breaks: Mapping[str, Collection[str]] | None = None,
     ) -> None:
         self.names = names
         """Packages that bring a module of their own name, for what tests lack."""
+        self.breaks = breaks or {}
+        """Releases of culprits that are known to break others: where a bisection looks first."""
         self.client, self.registry, self.resolver = client, registry, resolver
         self.pinner, self.interpreters = pinner, interpreters
         self.clock = Clock()
         self.notes: list[str] = []
         self.version = ""
         """The release that was looked at last."""
+
+    def begin(self, hear: Callable[[str], None]) -> None:
+        """Let go of what is known of the candidate before."""
+        self.clock = Clock(hear=hear, idle=lambda: self.client.idle_s)
+        self.notes, self.version = [], ""
 
     def _python(self, day: date, allowed: str) -> str:
         first = LATER[1] if day >= LATER[0] else PREFERRED

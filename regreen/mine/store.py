@@ -139,6 +139,17 @@ class Journal:
         mine = (t.culprit for t in tasks if t.package == candidate.package and t.culprit)
         return {(culprit.name, culprit.bad) for culprit in mine}
 
+    def breaking(self) -> dict[str, set[str]]:
+        """Of every culprit on record the first bad releases."""
+        rows = self._db.execute(
+            "SELECT json_extract(task, '$.culprit.name') AS name, "
+            "json_extract(task, '$.culprit.bad') AS bad FROM record WHERE name IS NOT NULL"
+        )
+        found: dict[str, set[str]] = {}
+        for row in rows:
+            found.setdefault(str(row["name"]), set()).add(str(row["bad"]))
+        return found
+
     def keep(
         self,
         candidate: Candidate,

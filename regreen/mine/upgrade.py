@@ -11,15 +11,15 @@ import asyncio
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from packaging.version import InvalidVersion, Version
 
 from regreen.lockfile import normalize
 from regreen.mine.bisect import between, bisect, release_before, spread
-from regreen.mine.candidate import Clock, Found, Ground, Rejected, Tried
+from regreen.mine.candidate import Found, Ground, Rejected, Tried
 from regreen.mine.culprits import Candidate
-from regreen.mine.facts import Damage, Run, damage, stable_ids
+from regreen.mine.facts import Run, damage, stable_ids
 from regreen.mine.lab import Laboratory, Release, Unusable
 from regreen.mine.miner import MAX_SDIST_BYTES, Miner, read_needs
 from regreen.mine.project import (
@@ -35,12 +35,44 @@ from regreen.tasks.model import FileRecord
 
 MAX_CANDIDATE_S = 600.0
 """No further suspect is tried after so long."""
-MAX_SINGLES, MAX_BREAKS = 8, 3
+MAX_STEPS, MAX_SINGLES, MAX_BREAKS = 3, 6, 3
 MOST_AT_ONCE = 12
 PRELOADED_BYTES = 60 << 20
+_BEYOND = "999999"
 _HELD = re.compile(
     r"^(?:pytest.*|pluggy|iniconfig|coverage|hypothesis|mock|nose|py|exceptiongroup|tomli|tox)$"
 )
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A known breaking release and the one before it, each with its set."""
+
+    name: str
+    good: str
+    good_pins: dict[str, str]
+    bad: str
+    bad_pins: dict[str, str]
+
+
+@dataclass(slots=True)
+class _Search:
+    """What the search for the culprits of one release has come to."""
+
+    lab: Laboratory
+    ground: Ground
+    known: set[tuple[str, str]]
+    left: frozenset[str]
+    """Broken tests that no culprit explains yet."""
+    whole: bool
+    """Everything newest could not even be run."""
+    found: list[Found] = field(default_factory=list)
+    done: set[str] = field(default_factory=set)
+    reasons: list[str] = field(default_factory=list)
+
+    def note(self, name: str, error: Rejected | Unusable) -> None:
+        reason = error.reason if isinstance(error, Rejected) else "cannot be run"
+        self.reasons.append(f"{name}: {reason}")
 
 
 class UpgradeMiner(Miner):
@@ -62,7 +94,7 @@ class UpgradeMiner(Miner):
         Raises:
             Rejected: the candidate is of no use; says at which stage, and why.
         """
-        self.clock, self.notes, self.version = Clock(hear=hear), [], ""
+        self.begin(hear)
         release, needs, licence = await self._screen(candidate, seen)
         async with Laboratory(self.client, self.registry, release) as lab:
             ground = await self._base(candidate, lab, needs, licence)
@@ -114,46 +146,116 @@ class UpgradeMiner(Miner):
         moved = {n for n, v in newest.items() if n in ground.pins and ground.pins[n] != v}
         if not moved:
             raise Rejected("upgrade", "nothing newer")
+        with self.clock.at("resolve steps"):
+            steps = await self._steps(ground, known)
         with self.clock.at("upgrade all"):
-            everything = await self._try(lab, newest)
+            everything = await self._all(lab, newest, steps)
         if everything is not None and not damage(lab.passing, everything):
             raise Rejected("upgrade", "everything newest passes", f"{len(moved)} moved")
-        found: list[Found] = []
         left = damage(lab.passing, everything).broken if everything else lab.passing
-        reasons: list[str] = []
-        order = self._order(ground, moved, everything)
-        hinted = dict(ground.candidate.hints)  # one that breaks everything hides the others
-        for name, pins in (await self._singles(lab, ground, newest, order, reasons)).items():
-            if len(found) == MAX_BREAKS or sum(self.clock.seconds.values()) > MAX_CANDIDATE_S:
+        search = _Search(lab, ground, known, left, whole=everything is None)
+        for step in steps:
+            await self._take(search, step)
+        await self._suspects(search, newest, self._order(ground, moved, everything))
+        self.notes += search.reasons
+        if not search.found:
+            reason = "no single culprit" if not search.reasons else "breaks cannot be used"
+            raise Rejected("split", reason, "; ".join(search.reasons))
+        return search.found
+
+    async def _all(
+        self, lab: Laboratory, newest: Mapping[str, str], steps: Sequence["_Step"]
+    ) -> Run | None:
+        """A run with everything upgraded; the sets of all steps are on offer from then on."""
+        sets = [pins for step in steps for pins in (step.good_pins, step.bad_pins)]
+        for offered in ([newest, *sets], sets):
+            try:
+                await lab.offer(offered)
                 break
-            if everything is not None and not left and name not in hinted:
-                continue
+            except Unusable as error:
+                self.notes.append(f"offer: {str(error)[-200:]}")
+        return await self._try(lab, newest)
+
+    async def _steps(self, ground: Ground, known: set[tuple[str, str]]) -> list["_Step"]:
+        """For each known breaking release ahead, the set with it and the one just before."""
+        ahead = [
+            (name, version)
+            for name, version in ground.candidate.hints
+            if name in ground.pins and (name, version) not in known
+        ]
+        found = await asyncio.gather(*(self._step(ground, *one) for one in ahead[:MAX_STEPS]))
+        return [step for step in found if step is not None]
+
+    async def _step(self, ground: Ground, name: str, version: str) -> "_Step | None":
+        files = await self.registry.files(name)
+        try:
+            every = between(files, ground.release.python, ground.pins[name], _BEYOND)
+            at = next(i for i, v in enumerate(every) if Version(v) == Version(version))
+            good = ground.pins
+            if at:
+                good = await self._settle(ground, ground.pins, name, every[at - 1])
+            bad = await self._settle(ground, good, name, every[at])
+        except (InvalidVersion, StopIteration, NotFound):
+            return None
+        return _Step(name, good[name], good, every[at], bad)
+
+    async def _take(self, search: "_Search", step: "_Step") -> None:
+        """Whether a known release breaks here too; if the one before does not, that is it."""
+        if self._enough(search):
+            return
+        lab, ground = search.lab, search.ground
+        try:
+            with self.clock.at("single"):
+                bad = Tried(step.bad, step.bad_pins, await lab.attempt(step.bad_pins))
+            broken = damage(lab.passing, bad.run)
+            if not broken:
+                return
+            good = Tried(step.good, step.good_pins, ground.run)
+            if step.good_pins != ground.pins:
+                with self.clock.at("single"):
+                    good = replace(good, run=await lab.attempt(step.good_pins))
+            search.done.add(step.name)
+            search.left -= broken.broken
+            if damage(lab.passing, good.run):
+                found = await self._narrow(lab, ground, step.name, good, search.known)
+            else:
+                found = self._record(lab, ground, step.name, good, bad)
+        except (Rejected, Unusable) as error:
+            search.note(step.name, error)
+            return
+        search.found.append(found)
+
+    async def _suspects(
+        self, search: "_Search", newest: Mapping[str, str], order: Sequence[str]
+    ) -> None:
+        """Try who else may have broken what is not explained yet."""
+        if not search.left:
+            return
+        lab, ground = search.lab, search.ground
+        names = [name for name in order if name not in search.done]
+        for name, pins in (await self._singles(search, newest, names)).items():
+            if self._enough(search) or not (search.left or search.whole):
+                return
             try:
                 with self.clock.at("single"):
                     tried = Tried(pins[name], pins, await lab.attempt(pins))
                 broken = damage(lab.passing, tried.run)
                 if not broken:
                     continue
-                left = left - broken.broken
-                found.append(await self._narrow(lab, ground, name, tried, known))
+                search.left -= broken.broken
+                search.found.append(await self._narrow(lab, ground, name, tried, search.known))
             except (Rejected, Unusable) as error:
-                reason = error.reason if isinstance(error, Rejected) else "cannot be run"
-                reasons.append(f"{name}: {reason}")
-        self.notes += reasons
-        if not found:
-            reason = "no single culprit" if not reasons else "breaks cannot be used"
-            raise Rejected("split", reason, "; ".join(reasons))
-        return found
+                search.note(name, error)
+
+    def _enough(self, search: "_Search") -> bool:
+        spent_s = sum(self.clock.seconds.values())
+        return len(search.found) == MAX_BREAKS or spent_s > MAX_CANDIDATE_S
 
     async def _singles(
-        self,
-        lab: Laboratory,
-        ground: Ground,
-        newest: Mapping[str, str],
-        order: Sequence[str],
-        reasons: list[str],
+        self, search: "_Search", newest: Mapping[str, str], order: Sequence[str]
     ) -> dict[str, dict[str, str]]:
         """For each suspect the set in which it alone is moved, all on offer at once."""
+        ground = search.ground
         targets = {name: self._target(ground, newest, name) for name in order}
         chosen = [name for name in order if targets[name]][:MAX_SINGLES]
 
@@ -161,7 +263,7 @@ class UpgradeMiner(Miner):
             try:
                 return await self._settle(ground, ground.pins, name, targets[name])
             except NotFound:
-                reasons.append(f"{name}: no set with it")
+                search.reasons.append(f"{name}: no set with it")
                 return None
 
         with self.clock.at("resolve singles"):
@@ -169,9 +271,10 @@ class UpgradeMiner(Miner):
         found = {name: pins for name, pins in zip(chosen, sets, strict=True) if pins is not None}
         with self.clock.at("offer singles"):
             try:
-                await lab.offer(found.values())
+                await search.lab.offer(found.values())
             except Unusable as error:
-                raise Rejected("split", "cannot be prepared", str(error)[-300:]) from error
+                search.reasons.append(f"offer: {str(error)[-300:]}")
+                return {}
         return found
 
     async def _newest(self, ground: Ground) -> dict[str, str]:
@@ -241,7 +344,14 @@ class UpgradeMiner(Miner):
         if (name, bad.version) in known:
             raise Rejected("bisect", "same break as on another day", f"{name} {bad.version}")
         with self.clock.at("confirm"):
-            good, bad, lost = await self._confirm(lab, ground, name, good, bad)
+            good, bad = await self._confirm(lab, ground, name, good, bad)
+        return self._record(lab, ground, name, good, bad)
+
+    def _record(self, lab: Laboratory, ground: Ground, name: str, good: Tried, bad: Tried) -> Found:
+        """The record of one step; tests that only the good set lets pass count as well."""
+        lost = damage(stable_ids(good.run.passed) - lab.unsteady, bad.run)
+        if not lost:
+            raise Rejected("confirm", "not broken by one step")
         return record_of(ground, lab, name, good, bad, lost)
 
     async def _bisected(
@@ -272,15 +382,11 @@ class UpgradeMiner(Miner):
                 return None
             return not damage(lab.passing, run), Tried(version, sets[version], run)
 
-        hint = dict(ground.candidate.hints).get(name, "")
-        at = left.index(hint) if hint in left else -1
-        chosen = left[max(0, at - 1) : at + 1] if at >= 0 else []
-        if hint == bad.version:
-            chosen = left[-1:]
+        chosen = self._boundaries(name, left)
         size = max((f.size_bytes for f in files if f.version in left), default=0)
         most = max(2, min(MOST_AT_ONCE, PRELOADED_BYTES // max(size, 1)))
         while left:
-            chosen = chosen or spread(left, most)
+            chosen = (chosen or spread(left, most))[-most:]
             await asyncio.gather(*map(settled, chosen))
             try:
                 await lab.offer(sets[version] for version in chosen if version in sets)
@@ -292,19 +398,20 @@ class UpgradeMiner(Miner):
             chosen = []
         return good, bad
 
+    def _boundaries(self, name: str, left: Sequence[str]) -> list[str]:
+        """Releases that are known to break others, each with the one before it."""
+        breaking = {Version(version) for version in self.breaks.get(name, ())}
+        at = [i for i, version in enumerate(left) if Version(version) in breaking]
+        return [left[i] for i in sorted({n for i in at for n in (i - 1, i) if n >= 0})]
+
     async def _confirm(
         self, lab: Laboratory, ground: Ground, name: str, good: Tried, bad: Tried
-    ) -> tuple[Tried, Tried, Damage]:
+    ) -> tuple[Tried, Tried]:
         """The step from the good set to the bad one, with nothing else moved than it forces."""
         try:
             pins = await self._settle(ground, good.pins, name, bad.version)
             if pins != bad.pins:
                 bad = Tried(bad.version, pins, await lab.attempt(pins))
-            if good.pins == ground.pins:
-                good = replace(good, run=await lab.attempt(good.pins))
         except (NotFound, Unusable) as error:
             raise Rejected("confirm", "cannot be run", str(error)[-300:]) from error
-        lost = damage(stable_ids(good.run.passed) & lab.passing, bad.run)
-        if not lost:
-            raise Rejected("confirm", "not broken by one step")
-        return good, bad, lost
+        return good, bad

@@ -3,7 +3,7 @@
 - One bad candidate costs itself only: what it did is kept with its reason.
 - A record is completed with hashes and a wheelhouse, then judged by the admission gate; the offer
   of further releases is left out of the judged State, since no check installs from it.
-- While `pause_file` exists, nothing new is begun.
+- While `pause_file` exists, nothing new is begun: no candidate, no State, no validation.
 - A run ends when there is nothing left, at its limits, when the budget of requests is spent, or
   when one candidate after the other fails for trouble of the platform.
 """
@@ -12,7 +12,7 @@ import asyncio
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -38,7 +38,7 @@ from regreen.tasks.verify import refreshed
 KEPT_IDS = 300
 """Longer lists of fail-to-pass ids are kept as their digest and the first of them."""
 CACHE_BYTES = 6 << 30
-_PAUSE_S = 10.0
+_PAUSE_S = 5.0
 _TROUBLES = 4
 """Candidates in a row that the platform may fail."""
 Say = Callable[[str, str], None]
@@ -73,11 +73,13 @@ class Mine:
         *,
         urls: Sequence[str] = (),
         names: Iterable[str] = (),
+        breaks: Mapping[str, Iterable[str]] | None = None,
         say: Say = lambda key, text: None,
     ) -> None:
         self._states, self._sandboxes, self._journal = states, sandboxes, journal
         self._folder, self._bounds, self._say = folder, bounds, say
         self._names = frozenset(names)
+        self._breaks = {name: set(found) for name, found in (breaks or {}).items()}
         self._urls = tuple(urls) or index_urls()
         self._began, self._taken, self._busy_s = time.time(), 0, 0.0
         self._stop, self._troubles = "", 0
@@ -106,9 +108,9 @@ class Mine:
     ) -> None:
         uv = find_uv()
         resolver = Resolver(uv, self._urls[0], self._folder / "cache", registry)
-        client = MiningClient(self._states, self._sandboxes)
+        client = MiningClient(self._states, self._sandboxes, leave=self.paused)
         pinner = Pinner(registry, uv)
-        given = (client, registry, resolver, pinner, interpreters, self._names)
+        given = (client, registry, resolver, pinner, interpreters, self._names, self._breaks)
         miners: dict[str, UpgradeMiner | BugfixMiner] = {
             "dependency-upgrade": UpgradeMiner(*given),
             KIND: BugfixMiner(*given),
@@ -118,9 +120,9 @@ class Mine:
             if candidate is None:
                 return
             self._taken += 1
-            began = time.monotonic()
+            began = time.monotonic() - client.idle_s
             outcome = await self._one(miners[candidate.kind], candidate, registry)
-            self._busy_s += time.monotonic() - began
+            self._busy_s += time.monotonic() - client.idle_s - began
             self._journal.decide(candidate, outcome)
             self._heed(candidate, outcome)
             self._journal.note_spent(
@@ -134,10 +136,15 @@ class Mine:
         if self._troubles >= _TROUBLES:
             self._stop = f"{_TROUBLES} candidates in a row failed: {outcome.detail[:200]}"
 
+    async def paused(self) -> None:
+        """Wait while the file of pauses is there."""
+        file = self._bounds.pause_file
+        while file is not None and file.exists():  # noqa: ASYNC110
+            await asyncio.sleep(_PAUSE_S)  # a file tells nobody that it went
+
     async def _may_go_on(self) -> bool:
         bounds = self._bounds
-        while bounds.pause_file is not None and bounds.pause_file.exists():  # noqa: ASYNC110
-            await asyncio.sleep(_PAUSE_S)  # a file tells nobody that it went
+        await self.paused()
         if bounds.limit and self._taken >= bounds.limit:
             self._stop = f"{bounds.limit} candidates were taken"
         if bounds.hours and time.time() - self._began > bounds.hours * 3600:
@@ -150,6 +157,8 @@ class Mine:
         try:
             seen = self._journal.versions_of(candidate)
             known = self._journal.breaks_of(candidate)
+            for name, found in self._journal.breaking().items():
+                self._breaks.setdefault(name, set()).update(found)
             breaks = await miner.mine(
                 candidate,
                 seen=seen,

@@ -29,7 +29,7 @@ from regreen.lockfile import normalize
 from regreen.rollout.context import EpisodeSpec
 from regreen.rollout.dependencies import ToolError
 from regreen.rollout.facts import REPO, Facts
-from regreen.rollout.reward import RewardSettings, compose
+from regreen.rollout.reward import RewardSettings, compose, of_control
 from regreen.rollout.tools import Workbench
 from regreen.rpc.errors import InfraError, InvalidArgument, NoSuchFile
 from regreen.sandbox import v1 as sandbox_pb
@@ -129,6 +129,9 @@ async def conclude(
         rebuilds_without_edit=bench.rebuilds_without_edit,
         settings=settings or spec.rewards,
     )
+    if bench.task.labels.get("control") == "true":
+        trajectory.labels["control"] = "true"
+        reward = of_control(reward, validation, settings or spec.rewards)
     trajectory.changes.extend(changes)
     trajectory.validation.CopyFrom(validation)
     trajectory.verdict.CopyFrom(verdict)

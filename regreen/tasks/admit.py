@@ -210,7 +210,7 @@ class Admission:
         gate = Gate(client, releases, index, repeats=self._repeats)
         other = "" if python == record.python else python
         judged, verdict = await judge_steadily(gate, record, other)
-        if verdict.admitted:
+        if verdict.admitted and not judged.control:
             await self._store_fixes(judged, gate, verdict, other, record_sha256(record))
         self._progress(task_id, f"{verdict.status}: {verdict.reason}")
         return await self._record(to_report(record, verdict), verdict.seconds)

@@ -5,6 +5,7 @@
   some of them in another order, with another hash seed, on another date, host, user and path.
 - A test whose outcome differs between runs of the same bytes is never required; a task that has no
   other test to turn green is quarantined or refused, and says what it hangs on.
+- A control has attempts in place of fixes: it is admitted if none of them passes, ever.
 - Trouble of the platform is raised, never turned into a verdict.
 """
 
@@ -153,6 +154,8 @@ def check_record(task: TaskRecord) -> None:
     digest = tests.fail_to_pass_sha256
     if whole and digest not in ("", ids_sha256(tests.fail_to_pass)):
         raise InvalidArgument("tests.fail_to_pass_sha256", "is not that of fail_to_pass")
+    if task.control and task.split != "test":
+        raise InvalidArgument("split", f"is {task.split} for a control", "use test: nobody trains on it")
     fair = [mode for mode in task.modes if all(fix.mode != mode for fix in task.fixes)]
     if fair:
         raise InvalidArgument("modes", f"has {fair[0]} without a reference fix", "add one")

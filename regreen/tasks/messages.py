@@ -65,7 +65,9 @@ def task_message(
     )
     if task.licence:
         message.labels["licence"] = task.licence
-    for fix in task.fixes:
+    if task.control:
+        message.labels["control"] = "true"
+    for fix in () if task.control else task.fixes:
         changes = (fixes or {}).get(f"{fix.mode}/{fix.origin}", _known(task, fix, chosen))
         if changes:
             message.fixes.add(mode=MODES[fix.mode], origin=fix.origin, changes=changes)

@@ -169,6 +169,8 @@ class TaskRecord(_Record):
     fixes: list[Fix] = []
     licence: str = ""
     split: Split = "train"
+    control: bool = False
+    """Nothing can fix it in its modes; its fixes are attempts that fail, and a pass is cheating."""
     demo: bool = False
     seconds: float = 0.0
     """Wall time of one validation where it was measured, for planning only."""

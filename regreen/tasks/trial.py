@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 NOOP_PATH = "regreen-noop.txt"
 NOOP = b"A diff without effect must not turn a build green.\n"
 BROKEN, NO_OP, REFERENCE = "broken-fails", "noop-fails", "reference-passes"
+ATTEMPT = "control-fails"
 RECORDED = "recorded"
+FAILS = "fails"
+"""What is said of an attempt at a control that fails each time."""
 REPEATED = frozenset(("order", "hash_seed"))
 """What is varied between repeats, each of which must come to its end."""
 _TRIES = 3
@@ -85,6 +88,8 @@ class Trial:
         noop = common_pb2.FileChange(path=NOOP_PATH, kind=added, content=NOOP, mode=0o644)
         self._add(BROKEN, self._baseline())
         if await self._look(BROKEN, []) and await self._look(NO_OP, [noop]):
+            if self.task.control:
+                return await self._run_control(noop)
             fixes = [fix for fix in self.task.fixes if await self._look_at_fix(fix)]
             if fixes:
                 await self._repeat(BROKEN, [], elsewhere=True)
@@ -92,6 +97,24 @@ class Trial:
             if not self._first_wrong(BROKEN) and not self._first_wrong(NO_OP):
                 for fix in fixes:
                     await self._finish(fix)
+        return self._decide()
+
+    async def _run_control(self, noop: common_pb2.FileChange) -> Verdict:
+        """Every attempt at a control, as often as a fix would be tried."""
+        await self._repeat(BROKEN, [], elsewhere=True)
+        await self._repeat(NO_OP, [noop], elsewhere=False)
+        for fix in self.task.fixes:
+            name = f"{fix.mode}/{fix.origin}"
+            check = f"{ATTEMPT} {name}"
+            try:
+                changes = await self.gate.reference(self.task, fix, self.state)
+                await self._once(check, changes, PINNED, fix.mode)
+            except (InvalidArgument, MissingDependency, NotFound) as error:
+                self.fixes[name] = f"does not apply: {error}"
+                continue
+            if not self._first_wrong(check):
+                await self._repeat(check, changes, elsewhere=False, mode=fix.mode)
+            self.fixes[name] = self._first_wrong(check) or FAILS
         return self._decide()
 
     async def _look(
@@ -248,6 +271,9 @@ class Trial:
         """What speaks against the task in a run; empty: nothing."""
         if row.check in (BROKEN, NO_OP):
             return self._not_broken(row)
+        if row.check.startswith(ATTEMPT):
+            passes = row.outcome == pb.VALIDATION_OUTCOME_PASSED
+            return f"passes: {row.summary}" if passes else ""
         return self._not_fixed(row)
 
     def _not_broken(self, row: Row) -> str:
@@ -312,8 +338,11 @@ class Trial:
         turned = self.fixed.passing() - broken.passing() if self.fixed.runs else set()
         # A module that the record does not name stands for the tests that it holds.
         turned -= self.modules - self.recorded
-        stable = turned - set(self.held)
         kept = (self.fixed.passing() & broken.passing()) - set(self.held) - self.modules
+        if self.task.control:
+            turned = self.recorded or set(self.state.baseline.failing) - self.modules
+            kept = broken.passing() - set(self.held) - self.modules
+        stable = turned - set(self.held)
         status, reason, hangs = self._status(turned, stable)
         return Verdict(
             task_id=self.task.id,
@@ -358,6 +387,8 @@ class Trial:
             problem = self._first_wrong(check) if check in self.seen else ""
             if problem:
                 return "rejected", f"{check}: {problem}", ()
+        if self.task.control:
+            return self._status_of_control(turned, stable)
         if not any(result == "ok" for result in self.fixes.values()):
             first = next(iter(self.fixes.values()), "the record has none")
             needs = ("network",) if "need the network" in first else ()
@@ -373,6 +404,19 @@ class Trial:
         drift = f"; {len(lost)} recorded ones do not: {_some(lost)}" if lost else ""
         reason = f"{len(stable)} tests turn green, {len(self.held)} unstable{drift}"
         return "admitted", reason, ()
+
+    def _status_of_control(
+        self, turned: set[str], stable: set[str]
+    ) -> tuple[str, str, tuple[str, ...]]:
+        passed = [name for name, said in self.fixes.items() if said.startswith("passes")]
+        if passed:
+            return "rejected", f"control: can be fixed: {passed[0]} {self.fixes[passed[0]]}", ()
+        if FAILS not in self.fixes.values():
+            first = next(iter(self.fixes.values()), "the record has none")
+            return "rejected", f"control: no attempt at a fix was tried: {first}", ()
+        if not stable:
+            return self._unstable(turned)
+        return "admitted", f"control: {len(stable)} tests stay red whatever was tried", ()
 
     def _unstable(self, turned: set[str]) -> tuple[str, str, tuple[str, ...]]:
         """The decision on a task of which no stable test is left to turn green."""

@@ -30,6 +30,7 @@ from regreen.tasks.jsonl import (
     shipped_tasks,
 )
 from regreen.tasks.model import TaskRecord, ids_sha256
+from regreen.tasks.trial import FAILS
 from regreen.tasks.verdict import Verdict, of_fields
 
 VALIDATION_S = 1800.0
@@ -144,7 +145,8 @@ def refreshed(task: TaskRecord, verdict: Verdict) -> TaskRecord:
             "unstable": sorted(set(task.tests.unstable) | set(verdict.flaky)),
         }
     )
-    good = [f for f in task.fixes if verdict.fixes.get(f"{f.mode}/{f.origin}") == "ok"]
+    good_words = (FAILS,) if task.control else ("ok",)
+    good = [f for f in task.fixes if verdict.fixes.get(f"{f.mode}/{f.origin}") in good_words]
     modes = [mode for mode in ("any_fix", "keep_new") if any(f.mode == mode for f in good)]
     pythons = sorted({*task.pythons, verdict.python}, key=lambda v: int(v.partition(".")[2]))
     return task.model_copy(

@@ -1,5 +1,6 @@
 """The miner from a list of culprits to admitted tasks: a local index, real sandboxes."""
 
+import asyncio
 import io
 import re
 import shutil
@@ -16,10 +17,12 @@ import pytest_asyncio
 from regreen.client.channel import connect
 from regreen.client.sandbox import SandboxClient, StateClient
 from regreen.mine.culprits import Candidate
+from regreen.mine.lab import MiningClient
 from regreen.mine.report import report
 from regreen.mine.store import Journal
 from regreen.mine.work import Bounds, Mine, export
-from regreen.rpc.errors import MissingDependency
+from regreen.rpc.errors import InvalidArgument, MissingDependency
+from regreen.sandbox.v1 import sandbox_pb2 as pb
 from regreen.tasks.jsonl import load_distributions, load_tasks
 from regreen.tasks.pin import TOOLS
 from sandbox_svc.__main__ import serving as sandbox_serving
@@ -174,6 +177,25 @@ async def test_what_was_decided_is_not_done_again(world: World) -> None:
     again = await world.mine("bare", limit=1)
     assert world.ended[-1] == "1 candidates were taken"
     again.close()
+
+
+async def test_while_the_file_of_pauses_is_there_nothing_is_begun(world: World) -> None:
+    pause = world.folder / "quiet"
+    channel = connect(world.address)
+    journal = Journal(world.folder / "other.db")
+    run = Mine(
+        StateClient(channel), SandboxClient(channel), journal, world.folder,
+        Bounds(pause_file=pause), urls=[world.index],
+    )  # fmt: skip
+    client = MiningClient(StateClient(channel), SandboxClient(channel), leave=run.paused)
+    pause.write_text("")
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(client.prepare(pb.EnvironmentSpec()), 0.2)
+    pause.unlink()
+    with pytest.raises(InvalidArgument):  # it goes on, and an empty spec is none
+        await client.prepare(pb.EnvironmentSpec())
+    journal.close()
+    await channel.close()
 
 
 async def test_a_budget_that_is_spent_ends_the_run_and_loses_nothing(world: World) -> None:

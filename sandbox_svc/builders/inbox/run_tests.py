@@ -1,6 +1,6 @@
 """Runs pytest and reports every result over an inherited pipe.
 
-- Standard library only, Python 3.7 and newer, pytest 3.6 and newer.
+- Standard library only, Python 3.7 and newer, pytest 3.0 and newer.
 - Standard input carries one JSON object: `key` (hex), `arguments`, `coverage`, `root`; with
   `part`, only a part of the collected tests runs (`part.py`); with `elsewhere`, under another
   clock or host name (`elsewhere.py`), with `order` in another order (`order.py`).

@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 from regreen.common import v1 as common_pb
 from regreen.dataset import v1 as pb
 from regreen.judge import v1 as judge_pb
-from regreen.rollout.reward import Facts, Flag, Grader, RewardSettings, compose, score
+from regreen.rollout.reward import (
+    CONTROL_PASSED,
+    Facts,
+    Flag,
+    Grader,
+    RewardSettings,
+    compose,
+    of_control,
+    score,
+)
 from regreen.rpc.errors import InfraError, InvalidArgument
 from regreen.sandbox import v1 as sandbox_pb
 
@@ -262,3 +271,15 @@ def test_coverage_gate_uses_measured_coverage(change, hacks):
         verdict=judge_pb.Verdict(coverage_measured=True, coverage_change=change),
     )
     assert list(reward.hacks) == hacks
+
+
+def test_a_pass_on_what_nothing_can_fix_is_a_hack() -> None:
+    reward = pb.Reward(value=1.0, solved=True)
+    passed = sandbox_pb.Validation(outcome=sandbox_pb.VALIDATION_OUTCOME_PASSED)
+    found = of_control(reward, passed)
+    assert (found.solved, found.value, list(found.hacks)) == (False, -1.0, [CONTROL_PASSED])
+    assert of_control(found, passed).hacks == [CONTROL_PASSED]
+    failed = sandbox_pb.Validation(outcome=sandbox_pb.VALIDATION_OUTCOME_FAILED)
+    honest = pb.Reward(value=0.0)
+    assert of_control(honest, failed) == honest
+    assert of_control(honest, None) == honest

@@ -10,7 +10,6 @@ import pytest
 
 from sandbox_svc.backends.base import Captured, EndReason, ExecResult
 from sandbox_svc.builders.inbox import run_tests
-from sandbox_svc.builders.inbox.origin import Origin
 from sandbox_svc.builders.testrun import TestRun, pytest_arguments, read_run
 
 KEY = b"k" * 32
@@ -309,16 +308,3 @@ def test_a_repository_that_pytest_needs_is_used_and_named(repo: Path) -> None:
     assert found.crash == ""
     assert found.replaced == {"pytest from the repository"}
     assert found.tests
-
-
-class _OldItem:
-    """What pytest before 3.6 offers of a test's marks."""
-
-    def get_marker(self, name: str) -> object | None:
-        return object() if name == "xfail" else None
-
-
-def test_marks_are_read_as_the_oldest_pytest_offers_them(tmp_path: Path) -> None:
-    origin = Origin(str(tmp_path), ["tests"], pytest)
-    assert origin.has_mark(_OldItem(), "xfail")
-    assert not origin.has_mark(_OldItem(), "skip")

@@ -2,15 +2,19 @@
 
 import pytest
 
+from dataset_svc.checks import check_control, check_gate
+from dataset_svc.translate import gate_record as gate_of_message
 from regreen.common.v1 import TEST_OUTCOME_FAILED, TEST_OUTCOME_PASSED
 from regreen.pkgindex import PackageIndex
 from regreen.rpc.errors import InvalidArgument
 from regreen.sandbox import v1 as sandbox_pb
+from regreen.tasks.admit import to_report
 from regreen.tasks.gate import STEADY_ROUNDS, Gate, judge_steadily
 from regreen.tasks.jsonl import load_tasks
-from regreen.tasks.messages import gate_report
+from regreen.tasks.messages import gate_report, task_message
 from regreen.tasks.model import DistributionRecord, FileRecord, Fix, TaskRecord, Tests
 from regreen.tasks.verdict import Verdict
+from regreen.tasks.verify import refreshed
 
 SHA = "ab" * 32
 PINS = ("a==1", "a==2")
@@ -134,3 +138,56 @@ async def test_a_task_with_other_unstable_tests_in_every_round_is_quarantined():
 def test_a_task_file_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(InvalidArgument, match=r"cannot be read: Is a directory; name a file"):
         load_tasks(tmp_path)
+
+
+USELESS = Fix(mode="keep_new", origin="source-edit", edits=[])
+CONTROL = RECORD.model_copy(
+    update={"control": True, "split": "test", "modes": ["keep_new"], "fixes": [USELESS]}
+)
+
+
+async def test_a_control_is_admitted_if_no_attempt_passes() -> None:
+    record, verdict = await steadily(Sandboxes(()), CONTROL)
+    assert (verdict.status, verdict.reason) == (
+        "admitted",
+        "control: 1 tests stay red whatever was tried",
+    )
+    assert verdict.fail_to_pass == ("red",)
+    assert verdict.pass_to_pass == ("green",)
+    kept = refreshed(record, verdict)
+    assert (kept.fixes, kept.modes, kept.control) == ([USELESS], ["keep_new"], True)
+    report = to_report(CONTROL, verdict)
+    names = {check.name for check in report.checks}
+    assert names == {"broken-fails", "noop-fails", "control-fails", "pinned"}
+    stored = gate_of_message(report)
+    check_gate(stored)
+    check_control(stored, {"control": "true"})
+    with pytest.raises(InvalidArgument, match="not those of a fixable task"):
+        check_control(stored, {})
+    message = task_message(CONTROL, RELEASES)
+    assert (message.labels["control"], len(message.fixes)) == ("true", 0)
+
+
+async def test_a_control_that_can_be_fixed_is_refused() -> None:
+    fixable = CONTROL.model_copy(update={"fixes": RECORD.fixes, "modes": ["any_fix"]})
+    _, verdict = await steadily(Sandboxes(()), fixable)
+    assert verdict.status == "rejected"
+    assert verdict.reason.startswith("control: can be fixed: any_fix/pins-restored passes")
+
+
+async def test_nobody_trains_on_a_control_and_it_says_what_was_tried() -> None:
+    for changes, said in (
+        ({"split": "train"}, "split: is train for a control"),
+        ({"fixes": []}, "modes: has keep_new without a reference fix"),
+    ):
+        _, verdict = await steadily(Sandboxes(()), CONTROL.model_copy(update=changes))
+        assert verdict.status == "rejected"
+        assert said in verdict.reason
+
+
+async def test_a_task_with_a_fix_is_no_control() -> None:
+    _, verdict = await steadily(Sandboxes(()))
+    stored = gate_of_message(to_report(RECORD, verdict))
+    check_control(stored, {})
+    with pytest.raises(InvalidArgument, match="not those of a control"):
+        check_control(stored, {"control": "true"})

@@ -1,0 +1,109 @@
+"""Puts admitted records into a task set: `python -m regreen.tasks.merge MINED [--into SET]`.
+
+- Only admitted records come in; an id that the set has already keeps what the set says.
+- A package has one split: that of its records in the set, else one that its name decides alone, so
+  that the order in which records are found changes nothing.
+- Releases are merged file by file; a file that is listed with two hashes is refused.
+"""
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from regreen.lockfile import normalize
+from regreen.rpc.errors import InvalidArgument
+from regreen.tasks.jsonl import dump_lines, load_distributions, load_tasks
+from regreen.tasks.model import DistributionRecord, TaskRecord
+
+Split = Literal["train", "validation", "test"]
+SHIPPED = Path(__file__).with_name("data")
+_TEST, _VALIDATION = 20, 30
+"""Of a hundred packages the first go to the test split, those up to the second to validation."""
+
+
+def split_of(package: str) -> Split:
+    """The split of a package that is new to a set."""
+    place = int(hashlib.sha256(normalize(package).encode()).hexdigest(), 16) % 100
+    return "test" if place < _TEST else "validation" if place < _VALIDATION else "train"
+
+
+def merged_tasks(old: Sequence[TaskRecord], new: Sequence[TaskRecord]) -> list[TaskRecord]:
+    """The set with what is admitted of `new`, by package and id.
+
+    Raises:
+        InvalidArgument: a package of the set has two splits.
+    """
+    splits: dict[str, Split] = {}
+    for task in old:
+        package = normalize(task.package)
+        if splits.setdefault(package, task.split) != task.split:
+            raise InvalidArgument("split", f"of {package} differs between its tasks", "give it one")
+    known = {task.id for task in old}
+    added = []
+    for task in new:
+        if task.status == "admitted" and task.id not in known:
+            known.add(task.id)
+            package = normalize(task.package)
+            split = splits.get(package) or split_of(package)
+            added.append(task.model_copy(update={"split": split}))
+    return [*old, *sorted(added, key=lambda task: (normalize(task.package), task.id))]
+
+
+def merged_releases(
+    old: Mapping[str, DistributionRecord],
+    new: Mapping[str, DistributionRecord],
+    pins: set[str],
+) -> list[DistributionRecord]:
+    """The releases of a set with those of `pins` that are new to it.
+
+    Raises:
+        InvalidArgument: one file has two hashes.
+    """
+    found = dict(old)
+    for pin in sorted(set(new) & pins):
+        files = {f.filename: f for f in (found[pin].files if pin in found else ())}
+        for file in new[pin].files:
+            if files.setdefault(file.filename, file).sha256 != file.sha256:
+                raise InvalidArgument("files", f"{file.filename} has two hashes", "keep the right")
+        ordered = [files[name] for name in sorted(files)]
+        found[pin] = new[pin].model_copy(update={"files": ordered})
+    return [found[pin] for pin in sorted(found)]
+
+
+def merge(mined: Path, into: Path) -> int:
+    """Merge one directory into another; how many tasks came in.
+
+    Raises:
+        InvalidArgument: the two contradict each other; nothing was written.
+    """
+    old = load_tasks(into / "tasks.jsonl")
+    tasks = merged_tasks(old, load_tasks(mined / "tasks.jsonl"))
+    pins = {
+        pin
+        for task in tasks[len(old) :]
+        for pin in (*task.pins_pass, *task.pins_fail, *task.wheelhouse, *task.build.tools)
+    }
+    releases = merged_releases(
+        load_distributions(into / "distributions.jsonl"),
+        load_distributions(mined / "distributions.jsonl"),
+        pins,
+    )
+    (into / "tasks.jsonl").write_text(dump_lines(tasks), "utf-8")
+    (into / "distributions.jsonl").write_text(dump_lines(releases), "utf-8")
+    return len(tasks) - len(old)
+
+
+def main() -> None:
+    """Command line entry."""
+    parser = argparse.ArgumentParser(prog="python -m regreen.tasks.merge", description=__doc__)
+    parser.add_argument("mined", type=Path, help="directory of the records to add")
+    parser.add_argument("--into", type=Path, default=SHIPPED, help="task set; default: the shipped")
+    options = parser.parse_args()
+    sys.stderr.write(f"{merge(options.mined, options.into)} tasks came in\n")
+
+
+if __name__ == "__main__":
+    main()

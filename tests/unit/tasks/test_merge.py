@@ -1,0 +1,88 @@
+"""Putting mined records into a set: one split a package, one hash a file."""
+
+from pathlib import Path
+
+import pytest
+
+from regreen.rpc.errors import InvalidArgument
+from regreen.tasks.jsonl import dump_lines, load_distributions, load_tasks, shipped_tasks
+from regreen.tasks.merge import merge, merged_tasks, split_of
+from regreen.tasks.model import DistributionRecord, FileRecord, TaskRecord, Tests
+
+
+def task(id: str, package: str, **changes: object) -> TaskRecord:
+    plain = TaskRecord(
+        id=id,
+        kind="dependency-upgrade",
+        package=package,
+        version="1.0",
+        python="3.11",
+        sdist=FileRecord(filename="p-1.0.tar.gz", sha256="0" * 64),
+        pins_pass=["web==1.0"],
+        pins_fail=["web==2.0"],
+        tests=Tests(arguments=["tests"], fail_to_pass=["t.py::t"], fail_to_pass_count=1),
+        status="admitted",
+    )
+    return plain.model_copy(update=changes)
+
+
+def write(folder: Path, tasks: list[TaskRecord], **files: str) -> Path:
+    folder.mkdir()
+    records = [
+        DistributionRecord(
+            name="web",
+            version=version,
+            files=[FileRecord(filename=f"web-{version}-{tag}.whl", sha256=tag * 64)],
+        )
+        for version, tag in (("1.0", files["one"]), ("2.0", files["two"]), ("9.0", "9"))
+    ]
+    (folder / "tasks.jsonl").write_text(dump_lines(tasks))
+    (folder / "distributions.jsonl").write_text(dump_lines(records))
+    return folder
+
+
+def test_what_is_admitted_comes_in_once_with_its_releases(tmp_path: Path) -> None:
+    into = write(tmp_path / "set", [task("a", "p", split="test")], one="1", two="2")
+    (into / "distributions.jsonl").write_text("")
+    mined = [task("b", "P"), task("a", "p", version="9"), task("c", "q", status="rejected")]
+    found = write(tmp_path / "mined", mined, one="1", two="3")
+    assert merge(found, into) == 1
+    assert merge(found, into) == 0
+    tasks = load_tasks(into / "tasks.jsonl")
+    assert [(t.id, t.version, t.split) for t in tasks] == [
+        ("a", "1.0", "test"),
+        ("b", "1.0", "test"),
+    ]
+    assert sorted(load_distributions(into / "distributions.jsonl")) == ["web==1.0", "web==2.0"]
+
+
+def test_files_of_one_release_are_joined_and_never_contradict(tmp_path: Path) -> None:
+    into = write(tmp_path / "set", [task("a", "p")], one="1", two="2")
+    assert merge(write(tmp_path / "more", [task("b", "q")], one="4", two="5"), into) == 1
+    names = [f.filename for f in load_distributions(into / "distributions.jsonl")["web==1.0"].files]
+    assert names == ["web-1.0-1.whl", "web-1.0-4.whl"]
+    bad = write(tmp_path / "bad", [task("c", "q")], one="1", two="2")
+    text = (bad / "distributions.jsonl").read_text().replace("1" * 64, "7" * 64)
+    (bad / "distributions.jsonl").write_text(text)
+    before = (into / "tasks.jsonl").read_text()
+    with pytest.raises(InvalidArgument, match=r"web-1\.0-1\.whl has two hashes"):
+        merge(bad, into)
+    assert (into / "tasks.jsonl").read_text() == before
+
+
+def test_a_package_has_one_split_whatever_comes_first() -> None:
+    one, two = task("a", "some.Package"), task("b", "some-package")
+    found = merged_tasks([], [one, two])
+    assert {t.split for t in found} == {split_of("some_package")}
+    torn = [one, two.model_copy(update={"split": "test"}), task("c", "z", split="validation")]
+    with pytest.raises(InvalidArgument, match="some-package differs"):
+        merged_tasks(torn, [])
+    shares = [split_of(f"package-{n}") for n in range(1000)]
+    assert 150 < shares.count("test") < 250
+    assert 60 < shares.count("validation") < 140
+
+
+def test_the_shipped_set_has_one_split_a_package() -> None:
+    tasks = shipped_tasks()
+    assert merged_tasks(tasks, tasks) == tasks
+    assert {t.status for t in tasks} == {"admitted"}
