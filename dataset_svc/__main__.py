@@ -13,6 +13,7 @@ from dataset_svc import upkeep
 from dataset_svc.database import Database, upgrade
 from dataset_svc.localpg import LocalPostgres, LocalPostgresConfig
 from dataset_svc.queries.rollouts import QueuePolicy
+from dataset_svc.servicers.parking import ParkingServicer
 from dataset_svc.servicers.queue import RolloutQueueServicer
 from dataset_svc.servicers.runs import RunServicer
 from dataset_svc.servicers.tasks import TaskServicer
@@ -31,7 +32,13 @@ _PAGE_BYTES = 32 << 20
 _WATCH_S = 1.0
 SERVICES = tuple(
     f"regreen.dataset.v1.{name}"
-    for name in ("TaskService", "TrajectoryService", "RolloutQueueService", "RunService")
+    for name in (
+        "TaskService",
+        "TrajectoryService",
+        "RolloutQueueService",
+        "RunService",
+        "ParkingService",
+    )
 )
 
 
@@ -43,7 +50,12 @@ async def serving(settings: DatasetSettings, database_url: str) -> AsyncIterator
     store = TrajectoryStore(database, blobs, settings.max_message_bytes - _RESPONSE_SLACK_BYTES)
     transactions = Transactions(database)
     policy = QueuePolicy(
-        settings.max_attempts, settings.lease_s, settings.max_lease_s, settings.retry_s
+        settings.max_attempts,
+        settings.lease_s,
+        settings.max_lease_s,
+        settings.retry_s,
+        park_after=settings.park_after,
+        max_waiting=settings.max_waiting,
     )
     server = Server(settings, SERVICES, remember=False)
     page_bytes = min(settings.max_message_bytes // 2, _PAGE_BYTES)
@@ -51,8 +63,11 @@ async def serving(settings: DatasetSettings, database_url: str) -> AsyncIterator
     pb.add_TaskServiceServicer_to_server(tasks, server.grpc)
     listed = TrajectoryServicer(transactions, store, max_page_bytes=page_bytes)
     pb.add_TrajectoryServiceServicer_to_server(listed, server.grpc)
-    queue = RolloutQueueServicer(transactions, store, policy)
+    queue = RolloutQueueServicer(
+        transactions, store, policy, idle_asks_per_s=settings.idle_asks_per_s
+    )
     pb.add_RolloutQueueServiceServicer_to_server(queue, server.grpc)
+    pb.add_ParkingServiceServicer_to_server(ParkingServicer(transactions), server.grpc)
     pb.add_RunServiceServicer_to_server(
         RunServicer(transactions, max_page_bytes=page_bytes), server.grpc
     )

@@ -18,3 +18,10 @@ LOST = Counter("regreen_dataset_rollouts_lost", "Rollouts lost to infrastructure
 LEASES_EXPIRED = Counter(
     "regreen_dataset_leases_refused", "Calls refused because the lease belongs to another."
 )
+PARKED = Counter("regreen_dataset_tasks_parked", "Tasks set aside because rollouts were lost.")
+GATHERED = Histogram(
+    "regreen_dataset_gathered",
+    "Calls that were answered by one transaction.",
+    ["operation"],
+    buckets=(1, 2, 4, 8, 16, 32, 64),
+)

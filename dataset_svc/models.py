@@ -205,6 +205,7 @@ class Group(Base):
         ),
         Index(None, "run_id", "state", "step", "seq"),
         Index(None, "checkpoint_id"),
+        Index(None, "run_id", "task_id"),
     )
 
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -247,7 +248,7 @@ class Rollout(Base):
             postgresql_where="state IN ('waiting', 'leased')",
         ),
         Index("ix_rollouts_expiry", "expire_time", postgresql_where="state = 'leased'"),
-        Index(None, "run_id", "state"),
+        Index(None, "run_id", "state", "id"),
     )
 
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -264,6 +265,22 @@ class Rollout(Base):
     not_before: Mapped[datetime | None]
     trajectory_id: Mapped[str | None] = mapped_column(ForeignKey("trajectories.id"))
     error: Mapped[str] = mapped_column(server_default="")
+    final_time: Mapped[datetime | None]
+    """When it was committed or lost."""
+
+
+class ParkedTask(Base):
+    """A task that is set aside in a run because its rollouts are lost while others succeed."""
+
+    __tablename__ = "parked_tasks"
+
+    run_id: Mapped[str] = mapped_column(ForeignKey("runs.id", ondelete="CASCADE"), primary_key=True)
+    task_id: Mapped[str] = mapped_column(
+        ForeignKey("tasks.id", ondelete="CASCADE"), primary_key=True
+    )
+    reason: Mapped[str]
+    lost: Mapped[int]
+    park_time: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
 class Lease(Base):

@@ -13,7 +13,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from dataset_svc import arrays, checks
 from dataset_svc.database import Database
-from dataset_svc.queries import rollouts, trajectories
+from dataset_svc.queries import trajectories
+from dataset_svc.queries.committing import Admission
 from dataset_svc.queries.trajectories import Packed
 from dataset_svc.records import LeaseRecord, TrajectoryQuery, TrajectoryRecord
 from regreen.blobs import BlobStore, digest_of
@@ -60,25 +61,18 @@ class TrajectoryStore:
         blob = arrays.pack(record.stream)
         return Packed(record, digest_of(blob), record.fingerprint(blob)), blob
 
-    async def pack_for_lease(self, lease_id: str, record: TrajectoryRecord) -> Packed:
-        """As `pack`, for the rollout of a lease.
+    async def pack_for_lease(
+        self, lease_id: str, record: TrajectoryRecord, found: Admission
+    ) -> Packed:
+        """As `pack`, for the rollout of a lease of which `found` is known.
 
         Raises:
             InvalidArgument: it is malformed, or is not of that rollout.
             LeaseExpired: the rollout is not this lease's, or holds another trajectory.
-            NotFound: there never was such a lease.
+            AlreadyExists: its id is stored with other content.
         """
-
-        async def find(session: AsyncSession) -> LeaseRecord:
-            return await rollouts.slot(session, lease_id)
-
-        lease = await self.database.run(find)
-        packed, blob = self._packed(fill(record, lease), share=lease.group.size)
-
-        async def admit(session: AsyncSession) -> None:
-            await rollouts.check_commit(session, lease_id, packed)
-
-        await self.database.run(admit)
+        packed, blob = self._packed(fill(record, found.lease), share=found.lease.group.size)
+        found.check(lease_id, packed)
         await self.blobs.put(blob)
         return packed
 

@@ -8,10 +8,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from sqlalchemy import ColumnElement, insert, select
+from sqlalchemy import ColumnElement, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import undefer
 
+from dataset_svc import bulk
 from dataset_svc.arrays import unpack
 from dataset_svc.models import Document, RewardPart, Run, Trajectory, Turn, Verdict
 from dataset_svc.queries.paging import Cursor, Page
@@ -98,19 +99,28 @@ async def insert_trajectory(session: AsyncSession, packed: Packed, lease_id: str
     record = packed.record
     if not await check_new(session, packed):
         return record.id
-    await session.execute(insert(Trajectory), [_row(packed, lease_id)])
-    if record.turns:
-        rows = [_plain(turn) | {"trajectory_id": record.id} for turn in record.turns]
-        await session.execute(insert(Turn), rows)
-    if record.reward is not None and record.reward.parts:
-        parts = [
-            _plain(part) | {"trajectory_id": record.id, "position": position}
-            for position, part in enumerate(record.reward.parts)
-        ]
-        await session.execute(insert(RewardPart), parts)
-    if record.verdict is not None:
-        await session.execute(insert(Verdict), [_verdict_row(record.id, record.verdict)])
+    await insert_trajectories(session, [(packed, lease_id)])
     return record.id
+
+
+async def insert_trajectories(session: AsyncSession, new: Sequence[tuple[Packed, str]]) -> None:
+    """Store trajectories that are not stored, each with the lease it was made under, or nothing."""
+    records = [packed.record for packed, _ in new]
+    rows = [_row(packed, lease_id) for packed, lease_id in new]
+    await bulk.copy_rows(session, Trajectory, rows)
+    turns = [
+        _plain(turn) | {"trajectory_id": record.id} for record in records for turn in record.turns
+    ]
+    await bulk.copy_rows(session, Turn, turns)
+    parts = [
+        _plain(part) | {"trajectory_id": record.id, "position": position}
+        for record in records
+        if record.reward is not None
+        for position, part in enumerate(record.reward.parts)
+    ]
+    await bulk.copy_rows(session, RewardPart, parts)
+    verdicts = [_verdict_row(r.id, r.verdict) for r in records if r.verdict is not None]
+    await bulk.copy_rows(session, Verdict, verdicts)
 
 
 async def load(session: AsyncSession, trajectory_ids: Sequence[str]) -> list[Stored]:
