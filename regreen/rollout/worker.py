@@ -7,6 +7,7 @@
 - Trouble of the platform gives the rollout back and is never scored; a defect of our own ends the
   worker loudly, after its leases were given back. A worker that is stopped releases its leases,
   which uses up no attempt.
+- An idle worker asks as seldom as the queue tells it to.
 - Any service may restart: every wait for one is bounded by `patience_s`, and by a few seconds once
   the worker is stopped.
 """
@@ -96,6 +97,8 @@ class Worker:
     stats: WorkerStats = field(default_factory=WorkerStats)
     _stopping: asyncio.Event = field(default_factory=asyncio.Event)
     _active: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    _idle_s: float = 0.0
+    """How long the queue asks a worker that found nothing to wait."""
 
     def stop(self) -> None:
         """Take no more work; what runs is given back."""
@@ -121,7 +124,7 @@ class Worker:
                     continue
                 if until_idle and not self._active and not await self._waiting():
                     break
-                await self._wait(wait_s)
+                await self._wait(max(wait_s, self._idle_s))
                 wait_s = min(wait_s * 1.5, _POLL_S[1])
         except RegreenError as error:
             if not self._stopping.is_set():
@@ -138,8 +141,8 @@ class Worker:
         if free <= 0:
             return ()
         request_id = new_request_id()
-        return await self._persist(
-            lambda: self.stack.queue.lease_rollouts(
+        answer = await self._persist(
+            lambda: self.stack.queue.ask_for_rollouts(
                 self.name,
                 free,
                 run_id=self.run_id,
@@ -147,6 +150,9 @@ class Worker:
                 request_id=request_id,
             )
         )
+        self._idle_s = answer.poll_after.ToTimedelta().total_seconds()
+        leases: Sequence[pb.Lease] = answer.leases
+        return leases
 
     async def _waiting(self) -> bool:
         """Whether rollouts wait, be it for their pause after a failure."""

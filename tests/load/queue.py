@@ -54,11 +54,13 @@ class Plan:
 
     workers: int = 200
     rollouts: int = 20_000
-    worker_kill_s: float = 0.5
-    service_kill_s: float = 12.0
-    restart_s: float = 20.0
+    worker_kill_s: float = 1.0
+    service_kill_s: float = 15.0
+    restart_s: float = 25.0
     least: int = 3
     """Kills of the service, and restarts of Postgres, that a run does not end without."""
+    most: int = 1_000_000
+    """Kills of each kind after which there are no more."""
     deadline_s: float = 1800.0
     seed: int = 1
 
@@ -99,9 +101,9 @@ class Run:
                 for job in (
                     self._keep_service(),
                     self._keep_workers(run_id, task_ids),
-                    self._often(self.plan.worker_kill_s, self._kill_worker),
-                    self._often(self.plan.service_kill_s, self._kill_service),
-                    self._often(self.plan.restart_s, self._restart_postgres),
+                    self._often("worker", self.plan.worker_kill_s, self._kill_worker),
+                    self._often("service", self.plan.service_kill_s, self._kill_service),
+                    self._often("postgres", self.plan.restart_s, self._restart_postgres),
                 )
             ]
             try:
@@ -119,7 +121,7 @@ class Run:
                 self._start_service()
             taken = await self._take_all(run_id)
         self.end_service()
-        return self._report(run_id, wall_s, taken)
+        return await self._report(wall_s, taken)
 
     async def _enqueue(self, channel: Any) -> tuple[str, list[str]]:
         tasks = [samples.task() for _ in range(_TASKS)]
@@ -140,7 +142,8 @@ class Run:
             for job in jobs:
                 if job.done() and not job.cancelled() and (error := job.exception()):
                     raise error
-            enough = min(self.killed["service"], self.killed["postgres"]) >= self.plan.least
+            taken_away = ("worker", "service", "postgres")
+            enough = all(self.killed[what] >= self.plan.least for what in taken_away)
             if not state.get("waiting") and not state.get("leased") and enough:
                 return
             if time.monotonic() > told_s:
@@ -156,8 +159,8 @@ class Run:
 
     # ---- what is taken away
 
-    async def _often(self, every_s: float, take_away: Callable[[], Any]) -> None:
-        while True:
+    async def _often(self, what: str, every_s: float, take_away: Callable[[], None]) -> None:
+        while self.killed[what] < self.plan.most:
             await asyncio.sleep(self.rng.uniform(0.5, 1.5) * every_s)
             await asyncio.to_thread(take_away)
 
@@ -232,7 +235,7 @@ class Run:
 
     # ---- what must be so in the end
 
-    def _report(self, run_id: str, wall_s: float, taken: list[str]) -> dict[str, Any]:
+    async def _report(self, wall_s: float, taken: list[str]) -> dict[str, Any]:
         answered: dict[str, str] = {}
         told: Counter[str] = Counter()
         for path in self.ledger.iterdir():
@@ -243,7 +246,7 @@ class Run:
                     rollout_id, trajectory_id = rest.split()
                     answered[rollout_id] = trajectory_id
         with psycopg.connect(self.postgres.url) as connection:
-            self._check(connection, answered, taken)
+            await self._check(connection, answered, taken)
             reasons = connection.execute(
                 "SELECT count(*) FROM leases WHERE error = %s", (_REASON,)
             ).fetchone()
@@ -260,7 +263,7 @@ class Run:
             "faults": self.faults,
         }
 
-    def _check(
+    async def _check(
         self, connection: "psycopg.Connection[Any]", answered: dict[str, str], taken: list[str]
     ) -> None:
         def rows(statement: str) -> list[Any]:
@@ -287,7 +290,7 @@ class Run:
         self._expect("turns", turns, 4 * wanted)
         blobs = open_blobs(self.home / "blobs", fsync=False)
         named = rows("SELECT DISTINCT arrays_sha256, arrays_bytes FROM trajectories")
-        gone = [sha for sha, size in named if not asyncio.run(blobs.exists(Digest(sha, size)))]
+        gone = [sha for sha, size in named if not await blobs.exists(Digest(sha, size))]
         self._expect("blobs that are gone", len(gone), 0)
 
     def _expect(self, what: str, found: object, wanted: object) -> None:
@@ -309,12 +312,12 @@ async def _work(name: str, address: str, run_id: str, ledger: Path, rng: random.
     async with connect(address) as channel:
         queue = RolloutQueueClient(channel, patience_s=600.0)
         while True:
-            leases = await queue.lease_rollouts(name, rng.randint(1, 4), run_id=run_id)
-            for lease in leases:
+            answer = await queue.ask_for_rollouts(name, rng.randint(1, 4), run_id=run_id)
+            for lease in answer.leases:
                 with contextlib.suppress(LeaseExpired):
                     await _one(queue, lease, rng, note)
-            if not leases:
-                await asyncio.sleep(rng.uniform(0.5, 2.0))
+            if not answer.leases:
+                await asyncio.sleep(answer.poll_after.ToTimedelta().total_seconds())
 
 
 async def _one(
@@ -363,10 +366,11 @@ def main(argv: list[str] | None = None) -> int:
     usual = Plan()
     parser.add_argument("--workers", type=int, default=usual.workers)
     parser.add_argument("--rollouts", type=int, default=usual.rollouts)
+    parser.add_argument("--deadline-s", type=float, default=usual.deadline_s)
     parser.add_argument("--seed", type=int, default=usual.seed)
     parser.add_argument("--out", type=Path, default=Path("build/bench/queue-faults.json"))
     given = parser.parse_args(argv)
-    plan = Plan(given.workers, given.rollouts, seed=given.seed)
+    plan = Plan(given.workers, given.rollouts, deadline_s=given.deadline_s, seed=given.seed)
     report = storm(plan, lambda line: print(line, file=sys.stderr, flush=True))
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(report, indent=2) + "\n")
