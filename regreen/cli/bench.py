@@ -29,6 +29,8 @@ BENCHMARKS = {
     "sandbox-warm": "sandbox_svc.bench_warm",
     "sandbox-tasks": "sandbox_svc.bench_tasks",
     "mine": "regreen.mine.bench",
+    "dataset-queue": "dataset_svc.bench_queue",
+    "dataset-store": "dataset_svc.bench_store",
 }
 """Modules by name; a run that names none takes the first three."""
 USUAL = ("sandbox", "policy", "learner")

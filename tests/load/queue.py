@@ -2,6 +2,8 @@
 
 - Workers are processes; they, the service and Postgres are taken away at random moments: workers
   and the service by `kill -9`, Postgres by `pg_ctl restart -m immediate`.
+- The service and Postgres are taken away only when the service has answered since the last time:
+  the run goes on however slow the machine is.
 - A worker writes down what it was answered, in a file, before it goes on: an answered commit must
   be in the database, as it was answered, whatever was killed after.
 - Some workers fall silent past their lease and commit then: they may succeed only where nobody
@@ -78,6 +80,7 @@ class Run:
     workers: dict[int, BaseProcess] = field(default_factory=dict)
     _service: subprocess.Popen[bytes] | None = None
     _born: int = 0
+    _answered: bool = False
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.plan.seed)
@@ -93,7 +96,7 @@ class Run:
         """All of it; the report."""
         self._start_service()
         async with connect(self.address) as channel:
-            self.queue = RolloutQueueClient(channel, patience_s=120.0)
+            self.queue = RolloutQueueClient(channel, patience_s=600.0)
             run_id, task_ids = await self._enqueue(channel)
             began_s = time.monotonic()
             jobs = [
@@ -125,8 +128,8 @@ class Run:
 
     async def _enqueue(self, channel: Any) -> tuple[str, list[str]]:
         tasks = [samples.task() for _ in range(_TASKS)]
-        await TaskClient(channel, patience_s=120.0).import_tasks(tasks)
-        run = (await RunClient(channel, patience_s=120.0).create_run("load", "grpo")).run
+        await TaskClient(channel, patience_s=600.0).import_tasks(tasks)
+        run = (await RunClient(channel, patience_s=600.0).create_run("load", "grpo")).run
         groups = [
             samples.group(run.id, tasks[n % _TASKS].id, GROUP, step=1 + n // 100)
             for n in range(self.plan.rollouts // GROUP)
@@ -139,6 +142,7 @@ class Run:
         told_s = 0.0
         while True:
             state = dict((await self.queue.get_queue(run_id)).rollouts)
+            self._answered = True
             for job in jobs:
                 if job.done() and not job.cancelled() and (error := job.exception()):
                     raise error
@@ -173,14 +177,20 @@ class Run:
 
     def _kill_service(self) -> None:
         service = self._service
-        if service is not None and service.poll() is None:
+        if service is not None and service.poll() is None and self._is_back():
             service.kill()
             service.wait()
             self.killed["service"] += 1
 
     def _restart_postgres(self) -> None:
-        self.postgres.restart()
-        self.killed["postgres"] += 1
+        if self._is_back():
+            self.postgres.restart()
+            self.killed["postgres"] += 1
+
+    def _is_back(self) -> bool:
+        """Whether the service has answered since it, or Postgres, was taken away; asked once."""
+        back, self._answered = self._answered, False
+        return back
 
     # ---- what is kept running
 
@@ -231,7 +241,7 @@ class Run:
         """End the service; safe to call twice."""
         if self._service is not None and self._service.poll() is None:
             self._service.terminate()
-            self._service.wait(30)
+            self._service.wait(120)
 
     # ---- what must be so in the end
 
