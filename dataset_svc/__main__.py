@@ -13,6 +13,7 @@ from dataset_svc import upkeep
 from dataset_svc.database import Database, upgrade
 from dataset_svc.localpg import LocalPostgres, LocalPostgresConfig
 from dataset_svc.queries.rollouts import QueuePolicy
+from dataset_svc.servicers.archive import ArchiveServicer
 from dataset_svc.servicers.parking import ParkingServicer
 from dataset_svc.servicers.queue import RolloutQueueServicer
 from dataset_svc.servicers.runs import RunServicer
@@ -38,6 +39,7 @@ SERVICES = tuple(
         "RolloutQueueService",
         "RunService",
         "ParkingService",
+        "ArchiveService",
     )
 )
 
@@ -67,12 +69,20 @@ async def serving(settings: DatasetSettings, database_url: str) -> AsyncIterator
         transactions, store, policy, idle_asks_per_s=settings.idle_asks_per_s
     )
     pb.add_RolloutQueueServiceServicer_to_server(queue, server.grpc)
+    pb.add_ArchiveServiceServicer_to_server(ArchiveServicer(transactions, store), server.grpc)
     pb.add_ParkingServiceServicer_to_server(ParkingServicer(transactions), server.grpc)
     pb.add_RunServiceServicer_to_server(
         RunServicer(transactions, max_page_bytes=page_bytes), server.grpc
     )
     keeper = asyncio.create_task(
-        upkeep.forever(database, policy, every_s=settings.upkeep_s, remember_s=settings.remember_s)
+        upkeep.forever(
+            database,
+            policy,
+            every_s=settings.upkeep_s,
+            remember_s=settings.remember_s,
+            blobs=blobs,
+            grace_s=settings.blob_grace_s,
+        )
     )
     try:
         async with server:

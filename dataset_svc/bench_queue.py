@@ -52,6 +52,7 @@ _NEW_LEASE = "INSERT INTO leases (id, rollout_id, worker, attempt) VALUES (%s, %
 _NEW_REQUEST = (
     "INSERT INTO requests (method, request_id, fingerprint, answer) VALUES (%s, %s, %s, %s)"
 )
+_NEW_BLOB = "INSERT INTO blobs (sha256, size_bytes) VALUES (%s, 1) ON CONFLICT DO NOTHING"
 _CHILDREN = ("turns", "reward_parts", "verdicts")
 
 
@@ -121,7 +122,9 @@ async def ours(
             if not leases:
                 return
             lease_s.append(time.perf_counter() - began_s)
-            made = synthetic.trajectory(int(leases[0].id[-12:], 16), leases[0].group.task_id, turns=turns)
+            made = synthetic.trajectory(
+                int(leases[0].id[-12:], 16), leases[0].group.task_id, turns=turns
+            )
             made.grader = leases[0].group.grader
             made.ClearField("seed")
             began_s = time.perf_counter()
@@ -158,9 +161,11 @@ def rows_of(url: str, limit: int) -> dict[str, Any]:
     return found
 
 
-def bare_process(url: str, rows: dict[str, Any], connections: int) -> int:
-    """Lease and commit until nothing waits; how many rollouts."""
-    return asyncio.run(_bare(url, rows, connections))
+def bare_process(url: str, rows: dict[str, Any], connections: int) -> tuple[int, float, float]:
+    """Lease and commit until nothing waits; how many rollouts, from when to when."""
+    began_s = time.time()
+    count = asyncio.run(_bare(url, rows, connections))
+    return count, began_s, time.time()
 
 
 async def _bare(url: str, rows: dict[str, Any], connections: int) -> int:
@@ -204,8 +209,10 @@ async def _bare_one(url: str, rows: dict[str, Any]) -> int:
             new_id = f"trj_{uuid.uuid4().hex}"
             row = list(templates[pick])
             row[at["id"]], row[at["lease_id"]] = new_id, lease_id
+            row[at["arrays_sha256"]] = new_id  # its blob is as new as the service's
             row[at["group_id"]], row[at["group_index"]] = slot[1], slot[2]
             async with connection.pipeline():
+                await connection.execute(_NEW_BLOB, (row[at["arrays_sha256"]],))
                 await connection.execute(insert, row)
                 for table in _CHILDREN:
                     place, by_id = children[table]
@@ -230,11 +237,10 @@ def _insert(table: str, columns: Sequence[str]) -> sql.Composed:
 
 def bare(pool: ProcessPoolExecutor, url: str, rows: dict[str, Any]) -> dict[str, float | int]:
     """The same rollouts by a script."""
-    began_s = time.perf_counter()
     share = _BARE_CONNECTIONS // _BARE_PROCESSES
     made = [pool.submit(bare_process, url, rows, share) for _ in range(_BARE_PROCESSES)]
-    count = sum(one.result() for one in made)
-    return {"rollouts": count, "wall_s": time.perf_counter() - began_s}
+    counts, began_s, ended_s = zip(*(one.result() for one in made), strict=True)
+    return {"rollouts": sum(counts), "wall_s": max(ended_s) - min(began_s)}
 
 
 async def measure(rollouts: int, workers: int, turns: int, *, fsync: bool) -> dict[str, Any]:
@@ -248,6 +254,8 @@ async def measure(rollouts: int, workers: int, turns: int, *, fsync: bool) -> di
     try:
         with LocalPostgres(config) as postgres, pool:
             upgrade(postgres.url())
+            for _ in range(2 * _BARE_PROCESSES):  # so that both have imported what they need
+                pool.submit(time.sleep, 0.5)
             for number in range(_ROUNDS):
                 async with service(home, postgres.url()) as channel:
                     run_id, _ = await enqueue(channel, f"round-{number}", rollouts // _ROUNDS)

@@ -25,3 +25,6 @@ GATHERED = Histogram(
     ["operation"],
     buckets=(1, 2, 4, 8, 16, 32, 64),
 )
+PRUNED = Counter("regreen_dataset_trajectories_pruned", "Trajectories removed by retention.")
+COLLECTED = Counter("regreen_dataset_blobs_collected", "Blobs removed because nobody names them.")
+COLLECTED_BYTES = Counter("regreen_dataset_blob_bytes_collected", "Their size.")

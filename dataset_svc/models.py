@@ -37,9 +37,13 @@ GRADERS = ("build", "build_gates", "build_gates_judge")
 RUN_KINDS = ("sft", "grpo", "eval")
 RUN_STATES = ("active", "done", "failed")
 GROUP_STATES = ("open", "complete", "taken", "acknowledged")
-ROLLOUT_STATES = ("waiting", "leased", "committed", "lost")
+ROLLOUT_STATES = ("waiting", "leased", "committed", "lost", "pruned")
 TURN_ROLES = ("prompt", "policy", "tool")
 EPISODE_ENDS = ("submitted", "gave_up", "turn_limit", "token_limit", "time_limit", "stuck")
+
+
+TEXT_INDEX = "ix_turns_text_trgm"
+"""Index over the text of turns; it needs the extension `pg_trgm`."""
 
 
 def _one_of(column: str, values: tuple[str, ...]) -> CheckConstraint:
@@ -312,6 +316,16 @@ class Trajectory(Base):
         Index(None, "group_id"),
         Index("ix_trajectories_solved", "seq", postgresql_where="solved"),
         Index("ix_trajectories_hacks", "hacks", postgresql_using="gin"),
+        Index("ix_trajectories_tools", "tools", postgresql_using="gin"),
+        Index(
+            "ix_trajectories_accepted", "accepted", "seq", postgresql_where="accepted IS NOT NULL"
+        ),
+        Index(None, "policy", "seq"),
+        Index(None, "actor", "seq"),
+        Index(None, "pipeline", "seq"),
+        Index(None, "mode", "seq"),
+        Index(None, "run_id", "policy", "actor", "solved"),
+        Index("ix_trajectories_flagged", "run_id", "hacks", postgresql_where="hacks <> '{}'"),
     )
 
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -338,6 +352,10 @@ class Trajectory(Base):
     reward: Mapped[float | None]
     solved: Mapped[bool]
     hacks: Mapped[list[str]]
+    tools: Mapped[list[str]] = mapped_column(server_default="{}")
+    """Tools that were called, each once."""
+    accepted: Mapped[bool | None]
+    """The judge's decision; empty where it was not asked."""
     labels: Mapped[Document]
     stage_seconds: Mapped[Document]
     start_time: Mapped[datetime | None]
@@ -358,7 +376,12 @@ class Turn(Base):
     __tablename__ = "turns"
     __table_args__ = (
         _one_of("role", TURN_ROLES),
-        Index("ix_turns_tool", "tool", postgresql_where="tool <> ''"),
+        Index(
+            TEXT_INDEX,
+            "text",
+            postgresql_using="gin",
+            postgresql_ops={"text": "gin_trgm_ops"},
+        ),
     )
 
     trajectory_id: Mapped[str] = mapped_column(
@@ -374,6 +397,22 @@ class Turn(Base):
     ok: Mapped[bool]
     duration_s: Mapped[float]
     state_id: Mapped[str]
+
+
+class Blob(Base):
+    """A blob of tokens and how many trajectories name it; triggers count."""
+
+    __tablename__ = "blobs"
+    __table_args__ = (
+        CheckConstraint("refs >= 0", name="refs_not_negative"),
+        Index("ix_blobs_unreferenced", "touch_time", postgresql_where="refs = 0"),
+    )
+
+    sha256: Mapped[str] = mapped_column(primary_key=True)
+    size_bytes: Mapped[int]
+    refs: Mapped[int] = mapped_column(server_default="0")
+    touch_time: Mapped[datetime] = mapped_column(server_default=func.now())
+    """When it was last announced, named or left by a trajectory."""
 
 
 class RewardPart(Base):

@@ -48,5 +48,7 @@ class DatasetSettings(ServiceSettings):
     """Calls a second that all workers without work make together."""
     remember_s: float = Field(default=48 * 3600.0, ge=24 * 3600.0)
     """How long the answer to a request id is kept."""
+    blob_grace_s: float = Field(default=6 * 3600.0, ge=0)
+    """How long tokens that no trajectory names are kept; longer than any commit takes."""
     upkeep_s: float = Field(default=10.0, gt=0)
     """Pause between sweeps of leases that ran out."""

@@ -24,6 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from dataset_svc.models import Checkpoint, Group, ParkedTask, Rollout, Run, Trajectory
 from dataset_svc.queries.closing import reopen_groups
 from dataset_svc.queries.parking import REOPENED
+from dataset_svc.queries.retention import has_pruned
 from dataset_svc.queries.rollouts import QueuePolicy, group_record, sweep
 from dataset_svc.records import TakenGroup
 from regreen.rpc.errors import Aborted, FailedPrecondition, NotFound
@@ -145,9 +146,15 @@ async def rewind(session: AsyncSession, run_id: str, checkpoint_id: str = "") ->
 
     Raises:
         NotFound: no such run or checkpoint.
-        FailedPrecondition: the checkpoint was abandoned by an earlier rewind.
+        FailedPrecondition: the checkpoint was abandoned by an earlier rewind, or trajectories of
+            the run were pruned.
     """
     run = await locked_run(session, run_id, 0, shared=False)
+    if await has_pruned(session, run_id):
+        raise FailedPrecondition(
+            f"trajectories of run {run_id} were pruned, so its groups are no longer whole; start a "
+            "new run"
+        )
     kept_seq = 0
     if checkpoint_id:
         checkpoint = await _checkpoint(session, checkpoint_id)

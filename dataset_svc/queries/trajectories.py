@@ -5,6 +5,7 @@
 - Lists read no tokens, turns, tests, logs or file contents.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -27,6 +28,7 @@ from dataset_svc.records import (
 from regreen.blobs import BlobStore, Digest
 from regreen.rpc.errors import AlreadyExists, DataLoss, NotFound
 
+_LITERALLY = str.maketrans({"%": r"\%", "_": r"\_", "\\": r"\\"})
 BRIEF_FIELDS = ("state_id", "changes_sha256", "outcome", "summary", "counts", "duration", "cached")
 """What lists keep of a validation."""
 _SAME = (
@@ -87,6 +89,34 @@ async def check_new(session: AsyncSession, packed: Packed) -> bool:
     if record.run_id and await session.get(Run, record.run_id) is None:
         raise NotFound(f"no run {record.run_id[:200]!r}")
     return True
+
+
+async def check_many(session: AsyncSession, packed: Sequence[Packed]) -> list[bool]:
+    """Whether each of several trajectories is still to be stored.
+
+    Raises:
+        AlreadyExists: an id is stored with other content, or comes twice.
+        NotFound: an unknown task or run.
+    """
+    ids = [item.record.id for item in packed]
+    if len(set(ids)) < len(ids):
+        twice = next(one for one, count in Counter(ids).items() if count > 1)
+        raise AlreadyExists(f"trajectory {twice} comes twice; give each an id of its own")
+    rows = await session.execute(
+        select(Trajectory.id, Trajectory.content_sha256).where(Trajectory.id.in_(ids))
+    )
+    stored = {row.id: row.content_sha256 for row in rows}
+    for item in packed:
+        if stored.get(item.record.id, item.fingerprint) != item.fingerprint:
+            raise AlreadyExists(
+                f"trajectory {item.record.id} is stored with other content; use a new id"
+            )
+    await known_tasks(session, {item.record.task_id for item in packed})
+    run_ids = {item.record.run_id for item in packed if item.record.run_id}
+    missing = run_ids - set(await session.scalars(select(Run.id).where(Run.id.in_(run_ids))))
+    if missing:
+        raise NotFound(f"no run {min(missing)[:200]!r}")
+    return [trajectory_id not in stored for trajectory_id in ids]
 
 
 async def insert_trajectory(session: AsyncSession, packed: Packed, lease_id: str = "") -> str:
@@ -223,6 +253,14 @@ def _conditions(query: TrajectoryQuery) -> list[ColumnElement[bool]]:
         conditions.append(Trajectory.solved.is_(True))
     if query.hack:
         conditions.append(Trajectory.hacks.contains([query.hack]))
+    if query.tool:
+        conditions.append(Trajectory.tools.contains([query.tool]))
+    if query.verdict:
+        conditions.append(Trajectory.accepted.is_(query.verdict == "accepted"))
+    if query.text:
+        pattern = f"%{query.text.translate(_LITERALLY)}%"
+        said = select(Turn.trajectory_id).where(Turn.text.ilike(pattern, escape="\\"))
+        conditions.append(Trajectory.id.in_(said))
     return conditions
 
 
@@ -242,6 +280,8 @@ def _row(packed: Packed, lease_id: str) -> dict[str, object]:
         "reward": reward.value if reward else None,
         "solved": bool(reward and reward.solved),
         "hacks": list(reward.hacks) if reward else [],
+        "tools": sorted({turn.tool for turn in record.turns if turn.tool}),
+        "accepted": None if record.verdict is None else bool(record.verdict.get("accepted")),
         "labels": dict(record.labels),
         "stage_seconds": dict(record.stage_seconds),
         "arrays_sha256": packed.blob.sha256,

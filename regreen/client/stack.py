@@ -14,6 +14,7 @@ from typing import Any
 import grpc
 
 from regreen.client.actions import ActionClient
+from regreen.client.archive import ArchiveClient
 from regreen.client.channel import Tls, connect
 from regreen.client.dataset import RolloutQueueClient, RunClient, TaskClient, TrajectoryClient
 from regreen.client.egress import EgressClient
@@ -75,6 +76,7 @@ class Stack:
         self.tasks = TaskClient(channels["dataset"], patience_s=patience_s)
         self.trajectories = TrajectoryClient(channels["dataset"], patience_s=patience_s)
         self.queue = RolloutQueueClient(channels["dataset"], patience_s=patience_s)
+        self.archive = ArchiveClient(channels["dataset"], patience_s=patience_s)
         self.parking = ParkingClient(channels["dataset"], patience_s=patience_s)
         self.runs = RunClient(channels["dataset"], patience_s=patience_s)
         self.state = StateClient(channels["sandbox"], patience_s=patience_s)

@@ -49,6 +49,14 @@ async def enqueue(clients: All, run_id: str, *tasks: str) -> None:
     await clients.queue.enqueue_groups([samples.group(run_id, task, 2) for task in tasks])
 
 
+async def until_lost(clients: All, run_id: str, count: int) -> None:
+    async with asyncio.timeout(20):
+        while True:
+            if (await clients.queue.get_queue(run_id)).rollouts["lost"] == count:
+                return
+            await asyncio.sleep(0.05)
+
+
 async def test_a_poison_task_is_parked_with_its_reason_and_can_be_released(clients: All):
     (bad, good), run_id = await imported(clients, 2), await new_run(clients)
     await enqueue(clients, run_id, bad, good)
@@ -91,9 +99,7 @@ async def test_every_attempt_keeps_its_reason(clients: All):
     await clients.queue.fail_rollout(first.id, "no disk")
     await clients.queue.fail_rollout(second.id, "leaving", release=True)
     (again,) = await clients.queue.lease_rollouts("w2", 2, run_id=run_id, duration_s=0.05)
-    async with asyncio.timeout(20):
-        while (await clients.queue.get_queue(run_id)).rollouts["lost"] < 2:
-            await asyncio.sleep(0.05)
+    await until_lost(clients, run_id, 2)
     with pytest.raises(LeaseExpired):
         await clients.queue.commit_rollout(again.id, samples.trajectory(task))
     rollouts = (await clients.parking.list_rollouts(run_id, state="lost")).rollouts

@@ -1,5 +1,19 @@
 """Generated from proto/ by `make proto`; do not edit."""
 
+from regreen.dataset.v1.archive_service_pb2 import (
+    CommitTrajectoriesRequest,
+    CommitTrajectoriesResponse,
+    GetTrajectoryStatsRequest,
+    GetTrajectoryStatsResponse,
+    PruneTrajectoriesRequest,
+    PruneTrajectoriesResponse,
+    TrajectoryCounts,
+)
+from regreen.dataset.v1.archive_service_pb2_grpc import (
+    ArchiveServiceServicer,
+    ArchiveServiceStub,
+    add_ArchiveServiceServicer_to_server,
+)
 from regreen.dataset.v1.dataset_pb2 import (
     CheckpointRecord,
     EPISODE_END_GAVE_UP,
@@ -145,10 +159,14 @@ from regreen.dataset.v1.trajectory_service_pb2_grpc import (
 __all__ = [
     "AcknowledgeGroupsRequest",
     "AcknowledgeGroupsResponse",
+    "ArchiveServiceServicer",
+    "ArchiveServiceStub",
     "Attempt",
     "CheckpointRecord",
     "CommitRolloutRequest",
     "CommitRolloutResponse",
+    "CommitTrajectoriesRequest",
+    "CommitTrajectoriesResponse",
     "CommitTrajectoryRequest",
     "CommitTrajectoryResponse",
     "CompleteGroup",
@@ -183,6 +201,8 @@ __all__ = [
     "GetTaskStatsResponse",
     "GetTrajectoryRequest",
     "GetTrajectoryResponse",
+    "GetTrajectoryStatsRequest",
+    "GetTrajectoryStatsResponse",
     "Group",
     "HeartbeatRequest",
     "HeartbeatResponse",
@@ -209,6 +229,8 @@ __all__ = [
     "ParkedTask",
     "ParkingServiceServicer",
     "ParkingServiceStub",
+    "PruneTrajectoriesRequest",
+    "PruneTrajectoriesResponse",
     "QuarantinedTest",
     "RecordCheckpointRequest",
     "RecordCheckpointResponse",
@@ -250,6 +272,7 @@ __all__ = [
     "TaskStatus",
     "TokenVersion",
     "Trajectory",
+    "TrajectoryCounts",
     "TrajectoryFilter",
     "TrajectoryServiceServicer",
     "TrajectoryServiceStub",
@@ -257,6 +280,7 @@ __all__ = [
     "TurnRole",
     "UpdateRunRequest",
     "UpdateRunResponse",
+    "add_ArchiveServiceServicer_to_server",
     "add_ParkingServiceServicer_to_server",
     "add_RolloutQueueServiceServicer_to_server",
     "add_RunServiceServicer_to_server",

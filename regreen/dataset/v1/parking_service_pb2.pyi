@@ -85,7 +85,7 @@ class Rollout(_message.Message):
     task_id: _builtins.str
     """Task."""
     state: _builtins.str
-    """State: "waiting", "leased", "committed", "lost"."""
+    """State: "waiting", "leased", "committed", "lost", "pruned"."""
     attempt: _builtins.int
     """Attempt that is under way or comes next."""
     error: _builtins.str

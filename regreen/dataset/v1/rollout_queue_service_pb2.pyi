@@ -599,7 +599,7 @@ class GetQueueResponse(_message.Message):
     GROUPS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def rollouts(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
-        """Rollouts by state: "waiting", "leased", "committed", "lost". One whose lease ran out counts as waiting."""
+        """Rollouts by state: "waiting", "leased", "committed", "lost", "pruned" (committed, and removed since). One whose lease ran out counts as waiting."""
 
     @_builtins.property
     def groups(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:

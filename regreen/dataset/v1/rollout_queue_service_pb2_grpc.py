@@ -183,7 +183,7 @@ class RolloutQueueServiceServicer:
 
         Errors:
         - NOT_FOUND: no such run or checkpoint.
-        - FAILED_PRECONDITION: the checkpoint was abandoned by an earlier rewind.
+        - FAILED_PRECONDITION: the checkpoint was abandoned by an earlier rewind, or trajectories of the run were pruned.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

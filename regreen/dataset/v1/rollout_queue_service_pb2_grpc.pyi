@@ -102,7 +102,7 @@ class RolloutQueueServiceStub:
 
     Errors:
     - NOT_FOUND: no such run or checkpoint.
-    - FAILED_PRECONDITION: the checkpoint was abandoned by an earlier rewind.
+    - FAILED_PRECONDITION: the checkpoint was abandoned by an earlier rewind, or trajectories of the run were pruned.
     """
     GetQueue: _grpc.UnaryUnaryMultiCallable[_rollout_queue_service_pb2.GetQueueRequest, _rollout_queue_service_pb2.GetQueueResponse]
     """Counts rollouts and groups by state.
@@ -185,7 +185,7 @@ class RolloutQueueServiceAsyncStub(RolloutQueueServiceStub):
 
     Errors:
     - NOT_FOUND: no such run or checkpoint.
-    - FAILED_PRECONDITION: the checkpoint was abandoned by an earlier rewind.
+    - FAILED_PRECONDITION: the checkpoint was abandoned by an earlier rewind, or trajectories of the run were pruned.
     """
     GetQueue: _aio.UnaryUnaryMultiCallable[_rollout_queue_service_pb2.GetQueueRequest, _rollout_queue_service_pb2.GetQueueResponse]  # type: ignore[assignment]
     """Counts rollouts and groups by state.
@@ -313,7 +313,7 @@ class RolloutQueueServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors:
         - NOT_FOUND: no such run or checkpoint.
-        - FAILED_PRECONDITION: the checkpoint was abandoned by an earlier rewind.
+        - FAILED_PRECONDITION: the checkpoint was abandoned by an earlier rewind, or trajectories of the run were pruned.
         """
 
     @_abc_1.abstractmethod
