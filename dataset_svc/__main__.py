@@ -90,6 +90,8 @@ async def serving(settings: DatasetSettings, database_url: str) -> AsyncIterator
     finally:
         keeper.cancel()
         await asyncio.gather(keeper, return_exceptions=True)
+        await queue.close()
+        await store.close()
         await database.close()
 
 

@@ -33,10 +33,13 @@ from regreen.rpc.errors import (
 
 T = TypeVar("T")
 log = structlog.get_logger(__name__)
+CREATE_EXTENSION = "CREATE EXTENSION IF NOT EXISTS pg_trgm"
 _INDEX_LOCK = 0x74726772
 _RETRY_S = 5.0
 _TRY_AGAIN = ("40001", "40P01", "23505")
 """SQLSTATE of a serialization failure, a deadlock, and a row that another has just inserted."""
+_COLLECTED = "RG001"
+"""SQLSTATE of our own: the tokens of a trajectory were collected before a row named them."""
 _WRONG_VALUE = ("23502", "23514")
 """SQLSTATE of a value that is missing or breaks a CHECK: sending it again cannot help."""
 
@@ -103,7 +106,7 @@ def make_text_index(connection: Connection) -> bool:
     connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _INDEX_LOCK})
     try:
         with connection.begin_nested():
-            connection.execute(text("CREATE EXTENSION IF NOT EXISTS pg_trgm"))
+            connection.execute(text(CREATE_EXTENSION))
             connection.execute(
                 text(
                     f"CREATE INDEX IF NOT EXISTS {TEXT_INDEX} ON turns USING gin "
@@ -116,6 +119,10 @@ def make_text_index(connection: Connection) -> bool:
         log.warning("text_search_unindexed", error=str(error.orig), remedy="install pg_trgm")
         return False
     return True
+
+
+class TokensCollected(Aborted):
+    """Tokens were announced so long ago that they were collected; announce and put them again."""
 
 
 class Database:
@@ -140,6 +147,7 @@ class Database:
         Raises:
             Unavailable: the server does not answer or the pool is empty.
             Aborted: concurrent work kept getting in the way.
+        TokensCollected: tokens that a row would name are gone.
             InvalidArgument: a value breaks a rule of the schema.
         """
         deadline = time.monotonic() + _RETRY_S
@@ -169,6 +177,8 @@ def translated(error: SQLAlchemyError) -> RegreenError:
         return Unavailable("all database connections are busy", retry_after_s=1.0)
     if state == "53100":
         return DiskFull("the database has no space left", retry_after_s=30.0)
+    if state == _COLLECTED:
+        return TokensCollected("the tokens were collected before they were named; send them again")
     if state in _TRY_AGAIN or (isinstance(error, IntegrityError) and state not in _WRONG_VALUE):
         return Aborted(f"concurrent change: {message}")
     if state[:2] in ("22", "54") or state in _WRONG_VALUE:

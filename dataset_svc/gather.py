@@ -44,6 +44,11 @@ class Gatherer(Generic[A, R]):
         self._start()
         return await future
 
+    async def close(self) -> None:
+        """Wait for what is under way; what waits behind it is run too."""
+        while self._flying:
+            await asyncio.wait(self._flying)
+
     def _start(self) -> None:
         while self._waiting and len(self._flying) < self._flights:
             size = min(len(self._waiting), self._most)

@@ -6,6 +6,7 @@
   together they ask no more often than `idle_asks_per_s`.
 """
 
+import contextlib
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Generic, TypeVar
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dataset_svc import measures
-from dataset_svc.database import Database
+from dataset_svc.database import Database, TokensCollected
 from dataset_svc.gather import Gatherer
 from dataset_svc.queries import committing, leasing, requests
 from dataset_svc.queries.committing import Admission, Committed
@@ -23,9 +24,11 @@ from dataset_svc.queries.rollouts import QueuePolicy
 from dataset_svc.queries.trajectories import Packed
 from dataset_svc.records import LeaseRecord, TrajectoryRecord
 from dataset_svc.store import TrajectoryStore
-from regreen.rpc.errors import RegreenError
+from regreen.rpc.errors import Aborted, RegreenError
 
 T = TypeVar("T")
+_PUTS = 3
+"""Times that tokens are put which the collector takes away before a row names them."""
 _LEASE, _COMMIT = "LeaseRollouts", "CommitRollout"
 
 
@@ -67,6 +70,11 @@ class HotQueue:
         )
         self._storing: Gatherer[Asked[_Commit], bytes] = Gatherer(self._store_many)
 
+    async def close(self) -> None:
+        """Wait for what is under way."""
+        for gatherer in (self._leasing, self._admission, self._storing):
+            await gatherer.close()
+
     async def lease(self, asked: Asked[Ask]) -> bytes:
         """Lease rollouts to a worker.
 
@@ -90,8 +98,11 @@ class HotQueue:
         found = await self._admission.submit(Asked(*identity, (lease_id, record.id)))
         if isinstance(found, bytes):
             return found
-        packed = await self._store.pack_for_lease(lease_id, record, found)
-        return await self._storing.submit(Asked(*identity, _Commit(lease_id, packed)))
+        for _ in range(_PUTS):
+            packed = await self._store.pack_for_lease(lease_id, record, found)
+            with contextlib.suppress(TokensCollected):
+                return await self._storing.submit(Asked(*identity, _Commit(lease_id, packed)))
+        raise Aborted("the tokens were collected again and again; raise blob_grace_s")
 
     async def _lease_many(self, asked: Sequence[Asked[Ask]]) -> Answers:
         async def work(session: AsyncSession, new: list[Asked[Ask]]) -> Answers:

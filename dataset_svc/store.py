@@ -41,6 +41,10 @@ class TrajectoryStore:
     def __post_init__(self) -> None:
         self._announcing = Gatherer(self._announce_many)
 
+    async def close(self) -> None:
+        """Wait for what is under way."""
+        await self._announcing.close()
+
     async def pack(self, record: TrajectoryRecord) -> Packed:
         """Check a trajectory, store its tokens, and give what a transaction then inserts.
 

@@ -3,7 +3,7 @@
 - A row says how many trajectories name a blob; triggers on `trajectories` count, so that no way of
   inserting or deleting one can forget it.
 - A blob is announced before it is put, and only announced blobs can be referenced: a commit whose
-  announcement has been collected meanwhile fails with a serialization failure and puts it again.
+  announcement has been collected meanwhile fails (`TokensCollected`) and puts it again.
 - The collector holds the row while it removes the blob. Who announces that blob meanwhile waits,
   and then puts it anew; who announced it less than the grace period ago keeps it.
 - A collector that is killed has removed blobs that nobody names; the next one removes their rows.

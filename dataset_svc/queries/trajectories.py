@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from sqlalchemy import ColumnElement, select
+from sqlalchemy import ColumnElement, Select, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import undefer
 
@@ -186,15 +186,21 @@ async def list_page(
     session: AsyncSession, query: TrajectoryQuery, cursor: Cursor
 ) -> Page[TrajectoryRecord]:
     """Trajectories, newest first, in brief."""
-    statement = select(Trajectory).where(*_conditions(query))
-    if cursor.after is not None:
-        statement = statement.where(Trajectory.seq < int(cursor.after[0]))
-    rows = list(
-        await session.scalars(statement.order_by(Trajectory.seq.desc()).limit(cursor.size + 1))
-    )
+    before = None if cursor.after is None else int(cursor.after[0])
+    rows = list(await session.scalars(page_statement(query, cursor.size + 1, before)))
     extras = await _extras(session, [row.id for row in rows])
     records = [_stored(row, extras, (), whole=False).record for row in rows]
     return cursor.page(records, [[row.seq] for row in rows])
+
+
+def page_statement(
+    query: TrajectoryQuery, limit: int, before: int | None = None
+) -> Select[tuple[Trajectory]]:
+    """The newest trajectories that a query wants, of those before a `seq`."""
+    statement = select(Trajectory).where(*_conditions(query))
+    if before is not None:
+        statement = statement.where(Trajectory.seq < before)
+    return statement.order_by(Trajectory.seq.desc()).limit(limit)
 
 
 async def next_ids(

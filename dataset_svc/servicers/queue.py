@@ -54,6 +54,10 @@ class RolloutQueueServicer(pb.RolloutQueueServiceServicer):
             commit_answer=_commit_answer,
         )
 
+    async def close(self) -> None:
+        """Wait for the transactions that are under way."""
+        await self._hot.close()
+
     async def EnqueueGroups(self, request: pb.EnqueueGroupsRequest, context: Any) -> Any:
         """Add groups."""
         _check_count("groups", len(request.groups))

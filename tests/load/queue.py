@@ -8,6 +8,7 @@
   be in the database, as it was answered, whatever was killed after.
 - Some workers fall silent past their lease and commit then: they may succeed only where nobody
   else was given the rollout; some give up with a reason, which must be kept.
+- The collector of unnamed blobs runs all the time, without any grace.
 - In the end each slot has one trajectory, no trajectory has no slot, nothing waits, is leased or
   lost, every group can be taken once, and every blob that a row names is there.
 """
@@ -38,7 +39,7 @@ from regreen.blobs import Digest, open_blobs
 from regreen.client.channel import connect
 from regreen.client.dataset import RolloutQueueClient, RunClient, TaskClient
 from regreen.dataset import v1 as pb
-from regreen.rpc.errors import LeaseExpired, RegreenError
+from regreen.rpc.errors import Aborted, LeaseExpired, RegreenError
 from tests.integration import dataset_samples as samples
 from tests.load.postgres import Postgres, remove
 
@@ -202,6 +203,7 @@ class Run:
                     "--metrics=127.0.0.1:0", f"--home={self.home}", "--log-level=warning",
                     f"--database-url={self.postgres.url}", f"--lease-s={LEASE_S}",
                     "--max-attempts=1000", "--retry-s=0.2", "--upkeep-s=1", "--max-rpcs=1000",
+                    "--blob-grace-s=0",
                 ],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
@@ -345,7 +347,7 @@ async def _one(
         elif luck < 0.2:
             await queue.heartbeat([lease.id])
         trajectory = samples.trajectory(lease.group.task_id, tokens=400, salt=lease.id)
-        done = await queue.commit_rollout(lease.id, trajectory)
+        done = await _committed(queue, lease, trajectory)
     except LeaseExpired:
         note(f"refused {lease.rollout_id}")
         raise
@@ -353,6 +355,17 @@ async def _one(
         note(f"error {type(error).__name__}: {error}")
         raise
     note(f"committed {lease.rollout_id} {done.trajectory_id}")
+
+
+async def _committed(
+    queue: RolloutQueueClient, lease: pb.Lease, trajectory: pb.Trajectory
+) -> pb.CommitRolloutResponse:
+    """Commit until it is answered; concurrent work may get in the way."""
+    while True:
+        try:
+            return await queue.commit_rollout(lease.id, trajectory)
+        except Aborted:
+            await asyncio.sleep(0.1)
 
 
 def storm(plan: Plan, tell: Callable[[str], None] = lambda line: None) -> dict[str, Any]:

@@ -34,7 +34,7 @@ BEGIN
     GET DIAGNOSTICS held = ROW_COUNT;
     SELECT count(DISTINCT arrays_sha256) INTO wanted FROM added;
     IF held <> wanted THEN
-        RAISE EXCEPTION 'tokens were collected before they were referenced' USING ERRCODE = '40001';
+        RAISE EXCEPTION 'tokens were collected before they were named' USING ERRCODE = 'RG001';
     END IF;
     RETURN NULL;
 END $$
