@@ -14,6 +14,7 @@ from dataset_svc.database import Database, upgrade
 from dataset_svc.localpg import LocalPostgres, LocalPostgresConfig
 from dataset_svc.queries.rollouts import QueuePolicy
 from dataset_svc.servicers.archive import ArchiveServicer
+from dataset_svc.servicers.knowledge import KnowledgeServicer
 from dataset_svc.servicers.parking import ParkingServicer
 from dataset_svc.servicers.queue import RolloutQueueServicer
 from dataset_svc.servicers.runs import RunServicer
@@ -40,6 +41,7 @@ SERVICES = tuple(
         "RunService",
         "ParkingService",
         "ArchiveService",
+        "KnowledgeService",
     )
 )
 
@@ -69,6 +71,7 @@ async def serving(settings: DatasetSettings, database_url: str) -> AsyncIterator
         transactions, store, policy, idle_asks_per_s=settings.idle_asks_per_s
     )
     pb.add_RolloutQueueServiceServicer_to_server(queue, server.grpc)
+    pb.add_KnowledgeServiceServicer_to_server(KnowledgeServicer(transactions), server.grpc)
     pb.add_ArchiveServiceServicer_to_server(ArchiveServicer(transactions, store), server.grpc)
     pb.add_ParkingServiceServicer_to_server(ParkingServicer(transactions), server.grpc)
     pb.add_RunServiceServicer_to_server(

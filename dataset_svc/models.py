@@ -38,6 +38,7 @@ RUN_KINDS = ("sft", "grpo", "eval")
 RUN_STATES = ("active", "done", "failed")
 GROUP_STATES = ("open", "complete", "taken", "acknowledged")
 ROLLOUT_STATES = ("waiting", "leased", "committed", "lost", "pruned")
+KNOWLEDGE_KINDS = ("reference-fix", "trajectory", "changelog")
 TURN_ROLES = ("prompt", "policy", "tool")
 EPISODE_ENDS = ("submitted", "gave_up", "turn_limit", "token_limit", "time_limit", "stuck")
 
@@ -443,6 +444,59 @@ class Verdict(Base):
     rules_version: Mapped[str]
     evidence_sha256: Mapped[str]
     document: Mapped[Document]
+
+
+class Knowledge(Base):
+    """An error and what repaired it in a training task, or a fact about a package."""
+
+    __tablename__ = "knowledge"
+    __table_args__ = (
+        _one_of("kind", KNOWLEDGE_KINDS),
+        CheckConstraint("(kind = 'changelog') = (task_id IS NULL)", name="task_of_fix"),
+        Index(None, "task_id"),
+        Index(None, "signature"),
+    )
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    kind: Mapped[str]
+    task_id: Mapped[str | None] = mapped_column(ForeignKey("tasks.id", ondelete="CASCADE"))
+    trajectory_id: Mapped[str]
+    mode: Mapped[str]
+    error: Mapped[str]
+    signature: Mapped[str]
+    culprit: Mapped[str]
+    package_family: Mapped[str]
+    families: Mapped[list[str]]
+    """Of the culprit and of every package that the fix moved."""
+    length: Mapped[int]
+    """Words in it."""
+    document: Mapped[Document]
+    create_time: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class KnowledgeWord(Base):
+    """How often a word is in an item."""
+
+    __tablename__ = "knowledge_words"
+    __table_args__ = (Index(None, "item_id"),)
+
+    word: Mapped[str] = mapped_column(primary_key=True)
+    item_id: Mapped[str] = mapped_column(
+        ForeignKey("knowledge.id", ondelete="CASCADE"), primary_key=True
+    )
+    count: Mapped[int]
+
+
+class KnowledgeUse(Base):
+    """A trajectory that was shown an item, and whether it solved its task honestly."""
+
+    __tablename__ = "knowledge_uses"
+
+    item_id: Mapped[str] = mapped_column(
+        ForeignKey("knowledge.id", ondelete="CASCADE"), primary_key=True
+    )
+    trajectory_id: Mapped[str] = mapped_column(primary_key=True)
+    won: Mapped[bool]
 
 
 class Request(Base):

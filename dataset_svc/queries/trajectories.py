@@ -195,7 +195,7 @@ async def list_page(
 
 def page_statement(
     query: TrajectoryQuery, limit: int, before: int | None = None
-) -> Select[tuple[Trajectory]]:
+) -> Select[Trajectory]:
     """The newest trajectories that a query wants, of those before a `seq`."""
     statement = select(Trajectory).where(*_conditions(query))
     if before is not None:

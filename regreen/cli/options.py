@@ -3,6 +3,7 @@
 - `--home` names the directory of the local stack; the endpoints are read from it.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +28,14 @@ def open_stack(home: Path | None, *, patience_s: float = 60.0) -> Stack:
         Unavailable: no stack runs from this home.
     """
     return Stack(Endpoints.load(home or default_home()), patience_s=patience_s)
+
+
+def parse_age(text: str) -> float | None:
+    """Seconds of an age such as 7d; None where it is none."""
+    found = re.fullmatch(r"(\d{1,6})([smhd])", text)
+    if found is None:
+        return None
+    return int(found[1]) * {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}[found[2]]
 
 
 def parse_labels(values: list[str], field: str = "set") -> dict[str, str]:

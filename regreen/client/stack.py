@@ -21,6 +21,7 @@ from regreen.client.egress import EgressClient
 from regreen.client.exec import ExecClient
 from regreen.client.image import ImageClient
 from regreen.client.judge import JudgeClient
+from regreen.client.knowledge import KnowledgeClient
 from regreen.client.learner import LearnerClient
 from regreen.client.parking import ParkingClient
 from regreen.client.policy import PolicyClient
@@ -77,6 +78,7 @@ class Stack:
         self.trajectories = TrajectoryClient(channels["dataset"], patience_s=patience_s)
         self.queue = RolloutQueueClient(channels["dataset"], patience_s=patience_s)
         self.archive = ArchiveClient(channels["dataset"], patience_s=patience_s)
+        self.knowledge = KnowledgeClient(channels["dataset"], patience_s=patience_s)
         self.parking = ParkingClient(channels["dataset"], patience_s=patience_s)
         self.runs = RunClient(channels["dataset"], patience_s=patience_s)
         self.state = StateClient(channels["sandbox"], patience_s=patience_s)

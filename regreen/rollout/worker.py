@@ -27,6 +27,7 @@ import structlog
 
 from regreen.client.channel import new_request_id
 from regreen.dataset import v1 as pb
+from regreen.rollout import past
 from regreen.rollout.actors import PolicyActor
 from regreen.rollout.context import EpisodeSpec, spec_of_lease
 from regreen.rollout.episode import Runner
@@ -209,11 +210,12 @@ class Worker:
     async def _commit(self, lease: pb.Lease, trajectory: pb.Trajectory) -> None:
         request_id = new_request_id()
         try:
-            await self._persist(
+            done = await self._persist(
                 lambda: self.stack.queue.commit_rollout(lease.id, trajectory, request_id=request_id)
             )
             self.stats.committed += 1
             self._tell("committed", lease, outcome(trajectory))
+            await past.record_use(self.stack, done.trajectory_id, trajectory.labels)
         except (LeaseExpired, NotFound) as error:
             self.stats.expired += 1
             self._tell("expired", lease, str(error))
@@ -400,6 +402,8 @@ async def worker_pool(
 
 
 async def knowledge_of(stack: "Stack") -> Knowledge:
-    """The knowledge base of the admitted training tasks."""
+    """The knowledge base of the admitted training tasks; the served one has them from now on."""
     wanted = pb.TaskFilter(statuses=[pb.TASK_STATUS_ADMITTED], split="train")
-    return build(await stack.tasks.all_tasks(wanted))
+    tasks = await stack.tasks.all_tasks(wanted)
+    await past.record(stack, [*past.task_items(tasks), *past.changelog_items()])
+    return build(tasks)

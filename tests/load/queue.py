@@ -36,10 +36,16 @@ from typing import Any
 import psycopg
 
 from regreen.blobs import Digest, open_blobs
-from regreen.client.channel import connect
+from regreen.client.channel import connect, new_request_id
 from regreen.client.dataset import RolloutQueueClient, RunClient, TaskClient
 from regreen.dataset import v1 as pb
-from regreen.rpc.errors import Aborted, LeaseExpired, RegreenError
+from regreen.rpc.errors import (
+    Aborted,
+    DeadlineExceeded,
+    LeaseExpired,
+    RegreenError,
+    Unavailable,
+)
 from tests.integration import dataset_samples as samples
 from tests.load.postgres import Postgres, remove
 
@@ -48,6 +54,7 @@ GROUP = 4
 _TASKS = 20
 _SILENT, _GIVES_UP = 0.004, 0.02
 """Shares of leases that outlive themselves, and that end with a reason."""
+_LATE = (DeadlineExceeded, Unavailable)
 _REASON = "the sandbox went away"
 
 
@@ -142,7 +149,10 @@ class Run:
     async def _until_done(self, run_id: str, jobs: "list[asyncio.Task[None]]") -> None:
         told_s = 0.0
         while True:
-            state = dict((await self.queue.get_queue(run_id)).rollouts)
+            try:
+                state = dict((await self.queue.get_queue(run_id)).rollouts)
+            except _LATE:
+                continue
             self._answered = True
             for job in jobs:
                 if job.done() and not job.cancelled() and (error := job.exception()):
@@ -324,7 +334,10 @@ async def _work(name: str, address: str, run_id: str, ledger: Path, rng: random.
     async with connect(address) as channel:
         queue = RolloutQueueClient(channel, patience_s=600.0)
         while True:
-            answer = await queue.ask_for_rollouts(name, rng.randint(1, 4), run_id=run_id)
+            try:
+                answer = await queue.ask_for_rollouts(name, rng.randint(1, 4), run_id=run_id)
+            except _LATE:  # what it leased, if anything, runs out
+                continue
             for lease in answer.leases:
                 with contextlib.suppress(LeaseExpired):
                     await _one(queue, lease, rng, note)
@@ -339,13 +352,15 @@ async def _one(
     luck = rng.random()
     try:
         if luck < _GIVES_UP:
-            await queue.fail_rollout(lease.id, _REASON)
-            note(f"gave-up {lease.rollout_id}")
+            with contextlib.suppress(*_LATE):
+                await queue.fail_rollout(lease.id, _REASON)
+                note(f"gave-up {lease.rollout_id}")
             return
         if luck < _GIVES_UP + _SILENT:
             await asyncio.sleep(LEASE_S * rng.uniform(1.0, 2.0))
         elif luck < 0.2:
-            await queue.heartbeat([lease.id])
+            with contextlib.suppress(*_LATE):
+                await queue.heartbeat([lease.id])
         trajectory = samples.trajectory(lease.group.task_id, tokens=400, salt=lease.id)
         done = await _committed(queue, lease, trajectory)
     except LeaseExpired:
@@ -360,11 +375,12 @@ async def _one(
 async def _committed(
     queue: RolloutQueueClient, lease: pb.Lease, trajectory: pb.Trajectory
 ) -> pb.CommitRolloutResponse:
-    """Commit until it is answered; concurrent work may get in the way."""
+    """Commit until it is answered, under one request id; concurrent work may get in the way."""
+    request_id = new_request_id()
     while True:
         try:
-            return await queue.commit_rollout(lease.id, trajectory)
-        except Aborted:
+            return await queue.commit_rollout(lease.id, trajectory, request_id=request_id)
+        except (Aborted, *_LATE):
             await asyncio.sleep(0.1)
 
 
