@@ -7,9 +7,9 @@ def test_ten_workers_commit_three_hundred_rollouts_under_faults():
     plan = Plan(
         workers=10,
         rollouts=300,
-        worker_kill_s=1.0,
-        service_kill_s=1.5,
-        restart_s=3.0,
+        worker_every=40,
+        service_every=80,
+        postgres_every=120,
         least=1,
         most=1,
         deadline_s=120.0,

@@ -54,19 +54,20 @@ GROUP = 4
 _TASKS = 20
 _SILENT, _GIVES_UP = 0.004, 0.02
 """Shares of leases that outlive themselves, and that end with a reason."""
+_LOOK_S = 0.1
 _LATE = (DeadlineExceeded, Unavailable)
 _REASON = "the sandbox went away"
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How large a run is and how often what is taken away; in the mean, seconds."""
+    """How large a run is, and after how many commits, in the mean, what is taken away."""
 
     workers: int = 200
     rollouts: int = 20_000
-    worker_kill_s: float = 1.0
-    service_kill_s: float = 15.0
-    restart_s: float = 25.0
+    worker_every: int = 40
+    service_every: int = 1500
+    postgres_every: int = 2500
     least: int = 3
     """Kills of the service, and restarts of Postgres, that a run does not end without."""
     most: int = 1_000_000
@@ -89,6 +90,7 @@ class Run:
     _service: subprocess.Popen[bytes] | None = None
     _born: int = 0
     _answered: bool = False
+    _committed: int = 0
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.plan.seed)
@@ -112,9 +114,9 @@ class Run:
                 for job in (
                     self._keep_service(),
                     self._keep_workers(run_id, task_ids),
-                    self._often("worker", self.plan.worker_kill_s, self._kill_worker),
-                    self._often("service", self.plan.service_kill_s, self._kill_service),
-                    self._often("postgres", self.plan.restart_s, self._restart_postgres),
+                    self._often("worker", self.plan.worker_every, self._kill_worker),
+                    self._often("service", self.plan.service_every, self._kill_service),
+                    self._often("postgres", self.plan.postgres_every, self._restart_postgres),
                 )
             ]
             try:
@@ -153,7 +155,7 @@ class Run:
                 state = dict((await self.queue.get_queue(run_id)).rollouts)
             except _LATE:
                 continue
-            self._answered = True
+            self._answered, self._committed = True, state.get("committed", 0)
             for job in jobs:
                 if job.done() and not job.cancelled() and (error := job.exception()):
                     raise error
@@ -166,6 +168,10 @@ class Run:
                 told_s = time.monotonic() + 5.0
             await asyncio.sleep(0.25)
 
+    @property
+    def _nearly_done(self) -> bool:
+        return self._committed >= 0.9 * self.plan.rollouts
+
     async def _take_all(self, run_id: str) -> list[str]:
         ids: list[str] = []
         while taken := await self.queue.take_groups(run_id, 200):
@@ -174,10 +180,14 @@ class Run:
 
     # ---- what is taken away
 
-    async def _often(self, what: str, every_s: float, take_away: Callable[[], None]) -> None:
+    async def _often(self, what: str, every: int, take_away: Callable[[], None]) -> None:
+        due = self.rng.uniform(0.5, 1.5) * every
         while self.killed[what] < self.plan.most:
-            await asyncio.sleep(self.rng.uniform(0.5, 1.5) * every_s)
-            await asyncio.to_thread(take_away)
+            await asyncio.sleep(_LOOK_S)
+            lacks = self._nearly_done and self.killed[what] < self.plan.least
+            if self._committed >= due or lacks:
+                await asyncio.to_thread(take_away)
+                due = self._committed + self.rng.uniform(0.5, 1.5) * every
 
     def _kill_worker(self) -> None:
         if self.workers:
