@@ -252,6 +252,14 @@ class Rollout(Base):
             "group_index",
             postgresql_where="state IN ('waiting', 'leased')",
         ),
+        Index(
+            "ix_rollouts_work_of_run",
+            "run_id",
+            "step",
+            "group_seq",
+            "group_index",
+            postgresql_where="state IN ('waiting', 'leased')",
+        ),
         Index("ix_rollouts_expiry", "expire_time", postgresql_where="state = 'leased'"),
         Index(None, "run_id", "state", "id"),
     )

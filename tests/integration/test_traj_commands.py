@@ -54,5 +54,12 @@ async def test_the_commands_search_count_and_prune(dataset_address: str, tmp_pat
     assert "filter.text" in short[2]
     gone = await regreen(home, "traj", "prune", "--older-than", "0s", "--keep-solved", *common)
     assert "1 trajectories removed" in gone[1], gone
+    empty, refused = await asyncio.gather(
+        regreen(home, "rollout", "parked", "--json", *common),
+        regreen(home, "rollout", "release", run_id, task_id),
+    )
+    assert (empty[0], empty[1].strip()) == (0, ""), empty
+    assert refused[0] != 0
+    assert "is not parked" in refused[2]
     learned = await regreen(home, "traj", "learn", "--json")
     assert json.loads(learned[1])["recorded"] > 0, learned

@@ -36,10 +36,17 @@ def upgrade() -> None:
     op.drop_index(op.f("ix_rollouts_run_id_state"), table_name="rollouts")
     op.create_index(op.f("ix_rollouts_run_id_state_id"), "rollouts", ["run_id", "state", "id"])
     op.create_index(op.f("ix_groups_run_id_task_id"), "groups", ["run_id", "task_id"])
+    op.create_index(
+        "ix_rollouts_work_of_run",
+        "rollouts",
+        ["run_id", "step", "group_seq", "group_index"],
+        postgresql_where="state IN ('waiting', 'leased')",
+    )
 
 
 def downgrade() -> None:
     """Undo."""
+    op.drop_index("ix_rollouts_work_of_run", table_name="rollouts")
     op.drop_index(op.f("ix_groups_run_id_task_id"), table_name="groups")
     op.drop_index(op.f("ix_rollouts_run_id_state_id"), table_name="rollouts")
     op.create_index(op.f("ix_rollouts_run_id_state"), "rollouts", ["run_id", "state"])
