@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.regreen-setup
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo up down status logs test test-fast check fmt bench bench-sandbox soak fuzz proto proto-check clean
+.PHONY: help setup demo up down status logs test test-fast check fmt bench bench-sandbox bench-dataset soak soak-queue fuzz proto proto-check clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  \1|\2/' | column -t -s '|'
@@ -48,8 +48,14 @@ bench: $(STAMP) ## Measure against named peers; tables here, JSON under build/be
 bench-sandbox: $(STAMP) ## Measure the sandbox service: against the kernel, Docker, cold validations; and every task
 	@$(BIN)/regreen bench sandbox sandbox-service sandbox-warm sandbox-tasks
 
+bench-dataset: $(STAMP) ## Measure the dataset service: the queue against bare Postgres, a million trajectories
+	@$(BIN)/regreen bench dataset-queue dataset-store
+
 soak: $(STAMP) ## Run 10,000 sandboxes under random operations and kill -9; nothing may be left or lost
 	@.venv/bin/python -m tests.load.soak
+
+soak-queue: $(STAMP) ## Commit 20,000 rollouts from 200 workers under kill -9 and restarts of Postgres, each exactly once
+	@.venv/bin/python -m tests.load.queue
 
 fuzz: $(STAMP) ## Send 100,000 random and mutated requests to the sandbox service
 	@.venv/bin/python -m tests.load.fuzz

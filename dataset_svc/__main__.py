@@ -13,6 +13,9 @@ from dataset_svc import upkeep
 from dataset_svc.database import Database, upgrade
 from dataset_svc.localpg import LocalPostgres, LocalPostgresConfig
 from dataset_svc.queries.rollouts import QueuePolicy
+from dataset_svc.servicers.archive import ArchiveServicer
+from dataset_svc.servicers.knowledge import KnowledgeServicer
+from dataset_svc.servicers.parking import ParkingServicer
 from dataset_svc.servicers.queue import RolloutQueueServicer
 from dataset_svc.servicers.runs import RunServicer
 from dataset_svc.servicers.tasks import TaskServicer
@@ -31,7 +34,15 @@ _PAGE_BYTES = 32 << 20
 _WATCH_S = 1.0
 SERVICES = tuple(
     f"regreen.dataset.v1.{name}"
-    for name in ("TaskService", "TrajectoryService", "RolloutQueueService", "RunService")
+    for name in (
+        "TaskService",
+        "TrajectoryService",
+        "RolloutQueueService",
+        "RunService",
+        "ParkingService",
+        "ArchiveService",
+        "KnowledgeService",
+    )
 )
 
 
@@ -43,7 +54,12 @@ async def serving(settings: DatasetSettings, database_url: str) -> AsyncIterator
     store = TrajectoryStore(database, blobs, settings.max_message_bytes - _RESPONSE_SLACK_BYTES)
     transactions = Transactions(database)
     policy = QueuePolicy(
-        settings.max_attempts, settings.lease_s, settings.max_lease_s, settings.retry_s
+        settings.max_attempts,
+        settings.lease_s,
+        settings.max_lease_s,
+        settings.retry_s,
+        park_after=settings.park_after,
+        max_waiting=settings.max_waiting,
     )
     server = Server(settings, SERVICES, remember=False)
     page_bytes = min(settings.max_message_bytes // 2, _PAGE_BYTES)
@@ -51,13 +67,25 @@ async def serving(settings: DatasetSettings, database_url: str) -> AsyncIterator
     pb.add_TaskServiceServicer_to_server(tasks, server.grpc)
     listed = TrajectoryServicer(transactions, store, max_page_bytes=page_bytes)
     pb.add_TrajectoryServiceServicer_to_server(listed, server.grpc)
-    queue = RolloutQueueServicer(transactions, store, policy)
+    queue = RolloutQueueServicer(
+        transactions, store, policy, idle_asks_per_s=settings.idle_asks_per_s
+    )
     pb.add_RolloutQueueServiceServicer_to_server(queue, server.grpc)
+    pb.add_KnowledgeServiceServicer_to_server(KnowledgeServicer(transactions), server.grpc)
+    pb.add_ArchiveServiceServicer_to_server(ArchiveServicer(transactions, store), server.grpc)
+    pb.add_ParkingServiceServicer_to_server(ParkingServicer(transactions), server.grpc)
     pb.add_RunServiceServicer_to_server(
         RunServicer(transactions, max_page_bytes=page_bytes), server.grpc
     )
     keeper = asyncio.create_task(
-        upkeep.forever(database, policy, every_s=settings.upkeep_s, remember_s=settings.remember_s)
+        upkeep.forever(
+            database,
+            policy,
+            every_s=settings.upkeep_s,
+            remember_s=settings.remember_s,
+            blobs=blobs,
+            grace_s=settings.blob_grace_s,
+        )
     )
     try:
         async with server:
@@ -65,6 +93,8 @@ async def serving(settings: DatasetSettings, database_url: str) -> AsyncIterator
     finally:
         keeper.cancel()
         await asyncio.gather(keeper, return_exceptions=True)
+        await queue.close()
+        await store.close()
         await database.close()
 
 

@@ -127,7 +127,7 @@ def check_gate(report: GateRecord) -> None:
     control = is_of_control(report)
     repeats = max(MIN_REPEATS, report.evidence.get("repeats", 0))
     for kind in (*REPEATED_CHECKS, PINNED_CHECK):
-        name = CONTROL_CHECK if control and kind == "reference-passes" else kind
+        name = CONTROL_CHECK if control and kind == REFERENCE_CHECK else kind
         made = [check for check in report.checks if check.name == name]
         wanted = 1 if name == PINNED_CHECK else repeats
         if len({check.repeat for check in made}) < wanted:
@@ -153,9 +153,10 @@ def check_control(report: GateRecord, labels: Mapping[str, str]) -> None:
     """
     control = labels.get("control") == "true"
     if report.status == "admitted" and control != is_of_control(report):
-        wanted = CONTROL_CHECK if control else "reference-passes"
+        wanted = CONTROL_CHECK if control else REFERENCE_CHECK
         raise InvalidArgument(
-            "report.checks", f"are not those of {'a control' if control else 'a fixable task'}",
+            "report.checks",
+            f"are not those of {'a control' if control else 'a fixable task'}",
             f"repeat {wanted}, or change the task's label control",
         )
 

@@ -12,14 +12,16 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
 
+import structlog
 from alembic import command
 from alembic.config import Config
 from alembic.util import CommandError
-from sqlalchemy import Connection, create_engine, make_url
+from sqlalchemy import Connection, create_engine, make_url, text
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
+from dataset_svc.models import TEXT_INDEX
 from regreen.rpc.errors import (
     Aborted,
     DiskFull,
@@ -30,9 +32,14 @@ from regreen.rpc.errors import (
 )
 
 T = TypeVar("T")
+log = structlog.get_logger(__name__)
+CREATE_EXTENSION = "CREATE EXTENSION IF NOT EXISTS pg_trgm"
+_INDEX_LOCK = 0x74726772
 _RETRY_S = 5.0
 _TRY_AGAIN = ("40001", "40P01", "23505")
 """SQLSTATE of a serialization failure, a deadlock, and a row that another has just inserted."""
+_COLLECTED = "RG001"
+"""SQLSTATE of our own: the tokens of a trajectory were collected before a row named them."""
 _WRONG_VALUE = ("23502", "23514")
 """SQLSTATE of a value that is missing or breaks a CHECK: sending it again cannot help."""
 
@@ -77,6 +84,8 @@ def upgrade(url: str, revision: str = "head") -> None:
     try:
         with engine.connect() as connection:
             command.upgrade(alembic_config(connection), revision)
+            if revision == "head":
+                make_text_index(connection)
     except DBAPIError as error:
         raise translated(error) from error
     except CommandError as error:
@@ -86,6 +95,34 @@ def upgrade(url: str, revision: str = "head") -> None:
         ) from error
     finally:
         engine.dispose()
+
+
+def make_text_index(connection: Connection) -> bool:
+    """Make the index that searches for text use, unless it is there; whether it is there now.
+
+    It needs `pg_trgm`, which any owner of a database may create where the server has it. Without it
+    a search reads every turn that its other conditions leave.
+    """
+    connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _INDEX_LOCK})
+    try:
+        with connection.begin_nested():
+            connection.execute(text(CREATE_EXTENSION))
+            connection.execute(
+                text(
+                    f"CREATE INDEX IF NOT EXISTS {TEXT_INDEX} ON turns USING gin "
+                    "(text gin_trgm_ops)"
+                )
+            )
+        connection.commit()
+    except DBAPIError as error:
+        connection.rollback()
+        log.warning("text_search_unindexed", error=str(error.orig), remedy="install pg_trgm")
+        return False
+    return True
+
+
+class TokensCollected(Aborted):
+    """Tokens were announced so long ago that they were collected; announce and put them again."""
 
 
 class Database:
@@ -110,6 +147,7 @@ class Database:
         Raises:
             Unavailable: the server does not answer or the pool is empty.
             Aborted: concurrent work kept getting in the way.
+        TokensCollected: tokens that a row would name are gone.
             InvalidArgument: a value breaks a rule of the schema.
         """
         deadline = time.monotonic() + _RETRY_S
@@ -133,12 +171,14 @@ class Database:
 def translated(error: SQLAlchemyError) -> RegreenError:
     """The error of ours that stands for one of the driver's."""
     state = _sqlstate(error)
-    text = str(getattr(error, "orig", None) or error).strip().splitlines()[0:1]
-    message = text[0] if text else type(error).__name__
+    told = str(getattr(error, "orig", None) or error).strip().splitlines()[0:1]
+    message = told[0] if told else type(error).__name__
     if isinstance(error, PoolTimeout):
         return Unavailable("all database connections are busy", retry_after_s=1.0)
     if state == "53100":
         return DiskFull("the database has no space left", retry_after_s=30.0)
+    if state == _COLLECTED:
+        return TokensCollected("the tokens were collected before they were named; send them again")
     if state in _TRY_AGAIN or (isinstance(error, IntegrityError) and state not in _WRONG_VALUE):
         return Aborted(f"concurrent change: {message}")
     if state[:2] in ("22", "54") or state in _WRONG_VALUE:

@@ -18,3 +18,13 @@ LOST = Counter("regreen_dataset_rollouts_lost", "Rollouts lost to infrastructure
 LEASES_EXPIRED = Counter(
     "regreen_dataset_leases_refused", "Calls refused because the lease belongs to another."
 )
+PARKED = Counter("regreen_dataset_tasks_parked", "Tasks set aside because rollouts were lost.")
+GATHERED = Histogram(
+    "regreen_dataset_gathered",
+    "Calls that were answered by one transaction.",
+    ["operation"],
+    buckets=(1, 2, 4, 8, 16, 32, 64),
+)
+PRUNED = Counter("regreen_dataset_trajectories_pruned", "Trajectories removed by retention.")
+COLLECTED = Counter("regreen_dataset_blobs_collected", "Blobs removed because nobody names them.")
+COLLECTED_BYTES = Counter("regreen_dataset_blob_bytes_collected", "Their size.")

@@ -37,9 +37,14 @@ GRADERS = ("build", "build_gates", "build_gates_judge")
 RUN_KINDS = ("sft", "grpo", "eval")
 RUN_STATES = ("active", "done", "failed")
 GROUP_STATES = ("open", "complete", "taken", "acknowledged")
-ROLLOUT_STATES = ("waiting", "leased", "committed", "lost")
+ROLLOUT_STATES = ("waiting", "leased", "committed", "lost", "pruned")
+KNOWLEDGE_KINDS = ("reference-fix", "trajectory", "changelog")
 TURN_ROLES = ("prompt", "policy", "tool")
 EPISODE_ENDS = ("submitted", "gave_up", "turn_limit", "token_limit", "time_limit", "stuck")
+
+
+TEXT_INDEX = "ix_turns_text_trgm"
+"""Index over the text of turns; it needs the extension `pg_trgm`."""
 
 
 def _one_of(column: str, values: tuple[str, ...]) -> CheckConstraint:
@@ -205,6 +210,7 @@ class Group(Base):
         ),
         Index(None, "run_id", "state", "step", "seq"),
         Index(None, "checkpoint_id"),
+        Index(None, "run_id", "task_id"),
     )
 
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -246,8 +252,16 @@ class Rollout(Base):
             "group_index",
             postgresql_where="state IN ('waiting', 'leased')",
         ),
+        Index(
+            "ix_rollouts_work_of_run",
+            "run_id",
+            "step",
+            "group_seq",
+            "group_index",
+            postgresql_where="state IN ('waiting', 'leased')",
+        ),
         Index("ix_rollouts_expiry", "expire_time", postgresql_where="state = 'leased'"),
-        Index(None, "run_id", "state"),
+        Index(None, "run_id", "state", "id"),
     )
 
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -264,6 +278,22 @@ class Rollout(Base):
     not_before: Mapped[datetime | None]
     trajectory_id: Mapped[str | None] = mapped_column(ForeignKey("trajectories.id"))
     error: Mapped[str] = mapped_column(server_default="")
+    final_time: Mapped[datetime | None]
+    """When it was committed or lost."""
+
+
+class ParkedTask(Base):
+    """A task that is set aside in a run because its rollouts are lost while others succeed."""
+
+    __tablename__ = "parked_tasks"
+
+    run_id: Mapped[str] = mapped_column(ForeignKey("runs.id", ondelete="CASCADE"), primary_key=True)
+    task_id: Mapped[str] = mapped_column(
+        ForeignKey("tasks.id", ondelete="CASCADE"), primary_key=True
+    )
+    reason: Mapped[str]
+    lost: Mapped[int]
+    park_time: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
 class Lease(Base):
@@ -295,6 +325,16 @@ class Trajectory(Base):
         Index(None, "group_id"),
         Index("ix_trajectories_solved", "seq", postgresql_where="solved"),
         Index("ix_trajectories_hacks", "hacks", postgresql_using="gin"),
+        Index("ix_trajectories_tools", "tools", postgresql_using="gin"),
+        Index(
+            "ix_trajectories_accepted", "accepted", "seq", postgresql_where="accepted IS NOT NULL"
+        ),
+        Index(None, "policy", "seq"),
+        Index(None, "actor", "seq"),
+        Index(None, "pipeline", "seq"),
+        Index(None, "mode", "seq"),
+        Index(None, "run_id", "policy", "actor", "solved"),
+        Index("ix_trajectories_flagged", "run_id", "hacks", postgresql_where="hacks <> '{}'"),
     )
 
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -321,6 +361,10 @@ class Trajectory(Base):
     reward: Mapped[float | None]
     solved: Mapped[bool]
     hacks: Mapped[list[str]]
+    tools: Mapped[list[str]] = mapped_column(server_default="{}")
+    """Tools that were called, each once."""
+    accepted: Mapped[bool | None]
+    """The judge's decision; empty where it was not asked."""
     labels: Mapped[Document]
     stage_seconds: Mapped[Document]
     start_time: Mapped[datetime | None]
@@ -341,7 +385,12 @@ class Turn(Base):
     __tablename__ = "turns"
     __table_args__ = (
         _one_of("role", TURN_ROLES),
-        Index("ix_turns_tool", "tool", postgresql_where="tool <> ''"),
+        Index(
+            TEXT_INDEX,
+            "text",
+            postgresql_using="gin",
+            postgresql_ops={"text": "gin_trgm_ops"},
+        ),
     )
 
     trajectory_id: Mapped[str] = mapped_column(
@@ -357,6 +406,22 @@ class Turn(Base):
     ok: Mapped[bool]
     duration_s: Mapped[float]
     state_id: Mapped[str]
+
+
+class Blob(Base):
+    """A blob of tokens and how many trajectories name it; triggers count."""
+
+    __tablename__ = "blobs"
+    __table_args__ = (
+        CheckConstraint("refs >= 0", name="refs_not_negative"),
+        Index("ix_blobs_unreferenced", "touch_time", postgresql_where="refs = 0"),
+    )
+
+    sha256: Mapped[str] = mapped_column(primary_key=True)
+    size_bytes: Mapped[int]
+    refs: Mapped[int] = mapped_column(server_default="0")
+    touch_time: Mapped[datetime] = mapped_column(server_default=func.now())
+    """When it was last announced, named or left by a trajectory."""
 
 
 class RewardPart(Base):
@@ -387,6 +452,59 @@ class Verdict(Base):
     rules_version: Mapped[str]
     evidence_sha256: Mapped[str]
     document: Mapped[Document]
+
+
+class Knowledge(Base):
+    """An error and what repaired it in a training task, or a fact about a package."""
+
+    __tablename__ = "knowledge"
+    __table_args__ = (
+        _one_of("kind", KNOWLEDGE_KINDS),
+        CheckConstraint("(kind = 'changelog') = (task_id IS NULL)", name="task_of_fix"),
+        Index(None, "task_id"),
+        Index(None, "signature"),
+    )
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    kind: Mapped[str]
+    task_id: Mapped[str | None] = mapped_column(ForeignKey("tasks.id", ondelete="CASCADE"))
+    trajectory_id: Mapped[str]
+    mode: Mapped[str]
+    error: Mapped[str]
+    signature: Mapped[str]
+    culprit: Mapped[str]
+    package_family: Mapped[str]
+    families: Mapped[list[str]]
+    """Of the culprit and of every package that the fix moved."""
+    length: Mapped[int]
+    """Words in it."""
+    document: Mapped[Document]
+    create_time: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class KnowledgeWord(Base):
+    """How often a word is in an item."""
+
+    __tablename__ = "knowledge_words"
+    __table_args__ = (Index(None, "item_id"),)
+
+    word: Mapped[str] = mapped_column(primary_key=True)
+    item_id: Mapped[str] = mapped_column(
+        ForeignKey("knowledge.id", ondelete="CASCADE"), primary_key=True
+    )
+    count: Mapped[int]
+
+
+class KnowledgeUse(Base):
+    """A trajectory that was shown an item, and whether it solved its task honestly."""
+
+    __tablename__ = "knowledge_uses"
+
+    item_id: Mapped[str] = mapped_column(
+        ForeignKey("knowledge.id", ondelete="CASCADE"), primary_key=True
+    )
+    trajectory_id: Mapped[str] = mapped_column(primary_key=True)
+    won: Mapped[bool]
 
 
 class Request(Base):

@@ -179,6 +179,11 @@ class TrajectoryQuery:
     pipeline: str = ""
     mode: str = ""
     group_id: str = ""
+    tool: str = ""
+    verdict: str = ""
+    """`accepted` or `rejected` by the judge."""
+    text: str = ""
+    """In the text of a turn, whatever the case."""
 
 
 @dataclass(frozen=True, slots=True)

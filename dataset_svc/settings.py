@@ -40,7 +40,15 @@ class DatasetSettings(ServiceSettings):
     """Tries of a rollout before it counts as lost to infrastructure."""
     retry_s: float = Field(default=2.0, ge=0, le=60.0)
     """Pause before a rollout that failed is tried again; doubles each time, up to a minute."""
+    park_after: int = Field(default=3, ge=0)
+    """Rollouts of a task lost in a row, while others succeed, that set it aside; 0: never."""
+    max_waiting: int = Field(default=1_000_000, ge=1)
+    """Rollouts of a run that may wait; more are refused until some are leased."""
+    idle_asks_per_s: float = Field(default=50.0, gt=0)
+    """Calls a second that all workers without work make together."""
     remember_s: float = Field(default=48 * 3600.0, ge=24 * 3600.0)
     """How long the answer to a request id is kept."""
+    blob_grace_s: float = Field(default=6 * 3600.0, ge=0)
+    """How long tokens that no trajectory names are kept; longer than any commit takes."""
     upkeep_s: float = Field(default=10.0, gt=0)
     """Pause between sweeps of leases that ran out."""

@@ -1,22 +1,26 @@
 """Stores and reads whole trajectories: tokens in the blob store, the rest in Postgres.
 
-- Tokens are stored before the row that names them: a crash in between leaves an unnamed blob, which
-  the next attempt uses.
+- Tokens are announced, then stored, then named by a row: a crash in between leaves a blob that the
+  next attempt uses, or the collector removes.
 - What a lease says of its rollout fills what is empty and must equal what is not.
 - A commit that cannot succeed is refused before its tokens are written.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dataset_svc import arrays, checks
 from dataset_svc.database import Database
-from dataset_svc.queries import rollouts, trajectories
+from dataset_svc.gather import Gatherer
+from dataset_svc.queries import blobs as announced
+from dataset_svc.queries import trajectories
+from dataset_svc.queries.committing import Admission
 from dataset_svc.queries.trajectories import Packed
 from dataset_svc.records import LeaseRecord, TrajectoryQuery, TrajectoryRecord
-from regreen.blobs import BlobStore, digest_of
+from regreen.blobs import BlobStore, Digest, digest_of
 from regreen.ids import check_id, new_id
 from regreen.rpc.errors import InvalidArgument
 
@@ -24,7 +28,7 @@ _EXPORT_ROWS = 64
 _EXPORT_BYTES = 32 << 20
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TrajectoryStore:
     """Postgres and the blob store as one place for trajectories."""
 
@@ -32,6 +36,14 @@ class TrajectoryStore:
     blobs: BlobStore
     max_wire_bytes: int = 60 << 20
     """Bound on a response; no trajectory or group may need more."""
+    _announcing: Gatherer[Digest, None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._announcing = Gatherer(self._announce_many)
+
+    async def close(self) -> None:
+        """Wait for what is under way."""
+        await self._announcing.close()
 
     async def pack(self, record: TrajectoryRecord) -> Packed:
         """Check a trajectory, store its tokens, and give what a transaction then inserts.
@@ -47,8 +59,68 @@ class TrajectoryStore:
             await trajectories.check_new(session, packed)
 
         await self.database.run(admit)
-        await self.blobs.put(blob)
+        await self._keep(packed, blob)
         return packed
+
+    async def store_many(self, records: Sequence[TrajectoryRecord], first: int) -> tuple[int, int]:
+        """Store trajectories that have ids, in one transaction; how many are new and known.
+
+        `first` is the place of the first in its stream.
+
+        Raises:
+            InvalidArgument: one is malformed; names it by its place.
+            AlreadyExists: an id is stored with other content, or comes twice.
+            NotFound: an unknown task or run.
+        """
+        made = await asyncio.to_thread(self._packed_many, records, first)
+
+        async def admit(session: AsyncSession) -> list[bool]:
+            return await trajectories.check_many(session, [packed for packed, _ in made])
+
+        new = [
+            pair
+            for pair, wanted in zip(made, await self.database.run(admit), strict=True)
+            if wanted
+        ]
+
+        async def insert(session: AsyncSession) -> None:
+            still = await trajectories.check_many(session, [packed for packed, _ in new])
+            await trajectories.insert_trajectories(
+                session,
+                [(pair[0], "") for pair, wanted in zip(new, still, strict=True) if wanted],
+            )
+
+        if new:
+            digests = [packed.blob for packed, _ in new]
+            await self.database.run(lambda session: announced.announce(session, digests))
+            await self.blobs.put_many([blob for _, blob in new])
+            await self.database.run(insert)
+        return len(new), len(made) - len(new)
+
+    def _packed_many(
+        self, records: Sequence[TrajectoryRecord], first: int
+    ) -> list[tuple[Packed, bytes]]:
+        made = []
+        for place, record in enumerate(records, first):
+            try:
+                check_id(record.id, "trj", "trajectory.id")
+                made.append(self._packed(record, share=1))
+            except InvalidArgument as error:
+                raise InvalidArgument(
+                    error.field.replace("trajectory", f"trajectories[{place}]", 1),
+                    error.problem,
+                    error.remedy,
+                ) from error
+        return made
+
+    async def _keep(self, packed: Packed, blob: bytes) -> None:
+        """Announce and put the tokens of a trajectory that is about to be stored."""
+        await self._announcing.submit(packed.blob)
+        await self.blobs.put(blob)
+
+    async def _announce_many(self, digests: Sequence[Digest]) -> list[None]:
+        await self.database.run(lambda session: announced.announce(session, digests))
+        return [None] * len(digests)
 
     def _packed(self, record: TrajectoryRecord, *, share: int) -> tuple[Packed, bytes]:
         """A checked trajectory and its tokens; `share` of them must fit into one response."""
@@ -60,26 +132,19 @@ class TrajectoryStore:
         blob = arrays.pack(record.stream)
         return Packed(record, digest_of(blob), record.fingerprint(blob)), blob
 
-    async def pack_for_lease(self, lease_id: str, record: TrajectoryRecord) -> Packed:
-        """As `pack`, for the rollout of a lease.
+    async def pack_for_lease(
+        self, lease_id: str, record: TrajectoryRecord, found: Admission
+    ) -> Packed:
+        """As `pack`, for the rollout of a lease of which `found` is known.
 
         Raises:
             InvalidArgument: it is malformed, or is not of that rollout.
             LeaseExpired: the rollout is not this lease's, or holds another trajectory.
-            NotFound: there never was such a lease.
+            AlreadyExists: its id is stored with other content.
         """
-
-        async def find(session: AsyncSession) -> LeaseRecord:
-            return await rollouts.slot(session, lease_id)
-
-        lease = await self.database.run(find)
-        packed, blob = self._packed(fill(record, lease), share=lease.group.size)
-
-        async def admit(session: AsyncSession) -> None:
-            await rollouts.check_commit(session, lease_id, packed)
-
-        await self.database.run(admit)
-        await self.blobs.put(blob)
+        packed, blob = self._packed(fill(record, found.lease), share=found.lease.group.size)
+        found.check(lease_id, packed)
+        await self._keep(packed, blob)
         return packed
 
     async def load(

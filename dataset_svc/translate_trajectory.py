@@ -25,7 +25,11 @@ from dataset_svc.translate import (
 from regreen.common import v1 as common_pb
 from regreen.dataset import v1 as pb
 from regreen.judge import v1 as judge_pb
+from regreen.rpc.errors import InvalidArgument
 from regreen.sandbox import v1 as sandbox_pb
+
+_LEAST_CHARS, _MOST_CHARS = 3, 400
+"""A shorter text has no trigram, so that no index could find it."""
 
 
 def trajectory_record(message: pb.Trajectory) -> TrajectoryRecord:
@@ -123,7 +127,28 @@ def trajectory_query(filter: pb.TrajectoryFilter) -> TrajectoryQuery:
         pipeline=enum_name(common_pb.Pipeline, filter.pipeline, "filter.pipeline"),
         mode=enum_name(common_pb.Mode, filter.mode, "filter.mode"),
         group_id=filter.group_id,
+        tool=filter.tool,
+        verdict=_verdict(filter.verdict),
+        text=_needle(filter.text),
     )
+
+
+def _verdict(value: str) -> str:
+    if value not in ("", "accepted", "rejected"):
+        raise InvalidArgument(
+            "filter.verdict", f"{value[:80]!r} is unknown", "give accepted or rejected"
+        )
+    return value
+
+
+def _needle(text: str) -> str:
+    if text and not _LEAST_CHARS <= len(text) <= _MOST_CHARS:
+        raise InvalidArgument(
+            "filter.text",
+            f"has {len(text)} characters",
+            f"give {_LEAST_CHARS} to {_MOST_CHARS} that follow each other in a turn",
+        )
+    return text
 
 
 def _turn_record(turn: pb.Turn, place: int) -> TurnRecord:

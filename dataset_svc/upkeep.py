@@ -1,4 +1,4 @@
-"""What must happen even when nobody calls: leases run out, old answers go, gauges move.
+"""What must happen even when nobody calls: leases run out, old answers and blobs go.
 
 - Nothing here is needed for correctness: every call that depends on it does its own sweep.
 - Trouble is logged and tried again at the next turn; it never ends the service.
@@ -12,8 +12,10 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from dataset_svc import measures
 from dataset_svc.database import Database
 from dataset_svc.models import GROUP_STATES, ROLLOUT_STATES
+from dataset_svc.queries import blobs as unreferenced
 from dataset_svc.queries import groups, requests, rollouts
 from dataset_svc.queries.rollouts import QueuePolicy
+from regreen.blobs import BlobStore
 from regreen.rpc.errors import RegreenError
 
 log = structlog.get_logger(__name__)
@@ -37,13 +39,34 @@ async def turn(database: Database, policy: QueuePolicy, remember_s: float) -> No
         measures.GROUPS.labels(state).set(by_group.get(state, 0))
 
 
+async def collect(database: Database, blobs: BlobStore, grace_s: float) -> int:
+    """Remove blobs that nobody has named for a while; how many."""
+    total = 0
+    while True:
+        count, size_bytes = await database.run(
+            lambda session: unreferenced.collect(session, blobs, grace_s)
+        )
+        measures.COLLECTED.inc(count)
+        measures.COLLECTED_BYTES.inc(size_bytes)
+        total += count
+        if not count:
+            return total
+
+
 async def forever(
-    database: Database, policy: QueuePolicy, *, every_s: float, remember_s: float
+    database: Database,
+    policy: QueuePolicy,
+    *,
+    every_s: float,
+    remember_s: float,
+    blobs: BlobStore,
+    grace_s: float,
 ) -> None:
     """Turn after turn until cancelled."""
     while True:
         try:
             await turn(database, policy, remember_s)
+            await collect(database, blobs, grace_s)
         except RegreenError as error:
             log.warning("upkeep_failed", error=str(error))
         await asyncio.sleep(every_s)

@@ -9,12 +9,13 @@
 """
 
 import asyncio
+import ctypes
 import errno
 import hashlib
 import os
 import re
 import tempfile
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, TypeVar
@@ -30,6 +31,9 @@ CHUNK_BYTES = 4 << 20
 """Size of the pieces in which blobs are streamed."""
 
 T = TypeVar("T")
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_PUTS = 64
+"""Contents of one `put_many` that are written at once."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[a-z0-9_-]{1,128}")
 
@@ -68,6 +72,10 @@ class BlobStore(Protocol):
 
     async def put(self, content: bytes) -> Digest:
         """Store `content` unless it is there already, and give its digest."""
+        ...
+
+    async def put_many(self, contents: Sequence[bytes]) -> list[Digest]:
+        """Store several contents; with a local directory, one wait for the disk is for all."""
         ...
 
     async def put_file(self, path: Path) -> Digest:
@@ -155,16 +163,32 @@ class ObjectBlobs:
 
     async def put(self, content: bytes) -> Digest:
         digest = digest_of(content)
+        if await self._written(digest, content):
+            await self._sync(digest)
+        return digest
+
+    async def put_many(self, contents: Sequence[bytes]) -> list[Digest]:
+        digests = [digest_of(content) for content in contents]
+        for start in range(0, len(contents), _PUTS):
+            part = slice(start, start + _PUTS)
+            await asyncio.gather(
+                *(self._written(*pair) for pair in zip(digests[part], contents[part], strict=True))
+            )
+        if self._sync_root is not None:
+            await asyncio.to_thread(sync_file_system, self._sync_root)
+        return digests
+
+    async def _written(self, digest: Digest, content: bytes) -> bool:
+        """Whether the content had to be written; it may not have reached the disk yet."""
         try:
             await self._store.put_async(_key(digest), content, mode="create", use_multipart=False)
         except AlreadyExistsError:
             if await self.exists(digest):
-                return digest
+                return False
             await _translated(self._store.put_async(_key(digest), content), digest)
         except BaseError as error:
             raise _error(error, digest) from error
-        await self._sync(digest)
-        return digest
+        return True
 
     async def put_file(self, path: Path) -> Digest:
         digest = await asyncio.to_thread(digest_of_file, path)
@@ -319,6 +343,17 @@ def _name_key(name: str) -> str:
 def _sync_file(path: Path) -> None:
     sync_path(path)
     sync_path(path.parent)
+
+
+def sync_file_system(path: Path) -> None:
+    """Have everything written to the file system of `path` survive a loss of power."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        if _LIBC.syncfs(handle) != 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), str(path))
+    finally:
+        os.close(handle)
 
 
 def sync_path(path: Path) -> None:

@@ -10,6 +10,7 @@
   checkpoints before it do not contain; their lost rollouts are tried anew, so that a group that
   has some is complete again when they are done.
 - A checkpoint recorded after C is abandoned: never listed, rewound to or acknowledged again.
+- A rewind releases the tasks that were parked in the run.
 - Every rewind starts a new epoch; a driver that says its epoch cannot act in a later one.
 - Taking and acknowledging share the run's row, rewinding has it alone: they never interleave.
 """
@@ -17,10 +18,13 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from sqlalchemy import ColumnElement, case, func, select, update
+from sqlalchemy import ColumnElement, case, delete, func, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from dataset_svc.models import Checkpoint, Group, Rollout, Run, Trajectory
+from dataset_svc.models import Checkpoint, Group, ParkedTask, Rollout, Run, Trajectory
+from dataset_svc.queries.closing import reopen_groups
+from dataset_svc.queries.parking import REOPENED
+from dataset_svc.queries.retention import has_pruned
 from dataset_svc.queries.rollouts import QueuePolicy, group_record, sweep
 from dataset_svc.records import TakenGroup
 from regreen.rpc.errors import Aborted, FailedPrecondition, NotFound
@@ -142,9 +146,15 @@ async def rewind(session: AsyncSession, run_id: str, checkpoint_id: str = "") ->
 
     Raises:
         NotFound: no such run or checkpoint.
-        FailedPrecondition: the checkpoint was abandoned by an earlier rewind.
+        FailedPrecondition: the checkpoint was abandoned by an earlier rewind, or trajectories of
+            the run were pruned.
     """
     run = await locked_run(session, run_id, 0, shared=False)
+    if await has_pruned(session, run_id):
+        raise FailedPrecondition(
+            f"trajectories of run {run_id} were pruned, so its groups are no longer whole; start a "
+            "new run"
+        )
     kept_seq = 0
     if checkpoint_id:
         checkpoint = await _checkpoint(session, checkpoint_id)
@@ -165,17 +175,8 @@ async def rewind(session: AsyncSession, run_id: str, checkpoint_id: str = "") ->
         .returning(Group.id)
     )
     groups = len(back.all())
-    for group_id, count in sorted(reopened.items()):
-        await session.execute(
-            update(Group)
-            .where(Group.id == group_id)
-            .values(
-                state="open",
-                pending=Group.pending + count,
-                lost=Group.lost - count,
-                complete_time=None,
-            )
-        )
+    await reopen_groups(session, reopened)
+    await session.execute(delete(ParkedTask).where(ParkedTask.run_id == run_id))
     await session.execute(
         update(Checkpoint)
         .where(Checkpoint.run_id == run_id, Checkpoint.seq > kept_seq)
@@ -275,7 +276,7 @@ async def _with_members(session: AsyncSession, groups: Sequence[Group]) -> list[
 
 async def _reopen_lost(
     session: AsyncSession, run_id: str, unconsumed: ColumnElement[bool]
-) -> dict[str, int]:
+) -> "Counter[str]":
     """Let the lost rollouts of those groups be tried anew; how many, by group."""
     rows = await session.execute(
         update(Rollout)
@@ -283,7 +284,7 @@ async def _reopen_lost(
             Rollout.state == "lost",
             Rollout.group_id.in_(select(Group.id).where(Group.run_id == run_id, unconsumed)),
         )
-        .values(state="waiting", attempt=0, not_before=None, lease_id=None, expire_time=None)
+        .values(**REOPENED)
         .returning(Rollout.group_id)
     )
     return Counter(row.group_id for row in rows)

@@ -1,4 +1,5 @@
-"""The rollout queue, worker's side: enqueue, lease, heartbeat, commit, fail.
+"""The rollout queue, worker's side: enqueue, heartbeat, fail, sweep; `leasing` and `committing`
+hold the other two.
 
 A rollout is one slot of a group:
 
@@ -22,21 +23,31 @@ A rollout is one slot of a group:
 - The time is the database's, so that several replicas agree on when a lease runs out.
 """
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from typing import Any
 
-from sqlalchemy import ColumnElement, and_, case, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dataset_svc import measures
-from dataset_svc.models import Group, Lease, Rollout, Run, Trajectory
+from dataset_svc.models import Group, Lease, Rollout, Run
+from dataset_svc.queries import parking
+from dataset_svc.queries.closing import close_groups
 from dataset_svc.queries.tasks import known_tasks
-from dataset_svc.queries.trajectories import Packed, check_new, insert_trajectory
 from dataset_svc.records import GroupRecord, LeaseRecord
 from regreen.ids import derive_seed, new_id
-from regreen.rpc.errors import AlreadyExists, InvalidArgument, LeaseExpired, NotFound
+from regreen.rpc.errors import (
+    AlreadyExists,
+    InvalidArgument,
+    LeaseExpired,
+    NotFound,
+    ResourceExhausted,
+)
+
+LAST_RAN_OUT = "the last lease ran out"
+_ROOM_RETRY_S = 2.0
 
 Clock = Callable[[], ColumnElement[datetime]]
 """Makes the SQL expression for the time; tests give one that they control."""
@@ -62,28 +73,28 @@ class QueuePolicy:
     max_retry_s: float = 60.0
     """Longest such pause."""
     clock: Clock = database_clock
+    park_after: int = 0
+    """Rollouts of a task lost in a row, while others succeed, that set it aside; 0: never."""
+    max_waiting: int = 1 << 62
+    """Rollouts of a run that may wait before no more are taken in."""
 
     def pause(self, failures: int) -> timedelta:
         """How long a slot waits after its n-th failure."""
         return timedelta(seconds=min(self.retry_s * 2 ** min(failures - 1, 30), self.max_retry_s))
 
 
-@dataclass(frozen=True, slots=True)
-class Committed:
-    """Where a committed rollout went."""
-
-    trajectory_id: str
-    group_complete: bool
-
-
-async def enqueue(session: AsyncSession, groups: Sequence[GroupRecord]) -> list[str]:
+async def enqueue(
+    session: AsyncSession, groups: Sequence[GroupRecord], policy: QueuePolicy | None = None
+) -> list[str]:
     """Add groups with their rollouts; their ids in order. A group that is there already is left.
 
     Raises:
         NotFound: an unknown run or task.
         AlreadyExists: a group of that id has other content.
         InvalidArgument: a group comes twice.
+        ResourceExhausted: too many rollouts of the run wait already.
     """
+    policy = policy or QueuePolicy()
     groups = [replace(group, id=group.id or new_id("grp")) for group in groups]
     positions: dict[str, int] = {}
     for position, group in enumerate(groups):
@@ -96,64 +107,14 @@ async def enqueue(session: AsyncSession, groups: Sequence[GroupRecord]) -> list[
         if group.run_id not in runs:
             raise NotFound(f"no run {group.run_id[:200]!r}")
     stored = {g.id: g for g in await session.scalars(select(Group).where(Group.id.in_(positions)))}
+    await _check_room(session, policy, [group for group in groups if group.id not in stored])
+    parked = await parking.reasons(session, [(group.run_id, group.task_id) for group in groups])
     for group in groups:
         if group.id not in stored:
-            await _insert_group(session, group)
+            await _insert_group(session, group, parked.get((group.run_id, group.task_id)))
         elif group_record(stored[group.id]) != group:
             raise AlreadyExists(f"group {group.id} is stored with other content; use a new id")
     return [group.id for group in groups]
-
-
-async def lease(
-    session: AsyncSession,
-    policy: QueuePolicy,
-    *,
-    worker: str,
-    count: int,
-    run_id: str = "",
-    lease_s: float | None = None,
-) -> list[LeaseRecord]:
-    """Lease up to `count` rollouts, lowest step and oldest group first.
-
-    Raises:
-        NotFound: no such run.
-    """
-    if run_id and await session.get(Run, run_id) is None:
-        raise NotFound(f"no run {run_id[:200]!r}")
-    await sweep(session, policy)
-    now = policy.clock()
-    rested = or_(Rollout.not_before.is_(None), Rollout.not_before <= now)
-    available = or_(
-        and_(Rollout.state == "waiting", rested),
-        and_(Rollout.state == "leased", Rollout.expire_time < now),
-    )
-    wanted = select(Rollout, Rollout.state == "leased").where(available)
-    if run_id:
-        wanted = wanted.where(Rollout.run_id == run_id)
-    wanted = wanted.order_by(Rollout.step, Rollout.group_seq, Rollout.group_index).limit(count)
-    rows = (await session.execute(wanted.with_for_update(skip_locked=True))).all()
-    if not rows:
-        return []
-    expires = (await session.execute(select(now + _length(policy, lease_s)))).scalar_one()
-    leases: list[dict[str, Any]] = []
-    for rollout, ran_out in rows:
-        rollout.attempt += 1 if ran_out else 0
-        rollout.state, rollout.lease_id, rollout.expire_time = "leased", new_id("lse"), expires
-        leases.append(
-            {
-                "id": rollout.lease_id,
-                "rollout_id": rollout.id,
-                "worker": worker,
-                "attempt": rollout.attempt,
-            }
-        )
-    await session.flush()
-    await session.execute(insert(Lease), leases)
-    groups = await session.scalars(
-        select(Group).where(Group.id.in_({row[0].group_id for row in rows}))
-    )
-    by_id = {group.id: group_record(group) for group in groups}
-    return [lease_record(row[0], by_id[row[0].group_id]) for row in rows]
 
 
 async def heartbeat(
@@ -176,9 +137,7 @@ async def heartbeat(
         .with_for_update(of=Rollout)
     )
     held = {rollout.lease_id: (rollout, group) for rollout, group in rows}
-    expires = (
-        await session.execute(select(policy.clock() + _length(policy, lease_s)))
-    ).scalar_one()
+    expires = (await session.execute(select(policy.clock() + length(policy, lease_s)))).scalar_one()
     extended, gone = [], []
     for lease_id in lease_ids:
         rollout, group = held.get(lease_id, (None, None))
@@ -189,40 +148,6 @@ async def heartbeat(
         extended.append(lease_record(rollout, group_record(group)))
     await session.flush()
     return extended, gone
-
-
-async def commit(session: AsyncSession, lease_id: str, packed: Packed) -> Committed:
-    """Store the trajectory of a leased rollout and close its slot.
-
-    Raises:
-        LeaseExpired: the slot belongs to another lease, is lost, or holds another trajectory.
-        NotFound: there never was such a lease.
-    """
-    rollout = await _locked(session, lease_id)
-    if rollout.state == "committed":
-        return await _same_again(session, lease_id, rollout, packed)
-    _check_holder(rollout, lease_id)
-    trajectory_id = await insert_trajectory(session, packed, lease_id)
-    rollout.state, rollout.trajectory_id, rollout.expire_time = "committed", trajectory_id, None
-    await session.flush()
-    return Committed(trajectory_id, await _close_slot(session, rollout.group_id, lost=0))
-
-
-async def check_commit(session: AsyncSession, lease_id: str, packed: Packed) -> None:
-    """Refuse what `commit` would refuse now, without a lock, so that nothing is written for it.
-
-    Raises:
-        LeaseExpired: the slot belongs to another lease, is lost, or holds another trajectory.
-        NotFound: there never was such a lease.
-        AlreadyExists: the id is stored with other content.
-    """
-    rollout_id = (await _rollouts_of(session, [lease_id]))[lease_id]
-    rollout = await session.get_one(Rollout, rollout_id)
-    if rollout.state == "committed":
-        await _same_again(session, lease_id, rollout, packed)
-    else:
-        _check_holder(rollout, lease_id)
-        await check_new(session, packed)
 
 
 async def fail(
@@ -251,10 +176,14 @@ async def fail(
     if retried:
         until = select(policy.clock() + policy.pause(rollout.attempt))
         rollout.not_before = (await session.execute(until)).scalar_one()
+    else:
+        rollout.final_time = (await session.execute(select(func.now()))).scalar_one()
     await session.flush()
     if not retried:
-        await _close_slot(session, rollout.group_id, lost=1)
+        one = Counter([rollout.group_id])
+        await close_groups(session, one, one)
         measures.LOST.inc()
+        await _consider(session, policy, one)
     return retried
 
 
@@ -269,37 +198,29 @@ async def sweep(session: AsyncSession, policy: QueuePolicy) -> int:
         )
         .with_for_update(skip_locked=True)
     )
-    lost = await session.execute(
+    rows = await session.execute(
         update(Rollout)
         .where(Rollout.id.in_(ran_out))
-        .values(state="lost", attempt=Rollout.attempt + 1, error="the last lease ran out")
-        .returning(Rollout.group_id)
-    )
-    groups = sorted(row.group_id for row in lost)
-    measures.LOST.inc(len(groups))
-    for group_id in groups:
-        await _close_slot(session, group_id, lost=1)
-    return len(groups)
-
-
-async def slot(session: AsyncSession, lease_id: str) -> LeaseRecord:
-    """What a lease is for; takes no lock.
-
-    Raises:
-        NotFound: there never was such a lease.
-    """
-    row = (
-        await session.execute(
-            select(Rollout, Group, Lease.attempt)
-            .join(Lease, Lease.rollout_id == Rollout.id)
-            .join(Group, Group.id == Rollout.group_id)
-            .where(Lease.id == lease_id)
+        .values(
+            state="lost", attempt=Rollout.attempt + 1, error=LAST_RAN_OUT, final_time=func.now()
         )
-    ).first()
-    if row is None:
-        raise NotFound(f"no lease {lease_id[:200]!r}")
-    record = lease_record(row[0], group_record(row[1]))
-    return replace(record, id=lease_id, attempt=row[2])
+        .returning(Rollout.group_id, Rollout.lease_id)
+        .execution_options(synchronize_session=False)
+    )
+    ended = rows.all()
+    if not ended:
+        return 0
+    await session.execute(
+        update(Lease)
+        .where(Lease.id.in_([row.lease_id for row in ended]), Lease.error == "")
+        .values(error=LAST_RAN_OUT)
+        .execution_options(synchronize_session=False)
+    )
+    lost = Counter(row.group_id for row in ended)
+    measures.LOST.inc(len(ended))
+    await close_groups(session, lost, lost)
+    await _consider(session, policy, lost)
+    return len(ended)
 
 
 def group_record(group: Group) -> GroupRecord:
@@ -331,7 +252,34 @@ def lease_record(rollout: Rollout, group: GroupRecord) -> LeaseRecord:
     )
 
 
-async def _insert_group(session: AsyncSession, group: GroupRecord) -> None:
+async def _check_room(
+    session: AsyncSession, policy: QueuePolicy, groups: Sequence[GroupRecord]
+) -> None:
+    """Refuse what would have more wait than the queue is to hold; what comes first always fits."""
+    wanted = Counter[str]()
+    for group in groups:
+        wanted[group.run_id] += group.size
+    for run_id, count in sorted(wanted.items()):
+        waiting = (
+            select(Rollout.id)
+            .where(Rollout.run_id == run_id, Rollout.state == "waiting")
+            .limit(policy.max_waiting + 1)
+        )
+        there = (
+            await session.execute(select(func.count()).select_from(waiting.subquery()))
+        ).scalar_one()
+        if there and there + count > policy.max_waiting:
+            raise ResourceExhausted(
+                f"{there} rollouts of run {run_id} wait already, and with these {count} more than "
+                f"{policy.max_waiting} would; enqueue them when some are leased",
+                retry_after_s=_ROOM_RETRY_S,
+            )
+
+
+async def _insert_group(session: AsyncSession, group: GroupRecord, parked: str | None) -> None:
+    ended = None
+    if parked is not None:
+        ended = (await session.execute(select(func.now()))).scalar_one()
     row = Group(
         id=group.id,
         run_id=group.run_id,
@@ -343,8 +291,10 @@ async def _insert_group(session: AsyncSession, group: GroupRecord) -> None:
         seed=group.seed,
         step=group.step,
         labels=dict(group.labels),
-        state="open",
-        pending=group.size,
+        state="complete" if parked is not None else "open",
+        pending=0 if parked is not None else group.size,
+        lost=group.size if parked is not None else 0,
+        complete_time=ended,
     )
     session.add(row)
     await session.flush()
@@ -357,14 +307,21 @@ async def _insert_group(session: AsyncSession, group: GroupRecord) -> None:
             "group_seq": row.seq,
             "step": group.step,
             "seed": derive_seed(group.seed, group.run_id, group.task_id, index),
-            "state": "waiting",
+            "state": "waiting" if parked is None else "lost",
+            "error": "" if parked is None else parking.parked_error(parked),
+            "final_time": ended,
         }
         for index in range(group.size)
     ]
     await session.execute(insert(Rollout), slots)
 
 
-def _length(policy: QueuePolicy, lease_s: float | None) -> timedelta:
+def length(policy: QueuePolicy, lease_s: float | None) -> timedelta:
+    """How long a lease is.
+
+    Raises:
+        InvalidArgument: out of bounds.
+    """
     seconds = policy.lease_s if lease_s is None else lease_s
     if not 0 < seconds <= policy.max_lease_s:
         raise InvalidArgument(
@@ -398,37 +355,11 @@ def _check_holder(rollout: Rollout, lease_id: str) -> None:
     )
 
 
-async def _same_again(
-    session: AsyncSession, lease_id: str, rollout: Rollout, packed: Packed
-) -> Committed:
-    stored = (
-        await session.execute(
-            select(Trajectory.id, Trajectory.lease_id, Trajectory.content_sha256).where(
-                Trajectory.id == rollout.trajectory_id
-            )
-        )
-    ).one()
-    if stored.lease_id != lease_id or stored.content_sha256 != packed.fingerprint:
-        raise LeaseExpired(
-            f"the rollout of lease {lease_id} is committed with another trajectory; drop this one",
-            metadata={"lease_id": lease_id, "rollout_state": "committed"},
-        )
-    group = await session.get_one(Group, rollout.group_id)
-    return Committed(stored.id, group.state != "open")
-
-
-async def _close_slot(session: AsyncSession, group_id: str, *, lost: int) -> bool:
-    """Count one more final slot; whether the group is complete with it."""
-    last = Group.pending == 1
-    done = await session.execute(
-        update(Group)
-        .where(Group.id == group_id)
-        .values(
-            pending=Group.pending - 1,
-            lost=Group.lost + lost,
-            state=case((last, "complete"), else_=Group.state),
-            complete_time=case((last, func.now()), else_=None),
-        )
-        .returning(Group.pending)
+async def _consider(session: AsyncSession, policy: QueuePolicy, group_ids: Iterable[str]) -> None:
+    """Park the tasks of these groups, of which rollouts are lost, if they are poison."""
+    if not policy.park_after:
+        return
+    rows = await session.execute(
+        select(Group.run_id, Group.task_id).where(Group.id.in_(list(group_ids)))
     )
-    return bool(done.scalar_one() == 0)
+    await parking.consider(session, policy.park_after, [(row[0], row[1]) for row in rows])

@@ -5,13 +5,15 @@
 - Lists read no tokens, turns, tests, logs or file contents.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from sqlalchemy import ColumnElement, insert, select
+from sqlalchemy import ColumnElement, Select, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import undefer
 
+from dataset_svc import bulk
 from dataset_svc.arrays import unpack
 from dataset_svc.models import Document, RewardPart, Run, Trajectory, Turn, Verdict
 from dataset_svc.queries.paging import Cursor, Page
@@ -26,6 +28,7 @@ from dataset_svc.records import (
 from regreen.blobs import BlobStore, Digest
 from regreen.rpc.errors import AlreadyExists, DataLoss, NotFound
 
+_LITERALLY = str.maketrans({"%": r"\%", "_": r"\_", "\\": r"\\"})
 BRIEF_FIELDS = ("state_id", "changes_sha256", "outcome", "summary", "counts", "duration", "cached")
 """What lists keep of a validation."""
 _SAME = (
@@ -88,6 +91,34 @@ async def check_new(session: AsyncSession, packed: Packed) -> bool:
     return True
 
 
+async def check_many(session: AsyncSession, packed: Sequence[Packed]) -> list[bool]:
+    """Whether each of several trajectories is still to be stored.
+
+    Raises:
+        AlreadyExists: an id is stored with other content, or comes twice.
+        NotFound: an unknown task or run.
+    """
+    ids = [item.record.id for item in packed]
+    if len(set(ids)) < len(ids):
+        twice = next(one for one, count in Counter(ids).items() if count > 1)
+        raise AlreadyExists(f"trajectory {twice} comes twice; give each an id of its own")
+    rows = await session.execute(
+        select(Trajectory.id, Trajectory.content_sha256).where(Trajectory.id.in_(ids))
+    )
+    stored = {row.id: row.content_sha256 for row in rows}
+    for item in packed:
+        if stored.get(item.record.id, item.fingerprint) != item.fingerprint:
+            raise AlreadyExists(
+                f"trajectory {item.record.id} is stored with other content; use a new id"
+            )
+    await known_tasks(session, {item.record.task_id for item in packed})
+    run_ids = {item.record.run_id for item in packed if item.record.run_id}
+    missing = run_ids - set(await session.scalars(select(Run.id).where(Run.id.in_(run_ids))))
+    if missing:
+        raise NotFound(f"no run {min(missing)[:200]!r}")
+    return [trajectory_id not in stored for trajectory_id in ids]
+
+
 async def insert_trajectory(session: AsyncSession, packed: Packed, lease_id: str = "") -> str:
     """Store a trajectory and give its id.
 
@@ -98,19 +129,28 @@ async def insert_trajectory(session: AsyncSession, packed: Packed, lease_id: str
     record = packed.record
     if not await check_new(session, packed):
         return record.id
-    await session.execute(insert(Trajectory), [_row(packed, lease_id)])
-    if record.turns:
-        rows = [_plain(turn) | {"trajectory_id": record.id} for turn in record.turns]
-        await session.execute(insert(Turn), rows)
-    if record.reward is not None and record.reward.parts:
-        parts = [
-            _plain(part) | {"trajectory_id": record.id, "position": position}
-            for position, part in enumerate(record.reward.parts)
-        ]
-        await session.execute(insert(RewardPart), parts)
-    if record.verdict is not None:
-        await session.execute(insert(Verdict), [_verdict_row(record.id, record.verdict)])
+    await insert_trajectories(session, [(packed, lease_id)])
     return record.id
+
+
+async def insert_trajectories(session: AsyncSession, new: Sequence[tuple[Packed, str]]) -> None:
+    """Store trajectories that are not stored, each with the lease it was made under, or nothing."""
+    records = [packed.record for packed, _ in new]
+    rows = [_row(packed, lease_id) for packed, lease_id in new]
+    await bulk.copy_rows(session, Trajectory, rows)
+    turns = [
+        _plain(turn) | {"trajectory_id": record.id} for record in records for turn in record.turns
+    ]
+    await bulk.copy_rows(session, Turn, turns)
+    parts = [
+        _plain(part) | {"trajectory_id": record.id, "position": position}
+        for record in records
+        if record.reward is not None
+        for position, part in enumerate(record.reward.parts)
+    ]
+    await bulk.copy_rows(session, RewardPart, parts)
+    verdicts = [_verdict_row(r.id, r.verdict) for r in records if r.verdict is not None]
+    await bulk.copy_rows(session, Verdict, verdicts)
 
 
 async def load(session: AsyncSession, trajectory_ids: Sequence[str]) -> list[Stored]:
@@ -146,15 +186,21 @@ async def list_page(
     session: AsyncSession, query: TrajectoryQuery, cursor: Cursor
 ) -> Page[TrajectoryRecord]:
     """Trajectories, newest first, in brief."""
-    statement = select(Trajectory).where(*_conditions(query))
-    if cursor.after is not None:
-        statement = statement.where(Trajectory.seq < int(cursor.after[0]))
-    rows = list(
-        await session.scalars(statement.order_by(Trajectory.seq.desc()).limit(cursor.size + 1))
-    )
+    before = None if cursor.after is None else int(cursor.after[0])
+    rows = list(await session.scalars(page_statement(query, cursor.size + 1, before)))
     extras = await _extras(session, [row.id for row in rows])
     records = [_stored(row, extras, (), whole=False).record for row in rows]
     return cursor.page(records, [[row.seq] for row in rows])
+
+
+def page_statement(
+    query: TrajectoryQuery, limit: int, before: int | None = None
+) -> Select[Trajectory]:
+    """The newest trajectories that a query wants, of those before a `seq`."""
+    statement = select(Trajectory).where(*_conditions(query))
+    if before is not None:
+        statement = statement.where(Trajectory.seq < before)
+    return statement.order_by(Trajectory.seq.desc()).limit(limit)
 
 
 async def next_ids(
@@ -213,6 +259,14 @@ def _conditions(query: TrajectoryQuery) -> list[ColumnElement[bool]]:
         conditions.append(Trajectory.solved.is_(True))
     if query.hack:
         conditions.append(Trajectory.hacks.contains([query.hack]))
+    if query.tool:
+        conditions.append(Trajectory.tools.contains([query.tool]))
+    if query.verdict:
+        conditions.append(Trajectory.accepted.is_(query.verdict == "accepted"))
+    if query.text:
+        pattern = f"%{query.text.translate(_LITERALLY)}%"
+        said = select(Turn.trajectory_id).where(Turn.text.ilike(pattern, escape="\\"))
+        conditions.append(Trajectory.id.in_(said))
     return conditions
 
 
@@ -232,6 +286,8 @@ def _row(packed: Packed, lease_id: str) -> dict[str, object]:
         "reward": reward.value if reward else None,
         "solved": bool(reward and reward.solved),
         "hacks": list(reward.hacks) if reward else [],
+        "tools": sorted({turn.tool for turn in record.turns if turn.tool}),
+        "accepted": None if record.verdict is None else bool(record.verdict.get("accepted")),
         "labels": dict(record.labels),
         "stage_seconds": dict(record.stage_seconds),
         "arrays_sha256": packed.blob.sha256,

@@ -1,17 +1,22 @@
 """`regreen.dataset.v1.RolloutQueueService`.
 
-- Translates only; the state machines are in `queries.rollouts` and `queries.groups`.
+- Translates only; the state machines are in `queries.rollouts`, `leasing`, `committing`, `groups`.
 - TakeGroups remembers the ids that it gave, not the trajectories: a repeat reads them again.
 """
 
 import json
+from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dataset_svc import checks, measures, translate
+from dataset_svc.hot import Asked, HotQueue, IdlePace
 from dataset_svc.models import GRADERS, MODES, PIPELINES
 from dataset_svc.queries import groups, requests, rollouts
+from dataset_svc.queries.committing import Committed
+from dataset_svc.queries.leasing import Ask
 from dataset_svc.queries.rollouts import QueuePolicy
 from dataset_svc.records import GroupRecord, LeaseRecord, TakenGroup
 from dataset_svc.servicers.transactions import Transactions, identity
@@ -32,9 +37,26 @@ class RolloutQueueServicer(pb.RolloutQueueServiceServicer):
     """Hands rollouts to workers and complete groups to learners."""
 
     def __init__(
-        self, transactions: Transactions, store: TrajectoryStore, policy: QueuePolicy
+        self,
+        transactions: Transactions,
+        store: TrajectoryStore,
+        policy: QueuePolicy,
+        *,
+        idle_asks_per_s: float = 50.0,
     ) -> None:
         self._transactions, self._store, self._policy = transactions, store, policy
+        self._pace = IdlePace(idle_asks_per_s)
+        self._hot = HotQueue(
+            transactions.database,
+            store,
+            policy,
+            lease_answer=_lease_answer,
+            commit_answer=_commit_answer,
+        )
+
+    async def close(self) -> None:
+        """Wait for the transactions that are under way."""
+        await self._hot.close()
 
     async def EnqueueGroups(self, request: pb.EnqueueGroupsRequest, context: Any) -> Any:
         """Add groups."""
@@ -45,7 +67,9 @@ class RolloutQueueServicer(pb.RolloutQueueServiceServicer):
         ]
 
         async def work(session: AsyncSession) -> pb.EnqueueGroupsResponse:
-            return pb.EnqueueGroupsResponse(group_ids=await rollouts.enqueue(session, records))
+            return pb.EnqueueGroupsResponse(
+                group_ids=await rollouts.enqueue(session, records, self._policy)
+            )
 
         answer = await self._transactions.once(
             "EnqueueGroups", request, pb.EnqueueGroupsResponse, work
@@ -61,21 +85,13 @@ class RolloutQueueServicer(pb.RolloutQueueServiceServicer):
             )
         _check_count("count", request.count)
         lease_s = translate.seconds(request, "duration")
-
-        async def work(session: AsyncSession) -> pb.LeaseRolloutsResponse:
-            leases = await rollouts.lease(
-                session,
-                self._policy,
-                worker=request.worker,
-                count=request.count,
-                run_id=request.run_id,
-                lease_s=lease_s,
-            )
-            return pb.LeaseRolloutsResponse(leases=list(map(translate.lease_message, leases)))
-
-        return await self._transactions.once(
-            "LeaseRollouts", request, pb.LeaseRolloutsResponse, work
+        ask = Ask(request.worker, request.count, request.run_id, lease_s)
+        answer = pb.LeaseRolloutsResponse.FromString(
+            await self._hot.lease(Asked(*await identity(request), ask))
         )
+        if not answer.leases:
+            answer.poll_after.FromTimedelta(timedelta(seconds=self._pace.pause_s()))
+        return answer
 
     async def Heartbeat(self, request: pb.HeartbeatRequest, context: Any) -> Any:
         """Extend leases; those that still hold are extended even when others are refused."""
@@ -103,18 +119,15 @@ class RolloutQueueServicer(pb.RolloutQueueServiceServicer):
     async def CommitRollout(self, request: pb.CommitRolloutRequest, context: Any) -> Any:
         """Store the trajectory of a leased rollout."""
         check_id(request.lease_id, "lse", "lease_id")
-        before = await self._transactions.answered(
-            "CommitRollout", request, pb.CommitRolloutResponse
-        )
-        if before is not None:
-            return before
+        record = trajectory_record(request.trajectory)
         try:
-            answer = await self._commit(request)
+            asked = Asked(*await identity(request), (request.lease_id, record))
+            answer = await self._hot.commit(asked)
         except LeaseExpired:
             measures.LEASES_EXPIRED.inc()
             raise
         measures.ROWS.labels("trajectories").inc()
-        return answer
+        return pb.CommitRolloutResponse.FromString(answer)
 
     async def FailRollout(self, request: pb.FailRolloutRequest, context: Any) -> Any:
         """Give a rollout back."""
@@ -191,20 +204,6 @@ class RolloutQueueServicer(pb.RolloutQueueServiceServicer):
         by_rollout, by_group = await self._transactions.read("GetQueue", work)
         return pb.GetQueueResponse(rollouts=by_rollout, groups=by_group)
 
-    async def _commit(self, request: pb.CommitRolloutRequest) -> pb.CommitRolloutResponse:
-        record = trajectory_record(request.trajectory)
-        packed = await self._store.pack_for_lease(request.lease_id, record)
-
-        async def work(session: AsyncSession) -> pb.CommitRolloutResponse:
-            done = await rollouts.commit(session, request.lease_id, packed)
-            return pb.CommitRolloutResponse(
-                trajectory_id=done.trajectory_id, group_complete=done.group_complete
-            )
-
-        return await self._transactions.once(
-            "CommitRollout", request, pb.CommitRolloutResponse, work
-        )
-
     async def _complete_group(self, taken: TakenGroup) -> pb.CompleteGroup:
         members = await self._store.load(taken.trajectory_ids)
         return pb.CompleteGroup(
@@ -213,6 +212,17 @@ class RolloutQueueServicer(pb.RolloutQueueServiceServicer):
             lost=taken.lost,
             lost_error=taken.lost_error,
         )
+
+
+def _lease_answer(leases: Sequence[LeaseRecord]) -> bytes:
+    answer = pb.LeaseRolloutsResponse(leases=[translate.lease_message(lease) for lease in leases])
+    return answer.SerializeToString()
+
+
+def _commit_answer(done: Committed) -> bytes:
+    return pb.CommitRolloutResponse(
+        trajectory_id=done.trajectory_id, group_complete=done.group_complete
+    ).SerializeToString()
 
 
 def _check_count(field: str, count: int) -> None:

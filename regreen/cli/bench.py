@@ -29,9 +29,11 @@ BENCHMARKS = {
     "sandbox-warm": "sandbox_svc.bench_warm",
     "sandbox-tasks": "sandbox_svc.bench_tasks",
     "mine": "regreen.mine.bench",
+    "dataset-queue": "dataset_svc.bench_queue",
+    "dataset-store": "dataset_svc.bench_store",
 }
-"""Modules by name; a run that names none takes the first three."""
-USUAL = ("sandbox", "policy", "learner")
+"""Modules by name; a run that names none takes the usual ones."""
+USUAL = ("sandbox", "policy", "learner", "dataset-queue")
 
 
 def register(app: typer.Typer) -> None:
@@ -49,7 +51,7 @@ def bench(
     out: Annotated[Path, typer.Option(help="Directory for the JSON files.")] = Path("build/bench"),
     json_output: Json = False,
 ) -> None:
-    """Measure sandboxes, generation and training against their peers."""
+    """Measure sandboxes, generation, training and the queue against their peers."""
     chosen = names or list(USUAL)
     unknown = [name for name in chosen if name not in BENCHMARKS]
     if unknown:

@@ -4,6 +4,7 @@
 - `--address` names a sandbox service that runs alone; then no stack is needed.
 """
 
+import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -55,6 +56,14 @@ async def read_pages(
         if not token:
             break
     return rows
+
+
+def parse_age(text: str) -> float | None:
+    """Seconds of an age such as 7d; None where it is none."""
+    found = re.fullmatch(r"(\d{1,6})([smhd])", text)
+    if found is None:
+        return None
+    return int(found[1]) * {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}[found[2]]
 
 
 def parse_labels(values: list[str], field: str = "set") -> dict[str, str]:

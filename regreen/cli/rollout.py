@@ -1,4 +1,4 @@
-"""`regreen rollout run|branch|worker`: run episodes.
+"""`regreen rollout run|branch|worker|parked|release`: run episodes; see what was set aside.
 
 - `branch` goes on after a turn of a stored trajectory, from its tokens and its State.
 - `run` commits every trajectory to the dataset; a failing episode is a result, not an error.
@@ -84,6 +84,55 @@ def _print(found: list[pb.Trajectory], json_output: bool) -> None:
         return
     for item in found:
         typer.echo(f"{item.id}  {outcome(item)}")
+
+
+@app.command()
+def parked(
+    home: Home = None,
+    run: Annotated[str, typer.Option(help="Only of this run, by id or name.")] = "",
+    json_output: Json = False,
+) -> None:
+    """List tasks that are set aside because their rollouts were lost while others succeeded."""
+    tasks = output.run(_parked(home, run))
+    if json_output:
+        output.print_json_lines(tasks)
+        return
+    rows = [[task.run_id, task.task_id, str(task.lost), task.reason[:80]] for task in tasks]
+    output.print_table("", ["run", "task", "lost", "reason"], rows)
+
+
+@app.command()
+def release(
+    run: Annotated[str, typer.Argument(help="Run id or name.")],
+    task: Annotated[str, typer.Argument(help="Task id.")],
+    home: Home = None,
+    json_output: Json = False,
+) -> None:
+    """Have a parked task tried again."""
+    count = output.run(_release(home, run, task))
+    if json_output:
+        output.print_json({"rollouts": count})
+        return
+    typer.echo(f"{count} rollouts of {task} wait again")
+
+
+async def _parked(home: Path | None, run: str) -> list[pb.ParkedTask]:
+    tasks: list[pb.ParkedTask] = []
+    async with open_stack(home) as stack:
+        run_id = (await stack.runs.get_run(run)).id if run else ""
+        token = ""
+        while True:
+            page = await stack.parking.list_parked_tasks(run_id, page_token=token)
+            tasks += page.tasks
+            token = page.next_page_token
+            if not token:
+                return tasks
+
+
+async def _release(home: Path | None, run: str, task: str) -> int:
+    async with open_stack(home) as stack:
+        run_id = (await stack.runs.get_run(run)).id
+        return await stack.parking.release_task(run_id, task)
 
 
 @app.command()

@@ -4,7 +4,6 @@
 - Each row of a table says why a task is not admitted.
 """
 
-import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +13,7 @@ from typing import Annotated
 import typer
 
 from regreen.cli import exchange, mine, output
-from regreen.cli.options import Home, Json, open_stack
+from regreen.cli.options import Home, Json, open_stack, parse_age
 from regreen.client.stack import Stack
 from regreen.common import v1 as common_pb
 from regreen.dataset import v1 as pb
@@ -273,10 +272,10 @@ def _age(text: str) -> float | None:
     """Seconds of an age such as 7d."""
     if not text:
         return None
-    found = re.fullmatch(r"(\d{1,6})([smhd])", text)
-    if found is None:
+    age_s = parse_age(text)
+    if age_s is None:
         output.fail(InvalidArgument("older-than", f"{text!r} is no age", "give one like 7d or 12h"))
-    return int(found[1]) * {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}[found[2]]
+    return age_s
 
 
 async def _verify(

@@ -1,13 +1,16 @@
-"""`regreen traj list|show`: what the agents did."""
+"""`regreen traj list|show|stats|prune|learn`: what the agents did, and what is kept of it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from regreen.cli import output
-from regreen.cli.options import Home, Json, open_stack
+from regreen.cli.options import Home, Json, open_stack, parse_age
 from regreen.dataset import v1 as pb
+from regreen.rollout.past import fill
+from regreen.rpc.errors import InvalidArgument
 
 app = typer.Typer(no_args_is_help=True)
 _ROLES = {
@@ -25,6 +28,9 @@ def list_trajectories(
     actor: Annotated[str, typer.Option(help="policy, expert or baseline:<name>.")] = "",
     policy: Annotated[str, typer.Option(help="Policy name, for example base or grpo.")] = "",
     hack: Annotated[str, typer.Option(help="Hack class.")] = "",
+    tool: Annotated[str, typer.Option(help="Tool that was called.")] = "",
+    verdict: Annotated[str, typer.Option(help="The judge's: accepted or rejected.")] = "",
+    text: Annotated[str, typer.Option(help="Text in a turn, at least 3 characters.")] = "",
     solved: Annotated[bool, typer.Option("--solved", help="Only solved ones.")] = False,
     limit: Annotated[int, typer.Option(min=1, max=100_000, help="At most this many.")] = 50,
     json_output: Json = False,
@@ -35,7 +41,14 @@ def list_trajectories(
             home,
             run,
             pb.TrajectoryFilter(
-                task_id=task, actor=actor, policy=policy, hack=hack, solved_only=solved
+                task_id=task,
+                actor=actor,
+                policy=policy,
+                hack=hack,
+                solved_only=solved,
+                tool=tool,
+                verdict=verdict,
+                text=text,
             ),
             limit,
         )
@@ -84,6 +97,102 @@ def show(
     for part in found.reward.parts:
         typer.echo(f"{part.name:14} {part.value:+.3f}  {part.detail}")
     typer.echo(f"{'value':14} {found.reward.value:+.3f}  {found.validation.summary}")
+
+
+@app.command()
+def stats(
+    home: Home = None,
+    run: Annotated[str, typer.Option(help="Run id or name.")] = "",
+    json_output: Json = False,
+) -> None:
+    """Count trajectories by policy, actor, whether solved, and hack class."""
+    found = output.run(_stats(home, run))
+    if json_output:
+        output.print_json(found)
+        return
+    rows = [
+        [name, value, str(count)]
+        for name, counts in sorted(found.counts.items())
+        for value, count in sorted(counts.values.items())
+    ]
+    output.print_table(f"{found.total} trajectories", ["by", "value", "trajectories"], rows)
+
+
+@app.command()
+def prune(
+    older_than: Annotated[str, typer.Option(help="Age such as 30d, 12h, or 0s for all.")],
+    home: Home = None,
+    run: Annotated[str, typer.Option(help="Only of this run, by id or name.")] = "",
+    keep_solved: Annotated[bool, typer.Option("--keep-solved", help="Keep solved ones.")] = False,
+    keep_flagged: Annotated[
+        bool, typer.Option("--keep-flagged", help="Keep ones with a hack class.")
+    ] = False,
+    keep_experts: Annotated[
+        bool, typer.Option("--keep-experts", help="Keep experts' and baselines'.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say how many would go, up to 10,000.")
+    ] = False,
+    json_output: Json = False,
+) -> None:
+    """Remove old trajectories; those of active runs stay. Tokens go after the grace period."""
+    age_s = parse_age(older_than)
+    if age_s is None:
+        output.fail(
+            InvalidArgument("older-than", f"{older_than!r} is no age", "give one like 30d or 12h")
+        )
+    keep = {"solved": keep_solved, "flagged": keep_flagged, "experts": keep_experts}
+    found = output.run(_prune(home, run, age_s, keep, dry_run))
+    if json_output:
+        output.print_json(found)
+        return
+    verb = "would go" if dry_run else "removed"
+    typer.echo(f"{found.pruned} trajectories {verb}, {found.token_bytes} bytes of tokens")
+
+
+@app.command()
+def learn(
+    home: Home = None,
+    newest: Annotated[int, typer.Option(min=0, max=1000, help="Solved ones to read.")] = 200,
+    json_output: Json = False,
+) -> None:
+    """Record what training tasks and solved trajectories show in the knowledge base."""
+    recorded = output.run(_learn(home, newest))
+    if json_output:
+        output.print_json({"recorded": recorded})
+        return
+    typer.echo(f"{recorded} items are new in the knowledge base")
+
+
+async def _stats(home: Path | None, run: str) -> pb.GetTrajectoryStatsResponse:
+    async with open_stack(home) as stack:
+        run_id = (await stack.runs.get_run(run)).id if run else ""
+        return await stack.archive.get_trajectory_stats(run_id)
+
+
+async def _prune(
+    home: Path | None, run: str, age_s: float, keep: Mapping[str, bool], dry_run: bool
+) -> pb.PruneTrajectoriesResponse:
+    total = pb.PruneTrajectoriesResponse()
+    async with open_stack(home) as stack:
+        run_id = (await stack.runs.get_run(run)).id if run else ""
+        while True:
+            part = await stack.archive.prune_trajectories(
+                age_s,
+                run_id=run_id,
+                keep=keep,
+                limit=10_000 if dry_run else 1000,
+                dry_run=dry_run,
+            )
+            total.pruned += part.pruned
+            total.token_bytes += part.token_bytes
+            if dry_run or not part.more:
+                return total
+
+
+async def _learn(home: Path | None, newest: int) -> int:
+    async with open_stack(home) as stack:
+        return await fill(stack, trajectories=newest)
 
 
 async def _list(

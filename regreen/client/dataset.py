@@ -184,6 +184,22 @@ class RolloutQueueClient(Caller):
         request_id: str = "",
     ) -> Sequence[pb.Lease]:
         """Lease waiting rollouts; may be none."""
+        answer = await self.ask_for_rollouts(
+            worker, count, run_id=run_id, duration_s=duration_s, request_id=request_id
+        )
+        leases: Sequence[pb.Lease] = answer.leases
+        return leases
+
+    async def ask_for_rollouts(
+        self,
+        worker: str,
+        count: int,
+        *,
+        run_id: str = "",
+        duration_s: float | None = None,
+        request_id: str = "",
+    ) -> pb.LeaseRolloutsResponse:
+        """Lease waiting rollouts; where there are none, the answer says when to ask again."""
         request = pb.LeaseRolloutsRequest(
             request_id=request_id or new_request_id(),
             worker=worker,
@@ -191,10 +207,10 @@ class RolloutQueueClient(Caller):
             run_id=run_id,
             duration=duration(duration_s),
         )
-        leases: Sequence[pb.Lease] = (
-            await self._call(self._stub.LeaseRollouts, request, WRITE_S)
-        ).leases
-        return leases
+        answer: pb.LeaseRolloutsResponse = await self._call(
+            self._stub.LeaseRollouts, request, WRITE_S
+        )
+        return answer
 
     async def heartbeat(
         self,

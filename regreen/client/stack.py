@@ -14,13 +14,16 @@ from typing import Any
 import grpc
 
 from regreen.client.actions import ActionClient
+from regreen.client.archive import ArchiveClient
 from regreen.client.channel import Tls, connect
 from regreen.client.dataset import RolloutQueueClient, RunClient, TaskClient, TrajectoryClient
 from regreen.client.egress import EgressClient
 from regreen.client.exec import ExecClient
 from regreen.client.image import ImageClient
 from regreen.client.judge import JudgeClient
+from regreen.client.knowledge import KnowledgeClient
 from regreen.client.learner import LearnerClient
+from regreen.client.parking import ParkingClient
 from regreen.client.policy import PolicyClient
 from regreen.client.sandbox import SandboxClient, StateClient
 from regreen.rpc.errors import InvalidArgument, Unavailable
@@ -74,6 +77,9 @@ class Stack:
         self.tasks = TaskClient(channels["dataset"], patience_s=patience_s)
         self.trajectories = TrajectoryClient(channels["dataset"], patience_s=patience_s)
         self.queue = RolloutQueueClient(channels["dataset"], patience_s=patience_s)
+        self.archive = ArchiveClient(channels["dataset"], patience_s=patience_s)
+        self.knowledge = KnowledgeClient(channels["dataset"], patience_s=patience_s)
+        self.parking = ParkingClient(channels["dataset"], patience_s=patience_s)
         self.runs = RunClient(channels["dataset"], patience_s=patience_s)
         self.state = StateClient(channels["sandbox"], patience_s=patience_s)
         self.sandbox = SandboxClient(channels["sandbox"], patience_s=patience_s)

@@ -33,6 +33,7 @@ from regreen.rollout.facts import FactsCache, standing
 from regreen.rollout.full import discard_states, run_full
 from regreen.rollout.grade import Validated, conclude
 from regreen.rollout.knowledge import Knowledge
+from regreen.rollout.past import SHOWN
 from regreen.rollout.progress import TurnListener, ignore
 from regreen.rollout.reward import RewardSettings
 from regreen.rollout.simplified import run_simplified
@@ -207,6 +208,8 @@ def _record(agent: Agent, stop: Stop, branch: BranchPoint | None) -> pb.Trajecto
     seed = agent.spec.tool_seed() if branch is None else branch.tool_seed
     if seed is not None:
         labels[TOOL_SEED] = str(seed)
+    if agent.bench.shown:
+        labels[SHOWN] = ",".join(agent.bench.shown)
     spec, task = agent.spec, agent.bench.task
     trajectory = pb.Trajectory(
         id=agent.trajectory_id,

@@ -3,6 +3,8 @@
 - Built from verified reference fixes of admitted training tasks alone; `build` refuses others.
 - A search never returns a fix of the asking task's own package (leave one package out).
 - Advice names only versions that the asking environment offers.
+- `regreen.rollout.past` asks the dataset service's knowledge base, which holds more than a process
+  does; this one is what candidate fixes of prompts come from.
 - The same tasks give the same answers, in whatever order they come.
 """
 
@@ -63,6 +65,8 @@ class Hit:
     fix: PastFix
     score: float
     advice: str
+    item_id: str = ""
+    """Item of the served knowledge base; empty for one of this process."""
 
 
 @dataclass(slots=True)
@@ -85,7 +89,7 @@ class Knowledge:
         pool = [fix for fix in self.fixes if fix.package != left_out and fix.mode in (0, int(mode))]
         hits: dict[str, Hit] = {}
         for fix, score in _rank(pool, tokens(question)):
-            text = _advice(fix, facts)
+            text = advice(fix, facts)
             if text and text not in hits:
                 hits[text] = Hit(fix, score, text)
             if len(hits) >= limit:
@@ -204,7 +208,7 @@ def _rank(pool: Sequence[PastFix], query: Sequence[str]) -> list[tuple[PastFix, 
     return sorted(ranked, key=lambda item: (-item[1], item[0].task_id))
 
 
-def _advice(fix: PastFix, facts: Facts) -> str:
+def advice(fix: PastFix, facts: Facts) -> str:
     """One line that fits this environment; empty when the fix says nothing here."""
     error = fix.error if len(fix.error) <= 90 else fix.error[:87] + "..."
     if fix.mode == MODE_KEEP_NEW or not fix.moves:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 from regreen.common.v1 import CHANGE_KIND_DELETE, MODE_KEEP_NEW, FileChange, Mode
 from regreen.dataset import v1 as pb
+from regreen.rollout import past
 from regreen.rollout.calls import Call
 from regreen.rollout.context import Budget
 from regreen.rollout.dependencies import Dependencies, ToolError
@@ -85,6 +86,8 @@ class Workbench:
     """Primary error of the last validation that failed."""
     stop_early: bool = False
     """Whether validations that the agent asks for end with what decides them."""
+    shown: list[str] = field(default_factory=list)
+    """Items of the knowledge base that the agent was shown."""
     kept_states: list[str] = field(default_factory=list)
     """States made in this episode; deleted when it ends, unless it keeps them."""
     _validated: str = ""
@@ -288,12 +291,12 @@ async def _upgrade_gradle(bench: Workbench, call: Call) -> Observation:
 async def _ask_for_help(bench: Workbench, call: Call) -> Observation:
     if bench.knowledge is None:
         return Observation("no past fixes are known")
-    hits = bench.knowledge.search(
-        call.text("question"),
-        bench.facts,
-        exclude_package=bench.task.environment.package,
-        mode=bench.mode,
+    question = call.text("question")
+    error = bench.error or bench.facts.error
+    hits = await past.ask(
+        bench.stack, bench.task, question, bench.facts, error=error, mode=bench.mode
     )
+    bench.shown += [hit.item_id for hit in hits if hit.item_id not in bench.shown]
     return Observation("\n".join(hit.advice for hit in hits) or "no past fix is like this")
 
 

@@ -7,6 +7,7 @@
 - Trouble of the platform gives the rollout back and is never scored; a defect of our own ends the
   worker loudly, after its leases were given back. A worker that is stopped releases its leases,
   which uses up no attempt.
+- An idle worker asks as seldom as the queue tells it to.
 - Any service may restart: every wait for one is bounded by `patience_s`, and by a few seconds once
   the worker is stopped.
 """
@@ -26,6 +27,7 @@ import structlog
 
 from regreen.client.channel import new_request_id
 from regreen.dataset import v1 as pb
+from regreen.rollout import past
 from regreen.rollout.actors import PolicyActor
 from regreen.rollout.context import EpisodeSpec, spec_of_lease
 from regreen.rollout.episode import Runner
@@ -96,6 +98,8 @@ class Worker:
     stats: WorkerStats = field(default_factory=WorkerStats)
     _stopping: asyncio.Event = field(default_factory=asyncio.Event)
     _active: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    _idle_s: float = 0.0
+    """How long the queue asks a worker that found nothing to wait."""
 
     def stop(self) -> None:
         """Take no more work; what runs is given back."""
@@ -121,7 +125,7 @@ class Worker:
                     continue
                 if until_idle and not self._active and not await self._waiting():
                     break
-                await self._wait(wait_s)
+                await self._wait(max(wait_s, self._idle_s))
                 wait_s = min(wait_s * 1.5, _POLL_S[1])
         except RegreenError as error:
             if not self._stopping.is_set():
@@ -138,8 +142,8 @@ class Worker:
         if free <= 0:
             return ()
         request_id = new_request_id()
-        return await self._persist(
-            lambda: self.stack.queue.lease_rollouts(
+        answer = await self._persist(
+            lambda: self.stack.queue.ask_for_rollouts(
                 self.name,
                 free,
                 run_id=self.run_id,
@@ -147,6 +151,9 @@ class Worker:
                 request_id=request_id,
             )
         )
+        self._idle_s = answer.poll_after.ToTimedelta().total_seconds()
+        leases: Sequence[pb.Lease] = answer.leases
+        return leases
 
     async def _waiting(self) -> bool:
         """Whether rollouts wait, be it for their pause after a failure."""
@@ -203,11 +210,12 @@ class Worker:
     async def _commit(self, lease: pb.Lease, trajectory: pb.Trajectory) -> None:
         request_id = new_request_id()
         try:
-            await self._persist(
+            done = await self._persist(
                 lambda: self.stack.queue.commit_rollout(lease.id, trajectory, request_id=request_id)
             )
             self.stats.committed += 1
             self._tell("committed", lease, outcome(trajectory))
+            await past.record_use(self.stack, done.trajectory_id, trajectory.labels)
         except (LeaseExpired, NotFound) as error:
             self.stats.expired += 1
             self._tell("expired", lease, str(error))
@@ -394,6 +402,8 @@ async def worker_pool(
 
 
 async def knowledge_of(stack: "Stack") -> Knowledge:
-    """The knowledge base of the admitted training tasks."""
+    """The knowledge base of the admitted training tasks; the served one has them from now on."""
     wanted = pb.TaskFilter(statuses=[pb.TASK_STATUS_ADMITTED], split="train")
-    return build(await stack.tasks.all_tasks(wanted))
+    tasks = await stack.tasks.all_tasks(wanted)
+    await past.record(stack, [*past.task_items(tasks), *past.changelog_items()])
+    return build(tasks)

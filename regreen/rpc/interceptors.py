@@ -7,7 +7,7 @@
 - `CancelledError` is always raised on: swallowing it leaks the call in grpc's core (grpc#43360).
 - A `request_id` in a unary request makes it idempotent without the servicer knowing, unless the
   service keeps its own, lasting memory of requests.
-- Beyond `max_rpcs` at once a call is refused at its door, with a delay; health and reflection go on.
+- Beyond `max_rpcs` at once a call is refused with a delay; health and reflection go on.
 - What is not a `RegreenError` is our own trouble: logged with its stack, answered INTERNAL/INFRA.
 - In grpc.aio the code of a call that went well is unset; it is recorded as OK.
 """

@@ -34,6 +34,9 @@ from regreen.client.channel import connect, new_request_id
 from regreen.common import v1 as common_pb
 from regreen.dataset import v1 as dataset_pb
 from regreen.dataset.v1 import (
+    archive_service_pb2,
+    knowledge_service_pb2,
+    parking_service_pb2,
     rollout_queue_service_pb2,
     run_service_pb2,
     task_service_pb2,
@@ -70,7 +73,7 @@ Goods = Mapping[str, Message | Sequence[Message]]
 Answers = list[Any]
 After = Callable[[str, Answers], Awaitable[None]]
 
-_SHALLOW = ("JudgeGroup", "Calibrate", "CommitRollout")
+_SHALLOW = ("JudgeGroup", "Calibrate", "CommitRollout", "CommitTrajectories")
 """What is inside these is read as Judge and CommitTrajectory read it."""
 _AT_ONCE = 8
 _CALL_S = 20.0
@@ -357,6 +360,14 @@ async def test_dataset(dataset_address: str) -> None:
         stored = await clients.trajectories.commit_trajectory(samples.trajectory(task))
         leases = [new_id("lse")]
         groups = [samples.group(run, task)]
+        named = samples.trajectory(task)
+        named.id = new_id("trj")
+        fact = pb.KnowledgeItem(kind="changelog", culprit="numpy", error="1.24 removed bool")
+        fix = pb.KnowledgeItem(
+            kind="trajectory", task_id=task, trajectory_id=stored, error="E: x", signature="E: x",
+            mode=common_pb.MODE_ANY_FIX, edited=["a.py"],
+            moves=[pb.KnowledgeMove(name="numpy", before="1.24", after="1.23")],
+        )  # fmt: skip
         checkpoint = pb.CheckpointRecord(
             run_id=run, step=1, uri="/nowhere",
             digest=common_pb.Digest(sha256="ab" * 32, size_bytes=1),
@@ -399,12 +410,31 @@ async def test_dataset(dataset_address: str) -> None:
             "ListMetrics": pb.ListMetricsRequest(run_id=run),
             "RecordCheckpoint": pb.RecordCheckpointRequest(checkpoint=checkpoint),
             "ListCheckpoints": pb.ListCheckpointsRequest(run_id=run),
-        }
+            "ListRollouts": pb.ListRolloutsRequest(run_id=run, state="lost", task_id=task),
+            "ListParkedTasks": pb.ListParkedTasksRequest(run_id=run),
+            "ReleaseTask": pb.ReleaseTaskRequest(run_id=run, task_id=task),
+            "CommitTrajectories": pb.CommitTrajectoriesRequest(trajectory=named),
+            "PruneTrajectories": pb.PruneTrajectoriesRequest(
+                older_than=Duration(seconds=9), run_id=run, keep_solved=True, limit=1, dry_run=True
+            ),
+            "GetTrajectoryStats": pb.GetTrajectoryStatsRequest(run_id=run),
+            "RecordKnowledge": pb.RecordKnowledgeRequest(items=[fact, fix]),
+            "SearchKnowledge": pb.SearchKnowledgeRequest(
+                task_id=task, package="p", question="why", signature="E: x", named=["numpy"],
+                mode=common_pb.MODE_ANY_FIX, limit=3,
+            ),
+            "RecordKnowledgeUse": pb.RecordKnowledgeUseRequest(
+                trajectory_id=stored, item_ids=["kno_" + "0" * 32]
+            ),
+        }  # fmt: skip
         modules = (
             task_service_pb2,
             trajectory_service_pb2,
             rollout_queue_service_pb2,
             run_service_pb2,
+            parking_service_pb2,
+            archive_service_pb2,
+            knowledge_service_pb2,
         )
         sweep = Sweep(channel)
         await sweep.all(_services(*modules), goods)

@@ -17,7 +17,7 @@ from sqlalchemy import DateTime, func, literal, select
 from dataset_svc import models
 from dataset_svc.arrays import stream_of
 from dataset_svc.database import Database
-from dataset_svc.queries import groups, rollouts, runs, tasks
+from dataset_svc.queries import committing, groups, leasing, rollouts, runs, tasks
 from dataset_svc.queries.rollouts import QueuePolicy
 from dataset_svc.records import CheckpointRecord, GroupRecord, TaskRecord, TrajectoryRecord
 from dataset_svc.store import TrajectoryStore
@@ -138,7 +138,7 @@ class Queue:
     def lease(self, pick: int) -> None:
         count = 1 + pick % 4
         leases = self.run(
-            lambda s: rollouts.lease(s, self.policy, worker="w", count=count, run_id=self.run_id)
+            lambda s: leasing.lease(s, self.policy, worker="w", count=count, run_id=self.run_id)
         )
         self.model.settle(self.now)
         free = [
@@ -179,8 +179,9 @@ class Queue:
         trajectory = self.trajectory(salt)
 
         async def commit() -> str:
-            packed = await self.store.pack_for_lease(lease_id, trajectory)
-            done = await self.database.run(lambda s: rollouts.commit(s, lease_id, packed))
+            (found,) = await self.database.run(lambda s: committing.admissions(s, [(lease_id, "")]))
+            packed = await self.store.pack_for_lease(lease_id, trajectory, found)
+            done = await self.database.run(lambda s: committing.commit(s, lease_id, packed))
             return done.trajectory_id
 
         holds = slot.state == "leased" and slot.lease_id == lease_id

@@ -21,11 +21,17 @@ def checks_of(connection: Connection) -> set[tuple[str, str, str]]:
     return {(row[0], row[1], row[2]) for row in rows}
 
 
+def created(connection: Connection) -> None:
+    """The tables as the models say."""
+    connection.execute(text("CREATE EXTENSION pg_trgm"))
+    Base.metadata.create_all(connection)
+
+
 def test_migrations_make_the_checks_of_the_models(postgres: LocalPostgres):
     found = {}
     for name, make in (
         ("checks_migrated", lambda connection: command.upgrade(alembic_config(connection), "head")),
-        ("checks_created", Base.metadata.create_all),
+        ("checks_created", created),
     ):
         postgres.create_database(name, template="template0")
         engine = create_engine(normal_url(postgres.url(name)))
@@ -55,4 +61,80 @@ def test_up_down_up_and_no_difference_to_the_models(postgres: LocalPostgres):
     with engine.connect() as connection:
         assert set(inspect(connection).get_table_names()) == tables
         assert compare_metadata(MigrationContext.configure(connection), Base.metadata) == []
+    engine.dispose()
+
+
+REVISIONS = ("0005", "0006", "0007", "0008")
+BEFORE = """
+INSERT INTO runs (id, name, kind, state) VALUES ('run_1', 'r', 'grpo', 'done');
+INSERT INTO tasks (id, kind, package, python, category, blame, culprit, modes, split, status,
+    state_id, error_log, document, content_sha256)
+VALUES ('t', 'k', 'p', '3.11', '', '', '', '{any_fix}', 'train', 'admitted', '', '', '{}', 'x');
+INSERT INTO groups (id, run_id, task_id, size, pipeline, mode, grader, seed, step, labels, state,
+    pending) VALUES ('grp_1', 'run_1', 't', 2, 'full', 'any_fix', 'build', 1, 1, '{}', 'open', 1);
+INSERT INTO trajectories (id, task_id, run_id, group_id, group_index, attempt, lease_id, seed,
+    pipeline, mode, grader, episode_end, actor, policy, state_id, token_exact, token_count,
+    prompt_tokens, solved, hacks, labels, stage_seconds, arrays_sha256, arrays_bytes, wire_bytes,
+    changes, content_sha256)
+SELECT 'trj_' || n, 't', 'run_1', 'grp_1', n, 0, 'lse_1', n, 'full', 'any_fix', 'build', 'stuck',
+    'policy', 'base', '', false, 1, 1, true, '{}', '{}', '{}', 'same', 7, 9, '{}', 'x'
+FROM generate_series(0, 1) AS n;
+INSERT INTO turns (trajectory_id, index, role, text, token_start, token_end, tool, arguments_json,
+    ok, duration_s, state_id)
+SELECT 'trj_0', n, 'policy', 'text ' || n, 0, 0, 'tool' || n % 2, '', true, 0, ''
+FROM generate_series(0, 3) AS n;
+INSERT INTO verdicts (trajectory_id, accepted, model, prompt_version, rules_version,
+    evidence_sha256, document) VALUES ('trj_0', true, '', '', '1', '', '{}');
+INSERT INTO rollouts (id, group_id, run_id, group_index, group_seq, step, seed, state,
+    trajectory_id) VALUES ('rol_0', 'grp_1', 'run_1', 0, 1, 1, 1, 'committed', 'trj_0');
+INSERT INTO rollouts (id, group_id, run_id, group_index, group_seq, step, seed, state)
+VALUES ('rol_1', 'grp_1', 'run_1', 1, 1, 1, 1, 'waiting');
+"""
+
+
+def test_data_survives_every_step_up_and_down(postgres: LocalPostgres):
+    postgres.create_database("schema_steps", template="template0")
+    engine = create_engine(normal_url(postgres.url("schema_steps")))
+
+    def go(step, revision: str) -> None:
+        with engine.connect() as connection:
+            step(alembic_config(connection), revision)
+
+    def found(statement: str) -> list[tuple]:
+        with engine.connect() as connection:
+            return [tuple(row) for row in connection.execute(text(statement))]
+
+    kept = (
+        "SELECT t.id, t.episode_end, count(u.index) FROM trajectories t LEFT JOIN turns u "
+        "ON u.trajectory_id = t.id GROUP BY 1, 2 ORDER BY 1"
+    )
+    go(command.upgrade, REVISIONS[0])
+    with engine.begin() as connection:
+        connection.execute(text(BEFORE.replace(":", "\\:")))
+    wanted = found(kept)
+    assert wanted == [("trj_0", "stuck", 4), ("trj_1", "stuck", 0)]
+    for _ in range(2):
+        for revision in REVISIONS[1:]:
+            go(command.upgrade, revision)
+            assert found(kept) == wanted
+        tools = found("SELECT id, tools, accepted FROM trajectories ORDER BY id")
+        assert tools == [("trj_0", ["tool0", "tool1"], True), ("trj_1", [], None)]
+        assert found("SELECT sha256, refs FROM blobs") == [("same", 2)]
+        assert found("SELECT count(final_time) FROM rollouts") == [(1,)]
+        for revision in REVISIONS[-2::-1]:
+            go(command.downgrade, revision)
+            assert found(kept) == wanted
+    go(command.upgrade, "head")
+    with engine.begin() as connection:
+        connection.execute(
+            text("UPDATE rollouts SET state = 'pruned', trajectory_id = NULL WHERE id = 'rol_0'")
+        )
+        connection.execute(text("DELETE FROM trajectories WHERE id = 'trj_0'"))
+    assert found("SELECT sha256, refs FROM blobs") == [("same", 1)]
+    go(command.downgrade, "0006")
+    assert found("SELECT state FROM rollouts ORDER BY id") == [("lost",), ("waiting",)]
+    go(command.downgrade, "0002")
+    assert found("SELECT episode_end FROM trajectories") == [("turn_limit",)]
+    go(command.upgrade, "head")
+    go(command.downgrade, "base")
     engine.dispose()

@@ -1,12 +1,12 @@
 """Tasks may be broken and stable without a known fix: the status `unverified`.
 
-- Applies on top of 0005; undone by `downgrade`, which counts such tasks as waiting.
+- Applies on top of 0008; undone by `downgrade`, which counts such tasks as waiting.
 """
 
 from alembic import op
 
 revision = "0009"
-down_revision = "0005"
+down_revision = "0008"
 branch_labels = None
 depends_on = None
 

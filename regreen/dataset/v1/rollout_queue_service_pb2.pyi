@@ -119,18 +119,24 @@ class LeaseRolloutsResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     LEASES_FIELD_NUMBER: _builtins.int
+    POLL_AFTER_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def leases(self) -> _containers.RepeatedCompositeFieldContainer[_dataset_pb2.Lease]:
         """The leases."""
+
+    @_builtins.property
+    def poll_after(self) -> _duration_pb2.Duration:
+        """How long to wait before asking again; set where there is no lease. The more workers are idle, the longer."""
 
     def __init__(
         self,
         *,
         leases: _abc.Iterable[_dataset_pb2.Lease] | None = ...,
+        poll_after: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["poll_after", b"poll_after"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["leases", b"leases"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["leases", b"leases", "poll_after", b"poll_after"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -593,7 +599,7 @@ class GetQueueResponse(_message.Message):
     GROUPS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def rollouts(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
-        """Rollouts by state: "waiting", "leased", "committed", "lost". One whose lease ran out counts as waiting."""
+        """Rollouts by state: "waiting", "leased", "committed", "lost", "pruned" (committed, and removed since). One whose lease ran out counts as waiting."""
 
     @_builtins.property
     def groups(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:

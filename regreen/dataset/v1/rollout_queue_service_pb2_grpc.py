@@ -92,6 +92,8 @@ class RolloutQueueServiceServicer:
         Errors:
         - NOT_FOUND: an unknown run or task.
         - INVALID_ARGUMENT: a group of size 0 or without mode, pipeline or grader.
+        - RESOURCE_EXHAUSTED: so many rollouts of the run wait already that these do not fit; `retry_delay` says when to
+        try again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -181,7 +183,7 @@ class RolloutQueueServiceServicer:
 
         Errors:
         - NOT_FOUND: no such run or checkpoint.
-        - FAILED_PRECONDITION: the checkpoint was abandoned by an earlier rewind.
+        - FAILED_PRECONDITION: the checkpoint was abandoned by an earlier rewind, or trajectories of the run were pruned.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

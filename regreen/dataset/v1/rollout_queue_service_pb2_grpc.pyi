@@ -39,6 +39,8 @@ class RolloutQueueServiceStub:
     Errors:
     - NOT_FOUND: an unknown run or task.
     - INVALID_ARGUMENT: a group of size 0 or without mode, pipeline or grader.
+    - RESOURCE_EXHAUSTED: so many rollouts of the run wait already that these do not fit; `retry_delay` says when to
+      try again.
     """
     LeaseRollouts: _grpc.UnaryUnaryMultiCallable[_rollout_queue_service_pb2.LeaseRolloutsRequest, _rollout_queue_service_pb2.LeaseRolloutsResponse]
     """Leases waiting rollouts to a worker. Returns fewer, or none, when fewer wait. Idempotent by request_id.
@@ -100,7 +102,7 @@ class RolloutQueueServiceStub:
 
     Errors:
     - NOT_FOUND: no such run or checkpoint.
-    - FAILED_PRECONDITION: the checkpoint was abandoned by an earlier rewind.
+    - FAILED_PRECONDITION: the checkpoint was abandoned by an earlier rewind, or trajectories of the run were pruned.
     """
     GetQueue: _grpc.UnaryUnaryMultiCallable[_rollout_queue_service_pb2.GetQueueRequest, _rollout_queue_service_pb2.GetQueueResponse]
     """Counts rollouts and groups by state.
@@ -120,6 +122,8 @@ class RolloutQueueServiceAsyncStub(RolloutQueueServiceStub):
     Errors:
     - NOT_FOUND: an unknown run or task.
     - INVALID_ARGUMENT: a group of size 0 or without mode, pipeline or grader.
+    - RESOURCE_EXHAUSTED: so many rollouts of the run wait already that these do not fit; `retry_delay` says when to
+      try again.
     """
     LeaseRollouts: _aio.UnaryUnaryMultiCallable[_rollout_queue_service_pb2.LeaseRolloutsRequest, _rollout_queue_service_pb2.LeaseRolloutsResponse]  # type: ignore[assignment]
     """Leases waiting rollouts to a worker. Returns fewer, or none, when fewer wait. Idempotent by request_id.
@@ -181,7 +185,7 @@ class RolloutQueueServiceAsyncStub(RolloutQueueServiceStub):
 
     Errors:
     - NOT_FOUND: no such run or checkpoint.
-    - FAILED_PRECONDITION: the checkpoint was abandoned by an earlier rewind.
+    - FAILED_PRECONDITION: the checkpoint was abandoned by an earlier rewind, or trajectories of the run were pruned.
     """
     GetQueue: _aio.UnaryUnaryMultiCallable[_rollout_queue_service_pb2.GetQueueRequest, _rollout_queue_service_pb2.GetQueueResponse]  # type: ignore[assignment]
     """Counts rollouts and groups by state.
@@ -204,6 +208,8 @@ class RolloutQueueServiceServicer(metaclass=_abc_1.ABCMeta):
         Errors:
         - NOT_FOUND: an unknown run or task.
         - INVALID_ARGUMENT: a group of size 0 or without mode, pipeline or grader.
+        - RESOURCE_EXHAUSTED: so many rollouts of the run wait already that these do not fit; `retry_delay` says when to
+          try again.
         """
 
     @_abc_1.abstractmethod
@@ -307,7 +313,7 @@ class RolloutQueueServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors:
         - NOT_FOUND: no such run or checkpoint.
-        - FAILED_PRECONDITION: the checkpoint was abandoned by an earlier rewind.
+        - FAILED_PRECONDITION: the checkpoint was abandoned by an earlier rewind, or trajectories of the run were pruned.
         """
 
     @_abc_1.abstractmethod

@@ -26,7 +26,7 @@ from regreen.common.v1 import common_pb2 as regreen_dot_common_dot_v1_dot_common
 from regreen.dataset.v1 import dataset_pb2 as regreen_dot_dataset_dot_v1_dot_dataset__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+regreen/dataset/v1/trajectory_service.proto\x12\x12regreen.dataset.v1\x1a\x1eregreen/common/v1/common.proto\x1a regreen/dataset/v1/dataset.proto\"a\n\x17\x43ommitTrajectoryRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x32\n\ntrajectory\x18\x02 \x01(\x0b\x32\x1e.regreen.dataset.v1.Trajectory\"&\n\x18\x43ommitTrajectoryResponse\x12\n\n\x02id\x18\x01 \x01(\t\":\n\x14GetTrajectoryRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x16\n\x0ewithout_tokens\x18\x02 \x01(\x08\"K\n\x15GetTrajectoryResponse\x12\x32\n\ntrajectory\x18\x01 \x01(\x0b\x32\x1e.regreen.dataset.v1.Trajectory\"\xdd\x01\n\x10TrajectoryFilter\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12\r\n\x05\x61\x63tor\x18\x03 \x01(\t\x12\x0e\n\x06policy\x18\x04 \x01(\t\x12\x13\n\x0bsolved_only\x18\x05 \x01(\x08\x12\x0c\n\x04hack\x18\x06 \x01(\t\x12-\n\x08pipeline\x18\x07 \x01(\x0e\x32\x1b.regreen.common.v1.Pipeline\x12%\n\x04mode\x18\x08 \x01(\x0e\x32\x17.regreen.common.v1.Mode\x12\x10\n\x08group_id\x18\t \x01(\t\"v\n\x17ListTrajectoriesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x34\n\x06\x66ilter\x18\x03 \x01(\x0b\x32$.regreen.dataset.v1.TrajectoryFilter\"i\n\x18ListTrajectoriesResponse\x12\x34\n\x0ctrajectories\x18\x01 \x03(\x0b\x32\x1e.regreen.dataset.v1.Trajectory\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"Q\n\x19\x45xportTrajectoriesRequest\x12\x34\n\x06\x66ilter\x18\x01 \x01(\x0b\x32$.regreen.dataset.v1.TrajectoryFilter\"P\n\x1a\x45xportTrajectoriesResponse\x12\x32\n\ntrajectory\x18\x01 \x01(\x0b\x32\x1e.regreen.dataset.v1.Trajectory2\xce\x03\n\x11TrajectoryService\x12m\n\x10\x43ommitTrajectory\x12+.regreen.dataset.v1.CommitTrajectoryRequest\x1a,.regreen.dataset.v1.CommitTrajectoryResponse\x12\x64\n\rGetTrajectory\x12(.regreen.dataset.v1.GetTrajectoryRequest\x1a).regreen.dataset.v1.GetTrajectoryResponse\x12m\n\x10ListTrajectories\x12+.regreen.dataset.v1.ListTrajectoriesRequest\x1a,.regreen.dataset.v1.ListTrajectoriesResponse\x12u\n\x12\x45xportTrajectories\x12-.regreen.dataset.v1.ExportTrajectoriesRequest\x1a..regreen.dataset.v1.ExportTrajectoriesResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+regreen/dataset/v1/trajectory_service.proto\x12\x12regreen.dataset.v1\x1a\x1eregreen/common/v1/common.proto\x1a regreen/dataset/v1/dataset.proto\"a\n\x17\x43ommitTrajectoryRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x32\n\ntrajectory\x18\x02 \x01(\x0b\x32\x1e.regreen.dataset.v1.Trajectory\"&\n\x18\x43ommitTrajectoryResponse\x12\n\n\x02id\x18\x01 \x01(\t\":\n\x14GetTrajectoryRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x16\n\x0ewithout_tokens\x18\x02 \x01(\x08\"K\n\x15GetTrajectoryResponse\x12\x32\n\ntrajectory\x18\x01 \x01(\x0b\x32\x1e.regreen.dataset.v1.Trajectory\"\x8a\x02\n\x10TrajectoryFilter\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12\r\n\x05\x61\x63tor\x18\x03 \x01(\t\x12\x0e\n\x06policy\x18\x04 \x01(\t\x12\x13\n\x0bsolved_only\x18\x05 \x01(\x08\x12\x0c\n\x04hack\x18\x06 \x01(\t\x12-\n\x08pipeline\x18\x07 \x01(\x0e\x32\x1b.regreen.common.v1.Pipeline\x12%\n\x04mode\x18\x08 \x01(\x0e\x32\x17.regreen.common.v1.Mode\x12\x10\n\x08group_id\x18\t \x01(\t\x12\x0c\n\x04tool\x18\n \x01(\t\x12\x0f\n\x07verdict\x18\x0b \x01(\t\x12\x0c\n\x04text\x18\x0c \x01(\t\"v\n\x17ListTrajectoriesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x34\n\x06\x66ilter\x18\x03 \x01(\x0b\x32$.regreen.dataset.v1.TrajectoryFilter\"i\n\x18ListTrajectoriesResponse\x12\x34\n\x0ctrajectories\x18\x01 \x03(\x0b\x32\x1e.regreen.dataset.v1.Trajectory\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"Q\n\x19\x45xportTrajectoriesRequest\x12\x34\n\x06\x66ilter\x18\x01 \x01(\x0b\x32$.regreen.dataset.v1.TrajectoryFilter\"P\n\x1a\x45xportTrajectoriesResponse\x12\x32\n\ntrajectory\x18\x01 \x01(\x0b\x32\x1e.regreen.dataset.v1.Trajectory2\xce\x03\n\x11TrajectoryService\x12m\n\x10\x43ommitTrajectory\x12+.regreen.dataset.v1.CommitTrajectoryRequest\x1a,.regreen.dataset.v1.CommitTrajectoryResponse\x12\x64\n\rGetTrajectory\x12(.regreen.dataset.v1.GetTrajectoryRequest\x1a).regreen.dataset.v1.GetTrajectoryResponse\x12m\n\x10ListTrajectories\x12+.regreen.dataset.v1.ListTrajectoriesRequest\x1a,.regreen.dataset.v1.ListTrajectoriesResponse\x12u\n\x12\x45xportTrajectories\x12-.regreen.dataset.v1.ExportTrajectoriesRequest\x1a..regreen.dataset.v1.ExportTrajectoriesResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,15 +42,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETTRAJECTORYRESPONSE']._serialized_start=332
   _globals['_GETTRAJECTORYRESPONSE']._serialized_end=407
   _globals['_TRAJECTORYFILTER']._serialized_start=410
-  _globals['_TRAJECTORYFILTER']._serialized_end=631
-  _globals['_LISTTRAJECTORIESREQUEST']._serialized_start=633
-  _globals['_LISTTRAJECTORIESREQUEST']._serialized_end=751
-  _globals['_LISTTRAJECTORIESRESPONSE']._serialized_start=753
-  _globals['_LISTTRAJECTORIESRESPONSE']._serialized_end=858
-  _globals['_EXPORTTRAJECTORIESREQUEST']._serialized_start=860
-  _globals['_EXPORTTRAJECTORIESREQUEST']._serialized_end=941
-  _globals['_EXPORTTRAJECTORIESRESPONSE']._serialized_start=943
-  _globals['_EXPORTTRAJECTORIESRESPONSE']._serialized_end=1023
-  _globals['_TRAJECTORYSERVICE']._serialized_start=1026
-  _globals['_TRAJECTORYSERVICE']._serialized_end=1488
+  _globals['_TRAJECTORYFILTER']._serialized_end=676
+  _globals['_LISTTRAJECTORIESREQUEST']._serialized_start=678
+  _globals['_LISTTRAJECTORIESREQUEST']._serialized_end=796
+  _globals['_LISTTRAJECTORIESRESPONSE']._serialized_start=798
+  _globals['_LISTTRAJECTORIESRESPONSE']._serialized_end=903
+  _globals['_EXPORTTRAJECTORIESREQUEST']._serialized_start=905
+  _globals['_EXPORTTRAJECTORIESREQUEST']._serialized_end=986
+  _globals['_EXPORTTRAJECTORIESRESPONSE']._serialized_start=988
+  _globals['_EXPORTTRAJECTORIESRESPONSE']._serialized_end=1068
+  _globals['_TRAJECTORYSERVICE']._serialized_start=1071
+  _globals['_TRAJECTORYSERVICE']._serialized_end=1533
 # @@protoc_insertion_point(module_scope)

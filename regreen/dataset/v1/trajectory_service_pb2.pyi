@@ -135,6 +135,9 @@ class TrajectoryFilter(_message.Message):
     PIPELINE_FIELD_NUMBER: _builtins.int
     MODE_FIELD_NUMBER: _builtins.int
     GROUP_ID_FIELD_NUMBER: _builtins.int
+    TOOL_FIELD_NUMBER: _builtins.int
+    VERDICT_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """Run."""
     task_id: _builtins.str
@@ -153,6 +156,12 @@ class TrajectoryFilter(_message.Message):
     """Mode."""
     group_id: _builtins.str
     """Group."""
+    tool: _builtins.str
+    """Only ones that called this tool."""
+    verdict: _builtins.str
+    """Only ones that the judge "accepted" or "rejected"; empty: any, judged or not."""
+    text: _builtins.str
+    """Only ones with this text in one of their turns, whatever the case; at least 3 characters."""
     def __init__(
         self,
         *,
@@ -165,10 +174,13 @@ class TrajectoryFilter(_message.Message):
         pipeline: _common_pb2.Pipeline.ValueType = ...,
         mode: _common_pb2.Mode.ValueType = ...,
         group_id: _builtins.str = ...,
+        tool: _builtins.str = ...,
+        verdict: _builtins.str = ...,
+        text: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "group_id", b"group_id", "hack", b"hack", "mode", b"mode", "pipeline", b"pipeline", "policy", b"policy", "run_id", b"run_id", "solved_only", b"solved_only", "task_id", b"task_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "group_id", b"group_id", "hack", b"hack", "mode", b"mode", "pipeline", b"pipeline", "policy", b"policy", "run_id", b"run_id", "solved_only", b"solved_only", "task_id", b"task_id", "text", b"text", "tool", b"tool", "verdict", b"verdict"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
