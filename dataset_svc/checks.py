@@ -141,7 +141,8 @@ def check_control(report: GateRecord, labels: Mapping[str, str]) -> None:
     if report.status == "admitted" and control != is_of_control(report):
         wanted = CONTROL_CHECK if control else "reference-passes"
         raise InvalidArgument(
-            "report.checks", f"are not those of {'a control' if control else 'a fixable task'}",
+            "report.checks",
+            f"are not those of {'a control' if control else 'a fixable task'}",
             f"repeat {wanted}, or change the task's label control",
         )
 

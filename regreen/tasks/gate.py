@@ -153,7 +153,9 @@ def check_record(task: TaskRecord) -> None:
     if whole and digest not in ("", ids_sha256(tests.fail_to_pass)):
         raise InvalidArgument("tests.fail_to_pass_sha256", "is not that of fail_to_pass")
     if task.control and task.split != "test":
-        raise InvalidArgument("split", f"is {task.split} for a control", "use test: nobody trains on it")
+        raise InvalidArgument(
+            "split", f"is {task.split} for a control", "use test: nobody trains on it"
+        )
     fair = [mode for mode in task.modes if all(fix.mode != mode for fix in task.fixes)]
     if fair:
         raise InvalidArgument("modes", f"has {fair[0]} without a reference fix", "add one")
