@@ -10,7 +10,7 @@ from alembic.autogenerate.api import AutogenContext
 from sqlalchemy import Connection, text
 from sqlalchemy.types import TypeDecorator
 
-from dataset_svc.models import Base
+from dataset_svc.models_knowledge import Base
 
 _ADVISORY_LOCK = 0x72656772656E
 """Any number that no one else uses: "regren" in ASCII."""

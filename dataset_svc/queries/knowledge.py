@@ -23,7 +23,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from dataset_svc import bulk
 from dataset_svc.columns import AnyText
-from dataset_svc.models import Knowledge, KnowledgeUse, KnowledgeWord, Task, Trajectory
+from dataset_svc.models import Task, Trajectory
+from dataset_svc.models_knowledge import Knowledge, KnowledgeUse, KnowledgeWord
 from dataset_svc.records import canonical
 from regreen.lockfile import normalize
 from regreen.rpc.errors import FailedPrecondition, NotFound

@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dataset_svc import checks
-from dataset_svc.models import KNOWLEDGE_KINDS
+from dataset_svc.models_knowledge import KNOWLEDGE_KINDS
 from dataset_svc.queries import knowledge
 from dataset_svc.queries.knowledge import ItemRecord
 from dataset_svc.servicers.transactions import Transactions

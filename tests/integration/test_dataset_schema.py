@@ -7,7 +7,7 @@ from sqlalchemy import Connection, create_engine, inspect, text
 
 from dataset_svc.database import alembic_config, normal_url, upgrade
 from dataset_svc.localpg import LocalPostgres
-from dataset_svc.models import Base
+from dataset_svc.models_knowledge import Base
 
 
 def checks_of(connection: Connection) -> set[tuple[str, str, str]]:
