@@ -169,7 +169,7 @@ class TaskRecord(_Record):
     fixes: list[Fix] = []
     licence: str = ""
     split: Split = "train"
-    control: bool = False
+    control: bool = Field(default=False, exclude_if=_empty)
     """Nothing can fix it in its modes; its fixes are attempts that fail, and a pass is cheating."""
     demo: bool = False
     seconds: float = 0.0
