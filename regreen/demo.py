@@ -399,7 +399,7 @@ def choose_tasks(records: Sequence[TaskRecord], plan: Plan) -> dict[str, list[Ta
     def order(record: TaskRecord) -> tuple[bool, float, str]:
         return not record.demo, record.seconds or 60.0, record.id
 
-    fitting = [record for record in records if record.status != "rejected"]
+    fitting = [record for record in records if record.status != "rejected" and not record.control]
     held_out = sorted((r for r in fitting if r.split == "test"), key=order)
     test = held_out[: plan.test_tasks]
     in_source = next((r for r in held_out if "keep_new" in r.modes), None)
