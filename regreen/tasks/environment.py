@@ -12,7 +12,15 @@ from regreen.common.v1 import common_pb2
 from regreen.lockfile import format_lock, lock_of
 from regreen.rpc.errors import InvalidArgument
 from regreen.sandbox.v1 import sandbox_pb2 as pb
-from regreen.tasks.model import DistributionRecord, FileRecord, Fix, TaskRecord, ids_sha256
+from regreen.tasks.model import (
+    Added,
+    DistributionRecord,
+    Edit,
+    FileRecord,
+    Fix,
+    TaskRecord,
+    ids_sha256,
+)
 
 LOCK = "requirements.lock"
 Distributions = Mapping[str, DistributionRecord]
@@ -45,6 +53,7 @@ def environment(
     if task.overlay is not None:
         spec.overlay_source.CopyFrom(_file(task.overlay.sdist))
         spec.overlay_paths.extend(task.overlay.paths)
+    spec.overlay.extend(added_files(task.added))
     spec.test.CopyFrom(
         pb.TestSpec(
             arguments=task.tests.arguments,
@@ -96,16 +105,35 @@ def edited_files(fix: Fix, read: Mapping[str, bytes]) -> list[common_pb2.FileCha
     Raises:
         InvalidArgument: an edit does not fit the file.
     """
+    texts = {path: read[path].decode("utf-8") for path in edit_paths([fix]) if path in read}
+    contents = edited_texts(fix.edits, texts)
+    return [
+        *(_changed(path, text.encode()) for path, text in sorted(contents.items())),
+        *added_files(fix.added),
+    ]
+
+
+def edited_texts(edits: Iterable[Edit], texts: Mapping[str, str]) -> dict[str, str]:
+    """New texts of the files that edits touch; raises as `edited_files`."""
     contents: dict[str, str] = {}
-    for edit in fix.edits:
-        if edit.path not in read:
+    for edit in edits:
+        if edit.path not in texts:
             raise InvalidArgument("fix.edits", f"{edit.path} is not in the State", "correct it")
-        text = contents.get(edit.path) or read[edit.path].decode("utf-8")
+        text = contents.get(edit.path) or texts[edit.path]
         if text.count(edit.old) != edit.count:
             problem = f"{edit.path} has {text.count(edit.old)} of {edit.old[:60]!r}"
             raise InvalidArgument("fix.edits", problem, f"expected {edit.count}")
         contents[edit.path] = text.replace(edit.old, edit.new)
-    return [_changed(path, text.encode()) for path, text in sorted(contents.items())]
+    return contents
+
+
+def added_files(added: Iterable[Added]) -> list[common_pb2.FileChange]:
+    """Files that are laid over a source."""
+    kind = common_pb2.CHANGE_KIND_ADD
+    return [
+        common_pb2.FileChange(path=a.path, kind=kind, content=a.content.encode(), mode=0o644)
+        for a in added
+    ]
 
 
 def replaced_files(files: Mapping[str, bytes]) -> list[common_pb2.FileChange]:
@@ -119,8 +147,11 @@ def _changed(path: str, content: bytes) -> common_pb2.FileChange:
 
 
 def held_pins(task: TaskRecord, mode: str) -> dict[str, str]:
-    """Pins that a mode forbids to move."""
-    if mode != "keep_new" or task.culprit is None:
+    """Pins that a mode forbids to move.
+
+    What builds the project is never in the lock: a build failure holds it by offering no other.
+    """
+    if mode != "keep_new" or task.culprit is None or task.kind == "build-failure":
         return {}
     return {task.culprit.name: task.culprit.bad}
 

@@ -16,8 +16,20 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+!-]{0,254}$")]
 PinText = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*==[A-Za-z0-9][A-Za-z0-9.!+_-]*$")]
 PythonText = Annotated[str, Field(pattern=r"^\d+\.\d+$")]
-Kind = Literal["dependency-upgrade", "interpreter-upgrade", "release-bugfix"]
+Kind = Literal[
+    "dependency-upgrade",
+    "interpreter-upgrade",
+    "release-bugfix",
+    "conflict",
+    "build-failure",
+    "test-runner",
+]
 ModeName = Literal["any_fix", "keep_new"]
+
+
+def _empty(value: object) -> bool:
+    """Left out of every text, so that older records keep their digest."""
+    return not value
 
 
 class _Record(BaseModel):
@@ -80,12 +92,21 @@ class Edit(_Record):
     count: int = Field(default=1, ge=1)
 
 
+class Added(_Record):
+    """A file of our own: a check laid over the source, or part of a fix."""
+
+    path: str
+    content: str
+
+
 class Fix(_Record):
     """A reference fix: restored pins, edits of our own, or files of a later release."""
 
     mode: ModeName
     origin: Literal["pins-restored", "source-edit", "upstream"]
     edits: list[Edit] = []
+    added: list[Added] = Field(default=[], exclude_if=_empty)
+    """Files that the fix makes."""
 
 
 class Tests(_Record):
@@ -120,6 +141,8 @@ class TaskRecord(_Record):
     """Interpreters that a fix may choose; empty means `python` only."""
     sdist: FileRecord
     overlay: Overlay | None = None
+    added: list[Added] = Field(default=[], exclude_if=_empty)
+    """Checks of our own that run with the project's tests."""
     build: Build = Build()
     pins_pass: list[PinText]
     pins_fail: list[PinText]
