@@ -53,8 +53,8 @@ def loosened(
 def _of_file(path: str, text: str, name: str, version: str) -> list[Edit]:
     """Edits of one file: PEP 508 lines, and poetry's tables."""
     word = re.escape(name).replace(r"\-", "[-_.]")
-    bound = r"(?:\s*[<>=!~]=?=?\s*[\w.*+!]+\s*,?)+"
-    plain = re.compile(rf"(?i)(?<![\w.-])({word}(?:\s*\[[\w, -]*\])?\s*\(?)({bound})")
+    bound = r"(?:[ \t]*[<>=!~]=?=?[ \t]*[\w.*+!]+(?:[ \t]*,(?=[ \t]*[<>=!~]))?)+"
+    plain = re.compile(rf"(?i)(?<![\w.-])({word}(?:\s*\[[\w, -]*\])?[ \t]*\(?)({bound})")
     table = re.compile(rf'(?im)^({word}\s*=\s*(?:\{{.*?version\s*=\s*)?")([^"\n]+)(?=")')
     edits: dict[str, Edit] = {}
     patterns = [plain, table] if path == "pyproject.toml" else [plain]

@@ -141,4 +141,3 @@ class DebianRegistry(Registry):
                 path.write_text("".join(f"{json.dumps(asdict(s))}\n" for s in found), "utf-8")
                 return found
         raise Unavailable(f"the Debian mirror has no index of sources of {suite}")
-

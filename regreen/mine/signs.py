@@ -48,7 +48,7 @@ _DASHED = r"^(author|maintainer|description|license|long|home|download|url|proje
 BUILD_BREAKS = (
     BuildBreak(
         tool="setuptools", good="77.0.3", bad="78.0.1",
-        sign=_re(r"^(?:author|maintainer|description|license|long|home|download)-[a-z]+ *[=:]"),
+        sign=_re(r"^(?:author|maintainer|description|license|long|home|download)-[a-z-]+ *[=:]"),
         files=("setup.cfg",),
         mends=((_re(_DASHED + r"-([a-z]+)-([a-z]+)(?= *[=:])"), r"\1_\2_\3_\4"),
                (_re(_DASHED + r"-([a-z]+)(?= *[=:])"), r"\1_\2_\3"),

@@ -72,9 +72,7 @@ SOURCE = "from wordlib import hello\n\n\ndef word():\n    return hello()\n"
 WORDS = {"wordlib.py": b"def hello():\n    return 'hello'\n"}
 
 
-def write_sdist(
-    folder: Path, name: str, settings: str, requires: str, tests: str = ""
-) -> None:
+def write_sdist(folder: Path, name: str, settings: str, requires: str, tests: str = "") -> None:
     requires = ";".join([*RUNNER, requires])
     lines = [f"Requires-Dist: {line}\n" for line in requires.split(";")]
     head = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\nLicense: MIT\n{''.join(lines)}"

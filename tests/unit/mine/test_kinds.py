@@ -66,9 +66,7 @@ def test_every_row_cites_its_changelog_and_names_an_adjacent_pair() -> None:
          ('flask = "^1.0', 'flask = ">=1.0')),
     ],
 )  # fmt: skip
-def test_bounds_are_loosened_where_they_stand(
-    path: str, text: str, edit: tuple[str, str]
-) -> None:
+def test_bounds_are_loosened_where_they_stand(path: str, text: str, edit: tuple[str, str]) -> None:
     found = loosened({path: text}, {"flask": Requirement("flask<2")}, {"flask": "2.0"})
     assert [(one.old, one.new) for one in found] == [edit]
 
@@ -123,7 +121,9 @@ def test_the_mirror_is_that_of_the_settings(tmp_path: Path) -> None:
     text = "Types: deb\nURIs: http://mirror.example/debian-security http://mirror.example/debian\n"
     (tmp_path / "sources.list.d" / "debian.sources").write_text(text)
     assert mirror({}, tmp_path) == "http://mirror.example/debian"
-    assert mirror({"REGREEN_DEBIAN_MIRROR": "http://a.example/x/"}, tmp_path) == "http://a.example/x"
+    assert (
+        mirror({"REGREEN_DEBIAN_MIRROR": "http://a.example/x/"}, tmp_path) == "http://a.example/x"
+    )
 
 
 def test_sources_name_packages_versions_and_archives() -> None:
@@ -136,5 +136,7 @@ def test_sources_name_packages_versions_and_archives() -> None:
     assert (found.package, found.version, found.sha256) == ("foo", "1.2", "b" * 64)
     assert upstream_version("foo-1.2.tar.gz") == ""
     base = "http://m.example/debian"
-    assert pool_url("libfoo_1.orig.tar.gz", base).endswith("/pool/main/libf/libfoo/libfoo_1.orig.tar.gz")
+    assert pool_url("libfoo_1.orig.tar.gz", base).endswith(
+        "/pool/main/libf/libfoo/libfoo_1.orig.tar.gz"
+    )
     assert pool_url("foo-1.2.tar.gz", base) == ""
