@@ -73,5 +73,5 @@ def _lower(bounds: str, version: str) -> str:
     kept = [part.strip() for part in bounds.split(",") if part.strip().startswith((">", "!="))]
     first = re.search(r"[\d][\w.]*", bounds)
     start = first[0].removesuffix(".*").rstrip(".") if first else version
-    text = ",".join(kept) if kept else f">={start}"
-    return text + trailing
+    pinned = re.search(r"==|~=|\^|~|^\d", bounds.strip()) is not None
+    return (",".join(kept) or (f">={start}" if pinned else "")) + trailing

@@ -183,6 +183,7 @@ def tasks(journal: Journal, folder: Path, kind: str) -> dict[str, TaskRecord]:
     return {task.package: task for task in found if task.kind == kind}
 
 
+@pytest.mark.timeout(900)
 async def test_bounds_that_rule_a_release_out_are_conflicts(world: World, tmp_path: Path) -> None:
     journal = await world.mine("conflict", "bounded", "indirect", "unbounded")
     found = ends(journal, "conflict")
@@ -198,7 +199,7 @@ async def test_bounds_that_rule_a_release_out_are_conflicts(world: World, tmp_pa
     assert sorted(task.modes) == ["any_fix", "keep_new"]
     assert "wordlib" in " ".join(task.error_lines)
     other = made["indirect-1.0__loudlib-1.1__conflict"]  # two releases whose bounds are disjoint
-    assert other.changed == {"loudlib": "1.0 1.1", "wordlib": "1.0 2.0"} or other.changed
+    assert other.changed == {"loudlib": "1.0 1.1", "wordlib": "1.0 2.1"}
     assert other.culprit is not None
     assert (other.culprit.good, other.culprit.bad) == ("1.0", "1.1")
     edits = next(fix for fix in other.fixes if fix.mode == "keep_new").edits
@@ -206,6 +207,7 @@ async def test_bounds_that_rule_a_release_out_are_conflicts(world: World, tmp_pa
     journal.close()
 
 
+@pytest.mark.timeout(900)
 async def test_a_key_that_newer_tools_refuse_is_a_build_failure(
     world: World, tmp_path: Path
 ) -> None:
@@ -229,6 +231,7 @@ async def test_a_key_that_newer_tools_refuse_is_a_build_failure(
     journal.close()
 
 
+@pytest.mark.timeout(900)
 async def test_a_runner_that_takes_something_away_is_a_break(world: World, tmp_path: Path) -> None:
     hints = (("marklib", "2.0"),)
     journal = await world.mine("test-runner", "marked", "dashed", hints=hints)
