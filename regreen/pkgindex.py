@@ -40,6 +40,7 @@ from packaging.utils import (
 )
 from packaging.version import InvalidVersion, Version
 
+from regreen.debian import mirror, pool_url, upstream_version
 from regreen.rpc.errors import DataLoss, MissingDependency, NotFound, Unavailable
 
 _JSON = "application/vnd.pypi.simple.v1+json"
@@ -73,6 +74,8 @@ class IndexFile:
 def _version_of(filename: str) -> str:
     """Pages are looked through again and again; reading a name costs more than the rest."""
     try:
+        if version := upstream_version(filename):
+            return str(Version(version))
         if filename.endswith(".whl"):
             return str(parse_wheel_filename(filename)[1])
         return str(parse_sdist_filename(filename)[1])
@@ -254,11 +257,7 @@ class PackageIndex:
             DataLoss: the bytes do not match `sha256`.
             Unavailable: the index did not answer within the deadline.
         """
-        for entry in await self.files(name):
-            if entry.filename == filename:
-                break
-        else:
-            raise NotFound(f"the package index does not list {filename} (deleted?)")
+        entry = await self._entry(name, filename, sha256)
         if entry.sha256 and entry.sha256 != sha256:
             raise DataLoss(f"the package index lists {filename} with another sha256")
         stop, wait_s = time.monotonic() + self._deadline_s, 0.5
@@ -270,6 +269,19 @@ class PackageIndex:
                     raise Unavailable(f"{filename} cannot be fetched ({error})") from error
             await asyncio.sleep(wait_s)
             wait_s = min(wait_s * 2, 8.0)
+
+    async def _entry(self, name: str, filename: str, sha256: str) -> IndexFile:
+        """Where a file lies: as the index lists it, or in the pool of the user's Debian mirror.
+
+        Raises:
+            NotFound: it is nowhere.
+        """
+        if upstream_version(filename) and (url := pool_url(filename, mirror())):
+            return IndexFile(filename, url, sha256)
+        for entry in await self.files(name):
+            if entry.filename == filename:
+                return entry
+        raise NotFound(f"the package index does not list {filename} (deleted?)")
 
     async def _fetch(self, url: str, sha256: str, into: Path) -> Path:
         into.parent.mkdir(parents=True, exist_ok=True)

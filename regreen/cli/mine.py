@@ -21,13 +21,14 @@ from regreen.mine.culprits import (
     shipped_culprits,
     upgrade_candidates,
 )
+from regreen.mine.kinds import MORE_KINDS, more_candidates
 from regreen.mine.report import lines_of, report
 from regreen.mine.store import Journal
 from regreen.mine.work import Bounds, Mine, export
 from regreen.rpc.errors import InvalidArgument
 from regreen.settings import default_home
 
-KINDS = ("dependency-upgrade", "release-bugfix")
+KINDS = ("dependency-upgrade", "release-bugfix", *MORE_KINDS)
 
 
 def register(app: typer.Typer) -> None:
@@ -61,6 +62,9 @@ def mine(
     pause_file: Annotated[
         Path | None, typer.Option(help="While it exists, no candidate is begun.")
     ] = None,
+    debian: Annotated[
+        bool, typer.Option("--debian", help="Take sources from Debian where it has a release.")
+    ] = False,
     again: Annotated[
         list[str] | None,
         typer.Option(help="Take candidates again that ended so: failed, or rejected=REASON."),
@@ -89,6 +93,7 @@ def mine(
             candidates = in_turn(
                 upgrade_candidates(facts, packages=packages or ()),
                 bugfix_candidates(facts, packages=packages or ()),
+                *more_candidates(facts, packages=packages or ()),
             )
             journal.enqueue(candidates)
             bounds = Bounds(limit, hours, workers, requests, repeats, pause_file)
@@ -96,7 +101,9 @@ def mine(
             address = sandbox or Endpoints.load(home).sandbox
             names = {f.name for f in facts} | {n for f in facts for n in f.dependents}
             breaks = {f.name: [event.version for event in f.breaks] for f in facts}
-            ended = output.run(_mine(journal, folder, bounds, wanted, keys, address, names, breaks))
+            ended = output.run(
+                _mine(journal, folder, bounds, wanted, keys, address, names, breaks, debian)
+            )
             output.STDERR.print(f"ended: {ended}", highlight=False, markup=False)
         found = report(journal)
         written = export(journal, out) if out else None
@@ -119,6 +126,7 @@ async def _mine(
     address: str,
     names: set[str],
     breaks: dict[str, list[str]],
+    debian: bool,
 ) -> str:
     channel = connect(address)
     done: set[str] = set()
@@ -139,6 +147,7 @@ async def _mine(
                 bounds,
                 names=names,
                 breaks=breaks,
+                debian=debian,
                 say=say,
             )
             return await run.run(kinds, keys)

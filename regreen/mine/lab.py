@@ -26,7 +26,7 @@ from regreen.rpc.errors import FailedPrecondition, InvalidArgument, MissingDepen
 from regreen.sandbox.v1 import sandbox_pb2 as pb
 from regreen.sandbox.v1 import state_service_pb2 as state_pb
 from regreen.tasks import environment as env
-from regreen.tasks.model import FileRecord
+from regreen.tasks.model import Added, FileRecord
 from regreen.tasks.verify import ServiceGateClient
 
 Pins = Mapping[str, str]
@@ -116,6 +116,8 @@ class Release:
     """A later source archive whose tests are laid over."""
     timeout_s: float = 75.0
     """Longer suites are not mined: the gate runs each about twenty times."""
+    added: tuple[Added, ...] = ()
+    """Checks of our own; their paths are among `roots`."""
 
 
 @dataclass(slots=True)
@@ -209,6 +211,7 @@ class Laboratory:
             later = release.overlay
             spec.overlay_source.CopyFrom(pb.DistFile(filename=later.filename, sha256=later.sha256))
             spec.overlay_paths.extend(release.roots)
+        spec.overlay.extend(env.added_files(release.added))
         base = [f"{n}=={v}" for n, v in sorted(self._base.items())]
         spec.pins.extend(await self._pins(base, must=True))
         spec.wheelhouse.extend(await self._pins(sorted(self._offered - set(base))))

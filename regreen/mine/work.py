@@ -21,6 +21,8 @@ from regreen.lockfile import normalize
 from regreen.mine.bugfix import KIND, BugfixMiner
 from regreen.mine.candidate import Found, Rejected
 from regreen.mine.culprits import Candidate
+from regreen.mine.debian import DebianRegistry
+from regreen.mine.kinds import MORE_KINDS
 from regreen.mine.lab import MiningClient
 from regreen.mine.miner import Miner
 from regreen.mine.registry import Registry
@@ -74,12 +76,14 @@ class Mine:
         urls: Sequence[str] = (),
         names: Iterable[str] = (),
         breaks: Mapping[str, Iterable[str]] | None = None,
+        debian: bool = False,
         say: Say = lambda key, text: None,
     ) -> None:
         self._states, self._sandboxes, self._journal = states, sandboxes, journal
         self._folder, self._bounds, self._say = folder, bounds, say
         self._names = frozenset(names)
         self._breaks = {name: set(found) for name, found in (breaks or {}).items()}
+        self._registry: type[Registry] = DebianRegistry if debian else Registry
         self._urls = tuple(urls) or index_urls()
         self._began, self._taken, self._busy_s = time.time(), 0, 0.0
         self._stop, self._troubles = "", 0
@@ -90,7 +94,8 @@ class Mine:
         self._journal.recover()
         os.environ["UV_CACHE_DIR"] = str(self._folder / "cache")
         found = (await self._sandboxes.get_capabilities()).interpreters
-        registry = Registry(self._urls, self._folder / "registry", budget=self._bounds.requests)
+        folder = self._folder / "registry"
+        registry = self._registry(self._urls, folder, budget=self._bounds.requests)
         async with registry:
             workers = [
                 self._worker(registry, sorted(found), kinds, keys)
@@ -114,6 +119,7 @@ class Mine:
         miners: dict[str, UpgradeMiner | BugfixMiner] = {
             "dependency-upgrade": UpgradeMiner(*given),
             KIND: BugfixMiner(*given),
+            **{kind: miner(*given) for kind, miner in MORE_KINDS.items()},
         }
         while await self._may_go_on():
             candidate = self._journal.take(kinds, keys)

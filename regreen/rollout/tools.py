@@ -130,6 +130,8 @@ class Workbench:
         """Pins that the mode holds."""
         if self.mode != MODE_KEEP_NEW or not self.task.culprit:
             return {}
+        if self.task.kind == "build-failure":
+            return {}  # build tools are in no lock; where they are held, no others are on offer
         return {self.task.culprit: self.task.culprit_version}
 
     @property

@@ -12,7 +12,15 @@ from regreen.common.v1 import common_pb2
 from regreen.lockfile import format_lock, lock_of
 from regreen.rpc.errors import InvalidArgument
 from regreen.sandbox.v1 import sandbox_pb2 as pb
-from regreen.tasks.model import DistributionRecord, FileRecord, Fix, TaskRecord, ids_sha256
+from regreen.tasks.model import (
+    Added,
+    DistributionRecord,
+    Edit,
+    FileRecord,
+    Fix,
+    TaskRecord,
+    ids_sha256,
+)
 
 LOCK = "requirements.lock"
 Distributions = Mapping[str, DistributionRecord]
@@ -53,6 +61,7 @@ def environment(
     if task.overlay is not None:
         spec.overlay_source.CopyFrom(_file(task.overlay.sdist))
         spec.overlay_paths.extend(task.overlay.paths)
+    spec.overlay.extend(added_files(task.added))
     spec.test.CopyFrom(
         pb.TestSpec(
             arguments=task.tests.arguments,
@@ -104,16 +113,35 @@ def edited_files(fix: Fix, read: Mapping[str, bytes]) -> list[common_pb2.FileCha
     Raises:
         InvalidArgument: an edit does not fit the file.
     """
+    texts = {path: read[path].decode("utf-8") for path in edit_paths([fix]) if path in read}
+    contents = edited_texts(fix.edits, texts)
+    return [
+        *(_changed(path, text.encode()) for path, text in sorted(contents.items())),
+        *_whole_files(fix),
+    ]
+
+
+def edited_texts(edits: Iterable[Edit], texts: Mapping[str, str]) -> dict[str, str]:
+    """New texts of the files that edits touch; raises as `edited_files`."""
     contents: dict[str, str] = {}
-    for edit in fix.edits:
-        if edit.path not in read:
+    for edit in edits:
+        if edit.path not in texts:
             raise InvalidArgument("fix.edits", f"{edit.path} is not in the State", "correct it")
-        text = contents.get(edit.path) or read[edit.path].decode("utf-8")
+        text = contents.get(edit.path) or texts[edit.path]
         if text.count(edit.old) != edit.count:
             problem = f"{edit.path} has {text.count(edit.old)} of {edit.old[:60]!r}"
             raise InvalidArgument("fix.edits", problem, f"expected {edit.count}")
         contents[edit.path] = text.replace(edit.old, edit.new)
-    return [_changed(path, text.encode()) for path, text in sorted(contents.items())]
+    return contents
+
+
+def added_files(added: Iterable[Added]) -> list[common_pb2.FileChange]:
+    """Files that are laid over a source."""
+    kind = common_pb2.CHANGE_KIND_ADD
+    return [
+        common_pb2.FileChange(path=a.path, kind=kind, content=a.content.encode(), mode=0o644)
+        for a in added
+    ]
 
 
 def replaced_files(files: Mapping[str, bytes]) -> list[common_pb2.FileChange]:
@@ -121,16 +149,19 @@ def replaced_files(files: Mapping[str, bytes]) -> list[common_pb2.FileChange]:
     return [_changed(path, content) for path, content in sorted(files.items())]
 
 
-def patched_files(task: TaskRecord, fix: Fix, python: str = "") -> list[common_pb2.FileChange]:
-    """The diff of a fix that is a patch: its files, and the pins where they move."""
-    changes = [
+def _whole_files(fix: Fix) -> list[common_pb2.FileChange]:
+    return [
         common_pb2.FileChange(path=change.path, kind=common_pb2.CHANGE_KIND_DELETE)
         if change.text is None
         else _changed(change.path, change.text.encode())
         for change in fix.changes
     ]
+
+
+def patched_files(task: TaskRecord, fix: Fix, python: str = "") -> list[common_pb2.FileChange]:
+    """The diff of a fix that is a patch: its files, and the pins where they move."""
     moved = sorted(task.pins_pass) != sorted(task.pins_fail)
-    return [*changes, *(restored_pins(task, python) if moved else [])]
+    return [*_whole_files(fix), *(restored_pins(task, python) if moved else [])]
 
 
 def _changed(path: str, content: bytes) -> common_pb2.FileChange:
@@ -139,8 +170,11 @@ def _changed(path: str, content: bytes) -> common_pb2.FileChange:
 
 
 def held_pins(task: TaskRecord, mode: str) -> dict[str, str]:
-    """Pins that a mode forbids to move."""
-    if mode != "keep_new" or task.culprit is None:
+    """Pins that a mode forbids to move.
+
+    What builds the project is never in the lock: a build failure holds it by offering no other.
+    """
+    if mode != "keep_new" or task.culprit is None or task.kind == "build-failure":
         return {}
     return {task.culprit.name: task.culprit.bad}
 

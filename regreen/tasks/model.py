@@ -19,7 +19,15 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+!-]{0,254}$")]
 PinText = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*==[A-Za-z0-9][A-Za-z0-9.!+_-]*$")]
 PythonText = Annotated[str, Field(pattern=r"^\d+\.\d+$")]
-Kind = Literal["dependency-upgrade", "interpreter-upgrade", "release-bugfix", "local"]
+Kind = Literal[
+    "dependency-upgrade",
+    "interpreter-upgrade",
+    "release-bugfix",
+    "conflict",
+    "build-failure",
+    "test-runner",
+    "local",
+]
 ModeName = Literal["any_fix", "keep_new"]
 Split = Literal["train", "validation", "test"]
 
@@ -104,6 +112,13 @@ class Change(_Record):
     """None deletes it."""
 
 
+class Added(_Record):
+    """A check of our own, laid over the source."""
+
+    path: str
+    content: str
+
+
 class Fix(_Record):
     """A reference fix: restored pins, edits of our own, files of a later release, or a patch."""
 
@@ -111,7 +126,7 @@ class Fix(_Record):
     origin: Literal["pins-restored", "source-edit", "upstream", "patch"]
     edits: list[Edit] = []
     changes: list[Change] = Field(default=[], exclude_if=_empty)
-    """Of a patch: the files that it leaves; moved pins are those of the record."""
+    """Whole files beside the edits; of a patch, whose moved pins are those of the record, all."""
 
 
 class Tests(_Record):
@@ -148,6 +163,8 @@ class TaskRecord(_Record):
     tree: TreeRecord | None = Field(default=None, exclude_if=_empty)
     """The files of a project of one's own, instead of `sdist`."""
     overlay: Overlay | None = None
+    added: list[Added] = Field(default=[], exclude_if=_empty)
+    """Checks of our own that run with the project's tests."""
     build: Build = Build()
     pins_pass: list[PinText]
     pins_fail: list[PinText]

@@ -36,6 +36,7 @@ from regreen.pkgindex import (
 from regreen.rpc.errors import NotFound, RegreenError
 from regreen.tasks.jsonl import dump_lines, load_distributions, load_tasks
 from regreen.tasks.model import (
+    Added,
     Build,
     Culprit,
     DistributionRecord,
@@ -194,12 +195,16 @@ async def complete(mined: dict[str, Any], pinner: Pinner) -> TaskRecord:
         offered.update(await pinner.newest(names, interpreter))
         for pin in pins_pass:
             offered.update(await pinner.decoys(pin, interpreter))
-    tools = await pinner.tools(python, mined["build"].get("exclude_newer") or "")
+    tools = mined["build"].get("tools") or await pinner.tools(
+        python, mined["build"].get("exclude_newer") or ""
+    )
     targets = {python, good, *([] if upgrade else [DEMO_PYTHON])}
     pinner.need(every, targets)
     pinner.need(offered - {*every}, {python, good})
     pinner.need(tools, targets)
     tests = mined["tests"]
+    known = {"mode": "any_fix", "origin": "upstream" if bugfix else "pins-restored"}
+    fixes = [Fix(**fix) for fix in mined.get("fixes_verified") or [known]]
     return TaskRecord(
         id=mined["id"],
         kind=mined["kind"],
@@ -210,6 +215,7 @@ async def complete(mined: dict[str, Any], pinner: Pinner) -> TaskRecord:
         good_python=good if upgrade else None,
         sdist=await _sdist(mined, pinner.index),
         overlay=await _overlay(mined, pinner.index) if bugfix else None,
+        added=[Added(**added) for added in mined.get("added", [])],
         build=Build(mode=mined["build"]["mode"], tools=tools),
         pins_pass=pins_pass,
         pins_fail=pins_fail,
@@ -230,8 +236,8 @@ async def complete(mined: dict[str, Any], pinner: Pinner) -> TaskRecord:
         category=mined.get("category", ""),
         blame=mined.get("blame_top") or ("source" if bugfix else ""),
         error_lines=[line[:300] for line in mined.get("error_lines", [])[:8]],
-        modes=["any_fix"],
-        fixes=[Fix(mode="any_fix", origin="upstream" if bugfix else "pins-restored")],
+        modes=list(dict.fromkeys(fix.mode for fix in fixes)),
+        fixes=fixes,
     )
 
 

@@ -1,0 +1,43 @@
+"""The kinds of broken builds beyond upgrades and bug fixes, and where to look for each.
+
+- A kind is a miner and a list of candidates; nothing else has to know it.
+- Conflicts and build failures are looked for in the dependents of the known culprits: what is
+  widely depended upon moves, and its dependents declare bounds. Runners in all of them.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from regreen.lockfile import normalize
+from regreen.mine import buildfail, conflict, runner
+from regreen.mine.buildfail import BuildMiner
+from regreen.mine.conflict import ConflictMiner
+from regreen.mine.culprits import EARLIEST, Candidate, CulpritFacts, upgrade_candidates
+from regreen.mine.runner import RunnerMiner
+from regreen.mine.signs import RUNNER_BREAKS
+from regreen.mine.upgrade import UpgradeMiner
+
+MORE_KINDS: dict[str, type[UpgradeMiner]] = {
+    conflict.KIND: ConflictMiner,
+    buildfail.KIND: BuildMiner,
+    runner.KIND: RunnerMiner,
+}
+
+
+def more_candidates(
+    culprits: Sequence[CulpritFacts], *, packages: Iterable[str] = ()
+) -> list[list[Candidate]]:
+    """Where to look for each of these kinds; `packages` narrows it down."""
+    wanted = frozenset(map(normalize, packages))
+    upgrades = upgrade_candidates(culprits, packages=wanted)
+    names = list(dict.fromkeys(candidate.package for candidate in upgrades))
+    known = [culprit.name for culprit in culprits if not wanted or culprit.name in wanted]
+    names += [name for name in known if name not in names]
+    conflicts = [Candidate(conflict.KIND, c.package, c.day, c.hints) for c in upgrades]
+    builds = [Candidate(buildfail.KIND, name, EARLIEST) for name in names]
+    runners = [
+        Candidate(runner.KIND, name, max(one.day, EARLIEST), ((one.runner, one.version),))
+        for one in reversed(RUNNER_BREAKS)
+        if one.runner == "pytest"
+        for name in names
+    ]
+    return [conflicts, builds, runners]
