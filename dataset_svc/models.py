@@ -8,26 +8,25 @@
 """
 
 from datetime import datetime
-from typing import Any
 
 from sqlalchemy import (
-    BigInteger,
     CheckConstraint,
-    DateTime,
     ForeignKey,
     Identity,
     Index,
-    MetaData,
     UniqueConstraint,
     func,
 )
-from sqlalchemy.dialects.postgresql import ARRAY, JSON
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
-from sqlalchemy.types import LargeBinary
+from sqlalchemy.orm import Mapped, mapped_column
 
-from dataset_svc.columns import AnyText, Unsigned64
-
-Document = dict[str, Any]
+from dataset_svc.base import Base as Base
+from dataset_svc.base import Document as Document
+from dataset_svc.base import one_of
+from dataset_svc.columns import Unsigned64
+from dataset_svc.models_knowledge import KNOWLEDGE_KINDS as KNOWLEDGE_KINDS
+from dataset_svc.models_knowledge import Knowledge as Knowledge
+from dataset_svc.models_knowledge import KnowledgeUse as KnowledgeUse
+from dataset_svc.models_knowledge import KnowledgeWord as KnowledgeWord
 
 TASK_STATUSES = ("new", "admitted", "rejected", "quarantined", "waiting")
 SPLITS = ("", "train", "validation", "test")
@@ -38,7 +37,6 @@ RUN_KINDS = ("sft", "grpo", "eval")
 RUN_STATES = ("active", "done", "failed")
 GROUP_STATES = ("open", "complete", "taken", "acknowledged")
 ROLLOUT_STATES = ("waiting", "leased", "committed", "lost", "pruned")
-KNOWLEDGE_KINDS = ("reference-fix", "trajectory", "changelog")
 TURN_ROLES = ("prompt", "policy", "tool")
 EPISODE_ENDS = ("submitted", "gave_up", "turn_limit", "token_limit", "time_limit", "stuck")
 
@@ -47,40 +45,13 @@ TEXT_INDEX = "ix_turns_text_trgm"
 """Index over the text of turns; it needs the extension `pg_trgm`."""
 
 
-def _one_of(column: str, values: tuple[str, ...]) -> CheckConstraint:
-    allowed = ", ".join(f"'{value}'" for value in values)
-    return CheckConstraint(f"{column} IN ({allowed})", name=f"{column}_known")
-
-
-class Base(DeclarativeBase):
-    """Declarative base: naming convention and Python-to-SQL types."""
-
-    metadata = MetaData(
-        naming_convention={
-            "pk": "pk_%(table_name)s",
-            "fk": "fk_%(table_name)s_%(column_0_name)s",
-            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
-            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
-            "ck": "ck_%(table_name)s_%(constraint_name)s",
-        }
-    )
-    type_annotation_map = {  # noqa: RUF012 (SQLAlchemy's own declaration)
-        str: AnyText(),
-        int: BigInteger(),
-        bytes: LargeBinary(),
-        datetime: DateTime(timezone=True),
-        Document: JSON(none_as_null=True),
-        list[str]: ARRAY(AnyText()),
-    }
-
-
 class Task(Base):
     """A broken repository; `document` holds what no query looks at."""
 
     __tablename__ = "tasks"
     __table_args__ = (
-        _one_of("status", TASK_STATUSES),
-        _one_of("split", SPLITS),
+        one_of("status", TASK_STATUSES),
+        one_of("split", SPLITS),
         Index(None, "status", "split", "id"),
         Index(None, "package"),
     )
@@ -108,7 +79,7 @@ class GateReport(Base):
     """One gating of one task; the newest counts, older ones are evidence."""
 
     __tablename__ = "gate_reports"
-    __table_args__ = (_one_of("status", TASK_STATUSES), Index(None, "task_id", "seq"))
+    __table_args__ = (one_of("status", TASK_STATUSES), Index(None, "task_id", "seq"))
 
     seq: Mapped[int] = mapped_column(Identity(always=True), primary_key=True)
     task_id: Mapped[str] = mapped_column(ForeignKey("tasks.id", ondelete="CASCADE"))
@@ -145,8 +116,8 @@ class Run(Base):
 
     __tablename__ = "runs"
     __table_args__ = (
-        _one_of("kind", RUN_KINDS),
-        _one_of("state", RUN_STATES),
+        one_of("kind", RUN_KINDS),
+        one_of("state", RUN_STATES),
         UniqueConstraint("name"),
         Index(None, "seq"),
     )
@@ -198,10 +169,10 @@ class Group(Base):
 
     __tablename__ = "groups"
     __table_args__ = (
-        _one_of("state", GROUP_STATES),
-        _one_of("pipeline", PIPELINES),
-        _one_of("mode", MODES),
-        _one_of("grader", GRADERS),
+        one_of("state", GROUP_STATES),
+        one_of("pipeline", PIPELINES),
+        one_of("mode", MODES),
+        one_of("grader", GRADERS),
         CheckConstraint("size > 0", name="size_positive"),
         CheckConstraint("pending >= 0 AND lost >= 0", name="counts_not_negative"),
         CheckConstraint("(state = 'open') = (pending > 0)", name="open_while_pending"),
@@ -238,7 +209,7 @@ class Rollout(Base):
 
     __tablename__ = "rollouts"
     __table_args__ = (
-        _one_of("state", ROLLOUT_STATES),
+        one_of("state", ROLLOUT_STATES),
         CheckConstraint(
             "(state = 'committed') = (trajectory_id IS NOT NULL)", name="trajectory_if_committed"
         ),
@@ -315,10 +286,10 @@ class Trajectory(Base):
 
     __tablename__ = "trajectories"
     __table_args__ = (
-        _one_of("pipeline", PIPELINES),
-        _one_of("mode", MODES),
-        _one_of("grader", GRADERS),
-        _one_of("episode_end", EPISODE_ENDS),
+        one_of("pipeline", PIPELINES),
+        one_of("mode", MODES),
+        one_of("grader", GRADERS),
+        one_of("episode_end", EPISODE_ENDS),
         Index(None, "seq"),
         Index(None, "run_id", "seq"),
         Index(None, "task_id", "seq"),
@@ -384,7 +355,7 @@ class Turn(Base):
 
     __tablename__ = "turns"
     __table_args__ = (
-        _one_of("role", TURN_ROLES),
+        one_of("role", TURN_ROLES),
         Index(
             TEXT_INDEX,
             "text",
@@ -452,59 +423,6 @@ class Verdict(Base):
     rules_version: Mapped[str]
     evidence_sha256: Mapped[str]
     document: Mapped[Document]
-
-
-class Knowledge(Base):
-    """An error and what repaired it in a training task, or a fact about a package."""
-
-    __tablename__ = "knowledge"
-    __table_args__ = (
-        _one_of("kind", KNOWLEDGE_KINDS),
-        CheckConstraint("(kind = 'changelog') = (task_id IS NULL)", name="task_of_fix"),
-        Index(None, "task_id"),
-        Index(None, "signature"),
-    )
-
-    id: Mapped[str] = mapped_column(primary_key=True)
-    kind: Mapped[str]
-    task_id: Mapped[str | None] = mapped_column(ForeignKey("tasks.id", ondelete="CASCADE"))
-    trajectory_id: Mapped[str]
-    mode: Mapped[str]
-    error: Mapped[str]
-    signature: Mapped[str]
-    culprit: Mapped[str]
-    package_family: Mapped[str]
-    families: Mapped[list[str]]
-    """Of the culprit and of every package that the fix moved."""
-    length: Mapped[int]
-    """Words in it."""
-    document: Mapped[Document]
-    create_time: Mapped[datetime] = mapped_column(server_default=func.now())
-
-
-class KnowledgeWord(Base):
-    """How often a word is in an item."""
-
-    __tablename__ = "knowledge_words"
-    __table_args__ = (Index(None, "item_id"),)
-
-    word: Mapped[str] = mapped_column(primary_key=True)
-    item_id: Mapped[str] = mapped_column(
-        ForeignKey("knowledge.id", ondelete="CASCADE"), primary_key=True
-    )
-    count: Mapped[int]
-
-
-class KnowledgeUse(Base):
-    """A trajectory that was shown an item, and whether it solved its task honestly."""
-
-    __tablename__ = "knowledge_uses"
-
-    item_id: Mapped[str] = mapped_column(
-        ForeignKey("knowledge.id", ondelete="CASCADE"), primary_key=True
-    )
-    trajectory_id: Mapped[str] = mapped_column(primary_key=True)
-    won: Mapped[bool]
 
 
 class Request(Base):
