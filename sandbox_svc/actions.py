@@ -1,8 +1,9 @@
 """Commands as functions of a state: run in a fresh fork, or answered with what they gave before.
 
 - The key covers all that may decide a result: state, arguments, environment, directory, input, the
-  limits a program can run into, the runtime and its rules. Bounds on time are not part of it,
-  because what they cut is never kept.
+  limits a program can run into, the runtime with its program and its rules, and the interpreters
+  that the state names and the host has. Bounds on time are not part of it, because what they cut
+  is never kept.
 - Only commands that came to their own end are kept, failing ones too: never a timeout, an overrun
   limit or trouble of the platform.
 - Equal actions in flight share one run, except those that ask for no cache or are quarantined.
@@ -20,7 +21,7 @@ import hashlib
 import json
 import random
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,10 +30,10 @@ import structlog
 from regreen.rpc.errors import DiskFull, RegreenError, ResourceExhausted
 from sandbox_svc import metrics
 from sandbox_svc.action_store import ActionStore, Outcome, Quarantined
-from sandbox_svc.backends import seccomp
 from sandbox_svc.backends.base import Box, Command, EndReason, ExecResult, Limits, Runtime
 from sandbox_svc.backends.commands import check_command
 from sandbox_svc.backends.tree_digest import tree_digest
+from sandbox_svc.builders.interpreters import stamps
 from sandbox_svc.flights import Flights
 from sandbox_svc.states import State, StateStore, state_id
 
@@ -65,12 +66,13 @@ class Action:
     command: Command
     limits: Limits
 
-    def key(self, runtime: str) -> str:
+    def key(self, runtime: str, interpreters: Sequence[object] = ()) -> str:
         """SHA-256 over everything that may decide the result."""
         command, limits = self.command, self.limits
         parts = [
             _FORMAT,
             runtime,
+            list(interpreters),
             self.state_id,
             list(command.argv),
             sorted(command.env.items()),
@@ -120,8 +122,6 @@ class Actions:
         self._places = asyncio.Semaphore(self._limits.running)
         self._queued = 0
         self._reruns: dict[str, asyncio.Task[None]] = {}
-        rules = hashlib.sha256(seccomp.deny_list()).hexdigest()[:16]
-        self._runtime_name = f"{runtime.name} {rules}"
 
     async def open(self) -> None:
         """Read what was kept; the states must be open."""
@@ -160,10 +160,10 @@ class Actions:
             InvalidArgument: the command makes no sense.
             ResourceExhausted: too many actions wait; carries a delay.
         """
-        self._states.runnable(state_id)
+        state = self._states.runnable(state_id)
         check_command(command)
         action = Action(state_id, command, _complete(limits or Limits(), self._defaults))
-        key = action.key(self._runtime_name)
+        key = action.key(self._runtime.identity(), stamps(state.metadata))
         if do_not_cache or self._store.is_quarantined(key):
             metrics.ACTION_CACHE_MISSES.inc()
             answer = await self._run(action, key, keep_state, own_name=True)

@@ -68,6 +68,7 @@ def key_of(plan: Plan, *, whole: bool = False) -> str:
         plan.state.id,
         plan.state.created_s,
         plan.sha256,
+        plan.under,
         [[r.path, r.reason] for r in plan.reverted],
         sorted(options.held_pins.items()),
         sorted(options.required_tests),

@@ -18,7 +18,7 @@ import contextlib
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from sandbox_svc import metrics
 from sandbox_svc.backends.base import Box, Command, EndReason, Limits, Runtime
 from sandbox_svc.builders import testrun
 from sandbox_svc.builders.base import LOCK, REPO, RUNNER, TOOLS, FileChange
+from sandbox_svc.builders.interpreters import stamps
 from sandbox_svc.builders.protect import check_changes, split_changes
 from sandbox_svc.builders.testrun import TestRun
 from sandbox_svc.conditions import PINNED, settle
@@ -196,7 +197,8 @@ class Validator:
             checked, facts["protected"], facts["settings"], facts["modules"], facts["foreign"]
         )
         digest = changes_sha256([*kept, *([lock] if lock else [])])
-        return Plan(state, kept, reverted, lock, options, digest)
+        under = [self._runtime.identity(), stamps(facts), astuple(self._limits)]
+        return Plan(state, kept, reverted, lock, options, digest, json.dumps(under))
 
     async def _run_and_keep(self, plan: Plan) -> Validation:
         async with self._place():

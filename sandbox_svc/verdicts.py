@@ -112,6 +112,8 @@ class Plan:
     lock: FileChange | None
     options: ValidationOptions
     sha256: str
+    under: str = ""
+    """What runs it: the runtime, the interpreters of the host and the limits."""
     alone: bool = False
     """Whether the tests run one after the other in any case: an independent look is asked for."""
 

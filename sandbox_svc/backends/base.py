@@ -353,6 +353,10 @@ class Runtime(Protocol):
         """What this host was proven to enforce."""
         ...
 
+    def identity(self) -> str:
+        """What of the runtime itself may decide a command's result: its program and its rules."""
+        ...
+
 
 @runtime_checkable
 class Inspectable(Protocol):

@@ -369,6 +369,10 @@ class DockerRuntime:
         """What this host was proven to enforce."""
         return self._capabilities
 
+    def identity(self) -> str:
+        """The prepared image, by its source's digest, and the OCI runtime that starts it."""
+        return f"{self.name} {self._base} {self._oci}"
+
     async def _prove(self) -> list[Capability]:
         limits = Limits(memory_bytes=64 << 20, pids=16, cpus=0.5, output_bytes=1 << 20)
         box = await self.create([], limits=limits)

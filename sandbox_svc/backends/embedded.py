@@ -26,7 +26,7 @@ from typing import Any, ParamSpec, TypeVar
 import structlog
 
 from regreen.rpc.errors import FailedPrecondition, InfraError, InvalidArgument, MissingDependency
-from sandbox_svc.backends import cgroups, leftovers, linux, probe, program, uppers, wire
+from sandbox_svc.backends import cgroups, leftovers, linux, probe, program, seccomp, uppers, wire
 from sandbox_svc.backends.base import HOST_BASE, NO_ENV, Capability, Door, Limits, Mount
 from sandbox_svc.backends.embedded_box import EmbeddedBox
 from sandbox_svc.backends.layers import HOST_ID, WHOLE_TARGETS, Layout, is_full
@@ -74,6 +74,8 @@ class EmbeddedRuntime:
         self.instance = hashlib.sha256(os.fsencode(self._home)).hexdigest()[:8]
         self._lock_fd = -1
         self._descriptors = _DESCRIPTORS
+        self._built = ""
+        """Digest of the spawner's program."""
         self._seats: Seats | None = None
         self._base = ""
         self._boxes: dict[str, EmbeddedBox] = {}
@@ -106,6 +108,7 @@ class EmbeddedRuntime:
         owner = HOST_ID if self._root_mode else None
         self.layout = Layout(self._home, owner)
         built = await self.blocking(program.spawner)
+        self._built = hashlib.sha256(await self.blocking(built.read_bytes)).hexdigest()[:16]
         self.cgroups = cgroups.choose(self.instance)
         await self.blocking(self._sweep)
         self._base = await self.blocking(self.layout.ensure_base)
@@ -384,6 +387,11 @@ class EmbeddedRuntime:
     def capabilities(self) -> Sequence[Capability]:
         """What this host was proven to enforce."""
         return self._capabilities
+
+    def identity(self) -> str:
+        """The spawner's program and the call filter that it is given, by digest."""
+        rules = hashlib.sha256(seccomp.deny_list()).hexdigest()[:16]
+        return f"{self.name} {self._built} {rules}"
 
 
 def _raise_descriptor_limit() -> int:

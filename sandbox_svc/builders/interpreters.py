@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from regreen.rpc.errors import InvalidArgument, MissingDependency
 from sandbox_svc.backends.base import Mount
@@ -108,6 +109,23 @@ def _find(version: str) -> Interpreter | None:
         if found is not None:
             return found
     return None
+
+
+def stamps(facts: Mapping[str, Any]) -> list[list[object]]:
+    """What tells the interpreters of a State's facts from others that were put in their places.
+
+    They are the host's: a State names them, and does not hold them.
+    """
+    found: list[list[object]] = []
+    for version, executable in sorted(facts.get("interpreters", {}).items()):
+        path = os.path.realpath(executable)
+        try:
+            info = os.stat(path)
+        except OSError:
+            found.append([version, path])
+        else:
+            found.append([version, path, info.st_size, info.st_mtime_ns])
+    return found
 
 
 def check_version(version: str) -> None:

@@ -18,6 +18,7 @@ from regreen.rpc.errors import (
 )
 from regreen.sandbox import v1 as pb
 from sandbox_svc.__main__ import serving
+from sandbox_svc.backends import program
 from sandbox_svc.backends.embedded import EmbeddedRuntime
 from sandbox_svc.service import SandboxHost
 from sandbox_svc.settings import SandboxSettings
@@ -93,6 +94,21 @@ async def test_equal_actions_run_once_and_survive_a_restart(tmp_path):
         kept = await place.sh(state, f"cat a.txt; {_MARK}")
         assert kept.cached
         assert out(kept) == out(first)
+
+
+async def test_what_another_program_ran_is_not_answered(tmp_path, monkeypatch):
+    async with running(tmp_path) as place:
+        state = (await prepared(place.states, a="1")).id
+        first = await place.sh(state, _MARK)
+    changed = program.spawner(["DUMPABLE"], into=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(program, "spawner", lambda: changed)
+        async with running(tmp_path) as place:
+            other = await place.sh(state, _MARK)
+            assert not other.cached
+            assert other.action_sha256 != first.action_sha256
+    async with running(tmp_path) as place:
+        assert (await place.sh(state, _MARK)).cached
 
 
 async def test_two_equal_requests_at_once_share_one_run(tmp_path):
