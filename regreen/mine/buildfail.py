@@ -117,7 +117,7 @@ class BuildMiner(UpgradeMiner):
             "category": "build-failure",
             "stage": "build",
             "blame_top": "source",
-            "error_lines": _errors("\n".join(told.messages.values())),
+            "error_lines": _errors("\n".join([*told.messages.values(), told.log])),
             "fixes_verified": found.fixes,
             "added": [added.model_dump() for added in release.added],
         }
@@ -199,7 +199,7 @@ def _said(run: Run) -> str:
 
 
 def _errors(text: str) -> list[str]:
-    lines = [line.strip() for line in text.splitlines()]
+    lines = [re.sub(r"^E\s+", "", line).strip() for line in text.splitlines()]
     found = [line[:300] for line in lines if re.match(r"[\w.]*(?:Error|Exception|error)\b", line)]
     return list(dict.fromkeys(found))[:6]
 
