@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import uvloop
 
 from regreen.common.v1 import CHANGE_KIND_ADD, FileChange
 from regreen.sandbox import v1 as pb
@@ -434,7 +435,7 @@ def main(argv: list[str] | None = None) -> int:
     home = Path(tempfile.mkdtemp(prefix="regreen-bench-"))
     home.chmod(0o711)
     try:
-        report = asyncio.run(
+        report = uvloop.run(
             measure(home, options.docker_image, max(10, options.turns), large=not options.no_large)
         )
     finally:
