@@ -30,7 +30,7 @@ import uvloop
 
 from regreen.common.v1 import CHANGE_KIND_ADD, FileChange
 from regreen.sandbox import v1 as pb
-from sandbox_svc import bench_burst
+from sandbox_svc import bench_burst, bench_forks
 from sandbox_svc.bench_warm import target
 from sandbox_svc.floor import Floor
 
@@ -102,9 +102,21 @@ class Service:
         found: pb.CommandResult = (await self._sandboxes.Run(request, timeout=_CALL_S)).result
         return found
 
-    async def read(self, state_id: str) -> None:
+    async def read(self, state_id: str) -> pb.State:
         """Look a State up."""
-        await self._states.GetState(pb.GetStateRequest(id=state_id), timeout=_CALL_S)
+        request = pb.GetStateRequest(id=state_id)
+        found: pb.GetStateResponse = await self._states.GetState(request, timeout=_CALL_S)
+        return found.state
+
+    async def live(self) -> int:
+        """How many sandboxes there are."""
+        count, token = 0, ""
+        while True:
+            request = pb.ListSandboxesRequest(page_size=1000, page_token=token)
+            page = await self._sandboxes.ListSandboxes(request, timeout=_CALL_S)
+            count, token = count + len(page.sandboxes), page.next_page_token
+            if not token:
+                return count
 
     async def delete(self, sandbox_id: str) -> None:
         """Delete a sandbox."""
@@ -247,71 +259,6 @@ async def _exec(service: Service, sandbox_id: str) -> None:
     await service.run(sandbox_id, "/bin/true")
 
 
-_FILES = "mkdir -p {at} && cd {at} && head -c {size} /dev/zero | split -a 5 -b {each} -"
-
-
-async def forks(
-    service: Service, root: str, other: Service, turns: int, *, large: bool
-) -> dict[str, Samples]:
-    """Time to fork by size of the State, by its layers and by children that live already.
-
-    `other` has no sandboxes: what its forks take beside those children is not the service's doing.
-    """
-    sizes = {"1 MB": (1_000_000, 50_000), "350 MB, 20,000 files": (350_000_000, 17_500)}
-    if large:
-        sizes["1 GB, 20,000 files"] = (1_000_000_000, 50_000)
-    by_size = {}
-    for name, (size, each) in sizes.items():
-        script = _FILES.format(at="/work/data", size=size, each=each)
-        by_size[name] = await service.grown(root, script)
-        _say(f"state of {name}")
-    by_layers, state = {"1": root}, root
-    for number in range(2, 41):
-        state = await service.grown(state, f"echo {number} > /work/layer{number}")
-        if number in (10, 40):
-            by_layers[str(number)] = state
-    found: dict[str, Samples] = {"size": {}, "layers": {}, "children": {}}
-    for _ in range(max(3, turns // 10)):
-        for kind, states in (("size", by_size), ("layers", by_layers)):
-            for name, chosen in states.items():
-                found[kind].setdefault(name, []).extend(await _forks_of(service, chosen, 5))
-    state = by_size["350 MB, 20,000 files"]
-    found["children"], found["children elsewhere"] = await _children(service, state, other)
-    return found
-
-
-async def _forks_of(service: Service, state: str, count: int) -> list[float]:
-    found = []
-    for _ in range(count):
-        began = time.perf_counter()
-        box = await service.create(state)
-        found.append((time.perf_counter() - began) * 1e3)
-        await service.delete(box)
-    return found
-
-
-async def _children(service: Service, state: str, other: Service) -> tuple[Samples, Samples]:
-    """Time of one more fork while 1, 10, 100 and 1,000 children of the State live; there and
-    in another service of this host, which has none."""
-    live: list[str] = []
-    found: Samples = {}
-    elsewhere: Samples = {}
-    empty = await other.root_state()
-    await _forks_of(other, empty, 5)
-    for wanted in (1, 10, 100, 1000):
-        while len(live) < wanted:
-            more = min(16, wanted - len(live))
-            live += await asyncio.gather(*(service.create(state) for _ in range(more)))
-        await asyncio.sleep(_REST_S)
-        for _ in range(5):
-            found.setdefault(str(wanted), []).extend(await _forks_of(service, state, 10))
-            elsewhere.setdefault(str(wanted), []).extend(await _forks_of(other, empty, 10))
-        _say(f"{wanted} children")
-    for start in range(0, len(live), 16):
-        await asyncio.gather(*(service.delete(box) for box in live[start : start + 16]))
-    return found, elsewhere
-
-
 def _say(text: str) -> None:
     sys.stderr.write(f"{time.strftime('%H:%M:%S')} {text}\n")
     sys.stderr.flush()
@@ -339,13 +286,12 @@ async def measure(home: Path, image: str, turns: int, *, large: bool) -> dict[st
     floor = Floor.build(home / "floor", skipped)
     (home / "service").mkdir()
     with _docker(image, skipped) as docker:
-        flags = ("--max-sandboxes", "1100", "--warm-seats", "8", "--flatten-layers", "0")
-        async with Service(home / "service", *flags) as service:
+        async with Service(home / "service", *bench_forks.FLAGS) as service:
             root = await service.root_state()
             by_level = await levels(service, root, floor, docker, turns)
             (home / "other").mkdir()
             async with Service(home / "other", "--warm-seats", "8") as other:
-                by_kind = await forks(service, root, other, turns, large=large)
+                by_kind = await bench_forks.forks(service, root, other, turns, large=large)
     return _report(by_level, by_kind, await bench_burst.burst(home, Service), skipped, turns)
 
 

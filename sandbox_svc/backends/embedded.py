@@ -7,7 +7,8 @@
 - Inside there is one user (1000) without capabilities; on the host it is `layers.HOST_ID` when
   the service is root, else the service's own user. All sandboxes share it, so layers are shared
   too; pid, mount, network and ipc namespaces keep sandboxes apart.
-- `start` refuses with the reason and the remedy when this host cannot isolate.
+- `start` refuses with the reason and the remedy when this host cannot isolate, or when sandboxes
+  would be its root.
 """
 
 import asyncio
@@ -26,7 +27,17 @@ from typing import Any, ParamSpec, TypeVar
 import structlog
 
 from regreen.rpc.errors import FailedPrecondition, InfraError, InvalidArgument, MissingDependency
-from sandbox_svc.backends import cgroups, leftovers, linux, probe, program, seccomp, uppers, wire
+from sandbox_svc.backends import (
+    cgroups,
+    identity,
+    leftovers,
+    linux,
+    probe,
+    program,
+    seccomp,
+    uppers,
+    wire,
+)
 from sandbox_svc.backends.base import HOST_BASE, NO_ENV, Capability, Door, Limits, Mount
 from sandbox_svc.backends.embedded_box import EmbeddedBox
 from sandbox_svc.backends.layers import HOST_ID, WHOLE_TARGETS, Layout, is_full
@@ -102,10 +113,11 @@ class EmbeddedRuntime:
         """
         if sys.platform != "linux" or not linux.supported_machine():
             raise MissingDependency(f"the embedded runtime does not know {linux.ARCH}; {_REMEDY}")
+        owner = HOST_ID if self._root_mode else None
+        identity.check(owner)
         self._home.mkdir(mode=0o755, parents=True, exist_ok=True)
         self._lock()
         self._descriptors = _raise_descriptor_limit()
-        owner = HOST_ID if self._root_mode else None
         self.layout = Layout(self._home, owner)
         built = await self.blocking(program.spawner)
         self._built = hashlib.sha256(await self.blocking(built.read_bytes)).hexdigest()[:16]

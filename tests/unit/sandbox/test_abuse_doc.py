@@ -10,6 +10,7 @@ _ABUSE, _SANDBOX = "tests/contract/abuse", "tests/integration/sandbox"
 _FILES = {
     "a": f"{_ABUSE}/test_a_resources.py",
     "b": f"{_ABUSE}/test_b_privileges.py",
+    "who": f"{_ABUSE}/test_b_users.py",
     "c": f"{_ABUSE}/test_c_network.py",
     "d": f"{_ABUSE}/test_d_files.py",
     "e": f"{_ABUSE}/test_e_states.py",
