@@ -1,5 +1,7 @@
 """`/metrics` of the sandbox service after real work, and the look for leaks."""
 
+import asyncio
+
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
