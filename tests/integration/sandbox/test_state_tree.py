@@ -42,6 +42,8 @@ class StateTree(RuleBasedStateMachine):
     """One store, its sandboxes, and what each should hold."""
 
     world_of: type[Store] | type[Service] = Store
+    most_ends = 25
+    """Restarts and crashes of one program."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,6 +52,7 @@ class StateTree(RuleBasedStateMachine):
         self.loop = asyncio.new_event_loop()
         self.world = self.world_of(self.home)
         self.opened = False
+        self.ends = 0
         self.states: dict[str, dict[str, str]] = {}
         self.parents: dict[str, str] = {}
         self.boxes: dict[str, dict[str, str]] = {}
@@ -177,6 +180,7 @@ class StateTree(RuleBasedStateMachine):
                 latest = self.parents.get(latest, self.stands[box_id])
             self.latest[box_id] = latest
 
+    @precondition(lambda self: self.ends < self.most_ends)
     @rule()
     def restart(self) -> None:
         self.do(self.world.restart())
@@ -186,6 +190,7 @@ class StateTree(RuleBasedStateMachine):
     def _ended(self) -> None:
         """No sandbox outlives its service."""
         self.boxes, self.stands, self.latest = {}, {}, {}
+        self.ends += 1
 
     @rule(pick=_PICK)
     def look_at_a_state(self, pick: int) -> None:
@@ -243,7 +248,9 @@ class ServiceTree(StateTree):
 
     world_of = Service
     world: Service
+    most_ends = 3  # a process takes a second to start
 
+    @precondition(lambda self: self.ends < self.most_ends)
     @rule(
         during=st.sampled_from(("nothing", "snapshot", "fork", "restore", "delete_state", "write")),
         pick=_PICK,
@@ -293,7 +300,7 @@ class ServiceTree(StateTree):
             self.do(self._look(one))
 
 
-@pytest.mark.parametrize(("machine", "examples"), [(StoreTree, 20), (ServiceTree, 12)])
+@pytest.mark.parametrize(("machine", "examples"), [(StoreTree, 20), (ServiceTree, 6)])
 def test_every_state_and_sandbox_shows_what_the_model_says(machine, examples) -> None:
     number = int(os.environ.get(_SEED) or secrets.randbits(32))
     print(f"{_SEED}={number} repeats these programs")  # pytest shows it where the test fails

@@ -168,12 +168,15 @@ class Service:
 
     async def close(self) -> None:
         """End it as whoever runs it would."""
-        await self._end(signal.SIGTERM)
+        await self._signal(signal.SIGTERM)
+        await self._forget()
 
-    async def _end(self, number: int) -> None:
+    async def _signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(number)
         await self._process.wait()
+
+    async def _forget(self) -> None:
         await self._channel.close()
         self._log.close()
 
@@ -189,11 +192,12 @@ class Service:
         hasty._states = StateClient(self._channel, patience_s=0.0)
         task = asyncio.ensure_future(work(hasty))
         await asyncio.wait([task], timeout=moment_s)  # another moment each time, no wait for it
-        await self._end(signal.SIGKILL)
+        await self._signal(signal.SIGKILL)
         try:
-            found = await task
+            found = await task  # before its channel is closed, which would cancel it
         except RegreenError:
             found = None
+        await self._forget()
         await self.open()
         return found
 

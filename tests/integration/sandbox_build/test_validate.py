@@ -262,6 +262,9 @@ class Mortal:
             return Doomed(box)
         return box
 
+    def identity(self) -> str:
+        return self.inner.identity()
+
 
 @dataclass(slots=True)
 class Doomed:

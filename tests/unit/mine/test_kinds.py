@@ -16,7 +16,7 @@ from regreen.mine.debian import parse_sources
 from regreen.mine.kinds import MORE_KINDS, more_candidates
 from regreen.mine.signs import BUILD_BREAKS, RUNNER_BREAKS, mended, signed
 from regreen.tasks import environment as env
-from regreen.tasks.model import Added, Fix
+from regreen.tasks.model import Change, Fix
 
 
 @pytest.mark.parametrize(
@@ -87,9 +87,8 @@ def test_checks_are_python_of_any_age_and_hold_their_facts() -> None:
 
 
 def test_a_fix_may_make_a_file() -> None:
-    fix = Fix(
-        mode="any_fix", origin="source-edit", added=[Added(path="pyproject.toml", content="x\n")]
-    )
+    made = Change(path="pyproject.toml", text="x\n")
+    fix = Fix(mode="any_fix", origin="source-edit", changes=[made])
     (change,) = env.edited_files(fix, {})
     assert (change.path, change.content) == ("pyproject.toml", b"x\n")
 
