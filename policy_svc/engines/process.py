@@ -241,7 +241,7 @@ class ProcessEngine:
         reader, self._writer = await asyncio.open_connection(sock=ours, limit=_LINE_BYTES)
         try:
             async with asyncio.timeout(self._options.start_timeout_s):
-                line = await reader.readline()
+                line = await _line(reader)
         except TimeoutError as error:
             await self._end_process()
             raise Unavailable("the engine did not become ready in time") from error
@@ -269,7 +269,7 @@ class ProcessEngine:
             await process.wait()
 
     async def _read_events(self, reader: asyncio.StreamReader) -> None:
-        while line := await reader.readline():
+        while line := await _line(reader):
             self._take(json.loads(line))
         get().error("engine process ended", engine=self._options.engine)
         metrics.ENGINE_DEATHS.inc()
@@ -331,6 +331,15 @@ class ProcessEngine:
         for future in (*waiting, self._loading, self._pausing):
             if future and not future.done():
                 future.set_exception(_fail)
+
+
+async def _line(reader: asyncio.StreamReader) -> bytes:
+    """Return the next line that a worker wrote whole, or nothing if it has ended."""
+    try:
+        line = await reader.readline()
+    except ConnectionError:  # it died with a command unread
+        return b""
+    return line if line.endswith(b"\n") else b""
 
 
 def _python_path() -> str:

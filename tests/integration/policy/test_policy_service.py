@@ -193,7 +193,8 @@ async def test_versions_by_reference(tmp_path: Path) -> None:
         assert (await policy.get_policy()).policy == blob, "a restart serves it again"
 
 
-async def test_a_killed_engine_comes_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize("unread", [False, True], ids=["it had read", "a command is unread"])
+async def test_a_killed_engine_comes_back(tmp_path: Path, unread: bool) -> None:
     async with (
         service(tmp_path, engine="torch", threads=1) as found,
         client(found) as policy,
@@ -201,11 +202,13 @@ async def test_a_killed_engine_comes_back(tmp_path: Path) -> None:
         prompt = (await policy.render_chat(HELLO)).token_ids
         engine = found.policy.engine
         assert isinstance(engine, ProcessEngine)
-        call = asyncio.create_task(policy.generate(prompt, sampling=sampling(max_new_tokens=500)))
-        while not engine._calls:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
         process = engine._process
         assert process is not None
+        if unread:
+            os.kill(process.pid, signal.SIGSTOP)
+        call = asyncio.create_task(policy.generate(prompt, sampling=sampling(max_new_tokens=500)))
+        while not any(unread or running.samples[0].ids for running in engine._calls.values()):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
         os.kill(process.pid, signal.SIGKILL)
         with pytest.raises(Unavailable):
             await call

@@ -5,6 +5,7 @@ import base64
 import contextlib
 import hashlib
 import logging
+import os
 import tarfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
@@ -145,12 +146,13 @@ async def world(tmp_path: Path, monkeypatch, **settings) -> AsyncIterator[World]
 
 
 def holders(folder: Path, secret: bytes) -> list[Path]:
-    """Files below a folder that hold a secret."""
+    """Files below a folder that hold a secret; what is being removed meanwhile may be missed."""
     found = []
-    for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):  # of a sandbox that is being removed
-            if path.is_file() and not path.is_symlink() and secret in path.read_bytes():
-                found.append(path)
+    for root, _, names in os.walk(folder):
+        for path in (Path(root, name) for name in names):
+            with contextlib.suppress(FileNotFoundError):
+                if path.is_file() and not path.is_symlink() and secret in path.read_bytes():
+                    found.append(path)
     return found
 
 
