@@ -39,7 +39,13 @@ CREATE TABLE IF NOT EXISTS spent (
   began REAL NOT NULL, wall_s REAL NOT NULL, worker_s REAL NOT NULL, requests INTEGER NOT NULL);
 """
 
-_OF_THE_MACHINE = ("cannot be prepared", "cannot be run", "no interpreter for it", "too slow")
+_OF_THE_MACHINE = (
+    "cannot be prepared",
+    "cannot be run",
+    "no interpreter for it",
+    "times out",
+    "too slow",
+)
 """Reasons that another machine may not find."""
 
 
