@@ -22,6 +22,7 @@ from pathlib import Path
 from regreen.rpc.errors import DiskFull, FailedPrecondition, InfraError
 from sandbox_svc.backends import linux
 from sandbox_svc.backends.merge import merge_layers
+from sandbox_svc.backends.spread import spread
 
 HOST_ID = 101_000
 """The unprivileged host uid and gid of every sandbox when the service runs as root."""
@@ -128,6 +129,7 @@ class Layout:
         self.home, self.owner = home, owner
         for name in ("layers", "run", "base", "trash", "stage"):
             (home / name).mkdir(mode=0o755, parents=True, exist_ok=True)
+        spread(home / "run")
 
     def layer(self, layer: str) -> Path:
         """The directory of a layer."""
