@@ -218,7 +218,7 @@ async def test_the_spawner_clears_what_is_empty_and_tells_what_is_not(runtime):
         (run / name / "w/work/incompat/volatile/dirty").touch()
     (run / "full/u/made").write_text("kept")
     held = [Path(place, "held") for place in runtime.cgroups.places]
-    sleeper = subprocess.Popen(["sleep", "60"])
+    sleeper = await asyncio.create_subprocess_exec("sleep", "60")
     try:
         for group in held:
             group.mkdir()
@@ -227,10 +227,11 @@ async def test_the_spawner_clears_what_is_empty_and_tells_what_is_not(runtime):
         left = await runtime._seats.cleared(asked)
     finally:
         sleeper.kill()
-        sleeper.wait()
+        await sleeper.wait()
         assert runtime.cgroups.destroy("held")
     assert left == [("full", True), *([("held", False)] if held else [])]
-    assert not (run / "empty").exists() and (run / "full/u/made").read_text() == "kept"
+    assert not (run / "empty").exists()
+    assert (run / "full/u/made").read_text() == "kept"
     runtime._discard("full")
 
 
@@ -243,5 +244,6 @@ async def test_what_a_dead_spawner_cannot_clear_goes_all_the_same(tmp_path):
     await box.delete()
     await runtime.settle()
     found = await runtime.orphans()
-    assert name not in os.listdir(tmp_path / "home/run") and not any(found.values())
+    assert name not in os.listdir(tmp_path / "home/run")
+    assert not any(found.values())
     await runtime.close()

@@ -51,4 +51,5 @@ def flags(directory: Path) -> str:
 
 @pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="no file system in memory to look at")
 def test_where_there_is_no_such_flag_nothing_is_marked(tmp_path):
-    assert not spread(Path("/dev/shm")) and not spread(tmp_path / "absent")
+    assert not spread(Path("/dev/shm"))
+    assert not spread(tmp_path / "absent")
