@@ -17,6 +17,7 @@ import shutil
 import stat
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from regreen.rpc.errors import DiskFull, FailedPrecondition, InfraError
@@ -268,9 +269,9 @@ class Layout:
 
     def ensure_targets(self, targets: Iterable[tuple[str, bool]]) -> str:
         """Build a layer with the mount points (absolute path, is a directory)."""
-        wanted = sorted(set(targets))
-        name = f"base/t{hashlib.sha256(repr(wanted).encode()).hexdigest()[:10]}"
-        if not (self.home / name).is_dir():
+        wanted = tuple(sorted(set(targets)))
+        name = _name_of(wanted)
+        if not os.path.isdir(f"{self.home}/{name}"):
             self._build(name, lambda root: _fill_targets(root, wanted))
         return name
 
@@ -288,6 +289,11 @@ class Layout:
             remove_tree(draft)
             if not (self.home / name).is_dir():
                 raise InfraError(f"cannot build the base file system: {error}") from error
+
+
+@lru_cache(maxsize=1024)
+def _name_of(targets: tuple[tuple[str, bool], ...]) -> str:
+    return f"base/t{hashlib.sha256(repr(list(targets)).encode()).hexdigest()[:10]}"
 
 
 def _read_or_empty(path: Path) -> bytes:
