@@ -1,9 +1,9 @@
 """Commands as functions of a state: run in a fresh fork, or answered with what they gave before.
 
 - The key covers all that may decide a result: state, arguments, environment, directory, input, the
-  limits a program can run into, the runtime with its program and its rules, and the interpreters
-  that the state names and the host has. Bounds on time are not part of it, because what they cut
-  is never kept.
+  limits a program can run into, the runtime with its program and its rules, the interpreters that
+  the state names and the host has, and the host's programs where it stands on them. Bounds on time
+  are not part of it, because what they cut is never kept.
 - Only commands that came to their own end are kept, failing ones too: never a timeout, an overrun
   limit or trouble of the platform.
 - Equal actions in flight share one run, except those that ask for no cache or are quarantined.
@@ -163,7 +163,7 @@ class Actions:
         state = self._states.runnable(state_id)
         check_command(command)
         action = Action(state_id, command, _complete(limits or Limits(), self._defaults))
-        key = action.key(self._runtime.identity(), stamps(state.metadata))
+        key = action.key(self._runtime.identity(), stamps(state.metadata, state.base))
         if do_not_cache or self._store.is_quarantined(key):
             metrics.ACTION_CACHE_MISSES.inc()
             answer = await self._run(action, key, keep_state, own_name=True)

@@ -10,6 +10,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from sandbox_svc.backends.spread import spread
+
 _SOURCE = Path(__file__).with_name("floor.c")
 _PROGRAMS = ("usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32")
 
@@ -31,6 +33,7 @@ class Floor:
             return None
         floor = cls(home / "floor", home / "lower", home / "run")
         floor.run.mkdir(parents=True)
+        spread(floor.run)  # as the service's own are
         for name in _PROGRAMS:
             host = Path("/", name)
             if host.is_symlink():

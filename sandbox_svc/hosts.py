@@ -2,12 +2,20 @@
 
 - A state on the host's programs needs the same machine, C library and distribution; one of an
   image only the same operating system and processor.
+- What was remembered of a state on the host's programs is not of others that were put there since.
 """
 
 import contextlib
+import os
 import platform
 from pathlib import Path
 
+PROGRAMS = (
+    *("/usr/bin", "/usr/sbin", "/usr/lib", "/usr/lib64", "/usr/local/bin", "/usr/local/lib"),
+    *(f"/usr/lib/{platform.machine()}-linux-gnu", "/etc/alternatives", "/etc/ld.so.cache"),
+    *("/var/lib/dpkg/status", "/var/lib/rpm", "/lib/apk/db/installed"),
+)
+"""What changes when programs or libraries of a host are installed, replaced or removed."""
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 
 
@@ -19,6 +27,16 @@ def host_fingerprint() -> str:
             if line.startswith(("ID=", "VERSION_ID=")):
                 release += line.split("=", 1)[1].strip('"') + "-"
     return f"{release}{platform.machine()}-{'-'.join(platform.libc_ver())}"
+
+
+def program_stamps() -> list[list[object]]:
+    """What tells the host's programs from what they were: names and times of their places."""
+    found: list[list[object]] = []
+    for place in PROGRAMS:
+        with contextlib.suppress(OSError):
+            info = os.stat(place)
+            found.append([place, info.st_ino, info.st_mtime_ns])
+    return found
 
 
 def platform_name() -> str:

@@ -11,6 +11,7 @@
 
 import asyncio
 import contextlib
+import os
 import time
 from collections.abc import (
     AsyncIterator,
@@ -45,8 +46,9 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 _MAX_FORKS = 256
-_FORKS_AT_ONCE = 16
-"""Forks of all calls that start at a time; more would only wait for each other."""
+STARTS_AT_ONCE = max(4, 2 * (os.cpu_count() or 1))
+"""Sandboxes of all calls that start at a time: more would only wait for each other, and a call that
+is refused would wait for their processes as well."""
 _REAP_S = 1.0
 _NO_LIMITS = Limits()
 _T = TypeVar("_T")
@@ -113,7 +115,7 @@ class Manager:
         self._comparisons = asyncio.Semaphore(self.pool.max_comparisons)
         self._reaper: asyncio.Task[None] | None = None
         self._finishing: set[asyncio.Task[Any]] = set()
-        self._starting = asyncio.Semaphore(_FORKS_AT_ONCE)
+        self._starting = asyncio.Semaphore(STARTS_AT_ONCE)
 
     async def start(self) -> None:
         """Start ending sandboxes whose time is over."""
@@ -202,8 +204,10 @@ class Manager:
         sandbox_id = new_id("sbx")
         door = self.egress.door(sandbox_id, reach) if reach is not None else None
         try:
-            with metrics.START_SECONDS.time():
-                box = await self._box(state, limits, door)
+            async with self._starting:
+                state = self.states.get(state.id)  # as it is after the wait
+                with metrics.START_SECONDS.time():
+                    box = await self._box(state, limits, door)
         except BaseException:
             if door is not None:
                 door.close()
@@ -360,11 +364,12 @@ class Manager:
             merged = {**sandbox.labels, **(labels or {})}
             reach = sandbox.door.allow if sandbox.door is not None else None
 
+            turn = asyncio.Semaphore(STARTS_AT_ONCE)
+
             async def one() -> Sandbox:
-                async with self._starting:
-                    fresh = self.states.get(state.id)
+                async with turn:  # other calls wait behind so many of these, not behind all
                     fork = await self._create(
-                        fresh, sandbox.limits, merged, sandbox.ttl_s, reach, sandbox.id
+                        state, sandbox.limits, merged, sandbox.ttl_s, reach, sandbox.id
                     )
                 taken()
                 return fork

@@ -197,7 +197,7 @@ class Validator:
             checked, facts["protected"], facts["settings"], facts["modules"], facts["foreign"]
         )
         digest = changes_sha256([*kept, *([lock] if lock else [])])
-        under = [self._runtime.identity(), stamps(facts), astuple(self._limits)]
+        under = [self._runtime.identity(), stamps(facts, state.base), astuple(self._limits)]
         return Plan(state, kept, reverted, lock, options, digest, json.dumps(under))
 
     async def _run_and_keep(self, plan: Plan) -> Validation:

@@ -163,12 +163,16 @@ class _Call:
 
     def streaming(
         self, behaviour: Callable[..., Any], kind: str
-    ) -> Callable[[Any, Context], AsyncIterator[Any]]:
-        """Wrap a handler with a stream of responses."""
+    ) -> Callable[[Any, Context], Awaitable[None]]:
+        """Wrap a handler with a stream of responses.
+
+        It writes them itself: a generator whose caller went away is closed when the collector finds
+        it, and keeps its place, and what it runs, until then.
+        """
         counts = _Counts(kind, self._service, self._method)
         limit_s = self._owner._stream_timeout_s
 
-        async def handle(request: Any, context: Context) -> AsyncIterator[Any]:
+        async def handle(request: Any, context: Context) -> None:
             async with _Observed(self, counts, request, context, limit_s) as observed:
                 end_s = asyncio.get_running_loop().time() + observed.timeout_s
                 responses = behaviour(_readable(request), context)
@@ -183,7 +187,8 @@ class _Call:
                         if response is _END:
                             return
                         observed.span.saw(response)
-                        yield response
+                        async with asyncio.timeout_at(end_s):
+                            await context.write(response)
                 finally:
                     await responses.aclose()
 

@@ -61,6 +61,8 @@ class CgroupDriver(Protocol):
     """Makes and removes the group of a sandbox."""
 
     name: str
+    places: Sequence[str]
+    """Directories in which each sandbox's group lies, by its name."""
 
     def plan(self, box: str, limits: Limits) -> Plan:
         """What the first process of a sandbox does to make and to enter its group."""
@@ -150,17 +152,17 @@ class _Base(ABC):
 
     def __init__(self, groups: dict[str, Path], instance: str) -> None:
         self._groups = {kind: path / f"regreen-{instance}" for kind, path in groups.items()}
-        self._places = tuple(dict.fromkeys(map(str, self._groups.values())))
+        self.places = tuple(dict.fromkeys(map(str, self._groups.values())))
 
     def _prepare(self) -> None:
-        for path in self._places:
+        for path in self.places:
             os.makedirs(path, exist_ok=True)
 
     @abstractmethod
     def writes(self, box: str, limits: Limits) -> list[Write]: ...
 
     def plan(self, box: str, limits: Limits) -> Plan:
-        places = [f"{path}/{box}" for path in self._places]
+        places = [f"{path}/{box}" for path in self.places]
         joins = [Write(f"{place}/{self.entrance}", "0") for place in places]
         return Plan(places, [*self.writes(box, limits), *joins])
 
@@ -171,7 +173,7 @@ class _Base(ABC):
         _kill_members(self._of("pids", box), keep)
 
     def destroy(self, box: str) -> bool:
-        gone = [_remove(f"{path}/{box}") for path in self._places]
+        gone = [_remove(f"{path}/{box}") for path in self.places]
         return all(gone)
 
     def sweep(self) -> None:
@@ -180,14 +182,14 @@ class _Base(ABC):
 
     def members(self) -> frozenset[str]:
         found: set[str] = set()
-        for path in self._places:
+        for path in self.places:
             with contextlib.suppress(FileNotFoundError), os.scandir(path) as entries:
                 found.update(entry.name for entry in entries if entry.is_dir())
         return frozenset(found)
 
     def close(self) -> None:
         self.sweep()
-        for path in self._places:
+        for path in self.places:
             with contextlib.suppress(OSError):
                 os.rmdir(path)
 
@@ -258,6 +260,7 @@ class NoCgroup:
     """No group at all: resource limits and the watchdog must do."""
 
     name = "rlimit"
+    places: Sequence[str] = ()
 
     def plan(self, box: str, limits: Limits) -> Plan:
         return Plan()

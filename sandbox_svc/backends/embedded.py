@@ -41,7 +41,7 @@ from sandbox_svc.backends import (
 from sandbox_svc.backends.base import HOST_BASE, NO_ENV, Capability, Door, Limits, Mount
 from sandbox_svc.backends.embedded_box import EmbeddedBox
 from sandbox_svc.backends.layers import HOST_ID, WHOLE_TARGETS, Layout, is_full
-from sandbox_svc.backends.seats import Seat, Seats
+from sandbox_svc.backends.seats import AT_ONCE, Seat, Seats
 
 log = structlog.get_logger(__name__)
 
@@ -259,8 +259,11 @@ class EmbeddedRuntime:
     async def _put_all_away(self) -> None:
         try:
             while self._left:
-                left, self._left = self._left, []
-                for name in await self.blocking(self._put_quickly_away, left):
+                left: Sequence[tuple[str, bool]] = self._left[:AT_ONCE]
+                del self._left[:AT_ONCE]
+                if self._seats is not None:
+                    left = await self._seats.cleared(left)
+                for name in await self.blocking(self._put_quickly_away, left) if left else ():
                     self._in_background(self.blocking(self._discard, name))
         finally:
             self._putting_away = False

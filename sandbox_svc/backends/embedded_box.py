@@ -77,7 +77,6 @@ class EmbeddedBox(BoxFiles):
         self._ended = False
         self._overrun: EndReason | None = None
         """The limit that the sandbox went over when it was ended as a whole."""
-        self._freezing = False
         self._seen = Counters()
         self._watch: Watch | None = None
         self._leaving: asyncio.Task[None] | None = None

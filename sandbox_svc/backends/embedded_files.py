@@ -40,7 +40,7 @@ class BoxFiles(abc.ABC):
         self._base_layers: list[str] = []
         self._own_layers: list[str] = []
         self._files = asyncio.Lock()
-        self._deleted = False
+        self._deleted = self._freezing = False
 
     @abc.abstractmethod
     def _require(self) -> Link:
@@ -124,6 +124,7 @@ class BoxFiles(abc.ABC):
             Unavailable: the files were frozen, merged or removed meanwhile.
         """
         layout, layers, place = self._runtime.layout, self.layers, self.place
+        anew = self._freezing  # the next first process may not have made its upper yet
         split = len(self._base_layers) if since is None else since
         lowers = [layout.layer(layer) for layer in layers[:split]]
         tops = [layout.layer(layer) for layer in layers[split:]]
@@ -131,7 +132,7 @@ class BoxFiles(abc.ABC):
         try:
             found = await self._runtime.blocking(uppers.changed, tops, lowers, absolute(under))
         except (FileNotFoundError, NotADirectoryError) as error:
-            if place and place == self.place and self._stands_on(layers):
+            if place and place == self.place and self._stands_on(layers) and not anew:
                 raise InfraError(f"sandbox {self.id} has lost its files: {error}") from error
             raise jobs.lost(self.id, None, passing=True) from error
         if not self._stands_on(layers):  # what vanished during the walk is no error to it

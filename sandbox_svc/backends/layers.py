@@ -17,11 +17,13 @@ import shutil
 import stat
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from regreen.rpc.errors import DiskFull, FailedPrecondition, InfraError
 from sandbox_svc.backends import linux
 from sandbox_svc.backends.merge import merge_layers
+from sandbox_svc.backends.spread import spread
 
 HOST_ID = 101_000
 """The unprivileged host uid and gid of every sandbox when the service runs as root."""
@@ -128,6 +130,7 @@ class Layout:
         self.home, self.owner = home, owner
         for name in ("layers", "run", "base", "trash", "stage"):
             (home / name).mkdir(mode=0o755, parents=True, exist_ok=True)
+        spread(home / "run")
 
     def layer(self, layer: str) -> Path:
         """The directory of a layer."""
@@ -266,9 +269,9 @@ class Layout:
 
     def ensure_targets(self, targets: Iterable[tuple[str, bool]]) -> str:
         """Build a layer with the mount points (absolute path, is a directory)."""
-        wanted = sorted(set(targets))
-        name = f"base/t{hashlib.sha256(repr(wanted).encode()).hexdigest()[:10]}"
-        if not (self.home / name).is_dir():
+        wanted = tuple(sorted(set(targets)))
+        name = _name_of(wanted)
+        if not os.path.isdir(f"{self.home}/{name}"):
             self._build(name, lambda root: _fill_targets(root, wanted))
         return name
 
@@ -286,6 +289,11 @@ class Layout:
             remove_tree(draft)
             if not (self.home / name).is_dir():
                 raise InfraError(f"cannot build the base file system: {error}") from error
+
+
+@lru_cache(maxsize=1024)
+def _name_of(targets: tuple[tuple[str, bool], ...]) -> str:
+    return f"base/t{hashlib.sha256(repr(list(targets)).encode()).hexdigest()[:10]}"
 
 
 def _read_or_empty(path: Path) -> bytes:

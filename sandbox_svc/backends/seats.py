@@ -35,6 +35,8 @@ from sandbox_svc.backends.link import Link, LinkClosed
 log = structlog.get_logger(__name__)
 
 _END_S, _REPLY_S = 10.0, 60.0
+AT_ONCE = 32
+"""Names that the spawner is asked to clear at a time: meanwhile nobody gets a seat."""
 Spawner = subprocess.Popen[bytes]
 
 
@@ -224,6 +226,21 @@ class Seats:
             await _readable(seat.pidfd, _END_S)
         finally:
             os.close(seat.pidfd)
+
+    async def cleared(self, left: Sequence[tuple[str, bool]]) -> Sequence[tuple[str, bool]]:
+        """Let the spawner remove empty uppers and control groups; what it could not remove.
+
+        Each is a name, and whether it is the upper that goes or the group; at most `AT_ONCE`.
+        """
+        if self._link is None:
+            return left
+        entries = [f"{'d' if upper else 'g'}{name}" for name, upper in left]
+        request = [*wire.counted(self._cgroups.places), *wire.counted(entries)]
+        try:
+            reply, _ = await self._link.request("clear", *request)
+        except (LinkClosed, TimeoutError):
+            return left
+        return [left[number] for number in reply["left"]]
 
     async def _discard(self, seat: Seat) -> None:
         try:

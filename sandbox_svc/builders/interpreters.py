@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from regreen.rpc.errors import InvalidArgument, MissingDependency
-from sandbox_svc.backends.base import Mount
+from sandbox_svc.backends.base import HOST_BASE, Mount
+from sandbox_svc.hosts import program_stamps
 
 VERSIONS = ("3.7", "3.8", "3.9", "3.10", "3.11", "3.12", "3.13", "3.14")
 _ASK = (
@@ -111,12 +112,13 @@ def _find(version: str) -> Interpreter | None:
     return None
 
 
-def stamps(facts: Mapping[str, Any]) -> list[list[object]]:
+def stamps(facts: Mapping[str, Any], base: str) -> list[list[object]]:
     """What tells the interpreters of a State's facts from others that were put in their places.
 
-    They are the host's: a State names them, and does not hold them.
+    They are the host's, as are the programs of a State that stands on it: a State names them, and
+    does not hold them.
     """
-    found: list[list[object]] = []
+    found = program_stamps() if base == HOST_BASE else []
     for version, executable in sorted(facts.get("interpreters", {}).items()):
         path = os.path.realpath(executable)
         try:

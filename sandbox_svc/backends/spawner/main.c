@@ -104,6 +104,14 @@ static void create(int control, const Settings *settings, Request *seat) {
   close(ends[1]);
 }
 
+/* Whether a request is of a kind; it is to be read from its start. */
+static bool asks(Request *request, const char *what) {
+  number(request);
+  bool so = strcmp(text(request), what) == 0;
+  request->at = 0;
+  return so;
+}
+
 static void kill_children(void) {
   char path[64];
   pid_t pid;
@@ -134,7 +142,8 @@ int main(int argc, char **argv) {
     if (watched[0].revents) {
       Request request;
       if (!receive(control, &request)) break;
-      create(control, &settings, &request);
+      if (asks(&request, "clear")) clear(control, &settings, &request);
+      else create(control, &settings, &request);
       release(&request);
     }
   }

@@ -71,6 +71,9 @@ int set_attributes(int tree, unsigned long attributes, bool recursive);
 void serve(int sock, long descriptors); /* descriptors: how many a command may have */
 int child_signals(void); /* a descriptor that is readable when a child has ended; blocks SIGCHLD */
 
+/* clear.c */
+void clear(int control, const Settings *settings, Request *request);
+
 /* kill.c */
 int kill_descendants(pid_t first, const pid_t *others, int count); /* how many; -1: everything was killed */
 void kill_all(void);

@@ -17,6 +17,7 @@ from regreen.rpc.errors import (
     ResourceExhausted,
 )
 from regreen.sandbox import v1 as pb
+from sandbox_svc import hosts
 from sandbox_svc.__main__ import serving
 from sandbox_svc.backends import program
 from sandbox_svc.backends.embedded import EmbeddedRuntime
@@ -109,6 +110,18 @@ async def test_what_another_program_ran_is_not_answered(tmp_path, monkeypatch):
             assert other.action_sha256 != first.action_sha256
     async with running(tmp_path) as place:
         assert (await place.sh(state, _MARK)).cached
+
+
+async def test_what_other_programs_of_the_host_gave_is_not_answered(tmp_path, monkeypatch):
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    monkeypatch.setattr(hosts, "PROGRAMS", (*hosts.PROGRAMS, str(programs)))
+    async with running(tmp_path) as place:
+        state = (await prepared(place.states, a="1")).id
+        await place.sh(state, _MARK)
+        assert (await place.sh(state, _MARK)).cached
+        (programs / "installed").touch()
+        assert not (await place.sh(state, _MARK)).cached
 
 
 async def test_two_equal_requests_at_once_share_one_run(tmp_path):

@@ -5,15 +5,19 @@
 """
 
 import asyncio
+import os
 import random
 import shutil
+import signal
 import threading
+import time
 from collections import Counter
 
 import pytest
 
 from regreen.rpc.errors import InfraError, NotFound, RegreenError, Unavailable
 from sandbox_svc.backends import uppers
+from sandbox_svc.backends.embedded import EmbeddedRuntime
 from tests.contract.runtimes import SMALL, started
 from tests.integration.sandbox.overlay import prepared
 
@@ -144,3 +148,44 @@ async def test_what_a_walk_answers_says_who_took_the_files(tmp_path, monkeypatch
                 await walk
         if event == "freeze":
             assert list(await box.changed_paths("/work/repo")) == ["/work/repo/a"]
+
+
+class _Held(EmbeddedRuntime):
+    """Can hold the next first process where it has not made its upper yet."""
+
+    hold = False
+
+    def specification(self, box, seat):
+        """What the seat is told; held before, it finds nothing where its upper is to be."""
+        if self.hold:
+            upper = self.layout.box(seat.name) / "u"
+            while not upper.exists():
+                time.sleep(0.001)
+            os.kill(seat.pid, signal.SIGSTOP)
+            upper.rename(upper.with_name("later"))
+            self.held = seat, upper
+            self.reached.set()
+        return super().specification(box, seat)
+
+
+async def test_beside_a_freeze_whose_next_upper_is_not_made_yet_it_is_asked_again(tmp_path):
+    runtime = _Held(tmp_path / "home", run_probes=False, warm_seats=0)
+    runtime.reached = asyncio.Event()
+    await runtime.start()
+    box = await runtime.create([], limits=SMALL)
+    try:
+        await box.write_file("/work/repo/made", b"1")
+        runtime.hold = True
+        freezing = asyncio.create_task(box.freeze())
+        await asyncio.wait_for(runtime.reached.wait(), 20)
+        runtime.hold = False
+        with pytest.raises(Unavailable):
+            await box.changed_paths("/work/repo")
+        seat, upper = runtime.held
+        upper.with_name("later").rename(upper)
+        os.kill(seat.pid, signal.SIGCONT)
+        await freezing
+        assert list(await box.changed_paths("/work/repo")) == ["/work/repo/made"]
+    finally:
+        await box.delete()
+        await runtime.close()

@@ -207,3 +207,43 @@ async def test_a_file_in_many_descriptors_is_counted_once(box):
 
 def _resident(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_the_spawner_clears_what_is_empty_and_tells_what_is_not(runtime):
+    run = runtime.layout.home / "run"
+    for name in ("empty", "full"):
+        for part in ("u", "w/work/incompat/volatile"):
+            (run / name / part).mkdir(parents=True)
+        (run / name / "w/work/incompat/volatile/dirty").touch()
+    (run / "full/u/made").write_text("kept")
+    held = [Path(place, "held") for place in runtime.cgroups.places]
+    sleeper = await asyncio.create_subprocess_exec("sleep", "60")
+    try:
+        for group in held:
+            group.mkdir()
+            (group / "cgroup.procs").write_text(str(sleeper.pid))
+        asked = [("empty", True), ("full", True), ("nowhere", False), ("held", False)]
+        left = await runtime._seats.cleared(asked)
+    finally:
+        sleeper.kill()
+        await sleeper.wait()
+        assert runtime.cgroups.destroy("held")
+    assert left == [("full", True), *([("held", False)] if held else [])]
+    assert not (run / "empty").exists()
+    assert (run / "full/u/made").read_text() == "kept"
+    runtime._discard("full")
+
+
+async def test_what_a_dead_spawner_cannot_clear_goes_all_the_same(tmp_path):
+    runtime = EmbeddedRuntime(tmp_path / "home", run_probes=False, warm_seats=0)
+    await runtime.start()
+    box = await runtime.create([], limits=Limits())
+    name = box.place
+    os.kill(runtime._seats.spawner, 9)
+    await box.delete()
+    await runtime.settle()
+    found = await runtime.orphans()
+    assert name not in os.listdir(tmp_path / "home/run")
+    assert not any(found.values())
+    await runtime.close()

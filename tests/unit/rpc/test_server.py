@@ -87,7 +87,8 @@ class States(pb.StateServiceServicer):
                     await asyncio.sleep(60)
                 if request.id == "broken" and number == 2:
                     raise InfraError("layer lost")
-                yield pb.ExportStateResponse(chunk=b"x")
+                chunk = bytes(1 << 20) if request.id == "large" else b"x"
+                yield pb.ExportStateResponse(chunk=chunk)
                 await asyncio.sleep(0.01)
         finally:
             self.cancelled.set()

@@ -1,0 +1,117 @@
+"""Many sandboxes asked for at once: only so many start at a time, and nobody waits for all."""
+
+import asyncio
+
+import pytest
+
+from regreen.rpc.errors import NotFound, ResourceExhausted
+from sandbox_svc.backends.base import Limits
+from sandbox_svc.backends.embedded import EmbeddedRuntime
+from sandbox_svc.builders.base import Prepared
+from sandbox_svc.sandboxes import STARTS_AT_ONCE, Manager, PoolLimits
+from sandbox_svc.states import StateStore
+
+_MANY = 4 * STARTS_AT_ONCE
+
+
+class Watched(EmbeddedRuntime):
+    """Says how many sandboxes start at a time, and can hold them back."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.starting = self.most = 0
+        self.may_start, self.crowded = asyncio.Event(), asyncio.Event()
+        self.may_start.set()
+
+    async def create(self, *args, **kwargs):
+        self.starting += 1
+        self.most = max(self.most, self.starting)
+        if self.starting >= STARTS_AT_ONCE:
+            self.crowded.set()
+        try:
+            await self.may_start.wait()
+            return await super().create(*args, **kwargs)
+        finally:
+            self.starting -= 1
+
+
+@pytest.fixture
+async def parts(tmp_path):
+    runtime = Watched(tmp_path / "home", run_probes=False, warm_seats=1)
+    await runtime.start()
+    states = StateStore(tmp_path / "home", runtime)
+    await states.open()
+    manager = Manager(runtime, states, pool=PoolLimits(max_sandboxes=2 * _MANY))
+
+    async def build(progress) -> Prepared:
+        box = await runtime.create([], limits=Limits())
+        await box.write_file("/work/repo/a", b"0")
+        layer = await box.freeze()
+        await box.delete()
+        return Prepared((layer,), (), {}, {})
+
+    state = await states.prepare("0" * 64, build)
+    runtime.most = 0
+    yield runtime, states, manager, state
+    await manager.close()
+    await states.close()
+    await runtime.close()
+
+
+async def test_of_many_at_once_only_so_many_start_and_all_come(parts):
+    runtime, _, manager, state = parts
+    made = await asyncio.gather(*(manager.create(state.id) for _ in range(_MANY)))
+    assert len({sandbox.id for sandbox in made}) == _MANY
+    assert runtime.most == STARTS_AT_ONCE
+
+
+async def test_who_is_refused_waits_for_nobody_who_starts(parts):
+    runtime, _, manager, state = parts
+    runtime.may_start.clear()
+    admitted = [asyncio.create_task(manager.create(state.id)) for _ in range(2 * _MANY)]
+    await asyncio.sleep(0)
+    async with asyncio.timeout(5):
+        with pytest.raises(ResourceExhausted) as refused:
+            await manager.create(state.id)
+    assert refused.value.retry_after_s
+    assert runtime.starting == STARTS_AT_ONCE
+    for task in admitted[STARTS_AT_ONCE:]:
+        task.cancel()
+    runtime.may_start.set()
+    ended = await asyncio.gather(*admitted, return_exceptions=True)
+    assert sum(isinstance(one, asyncio.CancelledError) for one in ended) == len(
+        ended[STARTS_AT_ONCE:]
+    )
+    assert len(manager.list()) == STARTS_AT_ONCE
+    await asyncio.gather(*(manager.create(state.id) for _ in range(_MANY)))
+
+
+async def test_one_does_not_wait_for_all_forks_of_another_call(parts):
+    runtime, _, manager, state = parts
+    trunk = await manager.create(state.id)
+    runtime.may_start.clear()
+    forks = asyncio.create_task(manager.fork(trunk.id, _MANY))
+    async with asyncio.timeout(20):
+        await runtime.crowded.wait()
+    single = asyncio.create_task(manager.create(state.id))
+    await asyncio.sleep(0)
+    runtime.may_start.set()
+    await single
+    assert not forks.done()
+    assert len(manager.list()) < _MANY // 2 + 2
+    _, made = await forks
+    assert len(made) == _MANY
+
+
+async def test_a_state_that_goes_while_its_fork_waits_is_not_found(parts):
+    runtime, states, manager, state = parts
+    runtime.may_start.clear()
+    other = await states.add(state.layers, action="again", parent=state, labels={})
+    first = [asyncio.create_task(manager.create(state.id)) for _ in range(STARTS_AT_ONCE)]
+    late = asyncio.create_task(manager.create(other.id))
+    await runtime.crowded.wait()
+    await manager.delete_state(other.id)
+    runtime.may_start.set()
+    with pytest.raises(NotFound):
+        await late
+    await asyncio.gather(*first)
