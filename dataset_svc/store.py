@@ -124,7 +124,8 @@ class TrajectoryStore:
 
     def _packed(self, record: TrajectoryRecord, *, share: int) -> tuple[Packed, bytes]:
         """A checked trajectory and its tokens; `share` of them must fit into one response."""
-        record = replace(record, id=record.id or new_id("trj"))
+        if not record.id:
+            record = replace(record, id=new_id("trj"))
         check_id(record.id, "trj", "trajectory.id")
         checks.check_trajectory(record, max_wire_bytes=self.max_wire_bytes // share)
         if record.stream is None:
