@@ -286,7 +286,11 @@ def _conditions(query: TrajectoryQuery) -> list[ColumnElement[bool]]:
     if query.tool:
         conditions.append(Trajectory.tools.contains([query.tool]))
     if query.verdict:
-        conditions.append(Trajectory.accepted.is_(query.verdict == "accepted"))
+        # The index is of what was judged; that `IS false` implies it is news to Postgres.
+        conditions += [
+            Trajectory.accepted.is_not(None),
+            Trajectory.accepted.is_(query.verdict == "accepted"),
+        ]
     if query.text:
         pattern = f"%{query.text.translate(_LITERALLY)}%"
         said = select(Turn.trajectory_id).where(Turn.text.ilike(pattern, escape="\\"))
