@@ -153,7 +153,7 @@ class Database:
         Raises:
             Unavailable: the server does not answer or the pool is empty.
             Aborted: concurrent work kept getting in the way.
-        TokensCollected: tokens that a row would name are gone.
+            TokensCollected: tokens that a row would name are gone.
             InvalidArgument: a value breaks a rule of the schema.
         """
         deadline = time.monotonic() + _RETRY_S

@@ -250,6 +250,22 @@ def _scans(node: dict, table: str) -> bool:
     return mine or any(_scans(child, table) for child in node.get("Plans", ()))
 
 
+@pytest.mark.parametrize("verdict", ["accepted", "rejected"])
+def test_where_nobody_judges_a_verdict_is_not_looked_for_in_everything(full, verdict: str):
+    statement = trajectories.page_statement(TrajectoryQuery(verdict=verdict), 101)
+    compiled = statement.compile(
+        dialect=postgresql.dialect(), compile_kwargs={"literal_binds": True}
+    )
+    full.exec_driver_sql("BEGIN")
+    try:
+        full.exec_driver_sql("UPDATE trajectories SET accepted = NULL WHERE accepted IS NOT NULL")
+        full.exec_driver_sql("ANALYZE trajectories")
+        plan = full.exec_driver_sql(f"EXPLAIN (FORMAT JSON) {compiled}").scalar_one()
+    finally:
+        full.exec_driver_sql("ROLLBACK")
+    assert "ix_trajectories_accepted" in json.dumps(plan)
+
+
 def test_the_look_for_scans_can_find_one(full):
     plan = full.exec_driver_sql(
         "EXPLAIN (FORMAT JSON) SELECT * FROM trajectories WHERE token_count = 3"
