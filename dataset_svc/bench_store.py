@@ -1,7 +1,8 @@
 """Measures storage at size: a bulk load, what a trajectory takes, and each read verb afterwards.
 
 - `python -m dataset_svc.bench_store --json` prints one JSON object; without the flag, a table.
-- `--trajectories` sets the size, a million by default, with `--turns` turns each.
+- `--trajectories` sets the size, a million by default, with `--turns` turns each; the load ends
+  after `--minutes`, and everything is then measured on what it has stored by then.
 - The service runs as a process of its own over a Postgres of its own, with all indexes in place
   from the start; the load goes through gRPC, as a user's would.
 - Reads take turns over random arguments, through gRPC, after an ANALYZE and with nothing else
@@ -35,7 +36,9 @@ from regreen.dataset import v1 as pb
 _CALL_S, _LOAD_S = 120.0, 12 * 3600.0
 _TASKS, _RUNS, _TEMPLATES = 1000, 100, 500
 _VERB_S = 30.0
-_TELL = 10_000
+_TELL, _LOOK = 10_000, 100
+_OF_RUN = 200
+"""Trajectories in a row that are of one run."""
 _TABLES = ("trajectories", "turns", "reward_parts", "verdicts", "blobs")
 Ask = Callable[[random.Random], Awaitable[object]]
 
@@ -54,35 +57,48 @@ async def prepare(channel: grpc.aio.Channel) -> tuple[list[str], list[str]]:
 
 
 async def load(
-    channel: grpc.aio.Channel, count: int, turns: int, task_ids: list[str], run_ids: list[str]
-) -> float:
-    """Store trajectories by the bulk path; how long it took."""
+    channel: grpc.aio.Channel,
+    count: int,
+    turns: int,
+    task_ids: list[str],
+    run_ids: list[str],
+    most_s: float,
+) -> tuple[int, float]:
+    """Store trajectories by the bulk path until it is time; how many, and how long it took."""
     rng = random.Random(0)
     templates = [synthetic.trajectory(n, task_ids[0], turns=turns) for n in range(_TEMPLATES)]
     began_s = time.perf_counter()
+    sent = 0
 
     async def requests() -> AsyncIterator[pb.CommitTrajectoriesRequest]:
+        nonlocal sent
         for number in range(count):
+            if number % _LOOK == 0 and time.perf_counter() - began_s > most_s:
+                sys.stderr.write(f"time is over after {number} of {count} trajectories\n")
+                return
             request = pb.CommitTrajectoriesRequest(trajectory=templates[number % _TEMPLATES])
             made = request.trajectory
             made.id, made.seed = trajectory_id(number), number
             made.task_id = task_ids[rng.randrange(_TASKS)]
-            made.run_id = run_ids[number * _RUNS // count]
+            made.run_id = run_ids[number // _OF_RUN % _RUNS]
             made.group_id, made.group_index = f"grp_{number // 8:032x}", number % 8
             made.turns[-1].text += f" and mark{number:08x} is what it printed"
             for place in range(0, len(made.token_ids), 40):
                 made.token_ids[place] = rng.randrange(32_000)
             yield request
+            sent = number + 1
             if number and number % _TELL == 0:
-                rate = number / (time.perf_counter() - began_s)
-                sys.stderr.write(f"{number} of {count} trajectories, {rate:.0f} a second\n")
+                spent_s = time.perf_counter() - began_s
+                left_s = (count - number) * spent_s / number
+                told = f"{number} of {count} trajectories, {number / spent_s:.0f} a second"
+                sys.stderr.write(f"{told}, {left_s / 60:.0f} min left\n")
                 sys.stderr.flush()
 
     stub: Any = pb.ArchiveServiceStub(channel)
     answer = await stub.CommitTrajectories(requests(), timeout=_LOAD_S)
-    if answer.stored != count:
-        raise RuntimeError(f"{answer.stored} of {count} trajectories were stored")
-    return time.perf_counter() - began_s
+    if answer.stored != sent:
+        raise RuntimeError(f"{answer.stored} of {sent} trajectories were stored")
+    return sent, time.perf_counter() - began_s
 
 
 def verbs(
@@ -191,7 +207,9 @@ def sizes(url: str, blobs: Path, count: int) -> dict[str, float]:
     return found
 
 
-async def measure(count: int, turns: int, asks: int, directory: str | None) -> dict[str, Any]:
+async def measure(
+    asked: int, turns: int, asks: int, directory: str | None, most_s: float
+) -> dict[str, Any]:
     """The load and the reads; the report."""
     home = Path(tempfile.mkdtemp(prefix="regreen-bench-store-", dir=directory))
     home.chmod(0o711)
@@ -200,7 +218,7 @@ async def measure(count: int, turns: int, asks: int, directory: str | None) -> d
             upgrade(postgres.url())
             async with service(home, postgres.url()) as channel:
                 task_ids, run_ids = await prepare(channel)
-                wall_s = await load(channel, count, turns, task_ids, run_ids)
+                count, wall_s = await load(channel, asked, turns, task_ids, run_ids, most_s)
                 size = await asyncio.to_thread(sizes, postgres.url(), home / "blobs", count)
                 found = await read(verbs(channel, count, task_ids, run_ids), asks)
     finally:
@@ -209,6 +227,7 @@ async def measure(count: int, turns: int, asks: int, directory: str | None) -> d
     rows = count * (turns + 3)  # its own, its turns, a reward part and a blob's
     return {
         "trajectories": count,
+        "trajectories_asked": asked,
         "turns": turns,
         "load_s": wall_s,
         "trajectories_per_s": count / wall_s,
@@ -233,11 +252,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dataset_svc.bench_store", description=__doc__)
     parser.add_argument("--trajectories", type=int, default=1_000_000)
     parser.add_argument("--turns", type=int, default=10)
+    parser.add_argument("--minutes", type=float, default=60.0, help="longest load")
     parser.add_argument("--asks", type=int, default=200, help="samples of each read")
     parser.add_argument("--directory", help="where the data goes; default: the temporary one")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args(argv)
-    found = asyncio.run(measure(given.trajectories, given.turns, given.asks, given.directory))
+    size = (given.trajectories, given.turns, given.asks, given.directory, 60 * given.minutes)
+    found = asyncio.run(measure(*size))
     if given.json:
         print(json.dumps(found, indent=2))  # noqa: T201
         return 0

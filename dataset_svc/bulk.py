@@ -17,7 +17,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.types import JSON, TypeEngine
 
-from dataset_svc.columns import AnyText
+from dataset_svc.columns import AnyText, stored_text
 from dataset_svc.models import Base
 
 _DIALECT: Any = postgresql.dialect()  # type: ignore[no-untyped-call]
@@ -28,25 +28,30 @@ Encoder = Callable[[Any], Any]
 async def copy_rows(
     session: AsyncSession, model: type[Base], rows: Sequence[Mapping[str, object]]
 ) -> None:
-    """Insert rows of one table; all rows have the same columns."""
+    """Insert rows of one table; all rows have the same columns in the same order."""
     if not rows:
         return
     table = cast(Table, model.__table__)
     names = list(rows[0])
-    encoders = [_encoder(table, name) for name in names]
+    encoders = [
+        (place, encode)
+        for place, name in enumerate(names)
+        if (encode := _encoder(table, name)) is not None
+    ]
     columns = sql.SQL(", ").join(map(sql.Identifier, names))
     statement = sql.SQL("COPY {} ({}) FROM STDIN").format(sql.Identifier(table.name), columns)
     connection = await (await session.connection()).get_raw_connection()
     driver: psycopg.AsyncConnection[Any] = cast(Any, connection.driver_connection)
     try:
         async with driver.cursor() as cursor, cursor.copy(statement) as copy:
+            # Row by row without a coroutine for each; what is full of them goes out.
+            write = copy.formatter.write_row
             for row in rows:
-                await copy.write_row(
-                    [
-                        encode(row[name]) if encode else row[name]
-                        for name, encode in zip(names, encoders, strict=True)
-                    ]
-                )
+                encoded = list(row.values())
+                for place, encode in encoders:
+                    encoded[place] = encode(encoded[place])
+                if full := write(encoded):
+                    await copy.write(full)
     except psycopg.IntegrityError as error:
         raise IntegrityError("COPY", None, error) from error
     except psycopg.Error as error:
@@ -64,9 +69,10 @@ def _encoder(table: Table, name: str) -> Encoder | None:
     kind = table.columns[name].type
     if isinstance(kind, JSON):
         return lambda value: None if value is None else json.dumps(value)
+    if isinstance(kind, AnyText):
+        return stored_text
     if isinstance(kind, TypeDecorator):
         return lambda value: kind.process_bind_param(value, _DIALECT)
     if isinstance(kind, ARRAY) and isinstance(kind.item_type, AnyText):
-        item = kind.item_type
-        return lambda value: [item.process_bind_param(v, _DIALECT) for v in value]
+        return lambda value: [stored_text(one) for one in value]
     return None

@@ -13,6 +13,13 @@ _MARK, _MARK_ITSELF, _NUL = "\ufdd0", "\ufdd0\ufdd1", "\ufdd0\ufdd2"
 _TOP = 1 << 63
 
 
+def stored_text(value: str | None) -> str | None:
+    """Text as it is stored."""
+    if value is None or (value.isascii() and "\0" not in value):
+        return value
+    return value.replace(_MARK, _MARK_ITSELF).replace("\0", _NUL)
+
+
 class AnyText(TypeDecorator[str]):
     """Text in which NUL is stored as a pair of Unicode noncharacters."""
 
@@ -20,9 +27,7 @@ class AnyText(TypeDecorator[str]):
     cache_ok = True
 
     def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
-        if value is None or ("\0" not in value and _MARK not in value):
-            return value
-        return value.replace(_MARK, _MARK_ITSELF).replace("\0", _NUL)
+        return stored_text(value)
 
     def process_result_value(self, value: Any, dialect: Dialect) -> str | None:
         if value is None or _MARK not in value:

@@ -17,7 +17,13 @@ from alembic import command
 from alembic.config import Config
 from alembic.util import CommandError
 from sqlalchemy import Connection, create_engine, make_url, text
-from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DataError,
+    DBAPIError,
+    IntegrityError,
+    SQLAlchemyError,
+)
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
@@ -147,7 +153,7 @@ class Database:
         Raises:
             Unavailable: the server does not answer or the pool is empty.
             Aborted: concurrent work kept getting in the way.
-        TokensCollected: tokens that a row would name are gone.
+            TokensCollected: tokens that a row would name are gone.
             InvalidArgument: a value breaks a rule of the schema.
         """
         deadline = time.monotonic() + _RETRY_S
@@ -181,7 +187,7 @@ def translated(error: SQLAlchemyError) -> RegreenError:
         return TokensCollected("the tokens were collected before they were named; send them again")
     if state in _TRY_AGAIN or (isinstance(error, IntegrityError) and state not in _WRONG_VALUE):
         return Aborted(f"concurrent change: {message}")
-    if state[:2] in ("22", "54") or state in _WRONG_VALUE:
+    if isinstance(error, DataError) or state[:2] in ("22", "54") or state in _WRONG_VALUE:
         return InvalidArgument("request", f"the database refuses a value: {message}")
     return Unavailable(f"database: {message}", retry_after_s=1.0)
 

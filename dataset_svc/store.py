@@ -22,7 +22,7 @@ from dataset_svc.queries.trajectories import Packed
 from dataset_svc.records import LeaseRecord, TrajectoryQuery, TrajectoryRecord
 from regreen.blobs import BlobStore, Digest, digest_of
 from regreen.ids import check_id, new_id
-from regreen.rpc.errors import InvalidArgument
+from regreen.rpc.errors import InvalidArgument, NotFound
 
 _EXPORT_ROWS = 64
 _EXPORT_BYTES = 32 << 20
@@ -124,7 +124,8 @@ class TrajectoryStore:
 
     def _packed(self, record: TrajectoryRecord, *, share: int) -> tuple[Packed, bytes]:
         """A checked trajectory and its tokens; `share` of them must fit into one response."""
-        record = replace(record, id=record.id or new_id("trj"))
+        if not record.id:
+            record = replace(record, id=new_id("trj"))
         check_id(record.id, "trj", "trajectory.id")
         checks.check_trajectory(record, max_wire_bytes=self.max_wire_bytes // share)
         if record.stream is None:
@@ -184,8 +185,17 @@ class TrajectoryStore:
                     break
                 wanted.append(trajectory_id)
                 after = seq
-            for record in await self.load(wanted):
+            for record in await self.there(wanted):
                 yield record
+
+    async def there(self, trajectory_ids: Sequence[str]) -> list[TrajectoryRecord]:
+        """Those of the trajectories that retention has not removed meanwhile, whole."""
+        try:
+            return await self.load(trajectory_ids)
+        except NotFound:
+            if len(trajectory_ids) == 1:
+                return []
+        return [record for one in trajectory_ids for record in await self.there([one])]
 
 
 def fill(record: TrajectoryRecord, lease: LeaseRecord) -> TrajectoryRecord:

@@ -13,7 +13,7 @@ from dataset_svc import measures
 from dataset_svc.database import Database
 from dataset_svc.models import GROUP_STATES, ROLLOUT_STATES
 from dataset_svc.queries import blobs as unreferenced
-from dataset_svc.queries import groups, requests, rollouts
+from dataset_svc.queries import groups, requests, rollouts, trajectories
 from dataset_svc.queries.rollouts import QueuePolicy
 from regreen.blobs import BlobStore
 from regreen.rpc.errors import RegreenError
@@ -32,6 +32,7 @@ async def turn(database: Database, policy: QueuePolicy, remember_s: float) -> No
 
     await database.run(sweep)
     await database.run(lambda session: requests.purge(session, remember_s))
+    await database.run(trajectories.merge_text_index)
     by_rollout, by_group = await database.run(count)
     for state in ROLLOUT_STATES:
         measures.ROLLOUTS.labels(state).set(by_rollout.get(state, 0))

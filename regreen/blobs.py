@@ -15,6 +15,7 @@ import hashlib
 import os
 import re
 import tempfile
+import threading
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ T = TypeVar("T")
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _PUTS = 64
 """Contents of one `put_many` that are written at once."""
+_COMPRESSORS = threading.local()
+"""One for each level and thread: making one takes as long as a small content does."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[a-z0-9_-]{1,128}")
 
@@ -305,7 +308,10 @@ class ObjectBlobs:
 
 def compress(content: bytes, level: int = 6) -> bytes:
     """`content` as one zstd frame that records its length and a checksum."""
-    return zstandard.ZstdCompressor(level=level, write_checksum=True).compress(content)
+    made: dict[int, zstandard.ZstdCompressor] = vars(_COMPRESSORS).setdefault("made", {})
+    if level not in made:
+        made[level] = zstandard.ZstdCompressor(level=level, write_checksum=True)
+    return made[level].compress(content)
 
 
 def decompress(frame: bytes, max_bytes: int) -> bytes:

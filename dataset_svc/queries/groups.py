@@ -44,6 +44,7 @@ async def take(
     """Take up to `count` complete groups, lowest step and oldest first.
 
     Fewer are taken when their trajectories would go over `max_wire_bytes`; the first always is.
+    Groups of which retention has removed a trajectory are never given out.
     `taker` is remembered, so that `retake` can answer a repeated request.
 
     Raises:
@@ -52,7 +53,11 @@ async def take(
     """
     await sweep(session, policy)
     await locked_run(session, run_id, epoch, shared=True)
-    wanted = select(Group).where(Group.run_id == run_id, Group.state == "complete")
+    # Retention may have taken members of a run that had ended and was made active again.
+    not_whole = select(Rollout.id).where(Rollout.group_id == Group.id, Rollout.state == "pruned")
+    wanted = select(Group).where(
+        Group.run_id == run_id, Group.state == "complete", ~not_whole.exists()
+    )
     if step:
         wanted = wanted.where(Group.step == step)
     wanted = wanted.order_by(Group.step, Group.seq).limit(count)

@@ -15,6 +15,7 @@ from regreen.rpc.errors import InvalidArgument
 
 T = TypeVar("T")
 _TAG_BYTES = 12
+_MOST = 1 << 63
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +62,18 @@ class Cursor:
 
 
 def cursor(
-    name: str, query: Any, size: int, token: str, *, default: int = 100, most: int = 1000
+    name: str,
+    query: Any,
+    size: int,
+    token: str,
+    key: tuple[type, ...],
+    *,
+    default: int = 100,
+    most: int = 1000,
 ) -> Cursor:
     """The place that `page_size` and `page_token` of a request ask for.
+
+    `key` has the types of a row's key; whoever makes a token of his own gets no further than that.
 
     Raises:
         InvalidArgument: the size is out of bounds, or the token is not one of this query.
@@ -72,10 +82,10 @@ def cursor(
         raise InvalidArgument("page_size", f"is {size}", f"give 0 to {most}")
     described = json.dumps([name, asdict(query) if query is not None else None], sort_keys=True)
     tag = hashlib.sha256(described.encode()).hexdigest()[:16]
-    return Cursor(size or default, _after(token, tag) if token else None, tag)
+    return Cursor(size or default, _after(token, tag, key) if token else None, tag)
 
 
-def _after(token: str, tag: str) -> list[Any]:
+def _after(token: str, tag: str, key: tuple[type, ...]) -> list[Any]:
     wrong = InvalidArgument(
         "page_token", "is not a token of this query", "pass next_page_token on with the same filter"
     )
@@ -85,8 +95,12 @@ def _after(token: str, tag: str) -> list[Any]:
         if hashlib.sha256(body).digest()[:_TAG_BYTES] != signed[:_TAG_BYTES]:
             raise wrong
         token_tag, after = json.loads(body)
-    except (binascii.Error, ValueError) as error:
+    except (binascii.Error, ValueError, TypeError, RecursionError) as error:
         raise wrong from error
     if token_tag != tag or not isinstance(after, list):
+        raise wrong
+    if [type(part) for part in after] != list(key):
+        raise wrong
+    if any(isinstance(part, int) and abs(part) >= _MOST for part in after):
         raise wrong
     return after

@@ -1,6 +1,7 @@
 """Removes old trajectories, by rules, and counts what there is.
 
-- A trajectory of a run that is active is never removed: a learner may still take it.
+- A trajectory of a run that is active is never removed: a learner may still take it. Whoever makes
+  a run active, or rewinds it, meanwhile waits, or is waited for.
 - A rollout whose trajectory is removed stays, as `pruned`; its run can no longer be rewound.
 - Tokens go with the last trajectory that names them, after the grace period (`queries.blobs`).
 """
@@ -30,19 +31,24 @@ class PruneRule:
 
 async def prune(
     session: AsyncSession, rule: PruneRule, limit: int, *, dry_run: bool = False
-) -> tuple[int, int]:
-    """Remove up to `limit` trajectories, oldest first; how many, and bytes of their tokens."""
+) -> tuple[int, int, bool]:
+    """Remove up to `limit` trajectories, oldest first.
+
+    How many, the bytes of their tokens, and whether there may be more.
+    """
     wanted = (
-        select(Trajectory.id, Trajectory.arrays_bytes)
+        select(Trajectory.id, Trajectory.arrays_bytes, Trajectory.run_id)
         .where(*_conditions(rule))
         .order_by(Trajectory.seq)
         .limit(limit)
     )
     if dry_run:
         rows = (await session.execute(wanted)).all()
-        return len(rows), sum(row.arrays_bytes for row in rows)
+        return len(rows), sum(row.arrays_bytes for row in rows), len(rows) == limit
     locked = await session.execute(wanted.with_for_update(skip_locked=True, of=Trajectory))
-    rows = locked.all()
+    found = locked.all()
+    ended = await _still_ended(session, {row.run_id for row in found if row.run_id})
+    rows = [row for row in found if not row.run_id or row.run_id in ended]
     ids = [row.id for row in rows]
     quiet = {"synchronize_session": False}
     await session.execute(
@@ -54,7 +60,13 @@ async def prune(
     await session.execute(
         delete(Trajectory).where(Trajectory.id.in_(ids)).execution_options(**quiet)
     )
-    return len(rows), sum(row.arrays_bytes for row in rows)
+    return len(rows), sum(row.arrays_bytes for row in rows), len(found) == limit
+
+
+async def _still_ended(session: AsyncSession, run_ids: set[str]) -> set[str]:
+    """Those of the runs that are not active, held so until the transaction ends."""
+    wanted = select(Run.id).where(Run.id.in_(run_ids), Run.state != "active").order_by(Run.id)
+    return set(await session.scalars(wanted.with_for_update(read=True)))
 
 
 async def has_pruned(session: AsyncSession, run_id: str) -> bool:

@@ -8,10 +8,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import func, select, tuple_
+from sqlalchemy import BigInteger, func, literal, select, tuple_
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from dataset_svc.columns import AnyText
 from dataset_svc.models import Checkpoint, Document, Group, Run, RunMetric
 from dataset_svc.queries import groups
 from dataset_svc.queries.paging import Cursor, Page
@@ -139,9 +140,8 @@ async def list_metrics(
         statement = statement.where(RunMetric.name.in_(names))
     if cursor.after is not None:
         step, name = cursor.after
-        statement = statement.where(
-            tuple_(RunMetric.step, RunMetric.name) > tuple_(int(step), str(name))
-        )
+        last = tuple_(literal(step, BigInteger()), literal(name, AnyText()))
+        statement = statement.where(tuple_(RunMetric.step, RunMetric.name) > last)
     statement = statement.order_by(RunMetric.step, RunMetric.name).limit(cursor.size + 1)
     points = [MetricRecord(*row) for row in await session.execute(statement)]
     return cursor.page(points, [[point.step, point.name] for point in points])

@@ -9,13 +9,21 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from sqlalchemy import ColumnElement, Select, select
+from sqlalchemy import ColumnElement, Select, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import undefer
 
 from dataset_svc import bulk
 from dataset_svc.arrays import unpack
-from dataset_svc.models import Document, RewardPart, Run, Trajectory, Turn, Verdict
+from dataset_svc.models import (
+    TEXT_INDEX,
+    Document,
+    RewardPart,
+    Run,
+    Trajectory,
+    Turn,
+    Verdict,
+)
 from dataset_svc.queries.paging import Cursor, Page
 from dataset_svc.queries.tasks import known_tasks
 from dataset_svc.records import (
@@ -28,6 +36,12 @@ from dataset_svc.records import (
 from regreen.blobs import BlobStore, Digest
 from regreen.rpc.errors import AlreadyExists, DataLoss, NotFound
 
+_LEAVE_PENDING = text("SELECT set_config('gin_pending_list_limit', '131072', true)")
+"""No commit merges what the index over text has pending: `merge_text_index` does, in bulk."""
+_MERGE = text(
+    "SELECT sum(gin_clean_pending_list(c.oid)) FROM pg_class c WHERE c.relname = :name "
+    "AND c.relnamespace = current_schema()::regnamespace AND pg_has_role(c.relowner, 'USAGE')"
+)
 _LITERALLY = str.maketrans({"%": r"\%", "_": r"\_", "\\": r"\\"})
 BRIEF_FIELDS = ("state_id", "changes_sha256", "outcome", "summary", "counts", "duration", "cached")
 """What lists keep of a validation."""
@@ -135,6 +149,7 @@ async def insert_trajectory(session: AsyncSession, packed: Packed, lease_id: str
 
 async def insert_trajectories(session: AsyncSession, new: Sequence[tuple[Packed, str]]) -> None:
     """Store trajectories that are not stored, each with the lease it was made under, or nothing."""
+    await session.execute(_LEAVE_PENDING)
     records = [packed.record for packed, _ in new]
     rows = [_row(packed, lease_id) for packed, lease_id in new]
     await bulk.copy_rows(session, Trajectory, rows)
@@ -151,6 +166,15 @@ async def insert_trajectories(session: AsyncSession, new: Sequence[tuple[Packed,
     await bulk.copy_rows(session, RewardPart, parts)
     verdicts = [_verdict_row(r.id, r.verdict) for r in records if r.verdict is not None]
     await bulk.copy_rows(session, Verdict, verdicts)
+
+
+async def merge_text_index(session: AsyncSession) -> int:
+    """Merge what the index over the text of turns has pending, if it is ours; how many pages.
+
+    Each merge touches most of the index, so one of many turns costs little more than one of a few;
+    until then a search reads what is pending.
+    """
+    return int((await session.execute(_MERGE, {"name": TEXT_INDEX})).scalar_one() or 0)
 
 
 async def load(session: AsyncSession, trajectory_ids: Sequence[str]) -> list[Stored]:
@@ -262,7 +286,11 @@ def _conditions(query: TrajectoryQuery) -> list[ColumnElement[bool]]:
     if query.tool:
         conditions.append(Trajectory.tools.contains([query.tool]))
     if query.verdict:
-        conditions.append(Trajectory.accepted.is_(query.verdict == "accepted"))
+        # The index is of what was judged; that `IS false` implies it is news to Postgres.
+        conditions += [
+            Trajectory.accepted.is_not(None),
+            Trajectory.accepted.is_(query.verdict == "accepted"),
+        ]
     if query.text:
         pattern = f"%{query.text.translate(_LITERALLY)}%"
         said = select(Turn.trajectory_id).where(Turn.text.ilike(pattern, escape="\\"))

@@ -68,8 +68,8 @@ class ArchiveServicer(pb.ArchiveServiceServicer):
         rule = PruneRule(age_s, request.run_id, **kept)
 
         async def work(session: AsyncSession) -> pb.PruneTrajectoriesResponse:
-            count, size = await retention.prune(session, rule, limit, dry_run=request.dry_run)
-            return pb.PruneTrajectoriesResponse(pruned=count, token_bytes=size, more=count == limit)
+            count, size, more = await retention.prune(session, rule, limit, dry_run=request.dry_run)
+            return pb.PruneTrajectoriesResponse(pruned=count, token_bytes=size, more=more)
 
         answer = await self._transactions.once(
             "PruneTrajectories", request, pb.PruneTrajectoriesResponse, work

@@ -28,7 +28,7 @@ class ParkingServicer(pb.ParkingServiceServicer):
         if request.state:
             checks.one_of("state", request.state, ROLLOUT_STATES)
         scope = f"rollouts/{request.run_id}/{request.state}/{request.task_id}"
-        cursor = paging.cursor(scope, None, request.page_size, request.page_token)
+        cursor = paging.cursor(scope, None, request.page_size, request.page_token, (str, str))
         page = await self._transactions.read(
             "ListRollouts",
             lambda session: history.list_rollouts(
@@ -44,7 +44,7 @@ class ParkingServicer(pb.ParkingServiceServicer):
         if request.run_id:
             check_id(request.run_id, "run", "run_id")
         cursor = paging.cursor(
-            f"parked/{request.run_id}", None, request.page_size, request.page_token
+            f"parked/{request.run_id}", None, request.page_size, request.page_token, (str, str)
         )
         page = await self._transactions.read(
             "ListParkedTasks",

@@ -51,7 +51,9 @@ class RunServicer(pb.RunServiceServicer):
         """Read a page of runs; shorter than asked for when they are large."""
         if request.kind:
             checks.one_of("kind", request.kind, RUN_KINDS)
-        cursor = paging.cursor(f"runs/{request.kind}", None, request.page_size, request.page_token)
+        cursor = paging.cursor(
+            f"runs/{request.kind}", None, request.page_size, request.page_token, (int,)
+        )
         page = await self._transactions.read(
             "ListRuns", lambda session: runs.list_runs(session, request.kind, cursor)
         )
@@ -114,7 +116,13 @@ class RunServicer(pb.RunServiceServicer):
         names = sorted(set(request.names))
         scope = f"metrics/{request.run_id}/{request.from_step}/{names}"
         cursor = paging.cursor(
-            scope, None, request.page_size, request.page_token, default=1000, most=10_000
+            scope,
+            None,
+            request.page_size,
+            request.page_token,
+            (int, str),
+            default=1000,
+            most=10_000,
         )
         page = await self._transactions.read(
             "ListMetrics",
@@ -151,7 +159,7 @@ class RunServicer(pb.RunServiceServicer):
     async def ListCheckpoints(self, request: pb.ListCheckpointsRequest, context: Any) -> Any:
         """Read a page of checkpoints."""
         cursor = paging.cursor(
-            f"checkpoints/{request.run_id}", None, request.page_size, request.page_token
+            f"checkpoints/{request.run_id}", None, request.page_size, request.page_token, (int,)
         )
         page = await self._transactions.read(
             "ListCheckpoints",

@@ -62,7 +62,7 @@ class TaskServicer(pb.TaskServiceServicer):
     async def ListTasks(self, request: pb.ListTasksRequest, context: Any) -> Any:
         """Read a page of tasks; shorter than asked for when tasks are large."""
         query = translate.task_query(request.filter)
-        cursor = paging.cursor("tasks", query, request.page_size, request.page_token)
+        cursor = paging.cursor("tasks", query, request.page_size, request.page_token, (str,))
         page = await self._transactions.read(
             "ListTasks", lambda session: tasks.list_tasks(session, query, cursor)
         )

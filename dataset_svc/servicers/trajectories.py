@@ -62,7 +62,7 @@ class TrajectoryServicer(pb.TrajectoryServiceServicer):
     async def ListTrajectories(self, request: pb.ListTrajectoriesRequest, context: Any) -> Any:
         """Read a page of trajectories in brief; shorter than asked for when they are large."""
         query = trajectory_query(request.filter)
-        cursor = paging.cursor("trajectories", query, request.page_size, request.page_token)
+        cursor = paging.cursor("trajectories", query, request.page_size, request.page_token, (int,))
         page = await self._transactions.read(
             "ListTrajectories", lambda session: trajectories.list_page(session, query, cursor)
         )

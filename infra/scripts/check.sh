@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Format, lint, types, import rules, file length and the settings tables of the docs. Contracts are checked by proto_check.sh.
+# Format, lint, types, import rules, file length and the tables of the docs that are made. Contracts are checked by proto_check.sh.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 failed=()
@@ -10,5 +10,6 @@ step "types" .venv/bin/mypy
 step "imports" .venv/bin/lint-imports --no-cache
 step "file length" .venv/bin/python infra/scripts/file_length.py
 step "settings in docs" .venv/bin/python infra/scripts/settings_table.py --check
+step "data card in docs" .venv/bin/python infra/scripts/data_card.py --check
 step "seccomp profile" .venv/bin/python infra/scripts/seccomp_profile.py --check
 [ ${#failed[@]} -eq 0 ] || { echo "check failed: ${failed[*]}"; exit 1; }

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from regreen.client.stack import Endpoints, Stack
+from regreen.dataset import v1 as pb
 from regreen.rollout.context import check_settings
 from regreen.rpc.errors import InvalidArgument
 from regreen.settings import default_home
@@ -109,3 +110,19 @@ def _number(text: str) -> float | int | str:
         except ValueError:
             continue
     return text
+
+
+def task_status(word: str) -> pb.TaskStatus.ValueType:
+    """The status of tasks that a word names.
+
+    Raises:
+        InvalidArgument: there is none of that name.
+    """
+    try:
+        return pb.TaskStatus.Value(f"TASK_STATUS_{word.upper()}")
+    except ValueError as error:
+        raise InvalidArgument(
+            "status",
+            f"{word!r} is unknown",
+            "give new, admitted, rejected, quarantined, waiting or unverified",
+        ) from error

@@ -1,4 +1,4 @@
-"""`regreen tasks import|add|list|show|prepare|verify|export|mine`: broken builds as tasks.
+"""`regreen tasks import|add|list|show|stats|prepare|verify|export|mine`: broken builds as tasks.
 
 - `verify` exits with 0 only if every task that it was asked about is admitted.
 - Each row of a table says why a task is not admitted.
@@ -12,8 +12,8 @@ from typing import Annotated
 
 import typer
 
-from regreen.cli import exchange, mine, output
-from regreen.cli.options import Home, Json, open_stack, parse_age
+from regreen.cli import card, exchange, mine, output
+from regreen.cli.options import Home, Json, open_stack, parse_age, task_status
 from regreen.client.stack import Stack
 from regreen.common import v1 as common_pb
 from regreen.dataset import v1 as pb
@@ -34,6 +34,7 @@ from regreen.train.parallel import run_bounded
 app = typer.Typer(no_args_is_help=True)
 mine.register(app)
 exchange.register(app)
+card.register(app)
 Ids = Annotated[list[str] | None, typer.Argument(help="Task ids.", show_default=False)]
 All = Annotated[bool, typer.Option("--all", help="Every task.")]
 
@@ -99,7 +100,7 @@ def list_tasks(
     async def work() -> tuple[list[pb.Task], dict[str, str]]:
         wanted = pb.TaskFilter(split=split, culprit=culprit)
         if status:
-            wanted.statuses.append(_status(status))
+            wanted.statuses.append(task_status(status))
         async with open_stack(home) as stack:
             tasks = await stack.tasks.all_tasks(wanted)
             return tasks, {} if json_output else await reasons_of(stack, tasks)
@@ -368,17 +369,6 @@ def _wanted(ids: list[str] | None, every: bool) -> list[str]:
     if not ids and not every:
         output.fail(InvalidArgument("ids", "none given", "name tasks, or say --all"))
     return ids or []
-
-
-def _status(word: str) -> pb.TaskStatus.ValueType:
-    try:
-        return pb.TaskStatus.Value(f"TASK_STATUS_{word.upper()}")
-    except ValueError as error:
-        raise InvalidArgument(
-            "status",
-            f"{word!r} is unknown",
-            "give new, admitted, rejected, quarantined, waiting or unverified",
-        ) from error
 
 
 def status_name(status: pb.TaskStatus.ValueType) -> str:

@@ -315,5 +315,6 @@ def to_report(record: TaskRecord, verdict: Verdict) -> pb.GateReport:
         check.name, check.repeat = name, repeats[name]
         check.detail = f"{which}: {check.detail}" if which else check.detail
     detail = f"source and {len(record.pins_fail)} packages by sha256"
-    report.checks.append(pb.GateCheck(name="pinned", repeat=1, ok=True, detail=detail))
+    pinned = report.checks.add(name="pinned", repeat=1, ok=True, detail=detail)
+    pinned.duration.FromNanoseconds(int(verdict.prepare_s * 1e9))
     return report

@@ -92,7 +92,10 @@ class Gate:
         try:
             check_record(task)
             spec = env.environment(task, self.distributions, python)
+            began_s = time.time()
             state = await self.client.prepare(spec)
+            made_anew = state.create_time.ToNanoseconds() / 1e9 >= began_s
+            prepare_s = round(time.time() - began_s, 6) if made_anew else 0.0
         except MissingDependency as error:
             return _unprepared(task, error, python)
         except FailedPrecondition as error:
@@ -101,7 +104,7 @@ class Gate:
             return Verdict(task.id, "rejected", f"cannot be prepared: {error}", python=python)
         trial = Trial(self, task, state, strict=not self.learn and not python)
         try:
-            return await trial.run()
+            return replace(await trial.run(), prepare_s=prepare_s)
         except Unfinished as cut:
             reason = f"{cut}; ask again where the machine has more time"
             return Verdict(task.id, "waiting", reason, state_id=state.id, python=state.python)

@@ -58,6 +58,8 @@ class Verdict:
     """Per reference fix `mode/origin`: `ok` or what was wrong."""
     seconds: float = 0.0
     """Mean wall time of one validation of the reference fix."""
+    prepare_s: float = 0.0
+    """Wall time of the preparation; 0 where the State was there."""
     depends_on: tuple[str, ...] = ()
     """What the verdict hangs on beside the code."""
     quarantined: tuple[Quarantined, ...] = ()
@@ -98,4 +100,5 @@ def joined(first: Verdict, second: Verdict) -> Verdict:
         flaky=tuple(sorted({*first.flaky, *second.flaky})),
         unprobed={**first.unprobed, **second.unprobed},
         repeats=first.repeats,
+        prepare_s=max(first.prepare_s, second.prepare_s),
     )

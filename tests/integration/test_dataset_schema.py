@@ -64,7 +64,7 @@ def test_up_down_up_and_no_difference_to_the_models(postgres: LocalPostgres):
     engine.dispose()
 
 
-REVISIONS = ("0005", "0006", "0007", "0008")
+REVISIONS = ("0005", "0006", "0007", "0008", "0009")
 BEFORE = """
 INSERT INTO runs (id, name, kind, state) VALUES ('run_1', 'r', 'grpo', 'done');
 INSERT INTO tasks (id, kind, package, python, category, blame, culprit, modes, split, status,
@@ -89,6 +89,15 @@ INSERT INTO rollouts (id, group_id, run_id, group_index, group_seq, step, seed, 
     trajectory_id) VALUES ('rol_0', 'grp_1', 'run_1', 0, 1, 1, 1, 'committed', 'trj_0');
 INSERT INTO rollouts (id, group_id, run_id, group_index, group_seq, step, seed, state)
 VALUES ('rol_1', 'grp_1', 'run_1', 1, 1, 1, 1, 'waiting');
+"""
+
+
+KNOWN = """
+INSERT INTO knowledge (id, kind, task_id, trajectory_id, mode, error, signature, culprit,
+    package_family, families, length, document)
+VALUES ('kno_1', 'reference-fix', 't', '', '', 'E', '', 'c', 'p', '{c}', 1, '{}');
+INSERT INTO knowledge_words (word, item_id, count) VALUES ('e', 'kno_1', 1);
+INSERT INTO knowledge_uses (item_id, trajectory_id, won) VALUES ('kno_1', 'trj_0', true);
 """
 
 
@@ -130,9 +139,17 @@ def test_data_survives_every_step_up_and_down(postgres: LocalPostgres):
             text("UPDATE rollouts SET state = 'pruned', trajectory_id = NULL WHERE id = 'rol_0'")
         )
         connection.execute(text("DELETE FROM trajectories WHERE id = 'trj_0'"))
+        connection.execute(text("UPDATE tasks SET status = 'unverified'"))
+        connection.execute(text(KNOWN))
     assert found("SELECT sha256, refs FROM blobs") == [("same", 1)]
+    go(command.downgrade, "0008")
+    assert found("SELECT status FROM tasks") == [("waiting",)]
+    assert found("SELECT won FROM knowledge_uses") == [(True,)]
     go(command.downgrade, "0006")
     assert found("SELECT state FROM rollouts ORDER BY id") == [("lost",), ("waiting",)]
+    assert found("SELECT lost FROM groups") == [(1,)]
+    with engine.begin() as connection:  # what the version before does when it rewinds
+        connection.execute(text("UPDATE groups SET lost = lost - 1, pending = pending + 1"))
     go(command.downgrade, "0002")
     assert found("SELECT episode_end FROM trajectories") == [("turn_limit",)]
     go(command.upgrade, "head")

@@ -16,9 +16,11 @@ from dataset_svc.__main__ import serving
 from dataset_svc.database import Database, make_text_index, normal_url, upgrade
 from dataset_svc.localpg import LocalPostgres
 from dataset_svc.models import TEXT_INDEX
-from dataset_svc.queries import trajectories
+from dataset_svc.queries import retention, trajectories
+from dataset_svc.queries.retention import PruneRule
 from dataset_svc.records import TrajectoryQuery
 from dataset_svc.settings import DatasetSettings
+from dataset_svc.store import TrajectoryStore
 from regreen.blobs import open_blobs
 from regreen.client.archive import ArchiveClient
 from regreen.client.channel import connect
@@ -248,6 +250,22 @@ def _scans(node: dict, table: str) -> bool:
     return mine or any(_scans(child, table) for child in node.get("Plans", ()))
 
 
+@pytest.mark.parametrize("verdict", ["accepted", "rejected"])
+def test_where_nobody_judges_a_verdict_is_not_looked_for_in_everything(full, verdict: str):
+    statement = trajectories.page_statement(TrajectoryQuery(verdict=verdict), 101)
+    compiled = statement.compile(
+        dialect=postgresql.dialect(), compile_kwargs={"literal_binds": True}
+    )
+    full.exec_driver_sql("BEGIN")
+    try:
+        full.exec_driver_sql("UPDATE trajectories SET accepted = NULL WHERE accepted IS NOT NULL")
+        full.exec_driver_sql("ANALYZE trajectories")
+        plan = full.exec_driver_sql(f"EXPLAIN (FORMAT JSON) {compiled}").scalar_one()
+    finally:
+        full.exec_driver_sql("ROLLBACK")
+    assert "ix_trajectories_accepted" in json.dumps(plan)
+
+
 def test_the_look_for_scans_can_find_one(full):
     plan = full.exec_driver_sql(
         "EXPLAIN (FORMAT JSON) SELECT * FROM trajectories WHERE token_count = 3"
@@ -384,3 +402,61 @@ async def test_retention_keeps_what_a_rule_or_an_active_run_keeps(clients: All):
     for wrong in ({"older_than_s": -1.0}, {"older_than_s": 1.0, "limit": 10_001}):
         with pytest.raises(InvalidArgument):
             await prune(**wrong)
+
+
+async def complete_group(clients: All, task_id: str, run_id: str, size: int = 2) -> list[str]:
+    """A group of the run whose rollouts are committed; its trajectories."""
+    await clients.queue.enqueue_groups([samples.group(run_id, task_id, size)])
+    ids = []
+    for lease in await clients.queue.lease_rollouts("w", size, run_id=run_id):
+        made = samples.trajectory(task_id, salt=lease.id)
+        ids.append((await clients.queue.commit_rollout(lease.id, made)).trajectory_id)
+    return ids
+
+
+async def test_a_run_that_becomes_active_meanwhile_loses_nothing(
+    clients: All, database: Database, database_url: str
+):
+    (task_id,), run_id = await imported(clients), await new_run(clients)
+    await complete_group(clients, task_id, run_id)
+    await clients.runs.update_run(run_id, state="done")
+    with psycopg.connect(database_url.replace("+psycopg", "")) as other:
+        other.execute("UPDATE runs SET state = 'active' WHERE id = %s", (run_id,))
+        pruning = asyncio.create_task(
+            database.run(lambda s: retention.prune(s, PruneRule(0.0, run_id), 10))
+        )
+        await asyncio.sleep(0.3)
+        assert not pruning.done()
+        other.commit()
+        assert await pruning == (0, 0, False)
+    assert len(await clients.found(run_id=run_id)) == 2
+
+
+async def test_a_group_that_is_no_longer_whole_is_not_given_out(clients: All):
+    (task_id,), run_id = await imported(clients), await new_run(clients)
+    await complete_group(clients, task_id, run_id)
+    await clients.runs.update_run(run_id, state="done")
+    assert (await clients.archive.prune_trajectories(0.0, run_id=run_id, limit=1)).pruned == 1
+    await clients.runs.update_run(run_id, state="active")
+    whole = await complete_group(clients, task_id, run_id)
+    taken = await clients.queue.take_groups(run_id, 10)
+    assert [[t.id for t in group.trajectories] for group in taken] == [whole]
+
+
+async def test_an_export_goes_on_where_retention_removes(
+    clients: All, database: Database, tmp_path
+):
+    (task_id,), run_id = await imported(clients), await new_run(clients)
+    sent = many(task_id, 150, run_id)
+    await clients.archive.commit_trajectories(sent)
+    await clients.runs.update_run(run_id, state="done")
+    store = TrajectoryStore(database, open_blobs(tmp_path / "blobs"))
+    exported = []
+    async for record in store.export(TrajectoryQuery(run_id=run_id)):
+        exported.append(record.id)
+        if len(exported) == 1:
+            await clients.archive.prune_trajectories(0.0, run_id=run_id, limit=100)
+    kept = [one.id for one in sent]
+    assert exported == kept[:64] + kept[100:]
+    left = await store.there([kept[3], kept[120], "trj_gone"])
+    assert [record.id for record in left] == [kept[120]]

@@ -144,6 +144,10 @@ def downgrade() -> None:
     op.drop_index("ix_blobs_unreferenced", table_name="blobs")
     op.drop_table("blobs")
     op.execute(
+        "UPDATE groups SET lost = lost + gone.slots FROM (SELECT group_id, count(*) AS slots "
+        "FROM rollouts WHERE state = 'pruned' GROUP BY 1) AS gone WHERE gone.group_id = groups.id"
+    )
+    op.execute(
         "UPDATE rollouts SET state = 'lost', error = 'its trajectory was pruned' "
         "WHERE state = 'pruned'"
     )

@@ -65,6 +65,8 @@ class ArchiveServiceServicer:
         the stream. Those before its transaction are stored.
         - NOT_FOUND: an unknown task or run.
         - ALREADY_EXISTS: that id is stored with other content.
+        - ABORTED: concurrent work kept getting in the way, or the tokens waited for longer than the service keeps tokens
+        that nothing names; send the same again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

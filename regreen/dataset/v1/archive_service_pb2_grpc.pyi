@@ -42,6 +42,8 @@ class ArchiveServiceStub:
       the stream. Those before its transaction are stored.
     - NOT_FOUND: an unknown task or run.
     - ALREADY_EXISTS: that id is stored with other content.
+    - ABORTED: concurrent work kept getting in the way, or the tokens waited for longer than the service keeps tokens
+      that nothing names; send the same again.
     """
     PruneTrajectories: _grpc.UnaryUnaryMultiCallable[_archive_service_pb2.PruneTrajectoriesRequest, _archive_service_pb2.PruneTrajectoriesResponse]
     """Removes old trajectories, oldest first, that no rule keeps; those of active runs always stay. Tokens that nobody
@@ -71,6 +73,8 @@ class ArchiveServiceAsyncStub(ArchiveServiceStub):
       the stream. Those before its transaction are stored.
     - NOT_FOUND: an unknown task or run.
     - ALREADY_EXISTS: that id is stored with other content.
+    - ABORTED: concurrent work kept getting in the way, or the tokens waited for longer than the service keeps tokens
+      that nothing names; send the same again.
     """
     PruneTrajectories: _aio.UnaryUnaryMultiCallable[_archive_service_pb2.PruneTrajectoriesRequest, _archive_service_pb2.PruneTrajectoriesResponse]  # type: ignore[assignment]
     """Removes old trajectories, oldest first, that no rule keeps; those of active runs always stay. Tokens that nobody
@@ -103,6 +107,8 @@ class ArchiveServiceServicer(metaclass=_abc_1.ABCMeta):
           the stream. Those before its transaction are stored.
         - NOT_FOUND: an unknown task or run.
         - ALREADY_EXISTS: that id is stored with other content.
+        - ABORTED: concurrent work kept getting in the way, or the tokens waited for longer than the service keeps tokens
+          that nothing names; send the same again.
         """
 
     @_abc_1.abstractmethod

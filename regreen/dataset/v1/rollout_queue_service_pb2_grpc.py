@@ -130,6 +130,8 @@ class RolloutQueueServiceServicer:
         - FAILED_PRECONDITION with reason LEASE_EXPIRED: the rollout belongs to another lease or is committed already.
         - NOT_FOUND: no such lease.
         - INVALID_ARGUMENT: lengths, masks or spans do not agree; names the field.
+        - ABORTED: concurrent work kept getting in the way, or the tokens waited for longer than the service keeps tokens
+        that nothing names; send the same again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

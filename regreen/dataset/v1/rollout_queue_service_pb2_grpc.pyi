@@ -65,6 +65,8 @@ class RolloutQueueServiceStub:
     - FAILED_PRECONDITION with reason LEASE_EXPIRED: the rollout belongs to another lease or is committed already.
     - NOT_FOUND: no such lease.
     - INVALID_ARGUMENT: lengths, masks or spans do not agree; names the field.
+    - ABORTED: concurrent work kept getting in the way, or the tokens waited for longer than the service keeps tokens
+      that nothing names; send the same again.
     """
     FailRollout: _grpc.UnaryUnaryMultiCallable[_rollout_queue_service_pb2.FailRolloutRequest, _rollout_queue_service_pb2.FailRolloutResponse]
     """Gives a rollout back after an infrastructure failure; it is tried again a bounded number of times, after a pause
@@ -148,6 +150,8 @@ class RolloutQueueServiceAsyncStub(RolloutQueueServiceStub):
     - FAILED_PRECONDITION with reason LEASE_EXPIRED: the rollout belongs to another lease or is committed already.
     - NOT_FOUND: no such lease.
     - INVALID_ARGUMENT: lengths, masks or spans do not agree; names the field.
+    - ABORTED: concurrent work kept getting in the way, or the tokens waited for longer than the service keeps tokens
+      that nothing names; send the same again.
     """
     FailRollout: _aio.UnaryUnaryMultiCallable[_rollout_queue_service_pb2.FailRolloutRequest, _rollout_queue_service_pb2.FailRolloutResponse]  # type: ignore[assignment]
     """Gives a rollout back after an infrastructure failure; it is tried again a bounded number of times, after a pause
@@ -252,6 +256,8 @@ class RolloutQueueServiceServicer(metaclass=_abc_1.ABCMeta):
         - FAILED_PRECONDITION with reason LEASE_EXPIRED: the rollout belongs to another lease or is committed already.
         - NOT_FOUND: no such lease.
         - INVALID_ARGUMENT: lengths, masks or spans do not agree; names the field.
+        - ABORTED: concurrent work kept getting in the way, or the tokens waited for longer than the service keeps tokens
+          that nothing names; send the same again.
         """
 
     @_abc_1.abstractmethod

@@ -40,6 +40,8 @@ class TrajectoryServiceStub:
     - INVALID_ARGUMENT: lengths, masks or spans do not agree; names the field.
     - NOT_FOUND: an unknown task or run.
     - ALREADY_EXISTS: that id is stored with other content.
+    - ABORTED: concurrent work kept getting in the way, or the tokens waited for longer than the service keeps tokens
+      that nothing names; send the same again.
     """
     GetTrajectory: _grpc.UnaryUnaryMultiCallable[_trajectory_service_pb2.GetTrajectoryRequest, _trajectory_service_pb2.GetTrajectoryResponse]
     """Reads one trajectory.
@@ -73,6 +75,8 @@ class TrajectoryServiceAsyncStub(TrajectoryServiceStub):
     - INVALID_ARGUMENT: lengths, masks or spans do not agree; names the field.
     - NOT_FOUND: an unknown task or run.
     - ALREADY_EXISTS: that id is stored with other content.
+    - ABORTED: concurrent work kept getting in the way, or the tokens waited for longer than the service keeps tokens
+      that nothing names; send the same again.
     """
     GetTrajectory: _aio.UnaryUnaryMultiCallable[_trajectory_service_pb2.GetTrajectoryRequest, _trajectory_service_pb2.GetTrajectoryResponse]  # type: ignore[assignment]
     """Reads one trajectory.
@@ -109,6 +113,8 @@ class TrajectoryServiceServicer(metaclass=_abc_1.ABCMeta):
         - INVALID_ARGUMENT: lengths, masks or spans do not agree; names the field.
         - NOT_FOUND: an unknown task or run.
         - ALREADY_EXISTS: that id is stored with other content.
+        - ABORTED: concurrent work kept getting in the way, or the tokens waited for longer than the service keeps tokens
+          that nothing names; send the same again.
         """
 
     @_abc_1.abstractmethod

@@ -77,20 +77,20 @@ def test_a_made_up_page_token_is_refused(token: str):
     if not token:
         return
     with pytest.raises(InvalidArgument) as caught:
-        cursor("tasks", TaskQuery(), 10, token)
+        cursor("tasks", TaskQuery(), 10, token, (str,))
     assert caught.value.field == "page_token"
 
 
 def test_a_page_token_goes_on_after_the_last_row():
-    start = cursor("tasks", TaskQuery(split="train"), 2, "")
+    start = cursor("tasks", TaskQuery(split="train"), 2, "", (str,))
     page = start.page(["a", "b", "c"], [["a"], ["b"], ["c"]])
     assert page.rows == ["a", "b"]
-    assert cursor("tasks", TaskQuery(split="train"), 2, page.next_token).after == ["b"]
+    assert cursor("tasks", TaskQuery(split="train"), 2, page.next_token, (str,)).after == ["b"]
     with pytest.raises(InvalidArgument):
-        cursor("tasks", TaskQuery(split="test"), 2, page.next_token)
+        cursor("tasks", TaskQuery(split="test"), 2, page.next_token, (str,))
     cut = start.cut(Page(["a", "b"], "next", [["a"], ["b"]]), [10, 10], 15)
     assert cut.rows == ["a"]
-    assert cursor("tasks", TaskQuery(split="train"), 2, cut.next_token).after == ["a"]
+    assert cursor("tasks", TaskQuery(split="train"), 2, cut.next_token, (str,)).after == ["a"]
     assert start.cut(Page(["a", "b"], "next", [["a"], ["b"]]), [10, 5], 15).next_token == "next"
 
 

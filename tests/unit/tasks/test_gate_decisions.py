@@ -1,6 +1,9 @@
 """The gate's decisions over a sandbox service that answers as a test says."""
 
+import time
+
 import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from dataset_svc.checks import check_control, check_gate
 from dataset_svc.translate import gate_record as gate_of_message
@@ -44,6 +47,8 @@ class Sandboxes:
         self.wobbles, self.cut_short = wobbles, cut_short
         self.prepared: list[sandbox_pb.EnvironmentSpec] = []
         self.runs = 0
+        self.anew = True
+        """Whether States are made when they are asked for, or were there before."""
 
     @property
     def wobbling(self) -> tuple[str, ...]:
@@ -52,7 +57,12 @@ class Sandboxes:
     async def prepare(self, spec: sandbox_pb.EnvironmentSpec) -> sandbox_pb.State:
         self.prepared.append(spec)
         baseline = sandbox_pb.Baseline(passing=["green", *self.wobbling], failing=["red"])
-        return sandbox_pb.State(id=f"st_{len(self.prepared)}", python="3.11", baseline=baseline)
+        return sandbox_pb.State(
+            id=f"st_{len(self.prepared)}",
+            python="3.11",
+            baseline=baseline,
+            create_time=Timestamp(seconds=int(time.time()) + (1 if self.anew else -60)),
+        )
 
     async def validate(self, state_id, changes, **options) -> sandbox_pb.Validation:
         self.runs += 1
@@ -144,6 +154,15 @@ USELESS = Fix(mode="keep_new", origin="source-edit", edits=[])
 CONTROL = RECORD.model_copy(
     update={"control": True, "split": "test", "modes": ["keep_new"], "fixes": [USELESS]}
 )
+
+
+@pytest.mark.parametrize("anew", [True, False])
+async def test_only_a_preparation_that_was_made_is_timed(anew) -> None:
+    sandboxes = Sandboxes(())
+    sandboxes.anew = anew
+    _, verdict = await steadily(sandboxes)
+    (pinned,) = (c for c in to_report(RECORD, verdict).checks if c.name == "pinned")
+    assert (pinned.duration.ToNanoseconds() > 0) == (verdict.prepare_s > 0) == anew
 
 
 async def test_a_control_is_admitted_if_no_attempt_passes() -> None:
