@@ -29,7 +29,6 @@ from regreen.tasks.model import (
     Build,
     Change,
     DistributionRecord,
-    FileRecord,
     Fix,
     ModeName,
     Split,
@@ -39,7 +38,7 @@ from regreen.tasks.model import (
     ids_sha256,
 )
 from regreen.tasks.project import Show, pinned_project, prepared, prepared_project
-from regreen.tasks.records import RecordStore
+from regreen.tasks.records import RecordStore, releases_of
 from regreen.tasks.trial import NOOP
 from regreen.tasks.verify import ServiceGateClient
 
@@ -104,7 +103,7 @@ async def add(
     notes += project.notes
     spec, state = await prepared_project(stack, project, home, show)
     failing = _failing(state)
-    releases = releases_of_spec(spec)
+    releases = releases_of(spec)
     record = record_of(wish, project, spec, failing)
     if repair is None:
         return await _unverified(stack, record, releases, state, tuple(notes), repeats, show)
@@ -192,19 +191,6 @@ def overlaid(project: Path, target: Path, files: Mapping[str, bytes | None]) -> 
         path.write_bytes(content)
 
 
-def releases_of_spec(spec: sandbox_pb.EnvironmentSpec) -> dict[str, DistributionRecord]:
-    """Every release of an environment with its files, by `name==version`."""
-    records = [
-        DistributionRecord(
-            name=pin.name,
-            version=pin.version,
-            files=[FileRecord(filename=f.filename, sha256=f.sha256) for f in pin.files],
-        )
-        for pin in (*spec.pins, *spec.wheelhouse, *spec.build_pins)
-    ]
-    return {record.pin: record for record in records}
-
-
 def _pins(pins: Sequence[sandbox_pb.Pin]) -> list[str]:
     return sorted(f"{pin.name}=={pin.version}" for pin in pins)
 
@@ -277,7 +263,7 @@ async def _with_fix(
         wish = replace(checkout.wish, python=project.python)
         after = await _detected(stack, checkout.fixed, wish)
         spec, _ = await pinned_project(after, home, show)
-        known |= releases_of_spec(spec)
+        known |= releases_of(spec)
         update["pins_pass"] = _pins(spec.pins)
         moved = set(_pins(spec.pins)) ^ set(record.pins_fail)
         names = sorted({pin.partition("==")[0] for pin in moved})

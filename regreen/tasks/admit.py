@@ -204,7 +204,7 @@ class Admission:
         client = ReportingGateClient(
             self._stack.state, self._stack.sandbox, lambda text: self._progress(task_id, text)
         )
-        releases = {**self._distributions, **releases_of(stored)}
+        releases = {**self._distributions, **releases_of(stored.environment)}
         if self._rebuild and stored.state_id:
             await self._let_go(stored.state_id)
         gate = Gate(client, releases, index, repeats=self._repeats)

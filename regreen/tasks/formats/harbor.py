@@ -15,6 +15,7 @@ import re
 import shlex
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,16 @@ from regreen.tasks.formats.extension import decode, encode
 from regreen.tasks.formats.items import (
     Foreign,
     Item,
+    LeftOut,
     Native,
     Written,
     chosen_fix,
+    gold_patch,
+    own_document,
     statement,
     task_id,
 )
-from regreen.tasks.patch import LOCK_NAME, unified_from
+from regreen.tasks.patch import LOCK_NAME
 
 name = "harbor"
 MAX_TASK_BYTES = 8 << 20
@@ -216,14 +220,13 @@ def write(items: Sequence[Item], out: Path) -> Written:
     for item in items:
         task = item.task
         target = out / task.id
-        if task.HasField("foreign"):
-            if task.foreign.format != name:
-                reason = f"is a task of {task.foreign.format}: export it to that, or to parquet"
-                written.left_out[task.id] = reason
-                continue
-            restore(json.loads(task.foreign.document_json).get("files", {}), target)
-        elif reason := _write_native(item, target):
-            written.left_out[task.id] = reason
+        try:
+            if task.HasField("foreign"):
+                restore(own_document(task, name).get("files", {}), target)
+            else:
+                _write_native(item, target)
+        except LeftOut as reason:
+            written.left_out[task.id] = str(reason)
             continue
         written.paths.append(target)
         written.count += 1
@@ -245,22 +248,24 @@ def _put(target: Path, place: str, data: bytes, *, executable: bool = False) -> 
     path.chmod(0o755 if executable else 0o644)
 
 
-def _write_native(item: Item, target: Path) -> str:
-    """Write a task of ours; why it cannot be, where it cannot."""
+def _write_native(item: Item, target: Path) -> None:
+    """Write a task of ours.
+
+    Raises:
+        LeftOut: it cannot be; nothing was written.
+    """
     task = item.task
     spec = task.environment
     fixes = [fix for fix in task.fixes if not _moves_python(spec, fix)]
     fix = chosen_fix(pb.Task(fixes=fixes))
     if fix is None and task.fixes and len(fixes) < len(task.fixes):
-        return "its fix chooses another interpreter, which one image cannot"
+        raise LeftOut("its fix chooses another interpreter, which one image cannot")
     if spec.overlay:
-        return "lays files over its source that are not in an archive"
+        raise LeftOut("lays files over its source that are not in an archive")
     if spec.HasField("source_tree") and not item.tree:
-        return "its tree is not in the blob store"
+        raise LeftOut("its tree is not in the blob store")
     if fix is not None:
-        patch = unified_from(item.before, fix.changes)
-        if "\nBinary files " in patch:
-            return "its fix changes binary files"
+        patch = gold_patch(replace(item, task=pb.Task(fixes=fixes)))
         _put(target, "solution/solve.sh", _solve(spec, fix).encode(), executable=True)
         _put(target, "solution/fix.patch", patch.encode())
     _put(target, OURS, encode(item).encode())
@@ -281,7 +286,6 @@ def _write_native(item: Item, target: Path) -> str:
         "pass_to_pass": sorted(item.pass_to_pass),
     }
     _put(target, "tests/required.json", json.dumps(required, indent=1).encode())
-    return ""
 
 
 def _shipped(file: str) -> bytes:

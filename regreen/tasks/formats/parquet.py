@@ -15,7 +15,7 @@ from typing import Any
 from regreen.rpc.errors import InvalidArgument, MissingDependency
 from regreen.tasks.formats import bump, harbor, swebench, swesmith
 from regreen.tasks.formats.extension import KEY
-from regreen.tasks.formats.items import Foreign, Item, Native, Written
+from regreen.tasks.formats.items import Foreign, Item, LeftOut, Native, Written
 from regreen.tasks.formats.rows import Placed
 
 name = "parquet"
@@ -72,11 +72,10 @@ def write(items: Sequence[Item], out: Path) -> Written:
     written = Written()
     rows = []
     for item in items:
-        found = _row(item)
-        if isinstance(found, str):
-            written.left_out[item.task.id] = found
-        else:
-            rows.append(found)
+        try:
+            rows.append(_row(item))
+        except LeftOut as reason:
+            written.left_out[item.task.id] = str(reason)
     schema = arrow.schema([(column, arrow.string()) for column in COLUMNS])
     path = out / FILE
     parquet.write_table(arrow.Table.from_pylist(rows, schema), path)
@@ -136,7 +135,7 @@ def _harbor(placed: Placed, row: dict[str, Any]) -> Foreign | Native:
         return harbor.read(target)[0]
 
 
-def _row(item: Item) -> dict[str, str] | str:
+def _row(item: Item) -> dict[str, str]:
     task = item.task
     common = {
         "instance_id": task.id,
@@ -147,8 +146,7 @@ def _row(item: Item) -> dict[str, str] | str:
         "PASS_TO_PASS": "[]",
     }
     if not task.HasField("foreign"):
-        found = swebench.row(item)
-        return found if isinstance(found, str) else {**common, **found}
+        return {**common, **swebench.row(item)}
     document = json.loads(task.foreign.document_json)
     shown = {
         column: value if isinstance(value, str) else json.dumps(value)

@@ -21,15 +21,15 @@ from regreen.tasks.formats.items import (
     Item,
     Native,
     Written,
-    chosen_fix,
-    compact,
+    gold_patch,
+    own_document,
     repository,
     source_digest,
     statement,
     task_id,
+    write_rows,
 )
 from regreen.tasks.formats.rows import Placed, read_rows
-from regreen.tasks.patch import unified_from
 
 name = "swe-bench"
 FILE = "swe-bench.jsonl"
@@ -81,40 +81,24 @@ def image_of(id: str) -> str:
 
 def write(items: Sequence[Item], out: Path) -> Written:
     """Write the tasks that have a known fix as one file of instances."""
-    written = Written()
-    lines = []
-    for item in items:
-        found = row(item)
-        if isinstance(found, str):
-            written.left_out[item.task.id] = found
-        else:
-            lines.append(compact(found) + "\n")
-    path = out / FILE
-    path.write_text("".join(lines), "utf-8")
-    written.paths, written.count = [path], len(lines)
-    return written
+    return write_rows(items, out / FILE, row)
 
 
-def row(item: Item) -> dict[str, Any] | str:
-    """A task as an instance, or why it is none."""
+def row(item: Item) -> dict[str, Any]:
+    """A task as an instance.
+
+    Raises:
+        LeftOut: it cannot be one.
+    """
     task = item.task
     if task.HasField("foreign"):
-        if task.foreign.format != name:
-            return f"is a task of {task.foreign.format}: export it to that, or to parquet"
-        document: dict[str, Any] = json.loads(task.foreign.document_json)
-        return document
-    fix = chosen_fix(task)
-    if fix is None:
-        return "has no fix that was worked out: gate it with `regreen tasks verify`"
+        return own_document(task, name)
     spec = task.environment
-    patch = unified_from(item.before, fix.changes)
-    if "\nBinary files " in patch:
-        return "its fix changes binary files"
     return {
         "repo": repository(task),
         "instance_id": task.id,
         "base_commit": source_digest(task),
-        "patch": patch,
+        "patch": gold_patch(item),
         "test_patch": "",
         "problem_statement": statement(task),
         "hints_text": "",
