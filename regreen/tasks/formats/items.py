@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from regreen.common import v1 as common_pb
 from regreen.dataset import v1 as pb
+from regreen.rpc.errors import InvalidArgument
 from regreen.sandbox import v1 as sandbox_pb
 from regreen.tasks.model import TaskRecord
 from regreen.tasks.patch import unified_from
@@ -143,9 +144,17 @@ def compact(document: Mapping[str, Any]) -> str:
     return json.dumps(document, ensure_ascii=False, separators=(",", ":"))
 
 
-def task_id(text: str) -> str:
-    """A name of another system as a task id."""
-    return re.sub(r"[^A-Za-z0-9._+@=-]+", "__", text).strip("_.-+@=")[:200]
+def task_id(text: str, where: str) -> str:
+    """A name of another system as a task id.
+
+    Raises:
+        InvalidArgument: nothing of it can be one.
+    """
+    found = re.sub(r"[^A-Za-z0-9._+@=-]+", "__", text).strip("_.-+@=")[:200]
+    if not found:
+        remedy = "give a name with letters or digits"
+        raise InvalidArgument(where, f"is named {text[:80]!r}, which makes no task id", remedy)
+    return found
 
 
 def repository(task: pb.Task) -> str:

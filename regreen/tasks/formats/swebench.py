@@ -48,25 +48,28 @@ def read(path: Path) -> list[Foreign | Native]:
 
 def instance(placed: Placed) -> Foreign | Native:
     """One instance."""
-    id, repo = placed.text("instance_id"), placed.text("repo")
+    id, repo = placed.name("instance_id"), placed.name("repo")
     failing, passing = placed.ids("FAIL_TO_PASS"), placed.ids("PASS_TO_PASS")
     if placed.row.get(KEY):
         return decode(placed.text(KEY), placed.where, id=id, fail_to_pass=failing)
-    commit = placed.text("base_commit")
+    commit = placed.name("base_commit")
     placed.text("problem_statement")
-    for field in ("patch", "test_patch", "version", "image", "created_at"):
+    for field in ("patch", "test_patch"):
         placed.text(field, required=False)
+    version, image, _ = (
+        placed.name(field, required=False) for field in ("version", "image", "created_at")
+    )
     if "patch" not in placed.row:
         problem = "is missing"
         remedy = "give the gold patch; an empty text where it is held back"
         raise InvalidArgument(f"{placed.where} field patch", problem, remedy)
-    image = placed.text("image", required=False) or image_of(id)
+    image = image or image_of(id)
     return Foreign(
         format=name,
-        id=task_id(id),
+        id=task_id(id, placed.where),
         package=repo,
-        version=placed.text("version", required=False) or commit[:12],
-        document=placed.row,
+        version=version or commit[:12],
+        document=placed.document(),
         needs=(f"image {image}", f"git https://github.com/{repo} at {commit}"),
         kind="issue",
         fail_to_pass=failing,

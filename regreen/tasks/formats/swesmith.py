@@ -43,24 +43,24 @@ def read(path: Path) -> list[Foreign | Native]:
 
 def instance(placed: Placed) -> Foreign | Native:
     """One instance."""
-    id, repo = placed.text("instance_id"), placed.text("repo")
+    id, repo = placed.name("instance_id"), placed.name("repo")
     failing, passing = placed.ids("FAIL_TO_PASS"), placed.ids("PASS_TO_PASS")
     if placed.row.get(KEY):
         return decode(placed.text(KEY), placed.where, id=id, fail_to_pass=failing)
-    image = placed.text("image_name")
+    image = placed.name("image_name")
     bug = placed.text("patch")
     reversed_diff(bug, f"{placed.where} field patch")
     if not failing:
         remedy = "give the tests that the bug breaks"
         raise InvalidArgument(f"{placed.where} field FAIL_TO_PASS", "is empty", remedy)
-    commit = placed.text("base_commit", required=False)
+    commit = placed.name("base_commit", required=False)
     placed.text("problem_statement", required=False)
     return Foreign(
         format=name,
-        id=task_id(id),
+        id=task_id(id, placed.where),
         package=repo,
         version=commit[:12] or repo.rpartition(".")[2],
-        document=placed.row,
+        document=placed.document(),
         needs=(f"image {image}", f"git https://github.com/{repo} at branch {id}"),
         kind="injected-bug",
         fail_to_pass=failing,
