@@ -38,6 +38,7 @@ from regreen.tasks.model import (
     ids_sha256,
 )
 from regreen.tasks.project import Show, pinned_project, prepared, prepared_project
+from regreen.tasks.reading import kept_inside, top_of
 from regreen.tasks.records import RecordStore, releases_of
 from regreen.tasks.trial import NOOP
 from regreen.tasks.verify import ServiceGateClient
@@ -125,6 +126,8 @@ async def add(
 async def _detected(stack: Stack, root: Path, wish: Wish) -> Project:
     interpreters = (await stack.sandbox.get_capabilities()).interpreters
     lock = root / wish.lock if wish.lock else None
+    if lock is not None:
+        kept_inside(lock, top_of(root), "task.lock")
     return detect(root, interpreters, python=wish.python, lock=lock, tests=wish.tests)
 
 
@@ -167,7 +170,13 @@ def told_apart(broken: Path, fixed: Path) -> Repair:
 
 
 def _contents(root: Path) -> dict[str, bytes]:
-    return {p.relative_to(root).as_posix(): p.read_bytes() for p in project_files(root)}
+    found = {}
+    for path in project_files(root):
+        name = path.relative_to(root).as_posix()
+        if not name.isprintable():
+            raise InvalidArgument("fix", f"{name!r} is no name in Unicode", "rename the file")
+        found[name] = path.read_bytes()
+    return found
 
 
 def _kind(path: str) -> str:
@@ -187,8 +196,14 @@ def overlaid(project: Path, target: Path, files: Mapping[str, bytes | None]) -> 
         if content is None:
             path.unlink(missing_ok=True)
             continue
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        except OSError as error:
+            problem = f"puts {name} where the project has something else: {error.strerror}"
+            raise InvalidArgument(
+                "fix", problem, "give a fix that leaves tests in place"
+            ) from error
 
 
 def _pins(pins: Sequence[sandbox_pb.Pin]) -> list[str]:
@@ -200,6 +215,9 @@ def record_of(
 ) -> TaskRecord:
     """The record of a project without a fix."""
     tree = spec.source_tree
+    for field, value in (("name", project.name), ("version", project.version)):
+        if len(value) > 200 or not value.isprintable():
+            raise InvalidArgument(field, f"{value[:80]!r} is none of a project", "correct it")
     name = re.sub(r"[^a-z0-9._-]+", "-", project.name.lower()).strip("-._") or "project"
     pins = _pins(spec.pins)
     if wish.split not in ("train", "validation", "test"):

@@ -39,9 +39,10 @@ from regreen.tasks.formats.items import (
     statement,
     task_id,
 )
-from regreen.tasks.formats.rows import Placed, bounded, parsed, placed
+from regreen.tasks.formats.rows import Placed, parsed, placed
 from regreen.tasks.local import MAX_TREE_BYTES
 from regreen.tasks.patch import LOCK_NAME
+from regreen.tasks.reading import bounded
 
 name = "harbor"
 MAX_TASK_BYTES = 8 << 20

@@ -6,15 +6,14 @@
 """
 
 import json
-import os
 import re
-import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from regreen.rpc.errors import InvalidArgument
+from regreen.tasks.reading import bounded
 
 MAX_FILE_BYTES = 512 << 20
 MAX_ROW_BYTES = 8 << 20
@@ -135,31 +134,6 @@ def read_file(path: Path) -> bytes:
         data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InvalidArgument(path.name, f"is not UTF-8: {error}", "write it as UTF-8") from error
-    return data
-
-
-def bounded(path: Path, where: str, most: int, *, follow: bool = True) -> bytes:
-    """The bytes of a regular file; a pipe or a device is never waited for.
-
-    Raises:
-        InvalidArgument: it cannot be read, is no file, or too large; a link, unless they are
-            followed.
-    """
-    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
-    try:
-        with open(os.open(path, flags), "rb") as source:
-            info = os.fstat(source.fileno())
-            if not stat.S_ISREG(info.st_mode):
-                raise InvalidArgument(where, "is no file", "name a file")
-            data = source.read(most + 1)
-    except (OSError, ValueError) as error:
-        if not follow and path.is_symlink():
-            raise InvalidArgument(where, "is a link", "put the file itself there") from error
-        problem = f"cannot be read: {getattr(error, 'strerror', None) or error}"
-        raise InvalidArgument(where, problem, "name a readable file") from error
-    if len(data) > most:
-        problem, remedy = "is too large", f"keep it under {max(1, most >> 20)} MiB"
-        raise InvalidArgument(where, problem, remedy)
     return data
 
 
