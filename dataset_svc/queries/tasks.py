@@ -2,7 +2,8 @@
 
 - An import is all or nothing; a task with the same content is left exactly as it is.
 - Replaced content is ungated content: its status returns to `new`, old reports stay as evidence.
-- No package is in two splits, whichever calls run at the same time.
+- No package is in two splits, whichever calls run at the same time; no control is in another one
+  than test.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,8 @@ async def import_tasks(
 
     Raises:
         AlreadyExists: other content is stored under an id and `replace_changed` is off.
-        InvalidArgument: an id comes twice, or a package would be in two splits.
+        InvalidArgument: an id comes twice, a package would be in two splits, or a control in one
+            that is learnt from.
     """
     positions: dict[str, int] = {}
     for position, task in enumerate(tasks):
@@ -61,6 +63,7 @@ async def import_tasks(
         upsert = new.on_conflict_do_update(index_elements=[Task.id], set_=changed)
         await session.execute(upsert, values)
     await _check_splits(session, {task.package for task in written}, "tasks")
+    await _check_controls(session, {task.id for task in written}, "tasks")
     return len(written), len(tasks) - len(written)
 
 
@@ -168,7 +171,8 @@ async def split_tasks(session: AsyncSession, splits: Mapping[str, str]) -> int:
 
     Raises:
         NotFound: an unknown task.
-        InvalidArgument: an unknown split, or a package would be in two of them.
+        InvalidArgument: an unknown split, a package would be in two of them, or a control in one
+            that is learnt from.
     """
     for task_id, split in splits.items():
         if split not in SPLITS:
@@ -190,6 +194,7 @@ async def split_tasks(session: AsyncSession, splits: Mapping[str, str]) -> int:
         ids = [row.id for row in changed if splits[row.id] == split]
         await session.execute(update(Task).where(Task.id.in_(ids)).values(split=split))
     await _check_splits(session, {row.package for row in changed}, "splits")
+    await _check_controls(session, {row.id for row in changed}, "splits")
     return len(changed)
 
 
@@ -244,6 +249,20 @@ async def _check_splits(session: AsyncSession, packages: set[str], field: str) -
             f"package {row[0]} would be in the splits {row[1]} and {row[2]}",
             "keep all tasks of one package together",
         )
+
+
+async def _check_controls(session: AsyncSession, ids: set[str], field: str) -> None:
+    """Refuse a control that somebody would learn from: nothing can fix it."""
+    labels = Task.document["labels"]["control"].astext
+    found = await session.scalars(
+        select(Task.id)
+        .where(Task.id.in_(ids), labels == "true", Task.split.in_(("train", "validation")))
+        .order_by(Task.id)
+        .limit(1)
+    )
+    if task_id := found.first():
+        problem = f"{task_id} is a control, which nothing can fix"
+        raise InvalidArgument(field, problem, "put it into the split test")
 
 
 def _conditions(query: TaskQuery) -> list[ColumnElement[bool]]:

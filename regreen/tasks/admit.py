@@ -210,8 +210,8 @@ class Admission:
         gate = Gate(client, releases, index, repeats=self._repeats)
         other = "" if python == record.python else python
         judged, verdict = await judge_steadily(gate, record, other)
-        if verdict.admitted and not judged.control:
-            await self._store_fixes(judged, gate, verdict, other, record_sha256(record))
+        if verdict.admitted:
+            await self._store_judged(judged, gate, verdict, other, record_sha256(record))
         self._progress(task_id, f"{verdict.status}: {verdict.reason}")
         return await self._record(to_report(record, verdict), verdict.seconds)
 
@@ -252,12 +252,13 @@ class Admission:
         report = pb.GateReport(task_id=record.id, status=pb.TASK_STATUS_WAITING, reason=reason)
         return await self._record(report)
 
-    async def _store_fixes(
+    async def _store_judged(
         self, record: TaskRecord, gate: Gate, verdict: Verdict, python: str, sha256: str
     ) -> None:
-        """Import the task once more with the diffs of the fixes that passed."""
+        """Import the task once more as it was judged, with the diffs of the fixes that passed."""
         state = await self._stack.state.get_state(verdict.state_id)
         good = [f for f in record.fixes if verdict.fixes.get(f"{f.mode}/{f.origin}") == "ok"]
+        modes = record.modes if record.control else [fix.mode for fix in good]
         diffs = {
             f"{fix.mode}/{fix.origin}": await gate.reference(record, fix, state) for fix in good
         }
@@ -271,7 +272,7 @@ class Admission:
             task.fail_to_pass.extend(verdict.fail_to_pass[:300])
         task.pass_to_pass_count = len(verdict.pass_to_pass)
         del task.modes[:]
-        task.modes.extend(sorted({MODES[fix.mode] for fix in good}))
+        task.modes.extend(sorted({MODES[mode] for mode in modes}))
         await self._stack.tasks.import_tasks([task], replace=True)
 
 
