@@ -1,17 +1,14 @@
 """Past fixes: recorded from training tasks, searched without leaking what an evaluation asks about.
 
 - An item is visible only while its task is an admitted training task; a fact about a package has no
-  task. No asker sees an item of its own task or package.
-- An asker that is not a training task sees nothing of its own families either: its package's and
-  its culprit's, in the item's package, culprit, moved packages, or words.
-- All of that is decided by the asking task as it is stored; a question can only rank.
+  task. What of that an asker may see is the rule of `regreen.families`, for the asking task as it
+  is stored; a question can only rank.
 - The rank is BM25 over what is visible to the asker, plus likeness of the error's signature
   (trigrams where the database has `pg_trgm`, else equality) and packages in common, times how often
   the item helped. What is not visible does not even count for the rarity of words.
 """
 
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,12 +23,11 @@ from dataset_svc.columns import AnyText
 from dataset_svc.models import Task, Trajectory
 from dataset_svc.models_knowledge import Knowledge, KnowledgeUse, KnowledgeWord
 from dataset_svc.records import canonical
-from regreen.lockfile import normalize
+from regreen.families import Asker, families, family, item_words, words
+from regreen.families import asker as asker_of
 from regreen.rpc.errors import FailedPrecondition, NotFound
 
 MAX_QUERY_WORDS = 64
-_AFFIXES = re.compile(r"^(?:python-|py-)|(?:-python|-py)$")
-_WORD = re.compile(r"[A-Za-z_][\w.-]{0,99}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,35 +48,6 @@ class ItemRecord:
     score: float = 0.0
     uses: int = 0
     wins: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Asker:
-    """Who asks: what follows from it decides what may be seen."""
-
-    task_id: str
-    package_family: str
-    culprit_family: str
-    training: bool
-
-
-def family(name: str) -> str:
-    """The family of a distribution: its normal form, without what only says that it is Python's."""
-    plain = normalize(name)
-    return _AFFIXES.sub("", plain) or plain
-
-
-def words(content: str) -> list[str]:
-    """Search words: identifiers, also split at dots, dashes and underscores, in lower case."""
-    found: list[str] = []
-    for match in _WORD.findall(content):
-        lower = match.lower().strip("._-")
-        if not lower:
-            continue
-        found.append(lower)
-        parts = [part for part in re.split(r"[._-]", lower) if part]
-        found += parts if len(parts) > 1 else []
-    return found
 
 
 async def record(session: AsyncSession, items: Sequence[ItemRecord]) -> tuple[int, int]:
@@ -114,13 +81,11 @@ async def asker(session: AsyncSession, task_id: str, package: str) -> Asker:
         NotFound: no such task.
     """
     if not task_id:
-        return Asker("", family(package), "", training=False)
+        return asker_of(package)
     task = await session.get(Task, task_id)
     if task is None:
         raise NotFound(f"no task {task_id[:200]!r}")
-    culprit = family(task.culprit) if task.culprit else ""
-    training = task.split == "train"
-    return Asker(task_id, family(task.package), culprit, training=training)
+    return asker_of(task.package, task.culprit, task.split)
 
 
 async def search(
@@ -136,16 +101,13 @@ async def search(
     """The items that fit best, best first."""
     query = sorted(set(words(question)[: 4 * MAX_QUERY_WORDS]))[:MAX_QUERY_WORDS]
     trigrams = (await session.execute(text(_HAS_TRGM))).first() is not None
-    own = [name for name in (who.package_family, who.culprit_family) if name]
     statement = text(_SEARCH.replace(":likeness", _LIKENESS[trigrams])).bindparams(
         bindparam("words", query, ARRAY(AnyText())),
-        bindparam("own", own, ARRAY(AnyText())),
-        bindparam("own_words", _spellings(own), ARRAY(AnyText())),
+        bindparam("hidden", list(who.hidden_families), ARRAY(AnyText())),
+        bindparam("hidden_words", list(who.hidden_words), ARRAY(AnyText())),
         bindparam("named", [family(name) for name in named], ARRAY(AnyText())),
         bindparam("signature", signature, AnyText()),
         bindparam("package", who.package_family, AnyText()),
-        bindparam("task_id", who.task_id, AnyText()),
-        bindparam("training", who.training),
         bindparam("mode", mode, AnyText()),
         bindparam("most", limit),
     )
@@ -187,13 +149,11 @@ WITH visible AS (
     SELECT k.id, k.signature, k.length, k.families, k.package_family
     FROM knowledge k LEFT JOIN tasks t ON t.id = k.task_id
     WHERE (k.kind = 'changelog' OR (t.split = 'train' AND t.status = 'admitted'))
-      AND k.task_id IS DISTINCT FROM :task_id
       AND k.package_family <> :package
       AND (:mode = '' OR k.mode IN ('', :mode))
-      AND (:training OR NOT (
-            k.package_family = ANY(:own) OR k.families && :own
+      AND NOT (k.package_family = ANY(:hidden) OR k.families && :hidden
             OR EXISTS (SELECT 1 FROM knowledge_words w
-                       WHERE w.item_id = k.id AND w.word = ANY(:own_words))))
+                       WHERE w.item_id = k.id AND w.word = ANY(:hidden_words)))
 ), size AS (
     SELECT count(*)::float8 AS items, greatest(avg(length), 1)::float8 AS mean FROM visible
 ), hits AS (
@@ -276,8 +236,7 @@ def _id(item: ItemRecord) -> str:
 
 def _row(item: ItemRecord, package: str, culprit: str) -> tuple[dict[str, object], "Counter[str]"]:
     moved = [name for name, _, _ in item.moves]
-    found = Counter(words(f"{item.error} {' '.join(moved * 2)} {' '.join(item.edited)} {culprit}"))
-    families = sorted({family(name) for name in (culprit, *moved) if name})
+    found = Counter(item_words(item.error, moved, item.edited, culprit))
     row: dict[str, object] = {
         "id": _id(item),
         "kind": item.kind,
@@ -288,23 +247,11 @@ def _row(item: ItemRecord, package: str, culprit: str) -> tuple[dict[str, object
         "signature": item.signature,
         "culprit": culprit,
         "package_family": family(package) if package else "",
-        "families": families,
+        "families": families((culprit, *moved)),
         "length": found.total(),
         "document": {"moves": [list(move) for move in item.moves], "edited": list(item.edited)},
     }
     return row, found
-
-
-def _spellings(families: Sequence[str]) -> list[str]:
-    """How families may be written in a text."""
-    return sorted(
-        {
-            spelling
-            for name in families
-            for plain in (name, f"python-{name}", f"{name}-python", f"py-{name}")
-            for spelling in (plain, plain.replace("-", "_"), plain.replace("-", "."))
-        }
-    )
 
 
 def _found(item: Any, score: float, uses: int, wins: int) -> ItemRecord:

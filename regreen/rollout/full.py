@@ -78,14 +78,13 @@ def _candidates(
 ) -> Sequence[Hit]:
     if error is None or knowledge is None:
         return ()
-    facts = agent.bench.facts
-    return knowledge.candidates(
-        error,
-        facts,
-        exclude_package=facts.package,
-        mode=agent.spec.mode,
-        limit=agent.spec.budget.tries,
-    )
+    return _ranked(agent.bench.task, agent.bench.facts, agent.spec, error, knowledge)
+
+
+def _ranked(
+    task: pb.Task, facts: Facts, spec: EpisodeSpec, error: PrimaryError, knowledge: Knowledge
+) -> Sequence[Hit]:
+    return knowledge.candidates(error, facts, task=task, mode=spec.mode, limit=spec.budget.tries)
 
 
 async def _repair(
@@ -140,13 +139,7 @@ def first_opening(
     """The first prompt of an episode; the same for every member of a group."""
     hits: Sequence[Hit] = ()
     if facts.error is not None and knowledge is not None:
-        hits = knowledge.candidates(
-            facts.error,
-            facts,
-            exclude_package=facts.package,
-            mode=spec.mode,
-            limit=spec.budget.tries,
-        )
+        hits = _ranked(task, facts, spec, facts.error, knowledge)
     hint = hits[0].advice if hits else _privileged(task, facts, spec)
     return first_messages(
         facts,

@@ -1,7 +1,8 @@
 """Past fixes: which error was repaired by what, ranked by relevance.
 
 - Built from verified reference fixes of admitted training tasks alone; `build` refuses others.
-- A search never returns a fix of the asking task's own package (leave one package out).
+- What an asking task may see is the rule of `regreen.families`, which the service obeys too: in an
+  evaluation nothing of the own package's or culprit's family.
 - Advice names only versions that the asking environment offers.
 - `regreen.rollout.past` asks the dataset service's knowledge base, which holds more than a process
   does; this one is what candidate fixes of prompts come from.
@@ -9,7 +10,6 @@
 """
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +18,7 @@ from packaging.version import InvalidVersion, Version
 
 from regreen.common.v1 import MODE_ANY_FIX, MODE_KEEP_NEW, Mode
 from regreen.dataset import v1 as pb
+from regreen.families import Asker, asker, families, family, item_words, words
 from regreen.lockfile import lock_change, lock_of, normalize, parse_lock
 from regreen.rollout.facts import Facts
 from regreen.rollout.logs import PrimaryError, analyse, imported_from, signature_of
@@ -50,12 +51,22 @@ class PastFix:
     moves: tuple[Move, ...] = ()
     edited: tuple[str, ...] = ()
     """Source files that the fix changed."""
+    culprit: str = ""
+    """Package that broke the task."""
 
     @property
     def words(self) -> list[str]:
         """What a search can match."""
-        moved = " ".join(f"{move.name} {move.name}" for move in self.moves)
-        return tokens(f"{self.error} {moved} {' '.join(self.edited)}")
+        return item_words(self.error, self._moved, self.edited, self.culprit)
+
+    @property
+    def _moved(self) -> list[str]:
+        return [move.name for move in self.moves]
+
+    def hidden_from(self, who: Asker) -> bool:
+        """Whether an asking task may not see it."""
+        named = families((self.culprit, *self._moved))
+        return who.hides(family(self.package), named, self.words)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,15 +91,17 @@ class Knowledge:
         question: str,
         facts: Facts,
         *,
-        exclude_package: str,
+        task: pb.Task,
         mode: Mode.ValueType = MODE_ANY_FIX,
         limit: int = 2,
     ) -> list[Hit]:
-        """The best past fixes for a question, best first; advice is distinct."""
-        left_out = normalize(exclude_package)
-        pool = [fix for fix in self.fixes if fix.package != left_out and fix.mode in (0, int(mode))]
+        """The best past fixes for a question of a task, best first; advice is distinct."""
+        who = asker_of(task)
+        pool = [
+            fix for fix in self.fixes if fix.mode in (0, int(mode)) and not fix.hidden_from(who)
+        ]
         hits: dict[str, Hit] = {}
-        for fix, score in _rank(pool, tokens(question)):
+        for fix, score in _rank(pool, words(question)):
             text = advice(fix, facts)
             if text and text not in hits:
                 hits[text] = Hit(fix, score, text)
@@ -101,7 +114,7 @@ class Knowledge:
         error: PrimaryError,
         facts: Facts,
         *,
-        exclude_package: str,
+        task: pb.Task,
         mode: Mode.ValueType = MODE_ANY_FIX,
         limit: int = 3,
     ) -> list[Hit]:
@@ -117,9 +130,12 @@ class Knowledge:
             if fix.signature == error.signature or any(move.name in named for move in fix.moves)
         ]
         question = f"{error.text} {' '.join(named)}"
-        return Knowledge(near).search(
-            question, facts, exclude_package=exclude_package, mode=mode, limit=limit
-        )
+        return Knowledge(near).search(question, facts, task=task, mode=mode, limit=limit)
+
+
+def asker_of(task: pb.Task) -> Asker:
+    """Who a task is to the past fixes."""
+    return asker(task.environment.package, task.culprit, task.split)
 
 
 def build(tasks: Iterable[pb.Task]) -> Knowledge:
@@ -158,18 +174,6 @@ def reference_moves(task: pb.Task, fix: pb.ReferenceFix) -> tuple[Move, ...]:
     return tuple(moves)
 
 
-def tokens(text: str) -> list[str]:
-    """Search words of a text: identifiers, also split at dots and underscores, lower case."""
-    words: list[str] = []
-    for word in re.findall(r"[A-Za-z_][\w.-]*", text):
-        lower = word.lower().strip("._-")
-        parts = [part for part in re.split(r"[._-]", lower) if part]
-        words.append(lower)
-        if len(parts) > 1:
-            words += parts
-    return words
-
-
 def _past_fix(task: pb.Task, fix: pb.ReferenceFix, error: PrimaryError) -> PastFix:
     moves = reference_moves(task, fix)
     module = imported_from(error.message)[0].partition(".")[0]
@@ -184,6 +188,7 @@ def _past_fix(task: pb.Task, fix: pb.ReferenceFix, error: PrimaryError) -> PastF
         signature_of(error.type, error.message),
         tuple(named[:_MOST_MOVES]),
         edited[:5],
+        task.culprit,
     )
 
 

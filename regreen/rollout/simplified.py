@@ -47,9 +47,7 @@ def opening(
 def hint_for(task: pb.Task, facts: Facts, spec: EpisodeSpec, knowledge: Knowledge | None) -> str:
     """The candidate fix shown with the error, as the hint knob says."""
     if spec.knobs.hint == "past" and knowledge is not None and facts.error is not None:
-        hits = knowledge.candidates(
-            facts.error, facts, exclude_package=facts.package, mode=spec.mode, limit=1
-        )
+        hits = knowledge.candidates(facts.error, facts, task=task, mode=spec.mode, limit=1)
         return hits[0].advice if hits else ""
     if spec.knobs.hint == "fix":
         return _reference_hint(task, spec)

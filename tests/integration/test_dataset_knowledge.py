@@ -12,9 +12,11 @@ from regreen.client.channel import connect
 from regreen.client.knowledge import KnowledgeClient
 from regreen.common.v1 import CHANGE_KIND_MODIFY, MODE_ANY_FIX, MODE_KEEP_NEW, FileChange
 from regreen.dataset import v1 as pb
+from regreen.families import family, words
 from regreen.lockfile import format_lock, lock_of
 from regreen.rollout import past
 from regreen.rollout.facts import Facts
+from regreen.rollout.knowledge import asker_of, build
 from regreen.rollout.logs import analyse
 from regreen.rpc.errors import FailedPrecondition, InvalidArgument, NotFound
 from regreen.sandbox import v1 as sandbox_pb
@@ -157,6 +159,19 @@ async def test_an_evaluation_never_sees_its_own_package_or_culprit(clients: All)
         assert all(trained.id != item.task_id for item in seen)
 
 
+async def test_the_service_and_the_process_hide_the_same(clients: All):
+    salt = samples.fresh("w") + "-"
+    made = await world(clients, salt)
+    own = build([task for task in made.values() if task.split == "train"])
+    question = " ".join([salt, *LOGS, *LOGS.values()])
+    for asking in made.values():
+        who = asker_of(asking)
+        found = await clients.knowledge.search_knowledge(question, task_id=asking.id, limit=50)
+        served = {item.task_id for item in found if item.task_id in {t.id for t in made.values()}}
+        assert served == {fix.task_id for fix in own.fixes if not fix.hidden_from(who)}
+        assert 0 < len(served) < len(own.fixes)
+
+
 async def test_what_no_longer_is_a_training_task_is_not_shown(clients: All):
     salt = samples.fresh("w") + "-"
     made = await world(clients, salt)
@@ -244,8 +259,6 @@ async def test_the_tool_gives_advice_that_fits_the_environment(clients: All):
 
 
 def test_families_and_words():
-    from dataset_svc.queries.knowledge import family, words
-
     same = ("python-dateutil", "Python_DateUtil", "dateutil", "py-dateutil", "dateutil-python")
     assert {family(name) for name in same} == {"dateutil"}
     assert family("pytest") == "pytest"

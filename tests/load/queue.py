@@ -1,9 +1,11 @@
 """Queue and store under fault: every rollout is committed exactly once, and none is stuck.
 
-- Workers are processes; they, the service and Postgres are taken away at random moments: workers
-  and the service by `kill -9`, Postgres by `pg_ctl restart -m immediate`.
+- Workers live in processes, several in each; they, the service and Postgres are taken away at
+  random moments: processes of workers and the service by `kill -9`, Postgres by
+  `pg_ctl restart -m immediate`.
 - The service and Postgres are taken away only when the service has answered since the last time:
-  the run goes on however slow the machine is.
+  the run goes on however slow the machine is. It ends early where nothing is committed any more, or
+  a process of workers ends by itself.
 - A worker writes down what it was answered, in a file, before it goes on: an answered commit must
   be in the database, as it was answered, whatever was killed after.
 - Some workers fall silent past their lease and commit then: they may succeed only where nobody
@@ -49,7 +51,6 @@ from regreen.rpc.errors import (
 from tests.integration import dataset_samples as samples
 from tests.load.postgres import Postgres, remove
 
-LEASE_S = 6.0
 GROUP = 4
 _TASKS = 20
 _SILENT, _GIVES_UP = 0.004, 0.02
@@ -59,19 +60,30 @@ _LATE = (DeadlineExceeded, Unavailable)
 _REASON = "the sandbox went away"
 
 
+class _StuckError(Exception):
+    """The run can go on no further; says why."""
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """How large a run is, and after how many commits, in the mean, what is taken away."""
 
     workers: int = 200
     rollouts: int = 20_000
+    per_process: int = 10
+    """Workers that live, and die, together."""
     worker_every: int = 40
+    """Of every so many commits one worker dies; `per_process` of them at once."""
     service_every: int = 1500
     postgres_every: int = 2500
     least: int = 3
     """Kills of the service, and restarts of Postgres, that a run does not end without."""
     most: int = 1_000_000
     """Kills of each kind after which there are no more."""
+    lease_s: float = 20.0
+    """Longer than a worker with four leases needs, however many share the machine."""
+    stall_s: float = 120.0
+    """Without a commit for so long a run is stuck; far longer than a lease and a restart."""
     deadline_s: float = 1800.0
     seed: int = 1
 
@@ -86,7 +98,7 @@ class Run:
     tell: Callable[[str], None] = lambda line: None
     killed: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
-    workers: dict[int, BaseProcess] = field(default_factory=dict)
+    processes: dict[int, BaseProcess] = field(default_factory=dict)
     _service: subprocess.Popen[bytes] | None = None
     _born: int = 0
     _answered: bool = False
@@ -114,7 +126,7 @@ class Run:
                 for job in (
                     self._keep_service(),
                     self._keep_workers(run_id, task_ids),
-                    self._often("worker", self.plan.worker_every, self._kill_worker),
+                    self._often("process", self._process_every, self._kill_process),
                     self._often("service", self.plan.service_every, self._kill_service),
                     self._often("postgres", self.plan.postgres_every, self._restart_postgres),
                 )
@@ -124,6 +136,8 @@ class Run:
                     await self._until_done(run_id, jobs)
             except TimeoutError:
                 self.faults.append(f"not done within {self.plan.deadline_s} s")
+            except _StuckError as error:
+                self.faults.append(str(error))
             finally:
                 for job in jobs:
                     job.cancel()
@@ -149,17 +163,21 @@ class Run:
         return run.id, [task.id for task in tasks]
 
     async def _until_done(self, run_id: str, jobs: "list[asyncio.Task[None]]") -> None:
-        told_s = 0.0
+        told_s, moved_s = 0.0, time.monotonic()
         while True:
+            for job in jobs:
+                if job.done() and not job.cancelled() and (error := job.exception()):
+                    raise error
+            if time.monotonic() - moved_s > self.plan.stall_s:
+                raise _StuckError(f"stuck at {self._committed} commits, killed {dict(self.killed)}")
             try:
                 state = dict((await self.queue.get_queue(run_id)).rollouts)
             except _LATE:
                 continue
+            if state.get("committed", 0) > self._committed:
+                moved_s = time.monotonic()
             self._answered, self._committed = True, state.get("committed", 0)
-            for job in jobs:
-                if job.done() and not job.cancelled() and (error := job.exception()):
-                    raise error
-            taken_away = ("worker", "service", "postgres")
+            taken_away = ("process", "service", "postgres")
             enough = all(self.killed[what] >= self.plan.least for what in taken_away)
             if not state.get("waiting") and not state.get("leased") and enough:
                 return
@@ -189,12 +207,16 @@ class Run:
                 await asyncio.to_thread(take_away)
                 due = self._committed + self.rng.uniform(0.5, 1.5) * every
 
-    def _kill_worker(self) -> None:
-        if self.workers:
-            victim = self.rng.choice(list(self.workers.values()))
+    @property
+    def _process_every(self) -> int:
+        return self.plan.worker_every * self.plan.per_process
+
+    def _kill_process(self) -> None:
+        if self.processes:
+            victim = self.rng.choice(list(self.processes.values()))
             if victim.pid is not None and victim.is_alive():
                 os.kill(victim.pid, signal.SIGKILL)
-                self.killed["worker"] += 1
+                self.killed["process"] += 1
 
     def _kill_service(self) -> None:
         service = self._service
@@ -221,7 +243,7 @@ class Run:
                 [
                     sys.executable, "-m", "dataset_svc", f"--listen={self.address}",
                     "--metrics=127.0.0.1:0", f"--home={self.home}", "--log-level=warning",
-                    f"--database-url={self.postgres.url}", f"--lease-s={LEASE_S}",
+                    f"--database-url={self.postgres.url}", f"--lease-s={self.plan.lease_s}",
                     "--max-attempts=1000", "--retry-s=0.2", "--upkeep-s=1", "--max-rpcs=1000",
                     "--blob-grace-s=0",
                 ],
@@ -235,28 +257,25 @@ class Run:
             await asyncio.sleep(0.05)
 
     async def _keep_workers(self, run_id: str, task_ids: list[str]) -> None:
+        size = self.plan.per_process
         while True:
-            for number in [n for n, process in self.workers.items() if not process.is_alive()]:
-                code = self.workers.pop(number).exitcode
-                if code not in (0, -signal.SIGKILL):
-                    self.faults.append(f"worker {number} ended with {code}")
-            missing = self.plan.workers - len(self.workers)
-            for _ in range(min(missing, 10)):
+            for number in [n for n, process in self.processes.items() if not process.is_alive()]:
+                code = self.processes.pop(number).exitcode
+                if code != -signal.SIGKILL:
+                    raise _StuckError(f"the workers of process {number} ended with {code}")
+            for _ in range(-(-self.plan.workers // size) - len(self.processes)):
                 self._born += 1
-                process = self._context.Process(
-                    target=work,
-                    args=(self._born, self.address, run_id, str(self.ledger), self.plan.seed),
-                    daemon=True,
-                )
+                lot = Lot(self._born, size, self.address, run_id, str(self.ledger), self.plan)
+                process = self._context.Process(target=work, args=(lot,), daemon=True)
                 await asyncio.to_thread(process.start)
-                self.workers[self._born] = process
+                self.processes[self._born] = process
             await asyncio.sleep(0.05)
 
     def _end_workers(self) -> None:
-        for process in self.workers.values():
+        for process in self.processes.values():
             if process.pid is not None and process.is_alive():
                 os.kill(process.pid, signal.SIGKILL)
-        for process in self.workers.values():
+        for process in self.processes.values():
             process.join(10)
 
     def end_service(self) -> None:
@@ -290,7 +309,8 @@ class Run:
             "wall_s": round(wall_s, 1),
             "rollouts_per_s": round(self.plan.rollouts / wall_s, 1),
             "killed": dict(self.killed),
-            "workers_born": self._born,
+            "workers_killed": self.killed["process"] * self.plan.per_process,
+            "processes_born": self._born,
             "answered": dict(told),
             "faults": self.faults,
         }
@@ -330,33 +350,56 @@ class Run:
             self.faults.append(f"{what}: {found}, not {wanted}")
 
 
-def work(number: int, address: str, run_id: str, ledger: str, seed: int) -> None:
-    """The life of one worker process."""
-    asyncio.run(_work(f"w{number}", address, run_id, Path(ledger), random.Random(seed + number)))
+@dataclass(frozen=True, slots=True)
+class Lot:
+    """The workers of one process, and all that they need to know."""
+
+    number: int
+    size: int
+    address: str
+    run_id: str
+    ledger: str
+    plan: Plan
 
 
-async def _work(name: str, address: str, run_id: str, ledger: Path, rng: random.Random) -> None:
-    handle = os.open(ledger / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+def work(lot: Lot) -> None:
+    """The life of one process of workers."""
+    asyncio.run(_work_all(lot))
+
+
+async def _work_all(lot: Lot) -> None:
+    async with connect(lot.address) as channel, asyncio.TaskGroup() as group:
+        queue = RolloutQueueClient(channel, patience_s=600.0)
+        for place in range(lot.size):
+            group.create_task(_work(queue, lot, place))
+
+
+async def _work(queue: RolloutQueueClient, lot: Lot, place: int) -> None:
+    name = f"w{lot.number}.{place}"
+    rng = random.Random(f"{lot.plan.seed} {name}")
+    handle = os.open(Path(lot.ledger) / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
     def note(line: str) -> None:
         os.write(handle, f"{line}\n".encode())
 
-    async with connect(address) as channel:
-        queue = RolloutQueueClient(channel, patience_s=600.0)
-        while True:
-            try:
-                answer = await queue.ask_for_rollouts(name, rng.randint(1, 4), run_id=run_id)
-            except _LATE:  # what it leased, if anything, runs out
-                continue
-            for lease in answer.leases:
-                with contextlib.suppress(LeaseExpired):
-                    await _one(queue, lease, rng, note)
-            if not answer.leases:
-                await asyncio.sleep(answer.poll_after.ToTimedelta().total_seconds())
+    while True:
+        try:
+            answer = await queue.ask_for_rollouts(name, rng.randint(1, 4), run_id=lot.run_id)
+        except _LATE:  # what it leased, if anything, runs out
+            continue
+        for lease in answer.leases:
+            with contextlib.suppress(LeaseExpired):
+                await _one(queue, lease, rng, note, lot.plan.lease_s)
+        if not answer.leases:
+            await asyncio.sleep(answer.poll_after.ToTimedelta().total_seconds())
 
 
 async def _one(
-    queue: RolloutQueueClient, lease: pb.Lease, rng: random.Random, note: Callable[[str], None]
+    queue: RolloutQueueClient,
+    lease: pb.Lease,
+    rng: random.Random,
+    note: Callable[[str], None],
+    lease_s: float,
 ) -> None:
     """One leased rollout: most are committed at once."""
     luck = rng.random()
@@ -367,7 +410,7 @@ async def _one(
                 note(f"gave-up {lease.rollout_id}")
             return
         if luck < _GIVES_UP + _SILENT:
-            await asyncio.sleep(LEASE_S * rng.uniform(1.0, 2.0))
+            await asyncio.sleep(lease_s * rng.uniform(1.0, 2.0))
         elif luck < 0.2:
             with contextlib.suppress(*_LATE):
                 await queue.heartbeat([lease.id])
@@ -415,11 +458,18 @@ def main(argv: list[str] | None = None) -> int:
     usual = Plan()
     parser.add_argument("--workers", type=int, default=usual.workers)
     parser.add_argument("--rollouts", type=int, default=usual.rollouts)
+    parser.add_argument("--per-process", type=int, default=usual.per_process)
     parser.add_argument("--deadline-s", type=float, default=usual.deadline_s)
     parser.add_argument("--seed", type=int, default=usual.seed)
     parser.add_argument("--out", type=Path, default=Path("build/bench/queue-faults.json"))
     given = parser.parse_args(argv)
-    plan = Plan(given.workers, given.rollouts, deadline_s=given.deadline_s, seed=given.seed)
+    plan = Plan(
+        given.workers,
+        given.rollouts,
+        given.per_process,
+        deadline_s=given.deadline_s,
+        seed=given.seed,
+    )
     report = storm(plan, lambda line: print(line, file=sys.stderr, flush=True))
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(report, indent=2) + "\n")
