@@ -2,15 +2,15 @@
 
 - An import is all or nothing; a task with the same content is left exactly as it is.
 - Replaced content is ungated content: its status returns to `new`, old reports stay as evidence.
-- No package is in two splits, whichever calls run at the same time; no control is in another one
-  than test.
+- No family of packages is in two splits, whichever calls run at the same time; no control is in
+  another one than test.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sqlalchemy import ColumnElement, distinct, func, select, text, update
+from sqlalchemy import ColumnElement, func, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -18,6 +18,7 @@ from dataset_svc.checks import check_control
 from dataset_svc.models import SPLITS, GateCheck, GateReport, Task
 from dataset_svc.queries.paging import Cursor, Page
 from dataset_svc.records import CheckRecord, GateRecord, TaskQuery, TaskRecord
+from regreen.families import family
 from regreen.rpc.errors import AlreadyExists, InvalidArgument, NotFound
 
 _SPLIT_LOCK = 0x73706C69
@@ -234,21 +235,24 @@ async def _lock_splits(session: AsyncSession) -> None:
 
 
 async def _check_splits(session: AsyncSession, packages: set[str], field: str) -> None:
-    """Refuse a package that is in two splits now."""
+    """Refuse a package whose family is in two splits now."""
+    wanted = {family(package) for package in packages}
     rows = await session.execute(
-        select(Task.package, func.min(Task.split), func.max(Task.split))
-        .where(Task.package.in_(packages), Task.split != "")
-        .group_by(Task.package)
-        .having(func.count(distinct(Task.split)) > 1)
-        .order_by(Task.package)
-        .limit(1)
+        select(Task.package, Task.split)
+        .distinct()
+        .where(Task.split != "")
+        .order_by(Task.package, Task.split)
     )
-    if row := rows.first():
-        raise InvalidArgument(
-            field,
-            f"package {row[0]} would be in the splits {row[1]} and {row[2]}",
-            "keep all tasks of one package together",
-        )
+    seen: dict[str, tuple[str, str]] = {}
+    for package, split in rows:
+        first, there = seen.setdefault(family(package), (package, split))
+        if split != there and family(package) in wanted:
+            both = package if package == first else f"{first} and {package}, of one family,"
+            raise InvalidArgument(
+                field,
+                f"package {both} would be in the splits {there} and {split}",
+                "keep all tasks of one family of packages together",
+            )
 
 
 async def _check_controls(session: AsyncSession, ids: set[str], field: str) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from regreen.cli import exchange, mine, output
+from regreen.cli import exchange, leaks, mine, output
 from regreen.cli.options import Home, Json, open_stack, parse_age
 from regreen.client.stack import Stack
 from regreen.common import v1 as common_pb
@@ -34,6 +34,7 @@ from regreen.train.parallel import run_bounded
 app = typer.Typer(no_args_is_help=True)
 mine.register(app)
 exchange.register(app)
+leaks.register(app)
 Ids = Annotated[list[str] | None, typer.Argument(help="Task ids.", show_default=False)]
 All = Annotated[bool, typer.Option("--all", help="Every task.")]
 
