@@ -140,10 +140,15 @@ def _pip_config_files(env: Mapping[str, str]) -> list[Path]:
 
 
 def _uv_default_index(uv: str) -> str:
-    """What uv would ask: its configuration files count, and its built-in default."""
+    """What uv would ask: the user's configuration counts, and its built-in default.
+
+    That of a project in the working directory does not: it would choose where releases come from.
+    """
     command = [uv, "pip", "compile", "-", "--emit-index-url", "--no-header", "--quiet", "--offline"]
     try:
-        done = subprocess.run(command, input="", capture_output=True, text=True, timeout=30)
+        done = subprocess.run(
+            command, input="", capture_output=True, text=True, timeout=30, cwd="/"
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise MissingDependency(
             f"no package index is configured and uv cannot be asked ({error}); "

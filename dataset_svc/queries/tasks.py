@@ -2,14 +2,15 @@
 
 - An import is all or nothing; a task with the same content is left exactly as it is.
 - Replaced content is ungated content: its status returns to `new`, old reports stay as evidence.
-- No package is in two splits, whichever calls run at the same time.
+- No family of packages is in two splits, whichever calls run at the same time; no control is in
+  another one than test.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sqlalchemy import ColumnElement, distinct, func, select, text, update
+from sqlalchemy import ColumnElement, func, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -17,6 +18,7 @@ from dataset_svc.checks import check_control
 from dataset_svc.models import SPLITS, GateCheck, GateReport, Task
 from dataset_svc.queries.paging import Cursor, Page
 from dataset_svc.records import CheckRecord, GateRecord, TaskQuery, TaskRecord
+from regreen.families import family
 from regreen.rpc.errors import AlreadyExists, InvalidArgument, NotFound
 
 _SPLIT_LOCK = 0x73706C69
@@ -30,7 +32,8 @@ async def import_tasks(
 
     Raises:
         AlreadyExists: other content is stored under an id and `replace_changed` is off.
-        InvalidArgument: an id comes twice, or a package would be in two splits.
+        InvalidArgument: an id comes twice, a package would be in two splits, or a control in one
+            that is learnt from.
     """
     positions: dict[str, int] = {}
     for position, task in enumerate(tasks):
@@ -61,6 +64,7 @@ async def import_tasks(
         upsert = new.on_conflict_do_update(index_elements=[Task.id], set_=changed)
         await session.execute(upsert, values)
     await _check_splits(session, {task.package for task in written}, "tasks")
+    await _check_controls(session, {task.id for task in written}, "tasks")
     return len(written), len(tasks) - len(written)
 
 
@@ -168,7 +172,8 @@ async def split_tasks(session: AsyncSession, splits: Mapping[str, str]) -> int:
 
     Raises:
         NotFound: an unknown task.
-        InvalidArgument: an unknown split, or a package would be in two of them.
+        InvalidArgument: an unknown split, a package would be in two of them, or a control in one
+            that is learnt from.
     """
     for task_id, split in splits.items():
         if split not in SPLITS:
@@ -190,6 +195,7 @@ async def split_tasks(session: AsyncSession, splits: Mapping[str, str]) -> int:
         ids = [row.id for row in changed if splits[row.id] == split]
         await session.execute(update(Task).where(Task.id.in_(ids)).values(split=split))
     await _check_splits(session, {row.package for row in changed}, "splits")
+    await _check_controls(session, {row.id for row in changed}, "splits")
     return len(changed)
 
 
@@ -229,21 +235,38 @@ async def _lock_splits(session: AsyncSession) -> None:
 
 
 async def _check_splits(session: AsyncSession, packages: set[str], field: str) -> None:
-    """Refuse a package that is in two splits now."""
+    """Refuse a package whose family is in two splits now."""
+    wanted = {family(package) for package in packages}
     rows = await session.execute(
-        select(Task.package, func.min(Task.split), func.max(Task.split))
-        .where(Task.package.in_(packages), Task.split != "")
-        .group_by(Task.package)
-        .having(func.count(distinct(Task.split)) > 1)
-        .order_by(Task.package)
+        select(Task.package, Task.split)
+        .distinct()
+        .where(Task.split != "")
+        .order_by(Task.package, Task.split)
+    )
+    seen: dict[str, tuple[str, str]] = {}
+    for package, split in rows:
+        first, there = seen.setdefault(family(package), (package, split))
+        if split != there and family(package) in wanted:
+            both = package if package == first else f"{first} and {package}, of one family,"
+            raise InvalidArgument(
+                field,
+                f"package {both} would be in the splits {there} and {split}",
+                "keep all tasks of one family of packages together",
+            )
+
+
+async def _check_controls(session: AsyncSession, ids: set[str], field: str) -> None:
+    """Refuse a control that somebody would learn from: nothing can fix it."""
+    labels = Task.document["labels"]["control"].astext
+    found = await session.scalars(
+        select(Task.id)
+        .where(Task.id.in_(ids), labels == "true", Task.split.in_(("train", "validation")))
+        .order_by(Task.id)
         .limit(1)
     )
-    if row := rows.first():
-        raise InvalidArgument(
-            field,
-            f"package {row[0]} would be in the splits {row[1]} and {row[2]}",
-            "keep all tasks of one package together",
-        )
+    if task_id := found.first():
+        problem = f"{task_id} is a control, which nothing can fix"
+        raise InvalidArgument(field, problem, "put it into the split test")
 
 
 def _conditions(query: TaskQuery) -> list[ColumnElement[bool]]:

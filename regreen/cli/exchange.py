@@ -191,7 +191,8 @@ def export(
 ) -> None:
     """Write tasks for another system, or chats of solved rollouts for fine-tuning.
 
-    Chats are those of solved rollouts without a flagged hack; the others are counted by reason.
+    Chats are those of solved rollouts of admitted tasks without a flagged hack; the others are
+    counted by reason.
     """
     where = home or default_home()
     with output.progress() as show:
@@ -205,8 +206,8 @@ def export(
                 raise InvalidArgument("style", f"{style!r} is not known", "give tools or text")
             async with open_stack(home) as stack:
                 if format == SFT:
-                    chosen = await _chosen(stack, ids or [], split or "train", every=True)
-                    wanted = {task.id for task in chosen}
+                    chosen = await _chosen(stack, ids or [], split or "train", every=every)
+                    wanted = {task.id for task in chosen if task.labels.get("control") != "true"}
                     chats = await _rollouts(stack, run)
                     return await export_chats(chats, wanted, out, show, style=style, tokens=tokens)
                 tasks = await _chosen(stack, ids or [], split, every=every)

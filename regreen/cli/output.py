@@ -76,6 +76,14 @@ def as_dict(message: Message) -> dict[str, Any]:
     return found
 
 
+def print_deleted(id: str, json_output: bool) -> None:
+    """That something is no more."""
+    if json_output:
+        print_json({"deleted": id})
+    else:
+        typer.echo(f"deleted {id}")
+
+
 def print_json(value: Message | Mapping[str, Any] | Sequence[Any]) -> None:
     """One JSON object on standard output."""
     data = as_dict(value) if isinstance(value, Message) else value

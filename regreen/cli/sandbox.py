@@ -81,10 +81,7 @@ def delete_sandbox(
 ) -> None:
     """Kill everything in a sandbox and delete it; its state stays."""
     output.run(_delete(home, address, id))
-    if json_output:
-        output.print_json({"deleted": id})
-        return
-    typer.echo(f"deleted {id}")
+    output.print_deleted(id, json_output)
 
 
 async def read_sandboxes(

@@ -147,10 +147,7 @@ def delete_state(
 ) -> None:
     """Delete a state that no sandbox runs on; states made from it go on."""
     output.run(_delete(home, address, id))
-    if json_output:
-        output.print_json({"deleted": id})
-        return
-    typer.echo(f"deleted {id}")
+    output.print_deleted(id, json_output)
 
 
 @app.command("import")

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from regreen.cli import card, exchange, mine, output
+from regreen.cli import card, exchange, leaks, mine, output
 from regreen.cli.options import Home, Json, open_stack, parse_age, task_status
 from regreen.client.stack import Stack
 from regreen.common import v1 as common_pb
@@ -35,6 +35,7 @@ app = typer.Typer(no_args_is_help=True)
 mine.register(app)
 exchange.register(app)
 card.register(app)
+leaks.register(app)
 Ids = Annotated[list[str] | None, typer.Argument(help="Task ids.", show_default=False)]
 All = Annotated[bool, typer.Option("--all", help="Every task.")]
 

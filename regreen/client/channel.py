@@ -14,7 +14,7 @@ import re
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,6 +118,17 @@ class Caller:
             if away is not None:
                 away.seconds += time.monotonic() - began_s
             delay_s = min(delay_s * 2, 2.0)
+
+
+async def pages(ask: Callable[[str], Awaitable[Any]]) -> AsyncIterator[Any]:
+    """Every page of a list; `ask` gets the page of a token."""
+    token = ""
+    while True:
+        page = await ask(token)
+        yield page
+        token = page.next_page_token
+        if not token:
+            return
 
 
 @contextlib.asynccontextmanager

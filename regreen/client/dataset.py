@@ -10,7 +10,15 @@ from typing import Any
 import grpc
 from google.protobuf.struct_pb2 import Struct
 
-from regreen.client.channel import READ_S, WRITE_S, Caller, call_metadata, new_request_id, stream
+from regreen.client.channel import (
+    READ_S,
+    WRITE_S,
+    Caller,
+    call_metadata,
+    new_request_id,
+    pages,
+    stream,
+)
 from regreen.client.sandbox import duration
 from regreen.dataset import v1 as pb
 
@@ -62,14 +70,8 @@ class TaskClient(Caller):
 
     async def all_tasks(self, filter: pb.TaskFilter | None = None) -> list[pb.Task]:
         """Every task that the filter lets through."""
-        tasks: list[pb.Task] = []
-        token = ""
-        while True:
-            page = await self.list_tasks(page_token=token, filter=filter)
-            tasks += page.tasks
-            token = page.next_page_token
-            if not token:
-                return tasks
+        found = pages(lambda token: self.list_tasks(page_token=token, filter=filter))
+        return [task async for page in found for task in page.tasks]
 
     async def record_gate(
         self,
@@ -377,17 +379,15 @@ class RunClient(Caller):
         self, run_id: str, *, names: Sequence[str] = (), from_step: int = 0
     ) -> list[pb.MetricPoint]:
         """Every metric point from a step on, in step order."""
-        points: list[pb.MetricPoint] = []
-        token = ""
-        while True:
+
+        async def page_of(token: str) -> pb.ListMetricsResponse:
             request = pb.ListMetricsRequest(
                 run_id=run_id, names=names, from_step=from_step, page_token=token
             )
-            page = await self._call(self._stub.ListMetrics, request, READ_S)
-            points += page.points
-            token = page.next_page_token
-            if not token:
-                return points
+            page: pb.ListMetricsResponse = await self._call(self._stub.ListMetrics, request, READ_S)
+            return page
+
+        return [point async for page in pages(page_of) for point in page.points]
 
     async def record_checkpoint(
         self,

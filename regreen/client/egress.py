@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 import grpc
 
-from regreen.client.channel import READ_S, Caller
+from regreen.client.channel import READ_S, Caller, pages
 from regreen.sandbox import v1 as pb
 
 
@@ -37,13 +37,11 @@ class EgressClient(Caller):
         self, sandbox_id: str = "", *, state_id: str = ""
     ) -> AsyncIterator[pb.EgressRecord]:
         """All requests of a sandbox, or of the preparation of a state, that are kept."""
-        token = ""
-        while True:
-            found = await self.list_egress(
+        found = pages(
+            lambda token: self.list_egress(
                 sandbox_id, state_id=state_id, page_size=1000, page_token=token
             )
-            for record in found.records:
+        )
+        async for page in found:
+            for record in page.records:
                 yield record
-            token = found.next_page_token
-            if not token:
-                return

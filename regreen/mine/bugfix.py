@@ -13,14 +13,14 @@ import difflib
 import io
 import re
 import tarfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
 from itertools import pairwise
 
 from packaging.version import InvalidVersion, Version
 
-from regreen.mine.candidate import Found, Rejected
+from regreen.mine.candidate import Found, Past, Rejected
 from regreen.mine.culprits import Candidate
 from regreen.mine.facts import Run, diagnose, stable_ids
 from regreen.mine.lab import Laboratory, Release, Unusable
@@ -63,20 +63,12 @@ class _Pair:
 class BugfixMiner(Miner):
     """Mines bug fixes."""
 
-    async def mine(
-        self,
-        candidate: Candidate,
-        *,
-        seen: set[str],
-        known: set[tuple[str, str]],
-        hear: Callable[[str], None] = lambda stage: None,
-    ) -> list[Found]:
+    async def mine(self, candidate: Candidate, past: Past) -> list[Found]:
         """The bug fixes among the newest patch releases since that day.
 
         Raises:
             Rejected: the candidate is of no use; says at which stage, and why.
         """
-        self.begin(hear)
         with self.clock.at("screen"):
             try:
                 files = await self.registry.files(candidate.package)

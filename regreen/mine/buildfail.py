@@ -12,12 +12,12 @@ import asyncio
 import io
 import re
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from regreen.lockfile import normalize
 from regreen.mine.bounds import own_bounds
-from regreen.mine.candidate import Clock, Found, Ground, Rejected, Tried
+from regreen.mine.candidate import Found, Ground, Past, Rejected, Tried
 from regreen.mine.checks import FOLDER, build_check
 from regreen.mine.culprits import Candidate
 from regreen.mine.facts import Damage, Run, stable_ids
@@ -44,17 +44,9 @@ class _Mended:
 class BuildMiner(UpgradeMiner):
     """Mines build failures."""
 
-    async def mine(
-        self,
-        candidate: Candidate,
-        *,
-        seen: set[str],
-        known: set[tuple[str, str]],
-        hear: Callable[[str], None] = lambda stage: None,
-    ) -> list[Found]:
+    async def mine(self, candidate: Candidate, past: Past) -> list[Found]:
         """The build failures of the release of that day; raises as `UpgradeMiner.mine`."""
-        self.clock, self.notes, self.version = Clock(hear=hear), [], ""
-        release, needs, licence = await self._screen(candidate, seen)
+        release, needs, licence = await self._screen(candidate, past.releases)
         sdist = release.sdist
         archive = await self.registry.sdist(release.package, sdist.filename, sdist.sha256)
         texts = await asyncio.to_thread(_texts, archive)
@@ -68,7 +60,7 @@ class BuildMiner(UpgradeMiner):
         found: list[Found] = []
         last = Rejected("screen", "same break as on another day")
         for one in breaks:
-            if (one.tool, one.bad) in known:
+            if (one.tool, one.bad) in past.breaks:
                 continue
             try:
                 good = replace(release, tools=_with(release.tools, one.tool, one.good))

@@ -23,6 +23,16 @@ class Rejected(Exception):
         self.stage, self.reason, self.detail = stage, reason, detail
 
 
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What is on record of a candidate already."""
+
+    releases: set[str]
+    """Releases that were looked at on another day."""
+    breaks: set[tuple[str, str]]
+    """Culprits, each with the first bad release."""
+
+
 @dataclass(slots=True)
 class Clock:
     """Where the time of one candidate goes, and how often."""

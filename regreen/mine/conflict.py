@@ -11,7 +11,7 @@
 
 import asyncio
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from packaging.requirements import Requirement
@@ -20,7 +20,7 @@ from packaging.version import InvalidVersion, Version
 from regreen.lockfile import format_lock, lock_of, normalize
 from regreen.mine.bisect import between
 from regreen.mine.bounds import loosened, own_bounds
-from regreen.mine.candidate import Clock, Found, Ground, Rejected, Tried
+from regreen.mine.candidate import Found, Ground, Past, Rejected, Tried
 from regreen.mine.checks import requirements_check
 from regreen.mine.culprits import Candidate
 from regreen.mine.facts import damage, stable_ids
@@ -50,17 +50,9 @@ class _Bump:
 class ConflictMiner(UpgradeMiner):
     """Mines conflicts."""
 
-    async def mine(
-        self,
-        candidate: Candidate,
-        *,
-        seen: set[str],
-        known: set[tuple[str, str]],
-        hear: Callable[[str], None] = lambda stage: None,
-    ) -> list[Found]:
+    async def mine(self, candidate: Candidate, past: Past) -> list[Found]:
         """The conflicts of the release of that day; raises as `UpgradeMiner.mine`."""
-        self.clock, self.notes, self.version = Clock(hear=hear), [], ""
-        release, needs, licence = await self._screen(candidate, seen)
+        release, needs, licence = await self._screen(candidate, past.releases)
         if not any(Requirement(line).specifier for line in needs.runtime):
             raise Rejected("screen", "no bound is declared")
         names = {normalize(Requirement(line).name) for line in needs.runtime}
@@ -76,7 +68,7 @@ class ConflictMiner(UpgradeMiner):
                 said = "" if test in lab.passing else await self._said(lab, test)
             if said:
                 raise Rejected("base", "the requirements cannot be checked", said[-600:])
-            return await self._conflicts(lab, ground, known, test)
+            return await self._conflicts(lab, ground, past.breaks, test)
 
     async def _conflicts(
         self, lab: Laboratory, ground: Ground, known: set[tuple[str, str]], test: str

@@ -56,33 +56,12 @@ class MiningClient(ServiceGateClient):
 
     async def prepare(self, spec: pb.EnvironmentSpec) -> pb.State:
         """The state of an environment."""
-        await self._wait()
         state = await super().prepare(spec)
         self._prepared.append(state.id)
         return state
 
-    async def validate(
-        self,
-        state_id: str,
-        changes: Sequence[common_pb2.FileChange],
-        *,
-        held_pins: Mapping[str, str],
-        required_tests: Sequence[str],
-        skip_cache_lookup: bool,
-        conditions: pb.Conditions | None = None,
-    ) -> pb.Validation:
-        """The verdict on a diff."""
-        await self._wait()
-        return await super().validate(
-            state_id,
-            changes,
-            held_pins=held_pins,
-            required_tests=required_tests,
-            skip_cache_lookup=skip_cache_lookup,
-            conditions=conditions,
-        )
-
-    async def _wait(self) -> None:
+    async def ready(self) -> None:
+        """Wait for leave."""
         began = monotonic()
         if self._leave is not None:
             await self._leave()

@@ -6,11 +6,10 @@
   `any_fix`: another release of the runner, or of the plugin that does not fit it.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from regreen.mine.bisect import between
-from regreen.mine.candidate import Clock, Found, Ground, Rejected, Tried
+from regreen.mine.candidate import Found, Ground, Past, Rejected, Tried
 from regreen.mine.culprits import Candidate
 from regreen.mine.facts import damage, stable_ids
 from regreen.mine.lab import Laboratory, Unusable
@@ -24,22 +23,14 @@ KIND = "test-runner"
 class RunnerMiner(UpgradeMiner):
     """Mines upgrades of test runners."""
 
-    async def mine(
-        self,
-        candidate: Candidate,
-        *,
-        seen: set[str],
-        known: set[tuple[str, str]],
-        hear: Callable[[str], None] = lambda stage: None,
-    ) -> list[Found]:
+    async def mine(self, candidate: Candidate, past: Past) -> list[Found]:
         """The break by the hinted runner's release; raises as `UpgradeMiner.mine`."""
-        self.clock, self.notes, self.version = Clock(hear=hear), [], ""
         release, needs, licence = await self._screen(candidate, set())
         async with Laboratory(self.client, self.registry, release) as lab:
             ground = await self._base(candidate, lab, needs, licence)
             found: list[Found] = []
             for name, version in candidate.hints:
-                if name not in ground.pins or (name, version) in known:
+                if name not in ground.pins or (name, version) in past.breaks:
                     self.notes.append(f"{name}: is not used, or known")
                     continue
                 try:

@@ -9,7 +9,7 @@
 
 import asyncio
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
@@ -17,7 +17,7 @@ from packaging.version import InvalidVersion, Version
 
 from regreen.lockfile import normalize
 from regreen.mine.bisect import between, bisect, release_before, spread
-from regreen.mine.candidate import Found, Ground, Rejected, Tried
+from regreen.mine.candidate import Found, Ground, Past, Rejected, Tried
 from regreen.mine.culprits import Candidate
 from regreen.mine.facts import Run, damage, stable_ids
 from regreen.mine.lab import Laboratory, Release, Unusable
@@ -78,27 +78,16 @@ class _Search:
 class UpgradeMiner(Miner):
     """Mines dependency upgrades."""
 
-    async def mine(
-        self,
-        candidate: Candidate,
-        *,
-        seen: set[str],
-        known: set[tuple[str, str]],
-        hear: Callable[[str], None] = lambda stage: None,
-    ) -> list[Found]:
+    async def mine(self, candidate: Candidate, past: Past) -> list[Found]:
         """The breaks of the release of that day.
-
-        `seen` are releases that were looked at on another day, `known` the culprits and first bad
-        releases that are on record already.
 
         Raises:
             Rejected: the candidate is of no use; says at which stage, and why.
         """
-        self.begin(hear)
-        release, needs, licence = await self._screen(candidate, seen)
+        release, needs, licence = await self._screen(candidate, past.releases)
         async with Laboratory(self.client, self.registry, release) as lab:
             ground = await self._base(candidate, lab, needs, licence)
-            return await self._breaks(lab, ground, known)
+            return await self._breaks(lab, ground, past.breaks)
 
     async def _screen(self, candidate: Candidate, seen: set[str]) -> tuple[Release, Needs, str]:
         """Everything that can be known without running anything."""

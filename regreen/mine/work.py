@@ -19,7 +19,7 @@ from pathlib import Path
 from regreen.client.sandbox import SandboxClient, StateClient
 from regreen.lockfile import normalize
 from regreen.mine.bugfix import KIND, BugfixMiner
-from regreen.mine.candidate import Found, Rejected
+from regreen.mine.candidate import Found, Past, Rejected
 from regreen.mine.culprits import Candidate
 from regreen.mine.debian import DebianRegistry
 from regreen.mine.kinds import MORE_KINDS
@@ -167,17 +167,13 @@ class Mine:
         self, miner: UpgradeMiner | BugfixMiner, candidate: Candidate, registry: Registry
     ) -> Outcome:
         try:
-            seen = self._journal.versions_of(candidate)
             known = self._journal.breaks_of(candidate)
             known |= self._shipped.get(normalize(candidate.package), set())
+            past = Past(self._journal.versions_of(candidate), known)
             for name, found in self._journal.breaking().items():
                 self._breaks.setdefault(name, set()).update(found)
-            breaks = await miner.mine(
-                candidate,
-                seen=seen,
-                known=known,
-                hear=lambda stage: self._say(candidate.key, f"at {stage}"),
-            )
+            miner.begin(lambda stage: self._say(candidate.key, f"at {stage}"))
+            breaks = await miner.mine(candidate, past)
             kept = [await self._gate(miner, candidate, one, registry) for one in breaks]
         except Rejected as error:
             return self._ended(miner, "rejected", error.reason, error.detail, error.stage)

@@ -29,7 +29,6 @@ from regreen.tasks.model import (
     Build,
     Change,
     DistributionRecord,
-    FileRecord,
     Fix,
     ModeName,
     Split,
@@ -39,7 +38,8 @@ from regreen.tasks.model import (
     ids_sha256,
 )
 from regreen.tasks.project import Show, pinned_project, prepared, prepared_project
-from regreen.tasks.records import RecordStore
+from regreen.tasks.reading import kept_inside, top_of
+from regreen.tasks.records import RecordStore, releases_of
 from regreen.tasks.trial import NOOP
 from regreen.tasks.verify import ServiceGateClient
 
@@ -104,7 +104,7 @@ async def add(
     notes += project.notes
     spec, state = await prepared_project(stack, project, home, show)
     failing = _failing(state)
-    releases = releases_of_spec(spec)
+    releases = releases_of(spec)
     record = record_of(wish, project, spec, failing)
     if repair is None:
         return await _unverified(stack, record, releases, state, tuple(notes), repeats, show)
@@ -126,6 +126,8 @@ async def add(
 async def _detected(stack: Stack, root: Path, wish: Wish) -> Project:
     interpreters = (await stack.sandbox.get_capabilities()).interpreters
     lock = root / wish.lock if wish.lock else None
+    if lock is not None:
+        kept_inside(lock, top_of(root), "task.lock")
     return detect(root, interpreters, python=wish.python, lock=lock, tests=wish.tests)
 
 
@@ -168,7 +170,13 @@ def told_apart(broken: Path, fixed: Path) -> Repair:
 
 
 def _contents(root: Path) -> dict[str, bytes]:
-    return {p.relative_to(root).as_posix(): p.read_bytes() for p in project_files(root)}
+    found = {}
+    for path in project_files(root):
+        name = path.relative_to(root).as_posix()
+        if not name.isprintable():
+            raise InvalidArgument("fix", f"{name!r} is no name in Unicode", "rename the file")
+        found[name] = path.read_bytes()
+    return found
 
 
 def _kind(path: str) -> str:
@@ -188,21 +196,14 @@ def overlaid(project: Path, target: Path, files: Mapping[str, bytes | None]) -> 
         if content is None:
             path.unlink(missing_ok=True)
             continue
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-
-
-def releases_of_spec(spec: sandbox_pb.EnvironmentSpec) -> dict[str, DistributionRecord]:
-    """Every release of an environment with its files, by `name==version`."""
-    records = [
-        DistributionRecord(
-            name=pin.name,
-            version=pin.version,
-            files=[FileRecord(filename=f.filename, sha256=f.sha256) for f in pin.files],
-        )
-        for pin in (*spec.pins, *spec.wheelhouse, *spec.build_pins)
-    ]
-    return {record.pin: record for record in records}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        except OSError as error:
+            problem = f"puts {name} where the project has something else: {error.strerror}"
+            raise InvalidArgument(
+                "fix", problem, "give a fix that leaves tests in place"
+            ) from error
 
 
 def _pins(pins: Sequence[sandbox_pb.Pin]) -> list[str]:
@@ -214,6 +215,9 @@ def record_of(
 ) -> TaskRecord:
     """The record of a project without a fix."""
     tree = spec.source_tree
+    for field, value in (("name", project.name), ("version", project.version)):
+        if len(value) > 200 or not value.isprintable():
+            raise InvalidArgument(field, f"{value[:80]!r} is none of a project", "correct it")
     name = re.sub(r"[^a-z0-9._-]+", "-", project.name.lower()).strip("-._") or "project"
     pins = _pins(spec.pins)
     if wish.split not in ("train", "validation", "test"):
@@ -277,7 +281,7 @@ async def _with_fix(
         wish = replace(checkout.wish, python=project.python)
         after = await _detected(stack, checkout.fixed, wish)
         spec, _ = await pinned_project(after, home, show)
-        known |= releases_of_spec(spec)
+        known |= releases_of(spec)
         update["pins_pass"] = _pins(spec.pins)
         moved = set(_pins(spec.pins)) ^ set(record.pins_fail)
         names = sorted({pin.partition("==")[0] for pin in moved})

@@ -8,6 +8,7 @@
 - What was decided here before is not decided again unless asked for, or older than asked for, so
   that a run that was cut short goes on where it stopped.
 - A report says what changed against the one before.
+- A task that gives away one of another split is refused (`regreen.tasks.leaks`).
 - Records are kept as they are imported, so that tasks of any origin can be gated later.
 - Trouble with one task does not end the others.
 """
@@ -16,6 +17,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from regreen.client.sandbox import SandboxClient, StateClient
 from regreen.client.stack import Stack
@@ -27,6 +29,7 @@ from regreen.sandbox import v1 as sandbox_pb
 from regreen.tasks import environment as env
 from regreen.tasks.drift import drift
 from regreen.tasks.gate import REPEATS, Gate, judge_steadily
+from regreen.tasks.leaks import Facts, facts, leaks_of
 from regreen.tasks.messages import MODES, gate_report, task_message
 from regreen.tasks.model import TaskRecord, ids_sha256
 from regreen.tasks.records import RECORD_LABEL, RecordStore, record_sha256, releases_of
@@ -158,6 +161,8 @@ class Admission:
         self._records = {record.id: record for record in records}
         self._repeats, self._again, self._progress = repeats, again, progress
         self._older_than_s, self._rebuild, self._clock = older_than_s, rebuild, clock
+        self._admitted: dict[str, Facts] | None = None
+        """Those that a task must not give away; read once, and kept up."""
 
     async def run(self, task_ids: Sequence[str], *, concurrency: int = 2) -> list[pb.Task]:
         """Decide on tasks; the tasks as they are now, in the order given.
@@ -204,14 +209,15 @@ class Admission:
         client = ReportingGateClient(
             self._stack.state, self._stack.sandbox, lambda text: self._progress(task_id, text)
         )
-        releases = {**self._distributions, **releases_of(stored)}
+        releases = {**self._distributions, **releases_of(stored.environment)}
         if self._rebuild and stored.state_id:
             await self._let_go(stored.state_id)
         gate = Gate(client, releases, index, repeats=self._repeats)
         other = "" if python == record.python else python
         judged, verdict = await judge_steadily(gate, record, other)
-        if verdict.admitted and not judged.control:
-            await self._store_fixes(judged, gate, verdict, other, record_sha256(record))
+        verdict = await self._kept_apart(stored, verdict)
+        if verdict.admitted:
+            await self._store_judged(judged, gate, verdict, other, record_sha256(record))
         self._progress(task_id, f"{verdict.status}: {verdict.reason}")
         return await self._record(to_report(record, verdict), verdict.seconds)
 
@@ -219,6 +225,27 @@ class Admission:
         """Store a report with what changed against the one before."""
         report.drift.extend(drift(await last_report(self._stack, report.task_id), report))
         return await self._stack.tasks.record_gate(report, validation_time_s=seconds)
+
+    async def _kept_apart(self, task: pb.Task, verdict: Verdict) -> Verdict:
+        """Refuse a task that gives away an admitted one of another split, or is given away."""
+        if not verdict.admitted or not task.split:
+            return verdict
+        if self._admitted is None:
+            wanted = pb.TaskFilter(statuses=[pb.TASK_STATUS_ADMITTED])
+            every = await self._stack.tasks.all_tasks(wanted)
+            if self._admitted is None:  # somebody else may have been quicker
+                self._admitted = {one.id: facts(one) for one in every}
+        seen = pb.Task()
+        seen.CopyFrom(task)
+        seen.error_log = verdict.error_log
+        own = facts(seen)
+        found = leaks_of(own, self._admitted.values())
+        if found:
+            self._admitted.pop(task.id, None)
+            reason = f"leaks: {found[0]}; put both into one split"
+            return replace(verdict, status="rejected", reason=reason)
+        self._admitted[task.id] = own
+        return verdict
 
     async def _let_go(self, state_id: str) -> None:
         """Delete a State if nobody uses it."""
@@ -252,12 +279,13 @@ class Admission:
         report = pb.GateReport(task_id=record.id, status=pb.TASK_STATUS_WAITING, reason=reason)
         return await self._record(report)
 
-    async def _store_fixes(
+    async def _store_judged(
         self, record: TaskRecord, gate: Gate, verdict: Verdict, python: str, sha256: str
     ) -> None:
-        """Import the task once more with the diffs of the fixes that passed."""
+        """Import the task once more as it was judged, with the diffs of the fixes that passed."""
         state = await self._stack.state.get_state(verdict.state_id)
         good = [f for f in record.fixes if verdict.fixes.get(f"{f.mode}/{f.origin}") == "ok"]
+        modes = record.modes if record.control else [fix.mode for fix in good]
         diffs = {
             f"{fix.mode}/{fix.origin}": await gate.reference(record, fix, state) for fix in good
         }
@@ -271,7 +299,7 @@ class Admission:
             task.fail_to_pass.extend(verdict.fail_to_pass[:300])
         task.pass_to_pass_count = len(verdict.pass_to_pass)
         del task.modes[:]
-        task.modes.extend(sorted({MODES[fix.mode] for fix in good}))
+        task.modes.extend(sorted({MODES[mode] for mode in modes}))
         await self._stack.tasks.import_tasks([task], replace=True)
 
 

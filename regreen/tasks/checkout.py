@@ -1,28 +1,27 @@
 """A team's own failing build: where its files are, and what repairs it.
 
 - It is a directory, or a repository that the `git` program clones; a `task.toml` may say more.
-- Nothing of the repository is run: no hooks, no submodules, no filters of large files; git speaks
-  only to files, https, http, ssh and git addresses, and asks for no password.
+- Nothing of the repository is run (`regreen.tasks.repository`).
+- What a `task.toml` names is inside the repository.
 - The fix is a patch, or a commit of the repository; the project's own files are never changed.
 """
 
-import os
-import re
 import shutil
-import subprocess
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from regreen.rpc.errors import InvalidArgument, MissingDependency
+from regreen.rpc.errors import InvalidArgument
 from regreen.tasks.local import project_files
+from regreen.tasks.reading import bounded, kept_inside, top_of
+from regreen.tasks.repository import clone, files_of, git, is_url, name_of
 
 CONFIG = "task.toml"
-TIMEOUT_S = 900.0
-_URL = re.compile(r"(git\+)?(https?|ssh|git|file)://.|[\w.-]+@[\w.-]+:.")
-_COMMIT = re.compile(r"[0-9A-Za-z][0-9A-Za-z._/^~-]{0,199}")
+MAX_TIMEOUT_S = 86_400.0
+_MAX_BYTES = 16 << 20
+"""Of a `task.toml`, and of a patch."""
 _FIELDS = {
     "task": ("id", "path", "python", "tests", "lock", "split", "timeout_s", "licence", "commit"),
     "fix": ("patch", "commit", "mode"),
@@ -58,11 +57,6 @@ class Checkout:
     wish: Wish
 
 
-def is_url(text: str) -> bool:
-    """Whether a path is the address of a repository."""
-    return bool(_URL.match(text))
-
-
 def check_out(source: str, asked: Wish, work: Path) -> Checkout:
     """The broken and the repaired project, below `work` where they are no directory of the caller.
 
@@ -81,34 +75,28 @@ def check_out(source: str, asked: Wish, work: Path) -> Checkout:
     if wish.fix_patch is not None:
         return Checkout(project, _patched(project, wish.fix_patch, work / "fixed"), wish)
     if wish.fix_commit:
-        clone = _clone(str(root), work / "repository")
-        fixed = _tree(clone, wish.fix_commit, work / "fixed", "fix.commit")
+        cloned = clone(str(root), work / "repository")
+        fixed = files_of(cloned, wish.fix_commit, work / "fixed", "fix.commit")
         return Checkout(project, inside(fixed, wish.path), wish)
     return Checkout(project, None, wish)
 
 
 def _of_repository(url: str, asked: Wish, work: Path) -> Checkout:
-    clone = _clone(url, work / "repository")
+    cloned = clone(url, work / "repository")
     commit = asked.commit or (f"{asked.fix_commit}^" if asked.fix_commit else "HEAD")
-    name = _name(url)
-    broken = _tree(clone, commit, work / "broken" / name, "commit")
+    name = name_of(url)
+    broken = files_of(cloned, commit, work / "broken" / name, "commit")
     wish = wished(broken, asked)
     if wish.fix_commit and not asked.commit and not asked.fix_commit:
         commit = wish.commit or f"{wish.fix_commit}^"
-        broken = _tree(clone, commit, work / "broken-too" / name, "task.commit")
+        broken = files_of(cloned, commit, work / "broken-too" / name, "task.commit")
     project = inside(broken, wish.path)
     if wish.fix_patch is not None:
         return Checkout(project, _patched(project, wish.fix_patch, work / "fixed"), wish)
     if not wish.fix_commit:
         return Checkout(project, None, wish)
-    fixed = _tree(clone, wish.fix_commit, work / "fixed", "fix.commit")
+    fixed = files_of(cloned, wish.fix_commit, work / "fixed", "fix.commit")
     return Checkout(project, inside(fixed, wish.path), wish)
-
-
-def _name(url: str) -> str:
-    """The name of a repository: what a project that does not say its own is called."""
-    last = re.split(r"[/:]", url.rstrip("/"))[-1].removesuffix(".git")
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip(".-") or "project"
 
 
 def wished(root: Path, asked: Wish) -> Wish:
@@ -118,11 +106,12 @@ def wished(root: Path, asked: Wish) -> Wish:
         InvalidArgument: names the line or the field.
     """
     path = root / CONFIG
-    if not path.is_file():
+    if not path.exists() and not path.is_symlink():
         return asked
+    kept_inside(path, top_of(root), CONFIG)
     try:
-        document = tomllib.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        document = tomllib.loads(bounded(path, CONFIG, _MAX_BYTES).decode("utf-8"))
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise InvalidArgument(CONFIG, f"cannot be read: {error}", "correct that line") from error
     for section, values in document.items():
         if section not in _FIELDS or not isinstance(values, dict):
@@ -150,14 +139,17 @@ def _completed(root: Path, asked: Wish, document: Mapping[str, Any]) -> Wish:
         said["tests"] = tuple(tests)
     if "timeout_s" in task:
         timeout_s = task["timeout_s"]
-        if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or timeout_s <= 0:
+        number = isinstance(timeout_s, int | float) and not isinstance(timeout_s, bool)
+        if not number or not 0 < timeout_s <= MAX_TIMEOUT_S:
             field = f"{CONFIG} field task.timeout_s"
-            raise InvalidArgument(field, f"is {timeout_s!r}", "give seconds")
+            remedy = f"give 1 to {MAX_TIMEOUT_S:g} seconds"
+            raise InvalidArgument(field, f"is {timeout_s!r}", remedy)
         said["timeout_s"] = float(timeout_s)
     if "patch" in fix and "commit" in fix:
         raise InvalidArgument(f"{CONFIG} field fix", "has a patch and a commit", "give one")
     if "patch" in fix:
         said["fix_patch"] = root / _text(fix["patch"], f"{CONFIG} field fix.patch")
+        kept_inside(said["fix_patch"], top_of(root), f"{CONFIG} field fix.patch")
     if "commit" in fix:
         said["fix_commit"] = _text(fix["commit"], f"{CONFIG} field fix.commit")
     if "mode" in fix:
@@ -172,8 +164,8 @@ def _completed(root: Path, asked: Wish, document: Mapping[str, Any]) -> Wish:
 
 
 def _text(value: object, field: str) -> str:
-    if not isinstance(value, str) or not value:
-        raise InvalidArgument(field, f"is {value!r}", "give a text")
+    if not isinstance(value, str) or not value or not value.isprintable():
+        raise InvalidArgument(field, f"is {value!r}", "give a text on one line")
     return value
 
 
@@ -183,8 +175,12 @@ def inside(root: Path, place: str) -> Path:
     Raises:
         InvalidArgument: it leaves the directory, or is none.
     """
-    target = (root / place).resolve()
-    if not target.is_relative_to(root.resolve()) or not target.is_dir():
+    try:
+        target = (root / place).resolve()
+        good = target.is_relative_to(root.resolve()) and target.is_dir()
+    except (OSError, RuntimeError, ValueError):  # a circle of links, or no name
+        good = False
+    if not good:
         raise InvalidArgument(f"{CONFIG} field task.path", f"{place!r} is no directory inside it")
     return target
 
@@ -193,11 +189,14 @@ def _patched(project: Path, patch: Path, target: Path) -> Path:
     """A copy of the project with a patch applied."""
     if not patch.is_file():
         raise InvalidArgument("fix.patch", f"{patch} is no file", "name a unified diff")
+    data = bounded(patch, "fix.patch", _MAX_BYTES)
     copied(project, target)
-    done = git(["apply", "--whitespace=nowarn", str(patch.resolve())], target)
-    if done.returncode:
+    copy = target.with_name(f"{target.name}.patch")
+    copy.write_bytes(data)
+    done = git(["apply", "--whitespace=nowarn", str(copy)], target)
+    if done.code:
         remedy = "make a unified diff against the project's directory (git diff --relative)"
-        raise InvalidArgument("fix.patch", f"{patch.name}: {_last(done)}", remedy)
+        raise InvalidArgument("fix.patch", f"{patch.name}: {done.last}", remedy)
     return target
 
 
@@ -208,61 +207,3 @@ def copied(project: Path, target: Path) -> None:
         place = target / path.relative_to(project)
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, place)
-
-
-def _clone(url: str, target: Path) -> Path:
-    done = git(["clone", "--quiet", "--no-checkout", "--", url, str(target)], target.parent)
-    if done.returncode:
-        remedy = "check the address, and that git can read it without asking"
-        raise InvalidArgument("path", f"{url} cannot be cloned: {_last(done)}", remedy)
-    return target
-
-
-def _tree(clone: Path, commit: str, target: Path, field: str) -> Path:
-    """The files of a commit."""
-    if not _COMMIT.fullmatch(commit):
-        raise InvalidArgument(field, f"{commit!r} is no commit", "give a name or a digest")
-    words = ["worktree", "add", "--quiet", "--detach", "--force", str(target), commit]
-    done = git(words, clone)
-    if done.returncode:
-        problem = f"{commit!r} cannot be checked out: {_last(done)}"
-        raise InvalidArgument(field, problem, "name a commit of the repository")
-    (target / ".git").unlink()
-    return target
-
-
-def git(words: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run git without anything that a repository could make it do.
-
-    Raises:
-        MissingDependency: there is no git program.
-        InvalidArgument: it did not end in time.
-    """
-    program = shutil.which("git")
-    if program is None:
-        raise MissingDependency(
-            "git: the program is not installed; it reads repositories and patches"
-        )
-    kept = ("GIT_SSH", "GIT_SSH_COMMAND")
-    env = {n: value for n, value in os.environ.items() if not n.startswith("GIT_") or n in kept}
-    env |= {
-        "GIT_TERMINAL_PROMPT": "0",
-        "GIT_ALLOW_PROTOCOL": "file:https:http:ssh:git",
-        "GIT_LFS_SKIP_SMUDGE": "1",
-        "GIT_CEILING_DIRECTORIES": str(folder.parent),
-        "LC_ALL": "C",
-    }
-    command = [program, "-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false", *words]
-    try:
-        return subprocess.run(
-            command, cwd=folder, env=env, capture_output=True, text=True, timeout=TIMEOUT_S
-        )
-    except subprocess.TimeoutExpired as error:
-        problem = f"git {words[0]} did not end in {TIMEOUT_S:g} s"
-        raise InvalidArgument(
-            "path", problem, "clone it yourself and give the directory"
-        ) from error
-
-
-def _last(done: subprocess.CompletedProcess[str]) -> str:
-    return (done.stderr.strip().splitlines() or [f"git ended with {done.returncode}"])[-1][:300]

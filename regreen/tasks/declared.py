@@ -15,8 +15,10 @@ from typing import Any
 
 from regreen.lockfile import normalize
 from regreen.rpc.errors import InvalidArgument
+from regreen.tasks.reading import bounded
 
 TEST_NAMES = frozenset({"test", "tests", "testing", "dev"})
+MAX_FILE_BYTES = 64 << 20
 _PARTS = re.compile(r"^(\^|~=|~|===?|!=|[<>]=?)?\s*(.*)$")
 
 
@@ -55,7 +57,9 @@ def read_declared(root: Path) -> Declared:
     """
     try:
         return _read(root)
-    except (ValueError, LookupError, AttributeError, TypeError) as error:
+    except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        if isinstance(error, InvalidArgument):
+            raise
         name = "pyproject.toml" if (root / "pyproject.toml").exists() else "setup.cfg"
         problem = f"declares what cannot be read ({type(error).__name__}: {error})"
         raise InvalidArgument(name, problem, "correct it") from error
@@ -79,10 +83,7 @@ def read_text(path: Path) -> str:
     Raises:
         InvalidArgument: it cannot be read.
     """
-    try:
-        return path.read_text("utf-8-sig", "replace")
-    except OSError as error:
-        raise InvalidArgument(path.name, str(error), "make it readable") from error
+    return bounded(path, path.name, MAX_FILE_BYTES).decode("utf-8-sig", "replace")
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -91,6 +92,8 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(read_text(path))
     except tomllib.TOMLDecodeError as error:
         raise InvalidArgument(path.name, str(error), "correct it") from error
+    except RecursionError as error:
+        raise InvalidArgument(path.name, "is nested too deeply", "correct it") from error
 
 
 def _of_pyproject(

@@ -8,7 +8,9 @@
 
 import os
 import shutil
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence, Set
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,6 +76,7 @@ async def import_found(
             keep.put(item.record)
         done.native.append(item.task.id)
     tasks = [item.task for item in found.native] + [item.message() for item in found.foreign]
+    await _same_origin(stack, tasks)
     if split:
         for task in tasks:
             task.split = split
@@ -96,6 +99,20 @@ async def import_found(
         if state_id:
             done.states[foreign.id] = state_id
     return done
+
+
+async def _same_origin(stack: Stack, tasks: Sequence[pb.Task]) -> None:
+    """Refuse to put tasks of one system in the place of those of another.
+
+    Raises:
+        InvalidArgument: an id is taken; names it.
+    """
+    stored = {task.id: task.foreign.format for task in await stack.tasks.all_tasks()}
+    for task in tasks:
+        there = stored.get(task.id, task.foreign.format)
+        if there != task.foreign.format:
+            problem = f"{task.id} is stored as a task of {there or 'ours'}"
+            raise InvalidArgument("tasks", problem, "give the new one another id")
 
 
 def _batches(tasks: Sequence[pb.Task]) -> Iterable[list[pb.Task]]:
@@ -139,6 +156,9 @@ async def items_of(
     left_out: dict[str, str] = {}
     for place, task in enumerate(tasks, 1):
         show("read tasks", place, len(tasks), task.id)
+        if task.labels.get("control") == "true":
+            left_out[task.id] = "is a control, which nothing can fix"
+            continue
         if task.HasField("foreign"):
             items.append(Item(task))
             continue
@@ -208,15 +228,12 @@ async def export_tasks(
         MissingDependency: the format needs a package that is not installed.
     """
     writer = format_of(format)
-    partial = new_directory(out)
-    try:
+    with new_directory(out) as partial:
         items, left_out = await items_of(stack, tasks, home, keep, show)
         written = writer.write(items, partial)
         written.left_out |= left_out
         show("write", written.count, len(tasks), str(out))
         return _in_place(written, partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 async def export_chats(
@@ -233,7 +250,6 @@ async def export_chats(
     Raises:
         InvalidArgument: the directory is not empty.
     """
-    partial = new_directory(out)
     seen = others = 0
 
     async def told() -> AsyncIterator[pb.Trajectory]:
@@ -246,36 +262,45 @@ async def export_chats(
             else:
                 others += 1
 
-    try:
+    with new_directory(out) as partial:
         written = await sft.write(told(), partial, style=style, tokens=tokens)
         if others:
             written.left_out["of other tasks or splits"] = str(others)
         return _in_place(written, partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
-def new_directory(out: Path) -> Path:
-    """A directory beside `out` that becomes it.
+@contextmanager
+def new_directory(out: Path) -> Iterator[Path]:
+    """A directory beside `out`, for it to be put in its place; nothing is left of it otherwise.
 
     Raises:
-        InvalidArgument: `out` holds something already, or cannot be made.
+        InvalidArgument: `out` holds something already, or cannot be made or written.
     """
-    remedy = "name a directory that does not exist yet"
+    remedy = "name a directory that does not exist yet, where there is room"
+    whole = Path(os.path.abspath(out))
+    partial = None
     try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if whole.is_symlink() or (whole.exists() and (not whole.is_dir() or any(whole.iterdir()))):
             raise InvalidArgument("out", f"{out} is not empty", remedy)
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        partial = out.absolute().with_name(f".{out.name}.{os.getpid()}.new")
-        partial.mkdir()
+        whole.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(".new", f".{whole.name[:200]}.", whole.parent))
+        partial.chmod(0o777 & ~_umask())
+        yield partial
     except OSError as error:
-        raise InvalidArgument("out", str(error), remedy) from error
-    return partial
+        problem = f"{out} cannot be written: {error.strerror or error}"
+        raise InvalidArgument("out", problem, remedy) from error
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def _in_place(written: Written, partial: Path, out: Path) -> Written:
-    if out.exists():
-        out.rmdir()
-    partial.replace(out)
+    partial.replace(os.path.abspath(out))  # onto an empty directory, or nothing
     written.paths = [out / path.relative_to(partial) for path in written.paths]
     return written

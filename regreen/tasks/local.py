@@ -34,9 +34,11 @@ from regreen.tasks.locks import read_lock
 from regreen.tasks.model import DistributionRecord
 from regreen.tasks.offers import neighbours
 from regreen.tasks.pin import Pinner
+from regreen.tasks.reading import kept_inside, top_of
 from regreen.tasks.wanted import Requirements, Wanted
 
 MAX_TREE_BYTES = 256 << 20
+MAX_TREE_FILES = 100_000
 SKIPPED = frozenset(
     {".git", ".hg", ".svn", ".tox", ".nox", "node_modules", ".eggs"}
     | {"__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache"}
@@ -125,6 +127,9 @@ def check_root(root: Path) -> None:
     """
     if not root.is_dir():
         raise InvalidArgument("path", f"{root} is no directory", "give a project's directory")
+    top = top_of(root)
+    for name in (*_MARKERS, *_TOOL_LOCKS, ".python-version"):
+        kept_inside(root / name, top, name)
     if not any((root / marker).exists() for marker in _MARKERS) and not any(root.glob("*.py")):
         wanted = ", ".join(_MARKERS)
         raise InvalidArgument("path", f"{root} is no Python project", f"one of {wanted} is needed")
@@ -187,6 +192,7 @@ def _of_lock(root: Path, declared: Declared, python: str, path: Path) -> Install
         locked = read_lock(path.name, read_text(path), declared, python)
         return Installed(path.name, locked.pins, exact=True, notes=locked.notes)
     asked = Requirements(root, declared, python)
+    asked.places.append(path.resolve().parent)  # the caller named it
     asked.add_file(path)
     name = asked.name_of(path)
     pin_files = (name,) if path.resolve().is_relative_to(root.resolve()) else ("",)
@@ -284,17 +290,12 @@ def pack(root: Path) -> tuple[bytes, Digest]:
         InvalidArgument: the tree is too large.
     """
     buffer = io.BytesIO()
-    size = 0
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
         for path in sorted(project_files(root)):
             info = archive.gettarinfo(str(path), arcname=str(path.relative_to(root)))
             info.uid = info.gid = 0
             info.uname = info.gname = ""
             info.mtime = _MTIME
-            size += info.size
-            if size > MAX_TREE_BYTES:
-                limit = MAX_TREE_BYTES >> 20
-                raise InvalidArgument("path", f"holds over {limit} MiB", "remove build products")
             try:
                 with path.open("rb") as content:
                     archive.addfile(info, content)
@@ -405,14 +406,31 @@ def test_arguments(root: Path) -> tuple[str, ...]:
 
 
 def project_files(root: Path) -> Iterable[Path]:
-    """The files of a project, without version control, environments and caches."""
-    for folder, names, files in os.walk(root):
-        here = Path(folder)
-        names[:] = [name for name in names if not _skipped(here, name, at_root=here == root)]
-        for name in files:
-            path = here / name
-            if path.is_file() and not path.is_symlink():
-                yield path
+    """The files of a project, without version control, environments and caches.
+
+    Raises:
+        InvalidArgument: a folder cannot be read, or they are too many or too large.
+    """
+    left = [root]
+    count = size = 0
+    while left:
+        here = left.pop()
+        try:
+            entries = sorted(os.scandir(here), key=lambda entry: entry.name)
+        except OSError as error:
+            problem = f"{here} cannot be read: {error.strerror}"
+            raise InvalidArgument("path", problem, "make it readable") from error
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                if not _skipped(here, entry.name, at_root=here == root):
+                    left.append(here / entry.name)
+            elif entry.is_file(follow_symlinks=False) and entry.name != ".git":
+                count += 1
+                size += entry.stat(follow_symlinks=False).st_size
+                if count > MAX_TREE_FILES or size > MAX_TREE_BYTES:
+                    limit = f"{MAX_TREE_BYTES >> 20} MiB or {MAX_TREE_FILES} files"
+                    raise InvalidArgument("path", f"holds over {limit}", "remove build products")
+                yield here / entry.name
 
 
 def _skipped(folder: Path, name: str, *, at_root: bool) -> bool:

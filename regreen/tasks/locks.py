@@ -55,7 +55,7 @@ def read_lock(name: str, text: str, declared: Declared, python: str) -> Locked:
     """
     try:
         entries: list[Entry] = tomllib.loads(text).get("package", [])
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise InvalidArgument(name, str(error), "correct it") from error
     environment = marker_environment(python)
     read = _uv if name == "uv.lock" else _poetry

@@ -1,54 +1,42 @@
 """Puts admitted records into a task set: `python -m regreen.tasks.merge MINED [--into SET]`.
 
 - Only admitted records come in; an id that the set has already keeps what the set says.
-- A package has one split: that of its records in the set, else one that its name decides alone, so
-  that the order in which records are found changes nothing.
+- What split they come into, and which are left out so that none gives another away, is decided by
+  `regreen.tasks.splits`.
 - Releases are merged file by file; a file that is listed with two hashes is refused.
 """
 
 import argparse
-import hashlib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 from regreen.lockfile import normalize
 from regreen.rpc.errors import InvalidArgument
 from regreen.tasks.jsonl import dump_lines, load_distributions, load_tasks
 from regreen.tasks.model import DistributionRecord, TaskRecord
+from regreen.tasks.splits import Splits
 
-Split = Literal["train", "validation", "test"]
 SHIPPED = Path(__file__).with_name("data")
-_TEST, _VALIDATION = 20, 30
-"""Of a hundred packages the first go to the test split, those up to the second to validation."""
 
 
-def split_of(package: str) -> Split:
-    """The split of a package that is new to a set."""
-    place = int(hashlib.sha256(normalize(package).encode()).hexdigest(), 16) % 100
-    return "test" if place < _TEST else "validation" if place < _VALIDATION else "train"
-
-
-def merged_tasks(old: Sequence[TaskRecord], new: Sequence[TaskRecord]) -> list[TaskRecord]:
-    """The set with what is admitted of `new`, by package and id.
+def merged_tasks(
+    old: Sequence[TaskRecord], new: Sequence[TaskRecord], splits: Splits | None = None
+) -> list[TaskRecord]:
+    """The set with what is admitted of `new`, by package and id; `splits` hears what is left out.
 
     Raises:
-        InvalidArgument: a package of the set has two splits.
+        InvalidArgument: a family of packages of the set has two splits.
     """
-    splits: dict[str, Split] = {}
-    for task in old:
-        package = normalize(task.package)
-        if splits.setdefault(package, task.split) != task.split:
-            raise InvalidArgument("split", f"of {package} differs between its tasks", "give it one")
+    splits = splits or Splits(old)
     known = {task.id for task in old}
     added = []
     for task in new:
         if task.status == "admitted" and task.id not in known:
             known.add(task.id)
-            package = normalize(task.package)
-            split = splits.get(package) or split_of(package)
-            added.append(task.model_copy(update={"split": split}))
+            split = splits.place(task)
+            if split is not None:
+                added.append(task.model_copy(update={"split": split}))
     return [*old, *sorted(added, key=lambda task: (normalize(task.package), task.id))]
 
 
@@ -80,7 +68,10 @@ def merge(mined: Path, into: Path) -> int:
         InvalidArgument: the two contradict each other; nothing was written.
     """
     old = load_tasks(into / "tasks.jsonl")
-    tasks = merged_tasks(old, load_tasks(mined / "tasks.jsonl"))
+    splits = Splits(old)
+    tasks = merged_tasks(old, load_tasks(mined / "tasks.jsonl"), splits)
+    for id, why in splits.left_out.items():
+        sys.stderr.write(f"{id} is left out: {why}\n")
     pins = {
         pin
         for task in tasks[len(old) :]

@@ -96,6 +96,7 @@ class Pinner:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env={**os.environ, "UV_DEFAULT_INDEX": self.index.urls[0]},
+            cwd="/",  # settings of whatever project somebody stands in do not count
         )
         out, err = await process.communicate("\n".join(names).encode())
         if process.returncode:

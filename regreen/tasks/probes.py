@@ -10,6 +10,7 @@
 
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import astuple, dataclass, field, fields, replace
+from datetime import UTC, datetime, timedelta
 
 from regreen.common.v1 import common_pb2
 from regreen.sandbox.v1 import sandbox_pb2 as pb
@@ -20,6 +21,7 @@ CONFIRMATIONS = 3
 FLAKY_LOOKS = 5
 """Runs under the pinned conditions where they were seen to differ."""
 DAY_S = 86_400
+_SATURDAY = 5
 _NAMES = {"order": "order", "hash_seed": "hash_seed", "clock_s": "date", "host": "host",
           "user": "user", "path": "path"}  # fmt: skip
 CAUSES = tuple(_NAMES.values())
@@ -101,13 +103,30 @@ def schedule(repeats: int) -> tuple[Around, ...]:
     return tuple(found)
 
 
-def elsewhere(repeats: int) -> tuple[Around, ...]:
-    """Another date, host, user and path, all at once; twice where much is asked for."""
+def elsewhere(repeats: int, now_s: float) -> tuple[Around, ...]:
+    """Another date, host, user and path, all at once; twice where much is asked for.
+
+    `now_s` is Unix time: the date is one in another month, and on a weekend if now is none.
+    """
     if repeats == 1:
         return ()
+    places = tuple(_on_another_day(around, now_s) for around in _ELSEWHERE)
     if repeats == 2:  # the reverse of the one order that the repeats hold
-        return (replace(_ELSEWHERE[0], order=3),)
-    return _ELSEWHERE if repeats >= 5 else _ELSEWHERE[:1]
+        return (replace(places[0], order=3),)
+    return places if repeats >= 5 else places[:1]
+
+
+def _on_another_day(around: Around, now_s: float) -> Around:
+    """Some days later, where it would be in the same month, or as far from a weekend, as now."""
+    now = datetime.fromtimestamp(now_s, UTC)
+    for days in range(60):
+        found = replace(around, clock_s=around.clock_s + days * DAY_S)
+        there = now + timedelta(seconds=found.clock_s)
+        if there.month != now.month and (there.weekday() >= _SATURDAY) != (
+            now.weekday() >= _SATURDAY
+        ):
+            return found
+    return around
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from regreen.dataset import v1 as pb
 from regreen.rpc.errors import InvalidArgument
+from regreen.sandbox import v1 as sandbox_pb
 from regreen.tasks.model import DistributionRecord, FileRecord, TaskRecord
 
 RECORD_LABEL = "record_sha256"
@@ -69,9 +70,8 @@ class RecordStore:
         return self._root / f"{Path(sha256).name}.json"
 
 
-def releases_of(task: pb.Task) -> dict[str, DistributionRecord]:
-    """Every release that a task's environment names, with its files, by `name==version`."""
-    spec = task.environment
+def releases_of(spec: sandbox_pb.EnvironmentSpec) -> dict[str, DistributionRecord]:
+    """Every release that an environment names, with its files, by `name==version`."""
     records = [
         DistributionRecord(
             name=pin.name,

@@ -44,12 +44,16 @@ class ServiceGateClient:
 
     async def prepare(self, spec: pb.EnvironmentSpec) -> pb.State:
         """The state of an environment."""
+        await self.ready()
         async for event in self.states.prepare_state(spec):
             if event.HasField("state"):
                 state: pb.State = event.state
                 return state
             self.prepared(event.progress)
         raise Unavailable("the sandbox service ended the preparation without a state")
+
+    async def ready(self) -> None:
+        """Wait until a unit of work may begin; here it always may."""
 
     def prepared(self, progress: state_pb.PrepareProgress) -> None:
         """Hear how far a preparation is; nothing is done with it here."""
@@ -65,6 +69,7 @@ class ServiceGateClient:
         conditions: pb.Conditions | None = None,
     ) -> pb.Validation:
         """The verdict on a diff."""
+        await self.ready()
         return await self.sandboxes.validate(
             state_id,
             changes,

@@ -23,8 +23,9 @@ from packaging.requirements import InvalidRequirement, Requirement
 from regreen.lockfile import normalize
 from regreen.rpc.errors import InvalidArgument
 from regreen.tasks.declared import Declared, read_text
+from regreen.tasks.reading import top_of
 
-_COMMENT = re.compile(r"(^|\s+)#.*$")
+_COMMENT = re.compile(r"(?<!\S)#.*$")
 _OPTION = re.compile(r"^(--[\w-]+|-\w)(?:[\s=]+)?(.*)$")
 _OWN = re.compile(r"^(?:file:)?\.?/?(?:\[([\w.,\s-]+)\])?$")
 _NOT_OF_INDEX = re.compile(r"://|^(?:git|hg|svn|bzr)\+|^(?:file:|\.{0,2}/)|\.(?:whl|zip|tar\.\w+)$")
@@ -82,6 +83,8 @@ class Requirements:
 
     def __init__(self, root: Path, declared: Declared, python: str) -> None:
         self.root, self.declared = root, declared
+        self.places = [top_of(root)]
+        """Directories that files may lie in."""
         self.environment = marker_environment(python)
         self.wanted: dict[Wanted, None] = {}
         self.constraints: dict[Wanted, None] = {}
@@ -101,7 +104,7 @@ class Requirements:
             raise _refused(where, text)
         try:
             found = Requirement(text)
-        except InvalidRequirement as error:
+        except (InvalidRequirement, RecursionError) as error:
             reason = str(error).splitlines()[0]
             problem = f"{text[:80]!r} is no requirement ({reason})"
             raise InvalidArgument(where, problem, REMEDY) from error
@@ -123,6 +126,8 @@ class Requirements:
             return
         self._files.add((path.resolve(), constraint))
         name = self.name_of(path)
+        if not any(path.resolve().is_relative_to(place) for place in self.places):
+            raise InvalidArgument(name, "is outside of the repository", "put the file itself there")
         for number, line in _lines(read_text(path)):
             where = f"{name} line {number}"
             if option := _OPTION.match(line):

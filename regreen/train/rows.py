@@ -125,6 +125,17 @@ async def result_of(stack: Stack, run: dataset_pb.Run) -> TrainResult:
     )
 
 
+async def training_tasks(stack: Stack, ids: Sequence[str], split: str) -> list[dataset_pb.Task]:
+    """`wanted_tasks` to learn from, which controls are not; raises as it does."""
+    tasks = await wanted_tasks(stack, ids, split)
+    fixable = [task for task in tasks if task.labels.get("control") != "true"]
+    if not fixable or (ids and len(fixable) < len(tasks)):
+        known = {task.id for task in fixable}
+        named = ", ".join(task.id for task in tasks if task.id not in known)
+        raise FailedPrecondition(f"nothing can fix these controls, learn from others: {named}")
+    return fixable
+
+
 async def wanted_tasks(stack: Stack, ids: Sequence[str], split: str) -> list[dataset_pb.Task]:
     """Tasks by id, or every admitted task of a split, in id order.
 
@@ -159,7 +170,7 @@ async def candidates_of(
         FailedPrecondition: none is.
     """
     wanted = [mode_of(mode, "modes") for mode in modes]
-    tasks = await wanted_tasks(stack, ids, split)
+    tasks = await training_tasks(stack, ids, split)
     found = [Candidate(t.id, mode) for t in tasks for mode in wanted if mode in t.modes]
     if not found:
         raise FailedPrecondition(f"none of the {len(tasks)} tasks is fair in {', '.join(modes)}")

@@ -26,7 +26,7 @@ from regreen.train.experts import expert_rows
 from regreen.train.ledger import Ledger, hyperparameters
 from regreen.train.progress import Listener, Meter, Progress, ignore, stage
 from regreen.train.recovery import Recovery, curable
-from regreen.train.rows import TrainResult, find_run, open_run, result_of, wanted_tasks
+from regreen.train.rows import TrainResult, find_run, open_run, result_of, training_tasks
 from regreen.train.weights import BASE, Weights, next_version_block, resolve_weights
 
 
@@ -78,7 +78,7 @@ async def _prepare(stack: Stack, config: SftConfig, progress: Listener) -> "_Dri
 async def _resolve(stack: Stack, config: SftConfig, progress: Listener) -> dict[str, object]:
     """What is worked out once: start, versions, and the trajectories to learn from."""
     start = await resolve_weights(stack, config.start, "start", base_uri=config.base_uri)
-    tasks = await wanted_tasks(stack, config.tasks, config.split)
+    tasks = await training_tasks(stack, config.tasks, config.split)
     rows = await expert_rows(stack, tasks, config, progress)
     train: dict[str, list[str]] = {}
     for row in rows:

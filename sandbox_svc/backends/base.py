@@ -17,6 +17,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from regreen.rpc.errors import FailedPrecondition
+
 if TYPE_CHECKING:
     from sandbox_svc.backends.output import OutputLog, Pulse
 
@@ -213,7 +215,17 @@ class Process(Protocol):
         ...
 
 
-class Box(Protocol):
+class Readable(Protocol):
+    """What files can be read of."""
+
+    async def read_range(
+        self, path: str, *, offset: int = 0, max_bytes: int
+    ) -> tuple[bytes, FileStat]:
+        """Read part of a regular file; the stat tells the size of the whole."""
+        ...
+
+
+class Box(Readable, Protocol):
     """A running sandbox as its runtime sees it."""
 
     id: str
@@ -235,12 +247,6 @@ class Box(Protocol):
 
     async def read_file(self, path: str, max_bytes: int) -> bytes:
         """Read a regular file, resolved inside the sandbox's root; links never leave it."""
-        ...
-
-    async def read_range(
-        self, path: str, *, offset: int = 0, max_bytes: int
-    ) -> tuple[bytes, FileStat]:
-        """Read part of a regular file; the stat tells the size of the whole."""
         ...
 
     async def write_file(self, path: str, content: bytes, mode: int = 0o644) -> None:
@@ -270,6 +276,21 @@ class Box(Protocol):
 NO_ENV: Mapping[str, str] = MappingProxyType({})
 PROXY_PORT = 3128
 """Port of the proxy on the loopback of a sandbox that has a door."""
+
+
+async def read_whole(box: Readable, path: str, max_bytes: int) -> bytes:
+    """The content of a regular file.
+
+    Raises:
+        FailedPrecondition: it is larger than `max_bytes`.
+    """
+    content, info = await box.read_range(path, max_bytes=max_bytes)
+    if info.size_bytes > max_bytes:
+        raise FailedPrecondition(
+            f"{path} has {info.size_bytes} bytes, more than the {max_bytes} asked for",
+            metadata={"size_bytes": str(info.size_bytes)},
+        )
+    return content
 
 
 class Gate(Protocol):

@@ -37,6 +37,7 @@ from sandbox_svc.backends.base import (
     FileStat,
     Limits,
     OutputSink,
+    read_whole,
 )
 from sandbox_svc.backends.commands import ENVIRONMENT, absolute, check_command
 from sandbox_svc.backends.docker_channel import Channel
@@ -323,13 +324,7 @@ class DockerBox:
 
     async def read_file(self, path: str, max_bytes: int) -> bytes:
         """Read a regular file, resolved inside the sandbox's root; links never leave it."""
-        content, info = await self.read_range(path, max_bytes=max_bytes)
-        if info.size_bytes > max_bytes:
-            raise FailedPrecondition(
-                f"{path} has {info.size_bytes} bytes, more than the {max_bytes} asked for",
-                metadata={"size_bytes": str(info.size_bytes)},
-            )
-        return content
+        return await read_whole(self, path, max_bytes)
 
     async def read_range(
         self, path: str, *, offset: int = 0, max_bytes: int

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from regreen.rpc.errors import FailedPrecondition, InfraError, InvalidArgument, RegreenError
+from regreen.rpc.errors import InfraError, InvalidArgument, RegreenError
 from sandbox_svc.backends import jobs, uppers, wire
-from sandbox_svc.backends.base import FileStat, Limits
+from sandbox_svc.backends.base import FileStat, Limits, read_whole
 from sandbox_svc.backends.commands import absolute
 from sandbox_svc.backends.fds import not_opened, read_upto, write_all
 from sandbox_svc.backends.layers import writing
@@ -66,13 +66,7 @@ class BoxFiles(abc.ABC):
 
     async def read_file(self, path: str, max_bytes: int) -> bytes:
         """Read a regular file, resolved inside the sandbox's root; links never leave it."""
-        content, info = await self.read_range(path, max_bytes=max_bytes)
-        if info.size_bytes > max_bytes:
-            raise FailedPrecondition(
-                f"{path} has {info.size_bytes} bytes, more than the {max_bytes} asked for",
-                metadata={"size_bytes": str(info.size_bytes)},
-            )
-        return content
+        return await read_whole(self, path, max_bytes)
 
     async def read_range(
         self, path: str, *, offset: int = 0, max_bytes: int

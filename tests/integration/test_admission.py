@@ -175,3 +175,23 @@ async def test_a_damaged_record_is_none(world: World, tmp_path: Path) -> None:
     path.write_text(path.read_text().replace('"version":"1.0"', '"version":"1.1"'))
     assert store.get(digest) is None
     assert store.get("0" * 64) is None
+
+
+async def test_a_task_that_gives_away_one_of_another_split_is_refused(world: World) -> None:
+    one = world.record.model_copy(update={"id": "greet-near"})
+    (near,) = await world.admit(one)
+    assert near.status == pb.TASK_STATUS_ADMITTED
+    other = "test" if near.split != "test" else "train"
+    update = {"id": "salute-near", "package": "salute", "split": other}
+    (task,) = await world.admit(world.record.model_copy(update=update))
+    assert task.status == pb.TASK_STATUS_REJECTED
+    report = await world.stack.tasks.get_gate_report(task.id)
+    assert report.reason.startswith(f"leaks: salute-near ({other}) and ")
+    assert "have nearly the same " in report.reason
+    assert report.reason.endswith("put both into one split")
+    await world.stack.tasks.split_tasks({task.id: near.split})
+    record = world.record.model_copy(update={**update, "split": near.split})
+    await import_records(world.stack, [record], world.releases, keep=world.kept)
+    again = Admission(world.stack, [record], world.releases, repeats=2, again=True)
+    (moved,) = await again.run([record.id])
+    assert moved.status == pb.TASK_STATUS_ADMITTED

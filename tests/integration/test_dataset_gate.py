@@ -111,3 +111,19 @@ async def test_a_task_without_a_fix_may_be_unverified(clients: Clients):
     assert task.status == pb.TASK_STATUS_UNVERIFIED
     wanted = pb.TaskFilter(statuses=[pb.TASK_STATUS_UNVERIFIED])
     assert [task.id for task in await clients.tasks.all_tasks(wanted)] == [task_id]
+
+
+async def test_a_family_of_packages_is_in_one_split(clients: Clients):
+    name = samples.fresh("pkg")
+    one, other = (samples.task(package=package) for package in (name, f"python-{name}"))
+    one.split = "train"
+    await clients.tasks.import_tasks([one])
+    for split in ("test", "validation"):
+        other.split = split
+        with pytest.raises(InvalidArgument, match=f"{name} and python-{name}, of one family"):
+            await clients.tasks.import_tasks([other])
+    other.split = "train"
+    await clients.tasks.import_tasks([other])
+    with pytest.raises(InvalidArgument, match="of one family"):
+        await clients.tasks.split_tasks({other.id: "test"})
+    await clients.tasks.split_tasks({one.id: "test", other.id: "test"})

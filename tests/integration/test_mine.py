@@ -1,11 +1,7 @@
 """The miner from a list of culprits to admitted tasks: a local index, real sandboxes."""
 
 import asyncio
-import io
 import re
-import shutil
-import tarfile
-import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import date
@@ -21,18 +17,14 @@ from regreen.mine.lab import MiningClient
 from regreen.mine.report import report
 from regreen.mine.store import Journal
 from regreen.mine.work import Bounds, Mine, export
-from regreen.rpc.errors import InvalidArgument, MissingDependency
+from regreen.rpc.errors import InvalidArgument
 from regreen.sandbox.v1 import sandbox_pb2 as pb
 from regreen.tasks.jsonl import load_distributions, load_tasks
 from regreen.tasks.pin import TOOLS
-from sandbox_svc.__main__ import serving as sandbox_serving
-from sandbox_svc.settings import SandboxSettings
-from tests.fixtures.index import wheel_index
-from tests.fixtures.policy.http import serving
+from tests.fixtures.mining import Place, mining_place, write_sdist
 from tests.fixtures.tasks.tiny_task import PYTHON, RUNNER, repack, write_wheel
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-LOOPBACK = {"listen": "127.0.0.1:0", "metrics": "127.0.0.1:0", "drain_s": 0.2}
 DAY = date(2023, 1, 1)
 OLD, NEW = b"def hello():\n    return 'Hello'\n", b"def salute():\n    return 'Hello'\n"
 RELEASES = {"1.0": OLD, "1.1": OLD, "1.2": OLD, "2.0": NEW, "2.1": NEW, "3.0": NEW}
@@ -46,14 +38,10 @@ TESTS = (
 GREET = "from wordlib import hello\n\n\ndef greeting(name):\n    return f'{hello()}, {name}!'\n"
 
 
-def write_sdist(folder: Path, name: str, files: dict[str, str], requires: tuple[str, ...]) -> None:
+def released(folder: Path, name: str, files: dict[str, str], requires: tuple[str, ...]) -> None:
     info = "".join(f"Requires-Dist: {line}\n" for line in (*RUNNER, *requires))
     head = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\nLicense: MIT\n"
-    with tarfile.open(folder / f"{name}-1.0.tar.gz", "w:gz") as tar:
-        for path, text in {**files, "PKG-INFO": head + info}.items():
-            member = tarfile.TarInfo(f"{name}-1.0/{path}")
-            member.size = len(text.encode())
-            tar.addfile(member, io.BytesIO(text.encode()))
+    write_sdist(folder, name, {**files, "PKG-INFO": head + info})
 
 
 def fill(folder: Path) -> dict[str, str]:
@@ -68,22 +56,18 @@ def fill(folder: Path) -> dict[str, str]:
         if version != "1.0":
             days[path.name] = "2023-06-01"
     files = {"greet/__init__.py": GREET, "tests/test_greet.py": TESTS}
-    write_sdist(folder, "greet", files, ("wordlib",))
-    write_sdist(folder, "bare", {"bare.py": "x = 1\n"}, ("wordlib",))
+    released(folder, "greet", files, ("wordlib",))
+    released(folder, "bare", {"bare.py": "x = 1\n"}, ("wordlib",))
     plain = TESTS.replace("from greet import greeting", "greeting = 'Hello, {}!'.format")
-    write_sdist(folder, "plain", {"plain.py": "", "tests/test_plain.py": plain}, ("wordlib",))
+    released(folder, "plain", {"plain.py": "", "tests/test_plain.py": plain}, ("wordlib",))
     failing = TESTS.replace("== 4", "== 5").replace("== 2", "== 3")
     files = {"f.py": "", "setup.py": "raise SystemExit(1)\n", "tests/test_f.py": failing}
-    write_sdist(folder, "failing", files, ("wordlib",))
+    released(folder, "failing", files, ("wordlib",))
     return days
 
 
 @dataclass(frozen=True)
-class World:
-    address: str
-    index: str
-    folder: Path
-
+class World(Place):
     async def mine(self, *packages: str, **bounds: object) -> Journal:
         journal = Journal(self.folder / "journal.db")
         hints = (("wordlib", "3.0"),)
@@ -109,22 +93,8 @@ _ENDED: list[str] = []
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def world() -> AsyncIterator[World]:
-    home = Path(tempfile.mkdtemp(prefix="regreen-mine-"))
-    home.chmod(0o711)
-    (home / "files").mkdir()
-    days = fill(home / "files")
-    settings = SandboxSettings(home=home / "box", warm_seats=1, warm_states=0, **LOOPBACK)
-    with pytest.MonkeyPatch.context() as patch:
-        try:
-            async with serving(wheel_index(home / "files", days)) as url:
-                patch.setenv("REGREEN_INDEX_URL", f"{url}/simple/")
-                patch.setenv("UV_CACHE_DIR", str(home / "cache"))
-                async with sandbox_serving(settings) as box:
-                    yield World(box.address, f"{url}/simple/", home / "work")
-        except MissingDependency as error:
-            pytest.skip(f"no sandboxes here: {error}")
-        finally:
-            shutil.rmtree(home, ignore_errors=True)
+    async with mining_place(fill) as place:
+        yield World(place.address, place.index, place.folder)
 
 
 def reasons(journal: Journal) -> dict[str, str]:

@@ -1,10 +1,6 @@
 """The further kinds of mining on tiny packages: a local index, real sandboxes, the real gate."""
 
-import io
 import re
-import shutil
-import tarfile
-import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import date
@@ -18,18 +14,13 @@ from regreen.client.sandbox import SandboxClient, StateClient
 from regreen.mine.culprits import Candidate
 from regreen.mine.store import Journal
 from regreen.mine.work import Bounds, Mine, export
-from regreen.rpc.errors import MissingDependency
 from regreen.tasks.jsonl import load_tasks
 from regreen.tasks.model import TaskRecord
 from regreen.tasks.pin import TOOLS
-from sandbox_svc.__main__ import serving as sandbox_serving
-from sandbox_svc.settings import SandboxSettings
-from tests.fixtures.index import wheel_index
-from tests.fixtures.policy.http import serving
+from tests.fixtures.mining import Place, mining_place, write_sdist
 from tests.fixtures.tasks.tiny_task import RUNNER, repack, write_wheel
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-LOOPBACK = {"listen": "127.0.0.1:0", "metrics": "127.0.0.1:0", "drain_s": 0.2}
 DAY = date(2023, 1, 1)
 BACKEND = """
 import base64, hashlib, pathlib, re, zipfile
@@ -72,7 +63,7 @@ SOURCE = "from wordlib import hello\n\n\ndef word():\n    return hello()\n"
 WORDS = {"wordlib.py": b"def hello():\n    return 'hello'\n"}
 
 
-def write_sdist(folder: Path, name: str, settings: str, requires: str, tests: str = "") -> None:
+def released(folder: Path, name: str, settings: str, requires: str, tests: str = "") -> None:
     requires = ";".join([*RUNNER, requires])
     lines = [f"Requires-Dist: {line}\n" for line in requires.split(";")]
     head = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\nLicense: MIT\n{''.join(lines)}"
@@ -85,11 +76,7 @@ def write_sdist(folder: Path, name: str, settings: str, requires: str, tests: st
         f"tests/test_{name}.py": tests or TESTS.format(name),
         f"{name}.egg-info/top_level.txt": f"{name}\n",
     }
-    with tarfile.open(folder / f"{name}-1.0.tar.gz", "w:gz") as tar:
-        for path, text in files.items():
-            member = tarfile.TarInfo(f"{name}-1.0/{path}")
-            member.size = len(text.encode())
-            tar.addfile(member, io.BytesIO(text.encode()))
+    write_sdist(folder, name, files)
 
 
 def requiring(folder: Path, name: str, version: str, requires: str) -> Path:
@@ -114,9 +101,9 @@ def fill(folder: Path) -> dict[str, str]:
     requiring(folder, "loudlib", "1.0", "wordlib")
     late += [requiring(folder, "loudlib", version, "wordlib>=2").name for version in ("1.1", "1.2")]
     late += [f"setuptools-{version}-py3-none-any.whl" for version in ("77.0.3", "78.0.1")]
-    write_sdist(folder, "bounded", "", "wordlib<2")
-    write_sdist(folder, "indirect", "", "wordlib>=1,<2;loudlib")
-    write_sdist(folder, "unbounded", "", "wordlib")
+    released(folder, "bounded", "", "wordlib<2")
+    released(folder, "indirect", "", "wordlib>=1,<2;loudlib")
+    released(folder, "unbounded", "", "wordlib")
     for version, fixture in (("1.0", "mark"), ("1.1", "mark"), ("2.0", "sign")):
         text = f"import pytest\n\n\n@pytest.fixture\ndef {fixture}():\n    return 1\n"
         entry = b"[pytest11]\nmarklib = marklib\n"
@@ -125,17 +112,13 @@ def fill(folder: Path) -> dict[str, str]:
         path = write_wheel(folder, "marklib", version, files)
         late += [path.name] if version != "1.0" else []
     more = "\n\ndef test_marked(mark):\n    assert mark == 1\n"
-    write_sdist(folder, "marked", "", "wordlib;marklib", tests=TESTS.format("marked") + more)
-    write_sdist(folder, "dashed", "description-file = README\n", "wordlib")
+    released(folder, "marked", "", "wordlib;marklib", tests=TESTS.format("marked") + more)
+    released(folder, "dashed", "description-file = README\n", "wordlib")
     return dict.fromkeys(late, "2024-06-01")
 
 
 @dataclass(frozen=True)
-class World:
-    address: str
-    index: str
-    folder: Path
-
+class World(Place):
     async def mine(
         self, kind: str, *packages: str, hints: tuple[tuple[str, str], ...] = ()
     ) -> Journal:
@@ -154,22 +137,8 @@ class World:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def world() -> AsyncIterator[World]:
-    home = Path(tempfile.mkdtemp(prefix="regreen-mine-"))
-    home.chmod(0o711)
-    (home / "files").mkdir()
-    days = fill(home / "files")
-    settings = SandboxSettings(home=home / "box", warm_seats=1, warm_states=0, **LOOPBACK)
-    with pytest.MonkeyPatch.context() as patch:
-        try:
-            async with serving(wheel_index(home / "files", days)) as url:
-                patch.setenv("REGREEN_INDEX_URL", f"{url}/simple/")
-                patch.setenv("UV_CACHE_DIR", str(home / "cache"))
-                async with sandbox_serving(settings) as box:
-                    yield World(box.address, f"{url}/simple/", home / "work")
-        except MissingDependency as error:
-            pytest.skip(f"no sandboxes here: {error}")
-        finally:
-            shutil.rmtree(home, ignore_errors=True)
+    async with mining_place(fill) as place:
+        yield World(place.address, place.index, place.folder)
 
 
 def ends(journal: Journal, kind: str) -> dict[str, str]:

@@ -43,7 +43,7 @@ def read(path: Path) -> list[Foreign | Native]:
 
 def update(placed: Placed) -> Foreign:
     """One update."""
-    commit, project = placed.text("breakingCommit"), placed.text("project")
+    commit, project = placed.name("breakingCommit"), placed.name("project")
     if not _COMMIT.fullmatch(commit):
         problem = f"is {commit[:50]!r}, no commit"
         remedy = "give 40 hexadecimal digits"
@@ -53,7 +53,7 @@ def update(placed: Placed) -> Foreign:
         field = f"{placed.where} field updatedDependency"
         raise InvalidArgument(field, "is missing or no object", "give the dependency that moved")
     moved = Placed(f"{placed.where} field updatedDependency", inner)
-    group, artifact = moved.text("dependencyGroupID"), moved.text("dependencyArtifactID")
+    group, artifact = moved.name("dependencyGroupID"), moved.name("dependencyArtifactID")
     category = placed.text("failureCategory")
     if category not in CATEGORIES:
         known = ", ".join(sorted(CATEGORIES))
@@ -65,19 +65,19 @@ def update(placed: Placed) -> Foreign:
         field = f"{placed.where} field breakingUpdateReproductionCommand"
         problem = f"{command[:80]!r} names no image"
         raise InvalidArgument(field, problem, "give `docker run IMAGE`")
-    java = placed.text("javaVersionUsedForReproduction")
-    licence = placed.text("licenseInfo", required=False)
+    java = placed.name("javaVersionUsedForReproduction")
+    licence = placed.name("licenseInfo", required=False)
     return Foreign(
         format=name,
-        id=task_id(f"{project}-{commit}"),
-        package=f"{placed.text('projectOrganisation')}/{project}",
+        id=task_id(f"{project}-{commit}", placed.where),
+        package=f"{placed.name('projectOrganisation')}/{project}",
         version=commit[:12],
-        document=placed.row,
+        document=placed.document(),
         needs=(f"image {image[1]}", f"a builder for Maven with Java {java}"),
         kind="dependency-upgrade",
         category=CATEGORIES[category],
         keep_new=True,
-        culprit=(f"{group}:{artifact}", moved.text("previousVersion"), moved.text("newVersion")),
+        culprit=(f"{group}:{artifact}", moved.name("previousVersion"), moved.name("newVersion")),
         licence="" if licence in ("NOASSERTION", "No license found") else licence,
     )
 
@@ -93,6 +93,9 @@ def write(items: Sequence[Item], out: Path) -> Written:
         document = json.loads(foreign.document_json)
         update(Placed(f"task {item.task.id}", document))  # what names the file is a commit
         path = out / f"{document['breakingCommit']}.json"
+        if path in written.paths:
+            written.left_out[item.task.id] = "has the breaking commit of another task"
+            continue
         path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", "utf-8")
         written.paths.append(path)
         written.count += 1

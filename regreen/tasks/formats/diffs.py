@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from regreen.rpc.errors import InvalidArgument
 
-_HUNK = re.compile(r"@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))? @@(.*)", re.DOTALL)
+_HUNK = re.compile(r"@@ -(\d{1,9})(?:,(\d{1,9}))? \+(\d{1,9})(?:,(\d{1,9}))? @@(.*)", re.DOTALL)
+_BEGINS = ("--- ", "diff --git ", "GIT binary patch", "Binary files ")
 _SWAPPED = {"new file mode": "deleted file mode", "deleted file mode": "new file mode"}
 _PAIRS = (("rename from ", "rename to "), ("copy from ", "copy to "), ("old mode ", "new mode "))
 
@@ -24,6 +25,8 @@ def reversed_diff(text: str, where: str = "patch") -> str:
     head: list[str] = []
     lines = text.split("\n")
     place = 0
+    if not any(line.startswith(_BEGINS) for line in lines):
+        raise InvalidArgument(where, "is no unified diff", "give the output of git diff")
     while place < len(lines):
         line = lines[place]
         place += 1

@@ -5,7 +5,6 @@
 - A file whose visible part says other than this part is refused, never guessed.
 """
 
-import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,6 +14,7 @@ from pydantic import ValidationError
 from regreen.dataset import v1 as pb
 from regreen.rpc.errors import InvalidArgument
 from regreen.tasks.formats.items import DECIDED_FIELDS, Item, Native, compact
+from regreen.tasks.formats.rows import parsed
 from regreen.tasks.model import TaskRecord
 from regreen.tasks.records import RECORD_LABEL, record_sha256
 
@@ -51,14 +51,15 @@ def decode(text: str, where: str, *, id: str, fail_to_pass: Iterable[str]) -> Na
     field = f"{where} field {KEY}"
     remedy = f"export it again, or remove {KEY!r} to import what the format itself holds"
     try:
-        document = json.loads(text)
+        document = parsed(text)
         if document.get("version") != _VERSION:
             problem = f"has version {document.get('version')!r}, not {_VERSION}"
             raise InvalidArgument(field, problem, "use the release that wrote it")
         task = undecided(ParseDict(document["task"], pb.Task()))
         kept = document.get("record")
         record = TaskRecord.model_validate(kept) if kept is not None else None
-    except (ParseError, ValidationError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ParseError, ValidationError, ValueError, LookupError, AttributeError, TypeError,
+            RecursionError) as error:  # fmt: skip
         if isinstance(error, InvalidArgument):
             raise
         raise InvalidArgument(field, f"cannot be read: {_told(error)}", remedy) from error
@@ -66,7 +67,12 @@ def decode(text: str, where: str, *, id: str, fail_to_pass: Iterable[str]) -> Na
         raise InvalidArgument(field, f"is of task {task.id!r}, the row of {id!r}", remedy)
     if sorted(set(fail_to_pass)) != sorted(task.fail_to_pass):
         raise InvalidArgument(field, "has other failing tests than the row", remedy)
-    if record is not None and task.labels.get(RECORD_LABEL) != record_sha256(record):
+    of_task = record is None or (
+        task.labels.get(RECORD_LABEL) == record_sha256(record)
+        and task.id in (record.id, f"{record.id}@{task.environment.python}")
+        and (task.labels.get("control") == "true") == record.control
+    )
+    if not of_task:
         raise InvalidArgument(field, "has a record that is not that of its task", remedy)
     return Native(task, record)
 
@@ -76,4 +82,4 @@ def _told(error: Exception) -> str:
     if isinstance(error, ValidationError):
         first = error.errors(include_url=False)[0]
         return f"record.{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    return str(error).replace("\n", " ")
+    return str(error).replace("\n", " ")[:300]

@@ -15,8 +15,9 @@ import re
 import shlex
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib import resources
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from google.protobuf.json_format import MessageToDict
@@ -29,17 +30,25 @@ from regreen.tasks.formats.extension import decode, encode
 from regreen.tasks.formats.items import (
     Foreign,
     Item,
+    LeftOut,
     Native,
     Written,
     chosen_fix,
+    gold_patch,
+    own_document,
     statement,
     task_id,
 )
-from regreen.tasks.patch import LOCK_NAME, unified_from
+from regreen.tasks.formats.rows import Placed, parsed, placed
+from regreen.tasks.local import MAX_TREE_BYTES
+from regreen.tasks.patch import LOCK_NAME
+from regreen.tasks.reading import bounded
 
 name = "harbor"
 MAX_TASK_BYTES = 8 << 20
 CONFIG, OURS = "task.toml", "solution/regreen.json"
+MAX_FILES = 10_000
+_STEP = re.compile(r"\w[\w.-]{0,199}")
 _SKIPPED = frozenset({".git", "__pycache__", ".DS_Store"})
 
 
@@ -58,6 +67,9 @@ def read(path: Path) -> list[Foreign | Native]:
     if (path / CONFIG).is_file():
         return [_read_task(path)]
     found = sorted(config.parent for config in path.glob(f"*/{CONFIG}"))
+    for folder in found:
+        if folder.is_symlink():
+            raise InvalidArgument(folder.name, "is a link", "put the directory itself there")
     if not found:
         remedy = "name a task directory, or a directory of them"
         raise InvalidArgument(str(path), f"has no {CONFIG}", remedy)
@@ -69,16 +81,21 @@ def _read_task(folder: Path) -> Foreign | Native:
     if (folder / OURS).is_file():
         return _native(folder, config)
     files = dict(_files(folder))
-    package = config.get("task", {}).get("name") or folder.name
+    where = f"{folder.name}/{CONFIG}"
+    table = config.get("task", {})
+    task = Placed(f"{where} field task", {k: v for k, v in table.items() if v not in ("", None)})
+    package = task.name("name", required=False) or folder.name
     metadata = config.get("metadata", {})
     return Foreign(
         format=name,
-        id=task_id(package),
+        id=task_id(package, where),
         package=package,
-        document={"files": files},
+        document=Placed(folder.name, {"files": files}).document(),
         needs=tuple(_needs(folder, config)),
         kind="harbor",
-        version=str(config.get("task", {}).get("version") or ""),
+        version=Placed(where, {"version": str(table.get("version") or "")}).name(
+            "version", required=False
+        ),
         split="train",
         category=_slug(metadata.get("category")),
     )
@@ -91,11 +108,11 @@ def _slug(value: object) -> str:
 def _config(folder: Path) -> dict[str, Any]:
     where = f"{folder.name}/{CONFIG}"
     try:
-        config = tomllib.loads((folder / CONFIG).read_text("utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidArgument(where, f"cannot be read: {error}", "make it readable") from error
+        config = tomllib.loads(_text(folder, CONFIG))
     except tomllib.TOMLDecodeError as error:
         raise InvalidArgument(where, f"is no TOML: {error}", "correct that line") from error
+    except RecursionError as error:
+        raise InvalidArgument(where, "is nested too deeply", "write fewer lists") from error
     for section in ("task", "metadata", "verifier", "agent", "environment"):
         if not isinstance(config.get(section, {}), dict):
             raise InvalidArgument(f"{where} field {section}", "is no table", f"write [{section}]")
@@ -106,6 +123,19 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def _text(folder: Path, place: str) -> str:
+    """A text file of a task; never what a link leads to.
+
+    Raises:
+        InvalidArgument: it cannot be read, is too large, or no UTF-8.
+    """
+    where = f"{folder.name}/{place}"
+    try:
+        return bounded(folder / place, where, MAX_TASK_BYTES, follow=False).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidArgument(where, f"cannot be read: {error}", "write it as UTF-8") from error
+
+
 def _needs(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
     """What a task waits for; refuses a directory that lacks a part.
 
@@ -114,10 +144,14 @@ def _needs(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
     """
     environment = config.get("environment", {})
     steps = config.get("steps") or []
+    if not isinstance(steps, list):
+        raise InvalidArgument(
+            f"{folder.name}/{CONFIG} field steps", "is no list", "write [[steps]]"
+        )
     image = environment.get("docker_image")
-    if image is not None and (not isinstance(image, str) or not image):
-        where = f"{folder.name}/{CONFIG} field environment.docker_image"
-        raise InvalidArgument(where, f"is {image!r}", "give the name of an image")
+    if image is not None:
+        where = f"{folder.name}/{CONFIG} field environment"
+        image = Placed(where, environment).name("docker_image")
     if image:
         yield f"image {image}"
     elif any(folder.glob("environment/docker-compose.y*ml")):
@@ -132,9 +166,11 @@ def _needs(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
     script = "test.bat" if windows else "test.sh"
     wanted = ["instruction.md"] if not steps else []
     for place, step in enumerate(steps):
-        if not isinstance(step, dict) or not isinstance(step.get("name"), str):
+        named = step.get("name") if isinstance(step, dict) else None
+        if not isinstance(named, str) or not _STEP.fullmatch(named):
             where = f"{folder.name}/{CONFIG} field steps[{place}].name"
-            raise InvalidArgument(where, "is missing", "name a directory under steps/")
+            problem = "is missing" if named is None else f"is {named!r}"
+            raise InvalidArgument(where, problem, "name a directory under steps/")
         wanted.append(f"steps/{step['name']}/instruction.md")
     for part in wanted:
         if not (folder / part).is_file():
@@ -153,30 +189,41 @@ def _files(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every file of a task, bounded in size.
 
     Raises:
-        InvalidArgument: a link, an unreadable file, or too many bytes.
+        InvalidArgument: a link, what is no file, an unreadable one, too many of them or too large.
     """
     total = 0
-    for path in sorted(folder.rglob("*")):
-        if _SKIPPED & set(path.relative_to(folder).parts):
-            continue
-        place = f"{folder.name}/{path.relative_to(folder)}"
-        if path.is_symlink():
-            raise InvalidArgument(place, "is a link", "put the file itself there")
-        if not path.is_file():
-            continue
-        total += path.stat().st_size
+    remedy = "build its image and name it as environment.docker_image"
+    for count, path in enumerate(_below(folder)):
+        inner = path.relative_to(folder).as_posix()
+        place = f"{folder.name}/{inner}"
+        if count >= MAX_FILES:
+            raise InvalidArgument(place, f"is one of more than {MAX_FILES} files", remedy)
+        if not inner.isprintable():
+            raise InvalidArgument(place, f"{inner!r} is no name in Unicode", "rename the file")
+        data = bounded(path, place, MAX_TASK_BYTES, follow=False)
+        total += len(data)
         if total > MAX_TASK_BYTES:
-            remedy = "build its image and name it as environment.docker_image"
             limit = f"makes the task larger than {MAX_TASK_BYTES >> 20} MiB"
             raise InvalidArgument(place, limit, remedy)
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise InvalidArgument(place, str(error), "make it readable") from error
         entry: dict[str, Any] = _content(data)
         if path.stat().st_mode & 0o100:
             entry["executable"] = True
-        yield path.relative_to(folder).as_posix(), entry
+        yield inner, entry
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """What is no directory in a directory, at any depth, in order; links are not followed."""
+    left = [folder]
+    while left:
+        here = left.pop()
+        try:
+            found = sorted(here.iterdir(), reverse=True)
+        except OSError as error:
+            place = f"{folder.name}/{here.relative_to(folder)}"
+            raise InvalidArgument(place, f"cannot be read: {error.strerror}") from error
+        inner = [path for path in found if path.name not in _SKIPPED]
+        left += [path for path in inner if path.is_dir() and not path.is_symlink()]
+        yield from (path for path in reversed(inner) if path.is_symlink() or not path.is_dir())
 
 
 def _content(data: bytes) -> dict[str, Any]:
@@ -188,12 +235,15 @@ def _content(data: bytes) -> dict[str, Any]:
 
 def _native(folder: Path, config: Mapping[str, Any]) -> Native:
     where = f"{folder.name}/{OURS}"
-    id = config.get("metadata", {}).get("regreen", {}).get("id", "")
+    ours = config.get("metadata", {}).get("regreen", {})
+    id = ours.get("id", "") if isinstance(ours, dict) else ""
+    text, said = _text(folder, OURS), _text(folder, "tests/required.json")
     try:
-        text = (folder / OURS).read_text("utf-8")
-        required = json.loads((folder / "tests/required.json").read_text("utf-8"))
-        named = required["fail_to_pass"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        required = placed(f"{folder.name}/tests/required.json", parsed(said))
+        named = required.ids("fail_to_pass")
+    except ValueError as error:
+        if isinstance(error, InvalidArgument):
+            raise
         remedy = f"export it again, or remove {OURS}"
         raise InvalidArgument(where, f"or tests/required.json: {error}", remedy) from error
     found = decode(text, where, id=id, fail_to_pass=named)
@@ -201,10 +251,7 @@ def _native(folder: Path, config: Mapping[str, Any]) -> Native:
     if not digest:
         return found
     place = f"{folder.name}/environment/repo.tar"
-    try:
-        tree = (folder / "environment/repo.tar").read_bytes()
-    except OSError as error:
-        raise InvalidArgument(place, str(error), "export the task again") from error
+    tree = bounded(folder / "environment/repo.tar", place, MAX_TREE_BYTES, follow=False)
     if hashlib.sha256(tree).hexdigest() != digest:
         raise InvalidArgument(place, "is not the tree of the task", "export the task again")
     return Native(found.task, found.record, tree)
@@ -216,51 +263,73 @@ def write(items: Sequence[Item], out: Path) -> Written:
     for item in items:
         task = item.task
         target = out / task.id
-        if task.HasField("foreign"):
-            if task.foreign.format != name:
-                reason = f"is a task of {task.foreign.format}: export it to that, or to parquet"
-                written.left_out[task.id] = reason
-                continue
-            restore(json.loads(task.foreign.document_json).get("files", {}), target)
-        elif reason := _write_native(item, target):
-            written.left_out[task.id] = reason
+        try:
+            if task.HasField("foreign"):
+                restore(own_document(task, name).get("files"), target)
+            else:
+                _write_native(item, target)
+        except LeftOut as reason:
+            written.left_out[task.id] = str(reason)
             continue
         written.paths.append(target)
         written.count += 1
     return written
 
 
-def restore(files: Mapping[str, Mapping[str, Any]], target: Path) -> None:
+def restore(files: object, target: Path) -> None:
+    """Write the files of a document below a directory.
+
+    Raises:
+        InvalidArgument: the document is none, or a file of it leaves the directory.
+    """
+    remedy = "import the task again"
+    if not isinstance(files, Mapping):
+        raise InvalidArgument("files", "is no object", remedy)
     for place, entry in files.items():
-        data = entry["text"].encode() if "text" in entry else base64.b64decode(entry["base64"])
-        _put(target, place, data, executable=bool(entry.get("executable")))
+        try:
+            text = entry.get("text")
+            data = (
+                text.encode()
+                if text is not None
+                else base64.b64decode(entry["base64"], validate=True)
+            )
+            _put(target, place, data, executable=bool(entry.get("executable")))
+        except InvalidArgument:
+            raise
+        except (ValueError, LookupError, AttributeError, TypeError) as error:
+            raise InvalidArgument(f"files.{place[:200]}", f"is no file: {error}", remedy) from error
+        except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+            raise InvalidArgument(f"files.{place[:200]}", "is a directory too", remedy) from error
 
 
 def _put(target: Path, place: str, data: bytes, *, executable: bool = False) -> None:
+    parts = PurePosixPath(place).parts
+    if not parts or ".." in parts or place.startswith("/") or not place.isprintable():
+        raise InvalidArgument(f"files.{place[:200]!r}", "leaves the task", "import the task again")
     path = target / place
-    if not path.resolve().is_relative_to(target.resolve()):
-        raise InvalidArgument(place, "leaves the task", "import the task again")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
     path.chmod(0o755 if executable else 0o644)
 
 
-def _write_native(item: Item, target: Path) -> str:
-    """Write a task of ours; why it cannot be, where it cannot."""
+def _write_native(item: Item, target: Path) -> None:
+    """Write a task of ours.
+
+    Raises:
+        LeftOut: it cannot be; nothing was written.
+    """
     task = item.task
     spec = task.environment
     fixes = [fix for fix in task.fixes if not _moves_python(spec, fix)]
     fix = chosen_fix(pb.Task(fixes=fixes))
     if fix is None and task.fixes and len(fixes) < len(task.fixes):
-        return "its fix chooses another interpreter, which one image cannot"
+        raise LeftOut("its fix chooses another interpreter, which one image cannot")
     if spec.overlay:
-        return "lays files over its source that are not in an archive"
+        raise LeftOut("lays files over its source that are not in an archive")
     if spec.HasField("source_tree") and not item.tree:
-        return "its tree is not in the blob store"
+        raise LeftOut("its tree is not in the blob store")
     if fix is not None:
-        patch = unified_from(item.before, fix.changes)
-        if "\nBinary files " in patch:
-            return "its fix changes binary files"
+        patch = gold_patch(replace(item, task=pb.Task(fixes=fixes)))
         _put(target, "solution/solve.sh", _solve(spec, fix).encode(), executable=True)
         _put(target, "solution/fix.patch", patch.encode())
     _put(target, OURS, encode(item).encode())
@@ -281,7 +350,6 @@ def _write_native(item: Item, target: Path) -> str:
         "pass_to_pass": sorted(item.pass_to_pass),
     }
     _put(target, "tests/required.json", json.dumps(required, indent=1).encode())
-    return ""
 
 
 def _shipped(file: str) -> bytes:
@@ -347,6 +415,11 @@ WORKDIR /work/repo
 """
 
 
+def _quoted(text: str) -> str:
+    """A TOML text: JSON's, which has no surrogates to write and no DEL."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
 def _config_text(task: pb.Task) -> str:
     """The task.toml; the verifier needs no network, what a solver needs is the runner's choice."""
     spec = task.environment
@@ -364,14 +437,14 @@ def _config_text(task: pb.Task) -> str:
         'schema_version = "1.4"',
         "",
         "[task]",
-        f"name = {json.dumps(f'regreen/{short}')}",
-        f"description = {json.dumps(f'{spec.package} {spec.version}: tests fail')}",
+        f"name = {_quoted(f'regreen/{short}')}",
+        f"description = {_quoted(f'{spec.package} {spec.version}: tests fail')}",
         "",
         "[metadata]",
-        f"category = {json.dumps(task.category or 'build-repair')}",
+        f"category = {_quoted(task.category or 'build-repair')}",
         "",
         "[metadata.regreen]",
-        *(f"{key} = {json.dumps(value)}" for key, value in facts.items()),
+        *(f"{key} = {_quoted(value)}" for key, value in facts.items()),
         "",
         "[verifier]",
         f"timeout_sec = {timeout_s + 60.0}",

@@ -9,15 +9,17 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from regreen.common import v1 as common_pb
 from regreen.dataset import v1 as pb
+from regreen.rpc.errors import InvalidArgument
 from regreen.sandbox import v1 as sandbox_pb
 from regreen.tasks.model import TaskRecord
+from regreen.tasks.patch import unified_from
 
 FOREIGN_BUILDER = "foreign"
 DECIDED_FIELDS = (
@@ -115,6 +117,10 @@ class Written:
     """Task id, or reason of a row, to why it is not there."""
 
 
+class LeftOut(Exception):
+    """Why a task cannot be written in a format."""
+
+
 class Format(Protocol):
     """One format: a pair of functions."""
 
@@ -138,9 +144,17 @@ def compact(document: Mapping[str, Any]) -> str:
     return json.dumps(document, ensure_ascii=False, separators=(",", ":"))
 
 
-def task_id(text: str) -> str:
-    """A name of another system as a task id."""
-    return re.sub(r"[^A-Za-z0-9._+@=-]+", "__", text).strip("_.-+@=")[:200]
+def task_id(text: str, where: str) -> str:
+    """A name of another system as a task id.
+
+    Raises:
+        InvalidArgument: nothing of it can be one.
+    """
+    found = re.sub(r"[^A-Za-z0-9._+@=-]+", "__", text).strip("_.-+@=")[:200]
+    if not found:
+        remedy = "give a name with letters or digits"
+        raise InvalidArgument(where, f"is named {text[:80]!r}, which makes no task id", remedy)
+    return found
 
 
 def repository(task: pb.Task) -> str:
@@ -160,6 +174,49 @@ def chosen_fix(task: pb.Task) -> pb.ReferenceFix | None:
     known = [fix for fix in task.fixes if fix.changes]
     order = {origin: place for place, origin in enumerate(_PREFERRED)}
     return min(known, key=lambda fix: order.get(fix.origin, len(order)), default=None)
+
+
+def gold_patch(item: Item) -> str:
+    """The chosen fix as a unified diff.
+
+    Raises:
+        LeftOut: there is none, or it is no text.
+    """
+    fix = chosen_fix(item.task)
+    if fix is None:
+        raise LeftOut("has no fix that was worked out: gate it with `regreen tasks verify`")
+    patch = unified_from(item.before, fix.changes)
+    if "\nBinary files " in patch:
+        raise LeftOut("its fix changes binary files")
+    return patch
+
+
+def own_document(task: pb.Task, format: str) -> dict[str, Any]:
+    """The document of a task that came from a format.
+
+    Raises:
+        LeftOut: it came from another one.
+    """
+    if task.foreign.format != format:
+        reason = f"is a task of {task.foreign.format}: export it to that, or to parquet"
+        raise LeftOut(reason)
+    document: dict[str, Any] = json.loads(task.foreign.document_json)
+    return document
+
+
+def write_rows(
+    items: Sequence[Item], path: Path, row: Callable[[Item], Mapping[str, Any]]
+) -> Written:
+    """Write a file of one row a task, where `row` does not leave it out."""
+    written = Written(paths=[path])
+    with path.open("w", encoding="utf-8") as target:
+        for item in items:
+            try:
+                target.write(compact(row(item)) + "\n")
+                written.count += 1
+            except LeftOut as reason:
+                written.left_out[item.task.id] = str(reason)
+    return written
 
 
 def statement(task: pb.Task) -> str:

@@ -15,11 +15,14 @@ from typing import Any
 from regreen.rpc.errors import InvalidArgument, MissingDependency
 from regreen.tasks.formats import bump, harbor, swebench, swesmith
 from regreen.tasks.formats.extension import KEY
-from regreen.tasks.formats.items import Foreign, Item, Native, Written
-from regreen.tasks.formats.rows import Placed
+from regreen.tasks.formats.items import Foreign, Item, LeftOut, Native, Written
+from regreen.tasks.formats.rows import MAX_FILE_BYTES, Placed, parsed
+from regreen.tasks.formats.rows import placed as as_placed
 
 name = "parquet"
 FILE = "tasks.parquet"
+_ROWS = 64
+"""Rows that are unpacked at a time."""
 COLUMNS = (
     "repo",
     "instance_id",
@@ -54,12 +57,21 @@ def read(path: Path) -> list[Foreign | Native]:
         MissingDependency: pyarrow is not installed.
     """
     arrow, parquet = _arrow()
+    found: list[Foreign | Native] = []
+    size = 0
     try:
-        rows = parquet.read_table(path).to_pylist()
+        source = parquet.ParquetFile(path)
+        for batch in source.iter_batches(_ROWS):  # a small file may hold large columns
+            size += batch.nbytes
+            if size > MAX_FILE_BYTES:
+                remedy = f"split it into files of under {MAX_FILE_BYTES >> 20} MiB, unpacked"
+                raise InvalidArgument(path.name, "is too large", remedy)
+            for row in batch.to_pylist():
+                found.append(_task(Placed(f"{path.name} row {len(found) + 1}", row)))
     except (OSError, arrow.ArrowException) as error:
         remedy = "give a Parquet file"
         raise InvalidArgument(path.name, f"cannot be read: {error}", remedy) from error
-    return [_task(Placed(f"{path.name} row {n}", row)) for n, row in enumerate(rows, 1)]
+    return found
 
 
 def write(items: Sequence[Item], out: Path) -> Written:
@@ -72,11 +84,10 @@ def write(items: Sequence[Item], out: Path) -> Written:
     written = Written()
     rows = []
     for item in items:
-        found = _row(item)
-        if isinstance(found, str):
-            written.left_out[item.task.id] = found
-        else:
-            rows.append(found)
+        try:
+            rows.append(_row(item))
+        except LeftOut as reason:
+            written.left_out[item.task.id] = str(reason)
     schema = arrow.schema([(column, arrow.string()) for column in COLUMNS])
     path = out / FILE
     parquet.write_table(arrow.Table.from_pylist(rows, schema), path)
@@ -93,16 +104,16 @@ def _arrow() -> tuple[Any, Any]:
 
 def _task(placed: Placed) -> Foreign | Native:
     row = {key: value for key, value in placed.row.items() if value is not None}
-    document = row.get("document", "")
+    document = Placed(placed.where, row).text("document", required=False)
     if not document:
         read_one = swesmith.instance if "image_name" in row else swebench.instance
         return read_one(Placed(placed.where, row))
     try:
-        inner = json.loads(document)
+        inner = parsed(document)
     except ValueError as error:
         field = f"{placed.where} field document"
         raise InvalidArgument(field, f"is no JSON: {error}", "export it again") from error
-    return of_document(Placed(f"{placed.where} field document", inner), row)
+    return of_document(as_placed(f"{placed.where} field document", inner), row)
 
 
 def of_document(placed: Placed, row: dict[str, Any]) -> Foreign | Native:
@@ -117,7 +128,7 @@ def of_document(placed: Placed, row: dict[str, Any]) -> Foreign | Native:
         swesmith.name: swesmith.instance,
         bump.name: bump.update,
     }
-    if format in readers:
+    if isinstance(format, str) and format in readers:
         return readers[format](placed)
     if format == harbor.name:
         return _harbor(placed, row)
@@ -130,13 +141,17 @@ def _harbor(placed: Placed, row: dict[str, Any]) -> Foreign | Native:
     files = placed.row.get("files")
     if not isinstance(files, dict):
         raise InvalidArgument(f"{placed.where} field files", "is no object", "export it again")
+    named = Placed(placed.where.removesuffix(" field document"), row).name("repo", required=False)
     with tempfile.TemporaryDirectory(prefix="regreen-harbor-") as folder:
-        target = Path(folder) / str(row.get("repo", "task")).rpartition("/")[2]
+        last = named.rpartition("/")[2]
+        safe = last not in ("", ".", "..") and len(last.encode()) < 256
+        target = Path(folder) / (last if safe else "task")
+        target.mkdir()
         harbor.restore(files, target)
         return harbor.read(target)[0]
 
 
-def _row(item: Item) -> dict[str, str] | str:
+def _row(item: Item) -> dict[str, str]:
     task = item.task
     common = {
         "instance_id": task.id,
@@ -147,8 +162,7 @@ def _row(item: Item) -> dict[str, str] | str:
         "PASS_TO_PASS": "[]",
     }
     if not task.HasField("foreign"):
-        found = swebench.row(item)
-        return found if isinstance(found, str) else {**common, **found}
+        return {**common, **swebench.row(item)}
     document = json.loads(task.foreign.document_json)
     shown = {
         column: value if isinstance(value, str) else json.dumps(value)

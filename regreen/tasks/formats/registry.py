@@ -82,7 +82,7 @@ def _directory(path: Path) -> str:
 
 def only_file(path: Path) -> Path:
     """The one file of tasks in a directory, as an export makes it; else the path itself."""
-    inside = [p for p in path.glob("*") if p.suffix in (".jsonl", ".parquet")]
+    inside = [p for p in path.glob("*") if p.suffix in (".jsonl", ".parquet") and p.is_file()]
     return inside[0] if len(inside) == 1 else path
 
 

@@ -2,7 +2,8 @@
 
 - A row has `messages` as chat templates take them: tool calls as calls, results under the role
   `tool`; `text` style keeps the model's text as it was, calls and all.
-- What is left out is counted by reason: a hack, not solved, nothing said, a baseline's script.
+- What is left out is counted by reason: a control, a hack, not solved, nothing said, a baseline's
+  script.
 - Token ids are those that were sampled, with their loss mask, and only of exact rollouts.
 - It is written, never read: a chat is no task.
 """
@@ -69,6 +70,8 @@ def _answered(turn: pb.Turn, before: list[Message], style: str) -> Message:
 
 def left_out(trajectory: pb.Trajectory) -> str:
     """Why a trajectory is nothing to learn from; empty: it is."""
+    if trajectory.labels.get("control") == "true":
+        return "of a control"
     if trajectory.reward.hacks:
         return "flagged as a hack"
     if not trajectory.reward.solved:

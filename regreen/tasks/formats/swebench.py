@@ -21,15 +21,15 @@ from regreen.tasks.formats.items import (
     Item,
     Native,
     Written,
-    chosen_fix,
-    compact,
+    gold_patch,
+    own_document,
     repository,
     source_digest,
     statement,
     task_id,
+    write_rows,
 )
 from regreen.tasks.formats.rows import Placed, read_rows
-from regreen.tasks.patch import unified_from
 
 name = "swe-bench"
 FILE = "swe-bench.jsonl"
@@ -48,25 +48,28 @@ def read(path: Path) -> list[Foreign | Native]:
 
 def instance(placed: Placed) -> Foreign | Native:
     """One instance."""
-    id, repo = placed.text("instance_id"), placed.text("repo")
+    id, repo = placed.name("instance_id"), placed.name("repo")
     failing, passing = placed.ids("FAIL_TO_PASS"), placed.ids("PASS_TO_PASS")
     if placed.row.get(KEY):
         return decode(placed.text(KEY), placed.where, id=id, fail_to_pass=failing)
-    commit = placed.text("base_commit")
+    commit = placed.name("base_commit")
     placed.text("problem_statement")
-    for field in ("patch", "test_patch", "version", "image", "created_at"):
+    for field in ("patch", "test_patch"):
         placed.text(field, required=False)
+    version, image, _ = (
+        placed.name(field, required=False) for field in ("version", "image", "created_at")
+    )
     if "patch" not in placed.row:
         problem = "is missing"
         remedy = "give the gold patch; an empty text where it is held back"
         raise InvalidArgument(f"{placed.where} field patch", problem, remedy)
-    image = placed.text("image", required=False) or image_of(id)
+    image = image or image_of(id)
     return Foreign(
         format=name,
-        id=task_id(id),
+        id=task_id(id, placed.where),
         package=repo,
-        version=placed.text("version", required=False) or commit[:12],
-        document=placed.row,
+        version=version or commit[:12],
+        document=placed.document(),
         needs=(f"image {image}", f"git https://github.com/{repo} at {commit}"),
         kind="issue",
         fail_to_pass=failing,
@@ -81,40 +84,24 @@ def image_of(id: str) -> str:
 
 def write(items: Sequence[Item], out: Path) -> Written:
     """Write the tasks that have a known fix as one file of instances."""
-    written = Written()
-    lines = []
-    for item in items:
-        found = row(item)
-        if isinstance(found, str):
-            written.left_out[item.task.id] = found
-        else:
-            lines.append(compact(found) + "\n")
-    path = out / FILE
-    path.write_text("".join(lines), "utf-8")
-    written.paths, written.count = [path], len(lines)
-    return written
+    return write_rows(items, out / FILE, row)
 
 
-def row(item: Item) -> dict[str, Any] | str:
-    """A task as an instance, or why it is none."""
+def row(item: Item) -> dict[str, Any]:
+    """A task as an instance.
+
+    Raises:
+        LeftOut: it cannot be one.
+    """
     task = item.task
     if task.HasField("foreign"):
-        if task.foreign.format != name:
-            return f"is a task of {task.foreign.format}: export it to that, or to parquet"
-        document: dict[str, Any] = json.loads(task.foreign.document_json)
-        return document
-    fix = chosen_fix(task)
-    if fix is None:
-        return "has no fix that was worked out: gate it with `regreen tasks verify`"
+        return own_document(task, name)
     spec = task.environment
-    patch = unified_from(item.before, fix.changes)
-    if "\nBinary files " in patch:
-        return "its fix changes binary files"
     return {
         "repo": repository(task),
         "instance_id": task.id,
         "base_commit": source_digest(task),
-        "patch": patch,
+        "patch": gold_patch(item),
         "test_patch": "",
         "problem_statement": statement(task),
         "hints_text": "",

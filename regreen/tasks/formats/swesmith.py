@@ -5,7 +5,6 @@
   task travels in the field `regreen`.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,16 +17,16 @@ from regreen.tasks.formats.items import (
     Item,
     Native,
     Written,
-    chosen_fix,
-    compact,
+    gold_patch,
+    own_document,
     repository,
     source_digest,
     statement,
     task_id,
+    write_rows,
 )
 from regreen.tasks.formats.rows import Placed, read_rows
 from regreen.tasks.formats.swebench import image_name
-from regreen.tasks.patch import unified_from
 
 name = "swe-smith"
 FILE = "swe-smith.jsonl"
@@ -44,24 +43,24 @@ def read(path: Path) -> list[Foreign | Native]:
 
 def instance(placed: Placed) -> Foreign | Native:
     """One instance."""
-    id, repo = placed.text("instance_id"), placed.text("repo")
+    id, repo = placed.name("instance_id"), placed.name("repo")
     failing, passing = placed.ids("FAIL_TO_PASS"), placed.ids("PASS_TO_PASS")
     if placed.row.get(KEY):
         return decode(placed.text(KEY), placed.where, id=id, fail_to_pass=failing)
-    image = placed.text("image_name")
+    image = placed.name("image_name")
     bug = placed.text("patch")
     reversed_diff(bug, f"{placed.where} field patch")
     if not failing:
         remedy = "give the tests that the bug breaks"
         raise InvalidArgument(f"{placed.where} field FAIL_TO_PASS", "is empty", remedy)
-    commit = placed.text("base_commit", required=False)
+    commit = placed.name("base_commit", required=False)
     placed.text("problem_statement", required=False)
     return Foreign(
         format=name,
-        id=task_id(id),
+        id=task_id(id, placed.where),
         package=repo,
         version=commit[:12] or repo.rpartition(".")[2],
-        document=placed.row,
+        document=placed.document(),
         needs=(f"image {image}", f"git https://github.com/{repo} at branch {id}"),
         kind="injected-bug",
         fail_to_pass=failing,
@@ -72,38 +71,22 @@ def instance(placed: Placed) -> Foreign | Native:
 
 def write(items: Sequence[Item], out: Path) -> Written:
     """Write the tasks whose fix is a change of source as one file of instances."""
-    written = Written()
-    lines = []
-    for item in items:
-        found = row(item)
-        if isinstance(found, str):
-            written.left_out[item.task.id] = found
-        else:
-            lines.append(compact(found) + "\n")
-    path = out / FILE
-    path.write_text("".join(lines), "utf-8")
-    written.paths, written.count = [path], len(lines)
-    return written
+    return write_rows(items, out / FILE, row)
 
 
-def row(item: Item) -> dict[str, Any] | str:
-    """A task as an instance, or why it is none."""
+def row(item: Item) -> dict[str, Any]:
+    """A task as an instance.
+
+    Raises:
+        LeftOut: it cannot be one.
+    """
     task = item.task
     if task.HasField("foreign"):
-        if task.foreign.format != name:
-            return f"is a task of {task.foreign.format}: export it to that, or to parquet"
-        document: dict[str, Any] = json.loads(task.foreign.document_json)
-        return document
-    fix = chosen_fix(task)
-    if fix is None:
-        return "has no fix that was worked out: gate it with `regreen tasks verify`"
-    patch = unified_from(item.before, fix.changes)
-    if "\nBinary files " in patch:
-        return "its fix changes binary files"
+        return own_document(task, name)
     return {
         "instance_id": task.id,
         "repo": repository(task),
-        "patch": reversed_diff(patch),
+        "patch": reversed_diff(gold_patch(item)),
         "FAIL_TO_PASS": list(task.fail_to_pass),
         "PASS_TO_PASS": sorted(item.pass_to_pass),
         "created_at": task.create_time.ToJsonString() if task.HasField("create_time") else "",

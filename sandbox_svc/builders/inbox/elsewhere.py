@@ -6,6 +6,7 @@
 - Time that only passes (`monotonic`, `perf_counter`, `sleep`), time limits, file times, other
   programs and native code that asks the kernel itself keep the true clock.
 - The host name is that of `socket.gethostname`, `os.uname` and what is built on them; it resolves.
+  With it comes another number of processors, of `os.cpu_count` and `os.sched_getaffinity`.
 - What cannot be brought about is told, and left as it is.
 """
 
@@ -140,3 +141,23 @@ def _rename_host(name: str) -> None:
         if module is not None:
             module.gethostname = gethostname  # type: ignore[attr-defined]
     posix.uname = os.uname = uname
+    _count_processors()
+
+
+def _count_processors() -> None:
+    """One processor where there are several, else three."""
+    import os
+    import posix
+
+    count = 1 if (os.cpu_count() or 1) > 1 else 3
+    allowed = set(range(count))
+    true_affinity = posix.sched_getaffinity
+
+    def cpu_count() -> int:
+        return count
+
+    def sched_getaffinity(pid: int) -> Any:
+        return set(allowed) if pid == 0 else true_affinity(pid)
+
+    posix.cpu_count = os.cpu_count = cpu_count
+    posix.sched_getaffinity = os.sched_getaffinity = sched_getaffinity

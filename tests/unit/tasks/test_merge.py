@@ -6,8 +6,10 @@ import pytest
 
 from regreen.rpc.errors import InvalidArgument
 from regreen.tasks.jsonl import dump_lines, load_distributions, load_tasks, shipped_tasks
-from regreen.tasks.merge import merge, merged_tasks, split_of
-from regreen.tasks.model import DistributionRecord, FileRecord, TaskRecord, Tests
+from regreen.tasks.leaks import facts_of_record, leaks
+from regreen.tasks.merge import merge, merged_tasks
+from regreen.tasks.model import Culprit, DistributionRecord, FileRecord, TaskRecord, Tests
+from regreen.tasks.splits import Splits, split_of
 
 
 def task(id: str, package: str, **changes: object) -> TaskRecord:
@@ -86,3 +88,56 @@ def test_the_shipped_set_has_one_split_a_package() -> None:
     tasks = shipped_tasks()
     assert merged_tasks(tasks, tasks) == tasks
     assert {t.status for t in tasks} == {"admitted"}
+
+
+def broken_by(name: str, id: str, package: str, **changes: object) -> TaskRecord:
+    culprit = Culprit(name=name, good="1.0", bad="2.0")
+    return task(id, package, culprit=culprit, **changes)
+
+
+LINES = [f"E   TypeError: {word}() got an unexpected argument {word}" for word in "abcdefgh"]
+
+
+def test_what_a_late_culprit_broke_is_in_the_test_split_alone() -> None:
+    learning = next(f"p{n}" for n in range(99) if split_of(f"p{n}") == "train")
+    late = broken_by("pydantic", "a", learning)
+    assert [one.split for one in merged_tasks([], [late])] == ["test"]
+    there = [task("b", learning, split="train")]
+    splits = Splits(there)
+    assert merged_tasks(there, [late], splits) == there
+    assert splits.left_out == {"a": f"the culprit pydantic is held out, and {learning} is in train"}
+    learnt = [broken_by("pydantic", "c", "other", split="train")]
+    assert [one.split for one in merged_tasks(learnt, [late])] == ["train", "train"]
+
+
+def test_a_control_comes_into_the_test_split_or_not_at_all() -> None:
+    learning = next(f"p{n}" for n in range(99) if split_of(f"p{n}") == "train")
+    control = task("a", learning, control=True)
+    assert [one.split for one in merged_tasks([], [control])] == ["test"]
+    there = [task("b", learning, split="train")]
+    splits = Splits(there)
+    assert merged_tasks(there, [control], splits) == there
+    assert splits.left_out["a"].startswith("is a control, and")
+
+
+def test_what_would_give_a_task_away_goes_with_it_or_is_left_out() -> None:
+    there = [task("a", "one", split="validation", error_lines=LINES)]
+    near = task("b", "two", error_lines=LINES)
+    assert [one.split for one in merged_tasks(there, [near])] == ["validation", "validation"]
+    there.append(task("c", "two", split="train"))
+    splits = Splits(there)
+    assert merged_tasks(there, [near], splits) == there
+    assert "have nearly the same log (1.00)" in splits.left_out["b"]
+
+
+def test_a_family_has_one_split() -> None:
+    there = [task("a", "dateutil", split="validation")]
+    found = merged_tasks(there, [task("b", "python-dateutil")])
+    assert [one.split for one in found] == ["validation", "validation"]
+    with pytest.raises(InvalidArgument, match="of dateutil differs between its tasks"):
+        Splits([*there, task("b", "py-dateutil", split="test")])
+
+
+def test_the_shipped_set_takes_in_nothing_that_gives_it_away() -> None:
+    found = [facts_of_record(one) for one in merged_tasks(shipped_tasks(), [])]
+    assert not leaks(found)

@@ -1,6 +1,7 @@
 """What a test's outcome is found to hang on, over runs that a test makes up."""
 
 import itertools
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -26,7 +27,7 @@ async def found(rule, repeats: int = 3) -> tuple[dict[str, tuple[str, ...]], See
         outcomes = {id: "passed" if rule(id, around, number) else "failed" for id in ("a", "b")}
         seen.runs.append(Run(around, outcomes, f"run {number + 1}"))
 
-    for around in (*schedule(repeats), *elsewhere(repeats)):
+    for around in (*schedule(repeats), *elsewhere(repeats, 1.8e9)):
         await more(around)
     return await causes(seen, more), seen
 
@@ -36,11 +37,12 @@ def test_every_schedule_varies_order_and_hash_seed_and_begins_pinned(repeats):
     made = schedule(repeats)
     assert len(made) == repeats
     assert made[0] == PINNED
-    orders = {around.order for around in (*made, *elsewhere(repeats)) if around.order}
+    orders = {around.order for around in (*made, *elsewhere(repeats, 1.8e9)) if around.order}
     assert {order ^ 1 for order in orders} & orders, "an order and its reverse"
     assert any(around.hash_seed for around in made)
     assert len({around for around in made if around != PINNED}) >= min(repeats - 1, 2)
-    varied = set(itertools.chain.from_iterable(around.names for around in elsewhere(repeats)))
+    places = elsewhere(repeats, 1.8e9)
+    varied = set(itertools.chain.from_iterable(around.names for around in places))
     assert {"date", "host", "user", "path"} <= varied
 
 
@@ -83,3 +85,15 @@ async def test_nothing_more_is_run_where_nothing_differs():
     result, seen = await found(lambda id, around, _: id == "b")
     assert result == {}
     assert len(seen.runs) == 4
+
+
+@pytest.mark.parametrize("repeats", [2, 3, 5])
+def test_the_other_date_is_of_another_month_and_another_part_of_the_week(repeats):
+    for day in range(0, 800):
+        now = datetime(2026, 1, 1, 13, tzinfo=UTC) + timedelta(days=day)
+        for around in elsewhere(repeats, now.timestamp()):
+            there = now + timedelta(seconds=around.clock_s)
+            assert there > now
+            assert there.month != now.month
+            assert (there.weekday() > 4) != (now.weekday() > 4)
+            assert (there.hour > 11) != (now.hour > 11) or around.clock_s % 86_400 != 43_200
