@@ -174,6 +174,7 @@ RULES = (
         what="what was written for version 1 comes from pydantic.v1",
         signs=("pydantic",),
         changes=(Modules({"pydantic": "pydantic.v1"}, leave=("pydantic.v1",)),),
+        sweeping=True,
     ),
     Rule(
         name="anyio-4-names", culprit="anyio", since="3.0.0", gone="4.0.0",

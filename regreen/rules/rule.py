@@ -36,6 +36,8 @@ class Rule:
     signs: tuple[str, ...]
     changes: tuple[Change, ...]
     """One after the other."""
+    sweeping: bool = False
+    """Whether it takes files as a whole to another interface, so that a narrower rule may do."""
 
     def fits(self, moved: Moved) -> bool:
         """Whether a package moved over what this rule is about."""

@@ -1,6 +1,7 @@
 """Puts admitted records into a task set: `python -m regreen.tasks.merge MINED [--into SET]`.
 
-- Only admitted records come in; an id that the set has already keeps what the set says.
+- Only admitted records come in; an id that the set has already keeps what the set says, and gains
+  fixes of modes that it has none of.
 - A package has one split: that of its records in the set, else one that its name decides alone, so
   that the order in which records are found changes nothing.
 - Releases are merged file by file; a file that is listed with two hashes is refused.
@@ -11,14 +12,15 @@ import hashlib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from regreen.lockfile import normalize
 from regreen.rpc.errors import InvalidArgument
 from regreen.tasks.jsonl import dump_lines, load_distributions, load_tasks
-from regreen.tasks.model import DistributionRecord, TaskRecord
+from regreen.tasks.model import DistributionRecord, ModeName, TaskRecord
 
 Split = Literal["train", "validation", "test"]
+MODES = get_args(ModeName)
 SHIPPED = Path(__file__).with_name("data")
 _TEST, _VALIDATION = 20, 30
 """Of a hundred packages the first go to the test split, those up to the second to validation."""
@@ -41,15 +43,31 @@ def merged_tasks(old: Sequence[TaskRecord], new: Sequence[TaskRecord]) -> list[T
         package = normalize(task.package)
         if splits.setdefault(package, task.split) != task.split:
             raise InvalidArgument("split", f"of {package} differs between its tasks", "give it one")
-    known = {task.id for task in old}
+    known = {task.id: task for task in old}
     added = []
     for task in new:
-        if task.status == "admitted" and task.id not in known:
-            known.add(task.id)
+        if task.status != "admitted":
+            continue
+        if task.id in known:
+            known[task.id] = gaining(known[task.id], task)
+        else:
+            known[task.id] = task
             package = normalize(task.package)
             split = splits.get(package) or split_of(package)
             added.append(task.model_copy(update={"split": split}))
-    return [*old, *sorted(added, key=lambda task: (normalize(task.package), task.id))]
+    kept = [known[task.id] for task in old]
+    return [*kept, *sorted(added, key=lambda task: (normalize(task.package), task.id))]
+
+
+def gaining(old: TaskRecord, new: TaskRecord) -> TaskRecord:
+    """A record with the fixes of another of the same environment, for modes that it has none of."""
+    alike = ("sdist", "tree", "overlay", "python", "pins_pass", "pins_fail", "culprit")
+    if any(getattr(old, name) != getattr(new, name) for name in alike):
+        return old
+    have = {fix.mode for fix in old.fixes}
+    fixes = [*old.fixes, *(fix for fix in new.fixes if fix.mode not in have)]
+    modes = [mode for mode in MODES if any(fix.mode == mode for fix in fixes)]
+    return old.model_copy(update={"fixes": fixes, "modes": modes}) if len(modes) > 1 else old
 
 
 def merged_releases(
@@ -74,7 +92,7 @@ def merged_releases(
 
 
 def merge(mined: Path, into: Path) -> int:
-    """Merge one directory into another; how many tasks came in.
+    """Merge one directory into another; how many tasks came in or gained a fix.
 
     Raises:
         InvalidArgument: the two contradict each other; nothing was written.
@@ -93,7 +111,7 @@ def merge(mined: Path, into: Path) -> int:
     )
     (into / "tasks.jsonl").write_text(dump_lines(tasks), "utf-8")
     (into / "distributions.jsonl").write_text(dump_lines(releases), "utf-8")
-    return len(tasks) - len(old)
+    return len(tasks) - sum(one in old for one in tasks)
 
 
 def main() -> None:
@@ -102,7 +120,7 @@ def main() -> None:
     parser.add_argument("mined", type=Path, help="directory of the records to add")
     parser.add_argument("--into", type=Path, default=SHIPPED, help="task set; default: the shipped")
     options = parser.parse_args()
-    sys.stderr.write(f"{merge(options.mined, options.into)} tasks came in\n")
+    sys.stderr.write(f"{merge(options.mined, options.into)} tasks came in or gained a fix\n")
 
 
 if __name__ == "__main__":
