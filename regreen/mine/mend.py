@@ -14,7 +14,7 @@ from pathlib import Path
 
 from regreen.common.v1 import common_pb2
 from regreen.mine.facts import stable_ids
-from regreen.mine.mending import HOPELESS, Mended, mended, moved_of, source_texts
+from regreen.mine.mending import Mended, mended, moved_of, source_texts
 from regreen.rpc.errors import FailedPrecondition, InvalidArgument, RegreenError
 from regreen.sandbox.v1 import sandbox_pb2 as pb
 from regreen.tasks import environment as env
@@ -52,7 +52,13 @@ async def mend(
     texts = await _texts(gate, task)
     trial = _Trial(gate, task, say)
     try:
-        found: Mended = await mended(texts, moved_of(task), trial.passes)
+        found: Mended = await mended(
+            texts,
+            moved_of(task),
+            trial.passes,
+            blame=task.blame,
+            log="\n".join(task.error_lines),
+        )
     except (InvalidArgument, FailedPrecondition) as error:
         return Outcome(task, f"cannot be prepared: {error}", trial.runs)
     if found.fix is None:
@@ -69,8 +75,6 @@ def _useless(task: TaskRecord) -> str:
     """Why nothing is looked for; empty if something is."""
     if task.kind not in KINDS or task.sdist is None or task.control:
         return "is no upgrade of a release"
-    if task.blame in HOPELESS:
-        return f"blame is {task.blame}"
     if any(fix.origin == "rules" for fix in task.fixes):
         return "has a fix by rules"
     return ""

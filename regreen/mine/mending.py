@@ -3,6 +3,8 @@
 - Rules are asked for by what moved: the culprit, and the packages that had to move with it.
 - Nothing is run unless a rule changes a file of the project's source. Tests are never touched: the
   validator restores them, so that a fix of a test is no fix.
+- Where a failure points at what no source of the project mends, rules are tried only if the log
+  speaks of what one of them is about.
 - Everything that rules change is tried at once. If that passes, each rule and then each file is
   left out in turn, and stays out where the tests pass without it.
 """
@@ -70,9 +72,13 @@ def source_texts(archive: bytes, roots: Sequence[str]) -> dict[str, str]:
     return found
 
 
-async def mended(texts: Mapping[str, str], moved: Moved, passes: Passes) -> Mended:
+async def mended(
+    texts: Mapping[str, str], moved: Moved, passes: Passes, *, blame: str = "", log: str = ""
+) -> Mended:
     """A fix of mode `keep_new` by rules that fit these moves, if one passes."""
     rules = fitting(RULES, moved)
+    if blame in HOPELESS and not any(rule.signed(log) for rule in rules):
+        return Mended(None, f"blame is {blame}")
     if not rules:
         return Mended(None, "no rule fits what moved")
     search = _Search(texts, passes)

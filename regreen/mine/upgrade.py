@@ -21,7 +21,7 @@ from regreen.mine.candidate import Found, Ground, Rejected, Tried
 from regreen.mine.culprits import Candidate
 from regreen.mine.facts import Run, damage, stable_ids
 from regreen.mine.lab import Laboratory, Release, Unusable
-from regreen.mine.mending import HOPELESS, mended, restores, source_texts
+from regreen.mine.mending import mended, restores, source_texts
 from regreen.mine.miner import MAX_SDIST_BYTES, Miner, read_needs
 from regreen.mine.project import (
     Needs,
@@ -361,10 +361,7 @@ class UpgradeMiner(Miner):
 
     async def _with_rules(self, lab: Laboratory, ground: Ground, found: Found, bad: Tried) -> Found:
         """The record with a fix by migration rules, where one passes all that the good set does."""
-        mined = found.mined
-        if mined["blame_top"] in HOPELESS:
-            return found
-        release = ground.release
+        mined, release = found.mined, ground.release
         archive = await self.registry.sdist(
             release.package, release.sdist.filename, release.sdist.sha256
         )
@@ -379,7 +376,8 @@ class UpgradeMiner(Miner):
             return restores(run, wanted - set(found.unstable))
 
         moved = {n: (old or "-", new or "-") for n, (old, new) in mined["changed"].items()}
-        mend = await mended(texts, moved, passes)
+        log = "\n".join([bad.run.log, *bad.run.messages.values()])
+        mend = await mended(texts, moved, passes, blame=mined["blame_top"], log=log)
         if mend.fix is None:
             self.notes += [f"rules: {mend.said}"] if mend.tries else []
             return found

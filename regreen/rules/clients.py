@@ -139,7 +139,7 @@ RULES = (
     ),
     Rule(
         name="marshmallow-defaults", culprit="marshmallow", since="3.13.0", gone="4.0.0",
-        source=f"{_MARSHMALLOW}#id18", heading="3.13.0 (2021-07-21)",
+        source=_MARSHMALLOW, heading="3.13.0 (2021-07-21)",
         what="missing is load_default, default is dump_default",
         signs=("missing", "default"),
         changes=(Keywords({
@@ -148,7 +148,7 @@ RULES = (
     ),
     Rule(
         name="marshmallow-pass-collection", culprit="marshmallow", since="4.0.0", gone="4.0.0",
-        source="https://marshmallow.readthedocs.io/en/latest/upgrading.html#upgrading-to-4-0",
+        source="https://marshmallow.readthedocs.io/en/latest/upgrading.html",
         heading="Upgrading to 4.0",
         what="pass_many of the decorators is pass_collection",
         signs=("pass_many",),

@@ -101,7 +101,7 @@ RULES = (
         })),),
     ),
     Rule(
-        name="numpy-type-dict", culprit="numpy", since="1.21.0", gone="1.25.0",
+        name="numpy-type-dict", culprit="numpy", since="1.21.0", gone="2.0.0",
         source=f"{_NUMPY}/1.21.0-notes.html", heading="The np.typeDict attribute is deprecated",
         what="typeDict is sctypeDict",
         signs=("typeDict",),
@@ -200,7 +200,7 @@ RULES = (
     Rule(
         name="networkx-ordered", culprit="networkx", since="2.8", gone="3.0",
         source="https://networkx.org/documentation/stable/release/release_3.0.html",
-        heading="Deprecations",
+        heading="NetworkX 3.0",
         what="ordered graphs are graphs, matrices of NumPy and SciPy are arrays",
         signs=("OrderedGraph", "OrderedDiGraph", "OrderedMultiGraph", "OrderedMultiDiGraph",
                "from_numpy_matrix", "to_scipy_sparse_matrix", "from_scipy_sparse_matrix"),
@@ -214,7 +214,8 @@ RULES = (
     Rule(
         name="sqlalchemy-select", culprit="sqlalchemy", since="1.4.0", gone="2.0.0",
         source=f"{_SQLALCHEMY}/migration_20.html",
-        heading="select() no longer accepts varied constructor arguments",
+        heading="select() no longer accepts varied constructor arguments, "
+        "columns are passed positionally",
         what="columns are passed to select one by one",
         signs=("select",),
         changes=(Calls({
@@ -291,6 +292,6 @@ RULES = (
         heading="Features removed in 5.0",
         what="utc is that of datetime",
         signs=("utc",),
-        changes=(Moves({"django.utils.timezone.utc": Is("datetime.timezone.utc", "datetime")}),),
+        changes=(Moves({"django.utils.timezone.utc": Is("datetime.timezone.utc", ("datetime",))}),),
     ),
 )  # fmt: skip

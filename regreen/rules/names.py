@@ -30,10 +30,10 @@ class At:
 
 @dataclass(frozen=True, slots=True)
 class Is:
-    """An expression, and the module that it needs."""
+    """An expression, and the modules that it needs, or whole `from` lines."""
 
     text: str
-    module: str = ""
+    modules: tuple[str, ...] = ()
 
 
 Target = At | Is
@@ -79,11 +79,9 @@ class _Mover(Resolving):
         if target is None or not self.read(original_node):
             return updated_node
         if isinstance(target, Is):
-            if target.module:
-                known = self.need(original_node, target.module)
-            else:
-                known = self.free(original_node, _first_word(target.text))
-            return cst.parse_expression(target.text) if known else updated_node
+            known = [self.need(original_node, module) for module in target.modules]
+            known = known or [self.free(original_node, _first_word(target.text))]
+            return cst.parse_expression(target.text) if all(known) else updated_node
         if target.module == name.rpartition(".")[0]:
             return updated_node.with_changes(attr=cst.Name(target.name))
         if not self.need(original_node, target.module):
@@ -132,7 +130,7 @@ class _Mover(Resolving):
                 called = "" if local == target.name else f" as {local}"
                 imports.setdefault(target.module, []).append(f"{target.name}{called}")
             else:
-                more += [f"import {target.module}"] if target.module else []
+                more += [m if m.startswith("from ") else f"import {m}" for m in target.modules]
                 more += [f"{local} = {target.text}"] if local != target.text else []
         lines = [f"from {module} import {', '.join(names)}" for module, names in imports.items()]
         new = [statement(text) for text in (*lines, *dict.fromkeys(more))]

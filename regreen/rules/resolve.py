@@ -30,11 +30,16 @@ class Resolving(cst.CSTTransformer):
 
     def stands_for(self, node: cst.CSTNode) -> str:
         """The dotted name of what is imported here; empty if that is unsure."""
+        found = self.may_stand_for(node)
+        return found[0] if len(found) == 1 else ""
+
+    def may_stand_for(self, node: cst.CSTNode) -> list[str]:
+        """What may be imported here, if it is sure to be an import."""
         names = self.get_metadata(meta.QualifiedNameProvider, node, set())
         found = list(names() if callable(names) else names or ())
-        if len(found) != 1 or found[0].source is not meta.QualifiedNameSource.IMPORT:
-            return ""
-        return str(found[0].name)
+        if any(one.source is not meta.QualifiedNameSource.IMPORT for one in found):
+            return []
+        return sorted(str(one.name) for one in found)
 
     def callee(self, call: cst.Call) -> str:
         """What a call calls; empty if that is unsure."""
@@ -53,7 +58,12 @@ class Resolving(cst.CSTTransformer):
         return all(_is_module(bound, module) for bound in scope[name])
 
     def need(self, node: cst.CSTNode, module: str) -> bool:
-        """Ask for `import module`; false where its name is taken."""
+        """Ask for `import module`, or for a whole `from` line; false where its name is taken."""
+        if module.startswith("from "):
+            if not self.free(node, module.split()[-1]):
+                return False
+            self.needed[module] = None
+            return True
         if not self.free(node, module.partition(".")[0], module):
             return False
         self.needed[f"import {module}"] = None

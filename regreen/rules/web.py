@@ -24,8 +24,11 @@ class _Stacks(Resolving):
     def leave_Attribute(
         self, original_node: cst.Attribute, updated_node: cst.Attribute
     ) -> cst.BaseExpression:
-        name = self.stands_for(original_node).replace("flask.globals.", "flask.", 1)
-        new = _TOPS.get(name)
+        names = [
+            n.replace("flask.globals.", "flask.", 1) for n in self.may_stand_for(original_node)
+        ]
+        tops = [_TOPS.get(name) for name in names]  # two where one is imported if the other is not
+        new = tops[0] if tops and all(tops) else None
         if new is None or not self.read(original_node) or not self.free(original_node, new):
             return updated_node
         self.needed[f"from flask.globals import {new}"] = None
@@ -55,6 +58,35 @@ class _Extensions(cst.CSTTransformer):
         return updated_node.with_changes(elements=left)
 
 
+class _Json(Resolving):
+    """`request.get_json()` and `request.json` were None where the request has another type."""
+
+    def leave_Call(self, original_node: cst.Call, updated_node: cst.Call) -> cst.BaseExpression:
+        if self.callee(original_node) != "flask.request.get_json" or original_node.args:
+            return updated_node
+        return _if_json(updated_node, updated_node.func)
+
+    def leave_Attribute(
+        self, original_node: cst.Attribute, updated_node: cst.Attribute
+    ) -> cst.BaseExpression:
+        if self.stands_for(original_node) != "flask.request.json" or not self.read(original_node):
+            return updated_node
+        return _if_json(updated_node, updated_node)
+
+    def visit_IfExp(self, node: cst.IfExp) -> bool:
+        return not isinstance(node.test, cst.Attribute) or node.test.attr.value != "is_json"
+
+
+def _if_json(asked: cst.BaseExpression, of: cst.BaseExpression) -> cst.BaseExpression:
+    if not isinstance(of, cst.Attribute):
+        return asked
+    return written("(A if R.is_json else None)", A=asked, R=of.value)
+
+
+def _json(tree: cst.Module) -> cst.Module:
+    return visited(tree, _Json())
+
+
 def _is_text(node: cst.BaseExpression, texts: tuple[str, ...]) -> bool:
     return isinstance(node, cst.SimpleString) and node.evaluated_value in texts
 
@@ -80,6 +112,25 @@ def _url_decode(
     return written(text, S=found[0])
 
 
+def _url_encode(
+    visitor: Calls.Visitor, original: cst.Call, updated: cst.Call
+) -> cst.BaseExpression:
+    """All values of a dictionary of many, without those that are None, sorted if that is asked."""
+    found = plain(updated, "obj", "sort")
+    if found is None or found[0] is None:
+        return updated
+    order = found[1]
+    if order is not None and not (isinstance(order, cst.Name) and order.value in _SORTS):
+        return updated
+    if not all(visitor.need(original, m) for m in ("urllib.parse", "werkzeug.datastructures")):
+        return updated
+    pairs = "[(k, v) for k, v in werkzeug.datastructures.iter_multi_items(O) if v is not None]"
+    if isinstance(order, cst.Name) and order.value == "True":
+        pairs = f"sorted({pairs})"
+    return written(f"urllib.parse.urlencode({pairs})", O=found[0])
+
+
+_SORTS = ("True", "False")
 _FROM_TOP = {
     "werkzeug.security": "generate_password_hash check_password_hash safe_join",
     "werkzeug.utils": "secure_filename cached_property import_string find_modules redirect",
@@ -98,6 +149,16 @@ _FROM_TOP = {
     "werkzeug.local": "Local LocalManager LocalProxy LocalStack release_local",
 }
 
+_ENCODER = Is(
+    'type("JSONEncoder", (PlainJSONEncoder,), '
+    '{"default": lambda self, o: DefaultJSONProvider.default(o)})',
+    (
+        "from json import JSONEncoder as PlainJSONEncoder",
+        "from flask.json.provider import DefaultJSONProvider",
+    ),
+)
+"""Both turn dates, decimals, UUIDs, data classes and objects with `__html__` to text alike."""
+
 RULES = (
     Rule(
         name="flask-markup", culprit="flask", since="2.3.0", gone="3.0.0",
@@ -114,12 +175,21 @@ RULES = (
         changes=(_stacks, *(Dropping(m, _STACKS) for m in ("flask", "flask.globals"))),
     ),
     Rule(
+        name="flask-json-encoder", culprit="flask", since="2.2.0", gone="2.3.0",
+        source=f"{_FLASK}#version-2-2-0", heading="Version 2.2.0",
+        what="what Flask's encoder did beyond that of json is done by the JSON provider",
+        signs=("JSONEncoder", "json_encoder"),
+        changes=(Moves({
+            "flask.json.JSONEncoder": _ENCODER, "flask.current_app.json_encoder": _ENCODER,
+        }),),
+    ),
+    Rule(
         name="flask-version", culprit="flask", since="3.0.0", gone="3.2.0",
         source=f"{_FLASK}#version-3-0-0", heading="Version 3.0.0",
         what="the version is asked of importlib.metadata",
         signs=("__version__",),
         changes=(Moves({
-            "flask.__version__": Is('importlib.metadata.version("flask")', "importlib.metadata"),
+            "flask.__version__": Is('importlib.metadata.version("flask")', ("importlib.metadata",)),
         }),),
     ),
     Rule(
@@ -164,22 +234,23 @@ RULES = (
         name="werkzeug-urls", culprit="werkzeug", since="2.3.0", gone="3.0.0",
         source=f"{_WERKZEUG}#version-2-3-0", heading="Version 2.3.0",
         what="functions on addresses come from urllib.parse",
-        signs=("url_quote", "url_quote_plus", "url_unquote", "url_unquote_plus", "url_encode",
+        signs=("url_quote", "url_quote_plus", "url_unquote", "url_unquote_plus",
                "url_parse", "url_join", "url_unparse"),
         changes=(Moves(of("werkzeug.urls", to(
             "urllib.parse", url_quote="quote", url_quote_plus="quote_plus", url_unquote="unquote",
-            url_unquote_plus="unquote_plus", url_encode="urlencode", url_parse="urlsplit",
+            url_unquote_plus="unquote_plus", url_parse="urlsplit",
             url_join="urljoin", url_unparse="urlunsplit",
         ))),),
     ),
     Rule(
-        name="werkzeug-url-decode", culprit="werkzeug", since="2.3.0", gone="3.0.0",
+        name="werkzeug-url-queries", culprit="werkzeug", since="2.3.0", gone="3.0.0",
         source=f"{_WERKZEUG}#version-2-3-0", heading="Version 2.3.0",
-        what="a query is parsed by urllib.parse.parse_qsl",
-        signs=("url_decode",),
+        what="a query is parsed and made by urllib.parse",
+        signs=("url_decode", "url_encode"),
         changes=(
-            Calls({"werkzeug.urls.url_decode": _url_decode}),
-            Dropping("werkzeug.urls", ("url_decode",)),
+            Calls({"werkzeug.urls.url_decode": _url_decode,
+                   "werkzeug.urls.url_encode": _url_encode}),
+            Dropping("werkzeug.urls", ("url_decode", "url_encode")),
         ),
     ),
     Rule(
@@ -189,11 +260,19 @@ RULES = (
         signs=("parse_authorization_header", "parse_www_authenticate_header"),
         changes=(Moves({
             "werkzeug.http.parse_authorization_header":
-                Is("werkzeug.datastructures.Authorization.from_header", "werkzeug.datastructures"),
+                Is("werkzeug.datastructures.Authorization.from_header",
+                   ("werkzeug.datastructures",)),
             "werkzeug.http.parse_www_authenticate_header":
                 Is("werkzeug.datastructures.WWWAuthenticate.from_header",
-                   "werkzeug.datastructures"),
+                   ("werkzeug.datastructures",)),
         }),),
+    ),
+    Rule(
+        name="werkzeug-get-json", culprit="werkzeug", since="2.1.0", gone="2.1.0",
+        source=f"{_WERKZEUG}#version-2-1-0", heading="Version 2.1.0",
+        what="what is no JSON is not asked for as JSON",
+        signs=("get_json", "json"),
+        changes=(_json,),
     ),
     Rule(
         name="werkzeug-version", culprit="werkzeug", since="3.0.0", gone="3.1.0",
@@ -202,7 +281,7 @@ RULES = (
         signs=("__version__",),
         changes=(Moves({
             "werkzeug.__version__":
-                Is('importlib.metadata.version("werkzeug")', "importlib.metadata"),
+                Is('importlib.metadata.version("werkzeug")', ("importlib.metadata",)),
         }),),
     ),
     Rule(
@@ -253,7 +332,7 @@ RULES = (
         source=f"{_ITSDANGEROUS}#version-2-1-0", heading="Version 2.1.0",
         what="json is that of the standard library",
         signs=("json",),
-        changes=(Moves({"itsdangerous.json": Is("json", "json")}),),
+        changes=(Moves({"itsdangerous.json": Is("json", ("json",))}),),
     ),
     Rule(
         name="wtforms-names", culprit="wtforms", since="3.0.0a1", gone="3.0.0a1",

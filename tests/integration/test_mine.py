@@ -169,20 +169,6 @@ async def test_from_a_hint_to_an_admitted_task(world: World, tmp_path: Path) -> 
     journal.close()
 
 
-async def test_a_rule_of_the_culprit_is_the_fix_that_keeps_it(world: World, tmp_path: Path) -> None:
-    journal = await world.mine("page")
-    assert reasons(journal)["page"] == "mined 1 of 1 admitted"
-    export(journal, tmp_path)
-    task = next(t for t in load_tasks(tmp_path / "tasks.jsonl") if t.package == "page")
-    assert (task.modes, task.changed) == (["any_fix", "keep_new"], {"markupsafe": "2.0.1 2.1.0"})
-    fix = task.fixes[1]
-    assert (fix.mode, fix.origin, fix.edits, fix.changes) == ("keep_new", "rules", [], [])
-    (rewrite,) = fix.rewrites  # the module that no test needs was left as it is
-    assert (rewrite.path, rewrite.rules) == ("page/__init__.py", ["markupsafe-soft-str"])
-    assert "soft_str as soft_unicode" not in (tmp_path / "tasks.jsonl").read_text()
-    journal.close()
-
-
 async def test_what_gives_no_record_says_why(world: World) -> None:
     journal = await world.mine("plain", "failing")
     found = reasons(journal)
@@ -230,4 +216,18 @@ async def test_a_budget_that_is_spent_ends_the_run_and_loses_nothing(world: Worl
     assert "budget" in world.ended[-1]
     status = {row["package"]: row["status"] for row in journal.rows("candidate")}
     assert status["bare"] == "waiting"
+    journal.close()
+
+
+async def test_a_rule_of_the_culprit_is_the_fix_that_keeps_it(world: World, tmp_path: Path) -> None:
+    journal = await world.mine("page")
+    assert reasons(journal)["page"] == "mined 1 of 1 admitted"
+    export(journal, tmp_path)
+    task = next(t for t in load_tasks(tmp_path / "tasks.jsonl") if t.package == "page")
+    assert (task.modes, task.changed) == (["any_fix", "keep_new"], {"markupsafe": "2.0.1 2.1.0"})
+    fix = task.fixes[1]
+    assert (fix.mode, fix.origin, fix.edits, fix.changes) == ("keep_new", "rules", [], [])
+    (rewrite,) = fix.rewrites  # the module that no test needs was left as it is
+    assert (rewrite.path, rewrite.rules) == ("page/__init__.py", ["markupsafe-soft-str"])
+    assert "soft_str as soft_unicode" not in (tmp_path / "tasks.jsonl").read_text()
     journal.close()

@@ -62,6 +62,14 @@ async def test_nothing_is_run_where_no_rule_fits_or_changes_anything() -> None:
     assert tests.asked == []
 
 
+async def test_what_is_not_the_source_is_tried_only_if_the_log_speaks_of_a_rule() -> None:
+    tests = Needing(a="from markupsafe import Markup")
+    found = await mended(TEXTS, MOVED, tests, blame="third-party", log="no module 'x'")
+    assert (found.fix, found.said, tests.asked) == (None, "blame is third-party", [])
+    log = "ImportError: cannot import name 'Markup' from 'jinja2'"
+    assert (await mended(TEXTS, MOVED, tests, blame="third-party", log=log)).fix is not None
+
+
 async def test_what_does_not_pass_is_named() -> None:
     found = await mended(TEXTS, MOVED, Needing(c="never"))
     assert found.fix is None
