@@ -102,14 +102,27 @@ def _extensions(tree: cst.Module) -> cst.Module:
 def _url_decode(
     visitor: Calls.Visitor, original: cst.Call, updated: cst.Call
 ) -> cst.BaseExpression:
-    """A query as the dictionary of many values that it was."""
-    found = plain(updated, "s")
-    if found is None or found[0] is None:
+    """A query, of text or bytes, as the dictionary of many values that it was."""
+    words = ("s", "charset", "errors", "cls")
+    if sum(arg.keyword is None for arg in updated.args) > 2:  # later ones changed their places
+        return updated
+    found = plain(updated, *words)
+    if found is None or found[0] is None or not visitor.free(original, "query"):
         return updated
     if not all(visitor.need(original, m) for m in ("urllib.parse", "werkzeug.datastructures")):
         return updated
-    text = "werkzeug.datastructures.MultiDict(urllib.parse.parse_qsl(S, keep_blank_values=True))"
-    return written(text, S=found[0])
+    text, options = "query if isinstance(query := S, str) else query.decode(E, R)", ""
+    options += ", encoding=E" if found[1] is not None else ""
+    options += ", errors=R" if found[2] is not None else ""
+    made = "(C or werkzeug.datastructures.MultiDict)" if found[3] is not None else _MULTI
+    charset = found[1] or cst.SimpleString('"utf-8"')
+    errors = found[2] or cst.SimpleString('"replace"')
+    whole = f"{made}(urllib.parse.parse_qsl({text}, keep_blank_values=True{options}))"
+    parts = {"S": found[0], "E": charset, "R": errors}
+    return written(whole, **parts, **({"C": found[3]} if found[3] is not None else {}))
+
+
+_MULTI = "werkzeug.datastructures.MultiDict"
 
 
 def _url_encode(
