@@ -17,7 +17,7 @@ from regreen.client.stack import Endpoints
 from regreen.mine.mend import MODE, Outcome, mend_all
 from regreen.pkgindex import PackageIndex, index_urls
 from regreen.rpc.errors import InvalidArgument
-from regreen.rules.library import RULES
+from regreen.rules.rule import library
 from regreen.tasks.environment import Distributions
 from regreen.tasks.gate import SHIPPED_REPEATS, Gate
 from regreen.tasks.jsonl import (
@@ -95,13 +95,16 @@ def rules(json_output: Json = False) -> None:
                 "source": rule.source,
                 "heading": rule.heading,
             }
-            for rule in RULES
+            for rule in library()
         )
         return
     output.print_table(
         "",
         ["rule", "culprit", "since", "gone", "what", "upstream notes"],
-        [[r.name, r.culprit, r.since, r.gone, r.what, f"{r.source} ({r.heading})"] for r in RULES],
+        [
+            [r.name, r.culprit, r.since, r.gone, r.what, f"{r.source} ({r.heading})"]
+            for r in library()
+        ],
     )
 
 

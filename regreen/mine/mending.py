@@ -17,8 +17,7 @@ from dataclasses import dataclass
 
 from regreen.mine.facts import Run, stable_ids
 from regreen.rules.apart import Wanted, rewrite
-from regreen.rules.library import BY_NAME, RULES
-from regreen.rules.rule import MAX_BYTES, Moved, Rule, fitting
+from regreen.rules.rule import MAX_BYTES, Moved, Rule, fitting, library
 from regreen.tasks.model import Fix, Rewrite, TaskRecord
 from regreen.tasks.rewrites import sha256
 
@@ -76,7 +75,7 @@ async def mended(
     texts: Mapping[str, str], moved: Moved, passes: Passes, *, blame: str = "", log: str = ""
 ) -> Mended:
     """A fix of mode `keep_new` by rules that fit these moves, if one passes."""
-    rules = fitting(RULES, moved)
+    rules = fitting(library(), moved)
     if blame in HOPELESS and not any(rule.signed(log) for rule in rules):
         return Mended(None, f"blame is {blame}")
     if not rules:
@@ -117,7 +116,7 @@ class _Search:
 
     async def plan(self, names: Sequence[str]) -> Plan:
         """Which of these rules change which files; nothing where that is too much."""
-        rules = [BY_NAME[name] for name in names]
+        rules = [rule for rule in library() if rule.name in names]
         signed = {p: t for p, t in self.texts.items() if any(rule.signed(t) for rule in rules)}
         if len(signed) > MAX_FILES:
             return {}

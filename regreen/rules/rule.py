@@ -10,11 +10,14 @@
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import libcst as cst
 from packaging.version import InvalidVersion, Version
 
-Change = Callable[[cst.Module], cst.Module]
+if TYPE_CHECKING:  # reading it takes longer than most commands do
+    import libcst as cst
+
+Change = Callable[["cst.Module"], "cst.Module"]
 Moved = Mapping[str, tuple[str, str]]
 """Packages by name, each with the release before and the one now."""
 MAX_BYTES = 1 << 20
@@ -60,10 +63,19 @@ class Rule:
         """
         if len(text) > MAX_BYTES or not self.signed(text):
             return text
+        import libcst as cst
+
         module = cst.parse_module(text)
         for change in self.changes:
             module = change(module)
         return module.code
+
+
+def library() -> "tuple[Rule, ...]":
+    """Every rule there is, read when they are first asked for."""
+    from regreen.rules.library import RULES
+
+    return RULES
 
 
 def fitting(rules: Iterable[Rule], moved: Moved) -> list[Rule]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from regreen.common.v1 import common_pb2
 from regreen.rpc.errors import InvalidArgument
 from regreen.rules.apart import Wanted, rewrite
-from regreen.rules.library import BY_NAME
+from regreen.rules.rule import library
 from regreen.tasks import environment as env
 from regreen.tasks.model import Fix, Rewrite
 
@@ -29,9 +29,10 @@ async def rewritten_files(fix: Fix, read: Mapping[str, bytes]) -> list[common_pb
     Raises:
         InvalidArgument: a rule is unknown, or a file is not what the record says.
     """
+    known = {rule.name for rule in library()}
     wanted: dict[str, Wanted] = {}
     for one in fix.rewrites:
-        unknown = [name for name in one.rules if name not in BY_NAME]
+        unknown = [name for name in one.rules if name not in known]
         if unknown:
             raise InvalidArgument(FIELD, f"there is no rule {unknown[0]!r}", "use one there is")
         if one.path in wanted:
