@@ -23,10 +23,11 @@ from regreen.mine.culprits import (
 )
 from regreen.mine.kinds import MORE_KINDS, more_candidates
 from regreen.mine.report import lines_of, report
-from regreen.mine.store import Journal
+from regreen.mine.store import Journal, shipped_decisions
 from regreen.mine.work import Bounds, Mine, export
 from regreen.rpc.errors import InvalidArgument
 from regreen.settings import default_home
+from regreen.tasks.jsonl import shipped_tasks
 
 KINDS = ("dependency-upgrade", "release-bugfix", *MORE_KINDS)
 
@@ -69,6 +70,12 @@ def mine(
         list[str] | None,
         typer.Option(help="Take candidates again that ended so: failed, or rejected=REASON."),
     ] = None,
+    anew: Annotated[
+        bool,
+        typer.Option(
+            "--anew", help="Take also what was decided while the set that ships was mined."
+        ),
+    ] = False,
     only_report: Annotated[
         bool, typer.Option("--report", help="Mine nothing; say what there is.")
     ] = False,
@@ -96,6 +103,8 @@ def mine(
                 *more_candidates(facts, packages=packages or ()),
             )
             journal.enqueue(candidates)
+            if not (packages or anew):
+                journal.adopt(shipped_decisions())
             bounds = Bounds(limit, hours, workers, requests, repeats, pause_file)
             keys = [candidate.key for candidate in candidates] if packages else []
             address = sandbox or Endpoints.load(home).sandbox
@@ -147,6 +156,7 @@ async def _mine(
                 bounds,
                 names=names,
                 breaks=breaks,
+                shipped=shipped_tasks(),
                 debian=debian,
                 say=say,
             )

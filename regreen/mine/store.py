@@ -4,6 +4,7 @@
   kill. What was in work when the process ended is in the queue again.
 - A candidate that was decided is never taken twice; `forget` puts some back on purpose.
 - Seconds are kept per stage: the report says where the time goes.
+- What another journal decided is `known`: it is not taken, and no figure counts it as done here.
 """
 
 import json
@@ -13,11 +14,14 @@ from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import date
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
+
 from regreen.mine.culprits import Candidate
-from regreen.tasks.jsonl import dump_lines
+from regreen.tasks.jsonl import dump_lines, parse_lines
 from regreen.tasks.model import DistributionRecord, TaskRecord
 
 _SCHEMA = """
@@ -34,6 +38,32 @@ CREATE TABLE IF NOT EXISTS record (
 CREATE TABLE IF NOT EXISTS spent (
   began REAL NOT NULL, wall_s REAL NOT NULL, worker_s REAL NOT NULL, requests INTEGER NOT NULL);
 """
+
+_OF_THE_MACHINE = (
+    "cannot be prepared",
+    "cannot be run",
+    "no interpreter for it",
+    "times out",
+    "too slow",
+)
+"""Reasons that another machine may not find."""
+
+
+class Decided(BaseModel):
+    """A candidate that was decided, for other journals: nobody need try it again."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    key: str
+    stage: str
+    reason: str
+    version: str = ""
+
+
+def shipped_decisions() -> list[Decided]:
+    """What was decided while the set that ships was mined."""
+    text = resources.files("regreen.mine").joinpath("data/decided.jsonl").read_text("utf-8")
+    return parse_lines(text, Decided, "decided.jsonl")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +107,27 @@ class Journal:
                 "SET place = excluded.place, hints = excluded.hints WHERE status = 'waiting'",
                 rows,
             )
+
+    def adopt(self, decisions: Iterable[Decided]) -> int:
+        """Leave out waiting candidates that were decided elsewhere; how many."""
+        count = 0
+        with self._transaction():
+            for one in decisions:
+                count += self._db.execute(
+                    "UPDATE candidate SET status = 'known', stage = ?, reason = ?, version = ? "
+                    "WHERE key = ? AND status = 'waiting'",
+                    (one.stage, one.reason, one.version, one.key),
+                ).rowcount
+        return count
+
+    def decisions(self) -> list[Decided]:
+        """What is decided here or known, but for what only this machine may have found."""
+        rows = self._db.execute(
+            "SELECT key, stage, reason, version FROM candidate "
+            "WHERE status IN ('mined', 'rejected', 'known') ORDER BY key"
+        )
+        found = [Decided.model_validate(dict(row)) for row in rows]
+        return [one for one in found if one.reason not in _OF_THE_MACHINE]
 
     def recover(self) -> None:
         """Queue again what an ended process had in work."""

@@ -76,6 +76,7 @@ class Mine:
         urls: Sequence[str] = (),
         names: Iterable[str] = (),
         breaks: Mapping[str, Iterable[str]] | None = None,
+        shipped: Iterable[TaskRecord] = (),
         debian: bool = False,
         say: Say = lambda key, text: None,
     ) -> None:
@@ -83,6 +84,11 @@ class Mine:
         self._folder, self._bounds, self._say = folder, bounds, say
         self._names = frozenset(names)
         self._breaks = {name: set(found) for name, found in (breaks or {}).items()}
+        self._shipped: dict[str, set[tuple[str, str]]] = {}
+        for task in shipped:
+            if task.culprit:
+                found = self._shipped.setdefault(normalize(task.package), set())
+                found.add((task.culprit.name, task.culprit.bad))
         self._registry: type[Registry] = DebianRegistry if debian else Registry
         self._urls = tuple(urls) or index_urls()
         self._began, self._taken, self._busy_s = time.time(), 0, 0.0
@@ -163,6 +169,7 @@ class Mine:
         try:
             seen = self._journal.versions_of(candidate)
             known = self._journal.breaks_of(candidate)
+            known |= self._shipped.get(normalize(candidate.package), set())
             for name, found in self._journal.breaking().items():
                 self._breaks.setdefault(name, set()).update(found)
             breaks = await miner.mine(
@@ -240,7 +247,10 @@ def evidence_of(verdict: Verdict) -> dict[str, object]:
 
 
 def export(journal: Journal, out: Path) -> tuple[int, int]:
-    """Write the admitted records as `tasks.jsonl` and `distributions.jsonl`; how many of each."""
+    """Write `tasks.jsonl` and `distributions.jsonl` of what was admitted; how many of each.
+
+    `decided.jsonl` beside them holds what need not be tried again, as `shipped_decisions` reads it.
+    """
     tasks: list[TaskRecord] = []
     releases: dict[str, DistributionRecord] = {}
     for task, text in journal.records("admitted"):
@@ -255,6 +265,7 @@ def export(journal: Journal, out: Path) -> tuple[int, int]:
     (out / "tasks.jsonl").write_text(dump_lines(ordered_tasks), "utf-8")
     ordered_releases = [releases[pin] for pin in sorted(releases)]
     (out / "distributions.jsonl").write_text(dump_lines(ordered_releases), "utf-8")
+    (out / "decided.jsonl").write_text(dump_lines(journal.decisions()), "utf-8")
     return len(tasks), len(releases)
 
 

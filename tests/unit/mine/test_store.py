@@ -5,9 +5,9 @@ from pathlib import Path
 
 from regreen.mine.culprits import Candidate
 from regreen.mine.report import lines_of, report
-from regreen.mine.store import Journal, Outcome
+from regreen.mine.store import Decided, Journal, Outcome, shipped_decisions
 from regreen.mine.work import export
-from regreen.tasks.jsonl import load_distributions, load_tasks
+from regreen.tasks.jsonl import load_distributions, load_tasks, parse_lines
 from regreen.tasks.model import Culprit, DistributionRecord, FileRecord, TaskRecord, Tests
 
 KIND = "dependency-upgrade"
@@ -54,6 +54,37 @@ def test_a_run_goes_on_where_it_was_killed(tmp_path: Path) -> None:
     assert second.forget(["rejected"], "other") == 0
     assert second.forget(["rejected"], "no tests") == 1
     assert second.take([KIND]) == one
+
+
+def test_what_was_decided_elsewhere_is_not_tried_again(tmp_path: Path) -> None:
+    told, slow, mined, new = (candidate(name) for name in "abcd")
+    there = Journal(tmp_path / "there.db")
+    there.enqueue([told, slow, mined, new])
+    ends = [("rejected", "no tests"), ("rejected", "too slow"), ("mined", "1 of 1 admitted")]
+    for one, (status, reason) in zip((told, slow, mined), ends, strict=True):
+        assert there.take([KIND]) == one
+        there.decide(one, Outcome(status, "base", reason, version=f"{one.package}.1"))
+    export(there, tmp_path / "out")
+    text = (tmp_path / "out" / "decided.jsonl").read_text("utf-8")
+    decisions = parse_lines(text, Decided, "decided.jsonl")
+    assert [one.key for one in decisions] == [told.key, mined.key], "time is this machine's"
+
+    here = Journal(tmp_path / "here.db")
+    here.enqueue([new, mined, slow, told])
+    assert here.take([KIND]) == new
+    assert here.adopt([*decisions, Decided(key=new.key, stage="base", reason="late")]) == 2
+    assert [here.take([KIND]) for _ in range(2)] == [slow, None]
+    assert here.versions_of(candidate("a", "2024-01-01")) == {"a.1"}
+    assert report(here).candidates == {"running": 2, "known": 2}
+    assert not report(here).rejected
+    assert here.decisions() == decisions
+    assert here.forget(["known"], "no tests") == 1
+    assert here.take([KIND]) == told
+
+
+def test_the_decisions_that_ship_can_be_read() -> None:
+    keys = [one.key for one in shipped_decisions()]
+    assert keys == sorted(set(keys))
 
 
 def test_only_what_was_asked_for_is_taken(tmp_path: Path) -> None:
