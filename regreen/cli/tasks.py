@@ -1,4 +1,4 @@
-"""`regreen tasks import|add|list|show|stats|prepare|verify|export|mine`: broken builds as tasks.
+"""`regreen tasks` import|add|list|show|stats|prepare|verify|export|leaks|mine|mend|rules.
 
 - `verify` exits with 0 only if every task that it was asked about is admitted.
 - Each row of a table says why a task is not admitted.
@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from regreen.cli import card, exchange, leaks, mine, output
+from regreen.cli import card, exchange, leaks, mend, mine, output
 from regreen.cli.options import Home, Json, open_stack, parse_age, task_status
 from regreen.client.stack import Stack
 from regreen.common import v1 as common_pb
@@ -33,6 +33,7 @@ from regreen.train.parallel import run_bounded
 
 app = typer.Typer(no_args_is_help=True)
 mine.register(app)
+mend.register(app)
 exchange.register(app)
 card.register(app)
 leaks.register(app)

@@ -147,15 +147,15 @@ class Laboratory:
         self.unsteady |= stable_ids(self.passing ^ stable_ids(run.passed))
         self.passing &= run.passed
 
-    async def attempt(self, pins: Pins) -> Run:
-        """Run the tests under a set of pins.
+    async def attempt(self, pins: Pins, files: Mapping[str, bytes] | None = None) -> Run:
+        """Run the tests under a set of pins, with other contents of some files.
 
         Raises:
             Unusable: it cannot be installed, or the tests did not end.
         """
         await self.offer([pins])
         lock = format_lock(lock_of([f"{n}=={v}" for n, v in pins.items()], self.release.python))
-        return await self.attempt_files({env.LOCK: lock.encode()})
+        return await self.attempt_files({**(files or {}), env.LOCK: lock.encode()})
 
     async def attempt_files(self, files: Mapping[str, bytes]) -> Run:
         """Run the tests with other contents of some files; raises as `attempt`."""

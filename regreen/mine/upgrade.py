@@ -21,6 +21,7 @@ from regreen.mine.candidate import Found, Ground, Past, Rejected, Tried
 from regreen.mine.culprits import Candidate
 from regreen.mine.facts import Run, damage, stable_ids
 from regreen.mine.lab import Laboratory, Release, Unusable
+from regreen.mine.mending import mended, restores, source_texts
 from regreen.mine.miner import MAX_SDIST_BYTES, Miner, read_needs
 from regreen.mine.project import (
     Needs,
@@ -208,7 +209,7 @@ class UpgradeMiner(Miner):
             if damage(lab.passing, good.run):
                 found = await self._narrow(lab, ground, step.name, good, search.known)
             else:
-                found = self._record(lab, ground, step.name, good, bad)
+                found = await self._record(lab, ground, step.name, good, bad)
         except (Rejected, Unusable) as error:
             search.note(step.name, error)
             return
@@ -334,14 +335,43 @@ class UpgradeMiner(Miner):
             raise Rejected("bisect", "same break as on another day", f"{name} {bad.version}")
         with self.clock.at("confirm"):
             good, bad = await self._confirm(lab, ground, name, good, bad)
-        return self._record(lab, ground, name, good, bad)
+        return await self._record(lab, ground, name, good, bad)
 
-    def _record(self, lab: Laboratory, ground: Ground, name: str, good: Tried, bad: Tried) -> Found:
+    async def _record(
+        self, lab: Laboratory, ground: Ground, name: str, good: Tried, bad: Tried
+    ) -> Found:
         """The record of one step; tests that only the good set lets pass count as well."""
         lost = damage(stable_ids(good.run.passed) - lab.unsteady, bad.run)
         if not lost:
             raise Rejected("confirm", "not broken by one step")
-        return record_of(ground, lab, name, good, bad, lost)
+        found = record_of(ground, lab, name, good, bad, lost)
+        with self.clock.at("rules"):
+            return await self._with_rules(lab, ground, found, bad)
+
+    async def _with_rules(self, lab: Laboratory, ground: Ground, found: Found, bad: Tried) -> Found:
+        """The record with a fix by migration rules, where one passes all that the good set does."""
+        mined, release = found.mined, ground.release
+        archive = await self.registry.sdist(
+            release.package, release.sdist.filename, release.sdist.sha256
+        )
+        texts = await asyncio.to_thread(source_texts, archive, release.roots)
+        wanted = frozenset(mined["tests"]["fail_to_pass"]) | (bad.run.passed & lab.passing)
+
+        async def passes(files: Mapping[str, bytes]) -> bool:
+            try:
+                run = await lab.attempt(bad.pins, files)
+            except Unusable:
+                return False
+            return restores(run, wanted - set(found.unstable))
+
+        moved = {n: (old or "-", new or "-") for n, (old, new) in mined["changed"].items()}
+        log = "\n".join([bad.run.log, *bad.run.messages.values()])
+        mend = await mended(texts, moved, passes, blame=mined["blame_top"], log=log)
+        if mend.fix is None:
+            self.notes += [f"rules: {mend.said}"] if mend.tries else []
+            return found
+        fixes = [{"mode": "any_fix", "origin": "pins-restored"}, mend.fix.model_dump()]
+        return replace(found, mined={**mined, "fixes_verified": fixes})
 
     async def _bisected(
         self, lab: Laboratory, ground: Ground, name: str, good: Tried, bad: Tried

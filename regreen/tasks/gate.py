@@ -25,6 +25,7 @@ from regreen.rpc.errors import (
 from regreen.sandbox.v1 import sandbox_pb2 as pb
 from regreen.tasks import environment as env
 from regreen.tasks.model import Fix, TaskRecord, ids_sha256
+from regreen.tasks.rewrites import rewritten_files
 from regreen.tasks.trial import NOOP_PATH, Trial, Unfinished
 from regreen.tasks.upstream import release_files
 from regreen.tasks.verdict import Check, Quarantined, Verdict, joined
@@ -131,6 +132,9 @@ class Gate:
             overlay = task.overlay
             files = await release_files(self.index, task.package, overlay.sdist, overlay.fix_paths)
             return env.replaced_files(files)
+        if fix.origin == "rules":
+            paths = sorted({one.path for one in fix.rewrites})
+            return await rewritten_files(fix, await self.client.read_files(state.id, paths))
         read = await self.client.read_files(state.id, env.edit_paths([fix]))
         return env.edited_files(fix, read)
 

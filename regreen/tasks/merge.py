@@ -1,6 +1,7 @@
 """Puts admitted records into a task set: `python -m regreen.tasks.merge MINED [--into SET]`.
 
-- Only admitted records come in; an id that the set has already keeps what the set says.
+- Only admitted records come in; an id that the set has already keeps what the set says, and gains
+  fixes of modes that it has none of.
 - What split they come into, and which are left out so that none gives another away, is decided by
   `regreen.tasks.splits`.
 - Releases are merged file by file; a file that is listed with two hashes is refused.
@@ -10,13 +11,15 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import get_args
 
 from regreen.lockfile import normalize
 from regreen.rpc.errors import InvalidArgument
 from regreen.tasks.jsonl import dump_lines, load_distributions, load_tasks
-from regreen.tasks.model import DistributionRecord, TaskRecord
+from regreen.tasks.model import DistributionRecord, ModeName, TaskRecord
 from regreen.tasks.splits import Splits
 
+MODES = get_args(ModeName)
 SHIPPED = Path(__file__).with_name("data")
 
 
@@ -29,15 +32,31 @@ def merged_tasks(
         InvalidArgument: a family of packages of the set has two splits.
     """
     splits = splits or Splits(old)
-    known = {task.id for task in old}
+    known = {task.id: task for task in old}
     added = []
     for task in new:
-        if task.status == "admitted" and task.id not in known:
-            known.add(task.id)
-            split = splits.place(task)
-            if split is not None:
-                added.append(task.model_copy(update={"split": split}))
-    return [*old, *sorted(added, key=lambda task: (normalize(task.package), task.id))]
+        if task.status != "admitted":
+            continue
+        if task.id in known:
+            known[task.id] = gaining(known[task.id], task)
+            continue
+        known[task.id] = task
+        split = splits.place(task)
+        if split is not None:
+            added.append(task.model_copy(update={"split": split}))
+    kept = [known[task.id] for task in old]
+    return [*kept, *sorted(added, key=lambda task: (normalize(task.package), task.id))]
+
+
+def gaining(old: TaskRecord, new: TaskRecord) -> TaskRecord:
+    """A record with the fixes of another of the same environment, for modes that it has none of."""
+    alike = ("sdist", "tree", "overlay", "python", "pins_pass", "pins_fail", "culprit")
+    if any(getattr(old, name) != getattr(new, name) for name in alike):
+        return old
+    have = {fix.mode for fix in old.fixes}
+    fixes = [*old.fixes, *(fix for fix in new.fixes if fix.mode not in have)]
+    modes = [mode for mode in MODES if any(fix.mode == mode for fix in fixes)]
+    return old.model_copy(update={"fixes": fixes, "modes": modes}) if len(modes) > 1 else old
 
 
 def merged_releases(
@@ -62,7 +81,7 @@ def merged_releases(
 
 
 def merge(mined: Path, into: Path) -> int:
-    """Merge one directory into another; how many tasks came in.
+    """Merge one directory into another; how many tasks came in or gained a fix.
 
     Raises:
         InvalidArgument: the two contradict each other; nothing was written.
@@ -84,7 +103,7 @@ def merge(mined: Path, into: Path) -> int:
     )
     (into / "tasks.jsonl").write_text(dump_lines(tasks), "utf-8")
     (into / "distributions.jsonl").write_text(dump_lines(releases), "utf-8")
-    return len(tasks) - len(old)
+    return len(tasks) - sum(one in old for one in tasks)
 
 
 def main() -> None:
@@ -93,7 +112,7 @@ def main() -> None:
     parser.add_argument("mined", type=Path, help="directory of the records to add")
     parser.add_argument("--into", type=Path, default=SHIPPED, help="task set; default: the shipped")
     options = parser.parse_args()
-    sys.stderr.write(f"{merge(options.mined, options.into)} tasks came in\n")
+    sys.stderr.write(f"{merge(options.mined, options.into)} tasks came in or gained a fix\n")
 
 
 if __name__ == "__main__":

@@ -119,12 +119,24 @@ class Added(_Record):
     content: str
 
 
+class Rewrite(_Record):
+    """A file as rules of `regreen.rules` leave it: what they make of it is not in the record."""
+
+    path: str
+    rules: list[str] = Field(min_length=1)
+    """Names, in the order in which they are applied."""
+    before_sha256: Sha256
+    after_sha256: Sha256
+
+
 class Fix(_Record):
-    """A reference fix: restored pins, edits of our own, files of a later release, or a patch."""
+    """A reference fix: pins, edits or rules of our own, files of a later release, or a patch."""
 
     mode: ModeName
-    origin: Literal["pins-restored", "source-edit", "upstream", "patch"]
+    origin: Literal["pins-restored", "source-edit", "rules", "upstream", "patch"]
     edits: list[Edit] = []
+    rewrites: list[Rewrite] = Field(default=[], exclude_if=_empty)
+    """Of `rules`: the files that they change."""
     changes: list[Change] = Field(default=[], exclude_if=_empty)
     """Whole files beside the edits; of a patch, whose moved pins are those of the record, all."""
 

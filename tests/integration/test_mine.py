@@ -36,6 +36,7 @@ TESTS = (
     "\n\ndef test_product():\n    assert 2 * 2 == 4\n"
 )
 GREET = "from wordlib import hello\n\n\ndef greeting(name):\n    return f'{hello()}, {name}!'\n"
+PAGE = "from markupsafe import soft_unicode\n\n\ndef greeting(x):\n    return soft_unicode(x)\n"
 
 
 def released(folder: Path, name: str, files: dict[str, str], requires: tuple[str, ...]) -> None:
@@ -63,6 +64,14 @@ def fill(folder: Path) -> dict[str, str]:
     failing = TESTS.replace("== 4", "== 5").replace("== 2", "== 3")
     files = {"f.py": "", "setup.py": "raise SystemExit(1)\n", "tests/test_f.py": failing}
     released(folder, "failing", files, ("wordlib",))
+    for version, name in (("2.0.1", "soft_unicode"), ("2.1.0", "soft_str")):
+        text = f"def {name}(value):\n    return str(value)\n".encode()
+        path = write_wheel(folder, "markupsafe", version, {"markupsafe.py": text})
+        if version == "2.1.0":
+            days[path.name] = "2023-06-01"
+    files = {f"page/{name}.py": PAGE for name in ("__init__", "unused")}
+    tests = TESTS.replace("greet ", "page ").replace("greeting('A')", "greeting('Hello, A!')")
+    released(folder, "page", {**files, "tests/test_page.py": tests}, ("markupsafe",))
     return days
 
 
@@ -70,7 +79,7 @@ def fill(folder: Path) -> dict[str, str]:
 class World(Place):
     async def mine(self, *packages: str, **bounds: object) -> Journal:
         journal = Journal(self.folder / "journal.db")
-        hints = (("wordlib", "3.0"),)
+        hints = (("wordlib", "3.0"), ("markupsafe", "2.1.0"))
         journal.enqueue(Candidate("dependency-upgrade", name, DAY, hints) for name in packages)
         channel = connect(self.address)
         try:
@@ -177,4 +186,18 @@ async def test_a_budget_that_is_spent_ends_the_run_and_loses_nothing(world: Worl
     assert "budget" in world.ended[-1]
     status = {row["package"]: row["status"] for row in journal.rows("candidate")}
     assert status["bare"] == "waiting"
+    journal.close()
+
+
+async def test_a_rule_of_the_culprit_is_the_fix_that_keeps_it(world: World, tmp_path: Path) -> None:
+    journal = await world.mine("page")
+    assert reasons(journal)["page"] == "mined 1 of 1 admitted"
+    export(journal, tmp_path)
+    task = next(t for t in load_tasks(tmp_path / "tasks.jsonl") if t.package == "page")
+    assert (task.modes, task.changed) == (["any_fix", "keep_new"], {"markupsafe": "2.0.1 2.1.0"})
+    fix = task.fixes[1]
+    assert (fix.mode, fix.origin, fix.edits, fix.changes) == ("keep_new", "rules", [], [])
+    (rewrite,) = fix.rewrites  # the module that no test needs was left as it is
+    assert (rewrite.path, rewrite.rules) == ("page/__init__.py", ["markupsafe-soft-str"])
+    assert "soft_str as soft_unicode" not in (tmp_path / "tasks.jsonl").read_text()
     journal.close()

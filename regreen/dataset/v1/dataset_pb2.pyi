@@ -149,7 +149,7 @@ class ReferenceFix(_message.Message):
     mode: _common_pb2.Mode.ValueType
     """Mode that it answers."""
     origin: _builtins.str
-    """What it is: "pins-restored", "source-edit", "upstream", "patch"."""
+    """What it is: "pins-restored", "source-edit", "rules", "upstream", "patch"."""
     @_builtins.property
     def changes(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.FileChange]:
         """Changes relative to the broken state."""

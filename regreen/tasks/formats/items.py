@@ -31,7 +31,7 @@ DECIDED_FIELDS = (
     "create_time",
 )
 """Fields of a task that the service that holds it decides."""
-_PREFERRED = ("source-edit", "upstream", "patch", "pins-restored")
+_PREFERRED = ("source-edit", "rules", "upstream", "patch", "pins-restored")
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from sandbox_svc.settings import SandboxSettings
 from sandbox_svc.wheelhouse import DistStore
 from tests.fixtures.index import wheel_index
 from tests.fixtures.policy.http import serving as serving_http
-from tests.fixtures.tasks.tampered import CASES, GREEN, RED, Case, Made, good, make, table
+from tests.fixtures.tasks.tampered import CASES, GREEN, RED, Case, Made, good, make, ruled, table
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 DOCS = Path(__file__).parents[3] / "docs" / "tasks.md"
@@ -102,6 +102,14 @@ async def test_what_nobody_tampered_with_is_admitted(world: World) -> None:
         assert any("hash_seed=" in c.conditions for c in made)
     assert "host=" in made[-1].conditions
     assert len({c.results_sha256 for c in made}) == 1
+
+
+async def test_a_fix_by_rules_is_worked_out_anew(world: World) -> None:
+    record = ruled(world.made, "ruled")
+    verdict = await world.judge(record)
+    assert verdict.admitted, verdict.reason
+    assert verdict.fixes == {"keep_new/rules": "ok"}
+    assert verdict.fail_to_pass == (RED,)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

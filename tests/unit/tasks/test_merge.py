@@ -8,7 +8,15 @@ from regreen.rpc.errors import InvalidArgument
 from regreen.tasks.jsonl import dump_lines, load_distributions, load_tasks, shipped_tasks
 from regreen.tasks.leaks import facts_of_record, leaks
 from regreen.tasks.merge import merge, merged_tasks
-from regreen.tasks.model import Culprit, DistributionRecord, FileRecord, TaskRecord, Tests
+from regreen.tasks.model import (
+    Culprit,
+    DistributionRecord,
+    FileRecord,
+    Fix,
+    Rewrite,
+    TaskRecord,
+    Tests,
+)
 from regreen.tasks.splits import Splits, split_of
 
 
@@ -56,6 +64,24 @@ def test_what_is_admitted_comes_in_once_with_its_releases(tmp_path: Path) -> Non
         ("b", "1.0", "test"),
     ]
     assert sorted(load_distributions(into / "distributions.jsonl")) == ["web==1.0", "web==2.0"]
+
+
+def test_a_task_gains_the_fix_of_a_mode_that_it_has_none_of(tmp_path: Path) -> None:
+    pins = Fix(mode="any_fix", origin="pins-restored")
+    rewrite = Rewrite(path="p.py", rules=["r"], before_sha256="1" * 64, after_sha256="2" * 64)
+    rules = Fix(mode="keep_new", origin="rules", rewrites=[rewrite])
+    old = task("a", "p", fixes=[pins], seconds=1.0)
+    into = write(tmp_path / "set", [old, task("b", "p", fixes=[pins])], one="1", two="2")
+    upstream = Fix(mode="any_fix", origin="upstream")
+    new = task("a", "p", fixes=[upstream, rules], modes=["any_fix", "keep_new"], seconds=2.0)
+    other = task("b", "p", fixes=[pins, rules], pins_fail=["web==3.0"])
+    found = write(tmp_path / "found", [new, other], one="1", two="2")
+    assert merge(found, into) == 1
+    assert merge(found, into) == 0
+    first, second = load_tasks(into / "tasks.jsonl")
+    assert (first.fixes, first.modes) == ([pins, rules], ["any_fix", "keep_new"])
+    assert first.seconds == 1.0  # the rest is what the set says
+    assert second.fixes == [pins]  # that was another environment
 
 
 def test_files_of_one_release_are_joined_and_never_contradict(tmp_path: Path) -> None:
