@@ -2,6 +2,8 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 export REGREEN_HOME ?= $(CURDIR)/build/home
+# Without byte code every process compiles what it imports: 1 s for a command, 2 s for a service.
+unexport PYTHONDONTWRITEBYTECODE
 BIN := .venv/bin
 STAMP := .venv/.regreen-setup
 PYTEST_ARGS ?=

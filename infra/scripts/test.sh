@@ -3,6 +3,7 @@
 # A test file runs in one process and in order. Tests wait more than they compute: three processes keep two
 # cores busy; PYTEST_ARGS="-n 0" runs all of them in one.
 set -euo pipefail
+unset PYTHONDONTWRITEBYTECODE  # a process that compiles what it imports takes twice as long, and there are thousands
 cd "$(dirname "$0")/../.."
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 exec .venv/bin/pytest -p no:cacheprovider -n 3 --dist loadfile --no-loadscope-reorder \

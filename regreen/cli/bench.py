@@ -19,7 +19,7 @@ import typer
 from regreen.cli import output
 from regreen.cli.options import Json
 from regreen.rpc.errors import InvalidArgument
-from regreen.settings import default_home
+from regreen.home import default_home
 
 BENCHMARKS = {
     "sandbox": "sandbox_svc.bench",

@@ -26,7 +26,7 @@ from regreen.evals.serving import serving
 from regreen.fix import FixOptions, FixResult, fix_project
 from regreen.rollout.worker import knowledge_of
 from regreen.rpc.errors import InvalidArgument, RegreenError, Unavailable
-from regreen.settings import default_home
+from regreen.home import default_home
 from regreen.stack.borrow import borrowed_stack
 from regreen.stack.follow import following
 from regreen.stack.layout import Layout

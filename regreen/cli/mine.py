@@ -26,7 +26,7 @@ from regreen.mine.report import lines_of, report
 from regreen.mine.store import Journal
 from regreen.mine.work import Bounds, Mine, export
 from regreen.rpc.errors import InvalidArgument
-from regreen.settings import default_home
+from regreen.home import default_home
 
 KINDS = ("dependency-upgrade", "release-bugfix", *MORE_KINDS)
 

@@ -14,7 +14,7 @@ import typer
 from regreen.client.stack import Endpoints, Stack
 from regreen.rollout.context import check_settings
 from regreen.rpc.errors import InvalidArgument
-from regreen.settings import default_home
+from regreen.home import default_home
 
 Home = Annotated[
     Path | None,

@@ -11,7 +11,7 @@ import typer
 from regreen.cli import output
 from regreen.cli.options import Home, Json
 from regreen.rpc.errors import InvalidArgument, RegreenError
-from regreen.settings import default_home
+from regreen.home import default_home
 from regreen.stack import control
 from regreen.stack.layout import SERVICES, Layout
 
