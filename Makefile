@@ -32,7 +32,7 @@ status: $(STAMP) ## Show the local stack
 logs: $(STAMP) ## Print the ends of the services' logs
 	@$(BIN)/regreen logs
 
-test: $(STAMP) ## Run every test, fast ones first
+test: $(STAMP) ## Run every test
 	@infra/scripts/test.sh $(PYTEST_ARGS)
 
 test-fast: $(STAMP) ## Run the unit tests

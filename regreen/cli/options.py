@@ -12,9 +12,9 @@ from typing import Annotated, Any
 import typer
 
 from regreen.client.stack import Endpoints, Stack
+from regreen.home import default_home
 from regreen.rollout.context import check_settings
 from regreen.rpc.errors import InvalidArgument
-from regreen.home import default_home
 
 Home = Annotated[
     Path | None,

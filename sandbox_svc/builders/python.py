@@ -254,8 +254,8 @@ class PythonBuilder:
         byte_code = (f"{ENV}/bin/python", f"{TOOLS}/lib/byte_code.py")
         folders = (f"{ENV}/lib", REPO, f"{TOOLS}/lib")
         await box.run(Command((*byte_code, *folders), env=box_environment()))
-        clean = "rm -rf /work/home/.cache /tmp/* /work/repo/.pytest_cache /work/.cache /work/pycache/tmp"
-        await box.run(Command(("sh", "-c", clean), cwd="/"))
+        caches = "/work/home/.cache /work/repo/.pytest_cache /work/.cache /work/pycache/tmp"
+        await box.run(Command(("sh", "-c", f"rm -rf /tmp/* {caches}"), cwd="/"))
 
 
 def box_environment() -> dict[str, str]:

@@ -24,16 +24,18 @@ ALWAYS = (
     *("xml.etree.ElementTree", "zipfile"),
 )
 SELDOM = frozenset(
-    ("__pycache__", "config", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "site-packages")
-    + ("test", "tests", "tkinter", "turtledemo")
+    (
+        *("__pycache__", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "site-packages"),
+        *("test", "tests", "tkinter", "turtledemo"),
+    )
 )
 MANY = 2000
-"""Files that take so long to compile that a second process, which takes 0.3 s itself, is worth it."""
+"""Files from which on a second process is worth the 0.3 s that it takes itself."""
 UNUSED = re.compile("site-packages/.*/tests?/")
 
 
 def copy_own(library: str) -> int:
-    """The byte code that the interpreter came with, if it is that of its sources; how many files."""
+    """Byte code that the interpreter came with, if it is that of its sources; how many files."""
     copied = 0
     for folder, folders, files in os.walk(library):
         folders[:] = [n for n in folders if n not in SELDOM and not n.startswith("config-")]

@@ -35,7 +35,7 @@ def library(tmp_path: Path) -> Path:
 
 def test_only_what_is_of_its_source_is_copied(library: Path, prefix: Path) -> None:
     assert byte_code.copy_own(str(library)) == 1
-    kept = [path for path in prefix.rglob("*.pyc")]
+    kept = list(prefix.rglob("*.pyc"))
     assert [path.name.partition(".")[0] for path in kept] == ["whole"]
     (came,) = (library / "__pycache__").glob("whole.*")
     assert kept[0].read_bytes() == came.read_bytes()
