@@ -26,9 +26,12 @@ ALWAYS = (
 SELDOM = frozenset(
     (
         *("__pycache__", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "site-packages"),
-        *("test", "tests", "tkinter", "turtledemo"),
+        *("test", "tests", "tkinter", "turtledemo", "curses", "dbm", "distutils", "msilib"),
+        *("venv", "wsgiref", "xmlrpc", "_pydatetime.py", "_pydecimal.py", "_pyio.py"),
+        *("imaplib.py", "mailbox.py", "nntplib.py", "pickletools.py", "pydoc.py", "turtle.py"),
     )
 )
+"""Parts of the library that few tests import: every State would hold them."""
 MANY = 2000
 """Files from which on a second process is worth the 0.3 s that it takes itself."""
 UNUSED = re.compile("site-packages/.*/tests?/")
@@ -41,7 +44,7 @@ def copy_own(library: str) -> int:
         folders[:] = [n for n in folders if n not in SELDOM and not n.startswith("config-")]
         for name in files:
             source = os.path.join(folder, name)
-            if name.endswith(".py"):
+            if name.endswith(".py") and name not in SELDOM:
                 target = importlib.util.cache_from_source(source)
                 own = os.path.join(folder, "__pycache__", os.path.basename(target))
                 if not os.path.exists(target) and is_of(own, source):
