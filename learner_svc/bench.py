@@ -26,7 +26,7 @@ import torch
 from learner_svc.session import Session
 from learner_svc.spec import Hyperparameters, RunKind, RunSpec
 from regreen.batch import Batch, Sample
-from regreen.settings import default_home
+from regreen.home import default_home
 
 _RATE = 1e-6
 _CLIP = 1.0

@@ -21,8 +21,8 @@ from policy_svc.engines.base import Request, Sampling
 from policy_svc.engines.cpu import cpu_count
 from policy_svc.engines.process import local_engines
 from policy_svc.engines.stepper import Stepper
+from regreen.home import default_home
 from regreen.model_store import ensure_default_model
-from regreen.settings import default_home
 
 Runner = Callable[[list[tuple[int, ...]]], int]
 

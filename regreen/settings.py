@@ -27,20 +27,13 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from regreen.home import default_home
 from regreen.rpc.errors import InvalidArgument
 
 BAD_SETTINGS = 2
 """Exit code of a service that refuses its settings."""
 _HOST_PORT = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[^\s:\[\]/]+):(\d{1,5})", re.ASCII)
 _SOCKET_PATH_BYTES = 107
-
-
-def default_home() -> Path:
-    """`REGREEN_HOME`, else the user's data directory."""
-    if home := os.environ.get("REGREEN_HOME"):
-        return Path(home)
-    base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
-    return Path(base) / "regreen"
 
 
 def is_local(address: str) -> bool:

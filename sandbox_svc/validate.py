@@ -141,8 +141,9 @@ class Validator:
             if found is not None and not skip_cache_lookup:
                 self._cache.move_to_end(one)
                 return replace(found, cached=True)
-        if skip_cache_lookup and self._workers is not None:
-            plan, key = replace(plan, alone=True), f"{key} alone"
+        if skip_cache_lookup:
+            plan = replace(plan, alone=True)
+            key = key if self._workers is None else f"{key} alone"
         flight = self._running.get(key)
         if flight is None:
             flight = _Flight(asyncio.create_task(self._run_and_keep(plan)))

@@ -115,7 +115,8 @@ class Plan:
     under: str = ""
     """What runs it: the runtime, the interpreters of the host and the limits."""
     alone: bool = False
-    """Whether the tests run one after the other in any case: an independent look is asked for."""
+    """Whether an independent look is asked for: the tests run one after the other in any case, and
+    the State does not become warm for it."""
 
     @property
     def facts(self) -> Mapping[str, Any]:

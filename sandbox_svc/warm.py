@@ -107,7 +107,9 @@ class WarmPool:
     async def spare(self, plan: Plan, seed: int) -> AsyncIterator[Spare | Miss]:
         """A warm sandbox for one run of a plan, or the reason why it has to be cold."""
         why = self._unfit(plan, seed)
-        if why is None:  # a State whose diffs have to be cold anyway is not worth a warm-up
+        # A State whose diffs have to be cold anyway is not worth a warm-up; one that is looked at
+        # independently neither: a gate asks for a few such runs and is done with it.
+        if why is None and not plan.alone:
             self._use(plan.state)
         spare = None if why else await self._take(plan.state.id)
         if spare is None:

@@ -18,8 +18,8 @@ import typer
 
 from regreen.cli import output
 from regreen.cli.options import Json
+from regreen.home import default_home
 from regreen.rpc.errors import InvalidArgument
-from regreen.settings import default_home
 
 BENCHMARKS = {
     "sandbox": "sandbox_svc.bench",

@@ -8,7 +8,7 @@ from regreen import demo
 from regreen.cli import output
 from regreen.cli.listen import listener
 from regreen.cli.options import Home, Json
-from regreen.settings import default_home
+from regreen.home import default_home
 
 
 def register(app: typer.Typer) -> None:

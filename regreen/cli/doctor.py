@@ -21,8 +21,8 @@ import typer
 from regreen.cli import output
 from regreen.cli.options import Home, Json
 from regreen.client.stack import Endpoints, Stack
+from regreen.home import default_home
 from regreen.rpc.errors import InvalidArgument, RegreenError
-from regreen.settings import default_home
 
 _GIB = 1 << 30
 _PROBE_S, _BUILD_S = 20.0, 180.0

@@ -17,8 +17,8 @@ from regreen.cli import output
 from regreen.cli.options import Home, Json, open_stack
 from regreen.client.stack import Stack
 from regreen.dataset import v1 as pb
+from regreen.home import default_home
 from regreen.rpc.errors import FailedPrecondition, InvalidArgument
-from regreen.settings import default_home
 from regreen.tasks.add import Added, add
 from regreen.tasks.checkout import Wish, check_out
 from regreen.tasks.exchange import SFT, Imported, export_chats, export_tasks, import_found

@@ -24,9 +24,9 @@ from regreen.cli.options import Home, Json, parse_settings
 from regreen.client.stack import Endpoints, Stack
 from regreen.evals.serving import serving
 from regreen.fix import FixOptions, FixResult, fix_project
+from regreen.home import default_home
 from regreen.rollout.worker import knowledge_of
 from regreen.rpc.errors import InvalidArgument, RegreenError, Unavailable
-from regreen.settings import default_home
 from regreen.stack.borrow import borrowed_stack
 from regreen.stack.follow import following
 from regreen.stack.layout import Layout

@@ -1,47 +1,36 @@
 """The `regreen` command: one entry point, one module per group of commands.
 
 - Commands parse and print; the work is in `regreen.stack`, `rollout`, `train`, `evals` and `tasks`.
+- Only the module of the command that is called is loaded; help and completion load all of them.
 """
 
+import sys
+from collections.abc import Sequence
+from importlib import import_module
 from typing import Annotated
 
 import typer
 
 import regreen
-from regreen.cli import (
-    bench,
-    demo,
-    doctor,
-    evals,
-    fix,
-    rollout,
-    sandbox,
-    stack,
-    state,
-    tasks,
-    train,
-    traj,
-)
 
-app = typer.Typer(
-    name="regreen",
-    help="Train, evaluate and serve agents that turn broken builds green again.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-stack.register(app)
-doctor.register(app)
-fix.register(app)
-evals.register(app)
-demo.register(app)
-bench.register(app)
-app.add_typer(tasks.app, name="tasks", help="Import, prepare and verify tasks.")
-app.add_typer(rollout.app, name="rollout", help="Run episodes.")
-app.add_typer(state.app, name="state", help="Look at, import, export and delete states.")
-app.add_typer(sandbox.app, name="sandbox", help="Look at and delete sandboxes.")
-app.add_typer(train.app, name="train", help="Train a policy.")
-app.add_typer(traj.app, name="traj", help="Look at trajectories.")
+COMMANDS = {
+    "stack": ("up", "down", "status", "logs"),
+    "doctor": ("doctor",),
+    "fix": ("fix",),
+    "evals": ("eval", "report"),
+    "demo": ("demo",),
+    "bench": ("bench",),
+}
+"""Modules beside this one with their commands."""
+GROUPS = {
+    "tasks": "Import, prepare and verify tasks.",
+    "rollout": "Run episodes.",
+    "state": "Look at, import, export and delete states.",
+    "sandbox": "Look at and delete sandboxes.",
+    "train": "Train a policy.",
+    "traj": "Look at trajectories.",
+}
+"""Groups of commands, each the module of its name."""
 
 
 def _version(value: bool) -> None:
@@ -50,7 +39,6 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
@@ -59,6 +47,27 @@ def _options(
     """Train, evaluate and serve agents that turn broken builds green again."""
 
 
+def make_app(words: Sequence[str] = ()) -> typer.Typer:
+    """The command line, or only the part of it that a call with these words needs."""
+    app = typer.Typer(
+        name="regreen",
+        help="Train, evaluate and serve agents that turn broken builds green again.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_options)
+    called = words[0] if words else ""
+    known = called in GROUPS or any(called in names for names in COMMANDS.values())
+    for module, names in COMMANDS.items():
+        if not known or called in names:
+            import_module(f"regreen.cli.{module}").register(app)
+    for group, told in GROUPS.items():
+        if not known or called == group:
+            app.add_typer(import_module(f"regreen.cli.{group}").app, name=group, help=told)
+    return app
+
+
 def main() -> None:
     """Run the command line."""
-    app()
+    make_app(sys.argv[1:])()

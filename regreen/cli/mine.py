@@ -14,6 +14,7 @@ from regreen.cli.options import Home, Json
 from regreen.client.channel import connect
 from regreen.client.sandbox import SandboxClient, StateClient
 from regreen.client.stack import Endpoints
+from regreen.home import default_home
 from regreen.mine.culprits import (
     bugfix_candidates,
     in_turn,
@@ -26,7 +27,6 @@ from regreen.mine.report import lines_of, report
 from regreen.mine.store import Journal, shipped_decisions
 from regreen.mine.work import Bounds, Mine, export
 from regreen.rpc.errors import InvalidArgument
-from regreen.settings import default_home
 from regreen.tasks.jsonl import shipped_tasks
 
 KINDS = ("dependency-upgrade", "release-bugfix", *MORE_KINDS)

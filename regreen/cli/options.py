@@ -13,9 +13,9 @@ import typer
 
 from regreen.client.stack import Endpoints, Stack
 from regreen.dataset import v1 as pb
+from regreen.home import default_home
 from regreen.rollout.context import check_settings
 from regreen.rpc.errors import InvalidArgument
-from regreen.settings import default_home
 
 Home = Annotated[
     Path | None,

@@ -10,8 +10,8 @@ import typer
 
 from regreen.cli import output
 from regreen.cli.options import Home, Json
+from regreen.home import default_home
 from regreen.rpc.errors import InvalidArgument, RegreenError
-from regreen.settings import default_home
 from regreen.stack import control
 from regreen.stack.layout import SERVICES, Layout
 

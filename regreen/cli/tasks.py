@@ -17,8 +17,8 @@ from regreen.cli.options import Home, Json, open_stack, parse_age, task_status
 from regreen.client.stack import Stack
 from regreen.common import v1 as common_pb
 from regreen.dataset import v1 as pb
+from regreen.home import default_home
 from regreen.rpc.errors import FailedPrecondition, InvalidArgument, NotFound
-from regreen.settings import default_home
 from regreen.tasks.admit import Admission, ReportingGateClient, import_records, reasons_of
 from regreen.tasks.formats.registry import OURS, only_file
 from regreen.tasks.gate import REPEATS

@@ -26,8 +26,8 @@ from regreen.client.learner import LearnerClient
 from regreen.client.parking import ParkingClient
 from regreen.client.policy import PolicyClient
 from regreen.client.sandbox import SandboxClient, StateClient
+from regreen.home import default_home
 from regreen.rpc.errors import InvalidArgument, Unavailable
-from regreen.settings import default_home
 
 
 @dataclass(frozen=True, slots=True)

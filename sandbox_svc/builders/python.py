@@ -251,11 +251,11 @@ class PythonBuilder:
         progress(Stage("install", 0, 2, f"{len(spec.pins)} packages"))
         await _must(box, (inputs.python, "-I", f"{TOOLS}/lib/sync_env.py"), "install the pins")
         progress(Stage("compile", 1, 2))
-        unused = "site-packages/.*/tests?/"
-        compile_all = (f"{ENV}/bin/python", "-m", "compileall", "-q", "-j", "2", "-x", unused)
-        await box.run(Command((*compile_all, f"{ENV}/lib", REPO), env=box_environment()))
-        clean = "rm -rf /work/home/.cache /tmp/* /work/repo/.pytest_cache /work/.cache"
-        await box.run(Command(("sh", "-c", clean), cwd="/"))
+        byte_code = (f"{ENV}/bin/python", f"{TOOLS}/lib/byte_code.py")
+        folders = (f"{ENV}/lib", REPO, f"{TOOLS}/lib")
+        await box.run(Command((*byte_code, *folders), env=box_environment()))
+        caches = "/work/home/.cache /work/repo/.pytest_cache /work/.cache /work/pycache/tmp"
+        await box.run(Command(("sh", "-c", f"rm -rf /tmp/* {caches}"), cwd="/"))
 
 
 def box_environment() -> dict[str, str]:

@@ -13,8 +13,8 @@ import signal
 import sys
 from pathlib import Path
 
+from regreen.home import default_home
 from regreen.rpc.errors import InfraError, RegreenError
-from regreen.settings import default_home
 from sandbox_svc.worker.docker import DockerWorker, WorkerOptions
 
 

@@ -327,15 +327,33 @@ async def test_closing_while_it_warms_leaves_nothing(world: World) -> None:
 async def test_the_second_validation_makes_a_state_warm(world: World) -> None:
     pool = WarmPool(world.states, world.runtime, world.home, settings=NEVER)
     validator = Validator(world.states, world.runtime, warm=pool)
+    changes = [[], [FileChange(GREET, b"1 / 0\n")], [FileChange(GREET, b"2 / 0\n")]]
     try:
         for number in range(2):
-            verdict = await validator.validate(world.state.id, (), skip_cache_lookup=True)
+            verdict = await validator.validate(world.state.id, changes[number])
             assert not verdict.warm
             assert bool(pool._hot) == (number == 1)
         await pool.settled()
-        verdict = await validator.validate(world.state.id, (), skip_cache_lookup=True)
+        verdict = await validator.validate(world.state.id, changes[2])
         assert verdict.warm
         assert set(verdict.failing) == set(FAIL_TO_PASS)
+    finally:
+        await validator.close()
+        await pool.close()
+
+
+async def test_independent_looks_make_no_state_warm_and_use_one_that_is(world: World) -> None:
+    pool = WarmPool(world.states, world.runtime, world.home, settings=NEVER)
+    validator = Validator(world.states, world.runtime, warm=pool)
+    try:
+        for _ in range(3):
+            verdict = await validator.validate(world.state.id, (), skip_cache_lookup=True)
+            assert not verdict.warm
+        assert not pool._hot
+        pool.warm(world.state)
+        await pool.settled()
+        verdict = await validator.validate(world.state.id, (), skip_cache_lookup=True)
+        assert verdict.warm
     finally:
         await validator.close()
         await pool.close()

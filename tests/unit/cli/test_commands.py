@@ -12,7 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 from regreen.cli import output
-from regreen.cli.main import app
+from regreen.cli.main import make_app
 
 DOCS = (Path(__file__).resolve().parents[3] / "docs" / "cli.md").read_text()
 READS = (
@@ -30,6 +30,7 @@ def commands(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[s
             yield (*path, name)
 
 
+app = make_app()
 ROOT = typer.main.get_command(app)
 EVERY = list(commands(ROOT))
 

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from regreen.cli.doctor import _namespaces
-from regreen.cli.main import app
+from regreen.cli.main import make_app
 
 LOOK = (
     "from regreen.cli.doctor import _namespaces; found = _namespaces();"
@@ -33,7 +33,7 @@ def test_a_namespace_that_cannot_be_made_is_no_matter_what_is_allowed() -> None:
 
 
 def test_interpreters_are_listed_without_a_stack(tmp_path: Path) -> None:
-    told = CliRunner().invoke(app, ["doctor", "--home", str(tmp_path), "--json"])
+    told = CliRunner().invoke(make_app(), ["doctor", "--home", str(tmp_path), "--json"])
     found = {row["name"]: row for row in map(json.loads, told.stdout.splitlines())}
     assert found["stack"]["found"] == "not running"
     here = f"{sys.version_info.major}.{sys.version_info.minor}"
