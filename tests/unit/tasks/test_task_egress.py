@@ -10,6 +10,7 @@ from regreen.sandbox.v1 import sandbox_pb2 as pb
 from regreen.tasks.jsonl import dump_lines, load_tasks, shipped_distributions, shipped_tasks
 from regreen.tasks.messages import task_message
 from regreen.tasks.records import RecordStore, record_sha256
+from sandbox_svc.builders import base
 from sandbox_svc.builders.base import DistFile, EnvironmentSpec, Pin
 from sandbox_svc.specs import spec_from_proto
 
@@ -52,7 +53,8 @@ def test_a_malformed_host_is_named_wherever_it_comes_in(tmp_path: Path, entry: s
         spec_from_proto(pb.EnvironmentSpec(egress=["example.org", entry]))
 
 
-def test_digests_of_before_there_were_hosts_hold() -> None:
+def test_digests_of_before_there_were_hosts_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "FORMAT", 2)  # that of the time
     spec = EnvironmentSpec(
         builder="python",
         package="demo",
