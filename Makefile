@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 export REGREEN_HOME ?= $(CURDIR)/build/home
-# Without byte code every process compiles what it imports: 1 s for a command, 2 s for a service.
+# Without byte code every process compiles all that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 BIN := .venv/bin
 STAMP := .venv/.regreen-setup
@@ -32,7 +32,7 @@ status: $(STAMP) ## Show the local stack
 logs: $(STAMP) ## Print the ends of the services' logs
 	@$(BIN)/regreen logs
 
-test: $(STAMP) ## Run every test
+test: $(STAMP) ## Run every test, fast ones first
 	@infra/scripts/test.sh $(PYTEST_ARGS)
 
 test-fast: $(STAMP) ## Run the unit tests
