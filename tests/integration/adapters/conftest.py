@@ -76,6 +76,8 @@ async def world() -> AsyncIterator[World]:
         ]
         spec = pb.EnvironmentSpec(builder="system", overlay=overlay)
         *_, last = [event async for event in StateClient(channel).prepare_state(spec)]
+        # Python knows an edit by its second and size: agents find files of an earlier second.
+        await asyncio.sleep(1.0)
         yield World(server.address, last.state.id, SandboxClient(channel, patience_s=5.0))
 
 
