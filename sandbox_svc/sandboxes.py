@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import os
 import time
+from collections import deque
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -49,6 +50,8 @@ _MAX_FORKS = 256
 STARTS_AT_ONCE = max(4, 2 * (os.cpu_count() or 1))
 """Sandboxes of all calls that start at a time: more would only wait for each other, and a call that
 is refused would wait for their processes as well."""
+_BURST, _BURST_S, _GIVE_WAY_S, _LOOK_S = 16, 0.016, 0.05, 0.002
+"""While so many calls come in so short a time, no start takes it from them; so long at most."""
 _REAP_S = 1.0
 _NO_LIMITS = Limits()
 _T = TypeVar("_T")
@@ -112,6 +115,8 @@ class Manager:
         self._clock = clock
         self._sandboxes: dict[str, Sandbox] = {}
         self._reserved = 0
+        self._came: deque[float] = deque(maxlen=_BURST)
+        """When the last calls came that ask for a sandbox."""
         self._comparisons = asyncio.Semaphore(self.pool.max_comparisons)
         self._reaper: asyncio.Task[None] | None = None
         self._finishing: set[asyncio.Task[Any]] = set()
@@ -186,6 +191,7 @@ class Manager:
             FailedPrecondition: there is no way out of sandboxes here.
             ResourceExhausted: too many sandboxes; carries a delay.
         """
+        self._came.append(time.monotonic())
         state = self.states.runnable(state_id)
         self._check_ttl(ttl_s)
         reach = AllowList.parse(allow) if allow else None
@@ -205,6 +211,7 @@ class Manager:
         door = self.egress.door(sandbox_id, reach) if reach is not None else None
         try:
             async with self._starting:
+                await self._give_way()
                 state = self.states.get(state.id)  # as it is after the wait
                 with metrics.START_SECONDS.time():
                     box = await self._box(state, limits, door)
@@ -231,6 +238,14 @@ class Manager:
         )
         self._sandboxes[sandbox.id] = sandbox
         return sandbox
+
+    async def _give_way(self) -> None:
+        """Let a burst of calls come in, to be refused or to wait, before one starts."""
+        now = time.monotonic()
+        until_s = now + _GIVE_WAY_S
+        while len(self._came) == _BURST and now < min(until_s, self._came[0] + _BURST_S):
+            await asyncio.sleep(_LOOK_S)
+            now = time.monotonic()
 
     async def _box(self, state: State, limits: Limits, door: Door | None = None) -> Box:
         """A box over a state, whose layers are then held once."""

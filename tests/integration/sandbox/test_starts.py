@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from regreen.rpc.errors import NotFound, ResourceExhausted
+from sandbox_svc import sandboxes
 from sandbox_svc.backends.base import Limits
 from sandbox_svc.backends.embedded import EmbeddedRuntime
 from sandbox_svc.builders.base import Prepared
@@ -19,12 +20,13 @@ class Watched(EmbeddedRuntime):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.starting = self.most = 0
+        self.starting = self.most = self.begun = 0
         self.may_start, self.crowded = asyncio.Event(), asyncio.Event()
         self.may_start.set()
 
     async def create(self, *args, **kwargs):
         self.starting += 1
+        self.begun += 1
         self.most = max(self.most, self.starting)
         if self.starting >= STARTS_AT_ONCE:
             self.crowded.set()
@@ -51,7 +53,7 @@ async def parts(tmp_path):
         return Prepared((layer,), (), {}, {})
 
     state = await states.prepare("0" * 64, build)
-    runtime.most = 0
+    runtime.most = runtime.begun = 0
     yield runtime, states, manager, state
     await manager.close()
     await states.close()
@@ -115,3 +117,22 @@ async def test_a_state_that_goes_while_its_fork_waits_is_not_found(parts):
     with pytest.raises(NotFound):
         await late
     await asyncio.gather(*first)
+
+
+async def test_a_burst_of_calls_comes_in_before_it_is_started(parts, monkeypatch):
+    monkeypatch.setattr(sandboxes, "_BURST_S", 60.0)
+    monkeypatch.setattr(sandboxes, "_GIVE_WAY_S", 1.0)
+    runtime, _, manager, state = parts
+    calls = [asyncio.create_task(manager.create(state.id)) for _ in range(2 * sandboxes._BURST)]
+    await asyncio.sleep(0.7)
+    assert runtime.begun == STARTS_AT_ONCE  # which were there before it was a burst
+    await asyncio.gather(*calls)
+    assert runtime.begun == len(calls)
+
+
+async def test_a_few_calls_give_way_to_nobody(parts, monkeypatch):
+    monkeypatch.setattr(sandboxes, "_BURST_S", 600.0)
+    monkeypatch.setattr(sandboxes, "_GIVE_WAY_S", 600.0)
+    _, _, manager, state = parts
+    async with asyncio.timeout(60):
+        await asyncio.gather(*(manager.create(state.id) for _ in range(sandboxes._BURST - 1)))
