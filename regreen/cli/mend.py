@@ -21,11 +21,11 @@ from regreen.rules.rule import library
 from regreen.tasks.environment import Distributions
 from regreen.tasks.gate import SHIPPED_REPEATS, Gate
 from regreen.tasks.jsonl import (
-    dump_lines,
     load_distributions,
     load_tasks,
     shipped_distributions,
     shipped_tasks,
+    write_lines,
 )
 from regreen.tasks.model import TaskRecord
 from regreen.tasks.verify import ServiceGateClient
@@ -70,9 +70,7 @@ def mend(
         if (not ids or task.id in ids) and (every or all(f.mode != MODE for f in task.fixes))
     ]
     address = sandbox or Endpoints.load(home).sandbox
-    found = output.run(_mend(chosen, known, address, repeats, workers))
-    if out:
-        _write([outcome.task for outcome in found if outcome.gained], known, out)
+    found = output.run(_mend(chosen, known, address, repeats, workers, out))
     if json_output:
         output.print_json_lines(
             {"id": o.task.id, "gained": o.gained, "said": o.said, "tries": o.tries} for o in found
@@ -114,6 +112,7 @@ async def _mend(
     address: str,
     repeats: int,
     workers: int,
+    out: Path | None,
 ) -> list[Outcome]:
     channel = connect(address)
     done: list[Outcome] = []
@@ -122,6 +121,8 @@ async def _mend(
 
             def ended(outcome: Outcome) -> None:
                 done.append(outcome)
+                if out:  # whatever ends this run, what was gained is there
+                    _write([one.task for one in done if one.gained], known, out)
                 word = "gained" if outcome.gained else "no"
                 text = f"{outcome.task.id} {word}: {outcome.said}"
                 output.STDERR.print(text, highlight=False, markup=False)
@@ -145,7 +146,5 @@ def _write(tasks: list[TaskRecord], known: Distributions, out: Path) -> None:
         for task in tasks
         for pin in (*task.pins_pass, *task.pins_fail, *task.wheelhouse, *task.build.tools)
     }
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "tasks.jsonl").write_text(dump_lines(tasks), "utf-8")
-    releases = [known[pin] for pin in sorted(pins & set(known))]
-    (out / "distributions.jsonl").write_text(dump_lines(releases), "utf-8")
+    write_lines(out / "distributions.jsonl", [known[pin] for pin in sorted(pins & set(known))])
+    write_lines(out / "tasks.jsonl", tasks)

@@ -32,7 +32,7 @@ from regreen.mine.upgrade import UpgradeMiner
 from regreen.pkgindex import find_uv, index_urls
 from regreen.rpc.errors import ResourceExhausted
 from regreen.tasks.gate import Gate, Verdict, judge_steadily
-from regreen.tasks.jsonl import dump_lines, parse_lines
+from regreen.tasks.jsonl import parse_lines, write_lines
 from regreen.tasks.model import DistributionRecord, TaskRecord
 from regreen.tasks.pin import Pinner, complete
 from regreen.tasks.verify import refreshed
@@ -256,12 +256,10 @@ def export(journal: Journal, out: Path) -> tuple[int, int]:
             files = {f.filename: f for f in (*(old.files if old else ()), *record.files)}
             ordered = [files[name] for name in sorted(files)]
             releases[record.pin] = record.model_copy(update={"files": ordered})
-    out.mkdir(parents=True, exist_ok=True)
-    ordered_tasks = sorted(tasks, key=lambda task: (normalize(task.package), task.id))
-    (out / "tasks.jsonl").write_text(dump_lines(ordered_tasks), "utf-8")
-    ordered_releases = [releases[pin] for pin in sorted(releases)]
-    (out / "distributions.jsonl").write_text(dump_lines(ordered_releases), "utf-8")
-    (out / "decided.jsonl").write_text(dump_lines(journal.decisions()), "utf-8")
+    ordered = sorted(tasks, key=lambda task: (normalize(task.package), task.id))
+    write_lines(out / "distributions.jsonl", [releases[pin] for pin in sorted(releases)])
+    write_lines(out / "tasks.jsonl", ordered)
+    write_lines(out / "decided.jsonl", journal.decisions())
     return len(tasks), len(releases)
 
 

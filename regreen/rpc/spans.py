@@ -7,8 +7,8 @@
 - Calls that this one makes carry its span as their parent (`regreen.client.channel`).
 """
 
-import random
 import re
+import secrets
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -25,7 +25,6 @@ _NESTED = ("state", "sandbox", "execution")
 _BY_PREFIX = {"st": "state_id", "sbx": "sandbox_id", "exe": "exec_id", "run": "run_id"}
 _MAX_CHARS = 100
 _SAMPLED = 1
-_ids = random.Random(random.SystemRandom().getrandbits(256))
 
 
 @lru_cache(maxsize=1024)
@@ -53,7 +52,7 @@ class Span:
     trace_id: str = ""
     parent_id: str = ""
     sampled: bool = False
-    span_id: str = field(default_factory=lambda: f"{_ids.getrandbits(64):016x}")
+    span_id: str = field(default_factory=lambda: secrets.token_hex(8))
     subjects: dict[str, str] = field(default_factory=dict)
 
     @classmethod

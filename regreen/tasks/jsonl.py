@@ -5,6 +5,8 @@
 - The shipped task set is package data and read only through here.
 """
 
+import os
+import tempfile
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -47,6 +49,25 @@ def parse_lines(text: str, model: type[_Model], source: str) -> list[_Model]:
 def dump_lines(records: Iterable[BaseModel]) -> str:
     """The canonical text of records."""
     return "".join(record.model_dump_json(exclude_defaults=True) + "\n" for record in records)
+
+
+def write_lines(path: Path, records: Iterable[BaseModel]) -> None:
+    """Write records to a file, which is whole with them or as it was, whatever happens meanwhile.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, draft = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(dump_lines(records))
+            file.flush()
+            os.fchmod(file.fileno(), path.stat().st_mode if path.exists() else 0o644)
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        Path(draft).unlink(missing_ok=True)
 
 
 def load_tasks(path: Path) -> list[TaskRecord]:

@@ -15,7 +15,7 @@ from typing import get_args
 
 from regreen.lockfile import normalize
 from regreen.rpc.errors import InvalidArgument
-from regreen.tasks.jsonl import dump_lines, load_distributions, load_tasks
+from regreen.tasks.jsonl import load_distributions, load_tasks, write_lines
 from regreen.tasks.model import DistributionRecord, ModeName, TaskRecord
 from regreen.tasks.splits import Splits
 
@@ -101,8 +101,8 @@ def merge(mined: Path, into: Path) -> int:
         load_distributions(mined / "distributions.jsonl"),
         pins,
     )
-    (into / "tasks.jsonl").write_text(dump_lines(tasks), "utf-8")
-    (into / "distributions.jsonl").write_text(dump_lines(releases), "utf-8")
+    write_lines(into / "distributions.jsonl", releases)  # first: tasks refer to releases
+    write_lines(into / "tasks.jsonl", tasks)
     return len(tasks) - sum(one in old for one in tasks)
 
 

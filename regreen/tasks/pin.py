@@ -34,7 +34,7 @@ from regreen.pkgindex import (
     wheel_fits,
 )
 from regreen.rpc.errors import NotFound, RegreenError
-from regreen.tasks.jsonl import dump_lines, load_distributions, load_tasks
+from regreen.tasks.jsonl import load_distributions, load_tasks, write_lines
 from regreen.tasks.model import (
     Added,
     Build,
@@ -317,8 +317,8 @@ async def run(source: Path, out: Path, only: Sequence[str]) -> int:
     out.mkdir(parents=True, exist_ok=True)
     if (out / "tasks.jsonl").exists():
         tasks, distributions = _merged(out, tasks, distributions)
-    (out / "tasks.jsonl").write_text(dump_lines(tasks), "utf-8")
-    (out / "distributions.jsonl").write_text(dump_lines(distributions), "utf-8")
+    write_lines(out / "distributions.jsonl", distributions)
+    write_lines(out / "tasks.jsonl", tasks)
     digest = hashlib.sha256((out / "tasks.jsonl").read_bytes()).hexdigest()
     sys.stderr.write(f"{len(tasks)} tasks, {len(distributions)} releases, sha256 {digest}\n")
     return failed

@@ -23,11 +23,11 @@ from regreen.sandbox.v1 import sandbox_pb2 as pb
 from regreen.sandbox.v1 import state_service_pb2 as state_pb
 from regreen.tasks.gate import SHIPPED_REPEATS, Gate, judge_steadily
 from regreen.tasks.jsonl import (
-    dump_lines,
     load_distributions,
     load_tasks,
     shipped_distributions,
     shipped_tasks,
+    write_lines,
 )
 from regreen.tasks.model import TaskRecord, ids_sha256
 from regreen.tasks.trial import FAILS
@@ -189,7 +189,7 @@ async def run(options: argparse.Namespace) -> int:
     if options.update:
         verdicts = {verdict.task_id: verdict for verdict in read_verdicts(options.out)}
         new = [refreshed(t, verdicts[t.id]) if t.id in verdicts else t for t in tasks]
-        (options.update / "tasks.jsonl").write_text(dump_lines(new), "utf-8")
+        write_lines(options.update / "tasks.jsonl", new)
     return failed
 
 

@@ -12,6 +12,7 @@ from sandbox_svc.backends.embedded import EmbeddedRuntime
 from sandbox_svc.builders.base import Prepared
 from sandbox_svc.sandboxes import Manager, PoolLimits
 from sandbox_svc.states import StateStore
+from tests.fixtures.small_state import small_state
 
 
 @pytest.fixture
@@ -25,17 +26,6 @@ async def parts(tmp_path):
     await manager.close()
     await states.close()
     await runtime.close()
-
-
-async def prepared(runtime, states):
-    async def build(progress) -> Prepared:
-        box = await runtime.create([], limits=Limits())
-        await box.write_file("/work/repo/a", b"0")
-        layer = await box.freeze()
-        await box.delete()
-        return Prepared((layer,), (), {}, {})
-
-    return await states.prepare("0" * 64, build)
 
 
 async def begun(work) -> asyncio.Task:
@@ -61,7 +51,7 @@ async def test_who_joins_a_preparation_that_is_being_given_up_gets_one_of_its_ow
     first = asyncio.create_task(states.prepare("0" * 64, stubborn))
     await entered.wait()
     first.cancel()
-    second = await begun(prepared(runtime, states))
+    second = await begun(small_state(runtime, states))
     may_end.set()
     assert (await second).spec_sha256 == "0" * 64
     with pytest.raises(asyncio.CancelledError):
@@ -71,7 +61,7 @@ async def test_who_joins_a_preparation_that_is_being_given_up_gets_one_of_its_ow
 @pytest.mark.parametrize("steps", range(0, 12, 2))
 async def test_a_snapshot_whose_caller_goes_away_loses_no_work(parts, steps):
     runtime, states, manager = parts
-    sandbox = await manager.create((await prepared(runtime, states)).id)
+    sandbox = await manager.create((await small_state(runtime, states)).id)
     await sandbox.box.write_file("/work/repo/a", b"1")
     task = asyncio.create_task(manager.snapshot(sandbox.id))
     for _ in range(steps):
@@ -87,7 +77,7 @@ async def test_a_snapshot_whose_caller_goes_away_loses_no_work(parts, steps):
 @pytest.mark.parametrize("steps", range(0, 12, 2))
 async def test_a_restore_whose_caller_goes_away_ends_the_old_box(parts, steps):
     runtime, states, manager = parts
-    state = await prepared(runtime, states)
+    state = await small_state(runtime, states)
     sandbox = await manager.create(state.id)
     task = asyncio.create_task(manager.restore(sandbox.id, state.id))
     for _ in range(steps):
@@ -113,7 +103,7 @@ async def test_a_deletion_whose_caller_goes_away_is_finished(parts):
 
 async def test_a_fork_may_use_the_last_places(parts):
     runtime, states, manager = parts
-    sandbox = await manager.create((await prepared(runtime, states)).id)
+    sandbox = await manager.create((await small_state(runtime, states)).id)
     refused: list[Exception] = []
 
     async def create_when_one_has_come() -> None:

@@ -6,11 +6,10 @@ import pytest
 
 from regreen.rpc.errors import NotFound, ResourceExhausted
 from sandbox_svc import sandboxes
-from sandbox_svc.backends.base import Limits
 from sandbox_svc.backends.embedded import EmbeddedRuntime
-from sandbox_svc.builders.base import Prepared
 from sandbox_svc.sandboxes import STARTS_AT_ONCE, Manager, PoolLimits
 from sandbox_svc.states import StateStore
+from tests.fixtures.small_state import small_state
 
 _MANY = 4 * STARTS_AT_ONCE
 
@@ -44,15 +43,7 @@ async def parts(tmp_path):
     states = StateStore(tmp_path / "home", runtime)
     await states.open()
     manager = Manager(runtime, states, pool=PoolLimits(max_sandboxes=2 * _MANY))
-
-    async def build(progress) -> Prepared:
-        box = await runtime.create([], limits=Limits())
-        await box.write_file("/work/repo/a", b"0")
-        layer = await box.freeze()
-        await box.delete()
-        return Prepared((layer,), (), {}, {})
-
-    state = await states.prepare("0" * 64, build)
+    state = await small_state(runtime, states)
     runtime.most = runtime.begun = 0
     yield runtime, states, manager, state
     await manager.close()
