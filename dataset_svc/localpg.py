@@ -229,7 +229,7 @@ class LocalPostgres:
             "full_page_writes": "on" if self.config.fsync else "off",
             "timezone": "UTC",
             "log_line_prefix": "%m [%p] ",
-            # Fewer checkpoints, and less written for each: half of what a bulk load writes.
+            # Fewer checkpoints, and less written for each.
             "max_wal_size": "2GB",
             "wal_compression": "on",
             "checkpoint_timeout": "15min",
