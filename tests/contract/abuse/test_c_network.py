@@ -15,7 +15,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 # Knocks at every door; with "serve" it first puts somebody behind each, on its own loopback.
 _KNOCK = r"""
-import errno, fcntl, json, socket, struct, sys, threading
+import errno, fcntl, json, socket, struct, sys, threading, time
 PUBLIC, METADATA, NEAR = "192.0.2.77", "169.254.169.254", "fe80::77"
 def name_query():
     return b"\x12\x34\x01\0\0\1\0\0\0\0\0\0\7example\3org\0\0\1\0\1"
@@ -43,7 +43,15 @@ def echo(kind):
 def serve_stream(family, place):
     server = socket.socket(family, socket.SOCK_STREAM)
     server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    server.bind(place)
+    until = time.monotonic() + 10
+    while True:
+        try:
+            server.bind(place)
+            break
+        except OSError as error:  # a new IPv6 address is tentative until a worker of the kernel ran
+            if error.errno != errno.EADDRNOTAVAIL or time.monotonic() > until:
+                raise
+            time.sleep(0.01)
     server.listen()
     def run():
         while True:
@@ -113,6 +121,7 @@ async def test_c1_nothing_outside_is_reached(box):
 async def test_c1_with_a_network_the_same_knocks_are_answered():
     """In a network of its own, thrown away at once, whose loopback bears the addresses."""
     done = apart(["/usr/bin/python3", "-c", _KNOCK, "serve"], "-n")
+    assert done.returncode == 0, f"ended with {done.returncode}: {done.stderr[-2000:]}"
     answers = json.loads(done.stdout)
     by_datagram = answers.pop("icmp by datagram")
     assert answers == dict.fromkeys(answers, "REACHED"), done.stderr
