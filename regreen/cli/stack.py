@@ -1,6 +1,7 @@
 """`regreen up|down|status|logs`: the local integrated stack."""
 
 import json
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -52,7 +53,8 @@ def up(
     layout.borrowed.unlink(missing_ok=True)  # asked for by name: it stays up
     _print(rows, json_output)
     if not json_output:
-        output.STDERR.print(f"data in {layout.home}; stop it with `regreen down`", highlight=False)
+        stop = f"regreen down --home {shlex.quote(str(layout.home))}"
+        output.STDERR.print(f"stop it, and keep its data, with `{stop}`", highlight=False)
 
 
 def down(home: Home = None, json_output: Json = False) -> None:

@@ -5,7 +5,8 @@
   virtual environment, its lock, or a resolution of what it requires and declares. Pins hold in
   each; what they lack is completed.
 - The tree is packed without version control, environments and caches, and is bounded in size.
-- Paths in the archive are relative; links that leave the project are left out.
+- Paths in the archive are relative; a link to a file that is packed is packed as what it shows,
+  any other link is left out.
 """
 
 import hashlib
@@ -290,7 +291,9 @@ def pack(root: Path) -> tuple[bytes, Digest]:
         InvalidArgument: the tree is too large.
     """
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
+    with tarfile.open(
+        fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT, dereference=True
+    ) as archive:
         for path in sorted(project_files(root)):
             info = archive.gettarinfo(str(path), arcname=str(path.relative_to(root)))
             info.uid = info.gid = 0
@@ -408,11 +411,13 @@ def test_arguments(root: Path) -> tuple[str, ...]:
 def project_files(root: Path) -> Iterable[Path]:
     """The files of a project, without version control, environments and caches.
 
+    Links to any of these files come last; other links are left out.
+
     Raises:
         InvalidArgument: a folder cannot be read, or they are too many or too large.
     """
-    left = [root]
-    count = size = 0
+    left, links, seen = [root], [], set()
+    room = _Room(MAX_TREE_FILES, MAX_TREE_BYTES)
     while left:
         here = left.pop()
         try:
@@ -421,16 +426,46 @@ def project_files(root: Path) -> Iterable[Path]:
             problem = f"{here} cannot be read: {error.strerror}"
             raise InvalidArgument("path", problem, "make it readable") from error
         for entry in entries:
+            path = here / entry.name
             if entry.is_dir(follow_symlinks=False):
                 if not _skipped(here, entry.name, at_root=here == root):
-                    left.append(here / entry.name)
-            elif entry.is_file(follow_symlinks=False) and entry.name != ".git":
-                count += 1
-                size += entry.stat(follow_symlinks=False).st_size
-                if count > MAX_TREE_FILES or size > MAX_TREE_BYTES:
-                    limit = f"{MAX_TREE_BYTES >> 20} MiB or {MAX_TREE_FILES} files"
-                    raise InvalidArgument("path", f"holds over {limit}", "remove build products")
-                yield here / entry.name
+                    left.append(path)
+            elif entry.name == ".git":
+                continue
+            elif entry.is_symlink():
+                links.append(path)
+            elif entry.is_file(follow_symlinks=False):
+                room.take(path)
+                seen.add(path.relative_to(root))
+                yield path
+    top = root.resolve()
+    for link in links:
+        if _shown(link, top) in seen:
+            room.take(link)
+            yield link
+
+
+@dataclass
+class _Room:
+    """What a tree may still take."""
+
+    files: int
+    size: int
+
+    def take(self, path: Path) -> None:
+        self.files -= 1
+        self.size -= path.stat().st_size
+        if self.files < 0 or self.size < 0:
+            limit = f"{MAX_TREE_BYTES >> 20} MiB or {MAX_TREE_FILES} files"
+            raise InvalidArgument("path", f"holds over {limit}", "remove build products")
+
+
+def _shown(link: Path, top: Path) -> Path | None:
+    """What a link leads to, as a path below `top`; None: elsewhere, or nowhere."""
+    try:
+        return link.resolve(strict=True).relative_to(top)
+    except (OSError, RuntimeError, ValueError):
+        return None
 
 
 def _skipped(folder: Path, name: str, *, at_root: bool) -> bool:

@@ -16,7 +16,7 @@ from regreen.common.v1 import (
 from regreen.pkgindex import IndexFile
 from regreen.rpc.errors import FailedPrecondition, InvalidArgument, MissingDependency
 from regreen.tasks import patch
-from regreen.tasks.local import MAX_TREE_BYTES, detect, pack
+from regreen.tasks.local import MAX_TREE_BYTES, detect, pack, project_files
 from regreen.tasks.offers import neighbours
 
 PYTHONS = ("3.9", "3.11", "3.13")
@@ -129,6 +129,31 @@ def test_the_archive_holds_the_project_and_nothing_else(tmp_path: Path) -> None:
         assert {member.uid for member in archive} == {0}
     (root / "a.py").touch()
     assert pack(root)[1] == digest
+
+
+def test_links_to_what_is_packed_are_packed_as_it(tmp_path: Path) -> None:
+    root = project(tmp_path / "p", **{"src/b.py": "b", ".git/config": "password", ".venv/x": "x"})
+    for name, target in {
+        "a.py": "src/b.py", "src/absolute.py": root / "src/b.py", "twice.py": "a.py",
+        "config": ".git/config", "installed": ".venv/x", "folder": "src", "circle": "circle",
+        "nowhere": "absent", "out": "/etc/hostname", ".git_": "src/b.py",
+    }.items():  # fmt: skip
+        (root / name).symlink_to(target)
+    data, _ = pack(root)
+    with tarfile.open(fileobj=BytesIO(data)) as archive:
+        packed = {member.name: archive.extractfile(member).read() for member in archive}
+    assert packed == dict.fromkeys(
+        ("a.py", "src/absolute.py", "twice.py", "src/b.py", ".git_"), b"b"
+    )
+
+
+def test_links_are_counted(tmp_path: Path) -> None:
+    with (tmp_path / "large.bin").open("wb") as file:
+        file.truncate(MAX_TREE_BYTES // 3 + 1)
+    for number in range(3):
+        (tmp_path / f"again-{number}").symlink_to("large.bin")
+    with pytest.raises(InvalidArgument, match="holds over"):
+        list(project_files(tmp_path))
 
 
 def test_a_huge_tree_is_refused(tmp_path: Path) -> None:
