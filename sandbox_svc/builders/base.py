@@ -16,7 +16,7 @@ from regreen.rpc.errors import InvalidArgument
 from sandbox_svc.backends.base import Limits, Mount, Runtime
 from sandbox_svc.fetches import Fetches
 
-FORMAT = 3
+FORMAT = 4
 """Part of every spec digest: raise it when a builder's output changes for the same spec."""
 
 RUNNER = 6

@@ -46,6 +46,7 @@ def write(stream: IO[bytes] | None, path: str, mode: int, mtime: float) -> None:
 def unpack_tar(archive: str, root: str) -> None:
     with tarfile.open(archive) as tar:
         total = count = 0
+        links = []
         for member in tar:
             total, count = total + member.size, count + 1
             if total > MAX_BYTES or count > MAX_FILES:
@@ -56,18 +57,27 @@ def unpack_tar(archive: str, root: str) -> None:
             elif member.isfile():
                 write(tar.extractfile(member), path, member.mode, member.mtime)
             elif member.issym() or member.islnk():
-                link(member, root, path)
+                base = os.path.dirname(member.name) if member.issym() else ""
+                shown = os.path.normpath(os.path.join(base, member.linkname))
+                links.append((safe_path(root, shown), path))
             else:
                 fail(f"{member.name!r} is no regular file")
+    copy_links(links)
 
 
-def link(member: tarfile.TarInfo, root: str, path: str) -> None:
-    """A link inside the archive becomes a copy of what it names; one that leaves is refused."""
-    base = os.path.dirname(member.name) if member.issym() else ""
-    target = safe_path(root, os.path.normpath(os.path.join(base, member.linkname)))
-    if os.path.isfile(target):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        shutil.copy2(target, path)
+def copy_links(links: list[tuple[str, str]]) -> None:
+    """Each becomes a copy of the file that it names, wherever in the archive that stands."""
+    while links:
+        missing = []
+        for target, path in links:
+            if not os.path.isfile(target):
+                missing.append((target, path))
+            elif target != path:
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                shutil.copy2(target, path)
+        if len(missing) == len(links):
+            return
+        links = missing
 
 
 def unpack_zip(archive: str, root: str) -> None:

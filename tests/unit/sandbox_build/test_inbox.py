@@ -62,13 +62,21 @@ def test_names_that_leave_are_refused(tmp_path: Path, name: str) -> None:
 def test_links_become_copies_and_never_leave(tmp_path: Path) -> None:
     archive = tar_of(
         tmp_path / "a.tar.gz",
+        ("", special("p/to-link.txt", tarfile.SYMTYPE, "sub/to-later.txt")),
+        ("", special("p/sub/to-later.txt", tarfile.SYMTYPE, "../a.txt")),
         ("p/a.txt", b"a"),
         ("", special("p/b.txt", tarfile.SYMTYPE, "a.txt")),
+        ("", special("p/hard.txt", tarfile.LNKTYPE, "p/a.txt")),
+        ("", special("p/itself", tarfile.SYMTYPE, "itself")),
+        ("", special("p/nowhere", tarfile.SYMTYPE, "absent")),
     )
     assert unpack(archive, tmp_path / "out" / "repo").returncode == 0
-    copied = tmp_path / "out/repo/b.txt"
-    assert not copied.is_symlink()
-    assert copied.read_bytes() == b"a"
+    repo = tmp_path / "out" / "repo"
+    found = {str(path.relative_to(repo)) for path in repo.rglob("*") if path.is_file()}
+    assert found == {"a.txt", "b.txt", "hard.txt", "to-link.txt", "sub/to-later.txt"}
+    for name in found:
+        assert not (repo / name).is_symlink()
+        assert (repo / name).read_bytes() == b"a"
     evil = tar_of(
         tmp_path / "b.tar.gz", ("", special("p/e", tarfile.SYMTYPE, "../../../etc/passwd"))
     )
