@@ -9,13 +9,14 @@ from collections.abc import Collection
 from enum import StrEnum
 from pathlib import PurePosixPath
 
+from regreen.testpaths import CONFTEST, PYTEST_INI, SHARED_INI, runs_at_start
+
 _TEST_DIRS = {"test", "tests", "testing", "testsuite", "unittests"}
 _TEST_FILE = re.compile(r"(?:test_.*|.*_tests?|tests?)\.py\Z")
-_STARTUP = {"sitecustomize.py", "usercustomize.py", "pyvenv.cfg"}
 _SHADOWS = re.compile(
     r"(?:src/)?(?:pytest|_pytest|pluggy|unittest|coverage|xdist)(?:\.py|/.*\.py)\Z"
 )
-_INI = {"pytest.ini", ".pytest.ini", "tox.ini", "setup.cfg", ".coveragerc", "pyproject.toml"}
+_INI = {*PYTEST_INI, *SHARED_INI, ".coveragerc"}
 _CI = re.compile(
     r"(?:\.github/(?:workflows|actions)/.*|\.gitlab-ci\.ya?ml|\.travis\.ya?ml|azure-pipelines\.ya?ml"
     r"|\.?appveyor\.ya?ml|\.circleci/.*|Jenkinsfile|bitbucket-pipelines\.ya?ml|\.cirrus\.ya?ml)\Z"
@@ -49,9 +50,9 @@ def kind_of(path: str, protected: Collection[str] = ()) -> PathKind:
     """The one kind of `path`."""
     parts = PurePosixPath(path)
     name = parts.name
-    if name == "conftest.py":
+    if name == CONFTEST:
         return PathKind.CONFTEST
-    if name in _STARTUP or name.endswith(".pth"):
+    if runs_at_start(path):
         return PathKind.STARTUP
     if _SHADOWS.match(path):
         return PathKind.SHADOW

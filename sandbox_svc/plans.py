@@ -83,6 +83,12 @@ def key_of(plan: Plan, *, whole: bool = False) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
+def placed(plan: Plan) -> list[str]:
+    """The paths in a fork that a diff's own changes have."""
+    changes = [*plan.changes, *([plan.lock] if plan.lock is not None else [])]
+    return [f"{REPO}/{change.path}" for change in changes]
+
+
 async def apply(plan: Plan, box: Box) -> Plan:
     """Write the kept changes into the fork; one that cannot be written is reported.
 

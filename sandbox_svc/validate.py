@@ -2,7 +2,8 @@
 
 - The verdict depends on the State, the allowed part of the diff and the options, on nothing else
   that an agent could write: its sandbox, environment and processes are not part of the fork.
-- Tests and validation files are those of the State; what the diff says about them is reported.
+- Tests and validation files are those of the State; what the diff says about them is reported, and
+  a run that wrote over them is not believed.
 - The lock file is the only way to change the environment; the validator installs from it itself.
 - Equal requests share one run, which waits for a place itself and ends with its last waiter.
 - Only verdicts of runs that came to their own end are cached.
@@ -17,8 +18,9 @@ import asyncio
 import contextlib
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,8 @@ from sandbox_svc.builders.interpreters import stamps
 from sandbox_svc.builders.protect import check_changes, split_changes
 from sandbox_svc.builders.testrun import TestRun
 from sandbox_svc.conditions import PINNED, settle
-from sandbox_svc.plans import apply, changes_sha256, check_part, key_of, part_of
+from sandbox_svc.forks import fork_of, own_layers, put_aside
+from sandbox_svc.plans import apply, changes_sha256, check_part, key_of, part_of, placed
 from sandbox_svc.spares import Miss
 from sandbox_svc.states import StateStore
 from sandbox_svc.verdicts import (
@@ -386,6 +389,7 @@ class Validator:
                 try:
                     plan = await apply(plan, spare.box)
                     run = await spare.finish(self._options(plan, seed))
+                    run = run if isinstance(run, Miss) else await self._look(plan, run, spare.box)
                 except (FailedPrecondition, NotFound, InfraError):
                     run = Miss.DIED
         self._warm.went(plan.state.id, run if isinstance(run, Miss) else None)
@@ -400,25 +404,20 @@ class Validator:
 
     async def _cold(self, plan: Plan, change: LockChange | None, seed: int) -> Validation:
         """One run in one fresh fork that starts with nothing."""
-        state = self._states.get(plan.state.id)
-        self._states.hold(state.layers)
-        try:
-            box = await self._runtime.create(
-                state.layers, limits=self._limits, mounts=state.mounts, base=state.base
-            )
-            try:
-                verdict = await self._in_box(plan, change, seed, box)
-                # Looked at before the box goes, which may make room again.
-                if verdict.outcome is not Outcome.PASSED and self._runtime.disk_is_full():
-                    raise DiskFull(f"no space to validate; it ended with: {verdict.summary}")
-                return verdict
-            finally:
-                await box.delete()
-        finally:
-            self._states.release(state.layers)
+        async with own_layers(self._states, self._runtime) as layers, self._fresh(plan) as box:
+            verdict = await self._in_box(plan, change, seed, box, layers)
+            # Looked at before the box goes, which may make room again.
+            if verdict.outcome is not Outcome.PASSED and self._runtime.disk_is_full():
+                raise DiskFull(f"no space to validate; it ended with: {verdict.summary}")
+            return verdict
+
+    def _fresh(
+        self, plan: Plan, above: Sequence[str] = ()
+    ) -> contextlib.AbstractAsyncContextManager[Box]:
+        return fork_of(self._states, self._runtime, plan.state.id, self._limits, above)
 
     async def _in_box(
-        self, plan: Plan, change: LockChange | None, seed: int, box: Box
+        self, plan: Plan, change: LockChange | None, seed: int, box: Box, layers: list[str]
     ) -> Validation:
         if change is not None and plan.lock is not None:
             await box.write_file(f"{REPO}/{LOCK}", plan.lock.content or b"")
@@ -426,10 +425,22 @@ class Validator:
                 failed = await self._sync(plan, box)
                 if failed is not None:
                     return failed
+                await put_aside(self._states, box, layers)
         plan, options = await apply(plan, box), self._options(plan, seed)
-        if plan.options.conditions != PINNED:
+        if plan.options.conditions != PINNED:  # a probe, which may have moved all of it
             options = await settle(box, plan.options.conditions, options)
-        return conclude(plan, await self._run_tests(box, options))
+            return conclude(plan, await self._run_tests(box, options))
+        run = await self._run_tests(box, options)
+        return conclude(plan, await self._look(plan, run, box, layers))
+
+    async def _look(
+        self, plan: Plan, run: TestRun, box: Box, layers: Sequence[str] = ()
+    ) -> TestRun:
+        """The run, as far as what it wrote above these layers of its own lets it be believed."""
+        since = len(box.layers) if layers else None
+        fresh = partial(self._fresh, plan, layers)
+        ours = placed(plan)
+        return await testrun.looked_at(run, box, plan.facts, fresh, ours=ours, since=since)
 
     def _options(self, plan: Plan, seed: int) -> testrun.RunOptions:
         options = testrun.options_of(plan.facts, plan.state.env)

@@ -26,6 +26,7 @@ from sandbox_svc import metrics
 from sandbox_svc.backends.base import Box, Limits, Runtime
 from sandbox_svc.builders import testrun
 from sandbox_svc.builders.base import REPO, TOOLS
+from sandbox_svc.forks import fork_of
 from sandbox_svc.spares import Miss, Names, Spare
 from sandbox_svc.states import State, StateStore
 from sandbox_svc.verdicts import Plan
@@ -298,7 +299,7 @@ class WarmPool:
 
     async def _learn(self, state: State) -> Names:
         """Which modules a State's tests import and which of them can be loaded ahead."""
-        async with self._box(state) as box:
+        async with fork_of(self._states, self._runtime, state.id, self._limits) as box:
             options = testrun.options_of(state.metadata, state.env)
             survey = (await testrun.run_tests(box, options, survey=True)).survey
         if survey is None:
@@ -343,21 +344,6 @@ class WarmPool:
         spare = Spare(state, box)
         spare.start(testrun.options_of(state.metadata, state.env), names, deep=deep)
         return spare
-
-    @contextlib.asynccontextmanager
-    async def _box(self, state: State) -> AsyncIterator[Box]:
-        state = self._states.get(state.id)  # its layers may have been swapped meanwhile
-        self._states.hold(state.layers)
-        try:
-            box = await self._runtime.create(
-                state.layers, limits=self._limits, mounts=state.mounts, base=state.base
-            )
-            try:
-                yield box
-            finally:
-                await box.delete()
-        finally:
-            self._states.release(state.layers)
 
     async def _discard(self, spare: Spare) -> None:
         try:

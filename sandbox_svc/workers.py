@@ -15,6 +15,7 @@ import json
 import random
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,12 @@ from typing import Any
 from regreen.rpc import logging
 from regreen.rpc.errors import RegreenError
 from sandbox_svc import metrics
-from sandbox_svc.backends.base import Captured, EndReason, Limits, Runtime
+from sandbox_svc.backends.base import Box, Captured, EndReason, Limits, Runtime
 from sandbox_svc.builders import testrun
 from sandbox_svc.builders.testrun import TestRun
 from sandbox_svc.conditions import PINNED
-from sandbox_svc.plans import apply
+from sandbox_svc.forks import fork_of
+from sandbox_svc.plans import apply, placed
 from sandbox_svc.states import State, StateStore
 from sandbox_svc.verdicts import Outcome, Plan, Validation
 
@@ -243,25 +245,18 @@ class Workers:
         self, plan: Plan, options: testrun.RunOptions, proof: Proof
     ) -> tuple[Plan, TestRun]:
         """One worker; a run that did not come to its own end is none."""
-        state = self._states.get(plan.state.id)
-        self._states.hold(state.layers)
-        try:
-            box = await self._runtime.create(
-                state.layers,
-                limits=divided(self._limits, proof.count),
-                mounts=state.mounts,
-                base=state.base,
-            )
-            try:
-                plan = await apply(plan, box)
-                run = await testrun.run_tests(box, options)
-            finally:
-                await box.delete()
-        finally:
-            self._states.release(state.layers)
+        limits = divided(self._limits, proof.count)
+
+        def fork() -> AbstractAsyncContextManager[Box]:
+            return fork_of(self._states, self._runtime, plan.state.id, limits)
+
+        async with fork() as box:
+            applied = await apply(plan, box)
+            run = await testrun.run_tests(box, options)
+            run = await testrun.looked_at(run, box, plan.facts, fork, ours=placed(applied))
         if problem := _unfit(run):
             raise _NoResult(problem)
-        return plan, run
+        return applied, run
 
 
 class _NoResult(Exception):

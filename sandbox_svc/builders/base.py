@@ -19,7 +19,7 @@ from sandbox_svc.fetches import Fetches
 FORMAT = 4
 """Part of every spec digest: raise it when a builder's output changes for the same spec."""
 
-RUNNER = 6
+RUNNER = 7
 """Version of the test runner that a State holds; only its own validator can read it."""
 
 REPO = "/work/repo"
@@ -202,6 +202,8 @@ class Baseline:
     seconds: float
     replaced: tuple[str, ...] = ()
     """Functions of the test runner that the untouched repository or its plugins replace."""
+    written: tuple[str, ...] = ()
+    """Files that decide a verdict and that the untouched repository's tests write over."""
 
 
 @dataclass(frozen=True, slots=True)

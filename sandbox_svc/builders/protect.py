@@ -5,7 +5,6 @@
 - Settings files are shared with builds: they are kept unless pytest's own part changed.
 """
 
-import configparser
 import hashlib
 import json
 import sys
@@ -14,15 +13,23 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from regreen.rpc.errors import InvalidArgument
+from regreen.testpaths import (
+    CONFTEST,
+    PYTEST_INI,
+    SHARED_INI,
+    is_metadata,
+    pytest_part,
+    runs_at_start,
+)
 from sandbox_svc.builders.base import LOCK, FileChange, TestSpec
 
 MAX_CHANGES = 2000
 MAX_CHANGE_BYTES = 8 << 20
 MAX_PATH = 400
 _TEST_FOLDERS = frozenset({"test", "tests"})
-_CONFIG = frozenset({"pytest.ini", ".pytest.ini", "pytest.toml", ".pytest.toml", "conftest.py"})
-_HOOKS = frozenset({"sitecustomize.py", "usercustomize.py", "pyvenv.cfg"})
-_SETTINGS = frozenset({"pyproject.toml", "setup.cfg", "tox.ini"})
+_CONFIGURATION = "validation-configuration"
+_CONFIG_OPTIONS = ("-c", "--config-file", "--inifile")
+_SOURCE_FOLDERS = ("src", "lib")
 _IMPORTABLE = (".py", ".so", ".pyd")
 _RUNNER = frozenset(
     {
@@ -84,10 +91,37 @@ def check_changes(changes: Iterable[FileChange]) -> tuple[FileChange, ...]:
 
 
 def protected_roots(test: TestSpec) -> tuple[str, ...]:
-    """Paths that hold tests: those the tests are run from and those the spec names."""
+    """Paths that hold tests or their settings: those of the arguments and those the spec names."""
     named = [a.partition("::")[0] for a in test.arguments if a and not a.startswith("-")]
-    roots = {path.strip("/") for path in (*named, *test.protected_paths)}
+    for argument in test.arguments:
+        option, equals, value = argument.partition("=")
+        if equals and option in _CONFIG_OPTIONS:
+            named.append(value)
+        elif argument.startswith("-c") and not argument.startswith("--"):
+            named.append(argument[2:])
+    roots = {_plain(path) for path in (*named, *test.protected_paths)}
     return tuple(sorted(root for root in roots if root not in ("", ".")))
+
+
+def _plain(path: str) -> str:
+    return path.strip("/").removeprefix("./")
+
+
+def by_name(path: str, roots: Iterable[str]) -> str:
+    """Why a path is the State's whatever is in the file; empty if it is not."""
+    parts = path.split("/")
+    name = parts[-1]
+    if ".git" in parts:
+        return "repository-internals"
+    if "__pycache__" in parts or name.endswith((".pyc", ".pyo")):
+        return "plugin" if runs_at_start(path) else "generated"
+    if name in PYTEST_INI or name == CONFTEST:
+        return _CONFIGURATION
+    if runs_at_start(path) or is_metadata(path):
+        return "plugin"
+    if any(path == root or path.startswith(root + "/") for root in roots):
+        return "test"
+    return "test" if not _TEST_FOLDERS.isdisjoint(parts[:-1]) or _is_test_file(name) else ""
 
 
 def protection(
@@ -103,27 +137,26 @@ def protection(
     `modules` are the top-level modules that the State's repository has of its own, `foreign` those
     of its interpreters and installed packages. `packages` are folders that the diff makes packages.
     """
+    roots = tuple(roots)
     parts = change.path.split("/")
     name = parts[-1]
-    if ".git" in parts:
-        return "repository-internals"
-    if "__pycache__" in parts or name.endswith((".pyc", ".pyo")):
-        return "generated"
-    if name in _CONFIG:
-        return "validation-configuration"
-    if name in _HOOKS or name.endswith(".pth"):
-        return "plugin"
-    if any(part.endswith((".egg-info", ".dist-info", ".egg-link")) for part in parts):
-        return "plugin"
-    if any(change.path == root or change.path.startswith(root + "/") for root in roots):
-        return "test"
-    if not _TEST_FOLDERS.isdisjoint(parts[:-1]) or _is_test_file(name):
-        return "test"
-    if name in _SETTINGS and len(parts) == 1:
+    if reason := by_name(change.path, roots):
+        return reason
+    if name in SHARED_INI:
         kept = pytest_settings(name, change.content or b"")
-        return "" if kept == settings.get(name, "") else "validation-configuration"
+        same = kept == settings.get(change.path, "")
+        return "" if same and not _moves_root(change, settings, roots) else _CONFIGURATION
+    if change.path in _SOURCE_FOLDERS and change.content is not None:
+        return "shadows"  # Python takes an archive for a folder of modules
     made = frozenset((*packages, *packages_of([change])))
     return "shadows" if _shadows(parts, frozenset(modules), frozenset(foreign), made) else ""
+
+
+def _moves_root(change: FileChange, settings: Mapping[str, str], roots: Iterable[str]) -> bool:
+    """Whether pytest might take the folder of a new `pyproject.toml` above tests for its root."""
+    folder, slash, name = change.path.rpartition("/")
+    new = name == "pyproject.toml" and change.path not in settings and change.content is not None
+    return bool(new and slash) and any(root.startswith(folder + "/") for root in roots)
 
 
 def _is_test_file(name: str) -> bool:
@@ -150,7 +183,7 @@ def _shadows(
     """
     if not parts[-1].endswith(_IMPORTABLE):
         return False
-    start = 1 if parts[0] in ("src", "lib") and len(parts) > 1 else 0
+    start = 1 if parts[0] in _SOURCE_FOLDERS and len(parts) > 1 else 0
     module = parts[start].partition(".")[0]
     if module in own:
         return False
@@ -167,11 +200,9 @@ def pytest_settings(name: str, content: bytes) -> str:
         if name == "pyproject.toml":
             found = tomllib.loads(text).get("tool", {}).get("pytest")
             return "" if found is None else json.dumps(found, sort_keys=True, default=str)
-        parser = configparser.ConfigParser(interpolation=None, strict=False)
-        parser.read_string(text)
-        sections = {s: dict(parser[s]) for s in ("pytest", "tool:pytest") if s in parser}
-        return json.dumps(sections, sort_keys=True) if sections else ""
-    except (ValueError, configparser.Error, AttributeError):
+        sections = pytest_part(text)
+        return json.dumps(sections) if sections else ""
+    except (ValueError, AttributeError, RecursionError):
         return "unreadable " + hashlib.sha256(content).hexdigest()
 
 

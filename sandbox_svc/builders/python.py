@@ -19,7 +19,15 @@ from pathlib import Path
 from regreen.blobs import BlobStore, Digest
 from regreen.lockfile import format_lock, lock_of, normalize, parse_lock
 from regreen.pkgindex import find_uv
-from regreen.rpc.errors import DiskFull, InfraError, InvalidArgument, MissingDependency
+from regreen.rpc.errors import (
+    DiskFull,
+    FailedPrecondition,
+    InfraError,
+    InvalidArgument,
+    MissingDependency,
+    NoSuchFile,
+)
+from regreen.testpaths import SHARED_INI
 from sandbox_svc.backends.base import Box, Command, EndReason, ExecResult, Limits, Mount, Runtime
 from sandbox_svc.builders import testrun
 from sandbox_svc.builders.base import (
@@ -48,7 +56,7 @@ INBOX = Path(__file__).parent / "inbox"
 DISTS = "/dists"
 FACTS = "/work/.regreen/env.json"
 MAX_PYTHONS = 8
-SETTINGS_FILES = ("pyproject.toml", "setup.cfg", "tox.ini")
+MAX_SETTINGS = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,13 +373,27 @@ def _refuse_full_disk(done: ExecResult) -> None:
 
 
 async def _read_settings(box: Box) -> dict[str, str]:
-    """pytest's part of each settings file, as the State has it."""
+    """pytest's part of each settings file of the repository, by path.
+
+    Raises:
+        InvalidArgument: there are more than anyone can keep.
+        InfraError: the listing cannot be had.
+    """
+    either = " -o ".join(f"-name {name}" for name in sorted(SHARED_INI))
+    find = rf"find . -name .git -prune -o -type f \( {either} \) -printf '%P\n'"
+    listing = await box.run(Command(("sh", "-c", find), cwd=REPO, output_bytes=8 << 20))
+    if not listing.ok or listing.stdout.truncated:
+        raise InfraError(f"settings cannot be listed: {listing.stderr.text[-500:]}")
+    paths = [p for p in listing.stdout.text.splitlines() if p.rpartition("/")[2] in SHARED_INI]
+    if len(paths) > MAX_SETTINGS:
+        raise InvalidArgument("source", f"has {len(paths)} settings files", "leave some out")
     found: dict[str, str] = {}
-    for name in SETTINGS_FILES:
-        listing = await box.run(Command(("test", "-f", f"{REPO}/{name}"), cwd="/"))
-        if listing.ok:
-            content = await box.read_file(f"{REPO}/{name}", 1 << 20)
-            found[name] = pytest_settings(name, content)
+    for path in sorted(paths):
+        try:
+            content = await box.read_file(f"{REPO}/{path}", 1 << 20)
+        except (FailedPrecondition, NoSuchFile):  # too large, or a name that is no text
+            content = b"\xff"
+        found[path] = pytest_settings(path.rpartition("/")[2], content)
     return found
 
 

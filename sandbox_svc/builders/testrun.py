@@ -12,8 +12,8 @@ import hmac
 import json
 import secrets
 import struct
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from regreen.rpc.errors import DiskFull, FailedPrecondition, InfraError
@@ -28,6 +28,7 @@ from sandbox_svc.backends.base import (
     Runtime,
 )
 from sandbox_svc.builders.base import ENV, REPO, TOOLS, Baseline
+from sandbox_svc.builders.written import Pristine, doubts, written
 
 MAX_FRAME = 4 << 20
 LOG_BYTES = 24 * 1024
@@ -159,6 +160,26 @@ async def run_tests(box: Box, options: RunOptions, *, survey: bool = False) -> T
     return read_run(result, key)
 
 
+async def looked_at(
+    run: TestRun,
+    box: Box,
+    facts: Mapping[str, Any],
+    pristine: Pristine,
+    *,
+    ours: Iterable[str] = (),
+    since: int | None = None,
+) -> TestRun:
+    """The run, which is not believed where it wrote over the State's tests (`written.py`).
+
+    Raises:
+        InfraError: the fork, or a fresh one, cannot be looked at.
+    """
+    if run.tampered or run.anew or run.result.reason is not EndReason.EXIT:
+        return run
+    why = await doubts(box, facts, pristine, ours=ours, since=since)
+    return replace(run, tampered=why) if why else run
+
+
 def run_request(options: RunOptions, key: bytes, *, survey: bool = False) -> bytes:
     """What the runner reads before it runs the tests."""
     arguments = pytest_arguments(options.arguments)
@@ -179,8 +200,12 @@ def run_request(options: RunOptions, key: bytes, *, survey: bool = False) -> byt
 def run_command(options: RunOptions, *, stdin: bytes = b"", later: Later | None = None) -> Command:
     """The command that runs the tests; started ahead, its request comes `later`."""
     environment = {**options.environment, "PYTHONHASHSEED": str(options.seed % 4294967296)}
+    if places := environment.pop("PYTHONPATH", ""):
+        environment["REGREEN_PYTHONPATH"] = (
+            places  # until the runner has its key (`inbox/start.py`)
+        )
     return Command(
-        (f"{ENV}/bin/python", f"{TOOLS}/lib/run_tests.py"),
+        (f"{ENV}/bin/python", "-S", f"{TOOLS}/lib/run_tests.py"),
         env=environment,
         cwd=options.root,
         stdin=stdin,
@@ -356,6 +381,7 @@ async def baseline(
             run = await run_tests(box, options_of(facts, env))
             if runtime.disk_is_full():
                 raise DiskFull("no space to run the tests of a new state")
+            wrote = await written(box, facts)
         finally:
             await box.delete()
         problem = _uselessness(run)
@@ -373,6 +399,7 @@ async def baseline(
         error_lines=error_lines(run),
         seconds=round(run.result.wall_s, 3),
         replaced=tuple(sorted(run.replaced)),
+        written=tuple(wrote),
     )
 
 

@@ -5,7 +5,9 @@
   `part`, only a part of the collected tests runs (`part.py`); with `elsewhere`, under another
   clock or host name (`elsewhere.py`), with `order` in another order (`order.py`).
 - A frame is 4 bytes of length, 32 bytes of HMAC-SHA256(key, sequence number + body), a JSON body.
-- pytest is imported before the repository is on the path, so that no file there can replace it.
+- Run with `-S`: key and pipe are taken before Python looks at any place but its own library.
+- pytest is imported before the repository is on the path, so that no file there can replace it,
+  and reads tests from their source alone: byte code of them might be somebody else's.
 - Controls, tests that must fail, run before modules that the key decides and at the end, below a
   collector of their own: hooks that see them touch nothing of a real test. No plugin lists them.
 - Functions of pytest that were replaced meanwhile are reported too.
@@ -353,13 +355,22 @@ def import_pytest(root: str, send: Any) -> Any:
         return pytest
 
 
+def own_pytest(root: str, send: Any) -> Any:
+    """pytest, made to pass over byte code of tests, which a run could have left for itself."""
+    pytest = import_pytest(root, send)
+    rewrite: Any = sys.modules.get("_pytest.assertion.rewrite")
+    if hasattr(rewrite, "_read_pyc"):
+        rewrite._read_pyc = lambda *_, **__: None
+    return pytest
+
+
 class Ahead:
     """A run that was started ahead of its request: pytest and other modules are loaded."""
 
     def __init__(self, fd: int, first: dict[str, Any], preload: Any) -> None:
         pipe = Pipe(fd, bytes.fromhex(first["key"]))
         path, notes = list(sys.path), []  # type: tuple[list[str], list[Any]]
-        self.pytest = import_pytest(first["root"], notes.append)
+        self.pytest = own_pytest(first["root"], notes.append)
         self.watch = Watch(watched_modules())
         sys.argv = [entry_point(self.pytest)]
         sys.path[:] = [os.getcwd(), *path]
@@ -398,7 +409,7 @@ def entry_point(pytest: Any) -> str:
 def run_pytest(setup: dict[str, Any], pipe: Pipe, key: bytes, ahead: Ahead | None) -> int:
     """One run of pytest; its status."""
     path = list(sys.path)
-    pytest = ahead.pytest if ahead is not None else import_pytest(setup["root"], pipe.send)
+    pytest = ahead.pytest if ahead is not None else own_pytest(setup["root"], pipe.send)
     pipe.send({"t": "pytest", "version": pytest.__version__})
     watch = ahead.watch if ahead is not None else Watch(watched_modules())
     controls = Controls(pipe, key, watch, pytest)
@@ -433,7 +444,9 @@ def main() -> None:
     fd = int(os.environ.pop("REGREEN_CHANNEL_FD"))
     os.set_inheritable(fd, False)
     setup = json.loads(sys.stdin.buffer.readline().decode())
-    sys.path[:] = sys.path[1:]
+    here = os.path.dirname(os.path.abspath(__file__))
+    sys.path[:] = [place for place in sys.path if place != here]
+    beside("start").as_usual()
     ahead = Ahead(fd, setup, beside("preload")) if "names" in setup else None
     setup = setup if ahead is None else ahead.setup
     null = os.open(os.devnull, os.O_RDONLY)
