@@ -6,6 +6,8 @@
 """
 
 import contextlib
+import io
+import zipfile
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 
@@ -40,6 +42,43 @@ _WRITES_RESULTS = (
     b"        except OSError: pass\n"
     b"os._exit(0)\n"
 )
+_SIGNS = b"""
+import os, sys
+if "REGREEN_CHANNEL_FD" in os.environ and sys.argv[:1] != ["-c"]:
+    import hashlib, hmac, json, struct
+    setup = json.loads(sys.stdin.buffer.readline())
+    key, fd, n = bytes.fromhex(setup["key"]), int(os.environ["REGREEN_CHANNEL_FD"]), 0
+    def send(**body):
+        global n
+        data = json.dumps(body).encode()
+        mac = hmac.new(key, struct.pack(">Q", n) + data, hashlib.sha256).digest()
+        os.write(fd, struct.pack(">I", len(data)) + mac + data)
+        n += 1
+    send(t="start")
+    send(t="control", kind="call", o="failed")
+    send(t="collected", n=3)
+    for name in ("test_greeting", "test_two_names", "test_arithmetic"):
+        send(t="test", id="tests/test_greet.py::" + name, o="passed", s=0.01)
+    send(t="exit", status=0)
+os._exit(0)
+"""
+"""Takes the runner's key, if it comes before it, and signs results of its own."""
+_PLUGIN = b"def pytest_pyfunc_call(pyfuncitem): return True\n"
+
+
+def _plugin(folder: str) -> dict[str, bytes | None]:
+    return {
+        f"{folder}/METADATA": b"Metadata-Version: 2.1\nName: evil\nVersion: 1.0\n",
+        f"{folder}/entry_points.txt": b"[pytest11]\nevil = evil_plug\n",
+        "evil_plug.py": _PLUGIN,
+    }
+
+
+def _archive(name: str, content: bytes) -> bytes:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as bundle:
+        bundle.writestr(name, content)
+    return packed.getvalue()
 
 
 @dataclass(frozen=True)
@@ -57,6 +96,20 @@ CHEATS = {
     "tests edited": Cheat({"tests/test_greet.py": b"def test_greeting(): pass\n"}),
     "conftest": Cheat({"conftest.py": _LEAVES.encode()}),
     "sitecustomize": Cheat({"sitecustomize.py": _LEAVES.encode()}),
+    "sitecustomize as a package": Cheat({"sitecustomize/__init__.py": _SIGNS}),
+    "sitecustomize in an archive": Cheat(
+        {"src": _archive("sitecustomize.py", _SIGNS)},
+        grader=f"PYTHONPATH=/work/repo/src:$PYTHONPATH {_BY_STATUS}",
+    ),
+    "plugin of a package": Cheat(_plugin("evil-1.0.dist-info")),
+    "plugin of a package in capitals": Cheat(_plugin("evil-1.0.DIST-INFO")),
+    "settings behind a form feed": Cheat(
+        {"tox.ini": b"[tox]\nx = 1\x0c[pytest]\npython_functions = nothing\n", "setup.cfg": None},
+        status=(5,),
+    ),
+    "settings behind a comment": Cheat(
+        {"tox.ini": b"[pytest] # ]\npython_functions = nothing\n", "setup.cfg": None}, status=(5,)
+    ),
     "pytest.ini": Cheat({"pytest.ini": b"[pytest]\naddopts = --collect-only\n"}),
     "fake pytest": Cheat({"pytest.py": b"print('3 passed')\n"}),
     "fake python in PATH": Cheat(

@@ -47,6 +47,24 @@ def test_roots_come_from_the_arguments() -> None:
         ("pytest.ini", "validation-configuration"),
         ("sitecustomize.py", "plugin"),
         ("src/x.egg-info/entry_points.txt", "plugin"),
+        ("x-1.DIST-INFO/METADATA", "plugin"),
+        ("x-1.dıst-info/METADATA", ""),
+        ("x-1.ｄist-info/METADATA", "plugin"),
+        ("x.EGG-LINK", "plugin"),
+        ("x.egg/EGG-INFO/entry_points.txt", "plugin"),
+        ("sitecustomize/__init__.py", "plugin"),
+        ("sitecustomize/data.json", "plugin"),
+        ("a/SiteCustomize/__init__.abi3.so", "plugin"),
+        ("usercustomize.cpython-311-x86_64-linux-gnu.so", "plugin"),
+        ("usercustomize.pyc", "plugin"),
+        ("__pycache__/sitecustomize.cpython-311.pyc", "plugin"),
+        ("docs/sitecustomize.md", ""),
+        ("sitecustomize2.py", ""),
+        ("python3._pth", "plugin"),
+        ("src", "shadows"),
+        ("lib", "shadows"),
+        ("conftest/__init__.py", ""),
+        ("pkg/pytest.toml", "validation-configuration"),
         ("a.pth", "plugin"),
         ("logging.py", "shadows"),
         ("wordlib.py", "shadows"),
@@ -104,6 +122,48 @@ def test_settings_files_are_kept_while_pytest_part_is_the_same() -> None:
     assert pytest_settings("tox.ini", b"[pytest]\nx=1\n") == pytest_settings(
         "tox.ini", b"[other]\n[pytest]\nx = 1\n"
     )
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[pytest] # ]\npythonpath = evil\n",
+        b"[pytest] ; x\npythonpath = evil\n",
+        b"[tox]\nx = 1\x0c[pytest]\npythonpath = evil\n",
+        b"[tox]\nx = 1\xe2\x80\xa8[tool:pytest]\npythonpath = evil\n",
+        b"[tox]\r[pytest]\rpythonpath = evil\r",
+        b"[ pytest ]\nx = 1\n",
+        b"\xef\xbb\xbf[pytest]\nx = 1\n",
+    ],
+)
+def test_settings_are_read_as_pytest_reads_them(content: bytes) -> None:
+    for name in ("tox.ini", "setup.cfg"):
+        assert pytest_settings(name, content)
+        assert reason(name, content) == "validation-configuration"
+    assert not pytest_settings("tox.ini", b"# [pytest]\n [pytest]\n[pytestx]\na = [pytest]\n")
+
+
+def test_settings_at_depth_are_compared_with_those_of_the_same_path() -> None:
+    part = b"[tool.pytest.ini_options]\nx = 1\n"
+    kept = {"a/pyproject.toml": pytest_settings("pyproject.toml", part), "b/pyproject.toml": ""}
+
+    def why(path: str, content: bytes | None) -> str:
+        return protection(FileChange(path, content), ("b/c/tests", "d/tests"), kept)
+
+    assert why("a/pyproject.toml", part + b"[tool.black]\n") == ""
+    assert why("a/pyproject.toml", b"[tool.black]\n") == "validation-configuration"
+    assert why("a/pyproject.toml", None) == "validation-configuration"
+    assert why("b/pyproject.toml", b"[tool.black]\n") == ""
+    assert why("b/pyproject.toml", part) == "validation-configuration"
+    assert why("e/tox.ini", b"[pytest]\n") == "validation-configuration"
+    assert why("e/pyproject.toml", b"[tool.black]\n") == ""
+    assert why("d/pyproject.toml", b"[tool.black]\n") == "validation-configuration", "a new root"
+
+
+def test_roots_hold_the_settings_that_the_arguments_name() -> None:
+    named = ("-cci/a.ini", "--config-file=ci/b.ini", "--inifile=./ci/c.ini", "-c", "ci/d.ini")
+    roots = protected_roots(TestSpec(arguments=(*named, "--cov=x", "./tests/unit")))
+    assert roots == ("ci/a.ini", "ci/b.ini", "ci/c.ini", "ci/d.ini", "tests/unit")
 
 
 def test_lock_is_apart_and_reverted_are_listed() -> None:

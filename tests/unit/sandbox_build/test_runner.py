@@ -106,12 +106,12 @@ def run(folder: Path, *arguments: str, **environment: str) -> TestRun:
         "root": str(folder),
         "skip": [],
     }
-    plain = {"PYTHONPATH": "", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": AUTOLOAD}
+    plain = {"PYTHONPATH": "", "REGREEN_PYTHONPATH": "", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": AUTOLOAD}
     env = {**os.environ, **plain, **environment, "REGREEN_CHANNEL_FD": str(writing)}
     env.pop("PYTEST_ADDOPTS", None)
     try:
         done = subprocess.run(
-            [PYTHON, str(RUNNER)], cwd=folder, env=env, input=json.dumps(setup).encode(),
+            [PYTHON, "-S", str(RUNNER)], cwd=folder, env=env, input=json.dumps(setup).encode(),
             capture_output=True, pass_fds=(writing,), timeout=60, check=False,
         )  # fmt: skip
         os.close(writing)
@@ -131,6 +131,29 @@ def repo(tmp_path: Path) -> Path:
     (tmp_path / "lazy.py").write_text("")
     (tmp_path / "test_subject.py").write_text(TESTS)
     return tmp_path
+
+
+SEES = """
+import os, sys
+with open({told!r}, "w") as out:
+    print("REGREEN_CHANNEL_FD" in os.environ, repr(sys.stdin.read()), file=out)
+"""
+
+
+@pytest.mark.parametrize(
+    "path", ["sitecustomize.py", "usercustomize/__init__.py", "json/__init__.py", "site.py"]
+)
+def test_nothing_of_the_repository_runs_before_the_runner_has_its_key(
+    repo: Path, tmp_path: Path, path: str
+) -> None:
+    told = tmp_path / "told"
+    (repo / path).parent.mkdir(exist_ok=True)
+    (repo / path).write_text(SEES.format(told=str(told)))
+    found = run(repo, REGREEN_PYTHONPATH=str(repo), PYTHONNOUSERSITE="")
+    assert found.complete, found.log
+    assert not found.tampered
+    if path == "sitecustomize.py" or told.exists():
+        assert told.read_text() == "False ''\n"
 
 
 @pytest.mark.parametrize("name", FORGERIES)
