@@ -3,24 +3,25 @@
 - Looked at from outside once the run has ended: what was written stays to be seen, also where the
   content is as it was, for whoever puts a file back has had it away in between.
 - What the run of the untouched State writes over as well is the suite's own doing.
-- Of new files count those that pytest or Python take up by their name; suites leave others.
+- Of new files count those that pytest or Python take up by their name, or in place of another;
+  suites leave others.
 - Byte code counts as the file that it is of.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
+from enum import Enum
 from typing import Any
 
 from regreen.rpc.errors import NoSuchFile, RegreenError, ResourceExhausted
-from regreen.testpaths import CONFTEST, PYTEST_INI, runs_at_start
+from regreen.testpaths import runs_at_start
 from sandbox_svc.backends.base import Box, Command, EndReason
-from sandbox_svc.builders.base import ENV, LOCK, REPO
-from sandbox_svc.builders.protect import by_name
+from sandbox_svc.builders.base import ENV, LOCK, REPO, FileChange
+from sandbox_svc.builders.protect import by_name, protection
 
 PYCACHE = "/work/pycache"
 _ALL = "/work"
 _SHOWN = 3
-_SUITES_OWN = ("repository-internals", "generated")
 _EXISTING = """
 while IFS= read -r path; do
   if [ -e "$path" ] || [ -L "$path" ]; then printf '%s\\n' "$path"; fi
@@ -31,42 +32,66 @@ Pristine = Callable[[], AbstractAsyncContextManager[Box]]
 """Opens a fresh fork of what the run began on."""
 
 
-async def written(box: Box, facts: Mapping[str, Any], *, since: int | None = None) -> list[str]:
+async def written(
+    box: Box, facts: Mapping[str, Any], *, since: int | None = None
+) -> dict[str, bool]:
     """Paths of the kinds that decide a verdict which were written since the box was made, or above
-    so many layers; some may be new.
+    so many layers; each with whether it counts though it is new.
 
     Raises:
         ResourceExhausted: it wrote more than anyone can look through.
     """
-    roots, settings = tuple(facts["protected"]), frozenset((*facts["settings"], LOCK))
-    found = await box.changed_paths(_ALL, since=since)
-    found = [path for path in found if _decides(path, roots, settings)]
+    kinds = _Kinds(facts)
+    found = {path: kinds.of(path) for path in await box.changed_paths(_ALL, since=since)}
+    decides = {path: kind is _Kind.TAKEN_UP for path, kind in found.items() if kind is not None}
     if since is None:
-        return found
+        return decides
     moved = frozenset(await box.changed_paths(ENV))  # Python compiles anew what the lock brought
-    return [
-        p for p in found if not p.startswith(PYCACHE) or _source(p[len(PYCACHE) :]) not in moved
-    ]
+    return {
+        path: certain
+        for path, certain in decides.items()
+        if not path.startswith(PYCACHE) or _source(path[len(PYCACHE) :]) not in moved
+    }
 
 
-def _decides(path: str, roots: Sequence[str], settings: frozenset[str]) -> bool:
-    """Whether a path is of a kind that decides a verdict."""
-    if path.startswith(PYCACHE + "/"):
-        path, settings = _source(path[len(PYCACHE) :]), frozenset()
-    return path.startswith(ENV + "/") or _of_tests(path, roots, settings)
+class _Kind(Enum):
+    STATES = "of the State, if it has it"
+    TAKEN_UP = "taken up by its name, new or not"
 
 
-def _of_tests(path: str, roots: Sequence[str], settings: frozenset[str]) -> bool:
-    """Whether a path of the repository is of a kind that decides a verdict."""
-    if not path.startswith(REPO + "/"):
-        return False
-    path = path[len(REPO) + 1 :]
-    if path.endswith("/"):  # a folder that nobody can look into
-        inside = any(root.startswith(path) for root in roots)
-        return inside or bool(by_name(path + "x", roots))
-    if "/__pycache__/" in path:
-        path = _source(path)
-    return path in settings or by_name(path, roots) not in ("", *_SUITES_OWN)
+class _Kinds:
+    """What a path is to the verdicts on one State."""
+
+    def __init__(self, facts: Mapping[str, Any]) -> None:
+        self._roots = tuple(facts["protected"])
+        self._settings = frozenset((*facts["settings"], LOCK))
+        self._own, self._foreign = frozenset(facts["modules"]), frozenset(facts["foreign"])
+
+    def of(self, path: str) -> _Kind | None:
+        """None if the verdict does not hang on it."""
+        if path.startswith(PYCACHE + "/"):
+            source = _source(path[len(PYCACHE) :])
+            return _Kind.STATES if self._of(source) is not None else None
+        return self._of(path)
+
+    def _of(self, path: str) -> _Kind | None:
+        if path.startswith(ENV + "/"):
+            return _Kind.TAKEN_UP if path.endswith("/") or runs_at_start(path) else _Kind.STATES
+        if not path.startswith(REPO + "/"):
+            return None
+        path = path[len(REPO) + 1 :]
+        if path.endswith("/"):  # a folder that nobody can look into
+            inside = any(root.startswith(path) for root in self._roots)
+            tests = inside or by_name(path + "x", self._roots) == "test"
+            return _Kind.TAKEN_UP if tests else None
+        if "__pycache__" in path.split("/"):
+            path = _source(f"/{path}")[1:]
+            return _Kind.STATES if by_name(path, self._roots) == "test" else None
+        change = FileChange(path, b"")
+        reason = protection(change, self._roots, {}, self._own, self._foreign)
+        if reason in ("validation-configuration", "shadows") or runs_at_start(path):
+            return _Kind.TAKEN_UP
+        return _Kind.STATES if reason == "test" or path in self._settings else None
 
 
 def _source(path: str) -> str:
@@ -95,22 +120,29 @@ async def doubts(
     except ResourceExhausted as error:
         return f"nobody can look through what it wrote: {error}"
     known = frozenset((*facts["baseline"].get("written", ()), *ours))
-    found = [path for path in found if path not in known]
-    certain = [path for path in found if _taken_up(path)]
-    if len(certain) < len(found):
+    found = {path: certain for path, certain in found.items() if path not in known}
+    certain = {path for path, taken_up in found.items() if taken_up}
+    asked = {other: path for path in found for other in (path, *_hidden(path))}
+    if asked.keys() - certain:
         async with pristine() as fresh:
-            certain = sorted({*certain, *await _existing(fresh, found)})
+            certain |= {asked[path] for path in await _existing(fresh, list(asked))}
     if not certain:
         return ""
-    named = [path.removeprefix(REPO + "/") for path in certain]
+    named = sorted(path.removeprefix(REPO + "/") for path in certain)
     shown = ", ".join(named[:_SHOWN]) + (" ..." if len(named) > _SHOWN else "")
     return f"it wrote over what decides it: {shown}"
 
 
-def _taken_up(path: str) -> bool:
-    """Whether a file counts though the State may not have it."""
-    name = path.rpartition("/")[2]
-    return not name or name == CONFTEST or name in PYTEST_INI or runs_at_start(path)
+def _hidden(path: str) -> Iterator[str]:
+    """Modules that would not be imported any more if a file is new: a package or a library wins."""
+    if not path.endswith((".py", ".so")) or path.startswith(PYCACHE):
+        return
+    folder, _, name = path.rpartition("/")
+    if name.startswith("__init__."):
+        yield folder + ".py"
+    module = f"{folder}/{name.partition('.')[0]}.py"
+    if module != path:
+        yield module
 
 
 async def _existing(box: Box, paths: Sequence[str]) -> list[str]:

