@@ -2,7 +2,8 @@
 
 - Looked at from outside once the run has ended: what was written stays to be seen, also where the
   content is as it was, for whoever puts a file back has had it away in between.
-- What the run of the untouched State writes over as well is the suite's own doing.
+- What the run of the untouched State writes over as well is the suite's own doing. Where it could
+  not collect all tests it says nothing of their data, and only code and settings count.
 - Of new files count those that pytest or Python take up by their name, or in place of another;
   suites leave others.
 - Byte code counts as the file that it is of.
@@ -121,6 +122,8 @@ async def doubts(
         return f"nobody can look through what it wrote: {error}"
     known = frozenset((*facts["baseline"].get("written", ()), *ours))
     found = {path: certain for path, certain in found.items() if path not in known}
+    if _says_nothing(facts["baseline"]):
+        found = {path: sure for path, sure in found.items() if sure or not _is_data(path)}
     certain = {path for path, taken_up in found.items() if taken_up}
     asked = {other: path for path in found for other in (path, *_hidden(path))}
     if asked.keys() - certain:
@@ -131,6 +134,15 @@ async def doubts(
     named = sorted(path.removeprefix(REPO + "/") for path in certain)
     shown = ", ".join(named[:_SHOWN]) + (" ..." if len(named) > _SHOWN else "")
     return f"it wrote over what decides it: {shown}"
+
+
+def _says_nothing(baseline: Mapping[str, Any]) -> bool:
+    """Whether the untouched run could not collect some tests, so that others may write more."""
+    return not baseline["collected"] or any("::" not in test for test in baseline["failing"])
+
+
+def _is_data(path: str) -> bool:
+    return path.startswith(REPO + "/") and not path.endswith((".py", ".so", ".pyc", ".pyo"))
 
 
 def _hidden(path: str) -> Iterator[str]:

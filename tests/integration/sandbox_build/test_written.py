@@ -212,6 +212,26 @@ async def test_a_suite_may_write_what_it_writes_untouched_and_new_data(world: Wo
     assert verdict.outcome is Outcome.PASSED, verdict.log
 
 
+async def test_a_suite_that_could_not_be_collected_may_write_its_data(world: World) -> None:
+    """As the tests of m2r do: once imported, they remove a file that comes with them."""
+    eager = (
+        "from pathlib import Path\n\nfrom greet import greeting\n\n"
+        "HERE = Path(__file__).parent\n\n\n"
+        "def test_out():\n    out = HERE / 'data' / 'out.rst'\n    out.unlink()\n"
+        "    out.write_text(greeting('Ada'))\n    assert out.exists()\n    out.unlink()\n"
+    )
+    files = {"tests/test_greet.py": eager, "tests/data/out.rst": "tracked\n"}
+    files["tests/test_a_first.py"] = FILES["tests/test_a_first.py"]
+    state = await world.prepared("eager", files, fail_to_pass=())
+    assert state.metadata["baseline"]["failing"] == ("tests/test_greet.py",)
+    verdict = await world.validator.validate(state.id, [FIX])
+    assert verdict.outcome is Outcome.PASSED, verdict.log
+    code = "open('tests/test_greet.py', 'w').write('def test_out(): pass\\n')\n"
+    verdict = await world.validator.validate(state.id, [Writes(code, "").change])
+    assert verdict.outcome is Outcome.FAILED, verdict.log
+    assert "tests/test_greet.py" in verdict.summary
+
+
 async def test_what_the_lock_installs_is_not_the_runs_writing(world: World) -> None:
     lock = parse_lock(world.state.metadata["lock"]).with_pin("wordlib", "1.0")
     change = FileChange("requirements.lock", format_lock(lock).encode())
