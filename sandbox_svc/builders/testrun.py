@@ -7,6 +7,7 @@
 - Ids come from the runner; the worst outcome wins where one id reports twice.
 """
 
+import contextlib
 import hashlib
 import hmac
 import json
@@ -16,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from regreen.rpc.errors import DiskFull, FailedPrecondition, InfraError
+from regreen.rpc.errors import DiskFull, FailedPrecondition, InfraError, ResourceExhausted
 from sandbox_svc.backends.base import (
     Box,
     Command,
@@ -375,13 +376,15 @@ async def baseline(
             what they said is only a part.
     """
     problems: list[str] = []
+    wrote: tuple[str, ...] = ()
     while True:
         box = await runtime.create(layers, limits=limits, mounts=mounts)
         try:
             run = await run_tests(box, options_of(facts, env))
             if runtime.disk_is_full():
                 raise DiskFull("no space to run the tests of a new state")
-            wrote = await written(box, facts)
+            with contextlib.suppress(ResourceExhausted):  # then no run of it can be believed
+                wrote = tuple(await written(box, facts))
         finally:
             await box.delete()
         problem = _uselessness(run)
@@ -399,7 +402,7 @@ async def baseline(
         error_lines=error_lines(run),
         seconds=round(run.result.wall_s, 3),
         replaced=tuple(sorted(run.replaced)),
-        written=tuple(wrote),
+        written=wrote,
     )
 
 

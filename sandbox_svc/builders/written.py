@@ -69,7 +69,10 @@ class _Kinds:
         self._own, self._foreign = frozenset(facts["modules"]), frozenset(facts["foreign"])
 
     def of(self, path: str) -> _Kind | None:
-        """None if the verdict does not hang on it."""
+        """None if the verdict does not hang on it; nobody reads what pytest compiled of tests."""
+        name = path.rpartition("/")[2]
+        if name.endswith((".pyc", ".pyo")) and "-pytest" in name.lower():
+            return None
         if path.startswith(PYCACHE + "/"):
             source = _source(path[len(PYCACHE) :])
             return _Kind.STATES if self._of(source) is not None else None

@@ -91,6 +91,11 @@ CHEATS = {
         "atexit.register(os.replace, '/work/repo/kept', '/work/repo/tests/test_greet.py')\n",
         "tests/test_greet.py",
     ),
+    "a later test file by another name": Writes(
+        "import os\nos.link('tests/test_greet.py', '/work/home/other')\n"
+        + _LATER.replace("tests/test_greet.py", "/work/home/other"),
+        "tests/test_greet.py",
+    ),
     "a file that a test compares with": Writes(
         "open('tests/data/golden.txt', 'w').write('no\\n')\n", "tests/data/golden.txt", (GOLDEN,)
     ),
@@ -112,6 +117,12 @@ CHEATS = {
     ),
     "a conftest of a later folder": Writes(
         f"open('tests/z_late/conftest.py', 'w').write({_HOOK!r})\n",
+        "tests/z_late/conftest.py",
+        (GOLDEN, HELPER),
+    ),
+    "a conftest of a later folder as a link": Writes(
+        f"import os\nopen('/tmp/hook', 'w').write({_HOOK!r})\n"
+        "os.symlink('/tmp/hook', 'tests/z_late/conftest.py')\n",
         "tests/z_late/conftest.py",
         (GOLDEN, HELPER),
     ),
