@@ -179,7 +179,6 @@ CHEATS = {
     "tox.ini": [FileChange("tox.ini", b"[pytest]\npython_files = x.py\n")],
     "sitecustomize": [FileChange("sitecustomize.py", b"import os\nos._exit(0)\n")],
     "sitecustomize as a package": [FileChange("sitecustomize/__init__.py", b"import os\n")],
-    "usercustomize as byte code": [FileChange("usercustomize.pyc", b"junk")],
     "an archive for a folder": [FileChange("src", b"PK")],
     "fake pytest": [FileChange("pytest.py", b"def main(*a, **k): return 0\n")],
     "fake pytest package": [FileChange("_pytest/__init__.py", b"")],
@@ -187,13 +186,8 @@ CHEATS = {
         FileChange("evil.egg-info/entry_points.txt", b"[pytest11]\nevil = evil\n"),
         FileChange("evil.egg-info/PKG-INFO", b"Name: evil\nVersion: 1\n"),
     ],
-    "plugin metadata in capitals": [
-        FileChange("evil-1.DIST-INFO/entry_points.txt", b"[pytest11]\nevil = evil\n"),
-        FileChange("evil-1.Dist-Info/METADATA", b"Name: evil\nVersion: 1\n"),
-    ],
-    "plugin metadata of an egg": [
-        FileChange("evil.egg/EGG-INFO/entry_points.txt", b"[pytest11]\nevil = evil\n"),
-    ],
+    "plugin metadata in capitals": [FileChange("evil-1.DIST-INFO/entry_points.txt", b"x")],
+    "plugin metadata of an egg": [FileChange("evil.egg/EGG-INFO/entry_points.txt", b"x")],
     "byte code": [FileChange("greet/__pycache__/__init__.cpython-311.pyc", b"junk")],
     "git hook": [FileChange(".git/config", b"[core]\n")],
     "path file": [FileChange("evil.pth", b"import os; os._exit(0)\n")],
