@@ -440,18 +440,25 @@ def run_pytest(setup: dict[str, Any], pipe: Pipe, key: bytes, ahead: Ahead | Non
     return status
 
 
+def close_input() -> None:
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+
+
 def main() -> None:
     fd = int(os.environ.pop("REGREEN_CHANNEL_FD"))
     os.set_inheritable(fd, False)
     setup = json.loads(sys.stdin.buffer.readline().decode())
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [place for place in sys.path if place != here]
+    if "names" not in setup:
+        close_input()  # it may be a file, which can be read again
     beside("start").as_usual()
     ahead = Ahead(fd, setup, beside("preload")) if "names" in setup else None
-    setup = setup if ahead is None else ahead.setup
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)
-    os.close(null)
+    if ahead is not None:
+        setup = ahead.setup
+        close_input()
     key = bytes.fromhex(setup.pop("key"))
     pipe = Pipe(fd, key)
     pipe.send({"t": "start", "python": list(sys.version_info[:3])})
