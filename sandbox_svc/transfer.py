@@ -6,7 +6,8 @@
 - Import is whole or nothing: layers become visible one by one, the state only at the end; on any
   error the layers go again.
 - Blocking tar work happens in threads of its own, one per transfer; the event loop holds the other
-  end of a pipe and never waits in a thread for it, so that no number of transfers can wedge.
+  end of a pipe and never waits in a thread for it. A thread does wait for its client, so transfers
+  have places, exports and imports apart, and one that stands still loses its own (`pace`).
 """
 
 import asyncio
@@ -16,13 +17,14 @@ import io
 import os
 import re
 import tarfile
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 from regreen.rpc.errors import FailedPrecondition, InvalidArgument
+from sandbox_svc import pace
 from sandbox_svc.backends.base import HOST_BASE, Mount, Runtime
 from sandbox_svc.backends.layers import writing
 from sandbox_svc.backends.tree_archive import Quota, TreeReader, write_tree
@@ -32,8 +34,6 @@ _CHUNK_BYTES = 1 << 20
 _END = "end"
 """Name of the last entry: an archive without it was cut short."""
 _RECORD_BYTES = 64 << 20
-_TRANSFERS = 8
-"""At once; more wait."""
 _T = TypeVar("_T")
 _ID = re.compile(r"st_[0-9a-f]{32}")
 
@@ -79,7 +79,7 @@ def layer_files(runtime: Runtime) -> LayerFiles:
 
 
 def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(_TRANSFERS, thread_name_prefix="sandbox-transfer")
+    return ThreadPoolExecutor(2 * pace.AT_ONCE, thread_name_prefix="sandbox-transfer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,16 +92,29 @@ class Transfer:
     """Directories that imported states may mount: name to path."""
     max_bytes: int = 16 << 30
     """Of the files of one archive, either way."""
+    idle_s: float = pace.IDLE_S
+    """An import of which nothing came for so long is ended."""
     threads: ThreadPoolExecutor = field(default_factory=_threads)
+    exports: pace.Places = field(default_factory=lambda: pace.Places("exports"))
+    imports: pace.Places = field(default_factory=lambda: pace.Places("imports"))
 
-    async def export(self, state_id: str) -> AsyncIterator[bytes]:
+    async def export(self, state_id: str) -> AsyncGenerator[bytes, None]:
         """The archive of a state, in pieces.
 
         Raises:
             NotFound: no such state.
             FailedPrecondition: it holds what cannot be exported, or more than `max_bytes`.
+            ResourceExhausted: too many exports are under way; carries a delay.
         """
-        state, files = self.states.get(state_id), layer_files(self.runtime)
+        self.states.get(state_id)
+        async with self.exports.taken():
+            chunks = self._exported(self.states.get(state_id))
+            async with contextlib.aclosing(chunks):
+                async for chunk in chunks:
+                    yield chunk
+
+    async def _exported(self, state: State) -> AsyncGenerator[bytes, None]:
+        files = layer_files(self.runtime)
         self.states.hold(state.layers)
         try:
             record = _portable(state, await self._roots())
@@ -131,9 +144,16 @@ class Transfer:
 
         Raises:
             InvalidArgument: a malformed or hostile archive.
-            ResourceExhausted: it is larger than allowed.
+            ResourceExhausted: it is larger than allowed, or too many imports are under way.
+            DeadlineExceeded: nothing of it came for a while.
         """
         files, roots = layer_files(self.runtime), await self._roots()
+        async with self.imports.taken():
+            return await self._imported(pace.moving(chunks, self.idle_s), files, roots)
+
+    async def _imported(
+        self, chunks: AsyncIterator[bytes], files: LayerFiles, roots: Mapping[str, Path]
+    ) -> State:
         with self.states.growing():
             record, layers = await self._unpacked(chunks, files)
             try:
