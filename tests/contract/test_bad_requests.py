@@ -1,5 +1,7 @@
 """No request, however wrong, is answered INTERNAL or UNKNOWN: it is refused with a typed error.
 
+- A refused field is one of the request, by its path in the contract, and the refusal says what to do.
+
 - Real servers on port 0; every RPC of every service; every field of its request, bad in turn.
 - Nothing long is started: what would build a model, run a step or fetch a package is asked of ids
   and places that do not exist.
@@ -14,7 +16,7 @@ from typing import Any
 import grpc
 import pytest
 from google.protobuf import message_factory
-from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
+from google.protobuf.descriptor import Descriptor, MethodDescriptor, ServiceDescriptor
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.json_format import ParseDict
 from google.protobuf.message import Message
@@ -49,7 +51,9 @@ from regreen.learner import v1 as learner_pb
 from regreen.learner.v1 import learner_service_pb2
 from regreen.policy import v1 as policy_pb
 from regreen.policy.v1 import policy_service_pb2
+from regreen.rpc.errors import InvalidArgument
 from regreen.rpc.server import Server
+from regreen.rpc.wire import from_rpc_error
 from regreen.sandbox import v1 as sandbox_pb
 from regreen.sandbox.v1 import (
     action_service_pb2,
@@ -75,6 +79,8 @@ After = Callable[[str, Answers], Awaitable[None]]
 
 _SHALLOW = ("JudgeGroup", "Calibrate", "CommitRollout", "CommitTrajectories")
 """What is inside these is read as Judge and CommitTrajectory read it."""
+_WHOLE = ("request", "archive")
+"""What is wrong with a request as such, and with the archive that an upload's messages make."""
 _AT_ONCE = 8
 _CALL_S = 20.0
 _STREAM_S = 3.0
@@ -123,10 +129,21 @@ class Sweep:
                 if error.code() in _OUR_FAULT:
                     said = f"{error.code().name}: {error.details()}"
                     self.faults.append(f"{method.name} {path}: {said}")
+                if error.code() is grpc.StatusCode.INVALID_ARGUMENT:
+                    self._judge(method, path, error)
                 return error.code()
             if self._after is not None:
                 await self._after(method.name, answers)
             return None
+
+    def _judge(self, method: MethodDescriptor, path: str, error: grpc.aio.AioRpcError) -> None:
+        """A refusal names a field that the request has, and a remedy."""
+        refused = from_rpc_error(error)
+        assert isinstance(refused, InvalidArgument)
+        if not _is_field(refused.field, method.input_type):
+            self.faults.append(f"{method.name} {path}: no such field: {error.details()}")
+        if not refused.remedy:
+            self.faults.append(f"{method.name} {path}: no remedy: {error.details()}")
 
     async def _call(self, method: MethodDescriptor, content: bytes) -> Answers:
         name = f"/{method.containing_service.full_name}/{method.name}"
@@ -138,6 +155,21 @@ class Sweep:
             return [await self._channel.unary_unary(name, None, decode)(content, timeout=_CALL_S)]
         call = self._channel.unary_stream(name, None, decode)(content, timeout=_STREAM_S)
         return [answer async for answer in call]
+
+
+def _is_field(path: str, message: Descriptor | None) -> bool:
+    """Whether a path leads to a field of a message; the whole of one is a field too."""
+    if path in _WHOLE:
+        return True
+    for part in path.split("."):
+        name, bracket, _ = part.partition("[")
+        field = message.fields_by_name.get(name) if message is not None else None
+        if field is None or (bracket and not field.is_repeated):
+            return False
+        message = field.message_type
+        if message is not None and message.full_name == "google.protobuf.Struct":
+            return True
+    return True
 
 
 def _once_each(good: Message, *, shallow: bool) -> list[tuple[str, Message]]:
