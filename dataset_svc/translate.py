@@ -89,7 +89,10 @@ def enum_name(enum: ProtoEnum, value: int, field: str) -> str:
     try:
         name = enum.Name(value)
     except ValueError as error:
-        raise InvalidArgument(field, f"{value} is not a known value") from error
+        known = ", ".join(str(number) for number in enum.values())
+        raise InvalidArgument(
+            field, f"{value} is not a known value", f"give one of {known}"
+        ) from error
     prefix = enum.Name(0).removesuffix("UNSPECIFIED")
     return "" if value == 0 else name.removeprefix(prefix).lower()
 

@@ -104,7 +104,7 @@ class DiffLimits:
 
 def _limit(value: int, default: int) -> int:
     if not 0 <= value <= _MAX_LIMIT:
-        raise InvalidArgument("limit", f"{value}", f"give 1 to {_MAX_LIMIT}, or 0 for {default}")
+        raise InvalidArgument("limit", f"is {value}", f"give 1 to {_MAX_LIMIT}, or 0 for {default}")
     return value or default
 
 
@@ -362,6 +362,7 @@ async def diff(
         raise InvalidArgument(
             "root", f"is not a plain absolute path: {root[:200]!r}", "give one such as /work/repo"
         )
+    absolute(root, "root")
     limits = limits or DiffLimits()
     with manager.using(sandbox_id) as sandbox:
         base = manager.states.get(base_state_id or sandbox.state_id)

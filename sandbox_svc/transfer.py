@@ -34,6 +34,7 @@ _CHUNK_BYTES = 1 << 20
 _END = "end"
 """Name of the last entry: an archive without it was cut short."""
 _RECORD_BYTES = 64 << 20
+_RESEND = "send one as ExportState gave it"
 _T = TypeVar("_T")
 _ID = re.compile(r"st_[0-9a-f]{32}")
 
@@ -194,15 +195,15 @@ class Transfer:
         try:
             state = State.decode(record)
         except (ValueError, RecursionError) as error:
-            raise InvalidArgument("archive", f"its record is malformed: {error}") from None
+            raise InvalidArgument("archive", f"its record is malformed: {error}", _RESEND) from None
         if not _ID.fullmatch(state.id) or len(state.layers) != len(layers):
-            raise InvalidArgument("archive", "record and layers do not fit together")
+            raise InvalidArgument("archive", "record and layers do not fit together", _RESEND)
         if state.spec_sha256 and state.id != state_id("", state.spec_sha256):
-            raise InvalidArgument("archive", "its id is not that of its spec")
+            raise InvalidArgument("archive", "its id is not that of its spec", _RESEND)
         if state.base != HOST_BASE and not state.parent_id:
             action = image_action(state.base.removeprefix("image:sha256:"))
             if state.id != state_id("", action):
-                raise InvalidArgument("archive", "its id is not that of its image")
+                raise InvalidArgument("archive", "its id is not that of its image", _RESEND)
         mounts = tuple(_local(mount, roots) for mount in state.mounts)
         fresh = self.states.stamp(state)
         return replace(fresh, mounts=mounts, layers=tuple(layers))
@@ -231,7 +232,9 @@ def _local(mount: Mount, roots: Mapping[str, Path]) -> Mount:
     resolved = Path(os.path.realpath(source))
     inside = any(resolved.is_relative_to(os.path.realpath(root)) for root in roots.values())
     if not mount.read_only or ".." in source.parts or not inside:
-        raise InvalidArgument("archive", f"its record mounts {mount.source}, which is not ours")
+        raise InvalidArgument(
+            "archive", f"its record mounts {mount.source}, which is not ours", _RESEND
+        )
     return Mount(source, mount.target)
 
 
@@ -301,7 +304,7 @@ def _unpack(read_fd: int, files: LayerFiles, quota: Quota) -> tuple[bytes, list[
                 with tarfile.open(fileobj=pipe, mode="r|") as archive:
                     record = _unpack_members(archive, files, quota, drafts)
             except (tarfile.TarError, EOFError, ValueError, UnicodeError) as error:
-                raise InvalidArgument("archive", f"is damaged: {error}") from None
+                raise InvalidArgument("archive", f"is damaged: {error}", _RESEND) from None
             while pipe.read(_CHUNK_BYTES):
                 pass
         return record, [files.adopt_layer(draft) for draft in drafts]
@@ -319,14 +322,14 @@ def _unpack_members(
     complete = False
     for member in archive:
         if complete:
-            raise InvalidArgument("archive", "goes on after its end")
+            raise InvalidArgument("archive", "goes on after its end", _RESEND)
         complete = bool(record) and member.name == _END
         if complete:
             continue
         if not record:
             source = archive.extractfile(member) if member.name == "state.json" else None
             if source is None or member.size > _RECORD_BYTES:
-                raise InvalidArgument("archive", "does not begin with a state record")
+                raise InvalidArgument("archive", "does not begin with a state record", _RESEND)
             record = source.read()
             continue
         prefix, _, below = member.name.partition("/")
@@ -339,9 +342,11 @@ def _unpack_members(
         elif prefix == "layers" and reader and number == str(len(drafts) - 1) and path:
             reader.add(archive, member, path)
         else:
-            raise InvalidArgument("archive", f"has an entry out of place: {member.name[:120]!r}")
+            raise InvalidArgument(
+                "archive", f"has an entry out of place: {member.name[:120]!r}", _RESEND
+            )
     if not complete:
-        raise InvalidArgument("archive", "is cut short")
+        raise InvalidArgument("archive", "is cut short", _RESEND)
     if reader is not None:
         reader.close()
     return record

@@ -76,7 +76,7 @@ def limits_from(message: pb.Limits) -> Limits:
         value = getattr(message, name)
         if not 0 <= value <= most:
             raise InvalidArgument(
-                f"limits.{name}", f"is {value}", f"give at most {most}, or 0 for the default"
+                f"limits.{name}", f"is {value}", f"give up to {most}, or 0 for the default"
             )
     if 0 < message.memory_bytes < 16 << 20:
         raise InvalidArgument(

@@ -1,7 +1,6 @@
 """No request, however wrong, is answered INTERNAL or UNKNOWN: it is refused with a typed error.
 
-- A refused field is one of the request, by its path in the contract, and the refusal says what to do.
-
+- A refused field is one of the request, by its path in the contract; the refusal says what to do.
 - Real servers on port 0; every RPC of every service; every field of its request, bad in turn.
 - Nothing long is started: what would build a model, run a step or fetch a package is asked of ids
   and places that do not exist.
@@ -9,6 +8,7 @@
 """
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -140,7 +140,10 @@ class Sweep:
         """A refusal names a field that the request has, and a remedy."""
         refused = from_rpc_error(error)
         assert isinstance(refused, InvalidArgument)
-        if not _is_field(refused.field, method.input_type):
+        field = refused.field
+        if method.client_streaming:  # the place of a message in the stream
+            field = re.sub(r"^trajectories\[\d+\]", "trajectory", field)
+        if not _is_field(field, method.input_type):
             self.faults.append(f"{method.name} {path}: no such field: {error.details()}")
         if not refused.remedy:
             self.faults.append(f"{method.name} {path}: no remedy: {error.details()}")
@@ -161,7 +164,7 @@ def _is_field(path: str, message: Descriptor | None) -> bool:
     """Whether a path leads to a field of a message; the whole of one is a field too."""
     if path in _WHOLE:
         return True
-    for part in path.split("."):
+    for part in re.sub(r"\[.*?\](?=\.|$)", "[]", path, flags=re.DOTALL).split("."):
         name, bracket, _ = part.partition("[")
         field = message.fields_by_name.get(name) if message is not None else None
         if field is None or (bracket and not field.is_repeated):
