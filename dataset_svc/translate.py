@@ -60,6 +60,10 @@ class ProtoEnum(Protocol):
         """The value of a name."""
         ...
 
+    def values(self) -> list[Any]:
+        """Every value."""
+        ...
+
 
 def to_document(message: Message, field: str) -> Document:
     """The JSON form of a message, with proto field names.
