@@ -196,7 +196,7 @@ async def test_exports_that_nobody_reads_are_refused_room_for_others_and_end(res
     assert (await states.import_state([archive])).id == small.id
     async with asyncio.timeout(20):
         while server._calls._in_flight:
-            await asyncio.sleep(0.05)
+            await states.list_states()
     assert await whole(states, small.id) == archive
     for call in unread:
         with pytest.raises(grpc.aio.AioRpcError) as ended:
