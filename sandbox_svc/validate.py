@@ -179,7 +179,9 @@ class Validator:
     ) -> Plan:
         state = self._states.get(state_id)
         if "baseline" not in state.metadata:
-            raise FailedPrecondition(f"state {state_id} has no baseline; prepare it from a spec")
+            raise FailedPrecondition(
+                f"state {state_id} has no baseline of tests; prepare one with the builder python"
+            )
         if state.metadata.get("runner") != RUNNER:
             raise FailedPrecondition(
                 f"state {state_id} was prepared by another version; prepare its spec again"
