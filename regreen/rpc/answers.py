@@ -218,11 +218,13 @@ class Answers:
             return
         rows: list[_Row] = []
         with contextlib.suppress(sqlite3.Error):
-            left, most = self.room.entries, self.room.large_bytes
-            for shelf, *facts, answer in before.execute(_LATEST, (most, self.room.names)):
+            left, left_bytes = self.room.entries, 2 * self.room.small_bytes
+            asked = (self.room.large_bytes, self.room.names)
+            for shelf, *facts, answer in before.execute(_LATEST, asked):
                 left -= 1
+                left_bytes -= len(answer or b"")
                 known = shelf in tuple(Fate)
-                if not known and (answer is None or left < 0):
+                if not known and (answer is None or min(left, left_bytes) < 0):
                     shelf, answer = Fate.GONE, b""
                 rows.append((shelf, *facts, answer))
         before.close()
