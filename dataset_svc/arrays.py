@@ -113,20 +113,34 @@ def check(stream: TokenStream, *, exact: bool, prompt_tokens: int) -> None:
     count = len(stream)
     _check_length("loss_mask", len(stream.loss_mask), count, exact)
     _check_length("logprobs", len(stream.logprobs), count, exact)
-    _first("token_ids", stream.token_ids < 0, "is negative")
-    _first("loss_mask", stream.loss_mask > 1, "is neither 0 nor 1")
-    _first("logprobs", ~np.isfinite(stream.logprobs), "is not finite")
-    _first("logprobs", stream.logprobs > _LOGPROB_SLACK, "is positive; give natural logarithms")
+    _first("token_ids", stream.token_ids < 0, "is negative", "give 0 or more")
+    _first("loss_mask", stream.loss_mask > 1, "is neither 0 nor 1", "give one of them")
+    _first("logprobs", ~np.isfinite(stream.logprobs), "is not finite", "give natural logarithms")
+    _first("logprobs", stream.logprobs > _LOGPROB_SLACK, "is positive", "give natural logarithms")
     if not 0 <= prompt_tokens <= count:
-        raise InvalidArgument("trajectory.prompt_tokens", f"is {prompt_tokens} of {count} tokens")
+        raise InvalidArgument(
+            "trajectory.prompt_tokens",
+            f"is {prompt_tokens} of {count} tokens",
+            f"give 0 to {count}",
+        )
     if len(stream.loss_mask):
-        _first("loss_mask", stream.loss_mask[:prompt_tokens] != 0, "marks a token of the prompt")
+        _first(
+            "loss_mask",
+            stream.loss_mask[:prompt_tokens] != 0,
+            "marks a token of the prompt",
+            "give 0 there",
+        )
         if len(stream.logprobs):
             stray = (stream.loss_mask == 0) & (stream.logprobs != 0)
-            _first("logprobs", stray, "is not 0 on a token that was not sampled")
+            _first("logprobs", stray, "is not 0 on a token that was not sampled", "give 0")
     covered = _check_versions(stream.versions, count)
     if exact:
-        _first("versions", (stream.loss_mask == 1) & ~covered, "has no span for this sampled token")
+        _first(
+            "versions",
+            (stream.loss_mask == 1) & ~covered,
+            "has no span for this sampled token",
+            "cover it",
+        )
 
 
 def _check_length(field: str, length: int, count: int, exact: bool) -> None:
@@ -149,12 +163,12 @@ def _check_versions(spans: Sequence[tuple[int, int, int]], count: int) -> NDArra
                 "give ordered, disjoint, half-open spans",
             )
         if version < 0:
-            raise InvalidArgument(f"{field}.version", "is negative")
+            raise InvalidArgument(f"{field}.version", "is negative", "give 0 or more")
         covered[start:end] = True
         previous = end
     return covered
 
 
-def _first(field: str, wrong: NDArray[np.bool_], problem: str) -> None:
+def _first(field: str, wrong: NDArray[np.bool_], problem: str, remedy: str) -> None:
     if wrong.any():
-        raise InvalidArgument(f"trajectory.{field}[{int(wrong.argmax())}]", problem)
+        raise InvalidArgument(f"trajectory.{field}[{int(wrong.argmax())}]", problem, remedy)

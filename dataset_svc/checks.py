@@ -90,7 +90,9 @@ def check_task(task: TaskRecord, field: str) -> None:
         _check_fail_to_pass(task.document, field)
     for position, fix in enumerate(task.document.get("fixes", [])):
         if fix.get("mode", "MODE_UNSPECIFIED") == "MODE_UNSPECIFIED":
-            raise InvalidArgument(f"{field}.fixes[{position}].mode", "is not set")
+            raise InvalidArgument(
+                f"{field}.fixes[{position}].mode", "is not set", "say any_fix or keep_new"
+            )
         check_changes(fix.get("changes", []), f"{field}.fixes[{position}].changes")
 
 
@@ -106,7 +108,9 @@ def check_gate(report: GateRecord) -> None:
     for position, check in enumerate(report.checks):
         if not _SLUG.fullmatch(check.name):
             raise InvalidArgument(
-                f"report.checks[{position}].name", f"{check.name[:80]!r} is no name"
+                f"report.checks[{position}].name",
+                f"{check.name[:80]!r} is no name",
+                "give lower-case letters, digits and -",
             )
         _finite(f"report.checks[{position}].duration", check.duration_s, least=0.0)
     if report.status == "unverified" and any(c.name == REFERENCE_CHECK for c in report.checks):
@@ -179,7 +183,7 @@ def check_trajectory(record: TrajectoryRecord, *, max_wire_bytes: int) -> None:
     one_of("trajectory.end", record.end, EPISODE_ENDS)
     for name in ("group_index", "attempt"):
         if getattr(record, name) < 0:
-            raise InvalidArgument(f"trajectory.{name}", "is negative")
+            raise InvalidArgument(f"trajectory.{name}", "is negative", "give 0 or more")
     stream = record.stream
     if stream is None or (record.token_exact and not len(stream)):
         raise InvalidArgument(
@@ -192,7 +196,7 @@ def check_trajectory(record: TrajectoryRecord, *, max_wire_bytes: int) -> None:
     for name, seconds in record.stage_seconds.items():
         _finite(f"trajectory.stage_seconds[{name[:40]}]", seconds, least=0.0)
     if record.start_time and record.end_time and record.end_time < record.start_time:
-        raise InvalidArgument("trajectory.end_time", "is before start_time")
+        raise InvalidArgument("trajectory.end_time", "is before start_time", "give a later one")
 
 
 def check_changes(changes: Sequence[Mapping[str, Any]], field: str) -> None:
@@ -211,20 +215,24 @@ def check_changes(changes: Sequence[Mapping[str, Any]], field: str) -> None:
                 "give a relative path",
             )
         if change.get("kind", "CHANGE_KIND_UNSPECIFIED") == "CHANGE_KIND_UNSPECIFIED":
-            raise InvalidArgument(f"{field}[{position}].kind", "is not set")
+            raise InvalidArgument(
+                f"{field}[{position}].kind", "is not set", "say add, modify or delete"
+            )
 
 
 def _check_environment(spec: Mapping[str, Any], field: str) -> None:
     for name in ("builder", "package", "version"):
         if not spec.get(name):
-            raise InvalidArgument(f"{field}.{name}", "is empty")
+            raise InvalidArgument(f"{field}.{name}", "is empty", "fill it in")
     for name in ("build_requirements", "exclude_newer"):
         if spec.get(name):
             raise InvalidArgument(f"{field}.{name}", "is not supported", "pin it in build_pins")
     if not _PYTHON.fullmatch(spec.get("python", "")):
         raise InvalidArgument(f"{field}.python", "is no interpreter version", "give one like 3.10")
     if bool(spec.get("source")) == bool(spec.get("source_tree")):
-        raise InvalidArgument(f"{field}.source", "and source_tree: give exactly one of them")
+        raise InvalidArgument(
+            f"{field}.source", "and source_tree: give exactly one of them", "give one"
+        )
     if source := spec.get("source"):
         _check_dist_file(source, f"{field}.source")
     if tree := spec.get("source_tree"):
@@ -235,7 +243,7 @@ def _check_environment(spec: Mapping[str, Any], field: str) -> None:
         for position, pin in enumerate(spec.get(kind, [])):
             where = f"{field}.{kind}[{position}]"
             if not pin.get("name") or not pin.get("version"):
-                raise InvalidArgument(where, "lacks a name or a version")
+                raise InvalidArgument(where, "lacks a name or a version", "give both")
             for number, file in enumerate(pin.get("files", [])):
                 _check_dist_file(file, f"{where}.files[{number}]")
     check_changes(spec.get("overlay", []), f"{field}.overlay")
@@ -245,19 +253,25 @@ def _check_environment(spec: Mapping[str, Any], field: str) -> None:
 def _check_dist_file(file: Mapping[str, Any], field: str) -> None:
     name = file.get("filename", "")
     if not name or "/" in name or name in (".", ".."):
-        raise InvalidArgument(f"{field}.filename", f"{name[:80]!r} is no file name")
+        raise InvalidArgument(
+            f"{field}.filename", f"{name[:80]!r} is no file name", "give a plain name"
+        )
     _check_sha256(file.get("sha256", ""), f"{field}.sha256")
 
 
 def _check_sha256(value: str, field: str) -> None:
     if not _SHA256.fullmatch(value):
-        raise InvalidArgument(field, "is not 64 lower-case hexadecimal digits")
+        raise InvalidArgument(
+            field, "is not 64 lower-case hexadecimal digits", "give a SHA-256 in hex"
+        )
 
 
 def _check_foreign(document: Mapping[str, Any], field: str) -> None:
     """A task of another system: the package, and all that the system says, readable."""
     if not document["environment"].get("package"):
-        raise InvalidArgument(f"{field}.environment.package", "is empty")
+        raise InvalidArgument(
+            f"{field}.environment.package", "is empty", "name the package that the task is about"
+        )
     foreign = document.get("foreign", {})
     if not _SLUG.fullmatch(foreign.get("format", "")):
         raise InvalidArgument(f"{field}.foreign.format", "is no format", "give one like swe-bench")
@@ -276,7 +290,7 @@ def _check_fail_to_pass(document: Mapping[str, Any], field: str, least: int = 1)
     ids = document.get("fail_to_pass", [])
     count = document.get("fail_to_pass_count", 0)
     if len(set(ids)) != len(ids):
-        raise InvalidArgument(f"{field}.fail_to_pass", "names a test twice")
+        raise InvalidArgument(f"{field}.fail_to_pass", "names a test twice", "name each once")
     if count < max(len(ids), least):
         raise InvalidArgument(
             f"{field}.fail_to_pass_count",
@@ -284,7 +298,7 @@ def _check_fail_to_pass(document: Mapping[str, Any], field: str, least: int = 1)
             f"count every test, at least {least}",
         )
     if document.get("pass_to_pass_count", 0) < 0:
-        raise InvalidArgument(f"{field}.pass_to_pass_count", "is negative")
+        raise InvalidArgument(f"{field}.pass_to_pass_count", "is negative", "give 0 or more")
     digest = document.get("fail_to_pass_sha256", "")
     if digest:
         _check_sha256(digest, f"{field}.fail_to_pass_sha256")
@@ -292,7 +306,11 @@ def _check_fail_to_pass(document: Mapping[str, Any], field: str, least: int = 1)
             len(ids) == count
             and hashlib.sha256("\n".join(sorted(ids)).encode()).hexdigest() != digest
         ):
-            raise InvalidArgument(f"{field}.fail_to_pass_sha256", "does not match fail_to_pass")
+            raise InvalidArgument(
+                f"{field}.fail_to_pass_sha256",
+                "does not match fail_to_pass",
+                "give the digest of the sorted ids, or leave it out",
+            )
 
 
 def _check_turns(record: TrajectoryRecord) -> None:
@@ -311,10 +329,13 @@ def _check_turns(record: TrajectoryRecord) -> None:
             raise InvalidArgument(
                 f"{field}.token_start",
                 f"[{turn.token_start}, {turn.token_end}) is out of order or past {count} tokens",
+                "give ordered, disjoint, half-open ranges",
             )
         if turn.role != "policy" and any(mask[turn.token_start : turn.token_end]):
             raise InvalidArgument(
-                f"{field}.role", f"{turn.role!r} covers tokens that loss_mask marks as sampled"
+                f"{field}.role",
+                f"{turn.role!r} covers tokens that loss_mask marks as sampled",
+                "only the assistant's tokens are sampled",
             )
         _finite(f"{field}.duration", turn.duration_s, least=0.0)
         previous = turn.token_end
@@ -327,7 +348,9 @@ def _check_reward(record: TrajectoryRecord) -> None:
     for position, part in enumerate(record.reward.parts):
         _finite(f"trajectory.reward.parts[{position}].value", part.value)
         if not part.name:
-            raise InvalidArgument(f"trajectory.reward.parts[{position}].name", "is empty")
+            raise InvalidArgument(
+                f"trajectory.reward.parts[{position}].name", "is empty", "name the part"
+            )
 
 
 def _finite(field: str, value: float, least: float = -math.inf) -> None:

@@ -141,6 +141,7 @@ class Database:
             max_overflow=0,
             pool_timeout=pool_timeout_s,
             pool_pre_ping=True,
+            hide_parameters=True,  # else errors, and so logs, hold what callers sent
             connect_args={"connect_timeout": 10},
         )
         self._sessions = async_sessionmaker(self._engine, expire_on_commit=False, autoflush=False)
@@ -188,7 +189,11 @@ def translated(error: SQLAlchemyError) -> RegreenError:
     if state in _TRY_AGAIN or (isinstance(error, IntegrityError) and state not in _WRONG_VALUE):
         return Aborted(f"concurrent change: {message}")
     if isinstance(error, DataError) or state[:2] in ("22", "54") or state in _WRONG_VALUE:
-        return InvalidArgument("request", f"the database refuses a value: {message}")
+        return InvalidArgument(
+            "request",
+            f"the database refuses a value: {message}",
+            "send text without NUL and numbers within their range",
+        )
     return Unavailable(f"database: {message}", retry_after_s=1.0)
 
 

@@ -129,7 +129,7 @@ class TrajectoryStore:
         check_id(record.id, "trj", "trajectory.id")
         checks.check_trajectory(record, max_wire_bytes=self.max_wire_bytes // share)
         if record.stream is None:
-            raise InvalidArgument("trajectory.token_ids", "is empty")
+            raise InvalidArgument("trajectory.token_ids", "is empty", "give the tokens")
         blob = arrays.pack(record.stream)
         return Packed(record, digest_of(blob), record.fingerprint(blob)), blob
 

@@ -60,6 +60,10 @@ class ProtoEnum(Protocol):
         """The value of a name."""
         ...
 
+    def values(self) -> list[Any]:
+        """Every value."""
+        ...
+
 
 def to_document(message: Message, field: str) -> Document:
     """The JSON form of a message, with proto field names.
@@ -89,7 +93,10 @@ def enum_name(enum: ProtoEnum, value: int, field: str) -> str:
     try:
         name = enum.Name(value)
     except ValueError as error:
-        raise InvalidArgument(field, f"{value} is not a known value") from error
+        known = ", ".join(str(number) for number in enum.values())
+        raise InvalidArgument(
+            field, f"{value} is not a known value", f"give one of {known}"
+        ) from error
     prefix = enum.Name(0).removesuffix("UNSPECIFIED")
     return "" if value == 0 else name.removeprefix(prefix).lower()
 

@@ -21,6 +21,7 @@ from judge_svc.verdict import Judge, Limits, ModelUse
 from regreen.judge import v1 as pb
 from regreen.rpc import logging
 from regreen.rpc.errors import RegreenError
+from regreen.rpc.idempotency import Leaving
 from regreen.rpc.server import Server
 
 SERVICE = "regreen.judge.v1.JudgeService"
@@ -71,7 +72,8 @@ async def running(settings: JudgeSettings) -> AsyncIterator[Server]:
     judge = Judge(
         model, cache, executor, lambda: secrets.token_hex(16), bounds=bounds, limits=limits
     )
-    server = Server(settings, [SERVICE])
+    methods = (f"{SERVICE}/{name}" for name in ("Judge", "JudgeGroup", "Calibrate"))
+    server = Server(settings, [SERVICE], leaving=dict.fromkeys(methods, Leaving.ENDS))
     servicer = JudgeServicer(judge, ModelUse(settings.model_use))
     pb.add_JudgeServiceServicer_to_server(servicer, server.grpc)
     try:

@@ -28,14 +28,14 @@ async def serve(settings: LearnerSettings) -> None:
         save_timeout_s=settings.save_timeout_s,
     )
     runs = Runs(settings.home, open_blobs(settings.blobs or settings.home / "blobs"), config)
-    server = Server(settings, (SERVICE,))
+    server = Server(settings, (SERVICE,), remember=False)  # its servicer knows what to remember
     servicer = LearnerServicer(runs, settings.engine)
     pb.add_LearnerServiceServicer_to_server(servicer, server.grpc)
     try:
         async with server:
             await server.wait()
     finally:
-        servicer.close()
+        await servicer.close()
         await runs.close()
 
 

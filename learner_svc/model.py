@@ -42,10 +42,16 @@ def load_model(path: Path) -> PreTrainedModel:
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise InvalidArgument(
-            "base_uri", f"cannot load a causal language model from {path}: {error}"
+            "base_uri",
+            f"cannot load a causal language model from {path}: {error}",
+            "give the directory of a causal language model",
         ) from error
     if not isinstance(model, PreTrainedModel):
-        raise InvalidArgument("base_uri", f"{path} holds no causal language model")
+        raise InvalidArgument(
+            "base_uri",
+            f"{path} holds no causal language model",
+            "give the directory of a causal language model",
+        )
     return model
 
 

@@ -305,7 +305,9 @@ class Runs:
         record = next((item for item in run.files.steps if item.step == step), None)
         if record is None or step > run.step:
             raise InvalidArgument(
-                "step", f"is {step}, but the next step of this run is {run.step + 1}"
+                "step",
+                f"is {step}, but the next step of this run is {run.step + 1}",
+                f"send step {run.step + 1}",
             )
         if record.batch_sha256 != digest:
             raise InvalidArgument("step", f"{step} was done with another batch", "send the next")

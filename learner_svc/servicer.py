@@ -42,8 +42,9 @@ class LearnerServicer(pb.LearnerServiceServicer):
         self._runs, self._engine = runs, default_engine
         self._once: Idempotency[Any] = Idempotency()
 
-    def close(self) -> None:
-        """Forget what was answered."""
+    async def close(self) -> None:
+        """Break off what still goes on; forget what was answered."""
+        await self._once.finish(0.0)
         self._once.close()
 
     async def StartRun(self, request: pb.StartRunRequest, context: Context) -> pb.StartRunResponse:

@@ -109,12 +109,18 @@ class Trainer:
     def _check(self, batch: Batch) -> None:
         if batch.kind != self._spec.kind.value:
             raise InvalidArgument(
-                "batch.kind", f"is {batch.kind}, but the run is {self._spec.kind.value}"
+                "batch.kind",
+                f"is {batch.kind}, but the run is {self._spec.kind.value}",
+                "send a batch of the run's kind",
             )
         try:
             batch.check(vocab_size=self._engine.vocab_size())
         except BatchError as error:
-            raise InvalidArgument(f"batch.{error.field}", error.problem) from error
+            raise InvalidArgument(
+                f"batch.{error.field}",
+                error.problem,
+                "write the batch with regreen.batch",
+            ) from error
         if self._loss is None or self._loss.importance_cap is None:
             return
         if not any(sample.logprobs.any() for sample in batch) and batch.trained_tokens:

@@ -142,7 +142,11 @@ class Commands:
         try:
             batch = Batch.from_bytes(Path(message["batch"]).read_bytes())
         except BatchError as error:
-            raise InvalidArgument(f"batch.{error.field}", error.problem) from error
+            raise InvalidArgument(
+                f"batch.{error.field}",
+                error.problem,
+                "write the batch with regreen.batch",
+            ) from error
         return {"metrics": session.step(batch, message["group_ids"], self._progress)}
 
     def _save(self, message: dict[str, Any]) -> dict[str, Any]:

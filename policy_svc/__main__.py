@@ -22,6 +22,7 @@ from policy_svc.settings import PolicySettings
 from regreen.policy import v1 as pb
 from regreen.rpc import logging
 from regreen.rpc.errors import FailedPrecondition, RegreenError
+from regreen.rpc.idempotency import Leaving
 from regreen.rpc.server import Server
 
 SERVICE = "regreen.policy.v1.PolicyService"
@@ -53,7 +54,7 @@ async def running(settings: PolicySettings) -> AsyncIterator[Running]:
         sessions = Sessions(settings.home / "policy" / "sessions", settings.max_sessions)
         sessions.prune(settings.session_keep_days * 86400)
         app = OpenAiHttp(policy, sessions, settings.http_key.get_secret_value()).app()
-        server = Server(settings, [SERVICE])
+        server = Server(settings, [SERVICE], leaving={f"{SERVICE}/Generate": Leaving.ENDS})
         pb.add_PolicyServiceServicer_to_server(PolicyServicer(policy), server.grpc)
         async with _http(settings.http, app, settings.drain_s) as http_port, server:
             yield Running(server, policy, http_port)

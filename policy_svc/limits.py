@@ -78,7 +78,9 @@ def _check_sampling(sampling: Sampling, info: EngineInfo, limits: Limits) -> Sam
     for at, token in enumerate(sampling.stop_token_ids):
         if not 0 <= token < info.vocabulary:
             raise InvalidArgument(
-                f"sampling.stop_token_ids[{at}]", f"{token} is outside the vocabulary"
+                f"sampling.stop_token_ids[{at}]",
+                f"{token} is outside the vocabulary",
+                f"use ids from 0 to {info.vocabulary - 1}",
             )
     if len(sampling.stop) > _MAX_STOPS:
         raise InvalidArgument("sampling.stop", f"has {len(sampling.stop)} texts", "use up to 16")
@@ -100,7 +102,11 @@ def _check_regex(regex: str, info: EngineInfo) -> None:
     try:
         re.compile(regex)
     except re.error as error:
-        raise InvalidArgument("sampling.regex", f"is no regular expression: {error}") from error
+        raise InvalidArgument(
+            "sampling.regex",
+            f"is no regular expression: {error}",
+            "give one that Python's re compiles",
+        ) from error
 
 
 class Admission:

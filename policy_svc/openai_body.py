@@ -90,7 +90,9 @@ def _messages(value: Any) -> tuple[Message, ...]:
     for at, item in enumerate(value):
         role = item.get("role") if isinstance(item, dict) else None
         if not isinstance(role, str) or role not in _ROLES:
-            raise InvalidArgument(f"messages[{at}].role", "is missing or unknown")
+            raise InvalidArgument(
+                f"messages[{at}].role", "is missing or unknown", f"use one of {', '.join(_ROLES)}"
+            )
         messages.append(Message(_ROLES[role], _content(item.get("content"), at)))
     return tuple(messages)
 
@@ -120,7 +122,9 @@ def _text(value: Any, name: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise InvalidArgument(name, "holds half of a surrogate pair") from error
+        raise InvalidArgument(
+            name, "holds half of a surrogate pair", "send whole characters"
+        ) from error
     return value
 
 
@@ -136,7 +140,7 @@ def _object(body: dict[str, Any], name: str) -> dict[str, Any]:
 def _flag(body: dict[str, Any], name: str) -> bool:
     value = body.get(name)
     if value is not None and not isinstance(value, bool):
-        raise InvalidArgument(name, "is neither true nor false")
+        raise InvalidArgument(name, "is neither true nor false", "give true or false")
     return bool(value)
 
 
@@ -145,11 +149,11 @@ def _number(body: dict[str, Any], name: str, default: float) -> float:
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InvalidArgument(name, "is no number")
+        raise InvalidArgument(name, "is no number", "give a number")
     try:
         return float(value)
     except OverflowError as error:
-        raise InvalidArgument(name, "is too large") from error
+        raise InvalidArgument(name, "is too large", "give a smaller one") from error
 
 
 def _whole(body: dict[str, Any], name: str, lowest: int, highest: int = 2**31 - 1) -> int | None:
@@ -157,7 +161,7 @@ def _whole(body: dict[str, Any], name: str, lowest: int, highest: int = 2**31 - 
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidArgument(name, "is no whole number")
+        raise InvalidArgument(name, "is no whole number", "give a whole number")
     if not lowest <= value <= highest:
         raise InvalidArgument(name, "is out of range", f"use {lowest} to {highest}")
     return value

@@ -272,9 +272,9 @@ async def _body(http: HttpRequest) -> dict[str, Any]:
     try:
         body = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise InvalidArgument("body", f"is no JSON: {error}") from error
+        raise InvalidArgument("body", f"is no JSON: {error}", "send a JSON object") from error
     if not isinstance(body, dict):
-        raise InvalidArgument("body", "is no JSON object")
+        raise InvalidArgument("body", "is no JSON object", "send a JSON object")
     return body
 
 

@@ -72,14 +72,18 @@ class PolicyServicer(pb.PolicyServiceServicer):
         """Encode text or decode ids; control tokens written in a text stay text."""
         tokenizer = self._policy.chat.tokenizer
         if bool(request.text) == bool(request.token_ids):
-            raise InvalidArgument("text", "give either text or token_ids, not both and not neither")
+            raise InvalidArgument("text", "and token_ids: one of them must be given", "give one")
         if request.text:
             ids = tokenizer.encode(request.text)
             return pb.TokenizeResponse(token_ids=ids, text=request.text)
         vocabulary = self._policy.engine.info.vocabulary
         for at, token in enumerate(request.token_ids):
             if not 0 <= token < vocabulary:
-                raise InvalidArgument(f"token_ids[{at}]", f"{token} is outside the vocabulary")
+                raise InvalidArgument(
+                    f"token_ids[{at}]",
+                    f"{token} is outside the vocabulary",
+                    f"use ids from 0 to {vocabulary - 1}",
+                )
         text = tokenizer.decode(request.token_ids, control=True)
         return pb.TokenizeResponse(token_ids=request.token_ids, text=text)
 
@@ -143,7 +147,7 @@ class PolicyServicer(pb.PolicyServiceServicer):
         """End requests."""
         if request.all == bool(request.generate_request_id):
             raise InvalidArgument(
-                "generate_request_id", "give an id or `all`, not both and not neither"
+                "generate_request_id", "and all: one of them must be given", "give one"
             )
         chosen = None if request.all else request.generate_request_id
         return pb.AbortGenerationResponse(aborted=await self._policy.abort(chosen))

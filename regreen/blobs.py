@@ -64,9 +64,13 @@ def check_digest(digest: Digest, field: str = "digest") -> Digest:
         InvalidArgument: it is not; names `field`.
     """
     if not _SHA256.fullmatch(digest.sha256):
-        raise InvalidArgument(f"{field}.sha256", "is not 64 lower-case hexadecimal digits")
+        raise InvalidArgument(
+            f"{field}.sha256",
+            "is not 64 lower-case hexadecimal digits",
+            "give the SHA-256 of the bytes in hex",
+        )
     if digest.size_bytes < 0:
-        raise InvalidArgument(f"{field}.size_bytes", "is negative")
+        raise InvalidArgument(f"{field}.size_bytes", "is negative", "give the number of bytes")
     return digest
 
 

@@ -4,15 +4,19 @@
 - The file is TOML, one table per service; its path comes from `--config` or `REGREEN_CONFIG`.
 - Environment variables are `REGREEN_<SERVICE>__<FIELD>`, for example `REGREEN_SANDBOX__LISTEN`.
 - Binding wider than loopback or a unix socket needs TLS, or `insecure` said out loud.
+- `--help` says of every setting what the docstring under it says, as the tables of the docs do.
 - An address that cannot be bound and a certificate that cannot be used are refused here, not later.
 """
 
 import argparse
+import ast
+import inspect
 import ipaddress
 import os
 import re
 import ssl
 import sys
+import textwrap
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -123,6 +127,43 @@ def check_pem(field: str, path: Path) -> None:
         ) from error
 
 
+def meanings(cls: type) -> dict[str, str]:
+    """What the docstring under each field of a settings class says, those of its bases included."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if base is BaseSettings or not issubclass(base, BaseSettings):
+            continue
+        if base.__module__.startswith("pydantic"):
+            continue
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for field, below in zip(body.body, body.body[1:], strict=False):
+            if not isinstance(field, ast.AnnAssign) or not isinstance(below, ast.Expr):
+                continue
+            if isinstance(field.target, ast.Name) and isinstance(below.value, ast.Constant):
+                found[field.target.id] = " ".join(str(below.value.value).split())
+    return found
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reads what the settings mean only when it is asked for."""
+
+    settings: "type[ServiceSettings]"
+
+    def format_help(self) -> str:
+        """The help, with a line on every setting."""
+        said = meanings(self.settings)
+        for action in self._actions:
+            field = self.settings.model_fields.get(action.dest)
+            if field is None:
+                continue
+            default = field.get_default(call_default_factory=True)
+            shown = "none" if default is None or str(default) == "" else default
+            text = f"{said.get(action.dest, '')} Default: {shown}."
+            action.help = text.strip().replace("%", "%%")
+        return super().format_help()
+
+
 class ServiceSettings(BaseSettings):
     """What every service can be told; each service adds its own fields."""
 
@@ -206,14 +247,15 @@ class ServiceSettings(BaseSettings):
 
         With `--check` it exits with 0 on good ones.
         """
-        parser = argparse.ArgumentParser(prog=f"{cls.section}_svc", description=cls.__doc__)
+        parser = _Parser(prog=f"{cls.section}_svc", description=cls.__doc__)
+        parser.settings = cls
         parser.add_argument("--config", help=f"TOML file; its table is [{cls.section}]")
         parser.add_argument("--check", action="store_true", help="read the settings and end")
         for name, field in cls.model_fields.items():
             flag = "--" + name.replace("_", "-")
             action: Any = argparse.BooleanOptionalAction if field.annotation is bool else None
             options = {"action": action} if action else {}
-            parser.add_argument(flag, default=None, help=f"default: {field.default}", **options)
+            parser.add_argument(flag, default=None, **options)
         given = vars(parser.parse_args(argv))
         check = given.pop("check")
         if config := given.pop("config"):

@@ -14,6 +14,7 @@ from regreen.rpc import logging
 from regreen.rpc.errors import RegreenError
 from regreen.rpc.server import Server
 from regreen.sandbox import v1 as pb
+from sandbox_svc import manners
 from sandbox_svc.service import SandboxHost
 from sandbox_svc.servicer import SandboxServicer, StateServicer
 from sandbox_svc.servicer_action import ActionServicer
@@ -38,7 +39,8 @@ async def serving(
             yield server
         return
     async with host or SandboxHost(settings) as started:
-        server = Server(settings, SERVICES)
+        idle_s = manners.idle_s(settings)
+        server = Server(settings, SERVICES, leaving=manners.LEAVING, idle_s=idle_s)
         pb.add_StateServiceServicer_to_server(StateServicer(started), server.grpc)
         pb.add_SandboxServiceServicer_to_server(SandboxServicer(started), server.grpc)
         pb.add_ExecServiceServicer_to_server(ExecServicer(started), server.grpc)

@@ -24,6 +24,7 @@ from regreen.rpc.errors import (
     FailedPrecondition,
     InvalidArgument,
     NotFound,
+    RegreenError,
     ResourceExhausted,
     Unavailable,
 )
@@ -163,7 +164,9 @@ class Executions:
             raise
         except Exception as error:  # noqa: BLE001  (whoever asked for the command raises it)
             if execution.started.done():
-                get().error("a command was lost", exec_id=execution.id, exc_info=error)
+                told = {"error": error.message} if isinstance(error, RegreenError) else {}
+                stack = None if told else error
+                get().error("a command was lost", exec_id=execution.id, exc_info=stack, **told)
             self._not_started(execution, error)
 
     def _not_started(self, execution: Execution, error: Exception) -> None:

@@ -26,6 +26,7 @@ from regreen.rpc.errors import (
     Unavailable,
 )
 from sandbox_svc.backends.base import Box, Command, EndReason, ExecResult, FileStat
+from sandbox_svc.backends.commands import absolute
 from sandbox_svc.builders.protect import check_path
 from sandbox_svc.globs import Glob
 from sandbox_svc.sandboxes import Manager
@@ -103,19 +104,20 @@ class DiffLimits:
 
 def _limit(value: int, default: int) -> int:
     if not 0 <= value <= _MAX_LIMIT:
-        raise InvalidArgument("limit", f"{value}", f"give 1 to {_MAX_LIMIT}, or 0 for {default}")
+        raise InvalidArgument("limit", f"is {value}", f"give 1 to {_MAX_LIMIT}, or 0 for {default}")
     return value or default
 
 
 async def _tool(box: Box, argv: Sequence[str], root: str, output_bytes: int) -> ExecResult:
     """Run a read-only tool in `root`; twice the output, because half of it is the kept head."""
+    root = absolute(root, "root")
     command = Command(
         tuple(argv), cwd=root, timeout_s=_TIMEOUT_S, output_bytes=2 * output_bytes, env=_TOOL_ENV
     )
     try:
         result = await box.run(command)
     except InvalidArgument as error:
-        if error.field == "cwd":
+        if error.field == "command.cwd":
             raise NoSuchFile(f"no such directory in the sandbox: {root}") from None
         raise
     if result.reason is EndReason.TIMEOUT:
@@ -195,7 +197,7 @@ async def find_text(
     """
     limit = _limit(limit, 200)
     if not text or "\n" in text or "\0" in text:
-        raise InvalidArgument("text", "must be one non-empty line")
+        raise InvalidArgument("text", "is not one line", "give a text without line breaks or NUL")
     pattern = Glob(glob) if glob else None
     skipped = [f"--exclude-dir={name}" for name in _SKIPPED]
     argv = ["/usr/bin/grep", "-rnIFZ", *skipped, "-e", text, "--", "."]
@@ -206,11 +208,17 @@ async def find_text(
 
 
 def _matches(printed: bytes, pattern: Glob | None) -> list[Match]:
-    until_s, matches = time.monotonic() + _TIMEOUT_S, []
-    for line in printed.split(b"\n")[:-1]:
-        path_bytes, separator, rest = line.partition(b"\0")
-        number, colon, found = rest.partition(b":")
-        if not separator or not colon or not number.isdigit():
+    """Lines as grep prints them: name, NUL, number, colon, text, line break. A name may hold all of
+    these but NUL, and a text all but NUL and line breaks."""
+    until_s, matches, at = time.monotonic() + _TIMEOUT_S, [], 0
+    while (name_end := printed.find(b"\0", at)) >= 0:
+        line_end = printed.find(b"\n", name_end)
+        if line_end < 0:
+            break
+        path_bytes = printed[at:name_end]
+        number, colon, found = printed[name_end + 1 : line_end].partition(b":")
+        at = line_end + 1
+        if not colon or not number.isdigit():
             continue
         path = path_bytes.removeprefix(b"./").decode("utf-8", "replace")
         if pattern is None or pattern.matches(path):
@@ -351,7 +359,10 @@ async def diff(
     Only paths are compared that a layer touches which the two do not share.
     """
     if not root.startswith("/") or ".." in root.split("/"):
-        raise InvalidArgument("root", f"is not a plain absolute path: {root!r}")
+        raise InvalidArgument(
+            "root", f"is not a plain absolute path: {root[:200]!r}", "give one such as /work/repo"
+        )
+    absolute(root, "root")
     limits = limits or DiffLimits()
     with manager.using(sandbox_id) as sandbox:
         base = manager.states.get(base_state_id or sandbox.state_id)

@@ -31,7 +31,6 @@ import structlog
 from regreen.allowlist import AllowList
 from regreen.ids import new_id
 from regreen.rpc.errors import (
-    InvalidArgument,
     NotFound,
     RegreenError,
     ResourceExhausted,
@@ -40,13 +39,13 @@ from regreen.rpc.errors import (
 from sandbox_svc import metrics
 from sandbox_svc.backends.base import Box, Limits, Runtime
 from sandbox_svc.egress import Door, Egress
+from sandbox_svc.pool import PoolLimits
 from sandbox_svc.states import DEFAULT_CWD, State, StateStore
 
 if TYPE_CHECKING:
     from sandbox_svc.executions import Execution
 
 log = structlog.get_logger(__name__)
-_MAX_FORKS = 256
 STARTS_AT_ONCE = max(4, 2 * (os.cpu_count() or 1))
 """Sandboxes of all calls that start at a time: more would only wait for each other, and a call that
 is refused would wait for their processes as well."""
@@ -84,17 +83,6 @@ class Sandbox:
     executions: "dict[str, Execution]" = field(default_factory=dict)
     """Commands started in it that run or are kept, oldest first."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-
-@dataclass(frozen=True, slots=True)
-class PoolLimits:
-    """How many sandboxes there may be, and for how long."""
-
-    max_sandboxes: int = 64
-    max_comparisons: int = 8
-    default_ttl_s: float = 900.0
-    max_ttl_s: float = 24 * 3600.0
-    retry_after_s: float = 2.0
 
 
 class Manager:
@@ -193,7 +181,7 @@ class Manager:
         """
         self._came.append(time.monotonic())
         state = self.states.runnable(state_id)
-        self._check_ttl(ttl_s)
+        self.pool.check_ttl(ttl_s)
         reach = AllowList.parse(allow) if allow else None
         with self._reserve(1):
             return await self._create(state, limits or _NO_LIMITS, labels or {}, ttl_s, reach)
@@ -262,10 +250,6 @@ class Manager:
         except BaseException:
             self.states.release(state.layers)
             raise
-
-    def _check_ttl(self, ttl_s: float) -> None:
-        if not 0 <= ttl_s <= self.pool.max_ttl_s:
-            raise InvalidArgument("ttl", f"{ttl_s} s", f"give 0 to {self.pool.max_ttl_s:.0f} s")
 
     @contextlib.contextmanager
     def _reserve(self, count: int) -> Iterator[Callable[[], None]]:
@@ -370,10 +354,10 @@ class Manager:
         """Snapshot a sandbox and start `count` more from there.
 
         Raises:
-            ResourceExhausted: not enough room for all of them; none was started.
+            InvalidArgument: there is never room for so many.
+            ResourceExhausted: not enough room for all of them now; none was started.
         """
-        if not 1 <= count <= _MAX_FORKS:
-            raise InvalidArgument("count", f"{count}", f"give 1 to {_MAX_FORKS}")
+        self.pool.check_count(count)
         with self.using(sandbox_id) as sandbox, self._reserve(count) as taken:
             state = await self._finish(self._snapshot(sandbox, {}))
             merged = {**sandbox.labels, **(labels or {})}
@@ -398,6 +382,8 @@ class Manager:
                 ended = await asyncio.gather(*tasks, return_exceptions=True)
                 started = [fork for fork in ended if isinstance(fork, Sandbox)]
                 await asyncio.gather(*(self.delete(fork.id) for fork in started))
+                with contextlib.suppress(RegreenError):  # somebody else may have come to use it
+                    await self.delete_state(state.id)
                 raise
 
     async def restore(self, sandbox_id: str, state_id: str) -> Sandbox:
@@ -422,7 +408,7 @@ class Manager:
 
     def keep_alive(self, sandbox_id: str, ttl_s: float = 0.0) -> Sandbox:
         """Move the expiry to `ttl_s` from now."""
-        self._check_ttl(ttl_s)
+        self.pool.check_ttl(ttl_s)
         sandbox = self.get(sandbox_id)
         sandbox.ttl_s = ttl_s or sandbox.ttl_s
         sandbox.expires_s = self._clock() + sandbox.ttl_s

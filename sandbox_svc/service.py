@@ -83,9 +83,8 @@ class SandboxHost:
         )
         self.proven: tuple[Capability, ...] = ()
         """What was proven of the service beside its runtime."""
-        self.transfer = Transfer(
-            self.states, self.runtime, self._offered, max_bytes=settings.import_bytes
-        )
+        bounds: Any = {"max_bytes": settings.import_bytes, "idle_s": settings.transfer_idle_s}
+        self.transfer = Transfer(self.states, self.runtime, self._offered, **bounds)
         self.upkeep = Upkeep(
             self.states, self.runtime, self.manager.stood_on, time.time, settings.upkeep()
         )
@@ -96,7 +95,7 @@ class SandboxHost:
             limits=settings.actions(),
             defaults=settings.limits(),
         )
-        self.images = Images(self.states, self.runtime, max_bytes=settings.import_bytes)
+        self.images = Images(self.states, self.runtime, **bounds)
         self._dists, self._tools = home / "dists", home / "tools"
         self._builders = {builder.name: builder for builder in builders}
         self._validator: Validator | None = None

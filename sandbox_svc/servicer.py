@@ -8,6 +8,8 @@
 
 import asyncio
 import bisect
+import contextlib
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, TypeVar
@@ -61,12 +63,10 @@ def place_of(token: str) -> tuple[float, str]:
         InvalidArgument: it names none.
     """
     seconds, _, name = token.partition("_")
-    try:
-        return float.fromhex(seconds), name
-    except (ValueError, OverflowError):
-        raise InvalidArgument(
-            "page_token", "is none of this service", "start from the first page"
-        ) from None
+    with contextlib.suppress(ValueError, OverflowError):
+        if math.isfinite(found := float.fromhex(seconds)):
+            return found, name
+    raise InvalidArgument("page_token", "is none of this service", "start from the first page")
 
 
 def token_of(place: tuple[float, str]) -> str:
@@ -149,8 +149,9 @@ class StateServicer(_Servicer, pb.StateServiceServicer):
     ) -> AsyncIterator[pb.ExportStateResponse]:
         """Stream a state as an archive."""
         check_id(request.id, "st", "id")
-        async for chunk in self._host.transfer.export(request.id):
-            yield pb.ExportStateResponse(chunk=chunk)
+        async with contextlib.aclosing(self._host.transfer.export(request.id)) as chunks:
+            async for chunk in chunks:
+                yield pb.ExportStateResponse(chunk=chunk)
 
     async def ImportState(
         self, requests: AsyncIterator[pb.ImportStateRequest], context: Context
@@ -177,7 +178,7 @@ class SandboxServicer(_Servicer, pb.SandboxServiceServicer):
             request.state_id,
             limits=translate.limits_from(request.limits),
             labels=request.labels,
-            ttl_s=translate.seconds(request.ttl, "ttl"),
+            ttl_s=translate.seconds(request.ttl, "ttl", self._host.manager.pool.max_ttl_s),
             allow=request.egress.allow,
         )
         return pb.CreateSandboxResponse(sandbox=translate.sandbox_to(sandbox))
@@ -237,7 +238,7 @@ class SandboxServicer(_Servicer, pb.SandboxServiceServicer):
         self, request: pb.KeepAliveRequest, context: Context
     ) -> pb.KeepAliveResponse:
         """Move the expiry of a sandbox."""
-        ttl_s = translate.seconds(request.ttl, "ttl")
+        ttl_s = translate.seconds(request.ttl, "ttl", self._host.manager.pool.max_ttl_s)
         sandbox = self._host.manager.keep_alive(check_id(request.id, "sbx", "id"), ttl_s)
         return pb.KeepAliveResponse(sandbox=translate.sandbox_to(sandbox))
 
@@ -279,10 +280,14 @@ class SandboxServicer(_Servicer, pb.SandboxServiceServicer):
         """Read part of a regular file."""
         check_id(request.sandbox_id, "sbx", "sandbox_id")
         size = request.max_bytes or _READ_BYTES
-        if not 0 < size <= _MAX_TRANSFER_BYTES or request.offset < 0:
+        if not 0 < size <= _MAX_TRANSFER_BYTES:
             raise InvalidArgument(
-                "max_bytes", f"{size} from {request.offset}", f"give 1 to {_MAX_TRANSFER_BYTES}"
+                "max_bytes",
+                f"is {size}",
+                f"give 1 to {_MAX_TRANSFER_BYTES}, or 0 for {_READ_BYTES}",
             )
+        if request.offset < 0:
+            raise InvalidArgument("offset", f"is {request.offset}", "give 0 or more")
         with self._host.manager.using(request.sandbox_id) as sandbox:
             content, info = await sandbox.box.read_range(
                 request.path, offset=request.offset, max_bytes=size

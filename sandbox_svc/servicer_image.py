@@ -5,6 +5,7 @@
 - Imports need no memory of request ids: what they make is named by its content.
 """
 
+import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -50,8 +51,10 @@ class ImageServicer(pb.ImageServiceServicer):
     ) -> AsyncIterator[pb.ExportImageResponse]:
         """Stream a state as an image archive."""
         check_id(request.state_id, "st", "state_id")
-        async for chunk in self._host.images.export(request.state_id, request.reference):
-            yield pb.ExportImageResponse(chunk=chunk)
+        pieces = self._host.images.export(request.state_id, request.reference)
+        async with contextlib.aclosing(pieces):
+            async for chunk in pieces:
+                yield pb.ExportImageResponse(chunk=chunk)
 
 
 async def _options(requests: AsyncIterator[pb.ImportImageRequest]) -> pb.ImageOptions:
@@ -65,5 +68,9 @@ async def _options(requests: AsyncIterator[pb.ImportImageRequest]) -> pb.ImageOp
 async def _chunks(requests: AsyncIterator[pb.ImportImageRequest]) -> AsyncIterator[bytes]:
     async for request in requests:
         if request.WhichOneof("part") != "chunk":
-            raise InvalidArgument("chunk", "is not in every message after the first")
+            raise InvalidArgument(
+                "chunk",
+                "is not in every message after the first",
+                "send the options once, then chunks",
+            )
         yield request.chunk

@@ -18,7 +18,7 @@ from sandbox_svc.egress_exchange import Bounds
 from sandbox_svc.egress_log import Ledger
 from sandbox_svc.egress_route import Upstream
 from sandbox_svc.egress_rules import parse_networks
-from sandbox_svc.sandboxes import PoolLimits
+from sandbox_svc.pool import PoolLimits
 from sandbox_svc.upkeep import UpkeepLimits
 from sandbox_svc.warm import WarmSettings
 from sandbox_svc.workers import WorkerSettings
@@ -86,6 +86,8 @@ class SandboxSettings(ServiceSettings):
     import_bytes: int = Field(default=16 << 30, ge=1 << 20)
     """Largest archive that ImportState and ImportImage take, packed or unpacked, and that
     ExportState and ExportImage give."""
+    transfer_idle_s: float = Field(default=60.0, gt=0)
+    """An archive of which the client sends, or takes, nothing for so long is given up."""
     kube_name: str = Field(default="regreen-sandbox", min_length=1, max_length=200)
     """Name of this front in the cluster; one that starts under it takes over what is there."""
     kube_config: Path | None = None

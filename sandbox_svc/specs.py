@@ -6,7 +6,7 @@
 - A file is named by a digest and a plain name; what could be a path is refused, with its field.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from regreen.allowlist import AllowList
 from regreen.common.v1 import common_pb2
@@ -31,7 +31,9 @@ _KINDS = (
 )
 
 
-def changes_from_proto(changes: "list[common_pb2.FileChange]") -> tuple[FileChange, ...]:
+def changes_from_proto(
+    changes: "list[common_pb2.FileChange]", field: str = "changes"
+) -> tuple[FileChange, ...]:
     """A diff of the wire as builder changes.
 
     Raises:
@@ -41,7 +43,7 @@ def changes_from_proto(changes: "list[common_pb2.FileChange]") -> tuple[FileChan
     for change in changes:
         if change.kind not in _KINDS:
             raise InvalidArgument(
-                "changes.kind",
+                f"{field}.kind",
                 f"of {change.path[:200]!r} is not set, or not known",
                 "say add, modify or delete",
             )
@@ -71,12 +73,12 @@ def spec_from_proto(spec: pb.EnvironmentSpec) -> EnvironmentSpec:
         source=_file(spec.source, "source") if spec.HasField("source") else None,
         source_tree=tree.sha256 if tree else "",
         source_tree_bytes=tree.size_bytes if tree else 0,
-        pins=tuple(_pin(pin) for pin in spec.pins),
-        wheelhouse=tuple(_pin(pin) for pin in spec.wheelhouse),
+        pins=_pins(spec.pins, "pins"),
+        wheelhouse=_pins(spec.wheelhouse, "wheelhouse"),
         install_mode=spec.install_mode or "editable",
-        build_pins=tuple(_pin(pin) for pin in spec.build_pins),
+        build_pins=_pins(spec.build_pins, "build_pins"),
         test=_test(spec.test),
-        overlay=changes_from_proto(list(spec.overlay)),
+        overlay=changes_from_proto(list(spec.overlay), "spec.overlay"),
         overlay_source=(
             _file(spec.overlay_source, "overlay_source")
             if spec.HasField("overlay_source")
@@ -99,8 +101,11 @@ def _file(file: pb.DistFile, where: str) -> DistFile:
     return DistFile(file.filename, file.sha256)
 
 
-def _pin(pin: pb.Pin) -> Pin:
-    where = f"pins[{pin.name}=={pin.version}].files"
+def _pins(pins: "Iterable[pb.Pin]", where: str) -> tuple[Pin, ...]:
+    return tuple(_pin(pin, f"{where}[{number}].files") for number, pin in enumerate(pins))
+
+
+def _pin(pin: pb.Pin, where: str) -> Pin:
     return Pin(pin.name, pin.version, tuple(_file(f, where) for f in pin.files))
 
 

@@ -6,7 +6,8 @@
 - Import is whole or nothing: layers become visible one by one, the state only at the end; on any
   error the layers go again.
 - Blocking tar work happens in threads of its own, one per transfer; the event loop holds the other
-  end of a pipe and never waits in a thread for it, so that no number of transfers can wedge.
+  end of a pipe and never waits in a thread for it. A thread does wait for its client, so transfers
+  have places, exports and imports apart, and one that stands still loses its own (`pace`).
 """
 
 import asyncio
@@ -16,13 +17,14 @@ import io
 import os
 import re
 import tarfile
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 from regreen.rpc.errors import FailedPrecondition, InvalidArgument
+from sandbox_svc import pace
 from sandbox_svc.backends.base import HOST_BASE, Mount, Runtime
 from sandbox_svc.backends.layers import writing
 from sandbox_svc.backends.tree_archive import Quota, TreeReader, write_tree
@@ -32,8 +34,7 @@ _CHUNK_BYTES = 1 << 20
 _END = "end"
 """Name of the last entry: an archive without it was cut short."""
 _RECORD_BYTES = 64 << 20
-_TRANSFERS = 8
-"""At once; more wait."""
+_RESEND = "send one as ExportState gave it"
 _T = TypeVar("_T")
 _ID = re.compile(r"st_[0-9a-f]{32}")
 
@@ -79,7 +80,7 @@ def layer_files(runtime: Runtime) -> LayerFiles:
 
 
 def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(_TRANSFERS, thread_name_prefix="sandbox-transfer")
+    return ThreadPoolExecutor(2 * pace.AT_ONCE, thread_name_prefix="sandbox-transfer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,16 +93,29 @@ class Transfer:
     """Directories that imported states may mount: name to path."""
     max_bytes: int = 16 << 30
     """Of the files of one archive, either way."""
+    idle_s: float = pace.IDLE_S
+    """An import of which nothing came for so long is ended."""
     threads: ThreadPoolExecutor = field(default_factory=_threads)
+    exports: pace.Places = field(default_factory=lambda: pace.Places("exports"))
+    imports: pace.Places = field(default_factory=lambda: pace.Places("imports"))
 
-    async def export(self, state_id: str) -> AsyncIterator[bytes]:
+    async def export(self, state_id: str) -> AsyncGenerator[bytes, None]:
         """The archive of a state, in pieces.
 
         Raises:
             NotFound: no such state.
             FailedPrecondition: it holds what cannot be exported, or more than `max_bytes`.
+            ResourceExhausted: too many exports are under way; carries a delay.
         """
-        state, files = self.states.get(state_id), layer_files(self.runtime)
+        self.states.get(state_id)
+        async with self.exports.taken():
+            chunks = self._exported(self.states.get(state_id))
+            async with contextlib.aclosing(chunks):
+                async for chunk in chunks:
+                    yield chunk
+
+    async def _exported(self, state: State) -> AsyncGenerator[bytes, None]:
+        files = layer_files(self.runtime)
         self.states.hold(state.layers)
         try:
             record = _portable(state, await self._roots())
@@ -131,9 +145,16 @@ class Transfer:
 
         Raises:
             InvalidArgument: a malformed or hostile archive.
-            ResourceExhausted: it is larger than allowed.
+            ResourceExhausted: it is larger than allowed, or too many imports are under way.
+            DeadlineExceeded: nothing of it came for a while.
         """
         files, roots = layer_files(self.runtime), await self._roots()
+        async with self.imports.taken():
+            return await self._imported(pace.moving(chunks, self.idle_s), files, roots)
+
+    async def _imported(
+        self, chunks: AsyncIterator[bytes], files: LayerFiles, roots: Mapping[str, Path]
+    ) -> State:
         with self.states.growing():
             record, layers = await self._unpacked(chunks, files)
             try:
@@ -174,15 +195,15 @@ class Transfer:
         try:
             state = State.decode(record)
         except (ValueError, RecursionError) as error:
-            raise InvalidArgument("archive", f"its record is malformed: {error}") from None
+            raise InvalidArgument("archive", f"its record is malformed: {error}", _RESEND) from None
         if not _ID.fullmatch(state.id) or len(state.layers) != len(layers):
-            raise InvalidArgument("archive", "record and layers do not fit together")
+            raise InvalidArgument("archive", "record and layers do not fit together", _RESEND)
         if state.spec_sha256 and state.id != state_id("", state.spec_sha256):
-            raise InvalidArgument("archive", "its id is not that of its spec")
+            raise InvalidArgument("archive", "its id is not that of its spec", _RESEND)
         if state.base != HOST_BASE and not state.parent_id:
             action = image_action(state.base.removeprefix("image:sha256:"))
             if state.id != state_id("", action):
-                raise InvalidArgument("archive", "its id is not that of its image")
+                raise InvalidArgument("archive", "its id is not that of its image", _RESEND)
         mounts = tuple(_local(mount, roots) for mount in state.mounts)
         fresh = self.states.stamp(state)
         return replace(fresh, mounts=mounts, layers=tuple(layers))
@@ -211,7 +232,9 @@ def _local(mount: Mount, roots: Mapping[str, Path]) -> Mount:
     resolved = Path(os.path.realpath(source))
     inside = any(resolved.is_relative_to(os.path.realpath(root)) for root in roots.values())
     if not mount.read_only or ".." in source.parts or not inside:
-        raise InvalidArgument("archive", f"its record mounts {mount.source}, which is not ours")
+        raise InvalidArgument(
+            "archive", f"its record mounts {mount.source}, which is not ours", _RESEND
+        )
     return Mount(source, mount.target)
 
 
@@ -281,7 +304,7 @@ def _unpack(read_fd: int, files: LayerFiles, quota: Quota) -> tuple[bytes, list[
                 with tarfile.open(fileobj=pipe, mode="r|") as archive:
                     record = _unpack_members(archive, files, quota, drafts)
             except (tarfile.TarError, EOFError, ValueError, UnicodeError) as error:
-                raise InvalidArgument("archive", f"is damaged: {error}") from None
+                raise InvalidArgument("archive", f"is damaged: {error}", _RESEND) from None
             while pipe.read(_CHUNK_BYTES):
                 pass
         return record, [files.adopt_layer(draft) for draft in drafts]
@@ -299,14 +322,14 @@ def _unpack_members(
     complete = False
     for member in archive:
         if complete:
-            raise InvalidArgument("archive", "goes on after its end")
+            raise InvalidArgument("archive", "goes on after its end", _RESEND)
         complete = bool(record) and member.name == _END
         if complete:
             continue
         if not record:
             source = archive.extractfile(member) if member.name == "state.json" else None
             if source is None or member.size > _RECORD_BYTES:
-                raise InvalidArgument("archive", "does not begin with a state record")
+                raise InvalidArgument("archive", "does not begin with a state record", _RESEND)
             record = source.read()
             continue
         prefix, _, below = member.name.partition("/")
@@ -319,9 +342,11 @@ def _unpack_members(
         elif prefix == "layers" and reader and number == str(len(drafts) - 1) and path:
             reader.add(archive, member, path)
         else:
-            raise InvalidArgument("archive", f"has an entry out of place: {member.name[:120]!r}")
+            raise InvalidArgument(
+                "archive", f"has an entry out of place: {member.name[:120]!r}", _RESEND
+            )
     if not complete:
-        raise InvalidArgument("archive", "is cut short")
+        raise InvalidArgument("archive", "is cut short", _RESEND)
     if reader is not None:
         reader.close()
     return record

@@ -40,17 +40,15 @@ _KINDS = {
 }
 
 
-def seconds(value: Duration, field: str) -> float:
+def seconds(value: Duration, field: str, most_s: float = _MOST_SECONDS) -> float:
     """A duration as seconds.
 
     Raises:
-        InvalidArgument: it is negative, or beyond all sense.
+        InvalidArgument: it is negative, or more than there may be.
     """
     result = value.seconds + value.nanos / 1e9
-    if result < 0:
-        raise InvalidArgument(field, "is negative")
-    if result > _MOST_SECONDS:
-        raise InvalidArgument(field, f"is {result:.0f} s", f"give at most {_MOST_SECONDS} s")
+    if not 0 <= result <= most_s:
+        raise InvalidArgument(field, f"is {result:.10g} s", f"give 0 to {most_s:.10g} s")
     return result
 
 
@@ -78,10 +76,14 @@ def limits_from(message: pb.Limits) -> Limits:
         value = getattr(message, name)
         if not 0 <= value <= most:
             raise InvalidArgument(
-                f"limits.{name}", f"is {value}", f"give at most {most}, or 0 for the default"
+                f"limits.{name}", f"is {value}", f"give up to {most}, or 0 for the default"
             )
     if 0 < message.memory_bytes < 16 << 20:
-        raise InvalidArgument("limits.memory_bytes", "is below 16 MiB")
+        raise InvalidArgument(
+            "limits.memory_bytes",
+            f"is {message.memory_bytes}",
+            f"give {16 << 20} or more, or 0 for the default",
+        )
     return Limits(
         **{name: getattr(message, name) for name in _MOST},
         wall_s=seconds(message.wall, "limits.wall"),
@@ -111,7 +113,9 @@ def command_from(message: pb.Command, limits: Limits, cwd: str = DEFAULT_CWD) ->
     output_bytes = message.output_bytes or (1 << 20)
     if not 0 < output_bytes <= MAX_OUTPUT_BYTES:
         raise InvalidArgument(
-            "command.output_bytes", f"{output_bytes}", f"give at most {MAX_OUTPUT_BYTES}"
+            "command.output_bytes",
+            f"is {output_bytes}",
+            f"give 1 to {MAX_OUTPUT_BYTES}, or 0 for {1 << 20}",
         )
     return Command(
         argv=tuple(message.argv),

@@ -99,7 +99,9 @@ async def enqueue(
     positions: dict[str, int] = {}
     for position, group in enumerate(groups):
         if group.id in positions:
-            raise InvalidArgument(f"groups[{position}].id", f"{group.id} comes twice")
+            raise InvalidArgument(
+                f"groups[{position}].id", f"{group.id} comes twice", "send each once"
+            )
         positions[group.id] = position
     await known_tasks(session, {group.task_id for group in groups})
     runs = set(await session.scalars(select(Run.id).where(Run.id.in_({g.run_id for g in groups}))))

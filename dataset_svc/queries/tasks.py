@@ -38,7 +38,9 @@ async def import_tasks(
     positions: dict[str, int] = {}
     for position, task in enumerate(tasks):
         if task.id in positions:
-            raise InvalidArgument(f"tasks[{position}].id", f"{task.id} comes twice")
+            raise InvalidArgument(
+                f"tasks[{position}].id", f"{task.id} comes twice", "send each once"
+            )
         positions[task.id] = position
     await _lock_splits(session)
     rows = await session.execute(

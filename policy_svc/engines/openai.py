@@ -264,7 +264,7 @@ def _refuse(status: int, problem: str) -> None:
     if status == 402:
         raise ResourceExhausted(problem)
     if 400 <= status < 500 and status not in (408, 409, 429):
-        raise InvalidArgument("request", problem)
+        raise InvalidArgument("request", problem, "send what the endpoint takes")
 
 
 def _retry_after_s(answer: httpx.Response, default_s: float) -> float:

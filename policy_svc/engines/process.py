@@ -303,7 +303,9 @@ class ProcessEngine:
             call.cached = event["tokens"]
         elif kind == "failed":
             if not call.done.done():
-                call.done.set_exception(InvalidArgument("prompt_token_ids", event["message"]))
+                call.done.set_exception(
+                    InvalidArgument("prompt_token_ids", event["message"], "send another prompt")
+                )
         elif kind == "tokens":
             sample = call.samples[event["sample"]]
             sample.ids += event["ids"]

@@ -357,7 +357,7 @@ class SglangEngine:
                     return _object(answer)
                 problem = f"{route} answered {answer.status_code}: {answer.text[:500]}"
                 if 400 <= answer.status_code < 500 and answer.status_code != 429:
-                    raise InvalidArgument("request", problem)
+                    raise InvalidArgument("request", problem, "send what the engine takes")
                 again = answer.status_code in (429, 503)
             if not again or self._clock() + wait_s > deadline_s:
                 raise Unavailable(f"{replica.client.base_url}: {problem}", retry_after_s=1.0)

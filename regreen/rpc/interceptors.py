@@ -7,8 +7,10 @@
 - `CancelledError` is always raised on: swallowing it leaks the call in grpc's core (grpc#43360).
 - A `request_id` in a unary request makes it idempotent without the servicer knowing, unless the
   service keeps its own, lasting memory of requests.
+- A stream of a method that is bounded so ends when its caller has taken nothing of it for a while.
 - Beyond `max_rpcs` at once a call is refused with a delay; health and reflection go on.
-- What is not a `RegreenError` is our own trouble: logged with its stack, answered INTERNAL/INFRA.
+- What is not a `RegreenError` is our own trouble: logged with its stack, answered INTERNAL/INFRA;
+  an `InfraError` that somebody raised says itself what went wrong, and is logged without one.
 - In grpc.aio the code of a call that went well is unset; it is recorded as OK.
 """
 
@@ -16,7 +18,7 @@ import asyncio
 import inspect
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from logging import DEBUG
 from typing import Any
 
@@ -32,7 +34,7 @@ from regreen.rpc.errors import (
     RegreenError,
     ResourceExhausted,
 )
-from regreen.rpc.idempotency import Idempotency
+from regreen.rpc.idempotency import Idempotency, Leaving
 from regreen.rpc.logging import TRACE_HEADER, TRAJECTORY_HEADER, get
 from regreen.rpc.spans import Span
 
@@ -56,17 +58,23 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         stream_timeout_s: float,
         max_rpcs: int,
         remember: bool = True,
+        leaving: Mapping[str, Leaving] | None = None,
+        idle_s: Mapping[str, float] | None = None,
     ) -> None:
         self._call_timeout_s, self._stream_timeout_s = call_timeout_s, stream_timeout_s
         self._max_rpcs, self._in_flight = max_rpcs, 0
-        self._idempotency: Idempotency[Any] | None = Idempotency() if remember else None
+        self._leaving, self._idle_s = dict(leaving or {}), dict(idle_s or {})
+        self._idempotency: Idempotency[Any] | None = None
+        if remember:
+            self._idempotency = Idempotency(max_flights=2 * max_rpcs, flight_s=call_timeout_s)
         self._log = get().bind()
         self._wrapped: dict[str, tuple[Any, Any]] = {}
         """By method: the handler that it wraps, and the wrapped one."""
 
-    def close(self) -> None:
-        """Forget what was answered."""
+    async def close(self, patience_s: float) -> None:
+        """Let what goes on for callers that have left end for so long; forget what was answered."""
         if self._idempotency is not None:
+            await self._idempotency.finish(patience_s)
             self._idempotency.close()
 
     async def intercept_service(
@@ -157,8 +165,9 @@ class _Call:
         memory = self._owner._idempotency
         if not request_id or memory is None:
             return await behaviour(request, context)
+        leaving = self._owner._leaving.get(self._name, Leaving.GOES_ON)
         return await memory.once(
-            self._name, request_id, request, lambda: behaviour(request, context)
+            self._name, request_id, request, lambda: behaviour(request, context), leaving
         )
 
     def streaming(
@@ -171,10 +180,12 @@ class _Call:
         """
         counts = _Counts(kind, self._service, self._method)
         limit_s = self._owner._stream_timeout_s
+        idle_s = self._owner._idle_s.get(self._name, limit_s)
 
         async def handle(request: Any, context: Context) -> None:
             async with _Observed(self, counts, request, context, limit_s) as observed:
-                end_s = asyncio.get_running_loop().time() + observed.timeout_s
+                now_s = asyncio.get_running_loop().time
+                end_s = now_s() + observed.timeout_s
                 responses = behaviour(_readable(request), context)
                 if inspect.isawaitable(responses):
                     async with asyncio.timeout_at(end_s):
@@ -187,8 +198,14 @@ class _Call:
                         if response is _END:
                             return
                         observed.span.saw(response)
-                        async with asyncio.timeout_at(end_s):
-                            await context.write(response)
+                        until_s = now_s() + idle_s
+                        try:
+                            async with asyncio.timeout_at(min(end_s, until_s)):
+                                await context.write(response)
+                        except TimeoutError:
+                            if until_s < end_s:
+                                raise _unread(idle_s) from None
+                            raise
                 finally:
                     await responses.aclose()
 
@@ -233,7 +250,9 @@ class _Observed:
         code = mapped.status if mapped else ("CANCELLED" if error else "OK")
         self._counts.ended(code, seconds)
         log = self._call._owner._log
-        if isinstance(mapped, InfraError):
+        if isinstance(error, InfraError):
+            log.error("call failed", **self._facts(code, seconds), error=error.message)
+        elif isinstance(mapped, InfraError):
             log.error("call failed", **self._facts(code, seconds), exc_info=error)
         elif self.span.sampled:
             log.info("call", **self._facts(code, seconds))
@@ -255,6 +274,12 @@ class _Observed:
         if isinstance(error, grpc.aio.AbortError) or not isinstance(error, Exception):
             return None
         return InfraError(f"internal error: {type(error).__name__}")
+
+
+def _unread(idle_s: float) -> DeadlineExceeded:
+    return DeadlineExceeded(
+        f"nothing of the stream was taken for {idle_s:g} s; read it without a pause, from its start"
+    )
 
 
 def _headers(context: Context) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 - Ids of the call (`trajectory_id`, `trace_id`, `method`) come from context variables, so that
   domain code logs without passing them along.
+- Stacks are logged without the values in them: those are the callers' (commands, files, tokens).
 - Logs go to standard error; standard output belongs to results.
 """
 
@@ -30,7 +31,8 @@ def configure(service: str, level: str = "info") -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     if not sys.stderr.isatty():
-        processors.append(structlog.processors.dict_tracebacks)
+        stacks = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+        processors.append(structlog.processors.ExceptionRenderer(stacks))
     structlog.configure(
         processors=[*processors, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(number),

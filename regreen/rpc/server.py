@@ -9,7 +9,7 @@
 import asyncio
 import contextlib
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -18,6 +18,7 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from regreen.rpc.errors import FailedPrecondition
+from regreen.rpc.idempotency import Leaving
 from regreen.rpc.interceptors import CallInterceptor
 from regreen.rpc.logging import get
 from regreen.rpc.metrics import MetricsServer
@@ -32,11 +33,20 @@ class Server:
     """One service's server; add servicers to `grpc` before entering it.
 
     `services` are full names such as "regreen.sandbox.v1.SandboxService". `remember` answers
-    repeated requests by their ids; off for a service that remembers them itself.
+    repeated requests by their ids; off for a service that remembers them itself. By method
+    ("regreen.sandbox.v1.SandboxService/Run"), `leaving` says what becomes of work whose callers
+    have left, where it does not go on, and `idle_s` how long a stream waits for a caller that takes
+    nothing.
     """
 
     def __init__(
-        self, settings: ServiceSettings, services: Sequence[str], *, remember: bool = True
+        self,
+        settings: ServiceSettings,
+        services: Sequence[str],
+        *,
+        remember: bool = True,
+        leaving: Mapping[str, Leaving] | None = None,
+        idle_s: Mapping[str, float] | None = None,
     ) -> None:
         self._settings, self._services = settings, tuple(services)
         self._log = get()
@@ -45,6 +55,8 @@ class Server:
             stream_timeout_s=settings.stream_timeout_s,
             max_rpcs=settings.max_rpcs,
             remember=remember,
+            leaving=leaving,
+            idle_s=idle_s,
         )
         self.grpc: grpc.aio.Server = grpc.aio.server(
             interceptors=[self._calls],
@@ -95,9 +107,10 @@ class Server:
         self._serving = False
         await self._health.enter_graceful_shutdown()
         self._log.info("draining", seconds=self._settings.drain_s)
+        end_s = asyncio.get_running_loop().time() + self._settings.drain_s
         await self.grpc.stop(self._settings.drain_s)
+        await self._calls.close(end_s - asyncio.get_running_loop().time())
         self._metrics.close()
-        self._calls.close()
 
     async def wait(self) -> None:
         """Return when the process is asked to end."""

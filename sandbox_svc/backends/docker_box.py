@@ -46,7 +46,7 @@ from sandbox_svc.backends.docker_exec import ROOT, Answer, Exec, Helper, ask
 from sandbox_svc.backends.docker_marks import COUNT, END, GROUPS, Mark, Marks
 from sandbox_svc.backends.docker_oom import Before, OomKills
 from sandbox_svc.backends.docker_process import DockerProcess
-from sandbox_svc.backends.jobs import lost
+from sandbox_svc.backends.jobs import lost, no_directory
 
 if TYPE_CHECKING:
     from sandbox_svc.backends.docker import DockerRuntime
@@ -156,7 +156,7 @@ class DockerBox:
         self, command: Command, sink: OutputSink | None = None, channel: Channel | None = None
     ) -> DockerProcess:
         if command.cwd not in self._known and not await self._is_directory(command.cwd):
-            raise InvalidArgument("cwd", f"no such directory in the sandbox: {command.cwd}")
+            raise no_directory(command)
         self._known.add(command.cwd)
         return await DockerProcess.begin(self, command, sink, channel)
 
@@ -311,7 +311,7 @@ class DockerBox:
             if await self._is_full(container):
                 return ExecResult(EndReason.PIDS, 126, stderr=told)
             if not await self._is_directory(command.cwd):
-                raise InvalidArgument("cwd", f"no such directory in the sandbox: {command.cwd}")
+                raise no_directory(command)
         except (ContainerGone, NotFound):  # its container ended before it began
             reason, shown, number = await self.how(container, _KILLED)
             return ExecResult(reason, shown, number)
@@ -342,7 +342,9 @@ class DockerBox:
     async def write_file(self, path: str, content: bytes, mode: int = 0o644) -> None:
         """Write a regular file, creating parent directories."""
         if self.limits.disk_bytes and len(content) > self.limits.disk_bytes:
-            raise InvalidArgument("content", "larger than the sandbox's disk limit")
+            raise InvalidArgument(
+                "content", "is larger than the sandbox's disk limit", "give it more disk_bytes"
+            )
         arguments = [absolute(path), f"{mode & 0o777:o}"]
         _raise_for((await self._script(_WRITE, arguments, stdin=content)).code, path)
 
@@ -453,7 +455,7 @@ def _raise_for(code: int, path: str) -> None:
         case 44:
             raise NoSuchFile(f"no such file in the sandbox: {path}", metadata={"path": path})
         case 45:
-            raise InvalidArgument("path", f"not a regular file: {path}")
+            raise InvalidArgument("path", f"not a regular file: {path}", "name a regular file")
         case 46:
             raise FailedPrecondition(
                 f"not permitted inside the sandbox: {path}", metadata={"path": path}

@@ -396,7 +396,9 @@ class EmbeddedRuntime:
     async def drop_layer(self, layer: str) -> None:
         """Remove a layer that no state uses; unknown ids are ignored."""
         if not layer.isalnum():
-            raise InvalidArgument("layer", f"is not a layer id: {layer!r}")
+            raise InvalidArgument(
+                "layer", f"is not a layer id: {layer!r}", "give one that this runtime made"
+            )
         await self.blocking(self.layout.discard, self.layout.layer(layer))
 
     def capabilities(self) -> Sequence[Capability]:
@@ -426,8 +428,16 @@ def _check_mounts(mounts: Sequence[Mount]) -> None:
     for mount in mounts:
         parts = mount.target.strip("/").split("/")
         if not mount.target.startswith("/") or not parts[0] or ".." in parts or "." in parts:
-            raise InvalidArgument("mounts", f"target is not a plain absolute path: {mount.target}")
+            raise InvalidArgument(
+                "mounts",
+                f"target is not a plain absolute path: {mount.target}",
+                "mount it below another directory",
+            )
         if parts[0] in _TAKEN:
-            raise InvalidArgument("mounts", f"/{parts[0]} is the sandbox's own: {mount.target}")
+            raise InvalidArgument(
+                "mounts",
+                f"/{parts[0]} is the sandbox's own: {mount.target}",
+                "mount it below another directory",
+            )
         if not mount.source.is_absolute() or not mount.source.exists():
             raise MissingDependency(f"mount source does not exist: {mount.source}")

@@ -77,7 +77,9 @@ class BoxFiles(abc.ABC):
             try:
                 info = os.fstat(fd)
                 if not stat.S_ISREG(info.st_mode):
-                    raise InvalidArgument("path", f"not a regular file: {path}")
+                    raise InvalidArgument(
+                        "path", f"not a regular file: {path}", "name a regular file"
+                    )
                 wanted = max(0, min(max_bytes, info.st_size - offset))
                 if wanted <= _INLINE_READ_BYTES:
                     content = read_upto(fd, offset, wanted)
@@ -90,12 +92,16 @@ class BoxFiles(abc.ABC):
     async def write_file(self, path: str, content: bytes, mode: int = 0o644) -> None:
         """Write a regular file, creating parent directories."""
         if self.limits.disk_bytes and len(content) > self.limits.disk_bytes:
-            raise InvalidArgument("content", "larger than the sandbox's disk limit")
+            raise InvalidArgument(
+                "content", "is larger than the sandbox's disk limit", "give it more disk_bytes"
+            )
         async with self._files:
             _, fd = await self._open("create", absolute(path), mode)
             with os.fdopen(fd, "wb", buffering=0):
                 if not stat.S_ISREG(os.fstat(fd).st_mode):
-                    raise InvalidArgument("path", f"not a regular file: {path}")
+                    raise InvalidArgument(
+                        "path", f"not a regular file: {path}", "name a regular file"
+                    )
                 with writing():
                     if len(content) <= _INLINE_READ_BYTES:
                         write_all(fd, content)

@@ -52,4 +52,6 @@ def not_opened(code: int | None, path: str, problem: str) -> RegreenError:
                 f"no descriptor can be had of {path}: {problem}", retry_after_s=1.0
             )
         case _:
-            return InvalidArgument("path", f"{problem}: {path}")
+            return InvalidArgument(
+                "path", f"{problem}: {path}", "name a regular file of the sandbox"
+            )

@@ -80,7 +80,7 @@ class Job:
 def refusal(reply: wire.Message, command: Command) -> ExecResult | None:
     """What is wrong with a command that did not start; None when it did."""
     if reply.get("cwd"):
-        raise InvalidArgument("cwd", f"no such directory in the sandbox: {command.cwd}")
+        raise no_directory(command)
     if reply.get("no_terminal"):
         raise FailedPrecondition(
             f"the sandbox cannot be given a terminal ({reply['error']}); run it without one"
@@ -91,8 +91,19 @@ def refusal(reply: wire.Message, command: Command) -> ExecResult | None:
         code = 127 if reply["errno"] in (errno.ENOENT, errno.ENOTDIR) else 126
         return ExecResult(EndReason.EXIT, code, stderr=_note(reply["error"]))
     if "error" in reply:
-        raise InvalidArgument("argv", f"cannot be executed: {reply['error']}")
+        raise InvalidArgument(
+            "command.argv", f"cannot be executed: {reply['error']}", "name another program"
+        )
     return None
+
+
+def no_directory(command: Command) -> InvalidArgument:
+    """The error for a command whose directory is not there."""
+    return InvalidArgument(
+        "command.cwd",
+        f"no such directory in the sandbox: {command.cwd[:200]}",
+        "make it first, or leave it out",
+    )
 
 
 def _note(text: str) -> Captured:

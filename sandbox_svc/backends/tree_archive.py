@@ -221,4 +221,6 @@ def _checked(relative: str) -> str:
 
 
 def _bad(path: str, problem: str) -> InvalidArgument:
-    return InvalidArgument("archive", f"entry {path[:120]!r} {problem}")
+    return InvalidArgument(
+        "archive", f"entry {path[:120]!r} {problem}", "send an archive as it was written"
+    )

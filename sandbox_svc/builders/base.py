@@ -31,6 +31,7 @@ BUILDHOUSE = "/buildhouse"
 TOOLS = "/opt/regreen"
 
 
+_PATH_CHARS = 4000
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _FILENAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+!-]{0,254}")
 
@@ -171,8 +172,13 @@ def check_overlay(spec: EnvironmentSpec) -> None:
     """
     for change in spec.overlay:
         parts = change.path.split("/")
-        if change.path.startswith("/") or ".." in parts or not change.path:
-            raise InvalidArgument("overlay.path", f"{change.path!r}", "give a relative path")
+        odd = not parts[-1] or "\0" in change.path or len(change.path) > _PATH_CHARS
+        if odd or change.path.startswith("/") or ".." in parts:
+            raise InvalidArgument(
+                "spec.overlay.path",
+                f"{change.path[:120]!r} is no path in the repository",
+                "give a relative one of at most 4000 characters, without NUL",
+            )
 
 
 @dataclass(frozen=True, slots=True)

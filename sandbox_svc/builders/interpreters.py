@@ -137,7 +137,7 @@ def check_version(version: str) -> None:
         InvalidArgument: it is something else.
     """
     if not re.fullmatch(r"[0-9]{1,2}\.[0-9]{1,3}", version):
-        raise InvalidArgument("python", f"{version[:40]!r} is no version", "give major.minor")
+        raise InvalidArgument("spec.python", f"{version[:40]!r} is no version", "give major.minor")
 
 
 def find_interpreter(version: str) -> Interpreter:

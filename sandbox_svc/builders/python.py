@@ -313,23 +313,28 @@ def check_spec(spec: EnvironmentSpec) -> None:
             if spec.source is None
             else "and source_tree are both given"
         )
-        raise InvalidArgument("source", problem, "give one of the two")
+        raise InvalidArgument("spec.source", problem, "give one of the two")
     if spec.python not in spec.allowed_pythons:
-        raise InvalidArgument("pythons", f"lacks {spec.python}", "add the spec's own python")
+        raise InvalidArgument("spec.pythons", f"lacks {spec.python}", "add the spec's own python")
     if len(spec.allowed_pythons) > MAX_PYTHONS:
         raise InvalidArgument(
-            "pythons", f"has {len(spec.pythons)} entries", f"at most {MAX_PYTHONS}"
+            "spec.pythons", f"has {len(spec.pythons)} entries", f"give at most {MAX_PYTHONS}"
         )
     for version in spec.allowed_pythons:
         check_version(version)
     if spec.install_mode not in ("editable", "path", "none"):
-        raise InvalidArgument("install_mode", f"{spec.install_mode!r}", "use editable, path, none")
-    parse_lock("\n".join(str(pin) for pin in spec.pins), "pins")
-    for pin in (*spec.wheelhouse, *spec.build_pins):
-        parse_lock(str(pin), "pins")
+        raise InvalidArgument(
+            "spec.install_mode", f"is {spec.install_mode[:80]!r}", "use editable, path, none"
+        )
+    parse_lock("\n".join(str(pin) for pin in spec.pins), "spec.pins")
+    for name, pins in (("wheelhouse", spec.wheelhouse), ("build_pins", spec.build_pins)):
+        for pin in pins:
+            parse_lock(str(pin), f"spec.{name}")
     for pin in spec.pins:
         if not pin.files:
-            raise InvalidArgument(f"pins[{pin}].files", "is empty", "name a file with its sha256")
+            raise InvalidArgument(
+                "spec.pins.files", f"of {pin} is empty", "name a file with its sha256"
+            )
     _check_arguments(spec.test.arguments)
     check_overlay(spec)
 
@@ -344,7 +349,7 @@ def _check_arguments(arguments: Sequence[str]) -> None:
         option = argument.partition("=")[0]
         if option in ("--dist", "--numprocesses", "--tx") or option.startswith("-n"):
             raise InvalidArgument(
-                "test.arguments", f"has {argument!r}", "leave it out: tests run in one process"
+                "spec.test.arguments", f"has {argument!r}", "leave it out: tests run in one process"
             )
 
 

@@ -26,11 +26,13 @@ from regreen.rpc.errors import (
     ResourceExhausted,
     Unavailable,
 )
+from regreen.rpc.idempotency import Leaving
 from regreen.rpc.logging import TRACE_HEADER, TRAJECTORY_HEADER
 from regreen.sandbox import v1 as pb
 from sandbox_svc.fleet.calls import METHODS, PACKAGE, SERVICES, Metadata, Method, Worker
 from sandbox_svc.fleet.listing import merged_page, place
 from sandbox_svc.fleet.router import Router
+from sandbox_svc.manners import LEAVING
 from sandbox_svc.servicer import page
 from sandbox_svc.specs import spec_from_proto
 from sandbox_svc.states import state_id
@@ -109,7 +111,7 @@ class Front:
 
         async def unary(request: Any, context: Context) -> Any:
             async def call(worker: Worker) -> Any:
-                response = await worker.call(method, request, *_terms(context, method))
+                response = await worker.call(method, request, *_terms(context, method, request))
                 self._learn(worker, response)
                 return response
 
@@ -135,7 +137,7 @@ class Front:
             wanted = check_id(getattr(request, field), "st", field)
 
             async def call(worker: Worker) -> Any:
-                timeout_s, headers = _terms(context, method)
+                timeout_s, headers = _terms(context, method, request)
                 if takes_place and timeout_s > _CREATE_S:
                     response = await worker.ask(method, request, _CREATE_S, headers)
                 else:
@@ -263,7 +265,7 @@ class Front:
             if unknown := self._registry.not_known_yet():
                 raise unknown
             for worker in workers:
-                await worker.call(method, request, *_terms(context, method))
+                await worker.call(method, request, *_terms(context, method, request))
                 self._registry.forget_state(wanted, worker.name)
             await self._router.forget(wanted)
         return pb.DeleteStateResponse()
@@ -278,7 +280,7 @@ class Front:
         except NotFound:
             return pb.DeleteSandboxResponse()
         method = METHODS["SandboxService/DeleteSandbox"]
-        await worker.call(method, request, *_terms(context, method))
+        await worker.call(method, request, *_terms(context, method, request))
         self._registry.forget_sandbox(wanted)
         return pb.DeleteSandboxResponse()
 
@@ -307,7 +309,7 @@ class Front:
                 kept: pb.ListEgressResponse = response
                 return kept
             raise
-        response = await worker.call(method, request, *_terms(context, method))
+        response = await worker.call(method, request, *_terms(context, method, request))
         listed: pb.ListEgressResponse = response
         return listed
 
@@ -397,14 +399,21 @@ async def _rest(responses: AsyncGenerator[Any, None], first: Any) -> AsyncGenera
             response = await anext(responses, _END)
 
 
-def _terms(context: Context, method: Method) -> tuple[float, Metadata]:
-    """Deadline and headers for the call that a call is passed on as."""
+def _terms(context: Context, method: Method, request: Any = None) -> tuple[float, Metadata]:
+    """Deadline and headers for the call that a call is passed on as.
+
+    What goes on though its callers leave does so here too: who asks again is told by the worker
+    that did it, and none else does it anew.
+    """
     most_s = _STREAM_S if method.streams_out else _CALL_S
     headers = [
         (str(key), str(value))
         for key, value in context.invocation_metadata() or ()
         if key in _PASSED_ON
     ]
+    goes_on = LEAVING.get(method.path.lstrip("/"), Leaving.GOES_ON) is Leaving.GOES_ON
+    if goes_on and str(getattr(request, "request_id", "")) and not method.streams_out:
+        return most_s, headers
     left_s = context.time_remaining()
     return most_s if left_s is None else min(left_s, most_s), headers
 

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from regreen.blobs import open_blobs
 from regreen.rpc.errors import InvalidArgument, MissingDependency
 from regreen.rpc.server import Server
-from sandbox_svc import metrics
+from sandbox_svc import manners, metrics
 from sandbox_svc.fleet.archive import Archive
 from sandbox_svc.fleet.calls import SERVICES
 from sandbox_svc.fleet.front import Front
@@ -60,7 +60,8 @@ async def serving(settings: SandboxSettings) -> AsyncIterator[Server]:
             max_sandboxes=settings.max_sandboxes,
         )
         stack.push_async_callback(router.close)
-        server = Server(settings, SERVICES)
+        idle_s = manners.idle_s(settings)
+        server = Server(settings, SERVICES, leaving=manners.LEAVING, idle_s=idle_s)
         Front(router).add_to(server.grpc)
         async with server:
             yield server

@@ -87,7 +87,9 @@ def find_image(archive: Archive, kind: Format, reference: str, platform: str) ->
         kind = _kind_of(archive)
     if kind is Format.ROOT:
         if reference:
-            raise InvalidArgument("reference", "names an image, and the archive is a directory")
+            raise InvalidArgument(
+                "reference", "names an image, and the archive is a directory", "leave it out"
+            )
         return Image((Layer(""),))
     found = (
         _from_layout(archive, reference, platform)
@@ -97,7 +99,9 @@ def find_image(archive: Archive, kind: Format, reference: str, platform: str) ->
     has = f"{_text(found.config, 'os')}/{_text(found.config, 'architecture')}"
     if has != platform:
         raise InvalidArgument(
-            "archive", f"holds an image for {has}, and this machine is {platform}"
+            "archive",
+            f"holds an image for {has}, and this machine is {platform}",
+            "send one for this machine",
         )
     if len(found.layers) > MAX_LAYERS:
         raise damaged(f"has {len(found.layers)} layers, more than {MAX_LAYERS}: squash it")
@@ -126,7 +130,11 @@ def _from_layout(archive: Archive, reference: str, platform: str) -> Image:
     here = [one for one in named if one.platform in (platform, "")]
     if not here:
         there = ", ".join(sorted({one.platform for one in named}))
-        raise InvalidArgument("archive", f"holds images for {there}; this machine is {platform}")
+        raise InvalidArgument(
+            "archive",
+            f"holds images for {there}; this machine is {platform}",
+            "send one for this machine",
+        )
     if len({one.manifest for one in here}) > 1:
         raise _several([name for one in here for name in one.names[:1]])
     manifest = _mapping(parsed(archive.read(here[0].manifest), "manifest"), "manifest")

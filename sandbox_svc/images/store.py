@@ -18,7 +18,7 @@ import io
 import os
 import re
 import threading
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,6 +40,7 @@ from sandbox_svc.images.manifest import Format, Image
 from sandbox_svc.images.pack import image_archive
 from sandbox_svc.images.streams import CHUNK_BYTES, Slice, TarStream, damaged, unpacked
 from sandbox_svc.images.unpack import NOTES, OPAQUE, LayerUnpacker
+from sandbox_svc.pace import IDLE_S, moving
 from sandbox_svc.states import State, StateStore, image_action, state_id
 from sandbox_svc.transfer import LayerFiles, layer_files
 
@@ -94,6 +95,8 @@ class Images:
     states: StateStore
     runtime: Runtime
     max_bytes: int = 16 << 30
+    idle_s: float = IDLE_S
+    """An import of which nothing came for so long is ended."""
     threads: ThreadPoolExecutor = field(default_factory=_threads)
     _taking: set["asyncio.Task[State]"] = field(default_factory=set)
     _stopping: threading.Event = field(default_factory=threading.Event)
@@ -118,12 +121,13 @@ class Images:
             InvalidArgument: a malformed or hostile archive, or no image for this machine.
             FailedPrecondition: the runtime has no layers as directories.
             ResourceExhausted: it is larger than allowed.
+            DeadlineExceeded: nothing of it came for a while.
         """
         files = layer_files(self.runtime)
         with writing():
             spool = files.draft_layer()
         try:
-            await self._receive(spool / "sent", chunks)
+            await self._receive(spool / "sent", moving(chunks, self.idle_s))
         except BaseException:
             await asyncio.shield(self._blocking(files.discard, spool))
             raise
@@ -219,7 +223,7 @@ class Images:
                 if layer in layers:
                     yield layer, counts
 
-    async def export(self, state_id: str, reference: str = "") -> AsyncIterator[bytes]:
+    async def export(self, state_id: str, reference: str = "") -> AsyncGenerator[bytes, None]:
         """A state of an image as an image archive, in pieces.
 
         Raises:

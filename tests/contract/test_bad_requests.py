@@ -1,23 +1,21 @@
 """No request, however wrong, is answered INTERNAL or UNKNOWN: it is refused with a typed error.
 
+- A refused field is one of the request, by its path in the contract; the refusal says what to do.
 - Real servers on port 0; every RPC of every service; every field of its request, bad in turn.
 - Nothing long is started: what would build a model, run a step or fetch a package is asked of ids
   and places that do not exist.
 - Every answer is read by a client, so an answer that cannot be decoded is a failure as well.
 """
 
-import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-from google.protobuf import message_factory
-from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
+from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.json_format import ParseDict
-from google.protobuf.message import Message
 from google.protobuf.struct_pb2 import Struct
 
 from judge_svc.__main__ import running as judge_running
@@ -30,7 +28,7 @@ from learner_svc.spec import RunKind, RunSpec, defaults
 from policy_svc.__main__ import running as policy_running
 from policy_svc.settings import PolicySettings
 from regreen.blobs import open_blobs
-from regreen.client.channel import connect, new_request_id
+from regreen.client.channel import connect
 from regreen.common import v1 as common_pb
 from regreen.dataset import v1 as dataset_pb
 from regreen.dataset.v1 import (
@@ -63,99 +61,11 @@ from sandbox_svc.__main__ import serving as sandbox_serving
 from sandbox_svc.backends.embedded import EmbeddedRuntime
 from sandbox_svc.service import SandboxHost
 from sandbox_svc.settings import SandboxSettings
-from tests.contract.mutations import mutants
+from tests.contract.sweep import Answers, Goods, Sweep, check
 from tests.fixtures.policy.model import default_model
 from tests.integration import dataset_samples as samples
 from tests.integration.dataset_samples import Clients, imported, new_run
 from tests.integration.sandbox.overlay import OverlayBuilder, spec
-
-Goods = Mapping[str, Message | Sequence[Message]]
-Answers = list[Any]
-After = Callable[[str, Answers], Awaitable[None]]
-
-_SHALLOW = ("JudgeGroup", "Calibrate", "CommitRollout", "CommitTrajectories")
-"""What is inside these is read as Judge and CommitTrajectory read it."""
-_AT_ONCE = 8
-_CALL_S = 20.0
-_STREAM_S = 3.0
-_OUR_FAULT = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNIMPLEMENTED)
-
-
-class Sweep:
-    """Sends bad requests to the services of one address and collects what went wrong."""
-
-    def __init__(self, channel: grpc.aio.Channel, after: After | None = None) -> None:
-        self._channel, self._after = channel, after
-        self._room = asyncio.Semaphore(_AT_ONCE)
-        self.sent = 0
-        self.faults: list[str] = []
-
-    async def all(self, services: Sequence[ServiceDescriptor], goods: Goods) -> None:
-        """Every method of the services: from its good requests, or from an empty one."""
-        for service in services:
-            for method in service.methods:
-                await self.method(method, goods.get(method.name))
-
-    async def method(
-        self, method: MethodDescriptor, good: Message | Sequence[Message] | None = None
-    ) -> None:
-        """Every bad form of a method's requests, then bytes that are no message at all."""
-        request_type = message_factory.GetMessageClass(method.input_type)
-        goods = [good or request_type()] if good is None or isinstance(good, Message) else good
-        work = [
-            self._try(method, path, bad.SerializeToString())
-            for one in goods
-            for path, bad in _once_each(one, shallow=method.name in _SHALLOW)
-        ]
-        await asyncio.gather(*work)
-        code = await self._try(method, "no message", b"\xff" * 9)
-        if code is not grpc.StatusCode.INVALID_ARGUMENT:
-            self.faults.append(f"{method.name} no message: {code}")
-
-    async def _try(
-        self, method: MethodDescriptor, path: str, content: bytes
-    ) -> grpc.StatusCode | None:
-        async with self._room:
-            self.sent += 1
-            try:
-                answers = await self._call(method, content)
-            except grpc.aio.AioRpcError as error:
-                if error.code() in _OUR_FAULT:
-                    said = f"{error.code().name}: {error.details()}"
-                    self.faults.append(f"{method.name} {path}: {said}")
-                return error.code()
-            if self._after is not None:
-                await self._after(method.name, answers)
-            return None
-
-    async def _call(self, method: MethodDescriptor, content: bytes) -> Answers:
-        name = f"/{method.containing_service.full_name}/{method.name}"
-        decode = message_factory.GetMessageClass(method.output_type).FromString
-        if method.client_streaming:
-            call = self._channel.stream_unary(name, None, decode)
-            return [await call(iter([content]), timeout=_CALL_S)]
-        if not method.server_streaming:
-            return [await self._channel.unary_unary(name, None, decode)(content, timeout=_CALL_S)]
-        call = self._channel.unary_stream(name, None, decode)(content, timeout=_STREAM_S)
-        return [answer async for answer in call]
-
-
-def _once_each(good: Message, *, shallow: bool) -> list[tuple[str, Message]]:
-    """Bad forms of a request, each under an id of its own, lest the answers be remembered ones."""
-    found = []
-    for path, bad in mutants(good, shallow=shallow):
-        if "request_id" in bad.DESCRIPTOR.fields_by_name and not path.startswith("request_id"):
-            bad.request_id = new_request_id()  # type: ignore[attr-defined]
-        found.append((path, bad))
-    return found
-
-
-def check(sweep: Sweep, least: int) -> None:
-    """No fault, and the sweep was a real one."""
-    assert not sweep.faults, f"{len(sweep.faults)} of {sweep.sent}:\n" + "\n".join(
-        sweep.faults[:40]
-    )
-    assert sweep.sent >= least
 
 
 def _services(*modules: Any) -> list[ServiceDescriptor]:

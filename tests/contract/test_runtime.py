@@ -72,12 +72,13 @@ async def test_arguments_longer_than_one_message_arrive(box):
 
 async def test_malformed_commands_name_the_field(box):
     for command, field in (
-        (Command(()), "argv"),
-        (Command(("a\0b",), cwd="/"), "argv"),
-        (Command(("true",), cwd="relative"), "cwd"),
-        (Command(("true",), cwd="/does/not/exist"), "cwd"),
-        (Command(("true",), cwd="/", env={"A=B": "c"}), "env"),
-        (Command(("true",), cwd="/", timeout_s=0), "timeout_s"),
+        (Command(()), "command.argv"),
+        (Command(("a\0b",), cwd="/"), "command.argv"),
+        (Command(("true",), cwd="/", env={"A": "b\0"}), "command.environment"),
+        (Command(("true",), cwd="relative"), "command.cwd"),
+        (Command(("true",), cwd="/does/not/exist"), "command.cwd"),
+        (Command(("true",), cwd="/", env={"A=B": "c"}), "command.environment"),
+        (Command(("true",), cwd="/", timeout_s=0), "command.timeout"),
     ):
         with pytest.raises(InvalidArgument) as caught:
             await box.run(command)

@@ -10,6 +10,7 @@ import psycopg
 import pytest
 from sqlalchemy import create_engine, text
 from sqlalchemy.dialects import postgresql
+from sqlalchemy.exc import SQLAlchemyError
 
 from dataset_svc import synthetic, upkeep
 from dataset_svc.__main__ import serving
@@ -460,3 +461,11 @@ async def test_an_export_goes_on_where_retention_removes(
     assert exported == kept[:64] + kept[100:]
     left = await store.there([kept[3], kept[120], "trj_gone"])
     assert [record.id for record in left] == [kept[120]]
+
+
+async def test_errors_of_the_database_hold_no_values(database: Database) -> None:
+    failing = text("SELECT 1 / 0 WHERE :value <> ''")
+    async with database._engine.connect() as connection:
+        with pytest.raises(SQLAlchemyError, match="division by zero") as caught:
+            await connection.execute(failing, {"value": "HUNTER2"})
+    assert "HUNTER2" not in str(caught.value)

@@ -224,8 +224,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="tests.load.fuzz", description=__doc__)
     parser.add_argument("--requests", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("build/bench/fuzz.json"))
     options = parser.parse_args()
     report = asyncio.run(fuzz(options.requests, options.seed))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(report, indent=2) + "\n")
     sys.stdout.write("\n" + table(report["calls"]) + "\n")
     del report["calls"]
     sys.stdout.write(json.dumps({**report, "faults": report["faults"][:20]}, indent=1) + "\n")

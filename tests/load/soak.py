@@ -344,8 +344,11 @@ def main() -> int:
     parser.add_argument("--sandboxes", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--kill-s", type=float, default=3.0, help="mean time between kills")
+    parser.add_argument("--out", type=Path, default=Path("build/bench/soak.json"))
     options = parser.parse_args()
     report = asyncio.run(soak(options.sandboxes, options.seed, options.kill_s))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(report, indent=2) + "\n")
     sys.stdout.write("\n" + json.dumps(report, indent=1) + "\n")
     return 1 if report["left"] or report["faults"] else 0
 

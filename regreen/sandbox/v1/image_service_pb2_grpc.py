@@ -59,6 +59,7 @@ class ImageServiceServicer:
         - INVALID_ARGUMENT: a malformed archive, a digest that does not match, or no image for this machine in it.
         - FAILED_PRECONDITION: the backend has no layers as directories.
         - RESOURCE_EXHAUSTED with reason DISK_FULL: no space.
+        - DEADLINE_EXCEEDED: nothing of the archive came for the service's transfer_idle_s.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -71,6 +72,7 @@ class ImageServiceServicer:
         - NOT_FOUND: no such state.
         - FAILED_PRECONDITION: the state stands on the programs of its host, not on an image; or a file has no place in one, or
         with it the image is larger than the service's import_bytes.
+        - DEADLINE_EXCEEDED: nothing of the stream was taken for the service's transfer_idle_s.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

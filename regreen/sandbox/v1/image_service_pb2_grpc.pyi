@@ -41,6 +41,7 @@ class ImageServiceStub:
     - INVALID_ARGUMENT: a malformed archive, a digest that does not match, or no image for this machine in it.
     - FAILED_PRECONDITION: the backend has no layers as directories.
     - RESOURCE_EXHAUSTED with reason DISK_FULL: no space.
+    - DEADLINE_EXCEEDED: nothing of the archive came for the service's transfer_idle_s.
     """
     ExportImage: _grpc.UnaryStreamMultiCallable[_image_service_pb2.ExportImageRequest, _image_service_pb2.ExportImageResponse]
     """Streams a state of an imported image as an OCI image archive that engines can load.
@@ -49,6 +50,7 @@ class ImageServiceStub:
     - NOT_FOUND: no such state.
     - FAILED_PRECONDITION: the state stands on the programs of its host, not on an image; or a file has no place in one, or
       with it the image is larger than the service's import_bytes.
+    - DEADLINE_EXCEEDED: nothing of the stream was taken for the service's transfer_idle_s.
     """
 
 @_typing.type_check_only
@@ -64,6 +66,7 @@ class ImageServiceAsyncStub(ImageServiceStub):
     - INVALID_ARGUMENT: a malformed archive, a digest that does not match, or no image for this machine in it.
     - FAILED_PRECONDITION: the backend has no layers as directories.
     - RESOURCE_EXHAUSTED with reason DISK_FULL: no space.
+    - DEADLINE_EXCEEDED: nothing of the archive came for the service's transfer_idle_s.
     """
     ExportImage: _aio.UnaryStreamMultiCallable[_image_service_pb2.ExportImageRequest, _image_service_pb2.ExportImageResponse]  # type: ignore[assignment]
     """Streams a state of an imported image as an OCI image archive that engines can load.
@@ -72,6 +75,7 @@ class ImageServiceAsyncStub(ImageServiceStub):
     - NOT_FOUND: no such state.
     - FAILED_PRECONDITION: the state stands on the programs of its host, not on an image; or a file has no place in one, or
       with it the image is larger than the service's import_bytes.
+    - DEADLINE_EXCEEDED: nothing of the stream was taken for the service's transfer_idle_s.
     """
 
 class ImageServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -90,6 +94,7 @@ class ImageServiceServicer(metaclass=_abc_1.ABCMeta):
         - INVALID_ARGUMENT: a malformed archive, a digest that does not match, or no image for this machine in it.
         - FAILED_PRECONDITION: the backend has no layers as directories.
         - RESOURCE_EXHAUSTED with reason DISK_FULL: no space.
+        - DEADLINE_EXCEEDED: nothing of the archive came for the service's transfer_idle_s.
         """
 
     @_abc_1.abstractmethod
@@ -104,6 +109,7 @@ class ImageServiceServicer(metaclass=_abc_1.ABCMeta):
         - NOT_FOUND: no such state.
         - FAILED_PRECONDITION: the state stands on the programs of its host, not on an image; or a file has no place in one, or
           with it the image is larger than the service's import_bytes.
+        - DEADLINE_EXCEEDED: nothing of the stream was taken for the service's transfer_idle_s.
         """
 
 def add_ImageServiceServicer_to_server(servicer: ImageServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -54,7 +54,7 @@ class CreateSandboxRequest(_message.Message):
     TTL_FIELD_NUMBER: _builtins.int
     EGRESS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Client-chosen id of this request; the same id gives the same answer for at least 24 hours."""
+    """Client-chosen id of this request; for 24 hours the same id is done once (proto/README.md says what is kept)."""
     state_id: _builtins.str
     """State to fork."""
     @_builtins.property

@@ -174,9 +174,9 @@ class SandboxServiceServicer:
         request_id.
 
         Errors:
-        - INVALID_ARGUMENT: `count` is not from 1 to 256.
+        - INVALID_ARGUMENT: `count` is not from 1 to 256, or so many never fit beside the sandbox (max_sandboxes).
         - NOT_FOUND: no such sandbox.
-        - RESOURCE_EXHAUSTED: too many sandboxes.
+        - RESOURCE_EXHAUSTED: too many sandboxes; retry after the delay given.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -226,11 +226,13 @@ class SandboxServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Run(self, request, context):
-        """Runs a command to its end. A failing command is a result, not an error. Idempotent by request_id.
+        """Runs a command to its end. A failing command is a result, not an error. Idempotent by request_id. The command is
+        killed when all its callers have left; what it did stays, so it is not run again under that id.
 
         Errors:
         - NOT_FOUND: no such sandbox.
         - INVALID_ARGUMENT: empty argv or a relative working directory.
+        - ABORTED: under this request_id the command was broken off, or its answer is no longer kept.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -65,9 +65,9 @@ class SandboxServiceStub:
     request_id.
 
     Errors:
-    - INVALID_ARGUMENT: `count` is not from 1 to 256.
+    - INVALID_ARGUMENT: `count` is not from 1 to 256, or so many never fit beside the sandbox (max_sandboxes).
     - NOT_FOUND: no such sandbox.
-    - RESOURCE_EXHAUSTED: too many sandboxes.
+    - RESOURCE_EXHAUSTED: too many sandboxes; retry after the delay given.
     """
     SnapshotSandbox: _grpc.UnaryUnaryMultiCallable[_sandbox_service_pb2.SnapshotSandboxRequest, _sandbox_service_pb2.SnapshotSandboxResponse]
     """Freezes the file system of a sandbox into a new state. Processes of the sandbox end. Idempotent by request_id.
@@ -97,11 +97,13 @@ class SandboxServiceStub:
     - INVALID_ARGUMENT: empty argv or a relative working directory.
     """
     Run: _grpc.UnaryUnaryMultiCallable[_sandbox_service_pb2.RunRequest, _sandbox_service_pb2.RunResponse]
-    """Runs a command to its end. A failing command is a result, not an error. Idempotent by request_id.
+    """Runs a command to its end. A failing command is a result, not an error. Idempotent by request_id. The command is
+    killed when all its callers have left; what it did stays, so it is not run again under that id.
 
     Errors:
     - NOT_FOUND: no such sandbox.
     - INVALID_ARGUMENT: empty argv or a relative working directory.
+    - ABORTED: under this request_id the command was broken off, or its answer is no longer kept.
     """
     ReadFile: _grpc.UnaryUnaryMultiCallable[_sandbox_service_pb2.ReadFileRequest, _sandbox_service_pb2.ReadFileResponse]
     """Reads a regular file, bounded.
@@ -191,9 +193,9 @@ class SandboxServiceAsyncStub(SandboxServiceStub):
     request_id.
 
     Errors:
-    - INVALID_ARGUMENT: `count` is not from 1 to 256.
+    - INVALID_ARGUMENT: `count` is not from 1 to 256, or so many never fit beside the sandbox (max_sandboxes).
     - NOT_FOUND: no such sandbox.
-    - RESOURCE_EXHAUSTED: too many sandboxes.
+    - RESOURCE_EXHAUSTED: too many sandboxes; retry after the delay given.
     """
     SnapshotSandbox: _aio.UnaryUnaryMultiCallable[_sandbox_service_pb2.SnapshotSandboxRequest, _sandbox_service_pb2.SnapshotSandboxResponse]  # type: ignore[assignment]
     """Freezes the file system of a sandbox into a new state. Processes of the sandbox end. Idempotent by request_id.
@@ -223,11 +225,13 @@ class SandboxServiceAsyncStub(SandboxServiceStub):
     - INVALID_ARGUMENT: empty argv or a relative working directory.
     """
     Run: _aio.UnaryUnaryMultiCallable[_sandbox_service_pb2.RunRequest, _sandbox_service_pb2.RunResponse]  # type: ignore[assignment]
-    """Runs a command to its end. A failing command is a result, not an error. Idempotent by request_id.
+    """Runs a command to its end. A failing command is a result, not an error. Idempotent by request_id. The command is
+    killed when all its callers have left; what it did stays, so it is not run again under that id.
 
     Errors:
     - NOT_FOUND: no such sandbox.
     - INVALID_ARGUMENT: empty argv or a relative working directory.
+    - ABORTED: under this request_id the command was broken off, or its answer is no longer kept.
     """
     ReadFile: _aio.UnaryUnaryMultiCallable[_sandbox_service_pb2.ReadFileRequest, _sandbox_service_pb2.ReadFileResponse]  # type: ignore[assignment]
     """Reads a regular file, bounded.
@@ -344,9 +348,9 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
         request_id.
 
         Errors:
-        - INVALID_ARGUMENT: `count` is not from 1 to 256.
+        - INVALID_ARGUMENT: `count` is not from 1 to 256, or so many never fit beside the sandbox (max_sandboxes).
         - NOT_FOUND: no such sandbox.
-        - RESOURCE_EXHAUSTED: too many sandboxes.
+        - RESOURCE_EXHAUSTED: too many sandboxes; retry after the delay given.
         """
 
     @_abc_1.abstractmethod
@@ -406,11 +410,13 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sandbox_service_pb2.RunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sandbox_service_pb2.RunResponse, _abc.Awaitable[_sandbox_service_pb2.RunResponse]]:
-        """Runs a command to its end. A failing command is a result, not an error. Idempotent by request_id.
+        """Runs a command to its end. A failing command is a result, not an error. Idempotent by request_id. The command is
+        killed when all its callers have left; what it did stays, so it is not run again under that id.
 
         Errors:
         - NOT_FOUND: no such sandbox.
         - INVALID_ARGUMENT: empty argv or a relative working directory.
+        - ABORTED: under this request_id the command was broken off, or its answer is no longer kept.
         """
 
     @_abc_1.abstractmethod

@@ -136,6 +136,8 @@ class StateServiceServicer:
         - NOT_FOUND: no such state.
         - FAILED_PRECONDITION: a file cannot be read, or with it the archive is larger than the service's import_bytes; names
         the file.
+        - RESOURCE_EXHAUSTED: too many exports are under way; retry after the delay given.
+        - DEADLINE_EXCEEDED: nothing of the stream was taken for the service's transfer_idle_s.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -147,7 +149,8 @@ class StateServiceServicer:
 
         Errors:
         - INVALID_ARGUMENT: a malformed archive.
-        - RESOURCE_EXHAUSTED with reason DISK_FULL: no space.
+        - RESOURCE_EXHAUSTED with reason DISK_FULL: no space; else: too many imports are under way, retry after the delay given.
+        - DEADLINE_EXCEEDED: nothing of the archive came for the service's transfer_idle_s.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

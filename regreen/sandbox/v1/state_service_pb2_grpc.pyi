@@ -73,6 +73,8 @@ class StateServiceStub:
     - NOT_FOUND: no such state.
     - FAILED_PRECONDITION: a file cannot be read, or with it the archive is larger than the service's import_bytes; names
       the file.
+    - RESOURCE_EXHAUSTED: too many exports are under way; retry after the delay given.
+    - DEADLINE_EXCEEDED: nothing of the stream was taken for the service's transfer_idle_s.
     """
     ImportState: _grpc.StreamUnaryMultiCallable[_state_service_pb2.ImportStateRequest, _state_service_pb2.ImportStateResponse]
     """Takes an archive made by ExportState. Hostile archives are refused and leave nothing behind. Idempotent by content:
@@ -80,7 +82,8 @@ class StateServiceStub:
 
     Errors:
     - INVALID_ARGUMENT: a malformed archive.
-    - RESOURCE_EXHAUSTED with reason DISK_FULL: no space.
+    - RESOURCE_EXHAUSTED with reason DISK_FULL: no space; else: too many imports are under way, retry after the delay given.
+    - DEADLINE_EXCEEDED: nothing of the archive came for the service's transfer_idle_s.
     """
 
 @_typing.type_check_only
@@ -128,6 +131,8 @@ class StateServiceAsyncStub(StateServiceStub):
     - NOT_FOUND: no such state.
     - FAILED_PRECONDITION: a file cannot be read, or with it the archive is larger than the service's import_bytes; names
       the file.
+    - RESOURCE_EXHAUSTED: too many exports are under way; retry after the delay given.
+    - DEADLINE_EXCEEDED: nothing of the stream was taken for the service's transfer_idle_s.
     """
     ImportState: _aio.StreamUnaryMultiCallable[_state_service_pb2.ImportStateRequest, _state_service_pb2.ImportStateResponse]  # type: ignore[assignment]
     """Takes an archive made by ExportState. Hostile archives are refused and leave nothing behind. Idempotent by content:
@@ -135,7 +140,8 @@ class StateServiceAsyncStub(StateServiceStub):
 
     Errors:
     - INVALID_ARGUMENT: a malformed archive.
-    - RESOURCE_EXHAUSTED with reason DISK_FULL: no space.
+    - RESOURCE_EXHAUSTED with reason DISK_FULL: no space; else: too many imports are under way, retry after the delay given.
+    - DEADLINE_EXCEEDED: nothing of the archive came for the service's transfer_idle_s.
     """
 
 class StateServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -216,6 +222,8 @@ class StateServiceServicer(metaclass=_abc_1.ABCMeta):
         - NOT_FOUND: no such state.
         - FAILED_PRECONDITION: a file cannot be read, or with it the archive is larger than the service's import_bytes; names
           the file.
+        - RESOURCE_EXHAUSTED: too many exports are under way; retry after the delay given.
+        - DEADLINE_EXCEEDED: nothing of the stream was taken for the service's transfer_idle_s.
         """
 
     @_abc_1.abstractmethod
@@ -229,7 +237,8 @@ class StateServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors:
         - INVALID_ARGUMENT: a malformed archive.
-        - RESOURCE_EXHAUSTED with reason DISK_FULL: no space.
+        - RESOURCE_EXHAUSTED with reason DISK_FULL: no space; else: too many imports are under way, retry after the delay given.
+        - DEADLINE_EXCEEDED: nothing of the archive came for the service's transfer_idle_s.
         """
 
 def add_StateServiceServicer_to_server(servicer: StateServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -18,7 +18,8 @@ import pytest_asyncio
 from regreen.rpc.errors import InvalidArgument, NotFound
 from sandbox_svc.backends.base import Command, Limits, Mount
 from sandbox_svc.builders.base import Prepared
-from sandbox_svc.sandboxes import Manager, PoolLimits
+from sandbox_svc.pool import PoolLimits
+from sandbox_svc.sandboxes import Manager
 from sandbox_svc.states import StateStore
 from tests.contract.abuse.walls import killed_when_up, needs_python, python, running, until_running
 from tests.contract.runtimes import SMALL, sh, started

@@ -10,7 +10,7 @@ from regreen.sandbox import v1 as pb
 from sandbox_svc.__main__ import serving
 from sandbox_svc.backends.base import Limits, Runtime
 from sandbox_svc.backends.embedded import EmbeddedRuntime
-from sandbox_svc.builders.base import EnvironmentSpec, Prepared, Progress, Stage
+from sandbox_svc.builders.base import EnvironmentSpec, Prepared, Progress, Stage, check_overlay
 from sandbox_svc.service import SandboxHost
 from sandbox_svc.settings import SandboxSettings
 
@@ -24,6 +24,7 @@ class OverlayBuilder:
     async def prepare(
         self, spec: EnvironmentSpec, runtime: Runtime, limits: Limits, progress: Progress, fetches
     ) -> Prepared:
+        check_overlay(spec)
         OverlayBuilder.builds += 1
         box = await runtime.create([], limits=limits)
         try:

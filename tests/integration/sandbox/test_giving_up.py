@@ -10,7 +10,8 @@ from regreen.rpc.errors import InvalidArgument, ResourceExhausted
 from sandbox_svc.backends.base import Limits
 from sandbox_svc.backends.embedded import EmbeddedRuntime
 from sandbox_svc.builders.base import Prepared
-from sandbox_svc.sandboxes import Manager, PoolLimits
+from sandbox_svc.pool import PoolLimits
+from sandbox_svc.sandboxes import Manager
 from sandbox_svc.states import StateStore
 from tests.fixtures.small_state import small_state
 

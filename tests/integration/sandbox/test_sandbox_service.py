@@ -253,11 +253,54 @@ async def test_bad_requests_name_the_field(service):
         (sandboxes.list_files(sandbox.id, root="/nope"), NotFound, "no such directory"),
         (sandboxes.list_sandboxes(page_size=-1), InvalidArgument, "page_size"),
         (sandboxes.list_sandboxes(page_token="x"), InvalidArgument, "page_token"),
+        (sandboxes.list_sandboxes(page_token="nan_x"), InvalidArgument, "page_token: .*first page"),
+        (states.list_states(page_token="nan_x"), InvalidArgument, "page_token: .*first page"),
+        (states.list_states(page_token="-inf_x"), InvalidArgument, "page_token: .*first page"),
         (sandboxes.fork_sandbox(sandbox.id, 0), InvalidArgument, "count"),
+        (
+            sandboxes.fork_sandbox(sandbox.id, 4),
+            InvalidArgument,
+            r"count: is 4, .* holds 4 sandboxes.*give at most 3, or raise .*max_sandboxes",
+        ),
+        (
+            sandboxes.create_sandbox(state.id, ttl_s=1e9),
+            InvalidArgument,
+            r"ttl: is 1000000000 s; give 0 to 86400 s",
+        ),
+        (sandboxes.keep_alive(sandbox.id, ttl_s=-1), InvalidArgument, "ttl: is -1 s; give 0 to"),
+        (
+            sandboxes.read_file(sandbox.id, "/etc/hosts", offset=-1),
+            InvalidArgument,
+            "offset: is -1; give 0 or more",
+        ),
+        (
+            sandboxes.run(sandbox.id, ["true"], environment={"a=b": "c"}),
+            InvalidArgument,
+            "command.environment: .*; name it as a shell would",
+        ),
+        (
+            sandboxes.create_sandbox(state.id, limits=pb.Limits(memory_bytes=1)),
+            InvalidArgument,
+            "limits.memory_bytes: is 1; give 16777216 or more",
+        ),
+        (sandboxes.list_files(sandbox.id, root="rel"), InvalidArgument, "root: is not an absolute"),
         (sandboxes.create_sandbox(state.id, limits=pb.Limits(pids=-1)), InvalidArgument, "pids"),
     ):
         with pytest.raises(error, match=text):
             await call
+
+
+async def test_a_file_name_cannot_pose_as_another_path(service):
+    states, sandboxes, _ = service
+    sandbox = await sandboxes.create_sandbox((await prepared(states, z="needle\n")).id)
+    names = ["a:1:b\nc", "z\n", "\n\n./z", "d\n./z"]
+    made = "import os,sys;[os.makedirs(os.path.dirname(n) or '.',exist_ok=True) or "
+    made += "open(n,'w').write('no\\nneedle\\n') for n in sys.argv[1:]]"
+    done = await sandboxes.run(sandbox.id, ["python3", "-c", made, *names])
+    assert done.exit_code == 0, done.stderr.head
+    found = await sandboxes.find_text(sandbox.id, "needle")
+    seen = sorted((match.path, match.line, match.text) for match in found.matches)
+    assert seen == sorted([("z", 1, "needle"), *((name, 2, "needle") for name in names)])
 
 
 async def test_lists_are_paged(service):

@@ -7,7 +7,8 @@ import pytest
 from regreen.rpc.errors import NotFound, ResourceExhausted
 from sandbox_svc import sandboxes
 from sandbox_svc.backends.embedded import EmbeddedRuntime
-from sandbox_svc.sandboxes import STARTS_AT_ONCE, Manager, PoolLimits
+from sandbox_svc.pool import PoolLimits
+from sandbox_svc.sandboxes import STARTS_AT_ONCE, Manager
 from sandbox_svc.states import StateStore
 from tests.fixtures.small_state import small_state
 

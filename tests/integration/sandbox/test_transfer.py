@@ -6,12 +6,25 @@ import os
 import tarfile
 import time
 
+import grpc
 import pytest
 
 from regreen.client.channel import connect
-from regreen.rpc.errors import FailedPrecondition, InvalidArgument
+from regreen.client.sandbox import StateClient
+from regreen.rpc.errors import (
+    DeadlineExceeded,
+    FailedPrecondition,
+    InvalidArgument,
+    ResourceExhausted,
+)
+from regreen.rpc.wire import from_rpc_error
 from regreen.sandbox import v1 as pb
-from tests.integration.sandbox.overlay import prepared
+from sandbox_svc import pace
+from sandbox_svc.__main__ import serving
+from sandbox_svc.backends.embedded import EmbeddedRuntime
+from sandbox_svc.service import SandboxHost
+from sandbox_svc.settings import SandboxSettings
+from tests.integration.sandbox.overlay import OverlayBuilder, prepared
 
 
 async def test_states_travel_as_archives(service, tmp_path):
@@ -139,6 +152,98 @@ async def test_exports_that_nobody_reads_do_not_stop_the_service(service):
     await sandboxes.delete_sandbox(sandbox.id)
     async with asyncio.timeout(30):
         assert b"".join([chunk async for chunk in states.export_state(state.id)])
+
+
+@pytest.fixture
+async def restless(tmp_path):
+    """A service that gives up a transfer that stands still for a second."""
+    settings = SandboxSettings(
+        home=tmp_path / "home",
+        listen=f"unix:{tmp_path}/s",
+        metrics="127.0.0.1:0",
+        transfer_idle_s=1.0,
+        drain_s=0.2,
+    )
+    runtime = EmbeddedRuntime(tmp_path / "home" / "sandbox", run_probes=False, warm_seats=1)
+    host = SandboxHost(settings, runtime, [OverlayBuilder()])
+    for places in (host.transfer.exports, host.transfer.imports):
+        object.__setattr__(places, "wait_s", 0.2)
+    async with serving(settings, host) as server, connect(server.address) as channel:
+        client = StateClient(channel, patience_s=0.0)
+        yield client, pb.StateServiceStub(channel), channel, server
+
+
+async def drained(call) -> None:
+    while await call.read() is not grpc.aio.EOF:
+        pass
+
+
+async def whole(states: StateClient, state_id: str) -> bytes:
+    return b"".join([chunk async for chunk in states.export_state(state_id)])
+
+
+async def test_exports_that_nobody_reads_are_refused_room_for_others_and_end(restless):
+    states, stub, channel, server = restless
+    large = await prepared(states, a="1" * 8_000_000)
+    small = await prepared(states, a="2")
+    archive = await whole(states, small.id)
+    unread = [stub.ExportState(pb.ExportStateRequest(id=large.id)) for _ in range(pace.AT_ONCE)]
+    for call in unread:
+        await call.read()
+    with pytest.raises(ResourceExhausted, match="8 exports are under way") as caught:
+        await whole(states, small.id)
+    assert caught.value.retry_after_s
+    assert (await states.import_state([archive])).id == small.id
+    async with asyncio.timeout(20):
+        while server._calls._in_flight:
+            await states.list_states()
+    assert await whole(states, small.id) == archive
+    for call in unread:
+        with pytest.raises(grpc.aio.AioRpcError) as ended:
+            await drained(call)
+        error = from_rpc_error(ended.value)
+        assert isinstance(error, DeadlineExceeded)
+        assert "nothing of the stream was taken for 1 s" in error.message
+    images = pb.ImageServiceStub(channel).ExportImage(pb.ExportImageRequest(state_id=small.id))
+    with pytest.raises(grpc.aio.AioRpcError, match="stands on the programs of its host"):
+        await images.read()
+
+
+@pytest.mark.parametrize("kind", ["state", "image"])
+async def test_imports_of_which_nothing_comes_end_and_leave_nothing(restless, tmp_path, kind):
+    states, stub, channel, _ = restless
+    state = await prepared(states, a="1" * 3_000_000)
+    archive = await whole(states, state.id)
+    layers = sorted(os.listdir(tmp_path / "home/sandbox/layers"))
+    never = asyncio.Event()
+
+    async def half():
+        if kind == "image":
+            yield pb.ImportImageRequest(options=pb.ImageOptions())
+            yield pb.ImportImageRequest(chunk=archive[:2_000_000])
+        else:
+            yield pb.ImportStateRequest(chunk=archive[:2_000_000])
+        await never.wait()
+
+    async def idle() -> None:
+        call = stub.ImportState if kind == "state" else pb.ImageServiceStub(channel).ImportImage
+        with pytest.raises(grpc.aio.AioRpcError) as ended:
+            await call(half(), timeout=20)
+        error = from_rpc_error(ended.value)
+        assert isinstance(error, DeadlineExceeded)
+        assert "nothing of the archive came for 1 s" in error.message
+
+    async with asyncio.timeout(30):
+        calls = [asyncio.ensure_future(idle()) for _ in range(pace.AT_ONCE)]
+        await asyncio.sleep(0.5)
+        if kind == "state":
+            with pytest.raises(ResourceExhausted, match="8 imports are under way"):
+                await states.import_state([archive])
+            assert await whole(states, state.id) == archive  # exports have places of their own
+        await asyncio.gather(*calls)
+    assert _drafts(tmp_path) == []
+    assert sorted(os.listdir(tmp_path / "home/sandbox/layers")) == layers
+    assert (await states.import_state([archive])).id == state.id
 
 
 async def test_an_import_that_is_given_up_leaves_nothing(service, tmp_path):

@@ -29,5 +29,5 @@ async def main(home: Path, flatten_layers: int) -> None:
         await server.wait()
 
 
-logging.configure("sandbox", "error")
+logging.configure("sandbox", sys.argv[3] if len(sys.argv) > 3 else "error")
 uvloop.run(main(Path(sys.argv[1]), int(sys.argv[2])))

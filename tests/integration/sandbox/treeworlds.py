@@ -24,7 +24,8 @@ from regreen.sandbox import v1 as pb
 from sandbox_svc.backends.base import Command, Limits
 from sandbox_svc.backends.embedded import EmbeddedRuntime
 from sandbox_svc.builders.base import Prepared
-from sandbox_svc.sandboxes import Manager, PoolLimits
+from sandbox_svc.pool import PoolLimits
+from sandbox_svc.sandboxes import Manager
 from sandbox_svc.states import StateStore
 from sandbox_svc.upkeep import Upkeep, UpkeepLimits
 

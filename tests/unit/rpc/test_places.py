@@ -108,6 +108,27 @@ async def test_a_stream_that_nobody_reads_ends_in_its_time():
             await read_all(call)
 
 
+async def test_a_stream_that_nobody_reads_ends_when_nothing_was_taken_for_a_while():
+    servicer = States()
+    idle_s = {f"{NAME}/ExportState": 0.5}
+    server = Server(ServiceSettings(max_rpcs=8, drain_s=0), [NAME], idle_s=idle_s)
+    pb.add_StateServiceServicer_to_server(servicer, server.grpc)
+    async with server, grpc.aio.insecure_channel(server.address) as channel:
+        stub = pb.StateServiceStub(channel)
+        call = stub.ExportState(pb.ExportStateRequest(id="large"))
+        await asyncio.wait_for(servicer.started.wait(), 5)
+        assert await settled(server) == 0
+        assert servicer.cancelled.is_set()
+        with pytest.raises(DeadlineExceeded, match=r"nothing of the stream was taken for 0\.5 s"):
+            await read_all(call)
+        slow = stub.ExportState(pb.ExportStateRequest(id="short"))  # takes all, only seldom
+        taken = 0
+        async for _ in slow:
+            taken += 1
+            await asyncio.sleep(0.06)
+        assert taken == 20
+
+
 async def test_calls_that_fail_or_never_begin_free_their_place():
     servicer = States()
     server = Server(ServiceSettings(max_rpcs=2, drain_s=0, stream_timeout_s=0.2), [NAME])

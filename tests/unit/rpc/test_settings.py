@@ -1,6 +1,8 @@
 """Settings: file < environment < flag, and what is refused."""
 
+import importlib
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,7 +13,10 @@ from pydantic import ValidationError
 
 from judge_svc.settings import JudgeSettings
 from policy_svc.settings import PolicySettings
-from regreen.settings import ServiceSettings, is_local
+from regreen.settings import ServiceSettings, is_local, meanings
+from sandbox_svc.settings import SandboxSettings
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 class Demo(ServiceSettings):
@@ -192,3 +197,30 @@ def test_settings_can_be_checked_without_serving(capsys):
             Demo.load(words)
         assert exit.value.code == code
         assert capsys.readouterr().err.startswith(said)
+
+
+@pytest.mark.parametrize("service", ["sandbox", "dataset", "policy", "judge", "learner"])
+def test_help_says_what_every_setting_means(service, capsys):
+    module = importlib.import_module(f"{service}_svc.settings")
+    settings = getattr(module, f"{service.capitalize()}Settings")
+    with pytest.raises(SystemExit) as ended:
+        settings.load(["--help"])
+    assert ended.value.code == 0
+    told = " ".join(capsys.readouterr().out.split())
+    said = meanings(settings)
+    assert "Undefined" not in told
+    for name, field in settings.model_fields.items():
+        assert said[name], name
+        flag, text = f"--{name.replace('_', '-')}", re.sub(r"\s", "", said[name])
+        assert flag in told
+        assert text in re.sub(r"\s", "", told), name
+        default = field.get_default(call_default_factory=True)
+        shown = "none" if default is None or str(default) == "" else str(default)
+        assert re.sub(r"\s", "", f"{said[name]} Default: {shown}.") in re.sub(r"\s", "", told)
+
+
+def test_help_and_the_docs_say_the_same():
+    page = (ROOT / "docs/services/sandbox.md").read_text()
+    for name, text in meanings(SandboxSettings).items():
+        assert f"| `{name}` |" in page
+        assert text.replace("|", "\\|") in page, name

@@ -30,6 +30,7 @@ from sandbox_svc.fleet.front import Front
 from sandbox_svc.fleet.registry import Registry
 from sandbox_svc.fleet.ring import ranked
 from sandbox_svc.fleet.router import Router
+from sandbox_svc.manners import LEAVING
 from sandbox_svc.servicer import page
 from sandbox_svc.specs import spec_from_proto
 from sandbox_svc.states import state_id
@@ -49,6 +50,8 @@ class Holder:
     build_on: asyncio.Event = field(default_factory=asyncio.Event)
     deleted: asyncio.Event = field(default_factory=asyncio.Event)
     delete_on: asyncio.Event | None = None
+    create_on: asyncio.Event | None = None
+    created: int = 0
     failed: tuple[str, ...] = ()
     """States whose preparation failed here not long ago."""
     listed: list[int] = field(default_factory=list)
@@ -93,6 +96,9 @@ class Holder:
         if self.full:
             raise ResourceExhausted("no room", retry_after_s=1.0)
         self.message(request.state_id)
+        self.created += 1
+        if self.create_on is not None:
+            await self.create_on.wait()
         sandbox = pb.Sandbox(id="sbx_" + "1" * 32, state_id=request.state_id)
         return pb.CreateSandboxResponse(sandbox=sandbox)
 
@@ -164,7 +170,7 @@ class Fleet:
 
 
 @contextlib.asynccontextmanager
-async def fronted(tmp_path, *holders: Holder) -> AsyncIterator[Fleet]:
+async def fronted(tmp_path, *holders: Holder, remember: bool = False) -> AsyncIterator[Fleet]:
     """A front over workers, named w0, w1, ..."""
     async with contextlib.AsyncExitStack() as stack:
         registry = Registry()
@@ -183,7 +189,7 @@ async def fronted(tmp_path, *holders: Holder) -> AsyncIterator[Fleet]:
         settings = ServiceSettings(
             listen="127.0.0.1:0", metrics="127.0.0.1:0", home=tmp_path, drain_s=0.2
         )
-        server = Server(settings, SERVICES, remember=False)
+        server = Server(settings, SERVICES, remember=remember, leaving=LEAVING)
         Front(router).add_to(server.grpc)
         await stack.enter_async_context(server)
         channel = connect(server.address)
@@ -226,6 +232,20 @@ async def test_a_state_deleted_while_it_is_prepared_does_not_come_back(tmp_path)
         assert worker.states == {}
         assert (await prepare(fleet)).id == STATE, "it can be made again"
         assert STATE in worker.states
+
+
+async def test_who_asks_again_after_a_short_deadline_gets_what_was_begun(tmp_path):
+    worker = Holder(states={STATE: (1.0, b"")}, create_on=asyncio.Event())
+    async with fronted(tmp_path, worker, remember=True) as fleet:
+        request = pb.CreateSandboxRequest(state_id=STATE, request_id="r")
+        create = fleet.sandboxes._stub.CreateSandbox
+        for _ in range(3):
+            with pytest.raises(grpc.aio.AioRpcError, match="DEADLINE_EXCEEDED"):
+                await create(request, timeout=0.2)
+        worker.create_on.set()
+        assert (await create(request, timeout=10)).sandbox.state_id == STATE
+        assert (await create(request, timeout=10)).sandbox.state_id == STATE
+        assert worker.created == 1
 
 
 async def test_what_a_preparation_fetched_is_known_where_the_state_is_or_where_it_failed(tmp_path):

@@ -1,0 +1,46 @@
+"""How many sandboxes there may be, and for how long.
+
+- What can never be is refused as a wrong field; only what may fit later is told to come again.
+"""
+
+from dataclasses import dataclass
+
+from regreen.rpc.errors import InvalidArgument
+
+_MAX_FORKS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class PoolLimits:
+    """Bounds of the sandboxes of clients."""
+
+    max_sandboxes: int = 64
+    max_comparisons: int = 8
+    default_ttl_s: float = 900.0
+    max_ttl_s: float = 24 * 3600.0
+    retry_after_s: float = 2.0
+
+    def check_ttl(self, ttl_s: float) -> None:
+        """Refuse a life that may not be asked for.
+
+        Raises:
+            InvalidArgument: names the longest.
+        """
+        if not 0 <= ttl_s <= self.max_ttl_s:
+            raise InvalidArgument("ttl", f"is {ttl_s:.10g} s", f"give 0 to {self.max_ttl_s:.10g} s")
+
+    def check_count(self, count: int) -> None:
+        """Refuse as many forks of a sandbox as there can never be.
+
+        Raises:
+            InvalidArgument: names the most.
+        """
+        if not 1 <= count <= _MAX_FORKS:
+            raise InvalidArgument("count", f"is {count}", f"give 1 to {_MAX_FORKS}")
+        if count >= self.max_sandboxes:
+            raise InvalidArgument(
+                "count",
+                f"is {count}, and the service holds {self.max_sandboxes} sandboxes at once, the "
+                "forked one among them",
+                f"give at most {self.max_sandboxes - 1}, or raise the service's max_sandboxes",
+            )
