@@ -14,7 +14,15 @@ from regreen.common import v1 as common_pb
 from regreen.rpc.errors import InvalidArgument
 from regreen.sandbox import v1 as pb
 from sandbox_svc import files, validate
-from sandbox_svc.backends.base import Capability, Captured, Command, EndReason, ExecResult, Limits
+from sandbox_svc.backends.base import (
+    LEAST,
+    Capability,
+    Captured,
+    Command,
+    EndReason,
+    ExecResult,
+    Limits,
+)
 from sandbox_svc.builders.base import Stage
 from sandbox_svc.builders.testrun import TestResult
 from sandbox_svc.conditions import Conditions
@@ -24,7 +32,7 @@ from sandbox_svc.states import DEFAULT_CWD, State
 MAX_OUTPUT_BYTES = 16 << 20
 _MOST = {
     "memory_bytes": 1 << 50,
-    "pids": 1 << 22,
+    "pids": (1 << 22) - 1,
     "cpus": 4096,
     "disk_bytes": 1 << 50,
     "inodes": 1 << 40,
@@ -57,7 +65,7 @@ def seconds(value: Duration, field: str) -> float:
 def duration(value_s: float) -> Duration:
     """Seconds as a duration."""
     message = Duration()
-    message.FromNanoseconds(max(0, int(value_s * 1e9)))
+    message.FromNanoseconds(max(0, round(value_s * 1e9)))
     return message
 
 
@@ -80,8 +88,11 @@ def limits_from(message: pb.Limits) -> Limits:
             raise InvalidArgument(
                 f"limits.{name}", f"is {value}", f"give at most {most}, or 0 for the default"
             )
-    if 0 < message.memory_bytes < 16 << 20:
-        raise InvalidArgument("limits.memory_bytes", "is below 16 MiB")
+    for name, least in LEAST.items():
+        if 0 < (value := getattr(message, name)) < least:
+            raise InvalidArgument(
+                f"limits.{name}", f"is {value}", f"give at least {least}, or 0 for the default"
+            )
     return Limits(
         **{name: getattr(message, name) for name in _MOST},
         wall_s=seconds(message.wall, "limits.wall"),

@@ -36,6 +36,10 @@ class Limits:
     wall_s: float = 0.0
 
 
+LEAST: Mapping[str, float] = MappingProxyType({"memory_bytes": 16 << 20, "cpus": 0.01})
+"""Below these the kernel keeps no limit (a millisecond in a period), or nothing starts."""
+
+
 @dataclass(frozen=True, slots=True)
 class Mount:
     """A host directory or file shown inside a sandbox at an absolute path."""
