@@ -150,6 +150,7 @@ def result_to(result: ExecResult) -> pb.CommandResult:
         wall=duration(result.wall_s),
         cpu=duration(result.cpu_s),
         peak_memory_bytes=result.peak_memory_bytes,
+        limits_hit=[_REASONS[reason] for reason in EndReason if reason in result.overruns],
     )
 
 

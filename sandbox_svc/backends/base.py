@@ -112,6 +112,8 @@ class Command:
     """Give it a terminal: what it prints is stdout, its input as if left open. Only `Box.start`
     looks at it."""
     later: Later | None = None
+    measured: bool = False
+    """Measure at its end what there is on the disk, not only where the host has lost as much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,10 +150,31 @@ class ExecResult:
     peak_memory_bytes: int = 0
     channel: bytes = b""
     """What the command wrote to its result pipe, if one was asked for."""
+    limits_hit: tuple[EndReason, ...] = ()
+    """Limits that its sandbox ran into meanwhile, whichever process did and whatever came of it;
+    as far as the runtime can tell."""
+    least_free_bytes: int = -1
+    """The least room that the host was seen to have meanwhile; below zero where nobody looked."""
+
+    @property
+    def overruns(self) -> frozenset[EndReason]:
+        """Every limit that it ran into, the one that ended it included."""
+        return frozenset({*self.limits_hit, self.reason}) & OVERRUNS
 
     @property
     def ok(self) -> bool:
         return self.reason is EndReason.EXIT and self.exit_code == 0
+
+
+FULL_BYTES = 32 << 20
+"""With less room than this a disk is as good as full."""
+ROOM_BYTES = 1 << 30
+"""With less room than this it may be filled, and empty again, between two looks at it."""
+
+
+def short_of_room(least_free_bytes: int, limits: Limits) -> bool:
+    """Whether the host may have been full where a sandbox's limit would have let it go on."""
+    return 0 <= least_free_bytes < min(limits.disk_bytes or ROOM_BYTES, ROOM_BYTES)
 
 
 @dataclass(frozen=True, slots=True)

@@ -302,6 +302,10 @@ class DockerBox:
             return await self._kills.since(before)
         return bool((await self.engine.state(container)).get("OOMKilled"))
 
+    async def lost_for_memory(self, container: str, before: Before | None) -> bool:
+        """Whether any process was killed for want of memory; asked only where that is cheap."""
+        return self._kills.counted and await self._for_memory(container, before)
+
     async def not_started(self, container: str, command: Command, told: Captured) -> ExecResult:
         """What it means that the engine did not get a command to run."""
         self._known.discard(command.cwd)

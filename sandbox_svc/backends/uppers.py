@@ -32,6 +32,8 @@ class Usage:
 
     size_bytes: int
     inodes: int
+    largest_bytes: int = 0
+    """Length of the longest file, holes counted."""
     whole: bool = True
     """Whether everything could be looked at."""
 
@@ -41,7 +43,7 @@ def usage(top: Path, *, shared: bool = False) -> Usage:
 
     With `shared`, a file with several names counts in equal parts wherever it has one.
     """
-    size = inodes = 0
+    size = inodes = largest = 0
     whole = True
     with _opened(top) as top_fd:
         stack = [""]
@@ -55,11 +57,13 @@ def usage(top: Path, *, shared: bool = False) -> Usage:
                         directory = stat.S_ISDIR(info.st_mode)
                         names = info.st_nlink if shared and not directory else 1
                         size += info.st_blocks * 512 // max(1, names)
+                        if stat.S_ISREG(info.st_mode):
+                            largest = max(largest, info.st_size)
                         if directory:
                             stack.append(_join(here, entry.name))
             except OSError as error:
                 whole = whole and error.errno in _GONE
-    return Usage(size, inodes, whole)
+    return Usage(size, inodes, largest, whole)
 
 
 def changed(tops: Sequence[Path], lowers: Sequence[Path], under: str) -> set[str]:

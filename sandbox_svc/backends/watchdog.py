@@ -6,12 +6,15 @@
   sandbox's life, so that many short commands add up.
 - A tree that cannot be looked at whole is over as soon as free space could say so, and after a
   short while in any case: hiding files is no way around the limit.
+- Each look at the free space is noted for the commands that run: what fails on a host that is
+  nearly full may have failed for that.
 - Output: a command that prints more than the sandbox's output limit is stopped.
 - Memory, only without cgroups: the sum of resident memory.
 - An overrun kills every process of the sandbox; its running commands carry the reason.
 """
 
 import asyncio
+import contextlib
 import os
 import time
 from collections.abc import Mapping
@@ -19,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from regreen.rpc.errors import RegreenError
 from sandbox_svc.backends.base import EndReason
+from sandbox_svc.backends.layers import free_bytes
 from sandbox_svc.backends.link import LinkClosed
 
 if TYPE_CHECKING:
@@ -38,12 +42,22 @@ class _Disk:
     def __init__(self, box: "EmbeddedBox", path: str) -> None:
         self._box, self._path = box, path
         self._bytes = self._inodes = 0
-        self._free, self._free_inodes = self._look()
+        self._reached = False
+        """Whether it was at a limit when it was measured last."""
+        self.reached = 0
+        """How often it has come to one."""
+        self.written_bytes = 0
+        """What was written since it was measured, as far as it was counted."""
+        self.free_bytes = 0
+        """Room that the host had at the last look."""
+        self._free, self._free_inodes = self.look()
         self._next = time.monotonic() + _SLOW_S / 4
         self._hidden_since = 0.0
 
-    def _look(self) -> tuple[int, int]:
+    def look(self) -> tuple[int, int]:
+        """Free bytes and inodes of the file system."""
         info = os.statvfs(self._path)
+        self.free_bytes = free_bytes(info)
         return info.f_bavail * info.f_frsize, info.f_ffree
 
     def _is_over(self, size_bytes: int, inodes: int) -> bool:
@@ -52,7 +66,7 @@ class _Disk:
 
     def _at_worst(self) -> tuple[int, int]:
         """What was measured, and all that the file system has lost since."""
-        free, free_inodes = self._look()
+        free, free_inodes = self.look()
         return (
             self._bytes + max(0, self._free - free),
             self._inodes + max(0, self._free_inodes - free_inodes),
@@ -61,9 +75,15 @@ class _Disk:
     def could_be_over(self, now: float) -> bool:
         return now > self._next or self._is_over(*self._at_worst())
 
+    def could_be_near(self) -> bool:
+        """Whether about as much was written, or lost by the file system, as may be written."""
+        size_bytes, inodes = self._at_worst()
+        size_bytes = max(size_bytes, self._bytes + self.written_bytes)
+        return self._is_over(size_bytes * 8 // 7, inodes * 8 // 7)
+
     async def is_over(self, now: float) -> bool:
         box = self._box
-        before = self._look()
+        before, written = self.look(), self.written_bytes
         used = await box.measure()
         unlinked = 0
         if box.limits.disk_bytes:
@@ -77,6 +97,10 @@ class _Disk:
             return hiding or self._is_over(size_bytes, inodes) or self._is_over(*self._at_worst())
         self._hidden_since = 0.0
         self._bytes, self._inodes = size_bytes, inodes
+        largest = max(size_bytes, used.largest_bytes)
+        already, self._reached = self._reached, self._is_over(largest + 1, inodes + 1)
+        self.reached += self._reached and not already
+        self.written_bytes -= written
         self._free, self._free_inodes = before
         self._next = now + max(_SLOW_S, _COST_FACTOR * cost_s)
         return self._is_over(size_bytes, inodes)
@@ -97,6 +121,26 @@ class Watch:
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._watch())
 
+    def look(self) -> None:
+        """Note for every command that runs how much room the host has."""
+        self._disk.look()
+        free = self._disk.free_bytes
+        for job in self._jobs.values():
+            least = job.least_free_bytes
+            job.least_free_bytes = free if least < 0 else min(least, free)
+
+    @property
+    def disk_reached(self) -> int:
+        """How often the sandbox was seen to come to a limit of its disk."""
+        return self._disk.reached
+
+    async def measure(self, written_bytes: int, *, anyway: bool) -> None:
+        """Look what is on the disk after so much was written: if need be, or anyway."""
+        self._disk.written_bytes += written_bytes
+        if anyway or self._disk.could_be_near():
+            with contextlib.suppress(LinkClosed, RegreenError, TimeoutError, FileNotFoundError):
+                await self._disk.is_over(time.monotonic())  # else it is frozen or ended
+
     def close(self) -> None:
         """Watch no more."""
         if self._task is not None:
@@ -106,6 +150,7 @@ class Watch:
         while True:
             await asyncio.sleep(_TICK_S)
             try:
+                self.look()
                 await self._stop_floods()
                 reason = await self._overrun()
                 if reason is not None:

@@ -3,6 +3,7 @@
 import asyncio
 import platform
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -368,3 +369,17 @@ async def test_a_chain_of_layers_keeps_what_each_wrote(runtime, box):
 async def test_limits_of_zero_mean_the_defaults(runtime):
     box = await runtime.create([], limits=Limits())
     assert (await sh(box, "true")).ok
+
+
+async def test_a_limit_that_a_child_ran_into_is_told_whatever_the_command_says(runtime):
+    box = await runtime.create([], limits=replace(SMALL, memory_bytes=48 << 20))
+    grow = "x=$(head -c 200000000 /dev/zero | tr '\\0' x); echo ${#x}"
+    swallowed = await sh(box, f"({grow}) 2>/dev/null || echo skipped", timeout_s=120)
+    assert swallowed.stdout.text == "skipped\n"
+    assert swallowed.reason is EndReason.EXIT
+    if getattr(runtime, "cgroups", None) is not None and runtime.cgroups.name == "rlimit":
+        assert swallowed.overruns == frozenset()  # nobody counts there
+    else:
+        assert swallowed.overruns == {EndReason.OOM}
+    assert not (await sh(box, "exit 3")).overruns
+    await box.delete()

@@ -257,8 +257,8 @@ static void reap(int sock) {
     if (job == jobs + running) continue;
     double cpu_s = used.ru_utime.tv_sec + used.ru_stime.tv_sec + (used.ru_utime.tv_usec + used.ru_stime.tv_usec) / 1e6;
     if (job->terminal >= 0) close(job->terminal);
-    answer(sock, NULL, 0, "{\"id\": %ld, \"status\": %d, \"cpu_s\": %.6f, \"peak_bytes\": %ld}", job->id, status, cpu_s,
-           used.ru_maxrss * 1024);
+    answer(sock, NULL, 0, "{\"id\": %ld, \"status\": %d, \"cpu_s\": %.6f, \"peak_bytes\": %ld, \"wrote_bytes\": %ld}", job->id, status,
+           cpu_s, used.ru_maxrss * 1024, used.ru_oublock * 512);
     *job = jobs[--running];
   }
 }
