@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import astuple, replace
 from typing import Any
 
-from regreen.rpc.errors import InvalidArgument, NoSuchFile
+from regreen.rpc.errors import DiskFull, InvalidArgument, NoSuchFile, ResourceExhausted
 from sandbox_svc.backends.base import Box, Command
 from sandbox_svc.builders.base import REPO, FileChange
 from sandbox_svc.builders.protect import Reverted
@@ -102,6 +102,8 @@ async def apply(plan: Plan, box: Box) -> Plan:
         try:
             await box.write_file(f"{REPO}/{change.path}", change.content, mode)
             applied.append(change)
-        except (InvalidArgument, NoSuchFile) as error:
+        except (InvalidArgument, NoSuchFile, ResourceExhausted) as error:
+            if isinstance(error, DiskFull) or error.retry_after_s is not None:
+                raise
             reverted.append(Reverted(change.path, f"unwritable: {error}"))
     return replace(plan, changes=tuple(applied), reverted=tuple(reverted))

@@ -281,9 +281,7 @@ class DockerProcess:
             self._container, self._kills
         )
         hit = (EndReason.OOM,) if lost else ()
-        return ExecResult(
-            reason, shown, number, out, err, wall_s, channel=channel, limits_hit=hit
-        )
+        return ExecResult(reason, shown, number, out, err, wall_s, channel=channel, limits_hit=hit)
 
     def _close(self) -> None:
         self._ended, self._input_open = True, False

@@ -357,6 +357,14 @@ class EmbeddedBox(BoxFiles):
         except LinkClosed as error:
             raise self._lost() from error
 
+    async def _admit(self, path: str, size_bytes: int) -> None:
+        self._require()
+        if self._watch is not None:
+            try:
+                await self._watch.admit(path, size_bytes)
+            except (TimeoutError, FileNotFoundError) as error:
+                raise self._lost() from error
+
     async def freeze(self) -> str:
         """Stop every process, turn the upper into a layer, go on over it; return its id."""
         self._require()

@@ -50,6 +50,10 @@ class BoxFiles(abc.ABC):
     def _lost(self) -> RegreenError:
         """What it means that there is no first process."""
 
+    @abc.abstractmethod
+    async def _admit(self, path: str, size_bytes: int) -> None:
+        """Count a file that is about to be written; raises where it is too much."""
+
     @property
     def layers(self) -> list[str]:
         """All layers below the upper, lowest first."""
@@ -88,10 +92,15 @@ class BoxFiles(abc.ABC):
             return content, FileStat(info.st_size, stat.S_IMODE(info.st_mode))
 
     async def write_file(self, path: str, content: bytes, mode: int = 0o644) -> None:
-        """Write a regular file, creating parent directories."""
+        """Write a regular file, creating parent directories.
+
+        Raises:
+            ResourceExhausted: with it the sandbox would be over a limit of its disk.
+        """
         if self.limits.disk_bytes and len(content) > self.limits.disk_bytes:
             raise InvalidArgument("content", "larger than the sandbox's disk limit")
         async with self._files:
+            await self._admit(absolute(path), len(content))
             _, fd = await self._open("create", absolute(path), mode)
             with os.fdopen(fd, "wb", buffering=0):
                 if not stat.S_ISREG(os.fstat(fd).st_mode):

@@ -66,6 +66,24 @@ def usage(top: Path, *, shared: bool = False) -> Usage:
     return Usage(size, inodes, largest, whole)
 
 
+def room_of(top: Path, path: str) -> tuple[int, int]:
+    """Bytes that a file written at a path would give back, and entries that it would add."""
+    parts, here = path.strip("/").split("/"), ""
+    if ".." in parts:
+        return 0, len(parts)
+    with _opened(top) as top_fd:
+        for number, part in enumerate(parts):
+            here = _join(here, part)
+            try:
+                info = os.stat(here, dir_fd=top_fd, follow_symlinks=False)
+            except OSError:
+                return 0, len(parts) - number
+            if not stat.S_ISDIR(info.st_mode):
+                there = stat.S_ISREG(info.st_mode) and number == len(parts) - 1
+                return (info.st_blocks * 512 if there else 0), len(parts) - number - there
+    return 0, 0
+
+
 def changed(tops: Sequence[Path], lowers: Sequence[Path], under: str) -> set[str]:
     """Paths below `under` touched in any of `tops` (lowest first), absolute inside the sandbox.
 

@@ -253,6 +253,8 @@ class SandboxServiceServicer:
         Errors:
         - NOT_FOUND: no such sandbox.
         - INVALID_ARGUMENT: too large, or the path leaves the sandbox.
+        - RESOURCE_EXHAUSTED: with it the sandbox would be over `limits.disk_bytes` or `limits.inodes`, which the message
+        names (not on the docker backend, which bounds neither).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -116,6 +116,8 @@ class SandboxServiceStub:
     Errors:
     - NOT_FOUND: no such sandbox.
     - INVALID_ARGUMENT: too large, or the path leaves the sandbox.
+    - RESOURCE_EXHAUSTED: with it the sandbox would be over `limits.disk_bytes` or `limits.inodes`, which the message
+      names (not on the docker backend, which bounds neither).
     """
     ListFiles: _grpc.UnaryUnaryMultiCallable[_sandbox_service_pb2.ListFilesRequest, _sandbox_service_pb2.ListFilesResponse]
     """Lists files under a directory that match a glob.
@@ -242,6 +244,8 @@ class SandboxServiceAsyncStub(SandboxServiceStub):
     Errors:
     - NOT_FOUND: no such sandbox.
     - INVALID_ARGUMENT: too large, or the path leaves the sandbox.
+    - RESOURCE_EXHAUSTED: with it the sandbox would be over `limits.disk_bytes` or `limits.inodes`, which the message
+      names (not on the docker backend, which bounds neither).
     """
     ListFiles: _aio.UnaryUnaryMultiCallable[_sandbox_service_pb2.ListFilesRequest, _sandbox_service_pb2.ListFilesResponse]  # type: ignore[assignment]
     """Lists files under a directory that match a glob.
@@ -437,6 +441,8 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
         Errors:
         - NOT_FOUND: no such sandbox.
         - INVALID_ARGUMENT: too large, or the path leaves the sandbox.
+        - RESOURCE_EXHAUSTED: with it the sandbox would be over `limits.disk_bytes` or `limits.inodes`, which the message
+          names (not on the docker backend, which bounds neither).
         """
 
     @_abc_1.abstractmethod
