@@ -229,7 +229,15 @@ def diff_to(diff: files.Diff) -> pb.DiffResponse:
         )
         for change in diff.changes
     ]
-    return pb.DiffResponse(changes=changes, unified=diff.unified)
+    return pb.DiffResponse(
+        changes=changes,
+        unified=diff.unified,
+        left_out=[
+            pb.RevertedChange(path=files.shown(path), reason=reason)
+            for path, reason in diff.left_out
+        ],
+        left_out_total=diff.left_out_total,
+    )
 
 
 def options_from(request: pb.ValidateRequest) -> validate.ValidationOptions:

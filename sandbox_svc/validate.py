@@ -438,7 +438,7 @@ class Validator:
         self, plan: Plan, change: LockChange | None, seed: int, box: Box
     ) -> Validation:
         if change is not None and plan.lock is not None:
-            await box.write_file(f"{REPO}/{LOCK}", plan.lock.content or b"")
+            await box.write_file(f"{REPO}/{LOCK}", plan.lock.content or b"", follow=False)
             if not change.empty:
                 failed = await self._sync(plan, box)
                 if failed is not None:

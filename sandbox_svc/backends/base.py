@@ -17,7 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from regreen.rpc.errors import FailedPrecondition
+from regreen.rpc.errors import FailedPrecondition, InvalidArgument
 
 if TYPE_CHECKING:
     from sandbox_svc.backends.output import OutputLog, Pulse
@@ -242,13 +242,33 @@ class Process(Protocol):
         ...
 
 
+class Odd(StrEnum):
+    """What may be in the place of a regular file."""
+
+    LINK = "a symbolic link"
+    DIRECTORY = "a directory"
+    OTHER = "a pipe, a socket or a device"
+
+
+class NotAFile(InvalidArgument):
+    """There is something else than a regular file at a path."""
+
+    def __init__(self, path: str, kind: Odd, target: str = "") -> None:
+        super().__init__("path", f"not a regular file but {kind.value}: {path}")
+        self.kind, self.target = kind, target
+        """Where a link leads, as it says."""
+
+
 class Readable(Protocol):
     """What files can be read of."""
 
     async def read_range(
-        self, path: str, *, offset: int = 0, max_bytes: int
+        self, path: str, *, offset: int = 0, max_bytes: int, follow: bool = True
     ) -> tuple[bytes, FileStat]:
-        """Read part of a regular file; the stat tells the size of the whole."""
+        """Read part of a regular file; the stat tells the size of the whole.
+
+        Unless links are followed, there is nothing below one, and one itself is a `NotAFile`.
+        """
         ...
 
 
@@ -276,8 +296,13 @@ class Box(Readable, Protocol):
         """Read a regular file, resolved inside the sandbox's root; links never leave it."""
         ...
 
-    async def write_file(self, path: str, content: bytes, mode: int = 0o644) -> None:
-        """Write a regular file, creating parent directories."""
+    async def write_file(
+        self, path: str, content: bytes, mode: int = 0o644, *, follow: bool = True
+    ) -> None:
+        """Write a regular file, creating parent directories.
+
+        Unless links are followed, one is replaced, and one on the way is a `NoSuchFile`.
+        """
         ...
 
     async def freeze(self) -> str:
@@ -291,7 +316,7 @@ class Box(Readable, Protocol):
         """Absolute paths touched since creation, or above the first `since` layers, sorted.
 
         May name a path that turns out equal; never leaves out one that differs. A directory that
-        cannot be looked into is named with a slash at its end.
+        cannot be looked into is named with a slash at its end, one that may be empty with `/.`.
         """
         ...
 

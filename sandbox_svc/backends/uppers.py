@@ -5,7 +5,8 @@
   tree deeper than the kernel's longest path is told, not skipped.
 - A whiteout is a character device 0/0; an opaque directory carries `user.overlay.opaque`.
 - `changed` may name a path that turns out equal; it never leaves out one that differs. What it
-  cannot look into (no permission, or too long a path) it names with a slash at the end.
+  cannot look into (no permission, or too long a path) it names with a slash at the end, and a
+  directory in which it sees nothing with `/.`.
 - Entries that vanish meanwhile are no error.
 """
 
@@ -153,10 +154,11 @@ def _touched(top_fd: int, relative: str, beneath: Sequence[int]) -> Iterator[str
         yield from _all_files(beneath, relative)
     stack = [relative] if _is_directory(top_fd, relative) else []
     while stack:
-        here = stack.pop()
+        here, holds = stack.pop(), False
         try:
             for entry in _scan(top_fd, here):
                 path = _join(here, entry.name)
+                holds = holds or not _is_whiteout(entry)
                 if not entry.is_dir(follow_symlinks=False):
                     yield path
                     if any(_is_directory(lower, path) for lower in beneath):
@@ -165,9 +167,20 @@ def _touched(top_fd: int, relative: str, beneath: Sequence[int]) -> Iterator[str
                 stack.append(path)
                 if _is_opaque(top_fd, path):
                     yield from _all_files(beneath, path)
+            if not holds and here != relative:
+                yield f"{here}/."
         except OSError as error:
             if error.errno not in _GONE:
                 yield f"{here}/"
+
+
+def _is_whiteout(entry: os.DirEntry[str]) -> bool:
+    if entry.is_dir(follow_symlinks=False) or entry.is_file(follow_symlinks=False):
+        return False
+    with contextlib.suppress(FileNotFoundError):
+        info = entry.stat(follow_symlinks=False)
+        return stat.S_ISCHR(info.st_mode) and info.st_rdev == 0
+    return True
 
 
 def _is_directory(top_fd: int, relative: str) -> bool:

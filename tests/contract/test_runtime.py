@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from regreen.allowlist import AllowList
-from regreen.rpc.errors import FailedPrecondition, InvalidArgument, NotFound
-from sandbox_svc.backends.base import Command, EndReason, Limits, Mount
+from regreen.rpc.errors import FailedPrecondition, InvalidArgument, NoSuchFile, NotFound
+from sandbox_svc.backends.base import Command, EndReason, Limits, Mount, NotAFile, Odd
 from sandbox_svc.egress import Egress
 from tests.contract.runtimes import SMALL, sh
 
@@ -305,6 +305,43 @@ async def test_changed_paths_name_every_difference(runtime, box):
     await fork.freeze()
     await fork.write_file("/work/repo/e", b"")
     assert {*expected, "/work/repo/e"} <= set(await fork.changed_paths("/work/repo"))
+
+
+async def test_changed_paths_name_directories_in_which_there_is_nothing(runtime, box):
+    await sh(box, "cd /work/repo; mkdir -p kept d; echo 1 > d/x")
+    fork = await runtime.create([await box.freeze()], limits=SMALL)
+    await sh(fork, "cd /work/repo; mkdir -p new/deep; mkdir full; echo 1 > full/x; rm d/x")
+    found = set(await fork.changed_paths("/work/repo"))
+    assert {"/work/repo/new/deep/.", "/work/repo/full/x", "/work/repo/d/x"} <= found
+    assert not {"/work/repo/kept/.", "/work/repo/full/.", "/work/repo/new/."} & found
+
+
+async def test_files_themselves_are_read_and_written_through_no_link(box):
+    made = "cd /work; mkdir d; echo in > d/f; ln -s d l; ln -s d/f g; ln -s /nowhere n; mkfifo p"
+    assert (await sh(box, made)).ok
+    assert await box.read_file("/work/l/f", 100) == b"in\n"
+    assert await box.read_file("/work/g", 100) == b"in\n"
+    assert (await box.read_range("/work/d/f", max_bytes=9, follow=False))[0] == b"in\n"
+    for path, kind, target in (
+        ("/work/g", Odd.LINK, "d/f"), ("/work/n", Odd.LINK, "/nowhere"), ("/work/l", Odd.LINK, "d"),
+        ("/work/d", Odd.DIRECTORY, ""), ("/work/p", Odd.OTHER, ""),
+    ):  # fmt: skip
+        with pytest.raises(NotAFile) as caught:
+            await box.read_range(path, max_bytes=9, follow=False)
+        assert (caught.value.kind, caught.value.target) == (kind, target)
+    for path in ("/work/l/f", "/work/none", "/work/d/f/x"):
+        with pytest.raises(NoSuchFile):
+            await box.read_range(path, max_bytes=9, follow=False)
+    with pytest.raises(NoSuchFile):
+        await box.write_file("/work/l/f", b"out", follow=False)
+    with pytest.raises(NoSuchFile):
+        await box.write_file("/work/l/new/f", b"out", follow=False)
+    await box.write_file("/work/g", b"own", follow=False)
+    await box.write_file("/work/a/b/c", b"made", 0o755, follow=False)
+    told = await sh(
+        box, "cd /work; cat d/f g a/b/c; ls d; stat -c %a a/b/c; readlink g; readlink l"
+    )
+    assert told.stdout.text == "in\nownmadef\n755\nd\n"
 
 
 async def test_mounts_are_read_only_and_appear_where_they_should(runtime, tmp_path):

@@ -921,7 +921,7 @@ Global___TestResult: _TypeAlias = TestResult  # noqa: Y015
 
 @_typing.final
 class RevertedChange(_message.Message):
-    """A change of the diff that the validator did not apply, and why."""
+    """A change that is no part of a diff, or that the validator did not apply, and why."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -930,7 +930,7 @@ class RevertedChange(_message.Message):
     path: _builtins.str
     """Path of the change."""
     reason: _builtins.str
-    """Why it was left out: "test", "validation-configuration", "plugin", ..."""
+    """Why it was left out: "test", "validation-configuration", "plugin", "a symbolic link", ..."""
     def __init__(
         self,
         *,

@@ -282,7 +282,7 @@ class SandboxServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Diff(self, request, context):
-        """Lists what changed under a directory since the sandbox's state.
+        """Lists the regular files that changed under a directory since the sandbox's state, and names what else did.
 
         Errors:
         - NOT_FOUND: no such sandbox.

@@ -133,7 +133,7 @@ class SandboxServiceStub:
     - INVALID_ARGUMENT: empty text.
     """
     Diff: _grpc.UnaryUnaryMultiCallable[_sandbox_service_pb2.DiffRequest, _sandbox_service_pb2.DiffResponse]
-    """Lists what changed under a directory since the sandbox's state.
+    """Lists the regular files that changed under a directory since the sandbox's state, and names what else did.
 
     Errors:
     - NOT_FOUND: no such sandbox.
@@ -261,7 +261,7 @@ class SandboxServiceAsyncStub(SandboxServiceStub):
     - INVALID_ARGUMENT: empty text.
     """
     Diff: _aio.UnaryUnaryMultiCallable[_sandbox_service_pb2.DiffRequest, _sandbox_service_pb2.DiffResponse]  # type: ignore[assignment]
-    """Lists what changed under a directory since the sandbox's state.
+    """Lists the regular files that changed under a directory since the sandbox's state, and names what else did.
 
     Errors:
     - NOT_FOUND: no such sandbox.
@@ -476,7 +476,7 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sandbox_service_pb2.DiffRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sandbox_service_pb2.DiffResponse, _abc.Awaitable[_sandbox_service_pb2.DiffResponse]]:
-        """Lists what changed under a directory since the sandbox's state.
+        """Lists the regular files that changed under a directory since the sandbox's state, and names what else did.
 
         Errors:
         - NOT_FOUND: no such sandbox.
