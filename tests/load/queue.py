@@ -325,7 +325,7 @@ class Run:
         shares = {"committed": 1.0, "beat": _BEATS - _GIVES_UP - _SILENT, "gave-up": _GIVES_UP}
         for what, share in shares.items():
             least = int(_ANSWERED * share * self.plan.rollouts)
-            if told[what] < (least if least >= _TELLING else 1):
+            if told[what] < least and least >= _TELLING:
                 self.faults.append(f"{what}: {told[what]} answered, {least} at least were due")
 
     async def _check(
