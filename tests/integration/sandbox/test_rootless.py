@@ -24,7 +24,7 @@ _PARTS = {
     "contract": (
         "not docker and (exit_codes or time_out_kills or files_are_written or freezing"
         " or changed_paths or children or terminal or reaches_the_whole_group or full_pipe"
-        " or first_thread)",
+        " or first_thread or child_ran or themselves)",
         ["tests/contract/test_runtime.py", "tests/contract/test_process.py"],
     ),
     "states": (
@@ -36,6 +36,10 @@ _PARTS = {
             *(f"{_SANDBOX}/test_{name}.py" for name in ("transfer", "path_fuzz", "hostile_images")),
             "tests/unit/sandbox/test_tree_digest.py",
         ],
+    ),
+    "limits": (
+        "not full_host",
+        [f"{_SANDBOX}/test_{name}.py" for name in ("limits", "kept_actions", "diff_links")],
     ),
     "grader": ("naive or honest", [f"{_BUILD}/test_cheats.py"]),
 }
