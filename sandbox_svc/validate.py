@@ -255,9 +255,9 @@ class Validator:
 
     def _is_full(self, verdict: Validation) -> bool:
         """Whether a verdict may be what it is because the host had no room at some time."""
-        least = verdict.least_free_bytes
-        full = 0 <= least < FULL_BYTES or self._runtime.disk_is_full()
-        return full and verdict.outcome is not Outcome.PASSED
+        if verdict.outcome is Outcome.PASSED:
+            return False
+        return 0 <= verdict.least_free_bytes < FULL_BYTES or self._runtime.disk_is_full()
 
     async def _try_workers(
         self, plan: Plan, serial: Validation, proof: Proof, workers: Workers
