@@ -1,4 +1,4 @@
-"""A mini-swe-agent agent repairs a file in a Regreen sandbox (pip install 'regreen[adapters]')."""
+"""A mini-swe-agent agent repairs a file in a Regreen sandbox (pip install '.[adapters]')."""
 
 import sys
 

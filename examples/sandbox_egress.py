@@ -13,9 +13,10 @@ spec = pb.EnvironmentSpec(builder="system")
 way = pb.Egress(allow=["pypi.org", "*.pythonhosted.org"])
 box = sandboxes.CreateSandbox(pb.CreateSandboxRequest(state_id=last.state.id, egress=way)).sandbox
 for url in ("https://pypi.org/simple/iniconfig/", "https://example.org/"):
-    fetch = f"import urllib.request; urllib.request.urlopen({url!r}, timeout=15)"
+    fetch = f"import urllib.request; urllib.request.urlopen({url!r}, timeout=15).read()"
     command = pb.Command(argv=["python3", "-c", fetch])
-    sandboxes.Run(pb.RunRequest(sandbox_id=box.id, command=command), timeout=60)
+    ran = sandboxes.Run(pb.RunRequest(sandbox_id=box.id, command=command), timeout=60).result
+    print(url, "exit", ran.exit_code)
 for seen in (
     pb.EgressServiceStub(channel).ListEgress(pb.ListEgressRequest(sandbox_id=box.id)).records
 ):

@@ -1,4 +1,4 @@
-"""Make a State of an image (`docker save`, OCI layout), change it, save that as an image."""
+"""ADDRESS SOURCE TARGET: a State of an image (`docker save`, OCI), changed, saved as an image."""
 
 import sys
 from itertools import chain
@@ -21,4 +21,5 @@ kept = sandboxes.SnapshotSandbox(pb.SnapshotSandboxRequest(id=box.id), timeout=6
 saved = images.ExportImage(pb.ExportImageRequest(state_id=kept.id, reference="made:1"), timeout=600)
 with open(target, "wb") as out:
     size = sum(out.write(piece.chunk) for piece in saved)
+sandboxes.DeleteSandbox(pb.DeleteSandboxRequest(id=box.id), timeout=30)
 print(state.base, "exit", ended.exit_code, "saved", size, "bytes; now: docker load -i", target)

@@ -13,6 +13,8 @@ states, sandboxes = pb.StateServiceStub(channel), pb.SandboxServiceStub(channel)
 tasks = data.TaskServiceStub(dataset)
 wanted = sys.argv[3] if len(sys.argv) > 3 else None  # else the first
 listed = tasks.ListTasks(data.ListTasksRequest(page_size=1), timeout=30).tasks
+if not (wanted or listed):
+    sys.exit("the dataset service has no task yet: regreen tasks import")
 task = tasks.GetTask(data.GetTaskRequest(id=wanted or listed[0].id), timeout=30).task
 prepare = pb.PrepareStateRequest(spec=task.environment)
 *_, last = states.PrepareState(prepare, timeout=600)

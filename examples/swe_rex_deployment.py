@@ -1,4 +1,4 @@
-"""SWE-ReX's own tutorial on a Regreen sandbox (pip install 'regreen[adapters]')."""
+"""SWE-ReX's own tutorial on a Regreen sandbox (pip install '.[adapters]')."""
 
 import asyncio
 import sys

@@ -67,6 +67,8 @@ def split_authority(text: str, default_port: int | None) -> tuple[str, int]:
     Raises:
         ValueError: malformed, or without a port where there is no default.
     """
+    if "/" in text:
+        raise ValueError("is a URL or a path, and a host is asked for")
     if "@" in text:
         raise ValueError("carries a user name")
     host, colon, port = text, "", ""

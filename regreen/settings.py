@@ -192,6 +192,11 @@ class ServiceSettings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         from_file = InitSettingsSource(settings_cls, init_kwargs=_read_file(cls.section))
         prefix = f"REGREEN_{cls.section.upper()}__"
+        for name in sorted(os.environ):
+            field = name.lower().removeprefix(prefix.lower())
+            if name.upper().startswith(prefix) and field not in settings_cls.model_fields:
+                problem = f"is no setting of the {cls.section} service"
+                raise InvalidArgument(name, problem, f"see `python -m {cls.section}_svc --help`")
         from_environment = EnvSettingsSource(settings_cls, env_prefix=prefix)
         return init_settings, from_environment, from_file
 

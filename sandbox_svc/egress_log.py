@@ -105,9 +105,19 @@ class _Kept:
 
 
 class Ledger:
-    """The records of all sandboxes and preparations of one service."""
+    """The records of all sandboxes and preparations of one service.
 
-    def __init__(self, *, kept_s: float = _KEPT_S, clock: Callable[[], float] = time.time) -> None:
+    One that is `quiet` neither logs nor counts: a probe of the service itself is no traffic.
+    """
+
+    def __init__(
+        self,
+        *,
+        kept_s: float = _KEPT_S,
+        clock: Callable[[], float] = time.time,
+        quiet: bool = False,
+    ) -> None:
+        self._quiet = quiet
         self._kept_s, self._clock = kept_s, clock
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
         self._numbers = 0
@@ -126,6 +136,8 @@ class Ledger:
 
     def end(self, record: Record) -> None:
         """Count and log a request that has ended."""
+        if self._quiet:
+            return
         metrics.EGRESS_REQUESTS.labels(record.decision.value).inc()
         metrics.EGRESS_BYTES.labels("sent").inc(record.sent.size_bytes)
         metrics.EGRESS_BYTES.labels("received").inc(record.received.size_bytes)

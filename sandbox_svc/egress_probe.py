@@ -13,6 +13,7 @@ from regreen.allowlist import AllowList
 from regreen.rpc.errors import FailedPrecondition, RegreenError
 from sandbox_svc.backends.base import PROXY_PORT, Capability, Command, Door, Limits, Runtime
 from sandbox_svc.egress import Egress
+from sandbox_svc.egress_log import Ledger
 
 _ASK = """
 import socket, sys
@@ -37,7 +38,8 @@ async def prove(runtime: Runtime, *, enabled: bool) -> Capability:
         return Capability("egress", False, "none", "switched off by the setting egress")
     try:
         guarded, opened = await asyncio.gather(
-            _asked(runtime, Egress()), _asked(runtime, Egress(private=[_LOOPBACK]))
+            _asked(runtime, Egress(ledger=Ledger(quiet=True))),
+            _asked(runtime, Egress(private=[_LOOPBACK], ledger=Ledger(quiet=True))),
         )
     except FailedPrecondition as error:
         return Capability("egress", False, "none", error.message)

@@ -68,7 +68,7 @@ def _kind(address: Address) -> str:
     else:
         odd = any(address in network for network in _ODD_4)
     if odd or not address.is_global or address.is_reserved or address.is_unspecified:
-        return "is a private or reserved address"
+        return "is a private or reserved address (egress_private names networks that are allowed)"
     return ""
 
 

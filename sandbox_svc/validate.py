@@ -34,15 +34,8 @@ from regreen.rpc.errors import (
     RegreenError,
 )
 from sandbox_svc import metrics
-from sandbox_svc.backends.base import (
-    FULL_BYTES,
-    Box,
-    Command,
-    EndReason,
-    Limits,
-    Runtime,
-    short_of_room,
-)
+from sandbox_svc.backends import base
+from sandbox_svc.backends.base import Box, Command, EndReason, Limits, Runtime
 from sandbox_svc.builders import testrun
 from sandbox_svc.builders.base import LOCK, REPO, RUNNER, TOOLS, FileChange
 from sandbox_svc.builders.interpreters import stamps
@@ -187,7 +180,9 @@ class Validator:
     ) -> Plan:
         state = self._states.get(state_id)
         if "baseline" not in state.metadata:
-            raise FailedPrecondition(f"state {state_id} has no baseline; prepare it from a spec")
+            raise FailedPrecondition(
+                f"state {state_id} has no baseline of tests; prepare one with the builder python"
+            )
         if state.metadata.get("runner") != RUNNER:
             raise FailedPrecondition(
                 f"state {state_id} was prepared by another version; prepare its spec again"
@@ -257,7 +252,7 @@ class Validator:
         """Whether a verdict may be what it is because the host had no room at some time."""
         if verdict.outcome is Outcome.PASSED:
             return False
-        return 0 <= verdict.least_free_bytes < FULL_BYTES or self._runtime.disk_is_full()
+        return 0 <= verdict.least_free_bytes < base.FULL_BYTES or self._runtime.disk_is_full()
 
     async def _try_workers(
         self, plan: Plan, serial: Validation, proof: Proof, workers: Workers
@@ -302,7 +297,7 @@ class Validator:
 
     def _keep(self, key: str, verdict: Validation) -> None:
         """Remember a verdict that lasts; a failure on a host with little room may not."""
-        short = short_of_room(verdict.least_free_bytes, self._limits)
+        short = base.short_of_room(verdict.least_free_bytes, self._limits)
         if not verdict.lasting or (short and verdict.outcome is not Outcome.PASSED):
             return
         old = self._cache.pop(key, None)

@@ -47,7 +47,7 @@ class RegreenEnvironment:
         try:
             from minisweagent.exceptions import Submitted
         except ImportError as error:
-            message = "mini-swe-agent is not installed: pip install 'regreen[adapters]'"
+            message = "mini-swe-agent is not installed: pip install '.[adapters]'"
             raise ImportError(message) from error
         self._submitted: type[Exception] = Submitted
         self.config = config_class(**kwargs)

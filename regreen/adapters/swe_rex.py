@@ -15,7 +15,7 @@ try:
     from swerex.runtime.abstract import IsAliveResponse
     from swerex.utils.log import get_logger
 except ImportError as error:
-    raise ImportError("swe-rex is not installed: pip install 'regreen[adapters]'") from error
+    raise ImportError("swe-rex is not installed: pip install '.[adapters]'") from error
 
 from regreen.adapters.held import HeldSandbox, SandboxConfig
 from regreen.adapters.loop import hand_over

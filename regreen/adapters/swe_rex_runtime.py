@@ -20,7 +20,7 @@ try:
     from swerex import exceptions as rex_errors
     from swerex.runtime import abstract as rex
 except ImportError as error:
-    raise ImportError("swe-rex is not installed: pip install 'regreen[adapters]'") from error
+    raise ImportError("swe-rex is not installed: pip install '.[adapters]'") from error
 
 from regreen.adapters import files
 from regreen.adapters.held import HeldSandbox, exit_code, output_text, stopped

@@ -164,7 +164,7 @@ def _packages() -> list[Finding]:
     found = []
     for module, extra in wanted.items():
         present = importlib.util.find_spec(module) is not None
-        remedy = "" if present else f"run `make setup`, or install regreen[{extra}]"
+        remedy = "" if present else f"run `make setup`, or `pip install '.[{extra}]'` in a checkout"
         found.append(Finding(module, present, "installed" if present else "absent", remedy))
     return found
 
@@ -184,7 +184,11 @@ async def _stack(home: Path) -> list[Finding]:
             return [Finding("sandbox service", False, error.message, "see `regreen logs sandbox`")]
     rows = [
         Finding(
-            f"limit: {item.name}", True, f"{'proven' if item.proven else 'absent'} ({item.driver})"
+            f"limit: {item.name}",
+            True,
+            f"proven ({item.driver})"
+            if item.proven
+            else f"not in force ({item.driver}): {item.detail}",
         )
         for item in found.capabilities
     ]

@@ -77,7 +77,7 @@ def parse_labels(values: list[str], field: str = "set") -> dict[str, str]:
     for value in values:
         name, sign, setting = value.partition("=")
         if not sign or not name:
-            raise InvalidArgument(field, f"{value!r} is no setting", "write name=value")
+            raise InvalidArgument(field, f"{value!r} has no name or no =", "write name=value")
         labels[name] = setting
     return labels
 

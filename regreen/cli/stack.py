@@ -53,6 +53,10 @@ def up(
     layout.borrowed.unlink(missing_ok=True)  # asked for by name: it stays up
     _print(rows, json_output)
     if not json_output:
+        usual = {item.name: f"127.0.0.1:{item.port}" for item in SERVICES}
+        if fixed_ports is not False and any(row.address != usual[row.name] for row in rows):
+            told = "other programs have some of the usual ports: give these addresses to clients"
+            output.STDERR.print(told, highlight=False)
         stop = f"regreen down --home {shlex.quote(str(layout.home))}"
         output.STDERR.print(f"stop it, and keep its data, with `{stop}`", highlight=False)
 

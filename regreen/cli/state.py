@@ -27,6 +27,8 @@ from regreen.sandbox import v1 as pb
 
 app = typer.Typer(no_args_is_help=True)
 _RECORD = "state.json"
+_IMAGE_FILES = ("index.json", "manifest.json")
+"""One of which an image has at its top, in either form."""
 _MIB = 1 << 20
 _MOST = 100_000
 Tell = Any
@@ -166,7 +168,7 @@ def import_state(
     with output.progress() as tell:
         found = output.run(_import(home, address, source, reference, tell))
     if json_output:
-        output.print_json(found)
+        output.print_json({"state": output.as_dict(found.state), "notes": list(found.notes)})
         return
     for note in found.notes:
         output.STDERR.print(f"note: {note}", highlight=False, markup=False)
@@ -269,6 +271,9 @@ async def _import(
     if not source.exists():
         raise InvalidArgument("source", f"{source} is not there", "give a file or a directory")
     whole = source.is_dir()
+    if reference and whole and not any((source / name).exists() for name in _IMAGE_FILES):
+        problem = f"names an image, and {source} holds the files of a root directory"
+        raise InvalidArgument("reference", problem, "leave it out")
     size = 0 if whole else source.stat().st_size
     chunks = _told(directory_chunks(source) if whole else file_chunks(source), size, tell)
     try:
@@ -298,7 +303,7 @@ def _told(chunks: Iterable[bytes], size: int, tell: Tell) -> Iterator[bytes]:
     for chunk in chunks:
         yield chunk
         sent += len(chunk)
-        tell("send", sent // _MIB, size // _MIB, "MiB")
+        tell("send", sent // _MIB, size // _MIB, "MiB" if size else f"{sent // _MIB} MiB")
 
 
 async def _export(
@@ -325,7 +330,7 @@ async def _written(pieces: AsyncIterator[bytes], file: Path, tell: Tell) -> int:
             async for piece in pieces:
                 target.write(piece)
                 size += len(piece)
-                tell("receive", size // _MIB, 0, "MiB")
+                tell("receive", size // _MIB, 0, f"{size // _MIB} MiB")
         draft.rename(file)
     except OSError as error:
         raise InvalidArgument("file", f"{file} cannot be written: {error.strerror}") from error

@@ -2,7 +2,8 @@
 
 - Each method is one RPC. Archives are streamed; nothing is held that is not being sent.
 - A directory is sent as the root of a file system, or as the image layout that it holds: as it is,
-  links are not followed, and what is neither file, directory nor link is left out.
+  links are not followed, and what is neither file, directory nor link goes as a pipe, which the
+  service leaves out and counts.
 """
 
 import asyncio
@@ -110,7 +111,7 @@ def _member(
     elif stat.S_ISLNK(info.st_mode):
         member.type, member.linkname = tarfile.SYMTYPE, os.readlink(path)
     elif not stat.S_ISREG(info.st_mode):
-        return
+        member.type = tarfile.FIFOTYPE
     elif inode in linked:
         member.type, member.linkname = tarfile.LNKTYPE, linked[inode]
     else:

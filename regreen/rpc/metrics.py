@@ -59,7 +59,8 @@ class MetricsServer:
             )
         except OSError as error:
             raise FailedPrecondition(
-                f"metrics: cannot bind {address}; is another instance running? ({error})"
+                f"metrics: cannot bind {address}; is another instance running? "
+                f"--metrics {host}:0 takes a free port ({error})"
             ) from error
         self.port: int = self._httpd.server_port
         self._thread = threading.Thread(

@@ -124,7 +124,8 @@ class Server:
                 port = self.grpc.add_insecure_port(settings.listen)
         except RuntimeError as error:
             raise FailedPrecondition(
-                f"listen: cannot bind {settings.listen}; is another instance running? ({error})"
+                f"listen: cannot bind {settings.listen}; is another instance running? "
+                f"--listen takes another address, port 0 a free one ({error})"
             ) from error
         return port
 

@@ -195,8 +195,8 @@ def _check_same(
                 f"not with {shlex.join(words) or 'none'}; {remedy}"
             )
     if fixed_ports is not None and fixed_ports != found.get("fixed_ports", fixed_ports):
-        kinds = ("fixed", "any") if found["fixed_ports"] else ("any", "fixed")
-        raise FailedPrecondition(f"the stack runs on ports {kinds[0]}, not {kinds[1]}; {remedy}")
+        was = "fixed (free ones where those were taken)" if found["fixed_ports"] else "any"
+        raise FailedPrecondition(f"the stack was started with ports {was}; {remedy}")
 
 
 def _start(

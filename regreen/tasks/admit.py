@@ -18,6 +18,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from regreen.client.sandbox import SandboxClient, StateClient
 from regreen.client.stack import Stack
@@ -54,6 +55,14 @@ class ReportingGateClient(ServiceGateClient):
     ) -> None:
         super().__init__(states, sandboxes)
         self._report = report
+        self._judged = 0
+
+    async def validate(self, state_id: str, *args: Any, **options: Any) -> sandbox_pb.Validation:
+        """The verdict on a diff; says how many there were."""
+        verdict = await super().validate(state_id, *args, **options)
+        self._judged += 1
+        self._report(f"run {self._judged} judged")
+        return verdict
 
     def prepared(self, progress: sandbox_pb.PrepareProgress) -> None:
         """Say how far a preparation is."""

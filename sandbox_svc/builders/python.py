@@ -300,7 +300,12 @@ def check_spec(spec: EnvironmentSpec) -> None:
         InvalidArgument: names the field.
     """
     if (spec.source is None) == (not spec.source_tree):
-        raise InvalidArgument("source", "or source_tree must be given, not both", "give one")
+        problem = (
+            "is absent, and source_tree too"
+            if spec.source is None
+            else "and source_tree are both given"
+        )
+        raise InvalidArgument("source", problem, "give one of the two")
     if spec.python not in spec.allowed_pythons:
         raise InvalidArgument("pythons", f"lacks {spec.python}", "add the spec's own python")
     if len(spec.allowed_pythons) > MAX_PYTHONS:

@@ -50,7 +50,7 @@ def test_up_with_other_arguments_is_refused(local: Local) -> None:
     assert local.cli("up", "--ports", "any", "--engine", "scripted").returncode == 0
     for words, said in (
         (("--engine", "torch"), "with --engine scripted, not with --engine torch"),
-        (("--ports", "fixed"), "on ports any, not fixed"),
+        (("--ports", "fixed"), "started with ports any"),
     ):
         done = local.cli("up", *words)
         assert done.returncode == 1

@@ -484,6 +484,7 @@ async def test_the_example_shows_what_was_asked(here):
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    first, second = done.stdout.splitlines()
+    *fetched, first, second = done.stdout.splitlines()
+    assert fetched == ["https://pypi.org/simple/iniconfig/ exit 1", "https://example.org/ exit 1"]
     assert first.startswith("pypi.org allowed connecting: no such name: pypi.org ")
     assert second.startswith("example.org refused is not on the sandbox's allow list ")

@@ -85,6 +85,21 @@ async def test_images_directories_and_states_come_and_go(service, cli, tmp_path)
     assert image["id"] in (await cli("state", "list")).stdout
 
 
+async def test_a_directory_is_judged_before_it_is_sent_and_told_what_it_lost(cli, tmp_path):
+    root = tmp_path / "root"
+    (root / "etc").mkdir(parents=True)
+    (root / "etc/name").write_text("x")
+    os.mkfifo(root / "pipe")
+    refused = await cli("state", "import", str(root), "--reference", "a:1")
+    assert refused.returncode == 2
+    assert "reference: names an image" in refused.stderr
+    assert "send" not in refused.stderr
+    done = await cli("state", "import", str(root), "--json")
+    (note,) = json.loads(done.stdout)["notes"]
+    assert note == "1 devices or pipes are left out, for example pipe"
+    assert "send (0 s)  0 MiB" in done.stderr
+
+
 async def test_what_cannot_be_read_or_found_is_named(service, cli, tmp_path):
     states, _, _ = service
     plain = await prepared(states, a="1")

@@ -49,6 +49,16 @@ def test_unknown_keys_are_refused(tmp_path, monkeypatch, capsys):
     assert "deep" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["REGREEN_DEMO__DEEP", "regreen_demo__deep"])
+def test_unknown_variables_are_refused(monkeypatch, capsys, name):
+    monkeypatch.setenv("REGREEN_OTHER__DEEP", "1")
+    monkeypatch.setenv(name, "2")
+    with pytest.raises(SystemExit) as exit:
+        Demo.load([])
+    assert exit.value.code == 2
+    assert f"{name}: is no setting of the demo service" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("address", ["0.0.0.0:50051", "10.0.0.1:1", "[::]:1", "example:1"])
 def test_plain_text_beyond_loopback_is_refused(address):
     with pytest.raises(ValidationError, match="plain text"):
