@@ -4,8 +4,8 @@
   limits a program can run into, the runtime with its program and its rules, the interpreters that
   the state names and the host has, and the host's programs where it stands on them. Bounds on time
   are not part of it, because what they cut is never kept.
-- Only commands that came to their own end are kept, failing ones too: never a timeout, an overrun
-  limit or trouble of the platform.
+- Only commands that came to their own end are kept, failing ones too: never a timeout, trouble of
+  the platform, or a run in which any process went over a limit or the host was short of room.
 - Equal actions in flight share one run, except those that ask for no cache or are quarantined.
 - A share of the answers is run again in the background. Runs that differ in reason, exit code,
   output or kept files quarantine their key: it is never answered from the cache again.
@@ -30,7 +30,15 @@ import structlog
 from regreen.rpc.errors import DiskFull, RegreenError, ResourceExhausted
 from sandbox_svc import metrics
 from sandbox_svc.action_store import ActionStore, Outcome, Quarantined
-from sandbox_svc.backends.base import Box, Command, EndReason, ExecResult, Limits, Runtime
+from sandbox_svc.backends.base import (
+    Box,
+    Command,
+    EndReason,
+    ExecResult,
+    Limits,
+    Runtime,
+    short_of_room,
+)
 from sandbox_svc.backends.commands import check_command
 from sandbox_svc.backends.tree_digest import tree_digest
 from sandbox_svc.builders.interpreters import stamps
@@ -196,7 +204,7 @@ class Actions:
 
     async def _run_and_keep(self, action: Action, key: str, keep_state: bool) -> Answer:
         answer = await self._run(action, key, keep_state)
-        if not _is_lasting(answer.outcome.result):
+        if not _is_lasting(answer.outcome.result, action.limits):
             return answer
         known = await asyncio.to_thread(self._store.get, key)
         if known is not None and known.state_created_s != answer.outcome.state_created_s:
@@ -247,7 +255,7 @@ class Actions:
         named = state_id(action.state_id, f"action {key}")
         try:
             same_state = answer.outcome.state_created_s == known.state_created_s
-            if same_state and _is_lasting(answer.outcome.result):
+            if same_state and _is_lasting(answer.outcome.result, action.limits):
                 self._differ(action, key, known, answer)
         finally:
             if made is not None and made.id != named:
@@ -283,11 +291,13 @@ class Actions:
         async def sink(stream: str, data: bytes) -> None:
             streams[stream].update(data)
 
-        result = await box.run(action.command, sink)
+        result = await box.run(replace(action.command, measured=True), sink)
+        if self._runtime.disk_is_full():
+            result = replace(result, least_free_bytes=0)
         metrics.EXEC_SECONDS.labels(result.reason.value).observe(result.wall_s)
         digests = (streams["stdout"].hexdigest(), streams["stderr"].hexdigest())
         outcome = Outcome(result, *digests, state_created_s=state.created_s)
-        if not keep_state or not _is_lasting(result):
+        if not keep_state or not _is_lasting(result, action.limits):
             return Answer(outcome, key)
         child, files_sha256 = await self._keep(box, key, state, own_name)
         outcome = replace(outcome, files_sha256=files_sha256, child_id=child.id)
@@ -352,8 +362,13 @@ class Actions:
             self._places.release()
 
 
-def _is_lasting(result: ExecResult) -> bool:
-    """Whether a command came to its own end; a kill may have come from the host."""
+def _is_lasting(result: ExecResult, limits: Limits) -> bool:
+    """Whether a command came to its own end, and nothing in it was cut short.
+
+    A kill may have come from the host; on a host without room something may have failed for that.
+    """
+    if result.overruns or short_of_room(result.least_free_bytes, limits):
+        return False
     if result.reason is EndReason.SIGNAL:
         return result.signal != _KILLED
     return result.reason is EndReason.EXIT

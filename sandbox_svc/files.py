@@ -3,10 +3,11 @@
 - Everything runs inside the sandbox or goes through the box's checked file operations; no path of
   a sandbox is ever resolved by this process.
 - Every answer is bounded in entries and bytes and says when a bound cut it.
-- A diff lists regular files alone, by content and mode; it never depends on timestamps.
+- A diff lists regular files alone, by content and mode; it never depends on timestamps, and no
+  link is followed: what a link shows is not the repository's.
 - A diff is what the validator may apply; it is computed against a pristine fork of the state.
-- A name that the validator would refuse, or a file that cannot be read, never fails a diff: it is
-  left out and counted.
+- What else changed never fails a diff: links, pipes and the like, empty directories, names that the
+  validator would refuse and files that cannot be read are left out, counted and named.
 - What grows with an agent's input (globs, listings, differences) is computed in worker threads.
 """
 
@@ -25,9 +26,17 @@ from regreen.rpc.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from sandbox_svc.backends.base import Box, Command, EndReason, ExecResult, FileStat
+from sandbox_svc.backends.base import (
+    Box,
+    Command,
+    EndReason,
+    ExecResult,
+    FileStat,
+    NotAFile,
+    Odd,
+)
 from sandbox_svc.backends.commands import absolute
-from sandbox_svc.builders.protect import check_path
+from sandbox_svc.builders.protect import MAX_PATH, check_path
 from sandbox_svc.globs import Glob
 from sandbox_svc.sandboxes import Manager
 from sandbox_svc.unified import TooLarge, unified
@@ -86,7 +95,10 @@ class Diff:
 
     changes: Sequence[Change] = ()
     unified: str = ""
-    """Says at its end how many changes `changes` leaves out."""
+    """Says at its end what `changes` leaves out."""
+    left_out: Sequence[tuple[str, str]] = ()
+    """Path and reason of what else changed; the first `DiffLimits.max_left_out`."""
+    left_out_total: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +108,7 @@ class DiffLimits:
     max_files: int = 2_000
     max_file_bytes: int = 8 << 20
     max_total_bytes: int = 48 << 20
+    max_left_out: int = 1_000
     max_unified_chars: int = 1 << 20
     max_unified_s: float = 2.0
     """Time for showing differences; files that come later are only named."""
@@ -228,20 +241,28 @@ def _matches(printed: bytes, pattern: Glob | None) -> list[Match]:
     return matches
 
 
-class _Unreadable(Exception):
-    """The sandbox's own user may not read a file."""
+_UNREADABLE = "a file that its owner may not read"
+_EMPTY = "an empty directory"
+_UNSENDABLE = (
+    "a name that is too long, not UTF-8 or has control characters or backslashes, or a directory "
+    "that its owner may not look into"
+)
+_Seen = tuple[bytes, FileStat] | NotAFile | str | None
+"""Content and mode of a file, or what is there else: something odd or unreadable, or nothing."""
 
 
-async def _read(box: Box, path: str, limits: DiffLimits) -> tuple[bytes, FileStat] | None:
-    """A regular file's content and mode; None when there is no regular file at `path`."""
+async def _look(box: Box, path: str, limits: DiffLimits) -> _Seen:
+    """What is at a path itself."""
     try:
-        content, info = await box.read_range(path, max_bytes=limits.max_file_bytes)
+        content, info = await box.read_range(path, max_bytes=limits.max_file_bytes, follow=False)
+    except NotAFile as found:
+        return found
     except (NoSuchFile, InvalidArgument):
         return None
     except FailedPrecondition as error:
         if "path" not in error.metadata:
             raise
-        raise _Unreadable from error
+        return _UNREADABLE
     if info.size_bytes > limits.max_file_bytes:
         raise ResourceExhausted(
             f"{path} has {info.size_bytes} bytes; a diff takes at most "
@@ -251,43 +272,90 @@ async def _read(box: Box, path: str, limits: DiffLimits) -> tuple[bytes, FileSta
     return content, info
 
 
+def _reason(before: _Seen, after: _Seen) -> str:
+    """Why a path is left out that is no regular file, or was none; empty where nothing is."""
+    if isinstance(before, str) or isinstance(after, str):
+        return _UNREADABLE
+    old, new = (
+        (seen.kind, seen.target) if isinstance(seen, NotAFile) else None for seen in (before, after)
+    )
+    if old == new:
+        return ""
+    if new is not None and new[0] is not Odd.DIRECTORY:
+        return new[0].value
+    return f"{old[0].value} that is gone" if old and old[0] is not Odd.DIRECTORY else ""
+
+
 async def diff_boxes(
     old: Box, new: Box, paths: Sequence[str], root: str, limits: DiffLimits
 ) -> Diff:
     """Compare two boxes at `paths` (absolute, below `root`)."""
     changes: list[Change] = []
     originals: list[bytes] = []
-    total = left_out = 0
+    left_out: dict[str, str] = {}
+    empty: list[str] = []
+    above: set[str] = set()
+    total = 0
     for path in paths:
         relative = path.removeprefix(root.rstrip("/") + "/")
         if relative == path or any(part in limits.skipped for part in relative.split("/")):
             continue
+        if relative.endswith("/."):
+            empty.append(path.removesuffix("/."))
+            continue
         if not _is_sendable(relative):
-            left_out += 1
+            left_out[relative] = _UNSENDABLE
             continue
-        try:
-            before, after = await _read(old, path, limits), await _read(new, path, limits)
-        except _Unreadable:
-            left_out += 1
+        before, after = await _look(old, path, limits), await _look(new, path, limits)
+        if after is not None:
+            above.add(path.rpartition("/")[0])
+        if reason := _reason(before, after):
+            left_out[relative] = reason
+        if isinstance(before, str) or isinstance(after, str):
             continue
-        change = _compare(relative, before, after)
+        was, found = (seen if isinstance(seen, tuple) else None for seen in (before, after))
+        change = _compare(relative, was, found)
         if change is None:
             continue
         changes.append(change)
-        originals.append(before[0] if before else b"")
+        originals.append(was[0] if was else b"")
         total += len(change.content)
         if len(changes) > limits.max_files or total > limits.max_total_bytes:
             raise ResourceExhausted(
                 f"the diff under {root} is over {limits.max_files} files or "
                 f"{limits.max_total_bytes} bytes"
             )
+    for path in empty:
+        if path not in above and await _is_new_directory(old, new, path, limits):
+            left_out[path.removeprefix(root.rstrip("/") + "/")] = _EMPTY
     text = await asyncio.to_thread(_show, changes, originals, limits)
-    if left_out:
-        text += (
-            f"[{left_out} changed paths are left out: a name that is too long, not UTF-8 or has "
-            "control characters or backslashes, or a file that its owner may not read]\n"
-        )
-    return Diff(tuple(changes), text)
+    named = tuple(sorted(left_out.items()))
+    text += _told(named)
+    return Diff(tuple(changes), text, named[: limits.max_left_out], len(named))
+
+
+async def _is_new_directory(old: Box, new: Box, path: str, limits: DiffLimits) -> bool:
+    seen = [await _look(box, path, limits) for box in (old, new)]
+    before, after = (isinstance(one, NotAFile) and one.kind is Odd.DIRECTORY for one in seen)
+    return after and not before
+
+
+_TOLD_PATHS = 20
+
+
+def _told(left_out: Sequence[tuple[str, str]]) -> str:
+    """The end of a unified diff that leaves something out."""
+    if not left_out:
+        return ""
+    lines = [f"[{len(left_out)} changed paths are left out, for a diff has regular files alone:]\n"]
+    lines += [f"[{shown(path)}: {reason}]\n" for path, reason in left_out[:_TOLD_PATHS]]
+    return "".join(lines) + ("[...]\n" if len(left_out) > _TOLD_PATHS else "")
+
+
+def shown(path: str) -> str:
+    """A path of a sandbox in one line of text."""
+    text = path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)[:MAX_PATH]
 
 
 def _is_sendable(relative: str) -> bool:
@@ -385,4 +453,9 @@ async def _all(box: Box, root: str) -> Sequence[str]:
         raise FailedPrecondition(
             f"{root} has more than {_MAX_LIMIT} files and the states are not related"
         )
-    return [f"{root.rstrip('/')}/{entry.path}" for entry in entries if not entry.directory]
+    full = {entry.path.rpartition("/")[0] for entry in entries}
+    return [
+        f"{root.rstrip('/')}/{entry.path}" + ("/." if entry.directory else "")
+        for entry in entries
+        if not entry.directory or entry.path not in full
+    ]

@@ -1,7 +1,8 @@
 """What a validation is asked for: its key, its part of the tests, and its diff in a fork.
 
 - Equal requests have equal keys; a request that may stop early knows that of the whole one too.
-- A diff is written into a fork file by file; what cannot be written is reported, not fatal.
+- A diff is written into a fork file by file; what cannot be written is reported, not fatal. No
+  link is followed, for a path that is not protected might lead to one that is.
 """
 
 import hashlib
@@ -10,7 +11,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import astuple, replace
 from typing import Any
 
-from regreen.rpc.errors import InvalidArgument, NoSuchFile
+from regreen.rpc.errors import (
+    DiskFull,
+    FailedPrecondition,
+    InvalidArgument,
+    NoSuchFile,
+    ResourceExhausted,
+)
 from sandbox_svc.backends.base import Box, Command
 from sandbox_svc.builders.base import REPO, FileChange
 from sandbox_svc.builders.protect import Reverted
@@ -89,6 +96,17 @@ def placed(plan: Plan) -> list[str]:
     return [f"{REPO}/{change.path}" for change in changes]
 
 
+async def _is_there(box: Box, path: str) -> bool:
+    """Whether there is something at a path itself, not below a link."""
+    try:
+        await box.read_range(path, max_bytes=0, follow=False)
+    except NoSuchFile:
+        return False
+    except (InvalidArgument, FailedPrecondition):  # something else than a file, or unreadable
+        return True
+    return True
+
+
 async def apply(plan: Plan, box: Box) -> Plan:
     """Write the kept changes into the fork; one that cannot be written is reported.
 
@@ -96,6 +114,7 @@ async def apply(plan: Plan, box: Box) -> Plan:
         DiskFull: the host has no space left; says nothing about the diff.
     """
     deleted = [f"{REPO}/{c.path}" for c in plan.changes if c.content is None]
+    deleted = [path for path in deleted if await _is_there(box, path)]
     if deleted:
         await box.run(Command(("rm", "-f", "--", *deleted), cwd="/"))
     reverted = list(plan.reverted)
@@ -106,8 +125,10 @@ async def apply(plan: Plan, box: Box) -> Plan:
             continue
         mode = 0o755 if change.mode & 0o100 else 0o644
         try:
-            await box.write_file(f"{REPO}/{change.path}", change.content, mode)
+            await box.write_file(f"{REPO}/{change.path}", change.content, mode, follow=False)
             applied.append(change)
-        except (InvalidArgument, NoSuchFile) as error:
+        except (InvalidArgument, NoSuchFile, ResourceExhausted) as error:
+            if isinstance(error, DiskFull) or error.retry_after_s is not None:
+                raise
             reverted.append(Reverted(change.path, f"unwritable: {error}"))
     return replace(plan, changes=tuple(applied), reverted=tuple(reverted))

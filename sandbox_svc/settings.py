@@ -12,7 +12,7 @@ from regreen.allowlist import AllowList, parse_hosts
 from regreen.rpc.errors import InvalidArgument
 from regreen.settings import ServiceSettings
 from sandbox_svc.actions import ActionLimits
-from sandbox_svc.backends.base import Limits
+from sandbox_svc.backends.base import LEAST, Limits
 from sandbox_svc.egress import Egress
 from sandbox_svc.egress_exchange import Bounds
 from sandbox_svc.egress_log import Ledger
@@ -71,7 +71,7 @@ class SandboxSettings(ServiceSettings):
     """Memory of a sandbox whose request names none."""
     pids: int = Field(default=512, ge=8)
     """Processes and threads of a sandbox whose request names none."""
-    cpus: float = Field(default=2.0, gt=0)
+    cpus: float = Field(default=2.0, ge=LEAST["cpus"])
     """Cores of a sandbox whose request names none."""
     disk_bytes: int = Field(default=8 << 30, ge=1 << 20)
     """Bytes that a sandbox may write when its request names no bound."""

@@ -114,7 +114,8 @@ class Spare:
         await self._write(testrun.run_request(options, key))
         self._close_stdin()
         result = await self._run
-        if result.reason not in (EndReason.EXIT, EndReason.TIMEOUT):
+        odd = result.overruns - {EndReason.TIMEOUT}
+        if odd or result.reason not in (EndReason.EXIT, EndReason.TIMEOUT):
             return Miss.ENDED
         run = testrun.read_run(replace(result, channel=result.channel[self._skip :]), key)
         if run.anew:

@@ -14,7 +14,15 @@ from regreen.common import v1 as common_pb
 from regreen.rpc.errors import InvalidArgument
 from regreen.sandbox import v1 as pb
 from sandbox_svc import files, validate
-from sandbox_svc.backends.base import Capability, Captured, Command, EndReason, ExecResult, Limits
+from sandbox_svc.backends.base import (
+    LEAST,
+    Capability,
+    Captured,
+    Command,
+    EndReason,
+    ExecResult,
+    Limits,
+)
 from sandbox_svc.builders.base import Stage
 from sandbox_svc.builders.testrun import TestResult
 from sandbox_svc.conditions import Conditions
@@ -24,7 +32,7 @@ from sandbox_svc.states import DEFAULT_CWD, State
 MAX_OUTPUT_BYTES = 16 << 20
 _MOST = {
     "memory_bytes": 1 << 50,
-    "pids": 1 << 22,
+    "pids": (1 << 22) - 1,
     "cpus": 4096,
     "disk_bytes": 1 << 50,
     "inodes": 1 << 40,
@@ -55,7 +63,7 @@ def seconds(value: Duration, field: str, most_s: float = _MOST_SECONDS) -> float
 def duration(value_s: float) -> Duration:
     """Seconds as a duration."""
     message = Duration()
-    message.FromNanoseconds(max(0, int(value_s * 1e9)))
+    message.FromNanoseconds(max(0, round(value_s * 1e9)))
     return message
 
 
@@ -78,12 +86,11 @@ def limits_from(message: pb.Limits) -> Limits:
             raise InvalidArgument(
                 f"limits.{name}", f"is {value}", f"give up to {most}, or 0 for the default"
             )
-    if 0 < message.memory_bytes < 16 << 20:
-        raise InvalidArgument(
-            "limits.memory_bytes",
-            f"is {message.memory_bytes}",
-            f"give {16 << 20} or more, or 0 for the default",
-        )
+    for name, least in LEAST.items():
+        if 0 < (value := getattr(message, name)) < least:
+            raise InvalidArgument(
+                f"limits.{name}", f"is {value}", f"give at least {least}, or 0 for the default"
+            )
     return Limits(
         **{name: getattr(message, name) for name in _MOST},
         wall_s=seconds(message.wall, "limits.wall"),
@@ -143,6 +150,7 @@ def result_to(result: ExecResult) -> pb.CommandResult:
         wall=duration(result.wall_s),
         cpu=duration(result.cpu_s),
         peak_memory_bytes=result.peak_memory_bytes,
+        limits_hit=[_REASONS[reason] for reason in EndReason if reason in result.overruns],
     )
 
 
@@ -221,7 +229,15 @@ def diff_to(diff: files.Diff) -> pb.DiffResponse:
         )
         for change in diff.changes
     ]
-    return pb.DiffResponse(changes=changes, unified=diff.unified)
+    return pb.DiffResponse(
+        changes=changes,
+        unified=diff.unified,
+        left_out=[
+            pb.RevertedChange(path=files.shown(path), reason=reason)
+            for path, reason in diff.left_out
+        ],
+        left_out_total=diff.left_out_total,
+    )
 
 
 def options_from(request: pb.ValidateRequest) -> validate.ValidationOptions:

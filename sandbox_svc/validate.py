@@ -36,6 +36,7 @@ from regreen.rpc.errors import (
     RegreenError,
 )
 from sandbox_svc import metrics
+from sandbox_svc.backends import base
 from sandbox_svc.backends.base import Box, Command, EndReason, Limits, Runtime
 from sandbox_svc.builders import testrun
 from sandbox_svc.builders.base import LOCK, REPO, RUNNER, TOOLS, FileChange
@@ -214,8 +215,7 @@ class Validator:
         verdict = replace(verdict, seconds=round(self._clock() - started, 3), probe=probe)
         # A run that did not stop early was a whole one.
         key = key_of(plan, whole=not verdict.partial)
-        if verdict.lasting:
-            self._keep(key, verdict)
+        self._keep(key, verdict)
         source = self._workers if verdict.workers > 1 else self._warm if verdict.warm else None
         if source is not None and source.wants_check(plan.state.id):
             self._later(self._check(plan, key, verdict, source))
@@ -250,6 +250,12 @@ class Validator:
         if plan.options.repeat == 1:
             kept = key_of(plan, whole=not cold.partial)  # it may have stopped where no other did
             self._keep(kept, replace(cold, seconds=verdict.seconds))
+
+    def _is_full(self, verdict: Validation) -> bool:
+        """Whether a verdict may be what it is because the host had no room at some time."""
+        if verdict.outcome is Outcome.PASSED:
+            return False
+        return 0 <= verdict.least_free_bytes < base.FULL_BYTES or self._runtime.disk_is_full()
 
     async def _try_workers(
         self, plan: Plan, serial: Validation, proof: Proof, workers: Workers
@@ -286,13 +292,17 @@ class Validator:
             log.info("run_again_by_one", state_id=plan.state.id, reason=found)
             return None
         verdict = replace(conclude(*found), workers=proof.count)
-        return None if self._runtime.disk_is_full() else verdict
+        return None if self._is_full(verdict) else verdict
 
     def _forget(self, key: str) -> None:
         dropped = self._cache.pop(key, None)
         self._cached_bytes -= dropped.weight if dropped else 0
 
     def _keep(self, key: str, verdict: Validation) -> None:
+        """Remember a verdict that lasts; a failure on a host with little room may not."""
+        short = base.short_of_room(verdict.least_free_bytes, self._limits)
+        if not verdict.lasting or (short and verdict.outcome is not Outcome.PASSED):
+            return
         old = self._cache.pop(key, None)
         self._cache[key] = verdict
         self._cached_bytes += verdict.weight - (old.weight if old else 0)
@@ -400,29 +410,25 @@ class Validator:
             return None
         metrics.WARM_HITS.inc()
         verdict = replace(conclude(plan, run), warm=True)
-        if verdict.outcome is not Outcome.PASSED and self._runtime.disk_is_full():
+        if self._is_full(verdict):
             raise DiskFull(f"no space to validate; it ended with: {verdict.summary}")
         return verdict
 
     async def _cold(self, plan: Plan, change: LockChange | None, seed: int) -> Validation:
         """One run in one fresh fork that starts with nothing."""
-        async with own_layers(self._states, self._runtime) as layers, self._fresh(plan) as box:
+        fork = fork_of(self._states, self._runtime, plan.state.id, self._limits)
+        async with own_layers(self._states, self._runtime) as layers, fork as box:
             verdict = await self._in_box(plan, change, seed, box, layers)
             # Looked at before the box goes, which may make room again.
-            if verdict.outcome is not Outcome.PASSED and self._runtime.disk_is_full():
+            if self._is_full(verdict):
                 raise DiskFull(f"no space to validate; it ended with: {verdict.summary}")
             return verdict
-
-    def _fresh(
-        self, plan: Plan, above: Sequence[str] = ()
-    ) -> contextlib.AbstractAsyncContextManager[Box]:
-        return fork_of(self._states, self._runtime, plan.state.id, self._limits, above)
 
     async def _in_box(
         self, plan: Plan, change: LockChange | None, seed: int, box: Box, layers: list[str]
     ) -> Validation:
         if change is not None and plan.lock is not None:
-            await box.write_file(f"{REPO}/{LOCK}", plan.lock.content or b"")
+            await box.write_file(f"{REPO}/{LOCK}", plan.lock.content or b"", follow=False)
             if not change.empty:
                 failed = await self._sync(plan, box)
                 if failed is not None:

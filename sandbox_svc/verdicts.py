@@ -2,7 +2,8 @@
 
 - A required test counts only if the trusted runner reported it as passed and the run ended whole.
 - A run that is not believed has no results at all, whatever it reported.
-- A verdict is lasting only if the run came to its own end.
+- A verdict is lasting only if the run came to its own end, and, unless it passed, no process of it
+  ran into a limit.
 - A part of the tests never passes: chosen tests that pass are `incomplete`. What did not run is
   counted, and neither listed as missing nor as failing.
 - A run that stopped early has failed, and so would the whole one: it is the beginning of it.
@@ -93,6 +94,8 @@ class Validation:
     """Whether it was computed under other conditions than the pinned ones."""
     unmet: Mapping[str, str] = field(default_factory=dict)
     """Conditions that could not be brought about, and why."""
+    least_free_bytes: int = field(default=-1, compare=False)
+    """The least room that the host was seen to have meanwhile; below zero where nobody looked."""
 
     @property
     def weight(self) -> int:
@@ -219,7 +222,9 @@ def conclude(plan: Plan, run: TestRun) -> Validation:
         log=run.log,
         error_lines=testrun.error_lines(run),
         coverage=run.coverage,
-        lasting=run.result.reason is EndReason.EXIT,
+        lasting=run.result.reason is EndReason.EXIT
+        and (outcome is Outcome.PASSED or not run.result.overruns),
+        least_free_bytes=run.result.least_free_bytes,
         partial=partial,
         not_run=not_run if partial else 0,
         unmet=run.unmet,

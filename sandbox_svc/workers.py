@@ -291,6 +291,8 @@ def _unfit(run: TestRun) -> str:
     """Why the run of one worker is none, whatever the others say; empty if it is one."""
     if run.result.reason is not EndReason.EXIT:
         return f"a worker was ended by {run.result.reason.value}"
+    if run.result.overruns:
+        return f"a worker went over a limit: {', '.join(sorted(run.result.overruns))}"
     if run.tampered or run.crash or not run.complete or run.part is None or run.stopped:
         return f"a worker did not come to its own end {run.tampered or run.crash}".rstrip()
     if len(run.tests) != run.part.chosen:
@@ -324,6 +326,7 @@ def merged(runs: Sequence[TestRun]) -> TestRun:
         wall_s=max(r.wall_s for r in results),
         cpu_s=sum(r.cpu_s for r in results),
         peak_memory_bytes=sum(r.peak_memory_bytes for r in results),
+        least_free_bytes=min(r.least_free_bytes for r in results),
         channel=b"",
     )
     replaced = frozenset[str]().union(*(run.replaced for run in runs))

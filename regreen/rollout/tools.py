@@ -41,6 +41,7 @@ _GENERATED = ("__pycache__", ".pytest_cache", ".mypy_cache", ".git", ".hypothesi
 _ENVIRONMENT = {"PATH": "/work/env/bin:/usr/local/bin:/usr/bin:/bin", "VIRTUAL_ENV": "/work/env"}
 _LINE_CHARS = 160
 _COMMANDS_KEPT = 200
+_LEFT_OUT = 5
 _LOG_FROM_CHARS = 1000
 """Observations that may be longer than this show the end of a failed validation's log."""
 
@@ -90,6 +91,8 @@ class Workbench:
     """Items of the knowledge base that the agent was shown."""
     kept_states: list[str] = field(default_factory=list)
     """States made in this episode; deleted when it ends, unless it keeps them."""
+    left_out: str = ""
+    """What else than regular files the last diff found changed, and so is in no validation."""
     _validated: str = ""
 
     async def call(self, call: Call) -> Observation:
@@ -159,6 +162,8 @@ class Workbench:
             if "overrun" not in error.metadata:
                 raise
             raise ToolError(str(error)) from error
+        left_out = [f"{c.path} ({c.reason})" for c in found.left_out if not generated(c.path)]
+        self.left_out = ", ".join(left_out[:_LEFT_OUT])
         return [change for change in found.changes if not generated(change.path)], found.unified
 
     async def validate(
@@ -314,6 +319,9 @@ async def _validate_and_build(bench: Workbench, call: Call) -> Observation:
         raise InfraError(str(error)) from error
     bench.last_validation = verdict
     seen = describe(verdict, bench.facts)
+    if bench.left_out and not seen.ending:
+        told = f"not applied (a diff has regular files alone): {bench.left_out}"
+        seen = replace(seen, text=f"{seen.text}\n{told}")
     bench.error = seen.error or bench.error
     room = bench.budget.observation_chars - _LOG_FROM_CHARS
     if seen.ending or room <= 0 or not verdict.log:

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from regreen.rpc.errors import FailedPrecondition
+from regreen.rpc.errors import FailedPrecondition, InvalidArgument
 
 if TYPE_CHECKING:
     from sandbox_svc.backends.output import OutputLog, Pulse
@@ -34,6 +34,10 @@ class Limits:
     inodes: int = 0
     output_bytes: int = 0
     wall_s: float = 0.0
+
+
+LEAST: Mapping[str, float] = MappingProxyType({"memory_bytes": 16 << 20, "cpus": 0.01})
+"""Below these the kernel keeps no limit (a millisecond in a period), or nothing starts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +112,8 @@ class Command:
     """Give it a terminal: what it prints is stdout, its input as if left open. Only `Box.start`
     looks at it."""
     later: Later | None = None
+    measured: bool = False
+    """Measure at its end what there is on the disk, not only where the host has lost as much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,10 +150,31 @@ class ExecResult:
     peak_memory_bytes: int = 0
     channel: bytes = b""
     """What the command wrote to its result pipe, if one was asked for."""
+    limits_hit: tuple[EndReason, ...] = ()
+    """Limits that its sandbox ran into meanwhile, whichever process did and whatever came of it;
+    as far as the runtime can tell."""
+    least_free_bytes: int = -1
+    """The least room that the host was seen to have meanwhile; below zero where nobody looked."""
+
+    @property
+    def overruns(self) -> frozenset[EndReason]:
+        """Every limit that it ran into, the one that ended it included."""
+        return frozenset({*self.limits_hit, self.reason}) & OVERRUNS
 
     @property
     def ok(self) -> bool:
         return self.reason is EndReason.EXIT and self.exit_code == 0
+
+
+FULL_BYTES = 32 << 20
+"""With less room than this a disk is as good as full."""
+ROOM_BYTES = 1 << 30
+"""With less room than this it may be filled, and empty again, between two looks at it."""
+
+
+def short_of_room(least_free_bytes: int, limits: Limits) -> bool:
+    """Whether the host may have been full where a sandbox's limit would have let it go on."""
+    return 0 <= least_free_bytes < min(limits.disk_bytes or ROOM_BYTES, ROOM_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,13 +242,33 @@ class Process(Protocol):
         ...
 
 
+class Odd(StrEnum):
+    """What may be in the place of a regular file."""
+
+    LINK = "a symbolic link"
+    DIRECTORY = "a directory"
+    OTHER = "a pipe, a socket or a device"
+
+
+class NotAFile(InvalidArgument):
+    """There is something else than a regular file at a path."""
+
+    def __init__(self, path: str, kind: Odd, target: str = "") -> None:
+        super().__init__("path", f"not a regular file but {kind.value}: {path}")
+        self.kind, self.target = kind, target
+        """Where a link leads, as it says."""
+
+
 class Readable(Protocol):
     """What files can be read of."""
 
     async def read_range(
-        self, path: str, *, offset: int = 0, max_bytes: int
+        self, path: str, *, offset: int = 0, max_bytes: int, follow: bool = True
     ) -> tuple[bytes, FileStat]:
-        """Read part of a regular file; the stat tells the size of the whole."""
+        """Read part of a regular file; the stat tells the size of the whole.
+
+        Unless links are followed, there is nothing below one, and one itself is a `NotAFile`.
+        """
         ...
 
 
@@ -249,8 +296,13 @@ class Box(Readable, Protocol):
         """Read a regular file, resolved inside the sandbox's root; links never leave it."""
         ...
 
-    async def write_file(self, path: str, content: bytes, mode: int = 0o644) -> None:
-        """Write a regular file, creating parent directories."""
+    async def write_file(
+        self, path: str, content: bytes, mode: int = 0o644, *, follow: bool = True
+    ) -> None:
+        """Write a regular file, creating parent directories.
+
+        Unless links are followed, one is replaced, and one on the way is a `NoSuchFile`.
+        """
         ...
 
     async def freeze(self) -> str:
@@ -264,7 +316,7 @@ class Box(Readable, Protocol):
         """Absolute paths touched since creation, or above the first `since` layers, sorted.
 
         May name a path that turns out equal; never leaves out one that differs. A directory that
-        cannot be looked into is named with a slash at its end.
+        cannot be looked into is named with a slash at its end, one that may be empty with `/.`.
         """
         ...
 

@@ -15,14 +15,14 @@ import signal
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from sandbox_svc.backends.base import Limits
 
 _ROOT = Path("/sys/fs/cgroup")
-_PERIOD_US = 100_000
+_PERIOD_US, _LEAST_QUOTA_US = 100_000, 1000
 _GRACE_S = 2.0
 
 
@@ -95,6 +95,20 @@ class CgroupDriver(Protocol):
     def members(self) -> frozenset[str]:
         """Names of the groups that are there."""
         ...
+
+
+def in_force(limits: Limits) -> Limits:
+    """The limits as the kernel keeps them: whole pages, and whole microseconds of a period."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    return replace(
+        limits,
+        memory_bytes=limits.memory_bytes // page * page,
+        cpus=_quota_us(limits) / _PERIOD_US if limits.cpus else 0.0,
+    )
+
+
+def _quota_us(limits: Limits) -> int:
+    return max(_LEAST_QUOTA_US, round(limits.cpus * _PERIOD_US))
 
 
 def _counter(path: str, name: bytes) -> int:
@@ -212,7 +226,7 @@ class CgroupV1(_Base):
         if limits.pids:
             found.append(Write(f"{self._of('pids', box)}/pids.max", str(limits.pids + 1)))
         if limits.cpus:
-            cpu, quota = self._of("cpu", box), max(1000, int(limits.cpus * _PERIOD_US))
+            cpu, quota = self._of("cpu", box), _quota_us(limits)
             found.append(Write(f"{cpu}/cpu.cfs_period_us", str(_PERIOD_US)))
             found.append(Write(f"{cpu}/cpu.cfs_quota_us", str(quota)))
         return found
@@ -241,8 +255,7 @@ class CgroupV2(_Base):
         if limits.pids:
             found.append(Write(f"{group}/pids.max", str(limits.pids + 1)))
         if limits.cpus:
-            quota = max(1000, int(limits.cpus * _PERIOD_US))
-            found.append(Write(f"{group}/cpu.max", f"{quota} {_PERIOD_US}"))
+            found.append(Write(f"{group}/cpu.max", f"{_quota_us(limits)} {_PERIOD_US}"))
         return found
 
     def counters(self, box: str) -> Counters:

@@ -23,7 +23,6 @@ from regreen.rpc.errors import (
     FailedPrecondition,
     InfraError,
     InvalidArgument,
-    NoSuchFile,
     NotFound,
     RegreenError,
     ResourceExhausted,
@@ -43,6 +42,16 @@ from sandbox_svc.backends.commands import ENVIRONMENT, absolute, check_command
 from sandbox_svc.backends.docker_channel import Channel
 from sandbox_svc.backends.docker_engine import ContainerGone, Engine, EngineSilent
 from sandbox_svc.backends.docker_exec import ROOT, Answer, Exec, Helper, ask
+from sandbox_svc.backends.docker_files import (
+    LISTING,
+    READ,
+    READ_ITSELF,
+    TOLD,
+    WRITE,
+    WRITE_ITSELF,
+    parse_listing,
+    raise_for,
+)
 from sandbox_svc.backends.docker_marks import COUNT, END, GROUPS, Mark, Marks
 from sandbox_svc.backends.docker_oom import Before, OomKills
 from sandbox_svc.backends.docker_process import DockerProcess
@@ -51,37 +60,11 @@ from sandbox_svc.backends.jobs import lost, no_directory
 if TYPE_CHECKING:
     from sandbox_svc.backends.docker import DockerRuntime
 
-_READ = """
-p=$1
-[ -e "$p" ] || exit 44
-r=$(readlink -f -- "$p")
-case "$r" in /proc/*|/sys/*|/dev/*) exit 45;; esac
-[ -f "$r" ] || exit 45
-[ -r "$r" ] || exit 46
-stat -L -c '%s %a' -- "$r"
-tail -c +"$2" -- "$r" | head -c "$3"
-"""
-_WRITE = """
-p=$1
-r=$(readlink -m -- "$p")
-case "$r" in /proc/*|/sys/*|/dev/*) exit 45;; esac
-[ ! -e "$r" ] || [ -f "$r" ] || exit 45
-mkdir -p -- "$(dirname -- "$r")" || exit 46
-cat > "$r" || exit 46
-chmod "$2" -- "$r"
-"""
-_LISTING = (
-    "find {} -xdev '(' ! -type d -printf '%y %s %m %T@ %C@ %p\\0' ')' -o "
-    "'(' '(' ! -readable -o ! -executable ')' -printf '%y 0 %m %T@ %C@ %p/\\0' ')' "
-    "2>/dev/null; true"
-)
 _LISTING_BYTES = 256 << 20
 _END_TRIES = 6
 _END_S = 20.0
 _AGAIN_S = 0.2
 _KILLED = 137
-_TOLD = (0, 44, 45, 46)
-"""Exit codes of the scripts here that have a meaning."""
 _START_ROOM = 8
 """Threads that the engine's starter needs in a container."""
 
@@ -302,6 +285,10 @@ class DockerBox:
             return await self._kills.since(before)
         return bool((await self.engine.state(container)).get("OOMKilled"))
 
+    async def lost_for_memory(self, container: str, before: Before | None) -> bool:
+        """Whether any process was killed for want of memory; asked only where that is cheap."""
+        return self._kills.counted and await self._for_memory(container, before)
+
     async def not_started(self, container: str, command: Command, told: Captured) -> ExecResult:
         """What it means that the engine did not get a command to run."""
         self._known.discard(command.cwd)
@@ -327,26 +314,30 @@ class DockerBox:
         return await read_whole(self, path, max_bytes)
 
     async def read_range(
-        self, path: str, *, offset: int = 0, max_bytes: int
+        self, path: str, *, offset: int = 0, max_bytes: int, follow: bool = True
     ) -> tuple[bytes, FileStat]:
         """Read part of a regular file; the stat tells the size of the whole."""
         arguments = [absolute(path), str(offset + 1), str(max_bytes)]
-        answer = await self._script(_READ, arguments, limit_bytes=max_bytes + 64)
-        _raise_for(answer.code, path)
+        script = READ if follow else READ_ITSELF + READ
+        answer = await self._script(script, arguments, limit_bytes=max_bytes + 4200)
+        raise_for(answer.code, path, answer.out.head)
         first, _, content = answer.out.head.partition(b"\n")
         size, _, mode = first.partition(b" ")
         if not (size.isdigit() and mode.isdigit()):
             raise InfraError(f"the container did not answer for {path}")
         return content, FileStat(int(size), int(mode, 8) & 0o777)
 
-    async def write_file(self, path: str, content: bytes, mode: int = 0o644) -> None:
+    async def write_file(
+        self, path: str, content: bytes, mode: int = 0o644, *, follow: bool = True
+    ) -> None:
         """Write a regular file, creating parent directories."""
         if self.limits.disk_bytes and len(content) > self.limits.disk_bytes:
             raise InvalidArgument(
                 "content", "is larger than the sandbox's disk limit", "give it more disk_bytes"
             )
         arguments = [absolute(path), f"{mode & 0o777:o}"]
-        _raise_for((await self._script(_WRITE, arguments, stdin=content)).code, path)
+        script = WRITE if follow else WRITE_ITSELF + WRITE
+        raise_for((await self._script(script, arguments, stdin=content)).code, path)
 
     async def _script(
         self, script: str, arguments: Sequence[str], *, stdin: bytes = b"", limit_bytes: int = 1024
@@ -358,7 +349,7 @@ class DockerBox:
         try:
             async with self._life:
                 answer = await self._user(argv, stdin=stdin, limit_bytes=limit_bytes)
-                if answer.code not in _TOLD and await self._is_full(self.container):
+                if answer.code not in TOLD and await self._is_full(self.container):
                     raise FailedPrecondition(
                         "the sandbox is at its limit of processes; end some or restore it"
                     )
@@ -392,7 +383,7 @@ class DockerBox:
         """Absolute paths touched since creation, or above the first `since` layers, sorted."""
         self._require()
         below = self.layers[: self.below if since is None else since]
-        script = _LISTING.format(shlex.quote(absolute(under)))
+        script = LISTING.format(shlex.quote(absolute(under)))
         untouched = await self._runtime.create(below, limits=Limits())
         try:
             old = await untouched.listed(script)
@@ -446,31 +437,6 @@ class DockerBox:
 
 def _sh(script: str, *arguments: str) -> list[str]:
     return ["/bin/sh", "-c", script, "-", *arguments]
-
-
-def _raise_for(code: int, path: str) -> None:
-    match code:
-        case 0:
-            return
-        case 44:
-            raise NoSuchFile(f"no such file in the sandbox: {path}", metadata={"path": path})
-        case 45:
-            raise InvalidArgument("path", f"not a regular file: {path}", "name a regular file")
-        case 46:
-            raise FailedPrecondition(
-                f"not permitted inside the sandbox: {path}", metadata={"path": path}
-            )
-        case _:
-            raise InfraError(f"the container did not answer for {path} (code {code})")
-
-
-def parse_listing(data: bytes) -> dict[str, bytes]:
-    """Path to everything else that was listed about it."""
-    found = {}
-    for record in data.split(b"\0")[:-1]:
-        *facts, path = record.split(b" ", 5)
-        found[path.decode("utf-8", "surrogateescape")] = b" ".join(facts)
-    return found
 
 
 def layer_record(layers: Sequence[str], size_bytes: int) -> str:

@@ -64,6 +64,11 @@ class OomKills:
             self._seen = True
         return Before(await self._count() if self._seen else 0, self._claimed)
 
+    @property
+    def counted(self) -> bool:
+        """Whether the kernel of this host counts, so that looking costs next to nothing."""
+        return self._file is not None
+
     async def since(self, before: Before) -> bool:
         """Whether there was a kill since, which is no other command's; it then is this one's.
 

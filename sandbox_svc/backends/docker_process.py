@@ -277,7 +277,11 @@ class DockerProcess:
             ending = await self._box.how(self._container, code, self._kills)
         reason, shown, number = ending
         channel = await self._channel.finish() if self._channel is not None else b""
-        return ExecResult(reason, shown, number, out, err, wall_s, channel=channel)
+        lost = reason is not EndReason.OOM and await self._box.lost_for_memory(
+            self._container, self._kills
+        )
+        hit = (EndReason.OOM,) if lost else ()
+        return ExecResult(reason, shown, number, out, err, wall_s, channel=channel, limits_hit=hit)
 
     def _close(self) -> None:
         self._ended, self._input_open = True, False

@@ -197,7 +197,7 @@ class EmbeddedRuntime:
 
     def _complete(self, limits: Limits) -> Limits:
         default = self._defaults
-        return replace(
+        whole = replace(
             limits,
             memory_bytes=limits.memory_bytes or default.memory_bytes,
             pids=limits.pids or default.pids,
@@ -207,6 +207,7 @@ class EmbeddedRuntime:
             output_bytes=limits.output_bytes or default.output_bytes,
             wall_s=limits.wall_s or default.wall_s,
         )
+        return cgroups.in_force(whole)
 
     async def seat_for(self, box: EmbeddedBox) -> Seat:
         """A seat for a box."""

@@ -106,6 +106,7 @@ class EmbeddedBox(BoxFiles):
                 self._watch = Watch(self, self._jobs, memory=soft)
                 if self._jobs:  # one came while the first process got ready
                     self._watch.wake()
+                    self._watch.look()
                 if self._door is not None:
                     self._gate = self._door.open(await self._listener(self._link))
         except LinkClosed as error:
@@ -180,10 +181,13 @@ class EmbeddedBox(BoxFiles):
         """
         loop, link = asyncio.get_running_loop(), self._require()
         job = Job(link.next_id(), link, command, loop.create_future(), readers)
+        job.seen = self._seen
         self._jobs[job.id] = job
         try:
             if self._watch is not None:
                 self._watch.wake()
+                self._watch.look()
+                job.disk_reached = self._watch.disk_reached
             job.refused = await self._start(job, stdin, told=told)
         except BaseException as error:
             await self._abandon(job, error)
@@ -306,17 +310,36 @@ class EmbeddedBox(BoxFiles):
         number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
         code = -number if number else os.waitstatus_to_exitcode(status)
         reason = EndReason.SIGNAL if number else EndReason.EXIT
+        full = await self._is_full(job, int(ended["wrote_bytes"]), number)
         if code != 0:
             if self._seen.oom_kills > before.oom_kills:
                 reason = EndReason.OOM
             elif self._seen.pid_refusals > before.pid_refusals:
                 reason = EndReason.PIDS
-            elif number == signal.SIGXFSZ:
+            elif full:
                 reason = EndReason.DISK
-        cpu_s, peak = float(ended["cpu_s"]), int(ended["peak_bytes"])
         return ExecResult(
-            job.reason or reason, code, number, out, err, wall_s, cpu_s, peak, channel
+            job.reason or reason, code, number, out, err, wall_s,
+            float(ended["cpu_s"]), int(ended["peak_bytes"]), channel,
+            limits_hit=self._hit(job, full=full), least_free_bytes=job.least_free_bytes,
+        )  # fmt: skip
+
+    async def _is_full(self, job: Job, wrote_bytes: int, number: int) -> bool:
+        """Whether a command that has ended, by this signal, has come to a limit of the disk."""
+        if self._watch is None:
+            return False
+        self._watch.look()
+        await self._watch.measure(wrote_bytes, anyway=job.command.measured)
+        return self._watch.disk_reached > job.disk_reached or number == signal.SIGXFSZ
+
+    def _hit(self, job: Job, *, full: bool) -> tuple[EndReason, ...]:
+        """What the sandbox ran into since a command began."""
+        events = (
+            (EndReason.OOM, self._seen.oom_kills > job.seen.oom_kills),
+            (EndReason.PIDS, self._seen.pid_refusals > job.seen.pid_refusals),
+            (EndReason.DISK, full),
         )
+        return tuple(reason for reason, happened in events if happened)
 
     def counters(self) -> Counters:
         """Events of the sandbox's control group."""
@@ -333,6 +356,14 @@ class EmbeddedBox(BoxFiles):
             return (await self._require().request("usage"))[0]
         except LinkClosed as error:
             raise self._lost() from error
+
+    async def _admit(self, path: str, size_bytes: int) -> None:
+        self._require()
+        if self._watch is not None:
+            try:
+                await self._watch.admit(path, size_bytes)
+            except (TimeoutError, FileNotFoundError) as error:
+                raise self._lost() from error
 
     async def freeze(self) -> str:
         """Stop every process, turn the upper into a layer, go on over it; return its id."""

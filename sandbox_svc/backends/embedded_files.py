@@ -9,6 +9,7 @@
 
 import abc
 import asyncio
+import errno
 import os
 import stat
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from regreen.rpc.errors import InfraError, InvalidArgument, RegreenError
 from sandbox_svc.backends import jobs, uppers, wire
-from sandbox_svc.backends.base import FileStat, Limits, read_whole
+from sandbox_svc.backends.base import FileStat, Limits, NotAFile, Odd, read_whole
 from sandbox_svc.backends.commands import absolute
 from sandbox_svc.backends.fds import not_opened, read_upto, write_all
 from sandbox_svc.backends.layers import writing
@@ -27,6 +28,14 @@ if TYPE_CHECKING:
     from sandbox_svc.backends.embedded import EmbeddedRuntime
 
 _INLINE_READ_BYTES = 1 << 20
+
+
+class _Refused(Exception):
+    """The first process opened nothing."""
+
+    def __init__(self, code: int | None, problem: str) -> None:
+        super().__init__(problem)
+        self.code, self.problem = code, problem
 
 
 class BoxFiles(abc.ABC):
@@ -50,6 +59,10 @@ class BoxFiles(abc.ABC):
     def _lost(self) -> RegreenError:
         """What it means that there is no first process."""
 
+    @abc.abstractmethod
+    async def _admit(self, path: str, size_bytes: int) -> None:
+        """Count a file that is about to be written; raises where it is too much."""
+
     @property
     def layers(self) -> list[str]:
         """All layers below the upper, lowest first."""
@@ -69,11 +82,14 @@ class BoxFiles(abc.ABC):
         return await read_whole(self, path, max_bytes)
 
     async def read_range(
-        self, path: str, *, offset: int = 0, max_bytes: int
+        self, path: str, *, offset: int = 0, max_bytes: int, follow: bool = True
     ) -> tuple[bytes, FileStat]:
         """Read part of a regular file; the stat tells the size of the whole."""
         async with self._files:
-            _, fd = await self._open("open", absolute(path))
+            try:
+                _, fd = await self._open("open", absolute(path), int(follow))
+            except _Refused as refusal:
+                raise await self._meant(refusal, path, follow=follow) from None
             try:
                 info = os.fstat(fd)
                 if not stat.S_ISREG(info.st_mode):
@@ -89,14 +105,24 @@ class BoxFiles(abc.ABC):
                 os.close(fd)
             return content, FileStat(info.st_size, stat.S_IMODE(info.st_mode))
 
-    async def write_file(self, path: str, content: bytes, mode: int = 0o644) -> None:
-        """Write a regular file, creating parent directories."""
+    async def write_file(
+        self, path: str, content: bytes, mode: int = 0o644, *, follow: bool = True
+    ) -> None:
+        """Write a regular file, creating parent directories.
+
+        Raises:
+            ResourceExhausted: with it the sandbox would be over a limit of its disk.
+        """
         if self.limits.disk_bytes and len(content) > self.limits.disk_bytes:
             raise InvalidArgument(
                 "content", "is larger than the sandbox's disk limit", "give it more disk_bytes"
             )
         async with self._files:
-            _, fd = await self._open("create", absolute(path), mode)
+            await self._admit(absolute(path), len(content))
+            try:
+                _, fd = await self._open("create", absolute(path), mode, int(follow))
+            except _Refused as refusal:
+                raise not_opened(refusal.code, absolute(path), refusal.problem) from None
             with os.fdopen(fd, "wb", buffering=0):
                 if not stat.S_ISREG(os.fstat(fd).st_mode):
                     raise InvalidArgument(
@@ -115,7 +141,27 @@ class BoxFiles(abc.ABC):
             raise self._lost() from error
         if fds:
             return reply, fds[0]
-        raise not_opened(reply.get("errno"), path, str(reply.get("error", "refused")))
+        raise _Refused(reply.get("errno"), str(reply.get("error", "refused")))
+
+    async def _meant(self, refusal: "_Refused", path: str, *, follow: bool) -> RegreenError:
+        """What it means that there is no regular file to read at a path."""
+        if follow:
+            return not_opened(refusal.code, absolute(path), refusal.problem)
+        match refusal.code:
+            case errno.ELOOP:
+                try:
+                    _, fd = await self._open("link", absolute(path))
+                except _Refused:
+                    return not_opened(errno.ENOENT, absolute(path), refusal.problem)
+                try:
+                    return NotAFile(path, Odd.LINK, os.readlink("", dir_fd=fd))
+                finally:
+                    os.close(fd)
+            case errno.EISDIR:
+                return NotAFile(path, Odd.DIRECTORY)
+            case errno.EINVAL | errno.ENXIO | errno.ENODEV:
+                return NotAFile(path, Odd.OTHER)
+        return not_opened(refusal.code, absolute(path), refusal.problem)
 
     async def changed_paths(self, under: str, *, since: int | None = None) -> Sequence[str]:
         """Absolute paths touched since creation, or above the first `since` layers, sorted.

@@ -24,6 +24,7 @@ from regreen.rpc.errors import (
 )
 from sandbox_svc.backends import wire
 from sandbox_svc.backends.base import Captured, Command, EndReason, ExecResult, OutputSink
+from sandbox_svc.backends.cgroups import Counters
 from sandbox_svc.backends.layers import FULL
 from sandbox_svc.backends.link import Link
 from sandbox_svc.backends.output import Collector, PipeReader
@@ -46,6 +47,12 @@ class Job:
     terminal: int = -1
     """A second descriptor of its terminal, for whoever writes to it and resizes it."""
     began_s: float = field(default_factory=time.monotonic)
+    seen: Counters = field(default_factory=Counters)
+    """What its sandbox had run into before."""
+    disk_reached: int = 0
+    """How often its sandbox had come to a limit of the disk before."""
+    least_free_bytes: int = -1
+    """The least room that the host was seen to have."""
 
     def request(self, env: Mapping[str, str], *, told: bool) -> Sequence[wire.Field]:
         """What the first process is asked; `told`: it shall say that the command has begun."""
@@ -120,7 +127,7 @@ async def first_of(go: asyncio.Event, job: Job) -> None:
     finally:
         waiting.cancel()
     if go.is_set():
-        job.began_s = time.monotonic()
+        job.began_s, job.least_free_bytes = time.monotonic(), -1
 
 
 def prepared(

@@ -22,13 +22,14 @@ from pathlib import Path
 
 from regreen.rpc.errors import DiskFull, FailedPrecondition, InfraError
 from sandbox_svc.backends import linux
+from sandbox_svc.backends.base import FULL_BYTES
 from sandbox_svc.backends.merge import merge_layers
 from sandbox_svc.backends.spread import spread
 
 HOST_ID = 101_000
 """The unprivileged host uid and gid of every sandbox when the service runs as root."""
 _OPTION_BYTES = 3_900
-_LEAST_BYTES, _LEAST_INODES = 32 << 20, 1000
+_LEAST_INODES = 1000
 """With less than this free, a failed build says nothing about the build."""
 _SKELETON_VERSION = "2"
 _DIRECTORIES = [
@@ -118,9 +119,13 @@ def writing() -> Iterator[None]:
 
 def is_full(path: Path) -> bool:
     """Whether the file system of `path` has no room for work: writes fail, or soon will."""
-    room = os.statvfs(path)
+    return free_bytes(os.statvfs(path)) < FULL_BYTES
+
+
+def free_bytes(room: os.statvfs_result) -> int:
+    """Room for files; none where there are hardly inodes."""
     inodes = room.f_files == 0 or room.f_favail >= _LEAST_INODES
-    return room.f_bavail * room.f_frsize < _LEAST_BYTES or not inodes
+    return room.f_bavail * room.f_frsize if inodes else 0
 
 
 class Layout:

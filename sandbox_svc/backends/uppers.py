@@ -5,7 +5,8 @@
   tree deeper than the kernel's longest path is told, not skipped.
 - A whiteout is a character device 0/0; an opaque directory carries `user.overlay.opaque`.
 - `changed` may name a path that turns out equal; it never leaves out one that differs. What it
-  cannot look into (no permission, or too long a path) it names with a slash at the end.
+  cannot look into (no permission, or too long a path) it names with a slash at the end, and a
+  directory in which it sees nothing with `/.`.
 - Entries that vanish meanwhile are no error.
 """
 
@@ -32,6 +33,8 @@ class Usage:
 
     size_bytes: int
     inodes: int
+    largest_bytes: int = 0
+    """Length of the longest file, holes counted."""
     whole: bool = True
     """Whether everything could be looked at."""
 
@@ -41,7 +44,7 @@ def usage(top: Path, *, shared: bool = False) -> Usage:
 
     With `shared`, a file with several names counts in equal parts wherever it has one.
     """
-    size = inodes = 0
+    size = inodes = largest = 0
     whole = True
     with _opened(top) as top_fd:
         stack = [""]
@@ -55,11 +58,31 @@ def usage(top: Path, *, shared: bool = False) -> Usage:
                         directory = stat.S_ISDIR(info.st_mode)
                         names = info.st_nlink if shared and not directory else 1
                         size += info.st_blocks * 512 // max(1, names)
+                        if stat.S_ISREG(info.st_mode):
+                            largest = max(largest, info.st_size)
                         if directory:
                             stack.append(_join(here, entry.name))
             except OSError as error:
                 whole = whole and error.errno in _GONE
-    return Usage(size, inodes, whole)
+    return Usage(size, inodes, largest, whole)
+
+
+def room_of(top: Path, path: str) -> tuple[int, int]:
+    """Bytes that a file written at a path would give back, and entries that it would add."""
+    parts, here = path.strip("/").split("/"), ""
+    if ".." in parts:
+        return 0, len(parts)
+    with _opened(top) as top_fd:
+        for number, part in enumerate(parts):
+            here = _join(here, part)
+            try:
+                info = os.stat(here, dir_fd=top_fd, follow_symlinks=False)
+            except OSError:
+                return 0, len(parts) - number
+            if not stat.S_ISDIR(info.st_mode):
+                there = stat.S_ISREG(info.st_mode) and number == len(parts) - 1
+                return (info.st_blocks * 512 if there else 0), len(parts) - number - there
+    return 0, 0
 
 
 def changed(tops: Sequence[Path], lowers: Sequence[Path], under: str) -> set[str]:
@@ -131,10 +154,11 @@ def _touched(top_fd: int, relative: str, beneath: Sequence[int]) -> Iterator[str
         yield from _all_files(beneath, relative)
     stack = [relative] if _is_directory(top_fd, relative) else []
     while stack:
-        here = stack.pop()
+        here, holds = stack.pop(), False
         try:
             for entry in _scan(top_fd, here):
                 path = _join(here, entry.name)
+                holds = holds or not _is_whiteout(entry)
                 if not entry.is_dir(follow_symlinks=False):
                     yield path
                     if any(_is_directory(lower, path) for lower in beneath):
@@ -143,9 +167,20 @@ def _touched(top_fd: int, relative: str, beneath: Sequence[int]) -> Iterator[str
                 stack.append(path)
                 if _is_opaque(top_fd, path):
                     yield from _all_files(beneath, path)
+            if not holds and here != relative:
+                yield f"{here}/."
         except OSError as error:
             if error.errno not in _GONE:
                 yield f"{here}/"
+
+
+def _is_whiteout(entry: os.DirEntry[str]) -> bool:
+    if entry.is_dir(follow_symlinks=False) or entry.is_file(follow_symlinks=False):
+        return False
+    with contextlib.suppress(FileNotFoundError):
+        info = entry.stat(follow_symlinks=False)
+        return stat.S_ISCHR(info.st_mode) and info.st_rdev == 0
+    return True
 
 
 def _is_directory(top_fd: int, relative: str) -> bool:

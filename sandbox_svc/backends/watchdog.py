@@ -4,21 +4,29 @@
 - Disk: the upper is measured when the file system's free space says it could be over, and
   otherwise at intervals that grow with the cost of measuring. What was measured is kept for the
   sandbox's life, so that many short commands add up.
+- What is written from outside is counted before it is written, against the last measure and what
+  came since; the upper is measured where that could be too much, and then the write is refused.
 - A tree that cannot be looked at whole is over as soon as free space could say so, and after a
   short while in any case: hiding files is no way around the limit.
+- Each look at the free space is noted for the commands that run: what fails on a host that is
+  nearly full may have failed for that.
 - Output: a command that prints more than the sandbox's output limit is stopped.
 - Memory, only without cgroups: the sum of resident memory.
 - An overrun kills every process of the sandbox; its running commands carry the reason.
 """
 
 import asyncio
+import contextlib
 import os
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from regreen.rpc.errors import RegreenError
+from regreen.rpc.errors import RegreenError, ResourceExhausted
+from sandbox_svc.backends import uppers
 from sandbox_svc.backends.base import EndReason
+from sandbox_svc.backends.layers import free_bytes
 from sandbox_svc.backends.link import LinkClosed
 
 if TYPE_CHECKING:
@@ -30,6 +38,8 @@ _SLOW_S = 2.0
 _COST_FACTOR = 10.0
 _HIDDEN_S = 1.0
 _COUNT_S = 1.0
+_BLOCK = 4096
+"""Of the disk; no file with content takes less."""
 
 
 class _Disk:
@@ -38,12 +48,22 @@ class _Disk:
     def __init__(self, box: "EmbeddedBox", path: str) -> None:
         self._box, self._path = box, path
         self._bytes = self._inodes = 0
-        self._free, self._free_inodes = self._look()
+        self._reached = False
+        """Whether it was at a limit when it was measured last."""
+        self.reached = 0
+        """How often it has come to one."""
+        self.written_bytes = self.made = 0
+        """Bytes and files since it was measured, as far as they were counted."""
+        self.free_bytes = 0
+        """Room that the host had at the last look."""
+        self._free, self._free_inodes = self.look()
         self._next = time.monotonic() + _SLOW_S / 4
         self._hidden_since = 0.0
 
-    def _look(self) -> tuple[int, int]:
+    def look(self) -> tuple[int, int]:
+        """Free bytes and inodes of the file system."""
         info = os.statvfs(self._path)
+        self.free_bytes = free_bytes(info)
         return info.f_bavail * info.f_frsize, info.f_ffree
 
     def _is_over(self, size_bytes: int, inodes: int) -> bool:
@@ -52,7 +72,7 @@ class _Disk:
 
     def _at_worst(self) -> tuple[int, int]:
         """What was measured, and all that the file system has lost since."""
-        free, free_inodes = self._look()
+        free, free_inodes = self.look()
         return (
             self._bytes + max(0, self._free - free),
             self._inodes + max(0, self._free_inodes - free_inodes),
@@ -61,9 +81,40 @@ class _Disk:
     def could_be_over(self, now: float) -> bool:
         return now > self._next or self._is_over(*self._at_worst())
 
+    def could_be_near(self) -> bool:
+        """Whether about as much was written, or lost by the file system, as may be written."""
+        size_bytes, inodes = self._at_most()
+        return self._is_over(size_bytes * 8 // 7, inodes * 8 // 7)
+
+    def _at_most(self) -> tuple[int, int]:
+        """What was measured, and what has come since by either account."""
+        size_bytes, inodes = self._at_worst()
+        return (
+            max(size_bytes, self._bytes + self.written_bytes),
+            max(inodes, self._inodes + self.made),
+        )
+
+    async def admit(self, path: str, size_bytes: int) -> None:
+        """Count a file that is written from outside, before it is.
+
+        Raises:
+            ResourceExhausted: with it the sandbox would be over a limit.
+        """
+        size_bytes = -(-size_bytes // _BLOCK) * _BLOCK
+        entries, freed = path.count("/"), 0
+        bytes_now, inodes_now = self._at_most()
+        if self._is_over(bytes_now + size_bytes, inodes_now + entries):
+            await self.is_over(time.monotonic())
+            freed, entries = uppers.room_of(Path(self._box.upper_path), path)
+            used = self._at_worst() if self._hidden_since else (self._bytes, self._inodes)
+            _check(path, "disk_bytes", self._box.limits.disk_bytes, used[0], size_bytes - freed)
+            _check(path, "inodes", self._box.limits.inodes, used[1], entries)
+        self.written_bytes += size_bytes - freed
+        self.made += entries
+
     async def is_over(self, now: float) -> bool:
         box = self._box
-        before = self._look()
+        before, written, made = self.look(), self.written_bytes, self.made
         used = await box.measure()
         unlinked = 0
         if box.limits.disk_bytes:
@@ -77,9 +128,23 @@ class _Disk:
             return hiding or self._is_over(size_bytes, inodes) or self._is_over(*self._at_worst())
         self._hidden_since = 0.0
         self._bytes, self._inodes = size_bytes, inodes
+        largest = max(size_bytes, used.largest_bytes)
+        already, self._reached = self._reached, self._is_over(largest + 1, inodes + 1)
+        self.reached += self._reached and not already
+        self.written_bytes -= written
+        self.made -= made
         self._free, self._free_inodes = before
         self._next = now + max(_SLOW_S, _COST_FACTOR * cost_s)
         return self._is_over(size_bytes, inodes)
+
+
+def _check(path: str, limit: str, most: int, used: int, more: int) -> None:
+    if more > 0 and 0 < most < used + more:
+        raise ResourceExhausted(
+            f"writing {path} would take the sandbox over limits.{limit} ({used} of {most} are "
+            f"used, it needs {more}); delete files, or use a sandbox with a higher limit",
+            metadata={"limit": f"limits.{limit}", "most": str(most), "used": str(used)},
+        )
 
 
 class Watch:
@@ -97,6 +162,36 @@ class Watch:
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._watch())
 
+    def look(self) -> None:
+        """Note for every command that runs how much room the host has."""
+        self._disk.look()
+        free = self._disk.free_bytes
+        for job in self._jobs.values():
+            least = job.least_free_bytes
+            job.least_free_bytes = free if least < 0 else min(least, free)
+
+    @property
+    def disk_reached(self) -> int:
+        """How often the sandbox was seen to come to a limit of its disk."""
+        return self._disk.reached
+
+    async def admit(self, path: str, size_bytes: int) -> None:
+        """Count a file that no process of the sandbox writes, before it is written.
+
+        Raises:
+            ResourceExhausted: with it the sandbox would be over a limit.
+        """
+        await self._disk.admit(path, size_bytes)
+        if self._disk.could_be_near():
+            self.wake()
+
+    async def measure(self, written_bytes: int, *, anyway: bool) -> None:
+        """Look what is on the disk after so much was written: if need be, or anyway."""
+        self._disk.written_bytes += written_bytes
+        if anyway or self._disk.could_be_near():
+            with contextlib.suppress(LinkClosed, RegreenError, TimeoutError, FileNotFoundError):
+                await self._disk.is_over(time.monotonic())  # else it is frozen or ended
+
     def close(self) -> None:
         """Watch no more."""
         if self._task is not None:
@@ -106,6 +201,7 @@ class Watch:
         while True:
             await asyncio.sleep(_TICK_S)
             try:
+                self.look()
                 await self._stop_floods()
                 reason = await self._overrun()
                 if reason is not None:

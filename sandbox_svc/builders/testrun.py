@@ -213,6 +213,7 @@ def run_command(options: RunOptions, *, stdin: bytes = b"", later: Later | None 
         timeout_s=options.timeout_s,
         channel=True,
         later=later,
+        measured=True,
     )
 
 

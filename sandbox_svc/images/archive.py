@@ -41,9 +41,9 @@ class Archive:
         """Find the members; a very long archive is not of blobs, and its tail is not looked at.
 
         Raises:
-            InvalidArgument: it is no tar archive.
+            InvalidArgument: it is no tar archive, or one of nothing.
         """
-        stream = TarStream(self.whole(), quota, skip=True)
+        stream, count = TarStream(self.whole(), quota, skip=True), -1
         for count, member in enumerate(stream.members()):
             name = posixpath.normpath("/" + member.name)[1:]
             if count >= _INDEXED:
@@ -55,6 +55,8 @@ class Archive:
                 self._links[name] = posixpath.normpath(f"/{folder}/{member.linkname}")[1:]
             elif member.islnk():
                 self._links[name] = posixpath.normpath("/" + member.linkname)[1:]
+        if count < 0:
+            raise damaged("holds nothing")
 
     def whole(self) -> BinaryIO:
         """The archive itself, from its beginning."""

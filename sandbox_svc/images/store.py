@@ -22,7 +22,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Se
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from regreen.rpc.errors import (
     FailedPrecondition,
@@ -404,8 +404,26 @@ def _visible(
     return tuple(reversed(kept))
 
 
+@dataclass(frozen=True, slots=True)
+class _Copied:
+    """A stream that is written down as it is read."""
+
+    source: BinaryIO
+    target: BinaryIO
+
+    def read(self, size: int) -> bytes:
+        """What comes next."""
+        data = self.source.read(size)
+        self.target.write(data)
+        return data
+
+
 def _plain(spool: Path, max_bytes: int) -> Path:
-    """The archive as a plain file: one that was compressed as a whole is unpacked first."""
+    """The archive as a plain file: one that was compressed as a whole is unpacked first.
+
+    Raises:
+        InvalidArgument: what was compressed is no tar archive, or one of nothing.
+    """
     sent = spool / "sent"
     fd = os.open(sent, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -413,10 +431,11 @@ def _plain(spool: Path, max_bytes: int) -> Path:
         if isinstance(source, io.BufferedReader):
             return sent
         plain = spool / "plain"
-        stream = TarStream(source, Quota(max_bytes))
         with plain.open("xb") as target:
-            while piece := stream.piece():
-                target.write(piece)
+            stream = TarStream(_Copied(source, target), Quota(max_bytes))
+            if not sum(1 for _ in stream.members()):
+                raise damaged("holds nothing")
+            stream.finish()
         sent.unlink()
         return plain
     finally:

@@ -5,6 +5,9 @@
 - `read` is what `tarfile` reads headers with, and has little room between two members; `content`
   is for what a member holds.
 - Nothing seeks backwards: a header with a negative size cannot make a reader go in circles.
+- An archive ends with two blocks of zeros, as the standard asks and every tool that makes images
+  writes; one that was cut between two members lacks them. What may follow them is bounded, so that
+  a small file that unpacks to nothing but zeros is refused at once.
 - Damaged input of any kind is an `InvalidArgument`.
 """
 
@@ -15,7 +18,7 @@ import os
 import tarfile
 import zlib
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import zstandard
 
@@ -26,6 +29,8 @@ CHUNK_BYTES = 1 << 20
 _HEADER_BYTES = 1 << 20
 _GLOBALS = 64
 _BLOCK = 512
+_PADDING_BYTES = 16 << 20
+"""May follow the end: tools fill up a record, which is 10 KiB unless they were told otherwise."""
 _WINDOW_BYTES = 128 << 20
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _OTHERS = {b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
@@ -90,17 +95,26 @@ def unpacked(raw: io.RawIOBase) -> BinaryIO:
     return source
 
 
+class Readable(Protocol):
+    """What an archive is read from."""
+
+    def read(self, size: int, /) -> bytes:
+        """At most so many bytes; none at the end."""
+        ...
+
+
 class TarStream:
     """A tar archive that is read once: what `tarfile` needs of a file, bounded and hashed."""
 
-    def __init__(self, source: BinaryIO, quota: Quota, *, skip: bool = False) -> None:
+    def __init__(self, source: Readable, quota: Quota, *, skip: bool = False) -> None:
         self._source, self._quota = source, quota
-        self._skip = skip
-        """Whether to skip contents unread; then there is no digest."""
+        self._skipped = source if skip and isinstance(source, io.BufferedReader) else None
+        """Whose contents are skipped unread; then there is no digest."""
         self._at = 0
         self._digest = hashlib.sha256()
         self._room = _HEADER_BYTES
         self._last = b""
+        self._ended = False
 
     def members(self) -> Iterator[tarfile.TarInfo]:
         """The members in order, each to be read before the next is asked for.
@@ -121,8 +135,9 @@ class TarStream:
                     self._room = _HEADER_BYTES
         except (tarfile.TarError, ValueError, UnicodeError, RecursionError, OverflowError) as error:
             raise damaged(f"is no tar archive, or a damaged one: {error}") from None
-        if self._last not in (b"", bytes(_BLOCK)):
-            raise damaged("is damaged, or cut short")
+        if self._last != bytes(_BLOCK) or self._take(_BLOCK) != bytes(_BLOCK):
+            raise damaged("is damaged, or cut short: it lacks the two blocks of zeros at its end")
+        self._ended = True
 
     def tell(self) -> int:
         """Bytes read so far."""
@@ -132,8 +147,8 @@ class TarStream:
         """Skip forwards."""
         if whence or position < self._at:
             raise damaged("has a header that points backwards")
-        if self._skip:
-            self._at = self._source.seek(position)
+        if self._skipped is not None:
+            self._at = self._skipped.seek(position)
         while self._at < position:
             if not self._take(min(CHUNK_BYTES, position - self._at)):
                 break
@@ -160,18 +175,17 @@ class TarStream:
             size -= len(piece)
             yield piece
 
-    def piece(self) -> bytes:
-        """What comes next, whatever it is; empty at the end.
+    def finish(self) -> str:
+        """Read to the end; the SHA-256 of everything.
 
         Raises:
-            InvalidArgument: it cannot be unpacked.
+            InvalidArgument: after the end of the archive there is more than a tool would add.
         """
-        return self._take(CHUNK_BYTES)
-
-    def finish(self) -> str:
-        """Read to the end; the SHA-256 of everything."""
-        while self._take(CHUNK_BYTES):
-            pass
+        room = _PADDING_BYTES
+        while piece := self._take(CHUNK_BYTES):
+            room -= len(piece)
+            if self._ended and room < 0:
+                raise damaged(f"goes on for more than {_PADDING_BYTES} bytes after its end")
         return self._digest.hexdigest()
 
     def _take(self, size: int) -> bytes:

@@ -3,12 +3,13 @@
 import asyncio
 import platform
 import time
+from dataclasses import replace
 
 import pytest
 
 from regreen.allowlist import AllowList
-from regreen.rpc.errors import FailedPrecondition, InvalidArgument, NotFound
-from sandbox_svc.backends.base import Command, EndReason, Limits, Mount
+from regreen.rpc.errors import FailedPrecondition, InvalidArgument, NoSuchFile, NotFound
+from sandbox_svc.backends.base import Command, EndReason, Limits, Mount, NotAFile, Odd
 from sandbox_svc.egress import Egress
 from tests.contract.runtimes import SMALL, sh
 
@@ -307,6 +308,43 @@ async def test_changed_paths_name_every_difference(runtime, box):
     assert {*expected, "/work/repo/e"} <= set(await fork.changed_paths("/work/repo"))
 
 
+async def test_changed_paths_name_directories_in_which_there_is_nothing(runtime, box):
+    await sh(box, "cd /work/repo; mkdir -p kept d; echo 1 > d/x")
+    fork = await runtime.create([await box.freeze()], limits=SMALL)
+    await sh(fork, "cd /work/repo; mkdir -p new/deep; mkdir full; echo 1 > full/x; rm d/x")
+    found = set(await fork.changed_paths("/work/repo"))
+    assert {"/work/repo/new/deep/.", "/work/repo/full/x", "/work/repo/d/x"} <= found
+    assert not {"/work/repo/kept/.", "/work/repo/full/.", "/work/repo/new/."} & found
+
+
+async def test_files_themselves_are_read_and_written_through_no_link(box):
+    made = "cd /work; mkdir d; echo in > d/f; ln -s d l; ln -s d/f g; ln -s /nowhere n; mkfifo p"
+    assert (await sh(box, made)).ok
+    assert await box.read_file("/work/l/f", 100) == b"in\n"
+    assert await box.read_file("/work/g", 100) == b"in\n"
+    assert (await box.read_range("/work/d/f", max_bytes=9, follow=False))[0] == b"in\n"
+    for path, kind, target in (
+        ("/work/g", Odd.LINK, "d/f"), ("/work/n", Odd.LINK, "/nowhere"), ("/work/l", Odd.LINK, "d"),
+        ("/work/d", Odd.DIRECTORY, ""), ("/work/p", Odd.OTHER, ""),
+    ):  # fmt: skip
+        with pytest.raises(NotAFile) as caught:
+            await box.read_range(path, max_bytes=9, follow=False)
+        assert (caught.value.kind, caught.value.target) == (kind, target)
+    for path in ("/work/l/f", "/work/none", "/work/d/f/x"):
+        with pytest.raises(NoSuchFile):
+            await box.read_range(path, max_bytes=9, follow=False)
+    with pytest.raises(NoSuchFile):
+        await box.write_file("/work/l/f", b"out", follow=False)
+    with pytest.raises(NoSuchFile):
+        await box.write_file("/work/l/new/f", b"out", follow=False)
+    await box.write_file("/work/g", b"own", follow=False)
+    await box.write_file("/work/a/b/c", b"made", 0o755, follow=False)
+    told = await sh(
+        box, "cd /work; cat d/f g a/b/c; ls d; stat -c %a a/b/c; readlink g; readlink l"
+    )
+    assert told.stdout.text == "in\nownmadef\n755\nd\n"
+
+
 async def test_mounts_are_read_only_and_appear_where_they_should(runtime, tmp_path):
     (tmp_path / "house").mkdir()
     (tmp_path / "house" / "wheel").write_text("content")
@@ -369,3 +407,17 @@ async def test_a_chain_of_layers_keeps_what_each_wrote(runtime, box):
 async def test_limits_of_zero_mean_the_defaults(runtime):
     box = await runtime.create([], limits=Limits())
     assert (await sh(box, "true")).ok
+
+
+async def test_a_limit_that_a_child_ran_into_is_told_whatever_the_command_says(runtime):
+    box = await runtime.create([], limits=replace(SMALL, memory_bytes=48 << 20))
+    grow = "x=$(head -c 200000000 /dev/zero | tr '\\0' x); echo ${#x}"
+    swallowed = await sh(box, f"({grow}) 2>/dev/null || echo skipped", timeout_s=120)
+    assert swallowed.stdout.text == "skipped\n"
+    assert swallowed.reason is EndReason.EXIT
+    if getattr(runtime, "cgroups", None) is not None and runtime.cgroups.name == "rlimit":
+        assert swallowed.overruns == frozenset()  # nobody counts there
+    else:
+        assert swallowed.overruns == {EndReason.OOM}
+    assert not (await sh(box, "exit 3")).overruns
+    await box.delete()

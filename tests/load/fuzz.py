@@ -6,6 +6,8 @@
 - INTERNAL (INFRA too: nothing here is beyond the service), UNKNOWN, a deadline, a connection that
   was lost, or an answer that cannot be decoded is a fault; so is a service that ended, or that
   does not serve an honest request afterwards.
+- A service that refuses everything is at fault too: of the good requests of each method a share
+  must be answered, though the others may have taken the ground from under them.
 - UNAVAILABLE is no fault where it asks to come again: a sandbox is frozen, restored or ended.
 - Each round has sandboxes and commands of its own, and leaves none.
 """
@@ -17,7 +19,7 @@ import random
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,10 @@ _AT_ONCE, _CALL_S = 24, 20.0
 _ROUND = 250
 _AS_IT_IS, _BAD_FIELD = 0.125, 0.5
 """Shares of the requests that are good, and of those that are bad in a field or two."""
+_ANSWERED, _ENOUGH = 0.1, 20
+"""Share of the good requests of a method that must be answered, and from how many on."""
+_NO_TESTS = "Validate"
+"""Its good requests end in FAILED_PRECONDITION: a State with tests would have to be built."""
 _AGAIN = "; try again"
 """How the service asks to come again when something was taken from under a call."""
 _LOST = "Internal error from Core"
@@ -82,15 +88,15 @@ class Requests:
         for name, requests in self.goods.items():
             self._plain[name] = [m.SerializeToString() for sent in requests for m in sent]
 
-    def draw(self, method: str) -> Sequence[bytes]:
-        """The messages of one request."""
+    def draw(self, method: str) -> tuple[Sequence[bytes], bool]:
+        """The messages of one request, and whether it is good."""
         number = self.rng.randrange(len(self.goods[method]))
         sent = self.goods[method][number]
         found = [message.SerializeToString() for message in sent]
         place = self.rng.randrange(len(found))
         chance = self.rng.random()
         if chance < _AS_IT_IS:
-            return found
+            return found, True
         if chance < _AS_IT_IS + (1 - _AS_IT_IS) * _BAD_FIELD:
             found[place] = self._bad_field(method, number, place)
         else:
@@ -100,7 +106,7 @@ class Requests:
         if len(found) > 1 and self.rng.random() < 0.2:  # a stream of another order or length
             chosen = self.rng.randrange(len(found))
             found[chosen:] = self.rng.choice(([], found[chosen:] * 2, found[:chosen]))
-        return found
+        return found, False
 
     def _bad_field(self, method: str, number: int, place: int) -> bytes:
         key = method, number, place
@@ -121,6 +127,8 @@ class Fuzz:
     rng: random.Random
     codes: dict[str, Counter[str]] = field(default_factory=dict)
     """By method: how many of its requests ended in which status."""
+    goods: dict[str, Counter[str]] = field(default_factory=dict)
+    """The same of those that were good."""
     faults: list[str] = field(default_factory=list)
 
     async def run(self, count: int) -> None:
@@ -133,6 +141,7 @@ class Fuzz:
             await self._round(methods, requests, min(_ROUND, count - start))
             await self._clear()
             sys.stderr.write(f"\r{start + _ROUND} of {count}, {len(self.faults)} faults ")
+        self.check_answers(method.name for method in methods)
         box = await self.service.create(await self.service.root_state())
         assert (await self.service.run(box, "/bin/true")).exit_code == 0
         await self.service.delete(box)
@@ -152,11 +161,16 @@ class Fuzz:
         async def one() -> None:
             async with room:
                 method = self.rng.choice(methods)
-                await self._send(method, requests.draw(method.name))
+                sent, good = requests.draw(method.name)
+                code = await self._send(method, sent)
+                self.codes.setdefault(method.name, Counter())[code] += 1
+                if good:
+                    self.goods.setdefault(method.name, Counter())[code] += 1
 
         await asyncio.gather(*(one() for _ in range(count)))
 
-    async def _send(self, method: MethodDescriptor, sent: Sequence[bytes]) -> None:
+    async def _send(self, method: MethodDescriptor, sent: Sequence[bytes]) -> str:
+        """The status of a request."""
         code, told = "no status", ""
         for _ in range(_TRIES):
             try:
@@ -172,7 +186,16 @@ class Fuzz:
         if code in _FAULTS and not asked:
             shown = b" | ".join(sent).hex()[:400]
             self.faults.append(f"{method.name} {shown}: {code}: {told}")
-        self.codes.setdefault(method.name, Counter())[code] += 1
+        return code
+
+    def check_answers(self, methods: Iterable[str]) -> None:
+        """A fault for every method whose good requests are hardly ever answered."""
+        for name in methods:
+            codes = self.goods.get(name, Counter())
+            sent = codes.total()
+            answered = codes["FAILED_PRECONDITION" if name == _NO_TESTS else "OK"]
+            if sent >= _ENOUGH and answered < _ANSWERED * sent:
+                self.faults.append(f"{name}: {answered} of {sent} good requests were answered")
 
     async def _call(self, method: MethodDescriptor, sent: Sequence[bytes]) -> None:
         channel: Any = self.service.channel
@@ -203,6 +226,7 @@ async def fuzz(count: int, seed: int) -> dict[str, Any]:
             "seed": seed,
             "codes": dict(sum(run.codes.values(), Counter())),
             "calls": {name: dict(codes) for name, codes in sorted(run.codes.items())},
+            "goods": {name: dict(codes) for name, codes in sorted(run.goods.items())},
             "faults": run.faults,
         }
 
@@ -230,7 +254,8 @@ def main() -> int:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=2) + "\n")
     sys.stdout.write("\n" + table(report["calls"]) + "\n")
-    del report["calls"]
+    sys.stdout.write("\nof these, good ones:\n" + table(report["goods"]) + "\n")
+    del report["calls"], report["goods"]
     sys.stdout.write(json.dumps({**report, "faults": report["faults"][:20]}, indent=1) + "\n")
     return 1 if report["faults"] else 0
 

@@ -2,8 +2,11 @@
 
 - A sandbox is one lane's own while it lives, so what it shows is known; States are everybody's, and
   any lane may delete one that another is about to name.
-- An operation may fail only in the ways that the contract names for a service or a sandbox that
-  went away; every other error is a fault, and so is an answer that is not right.
+- While something may be killed, an operation may fail only in the ways that the contract names for
+  a service or a sandbox that went away; every other error is a fault, and so is a wrong answer.
+- While nothing is killed, it may fail only because of what the soak itself does beside it: another
+  lane has deleted the State, or stands on it, or the sandbox's own time is over. And each operation
+  has to work: one that is refused as often as it is done is a fault.
 """
 
 import contextlib
@@ -31,6 +34,22 @@ from regreen.sandbox import v1 as pb
 
 ALLOWED = (DeadlineExceeded, FailedPrecondition, InfraError, NotFound, ResourceExhausted)
 """What an operation may end with when something was killed; `Unavailable` is waited out."""
+CALM = {
+    **dict.fromkeys(("create", "create brief", "restore", "execute"), (NotFound,)),
+    "delete state": (FailedPrecondition, NotFound),
+}
+"""What an operation may end with when nothing is killed: a State is another lane's too."""
+EXPIRED = (NotFound,)
+"""What an operation on a sandbox whose time is over may end with."""
+OPERATIONS = (
+    *("create", "create brief", "delete", "delete state", "write", "daemon", "mark", "snapshot"),
+    *("fork", "restore", "read", "exec", "attach", "attach again", "execute"),
+)
+"""What has to have worked when a soak is over."""
+_WORK_SHARE = 0.5
+"""Of the tries of an operation when nothing is killed."""
+_ENOUGH = 10
+"""Tries from which that share tells more than chance."""
 MARK = "/work/mark"
 BRIEF = {"brief": "1"}
 """Label of sandboxes that nobody deletes."""
@@ -55,19 +74,41 @@ class Record:
     done: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
+    calm: bool = False
+    """Whether nothing is killed any more."""
+    calm_done: Counter[str] = field(default_factory=Counter)
+    calm_refused: Counter[str] = field(default_factory=Counter)
+    brief: set[str] = field(default_factory=set)
+    """Sandboxes whose time is short."""
 
-    async def attempt(self, name: str, call: Callable[[], Awaitable[Any]]) -> Any:
-        """What a call gave; None where it failed, be it a fault or not."""
+    async def attempt(self, name: str, call: Callable[[], Awaitable[Any]], box: str = "") -> Any:
+        """What a call, perhaps on a sandbox, gave; None where it failed, be it a fault or not."""
+        calm, brief = self.calm, box in self.brief
+        allowed = (*CALM.get(name, ()), *(EXPIRED if brief else ())) if calm else ALLOWED
         try:
             found = await call()
-        except ALLOWED as error:
-            self.refused[f"{name}: {type(error).__name__}"] += 1
-            return None
         except RegreenError as error:
-            self.faults.append(f"{name}: {type(error).__name__}: {error}"[:300])
+            if isinstance(error, allowed):
+                self.refused[f"{name}: {type(error).__name__}"] += 1
+                self.calm_refused[name] += calm and not brief
+            else:
+                when = " while nothing is killed" if calm else ""
+                self.faults.append(f"{name}{when}: {type(error).__name__}: {error}"[:300])
             return None
         self.done[name] += 1
+        self.calm_done[name] += calm
         return found
+
+    def check_work(self) -> None:
+        """A fault for every operation that has hardly ever worked."""
+        for name in OPERATIONS:
+            done, refused = self.calm_done[name], self.calm_refused[name]
+            if not self.done[name]:
+                self.faults.append(f"{name}: it has never worked")
+            elif done + refused >= _ENOUGH and done < _WORK_SHARE * (done + refused):
+                self.faults.append(
+                    f"{name}: {refused} of {done + refused} were refused while nothing was killed"
+                )
 
     def check(self, name: str, found: object, wanted: object) -> None:
         """A fault where an answer is not what it has to be."""
@@ -105,6 +146,8 @@ class Operations:
         )
         if box is None:
             return
+        if brief:
+            self.record.brief.add(box.id)
         for _ in range(self._rng.randrange(4)):
             await self._rng.choice(self._quick if brief else self._all)(box.id)
         if not brief:
@@ -115,7 +158,7 @@ class Operations:
 
     async def _run(self, name: str, box: str, script: str) -> None:
         await self.record.attempt(
-            name, lambda: self.sandboxes.run(box, ["sh", "-c", script], cwd="/")
+            name, lambda: self.sandboxes.run(box, ["sh", "-c", script], cwd="/"), box
         )
 
     async def _write(self, box: str) -> None:
@@ -126,10 +169,12 @@ class Operations:
 
     async def _snapshot(self, box: str) -> None:
         content, states = str(self._rng.randrange(1 << 40)), self.record.states
-        wrote = await self.record.attempt("mark", lambda: self._marked(box, content.encode()))
+        wrote = await self.record.attempt("mark", lambda: self._marked(box, content.encode()), box)
         if wrote is None:
             return
-        state = await self.record.attempt("snapshot", lambda: self.sandboxes.snapshot_sandbox(box))
+        state = await self.record.attempt(
+            "snapshot", lambda: self.sandboxes.snapshot_sandbox(box), box
+        )
         if state is not None:
             states[state.id] = content
         if len(states) > _MOST_STATES:
@@ -145,7 +190,7 @@ class Operations:
         return True
 
     async def _fork(self, box: str) -> None:
-        forked = await self.record.attempt("fork", lambda: self.sandboxes.fork_sandbox(box, 2))
+        forked = await self.record.attempt("fork", lambda: self.sandboxes.fork_sandbox(box, 2), box)
         if forked is None:
             return
         self.record.made += len(forked.sandboxes)
@@ -159,11 +204,11 @@ class Operations:
             return
         state, content = self._rng.choice(list(self.record.states.items()))
         restored = await self.record.attempt(
-            "restore", lambda: self.sandboxes.restore_sandbox(box, state)
+            "restore", lambda: self.sandboxes.restore_sandbox(box, state), box
         )
         if restored is None:
             return
-        found = await self.record.attempt("read", lambda: self.sandboxes.read_file(box, MARK))
+        found = await self.record.attempt("read", lambda: self.sandboxes.read_file(box, MARK), box)
         if found is not None:
             self.record.check(f"restored to {state}", found.content.decode(), content)
 

@@ -11,6 +11,7 @@
 - Some workers fall silent past their lease and commit then: they may succeed only where nobody
   else was given the rollout; some give up with a reason, which must be kept.
 - The collector of unnamed blobs runs all the time, without any grace.
+- Commits, heartbeats and reasons are answered about as often as they were meant to be.
 - In the end each slot has one trajectory, no trajectory has no slot, nothing waits, is leased or
   lost, every group can be taken once, and every blob that a row names is there.
 """
@@ -55,6 +56,9 @@ GROUP = 4
 _TASKS = 20
 _SILENT, _GIVES_UP = 0.004, 0.02
 """Shares of leases that outlive themselves, and that end with a reason."""
+_BEATS = 0.2  # below it is the luck of leases that are kept alive
+_ANSWERED, _TELLING = 0.5, 20
+"""Share of what is meant to be done that has to be answered, and from how many on: some dies."""
 _LOOK_S = 0.1
 _LATE = (DeadlineExceeded, Unavailable)
 _REASON = "the sandbox went away"
@@ -303,6 +307,7 @@ class Run:
             ).fetchone()
             if reasons is None or reasons[0] < told["gave-up"]:
                 self.faults.append(f"reasons kept: {reasons}, answered: {told['gave-up']}")
+        self._check_answers(told)
         return {
             "rollouts": self.plan.rollouts,
             "workers": self.plan.workers,
@@ -314,6 +319,14 @@ class Run:
             "answered": dict(told),
             "faults": self.faults,
         }
+
+    def _check_answers(self, told: "Counter[str]") -> None:
+        """A fault for what hardly ever worked, of what is done often enough to tell."""
+        shares = {"committed": 1.0, "beat": _BEATS - _GIVES_UP - _SILENT, "gave-up": _GIVES_UP}
+        for what, share in shares.items():
+            least = int(_ANSWERED * share * self.plan.rollouts)
+            if told[what] < least and least >= _TELLING:
+                self.faults.append(f"{what}: {told[what]} answered, {least} at least were due")
 
     async def _check(
         self, connection: "psycopg.Connection[Any]", answered: dict[str, str], taken: list[str]
@@ -411,9 +424,10 @@ async def _one(
             return
         if luck < _GIVES_UP + _SILENT:
             await asyncio.sleep(lease_s * rng.uniform(1.0, 2.0))
-        elif luck < 0.2:
+        elif luck < _BEATS:
             with contextlib.suppress(*_LATE):
                 await queue.heartbeat([lease.id])
+                note(f"beat {lease.rollout_id}")
         trajectory = samples.trajectory(lease.group.task_id, tokens=400, salt=lease.id)
         done = await _committed(queue, lease, trajectory)
     except LeaseExpired:

@@ -6,6 +6,8 @@
 - What is done with the sandboxes, and what it may end in, is `operations`.
 - While one service lives, its memory and its open descriptors do not grow with the sandboxes made;
   with the last one deleted, no more descriptors are open than before the first.
+- At the very end nothing is killed: what is refused then is a fault, and so is an operation that
+  has hardly ever worked, then or before.
 - The last part spares the service and its spawner, so that one service makes them all: over the
   second half of it, when everything is warm, its resident memory has a slope, in bytes for each
   sandbox, that is told and has a bound.
@@ -45,6 +47,8 @@ _SETTLED_S = 10.0
 """Age from which a service has its modules, threads and seats."""
 _CALM_SHARE = 4
 """One in so many sandboxes is made while the service is spared."""
+_QUIET_SHARE = 10
+"""One in so many is made while nothing is killed."""
 _SLOPE_BYTES = 500
 """Resident bytes that one service may keep of each sandbox, by its slope. What has no bound of its
 own shows: an answer that was remembered as a message took 1,600, and a sandbox has three."""
@@ -78,6 +82,8 @@ class Soak:
     """Of the service that is spared: sandboxes made so far and its resident bytes."""
     seen: dict[processes.Lived, str] = field(default_factory=dict)
     """Processes of the service, by process id and start time."""
+    checked: int = 0
+    """States whose content was compared in the end."""
     _spared: bool = False
     _calm_pids: set[int] = field(default_factory=set)
     _process: asyncio.subprocess.Process | None = None
@@ -99,9 +105,13 @@ class Soak:
                 await asyncio.gather(*(self._lane(stormy) for _ in range(_LANES)))
                 self._spared = True
                 await self.sandboxes.get_capabilities()  # one that was killed last is back
-                await asyncio.gather(*(self._lane(self.count) for _ in range(_LANES)))
+                quiet = self.count - self.count // _QUIET_SHARE
+                await asyncio.gather(*(self._lane(quiet) for _ in range(_LANES)))
                 killer.cancel()
+                self.record.calm = True
+                await asyncio.gather(*(self._lane(self.count) for _ in range(_LANES)))
                 await self._check_states()
+                self.record.check_work()
                 await self._check_brief()
                 await self._clear()
                 await self._check_growth(idle_fds)
@@ -258,8 +268,10 @@ class Soak:
                 await self.sandboxes.delete_sandbox(box.id)
             except RegreenError as error:
                 found = f"{type(error).__name__}: {error}"
-            if found != content:
-                self.record.faults.append(f"state {state_id} shows {found!r}, not {content!r}")
+            self.record.check(f"state {state_id}", found, content)
+            self.checked += 1
+        if not self.checked:
+            self.record.faults.append("no state was there to be checked")
 
     async def _check_brief(self) -> None:
         """Sandboxes whose time was short are gone, though nobody has deleted them."""
@@ -313,8 +325,9 @@ class Soak:
             "sandboxes": self.record.made,
             "done": dict(self.record.done),
             "refused": dict(self.record.refused),
+            "done_while_nothing_is_killed": dict(self.record.calm_done),
             "killed": dict(self.killed),
-            "states_checked": len(self.record.states),
+            "states_checked": self.checked,
             "flatness": self._flatness(),
             "looks": {pid: [looks[0], looks[-1]] for pid, looks in self.looks.items()},
             "left": {kind: names for kind, names in left.items() if names},

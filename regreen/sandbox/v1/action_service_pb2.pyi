@@ -93,7 +93,9 @@ class ExecuteResponse(_message.Message):
 
     @_builtins.property
     def state(self) -> _sandbox_pb2.State:
-        """What the command left; only with `keep_state`."""
+        """What the command left; only with `keep_state`, and only where the result is one that is remembered: the command came
+        to its own end, no limit was hit meanwhile, and the host had room on its disk.
+        """
 
     def __init__(
         self,

@@ -55,8 +55,9 @@ class ActionServiceServicer:
 
     def Execute(self, request, context):
         """Runs a command in a fresh fork of a state, or answers with what the same action gave before. Equal actions in
-        flight share one run. Timeouts and trouble of the platform are never cached; nor is an action whose re-run gave
-        another result: its key is quarantined. Idempotent by request_id.
+        flight share one run. Timeouts, runs in which any process ran into a limit or the host had little room on its disk, and
+        trouble of the platform are never cached; nor is an action whose re-run gave another result: its key is quarantined.
+        Idempotent by request_id.
 
         Errors:
         - NOT_FOUND: no such state.

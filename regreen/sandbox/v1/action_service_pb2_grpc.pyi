@@ -37,8 +37,9 @@ class ActionServiceStub:
     def __new__(cls, channel: _aio.Channel) -> ActionServiceAsyncStub: ...
     Execute: _grpc.UnaryUnaryMultiCallable[_action_service_pb2.ExecuteRequest, _action_service_pb2.ExecuteResponse]
     """Runs a command in a fresh fork of a state, or answers with what the same action gave before. Equal actions in
-    flight share one run. Timeouts and trouble of the platform are never cached; nor is an action whose re-run gave
-    another result: its key is quarantined. Idempotent by request_id.
+    flight share one run. Timeouts, runs in which any process ran into a limit or the host had little room on its disk, and
+    trouble of the platform are never cached; nor is an action whose re-run gave another result: its key is quarantined.
+    Idempotent by request_id.
 
     Errors:
     - NOT_FOUND: no such state.
@@ -61,8 +62,9 @@ class ActionServiceAsyncStub(ActionServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Execute: _aio.UnaryUnaryMultiCallable[_action_service_pb2.ExecuteRequest, _action_service_pb2.ExecuteResponse]  # type: ignore[assignment]
     """Runs a command in a fresh fork of a state, or answers with what the same action gave before. Equal actions in
-    flight share one run. Timeouts and trouble of the platform are never cached; nor is an action whose re-run gave
-    another result: its key is quarantined. Idempotent by request_id.
+    flight share one run. Timeouts, runs in which any process ran into a limit or the host had little room on its disk, and
+    trouble of the platform are never cached; nor is an action whose re-run gave another result: its key is quarantined.
+    Idempotent by request_id.
 
     Errors:
     - NOT_FOUND: no such state.
@@ -88,8 +90,9 @@ class ActionServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_action_service_pb2.ExecuteResponse, _abc.Awaitable[_action_service_pb2.ExecuteResponse]]:
         """Runs a command in a fresh fork of a state, or answers with what the same action gave before. Equal actions in
-        flight share one run. Timeouts and trouble of the platform are never cached; nor is an action whose re-run gave
-        another result: its key is quarantined. Idempotent by request_id.
+        flight share one run. Timeouts, runs in which any process ran into a limit or the host had little room on its disk, and
+        trouble of the platform are never cached; nor is an action whose re-run gave another result: its key is quarantined.
+        Idempotent by request_id.
 
         Errors:
         - NOT_FOUND: no such state.

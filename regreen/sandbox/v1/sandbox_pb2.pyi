@@ -766,6 +766,7 @@ class CommandResult(_message.Message):
     WALL_FIELD_NUMBER: _builtins.int
     CPU_FIELD_NUMBER: _builtins.int
     PEAK_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    LIMITS_HIT_FIELD_NUMBER: _builtins.int
     reason: Global___EndReason.ValueType
     """Why it ended."""
     exit_code: _builtins.int
@@ -790,6 +791,13 @@ class CommandResult(_message.Message):
     def cpu(self) -> _duration_pb2.Duration:
         """Processor time of all its processes."""
 
+    @_builtins.property
+    def limits_hit(self) -> _containers.RepeatedScalarFieldContainer[Global___EndReason.ValueType]:
+        """Limits that the sandbox ran into while it ran, whichever process did and however the command ended: `reason` where
+        it is one, and those of processes whose end the command went over. An empty list proves nothing where the host
+        cannot tell (no control groups, or the docker backend for anything but memory).
+        """
+
     def __init__(
         self,
         *,
@@ -801,10 +809,11 @@ class CommandResult(_message.Message):
         wall: _duration_pb2.Duration | None = ...,
         cpu: _duration_pb2.Duration | None = ...,
         peak_memory_bytes: _builtins.int = ...,
+        limits_hit: _abc.Iterable[Global___EndReason.ValueType] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cpu", b"cpu", "stderr", b"stderr", "stdout", b"stdout", "wall", b"wall"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu", b"cpu", "exit_code", b"exit_code", "peak_memory_bytes", b"peak_memory_bytes", "reason", b"reason", "signal", b"signal", "stderr", b"stderr", "stdout", b"stdout", "wall", b"wall"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu", b"cpu", "exit_code", b"exit_code", "limits_hit", b"limits_hit", "peak_memory_bytes", b"peak_memory_bytes", "reason", b"reason", "signal", b"signal", "stderr", b"stderr", "stdout", b"stdout", "wall", b"wall"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -912,7 +921,7 @@ Global___TestResult: _TypeAlias = TestResult  # noqa: Y015
 
 @_typing.final
 class RevertedChange(_message.Message):
-    """A change of the diff that the validator did not apply, and why."""
+    """A change that is no part of a diff, or that the validator did not apply, and why."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -921,7 +930,7 @@ class RevertedChange(_message.Message):
     path: _builtins.str
     """Path of the change."""
     reason: _builtins.str
-    """Why it was left out: "test", "validation-configuration", "plugin", ..."""
+    """Why it was left out: "test", "validation-configuration", "plugin", "a symbolic link", ..."""
     def __init__(
         self,
         *,

@@ -959,21 +959,34 @@ class DiffResponse(_message.Message):
 
     CHANGES_FIELD_NUMBER: _builtins.int
     UNIFIED_FIELD_NUMBER: _builtins.int
+    LEFT_OUT_FIELD_NUMBER: _builtins.int
+    LEFT_OUT_TOTAL_FIELD_NUMBER: _builtins.int
     unified: _builtins.str
-    """The same as a unified diff, bounded."""
+    """The same as a unified diff, bounded; says at its end what it leaves out."""
+    left_out_total: _builtins.int
+    """How many there are in all."""
     @_builtins.property
     def changes(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.FileChange]:
         """Changed files, in path order."""
+
+    @_builtins.property
+    def left_out(self) -> _containers.RepeatedCompositeFieldContainer[_sandbox_pb2.RevertedChange]:
+        """What else changed and is no part of a diff, in path order, at most 1000: links (never followed), pipes, sockets and
+        devices, empty directories, names that Validate would refuse (characters that cannot be shown are escaped), files
+        that their owner may not read.
+        """
 
     def __init__(
         self,
         *,
         changes: _abc.Iterable[_common_pb2.FileChange] | None = ...,
         unified: _builtins.str = ...,
+        left_out: _abc.Iterable[_sandbox_pb2.RevertedChange] | None = ...,
+        left_out_total: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["changes", b"changes", "unified", b"unified"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changes", b"changes", "left_out", b"left_out", "left_out_total", b"left_out_total", "unified", b"unified"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -255,6 +255,8 @@ class SandboxServiceServicer:
         Errors:
         - NOT_FOUND: no such sandbox.
         - INVALID_ARGUMENT: too large, or the path leaves the sandbox.
+        - RESOURCE_EXHAUSTED: with it the sandbox would be over `limits.disk_bytes` or `limits.inodes`, which the message
+        names (not on the docker backend, which bounds neither).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -282,7 +284,7 @@ class SandboxServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Diff(self, request, context):
-        """Lists what changed under a directory since the sandbox's state.
+        """Lists the regular files that changed under a directory since the sandbox's state, and names what else did.
 
         Errors:
         - NOT_FOUND: no such sandbox.

@@ -118,6 +118,8 @@ class SandboxServiceStub:
     Errors:
     - NOT_FOUND: no such sandbox.
     - INVALID_ARGUMENT: too large, or the path leaves the sandbox.
+    - RESOURCE_EXHAUSTED: with it the sandbox would be over `limits.disk_bytes` or `limits.inodes`, which the message
+      names (not on the docker backend, which bounds neither).
     """
     ListFiles: _grpc.UnaryUnaryMultiCallable[_sandbox_service_pb2.ListFilesRequest, _sandbox_service_pb2.ListFilesResponse]
     """Lists files under a directory that match a glob.
@@ -133,7 +135,7 @@ class SandboxServiceStub:
     - INVALID_ARGUMENT: empty text.
     """
     Diff: _grpc.UnaryUnaryMultiCallable[_sandbox_service_pb2.DiffRequest, _sandbox_service_pb2.DiffResponse]
-    """Lists what changed under a directory since the sandbox's state.
+    """Lists the regular files that changed under a directory since the sandbox's state, and names what else did.
 
     Errors:
     - NOT_FOUND: no such sandbox.
@@ -246,6 +248,8 @@ class SandboxServiceAsyncStub(SandboxServiceStub):
     Errors:
     - NOT_FOUND: no such sandbox.
     - INVALID_ARGUMENT: too large, or the path leaves the sandbox.
+    - RESOURCE_EXHAUSTED: with it the sandbox would be over `limits.disk_bytes` or `limits.inodes`, which the message
+      names (not on the docker backend, which bounds neither).
     """
     ListFiles: _aio.UnaryUnaryMultiCallable[_sandbox_service_pb2.ListFilesRequest, _sandbox_service_pb2.ListFilesResponse]  # type: ignore[assignment]
     """Lists files under a directory that match a glob.
@@ -261,7 +265,7 @@ class SandboxServiceAsyncStub(SandboxServiceStub):
     - INVALID_ARGUMENT: empty text.
     """
     Diff: _aio.UnaryUnaryMultiCallable[_sandbox_service_pb2.DiffRequest, _sandbox_service_pb2.DiffResponse]  # type: ignore[assignment]
-    """Lists what changed under a directory since the sandbox's state.
+    """Lists the regular files that changed under a directory since the sandbox's state, and names what else did.
 
     Errors:
     - NOT_FOUND: no such sandbox.
@@ -443,6 +447,8 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
         Errors:
         - NOT_FOUND: no such sandbox.
         - INVALID_ARGUMENT: too large, or the path leaves the sandbox.
+        - RESOURCE_EXHAUSTED: with it the sandbox would be over `limits.disk_bytes` or `limits.inodes`, which the message
+          names (not on the docker backend, which bounds neither).
         """
 
     @_abc_1.abstractmethod
@@ -476,7 +482,7 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sandbox_service_pb2.DiffRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sandbox_service_pb2.DiffResponse, _abc.Awaitable[_sandbox_service_pb2.DiffResponse]]:
-        """Lists what changed under a directory since the sandbox's state.
+        """Lists the regular files that changed under a directory since the sandbox's state, and names what else did.
 
         Errors:
         - NOT_FOUND: no such sandbox.

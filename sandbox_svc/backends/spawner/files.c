@@ -36,12 +36,15 @@ static int refuse_odd(int fd, struct stat *info) {
   return -1;
 }
 
-int open_to_read(const char *path, struct stat *info) { return refuse_odd(open_inside(path, O_RDONLY, 0), info); }
+int open_to_read(const char *path, struct stat *info, bool follow) {
+  return refuse_odd(follow ? open_inside(path, O_RDONLY, 0) : open_itself(path, O_RDONLY), info);
+}
 
-int open_to_write(const char *path, mode_t mode) {
+int open_to_write(const char *path, mode_t mode, bool follow) {
   struct stat info;
-  if (make_parents(path)) return -1;
-  int fd = refuse_odd(open_inside(path, O_WRONLY | O_CREAT, mode), &info);
+  if (follow && make_parents(path)) return -1;
+  int opened = follow ? open_inside(path, O_WRONLY | O_CREAT, mode) : make_itself(path, O_WRONLY, mode);
+  int fd = refuse_odd(opened, &info);
   if (fd >= 0 && (fchmod(fd, mode) || ftruncate(fd, 0))) {
     int why = errno;
     close(fd);

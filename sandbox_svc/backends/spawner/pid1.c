@@ -230,12 +230,16 @@ static void dispatch(int sock, Request *request) {
     kill_all();
     answer(sock, NULL, 0, "{\"id\": %ld, \"all\": true}", id);
   } else if (strcmp(asked, "open") == 0) {
-    int fd = open_to_read(text(request), &info);
+    const char *path = text(request);
+    int fd = open_to_read(path, &info, number(request));
     if (fd >= 0) snprintf(facts, sizeof facts, ", \"size\": %ld, \"mode\": %d", (long)info.st_size, info.st_mode & 07777);
     hand_out(sock, id, fd, facts);
   } else if (strcmp(asked, "create") == 0) {
     const char *path = text(request);
-    hand_out(sock, id, open_to_write(path, number(request) & 0777), facts);
+    mode_t mode = number(request) & 0777;
+    hand_out(sock, id, open_to_write(path, mode, number(request)), facts);
+  } else if (strcmp(asked, "link") == 0) {
+    hand_out(sock, id, link_itself(text(request)), facts);
   } else if (strcmp(asked, "listen") == 0) {
     hand_out(sock, id, listen_on(number(request)), facts);
   } else if (strcmp(asked, "usage") == 0) {
@@ -257,8 +261,8 @@ static void reap(int sock) {
     if (job == jobs + running) continue;
     double cpu_s = used.ru_utime.tv_sec + used.ru_stime.tv_sec + (used.ru_utime.tv_usec + used.ru_stime.tv_usec) / 1e6;
     if (job->terminal >= 0) close(job->terminal);
-    answer(sock, NULL, 0, "{\"id\": %ld, \"status\": %d, \"cpu_s\": %.6f, \"peak_bytes\": %ld}", job->id, status, cpu_s,
-           used.ru_maxrss * 1024);
+    answer(sock, NULL, 0, "{\"id\": %ld, \"status\": %d, \"cpu_s\": %.6f, \"peak_bytes\": %ld, \"wrote_bytes\": %ld}", job->id, status,
+           cpu_s, used.ru_maxrss * 1024, used.ru_oublock * 512);
     *job = jobs[--running];
   }
 }

@@ -28,15 +28,51 @@ int open_beneath(int directory, const char *path, int flags) {
   return resolved(directory, path, flags, 0, RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS);
 }
 
-int open_inside(const char *path, int flags, mode_t mode) {
+static int from_root(const char *path, int flags, mode_t mode, unsigned long resolve) {
   int root = open("/", O_PATH | O_DIRECTORY | O_CLOEXEC);
   if (root < 0) return -1;
-  flags |= O_NONBLOCK | O_NOCTTY;
-  int fd = resolved(root, path, flags, mode, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS);
+  int fd = resolved(root, path, flags, mode, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS | resolve);
   int kept = errno;
   close(root);
   errno = kept;
   return fd;
+}
+
+int open_inside(const char *path, int flags, mode_t mode) {
+  return from_root(path, flags | O_NONBLOCK | O_NOCTTY, mode, 0);
+}
+
+int open_itself(const char *path, int flags) {
+  return from_root(path, flags | O_NONBLOCK | O_NOCTTY, 0, RESOLVE_NO_SYMLINKS);
+}
+
+int link_itself(const char *path) { return from_root(path, O_PATH | O_NOFOLLOW, 0, RESOLVE_NO_SYMLINKS); }
+
+int make_itself(const char *path, int flags, mode_t mode) {
+  char rest[4096], *part, *saved = NULL;
+  if (snprintf(rest, sizeof rest, "%s", path) >= (int)sizeof rest) {
+    errno = ENAMETOOLONG;
+    return -1;
+  }
+  int here = open("/", O_PATH | O_DIRECTORY | O_CLOEXEC);
+  for (part = strtok_r(rest, "/", &saved); part != NULL && here >= 0;) {
+    char *following = strtok_r(NULL, "/", &saved);
+    int next = -1;
+    if (following != NULL) {
+      if (mkdirat(here, part, 0777) == 0 || errno == EEXIST)
+        next = openat(here, part, O_PATH | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    } else {
+      flags |= O_CREAT | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY | O_CLOEXEC;
+      next = openat(here, part, flags, mode);
+      if (next < 0 && errno == ELOOP && unlinkat(here, part, 0) == 0) next = openat(here, part, flags, mode);
+    }
+    int kept = errno;
+    close(here);
+    errno = kept;
+    here = next;
+    part = following;
+  }
+  return here;
 }
 
 /* One component of a place, made where it is missing. */

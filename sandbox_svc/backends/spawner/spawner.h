@@ -62,6 +62,11 @@ long finish(const Settings *settings, Request *spec); /* how many descriptors a 
 /* place.c: objects of a file tree that may be hostile */
 int open_beneath(int directory, const char *path, int flags);
 int open_inside(const char *path, int flags, mode_t mode);
+/* The same where no part of the path is a link, or ELOOP; `link_itself` also where its last part is one. */
+int open_itself(const char *path, int flags);
+int link_itself(const char *path);
+/* A file to write: a link there is replaced, a link on the way is ENOTDIR, directories are made. */
+int make_itself(const char *path, int flags, mode_t mode);
 int make_place(const char *path, bool directory); /* an O_PATH descriptor below ".", made where it is missing */
 int make_parents(const char *path);
 int tree_of(int directory, const char *path); /* a detached clone of the mounts there */
@@ -79,8 +84,8 @@ int kill_descendants(pid_t first, const pid_t *others, int count); /* how many; 
 void kill_all(void);
 
 /* files.c: each returns a descriptor, or -1 with errno */
-int open_to_read(const char *path, struct stat *info);
-int open_to_write(const char *path, mode_t mode);
+int open_to_read(const char *path, struct stat *info, bool follow);
+int open_to_write(const char *path, mode_t mode, bool follow);
 int listen_on(int port);
 typedef struct { long resident_bytes, processes, unlinked_bytes; } Usage;
 Usage usage(void);

@@ -1,6 +1,7 @@
 """A: attacks on memory, processes, cores, disk and output, and what outlives its command."""
 
 import asyncio
+import contextlib
 import ctypes
 import os
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from regreen.rpc.errors import DiskFull
+from regreen.rpc.errors import DiskFull, ResourceExhausted
 from sandbox_svc.backends import uppers
 from sandbox_svc.backends.base import EndReason, ExecResult, Limits
 from tests.contract.abuse.walls import WIDE, needs_python, plain, python, running, until_running
@@ -212,6 +213,28 @@ async def test_a3_short_commands_add_up(runtime):
         if result.reason is EndReason.DISK:
             break
     assert EndReason.DISK in reasons
+
+
+async def test_a3_files_written_from_outside_are_refused_at_the_limit(runtime):
+    tight = await runtime.create([], limits=replace(SMALL, disk_bytes=10 << 20, inodes=100))
+    wide = await runtime.create([], limits=WIDE)
+    for name, count, size in (("f", 20, 8 << 20), ("i", 500, 0)):
+        fits = 0
+        with contextlib.suppress(ResourceExhausted):
+            for number in range(count):
+                await tight.write_file(f"/work/{name}{number}", bytes(size))
+                fits += 1
+        assert 0 < fits < count
+        with pytest.raises(ResourceExhausted, match=r"limits\.(disk_bytes|inodes)"):
+            await tight.write_file(f"/work/{name}{fits}", bytes(size))
+        for number in range(count):
+            await wide.write_file(f"/work/{name}{number}", bytes(size))
+    used, more = await tight.measure(), await wide.measure()
+    assert used.size_bytes <= 10 << 20 < more.size_bytes
+    assert used.inodes <= 100 < more.inodes
+    assert (await sh(tight, "sleep 1.5")).ok
+    for one in (tight, wide):
+        await one.delete()
 
 
 async def test_a3_a_full_file_system_is_told_as_such(box):

@@ -176,6 +176,15 @@ async def test_a_command_is_stopped_in_time(bench):
     assert "stopped: timeout" in seen.text
 
 
+async def test_what_no_diff_can_hold_is_told_with_the_verdict(bench):
+    await bench.call(Call("run_sh", "run_sh", {"cmd": "ln -s /etc/passwd users; mkfifo p"}))
+    seen = (await bench.call(Call("validate_and_build", "validate_and_build", {}))).text
+    told = "p (a pipe, a socket or a device), users (a symbolic link)"
+    assert f"not applied (a diff has regular files alone): {told}" in seen
+    _, unified = await bench.diff()
+    assert "root:" not in unified
+
+
 async def test_files_that_cannot_be_judged_never_stop_a_validation(bench):
     command = "touch \"$(printf 'a\\nb')\" 'c\\d'"
     made = await bench.call(Call("run_sh", "run_sh", {"cmd": command}))

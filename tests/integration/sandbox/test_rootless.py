@@ -24,7 +24,7 @@ _PARTS = {
     "contract": (
         "not docker and (exit_codes or time_out_kills or files_are_written or freezing"
         " or changed_paths or children or terminal or reaches_the_whole_group or full_pipe"
-        " or first_thread)",
+        " or first_thread or child_ran or themselves)",
         ["tests/contract/test_runtime.py", "tests/contract/test_process.py"],
     ),
     "states": (
@@ -40,6 +40,10 @@ _PARTS = {
     "grader": (
         "naive or honest or test_written",
         [f"{_BUILD}/test_cheats.py", f"{_BUILD}/test_written.py"],
+    ),
+    "limits": (
+        "not full_host",
+        [f"{_SANDBOX}/test_{name}.py" for name in ("limits", "kept_actions", "diff_links")],
     ),
 }
 

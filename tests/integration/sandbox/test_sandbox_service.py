@@ -97,7 +97,11 @@ async def test_names_that_cannot_be_judged_are_left_out_and_counted(service):
     await sandboxes.run(sandbox.id, ["sh", "-c", _ODD_NAMES])
     diff = await sandboxes.diff(sandbox.id)
     assert [(c.path, c.content) for c in diff.changes] == [("good", b"good\n")]
-    assert "changed paths are left out: a name that is too long" in diff.unified
+    reasons = {change.path: change.reason for change in diff.left_out}
+    assert reasons["bad\\xffname"].startswith("a name that is too long")
+    assert reasons["locked"] == "a file that its owner may not read"
+    assert f"[{diff.left_out_total} changed paths are left out" in diff.unified
+    assert f"[locked: {reasons['locked']}]\n" in diff.unified
     unrelated = await sandboxes.diff(sandbox.id, base_state_id=other.id)
     assert {c.path for c in unrelated.changes} == {"good", "notes.txt", "other.txt"}
     assert "bad\ufffdname" in {f.path for f in (await sandboxes.list_files(sandbox.id)).files}

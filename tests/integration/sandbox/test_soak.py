@@ -1,14 +1,19 @@
 """A short soak; `python -m tests.load.soak` is the long one."""
 
+import json
 import random
+import subprocess
+import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from regreen.rpc.errors import MissingDependency
+from regreen.rpc.errors import InfraError, MissingDependency, NotFound, RegreenError
 from sandbox_svc.backends.embedded import EmbeddedRuntime
 from sandbox_svc.bench_service import Service
 from tests.load import processes
+from tests.load.operations import OPERATIONS, Record
 from tests.load.soak import Soak, soak
 
 
@@ -78,3 +83,60 @@ def test_what_a_service_keeps_of_each_sandbox_shows(tmp_path, each_bytes, flat) 
     assert found["checked"]
     assert found["flat"] is flat
     assert abs(found["bytes_per_sandbox"] - each_bytes) < 100
+
+
+_NEVER = """
+import asyncio, json, sys
+from regreen.client.actions import ActionClient
+from regreen.client.exec import ExecClient
+from regreen.client.sandbox import SandboxClient
+from regreen.rpc.errors import InfraError
+from tests.load import soak
+
+
+async def never(self, *given, **named):
+    raise InfraError("never works")
+
+
+for name in sys.argv[1:]:
+    for client in (ActionClient, ExecClient, SandboxClient):
+        if hasattr(client, name):
+            setattr(client, name, never)
+report = asyncio.run(soak.soak(40, 1, 1e9))
+print(json.dumps({"faults": report["faults"], "left": report["left"]}))
+"""
+
+
+@pytest.mark.slow
+def test_operations_that_never_work_are_faults() -> None:
+    broken = ("snapshot_sandbox", "fork_sandbox", "restore_sandbox", "run", "execute", "start_exec")
+    done = subprocess.run(
+        [sys.executable, "-c", _NEVER, *broken], capture_output=True, check=True, timeout=300
+    )
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["left"] == {}
+    for name in ("snapshot", "fork", "restore", "write", "daemon", "execute", "exec", "attach"):
+        assert f"{name}: it has never worked" in report["faults"]
+    assert "no state was there to be checked" in report["faults"]
+
+
+async def test_what_is_refused_while_nothing_is_killed_is_a_fault() -> None:
+    async def fails(error: RegreenError) -> None:
+        raise error
+
+    record = Record(brief={"old"})
+    for calm in (False, True):
+        record.calm = calm
+        await record.attempt("fork", lambda: fails(InfraError("lost")), "box")
+        await record.attempt("create", lambda: fails(NotFound("deleted by another lane")))
+        await record.attempt("write", lambda: fails(NotFound("its time is over")), "old")
+    assert record.faults == ["fork while nothing is killed: InfraError: lost"]
+    await record.attempt("write", lambda: fails(NotFound("gone")), "box")
+    assert record.faults[1:] == ["write while nothing is killed: NotFound: gone"]
+
+
+def test_an_operation_that_is_refused_as_often_as_it_works_is_a_fault() -> None:
+    record = Record(done=Counter(dict.fromkeys(OPERATIONS, 50)))
+    record.calm_done, record.calm_refused = Counter(restore=9), Counter(restore=11)
+    record.check_work()
+    assert record.faults == ["restore: 11 of 20 were refused while nothing was killed"]

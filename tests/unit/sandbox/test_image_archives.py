@@ -1,7 +1,9 @@
 """Image archives with random damage: each is taken or refused by name, and nothing else happens."""
 
+import gzip
 import os
 import random
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -36,7 +38,7 @@ def _damaged(data: bytes, chance: random.Random) -> bytes:
     for _ in range(chance.randint(1, 6)):
         if len(out) < 2048:
             break
-        at = chance.randrange(len(out) // 512) * 512
+        at = chance.randrange(len(out) // 512) * 64
         block = out[at : at + 512]
         match chance.randrange(6):
             case 0:
@@ -109,3 +111,74 @@ def test_the_bound_of_an_export_is_that_of_all_its_layers(tmp_path):
         assert list(image_archive(few, {}, "x", max_bytes=most))
     with pytest.raises(FailedPrecondition, match="larger than this service takes"):
         list(image_archive(tops, {}, "x", max_bytes=600_000))
+
+
+_THREE = made.files(a=b"1" * 600, b=b"2" * 600, c=b"3" * 600)
+_MEMBER = 1536
+"""Bytes of one of these members: its header, and its content in whole blocks."""
+
+
+def _refused(tmp_path: Path, archive: bytes, kind: Format) -> str:
+    """Why an archive is refused; nothing of it is left."""
+    files = Layout(tmp_path / "home", None)
+    spool = files.draft_layer()
+    (spool / "sent").write_bytes(archive)
+    with pytest.raises(InvalidArgument) as caught:
+        _take_archive(files, spool, kind, "", Quota(1 << 30, 5000))
+    remove_tree(spool)
+    assert os.listdir(files.home / "layers") == []
+    remove_tree(files.home)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "gzip"])
+@pytest.mark.parametrize("blocks", [0, 1], ids=["no end", "half an end"])
+def test_an_archive_without_its_end_is_cut_short(tmp_path, packed, blocks):
+    for members in (1, 2, 3):
+        cut = _THREE[: members * _MEMBER] + bytes(512 * blocks)
+        root = made.gzipped(cut) if packed else cut
+        assert "cut short" in _refused(tmp_path, root, Format.ROOT)
+        layers = [made.gzipped(cut)] if packed else None
+        assert "cut short" in _refused(tmp_path, made.oci(cut, packed=layers), Format.OCI)
+    image = made.oci(_THREE)
+    whole = image[: len(image.rstrip(b"\0")) // 512 * 512 + 512]
+    assert "cut short" in _refused(tmp_path, whole + bytes(512 * blocks), Format.OCI)
+
+
+def test_the_end_that_tools_write_is_enough(tmp_path):
+    ended = _THREE[: 3 * _MEMBER] + bytes(1024)
+    (tmp_path / "a").write_text("a")
+    tools = [
+        subprocess.run(["tar", *flags, "-C", tmp_path, "a"], capture_output=True, check=True).stdout
+        for flags in (["-cf-"], ["-cf-", "-b1"], ["-cf-", "-b2048"], ["-czf-"])
+    ]
+    for number, root in enumerate([ended, _THREE, *tools]):
+        assert _take(Layout(tmp_path / f"root{number}", None), root, Format.ROOT)
+    empty = bytes(1024)  # engines write it for a step that changed no file
+    assert _take(Layout(tmp_path / "image", None), made.oci(ended, empty), Format.OCI)
+
+
+def test_nothing_but_zeros_is_refused_at_once(tmp_path, monkeypatch):
+    unpacked = []
+    monkeypatch.setattr(gzip.GzipFile, "read", _counting(gzip.GzipFile.read, unpacked))
+    zeros = gzip.compress(bytes(1 << 20)) * 64
+    for kind in (Format.UNKNOWN, Format.ROOT):
+        assert "holds nothing" in _refused(tmp_path, zeros, kind)
+        assert "holds nothing" in _refused(tmp_path, bytes(10_240), kind)
+    assert sum(unpacked) < 1 << 20
+    for archive, kind in (
+        (gzip.compress(_THREE) + zeros, Format.ROOT),
+        (made.oci(bytes(64 << 20), packed=[zeros]), Format.OCI),
+    ):
+        unpacked.clear()
+        assert "after its end" in _refused(tmp_path, archive, kind)
+        assert sum(unpacked) < 32 << 20
+
+
+def _counting(read, sizes: list[int]):
+    def counted(self, size=-1):
+        data = read(self, size)
+        sizes.append(len(data))
+        return data
+
+    return counted
