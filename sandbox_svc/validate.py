@@ -118,6 +118,7 @@ class Validator:
         self._running: dict[str, _Flight] = {}
         self._indexes: dict[str, Mapping[str, Any]] = {}
         self._warm, self._workers = warm, workers
+        self._forks = partial(fork_of, states, runtime)
         self._checks: set[asyncio.Task[None]] = set()
 
     async def validate(
@@ -253,9 +254,8 @@ class Validator:
 
     def _is_full(self, verdict: Validation) -> bool:
         """Whether a verdict may be what it is because the host had no room at some time."""
-        if verdict.outcome is Outcome.PASSED:
-            return False
-        return 0 <= verdict.least_free_bytes < base.FULL_BYTES or self._runtime.disk_is_full()
+        short = 0 <= verdict.least_free_bytes < base.FULL_BYTES
+        return verdict.outcome is not Outcome.PASSED and (short or self._runtime.disk_is_full())
 
     async def _try_workers(
         self, plan: Plan, serial: Validation, proof: Proof, workers: Workers
@@ -416,7 +416,7 @@ class Validator:
 
     async def _cold(self, plan: Plan, change: LockChange | None, seed: int) -> Validation:
         """One run in one fresh fork that starts with nothing."""
-        fork = fork_of(self._states, self._runtime, plan.state.id, self._limits)
+        fork = self._forks(plan.state.id, self._limits)
         async with own_layers(self._states, self._runtime) as layers, fork as box:
             verdict = await self._in_box(plan, change, seed, box, layers)
             # Looked at before the box goes, which may make room again.
@@ -446,9 +446,8 @@ class Validator:
     ) -> TestRun:
         """The run, as far as what it wrote above these layers of its own lets it be believed."""
         since = len(box.layers) if layers else None
-        fresh = partial(self._fresh, plan, layers)
-        ours = placed(plan)
-        return await testrun.looked_at(run, box, plan.facts, fresh, ours=ours, since=since)
+        fork, ours = partial(self._forks, plan.state.id, self._limits, layers), placed(plan)
+        return await testrun.looked_at(run, box, plan.facts, fork, ours=ours, since=since)
 
     def _options(self, plan: Plan, seed: int) -> testrun.RunOptions:
         options = testrun.options_of(plan.facts, plan.state.env)

@@ -285,7 +285,7 @@ async def test_bad_requests_name_the_field(service):
         (
             sandboxes.create_sandbox(state.id, limits=pb.Limits(memory_bytes=1)),
             InvalidArgument,
-            "limits.memory_bytes: is 1; give 16777216 or more",
+            "limits.memory_bytes: is 1; give at least 16777216",
         ),
         (sandboxes.list_files(sandbox.id, root="rel"), InvalidArgument, "root: is not an absolute"),
         (sandboxes.create_sandbox(state.id, limits=pb.Limits(pids=-1)), InvalidArgument, "pids"),
