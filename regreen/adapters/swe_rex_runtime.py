@@ -254,7 +254,7 @@ class RegreenRuntime(rex.AbstractRuntime):  # type: ignore[misc]
                 argv, environment=command.env, cwd=cwd, timeout_s=command.timeout
             )
         except InvalidArgument as error:
-            if str(error).startswith("cwd"):
+            if str(error).startswith("command.cwd"):
                 raise FileNotFoundError(errno.ENOENT, str(error)) from error
             raise ValueError(str(error)) from error
         if result.reason == pb.END_REASON_TIMEOUT:

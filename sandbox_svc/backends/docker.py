@@ -387,7 +387,7 @@ class DockerRuntime:
             _, devices = await sh("grep -c : /proc/net/dev")
             _, memory = await sh("head -c 200000000 /dev/zero | tail -c 200000000 | wc -c")
             program = f"command -v python3 > /dev/null && exec python3 -ISc {quote(MEMFD)}"
-            memfd, _ = await sh(program)
+            memfd, said = await sh(f"{program} || echo , the image has no python3")
             flood, _ = await sh("head -c 4000000 /dev/zero; sleep 2")
             hidden = "env -i setsid sleep 301 & sleep 0.2; echo; while :; do :; done"
             spin, _ = await sh(hidden, timeout_s=1.0)
@@ -405,7 +405,7 @@ class DockerRuntime:
             Capability("syscall_filter", "Seccomp:\t2" in status, self.name),
             Capability("no_network", devices.strip() == "1", self.name),
             Capability("output", flood is EndReason.OUTPUT, "service"),
-            Capability("memfd", memfd is EndReason.OOM, self.name, f"at the limit: {memfd}"),
+            Capability("memfd", memfd is EndReason.OOM, self.name, f"at the limit: {memfd}{said}"),
             Capability("cpu", False, self.name, "set, not proven"),
             Capability("disk", False, self.name, "only the size of one file is bounded"),
             Capability("inodes", False, self.name, "not bounded"),

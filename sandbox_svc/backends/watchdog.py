@@ -164,7 +164,8 @@ class Watch:
 
     def look(self) -> None:
         """Note for every command that runs how much room the host has."""
-        self._disk.look()
+        with contextlib.suppress(FileNotFoundError):  # the sandbox is being deleted
+            self._disk.look()
         free = self._disk.free_bytes
         for job in self._jobs.values():
             least = job.least_free_bytes
@@ -181,15 +182,16 @@ class Watch:
         Raises:
             ResourceExhausted: with it the sandbox would be over a limit.
         """
-        await self._disk.admit(path, size_bytes)
-        if self._disk.could_be_near():
-            self.wake()
+        with contextlib.suppress(FileNotFoundError):  # being deleted, which the write meets too
+            await self._disk.admit(path, size_bytes)
+            if self._disk.could_be_near():
+                self.wake()
 
     async def measure(self, written_bytes: int, *, anyway: bool) -> None:
         """Look what is on the disk after so much was written: if need be, or anyway."""
         self._disk.written_bytes += written_bytes
-        if anyway or self._disk.could_be_near():
-            with contextlib.suppress(LinkClosed, RegreenError, TimeoutError, FileNotFoundError):
+        with contextlib.suppress(LinkClosed, RegreenError, TimeoutError, FileNotFoundError):
+            if anyway or self._disk.could_be_near():
                 await self._disk.is_over(time.monotonic())  # else it is frozen or ended
 
     def close(self) -> None:

@@ -66,11 +66,10 @@ async def test_killed_it_leaves_no_tunnel_and_no_process(tmp_path):
                 await asyncio.gather(running, return_exceptions=True)
         finally:
             child.kill()
-            _, log = await asyncio.to_thread(child.communicate)
+            await asyncio.to_thread(child.communicate)
     assert seen.bodies == [b"hi"]
     home = tmp_path / "sandbox"
     assert await asyncio.to_thread(_gone, home, lived, 10.0), _processes_below(home, lived)
-    assert b'"event": "egress"' in log
     again = _service(tmp_path)
     try:
         async with connect(f"unix:{tmp_path}/s") as channel:

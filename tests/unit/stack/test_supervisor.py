@@ -168,7 +168,7 @@ async def test_a_running_stack_is_not_asked_for_another(layout, stranger):
             FailedPrecondition, match=r"--engine torch, not with none; .*regreen down"
         ):
             await control.up(layout, arguments={"policy": []})
-        with pytest.raises(FailedPrecondition, match=r"ports fixed, not any; .*regreen down"):
+        with pytest.raises(FailedPrecondition, match=r"with ports fixed .*regreen down"):
             await control.up(layout, fixed_ports=False)
         with pytest.raises(Unavailable, match="not serving"):  # all the same: it waits for it
             await control.up(layout, fixed_ports=True, timeout_s=0)
