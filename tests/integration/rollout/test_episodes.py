@@ -275,7 +275,11 @@ async def test_a_sandbox_that_was_killed_is_never_a_score(world, edited):
 
 
 async def test_an_agent_that_ends_its_own_sandbox_is_scored_without_a_diff(world, monkeypatch):
-    monkeypatch.setattr(embedded_box, "_KILL_GRACE_S", 0.0)  # so that no command can be stopped
+    async def never(*_: object) -> bool:
+        return False
+
+    monkeypatch.setattr(embedded_box, "_KILL_GRACE_S", 0.0)
+    monkeypatch.setattr(embedded_box, "all_ended", never)  # so that no command can be stopped
     wrote = call("write_file", path="greet/__init__.py", content=FIXED)
     script = says(wrote, call("run_sh", cmd="sleep 100"), VALIDATE, call("give_up", reason="no"))
     async with world.playing(script) as stack:

@@ -156,12 +156,12 @@ async def test_exports_that_nobody_reads_do_not_stop_the_service(service):
 
 @pytest.fixture
 async def restless(tmp_path):
-    """A service that gives up a transfer that stands still for a second."""
+    """A service that gives up a transfer that stands still for three seconds."""
     settings = SandboxSettings(
         home=tmp_path / "home",
         listen=f"unix:{tmp_path}/s",
         metrics="127.0.0.1:0",
-        transfer_idle_s=1.0,
+        transfer_idle_s=3.0,
         drain_s=0.2,
     )
     runtime = EmbeddedRuntime(tmp_path / "home" / "sandbox", run_probes=False, warm_seats=1)
@@ -188,8 +188,7 @@ async def test_exports_that_nobody_reads_are_refused_room_for_others_and_end(res
     small = await prepared(states, a="2")
     archive = await whole(states, small.id)
     unread = [stub.ExportState(pb.ExportStateRequest(id=large.id)) for _ in range(pace.AT_ONCE)]
-    for call in unread:
-        await call.read()
+    await asyncio.gather(*(call.read() for call in unread))
     with pytest.raises(ResourceExhausted, match="8 exports are under way") as caught:
         await whole(states, small.id)
     assert caught.value.retry_after_s
@@ -203,7 +202,7 @@ async def test_exports_that_nobody_reads_are_refused_room_for_others_and_end(res
             await drained(call)
         error = from_rpc_error(ended.value)
         assert isinstance(error, DeadlineExceeded)
-        assert "nothing of the stream was taken for 1 s" in error.message
+        assert "nothing of the stream was taken for 3 s" in error.message
     images = pb.ImageServiceStub(channel).ExportImage(pb.ExportImageRequest(state_id=small.id))
     with pytest.raises(grpc.aio.AioRpcError, match="stands on the programs of its host"):
         await images.read()
@@ -231,7 +230,7 @@ async def test_imports_of_which_nothing_comes_end_and_leave_nothing(restless, tm
             await call(half(), timeout=20)
         error = from_rpc_error(ended.value)
         assert isinstance(error, DeadlineExceeded)
-        assert "nothing of the archive came for 1 s" in error.message
+        assert "nothing of the archive came for 3 s" in error.message
 
     async with asyncio.timeout(30):
         calls = [asyncio.ensure_future(idle()) for _ in range(pace.AT_ONCE)]
