@@ -37,9 +37,17 @@ def open_stack(home: Path | None, *, address: str = "", patience_s: float = 60.0
     """Clients of the running local stack, or of the one sandbox service at `address`.
 
     Raises:
+        InvalidArgument: the address is none.
         Unavailable: no stack runs from this home.
     """
     if address:
+        from regreen.settings import check_address
+
+        try:
+            check_address("--address", address, unix=True)
+        except ValueError as error:
+            field, _, problem = str(error).partition(": ")
+            raise InvalidArgument(field, problem) from None
         return Stack(Endpoints(sandbox=address), patience_s=min(patience_s, _PATIENCE_S))
     return Stack(Endpoints.load(home or default_home()), patience_s=patience_s)
 

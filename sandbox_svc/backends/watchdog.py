@@ -182,10 +182,9 @@ class Watch:
         Raises:
             ResourceExhausted: with it the sandbox would be over a limit.
         """
-        with contextlib.suppress(FileNotFoundError):  # being deleted, which the write meets too
-            await self._disk.admit(path, size_bytes)
-            if self._disk.could_be_near():
-                self.wake()
+        await self._disk.admit(path, size_bytes)
+        if self._disk.could_be_near():
+            self.wake()
 
     async def measure(self, written_bytes: int, *, anyway: bool) -> None:
         """Look what is on the disk after so much was written: if need be, or anyway."""

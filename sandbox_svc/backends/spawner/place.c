@@ -48,24 +48,18 @@ int open_itself(const char *path, int flags) {
 
 int link_itself(const char *path) { return from_root(path, O_PATH | O_NOFOLLOW, 0, RESOLVE_NO_SYMLINKS); }
 
-int make_itself(const char *path, int flags, mode_t mode) {
+/* Goes down a path from `here`, which it closes; `enter` opens one component, and makes it where it is missing. */
+typedef int Enter(int here, const char *part, bool last, const void *how);
+static int walked(int here, const char *path, Enter *enter, const void *how) {
   char rest[4096], *part, *saved = NULL;
-  if (snprintf(rest, sizeof rest, "%s", path) >= (int)sizeof rest) {
+  if (here >= 0 && snprintf(rest, sizeof rest, "%s", path) >= (int)sizeof rest) {
+    close(here);
     errno = ENAMETOOLONG;
     return -1;
   }
-  int here = open("/", O_PATH | O_DIRECTORY | O_CLOEXEC);
-  for (part = strtok_r(rest, "/", &saved); part != NULL && here >= 0;) {
+  for (part = here < 0 ? NULL : strtok_r(rest, "/", &saved); part != NULL && here >= 0;) {
     char *following = strtok_r(NULL, "/", &saved);
-    int next = -1;
-    if (following != NULL) {
-      if (mkdirat(here, part, 0777) == 0 || errno == EEXIST)
-        next = openat(here, part, O_PATH | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
-    } else {
-      flags |= O_CREAT | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY | O_CLOEXEC;
-      next = openat(here, part, flags, mode);
-      if (next < 0 && errno == ELOOP && unlinkat(here, part, 0) == 0) next = openat(here, part, flags, mode);
-    }
+    int next = enter(here, part, following == NULL, how);
     int kept = errno;
     close(here);
     errno = kept;
@@ -75,9 +69,27 @@ int make_itself(const char *path, int flags, mode_t mode) {
   return here;
 }
 
-/* One component of a place, made where it is missing. */
-static int entered(int here, const char *part, bool directory) {
-  if (directory) {
+typedef struct { int flags; mode_t mode; } Wanted;
+
+static int file_itself(int here, const char *part, bool last, const void *how) {
+  if (!last) {
+    if (mkdirat(here, part, 0777) && errno != EEXIST) return -1;
+    return openat(here, part, O_PATH | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+  }
+  const Wanted *wanted = how;
+  int flags = wanted->flags | O_CREAT | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY | O_CLOEXEC;
+  int fd = openat(here, part, flags, wanted->mode);
+  if (fd < 0 && errno == ELOOP && unlinkat(here, part, 0) == 0) fd = openat(here, part, flags, wanted->mode);
+  return fd;
+}
+
+int make_itself(const char *path, int flags, mode_t mode) {
+  const Wanted wanted = {flags, mode};
+  return walked(open("/", O_PATH | O_DIRECTORY | O_CLOEXEC), path, file_itself, &wanted);
+}
+
+static int place(int here, const char *part, bool last, const void *directory) {
+  if (!last || *(const bool *)directory) {
     if (mkdirat(here, part, 0755) && errno != EEXIST) return -1;
   } else {
     int fd = openat(here, part, O_CREAT | O_EXCL | O_CLOEXEC, 0644);
@@ -88,29 +100,15 @@ static int entered(int here, const char *part, bool directory) {
 }
 
 int make_place(const char *path, bool directory) {
-  char rest[4096], *part, *saved = NULL;
   while (*path == '/') path++;
-  if (snprintf(rest, sizeof rest, "%s", path) >= (int)sizeof rest) {
-    errno = ENAMETOOLONG;
-    return -1;
-  }
   int here = open(".", O_PATH | O_DIRECTORY | O_CLOEXEC);
   if (here < 0) return -1;
-  int found = open_beneath(here, rest, O_PATH);
+  int found = open_beneath(here, path, O_PATH);
   if (found >= 0 || errno != ENOENT) {
     close(here);
     return found;
   }
-  for (part = strtok_r(rest, "/", &saved); part != NULL && here >= 0;) {
-    char *following = strtok_r(NULL, "/", &saved);
-    int next = entered(here, part, directory || following != NULL);
-    int kept = errno;
-    close(here);
-    errno = kept;
-    here = next;
-    part = following;
-  }
-  return here;
+  return walked(here, path, place, &directory);
 }
 
 int make_parents(const char *path) {

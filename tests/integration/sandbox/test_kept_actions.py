@@ -1,14 +1,13 @@
 """What an action is not remembered by: limits that only a child ran into, a host without room."""
 
 import os
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from regreen.sandbox import v1 as pb
+from tests.fixtures.small_disk import mounted
 from tests.integration.sandbox.overlay import prepared
 from tests.integration.sandbox.test_actions import out, running
 
@@ -67,16 +66,8 @@ async def test_what_ran_beside_a_limit_of_another_command_is_told_of_it_too(tmp_
 
 @pytest.fixture
 def small_disk() -> Iterator[Path]:
-    """A file system of its own, which can be filled."""
-    mount = Path(tempfile.mkdtemp(prefix="regreen-disk-"))
-    command = ["mount", "-t", "tmpfs", "-o", "size=200m,mode=711", "tmpfs", str(mount)]
-    try:
-        if os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
-            pytest.skip("needs permission to mount a tmpfs")
-        yield mount
-        subprocess.run(["umount", str(mount)], check=True)
-    finally:
-        mount.rmdir()
+    with mounted(200) as disk:
+        yield disk
 
 
 async def test_what_failed_on_a_full_host_is_not_kept(small_disk):

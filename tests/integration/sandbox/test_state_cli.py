@@ -113,6 +113,7 @@ async def test_what_cannot_be_read_or_found_is_named(service, cli, tmp_path):
         (["delete", "st_" + "0" * 32], 1, "no such state"),
         (["delete", "x"], 2, "id"),
         (["list", "--address", "127.0.0.1:1"], 3, "127.0.0.1:1"),
+        (["list", "--address", "garbage"], 2, "--address: 'garbage' is no address; give host:port"),
         (["export", plain.id, str(tmp_path / "no/x")], 2, "cannot be written"),
         (["export", plain.id, str(tmp_path / "x"), "--reference", "a:1"], 2, "reference"),
     ):

@@ -1,9 +1,6 @@
 """A failure in which a process ran into a limit, or the host had no room, is not remembered."""
 
 import os
-import shutil
-import subprocess
-import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -16,6 +13,7 @@ from sandbox_svc.builders.base import FileChange
 from sandbox_svc.validate import Validator
 from sandbox_svc.verdicts import Outcome
 from sandbox_svc.warm import WarmPool
+from tests.fixtures.small_disk import mounted
 from tests.integration.sandbox_build.suite import FIX, GREET, Suite, open_suite
 from tests.integration.sandbox_build.test_validate import open_world
 from tests.integration.sandbox_build.test_warm import NEVER
@@ -63,16 +61,8 @@ async def test_a_failure_after_a_killed_child_is_no_lasting_one(suite: Suite, *,
 
 @pytest.fixture
 def small_disk() -> Iterator[Path]:
-    """A file system of its own, which can be filled."""
-    mount = Path(tempfile.mkdtemp(prefix="regreen-disk-"))
-    command = ["mount", "-t", "tmpfs", "-o", "size=300m,mode=711", "tmpfs", str(mount)]
-    try:
-        if os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
-            pytest.skip("needs permission to mount a tmpfs")
-        yield mount
-        subprocess.run(["umount", str(mount)], check=True)
-    finally:
-        shutil.rmtree(mount, ignore_errors=True)
+    with mounted(300) as disk:
+        yield disk
 
 
 FILLS = b"""

@@ -5,7 +5,6 @@ import contextlib
 import os
 import shutil
 import signal
-import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from sandbox_svc.builders.python import PythonBuilder
 from sandbox_svc.states import State, StateStore
 from sandbox_svc.validate import Outcome, Validation, ValidationOptions, Validator
 from sandbox_svc.wheelhouse import DistStore
+from tests.fixtures.small_disk import mounted
 from tests.fixtures.tasks.tiny_task import FAIL_TO_PASS, missing_file, tiny_spec
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -472,16 +472,8 @@ async def test_a_module_that_could_not_be_collected_passes_with_its_tests(world:
 
 @pytest.fixture
 def small_disk() -> Iterator[Path]:
-    """A file system of its own, which can be filled."""
-    mount = Path(tempfile.mkdtemp(prefix="regreen-disk-"))
-    command = ["mount", "-t", "tmpfs", "-o", "size=256m,mode=711", "tmpfs", str(mount)]
-    try:
-        if os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
-            pytest.skip("needs permission to mount a tmpfs")
-        yield mount
-        subprocess.run(["umount", str(mount)], check=True)
-    finally:
-        mount.rmdir()
+    with mounted(256) as disk:
+        yield disk
 
 
 async def test_a_full_disk_is_no_verdict_and_nothing_of_it_is_kept(small_disk: Path) -> None:
