@@ -4,7 +4,10 @@
 - Ended or killed, it leaves no process, mount or control group behind.
 """
 
+import asyncio
 import contextlib
+import gc
+import signal
 import sys
 from collections.abc import AsyncIterator
 
@@ -23,6 +26,8 @@ from sandbox_svc.servicer_exec import ExecServicer
 from sandbox_svc.servicer_image import ImageServicer
 from sandbox_svc.settings import SandboxSettings
 
+_GC = (10_000, 10, 10)
+"""New objects before the collector looks: a busy service has thousands that all end by count."""
 _NAMES = ("State", "Sandbox", "Action", "Exec", "Image", "Egress")
 SERVICES = tuple(f"regreen.sandbox.v1.{name}Service" for name in _NAMES)
 
@@ -52,8 +57,14 @@ async def serving(
 
 
 async def serve(settings: SandboxSettings) -> None:
-    """Serve until the process is asked to end."""
+    """Serve until the process is asked to end, which it may be while it starts."""
+    loop, this = asyncio.get_running_loop(), asyncio.current_task()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if this is not None:
+            loop.add_signal_handler(number, this.cancel)
     async with serving(settings) as server:
+        gc.freeze()
+        gc.set_threshold(*_GC)
         await server.wait()
 
 
@@ -63,7 +74,9 @@ def main(argv: list[str] | None = None) -> int:
     logging.configure("sandbox", settings.log_level)
     try:
         uvloop.run(serve(settings))
-    except RegreenError as error:
+    except asyncio.CancelledError:
+        return 0
+    except (RegreenError, OSError) as error:  # of the start; later ones are calls' own
         sys.stderr.write(f"sandbox_svc: {error}\n")
         return 1
     return 0

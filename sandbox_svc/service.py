@@ -101,44 +101,50 @@ class SandboxHost:
         self._validator: Validator | None = None
         self.warm: WarmPool | None = None
         self._places = asyncio.Semaphore(settings.max_validations)
+        self._parts = contextlib.AsyncExitStack()
 
     async def __aenter__(self) -> Self:
+        async with contextlib.AsyncExitStack() as parts:
+            await self._start(parts)
+            self._parts = parts.pop_all()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._parts.aclose()
+
+    async def _start(self, parts: contextlib.AsyncExitStack) -> None:
+        """Start the parts one after the other; each is closed before what it stands on."""
         await self.runtime.start()
+        parts.push_async_callback(self.runtime.close)
         await self.states.open()
+        parts.push_async_callback(self.states.close)
+        parts.push_async_callback(self.images.close)
+        parts.push_async_callback(self.egress.close)
         await self.manager.start()
+        parts.push_async_callback(self.manager.close)
         blobs = open_blobs(self.settings.blobs or self.settings.home / "blobs")
         python = PythonBuilder(DistStore(self._dists), self._tools, blobs)
         for builder in (python, SystemBuilder()):
             self._builders.setdefault(builder.name, builder)
         if self.runtime.capabilities():  # a runtime that was told to prove nothing has none
             self.proven = (await egress_probe.prove(self.runtime, enabled=self.settings.egress),)
-        await self.self_check.start()
         if self.runtime.name == "embedded" and self.settings.warm_states:
             home, kept = self.settings.home / "sandbox", self.settings.warm()
             self.warm = WarmPool(self.states, self.runtime, home, settings=kept)
+            parts.push_async_callback(self.warm.close)
+        await self.self_check.start()
+        parts.push_async_callback(self.self_check.close)
+        parts.push_async_callback(self.executions.close)
         self._validator = Validator(
             self.states, self.runtime, place=self._place, warm=self.warm, workers=self._workers()
         )
+        parts.push_async_callback(self._validator.close)
+        parts.push_async_callback(self.actions.close)
         await self.actions.open()
+        parts.push_async_callback(self.upkeep.close)
         await self.upkeep.start()
         metrics.ACTIVE.set_function(lambda: len(self.manager.list()))
         metrics.STATES.set_function(lambda: len(self.states.list()))
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        await self.actions.close()
-        if self._validator is not None:
-            await self._validator.close()
-        await self.executions.close()
-        await self.self_check.close()
-        await self.upkeep.close()
-        if self.warm is not None:
-            await self.warm.close()
-        await self.manager.close()
-        await self.egress.close()
-        await self.images.close()
-        await self.states.close()
-        await self.runtime.close()
 
     def _workers(self) -> Workers | None:
         """What shares the tests of a validation among forks, if that is asked for."""

@@ -5,11 +5,14 @@
   kernel changes one group at a time, and the service must not wait for that.
 - A driver only writes limits; whether the kernel enforces them is proven by `probe.py`.
 - `destroy` kills what is still inside; it is called after the sandbox's first process has ended.
-- Nothing outside the instance's own group is ever changed, except enabling controllers in a
+- The group of an instance is locked as long as the instance lives. `sweep` removes the empty groups
+  of others that are locked no more, whatever home they had; what is not empty stays.
+- Nothing else outside the instance's own group is ever changed, except enabling controllers in a
   delegated version 2 group.
 """
 
 import contextlib
+import fcntl
 import os
 import signal
 import time
@@ -21,9 +24,11 @@ from typing import NamedTuple, Protocol
 
 from sandbox_svc.backends.base import Limits
 
-_ROOT = Path("/sys/fs/cgroup")
+_ROOT, _PREFIX = Path("/sys/fs/cgroup"), "regreen-"
 _PERIOD_US, _LEAST_QUOTA_US = 100_000, 1000
 _GRACE_S = 2.0
+_KEPT_BYTES = 8 << 20
+"""Of files in the kernel's cache that a kept group may still be charged with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +45,19 @@ class Write(NamedTuple):
     path: str
     value: str
     needed: bool = True
+
+
+class Sign(NamedTuple):
+    """What shows that a group is as new: a number of one of its files is at most so much.
+
+    It stands after `key` at the start of a line, or first of all where that is empty; no number
+    is 0.
+    """
+
+    place: str
+    file: str
+    key: str
+    most: int
 
 
 class Plan(NamedTuple):
@@ -64,8 +82,14 @@ class CgroupDriver(Protocol):
     places: Sequence[str]
     """Directories in which each sandbox's group lies, by its name."""
 
-    def plan(self, box: str, limits: Limits) -> Plan:
-        """What the first process of a sandbox does to make and to enter its group."""
+    signs: Sequence[Sign]
+    """By which a group that a sandbox has left can be another's."""
+
+    def plan(self, box: str, limits: Limits, *, kept: bool = False) -> Plan:
+        """What the first process of a sandbox does to make and to enter its group.
+
+        A `kept` one is there, with these limits.
+        """
         ...
 
     def writes(self, box: str, limits: Limits) -> Sequence[Write]:
@@ -160,25 +184,60 @@ def _removed(group: str) -> bool:
     return True
 
 
+def _sweep_dead(group: Path) -> None:
+    """Remove what is empty of another instance's group, if nobody holds its lock."""
+    try:
+        lock = os.open(group, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for entry in os.scandir(group):
+            if entry.is_dir(follow_symlinks=False):
+                _removed(entry.path)
+        _removed(str(group))
+    except OSError:
+        return
+    finally:
+        os.close(lock)
+
+
 class _Base(ABC):
     entrance: str
     """The file of a group into which a process writes "0" to enter it."""
 
+    _as_new: Sequence[tuple[str, str, str, int]]
+    """See `Sign`; by the kind of the group."""
+
     def __init__(self, groups: dict[str, Path], instance: str) -> None:
-        self._groups = {kind: path / f"regreen-{instance}" for kind, path in groups.items()}
+        self._groups = {kind: path / f"{_PREFIX}{instance}" for kind, path in groups.items()}
         self.places = tuple(dict.fromkeys(map(str, self._groups.values())))
+        self._locks: list[int] = []
 
     def _prepare(self) -> None:
         for path in self.places:
-            os.makedirs(path, exist_ok=True)
+            while True:  # whoever sweeps may have taken it for a dead one's before it was locked
+                os.makedirs(path, exist_ok=True)
+                with contextlib.suppress(FileNotFoundError):
+                    lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                    if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(lock)):
+                        self._locks.append(lock)
+                        break
+                    os.close(lock)
 
     @abstractmethod
     def writes(self, box: str, limits: Limits) -> list[Write]: ...
 
-    def plan(self, box: str, limits: Limits) -> Plan:
+    def plan(self, box: str, limits: Limits, *, kept: bool = False) -> Plan:
         places = [f"{path}/{box}" for path in self.places]
         joins = [Write(f"{place}/{self.entrance}", "0") for place in places]
-        return Plan(places, [*self.writes(box, limits), *joins])
+        return Plan((), joins) if kept else Plan(places, [*self.writes(box, limits), *joins])
+
+    @property
+    def signs(self) -> Sequence[Sign]:
+        found = self._as_new
+        return [Sign(str(self._groups[kind]), file, key, most) for kind, file, key, most in found]
 
     def _of(self, kind: str, box: str) -> str:
         return f"{self._groups[kind]}/{box}"
@@ -193,6 +252,10 @@ class _Base(ABC):
     def sweep(self) -> None:
         for box in self.members():
             self.destroy(box)
+        for place in self.places:
+            for other in Path(place).parent.glob(f"{_PREFIX}*"):
+                if str(other) != place and (other / self.entrance).exists():
+                    _sweep_dead(other)
 
     def members(self) -> frozenset[str]:
         found: set[str] = set()
@@ -206,6 +269,8 @@ class _Base(ABC):
         for path in self.places:
             with contextlib.suppress(OSError):
                 os.rmdir(path)
+        while self._locks:
+            os.close(self._locks.pop())
 
 
 class CgroupV1(_Base):
@@ -215,6 +280,13 @@ class CgroupV1(_Base):
     entrance = "tasks"
     """For one thread, the caller's own: `cgroup.procs` would stop every fork and exit of the host
     for an RCU grace period (cgroup_procs_write_start)."""
+    _as_new = (
+        ("pids", "cgroup.procs", "", 0),
+        ("pids", "pids.events", "max", 0),
+        ("memory", "memory.oom_control", "oom_kill", 0),
+        ("memory", "memory.usage_in_bytes", "", _KEPT_BYTES),
+        ("cpu", "cpu.stat", "nr_throttled", 0),
+    )
 
     def writes(self, box: str, limits: Limits) -> list[Write]:
         found = []
@@ -246,6 +318,13 @@ class CgroupV2(_Base):
 
     name = "cgroup-v2"
     entrance = "cgroup.procs"
+    _as_new = (
+        ("pids", "cgroup.procs", "", 0),
+        ("pids", "pids.events", "max", 0),
+        ("pids", "memory.events", "oom_kill", 0),
+        ("pids", "memory.current", "", _KEPT_BYTES),
+        ("pids", "cpu.stat", "nr_throttled", 0),
+    )
 
     def writes(self, box: str, limits: Limits) -> list[Write]:
         group, found = self._of("pids", box), []
@@ -274,8 +353,9 @@ class NoCgroup:
 
     name = "rlimit"
     places: Sequence[str] = ()
+    signs: Sequence[Sign] = ()
 
-    def plan(self, box: str, limits: Limits) -> Plan:
+    def plan(self, box: str, limits: Limits, *, kept: bool = False) -> Plan:
         return Plan()
 
     def writes(self, box: str, limits: Limits) -> Sequence[Write]:

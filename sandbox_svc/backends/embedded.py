@@ -41,7 +41,7 @@ from sandbox_svc.backends import (
 from sandbox_svc.backends.base import HOST_BASE, NO_ENV, Capability, Door, Limits, Mount
 from sandbox_svc.backends.embedded_box import EmbeddedBox
 from sandbox_svc.backends.layers import HOST_ID, WHOLE_TARGETS, Layout, is_full
-from sandbox_svc.backends.seats import AT_ONCE, Seat, Seats
+from sandbox_svc.backends.seats import AT_ONCE, Left, Part, Seat, Seats
 
 log = structlog.get_logger(__name__)
 
@@ -97,8 +97,7 @@ class EmbeddedRuntime:
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="sandbox-files")
         self._volatile = True
         self._trash: set[asyncio.Task[None]] = set()
-        self._left: list[tuple[str, bool]] = []
-        """Of seats that ended: the name, and whether it is the upper that goes or the group."""
+        self._left: list[Left] = []
         self._stuck: list[str] = []
         """Groups that something in the kernel held; tried again with the next."""
         self._putting_away = self._untidy = False
@@ -122,15 +121,18 @@ class EmbeddedRuntime:
         built = await self.blocking(program.spawner)
         self._built = hashlib.sha256(await self.blocking(built.read_bytes)).hexdigest()[:16]
         self.cgroups = cgroups.choose(self.instance)
-        await self.blocking(self._sweep)
-        self._base = await self.blocking(self.layout.ensure_base)
-        self._seats = Seats(self.cgroups, self._defaults, warm=self._warm, clear=self._clear)
         try:
+            await self.blocking(self._sweep)
+            self._base = await self.blocking(self.layout.ensure_base)
+            self._seats = Seats(self.cgroups, self._defaults, warm=self._warm, clear=self._clear)
             self._seats.start(self._home, owner, built)
             await self._prove()
-        except InfraError as error:
+        except BaseException as error:
             await self.close()
-            raise MissingDependency(f"sandboxes do not work here: {error}; {_REMEDY}") from error
+            if isinstance(error, InfraError):
+                remedy = f"sandboxes do not work here: {error}; {_REMEDY}"
+                raise MissingDependency(remedy) from error
+            raise
 
     def _lock(self) -> None:
         self._lock_fd = os.open(self._home / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
@@ -241,17 +243,17 @@ class EmbeddedRuntime:
             fields += [which, value]
         return fields
 
-    async def leave(self, seat: Seat) -> None:
-        """End a seat's processes; its control group goes in the background."""
+    async def leave(self, seat: Seat, part: Part = Part.GROUP) -> None:
+        """End a seat's processes; a part of what it had goes in the background."""
         try:
             if self._seats is not None:
                 await self._seats.leave(seat)
         finally:
-            self._put_away(seat.name, upper=False)
+            self._put_away(seat.name, part)
 
-    def _put_away(self, name: str, *, upper: bool) -> None:
+    def _put_away(self, name: str, part: Part) -> None:
         """Remove in the background, together with what waits for it already, what a seat had."""
-        self._left += [(name, upper), *((stuck, False) for stuck in self._stuck)]
+        self._left += [Left(name, part), *(Left(stuck, Part.GROUP) for stuck in self._stuck)]
         self._stuck.clear()
         if not self._putting_away:
             self._putting_away = True
@@ -260,7 +262,7 @@ class EmbeddedRuntime:
     async def _put_all_away(self) -> None:
         try:
             while self._left:
-                left: Sequence[tuple[str, bool]] = self._left[:AT_ONCE]
+                left: Sequence[Left] = self._left[:AT_ONCE]
                 del self._left[:AT_ONCE]
                 if self._seats is not None:
                     left = await self._seats.cleared(left)
@@ -272,13 +274,13 @@ class EmbeddedRuntime:
             self._untidy = False
             self.tidy()
 
-    def _put_quickly_away(self, left: Sequence[tuple[str, bool]]) -> Sequence[str]:
+    def _put_quickly_away(self, left: Sequence[Left]) -> Sequence[str]:
         """Remove empty uppers and control groups; names of those uppers that hold files."""
-        full = [name for name, upper in left if upper and not self.layout.removed(name)]
-        for name in (name for name, upper in left if not upper):
+        for name in (name for name, part in left if part is not Part.UPPER):
             if not self.cgroups.destroy(name):
                 self._stuck.append(name)
-        return full
+        uppers = (name for name, part in left if part is not Part.GROUP)
+        return [name for name in uppers if not self.layout.removed(name)]
 
     def _clear(self, name: str) -> None:
         """Remove what a seat has that no box ever took."""
@@ -323,7 +325,7 @@ class EmbeddedRuntime:
         self._mounts.pop(box.id, None)
         self._whole.discard(box.id)
         if box.place:
-            self._put_away(box.place, upper=True)
+            self._put_away(box.place, Part.UPPER)
 
     async def blocking(self, call: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
         """Run a blocking call in the runtime's own threads."""
@@ -373,11 +375,12 @@ class EmbeddedRuntime:
         )
         boxes = list(self._boxes.values())
         warm = tuple(self._seats.warm) if self._seats is not None else ()
+        kept = tuple(self._seats.kept) if self._seats is not None else ()
         seats = [*warm, *(box.seat for box in boxes if box.seat is not None)]
-        places = [*(seat.name for seat in warm), *(box.place for box in boxes)]
+        places = [*(seat.name for seat in warm), *(box.place for box in boxes), *kept]
         known = {
             "process": {str(seat.pid) for seat in seats},
-            "cgroup": {seat.name for seat in seats},
+            "cgroup": {*(seat.name for seat in seats), *kept},
             "directory": {f"run/{name}" for name in places},
         }
         return {kind: names - known.get(kind, set()) for kind, names in found.items()}

@@ -44,7 +44,7 @@ from sandbox_svc.backends.jobs import Job, all_ended, first_of, name_end, prepar
 from sandbox_svc.backends.layers import writing
 from sandbox_svc.backends.link import Link, LinkClosed
 from sandbox_svc.backends.output import Collector, PipeReader
-from sandbox_svc.backends.seats import Seat
+from sandbox_svc.backends.seats import Part, Seat
 from sandbox_svc.backends.watchdog import Watch
 
 if TYPE_CHECKING:
@@ -406,16 +406,20 @@ class EmbeddedBox(BoxFiles):
             self._watch.close()
         async with self._files:
             name_end(self._jobs.values())
-            await self._end()
+            await self._end(for_good=True)
             await self._runtime.forget(self)
 
-    async def _end(self) -> None:
+    async def _end(self, *, for_good: bool = False) -> None:
         """Kill the first process and wait until the kernel has ended the whole sandbox."""
         self._ended = True
         self._close_gate()
         seat, self._seat = self._seat, None
         if seat is not None:
-            self._leaving = asyncio.create_task(self._runtime.leave(seat))
+            part = Part.GROUP
+            if for_good and seat.name == self.place:
+                part = Part.USUAL if self.limits == seat.limits else Part.BOTH
+                self.place = ""
+            self._leaving = asyncio.create_task(self._runtime.leave(seat, part))
         leaving = self._leaving
         if leaving is not None:
             await asyncio.wait([leaving])

@@ -6,6 +6,8 @@
 - Each seat has a control group, made with the usual limits (whoever takes it for others sets
   those), and directories for an upper, both of its name. A seat that is not made, for whatever
   reason, leaves neither, and no descriptor.
+- Groups and directories that a sandbox with the usual limits has left as new (`spawner/clear.c`)
+  are kept for seats to come, a few of them.
 - A spawner that was killed is started again; its sandboxes have died with it and say so.
 """
 
@@ -21,8 +23,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import structlog
 
@@ -37,7 +40,25 @@ log = structlog.get_logger(__name__)
 _END_S, _REPLY_S = 10.0, 60.0
 AT_ONCE = 32
 """Names that the spawner is asked to clear at a time: meanwhile nobody gets a seat."""
+_KEPT = 64
 Spawner = subprocess.Popen[bytes]
+
+
+class Part(StrEnum):
+    """What of a seat that has ended is to go; by the letter that `spawner/clear.c` knows."""
+
+    UPPER = "d"
+    GROUP = "g"
+    BOTH = "b"
+    USUAL = "k"
+    """Both, or neither where they are as new."""
+
+
+class Left(NamedTuple):
+    """What a seat has left."""
+
+    name: str
+    part: Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +97,7 @@ class Seats:
         self._process: Spawner | None = None
         self._link: Link | None = None
         self._warm: deque[Seat] = deque()
+        self._kept: list[str] = []
         self._refill: asyncio.Task[None] | None = None
         self._home = Path()
         self._host_id: int | None = None
@@ -127,6 +149,11 @@ class Seats:
         """Seats that wait to be taken."""
         return tuple(self._warm)
 
+    @property
+    def kept(self) -> Sequence[str]:
+        """Names of groups and directories that wait for a seat."""
+        return tuple(self._kept)
+
     async def take(self) -> Seat:
         """A seat: a warm one, or a new one when there is none."""
         seat = None
@@ -143,9 +170,10 @@ class Seats:
             raise InfraError("the runtime is not running")
         if self._link.closed:
             self._begin()
-        name = secrets.token_hex(6)
-        plan = self._cgroups.plan(name, self._limits)
-        request = [name, *wire.counted(plan.directories)]
+        kept = bool(self._kept)
+        name = self._kept.pop() if kept else secrets.token_hex(6)
+        plan = self._cgroups.plan(name, self._limits, kept=kept)
+        request = [name, int(kept), *wire.counted(plan.directories)]
         request += cgroups.fields(plan.writes)
         process = self._process
         making = asyncio.create_task(self._settled(self._link, name, request))
@@ -227,19 +255,24 @@ class Seats:
         finally:
             os.close(seat.pidfd)
 
-    async def cleared(self, left: Sequence[tuple[str, bool]]) -> Sequence[tuple[str, bool]]:
-        """Let the spawner remove empty uppers and control groups; what it could not remove.
+    async def cleared(self, left: Sequence[Left]) -> Sequence[Left]:
+        """Let the spawner remove what seats have left, or keep it; what it could not remove.
 
-        Each is a name, and whether it is the upper that goes or the group; at most `AT_ONCE`.
+        At most `AT_ONCE`.
         """
         if self._link is None:
             return left
-        entries = [f"{'d' if upper else 'g'}{name}" for name, upper in left]
-        request = [*wire.counted(self._cgroups.places), *wire.counted(entries)]
+        room = _KEPT - len(self._kept) >= len(left) and not self._closing
+        parts = (Part.BOTH if part is Part.USUAL and not room else part for _, part in left)
+        entries = [f"{part}{name}" for (name, _), part in zip(left, parts, strict=True)]
+        signs = self._cgroups.signs
+        request: list[wire.Field] = [*wire.counted(self._cgroups.places), len(signs)]
+        request += [field for sign in signs for field in sign]
         try:
-            reply, _ = await self._link.request("clear", *request)
+            reply, _ = await self._link.request("clear", *request, *wire.counted(entries))
         except (LinkClosed, TimeoutError):
             return left
+        self._kept += [left[number].name for number in reply["kept"]]
         return [left[number] for number in reply["left"]]
 
     async def _discard(self, seat: Seat) -> None:
@@ -256,6 +289,8 @@ class Seats:
             await asyncio.gather(self._refill, return_exceptions=True)
         while self._warm:
             await self._discard(self._warm.popleft())
+        while self._kept:
+            await asyncio.to_thread(self._clear, self._kept.pop())
         if self._link is not None:
             self._link.close()
         await asyncio.gather(*self._undoing, return_exceptions=True)

@@ -11,7 +11,6 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <poll.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdio.h>
@@ -21,11 +20,10 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
-#ifndef CLONE_NEWCGROUP
-#define CLONE_NEWCGROUP 0x02000000
+#ifndef CLONE_PIDFD
+#define CLONE_PIDFD 0x00001000
 #endif
 static const int SPACES = CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWPID;
 
@@ -87,13 +85,11 @@ static void create(int control, const Settings *settings, Request *seat) {
     return;
   }
   seat->at = 0;
-  pid_t pid = syscall(SYS_clone, flags | SIGCHLD, NULL, NULL, NULL, NULL);
+  int held = -1;
+  pid_t pid = syscall(SYS_clone, flags | CLONE_PIDFD | SIGCHLD, NULL, &held, NULL, NULL);
   if (pid == 0) become_first_process(ends[1], settings, seat);
-  int held = pid > 0 ? syscall(SYS_pidfd_open, pid, 0) : -1;
   if (pid < 0) {
     answer(control, NULL, 0, "{\"id\": %ld, \"error\": %s}", id, quoted(strerror(errno)));
-  } else if (held < 0) {  /* it ends as its socket does */
-    answer(control, NULL, 0, "{\"id\": %ld, \"pid\": %d, \"error\": %s}", id, pid, quoted(strerror(errno)));
   } else {
     const int fds[] = {ends[0], held};
     if (!answer(control, fds, 2, "{\"id\": %ld, \"pid\": %d}", id, pid))
@@ -129,23 +125,13 @@ int main(int argc, char **argv) {
   Settings settings;
   fcntl(control, F_SETFD, FD_CLOEXEC);
   signal(SIGINT, SIG_IGN);
-  int ended = child_signals();
+  signal(SIGCHLD, SIG_IGN); /* nothing is left of a sandbox that ended; who holds its descriptor is told */
   if (!read_settings(control, &settings)) return 1;
-  struct pollfd watched[] = {{control, POLLIN, 0}, {ended, POLLIN, 0}};
-  for (;;) {
-    if (poll(watched, 2, -1) < 0) continue;
-    if (watched[1].revents) {
-      char unused[1024];
-      while (read(ended, unused, sizeof unused) > 0) continue;
-      while (waitpid(-1, NULL, WNOHANG) > 0) continue;
-    }
-    if (watched[0].revents) {
-      Request request;
-      if (!receive(control, &request)) break;
-      if (asks(&request, "clear")) clear(control, &settings, &request);
-      else create(control, &settings, &request);
-      release(&request);
-    }
+  Request request;
+  while (receive(control, &request)) {
+    if (asks(&request, "clear")) clear(control, &settings, &request);
+    else create(control, &settings, &request);
+    release(&request);
   }
   kill_children();
   return 0;

@@ -37,9 +37,10 @@ static Job *jobs;
 static int running, room;
 static rlim_t most_descriptors;
 
-int child_signals(void) {
+/* A descriptor that is readable when a child has ended. */
+static int child_signals(void) {
   sigset_t set;
-  signal(SIGCHLD, SIG_DFL); /* ignored by whoever started the service, no end would ever be told */
+  signal(SIGCHLD, SIG_DFL); /* the spawner ignores it */
   sigemptyset(&set);
   sigaddset(&set, SIGCHLD);
   sigprocmask(SIG_BLOCK, &set, NULL);

@@ -156,11 +156,12 @@ void settle(int sock, const Settings *settings, Request *seat) {
 #endif
   text(seat), text(seat);
   const char *place = text(seat);
+  bool kept = number(seat); /* its directories, and its groups with their limits, are there: see clear.c */
   step("cgroup");
   for (long left = number(seat); left > 0; left--) need(mkdir(text(seat), 0777) == 0);
   put_all(seat);
   step("directories");
-  for (const char *const *part = (const char *const[]){"", "/u", "/w", NULL}; *part; part++) {
+  for (const char *const *part = (const char *const[]){"", "/u", "/w", NULL}; *part && !kept; part++) {
     snprintf(path, sizeof path, "%s/run/%s%s", settings->home, place, *part);
     need(mkdir(path, 0755) == 0);
     if (settings->root && strcmp(*part, "/u") == 0) need(chown(path, settings->uid, settings->gid) == 0);

@@ -74,7 +74,6 @@ int set_attributes(int tree, unsigned long attributes, bool recursive);
 
 /* pid1.c */
 void serve(int sock, long descriptors); /* descriptors: how many a command may have */
-int child_signals(void); /* a descriptor that is readable when a child has ended; blocks SIGCHLD */
 
 /* clear.c */
 void clear(int control, const Settings *settings, Request *request);

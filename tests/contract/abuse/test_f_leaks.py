@@ -28,14 +28,16 @@ async def held(runtime) -> dict[str, int]:
     found = {kind: len(names) for kind, names in (await runtime.orphans()).items()}
     found["layers"] = len(await runtime.layers())
     warm = {seat.name for seat in runtime._seats.warm}
-    found["run"] = len(set(os.listdir(runtime.layout.home / "run")) - warm)
+    kept = set(runtime._seats.kept)
+    found["run"] = len(set(os.listdir(runtime.layout.home / "run")) - warm - kept)
     found["trash"] = len(os.listdir(runtime.layout.home / "trash"))
     found["descriptors"] = len(os.listdir("/proc/self/fd"))
     mounts = Path("/proc/self/mountinfo").read_text().splitlines()
     ours = str(runtime.layout.home)  # a container engine beside us has mounts of its own
     found["mounts of this process"] = sum(ours in m for m in mounts)
     groups = getattr(runtime.cgroups, "_groups", {}).values()
-    found["groups"] = sum(entry.is_dir() for group in groups for entry in group.iterdir())
+    inside = [entry for group in groups for entry in group.iterdir() if entry.is_dir()]
+    found["groups"] = sum(entry.name not in kept for entry in inside)
     spawner = runtime._seats.spawner
     children = Path(f"/proc/{spawner}/task/{spawner}/children").read_text().split()
     return found | {"children": len(children)}

@@ -43,7 +43,7 @@ async def test_metrics_hold_what_happened(tmp_path):
         await here.fetch(sandbox, f"http://index.test:{seen.port}/")
         await here.fetch(sandbox, "http://other.test/")
         await here.sandboxes.snapshot_sandbox(sandbox.id)
-        checks = before.get("self_checks_total{}", 0.0)
+        checks = (await scraped(here.server))["self_checks_total{}"]
         while (await scraped(here.server))["self_checks_total{}"] < checks + 3:
             await sh("true")
         after = await scraped(here.server)

@@ -15,6 +15,7 @@ from regreen.rpc.errors import InfraError, InvalidArgument, NoSuchFile
 from sandbox_svc.backends import program
 from sandbox_svc.backends.base import Command, EndReason, Limits, TerminalSize
 from sandbox_svc.backends.embedded import EmbeddedRuntime
+from sandbox_svc.backends.seats import Left, Part
 
 _ROOT = Path(__file__).parents[3]
 _IGNORED = """
@@ -46,6 +47,16 @@ while True:
     except OSError as error:
         print(error.errno, flush=True)
         time.sleep(60)
+"""
+_FORKS = """
+import os, time
+while True:
+    try:
+        if os.fork() == 0:
+            time.sleep(2)
+            os._exit(0)
+    except OSError:
+        break
 """
 _SHARED_TABLE = """
 import ctypes, os, signal, sys
@@ -212,7 +223,7 @@ def _resident(pid: int) -> int:
 @pytest.mark.asyncio(loop_scope="module")
 async def test_the_spawner_clears_what_is_empty_and_tells_what_is_not(runtime):
     run = runtime.layout.home / "run"
-    for name in ("empty", "full"):
+    for name in ("empty", "full", "both"):
         for part in ("u", "w/work/incompat/volatile"):
             (run / name / part).mkdir(parents=True)
         (run / name / "w/work/incompat/volatile/dirty").touch()
@@ -223,16 +234,82 @@ async def test_the_spawner_clears_what_is_empty_and_tells_what_is_not(runtime):
         for group in held:
             group.mkdir()
             (group / "cgroup.procs").write_text(str(sleeper.pid))
-        asked = [("empty", True), ("full", True), ("nowhere", False), ("held", False)]
-        left = await runtime._seats.cleared(asked)
+        asked = [("empty", "d"), ("full", "d"), ("nowhere", "g"), ("held", "g"), ("both", "b")]
+        left = await runtime._seats.cleared([Left(name, Part(part)) for name, part in asked])
     finally:
         sleeper.kill()
         await sleeper.wait()
         assert runtime.cgroups.destroy("held")
-    assert left == [("full", True), *([("held", False)] if held else [])]
+    assert left == [("full", "d"), *([("held", "g")] if held else [])]
     assert not (run / "empty").exists()
+    assert not (run / "both").exists()
     assert (run / "full/u/made").read_text() == "kept"
     runtime._discard("full")
+
+
+_LEFT = {
+    "nothing": ("true", True),
+    "memory of its own": ("head -c 50000000 /dev/zero > /tmp/x", True),
+    "a file": ("touch /work/file", False),
+    "a file that it removed": ("touch /work/file; rm /work/file", False),
+    "a file of the base, hidden": ("rm -rf /work", False),
+    "the mode of its root": ("chmod 701 /", False),
+    "the mode of its root, put back": ("chmod 701 /; chmod 755 /", True),
+    "a mark on its root": (
+        '/usr/bin/python3 -c \'import os; os.setxattr("/", "user.x", b"1")\'',
+        False,
+    ),
+    "a flag of its root": ("chattr +d /", False),
+}
+
+
+@pytest.mark.parametrize("left", _LEFT)
+async def test_what_a_sandbox_leaves_is_another_s_only_as_new(tmp_path, left):
+    script, as_new = _LEFT[left]
+    runtime = EmbeddedRuntime(tmp_path / "home", run_probes=False, warm_seats=0)
+    await runtime.start()
+    try:
+        names = []
+        for _ in range(2):
+            box = await runtime.create([], limits=Limits())
+            names.append(box.place)
+            looked = await box.run(Command(("ls", "-A", "/work"), cwd="/"))
+            assert looked.stdout.text == "env\nhome\nrepo\n"
+            ended = await box.run(Command(("sh", "-c", script), cwd="/"))
+            await box.delete()
+            if ended.exit_code:
+                pytest.skip(f"not to be had here: {ended.stderr.text}")
+            await runtime.settle()
+            assert not any((await runtime.orphans()).values())
+        assert (names[0] == names[1]) is as_new
+        assert list(runtime._seats.kept) == names[1:] * as_new
+        limited = await runtime.create([], limits=Limits(pids=7))
+        name = limited.place
+        await limited.delete()
+        await runtime.settle()
+        assert name not in runtime._seats.kept
+    finally:
+        await runtime.close()
+    assert os.listdir(tmp_path / "home/run") == []
+    assert not any(os.path.exists(place) for place in runtime.cgroups.places)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="events are counted by control groups")
+@pytest.mark.skipif(not Path("/usr/bin/python3").exists(), reason="no /usr/bin/python3 here")
+async def test_a_group_in_which_something_happened_is_no_other_s(tmp_path):
+    runtime = EmbeddedRuntime(tmp_path / "home", run_probes=False, warm_seats=0)
+    await runtime.start()
+    try:
+        box = await runtime.create([], limits=Limits())
+        name = box.place
+        ended = await box.run(Command(("/usr/bin/python3", "-c", _FORKS), cwd="/"))
+        assert EndReason.PIDS in ended.limits_hit
+        await box.delete()
+        await runtime.settle()
+        assert name not in runtime._seats.kept
+        assert name not in runtime.cgroups.members()
+    finally:
+        await runtime.close()
 
 
 async def test_what_a_dead_spawner_cannot_clear_goes_all_the_same(tmp_path):
