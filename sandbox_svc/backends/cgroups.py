@@ -17,7 +17,7 @@ import os
 import signal
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -184,7 +184,15 @@ def _removed(group: str) -> bool:
     return True
 
 
-def _sweep_dead(group: Path) -> None:
+def _instances(root: Path) -> Iterator[str]:
+    """Groups of all instances below a root, wherever their services were."""
+    for folder, names, _ in os.walk(root):
+        for name in [name for name in names if name.startswith(_PREFIX)]:
+            names.remove(name)
+            yield f"{folder}/{name}"
+
+
+def _sweep_dead(group: str) -> None:
     """Remove what is empty of another instance's group, if nobody holds its lock."""
     try:
         lock = os.open(group, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -195,7 +203,7 @@ def _sweep_dead(group: Path) -> None:
         for entry in os.scandir(group):
             if entry.is_dir(follow_symlinks=False):
                 _removed(entry.path)
-        _removed(str(group))
+        _removed(group)
     except OSError:
         return
     finally:
@@ -203,6 +211,8 @@ def _sweep_dead(group: Path) -> None:
 
 
 class _Base(ABC):
+    roots: Sequence[Path]
+    """Of the hierarchies in which groups are made."""
     entrance: str
     """The file of a group into which a process writes "0" to enter it."""
 
@@ -252,9 +262,9 @@ class _Base(ABC):
     def sweep(self) -> None:
         for box in self.members():
             self.destroy(box)
-        for place in self.places:
-            for other in Path(place).parent.glob(f"{_PREFIX}*"):
-                if str(other) != place and (other / self.entrance).exists():
+        for root in self.roots:
+            for other in _instances(root):
+                if other not in self.places:
                     _sweep_dead(other)
 
     def members(self) -> frozenset[str]:
@@ -277,6 +287,7 @@ class CgroupV1(_Base):
     """memory, pids and cpu hierarchies of version 1 (needs root)."""
 
     name = "cgroup-v1"
+    roots = tuple(_ROOT / kind for kind in ("memory", "pids", "cpu"))
     entrance = "tasks"
     """For one thread, the caller's own: `cgroup.procs` would stop every fork and exit of the host
     for an RCU grace period (cgroup_procs_write_start)."""
@@ -317,6 +328,7 @@ class CgroupV2(_Base):
     """A delegated version 2 subtree."""
 
     name = "cgroup-v2"
+    roots = (_ROOT,)
     entrance = "cgroup.procs"
     _as_new = (
         ("pids", "cgroup.procs", "", 0),

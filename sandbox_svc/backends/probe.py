@@ -7,6 +7,7 @@
 """
 
 import asyncio
+import errno
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,12 @@ for number in range(20):
     for _ in range(8):
         os.write(fd, bytes(1 << 20))
 print("all")
+"""
+SHARED = """
+import ctypes
+call = ctypes.CDLL(None, use_errno=True).shmget
+call.argtypes = (ctypes.c_int, ctypes.c_size_t, ctypes.c_int)
+print("all" if call(0, 100 << 20, 0o1600) >= 0 else ctypes.get_errno())
 """
 _SPIN = "while :; do :; done"
 _FLOOD = "head -c 4000000 /dev/zero; sleep 0.5; echo all >&2"
@@ -120,6 +127,7 @@ async def _kernel_limits(
         _compared("pids", driver, forks.reason is EndReason.PIDS or unforked, forks, many),
         _compared("memory", driver, memory.reason is EndReason.OOM or refused, memory, much),
         await _anonymous_files(driver, tight, wide),
+        await _segments(tight, wide),
         Capability(
             "inotify", False, "none", "sandboxes share the inotify instances of one host user"
         ),
@@ -133,6 +141,14 @@ async def _anonymous_files(driver: str, tight: "EmbeddedBox", wide: "EmbeddedBox
         command = Command(("/usr/bin/python3", "-I", "-S", "-c", MEMFD), cwd="/", timeout_s=5.0)
         results.append(await box.run(command))
     return _compared("memfd", driver, results[0].reason is EndReason.OOM, *results)
+
+
+async def _segments(tight: "EmbeddedBox", wide: "EmbeddedBox") -> Capability:
+    """Shared memory that stays when its processes have ended (System V)."""
+    command = Command(("/usr/bin/python3", "-I", "-S", "-c", SHARED), cwd="/", timeout_s=5.0)
+    refused, had = await tight.run(command), await wide.run(command)
+    acted = refused.ok and refused.stdout.text == f"{errno.ENOSPC}\n"
+    return _compared("shared_memory", "kernel.shmall", acted, refused, had)
 
 
 async def _service_limits(tight: "EmbeddedBox", wide: "EmbeddedBox") -> list[Capability]:

@@ -94,6 +94,15 @@ static void raise_loopback(void) {
   close(sock);
 }
 
+/* Bounds of what processes leave in the sandbox's own IPC namespace when they end; that they hold is shown by a probe. */
+static void bound_leavings(long shared) {
+  char pages[32];
+  snprintf(pages, sizeof pages, "%ld", shared / sysconf(_SC_PAGESIZE));
+  put("/proc/sys/kernel/shmall", pages);
+  put("/proc/sys/kernel/msgmni", "512");
+  put("/proc/sys/kernel/sem", "250 32000 32 128");
+}
+
 /* Attach a detached tree over an entry of a directory that only this set-up code can change. */
 static void cover(int tree, int directory, const char *name, bool read_only) {
   need(tree >= 0);
@@ -310,6 +319,7 @@ long finish(const Settings *settings, Request *spec) {
   bool is_volatile = number(spec), programs = number(spec);
   long memory = number(spec), shared = number(spec), descriptors = number(spec);
   const char *inodes = text(spec);
+  bound_leavings(shared);
   Source *sources = open_sources(programs, spec, &count);
   mount_overlay(settings, place, lower, is_volatile);
   attach(sources, count);

@@ -25,6 +25,17 @@ _FORKS = "for i in $(seq 100); do sleep 2 & done; echo all"
 _BOMB = "f() { f | f & }; f; sleep 20"
 _HEAP = "x = bytearray(300 << 20)\nfor i in range(0, len(x), 4096): x[i] = 1\nprint('all')"
 _SHM = "head -c 100000000 /dev/zero > {}/x && echo all"
+_SYSTEM_V = """
+import ctypes
+libc, made = ctypes.CDLL(None), 0
+libc.shmget.argtypes = (ctypes.c_int, ctypes.c_size_t, ctypes.c_int)
+while made < 2000 and {call} >= 0:
+    made += 1
+print(made * {each})
+"""
+_SEGMENTS = _SYSTEM_V.format(call="libc.shmget(0, 1 << 20, 0o1600)", each=1 << 20)
+_QUEUES = _SYSTEM_V.format(call="libc.msgget(0, 0o1600)", each=1)
+_SEMAPHORES = _SYSTEM_V.format(call="libc.semget(0, 1, 0o1600)", each=1)
 _ANONYMOUS = """
 import os
 for number in range(300):
@@ -108,6 +119,19 @@ async def test_a2_memory_file_systems_are_bounded(runtime, box, place):
     assert "all" not in full.stdout.text
     wide = await runtime.create([], limits=WIDE)
     assert (await sh(wide, _SHM.format(place))).stdout.text == "all\n"
+    await wide.delete()
+
+
+@needs_python
+async def test_a2_shared_memory_that_outlives_its_processes_is_bounded(runtime, box):
+    """Segments, message queues and semaphores of System V stay until somebody removes them."""
+    wide = await runtime.create([], limits=WIDE)
+    held = [int((await python(b, _SEGMENTS)).stdout.text) for b in (box, box, wide)]
+    assert held[0] + held[1] <= SMALL.memory_bytes // 4
+    assert held[2] > SMALL.memory_bytes
+    assert (await sh(box, "wc -l < /proc/sysvipc/shm")).stdout.text.strip() != "1"
+    for script in (_QUEUES, _SEMAPHORES):
+        assert int((await python(box, script)).stdout.text) <= 1000
     await wide.delete()
 
 
