@@ -5,6 +5,7 @@
  *   whose working directory is the empty root; a clone has both, and mounts what it needs on "proc", "dev" and "root".
  * - `enter_root` ends that in a clone: the host's tree is detached, and the sandbox's covers the empty root for good, so
  *   that who leaves a chroot in there, or enters the namespace, comes out in the sandbox's tree all the same.
+ * - "dev" holds the few devices that a sandbox has, in a tmpfs that nobody can write to: a clone only adds its terminals.
  * - What the host mounts later is seen by later clones; what is mounted here, the host never sees.
  * - Without root the namespace belongs to a user namespace that only the spawner and set-up code are ever in.
  */
@@ -19,8 +20,12 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-enum { ONTO_OBJECT = 0x40 }; /* a flag of move_mount */
+enum { FROM_TREE = 0x4, ONTO_OBJECT = 0x40 }; /* flags of move_mount */
 static const char *const PLACES[] = {"host", "root", "proc", "dev", NULL};
+static const char *const DEVICES[] = {"null", "zero", "full", "random", "urandom", "tty", NULL};
+static const char *const DEVICE_LINKS[][2] = {
+    {"fd", "/proc/self/fd"}, {"stdin", "/proc/self/fd/0"}, {"stdout", "/proc/self/fd/1"},
+    {"stderr", "/proc/self/fd/2"}, {"ptmx", "pts/ptmx"}, {NULL, NULL}};
 
 bool put(const char *path, const char *value) {
   int fd = open(path, O_WRONLY | O_CLOEXEC);
@@ -39,6 +44,26 @@ bool map_ids(unsigned inside, uid_t uid, gid_t gid) {
   return put("/proc/self/setgroups", "deny") && put("/proc/self/gid_map", groups) && put("/proc/self/uid_map", users);
 }
 
+static const char *make_devices(void) {
+  char source[32];
+  if (mount("tmpfs", "dev", "tmpfs", MS_NOSUID, "mode=755,size=64k,nr_inodes=64")) return "mount /dev";
+  int top = open("dev", O_PATH | O_DIRECTORY | O_CLOEXEC);
+  if (top < 0) return "mount /dev";
+  for (const char *const *name = DEVICES; *name; name++) {
+    snprintf(source, sizeof source, "/dev/%s", *name);
+    int place = openat(top, *name, O_CREAT | O_EXCL | O_CLOEXEC, 0644), tree = tree_of(AT_FDCWD, source);
+    if (place < 0 || tree < 0 || syscall(SYS_move_mount, tree, "", top, *name, FROM_TREE)) return "devices";
+    close(place);
+    close(tree);
+  }
+  for (int i = 0; DEVICE_LINKS[i][0]; i++)
+    if (symlinkat(DEVICE_LINKS[i][1], top, DEVICE_LINKS[i][0])) return "links of /dev";
+  if (mkdirat(top, "shm", 0755) || mkdirat(top, "pts", 0755)) return "places in /dev";
+  if (set_attributes(top, ATTRIBUTE_READ_ONLY, false)) return "seal /dev";
+  close(top);
+  return NULL;
+}
+
 const char *make_root(const Settings *settings) {
   char path[4096];
   if (unshare(CLONE_NEWNS | (settings->root ? 0 : CLONE_NEWUSER))) return "namespaces of the spawner";
@@ -50,6 +75,8 @@ const char *make_root(const Settings *settings) {
     if (mkdir(*name, 0755)) return "stage";
   if (syscall(SYS_pivot_root, ".", "host") || chroot("host")) return "pivot_root";
   int top = open(".", O_PATH | O_DIRECTORY | O_CLOEXEC);
+  const char *failed = make_devices();
+  if (failed != NULL) return failed;
   if (top < 0 || set_attributes(top, ATTRIBUTE_READ_ONLY, false)) return "seal the stage";
   close(top);
   if (mount(path, path, NULL, MS_BIND, NULL)) return "mark"; /* whoever looks for leftovers sees whose they are */

@@ -1,6 +1,6 @@
 /* From a freshly cloned process to the confined first process of a sandbox.
  *
- * - It settles first (control group, directories, private mounts, network, /proc and /dev beside the place of the root) and
+ * - It settles first (control group, directories, private mounts, network, /proc beside the place of the root) and
  *   waits until it is needed, so that a service can keep a few seats warm; then it gets its file system and loses its privileges.
  * - It starts in the empty root of `root.c`, as its working directory, with the host's tree as its root.
  * - Order: overlay root, read-only host programs, caller's mounts, /proc and /dev, the root entered and the host's detached,
@@ -38,10 +38,6 @@
 enum { INSIDE_ID = 1000, LAST_KNOWN_CAPABILITY = 37, OPTION_BYTES = 4096 };
 enum { FROM_TREE = 0x4, ONTO_OBJECT = 0x40 }; /* flags of move_mount */
 
-static const char *const DEVICES[] = {"null", "zero", "full", "random", "urandom", "tty", NULL};
-static const char *const DEVICE_LINKS[][2] = {
-    {"fd", "/proc/self/fd"}, {"stdin", "/proc/self/fd/0"}, {"stdout", "/proc/self/fd/1"},
-    {"stderr", "/proc/self/fd/2"}, {"ptmx", "pts/ptmx"}, {NULL, NULL}};
 static const char *const PROC_READ_ONLY[] = {"sys", "irq", "bus", "fs", "sysrq-trigger", NULL};
 static const char *const PROC_MASKED[] = {
 #ifndef WITHOUT_MASKS /* taken away by a test, to see an attack succeed */
@@ -50,7 +46,7 @@ static const char *const PROC_MASKED[] = {
     NULL};
 static const char *const HOST_PROGRAMS[] = {"usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32", NULL};
 
-static int channel;
+static int channel, segments = -1; /* a file of /proc that sets how many pages all segments may have */
 static char at[320] = "start", breaks_at[320];
 
 static void fail(const char *why, int number) __attribute__((noreturn));
@@ -94,15 +90,6 @@ static void raise_loopback(void) {
   close(sock);
 }
 
-/* Bounds of what processes leave in the sandbox's own IPC namespace when they end; that they hold is shown by a probe. */
-static void bound_leavings(long shared) {
-  char pages[32];
-  snprintf(pages, sizeof pages, "%ld", shared / sysconf(_SC_PAGESIZE));
-  put("/proc/sys/kernel/shmall", pages);
-  put("/proc/sys/kernel/msgmni", "512");
-  put("/proc/sys/kernel/sem", "250 32000 32 128");
-}
-
 /* Attach a detached tree over an entry of a directory that only this set-up code can change. */
 static void cover(int tree, int directory, const char *name, bool read_only) {
   need(tree >= 0);
@@ -117,9 +104,24 @@ static int directory_of(const char *name) {
   return fd;
 }
 
+/* What processes leave in the sandbox's own IPC namespace when they end is bounded; that the bounds hold, a probe shows.
+ * Not in the host's /proc: a name there is found among those of all namespaces. */
+static void bound_leavings(void) {
+  put("proc/sys/kernel/msgmni", "512");
+  put("proc/sys/kernel/sem", "250 32000 32 128");
+  segments = open("proc/sys/kernel/shmall", O_WRONLY | O_CLOEXEC);
+}
+
+static void bound_segments(long bytes) {
+  if (segments < 0) return;
+  dprintf(segments, "%ld", bytes / sysconf(_SC_PAGESIZE));
+  close(segments);
+}
+
 static void stage_proc(void) {
   step("mount /proc beside");
   need(mount("proc", "proc", "proc", SAFE | MS_NOEXEC, NULL) == 0);
+  bound_leavings();
   int top = directory_of("proc");
   for (const char *const *name = PROC_READ_ONLY; *name; name++) {
     step("protect /proc/%s", *name);
@@ -134,26 +136,9 @@ static void stage_proc(void) {
   close(top);
 }
 
-static void stage_devices(void) {
-  char source[32];
-  step("mount /dev");
-  need(mount("tmpfs", "dev", "tmpfs", MS_NOSUID, "mode=755,size=64k,nr_inodes=64") == 0);
-  int top = directory_of("dev");
-  for (const char *const *name = DEVICES; *name; name++) {
-    step("mount /dev/%s", *name);
-    int place = openat(top, *name, O_CREAT | O_EXCL | O_CLOEXEC, 0644);
-    need(place >= 0);
-    close(place);
-    snprintf(source, sizeof source, "/dev/%s", *name);
-    cover(tree_of(AT_FDCWD, source), top, *name, false);
-  }
-  for (int i = 0; DEVICE_LINKS[i][0]; i++) need(symlinkat(DEVICE_LINKS[i][1], top, DEVICE_LINKS[i][0]) == 0);
-  need(mkdirat(top, "shm", 0755) == 0 && mkdirat(top, "pts", 0755) == 0);
-  /* terminals of a number that all share; where there can be none, a command that wants one is refused */
+/* Terminals of a number that all share; where there can be none, a command that wants one is refused. */
+static void stage_terminals(void) {
   mount("devpts", "dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, "newinstance,ptmxmode=0666,mode=620,max=64");
-  step("seal /dev");
-  need(set_attributes(top, ATTRIBUTE_READ_ONLY, false) == 0);
-  close(top);
 }
 
 void settle(int sock, const Settings *settings, Request *seat) {
@@ -184,7 +169,7 @@ void settle(int sock, const Settings *settings, Request *seat) {
 #endif
   umask(022);
   stage_proc();
-  stage_devices();
+  stage_terminals();
 }
 
 typedef struct { int tree; const char *target; bool read_only; } Source;
@@ -319,7 +304,7 @@ long finish(const Settings *settings, Request *spec) {
   bool is_volatile = number(spec), programs = number(spec);
   long memory = number(spec), shared = number(spec), descriptors = number(spec);
   const char *inodes = text(spec);
-  bound_leavings(shared);
+  bound_segments(shared);
   Source *sources = open_sources(programs, spec, &count);
   mount_overlay(settings, place, lower, is_volatile);
   attach(sources, count);
