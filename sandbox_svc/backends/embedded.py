@@ -243,17 +243,23 @@ class EmbeddedRuntime:
             fields += [which, value]
         return fields
 
-    async def leave(self, seat: Seat, part: Part = Part.GROUP) -> None:
-        """End a seat's processes; a part of what it had goes in the background."""
+    async def leave(self, seat: Seat, part: Part, network: int) -> None:
+        """End a seat's processes; a part of what it had goes in the background.
+
+        `network` is a descriptor of its network namespace, or -1; it is closed.
+        """
         try:
             if self._seats is not None:
                 await self._seats.leave(seat)
         finally:
-            self._put_away(seat.name, part)
+            self._put_away(seat.name, part, network)
 
-    def _put_away(self, name: str, part: Part) -> None:
+    def _put_away(self, name: str, part: Part, network: int = -1) -> None:
         """Remove in the background, together with what waits for it already, what a seat had."""
-        self._left += [Left(name, part), *(Left(stuck, Part.GROUP) for stuck in self._stuck)]
+        self._left += [
+            Left(name, part, network),
+            *(Left(stuck, Part.GROUP) for stuck in self._stuck),
+        ]
         self._stuck.clear()
         if not self._putting_away:
             self._putting_away = True
@@ -276,10 +282,10 @@ class EmbeddedRuntime:
 
     def _put_quickly_away(self, left: Sequence[Left]) -> Sequence[str]:
         """Remove empty uppers and control groups; names of those uppers that hold files."""
-        for name in (name for name, part in left if part is not Part.UPPER):
+        for name in (each.name for each in left if each.part is not Part.UPPER):
             if not self.cgroups.destroy(name):
                 self._stuck.append(name)
-        uppers = (name for name, part in left if part is not Part.GROUP)
+        uppers = (each.name for each in left if each.part is not Part.GROUP)
         return [name for name in uppers if not self.layout.removed(name)]
 
     def _clear(self, name: str) -> None:

@@ -42,7 +42,7 @@ from sandbox_svc.backends.embedded_files import BoxFiles
 from sandbox_svc.backends.embedded_process import EmbeddedProcess
 from sandbox_svc.backends.jobs import Job, all_ended, first_of, name_end, prepared
 from sandbox_svc.backends.layers import writing
-from sandbox_svc.backends.link import Link, LinkClosed
+from sandbox_svc.backends.link import Link, LinkClosed, close_all
 from sandbox_svc.backends.output import Collector, PipeReader
 from sandbox_svc.backends.seats import Part, Seat
 from sandbox_svc.backends.watchdog import Watch
@@ -72,6 +72,8 @@ class EmbeddedBox(BoxFiles):
         self._base_layers = list(layers)
         self._link: Link | None = None
         self._seat: Seat | None = None
+        self._network = -1
+        """Descriptor of its network namespace."""
         self._ready: asyncio.Future[None] | None = None
         self._jobs: dict[int, Job] = {}
         self._ended = False
@@ -125,7 +127,10 @@ class EmbeddedBox(BoxFiles):
         if self._gate is not None:
             self._gate.close()
 
-    def _on_event(self, message: wire.Message) -> None:
+    def _on_event(self, message: wire.Message, fds: list[int]) -> None:
+        if message.get("ready") and len(fds) == 1 and self._network < 0:
+            self._network = fds.pop()
+        close_all(fds)
         if "ready" in message or "closed" in message:
             self._on_life(message)
             return
@@ -419,7 +424,8 @@ class EmbeddedBox(BoxFiles):
             if for_good and seat.name == self.place:
                 part = Part.USUAL if self.limits == seat.limits else Part.BOTH
                 self.place = ""
-            self._leaving = asyncio.create_task(self._runtime.leave(seat, part))
+            network, self._network = self._network, -1
+            self._leaving = asyncio.create_task(self._runtime.leave(seat, part, network))
         leaving = self._leaving
         if leaving is not None:
             await asyncio.wait([leaving])

@@ -2,7 +2,7 @@
 
 - Every request begins with an id; a reply carries it back; other messages go to `on_event`.
 - When the other side ends, every waiting request fails with `LinkClosed` at once.
-- Descriptors that arrive for nobody are closed.
+- Descriptors that arrive for nobody are closed; those of an event are its receiver's.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from sandbox_svc.backends import wire
 
@@ -30,7 +30,7 @@ class Link:
     """One socket to a spawner or to the first process of a sandbox."""
 
     def __init__(
-        self, sock: socket.socket, on_event: Callable[[wire.Message], None] | None = None
+        self, sock: socket.socket, on_event: Callable[[wire.Message, list[int]], None] | None = None
     ) -> None:
         sock.setblocking(False)
         self._sock = sock
@@ -70,7 +70,7 @@ class Link:
                 return await future
         except asyncio.CancelledError:
             if future.done() and not future.cancelled() and not future.exception():
-                _close_all(future.result()[1])
+                close_all(future.result()[1])
             raise
         finally:
             self._waiting.pop(number, None)
@@ -111,9 +111,10 @@ class Link:
             if not future.done():
                 future.set_result((message, fds))
                 return
-        _close_all(fds)
         if is_event and self._on_event is not None:
-            self._on_event(message)
+            self._on_event(message, fds)
+        else:
+            close_all(fds)
 
     def close(self) -> None:
         """Close the socket and fail what waits; safe to call twice."""
@@ -126,10 +127,11 @@ class Link:
             if not future.done():
                 future.set_exception(LinkClosed())
         if self._on_event is not None:
-            self._on_event({"closed": True})
+            self._on_event({"closed": True}, [])
 
 
-def _close_all(fds: list[int]) -> None:
+def close_all(fds: Iterable[int]) -> None:
+    """Close descriptors, whatever becomes of it."""
     for fd in fds:
         with contextlib.suppress(OSError):
             os.close(fd)

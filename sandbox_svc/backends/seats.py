@@ -33,7 +33,7 @@ from regreen.rpc.errors import InfraError
 from sandbox_svc.backends import cgroups, seccomp, wire
 from sandbox_svc.backends.base import Limits
 from sandbox_svc.backends.cgroups import CgroupV1, CgroupV2, NoCgroup
-from sandbox_svc.backends.link import Link, LinkClosed
+from sandbox_svc.backends.link import Link, LinkClosed, close_all
 
 log = structlog.get_logger(__name__)
 
@@ -59,6 +59,13 @@ class Left(NamedTuple):
 
     name: str
     part: Part
+    network: int = -1
+    """A descriptor of its network namespace."""
+
+
+class _Kept(NamedTuple):
+    name: str
+    network: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +104,7 @@ class Seats:
         self._process: Spawner | None = None
         self._link: Link | None = None
         self._warm: deque[Seat] = deque()
-        self._kept: list[str] = []
+        self._kept: list[_Kept] = []
         self._refill: asyncio.Task[None] | None = None
         self._home = Path()
         self._host_id: int | None = None
@@ -152,7 +159,7 @@ class Seats:
     @property
     def kept(self) -> Sequence[str]:
         """Names of groups and directories that wait for a seat."""
-        return tuple(self._kept)
+        return tuple(kept.name for kept in self._kept)
 
     async def take(self) -> Seat:
         """A seat: a warm one, or a new one when there is none."""
@@ -171,12 +178,12 @@ class Seats:
         if self._link.closed:
             self._begin()
         kept = bool(self._kept)
-        name = self._kept.pop() if kept else secrets.token_hex(6)
+        name, network = self._kept.pop() if kept else (secrets.token_hex(6), -1)
         plan = self._cgroups.plan(name, self._limits, kept=kept)
         request = [name, int(kept), *wire.counted(plan.directories)]
         request += cgroups.fields(plan.writes)
         process = self._process
-        making = asyncio.create_task(self._settled(self._link, name, request))
+        making = asyncio.create_task(self._settled(self._link, name, request, network))
         try:
             async with asyncio.timeout(_REPLY_S):
                 return await asyncio.shield(making)
@@ -190,11 +197,16 @@ class Seats:
             self._in_background(self._undo(process, name))
             raise
 
-    async def _settled(self, link: Link, name: str, request: Sequence[wire.Field]) -> Seat:
+    async def _settled(
+        self, link: Link, name: str, request: Sequence[wire.Field], network: int
+    ) -> Seat:
+        given = (network,) if network >= 0 else ()
         try:
-            reply, fds = await link.request("seat", *request, timeout_s=None)
+            reply, fds = await link.request("seat", *request, fds=given, timeout_s=None)
         except LinkClosed as error:
             raise InfraError("the spawner has ended") from error
+        finally:
+            close_all(given)
         if len(fds) != 2:
             for fd in fds:
                 os.close(fd)
@@ -260,20 +272,30 @@ class Seats:
 
         At most `AT_ONCE`.
         """
+        kept: list[_Kept] = []
+        try:
+            for_good, kept = await self._cleared(left)
+        finally:
+            self._kept += kept
+            names = {name for name, _ in kept}
+            close_all(each.network for each in left if each.network >= 0 and each.name not in names)
+        return for_good
+
+    async def _cleared(self, left: Sequence[Left]) -> tuple[Sequence[Left], list[_Kept]]:
         if self._link is None:
-            return left
+            return left, []
         room = _KEPT - len(self._kept) >= len(left) and not self._closing
-        parts = (Part.BOTH if part is Part.USUAL and not room else part for _, part in left)
-        entries = [f"{part}{name}" for (name, _), part in zip(left, parts, strict=True)]
+        parts = [Part.BOTH if e.part is Part.USUAL and not room else e.part for e in left]
+        entries = [f"{part}{each.name}" for each, part in zip(left, parts, strict=True)]
         signs = self._cgroups.signs
         request: list[wire.Field] = [*wire.counted(self._cgroups.places), len(signs)]
         request += [field for sign in signs for field in sign]
         try:
             reply, _ = await self._link.request("clear", *request, *wire.counted(entries))
         except (LinkClosed, TimeoutError):
-            return left
-        self._kept += [left[number].name for number in reply["kept"]]
-        return [left[number] for number in reply["left"]]
+            return left, []
+        kept = [left[number] for number in reply["kept"]]
+        return [left[n] for n in reply["left"]], [_Kept(e.name, e.network) for e in kept]
 
     async def _discard(self, seat: Seat) -> None:
         try:
@@ -290,7 +312,9 @@ class Seats:
         while self._warm:
             await self._discard(self._warm.popleft())
         while self._kept:
-            await asyncio.to_thread(self._clear, self._kept.pop())
+            name, network = self._kept.pop()
+            close_all([network] if network >= 0 else [])
+            await asyncio.to_thread(self._clear, name)
         if self._link is not None:
             self._link.close()
         await asyncio.gather(*self._undoing, return_exceptions=True)

@@ -40,7 +40,7 @@ static bool read_settings(int control, Settings *settings) {
   struct sock_filter *program = malloc(info.st_size);
   if (program == NULL || pread(request.fds[0], program, info.st_size, 0) != info.st_size) return false;
   settings->filter = (struct sock_fprog){info.st_size / sizeof *program, program};
-  settings->failed = NULL;
+  settings->failed = stat("/proc/self/ns/net", &settings->network) ? strdup("no /proc of this host") : NULL;
   release(&request);
   const char *step = make_root(settings);
   if (step != NULL && asprintf(&settings->failed, "%s: %s", step, strerror(errno)) < 0) return false;
@@ -58,13 +58,14 @@ static void keep_only(int sock) {
 static void become_first_process(int sock, const Settings *settings, Request *seat) {
   Request spec;
   prctl(PR_SET_PDEATHSIG, (unsigned long)SIGKILL, 0UL, 0UL, 0UL);
+  if (seat->count > 0) enter_network(sock, settings, seat->fds[0]);
   keep_only(sock);
   setsid();
   settle(sock, settings, seat);
   if (!receive(sock, &spec)) _exit(0);
   long descriptors = finish(settings, &spec);
   release(&spec);
-  answer(sock, NULL, 0, "{\"ready\": true}");
+  tell_ready(sock);
   serve(sock, descriptors);
   _exit(0);
 }
@@ -74,7 +75,7 @@ static void create(int control, const Settings *settings, Request *seat) {
   int ends[2], flags = SPACES;
   text(seat);
 #ifndef IN_THE_NETWORK_OF_THE_HOST /* so compiled by a test, to see an attack succeed */
-  flags |= CLONE_NEWNET;
+  if (seat->count == 0) flags |= CLONE_NEWNET;
 #endif
   if (settings->failed != NULL) { /* told to who asked; the service then starts another */
     answer(control, NULL, 0, "{\"id\": %ld, \"error\": %s}", id, quoted(settings->failed));

@@ -36,6 +36,7 @@ typedef struct {
   uid_t uid;
   gid_t gid;
   struct sock_fprog filter;
+  struct stat network;    /* the spawner's own, in which no sandbox may ever be */
   char *failed;           /* why there can be no sandboxes; NULL: nothing */
 } Settings;
 
@@ -56,8 +57,10 @@ bool put(const char *path, const char *value);
 bool map_ids(unsigned inside, uid_t uid, gid_t gid);
 
 /* seat.c: from a cloned process to a confined one; a failure is told with its step and ends this process */
+void enter_network(int sock, const Settings *settings, int network); /* that of an earlier sandbox, or a new one */
 void settle(int sock, const Settings *settings, Request *seat);
 long finish(const Settings *settings, Request *spec); /* how many descriptors a command may have */
+void tell_ready(int sock);                            /* with a descriptor of its network */
 
 /* place.c: objects of a file tree that may be hostile */
 int open_beneath(int directory, const char *path, int flags);

@@ -240,7 +240,8 @@ async def test_the_spawner_clears_what_is_empty_and_tells_what_is_not(runtime):
         sleeper.kill()
         await sleeper.wait()
         assert runtime.cgroups.destroy("held")
-    assert left == [("full", "d"), *([("held", "g")] if held else [])]
+    told = [(each.name, each.part) for each in left]
+    assert told == [("full", "d"), *([("held", "g")] if held else [])]
     assert not (run / "empty").exists()
     assert not (run / "both").exists()
     assert (run / "full/u/made").read_text() == "kept"
@@ -292,6 +293,75 @@ async def test_what_a_sandbox_leaves_is_another_s_only_as_new(tmp_path, left):
         await runtime.close()
     assert os.listdir(tmp_path / "home/run") == []
     assert not any(os.path.exists(place) for place in runtime.cgroups.places)
+
+
+_SEND = """
+import socket
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+    s.sendto(b"x", ("127.0.0.1", 9))
+"""
+_TALK = """
+import socket
+server = socket.create_server(("127.0.0.1", 8123))
+with socket.create_connection(("127.0.0.1", 8123)) as client:
+    other, _ = server.accept()
+    client.sendall(b"x")
+    other.recv(1)
+    other.close()
+server.close()
+"""
+_HIDE = """
+import socket
+a, b = socket.socketpair()
+socket.send_fds(a, [b"x"], [b.fileno()])
+socket.send_fds(b, [b"x"], [a.fileno()])
+"""
+_WAIT = """
+import socket
+for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
+    socket.create_server((host, 8123), family=family).close()
+socket.socket(socket.AF_UNIX).bind("\\0name")
+"""
+_NETWORKS = {"none": ("", True), "listened": (_WAIT, True), "sent": (_SEND, False)}
+_NETWORKS |= {"talked": (_TALK, False), "hid sockets in flight": (_HIDE, None)}
+
+
+@pytest.mark.parametrize("used", _NETWORKS)
+@pytest.mark.skipif(not Path("/usr/bin/python3").exists(), reason="no /usr/bin/python3 here")
+async def test_a_network_is_another_s_only_if_nothing_was_sent_and_no_socket_is_left(
+    tmp_path, used
+):
+    script, as_new = _NETWORKS[used]
+    own = os.stat("/proc/self/ns/net").st_ino
+    runtime = EmbeddedRuntime(tmp_path / "home", run_probes=False, warm_seats=0)
+    await runtime.start()
+    networks, names, found = [], [], set()
+    try:
+        for _ in range(3):
+            box = await runtime.create([], limits=Limits())
+            names.append(box.place)
+            sockets = await box.run(
+                Command(("cat", "/proc/net/sockstat", "/proc/net/dev"), cwd="/")
+            )
+            found.add(sockets.stdout.text)
+            argv = (
+                "/usr/bin/python3",
+                "-c",
+                f"import os\nprint(os.stat('/proc/self/ns/net').st_ino)\n{script}",
+            )
+            ended = await box.run(Command(argv, cwd="/"))
+            assert ended.ok, ended.stderr.text
+            networks.append(int(ended.stdout.text))
+            await box.delete()
+            await runtime.settle()
+    finally:
+        await runtime.close()
+    assert len(set(names)) == 1
+    assert own not in networks
+    assert len(found) == 1
+    assert "lo: " in found.pop()
+    if as_new is not None:  # the kernel collects what is in flight whenever it comes to it
+        assert len(set(networks)) == (1 if as_new else 3)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="events are counted by control groups")
