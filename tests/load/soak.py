@@ -65,6 +65,13 @@ _BRIEF_GONE_S = 10.0
 """Within which a sandbox is gone whose time is over, on a busy host too."""
 
 
+def _target(descriptor: Path) -> str:
+    """What an open descriptor leads to; nothing if it is closed by now."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.readlink(descriptor)
+    return ""
+
+
 @dataclass
 class Soak:
     """One run and what it has seen."""
@@ -213,11 +220,17 @@ class Soak:
                 )
 
     def _usage(self) -> tuple[int, int]:
-        """Resident bytes and open descriptors of the service."""
+        """Resident bytes and open descriptors of the service.
+
+        Those of networks that it keeps with a name for the next sandbox do not count.
+        """
         assert self._process is not None
         process = Path(f"/proc/{self._process.pid}")
         pages = int((process / "statm").read_text("ascii").split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE"), len(list((process / "fd").iterdir()))
+        opened = [_target(entry) for entry in (process / "fd").iterdir()]
+        networks = sum(target.startswith("net:[") for target in opened)
+        kept = min(networks, len(os.listdir(self.home / "sandbox/run")))
+        return pages * os.sysconf("SC_PAGE_SIZE"), len(opened) - kept
 
     async def _check_growth(self, idle_fds: int) -> None:
         """No service has grown, and the last one, idle again, has its descriptors back."""
