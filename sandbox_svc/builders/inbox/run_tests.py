@@ -425,9 +425,10 @@ def run_pytest(setup: dict[str, Any], pipe: Pipe, key: bytes, ahead: Ahead | Non
     if lines is not None:
         lines.start()
     part = Part(pipe.send, setup["part"], pytest) if setup.get("part") else None
+    where = [beside("where").Where(pipe.send, pytest)] if setup.get("where") else []
     reporter = Reporter(part or pipe, Origin(setup["root"], setup["skip"], pytest))
     order = [beside("order").Order(setup["order"], pytest)] if setup.get("order") else []
-    plugins = [reporter, controls, *order, *([part] if part is not None else [])]
+    plugins = [reporter, controls, *order, *where, *([part] if part is not None else [])]
     status = int(pytest.main(list(setup["arguments"]), plugins=plugins))
     controls.tell()
     if lines is not None:
@@ -435,8 +436,7 @@ def run_pytest(setup: dict[str, Any], pipe: Pipe, key: bytes, ahead: Ahead | Non
         threading.settrace(None)
         pipe.send({"t": "coverage", "files": lines.report()})
     if recorder is not None:
-        places = [p for p in sys.path if (p + "/").startswith(recorder.root)]
-        pipe.send({"t": "survey", "names": recorder.survey(), "places": places})
+        pipe.send({"t": "survey", "names": recorder.survey()})
     return status
 
 
