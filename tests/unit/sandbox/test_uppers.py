@@ -71,6 +71,10 @@ def _merged(layers: Sequence[Path], under: str = "") -> dict[str, tuple[str, str
     return found
 
 
+def _kind(shown: dict[str, tuple[str, str]], path: str) -> str:
+    return shown.get(path, ("nothing", ""))[0]
+
+
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
     return list(os.scandir(folder)) if _is_folder(folder) else []
 
@@ -100,14 +104,7 @@ def test_every_path_that_differs_is_named(below: list[Layer], above: Layer) -> N
             _lay_out(place, layer)
         before, after = _merged(layers), _merged([*layers, upper])
         differ = {p for p in {*before, *after} if before.get(p) != after.get(p)}
-        # A folder that comes or goes is told by what it holds, or as one that holds nothing.
-        wanted = {
-            f"/{path}"
-            for path in differ
-            if any(side.get(path, ("folder",))[0] == "other" for side in (before, after))
-        }
-        told = uppers.changed([upper], layers, "/")
-        assert wanted <= told, (below, above)
-        for path in differ - {p[1:] for p in wanted}:
-            near = [t for t in told if t.startswith(f"/{path}/") or f"/{path}/".startswith(f"{t}/")]
-            assert near, (path, below, above)
+        wanted = {f"/{p}" for p in differ if "other" in (_kind(before, p), _kind(after, p))}
+        new = {p for p in differ if _kind(after, p) == "folder" and p not in before}
+        wanted |= {f"/{p}/." for p in new if not any(q.startswith(f"{p}/") for q in after)}
+        assert wanted <= uppers.changed([upper], layers, "/")
