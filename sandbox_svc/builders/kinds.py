@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from enum import Enum
+from fnmatch import fnmatchcase
 from typing import Any
 
 from regreen.testpaths import CONFTEST, PYTEST_INI, SHARED_INI, runs_at_start
@@ -44,7 +45,7 @@ class Kinds:
         within = {*facts["folders"], *self._roots}
         self._asked = within.union(*map(folders_of, within))
         """Where pytest looks for its settings, on the way to a test."""
-        self._tests, self._rewritten = frozenset(facts["files"]), bool(facts["rewritten"])
+        self._tests, self._rewritten = frozenset(facts["files"]), tuple(facts["rewritten"])
 
     def of(self, path: str) -> Kind | None:
         """None if the verdict does not hang on it."""
@@ -72,8 +73,9 @@ class Kinds:
         if "-pytest" in path.rpartition("/")[2].lower():
             return None
         inside = source[len(REPO) + 1 :] if source.startswith(REPO + "/") else ""
-        test = inside.rpartition("/")[2] == CONFTEST or inside in self._tests
-        if inside and test and self._rewritten:
+        name = inside.rpartition("/")[2]
+        rewritten = any(fnmatchcase(name, pattern) for pattern in self._rewritten)
+        if rewritten and (name == CONFTEST or inside in self._tests):
             return None
         return Kind.STATES if self._usual(source) is not None else None
 

@@ -30,8 +30,8 @@ class Where:
     """Files of tests, those that could not be collected too."""
     others: tuple[tuple[str, str], ...] = ()
     """What else was collected of a module, a doctest for example: id and file."""
-    rewritten: bool = False
-    """Whether pytest loads tests itself, from their source."""
+    rewritten: tuple[str, ...] = ()
+    """Names of files that pytest loads itself, from their source."""
 
 
 async def module_files(box: Box) -> list[str]:
@@ -76,7 +76,7 @@ def learned(facts: Mapping[str, Any], where: Where, files: Iterable[str]) -> dic
         "folders": sorted(folders),
         "stems": sorted(_stems(tests, folders, held, protected)),
         "files": sorted(filter(None, map(_inside, where.files))),
-        "rewritten": where.rewritten,
+        "rewritten": list(where.rewritten),
         "loose": sorted(loose),
     }
 

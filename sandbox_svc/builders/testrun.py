@@ -284,9 +284,9 @@ def read_run(result: ExecResult, key: bytes) -> TestRun:
         elif kind == "survey":
             survey = Survey(tuple((n, d) for n, d in frame["names"]))
         elif kind == "where":
-            where["rewritten"] = bool(frame.get("rewritten", where.get("rewritten")))
-            where.update({k: tuple(frame[k]) for k in ("places", "files") if k in frame})
-            where["others"] += tuple((i, p) for i, p in frame.get("others", ()))
+            told = frame.keys() & {"places", "files", "rewritten"}
+            where.update({name: tuple(map(str, frame[name])) for name in told})
+            where["others"] += tuple((str(i), str(p)) for i, p in frame.get("others", ()))
         elif kind == "part":
             part = Part(int(frame.get("n", 0)), int(frame.get("run", 0)), str(frame.get("ids")))
         elif kind == "stopped":

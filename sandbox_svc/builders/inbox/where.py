@@ -38,8 +38,9 @@ class Where:
         for item in session.items:
             self.note(item.nodeid, file_of(item), isinstance(item, self.pytest.Function))
         self.look()
-        rewritten = session.config.getoption("assertmode", "") == "rewrite"
-        self.send({"t": "where", "rewritten": rewritten})
+        if session.config.getoption("assertmode", "") == "rewrite":
+            patterns = ["conftest.py", *session.config.getini("python_files")]
+            self.send({"t": "where", "rewritten": [p for p in patterns if "/" not in p]})
 
     def pytest_sessionfinish(self) -> None:
         self.look()
