@@ -11,6 +11,7 @@ import sys
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from regreen.rpc.errors import InvalidArgument
 from regreen.testpaths import (
@@ -250,3 +251,11 @@ def split_changes(
         else:
             kept.append(change)
     return tuple(kept), tuple(reverted), lock
+
+
+def split_by(
+    facts: Mapping[str, Any], changes: Iterable[FileChange]
+) -> tuple[tuple[FileChange, ...], tuple[Reverted, ...], FileChange | None]:
+    """The same by what a State's facts say."""
+    held = (facts[name] for name in ("protected", "settings", "modules", "foreign", "places"))
+    return split_changes(changes, *held)
