@@ -108,7 +108,7 @@ def _plain(path: str) -> str:
     return path.strip("/").removeprefix("./")
 
 
-def by_name(path: str, roots: frozenset[str]) -> str:
+def by_name(path: str, roots: Iterable[str]) -> str:
     """Why a path is the State's whatever is in the file; empty if it is not.
 
     Python takes a package or a library before a file of the same name.
@@ -125,7 +125,7 @@ def by_name(path: str, roots: frozenset[str]) -> str:
         return "plugin"
     around = [folder for folder in folders_of(path) if folder]
     inside = (path, as_source(path), *around, *(f"{folder}.py" for folder in around))
-    if not roots.isdisjoint(inside):
+    if not frozenset(roots).isdisjoint(inside):
         return "test"
     return "test" if not _TEST_FOLDERS.isdisjoint(parts[:-1]) or _is_test_file(name) else ""
 
