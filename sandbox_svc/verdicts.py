@@ -19,6 +19,7 @@ from sandbox_svc.backends.base import EndReason
 from sandbox_svc.builders import testrun
 from sandbox_svc.builders.base import FileChange
 from sandbox_svc.builders.protect import Reverted
+from sandbox_svc.builders.standing import is_loose
 from sandbox_svc.builders.testrun import TestResult, TestRun
 from sandbox_svc.conditions import PINNED, Conditions
 from sandbox_svc.states import State
@@ -251,7 +252,7 @@ def _decisive(run: TestRun, loose: frozenset[str]) -> TestRun:
     """The run without the tests that a fix may edit away."""
     if not loose:
         return run
-    tests = {id: test for id, test in run.tests.items() if id not in loose}
+    tests = {id: test for id, test in run.tests.items() if not is_loose(id, loose)}
     errors = {id: error for id, error in run.collect_errors.items() if id not in loose}
     return replace(run, tests=tests, collect_errors=errors)
 

@@ -256,6 +256,7 @@ def split_changes(
 def split_by(
     facts: Mapping[str, Any], changes: Iterable[FileChange]
 ) -> tuple[tuple[FileChange, ...], tuple[Reverted, ...], FileChange | None]:
-    """The same by what a State's facts say."""
-    held = (facts[name] for name in ("protected", "settings", "modules", "foreign", "places"))
-    return split_changes(changes, *held)
+    """The same by what a State's facts say; its tests find no helper of theirs elsewhere either."""
+    roots, settings, modules = facts["protected"], facts["settings"], facts["modules"]
+    taken = (*facts["foreign"], *facts["stems"])
+    return split_changes(changes, roots, settings, modules, taken, facts["places"])

@@ -177,6 +177,26 @@ async def test_nothing_stands_for_a_folder_of_tests(shop: Workshop) -> None:
         assert f"wrote over what decides it: {path}" in verdict.summary
 
 
+async def test_a_helper_of_tests_is_not_found_nearer(shop: Workshop) -> None:
+    files = {
+        "tests/conftest.py": "import sys\n\nsys.path.insert(0, '/work/repo')\n",
+        "tests/helper.py": "def agreed(value):\n    return value == 'Hello, Ada!'\n",
+        "tests/test_h.py": (
+            "from helper import agreed\n\n\ndef test_h():\n"
+            "    from greet import greeting\n\n    assert agreed(greeting('Ada'))\n"
+        ),
+    }
+    wanted = ("tests/test_h.py::test_h",)
+    state = await shop.prepared("nearer", files, fail_to_pass=wanted)
+    for path in ("helper.py", "helper/__init__.py"):
+        change = FileChange(path, _SPACE.encode())
+        verdict = await judge(shop, state, NOT, change, required_tests=wanted)
+        refused(verdict, path, "shadows")
+    own = [FileChange(path, b"X = 1\n") for path in ("greet/helper.py", "helpers.py")]
+    verdict = await judge(shop, state, FIX, *own)
+    assert (verdict.outcome, verdict.reverted) == (Outcome.PASSED, ()), verdict.summary
+
+
 async def test_every_place_of_modules_is_known(shop: Workshop) -> None:
     files = {
         "setup.cfg": "[tool:pytest]\ntestpaths = tests\npythonpath = python\n",
