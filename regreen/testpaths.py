@@ -39,21 +39,30 @@ def is_metadata(path: str) -> bool:
     return "egg-info" in parts or any(part.endswith(_METADATA) for part in parts)
 
 
-def pytest_part(text: str) -> list[tuple[str, list[str]]]:
-    """The sections of an INI file that pytest takes for its own, as its parser reads lines.
+def pytest_part(text: str) -> list[list[tuple[str, list[str]]]]:
+    """The sections of an INI file that pytest takes for its own, once for each way to end lines.
 
-    That one ends lines and headers where others do not: a form feed, a comment behind the bracket.
+    Its parser ends them where others do not, at a form feed for example; before its version 2 it
+    did not. A header has no comment behind its bracket and no blanks inside: with them it is
+    another section, which is told as well, since older parsers may not agree.
     """
+    text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+    found = [_sections(lines) for lines in (text.splitlines(), text.split("\n"))]
+    return found if any(found) else []
+
+
+def _sections(lines: list[str]) -> list[tuple[str, list[str]]]:
     found: list[tuple[str, list[str]]] = []
     inside = False
-    for line in text.removeprefix("\ufeff").splitlines():
+    for line in lines:
         head = re.split(r"[#;]", line)[0].rstrip() if line.startswith("[") else ""
         if head.endswith("]"):
-            name = head[1:-1].strip()
-            inside = name in _SECTIONS
+            name = head[1:-1]
+            inside = name.strip() in _SECTIONS
             if inside:
                 found.append((name, []))
         elif inside and line.strip() and line.lstrip()[0] not in "#;":
-            goes_on = " " if line[0].isspace() else ""
-            found[-1][1].append(goes_on + _EQUALS.sub("=", line.strip(), count=1))
+            goes_on = line[0].isspace() or line[0] == "["
+            text = " " + line.strip() if goes_on else _EQUALS.sub("=", line.strip(), count=1)
+            found[-1][1].append(text)
     return found

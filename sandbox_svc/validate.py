@@ -41,7 +41,8 @@ from sandbox_svc.backends.base import Box, Command, EndReason, Limits, Runtime
 from sandbox_svc.builders import testrun
 from sandbox_svc.builders.base import LOCK, REPO, RUNNER, TOOLS, FileChange
 from sandbox_svc.builders.interpreters import stamps
-from sandbox_svc.builders.protect import check_changes, split_changes
+from sandbox_svc.builders.protect import check_changes, split_by
+from sandbox_svc.builders.standing import refuse_loose
 from sandbox_svc.builders.testrun import TestRun
 from sandbox_svc.conditions import PINNED, settle
 from sandbox_svc.forks import fork_of, own_layers, put_aside
@@ -199,11 +200,10 @@ class Validator:
                 f"state {state_id} has no test that must pass; name some in required_tests "
                 "or correct test.arguments of its spec"
             )
+        refuse_loose(options.required_tests, state.metadata, "required_tests")
         checked = check_changes(changes)
         facts = state.metadata
-        kept, reverted, lock = split_changes(
-            checked, facts["protected"], facts["settings"], facts["modules"], facts["foreign"]
-        )
+        kept, reverted, lock = split_by(facts, checked)
         digest = changes_sha256([*kept, *([lock] if lock else [])])
         under = [self._runtime.identity(), stamps(facts, state.base), astuple(self._limits)]
         return Plan(state, kept, reverted, lock, options, digest, json.dumps(under))

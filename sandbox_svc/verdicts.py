@@ -6,6 +6,7 @@
   ran into a limit.
 - A part of the tests never passes: chosen tests that pass are `incomplete`. What did not run is
   counted, and neither listed as missing nor as failing.
+- Tests in files that a fix may change are neither required nor told.
 - A run that stopped early has failed, and so would the whole one: it is the beginning of it.
 """
 
@@ -18,6 +19,7 @@ from sandbox_svc.backends.base import EndReason
 from sandbox_svc.builders import testrun
 from sandbox_svc.builders.base import FileChange
 from sandbox_svc.builders.protect import Reverted
+from sandbox_svc.builders.standing import is_loose
 from sandbox_svc.builders.testrun import TestResult, TestRun
 from sandbox_svc.conditions import PINNED, Conditions
 from sandbox_svc.states import State
@@ -190,6 +192,7 @@ def conclude(plan: Plan, run: TestRun) -> Validation:
     """The verdict that a test run supports."""
     required = chosen_ids(plan.facts, plan.options)
     run = _believed(run, plan.facts["baseline"].get("replaced", ()))
+    lines, run = testrun.error_lines(run), _decisive(run, frozenset(plan.facts["loose"]))
     passed = run.ids("passed")
     failing = tuple(sorted(i for i in required - passed if not _collected_green(i, run, passed)))
     if run.stopped:
@@ -220,7 +223,7 @@ def conclude(plan: Plan, run: TestRun) -> Validation:
         failing=failing,
         reverted=plan.reverted,
         log=run.log,
-        error_lines=testrun.error_lines(run),
+        error_lines=lines,
         coverage=run.coverage,
         lasting=run.result.reason is EndReason.EXIT
         and (outcome is Outcome.PASSED or not run.result.overruns),
@@ -243,6 +246,15 @@ def _believed(run: TestRun, tolerated: Iterable[str]) -> TestRun:
     if not problem:
         return run
     return replace(run, tampered=problem, tests={}, collect_errors={}, coverage={})
+
+
+def _decisive(run: TestRun, loose: frozenset[str]) -> TestRun:
+    """The run without the tests that a fix may edit away."""
+    if not loose:
+        return run
+    tests = {id: test for id, test in run.tests.items() if not is_loose(id, loose)}
+    errors = {id: error for id, error in run.collect_errors.items() if id not in loose}
+    return replace(run, tests=tests, collect_errors=errors)
 
 
 def _collected_green(required: str, run: TestRun, passed: frozenset[str]) -> bool:

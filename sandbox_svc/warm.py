@@ -11,7 +11,6 @@
 
 import asyncio
 import contextlib
-import os
 import random
 import sys
 from collections import OrderedDict
@@ -25,7 +24,9 @@ from regreen.rpc.errors import RegreenError
 from sandbox_svc import metrics
 from sandbox_svc.backends.base import Box, Limits, Runtime
 from sandbox_svc.builders import testrun
-from sandbox_svc.builders.base import REPO, TOOLS
+from sandbox_svc.builders.base import TOOLS
+from sandbox_svc.builders.modules import SOURCE_FOLDERS
+from sandbox_svc.builders.protect import is_own, places_of
 from sandbox_svc.forks import fork_of
 from sandbox_svc.spares import Miss, Names, Spare
 from sandbox_svc.states import State, StateStore
@@ -88,7 +89,6 @@ class WarmPool:
         self._hot: OrderedDict[str, _Hot] = OrderedDict()
         self._seen: OrderedDict[str, int] = OrderedDict()
         self._off: OrderedDict[str, str] = OrderedDict()
-        self._places: dict[str, tuple[str, ...]] = {}
         self._one = asyncio.Lock()
         self._closing = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -132,7 +132,7 @@ class WarmPool:
             return Miss.OPTIONS
         if plan.lock is not None:
             return Miss.LOCK
-        own, places = frozenset(plan.facts["modules"]), self._places.get(plan.state.id, ())
+        own, places = frozenset(plan.facts["modules"]), places_of(plan.facts["places"])
         for change in plan.changes:
             if not change.path.endswith(_SOURCE):
                 return Miss.SOURCE
@@ -305,9 +305,6 @@ class WarmPool:
         if survey is None:
             raise _Unsuited("its tests cannot be collected")
         names = survey.names
-        self._places[state.id] = tuple(
-            os.path.relpath(os.path.normpath(place), REPO) for place in survey.places
-        )
         for _ in range(ROUNDS):
             refused = await self._try(state, names)
             if not refused:
@@ -391,13 +388,13 @@ def _lost(name: str, refused: Iterable[str], whole: Container[str]) -> bool:
     return inside or name.partition(".")[0] in whole
 
 
-def _brings_module(path: str, places: tuple[str, ...], own: frozenset[str]) -> bool:
+def _brings_module(path: str, places: frozenset[str], own: frozenset[str]) -> bool:
     """Whether a file could be imported as a top-level module that the State does not have."""
-    for place in {".", "src", "lib", *places}:
-        prefix = "" if place == "." else place + "/"
+    for place in places:
+        prefix = f"{place}/" if place else ""
         if path.startswith(prefix):
             module = path[len(prefix) :].partition("/")[0].partition(".")[0]
-            if module not in own and not (place == "." and module in ("src", "lib")):
+            if not is_own(place, module, own) and (place or module not in SOURCE_FOLDERS):
                 return True
     return False
 

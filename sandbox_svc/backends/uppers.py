@@ -165,6 +165,8 @@ def _touched(top_fd: int, relative: str, beneath: Sequence[int]) -> Iterator[str
                         yield from _all_files(beneath, path)
                     continue
                 stack.append(path)
+                if _stands_for_a_file(beneath, path):
+                    yield path
                 if _is_opaque(top_fd, path):
                     yield from _all_files(beneath, path)
             if not holds and here != relative:
@@ -172,6 +174,19 @@ def _touched(top_fd: int, relative: str, beneath: Sequence[int]) -> Iterator[str
         except OSError as error:
             if error.errno not in _GONE:
                 yield f"{here}/"
+
+
+def _stands_for_a_file(beneath: Sequence[int], path: str) -> bool:
+    """Whether what a folder hides or continues below it is something else than a folder."""
+    for lower in reversed(beneath):
+        try:
+            info = os.stat(path, dir_fd=lower, follow_symlinks=False)
+        except OSError as error:
+            if error.errno == errno.ENOTDIR:
+                return False
+            continue
+        return not (stat.S_ISDIR(info.st_mode) or (stat.S_ISCHR(info.st_mode) and not info.st_rdev))
+    return False
 
 
 def _is_whiteout(entry: os.DirEntry[str]) -> bool:

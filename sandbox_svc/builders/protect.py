@@ -11,6 +11,7 @@ import sys
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from regreen.rpc.errors import InvalidArgument
 from regreen.testpaths import (
@@ -21,7 +22,8 @@ from regreen.testpaths import (
     pytest_part,
     runs_at_start,
 )
-from sandbox_svc.builders.base import LOCK, FileChange, TestSpec
+from sandbox_svc.builders.base import LOCK, REPO, FileChange, TestSpec
+from sandbox_svc.builders.modules import LIBRARY, SOURCE_FOLDERS, as_source, folders_of
 
 MAX_CHANGES = 2000
 MAX_CHANGE_BYTES = 8 << 20
@@ -29,8 +31,7 @@ MAX_PATH = 400
 _TEST_FOLDERS = frozenset({"test", "tests"})
 _CONFIGURATION = "validation-configuration"
 _CONFIG_OPTIONS = ("-c", "--config-file", "--inifile")
-_SOURCE_FOLDERS = ("src", "lib")
-_IMPORTABLE = (".py", ".so", ".pyd")
+_IMPORTABLE = (".py", *LIBRARY)
 _RUNNER = frozenset(
     {
         *("pytest", "_pytest", "pluggy", "py", "iniconfig", "attr", "attrs", "packaging"),
@@ -108,18 +109,23 @@ def _plain(path: str) -> str:
 
 
 def by_name(path: str, roots: Iterable[str]) -> str:
-    """Why a path is the State's whatever is in the file; empty if it is not."""
+    """Why a path is the State's whatever is in the file; empty if it is not.
+
+    Python takes a package or a library before a file of the same name.
+    """
     parts = path.split("/")
-    name = parts[-1]
+    name = as_source(parts[-1])
     if ".git" in parts:
         return "repository-internals"
     if "__pycache__" in parts or name.endswith((".pyc", ".pyo")):
         return "plugin" if runs_at_start(path) else "generated"
-    if name in PYTEST_INI or name == CONFTEST:
+    if name in PYTEST_INI or CONFTEST in (name, *(f"{part}.py" for part in parts[:-1])):
         return _CONFIGURATION
     if runs_at_start(path) or is_metadata(path):
         return "plugin"
-    if any(path == root or path.startswith(root + "/") for root in roots):
+    around = [folder for folder in folders_of(path) if folder]
+    inside = (path, as_source(path), *around, *(f"{folder}.py" for folder in around))
+    if not frozenset(roots).isdisjoint(inside):
         return "test"
     return "test" if not _TEST_FOLDERS.isdisjoint(parts[:-1]) or _is_test_file(name) else ""
 
@@ -131,25 +137,28 @@ def protection(
     modules: Iterable[str] = (),
     foreign: Iterable[str] = (),
     packages: Iterable[str] = (),
+    places: Iterable[str] = (),
 ) -> str:
     """Why a change is left out, or empty if it is applied.
 
     `modules` are the top-level modules that the State's repository has of its own, `foreign` those
-    of its interpreters and installed packages. `packages` are folders that the diff makes packages.
+    of its interpreters and installed packages. `packages` are folders that the diff makes packages,
+    `places` where its tests look for modules.
     """
-    roots = tuple(roots)
-    parts = change.path.split("/")
-    name = parts[-1]
+    roots, places = frozenset(roots), places_of(places)
+    name = change.path.rpartition("/")[2]
     if reason := by_name(change.path, roots):
         return reason
     if name in SHARED_INI:
         kept = pytest_settings(name, change.content or b"")
         same = kept == settings.get(change.path, "")
         return "" if same and not _moves_root(change, settings, roots) else _CONFIGURATION
-    if change.path in _SOURCE_FOLDERS and change.content is not None:
+    if change.path in places and change.content is not None:
         return "shadows"  # Python takes an archive for a folder of modules
     made = frozenset((*packages, *packages_of([change])))
-    return "shadows" if _shadows(parts, frozenset(modules), frozenset(foreign), made) else ""
+    own, foreign = frozenset(modules), frozenset(foreign)
+    new = any(_shadows(change.path, place, own, foreign, made) for place in places)
+    return "shadows" if new else ""
 
 
 def _moves_root(change: FileChange, settings: Mapping[str, str], roots: Iterable[str]) -> bool:
@@ -173,19 +182,32 @@ def packages_of(changes: Iterable[FileChange]) -> frozenset[str]:
     )
 
 
+def places_of(path: Iterable[str]) -> frozenset[str]:
+    """Folders of the repository, itself empty, that modules are looked for in."""
+    inside = (place[len(REPO) + 1 :] for place in path if place.startswith(REPO + "/"))
+    return frozenset(("", *SOURCE_FOLDERS, *inside))
+
+
+def is_own(place: str, module: str, own: frozenset[str]) -> bool:
+    """Whether the State's repository has a module in such a folder."""
+    usual = place in ("", *SOURCE_FOLDERS)
+    return module in own if usual else f"{place}/{module}" in own
+
+
 def _shadows(
-    parts: list[str], own: frozenset[str], foreign: frozenset[str], packages: frozenset[str]
+    path: str, place: str, own: frozenset[str], foreign: frozenset[str], packages: frozenset[str]
 ) -> bool:
-    """Whether a new module would be imported instead of an installed one.
+    """Whether a new module in a place would be imported instead of an installed one.
 
     A folder that is no package never wins over an installed one. A repository's folder of that
     name is in `own`, whatever it holds.
     """
-    if not parts[-1].endswith(_IMPORTABLE):
+    if not path.endswith(_IMPORTABLE) or not path.startswith(f"{place}/" if place else ""):
         return False
-    start = 1 if parts[0] in _SOURCE_FOLDERS and len(parts) > 1 else 0
+    parts = path.split("/")
+    start = place.count("/") + 1 if place else 0
     module = parts[start].partition(".")[0]
-    if module in own:
+    if is_own(place, module, own):
         return False
     if module in _RUNNER or (module in foreign and module in sys.stdlib_module_names):
         return True
@@ -212,10 +234,11 @@ def split_changes(
     settings: Mapping[str, str],
     modules: Iterable[str] = (),
     foreign: Iterable[str] = (),
+    places: Iterable[str] = (),
 ) -> tuple[tuple[FileChange, ...], tuple[Reverted, ...], FileChange | None]:
     """Changes to apply, changes left out, and the change of the lock file."""
-    roots, modules, foreign = tuple(roots), frozenset(modules), frozenset(foreign)
-    changes = tuple(changes)
+    roots, modules, foreign = frozenset(roots), frozenset(modules), frozenset(foreign)
+    changes, places = tuple(changes), tuple(places)
     packages = packages_of(changes)
     kept: list[FileChange] = []
     reverted: list[Reverted] = []
@@ -223,8 +246,17 @@ def split_changes(
     for change in changes:
         if change.path == LOCK:
             lock = change
-        elif reason := protection(change, roots, settings, modules, foreign, packages):
+        elif reason := protection(change, roots, settings, modules, foreign, packages, places):
             reverted.append(Reverted(change.path, reason))
         else:
             kept.append(change)
     return tuple(kept), tuple(reverted), lock
+
+
+def split_by(
+    facts: Mapping[str, Any], changes: Iterable[FileChange]
+) -> tuple[tuple[FileChange, ...], tuple[Reverted, ...], FileChange | None]:
+    """The same by what a State's facts say; its tests find no helper of theirs elsewhere either."""
+    roots, settings, modules = facts["protected"], facts["settings"], facts["modules"]
+    taken = (*facts["foreign"], *facts["stems"])
+    return split_changes(changes, roots, settings, modules, taken, facts["places"])

@@ -49,6 +49,7 @@ from sandbox_svc.builders.base import (
 )
 from sandbox_svc.builders.interpreters import Interpreter, check_version, find_interpreter
 from sandbox_svc.builders.protect import protected_roots, pytest_settings
+from sandbox_svc.builders.standing import module_files
 from sandbox_svc.fetches import Fetches
 from sandbox_svc.wheelhouse import DistStore, Wheel, pick
 
@@ -102,6 +103,7 @@ class PythonBuilder:
             settings = await _read_settings(box)
             modules = await _own_modules(box)
             foreign = await _foreign_modules(box, inputs, normalize(spec.package))
+            files = await module_files(box)
             progress(Stage("snapshot", 0, 1))
             layer = await box.freeze()
         finally:
@@ -122,7 +124,7 @@ class PythonBuilder:
             "runner": RUNNER,
         }
         progress(Stage("baseline", 0, 1))
-        baseline = await testrun.baseline(runtime, (layer,), kept, env, facts, limits)
+        baseline, facts = await testrun.baseline(runtime, (layer,), kept, env, facts, limits, files)
         progress(Stage("baseline", 1, 1, f"{len(baseline.failing)} tests fail"))
         return Prepared((layer,), kept, env, {**facts, "baseline": asdict(baseline)})
 

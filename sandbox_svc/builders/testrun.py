@@ -29,6 +29,7 @@ from sandbox_svc.backends.base import (
     Runtime,
 )
 from sandbox_svc.builders.base import ENV, REPO, TOOLS, Baseline
+from sandbox_svc.builders.standing import Where, learned, refuse_loose
 from sandbox_svc.builders.written import Pristine, doubts, written
 
 MAX_FRAME = 4 << 20
@@ -63,11 +64,10 @@ class TestResult:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What a run imported before its tests, in order, and where it looked in the repository."""
+    """What a run imported before its tests, in order."""
 
     names: tuple[tuple[str, str], ...]
     """Each with a digest of the conditions if the repository or pytest asked for it."""
-    places: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +104,8 @@ class TestRun:
     anew: str = ""
     """Why a run that was started ahead has to be done anew; empty if it need not."""
     survey: Survey | None = None
+    where: Where = field(default_factory=Where)
+    """Where its tests come from, if that was asked for."""
     part: Part | None = None
     """What there was to run, where only a part was to."""
     stopped: str = ""
@@ -134,6 +136,8 @@ class RunOptions:
     """Which part of the tests runs (`inbox/part.py`); None: all."""
     root: str = REPO
     order_seed: int = 0
+    where: bool = False
+    """Whether it tells where its tests come from."""
     elsewhere: Mapping[str, Any] = field(default_factory=dict)
     """Another clock or host name (`inbox/elsewhere.py`)."""
 
@@ -193,6 +197,7 @@ def run_request(options: RunOptions, key: bytes, *, survey: bool = False) -> byt
         "survey": survey,
         "part": options.part,
         "order": options.order_seed,
+        "where": options.where,
         "elsewhere": dict(options.elsewhere),
     }
     return json.dumps(setup).encode()
@@ -257,6 +262,7 @@ def read_run(result: ExecResult, key: bytes) -> TestRun:
     collected = deselected = 0
     crash, status, ended, anew = "", -1, False, ""
     survey: Survey | None = None
+    where: dict[str, Any] = {"others": ()}
     part, stopped = None, ""
     unmet: dict[str, str] = {}
     for frame in frames:
@@ -276,7 +282,11 @@ def read_run(result: ExecResult, key: bytes) -> TestRun:
         elif kind == "control":
             controls.append(str(frame.get("o")))
         elif kind == "survey":
-            survey = Survey(tuple((n, d) for n, d in frame["names"]), tuple(frame["places"]))
+            survey = Survey(tuple((n, d) for n, d in frame["names"]))
+        elif kind == "where":
+            told = frame.keys() & {"places", "files", "rewritten"}
+            where.update({name: tuple(map(str, frame[name])) for name in told})
+            where["others"] += tuple((str(i), str(p)) for i, p in frame.get("others", ()))
         elif kind == "part":
             part = Part(int(frame.get("n", 0)), int(frame.get("run", 0)), str(frame.get("ids")))
         elif kind == "stopped":
@@ -305,6 +315,7 @@ def read_run(result: ExecResult, key: bytes) -> TestRun:
         replaced=frozenset(replaced),
         anew=anew,
         survey=survey,
+        where=Where(**where),
         part=part,
         stopped=stopped,
         unmet=unmet,
@@ -367,10 +378,14 @@ async def baseline(
     env: Mapping[str, str],
     facts: Mapping[str, Any],
     limits: Limits,
-) -> Baseline:
-    """What the tests of an untouched State say.
+    files: Sequence[str] = (),
+) -> tuple[Baseline, dict[str, Any]]:
+    """What the tests of an untouched State say, and its facts with what that tells of them.
+
+    `files` are those of its repository that could be imported.
 
     Raises:
+        InvalidArgument: the spec requires a test that a fix may edit away.
         InfraError: the runtime failed, or two runs had no use for different reasons.
         DiskFull: there is no space, so that what failed may have failed for that.
         FailedPrecondition: two runs did not come to their own end for the same reason, so that
@@ -381,11 +396,12 @@ async def baseline(
     while True:
         box = await runtime.create(layers, limits=limits, mounts=mounts)
         try:
-            run = await run_tests(box, options_of(facts, env))
+            run = await run_tests(box, replace(options_of(facts, env), where=True))
+            known = learned(facts, run.where, files)
             if runtime.disk_is_full():
                 raise DiskFull("no space to run the tests of a new state")
             with contextlib.suppress(ResourceExhausted):  # then no run of it can be believed
-                wrote = tuple(await written(box, facts))
+                wrote = tuple(await written(box, known))
         finally:
             await box.delete()
         problem = _uselessness(run)
@@ -394,10 +410,12 @@ async def baseline(
         problems.append(problem)
         if len(problems) == BASELINE_TRIES:
             raise _useless(problems)
+    refuse_loose(known["spec"]["test"]["fail_to_pass"], known, "test.fail_to_pass")
+    loose = frozenset(known["loose"])
     failing = run.ids("failed", "error") | frozenset(run.collect_errors)
-    return Baseline(
-        passing=tuple(sorted(run.ids("passed"))),
-        failing=tuple(sorted(failing)),
+    found = Baseline(
+        passing=tuple(sorted(run.ids("passed") - loose)),
+        failing=tuple(sorted(failing - loose)),
         collected=run.collected,
         log=run.log,
         error_lines=error_lines(run),
@@ -405,6 +423,7 @@ async def baseline(
         replaced=tuple(sorted(run.replaced)),
         written=wrote,
     )
+    return found, known
 
 
 def _uselessness(run: TestRun) -> str:

@@ -4,24 +4,27 @@
   content is as it was, for whoever puts a file back has had it away in between.
 - What the run of the untouched State writes over as well is the suite's own doing. Where it could
   not collect all tests it says nothing of their data, and only code and settings count.
-- Of new files count those that pytest or Python take up by their name, or in place of another;
-  suites leave others.
-- Byte code counts as the file that it is of.
+- Data that tests read may be opened for writing, which the kernel does not tell from writing, and
+  made anew: it counts if it holds something else in the end. Code and settings count in any case.
+- Of new files count those that pytest or Python take up by their name, or in place of another, in
+  the folders where they look; suites leave others, and copies of themselves.
+- Byte code counts as the file that it is of, but for files that pytest compiles itself.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from enum import Enum
 from typing import Any
 
 from regreen.rpc.errors import NoSuchFile, RegreenError, ResourceExhausted
-from regreen.testpaths import runs_at_start
-from sandbox_svc.backends.base import Box, Command, EndReason
-from sandbox_svc.builders.base import ENV, LOCK, REPO, FileChange
-from sandbox_svc.builders.protect import by_name, protection
+from sandbox_svc.backends.base import Box, Command, EndReason, NotAFile, Odd
+from sandbox_svc.builders.base import ENV, REPO
+from sandbox_svc.builders.kinds import PYCACHE, Kind, Kinds
+from sandbox_svc.builders.modules import hidden, may_be_link, source_of
 
-PYCACHE = "/work/pycache"
 _ALL = "/work"
+_COMPARED = 1000
+_COMPARED_BYTES = 256 << 20
+_PIECE = 4 << 20
 _SHOWN = 3
 _EXISTING = """
 while IFS= read -r path; do
@@ -42,68 +45,19 @@ async def written(
     Raises:
         ResourceExhausted: it wrote more than anyone can look through.
     """
-    kinds = _Kinds(facts)
+    kinds = Kinds(facts)
     found = {path: kinds.of(path) for path in await box.changed_paths(_ALL, since=since)}
-    decides = {path: kind is _Kind.TAKEN_UP for path, kind in found.items() if kind is not None}
+    decides = {path: kind is Kind.TAKEN_UP for path, kind in found.items() if kind is not None}
+    for path in [path for path, kind in found.items() if kind is Kind.LINK]:
+        decides[path] = await _is_link(box, path)
     if since is None:
         return decides
     moved = frozenset(await box.changed_paths(ENV))  # Python compiles anew what the lock brought
     return {
         path: certain
         for path, certain in decides.items()
-        if not path.startswith(PYCACHE) or _source(path[len(PYCACHE) :]) not in moved
+        if not path.startswith(PYCACHE) or source_of(path[len(PYCACHE) :]) not in moved
     }
-
-
-class _Kind(Enum):
-    STATES = "of the State, if it has it"
-    TAKEN_UP = "taken up by its name, new or not"
-
-
-class _Kinds:
-    """What a path is to the verdicts on one State."""
-
-    def __init__(self, facts: Mapping[str, Any]) -> None:
-        self._roots = tuple(facts["protected"])
-        self._settings = frozenset((*facts["settings"], LOCK))
-        self._own, self._foreign = frozenset(facts["modules"]), frozenset(facts["foreign"])
-
-    def of(self, path: str) -> _Kind | None:
-        """None if the verdict does not hang on it; nobody reads what pytest compiled of tests."""
-        name = path.rpartition("/")[2]
-        if name.endswith((".pyc", ".pyo")) and "-pytest" in name.lower():
-            return None
-        if path.startswith(PYCACHE + "/"):
-            source = _source(path[len(PYCACHE) :])
-            return _Kind.STATES if self._of(source) is not None else None
-        return self._of(path)
-
-    def _of(self, path: str) -> _Kind | None:
-        if path.startswith(ENV + "/"):
-            return _Kind.TAKEN_UP if path.endswith("/") or runs_at_start(path) else _Kind.STATES
-        if not path.startswith(REPO + "/"):
-            return None
-        path = path[len(REPO) + 1 :]
-        if path.endswith("/"):  # a folder that nobody can look into
-            inside = any(root.startswith(path) for root in self._roots)
-            tests = inside or by_name(path + "x", self._roots) == "test"
-            return _Kind.TAKEN_UP if tests else None
-        if "__pycache__" in path.split("/"):
-            path = _source(f"/{path}")[1:]
-            return _Kind.STATES if by_name(path, self._roots) == "test" else None
-        change = FileChange(path, b"")
-        reason = protection(change, self._roots, {}, self._own, self._foreign)
-        if reason in ("validation-configuration", "shadows") or runs_at_start(path):
-            return _Kind.TAKEN_UP
-        return _Kind.STATES if reason == "test" or path in self._settings else None
-
-
-def _source(path: str) -> str:
-    """The file that byte code is of; any other path as it is."""
-    folder, _, name = path.rpartition("/")
-    if not name.endswith((".pyc", ".pyo")):
-        return path
-    return f"{folder.removesuffix('/__pycache__')}/{name.partition('.')[0]}.py"
 
 
 async def doubts(
@@ -123,15 +77,21 @@ async def doubts(
         found = await written(box, facts, since=since)
     except ResourceExhausted as error:
         return f"nobody can look through what it wrote: {error}"
-    known = frozenset((*facts["baseline"].get("written", ()), *ours))
+    known, kinds = frozenset((*facts["baseline"].get("written", ()), *ours)), Kinds(facts)
     found = {path: certain for path, certain in found.items() if path not in known}
     if _says_nothing(facts["baseline"]):
-        found = {path: sure for path, sure in found.items() if sure or not _is_data(path)}
+        found = {path: sure for path, sure in found.items() if sure or not kinds.is_data(path)}
     certain = {path for path, taken_up in found.items() if taken_up}
-    asked = {other: path for path in found for other in (path, *_hidden(path))}
+    asked = {other: path for path in found for other in (path, *hidden(path))}
     if asked.keys() - certain:
         async with pristine() as fresh:
-            certain |= {asked[path] for path in await _existing(fresh, list(asked))}
+            there = frozenset(await _existing(fresh, list(asked)))
+            certain |= {path for path in there if asked[path] == path}
+            data = sorted(path for path in certain & there if kinds.is_data(path))
+            certain -= await _as_before(box, fresh, data)
+            for path in {asked[other] for other in there if asked[other] != other} - certain:
+                if not may_be_link(path) or await _is_link(box, path):
+                    certain.add(path)
     if not certain:
         return ""
     named = sorted(path.removeprefix(REPO + "/") for path in certain)
@@ -144,20 +104,45 @@ def _says_nothing(baseline: Mapping[str, Any]) -> bool:
     return not baseline["collected"] or any("::" not in test for test in baseline["failing"])
 
 
-def _is_data(path: str) -> bool:
-    return path.startswith(REPO + "/") and not path.endswith((".py", ".so", ".pyc", ".pyo"))
+async def _as_before(box: Box, fresh: Box, paths: Sequence[str]) -> set[str]:
+    """Files that hold what they hold in an untouched fork, as far as anyone compares them."""
+    same: set[str] = set()
+    left = _COMPARED_BYTES
+    for path in paths[:_COMPARED]:
+        size = await _equal(box, fresh, path, left)
+        if size is not None:
+            same.add(path)
+            left -= size
+    return same
 
 
-def _hidden(path: str) -> Iterator[str]:
-    """Modules that would not be imported any more if a file is new: a package or a library wins."""
-    if not path.endswith((".py", ".so")) or path.startswith(PYCACHE):
-        return
-    folder, _, name = path.rpartition("/")
-    if name.startswith("__init__."):
-        yield folder + ".py"
-    module = f"{folder}/{name.partition('.')[0]}.py"
-    if module != path:
-        yield module
+async def _equal(box: Box, fresh: Box, path: str, most: int) -> int | None:
+    """The size of a file that both have alike; None if they do not, or it is larger than `most`."""
+    offset = 0
+    while True:
+        try:
+            one, info = await box.read_range(path, offset=offset, max_bytes=_PIECE, follow=False)
+            two, known = await fresh.read_range(path, offset=offset, max_bytes=_PIECE, follow=False)
+        except RegreenError:
+            return None
+        if info.size_bytes != known.size_bytes or info.size_bytes > most or one != two:
+            return None
+        offset += len(one)
+        if offset >= info.size_bytes or not one:
+            return info.size_bytes
+
+
+async def _is_link(box: Box, path: str) -> bool:
+    """Whether there is a link at a path, as far as can be told."""
+    try:
+        await box.read_range(path, max_bytes=0, follow=False)
+    except NotAFile as error:
+        return error.kind is Odd.LINK
+    except NoSuchFile:
+        return False
+    except RegreenError:
+        return True
+    return False
 
 
 async def _existing(box: Box, paths: Sequence[str]) -> list[str]:

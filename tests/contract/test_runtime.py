@@ -308,6 +308,15 @@ async def test_changed_paths_name_every_difference(runtime, box):
     assert {*expected, "/work/repo/e"} <= set(await fork.changed_paths("/work/repo"))
 
 
+async def test_changed_paths_name_a_file_in_whose_place_a_directory_is(runtime, box):
+    await sh(box, "cd /work/repo; echo 1 > a; echo 1 > b; ln -s a c; mkdir d; echo 1 > d/x")
+    fork = await runtime.create([await box.freeze()], limits=SMALL)
+    await sh(fork, "cd /work/repo; rm a b c; mkdir a b c; echo 2 > b/y; echo 2 > d/y")
+    found = set(await fork.changed_paths("/work/repo"))
+    assert {f"/work/repo/{name}" for name in ("a", "b", "b/y", "c", "d/y")} <= found
+    assert "/work/repo/d" not in found
+
+
 async def test_changed_paths_name_directories_in_which_there_is_nothing(runtime, box):
     await sh(box, "cd /work/repo; mkdir -p kept d; echo 1 > d/x")
     fork = await runtime.create([await box.freeze()], limits=SMALL)

@@ -34,17 +34,14 @@ import struct
 import sys
 import threading
 import traceback
-from operator import is_
 from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any, NoReturn
 
 BAD = ("failed", "error")
 MOST_CONTROLS = 12
-WATCHED = (
-    *("_pytest.runner", "_pytest.reports", "_pytest.python", "_pytest.outcomes", "_pytest.main"),
-    *("_pytest.nodes", "_pytest.skipping", "_pytest.unittest", "unittest.case", "pytest"),
-)
 WATCHED_ROOTS = ("_pytest", "pluggy", "unittest")
+PYTEST_ITSELF = ("_pytest.config.Config._getini_unknown_type",)
+"""What pytest replaces of itself in every run."""
 
 
 class Pipe:
@@ -139,60 +136,66 @@ class Watch:
     """Remembers the functions of the test runner and tells which of them were replaced."""
 
     def __init__(self, modules: list[ModuleType]) -> None:
-        self.entries: list[tuple[str, Any, str, Any, tuple[Any, ...]]] = []
+        self.entries: list[tuple[str, Any, str, Any]] = []
+        self.insides: dict[int, tuple[str, FunctionType, Any, Any, Any]] = {}
         self.sizes: list[tuple[str, Any, frozenset[str], tuple[Any, ...]]] = []
         for module in modules:
             space = vars(module)
-            self.sizes.append((module.__name__, module, frozenset(space), (builtins,)))
+            self.sizes.append((module.__name__, space, frozenset(space), (builtins,)))
             for name, value in list(space.items()):
                 home = getattr(value, "__module__", None) or type(value).__module__
                 if not callable(value) or str(home).split(".")[0] not in WATCHED_ROOTS:
                     continue
-                self.entries.append((module.__name__, module, name, value, insides(value)))
+                self.add(module.__name__, space, name, value)
                 if isinstance(value, type) and home == module.__name__:
                     self.add_class(value)
 
     def add_class(self, cls: type) -> None:
-        label = f"{cls.__module__}.{cls.__name__}"
-        self.sizes.append((label, cls, frozenset(vars(cls)), cls.__mro__[1:]))
-        for name, value in list(vars(cls).items()):
+        label, space = f"{cls.__module__}.{cls.__name__}", vars(cls)
+        self.sizes.append((label, space, frozenset(space), cls.__mro__[1:]))
+        for name, value in list(space.items()):
             if is_code(value) and not isinstance(value, type):
-                self.entries.append((label, cls, name, value, insides(value)))
+                self.add(label, space, name, value)
+
+    def add(self, label: str, space: Any, name: str, value: Any) -> None:
+        if f"{label}.{name}" in PYTEST_ITSELF:
+            return
+        self.entries.append((f"{label}.{name}", space, name, value))
+        for part in functions(value):
+            parts = (part.__code__, part.__defaults__, part.__kwdefaults__)
+            self.insides.setdefault(id(part), (f"{label}.{name}", part, *parts))
 
     def replaced(self) -> list[str]:
         """Names whose value or code is another one now, or that hide what was used before."""
-        found = []
-        for label, owner, name, value, inside in self.entries:
-            now = vars(owner).get(name)
-            if now is not value or not same(insides(now), inside):
-                found.append(f"{label}.{name}")
-        for label, owner, names, hidden in self.sizes:
-            for name in set(vars(owner)) - names:
+        found = {name for name, space, key, value in self.entries if space.get(key) is not value}
+        for name, part, code, defaults, kwdefaults in self.insides.values():
+            if part.__code__ is not code or part.__defaults__ is not defaults:
+                found.add(name)
+            if part.__kwdefaults__ is not kwdefaults:
+                found.add(name)
+        for label, space, names, hidden in self.sizes:
+            for name in () if names.issuperset(space) else set(space) - names:
                 below = any(name in vars(other) for other in hidden)
-                if below and not name.startswith("__annot") and is_code(vars(owner)[name]):
-                    found.append(f"{label}.{name}")
+                if below and not name.startswith("__annot") and is_code(space[name]):
+                    found.add(f"{label}.{name}")
         return sorted(found)
 
 
 def is_code(value: Any) -> bool:
-    return callable(value) or isinstance(value, (classmethod, staticmethod, property))
+    return callable(value) or hasattr(type(value), "__get__")
 
 
-def insides(value: Any) -> tuple[Any, ...]:
-    """The parts of a function that can be exchanged while it stays the same object."""
+def functions(value: Any) -> list[FunctionType]:
+    """The functions in a value, whose code can be exchanged while it stays the same object."""
     if isinstance(value, (classmethod, staticmethod)):
         value = value.__func__
     elif isinstance(value, property):
         value = value.fget
-    parts: list[Any] = []
-    while isinstance(value, FunctionType):
-        parts += [value.__code__, value.__defaults__, value.__kwdefaults__]
+    found: list[FunctionType] = []
+    while isinstance(value, FunctionType) and value not in found:
+        found.append(value)
         value = value.__dict__.get("__wrapped__")
-    return tuple(parts)
-
-
-def same(left: tuple[Any, ...], right: tuple[Any, ...]) -> bool:
-    return len(left) == len(right) and all(map(is_, left, right))
+    return found
 
 
 def beside(name: str) -> Any:
@@ -321,15 +324,15 @@ class Controls:
 
 
 def watched_modules() -> list[ModuleType]:
-    """The modules that make the results, in this version of pytest."""
-    for name in WATCHED:
-        try:
+    """The modules that make the results: all of pytest that it is going to load itself."""
+    plugins = getattr(importlib.import_module("_pytest.config"), "default_plugins", ())
+    for name in ("unittest.case", *(f"_pytest.{plugin}" for plugin in plugins)):
+        with contextlib.suppress(ImportError):
             importlib.import_module(name)
-        except ImportError:
-            continue
-    pluggy = ("pluggy", "_pytest.vendored_packages.pluggy")
-    names = [n for n in sys.modules if n.startswith(pluggy)]
-    return [sys.modules[n] for n in (*WATCHED, *sorted(names)) if n in sys.modules]
+    roots = ("_pytest", "pytest", "pluggy")
+    names = [name for name in sorted(sys.modules) if name.partition(".")[0] in roots]
+    found = [sys.modules[name] for name in ("unittest.case", *names)]
+    return [module for module in found if isinstance(module, ModuleType)]
 
 
 def import_pytest(root: str, send: Any) -> Any:
@@ -360,8 +363,15 @@ def own_pytest(root: str, send: Any) -> Any:
     pytest = import_pytest(root, send)
     rewrite: Any = sys.modules.get("_pytest.assertion.rewrite")
     if hasattr(rewrite, "_read_pyc"):
-        rewrite._read_pyc = lambda *_, **__: None
+        rewrite._read_pyc = no_byte_code
     return pytest
+
+
+def no_byte_code(*_: Any, **__: Any) -> None:
+    return None
+
+
+no_byte_code.__module__ = "_pytest.assertion.rewrite"  # watched as what it stands for
 
 
 class Ahead:
@@ -425,9 +435,10 @@ def run_pytest(setup: dict[str, Any], pipe: Pipe, key: bytes, ahead: Ahead | Non
     if lines is not None:
         lines.start()
     part = Part(pipe.send, setup["part"], pytest) if setup.get("part") else None
+    where = [beside("where").Where(pipe.send, pytest)] if setup.get("where") else []
     reporter = Reporter(part or pipe, Origin(setup["root"], setup["skip"], pytest))
     order = [beside("order").Order(setup["order"], pytest)] if setup.get("order") else []
-    plugins = [reporter, controls, *order, *([part] if part is not None else [])]
+    plugins = [reporter, controls, *order, *where, *([part] if part is not None else [])]
     status = int(pytest.main(list(setup["arguments"]), plugins=plugins))
     controls.tell()
     if lines is not None:
@@ -435,8 +446,7 @@ def run_pytest(setup: dict[str, Any], pipe: Pipe, key: bytes, ahead: Ahead | Non
         threading.settrace(None)
         pipe.send({"t": "coverage", "files": lines.report()})
     if recorder is not None:
-        places = [p for p in sys.path if (p + "/").startswith(recorder.root)]
-        pipe.send({"t": "survey", "names": recorder.survey(), "places": places})
+        pipe.send({"t": "survey", "names": recorder.survey()})
     return status
 
 

@@ -62,6 +62,33 @@ async def test_a_diff_follows_no_link_and_names_what_it_leaves_out(tmp_path):
                 await place.sandboxes.snapshot_sandbox(box)
 
 
+async def test_a_folder_in_place_of_a_file_is_told_and_applied(tmp_path):
+    async with running(tmp_path) as place:
+        base = (await prepared(place.states, a="a", b="b")).id
+        box = (await place.sandboxes.create_sandbox(base)).id
+        made = "rm a b; mkdir a b; echo x > a/x"
+        assert (await place.sandboxes.run(box, ["sh", "-ec", made])).exit_code == 0
+        for again in range(2):  # the same from the upper and from a layer
+            found = await place.sandboxes.diff(box, base_state_id=base)
+            told = {change.path: change.kind for change in found.changes}
+            assert told == {
+                "a": CHANGE_KIND_DELETE, "a/x": CHANGE_KIND_ADD, "b": CHANGE_KIND_DELETE
+            }  # fmt: skip
+            if not again:
+                await place.sandboxes.snapshot_sandbox(box)
+        changes = tuple(
+            FileChange(c.path, None if c.kind == CHANGE_KIND_DELETE else c.content)
+            for c in found.changes
+        )
+        known = place.host.states.get(base)
+        fork = await place.host.runtime.create(known.layers, limits=Limits())
+        try:
+            await apply(Plan(known, changes, (), None, ValidationOptions(), ""), fork)
+            assert await fork.read_file("/work/repo/a/x", 10) == b"x\n"
+        finally:
+            await fork.delete()
+
+
 async def test_states_that_share_nothing_are_compared_alike(tmp_path):
     async with running(tmp_path) as place:
         other = (await prepared(place.states, a="other", b="b")).id

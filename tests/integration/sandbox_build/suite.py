@@ -49,9 +49,12 @@ class Workshop:
     builder: PythonBuilder
     store: DistStore
 
-    async def prepared(self, name: str, files: Mapping[str, str], **test: object) -> State:
+    async def prepared(self, name: str, files: Mapping[str, str | bytes], **test: object) -> State:
         """Another state, with these files over the tiny task's."""
-        overlay = tuple(FileChange(path, text.encode()) for path, text in files.items())
+        overlay = tuple(
+            FileChange(path, text.encode() if isinstance(text, str) else text)
+            for path, text in files.items()
+        )
         made = self.home / name
         made.mkdir()
         facts: dict[str, object] = {"arguments": ("tests",), "timeout_s": 60.0, **test}

@@ -65,6 +65,14 @@ new = path + '.new'
 open(new, 'wb').write(head + marshal.dumps(compile({code!r}, os.path.abspath(source), 'exec')))
 os.replace(new, path)
 """
+_AGREED = "def agreed(value): return True\n"
+_PYC = """
+import importlib.util, marshal, os
+path = {path!r}
+os.makedirs(os.path.dirname(path), exist_ok=True)
+head = importlib.util.MAGIC_NUMBER + bytes(12)
+open(path, 'wb').write(head + marshal.dumps(compile({code!r}, path, 'exec')))
+"""
 _TAG = "'-pytest-' + __import__('sys').modules['pytest'].__version__"
 
 
@@ -132,16 +140,61 @@ CHEATS = {
         LATE,
         (GOLDEN, HELPER),
     ),
+    "a nearer helper": Writes(
+        f"open('tests/z_late/helper.py', 'w').write({_AGREED!r})\n",
+        "tests/z_late/helper.py",
+        (HELPER,),
+    ),
+    "a nearer helper without source": Writes(
+        _PYC.format(path="tests/z_late/helper.pyc", code=_AGREED),
+        "tests/z_late/helper.pyc",
+        (HELPER,),
+    ),
+    "a package without source in place of a helper": Writes(
+        _PYC.format(path="tests/helper/__init__.pyc", code=_AGREED),
+        "tests/helper/__init__.pyc",
+        (HELPER,),
+    ),
+    "a link to a package in place of a helper": Writes(
+        f"import os\nos.mkdir('/tmp/h')\nopen('/tmp/h/__init__.py', 'w').write({_AGREED!r})\n"
+        "os.symlink('/tmp/h', 'tests/helper')\n",
+        "tests/helper",
+        (HELPER,),
+    ),
+    "an empty folder in place of a helper": Writes(
+        "import os\nos.remove('tests/helper.py')\nos.mkdir('tests/helper.py')\n"
+        f"open('helper.py', 'w').write({_AGREED!r})\n",
+        "tests/helper.py",
+        (HELPER,),
+    ),
+    "a folder in place of a helper": Writes(
+        "import os\nos.remove('tests/helper.py')\nos.mkdir('tests/helper.py')\n"
+        f"open('tests/helper.py/x', 'w').close()\nopen('helper.py', 'w').write({_AGREED!r})\n",
+        "tests/helper.py",
+        (HELPER,),
+    ),
 }
 
 
+_HELLO = "def hello(): return 'Hello'\n"
+
+
 def _package(path: str) -> FileChange:
+    if path.endswith(".pyc"):
+        make = _PYC.format(path=path, code=_HELLO)
+    elif path.endswith(".py"):
+        make = (
+            f"import os\npath = {path!r}\nos.makedirs(os.path.dirname(path), exist_ok=True)\n"
+            f"open(path, 'w').write({_HELLO!r})\n"
+        )
+    else:
+        make = (
+            "import os\nos.mkdir('/tmp/w')\n"
+            f"open('/tmp/w/__init__.py', 'w').write({_HELLO!r})\nos.symlink('/tmp/w', {path!r})\n"
+        )
     return FileChange(
         GREET,
-        f"import importlib, os\npath = {path!r}\n"
-        "os.makedirs(os.path.dirname(path), exist_ok=True)\n"
-        "open(path, 'w').write('def hello(): return \"Hello\"\\n')\n"
-        "importlib.invalidate_caches()\n"
+        f"{make}import importlib\nimportlib.invalidate_caches()\n"
         "from wordlib import hello\ndef greeting(name): return f'{hello()}, {name}!'\n".encode(),
     )
 
@@ -196,7 +249,12 @@ async def test_a_run_that_writes_over_what_decides_it_is_not_believed(
 
 
 @pytest.mark.parametrize(
-    "path", [f"{SITE}/wordlib.py", f"{SITE}/wordlib/__init__.py", "/work/repo/wordlib.py"]
+    "path",
+    [
+        *(f"{SITE}/wordlib.py", f"{SITE}/wordlib/__init__.py", "/work/repo/wordlib.py"),
+        *("/work/repo/tests/wordlib.py", "/work/repo/wordlib.pyc", "/work/repo/wordlib"),
+        *("/work/repo/wordlib/__init__.pyc", f"{SITE}/wordlib/__init__.pyc", f"{SITE}/wordlib"),
+    ],
 )
 async def test_a_package_of_the_state_that_is_written_over_counts_for_nothing(
     world: World, path: str

@@ -1,8 +1,12 @@
 """Which changes reach a validation."""
 
+import contextlib
+
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from iniconfig._parse import parse_lines
+from iniconfig.exceptions import ParseError
 
 from regreen.rpc.errors import InvalidArgument
 from sandbox_svc.builders.base import FileChange, TestSpec
@@ -36,6 +40,13 @@ def test_roots_come_from_the_arguments() -> None:
     [
         ("pkg/__init__.py", ""),
         ("pkg/testing.py", ""),
+        ("tests/a/__init__.py", "test"),
+        ("pkg/test_it/__init__.py", ""),
+        ("pkg/load_test/x.py", ""),
+        ("pkg/test_it.abi3.so", "test"),
+        ("pkg/test_it.pyd", "test"),
+        ("conftest.cpython-311-x86_64-linux-gnu.so", "validation-configuration"),
+        ("a/conftest/b.py", "validation-configuration"),
         ("docs/test.rst", ""),
         ("setup.py", ""),
         ("pkg/logging.py", ""),
@@ -63,7 +74,7 @@ def test_roots_come_from_the_arguments() -> None:
         ("python3._pth", "plugin"),
         ("src", "shadows"),
         ("lib", "shadows"),
-        ("conftest/__init__.py", ""),
+        ("conftest/__init__.py", "validation-configuration"),
         ("pkg/pytest.toml", "validation-configuration"),
         ("a.pth", "plugin"),
         ("logging.py", "shadows"),
@@ -133,6 +144,7 @@ def test_settings_files_are_kept_while_pytest_part_is_the_same() -> None:
         b"[tox]\nx = 1\xe2\x80\xa8[tool:pytest]\npythonpath = evil\n",
         b"[tox]\r[pytest]\rpythonpath = evil\r",
         b"[ pytest ]\nx = 1\n",
+        b"[tox]\nx = \x0c\n[pytest\xe3\x80\x80]\nx = 1\n",
         b"\xef\xbb\xbf[pytest]\nx = 1\n",
     ],
 )
@@ -141,6 +153,14 @@ def test_settings_are_read_as_pytest_reads_them(content: bytes) -> None:
         assert pytest_settings(name, content)
         assert reason(name, content) == "validation-configuration"
     assert not pytest_settings("tox.ini", b"# [pytest]\n [pytest]\n[pytestx]\na = [pytest]\n")
+
+
+@pytest.mark.parametrize("header", ["[ pytest]", "[pytest ]", "[pytest\u3000]", "[\tpytest]"])
+def test_a_blank_in_a_header_makes_it_another_section(header: str) -> None:
+    kept = pytest_settings("tox.ini", b"[pytest]\nfilterwarnings = error\n")
+    changed = f"{header}\nfilterwarnings = error\n".encode()
+    assert pytest_settings("tox.ini", changed) not in ("", kept)
+    assert protection(FileChange("tox.ini", changed), (), {"tox.ini": kept}) != ""
 
 
 def test_settings_at_depth_are_compared_with_those_of_the_same_path() -> None:
@@ -197,3 +217,60 @@ def test_bounds() -> None:
         check_changes([FileChange(f"f{n}", b"") for n in range(MAX_CHANGES + 1)])
     with pytest.raises(InvalidArgument, match="too large"):
         check_changes([FileChange("a", bytes((8 << 20) + 1))])
+
+
+_BLANKS = st.sampled_from(
+    [" ", "\t", "\x0c", "\x1c", "\x85", "\xa0", "\u2028", "\u3000", "\n", "\r"]
+)
+_MARKS = st.sampled_from(["[", "]", "#", ";", "=", ":", "a", "\ufeff", "[pytest]", "\n[tox]\n"])
+_INI = st.sampled_from(
+    [
+        "[tox]\nx = 1\n[pytest]\na = 1\n b = 3\nc : 2\n [d\n",
+        "[tool:pytest]\na = x=1\n y : 2\n  error::Warning\n[tox]\n",
+        "[tox]\nx = 1\x0c[pytest]\na = 1\n",
+    ]
+)
+
+
+@st.composite
+def _edited(draw: st.DrawFn) -> tuple[str, str]:
+    """A file of settings, and the same after a few small edits."""
+    before = after = draw(_INI)
+    for _ in range(draw(st.integers(1, 2))):
+        place = draw(st.integers(0, len(after)))
+        end = min(len(after), place + draw(st.integers(0, 1)))
+        after = after[:place] + draw(st.one_of(_BLANKS, _MARKS, st.just(""))) + after[end:]
+    return before, after
+
+
+def _as_its_parser_reads(text: str) -> list[dict[str, dict[str, str]]]:
+    """pytest's sections as iniconfig finds them; before its version 2 a line ended at its end.
+
+    Raises:
+        ParseError: it cannot read them, and pytest does not start.
+    """
+    text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+    found = []
+    for lines in (text.splitlines(True), [line + "\n" for line in text.split("\n")]):
+        sections: dict[str, dict[str, str]] = {}
+        for number, section, name, value in parse_lines("x", lines):
+            if section is None:
+                raise ParseError("x", number, "no section header defined")
+            if section in ("pytest", "tool:pytest"):
+                values = sections.setdefault(section, {})
+                if name is not None:
+                    values[name] = "\n".join(value or ())
+        found.append(sections)
+    return found
+
+
+@settings(max_examples=3000, deadline=None)
+@given(_edited())
+def test_no_edit_of_settings_goes_unseen(edited: tuple[str, str]) -> None:
+    read = []
+    for text in edited:
+        with contextlib.suppress(ParseError):
+            read.append(_as_its_parser_reads(text))
+    before, after = (pytest_settings("tox.ini", text.encode()) for text in edited)
+    if len(read) == 2 and before == after:
+        assert read[0] == read[1]

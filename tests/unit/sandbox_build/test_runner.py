@@ -60,6 +60,28 @@ FORGERIES = {
         "def back(self): m.Function.runtest = old\n"
         "m.Function.teardown = back\n"
     ),
+    "rewriting of tests": (
+        "import sys\n"
+        "m = sys.modules['_pytest.assertion.rewrite']\n"
+        "old = m.rewrite_asserts\n"
+        "m.rewrite_asserts = lambda *a, **k: old(*a, **k)\n"
+    ),
+    "loading of tests": (
+        "import sys\n"
+        "m = sys.modules['_pytest.assertion.rewrite']\n"
+        "old = m.AssertionRewritingHook.exec_module\n"
+        "m.AssertionRewritingHook.exec_module = lambda *a: old(*a)\n"
+    ),
+    "byte code of tests": (
+        "import sys\nsys.modules['_pytest.assertion.rewrite']._read_pyc = lambda *a: None\n"
+    ),
+    "fixtures": (
+        "import sys\n"
+        "sys.modules['_pytest.fixtures'].FixtureRequest.getfixturevalue = lambda *a: None\n"
+    ),
+    "a plugin that comes later": (
+        "import sys\nsys.modules['_pytest.doctest'].DoctestItem.runtest = lambda self: None\n"
+    ),
     "plugin": (
         "import sys\n"
         "frame = sys._getframe()\n"

@@ -1,0 +1,134 @@
+"""What a State's verdicts stand on: its test files, and where Python looks for what they import.
+
+- Learned at preparation, from the files of the repository and from the run of its untouched tests.
+- A test in a file that a fix may change, a doctest of a module, decides nothing: it could be
+  edited away. A spec that asks for one is refused.
+"""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from regreen.rpc.errors import InfraError, InvalidArgument
+from regreen.testpaths import CONFTEST
+from sandbox_svc.backends.base import Box, Command
+from sandbox_svc.builders.base import REPO
+from sandbox_svc.builders.modules import CODE, SOURCE_FOLDERS, folders_of, given
+from sandbox_svc.builders.protect import by_name
+
+_LISTING_BYTES = 64 << 20
+_SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """Where the untouched run has its tests from, as the runner told it."""
+
+    places: tuple[str, ...] = ()
+    """Its path of modules."""
+    files: tuple[str, ...] = ()
+    """Files of tests, those that could not be collected too."""
+    others: tuple[tuple[str, str], ...] = ()
+    """What else was collected of a module, a doctest for example: id and file."""
+    rewritten: tuple[str, ...] = ()
+    """Names of files that pytest loads itself, from their source."""
+
+
+async def module_files(box: Box) -> list[str]:
+    """Paths in the repository that could be imported.
+
+    Raises:
+        InvalidArgument: there are more than anyone can keep.
+        InfraError: the listing cannot be had.
+    """
+    either = " -o ".join(f"-name '*{suffix}'" for suffix in CODE)
+    find = rf"find . -name .git -prune -o \( -type l -o {either} \) -printf '%P\0'"
+    command = Command(("sh", "-c", find), cwd=REPO, output_bytes=_LISTING_BYTES)
+    listing = await box.run(command)
+    if listing.stdout.truncated:
+        raise InvalidArgument("source", "has too many files", "leave some out")
+    if not listing.ok:
+        raise InfraError(f"modules cannot be listed: {listing.stderr.text[-500:]}")
+    return sorted(path for path in listing.stdout.text.split("\0") if path)
+
+
+def learned(facts: Mapping[str, Any], where: Where, files: Iterable[str]) -> dict[str, Any]:
+    """The facts, with what its files and the untouched run say of a State's tests."""
+    held = frozenset(files)
+    named = frozenset((*facts["protected"], *filter(None, map(_inside, where.files))))
+    tests = [
+        path
+        for path in {*held, *named}
+        if path.endswith(".py") and by_name(path, named) in ("test", "validation-configuration")
+    ]
+    folders = {path.rpartition("/")[0] for path in tests} - {""}
+    twins = {twin for folder in folders for twin in _twins(folder, held)}
+    own_places = {place for place in map(_inside, where.places) if place} - {*SOURCE_FOLDERS}
+    modules = {f"{place}/{name}" for place in own_places for name in _names(place, held)}
+    protected = frozenset((*named, *twins))
+    others = [(id, _inside(path)) for id, path in where.others]
+    loose = {id for id, path in others if path and not by_name(path, protected)}
+    return {
+        **facts,
+        "protected": sorted(protected),
+        "modules": sorted({*facts["modules"], *modules}),
+        "places": sorted({*where.places}),
+        "folders": sorted(folders),
+        "stems": sorted(_stems(tests, folders, held, protected)),
+        "files": sorted(filter(None, map(_inside, where.files))),
+        "rewritten": list(where.rewritten),
+        "loose": sorted(loose),
+    }
+
+
+def is_loose(id: str, loose: Collection[str]) -> bool:
+    """Whether a fix may edit a test away; of a module that cannot be read all are like it."""
+    return id in loose or id.partition("::")[0] in loose
+
+
+def refuse_loose(ids: Iterable[str], facts: Mapping[str, Any], field: str) -> None:
+    """Refuse to require a test that a fix may edit away.
+
+    Raises:
+        InvalidArgument: names the tests.
+    """
+    loose = frozenset(facts["loose"])
+    found = sorted(id for id in ids if is_loose(id, loose))
+    if found:
+        shown = ", ".join(found[:_SHOWN]) + (" ..." if len(found) > _SHOWN else "")
+        raise InvalidArgument(
+            field,
+            f"names tests in files that a fix may change: {shown}",
+            "leave them out, or name the files in test.protected_paths",
+        )
+
+
+def _inside(path: str) -> str | None:
+    """A path relative to the repository; None outside of it."""
+    if path == REPO:
+        return ""
+    return path[len(REPO) + 1 :] if path.startswith(REPO + "/") else None
+
+
+def _twins(folder: str, held: frozenset[str]) -> Iterable[str]:
+    """What would stand for a folder of tests that is no package."""
+    made = {f"{folder}/__init__.py", f"{folder}.py"}
+    return () if made & held else made
+
+
+def _names(place: str, held: frozenset[str]) -> set[str]:
+    """The modules that a folder has."""
+    inside = (path[len(place) + 1 :] for path in held if path.startswith(place + "/"))
+    return {path.partition("/")[0].partition(".")[0] for path in inside}
+
+
+def _stems(
+    tests: list[str], folders: set[str], held: frozenset[str], roots: frozenset[str]
+) -> set[str]:
+    """Names by which tests and what lies beside them are imported."""
+    names = {CONFTEST.partition(".")[0]}
+    names |= {found[1] for found in map(given, tests) if found is not None}
+    around = {outer for folder in folders for outer in (folder, *folders_of(folder))} - {""}
+    bare = {folder for folder in folders if f"{folder}/__init__.py" not in held}
+    mine = bare | {folder for folder in around if by_name(f"{folder}/x", roots)}
+    return names | {folder.rpartition("/")[2] for folder in mine}
