@@ -162,8 +162,8 @@ class StateServicer(_Servicer, pb.StateServiceServicer):
             async for request in requests:
                 yield request.chunk
 
-        state = await self._host.transfer.import_(chunks())
-        return pb.ImportStateResponse(state=translate.state_to(state))
+        state, notes = await self._host.transfer.import_(chunks())
+        return pb.ImportStateResponse(state=translate.state_to(state), notes=notes)
 
 
 class SandboxServicer(_Servicer, pb.SandboxServiceServicer):

@@ -279,7 +279,8 @@ async def _import(
     try:
         async with open_stack(home, address=address) as stack:
             if not whole and _is_state_archive(source):
-                return pb.ImportImageResponse(state=await stack.state.import_state(chunks))
+                found = await stack.state.import_archive(chunks)
+                return pb.ImportImageResponse(state=found.state, notes=found.notes)
             return await stack.images.import_image(chunks, reference=reference)
     except OSError as error:
         raise InvalidArgument(

@@ -39,7 +39,7 @@ _DAMAGE = (gzip.BadGzipFile, EOFError, zlib.error, zstandard.ZstdError)
 
 def damaged(what: str) -> InvalidArgument:
     """The error for an archive that is not what it should be."""
-    return InvalidArgument("archive", what, "send an image archive as it was written")
+    return InvalidArgument("archive", what, "send an archive as it was written")
 
 
 class Slice(io.RawIOBase):
@@ -174,6 +174,10 @@ class TarStream:
                 raise damaged("is cut short")
             size -= len(piece)
             yield piece
+
+    def digest(self) -> str:
+        """The SHA-256 of all that was read so far."""
+        return self._digest.copy().hexdigest()
 
     def finish(self) -> str:
         """Read to the end; the SHA-256 of everything.
