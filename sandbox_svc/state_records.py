@@ -118,4 +118,6 @@ def check_record(fields: Mapping[str, object]) -> None:
     """
     for name, check in _CHECKS.items():
         if not check(fields[name]):
-            raise ValueError(f"not a state record: {name} is of another type or can be of no sandbox")
+            raise ValueError(
+                f"not a state record: {name} is of another type or can be of no sandbox"
+            )

@@ -156,7 +156,8 @@ class TreeReader:
         self._parts = contextlib.ExitStack()
         self._top_fd = os.open(top, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._parts.callback(os.close, self._top_fd)
-        self._waiting = self._parts.enter_context(tempfile.TemporaryFile(dir=top.parent))
+        nameless = tempfile.TemporaryFile(dir=top.parent)  # noqa: SIM115 - closed with the parts
+        self._waiting = self._parts.enter_context(nameless)
         self._starts = array("Q")
         """Where in that file a directory begins."""
         self._parent, self._parent_fd = "", os.dup(self._top_fd)
