@@ -1,6 +1,7 @@
 """What one client asks for never takes all from the others: images, diffs, labels, lists."""
 
 import asyncio
+import re
 import time
 
 import grpc
@@ -182,3 +183,19 @@ async def test_a_page_ends_where_a_message_would_be_full(service, monkeypatch):
     assert lineage.ByteSize() < 26_000
     assert lineage.states[-1].id == ids[-1]
     assert list(lineage.ancestor_ids) == ids[:-1]
+
+
+async def test_a_full_service_tells_what_its_places_are_for(service):
+    states, sandboxes, server = service
+    state = await prepared(states, a="1")
+    await sandboxes.create_sandbox(state.id)
+    async with connect(server.address) as channel:
+        others = SandboxClient(channel, patience_s=0.0)
+        asked = (others.create_sandbox(state.id) for _ in range(12))
+        ended = await asyncio.gather(*asked, return_exceptions=True)
+    refused = [error.message for error in ended if isinstance(error, ResourceExhausted)]
+    assert len(refused) == 9
+    for message in refused:
+        told = re.match(r"(\d+) of 4 sandboxes are in use and (\d+) are starting; .* 1 more", message)
+        assert told, message
+        assert int(told[1]) + int(told[2]) == 4
