@@ -255,9 +255,7 @@ class PackageIndex:
                 problem = f"{type(error).__name__}: {error}"
                 stop = self._given_up_s(began, error)
             if time.monotonic() + wait_s > stop:
-                raise Unavailable(
-                    f"the package index {host}:{port} cannot be reached ({problem})"
-                )
+                raise Unavailable(f"the package index {host}:{port} cannot be reached ({problem})")
             await asyncio.sleep(wait_s)
             wait_s = min(wait_s * 2, 8.0)
 

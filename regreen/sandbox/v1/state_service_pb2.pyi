@@ -181,7 +181,7 @@ class ListStatesRequest(_message.Message):
     SPEC_SHA256_FIELD_NUMBER: _builtins.int
     PARENT_ID_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """At most this many; 0 means 100, the most is 1000."""
+    """At most this many; 0 means 100, the most is 1000. A page ends early where a message would be too large."""
     page_token: _builtins.str
     """Token of the previous answer."""
     spec_sha256: _builtins.str
@@ -264,7 +264,9 @@ class GetLineageResponse(_message.Message):
     ANCESTOR_IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def states(self) -> _containers.RepeatedCompositeFieldContainer[_sandbox_pb2.State]:
-        """Root first, the state itself last. Ancestors that were deleted meanwhile are left out."""
+        """Root first, the state itself last. Ancestors that were deleted meanwhile are left out, and the farthest where all would
+        not fit into a message.
+        """
 
     @_builtins.property
     def ancestor_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:

@@ -1,10 +1,9 @@
 """A link whose other side ends: nobody is left with an error that nobody asked for."""
 
 import asyncio
+import contextlib
 import gc
 import socket
-
-import pytest
 
 from sandbox_svc.backends.link import Link, LinkClosed
 
@@ -14,7 +13,7 @@ async def test_a_request_that_could_not_be_sent_leaves_no_error_behind():
     asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     link = Link(ours)
-    with pytest.raises(BlockingIOError):
+    with contextlib.suppress(BlockingIOError):
         while True:
             ours.send(b"{}" * 500)
     asking = [asyncio.create_task(link.request("read", str(number))) for number in range(5)]

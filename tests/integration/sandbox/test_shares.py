@@ -196,6 +196,8 @@ async def test_a_full_service_tells_what_its_places_are_for(service):
     refused = [error.message for error in ended if isinstance(error, ResourceExhausted)]
     assert len(refused) == 9
     for message in refused:
-        told = re.match(r"(\d+) of 4 sandboxes are in use and (\d+) are starting; .* 1 more", message)
+        told = re.match(
+            r"(\d+) of 4 sandboxes are in use and (\d+) are starting; .* 1 more", message
+        )
         assert told, message
         assert int(told[1]) + int(told[2]) == 4

@@ -24,7 +24,9 @@ get().info("ours")
 
 
 def test_every_line_is_an_object():
-    done = subprocess.run([sys.executable, "-c", _SCRIPT], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", _SCRIPT], capture_output=True, text=True, check=True
+    )
     lines = [json.loads(line) for line in done.stderr.splitlines()]
     assert [(line["event"].splitlines()[0], line["level"]) for line in lines] == [
         ("Unexpected [ValueError] raised", "error"),
