@@ -7,11 +7,8 @@ import grpc
 from regreen.sandbox import v1 as pb
 
 channel = grpc.insecure_channel(sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1:50052")
-states = pb.StateServiceStub(channel)
-
-actions = pb.ActionServiceStub(channel)
-spec = pb.EnvironmentSpec(builder="system")
-*_, last = states.PrepareState(pb.PrepareStateRequest(spec=spec), timeout=120)
+states, actions = pb.StateServiceStub(channel), pb.ActionServiceStub(channel)
+*_, last = states.PrepareState(pb.PrepareStateRequest(spec={"builder": "system"}), timeout=120)
 
 
 def execute(script: str, **options: bool) -> pb.ExecuteResponse:
@@ -29,6 +26,5 @@ print("not cached:", not execute(build, do_not_cache=True).cached)
 clock = "date +%s%N"
 execute(clock)
 print("differs:", execute(clock, skip_cache_lookup=True).quarantined)
-listed = actions.ListQuarantined(pb.ListQuarantinedRequest(), timeout=15).actions
-for one in listed:
+for one in actions.ListQuarantined(pb.ListQuarantinedRequest(), timeout=15).actions:
     print("quarantined:", *one.argv, "because", one.detail)

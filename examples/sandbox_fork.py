@@ -11,13 +11,11 @@ states, sandboxes = pb.StateServiceStub(channel), pb.SandboxServiceStub(channel)
 
 
 def run(box: pb.Sandbox, script: str) -> str:
-    command = pb.Command(argv=["sh", "-c", script])
-    request = pb.RunRequest(sandbox_id=box.id, command=command)
+    request = pb.RunRequest(sandbox_id=box.id, command=pb.Command(argv=["sh", "-c", script]))
     return sandboxes.Run(request, timeout=60).result.stdout.head.decode().strip()
 
 
-spec = pb.EnvironmentSpec(builder="system")
-*_, last = states.PrepareState(pb.PrepareStateRequest(spec=spec), timeout=120)
+*_, last = states.PrepareState(pb.PrepareStateRequest(spec={"builder": "system"}), timeout=120)
 trunk = sandboxes.CreateSandbox(pb.CreateSandboxRequest(state_id=last.state.id), timeout=30).sandbox
 run(trunk, "echo shared > notes")
 forked = sandboxes.ForkSandbox(pb.ForkSandboxRequest(id=trunk.id, count=3), timeout=60)
@@ -26,8 +24,7 @@ for number, branch in enumerate(forked.sandboxes):
 first = forked.sandboxes[0]
 kept = sandboxes.SnapshotSandbox(pb.SnapshotSandboxRequest(id=first.id), timeout=60).state
 print("kept as", kept.id, "made from", kept.parent_id == forked.state.id)
-back = pb.RestoreSandboxRequest(id=first.id, state_id=forked.state.id)
-sandboxes.RestoreSandbox(back, timeout=60)
+sandboxes.RestoreSandbox(pb.RestoreSandboxRequest(id=first.id, state_id=forked.state.id))
 print("restored:", run(first, "cat notes"), "| trunk:", run(trunk, "cat notes"))
 for box in (trunk, *forked.sandboxes):
     sandboxes.DeleteSandbox(pb.DeleteSandboxRequest(id=box.id), timeout=30)

@@ -11,8 +11,7 @@ channel = grpc.insecure_channel(sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1
 states, sandboxes = pb.StateServiceStub(channel), pb.SandboxServiceStub(channel)
 for one in sandboxes.GetCapabilities(pb.GetCapabilitiesRequest(), timeout=60).capabilities:
     print(f"{one.name}: {one.driver if one.proven else 'not enforced'} ({one.detail})")
-spec = pb.EnvironmentSpec(builder="system")
-*_, last = states.PrepareState(pb.PrepareStateRequest(spec=spec), timeout=120)
+*_, last = states.PrepareState(pb.PrepareStateRequest(spec={"builder": "system"}), timeout=120)
 limits = pb.Limits(pids=32, disk_bytes=64 << 20, output_bytes=1 << 20, wall=Duration(seconds=2))
 create = pb.CreateSandboxRequest(
     state_id=last.state.id, limits=limits, labels={"example": "limits"}, ttl=Duration(seconds=60)

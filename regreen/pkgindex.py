@@ -44,6 +44,8 @@ from regreen.debian import mirror, pool_url, upstream_version
 from regreen.rpc.errors import DataLoss, MissingDependency, NotFound, Unavailable
 
 _JSON = "application/vnd.pypi.simple.v1+json"
+_CONNECT_S = 20.0
+"""An index to which no connection can be made for so long is given up."""
 _ACCEPT = f"{_JSON}, application/vnd.pypi.simple.v1+html;q=0.2, text/html;q=0.1"
 
 
@@ -237,9 +239,11 @@ class PackageIndex:
 
     async def _get(self, url: str) -> httpx.Response:
         """GET with retries until the deadline."""
-        stop, wait_s = time.monotonic() + self._deadline_s, 0.5
+        began, wait_s = time.monotonic(), 0.5
+        host, port = place_of(httpx.URL(url))
         while True:
             problem: str
+            stop = began + self._deadline_s
             try:
                 response = await self._client.get(url, headers={"Accept": _ACCEPT})
                 if response.status_code < 500 and response.status_code != 429:
@@ -249,10 +253,16 @@ class PackageIndex:
                 problem = f"status {response.status_code}"
             except httpx.TransportError as error:
                 problem = f"{type(error).__name__}: {error}"
+                stop = self._given_up_s(began, error)
             if time.monotonic() + wait_s > stop:
-                raise Unavailable(f"the package index cannot be reached ({problem})")
+                raise Unavailable(f"the package index {host}:{port} cannot be reached ({problem})")
             await asyncio.sleep(wait_s)
             wait_s = min(wait_s * 2, 8.0)
+
+    def _given_up_s(self, began: float, error: httpx.TransportError) -> float:
+        """Until when an index is asked again that failed so."""
+        unreached = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
+        return began + (min(_CONNECT_S, self._deadline_s) if unreached else self._deadline_s)
 
     async def download(self, name: str, filename: str, sha256: str, into: Path) -> Path:
         """Fetch one file of a package and check it; `into` is the final path.
@@ -265,13 +275,16 @@ class PackageIndex:
         entry = await self._entry(name, filename, sha256)
         if entry.sha256 and entry.sha256 != sha256:
             raise DataLoss(f"the package index lists {filename} with another sha256")
-        stop, wait_s = time.monotonic() + self._deadline_s, 0.5
+        began, wait_s = time.monotonic(), 0.5
+        host, port = place_of(httpx.URL(entry.url))
         while True:
             try:
                 return await self._fetch(entry.url, sha256, into)
             except httpx.TransportError as error:
-                if time.monotonic() + wait_s > stop:
-                    raise Unavailable(f"{filename} cannot be fetched ({error})") from error
+                if time.monotonic() + wait_s > self._given_up_s(began, error):
+                    raise Unavailable(
+                        f"{filename} cannot be fetched from {host}:{port} ({error})"
+                    ) from error
             await asyncio.sleep(wait_s)
             wait_s = min(wait_s * 2, 8.0)
 

@@ -3,6 +3,10 @@
 - Labels are enums of this service; no id, path or package ever becomes a label.
 """
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+
 from prometheus_client import Counter, Gauge, Histogram
 
 _SHORT = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
@@ -99,7 +103,20 @@ WORKER_MISMATCHES = Counter(
 WARM_WAITING = Gauge("regreen_sandbox_warm_waiting", "Sandboxes started ahead that wait.")
 
 
+_counting: ContextVar[bool] = ContextVar("counting", default=True)
+
+
+@contextlib.contextmanager
+def uncounted() -> Iterator[None]:
+    """Around the service's own probes, which run into limits on purpose."""
+    token = _counting.set(False)
+    try:
+        yield
+    finally:
+        _counting.reset(token)
+
+
 def count_limit(reason: str) -> None:
     """Count a command by the limit that ended it, if one did."""
-    if reason in _LIMITS:
+    if reason in _LIMITS and _counting.get():
         LIMIT_KILLS.labels(reason).inc()

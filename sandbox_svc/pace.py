@@ -1,6 +1,8 @@
 """Archives on their way: so many at once, and none that stands still.
 
 - Who finds no place waits a little, and is then refused with a delay, never left to wait.
+- A client that is refused in the middle may send its rest, which goes nowhere: one that is cut off
+  may not see why. That takes no place.
 - A client that sends nothing for `idle_s` is ended; one that takes nothing of a stream is ended by
   the server (`manners`), and its place is free again.
 """
@@ -10,12 +12,14 @@ import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
-from regreen.rpc.errors import DeadlineExceeded, ResourceExhausted
+from regreen.rpc.errors import DeadlineExceeded, RegreenError, ResourceExhausted
 
 AT_ONCE = 8
 IDLE_S = 60.0
 _WAIT_S = 5.0
 _RETRY_S = 5.0
+_DRAIN_S, _PAUSE_S = 30.0, 0.5
+"""A client that is refused sends for so long at most, and pauses for so long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,3 +78,16 @@ async def moving(chunks: AsyncIterator[bytes], idle_s: float) -> AsyncIterator[b
             ) from None
         if chunk:
             yield chunk
+
+
+@contextlib.asynccontextmanager
+async def heard(chunks: AsyncIterator[bytes]) -> AsyncIterator[None]:
+    """Around what takes chunks and may refuse them: an error is raised once their rest has come."""
+    try:
+        yield
+    except RegreenError:
+        with contextlib.suppress(TimeoutError, DeadlineExceeded):
+            async with asyncio.timeout(_DRAIN_S):
+                async for _ in moving(chunks, _PAUSE_S):
+                    pass
+        raise

@@ -16,6 +16,8 @@ class PoolLimits:
 
     max_sandboxes: int = 64
     max_comparisons: int = 8
+    max_large_diffs: int = 2
+    """Of the comparisons, so many look at many paths."""
     default_ttl_s: float = 900.0
     max_ttl_s: float = 24 * 3600.0
     retry_after_s: float = 2.0

@@ -39,6 +39,8 @@ from regreen.rpc.errors import (
 from sandbox_svc import metrics
 from sandbox_svc.backends.base import Box, Limits, Runtime
 from sandbox_svc.egress import Door, Egress
+from sandbox_svc.labels import check_labels
+from sandbox_svc.pace import Places
 from sandbox_svc.pool import PoolLimits
 from sandbox_svc.states import DEFAULT_CWD, State, StateStore
 
@@ -106,6 +108,7 @@ class Manager:
         self._came: deque[float] = deque(maxlen=_BURST)
         """When the last calls came that ask for a sandbox."""
         self._comparisons = asyncio.Semaphore(self.pool.max_comparisons)
+        self.large_diffs = Places("large diffs", self.pool.max_large_diffs)
         self._reaper: asyncio.Task[None] | None = None
         self._finishing: set[asyncio.Task[Any]] = set()
         self._starting = asyncio.Semaphore(STARTS_AT_ONCE)
@@ -256,7 +259,8 @@ class Manager:
         """Places for sandboxes to come; what it gives is called for each that has come."""
         if len(self._sandboxes) + self._reserved + count > self.pool.max_sandboxes:
             raise ResourceExhausted(
-                f"{len(self._sandboxes)} of {self.pool.max_sandboxes} sandboxes are in use",
+                f"{len(self._sandboxes)} of {self.pool.max_sandboxes} sandboxes are in use and "
+                f"{self._reserved} are starting; there is no room for {count} more",
                 metadata={"limit": str(self.pool.max_sandboxes)},
                 retry_after_s=self.pool.retry_after_s,
             )
@@ -359,8 +363,8 @@ class Manager:
         """
         self.pool.check_count(count)
         with self.using(sandbox_id) as sandbox, self._reserve(count) as taken:
+            merged = check_labels({**sandbox.labels, **(labels or {})})
             state = await self._finish(self._snapshot(sandbox, {}))
-            merged = {**sandbox.labels, **(labels or {})}
             reach = sandbox.door.allow if sandbox.door is not None else None
 
             turn = asyncio.Semaphore(STARTS_AT_ONCE)

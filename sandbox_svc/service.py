@@ -114,7 +114,8 @@ class SandboxHost:
 
     async def _start(self, parts: contextlib.AsyncExitStack) -> None:
         """Start the parts one after the other; each is closed before what it stands on."""
-        await self.runtime.start()
+        with metrics.uncounted():
+            await self.runtime.start()
         parts.push_async_callback(self.runtime.close)
         await self.states.open()
         parts.push_async_callback(self.states.close)
@@ -127,7 +128,9 @@ class SandboxHost:
         for builder in (python, SystemBuilder()):
             self._builders.setdefault(builder.name, builder)
         if self.runtime.capabilities():  # a runtime that was told to prove nothing has none
-            self.proven = (await egress_probe.prove(self.runtime, enabled=self.settings.egress),)
+            with metrics.uncounted():
+                proven = await egress_probe.prove(self.runtime, enabled=self.settings.egress)
+            self.proven = (proven,)
         if self.runtime.name == "embedded" and self.settings.warm_states:
             home, kept = self.settings.home / "sandbox", self.settings.warm()
             self.warm = WarmPool(self.states, self.runtime, home, settings=kept)

@@ -19,9 +19,10 @@ import grpc
 from regreen.ids import check_id
 from regreen.rpc.errors import InvalidArgument
 from regreen.sandbox import v1 as pb
-from sandbox_svc import files, metrics, translate
+from sandbox_svc import diffs, files, metrics, translate
 from sandbox_svc.backends.base import ExecResult
 from sandbox_svc.builders.base import Stage
+from sandbox_svc.labels import check_labels
 from sandbox_svc.sandboxes import Sandbox
 from sandbox_svc.service import SandboxHost
 from sandbox_svc.specs import changes_from_proto, spec_from_proto
@@ -29,6 +30,8 @@ from sandbox_svc.states import State
 
 _HEARTBEAT_S = 10.0
 DEFAULT_PAGE, _MAX_PAGE = 100, 1000
+PAGE_BYTES = 32 << 20
+"""Of the entries of one page, or of one lineage: less than a message may have."""
 _READ_BYTES = 1 << 20
 _MAX_TRANSFER_BYTES = 48 << 20
 
@@ -54,6 +57,29 @@ def page(
     if not chosen or start + len(chosen) >= len(items):
         return chosen, ""
     return chosen, token_of(key(chosen[-1]))
+
+
+def filled_page(
+    items: Sequence[T],
+    message: Callable[[T], M],
+    key: Callable[[T], tuple[float, str]],
+    size: int,
+    token: str,
+) -> tuple[Sequence[M], str]:
+    """One page of `items` as messages, and the next token; it ends early where it gets too large.
+
+    Raises:
+        InvalidArgument: bad size or token.
+    """
+    chosen, token = page(items, key, size, token)
+    messages: list[M] = []
+    room = PAGE_BYTES
+    for item in chosen:
+        messages.append(message(item))
+        room -= messages[-1].ByteSize()
+        if room < 0 and len(messages) > 1:
+            return messages[:-1], token_of(key(chosen[len(messages) - 2]))
+    return messages, token
 
 
 def place_of(token: str) -> tuple[float, str]:
@@ -123,8 +149,9 @@ class StateServicer(_Servicer, pb.StateServiceServicer):
         states = self._host.states.list(
             spec_sha256=request.spec_sha256, parent_id=request.parent_id
         )
-        chosen, token = page(states, _place, request.page_size, request.page_token)
-        messages = [translate.state_to(state) for state in chosen]
+        messages, token = filled_page(
+            states, translate.state_to, _place, request.page_size, request.page_token
+        )
         return pb.ListStatesResponse(states=messages, next_page_token=token)
 
     async def GetLineage(
@@ -132,10 +159,9 @@ class StateServicer(_Servicer, pb.StateServiceServicer):
     ) -> pb.GetLineageResponse:
         """Read a state and those that it was made from."""
         states, id = self._host.states, check_id(request.id, "st", "id")
-        return pb.GetLineageResponse(
-            states=[translate.state_to(state) for state in states.lineage(id)],
-            ancestor_ids=states.ancestors(id),
-        )
+        line = states.lineage(id)[::-1]  # the nearest first: they are what there is room for
+        nearest, _ = filled_page(line, translate.state_to, _place, _MAX_PAGE, "")
+        return pb.GetLineageResponse(states=nearest[::-1], ancestor_ids=states.ancestors(id))
 
     async def DeleteState(
         self, request: pb.DeleteStateRequest, context: Context
@@ -162,8 +188,8 @@ class StateServicer(_Servicer, pb.StateServiceServicer):
             async for request in requests:
                 yield request.chunk
 
-        state = await self._host.transfer.import_(chunks())
-        return pb.ImportStateResponse(state=translate.state_to(state))
+        state, notes = await self._host.transfer.import_(chunks())
+        return pb.ImportStateResponse(state=translate.state_to(state), notes=notes)
 
 
 class SandboxServicer(_Servicer, pb.SandboxServiceServicer):
@@ -177,7 +203,7 @@ class SandboxServicer(_Servicer, pb.SandboxServiceServicer):
         sandbox = await self._host.manager.create(
             request.state_id,
             limits=translate.limits_from(request.limits),
-            labels=request.labels,
+            labels=check_labels(request.labels),
             ttl_s=translate.seconds(request.ttl, "ttl", self._host.manager.pool.max_ttl_s),
             allow=request.egress.allow,
         )
@@ -194,9 +220,10 @@ class SandboxServicer(_Servicer, pb.SandboxServiceServicer):
         self, request: pb.ListSandboxesRequest, context: Context
     ) -> pb.ListSandboxesResponse:
         """List sandboxes, oldest first."""
-        sandboxes = self._host.manager.list(request.labels)
-        chosen, token = page(sandboxes, _place, request.page_size, request.page_token)
-        messages = [translate.sandbox_to(sandbox) for sandbox in chosen]
+        sandboxes = self._host.manager.list(check_labels(request.labels))
+        messages, token = filled_page(
+            sandboxes, translate.sandbox_to, _place, request.page_size, request.page_token
+        )
         return pb.ListSandboxesResponse(sandboxes=messages, next_page_token=token)
 
     async def DeleteSandbox(
@@ -211,7 +238,8 @@ class SandboxServicer(_Servicer, pb.SandboxServiceServicer):
     ) -> pb.ForkSandboxResponse:
         """Snapshot a sandbox and start more from there."""
         check_id(request.id, "sbx", "id")
-        state, forks = await self._host.manager.fork(request.id, request.count, request.labels)
+        labels = check_labels(request.labels)
+        state, forks = await self._host.manager.fork(request.id, request.count, labels)
         return pb.ForkSandboxResponse(
             state=translate.state_to(state),
             sandboxes=[translate.sandbox_to(fork) for fork in forks],
@@ -222,7 +250,7 @@ class SandboxServicer(_Servicer, pb.SandboxServiceServicer):
     ) -> pb.SnapshotSandboxResponse:
         """Freeze a sandbox into a state."""
         check_id(request.id, "sbx", "id")
-        state = await self._host.manager.snapshot(request.id, request.labels)
+        state = await self._host.manager.snapshot(request.id, check_labels(request.labels))
         return pb.SnapshotSandboxResponse(state=translate.state_to(state))
 
     async def RestoreSandbox(
@@ -333,7 +361,7 @@ class SandboxServicer(_Servicer, pb.SandboxServiceServicer):
     async def Diff(self, request: pb.DiffRequest, context: Context) -> pb.DiffResponse:
         """List what changed since a state."""
         check_id(request.sandbox_id, "sbx", "sandbox_id")
-        diff = await files.diff(
+        diff = await diffs.diff(
             self._host.manager,
             request.sandbox_id,
             root=request.root or self._host.manager.get(request.sandbox_id).cwd,

@@ -11,7 +11,7 @@ from regreen.rpc.errors import InvalidArgument
 from regreen.sandbox import v1 as pb
 from sandbox_svc import translate
 from sandbox_svc.service import SandboxHost
-from sandbox_svc.servicer import Context, page
+from sandbox_svc.servicer import Context, filled_page
 
 
 class EgressServicer(pb.EgressServiceServicer):
@@ -31,10 +31,10 @@ class EgressServicer(pb.EgressServiceServicer):
         else:
             asked = check_id(request.sandbox_id, "sbx", "sandbox_id")
             found = self._host.asked(asked)
-        chosen, token = page(found, _place, request.page_size, request.page_token)
-        return pb.ListEgressResponse(
-            records=[_record_to(facts) for facts in chosen], next_page_token=token
+        records, token = filled_page(
+            found, _record_to, _place, request.page_size, request.page_token
         )
+        return pb.ListEgressResponse(records=records, next_page_token=token)
 
 
 def _place(facts: Mapping[str, Any]) -> tuple[float, str]:

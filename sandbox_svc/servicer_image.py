@@ -16,6 +16,7 @@ from regreen.rpc.errors import InvalidArgument
 from regreen.sandbox import v1 as pb
 from sandbox_svc import translate
 from sandbox_svc.images.manifest import Format
+from sandbox_svc.labels import check_labels
 from sandbox_svc.service import SandboxHost
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -41,8 +42,9 @@ class ImageServicer(pb.ImageServiceServicer):
         kind = _FORMATS.get(options.format)
         if kind is None:
             raise InvalidArgument("options.format", f"{options.format} is unknown", "leave it out")
+        labels = check_labels(options.labels, "options.labels")
         state, notes = await self._host.images.import_(
-            _chunks(requests), kind=kind, reference=options.reference, labels=options.labels
+            _chunks(requests), kind=kind, reference=options.reference, labels=labels
         )
         return pb.ImportImageResponse(state=translate.state_to(state), notes=notes)
 

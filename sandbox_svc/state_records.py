@@ -1,13 +1,16 @@
 """What the record of a state may hold: its file may be damaged, or come from another host.
 
-- A value of another type than this service writes is refused by its name, before anything uses it.
+- A value of another type than this service writes is refused by its name, before anything uses it;
+  so are an environment and mounts that no sandbox could start with.
 """
 
 import json
+import posixpath
 import re
 from collections.abc import Callable, Mapping
 
 _MAX_SECONDS, _MAX_BYTES = 1e10, 1 << 62
+_MAX_PATH = 4096
 _BASE = re.compile(r"host|image:sha256:[0-9a-f]{64}")
 
 
@@ -27,7 +30,21 @@ def _is_map(value: object) -> bool:
 def _is_mount(value: object) -> bool:
     if not isinstance(value, list) or [type(item) for item in value] != [str, str, bool]:
         return False
-    return "\0" not in value[0] and "\0" not in value[1]
+    return "\0" not in value[0] and _is_target(value[1])
+
+
+def _is_target(path: str) -> bool:
+    """Whether something can be mounted at a path: a plain one, and none that sandboxes make."""
+    plain = path.startswith("/") and posixpath.normpath(path) == path and len(path) <= _MAX_PATH
+    return plain and "\0" not in path and path.split("/")[1] not in ("", "proc", "dev", "sys")
+
+
+def _is_env(value: object) -> bool:
+    """Whether programs can be started with an environment."""
+    if not isinstance(value, dict) or not _is_map(value):
+        return False
+    named = all(name and "=" not in name for name in value)
+    return named and not any("\0" in text for text in (*value, *value.values()))
 
 
 def _is_count(value: object, below: int = _MAX_BYTES) -> bool:
@@ -84,7 +101,7 @@ _CHECKS: Mapping[str, Callable[[object], bool]] = {
     "created_s": _is_number,
     "size_bytes": lambda value: _is_count(value),
     "mounts": lambda value: _is_list(value, _is_mount),
-    "env": _is_map,
+    "env": _is_env,
     "labels": _is_map,
     "metadata": _is_metadata,
     "durable": lambda value: isinstance(value, bool),
@@ -94,11 +111,13 @@ _CHECKS: Mapping[str, Callable[[object], bool]] = {
 
 
 def check_record(fields: Mapping[str, object]) -> None:
-    """Refuse a record whose values are of other types than this service writes.
+    """Refuse a record whose values are others than this service writes.
 
     Raises:
         ValueError: names the field.
     """
     for name, check in _CHECKS.items():
         if not check(fields[name]):
-            raise ValueError(f"not a state record: {name} is of another type")
+            raise ValueError(
+                f"not a state record: {name} is of another type or can be of no sandbox"
+            )

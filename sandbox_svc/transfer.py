@@ -1,5 +1,8 @@
 """States as archives: one tar with the record first and the layers after it, lowest first.
 
+- The last entry holds a SHA-256 of all before its content; archives from before it hold nothing
+  there, are taken all the same, and the answer says that nothing vouches for them.
+- Headers are bounded as those of images are (`TarStream`), and what was unpacked is not held.
 - The archive holds layers, not mounts: wheelhouse, tools and interpreters are named relative to
   the service's directories and must be on the host that runs the state.
 - An imported record may only mount what this service itself offers to sandboxes, read-only.
@@ -13,7 +16,9 @@
 import asyncio
 import contextlib
 import fcntl
+import hashlib
 import io
+import json
 import os
 import re
 import tarfile
@@ -21,19 +26,24 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Se
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import IO, Any, BinaryIO, Protocol, TypeVar, cast
 
 from regreen.rpc.errors import FailedPrecondition, InvalidArgument
 from sandbox_svc import pace
 from sandbox_svc.backends.base import HOST_BASE, Mount, Runtime
 from sandbox_svc.backends.layers import writing
 from sandbox_svc.backends.tree_archive import Quota, TreeReader, write_tree
+from sandbox_svc.images.streams import TarStream
 from sandbox_svc.states import State, StateStore, image_action, state_id
 
 _CHUNK_BYTES = 1 << 20
 _END = "end"
 """Name of the last entry: an archive without it was cut short."""
-_RECORD_BYTES = 64 << 20
+_END_BYTES = 1 << 10
+_RECORD_BYTES = 16 << 20
+_ENTRY_BYTES = 2 << 10
+"""Of an archive beside the content of files, for each entry that it may have."""
+UNVOUCHED = "the archive holds no digest of its content, it was exported before there were any"
 _RESEND = "send one as ExportState gave it"
 _T = TypeVar("_T")
 _ID = re.compile(r"st_[0-9a-f]{32}")
@@ -119,6 +129,12 @@ class Transfer:
         self.states.hold(state.layers)
         try:
             record = _portable(state, await self._roots())
+            if len(record) > _RECORD_BYTES:
+                raise FailedPrecondition(
+                    f"the record of state {state.id} has {len(record)} bytes, and an archive "
+                    f"takes {_RECORD_BYTES}",
+                    metadata={"id": state.id},
+                )
             layers = [files.layer_path(layer) for layer in state.layers]
             read_fd, write_fd = _pipe()
             os.set_blocking(read_fd, False)
@@ -140,8 +156,8 @@ class Transfer:
     def _in_thread(self, call: Callable[..., _T], *args: object) -> "asyncio.Future[_T]":
         return asyncio.get_running_loop().run_in_executor(self.threads, call, *args)
 
-    async def import_(self, chunks: AsyncIterator[bytes]) -> State:
-        """Store an archive made by `export`.
+    async def import_(self, chunks: AsyncIterator[bytes]) -> tuple[State, Sequence[str]]:
+        """Store an archive made by `export`; the state, and what people should know of it.
 
         Raises:
             InvalidArgument: a malformed or hostile archive.
@@ -149,16 +165,17 @@ class Transfer:
             DeadlineExceeded: nothing of it came for a while.
         """
         files, roots = layer_files(self.runtime), await self._roots()
-        async with self.imports.taken():
-            return await self._imported(pace.moving(chunks, self.idle_s), files, roots)
+        moving = pace.moving(chunks, self.idle_s)
+        async with pace.heard(moving), self.imports.taken():
+            return await self._imported(moving, files, roots)
 
     async def _imported(
         self, chunks: AsyncIterator[bytes], files: LayerFiles, roots: Mapping[str, Path]
-    ) -> State:
+    ) -> tuple[State, Sequence[str]]:
         with self.states.growing():
-            record, layers = await self._unpacked(chunks, files)
+            archive, layers = await self._unpacked(chunks, files)
             try:
-                state = self._accept(record, layers, roots)
+                state = self._accept(archive.state, layers, roots)
                 known = self.states.peek(state.id)
                 if known is None:
                     self.states.record(state)
@@ -167,11 +184,11 @@ class Transfer:
                 raise
             if known is not None:
                 await self._drop(layers)
-            return known or state
+            return known or state, [] if archive.vouched else [UNVOUCHED]
 
     async def _unpacked(
         self, chunks: AsyncIterator[bytes], files: LayerFiles
-    ) -> tuple[bytes, list[str]]:
+    ) -> "tuple[_Archive, list[str]]":
         """Record and layers of an archive; when the caller goes away they go too."""
         read_fd, write_fd = _pipe()
         os.set_blocking(write_fd, False)
@@ -191,11 +208,7 @@ class Transfer:
     async def _drop(self, layers: Sequence[str]) -> None:
         await asyncio.gather(*(self.runtime.drop_layer(layer) for layer in layers))
 
-    def _accept(self, record: bytes, layers: Sequence[str], roots: Mapping[str, Path]) -> State:
-        try:
-            state = State.decode(record)
-        except (ValueError, RecursionError) as error:
-            raise InvalidArgument("archive", f"its record is malformed: {error}", _RESEND) from None
+    def _accept(self, state: State, layers: Sequence[str], roots: Mapping[str, Path]) -> State:
         if not _ID.fullmatch(state.id) or len(state.layers) != len(layers):
             raise InvalidArgument("archive", "record and layers do not fit together", _RESEND)
         if state.spec_sha256 and state.id != state_id("", state.spec_sha256):
@@ -245,21 +258,55 @@ def _pipe() -> tuple[int, int]:
     return read_fd, write_fd
 
 
+@dataclass(slots=True)
+class _Hashed:
+    """Where an archive is written to, with the digest of what was."""
+
+    target: BinaryIO
+    sha256: Any = field(default_factory=hashlib.sha256)
+    size_bytes: int = 0
+
+    def write(self, data: bytes) -> int:
+        """Pass bytes on."""
+        self.sha256.update(data)
+        self.size_bytes += len(data)
+        return self.target.write(data)
+
+    def tell(self) -> int:
+        """Bytes written so far."""
+        return self.size_bytes
+
+
 def _pack(write_fd: int, record: bytes, layers: Sequence[Path], max_bytes: int) -> None:
-    with (
-        contextlib.suppress(BrokenPipeError),
-        os.fdopen(write_fd, "wb") as pipe,
-        tarfile.open(fileobj=pipe, mode="w|", format=tarfile.PAX_FORMAT) as archive,
-    ):
-        member = tarfile.TarInfo("state.json")
-        member.size = len(record)
-        archive.addfile(member, io.BytesIO(record))
-        for number, layer in enumerate(layers):
-            top = tarfile.TarInfo(f"layers/{number}")
-            top.type, top.mode = tarfile.DIRTYPE, 0o755
-            archive.addfile(top)
-            max_bytes -= write_tree(archive, layer, f"layers/{number}", max_bytes)
-        archive.addfile(tarfile.TarInfo(_END))
+    with contextlib.suppress(BrokenPipeError), os.fdopen(write_fd, "wb") as pipe:
+        hashed = _Hashed(pipe)
+        with tarfile.open(fileobj=hashed, mode="w", format=tarfile.PAX_FORMAT) as archive:  # type: ignore[call-overload]
+            member = tarfile.TarInfo("state.json")
+            member.size = len(record)
+            archive.addfile(member, io.BytesIO(record))
+            for number, layer in enumerate(layers):
+                top = tarfile.TarInfo(f"layers/{number}")
+                top.type, top.mode = tarfile.DIRTYPE, 0o755
+                archive.addfile(top)
+                max_bytes -= write_tree(archive, layer, f"layers/{number}", max_bytes)
+            end = tarfile.TarInfo(_END)
+            end.size = len(_vouching(hashed))
+            archive.addfile(end, cast(IO[bytes], _LateEnd(hashed)))
+
+
+def _vouching(hashed: _Hashed) -> bytes:
+    return json.dumps({"sha256": hashed.sha256.hexdigest()}).encode()
+
+
+@dataclass(frozen=True, slots=True)
+class _LateEnd:
+    """The content of the last entry, made once its header is written."""
+
+    hashed: _Hashed
+
+    def read(self, size: int) -> bytes:
+        """All of it."""
+        return _vouching(self.hashed)
 
 
 async def _feed(write_fd: int, chunks: AsyncIterator[bytes]) -> None:
@@ -296,18 +343,27 @@ async def _ready(fd: int, *, writing: bool) -> None:
         remove(fd)
 
 
-def _unpack(read_fd: int, files: LayerFiles, quota: Quota) -> tuple[bytes, list[str]]:
+@dataclass(frozen=True, slots=True)
+class _Archive:
+    """What an archive says beside its layers."""
+
+    state: State
+    vouched: bool
+    """Whether it holds a digest of its content."""
+
+
+def _unpack(read_fd: int, files: LayerFiles, quota: Quota) -> tuple[_Archive, list[str]]:
     drafts: list[Path] = []
+    room = Quota(2 * quota.size_bytes + quota.entries * _ENTRY_BYTES, quota.entries + 1)
     try:
         with writing(), os.fdopen(read_fd, "rb") as pipe:
+            stream = TarStream(pipe, room)
             try:
-                with tarfile.open(fileobj=pipe, mode="r|") as archive:
-                    record = _unpack_members(archive, files, quota, drafts)
-            except (tarfile.TarError, EOFError, ValueError, UnicodeError) as error:
+                found = _unpack_members(stream, files, quota, drafts)
+            except (ValueError, OverflowError) as error:
                 raise InvalidArgument("archive", f"is damaged: {error}", _RESEND) from None
-            while pipe.read(_CHUNK_BYTES):
-                pass
-        return record, [files.adopt_layer(draft) for draft in drafts]
+            stream.finish()
+        return found, [files.adopt_layer(draft) for draft in drafts]
     except BaseException:
         for draft in drafts:
             files.discard(draft)
@@ -315,38 +371,63 @@ def _unpack(read_fd: int, files: LayerFiles, quota: Quota) -> tuple[bytes, list[
 
 
 def _unpack_members(
-    archive: tarfile.TarFile, files: LayerFiles, quota: Quota, drafts: list[Path]
-) -> bytes:
-    record = b""
-    reader: TreeReader | None = None
-    complete = False
-    for member in archive:
-        if complete:
-            raise InvalidArgument("archive", "goes on after its end", _RESEND)
-        complete = bool(record) and member.name == _END
-        if complete:
-            continue
-        if not record:
-            source = archive.extractfile(member) if member.name == "state.json" else None
-            if source is None or member.size > _RECORD_BYTES:
-                raise InvalidArgument("archive", "does not begin with a state record", _RESEND)
-            record = source.read()
-            continue
-        prefix, _, below = member.name.partition("/")
-        number, _, path = below.partition("/")
-        if prefix == "layers" and number == str(len(drafts)) and not path and member.isdir():
-            if reader is not None:
-                reader.close()
-            drafts.append(files.draft_layer())
-            reader = TreeReader(drafts[-1], files.owner, quota)
-        elif prefix == "layers" and reader and number == str(len(drafts) - 1) and path:
-            reader.add(archive, member, path)
-        else:
-            raise InvalidArgument(
-                "archive", f"has an entry out of place: {member.name[:120]!r}", _RESEND
-            )
-    if not complete:
-        raise InvalidArgument("archive", "is cut short", _RESEND)
-    if reader is not None:
-        reader.close()
-    return record
+    stream: TarStream, files: LayerFiles, quota: Quota, drafts: list[Path]
+) -> _Archive:
+    state: State | None = None
+    complete = vouched = False
+    with contextlib.ExitStack() as opened:
+        reader: TreeReader | None = None
+        for member in stream.members():
+            prefix, _, below = member.name.partition("/")
+            number, _, path = below.partition("/")
+            if complete:
+                raise InvalidArgument("archive", "goes on after its end", _RESEND)
+            if state is None:
+                state = _record(stream, member)
+            elif member.name == _END:
+                vouched, complete = _is_vouched(stream, member), True
+            elif prefix == "layers" and number == str(len(drafts)) and not path and member.isdir():
+                if reader is not None:
+                    reader.finish()
+                opened.close()
+                drafts.append(files.draft_layer())
+                reader = opened.enter_context(TreeReader(drafts[-1], files.owner, quota))
+            elif prefix == "layers" and reader and number == str(len(drafts) - 1) and path:
+                reader.add(member, path, stream.content(member.size))
+            else:
+                raise InvalidArgument(
+                    "archive", f"has an entry out of place: {member.name[:120]!r}", _RESEND
+                )
+        if state is None or not complete:
+            raise InvalidArgument("archive", "is cut short", _RESEND)
+        if reader is not None:
+            reader.finish()
+    return _Archive(state, vouched)
+
+
+def _record(stream: TarStream, member: tarfile.TarInfo) -> State:
+    if member.name != "state.json" or not member.isreg() or member.size > _RECORD_BYTES:
+        raise InvalidArgument("archive", "does not begin with a state record", _RESEND)
+    try:
+        return State.decode(b"".join(stream.content(member.size)))
+    except (ValueError, RecursionError) as error:
+        raise InvalidArgument("archive", f"its record is malformed: {error}", _RESEND) from None
+
+
+def _is_vouched(stream: TarStream, member: tarfile.TarInfo) -> bool:
+    """Whether the last entry holds the digest of all before its content.
+
+    Raises:
+        InvalidArgument: it holds another, or something else.
+    """
+    if not member.size:
+        return False
+    here, said = stream.digest(), None
+    if member.isreg() and member.size <= _END_BYTES:
+        with contextlib.suppress(ValueError, RecursionError):
+            said = json.loads(b"".join(stream.content(member.size)))
+    if not isinstance(said, dict) or said.get("sha256") != here:
+        raise InvalidArgument(
+            "archive", "is damaged: its end holds another digest than that of its content", _RESEND
+        )
+    return True

@@ -13,7 +13,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from regreen.common import v1 as common_pb
 from regreen.rpc.errors import InvalidArgument
 from regreen.sandbox import v1 as pb
-from sandbox_svc import files, validate
+from sandbox_svc import diffs, files, validate
 from sandbox_svc.backends.base import (
     LEAST,
     Capability,
@@ -42,9 +42,9 @@ _MOST = {
 _MOST_SECONDS = 10 * 366 * 86_400
 _REASONS = {reason: getattr(pb, f"END_REASON_{reason.name}") for reason in EndReason}
 _KINDS = {
-    files.Kind.ADD: common_pb.CHANGE_KIND_ADD,
-    files.Kind.MODIFY: common_pb.CHANGE_KIND_MODIFY,
-    files.Kind.DELETE: common_pb.CHANGE_KIND_DELETE,
+    diffs.Kind.ADD: common_pb.CHANGE_KIND_ADD,
+    diffs.Kind.MODIFY: common_pb.CHANGE_KIND_MODIFY,
+    diffs.Kind.DELETE: common_pb.CHANGE_KIND_DELETE,
 }
 
 
@@ -218,14 +218,14 @@ def capability_to(capability: Capability) -> pb.Capability:
     )
 
 
-def diff_to(diff: files.Diff) -> pb.DiffResponse:
+def diff_to(diff: diffs.Diff) -> pb.DiffResponse:
     """A diff."""
     changes = [
         common_pb.FileChange(
             path=change.path,
             kind=_KINDS[change.kind],
             content=change.content,
-            mode=0 if change.kind is files.Kind.DELETE else change.mode,
+            mode=0 if change.kind is diffs.Kind.DELETE else change.mode,
         )
         for change in diff.changes
     ]
@@ -233,7 +233,7 @@ def diff_to(diff: files.Diff) -> pb.DiffResponse:
         changes=changes,
         unified=diff.unified,
         left_out=[
-            pb.RevertedChange(path=files.shown(path), reason=reason)
+            pb.RevertedChange(path=diffs.shown(path), reason=reason)
             for path, reason in diff.left_out
         ],
         left_out_total=diff.left_out_total,

@@ -161,16 +161,23 @@ class Upkeep:
         if self._wanted_bytes() <= most:
             return
         await self._measure(again=True)  # what is shared with layers that went counts in full now
+        while self._wanted_bytes() > most and await self._drop_down_to(most):
+            await self._measure(again=True)
+
+    async def _drop_down_to(self, most: int) -> bool:
+        """Drop states until the rest seems to fit; whether one was."""
+        dropped = False
         while (size := self._wanted_bytes()) > most:
             victim = self._victim()
             if victim is None:
                 log.warning("states are over their budget, and none may go", bytes=size)
-                return
+                break
             kind = _kind(victim)
             log.info("state dropped for space", state_id=victim.id, kind=kind)
             metrics.STATES_DROPPED.labels(kind).inc()
             await self._states.delete(victim.id)
-        await self._measure(again=False)
+            dropped = True
+        return dropped
 
     def _wanted_bytes(self) -> int:
         """Bytes of the layers that states are made of; others go by themselves."""

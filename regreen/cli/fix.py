@@ -21,6 +21,7 @@ import typer
 
 from regreen.cli import output
 from regreen.cli.options import Home, Json, parse_settings
+from regreen.cli.targets import Force, check_target, written
 from regreen.client.stack import Endpoints, Stack
 from regreen.evals.serving import serving
 from regreen.fix import FixOptions, FixResult, fix_project
@@ -59,6 +60,7 @@ def fix(
     attempts: Annotated[int, typer.Option(min=1, max=1000, help="Most attempts.")] = 4,
     pipeline: Annotated[str, typer.Option(help="full or simplified.")] = "full",
     out: Annotated[Path | None, typer.Option(help="Write the patch here.")] = None,
+    force: Force = False,
     apply: Annotated[bool, typer.Option("--apply", help="Apply a verified patch.")] = False,
     set: Annotated[
         list[str], typer.Option("--set", help="Episode setting, for example budget.turns=20.")
@@ -71,7 +73,7 @@ def fix(
     with output.progress() as show:
 
         async def work() -> FixResult:
-            _check(root, policy, endpoint, model, lock, out)
+            _check(root, policy, endpoint, model, lock, out, force=force)
             options = FixOptions(
                 attempts, pipeline_of(pipeline), seed=seed, settings=parse_settings(set)
             )
@@ -93,13 +95,20 @@ def fix(
 
         result = output.run(work())
     _print(result, json_output)
-    _keep(root, result, out, apply)
+    _keep(root, result, out, apply, force=force)
     if not (result.fixed or result.already_green):
         raise typer.Exit(output.FAILED)
 
 
 def _check(
-    root: Path, policy: str, endpoint: str, model: str, lock: Path | None, out: Path | None
+    root: Path,
+    policy: str,
+    endpoint: str,
+    model: str,
+    lock: Path | None,
+    out: Path | None,
+    *,
+    force: bool,
 ) -> None:
     """Refuse what cannot work.
 
@@ -115,18 +124,21 @@ def _check(
     check_root(root)
     if lock is not None:
         check_lock(lock)
-    if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
-        raise InvalidArgument("out", f"{out} is no file to write", "name a file in a directory")
+    if out is not None:
+        if not out.absolute().parent.is_dir():
+            raise InvalidArgument("out", f"{out} is no file to write", "name a file in a directory")
+        check_target(out, "out", force=force)
 
 
-def _keep(root: Path, result: FixResult, out: Path | None, apply: bool) -> None:
+def _keep(root: Path, result: FixResult, out: Path | None, apply: bool, *, force: bool) -> None:
     try:
         if result.patch and out:
-            out.write_text(result.patch)
+            with written(out, "out", force=force) as target:
+                target.write(result.patch.encode())
         if result.fixed and apply:
             patch.apply(root, result.changes)
     except OSError as error:
-        output.fail(InvalidArgument("out" if out else "path", str(error), "make it writable"))
+        output.fail(InvalidArgument("path", str(error), "make it writable"))
     except RegreenError as error:
         output.fail(error)
 

@@ -4,10 +4,9 @@
 - A directory or archive of an image becomes a state; an archive made by `export` of any state is
   known by its first entry and read as what it is.
 - A state of an image is exported as an image that engines load, any other as a state archive.
-- An export is written beside its place and renamed at the end: a file that is there is whole.
+- An export replaces no file unasked, and a file that is there is whole (`targets`).
 """
 
-import os
 import tarfile
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
@@ -20,6 +19,7 @@ import typer
 from regreen.cli import output
 from regreen.cli.options import Address, Home, Json, open_stack, read_pages
 from regreen.cli.sandbox import read_sandboxes
+from regreen.cli.targets import Force, check_target, written
 from regreen.client.image import directory_chunks, file_chunks
 from regreen.client.stack import Stack
 from regreen.rpc.errors import InvalidArgument
@@ -184,11 +184,13 @@ def export_state(
     reference: Annotated[
         str, typer.Option(help="Name of the image in the archive, for example work:latest.")
     ] = "",
+    force: Force = False,
     json_output: Json = False,
 ) -> None:
     """Write a state to an archive: an image that engines load where it stands on an image."""
     with output.progress() as tell:
-        kind, size_bytes = output.run(_export(home, address, state, file, reference, tell))
+        work = _export(home, address, state, file, reference, tell, force=force)
+        kind, size_bytes = output.run(work)
     if json_output:
         output.print_json({"file": str(file), "kind": kind, "size_bytes": size_bytes})
         return
@@ -270,6 +272,8 @@ async def _import(
 ) -> pb.ImportImageResponse:
     if not source.exists():
         raise InvalidArgument("source", f"{source} is not there", "give a file or a directory")
+    if source.is_block_device() or source.is_char_device():
+        raise InvalidArgument("source", f"{source} is a device", "give a file or a directory")
     whole = source.is_dir()
     if reference and whole and not any((source / name).exists() for name in _IMAGE_FILES):
         problem = f"names an image, and {source} holds the files of a root directory"
@@ -279,7 +283,8 @@ async def _import(
     try:
         async with open_stack(home, address=address) as stack:
             if not whole and _is_state_archive(source):
-                return pb.ImportImageResponse(state=await stack.state.import_state(chunks))
+                found = await stack.state.import_archive(chunks)
+                return pb.ImportImageResponse(state=found.state, notes=found.notes)
             return await stack.images.import_image(chunks, reference=reference)
     except OSError as error:
         raise InvalidArgument(
@@ -307,8 +312,16 @@ def _told(chunks: Iterable[bytes], size: int, tell: Tell) -> Iterator[bytes]:
 
 
 async def _export(
-    home: Path | None, address: str, state_id: str, file: Path, reference: str, tell: Tell
+    home: Path | None,
+    address: str,
+    state_id: str,
+    file: Path,
+    reference: str,
+    tell: Tell,
+    *,
+    force: bool,
 ) -> tuple[str, int]:
+    check_target(file, "file", force=force)
     async with open_stack(home, address=address) as stack:
         state = await stack.state.get_state(state_id)
         if state.base == "host":
@@ -316,24 +329,19 @@ async def _export(
                 raise InvalidArgument(
                     "reference", "names an image, and this state stands on its host", "leave it out"
                 )
-            return "state", await _written(stack.state.export_state(state_id), file, tell)
+            return "state", await _written(
+                stack.state.export_state(state_id), file, tell, force=force
+            )
         pieces = stack.images.export_image(state_id, reference=reference)
-        return "image", await _written(pieces, file, tell)
+        return "image", await _written(pieces, file, tell, force=force)
 
 
-async def _written(pieces: AsyncIterator[bytes], file: Path, tell: Tell) -> int:
+async def _written(pieces: AsyncIterator[bytes], file: Path, tell: Tell, *, force: bool) -> int:
     """Write pieces to a file; its size."""
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
     size = 0
-    try:
-        with draft.open("xb") as target:
-            async for piece in pieces:
-                target.write(piece)
-                size += len(piece)
-                tell("receive", size // _MIB, 0, f"{size // _MIB} MiB")
-        draft.rename(file)
-    except OSError as error:
-        raise InvalidArgument("file", f"{file} cannot be written: {error.strerror}") from error
-    finally:
-        draft.unlink(missing_ok=True)
+    with written(file, "file", force=force) as target:
+        async for piece in pieces:
+            target.write(piece)
+            size += len(piece)
+            tell("receive", size // _MIB, 0, f"{size // _MIB} MiB")
     return size

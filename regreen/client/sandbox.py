@@ -104,6 +104,13 @@ class StateClient(Caller):
 
     async def import_state(self, chunks: Iterable[bytes], *, request_id: str = "") -> pb.State:
         """Store an archive made by `export_state`."""
+        state: pb.State = (await self.import_archive(chunks, request_id=request_id)).state
+        return state
+
+    async def import_archive(
+        self, chunks: Iterable[bytes], *, request_id: str = ""
+    ) -> pb.ImportStateResponse:
+        """Store an archive made by `export_state`; the answer has notes on it beside the state."""
         first = request_id or new_request_id()
 
         async def requests() -> AsyncIterator[pb.ImportStateRequest]:
@@ -113,9 +120,8 @@ class StateClient(Caller):
         async with stream(
             self._stub.ImportState(requests(), timeout=_PREPARE_S, metadata=call_metadata())
         ) as call:
-            response = await call  # type: ignore[misc]
-        state: pb.State = response.state
-        return state
+            response: pb.ImportStateResponse = await call  # type: ignore[misc]
+        return response
 
 
 class SandboxClient(Caller):

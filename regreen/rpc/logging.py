@@ -3,6 +3,7 @@
 - Ids of the call (`trajectory_id`, `trace_id`, `method`) come from context variables, so that
   domain code logs without passing them along.
 - Stacks are logged without the values in them: those are the callers' (commands, files, tokens).
+- What libraries log, from warnings on, has the same form.
 - Logs go to standard error; standard output belongs to results.
 """
 
@@ -18,7 +19,6 @@ TRACE_HEADER = "traceparent"
 def configure(service: str, level: str = "info") -> None:
     """Set up logging of this process."""
     number = getattr(logging, level.upper())
-    logging.basicConfig(level=max(number, logging.WARNING), stream=sys.stderr, format="%(message)s")
     plain = structlog.dev.plain_traceback
     renderer: structlog.typing.Processor = (
         structlog.dev.ConsoleRenderer(exception_formatter=plain)
@@ -33,6 +33,12 @@ def configure(service: str, level: str = "info") -> None:
     if not sys.stderr.isatty():
         stacks = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
         processors.append(structlog.processors.ExceptionRenderer(stacks))
+    handler = logging.StreamHandler(sys.stderr)
+    finish = [structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer]
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(foreign_pre_chain=processors, processors=finish)
+    )
+    logging.basicConfig(level=max(number, logging.WARNING), handlers=[handler], force=True)
     structlog.configure(
         processors=[*processors, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(number),

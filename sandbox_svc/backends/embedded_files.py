@@ -154,7 +154,7 @@ class BoxFiles(abc.ABC):
                 except _Refused:
                     return not_opened(errno.ENOENT, absolute(path), refusal.problem)
                 try:
-                    return NotAFile(path, Odd.LINK, os.readlink("", dir_fd=fd))
+                    return _held(path, fd)
                 finally:
                     os.close(fd)
             case errno.EISDIR:
@@ -191,3 +191,13 @@ class BoxFiles(abc.ABC):
         A freeze adds the upper to them: who has opened it before looks at the same files.
         """
         return not self._deleted and self.layers[: len(layers)] == layers
+
+
+def _held(path: str, fd: int) -> NotAFile:
+    """What a descriptor holds of a path that was a link a moment ago: its processes go on."""
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISLNK(mode):
+        return NotAFile(path, Odd.LINK, os.readlink("", dir_fd=fd))
+    if stat.S_ISDIR(mode):
+        return NotAFile(path, Odd.DIRECTORY)
+    return NotAFile(path, Odd.LINK if stat.S_ISREG(mode) else Odd.OTHER)

@@ -126,6 +126,7 @@ class Link:
         for future in self._waiting.values():
             if not future.done():
                 future.set_exception(LinkClosed())
+                future.exception()  # who asked may have left meanwhile, and that is no trouble
         if self._on_event is not None:
             self._on_event({"closed": True}, [])
 

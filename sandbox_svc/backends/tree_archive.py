@@ -7,16 +7,21 @@
   entries or bytes than it was told to take; it writes only below one fresh directory.
 """
 
+import contextlib
 import errno
 import os
-import shutil
 import stat
+import struct
 import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import tempfile
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from regreen.rpc.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
+from sandbox_svc.backends import linux
 
 _OPAQUE = "REGREEN.opaque"
 _XATTR = "user.overlay.opaque"
@@ -24,6 +29,9 @@ _MAX_PATH = 4096
 _MAX_PART = 255
 _REFUSED = (errno.EINVAL, errno.EILSEQ, errno.ENAMETOOLONG, errno.EMLINK, errno.EFBIG)
 """What the file system says of an entry that cannot be, whoever unpacks it."""
+_MISPLACED = (errno.EEXIST, errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+_WAITING = struct.Struct("=IIQ")
+"""Of a directory that gets its mode and time later: length of its path, mode, time."""
 _UNREADABLE = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 
 
@@ -136,18 +144,32 @@ class Quota:
             raise ResourceExhausted("the archive is larger than this service takes (import_bytes)")
 
 
-@dataclass(slots=True)
 class TreeReader:
-    """Unpacks the entries of one layer below a fresh directory."""
+    """Unpacks the entries of one layer below a fresh directory; use as a context manager.
 
-    top: Path
-    owner: int | None
-    quota: Quota
-    _directories: set[str] = field(default_factory=lambda: {""})
-    _seen: set[str] = field(default_factory=set)
-    _open: list[tuple[tarfile.TarInfo, Path]] = field(default_factory=list)
+    What is there is the record of what came: nothing is held of an entry that was unpacked. Modes
+    and times of directories wait in a file without a name beside the layer.
+    """
 
-    def add(self, archive: tarfile.TarFile, member: tarfile.TarInfo, relative: str) -> None:
+    def __init__(self, top: Path, owner: int | None, quota: Quota) -> None:
+        self._owner, self._quota = owner, quota
+        self._parts = contextlib.ExitStack()
+        self._top_fd = os.open(top, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._parts.callback(os.close, self._top_fd)
+        nameless = tempfile.TemporaryFile(dir=top.parent)  # noqa: SIM115 - closed with the parts
+        self._waiting = self._parts.enter_context(nameless)
+        self._starts = array("Q")
+        """Where in that file a directory begins."""
+        self._parent, self._parent_fd = "", os.dup(self._top_fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        os.close(self._parent_fd)
+        self._parts.close()
+
+    def add(self, member: tarfile.TarInfo, relative: str, content: Iterable[bytes]) -> None:
         """Unpack one entry.
 
         Raises:
@@ -155,60 +177,94 @@ class TreeReader:
             ResourceExhausted: the archive is over its bound.
         """
         relative = _checked(relative.rstrip("/"))
-        parent = relative.rpartition("/")[0]
-        if relative in self._seen or parent not in self._directories:
-            raise _bad(relative, "twice, or not below a directory of the archive")
-        self._seen.add(relative)
-        self.quota.take(max(0, member.size))
+        self._quota.take(max(0, member.size))
+        parent, _, name = relative.rpartition("/")
         try:
-            self._make(archive, member, relative)
+            self._enter(parent)
+            self._make(member, relative, name, content)
         except OSError as error:
+            if error.errno in _MISPLACED:
+                raise _bad(relative, "twice, or not below a directory of the archive") from None
             if error.errno not in _REFUSED:
                 raise
             raise _bad(relative, f"cannot be made: {os.strerror(error.errno)}") from None
 
-    def _make(self, archive: tarfile.TarFile, member: tarfile.TarInfo, relative: str) -> None:
-        path = self.top / relative
+    def _enter(self, parent: str) -> None:
+        if parent != self._parent:
+            fd = self._directory(parent)
+            os.close(self._parent_fd)
+            self._parent, self._parent_fd = parent, fd
+
+    def _directory(self, relative: str) -> int:
+        """A directory of the layer, reached through real directories alone."""
+        resolve = linux.RESOLVE_BENEATH | linux.RESOLVE_NO_SYMLINKS
+        flags = os.O_RDONLY | os.O_DIRECTORY
+        return linux.openat2(self._top_fd, relative or ".", flags, resolve)
+
+    def _make(
+        self, member: tarfile.TarInfo, relative: str, name: str, content: Iterable[bytes]
+    ) -> None:
+        here = self._parent_fd
         if member.isdir():
-            path.mkdir(mode=0o755)
-            self._directories.add(relative)
-            if member.pax_headers.get(_OPAQUE) == "y":
-                os.setxattr(path, _XATTR, b"y")
-        elif member.issym():
+            os.mkdir(name, 0o755, dir_fd=here)
+            self._wait(member, relative)
+            return
+        if member.issym():
             if len(member.linkname) > _MAX_PATH or "\0" in member.linkname or not member.linkname:
                 raise _bad(relative, "has a malformed link")
-            path.symlink_to(member.linkname)
+            os.symlink(member.linkname, name, dir_fd=here)
         elif member.ischr() and member.devmajor == member.devminor == 0:
-            os.mknod(path, stat.S_IFCHR, os.makedev(0, 0))
+            os.mknod(name, stat.S_IFCHR, os.makedev(0, 0), dir_fd=here)
         elif member.isreg() and not member.issparse():
-            self._file(archive, member, path)
+            self._file(member, name, content)
+            return
         else:
             raise _bad(relative, "is of a type that layers do not have")
-        if member.isdir():
-            self._open.append((member, path))
-        else:
-            self._finish(member, path)
+        if self._owner is not None:
+            os.chown(name, self._owner, self._owner, dir_fd=here, follow_symlinks=False)
+        when = _when(member)
+        os.utime(name, (when, when), dir_fd=here, follow_symlinks=False)
 
-    def close(self) -> None:
-        """Give directories their modes and times, which entries below would not bear or change."""
-        while self._open:
-            self._finish(*self._open.pop())
+    def _wait(self, member: tarfile.TarInfo, relative: str) -> None:
+        """Mark a directory that was made, and remember what it gets at the end."""
+        if member.pax_headers.get(_OPAQUE) == "y":
+            fd = self._directory(relative)
+            try:
+                os.setxattr(fd, _XATTR, b"y")
+            finally:
+                os.close(fd)
+        self._starts.append(self._waiting.tell())
+        path = os.fsencode(relative)
+        self._waiting.write(_WAITING.pack(len(path), member.mode & 0o777, _when(member)) + path)
 
-    def _file(self, archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> None:
-        source = archive.extractfile(member)
-        if source is None:
-            raise _bad(member.name, "has no content")
+    def _file(self, member: tarfile.TarInfo, name: str, content: Iterable[bytes]) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        with os.fdopen(os.open(path, flags, 0o600), "wb") as target:
-            shutil.copyfileobj(source, target, 1 << 20)
+        with os.fdopen(os.open(name, flags, 0o600, dir_fd=self._parent_fd), "wb") as target:
+            for piece in content:
+                target.write(piece)
+            target.flush()
+            self._finish(target.fileno(), member.mode & 0o777, _when(member))
 
-    def _finish(self, member: tarfile.TarInfo, path: Path) -> None:
-        if self.owner is not None:
-            os.lchown(path, self.owner, self.owner)
-        if member.isreg() or member.isdir():
-            path.chmod(member.mode & 0o777)
-        when = max(0, min(int(member.mtime), 1 << 33))
-        os.utime(path, (when, when), follow_symlinks=False)
+    def finish(self) -> None:
+        """Give directories their modes and times, which entries below would not bear or change."""
+        while self._starts:
+            self._waiting.seek(self._starts.pop())
+            length, mode, when = _WAITING.unpack(self._waiting.read(_WAITING.size))
+            fd = self._directory(os.fsdecode(self._waiting.read(length)))
+            try:
+                self._finish(fd, mode, when)
+            finally:
+                os.close(fd)
+
+    def _finish(self, fd: int, mode: int, when: int) -> None:
+        if self._owner is not None:
+            os.fchown(fd, self._owner, self._owner)
+        os.fchmod(fd, mode)
+        os.utime(fd, (when, when))
+
+
+def _when(member: tarfile.TarInfo) -> int:
+    return max(0, min(int(member.mtime), 1 << 33))
 
 
 def _checked(relative: str) -> str:

@@ -8,6 +8,8 @@
 - An archive lies on disk once while it is read; packed or unpacked it stays below `max_bytes`.
 - Once an archive has come whole, it is taken to its end, whether or not the caller still waits;
   only the end of the service cuts that short.
+- What cannot be an archive is refused by its first block. Imports and exports have places apart,
+  and an archive keeps its place until it is taken (`pace`).
 - Blocking work is in threads of its own; none of them waits for a client.
 """
 
@@ -30,6 +32,7 @@ from regreen.rpc.errors import (
     ResourceExhausted,
     Unavailable,
 )
+from sandbox_svc import pace
 from sandbox_svc.backends.base import HOST_BASE, Runtime
 from sandbox_svc.backends.layers import writing
 from sandbox_svc.backends.tree_archive import Quota
@@ -38,14 +41,22 @@ from sandbox_svc.images import manifest
 from sandbox_svc.images.archive import Archive
 from sandbox_svc.images.manifest import Format, Image
 from sandbox_svc.images.pack import image_archive
-from sandbox_svc.images.streams import CHUNK_BYTES, Slice, TarStream, damaged, unpacked
+from sandbox_svc.images.streams import (
+    BLOCK_BYTES,
+    CHUNK_BYTES,
+    Slice,
+    TarStream,
+    check_start,
+    damaged,
+    unpacked,
+)
 from sandbox_svc.images.unpack import NOTES, OPAQUE, LayerUnpacker
-from sandbox_svc.pace import IDLE_S, moving
+from sandbox_svc.pace import IDLE_S, Places
 from sandbox_svc.states import State, StateStore, image_action, state_id
 from sandbox_svc.transfer import LayerFiles, layer_files
 
-_AT_ONCE = 4
-_DRAIN_S = 30.0
+AT_ONCE = 4
+"""Imports, and exports, under way at a time."""
 _REFERENCE = re.compile(r"[a-z0-9][a-z0-9._/:-]{0,200}(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?")
 _VERSION = "1"
 """Of the way layers are unpacked; another one makes other layers."""
@@ -85,7 +96,7 @@ class _Quota(Quota):
 
 
 def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="sandbox-images")
+    return ThreadPoolExecutor(2 * AT_ONCE, thread_name_prefix="sandbox-images")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +109,8 @@ class Images:
     idle_s: float = IDLE_S
     """An import of which nothing came for so long is ended."""
     threads: ThreadPoolExecutor = field(default_factory=_threads)
+    imports: Places = field(default_factory=lambda: Places("imports of images", AT_ONCE))
+    exports: Places = field(default_factory=lambda: Places("exports of images", AT_ONCE))
     _taking: set["asyncio.Task[State]"] = field(default_factory=set)
     _stopping: threading.Event = field(default_factory=threading.Event)
 
@@ -120,18 +133,22 @@ class Images:
         Raises:
             InvalidArgument: a malformed or hostile archive, or no image for this machine.
             FailedPrecondition: the runtime has no layers as directories.
-            ResourceExhausted: it is larger than allowed.
+            ResourceExhausted: it is larger than allowed, or too many imports are under way.
             DeadlineExceeded: nothing of it came for a while.
         """
         files = layer_files(self.runtime)
-        with writing():
-            spool = files.draft_layer()
-        try:
-            await self._receive(spool / "sent", moving(chunks, self.idle_s))
-        except BaseException:
-            await asyncio.shield(self._blocking(files.discard, spool))
-            raise
-        work = self._take(files, spool, kind, reference, dict(labels or {}))
+        moving = pace.moving(chunks, self.idle_s)
+        async with pace.heard(moving), contextlib.AsyncExitStack() as place:
+            await place.enter_async_context(self.imports.taken())
+            head = await _head(moving)
+            with writing():
+                spool = files.draft_layer()
+            try:
+                await self._receive(spool / "sent", head, moving)
+            except BaseException:
+                await asyncio.shield(self._blocking(files.discard, spool))
+                raise
+            work = self._take(files, spool, kind, reference, dict(labels or {}), place.pop_all())
         task = asyncio.create_task(work)
         self._taking.add(task)
         task.add_done_callback(self._done)
@@ -151,8 +168,8 @@ class Images:
         finally:
             await asyncio.wait([work])
 
-    async def _receive(self, path: Path, chunks: AsyncIterator[bytes]) -> None:
-        held, size = [], 0
+    async def _receive(self, path: Path, head: bytes, chunks: AsyncIterator[bytes]) -> None:
+        held, size = [head], len(head)
         total = 0
         with writing(), path.open("xb", buffering=0) as target:
             path.chmod(0o600)
@@ -165,12 +182,8 @@ class Images:
                 await self._blocking(_append, target.fileno(), b"".join(held))
                 held, size = [], 0
                 if total > self.max_bytes:
-                    break
+                    raise _too_large()
             await self._blocking(_append, target.fileno(), b"".join(held))
-            if total > self.max_bytes:
-                os.truncate(path, 0)
-                await _drained(chunks)
-                raise _too_large()
 
     async def _take(
         self,
@@ -179,6 +192,7 @@ class Images:
         kind: Format,
         reference: str,
         labels: Mapping[str, str],
+        place: contextlib.AsyncExitStack,
     ) -> State:
         quota = _Quota(self.max_bytes, stopping=self._stopping)
         try:
@@ -190,7 +204,8 @@ class Images:
             await self.states.collect()
             raise
         finally:
-            await self._blocking(files.discard, spool)
+            async with place:
+                await self._blocking(files.discard, spool)
 
     async def _recorded(self, taken: _Taken, labels: Mapping[str, str]) -> State:
         settings = manifest.settings_of(taken.image)
@@ -230,6 +245,7 @@ class Images:
             NotFound: no such state.
             FailedPrecondition: it stands on the host, or holds what no image can hold.
             InvalidArgument: a malformed reference.
+            ResourceExhausted: too many exports are under way; carries a delay.
         """
         state, files = self.states.get(state_id), layer_files(self.runtime)
         if state.base == HOST_BASE:
@@ -243,6 +259,15 @@ class Images:
             )
         if reference and ":" not in reference.rpartition("/")[2]:
             reference += ":latest"
+        exported = self._exported(state, files, reference)
+        async with self.exports.taken(), contextlib.aclosing(exported) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    async def _exported(
+        self, state: State, files: LayerFiles, reference: str
+    ) -> AsyncGenerator[bytes, None]:
+        state = self.states.get(state.id)  # as it is after the wait
         self.states.hold(state.layers)
         try:
             tops = [files.layer_path(layer) for layer in state.layers]
@@ -312,12 +337,20 @@ def _too_large() -> ResourceExhausted:
     return ResourceExhausted("the archive is larger than this service takes (import_bytes)")
 
 
-async def _drained(chunks: AsyncIterator[bytes]) -> None:
-    """Let a client send its rest: one that is cut off may not see why."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(_DRAIN_S):
-            async for _ in chunks:
-                pass
+async def _head(chunks: AsyncIterator[bytes]) -> bytes:
+    """The beginning of an archive, which may be one.
+
+    Raises:
+        InvalidArgument: it cannot.
+    """
+    head = b""
+    while len(head) < BLOCK_BYTES:
+        chunk = await anext(chunks, b"")
+        if not chunk:
+            return head
+        head += chunk
+    check_start(head)
+    return head
 
 
 def _append(fd: int, data: bytes) -> None:

@@ -28,7 +28,7 @@ from sandbox_svc.backends.tree_archive import Quota
 CHUNK_BYTES = 1 << 20
 _HEADER_BYTES = 1 << 20
 _GLOBALS = 64
-_BLOCK = 512
+BLOCK_BYTES = 512
 _PADDING_BYTES = 16 << 20
 """May follow the end: tools fill up a record, which is 10 KiB unless they were told otherwise."""
 _WINDOW_BYTES = 128 << 20
@@ -39,7 +39,7 @@ _DAMAGE = (gzip.BadGzipFile, EOFError, zlib.error, zstandard.ZstdError)
 
 def damaged(what: str) -> InvalidArgument:
     """The error for an archive that is not what it should be."""
-    return InvalidArgument("archive", what, "send an image archive as it was written")
+    return InvalidArgument("archive", what, "send an archive as it was written")
 
 
 class Slice(io.RawIOBase):
@@ -95,6 +95,20 @@ def unpacked(raw: io.RawIOBase) -> BinaryIO:
     return source
 
 
+def check_start(head: bytes) -> None:
+    """Refuse what cannot be an archive by its first block, before the rest of it is kept.
+
+    Raises:
+        InvalidArgument: it is compressed as images are not, or no tar archive.
+    """
+    source = unpacked(io.BytesIO(head))  # type: ignore[arg-type]
+    if isinstance(source, io.BufferedReader):
+        try:
+            tarfile.TarInfo.frombuf(head[:BLOCK_BYTES], "utf-8", "surrogateescape")
+        except tarfile.HeaderError as error:
+            raise damaged(f"is no tar archive, or a damaged one: {error}") from None
+
+
 class Readable(Protocol):
     """What an archive is read from."""
 
@@ -135,7 +149,7 @@ class TarStream:
                     self._room = _HEADER_BYTES
         except (tarfile.TarError, ValueError, UnicodeError, RecursionError, OverflowError) as error:
             raise damaged(f"is no tar archive, or a damaged one: {error}") from None
-        if self._last != bytes(_BLOCK) or self._take(_BLOCK) != bytes(_BLOCK):
+        if self._last != bytes(BLOCK_BYTES) or self._take(BLOCK_BYTES) != bytes(BLOCK_BYTES):
             raise damaged("is damaged, or cut short: it lacks the two blocks of zeros at its end")
         self._ended = True
 
@@ -174,6 +188,10 @@ class TarStream:
                 raise damaged("is cut short")
             size -= len(piece)
             yield piece
+
+    def digest(self) -> str:
+        """The SHA-256 of all that was read so far."""
+        return self._digest.copy().hexdigest()
 
     def finish(self) -> str:
         """Read to the end; the SHA-256 of everything.

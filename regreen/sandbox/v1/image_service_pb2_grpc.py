@@ -58,7 +58,7 @@ class ImageServiceServicer:
         Errors:
         - INVALID_ARGUMENT: a malformed archive, a digest that does not match, or no image for this machine in it.
         - FAILED_PRECONDITION: the backend has no layers as directories.
-        - RESOURCE_EXHAUSTED with reason DISK_FULL: no space.
+        - RESOURCE_EXHAUSTED: too many imports are under way, retry after the delay given; with reason DISK_FULL: no space.
         - DEADLINE_EXCEEDED: nothing of the archive came for the service's transfer_idle_s.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -72,6 +72,7 @@ class ImageServiceServicer:
         - NOT_FOUND: no such state.
         - FAILED_PRECONDITION: the state stands on the programs of its host, not on an image; or a file has no place in one, or
         with it the image is larger than the service's import_bytes.
+        - RESOURCE_EXHAUSTED: too many exports are under way; retry after the delay given.
         - DEADLINE_EXCEEDED: nothing of the stream was taken for the service's transfer_idle_s.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -40,7 +40,7 @@ class ImageServiceStub:
     Errors:
     - INVALID_ARGUMENT: a malformed archive, a digest that does not match, or no image for this machine in it.
     - FAILED_PRECONDITION: the backend has no layers as directories.
-    - RESOURCE_EXHAUSTED with reason DISK_FULL: no space.
+    - RESOURCE_EXHAUSTED: too many imports are under way, retry after the delay given; with reason DISK_FULL: no space.
     - DEADLINE_EXCEEDED: nothing of the archive came for the service's transfer_idle_s.
     """
     ExportImage: _grpc.UnaryStreamMultiCallable[_image_service_pb2.ExportImageRequest, _image_service_pb2.ExportImageResponse]
@@ -50,6 +50,7 @@ class ImageServiceStub:
     - NOT_FOUND: no such state.
     - FAILED_PRECONDITION: the state stands on the programs of its host, not on an image; or a file has no place in one, or
       with it the image is larger than the service's import_bytes.
+    - RESOURCE_EXHAUSTED: too many exports are under way; retry after the delay given.
     - DEADLINE_EXCEEDED: nothing of the stream was taken for the service's transfer_idle_s.
     """
 
@@ -65,7 +66,7 @@ class ImageServiceAsyncStub(ImageServiceStub):
     Errors:
     - INVALID_ARGUMENT: a malformed archive, a digest that does not match, or no image for this machine in it.
     - FAILED_PRECONDITION: the backend has no layers as directories.
-    - RESOURCE_EXHAUSTED with reason DISK_FULL: no space.
+    - RESOURCE_EXHAUSTED: too many imports are under way, retry after the delay given; with reason DISK_FULL: no space.
     - DEADLINE_EXCEEDED: nothing of the archive came for the service's transfer_idle_s.
     """
     ExportImage: _aio.UnaryStreamMultiCallable[_image_service_pb2.ExportImageRequest, _image_service_pb2.ExportImageResponse]  # type: ignore[assignment]
@@ -75,6 +76,7 @@ class ImageServiceAsyncStub(ImageServiceStub):
     - NOT_FOUND: no such state.
     - FAILED_PRECONDITION: the state stands on the programs of its host, not on an image; or a file has no place in one, or
       with it the image is larger than the service's import_bytes.
+    - RESOURCE_EXHAUSTED: too many exports are under way; retry after the delay given.
     - DEADLINE_EXCEEDED: nothing of the stream was taken for the service's transfer_idle_s.
     """
 
@@ -93,7 +95,7 @@ class ImageServiceServicer(metaclass=_abc_1.ABCMeta):
         Errors:
         - INVALID_ARGUMENT: a malformed archive, a digest that does not match, or no image for this machine in it.
         - FAILED_PRECONDITION: the backend has no layers as directories.
-        - RESOURCE_EXHAUSTED with reason DISK_FULL: no space.
+        - RESOURCE_EXHAUSTED: too many imports are under way, retry after the delay given; with reason DISK_FULL: no space.
         - DEADLINE_EXCEEDED: nothing of the archive came for the service's transfer_idle_s.
         """
 
@@ -109,6 +111,7 @@ class ImageServiceServicer(metaclass=_abc_1.ABCMeta):
         - NOT_FOUND: no such state.
         - FAILED_PRECONDITION: the state stands on the programs of its host, not on an image; or a file has no place in one, or
           with it the image is larger than the service's import_bytes.
+        - RESOURCE_EXHAUSTED: too many exports are under way; retry after the delay given.
         - DEADLINE_EXCEEDED: nothing of the stream was taken for the service's transfer_idle_s.
         """
 

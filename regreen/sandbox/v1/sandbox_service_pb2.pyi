@@ -63,7 +63,9 @@ class CreateSandboxRequest(_message.Message):
 
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Labels for listing and for people."""
+        """Labels for listing and for people: at most 64, names of 256 bytes, values of 4096, 32 KiB together, as wherever labels
+        are given.
+        """
 
     @_builtins.property
     def ttl(self) -> _duration_pb2.Duration:

@@ -127,10 +127,11 @@ class SandboxServiceServicer:
     """
 
     def CreateSandbox(self, request, context):
-        """Forks a state into a new sandbox. Idempotent by request_id.
+        """Forks a state into a new sandbox. Idempotent by request_id. Without one, a sandbox whose answer did not reach its
+        caller any more lives until its ttl.
 
         Errors:
-        - INVALID_ARGUMENT: malformed limits or egress.
+        - INVALID_ARGUMENT: malformed limits, labels or egress.
         - NOT_FOUND: no such state.
         - FAILED_PRECONDITION: the state cannot run on this host, or the service gives no way to a host of `egress`.
         - RESOURCE_EXHAUSTED: too many sandboxes; retry after the delay given.
@@ -288,7 +289,8 @@ class SandboxServiceServicer:
 
         Errors:
         - NOT_FOUND: no such sandbox.
-        - RESOURCE_EXHAUSTED: the diff is over the size bound.
+        - RESOURCE_EXHAUSTED: more paths changed than it looks at, the diff is over the size bound, or it took too long; with a
+        delay: too many diffs of many paths are under way.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

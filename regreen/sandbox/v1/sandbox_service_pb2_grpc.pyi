@@ -34,10 +34,11 @@ class SandboxServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> SandboxServiceAsyncStub: ...
     CreateSandbox: _grpc.UnaryUnaryMultiCallable[_sandbox_service_pb2.CreateSandboxRequest, _sandbox_service_pb2.CreateSandboxResponse]
-    """Forks a state into a new sandbox. Idempotent by request_id.
+    """Forks a state into a new sandbox. Idempotent by request_id. Without one, a sandbox whose answer did not reach its
+    caller any more lives until its ttl.
 
     Errors:
-    - INVALID_ARGUMENT: malformed limits or egress.
+    - INVALID_ARGUMENT: malformed limits, labels or egress.
     - NOT_FOUND: no such state.
     - FAILED_PRECONDITION: the state cannot run on this host, or the service gives no way to a host of `egress`.
     - RESOURCE_EXHAUSTED: too many sandboxes; retry after the delay given.
@@ -139,7 +140,8 @@ class SandboxServiceStub:
 
     Errors:
     - NOT_FOUND: no such sandbox.
-    - RESOURCE_EXHAUSTED: the diff is over the size bound.
+    - RESOURCE_EXHAUSTED: more paths changed than it looks at, the diff is over the size bound, or it took too long; with a
+      delay: too many diffs of many paths are under way.
     """
     Validate: _grpc.UnaryUnaryMultiCallable[_sandbox_service_pb2.ValidateRequest, _sandbox_service_pb2.ValidateResponse]
     """Applies a diff to a fresh fork of a state, with tests restored, and runs the pinned build and tests there. A
@@ -164,10 +166,11 @@ class SandboxServiceAsyncStub(SandboxServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateSandbox: _aio.UnaryUnaryMultiCallable[_sandbox_service_pb2.CreateSandboxRequest, _sandbox_service_pb2.CreateSandboxResponse]  # type: ignore[assignment]
-    """Forks a state into a new sandbox. Idempotent by request_id.
+    """Forks a state into a new sandbox. Idempotent by request_id. Without one, a sandbox whose answer did not reach its
+    caller any more lives until its ttl.
 
     Errors:
-    - INVALID_ARGUMENT: malformed limits or egress.
+    - INVALID_ARGUMENT: malformed limits, labels or egress.
     - NOT_FOUND: no such state.
     - FAILED_PRECONDITION: the state cannot run on this host, or the service gives no way to a host of `egress`.
     - RESOURCE_EXHAUSTED: too many sandboxes; retry after the delay given.
@@ -269,7 +272,8 @@ class SandboxServiceAsyncStub(SandboxServiceStub):
 
     Errors:
     - NOT_FOUND: no such sandbox.
-    - RESOURCE_EXHAUSTED: the diff is over the size bound.
+    - RESOURCE_EXHAUSTED: more paths changed than it looks at, the diff is over the size bound, or it took too long; with a
+      delay: too many diffs of many paths are under way.
     """
     Validate: _aio.UnaryUnaryMultiCallable[_sandbox_service_pb2.ValidateRequest, _sandbox_service_pb2.ValidateResponse]  # type: ignore[assignment]
     """Applies a diff to a fresh fork of a state, with tests restored, and runs the pinned build and tests there. A
@@ -297,10 +301,11 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sandbox_service_pb2.CreateSandboxRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sandbox_service_pb2.CreateSandboxResponse, _abc.Awaitable[_sandbox_service_pb2.CreateSandboxResponse]]:
-        """Forks a state into a new sandbox. Idempotent by request_id.
+        """Forks a state into a new sandbox. Idempotent by request_id. Without one, a sandbox whose answer did not reach its
+        caller any more lives until its ttl.
 
         Errors:
-        - INVALID_ARGUMENT: malformed limits or egress.
+        - INVALID_ARGUMENT: malformed limits, labels or egress.
         - NOT_FOUND: no such state.
         - FAILED_PRECONDITION: the state cannot run on this host, or the service gives no way to a host of `egress`.
         - RESOURCE_EXHAUSTED: too many sandboxes; retry after the delay given.
@@ -486,7 +491,8 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors:
         - NOT_FOUND: no such sandbox.
-        - RESOURCE_EXHAUSTED: the diff is over the size bound.
+        - RESOURCE_EXHAUSTED: more paths changed than it looks at, the diff is over the size bound, or it took too long; with a
+          delay: too many diffs of many paths are under way.
         """
 
     @_abc_1.abstractmethod

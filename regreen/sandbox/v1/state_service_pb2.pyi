@@ -181,7 +181,7 @@ class ListStatesRequest(_message.Message):
     SPEC_SHA256_FIELD_NUMBER: _builtins.int
     PARENT_ID_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """At most this many; 0 means 100, the most is 1000."""
+    """At most this many; 0 means 100, the most is 1000. A page ends early where a message would be too large."""
     page_token: _builtins.str
     """Token of the previous answer."""
     spec_sha256: _builtins.str
@@ -264,7 +264,9 @@ class GetLineageResponse(_message.Message):
     ANCESTOR_IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def states(self) -> _containers.RepeatedCompositeFieldContainer[_sandbox_pb2.State]:
-        """Root first, the state itself last. Ancestors that were deleted meanwhile are left out."""
+        """Root first, the state itself last. Ancestors that were deleted meanwhile are left out, and the farthest where all would
+        not fit into a message.
+        """
 
     @_builtins.property
     def ancestor_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -404,18 +406,24 @@ class ImportStateResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     STATE_FIELD_NUMBER: _builtins.int
+    NOTES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def state(self) -> _sandbox_pb2.State:
         """The state as it is here."""
+
+    @_builtins.property
+    def notes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What people should know of the archive, for example that it holds no digest of its content."""
 
     def __init__(
         self,
         *,
         state: _sandbox_pb2.State | None = ...,
+        notes: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["state", b"state"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["notes", b"notes", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

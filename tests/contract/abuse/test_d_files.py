@@ -26,6 +26,7 @@ from regreen.rpc.errors import (
 )
 from sandbox_svc.backends.base import Mount
 from sandbox_svc.backends.tree_archive import Quota, TreeReader
+from sandbox_svc.images.streams import TarStream
 from tests.contract.abuse.walls import WIDE, needs_python, python
 from tests.contract.runtimes import SMALL, sh
 
@@ -264,10 +265,10 @@ _TRUSTING = {"filter": "fully_trusted"} if hasattr(tarfile, "fully_trusted_filte
 
 
 def _unpack(data: bytes, top: Path) -> None:
-    reader = TreeReader(top, None, Quota(1 << 20))
-    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
-        for member in archive:
-            reader.add(archive, member, member.name)
+    with TreeReader(top, None, Quota(1 << 20)) as reader:
+        stream = TarStream(io.BytesIO(data), Quota(64 << 20))
+        for member in stream.members():
+            reader.add(member, member.name, stream.content(member.size))
 
 
 @pytest.mark.parametrize("name", HOSTILE)

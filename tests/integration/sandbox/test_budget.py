@@ -101,3 +101,36 @@ async def test_the_time_of_use_survives_a_restart(tmp_path):
     assert abs(again.used_s(again.get(state.id)) - clock.now) < 5.0
     await again.close()
     await runtime.close()
+
+
+async def test_what_is_shared_with_layers_that_went_counts_in_full_at_once(tmp_path):
+    """Files with several names count in parts: what goes leaves its part to the others."""
+    clock = Clock()
+    runtime = EmbeddedRuntime(tmp_path / "home", run_probes=False, warm_seats=0)
+    await runtime.start()
+    states = StateStore(tmp_path / "home", runtime, clock=clock)
+    await states.open()
+
+    async def prepare(number: int, size: int):
+        async def build(progress):
+            box = await runtime.create([], limits=Limits())
+            await box.write_file("/work/repo/big", b"x" * size)
+            layer = await box.freeze()
+            await box.delete()
+            return Prepared((layer,), (), {}, {})
+
+        return await states.prepare(f"{number}" * 64, build)
+
+    first, second, third = [await prepare(n, 2 * _BIG if n < 3 else _BIG) for n in (1, 2, 3)]
+    files = [runtime.layout.layer(one.layers[0]) / "work/repo/big" for one in (first, second)]
+    files[1].unlink()
+    files[1].hardlink_to(files[0])
+    clock.now += 100.0
+    limits = UpkeepLimits(state_bytes=2 * _BIG + _BIG // 2)
+    upkeep = Upkeep(states, runtime, set, clock, limits)
+    await upkeep.start()
+    await asyncio.wait_for(upkeep.settled(), 30.0)
+    await upkeep.close()
+    assert [state.id for state in states.list()] == [third.id]
+    await states.close()
+    await runtime.close()

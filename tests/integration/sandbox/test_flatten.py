@@ -160,7 +160,7 @@ async def test_deleted_names_do_not_show_where_nothing_lies_beneath(tmp_path):
 
 
 async def test_diffs_name_what_changed_across_flattened_layers(tmp_path):
-    from sandbox_svc.files import diff
+    from sandbox_svc.diffs import diff
 
     host = await _open(tmp_path / "home", flatten_layers=3)
     runtime, states, manager, upkeep = host

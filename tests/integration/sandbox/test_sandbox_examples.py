@@ -37,7 +37,7 @@ SAID = {
         "kill -9 $$: END_REASON_SIGNAL\nyes: END_REASON_OUTPUT\nsleep 60: END_REASON_TIMEOUT\n",
         "Z True\n",
     ),
-    "sandbox_lineage": ("of 4 layers on ", "{'turn': '0'}", " deleted\npage 1 st_"),
+    "sandbox_lineage": ("of 4 layers on ", "{'turn': '0'}", " deleted\nmade of the first: st_"),
     "sandbox_transfer": ("bytes, the same: True\nit runs\n",),
 }
 """What each says; the order of the words is that of the lines."""

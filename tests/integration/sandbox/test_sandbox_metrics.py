@@ -7,8 +7,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from regreen.sandbox import v1 as pb
+from sandbox_svc import metrics
 from sandbox_svc.backends.embedded import EmbeddedRuntime
 from sandbox_svc.selfcheck import SelfCheck
+from sandbox_svc.service import SandboxHost
+from sandbox_svc.settings import SandboxSettings
 from tests.integration.sandbox.egressing import until, web, world
 
 
@@ -129,3 +132,19 @@ async def test_what_is_there_for_a_moment_is_no_leak(runtime, tmp_path):
         assert len((await check.look())["directory"]) == leaks
     (tmp_path / "home/run/slow").rmdir()
     assert not (await check.look())["directory"]
+
+
+async def test_a_fresh_service_has_killed_nothing(tmp_path):
+    def counted() -> dict[str, float]:
+        return {
+            sample.labels["reason"]: sample.value
+            for metric in metrics.LIMIT_KILLS.collect()
+            for sample in metric.samples
+            if sample.name.endswith("_total")
+        }
+
+    before = counted()
+    settings = SandboxSettings(home=tmp_path / "home", listen=f"unix:{tmp_path}/s")
+    async with SandboxHost(settings) as host:
+        assert {one.name for one in host.runtime.capabilities() if one.proven} >= {"pids"}
+    assert counted() == before

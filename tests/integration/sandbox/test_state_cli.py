@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import stat
 import subprocess
 import sys
 import tarfile
@@ -75,7 +76,7 @@ async def test_images_directories_and_states_come_and_go(service, cli, tmp_path)
     assert json.loads(back.stdout)["state"]["labels"]["image.reference"].endswith("work:3")
 
     plain = await prepared(states, a="1")
-    done = await cli("state", "export", plain.id, str(out))
+    done = await cli("state", "export", plain.id, str(out), "--force")
     assert "state archive" in done.stdout, done.stderr
     await states.delete_state(plain.id)
     assert (await cli("state", "import", str(out))).stdout.strip() == plain.id
@@ -98,6 +99,41 @@ async def test_a_directory_is_judged_before_it_is_sent_and_told_what_it_lost(cli
     (note,) = json.loads(done.stdout)["notes"]
     assert note == "1 devices or pipes are left out, for example pipe"
     assert "send (0 s)  0 MiB" in done.stderr
+
+
+async def test_an_export_replaces_nothing_unasked(service, cli, tmp_path):
+    """A place that is no regular file is written to; as root a device would be gone else."""
+    states, _, _ = service
+    plain = await prepared(states, a="1")
+    archive = b"".join([chunk async for chunk in states.export_state(plain.id)])
+    pipe, there, link = (tmp_path / name for name in ("pipe", "there", "link"))
+    os.mkfifo(pipe)
+    reading = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    done = await cli("state", "export", plain.id, str(pipe))
+    assert done.returncode == 0, done.stderr
+    assert stat.S_ISFIFO(pipe.lstat().st_mode)
+    assert os.read(reading, len(archive) + 1) == archive
+    os.close(reading)
+
+    there.write_text("mine")
+    link.symlink_to("there")
+    for target in (there, link):
+        refused = await cli("state", "export", plain.id, str(target))
+        assert (refused.returncode, there.read_text()) == (2, "mine")
+        assert "is there already; name another, or give --force" in refused.stderr
+    assert "is a directory" in (await cli("state", "export", plain.id, str(tmp_path))).stderr
+    done = await cli("state", "export", plain.id, str(link), "--force")
+    assert done.returncode == 0, done.stderr
+    assert (link.is_symlink(), there.read_bytes()) == (True, archive)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "home", "link", "pipe", "s", "stack", "there",
+    ]  # fmt: skip
+
+
+async def test_a_device_is_no_source(cli):
+    refused = await cli("state", "import", "/dev/zero")
+    assert refused.returncode == 2, refused.stderr
+    assert "/dev/zero is a device; give a file or a directory" in refused.stderr
 
 
 async def test_what_cannot_be_read_or_found_is_named(service, cli, tmp_path):

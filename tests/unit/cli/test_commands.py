@@ -141,6 +141,7 @@ def test_an_engine_that_cannot_run_starts_nothing(tmp_path: Path, engine: str, s
         (("fix", ".", "--endpoint", "http://127.0.0.1:9/v1"), "belongs with endpoint"),
         (("fix", ".", "--endpoint", "http:///v1", "--model", "m"), "give https://host/v1"),
         (("fix", ".", "--out", "/no/such/folder/x"), "is no file to write"),
+        (("fix", ".", "--out", __file__), "is there already; name another, or give --force"),
         (("fix", ".", "--policy", "a", "--endpoint", "http://h", "--model", "m"), "leave out"),
     ],
 )

@@ -5,6 +5,7 @@ import os
 import tarfile
 
 from sandbox_svc.backends.tree_archive import Quota, TreeReader, write_tree
+from sandbox_svc.images.streams import TarStream
 
 
 def packed(top) -> bytes:
@@ -25,11 +26,12 @@ def test_a_layer_that_was_unpacked_packs_to_the_same_bytes(tmp_path):
     for number, path in enumerate(sorted(layer.rglob("*"))):
         os.utime(path, (1000 + number, 1000 + number), follow_symlinks=False)
     data = packed(layer)
-    reader = TreeReader(copy, None, Quota(1 << 20))
-    with tarfile.open(fileobj=io.BytesIO(data), mode="r|") as archive:
-        for member in archive:
-            reader.add(archive, member, member.name.removeprefix("layers/0/"))
-    reader.close()
+    stream = TarStream(io.BytesIO(data), Quota(1 << 20))
+    with TreeReader(copy, None, Quota(1 << 20)) as reader:
+        for member in stream.members():
+            path = member.name.removeprefix("layers/0/")
+            reader.add(member, path, stream.content(member.size))
+        reader.finish()
     assert packed(copy) == data
     assert (copy / "a" / "b").stat().st_mode & 0o777 == 0o555
     (layer / "a" / "b").chmod(0o755)

@@ -1,5 +1,6 @@
 """The package index client against a real local server."""
 
+import asyncio
 import base64
 import hashlib
 import json
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from regreen import pkgindex
 from regreen.pkgindex import (
     IndexFile,
     PackageIndex,
@@ -226,3 +228,12 @@ def test_usable_and_picked_files() -> None:
     picked = pick(pin, "3.10")
     assert picked is not None
     assert picked.filename == "a-1.0.tar.gz"
+
+
+async def test_an_index_that_takes_no_connection_is_given_up_soon_and_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(pkgindex, "_CONNECT_S", 1.0, raising=False)
+    async with PackageIndex(["http://me:secret@127.0.0.1:1/simple"]) as index:
+        async with asyncio.timeout(8):
+            with pytest.raises(Unavailable, match=r"index 127\.0\.0\.1:1 cannot") as caught:
+                await index.files("demo")
+    assert "secret" not in caught.value.message
