@@ -128,7 +128,8 @@ class EmbeddedBox(BoxFiles):
             self._gate.close()
 
     def _on_event(self, message: wire.Message, fds: list[int]) -> None:
-        if message.get("ready") and len(fds) == 1 and self._network < 0:
+        expected = self._seat is not None and self._network < 0
+        if message.get("ready") and len(fds) == 1 and expected:
             self._network = fds.pop()
         close_all(fds)
         if "ready" in message or "closed" in message:

@@ -28,6 +28,8 @@ from sandbox_svc.builders.modules import LIBRARY, SOURCE_FOLDERS, as_source, fol
 MAX_CHANGES = 2000
 MAX_CHANGE_BYTES = 8 << 20
 MAX_PATH = 400
+EXACTLY = "="
+"""Before a root that is itself alone: not what is below, nor folders of its name."""
 _TEST_FOLDERS = frozenset({"test", "tests"})
 _CONFIGURATION = "validation-configuration"
 _CONFIG_OPTIONS = ("-c", "--config-file", "--inifile")
@@ -125,6 +127,7 @@ def by_name(path: str, roots: Iterable[str]) -> str:
         return "plugin"
     around = [folder for folder in folders_of(path) if folder]
     inside = (path, as_source(path), *around, *(f"{folder}.py" for folder in around))
+    inside += (EXACTLY + path, EXACTLY + as_source(path))
     if not frozenset(roots).isdisjoint(inside):
         return "test"
     return "test" if not _TEST_FOLDERS.isdisjoint(parts[:-1]) or _is_test_file(name) else ""

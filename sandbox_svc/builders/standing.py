@@ -14,7 +14,7 @@ from regreen.testpaths import CONFTEST
 from sandbox_svc.backends.base import Box, Command
 from sandbox_svc.builders.base import REPO
 from sandbox_svc.builders.modules import CODE, SOURCE_FOLDERS, folders_of, given
-from sandbox_svc.builders.protect import by_name
+from sandbox_svc.builders.protect import EXACTLY, by_name
 
 _LISTING_BYTES = 64 << 20
 _SHOWN = 3
@@ -30,6 +30,10 @@ class Where:
     """Files of tests, those that could not be collected too."""
     others: tuple[tuple[str, str], ...] = ()
     """What else was collected of a module, a doctest for example: id and file."""
+    roots: tuple[str, ...] = ()
+    """What pytest was told to look through, by arguments or settings."""
+    plugins: tuple[str, ...] = ()
+    """Files of plugins that it loaded by name, not as part of an installed package."""
     rewritten: tuple[str, ...] = ()
     """Names of files that pytest loads itself, from their source."""
 
@@ -55,17 +59,19 @@ async def module_files(box: Box) -> list[str]:
 def learned(facts: Mapping[str, Any], where: Where, files: Iterable[str]) -> dict[str, Any]:
     """The facts, with what its files and the untouched run say of a State's tests."""
     held = frozenset(files)
-    named = frozenset((*facts["protected"], *filter(None, map(_inside, where.files))))
+    told = (*filter(None, map(_inside, where.files)), *_of_tests(where.roots, held))
+    named = frozenset((*facts["protected"], *told))
     tests = [
         path
         for path in {*held, *named}
         if path.endswith(".py") and by_name(path, named) in ("test", "validation-configuration")
     ]
     folders = {path.rpartition("/")[0] for path in tests} - {""}
-    twins = {twin for folder in folders for twin in _twins(folder, held)}
+    twins = {EXACTLY + twin for folder in folders for twin in _twins(folder, held)}
     own_places = {place for place in map(_inside, where.places) if place} - {*SOURCE_FOLDERS}
     modules = {f"{place}/{name}" for place in own_places for name in _names(place, held)}
-    protected = frozenset((*named, *twins))
+    plugins = filter(None, map(_inside, where.plugins))
+    protected = frozenset((*named, *twins, *plugins))
     others = [(id, _inside(path)) for id, path in where.others]
     loose = {id for id, path in others if path and not by_name(path, protected)}
     return {
@@ -108,6 +114,13 @@ def _inside(path: str) -> str | None:
     if path == REPO:
         return ""
     return path[len(REPO) + 1 :] if path.startswith(REPO + "/") else None
+
+
+def _of_tests(roots: Iterable[str], held: frozenset[str]) -> Iterable[str]:
+    """Folders that settings name for tests: those that are no package of the project's."""
+    for root in filter(None, map(_inside, roots)):
+        if f"{root}/__init__.py" not in held and root not in SOURCE_FOLDERS:
+            yield root
 
 
 def _twins(folder: str, held: frozenset[str]) -> Iterable[str]:

@@ -284,7 +284,7 @@ def read_run(result: ExecResult, key: bytes) -> TestRun:
         elif kind == "survey":
             survey = Survey(tuple((n, d) for n, d in frame["names"]))
         elif kind == "where":
-            told = frame.keys() & {"places", "files", "rewritten"}
+            told = frame.keys() & {"places", "files", "roots", "plugins", "rewritten"}
             where.update({name: tuple(map(str, frame[name])) for name in told})
             where["others"] += tuple((str(i), str(p)) for i, p in frame.get("others", ()))
         elif kind == "part":

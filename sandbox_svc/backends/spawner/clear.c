@@ -3,7 +3,8 @@
  * - Here and not in the service: a dozen short calls by one of its threads make its event loop wait a dozen times.
  * - What is as new is kept for the next seat where the service says so: making and removing a memory group takes the kernel
  *   longer the more file systems are mounted on the host, and each sandbox has five of its own.
- * - As new: nothing in the directory, which has the owner, mode, flags and attributes that it was made with; in the group no
+ * - As new: nothing in the directory, which has the owner, mode, flags and attributes that it was made with (its times are set
+ *   anew); in the group no
  *   process, no event that is counted and next to no memory. What cannot be looked at is not as new.
  * - Nothing is followed and nothing with content goes; what is left is told, and the service sees to it.
  */
@@ -94,7 +95,7 @@ static bool directories_as_new(const Settings *settings, const char *name) {
   if (upper >= 0) fremovexattr(upper, MARK);
   bool so = upper >= 0 && work >= 0 && info.st_uid == settings->uid && info.st_gid == settings->gid &&
             info.st_mode == other.st_mode && info.st_size <= ONE_BLOCK && flags_of(upper) == flags_of(work) &&
-            flistxattr(upper, NULL, 0) == flistxattr(work, NULL, 0) && holds_nothing(upper);
+            flistxattr(upper, NULL, 0) == flistxattr(work, NULL, 0) && holds_nothing(upper) && futimens(upper, NULL) == 0;
   if (upper >= 0) close(upper);
   if (work >= 0) close(work);
   return so;

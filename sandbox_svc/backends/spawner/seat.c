@@ -103,10 +103,23 @@ static long number_in(const char *path, const char *before) {
   return found != NULL ? strtol(found + strlen(before), NULL, 10) : -1;
 }
 
-/* No socket is left in this network, and none has ever sent a byte: there is no other device, and nobody in a sandbox may set
- * an address, a route or a rule. */
+/* Whether a table of which the first line is a header has no other, or is not there. */
+static bool has_no_entry(const char *path) {
+  char content[4096];
+  int fd = open(path, O_RDONLY | O_CLOEXEC);
+  if (fd < 0) return errno == ENOENT;
+  ssize_t size = read(fd, content, sizeof content - 1);
+  close(fd);
+  content[size > 0 ? size : 0] = '\0';
+  const char *end = strchr(content, '\n');
+  return size >= 0 && (end == NULL || end[1] == '\0');
+}
+
+/* No socket is left in this network, none has ever sent a byte, and no flow label lingers, which needs neither: there is no
+ * other device, and nobody in a sandbox may set an address, a route or a rule. */
 static bool network_as_new(void) {
-  return number_in("/proc/self/net/sockstat", "sockets: used ") == 0 && number_in("/proc/self/net/dev", "lo:") == 0;
+  return number_in("/proc/self/net/sockstat", "sockets: used ") == 0 && number_in("/proc/self/net/dev", "lo:") == 0 &&
+         has_no_entry("/proc/self/net/ip6_flowlabel");
 }
 
 void enter_network(int sock, const Settings *settings, int network) {

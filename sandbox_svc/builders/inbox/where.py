@@ -38,6 +38,8 @@ class Where:
         for item in session.items:
             self.note(item.nodeid, file_of(item), isinstance(item, self.pytest.Function))
         self.look()
+        self.send({"t": "where", "roots": self.roots(session.config)})
+        self.send({"t": "where", "plugins": plugins_of(session.config.pluginmanager)})
         if session.config.getoption("assertmode", "") == "rewrite":
             patterns = ["conftest.py", *session.config.getini("python_files")]
             self.send({"t": "where", "rewritten": [p for p in patterns if "/" not in p]})
@@ -56,9 +58,21 @@ class Where:
         else:
             self.others[id] = path
 
+    def roots(self, config: Any) -> list[str]:
+        named = [str(argument).partition("::")[0] for argument in config.args]
+        return [os.path.realpath(path) for path in named if os.path.isdir(path)]
+
     def look(self) -> None:
         for place in sys.path:
             self.places[os.path.realpath(place or os.getcwd())] = None
+
+
+def plugins_of(manager: Any) -> list[str]:
+    """Files of the modules that are plugins, but for those of installed packages' metadata."""
+    installed = [plugin for plugin, _ in manager.list_plugin_distinfo()]
+    modules = [plugin for plugin in manager.get_plugins() if plugin not in installed]
+    files = [getattr(plugin, "__file__", None) for plugin in modules]
+    return sorted({os.path.realpath(path) for path in files if isinstance(path, str)})
 
 
 def is_doctest(node: Any) -> bool:

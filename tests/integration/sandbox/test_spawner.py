@@ -256,6 +256,7 @@ _LEFT = {
     "a file of the base, hidden": ("rm -rf /work", False),
     "the mode of its root": ("chmod 701 /", False),
     "the mode of its root, put back": ("chmod 701 /; chmod 755 /", True),
+    "the times of its root": ("touch -d @5 /", True),
     "a mark on its root": (
         '/usr/bin/python3 -c \'import os; os.setxattr("/", "user.x", b"1")\'',
         False,
@@ -275,6 +276,8 @@ async def test_what_a_sandbox_leaves_is_another_s_only_as_new(tmp_path, left):
             box = await runtime.create([], limits=Limits())
             names.append(box.place)
             looked = await box.run(Command(("ls", "-A", "/work"), cwd="/"))
+            dated = await box.run(Command(("stat", "-c", "%Y", "/"), cwd="/"))
+            assert int(dated.stdout.text) > 10
             assert looked.stdout.text == "env\nhome\nrepo\n"
             ended = await box.run(Command(("sh", "-c", script), cwd="/"))
             await box.delete()
@@ -316,6 +319,12 @@ a, b = socket.socketpair()
 socket.send_fds(a, [b"x"], [b.fileno()])
 socket.send_fds(b, [b"x"], [a.fileno()])
 """
+_LABEL = """
+import socket, struct
+with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as s:
+    s.setsockopt(socket.IPPROTO_IPV6, 32, socket.inet_pton(socket.AF_INET6, "::1")
+                 + struct.pack("!I", 0x12345) + struct.pack("BBHHHI", 0, 1, 1, 30, 30, 0))
+"""
 _WAIT = """
 import socket
 for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
@@ -323,7 +332,11 @@ for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
 socket.socket(socket.AF_UNIX).bind("\\0name")
 """
 _NETWORKS = {"none": ("", True), "listened": (_WAIT, True), "sent": (_SEND, False)}
-_NETWORKS |= {"talked": (_TALK, False), "hid sockets in flight": (_HIDE, None)}
+_NETWORKS |= {
+    "labelled flows": (_LABEL, False),
+    "talked": (_TALK, False),
+    "hid sockets in flight": (_HIDE, None),
+}
 
 
 @pytest.mark.parametrize("used", _NETWORKS)

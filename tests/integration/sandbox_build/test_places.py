@@ -255,3 +255,60 @@ async def test_a_test_that_a_fix_may_change_is_not_required(shop: Workshop) -> N
     )
     refused(await judge(shop, kept, edited), edited.path, "test")
     assert (await judge(shop, kept, FIX)).outcome is Outcome.PASSED
+
+
+_HOOK = b"""import pytest
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    return True if pyfuncitem.nodeid.startswith("tests/") else None
+"""
+
+
+async def test_a_plugin_of_the_repository_is_the_states(shop: Workshop) -> None:
+    files = {
+        "conftest.py": "pytest_plugins = ['plug.p']\n",
+        "plug/__init__.py": "",
+        "plug/p.py": "def pytest_addoption(parser): pass\n",
+    }
+    state = await shop.prepared("plugin", files, fail_to_pass=FAIL_TO_PASS)
+    for path in ("plug/p.py", "plug/p/__init__.py"):
+        refused(await judge(shop, state, NOT, FileChange(path, _HOOK)), path, "test")
+    more = FileChange("plug/other.py", b"X = 1\n")
+    verdict = await judge(shop, state, FIX, more)
+    assert (verdict.outcome, verdict.reverted) == (Outcome.PASSED, ()), verdict.summary
+
+
+async def test_source_beside_tests_without_a_package_may_be_fixed(shop: Workshop) -> None:
+    wanted = ("ns/test_core.py::test_core",)
+    files = {
+        "ns/core.py": "def one():\n    return 2\n",
+        "ns/test_core.py": "from ns.core import one\n\n\ndef test_core():\n    assert one() == 1\n",
+        "conftest.py": "import sys\n\nsys.path.insert(0, '/work/repo')\n",
+    }
+    arguments = ("tests", "ns/test_core.py")
+    state = await shop.prepared("namespace", files, arguments=arguments, fail_to_pass=wanted)
+    fix = [
+        FileChange("ns/core.py", b"from ns.compat import one\n"),
+        FileChange("ns/compat.py", b"def one():\n    return 1\n"),
+    ]
+    verdict = await judge(shop, state, *fix, required_tests=wanted)
+    assert (verdict.outcome, verdict.reverted) == (Outcome.PASSED, ()), verdict.summary
+    package = FileChange("ns/__init__.py", b"__path__ = ['/work/repo/fake']\n")
+    fake = FileChange("fake/core.py", b"def one(): return 1\n")
+    refused(await judge(shop, state, package, fake, required_tests=wanted), package.path, "test")
+
+
+async def test_helpers_in_a_folder_that_settings_name_are_the_states(shop: Workshop) -> None:
+    files = {
+        "setup.cfg": "[tool:pytest]\ntestpaths = checks\npython_files = check_*.py\n",
+        "checks/helper.py": "def agreed(value):\n    return value == 'Hello, Ada!'\n",
+        "checks/check_h.py": (
+            "from helper import agreed\n\n\ndef test_h():\n"
+            "    from greet import greeting\n\n    assert agreed(greeting('Ada'))\n"
+        ),
+    }
+    wanted = ("checks/check_h.py::test_h",)
+    state = await shop.prepared("helpers", files, arguments=(), fail_to_pass=wanted)
+    change = FileChange("checks/helper.py", _SPACE.encode())
+    refused(await judge(shop, state, NOT, change), change.path, "test")
+    assert (await judge(shop, state, FIX)).outcome is Outcome.PASSED

@@ -1,5 +1,6 @@
 """What a State's verdicts stand on, and what a path that a run wrote is to them."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from regreen.rpc.errors import InvalidArgument
 from sandbox_svc.builders.base import REPO
 from sandbox_svc.builders.kinds import Kind, Kinds
 from sandbox_svc.builders.modules import as_source, given, hidden
+from sandbox_svc.builders.protect import by_name
 from sandbox_svc.builders.standing import Where, learned, refuse_loose
 
 SITE = "/work/env/lib/python3.11/site-packages"
@@ -38,8 +40,8 @@ def facts() -> dict[str, Any]:
 def test_what_is_learned(facts: dict[str, Any]) -> None:
     assert set(facts["protected"]) == {
         *("tests", "tests/test_a.py", "checks/check_c.py", "docs/use.rst"),
-        *("tests.py", "tests/__init__.py", "checks.py", "checks/__init__.py"),
-        *("greet/api.py", "greet/api/__init__.py"),
+        *("=tests.py", "=tests/__init__.py", "=checks.py", "=checks/__init__.py"),
+        *("=greet/api.py", "=greet/api/__init__.py"),
     }
     assert set(facts["modules"]) == {"greet", "tests", "python/extra"} | {
         f"tests/{name}" for name in ("conftest", "helper", "test_a", "pack")
@@ -50,6 +52,28 @@ def test_what_is_learned(facts: dict[str, Any]) -> None:
         *("tests", "pack", "checks", "api"),
     }
     assert facts["loose"] == ["greet/more.py::greet.more"]
+
+
+def test_source_beside_tests_is_not_theirs(facts: dict[str, Any]) -> None:
+    roots = facts["protected"]
+    for path in ("greet/api/call.py", "greet/api/new/x.py", "checks/helper.py"):
+        assert not by_name(path, roots)
+    for path in ("greet/api.py", "greet/api.abi3.so", "greet/api/__init__.so", "checks.so"):
+        assert by_name(path, roots) == "test"
+    told = replace(WHERE, roots=(f"{REPO}/checks", f"{REPO}/greet", REPO, f"{REPO}/src", "/x"))
+    roots = learned(FACTS, told, HELD)["protected"]
+    assert by_name("checks/helper.py", roots) == "test"
+    assert not by_name("greet/more.py", roots)
+    assert not by_name("src/more.py", roots)
+
+
+def test_plugins_that_are_loaded_by_name_are_the_states(facts: dict[str, Any]) -> None:
+    told = replace(WHERE, plugins=(f"{REPO}/greet/plug.py", f"{SITE}/other.py"))
+    found = learned(FACTS, told, HELD)
+    assert by_name("greet/plug.py", found["protected"]) == "test"
+    assert by_name("greet/plug/__init__.py", found["protected"]) == "test"
+    assert found["stems"] == facts["stems"]
+    assert found["folders"] == facts["folders"]
 
 
 def test_a_test_that_may_be_edited_is_not_asked_for(facts: dict[str, Any]) -> None:
