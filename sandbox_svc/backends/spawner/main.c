@@ -58,7 +58,9 @@ static void keep_only(int sock) {
 static void become_first_process(int sock, const Settings *settings, Request *seat) {
   Request spec;
   prctl(PR_SET_PDEATHSIG, (unsigned long)SIGKILL, 0UL, 0UL, 0UL);
+#ifndef IN_THE_NETWORK_OF_THE_HOST
   if (seat->count > 0) enter_network(sock, settings, seat->fds[0]);
+#endif
   keep_only(sock);
   setsid();
   settle(sock, settings, seat);

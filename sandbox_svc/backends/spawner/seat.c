@@ -73,6 +73,14 @@ static void step(const char *format, ...) {
   if (*breaks_at && strcmp(breaks_at, at) == 0) fail("injected", EIO);
 }
 
+/* A file may name the step to fail at: how a test injects a fault. */
+static void learn_fault(void) {
+#ifdef BREAKS_AT
+  int fault = open(BREAKS_AT, O_RDONLY | O_CLOEXEC);
+  if (fault >= 0 && read(fault, breaks_at, sizeof breaks_at - 1) >= 0) close(fault);
+#endif
+}
+
 /* Values for files of a control group, of which those that are not needed may be refused. */
 static void put_all(Request *request) {
   for (long left = number(request); left > 0; left--) {
@@ -125,6 +133,7 @@ static bool network_as_new(void) {
 void enter_network(int sock, const Settings *settings, int network) {
   struct stat info;
   channel = sock;
+  learn_fault();
   step("earlier network");
   need(fstat(network, &info) == 0 && setns(network, CLONE_NEWNET) == 0);
   bool ours = info.st_dev == settings->network.st_dev && info.st_ino == settings->network.st_ino;
@@ -190,10 +199,7 @@ static void stage_terminals(void) {
 void settle(int sock, const Settings *settings, Request *seat) {
   char path[OPTION_BYTES];
   channel = sock;
-#ifdef BREAKS_AT /* a file that names the step to fail at: how a test injects a fault */
-  int fault = open(BREAKS_AT, O_RDONLY | O_CLOEXEC);
-  if (fault >= 0 && read(fault, breaks_at, sizeof breaks_at - 1) >= 0) close(fault);
-#endif
+  learn_fault();
   text(seat), text(seat);
   const char *place = text(seat);
   bool kept = number(seat); /* its directories, and its groups with their limits, are there: see clear.c */

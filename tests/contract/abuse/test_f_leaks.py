@@ -16,7 +16,7 @@ from regreen.rpc.errors import (
     MissingDependency,
 )
 from sandbox_svc.backends import embedded_box, program
-from sandbox_svc.backends.base import EndReason, Mount
+from sandbox_svc.backends.base import EndReason, Limits, Mount
 from tests.contract.abuse.walls import BREAKS_AT, IS_ROOT, weakened
 from tests.contract.runtimes import SMALL, sh, started
 
@@ -159,17 +159,42 @@ async def test_f2_a_set_up_that_fails_leaves_nothing(tmp_path):
         assert (await _rested(runtime))["run"] == 0
 
 
+_AGAIN = "earlier network"
+"""A step of those sandboxes alone that take what another has left."""
+
+
 def steps() -> list[str]:
     """Every step that the set-up of a sandbox names, taken from its source."""
     source = (program._SOURCES / "seat.c").read_text("utf-8")
     found = dict.fromkeys(re.findall(r'\bstep\("([^"]+)"', source))
     found.pop("mount %s")
     found.pop("open mount %s")
+    found.pop(_AGAIN)
     named = []
     for step in found:
         name = {"protect": "sys", "mask": "kcore"}.get(step.split()[0], "null")
         named.append(step.replace("%s", name))
     return [*named, "mount /usr", "mount /proc", "mount /dev", "mount /dev/shm", "mount /tmp"]
+
+
+async def test_f2_what_another_left_and_cannot_be_entered_goes(tmp_path):
+    where = tmp_path / "breaks-at"
+    where.write_text("")
+    async with weakened(tmp_path / "home", BREAKS_AT.format(path=str(where))) as runtime:
+        for _ in range(2):
+            await (await runtime.create([], limits=Limits())).delete()
+            await runtime.settle()
+        (name,) = runtime._seats.kept
+        where.write_text(_AGAIN)
+        with pytest.raises(InfraError, match=f"set-up failed at {_AGAIN}: .*injected"):
+            await runtime.create([], limits=Limits())
+        where.write_text("")
+        again = await runtime.create([], limits=Limits())
+        assert again.place != name
+        assert (await sh(again, "echo fine")).stdout.text == "fine\n"
+        await again.delete()
+        await runtime.settle()
+        assert not any((await runtime.orphans()).values())
 
 
 async def test_f2_a_failure_at_each_step_is_told_and_leaves_nothing(tmp_path):

@@ -354,7 +354,7 @@ async def test_probes_prove_nothing_where_no_limit_acts(tmp_path, monkeypatch):
 
 
 async def test_probes_prove_nothing_where_the_scripts_cannot_run(tmp_path, monkeypatch):
-    for script in ("_FORKS", "_MEMORY", "MEMFD", "_DISK", "_FILES", "_FLOOD", "_LOOK"):
+    for script in ("_FORKS", "_MEMORY", "MEMFD", "SHARED", "_DISK", "_FILES", "_FLOOD", "_LOOK"):
         monkeypatch.setattr(probe, script, "no-such-program")
     runtime = EmbeddedRuntime(tmp_path / "home")
     await runtime.start()
