@@ -265,6 +265,7 @@ _LEFT = {
 }
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="of an ordinary user's sandboxes nothing is kept")
 @pytest.mark.parametrize("left", _LEFT)
 async def test_what_a_sandbox_leaves_is_another_s_only_as_new(tmp_path, left):
     script, as_new = _LEFT[left]
@@ -339,6 +340,7 @@ _NETWORKS |= {
 }
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="of an ordinary user's sandboxes nothing is kept")
 @pytest.mark.parametrize("used", _NETWORKS)
 @pytest.mark.skipif(not Path("/usr/bin/python3").exists(), reason="no /usr/bin/python3 here")
 async def test_a_network_is_another_s_only_if_nothing_was_sent_and_no_socket_is_left(
