@@ -96,6 +96,9 @@ class StateTree(RuleBasedStateMachine):
     @rule(pick=_PICK, name=_NAMES, text=_TEXTS)
     def write(self, pick: int, name: str, text: str) -> None:
         box_id = self._box(pick)
+        others = (path for path in self.boxes[box_id] if path != name)
+        if any(f"{p}/".startswith(f"{name}/") or name.startswith(f"{p}/") for p in others):
+            return  # after a rename a directory has the name, or a file that of its directory
         self._sh(box_id, f"mkdir -p $(dirname {name}) && echo {text} > {name}")
         self.boxes[box_id][name] = text
 
