@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import socket
 import tarfile
 import tempfile
 from dataclasses import replace
@@ -303,9 +302,7 @@ async def test_the_time_of_an_episode_stands_still_while_a_service_is_away(world
     folder = Path(tempfile.mkdtemp(prefix="policy-", dir=world.home))
     script = folder / "script.json"
     script.write_text(json.dumps({"responses": says(PIN, VALIDATE)}))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"unix:{folder}/policy.sock"  # a free port is somebody else's seconds later
     settings = PolicySettings(
         home=folder,
         engine="scripted",

@@ -59,7 +59,6 @@ def dead(tmp_path):
 
 async def test_the_next_start_of_any_service_sweeps_what_a_killed_one_left(tmp_path, dead):
     _, left = dead
-    assert all(any(Path(place).glob("*/")) for place in left)
     runtime = EmbeddedRuntime(tmp_path / "other", run_probes=False, warm_seats=0)
     until_s = time.monotonic() + 10  # its processes end by themselves; a group in use stays
     while any(map(os.path.isdir, left)) and time.monotonic() < until_s:
