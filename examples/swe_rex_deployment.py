@@ -11,8 +11,7 @@ from regreen.sandbox import v1 as pb
 
 address = sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1:50052"
 states = pb.StateServiceStub(grpc.insecure_channel(address))
-spec = pb.EnvironmentSpec(builder="system")
-*_, last = states.PrepareState(pb.PrepareStateRequest(spec=spec), timeout=120)
+*_, last = states.PrepareState(pb.PrepareStateRequest(spec={"builder": "system"}), timeout=120)
 deployment = RegreenDeployment(address=address, state_id=last.state.id)
 
 

@@ -11,7 +11,7 @@ import bisect
 import contextlib
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import grpc
@@ -72,14 +72,22 @@ def filled_page(
         InvalidArgument: bad size or token.
     """
     chosen, token = page(items, key, size, token)
+    messages = fitting(chosen, message)
+    cut = len(messages) < len(chosen)
+    return messages, token_of(key(chosen[len(messages) - 1])) if cut else token
+
+
+def fitting(items: Iterable[T], message: Callable[[T], M]) -> Sequence[M]:
+    """The first of `items` as messages, at least one, as many as may be sent in one."""
     messages: list[M] = []
     room = PAGE_BYTES
-    for item in chosen:
-        messages.append(message(item))
-        room -= messages[-1].ByteSize()
-        if room < 0 and len(messages) > 1:
-            return messages[:-1], token_of(key(chosen[len(messages) - 2]))
-    return messages, token
+    for item in items:
+        made = message(item)
+        room -= made.ByteSize()
+        if messages and room < 0:
+            break
+        messages.append(made)
+    return messages
 
 
 def place_of(token: str) -> tuple[float, str]:
@@ -159,8 +167,7 @@ class StateServicer(_Servicer, pb.StateServiceServicer):
     ) -> pb.GetLineageResponse:
         """Read a state and those that it was made from."""
         states, id = self._host.states, check_id(request.id, "st", "id")
-        line = states.lineage(id)[::-1]  # the nearest first: they are what there is room for
-        nearest, _ = filled_page(line, translate.state_to, _place, _MAX_PAGE, "")
+        nearest = fitting(reversed(states.lineage(id)), translate.state_to)
         return pb.GetLineageResponse(states=nearest[::-1], ancestor_ids=states.ancestors(id))
 
     async def DeleteState(

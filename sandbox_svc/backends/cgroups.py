@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from regreen.rpc.errors import FailedPrecondition
 from sandbox_svc.backends.base import Limits
 
 _ROOT, _PREFIX = Path("/sys/fs/cgroup"), "regreen-"
@@ -192,22 +193,42 @@ def _instances(root: Path) -> Iterator[str]:
             yield f"{folder}/{name}"
 
 
+@contextlib.contextmanager
+def _opened(group: str) -> Iterator[int]:
+    fd = os.open(group, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _locked(group: str) -> int:
+    """A descriptor that locks an instance's group, which is made.
+
+    Raises:
+        FailedPrecondition: another service has it.
+    """
+    until = time.monotonic() + _GRACE_S
+    while time.monotonic() < until:
+        os.makedirs(group, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError, BlockingIOError), _opened(group) as fd:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.stat(group), os.fstat(fd)):  # else it was just swept
+                return os.dup(fd)
+        time.sleep(0.01)  # who sweeps holds it only for a moment
+    raise FailedPrecondition(
+        f"another sandbox service has the control group {group}; stop it or choose another home"
+    )
+
+
 def _sweep_dead(group: str) -> None:
     """Remove what is empty of another instance's group, if nobody holds its lock."""
-    try:
-        lock = os.open(group, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with contextlib.suppress(OSError), _opened(group) as fd:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for entry in os.scandir(group):
             if entry.is_dir(follow_symlinks=False):
                 _removed(entry.path)
         _removed(group)
-    except OSError:
-        return
-    finally:
-        os.close(lock)
 
 
 class _Base(ABC):
@@ -225,16 +246,21 @@ class _Base(ABC):
         self._locks: list[int] = []
 
     def _prepare(self) -> None:
-        for path in self.places:
-            while True:  # whoever sweeps may have taken it for a dead one's before it was locked
-                os.makedirs(path, exist_ok=True)
-                with contextlib.suppress(FileNotFoundError):
-                    lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                    fcntl.flock(lock, fcntl.LOCK_EX)
-                    if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(lock)):
-                        self._locks.append(lock)
-                        break
-                    os.close(lock)
+        """Make and lock the instance's groups.
+
+        Raises:
+            FailedPrecondition: another service has them.
+        """
+        try:
+            for path in self.places:
+                self._locks.append(_locked(path))
+        except BaseException:
+            self._unlock()
+            raise
+
+    def _unlock(self) -> None:
+        while self._locks:
+            os.close(self._locks.pop())
 
     @abstractmethod
     def writes(self, box: str, limits: Limits) -> list[Write]: ...
@@ -279,8 +305,7 @@ class _Base(ABC):
         for path in self.places:
             with contextlib.suppress(OSError):
                 os.rmdir(path)
-        while self._locks:
-            os.close(self._locks.pop())
+        self._unlock()
 
 
 class CgroupV1(_Base):

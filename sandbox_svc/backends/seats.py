@@ -272,18 +272,19 @@ class Seats:
 
         At most `AT_ONCE`.
         """
-        kept: list[_Kept] = []
+        kept: Sequence[Left] = ()
         try:
             for_good, kept = await self._cleared(left)
         finally:
-            self._kept += kept
-            names = {name for name, _ in kept}
-            close_all(each.network for each in left if each.network >= 0 and each.name not in names)
+            self._kept += [_Kept(each.name, each.network) for each in kept]
+            gone = {each.network for each in left} - {each.network for each in kept}
+            close_all(gone - {-1})
         return for_good
 
-    async def _cleared(self, left: Sequence[Left]) -> tuple[Sequence[Left], list[_Kept]]:
+    async def _cleared(self, left: Sequence[Left]) -> tuple[Sequence[Left], Sequence[Left]]:
+        """What the spawner could not remove, and what it kept."""
         if self._link is None:
-            return left, []
+            return left, ()
         room = _KEPT - len(self._kept) >= len(left) and not self._closing
         parts = [Part.BOTH if e.part is Part.USUAL and not room else e.part for e in left]
         entries = [f"{part}{each.name}" for each, part in zip(left, parts, strict=True)]
@@ -293,9 +294,8 @@ class Seats:
         try:
             reply, _ = await self._link.request("clear", *request, *wire.counted(entries))
         except (LinkClosed, TimeoutError):
-            return left, []
-        kept = [left[number] for number in reply["kept"]]
-        return [left[n] for n in reply["left"]], [_Kept(e.name, e.network) for e in kept]
+            return left, ()
+        return [left[n] for n in reply["left"]], [left[n] for n in reply["kept"]]
 
     async def _discard(self, seat: Seat) -> None:
         try:

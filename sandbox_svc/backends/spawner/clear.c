@@ -4,8 +4,7 @@
  * - What is as new is kept for the next seat where the service says so: making and removing a memory group takes the kernel
  *   longer the more file systems are mounted on the host, and each sandbox has five of its own.
  * - As new: nothing in the directory, which has the owner, mode, flags and attributes that it was made with (its times are set
- *   anew); in the group no
- *   process, no event that is counted and next to no memory. What cannot be looked at is not as new.
+ *   anew); in the group no process, no event that is counted and next to no memory. What cannot be looked at is not as new.
  * - Nothing is followed and nothing with content goes; what is left is told, and the service sees to it.
  */
 #include "spawner.h"
@@ -90,11 +89,16 @@ static bool holds_nothing(int fd) {
 
 /* The upper, which was a sandbox's, beside the work directory, which was made with it and never was. */
 static bool directories_as_new(const Settings *settings, const char *name) {
-  struct stat info, other;
+#ifdef WITHOUT_A_LOOK /* so compiled by a test, to see what a sandbox has left */
+  return true;
+#endif
+  struct stat info = {0}, other = {0};
   int upper = directory_of(settings->home, name, "u", &info), work = directory_of(settings->home, name, "w", &other);
   if (upper >= 0) fremovexattr(upper, MARK);
-  bool so = upper >= 0 && work >= 0 && info.st_uid == settings->uid && info.st_gid == settings->gid &&
-            info.st_mode == other.st_mode && info.st_size <= ONE_BLOCK && flags_of(upper) == flags_of(work) &&
+  uid_t uid = settings->root ? settings->uid : other.st_uid; /* without root both are the service's own */
+  gid_t gid = settings->root ? settings->gid : other.st_gid;
+  bool so = upper >= 0 && work >= 0 && info.st_uid == uid && info.st_gid == gid && info.st_mode == other.st_mode &&
+            info.st_size <= ONE_BLOCK && flags_of(upper) == flags_of(work) &&
             flistxattr(upper, NULL, 0) == flistxattr(work, NULL, 0) && holds_nothing(upper) && futimens(upper, NULL) == 0;
   if (upper >= 0) close(upper);
   if (work >= 0) close(work);

@@ -126,6 +126,9 @@ static bool has_no_entry(const char *path) {
 /* No socket is left in this network, none has ever sent a byte, and no flow label lingers, which needs neither: there is no
  * other device, and nobody in a sandbox may set an address, a route or a rule. */
 static bool network_as_new(void) {
+#ifdef WITHOUT_A_LOOK /* so compiled by a test, to see what a sandbox has left */
+  return true;
+#endif
   return number_in("/proc/self/net/sockstat", "sockets: used ") == 0 && number_in("/proc/self/net/dev", "lo:") == 0 &&
          has_no_entry("/proc/self/net/ip6_flowlabel");
 }

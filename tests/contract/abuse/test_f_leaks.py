@@ -177,7 +177,6 @@ def steps() -> list[str]:
     return [*named, "mount /usr", "mount /proc", "mount /dev", "mount /dev/shm", "mount /tmp"]
 
 
-@pytest.mark.skipif(not IS_ROOT, reason="of an ordinary user's sandboxes nothing is kept")
 async def test_f2_what_another_left_and_cannot_be_entered_goes(tmp_path):
     where = tmp_path / "breaks-at"
     where.write_text("")

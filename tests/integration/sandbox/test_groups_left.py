@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from regreen.rpc.errors import FailedPrecondition
 from sandbox_svc.backends import cgroups
 from sandbox_svc.backends.base import Limits
 from sandbox_svc.backends.embedded import EmbeddedRuntime
@@ -115,6 +116,19 @@ def test_a_group_that_is_locked_or_not_empty_stays():
     assert not used.exists()
     driver.close()
     assert not Path(driver.places[0]).exists()
+
+
+def test_a_group_that_another_service_has_is_refused_by_name():
+    driver = cgroups.choose("taken")
+    if not driver.places:
+        pytest.skip("this host has no control groups for sandboxes")
+    try:
+        with pytest.raises(FailedPrecondition, match="regreen-taken; stop it or choose another"):
+            cgroups.choose("taken")
+    finally:
+        driver.close()
+    cgroups.choose("taken").close()
+    assert not any(map(os.path.isdir, driver.places))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

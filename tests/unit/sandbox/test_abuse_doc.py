@@ -14,6 +14,7 @@ _FILES = {
     "c": f"{_ABUSE}/test_c_network.py",
     "d": f"{_ABUSE}/test_d_files.py",
     "e": f"{_ABUSE}/test_e_states.py",
+    "kept": f"{_ABUSE}/test_e_kept.py",
     "f": f"{_ABUSE}/test_f_leaks.py",
     "actions": f"{_SANDBOX}/test_actions.py",
     "crash": f"{_SANDBOX}/test_crash.py",
