@@ -22,6 +22,26 @@ class Clock:
         return self.now
 
 
+async def prepared(states: StateStore, runtime: EmbeddedRuntime, number: int, size: int = _BIG):
+    """A State with one file of a size."""
+
+    async def build(progress):
+        box = await runtime.create([], limits=Limits())
+        await box.write_file("/work/repo/big", b"x" * size)
+        layer = await box.freeze()
+        await box.delete()
+        return Prepared((layer,), (), {}, {})
+
+    return await states.prepare(f"{number}" * 64, build)
+
+
+async def kept_up(upkeep: Upkeep) -> None:
+    """One round of upkeep."""
+    await upkeep.start()
+    await asyncio.wait_for(upkeep.settled(), 30.0)
+    await upkeep.close()
+
+
 async def test_a_budget_drops_what_was_used_least_recently_and_spares_what_is_in_use(tmp_path):
     clock = Clock()
     runtime = EmbeddedRuntime(tmp_path / "home", run_probes=False, warm_seats=1)
@@ -30,25 +50,12 @@ async def test_a_budget_drops_what_was_used_least_recently_and_spares_what_is_in
     await states.open()
     manager = Manager(runtime, states, clock=clock)
 
-    async def prepare(number: int):
-        async def build(progress):
-            box = await runtime.create([], limits=Limits())
-            await box.write_file("/work/repo/big", b"x" * _BIG)
-            layer = await box.freeze()
-            await box.delete()
-            return Prepared((layer,), (), {}, {})
-
-        return await states.prepare(f"{number}" * 64, build)
-
     async def kept(budget: int, grace_s: float) -> set[str]:
         limits = UpkeepLimits(state_bytes=budget, snapshot_grace_s=grace_s)
-        upkeep = Upkeep(states, runtime, manager.stood_on, clock, limits)
-        await upkeep.start()
-        await asyncio.wait_for(upkeep.settled(), 30.0)
-        await upkeep.close()
+        await kept_up(Upkeep(states, runtime, manager.stood_on, clock, limits))
         return {state.id for state in states.list()}
 
-    parent, old, used, young = [await prepare(number) for number in range(1, 5)]
+    parent, old, used, young = [await prepared(states, runtime, number) for number in range(1, 5)]
     box = await manager.create(parent.id, ttl_s=86_000.0)
     await box.box.write_file("/work/repo/more", b"y" * _BIG)
     snapshot = await manager.snapshot(box.id)
@@ -86,13 +93,7 @@ async def test_the_time_of_use_survives_a_restart(tmp_path):
     states = StateStore(tmp_path / "home", runtime, clock=clock)
     await states.open()
 
-    async def build(progress):
-        box = await runtime.create([], limits=Limits())
-        layer = await box.freeze()
-        await box.delete()
-        return Prepared((layer,), (), {}, {})
-
-    state = await states.prepare("1" * 64, build)
+    state = await prepared(states, runtime, 1)
     await states.close()
     clock.now += 500.0
     states.runnable(state.id)
@@ -111,26 +112,16 @@ async def test_what_is_shared_with_layers_that_went_counts_in_full_at_once(tmp_p
     states = StateStore(tmp_path / "home", runtime, clock=clock)
     await states.open()
 
-    async def prepare(number: int, size: int):
-        async def build(progress):
-            box = await runtime.create([], limits=Limits())
-            await box.write_file("/work/repo/big", b"x" * size)
-            layer = await box.freeze()
-            await box.delete()
-            return Prepared((layer,), (), {}, {})
-
-        return await states.prepare(f"{number}" * 64, build)
-
-    first, second, third = [await prepare(n, 2 * _BIG if n < 3 else _BIG) for n in (1, 2, 3)]
+    sizes = (2 * _BIG, 2 * _BIG, _BIG)
+    first, second, third = [
+        await prepared(states, runtime, number, size) for number, size in enumerate(sizes, 1)
+    ]
     files = [runtime.layout.layer(one.layers[0]) / "work/repo/big" for one in (first, second)]
     files[1].unlink()
     files[1].hardlink_to(files[0])
     clock.now += 100.0
     limits = UpkeepLimits(state_bytes=2 * _BIG + _BIG // 2)
-    upkeep = Upkeep(states, runtime, set, clock, limits)
-    await upkeep.start()
-    await asyncio.wait_for(upkeep.settled(), 30.0)
-    await upkeep.close()
+    await kept_up(Upkeep(states, runtime, set, clock, limits))
     assert [state.id for state in states.list()] == [third.id]
     await states.close()
     await runtime.close()
