@@ -30,8 +30,10 @@ from sandbox_svc.states import State
 
 _HEARTBEAT_S = 10.0
 DEFAULT_PAGE, _MAX_PAGE = 100, 1000
-PAGE_BYTES = 32 << 20
-"""Of the entries of one page, or of one lineage: less than a message may have."""
+_PAGE_BYTES = 3 << 20
+"""Of the entries of one page: less than a client takes that sets no limit (4 MiB)."""
+_LINEAGE_BYTES = 32 << 20
+"""Of the states of one lineage, which has no pages: less than a message may have."""
 _READ_BYTES = 1 << 20
 _MAX_TRANSFER_BYTES = 48 << 20
 
@@ -72,19 +74,18 @@ def filled_page(
         InvalidArgument: bad size or token.
     """
     chosen, token = page(items, key, size, token)
-    messages = fitting(chosen, message)
+    messages = fitting(chosen, message, _PAGE_BYTES)
     cut = len(messages) < len(chosen)
     return messages, token_of(key(chosen[len(messages) - 1])) if cut else token
 
 
-def fitting(items: Iterable[T], message: Callable[[T], M]) -> Sequence[M]:
-    """The first of `items` as messages, at least one, as many as may be sent in one."""
+def fitting(items: Iterable[T], message: Callable[[T], M], room_bytes: int) -> Sequence[M]:
+    """The first of `items` as messages, at least one, as many as there is room for."""
     messages: list[M] = []
-    room = PAGE_BYTES
     for item in items:
         made = message(item)
-        room -= made.ByteSize()
-        if messages and room < 0:
+        room_bytes -= made.ByteSize()
+        if messages and room_bytes < 0:
             break
         messages.append(made)
     return messages
@@ -167,7 +168,7 @@ class StateServicer(_Servicer, pb.StateServiceServicer):
     ) -> pb.GetLineageResponse:
         """Read a state and those that it was made from."""
         states, id = self._host.states, check_id(request.id, "st", "id")
-        nearest = fitting(reversed(states.lineage(id)), translate.state_to)
+        nearest = fitting(reversed(states.lineage(id)), translate.state_to, _LINEAGE_BYTES)
         return pb.GetLineageResponse(states=nearest[::-1], ancestor_ids=states.ancestors(id))
 
     async def DeleteState(

@@ -40,6 +40,7 @@ from sandbox_svc.backends.cgroups import Counters
 from sandbox_svc.backends.commands import ENVIRONMENT, check_command
 from sandbox_svc.backends.embedded_files import BoxFiles
 from sandbox_svc.backends.embedded_process import EmbeddedProcess
+from sandbox_svc.backends.fds import exhausted
 from sandbox_svc.backends.jobs import Job, all_ended, first_of, name_end, prepared
 from sandbox_svc.backends.layers import writing
 from sandbox_svc.backends.link import Link, LinkClosed, close_all
@@ -92,6 +93,7 @@ class EmbeddedBox(BoxFiles):
     async def launch(self) -> None:
         """Start the first process over the present layers; used at birth and after a freeze."""
         self._ready = asyncio.get_running_loop().create_future()
+        self._ready.add_done_callback(_heard)
         self._ended, self._seen, self._overrun = False, Counters(), None
         if self._watch is not None:
             self._watch.close()
@@ -119,8 +121,10 @@ class EmbeddedBox(BoxFiles):
     async def _listener(self, link: Link) -> socket.socket:
         """A socket of the sandbox's loopback, made before any command of it runs."""
         reply, fds = await link.request("listen", PROXY_PORT)
+        if not fds and "error" in reply:
+            raise InfraError(f"the sandbox cannot listen: {reply['error']}")
         if not fds:
-            raise InfraError(f"the sandbox cannot listen: {reply.get('error', reply)}")
+            raise exhausted("the sandbox's way out")
         return socket.socket(fileno=fds[0])
 
     def _close_gate(self) -> None:
@@ -423,7 +427,8 @@ class EmbeddedBox(BoxFiles):
         if seat is not None:
             part = Part.GROUP
             if for_good and seat.name == self.place:
-                part = Part.USUAL if self.limits == seat.limits else Part.BOTH
+                usual = self.limits == seat.limits and self._network >= 0  # it was once ready
+                part = Part.USUAL if usual else Part.BOTH
                 self.place = ""
             network, self._network = self._network, -1
             self._leaving = asyncio.create_task(self._runtime.leave(seat, part, network))
@@ -444,3 +449,9 @@ class EmbeddedBox(BoxFiles):
 
     def _lost(self) -> RegreenError:
         return jobs.lost(self.id, self._overrun, passing=self._freezing or self._deleted)
+
+
+def _heard(ready: "asyncio.Future[None]") -> None:
+    """Take the failure of a set-up that was cancelled meanwhile, for which nobody waits."""
+    if not ready.cancelled():
+        ready.exception()

@@ -36,6 +36,13 @@ def write_all(fd: int, content: bytes) -> None:
         view = view[os.write(fd, view) :]
 
 
+def exhausted(what: str) -> ResourceExhausted:
+    """The error where the service may open no more files; carries a delay."""
+    return ResourceExhausted(
+        f"the service has no file descriptors left for {what}", retry_after_s=1.0
+    )
+
+
 def not_opened(code: int | None, path: str, problem: str) -> RegreenError:
     """What it means that a path could not be opened inside a sandbox."""
     match code:

@@ -19,10 +19,9 @@ from regreen.rpc.errors import (
     InfraError,
     InvalidArgument,
     RegreenError,
-    ResourceExhausted,
     Unavailable,
 )
-from sandbox_svc.backends import wire
+from sandbox_svc.backends import fds, wire
 from sandbox_svc.backends.base import Captured, Command, EndReason, ExecResult, OutputSink
 from sandbox_svc.backends.cgroups import Counters
 from sandbox_svc.backends.layers import FULL
@@ -148,9 +147,7 @@ def prepared(
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE):
                 raise
-            raise ResourceExhausted(
-                "the service has no file descriptors left for the command", retry_after_s=1.0
-            ) from error
+            raise fds.exhausted("the command") from error
         undo.pop_all()
         return readers, given
 

@@ -29,10 +29,11 @@ from typing import Any, NamedTuple
 
 import structlog
 
-from regreen.rpc.errors import InfraError
+from regreen.rpc.errors import InfraError, RegreenError
 from sandbox_svc.backends import cgroups, seccomp, wire
 from sandbox_svc.backends.base import Limits
 from sandbox_svc.backends.cgroups import CgroupV1, CgroupV2, NoCgroup
+from sandbox_svc.backends.fds import exhausted
 from sandbox_svc.backends.link import Link, LinkClosed, close_all
 
 log = structlog.get_logger(__name__)
@@ -193,7 +194,7 @@ class Seats:
         except TimeoutError as error:
             self._in_background(self._unmake(making, process, name))
             raise InfraError("the spawner does not answer") from error
-        except InfraError:
+        except RegreenError:
             self._in_background(self._undo(process, name))
             raise
 
@@ -208,13 +209,20 @@ class Seats:
         finally:
             close_all(given)
         if len(fds) != 2:
-            for fd in fds:
-                os.close(fd)
+            close_all(fds)
             if "pid" in reply:  # it ends as its socket does
                 await asyncio.to_thread(_wait_without_descriptor, int(reply["pid"]))
-            raise InfraError(f"the spawner refused: {reply.get('error', reply)}")
+            if "error" in reply:
+                raise InfraError(f"the spawner refused: {reply['error']}")
+            self._give_networks_up()
+            raise exhausted("the sandbox")
         sock = socket.socket(fileno=fds[0])
         return Seat(name, self._limits, int(reply["pid"]), fds[1], sock)
+
+    def _give_networks_up(self) -> None:
+        """Close the descriptors that are kept; names without one are as good."""
+        kept, self._kept = self._kept, [_Kept(name, -1) for name, _ in self._kept]
+        close_all(network for _, network in kept if network >= 0)
 
     async def _unmake(
         self, making: "asyncio.Task[Seat]", process: Spawner | None, name: str
@@ -222,7 +230,7 @@ class Seats:
         """End a seat that nobody waits for any more, as soon as it is there."""
         try:
             seat = await making
-        except InfraError:
+        except RegreenError:
             await self._undo(process, name)
         else:
             await self._discard(seat)
@@ -254,7 +262,7 @@ class Seats:
             self._refill = asyncio.create_task(self._fill())
 
     async def _fill(self) -> None:
-        with contextlib.suppress(InfraError):
+        with contextlib.suppress(RegreenError):
             while len(self._warm) < self._wanted and not self._closing:
                 self._warm.append(await self._make())
 

@@ -19,7 +19,7 @@ from sandbox_svc.fetches import Fetches
 FORMAT = 4
 """Part of every spec digest: raise it when a builder's output changes for the same spec."""
 
-RUNNER = 9
+RUNNER = 10
 """Version of the test runner that a State holds; only its own validator can read it."""
 
 REPO = "/work/repo"

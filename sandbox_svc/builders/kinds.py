@@ -13,6 +13,7 @@ from sandbox_svc.builders.modules import (
     folders_of,
     given,
     may_be_link,
+    module_of,
     source_of,
 )
 from sandbox_svc.builders.protect import by_name, protection
@@ -42,6 +43,7 @@ class Kinds:
         """Where Python may look for modules."""
         self._names = frozenset((*facts["foreign"], *facts["stems"]))
         """Modules that tests, or what they import, may ask for."""
+        self._shared = frozenset(name for name in facts["foreign"] if "." in name)
         within = {*facts["folders"], *self._roots}
         self._asked = within.union(*map(folders_of, within))
         """Where pytest looks for its settings, on the way to a test."""
@@ -85,7 +87,12 @@ class Kinds:
             return False
         folder, name = found
         there = folder in self._places or (folder.startswith(ENV) and folder.endswith(_SITE))
-        return there and name in self._names
+        return (there and name in self._names) or self._stands_inside(path)
+
+    def _stands_inside(self, path: str) -> bool:
+        """Whether it stands for a module of a package that the repository shares with another."""
+        above = (place for place in self._places if path.startswith(place + "/"))
+        return any(module_of(path[len(place) + 1 :]) in self._shared for place in above)
 
     def _usual(self, path: str) -> Kind | None:
         if path.startswith(ENV + "/"):

@@ -4,7 +4,7 @@
 - A link counts by its own name: nobody knows any more where it led.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 LIBRARY = (".so", ".pyd")
 BYTE_CODE = (".pyc", ".pyo")
@@ -26,6 +26,29 @@ def given(path: str) -> tuple[str, str] | None:
     if module == "__init__":
         folder, _, module = folder.rpartition("/")
     return (folder, module) if module.isidentifier() else None
+
+
+def module_of(path: str) -> str:
+    """The whole name of the module that an entry would be, from the folder that it is found in."""
+    found = given(path)
+    return ".".join(filter(None, (found[0].replace("/", "."), found[1]))) if found else ""
+
+
+def top_modules(place: str, files: Iterable[str], foreign: Collection[str]) -> set[str]:
+    """Modules that a folder has, of these files with code.
+
+    A folder that is no package counts unless it has the name of a foreign module, before which
+    Python would not take it.
+    """
+    prefix, found = (f"{place}/" if place else ""), set()
+    for path in files:
+        if path.startswith(prefix):
+            name, below, rest = path[len(prefix) :].partition("/")
+            whole = not below or ("/" not in rest and rest.partition(".")[0] == "__init__")
+            module = name if below else name.partition(".")[0]
+            if whole or module not in foreign:
+                found.add(module)
+    return {name for name in found if name.isidentifier()}
 
 
 def hidden(path: str) -> Iterator[str]:

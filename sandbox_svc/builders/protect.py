@@ -7,6 +7,8 @@
 
 import hashlib
 import json
+import posixpath
+import shlex
 import sys
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -18,12 +20,19 @@ from regreen.testpaths import (
     CONFTEST,
     PYTEST_INI,
     SHARED_INI,
+    folded,
     is_metadata,
     pytest_part,
     runs_at_start,
 )
 from sandbox_svc.builders.base import LOCK, REPO, FileChange, TestSpec
-from sandbox_svc.builders.modules import LIBRARY, SOURCE_FOLDERS, as_source, folders_of
+from sandbox_svc.builders.modules import (
+    LIBRARY,
+    SOURCE_FOLDERS,
+    as_source,
+    folders_of,
+    module_of,
+)
 
 MAX_CHANGES = 2000
 MAX_CHANGE_BYTES = 8 << 20
@@ -95,8 +104,9 @@ def check_changes(changes: Iterable[FileChange]) -> tuple[FileChange, ...]:
 
 def protected_roots(test: TestSpec) -> tuple[str, ...]:
     """Paths that hold tests or their settings: those of the arguments and those the spec names."""
-    named = [a.partition("::")[0] for a in test.arguments if a and not a.startswith("-")]
-    for argument in test.arguments:
+    words = words_of(test)
+    named = [word.partition("::")[0] for word in words if word and not word.startswith("-")]
+    for argument in words:
         option, equals, value = argument.partition("=")
         if equals and option in _CONFIG_OPTIONS:
             named.append(value)
@@ -106,8 +116,27 @@ def protected_roots(test: TestSpec) -> tuple[str, ...]:
     return tuple(sorted(root for root in roots if root not in ("", ".")))
 
 
+def words_of(test: TestSpec) -> tuple[str, ...]:
+    """What pytest takes for its arguments: those of the spec and those of its environment.
+
+    Raises:
+        InvalidArgument: a word names a file of arguments, or cannot be read.
+    """
+    try:
+        added = shlex.split(test.environment.get("PYTEST_ADDOPTS", ""))
+    except ValueError as error:
+        field = "spec.test.environment[PYTEST_ADDOPTS]"
+        raise InvalidArgument(field, f"cannot be read: {error}", "close its quotes") from None
+    words = (*test.arguments, *added)
+    if files := [word for word in words if word.startswith("@")]:
+        problem = f"names a file of arguments, which a diff could change: {files[0][:80]!r}"
+        raise InvalidArgument("spec.test.arguments", problem, "give what is in it")
+    return words
+
+
 def _plain(path: str) -> str:
-    return path.strip("/").removeprefix("./")
+    inside = f"{path}/".removeprefix(f"{REPO}/").strip("/")
+    return posixpath.normpath(inside) if inside else ""
 
 
 def by_name(path: str, roots: Iterable[str]) -> str:
@@ -130,7 +159,8 @@ def by_name(path: str, roots: Iterable[str]) -> str:
     inside += (EXACTLY + path, EXACTLY + as_source(path))
     if not frozenset(roots).isdisjoint(inside):
         return "test"
-    return "test" if not _TEST_FOLDERS.isdisjoint(parts[:-1]) or _is_test_file(name) else ""
+    around = [folded(part) for part in parts[:-1]]
+    return "test" if not _TEST_FOLDERS.isdisjoint(around) or _is_test_file(name) else ""
 
 
 def protection(
@@ -202,14 +232,16 @@ def _shadows(
 ) -> bool:
     """Whether a new module in a place would be imported instead of an installed one.
 
-    A folder that is no package never wins over an installed one. A repository's folder of that
-    name is in `own`, whatever it holds.
+    A folder that is no package never wins over an installed one. Inside one that both have, each
+    may bring its own modules: of those an installed one is named in `foreign` by its whole name.
     """
     if not path.endswith(_IMPORTABLE) or not path.startswith(f"{place}/" if place else ""):
         return False
     parts = path.split("/")
     start = place.count("/") + 1 if place else 0
     module = parts[start].partition(".")[0]
+    if len(parts) > start + 1 and module_of("/".join(parts[start:])) in foreign:
+        return True
     if is_own(place, module, own):
         return False
     if module in _RUNNER or (module in foreign and module in sys.stdlib_module_names):

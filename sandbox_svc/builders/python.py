@@ -49,7 +49,7 @@ from sandbox_svc.builders.base import (
 )
 from sandbox_svc.builders.interpreters import Interpreter, check_version, find_interpreter
 from sandbox_svc.builders.protect import protected_roots, pytest_settings
-from sandbox_svc.builders.standing import module_files
+from sandbox_svc.builders.standing import module_files, own_modules, own_names
 from sandbox_svc.fetches import Fetches
 from sandbox_svc.wheelhouse import DistStore, Wheel, pick
 
@@ -101,9 +101,8 @@ class PythonBuilder:
         try:
             await self._install(spec, inputs, box, progress)
             settings = await _read_settings(box)
-            modules = await _own_modules(box)
-            foreign = await _foreign_modules(box, inputs, normalize(spec.package))
             files = await module_files(box)
+            foreign = await _foreign_modules(box, inputs, normalize(spec.package), files)
             progress(Stage("snapshot", 0, 1))
             layer = await box.freeze()
         finally:
@@ -119,8 +118,8 @@ class PythonBuilder:
             "lock": _lock_text(spec),
             "protected": list(protected_roots(spec.test)),
             "settings": settings,
-            "modules": modules,
-            "foreign": foreign,
+            "modules": sorted(own_modules(files, foreign)),
+            "foreign": sorted(foreign),
             "runner": RUNNER,
         }
         progress(Stage("baseline", 0, 1))
@@ -409,29 +408,27 @@ async def _read_settings(box: Box) -> dict[str, str]:
     return found
 
 
-async def _own_modules(box: Box) -> list[str]:
-    """Names of the top-level modules that the repository has itself."""
-    folders = (REPO, f"{REPO}/src", f"{REPO}/lib")
-    listing = await box.run(Command(("ls", "-1", *folders), cwd="/"))
-    names = {line.removesuffix(".py") for line in listing.stdout.text.splitlines()}
-    return sorted(name for name in names if name.isidentifier())
-
-
-async def _foreign_modules(box: Box, inputs: Inputs, project: str) -> list[str]:
+async def _foreign_modules(
+    box: Box, inputs: Inputs, project: str, files: Sequence[str]
+) -> set[str]:
     """Names of the top-level modules of the interpreters and of the installed packages.
+
+    Of packages whose name the repository has too, with these files, also what is inside and the
+    repository has not.
 
     Raises:
         InfraError: the listing cannot be had.
     """
     found: set[str] = set()
-    script = f"{TOOLS}/lib/list_modules.py"
+    script, own = f"{TOOLS}/lib/list_modules.py", own_names(files)
+    shared = sorted({name.partition(".")[0] for name in own if "." in name})
     for interpreter in inputs.interpreters.values():
-        argv = (str(interpreter.executable), "-I", script, ENV, project)
+        argv = (str(interpreter.executable), "-I", script, ENV, project, *shared)
         done = await box.run(Command(argv, env=_build_environment(), cwd="/work"))
         if not done.ok:
             raise InfraError(f"modules cannot be listed: {done.stderr.text[-500:]}")
         found.update(json.loads(done.stdout.text))
-    return sorted(found)
+    return {name for name in found if "." not in name or name not in own}
 
 
 def _lay_out_tools(root: Path) -> Path:

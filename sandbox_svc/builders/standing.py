@@ -13,11 +13,19 @@ from regreen.rpc.errors import InfraError, InvalidArgument
 from regreen.testpaths import CONFTEST
 from sandbox_svc.backends.base import Box, Command
 from sandbox_svc.builders.base import REPO
-from sandbox_svc.builders.modules import CODE, SOURCE_FOLDERS, folders_of, given
+from sandbox_svc.builders.modules import (
+    CODE,
+    SOURCE_FOLDERS,
+    folders_of,
+    given,
+    module_of,
+    top_modules,
+)
 from sandbox_svc.builders.protect import EXACTLY, by_name
 
 _LISTING_BYTES = 64 << 20
 _SHOWN = 3
+_USUAL = ("", *SOURCE_FOLDERS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +64,20 @@ async def module_files(box: Box) -> list[str]:
     return sorted(path for path in listing.stdout.text.split("\0") if path)
 
 
+def own_modules(files: Iterable[str], foreign: Collection[str]) -> set[str]:
+    """The top-level modules of a repository with these files, where Python usually looks."""
+    held = tuple(files)
+    return {name for place in _USUAL for name in top_modules(place, held, foreign)}
+
+
+def own_names(files: Iterable[str]) -> set[str]:
+    """All its modules by their whole names, from each of those places."""
+    held = tuple(files)
+    starts = ("", *(f"{folder}/" for folder in SOURCE_FOLDERS))
+    inside = (path[len(start) :] for start in starts for path in held if path.startswith(start))
+    return set(map(module_of, inside)) - {""}
+
+
 def learned(facts: Mapping[str, Any], where: Where, files: Iterable[str]) -> dict[str, Any]:
     """The facts, with what its files and the untouched run say of a State's tests."""
     held = frozenset(files)
@@ -69,7 +91,10 @@ def learned(facts: Mapping[str, Any], where: Where, files: Iterable[str]) -> dic
     folders = {path.rpartition("/")[0] for path in tests} - {""}
     twins = {EXACTLY + twin for folder in folders for twin in _twins(folder, held)}
     own_places = {place for place in map(_inside, where.places) if place} - {*SOURCE_FOLDERS}
-    modules = {f"{place}/{name}" for place in own_places for name in _names(place, held)}
+    foreign = frozenset(facts["foreign"])
+    modules = {
+        f"{place}/{name}" for place in own_places for name in top_modules(place, held, foreign)
+    }
     plugins = filter(None, map(_inside, where.plugins))
     protected = frozenset((*named, *twins, *plugins))
     others = [(id, _inside(path)) for id, path in where.others]
@@ -127,12 +152,6 @@ def _twins(folder: str, held: frozenset[str]) -> Iterable[str]:
     """What would stand for a folder of tests that is no package."""
     made = {f"{folder}/__init__.py", f"{folder}.py"}
     return () if made & held else made
-
-
-def _names(place: str, held: frozenset[str]) -> set[str]:
-    """The modules that a folder has."""
-    inside = (path[len(place) + 1 :] for path in held if path.startswith(place + "/"))
-    return {path.partition("/")[0].partition(".")[0] for path in inside}
 
 
 def _stems(

@@ -140,6 +140,8 @@ class TarStream:
         try:
             with tarfile.open(fileobj=self, mode="r:", encoding="utf-8") as archive:  # type: ignore[call-overload]
                 while (member := archive.next()) is not None:
+                    if member.size < 0:
+                        raise damaged(f"has an entry of {member.size} bytes")
                     if len(archive.pax_headers) > _GLOBALS:
                         raise damaged("has too many headers that hold for all that follows")
                     self._quota.take(0)

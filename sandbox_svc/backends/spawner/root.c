@@ -52,7 +52,8 @@ static const char *make_devices(void) {
   for (const char *const *name = DEVICES; *name; name++) {
     snprintf(source, sizeof source, "/dev/%s", *name);
     int place = openat(top, *name, O_CREAT | O_EXCL | O_CLOEXEC, 0644), tree = tree_of(AT_FDCWD, source);
-    if (place < 0 || tree < 0 || syscall(SYS_move_mount, tree, "", top, *name, FROM_TREE)) return "devices";
+    /* a device can be written to all the same, but its times and mode, which are the host's, cannot */
+    if (place < 0 || tree < 0 || set_attributes(tree, ATTRIBUTE_READ_ONLY, false) || syscall(SYS_move_mount, tree, "", top, *name, FROM_TREE)) return "devices";
     close(place);
     close(tree);
   }

@@ -1,4 +1,6 @@
-"""Lists the top-level modules of an environment and its interpreter: `list_modules.py ENV PROJECT`.
+"""Lists the modules of an environment and its interpreter: `list_modules.py ENV PROJECT [NAME...]`.
+
+- The top-level ones, and all below those that are named, by their whole names.
 
 - Standard library only, Python 3.7 and newer; imports nothing of the environment.
 - The project itself is left out: its modules are the repository's.
@@ -21,6 +23,15 @@ def module_of(entry: str) -> str:
     return match.group(1) if match and match.group(1) != "__pycache__" else ""
 
 
+def below(file: str) -> str:
+    """The whole name of a module inside a package, or an empty string."""
+    *folders, name = file.split("/")
+    module = module_of(name) if name.endswith((".py", ".so")) else ""
+    if not module or not all(map(str.isidentifier, folders)):
+        return ""
+    return ".".join(folders if module == "__init__" else [*folders, module])
+
+
 def standard() -> set[str]:
     """Modules of the interpreter that runs this."""
     names = set(sys.builtin_module_names) | set(getattr(sys, "stdlib_module_names", ()))
@@ -30,7 +41,7 @@ def standard() -> set[str]:
     return names - {"", "site-packages"}
 
 
-def installed(env: str, project: str) -> set[str]:
+def installed(env: str, project: str, shared: frozenset[str]) -> set[str]:
     """Modules that the records of installed distributions name."""
     names: set[str] = set()
     library = os.path.join(env, "lib")
@@ -39,12 +50,12 @@ def installed(env: str, project: str) -> set[str]:
         for entry in os.listdir(folder):
             name = entry.partition("-")[0]
             if entry.endswith(".dist-info") and re.sub(r"[-_.]+", "-", name).lower() != project:
-                names.update(recorded(os.path.join(folder, entry, "RECORD")))
+                names.update(recorded(os.path.join(folder, entry, "RECORD"), shared))
     return names
 
 
-def recorded(path: str) -> set[str]:
-    """Top-level modules of the files that a RECORD lists."""
+def recorded(path: str, shared: frozenset[str]) -> set[str]:
+    """Top-level modules of the files that a RECORD lists, and those below the shared ones."""
     try:
         with open(path, encoding="utf-8", errors="replace") as source:
             files = [line.split(",")[0].strip('"') for line in source]
@@ -55,8 +66,12 @@ def recorded(path: str) -> set[str]:
         first, slash, _ = file.partition("/")
         if slash or first.endswith((".py", ".so")):
             modules.add(module_of(first))
+        if slash and first in shared:
+            modules.add(below(file))
     return modules - {""}
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(sorted(standard() | installed(sys.argv[1], sys.argv[2]))))
+    env, project, *names = sys.argv[1:]
+    found = standard() | installed(env, project, frozenset(names))
+    sys.stdout.write(json.dumps(sorted(found)))

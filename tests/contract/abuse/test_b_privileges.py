@@ -470,6 +470,19 @@ async def test_b10_no_device_can_be_made_or_found(box):
     assert len(plain(["ls", "/dev"]).stdout.split()) > len(expected.split())
 
 
+async def test_b10_a_device_of_the_host_keeps_its_times_and_mode(box):
+    before = [os.stat(f"/dev/{name}") for name in ("null", "zero", "urandom")]
+    changed = await sh(box, "touch -d @5 /dev/null; chmod 600 /dev/zero; touch -a /dev/urandom")
+    assert changed.stderr.text.count("Read-only file system") == 3
+    after = [os.stat(f"/dev/{name}") for name in ("null", "zero", "urandom")]
+    assert [(s.st_mode, s.st_mtime_ns) for s in after] == [
+        (s.st_mode, s.st_mtime_ns) for s in before
+    ]
+    assert (
+        await sh(box, "echo gone > /dev/null && head -c 2 /dev/zero | wc -c")
+    ).stdout.text == "2\n"
+
+
 @needs_root
 async def test_b10_a_device_node_opens_only_outside(runtime, common):
     os.mknod(common / "zero", 0o20666, os.makedev(1, 5))

@@ -312,3 +312,26 @@ async def test_helpers_in_a_folder_that_settings_name_are_the_states(shop: Works
     change = FileChange("checks/helper.py", _SPACE.encode())
     refused(await judge(shop, state, NOT, change), change.path, "test")
     assert (await judge(shop, state, FIX)).outcome is Outcome.PASSED
+
+
+async def test_a_folder_of_the_repository_does_not_become_an_installed_package(
+    shop: Workshop,
+) -> None:
+    state = await shop.prepared("bare", {"wordlib/data.json": "{}"}, fail_to_pass=FAIL_TO_PASS)
+    change = FileChange("wordlib/__init__.py", b"def hello(): return 'Hello'\n")
+    refused(await judge(shop, state, change, held_pins={"wordlib": "2.0"}), change.path, "shadows")
+    verdict = await judge(shop, state, FIX, FileChange("wordlib/more.json", b"{}"))
+    assert (verdict.outcome, verdict.reverted) == (Outcome.PASSED, ()), verdict.summary
+
+
+async def test_settings_that_the_environment_names_are_the_states(shop: Workshop) -> None:
+    settings = "[pytest]\naddopts = -q\n"
+    added = {"PYTEST_ADDOPTS": "-c ci/t.ini --rootdir=/work/repo"}
+    state = await shop.prepared(
+        "added", {"ci/t.ini": settings}, fail_to_pass=FAIL_TO_PASS, environment=added
+    )
+    change = FileChange("ci/t.ini", b"[pytest]\npythonpath = /work/repo/evil\n")
+    evil = FileChange("evil/wordlib.py", b"def hello(): return 'Hello'\n")
+    verdict = await judge(shop, state, change, evil, held_pins={"wordlib": "2.0"})
+    refused(verdict, change.path, "test")
+    assert (await judge(shop, state, FIX)).outcome is Outcome.PASSED

@@ -12,6 +12,7 @@ from regreen.rpc.errors import InvalidArgument
 from sandbox_svc.builders.base import FileChange, TestSpec
 from sandbox_svc.builders.protect import (
     MAX_CHANGES,
+    by_name,
     check_changes,
     check_path,
     protected_roots,
@@ -19,6 +20,7 @@ from sandbox_svc.builders.protect import (
     pytest_settings,
     split_changes,
 )
+from sandbox_svc.builders.standing import own_modules, own_names
 
 ROOTS = protected_roots(TestSpec(arguments=("pkg/testing", "--deselect", "tests/a.py::test_b")))
 
@@ -121,6 +123,60 @@ def test_a_folder_shadows_only_once_the_diff_makes_it_a_package() -> None:
     ]
     kept, _, _ = split_changes([helper, FileChange(init.path, None)], (), {}, (), FOREIGN)
     assert helper in kept
+
+
+def test_a_package_that_two_share_brings_no_module_of_the_other_one() -> None:
+    foreign = {"acme", "acme.testing", "acme.deep", "acme.deep.one"}
+    own = own_modules(["acme/core.py", "src/acme/more.py"], foreign)
+    assert own == {"src"}  # a folder, of no installed package's name
+
+    def reason(path: str) -> str:
+        return protection(FileChange(path, b""), (), {}, own, foreign)
+
+    for path in (
+        *("acme/testing.py", "src/acme/testing/__init__.py", "acme/deep/one.abi3.so"),
+        *("acme/__init__.py", "acme.py"),
+    ):
+        assert reason(path) == "shadows", path
+    for path in ("acme/core.py", "acme/new.py", "acme/deep/two.py", "src/acme/other/testing.py"):
+        assert not reason(path), path
+
+
+def test_only_what_can_be_imported_is_the_repository_s_own() -> None:
+    files = ["mock/data.py", "tool.py", "pack/__init__.py", "lib/quick.abi3.so", "docs/x/y.py"]
+    foreign = {"mock", "pack"}
+    assert own_modules(files, foreign) == {"tool", "pack", "quick", "docs", "lib"}
+    assert own_names(["pack/__init__.py", "src/pack/a/b.py"]) == {
+        "pack",
+        "src.pack.a.b",
+        "pack.a.b",
+    }
+
+
+@pytest.mark.parametrize("folder", ["Tests", "TEST", "greet/Test"])
+def test_folders_of_tests_are_compared_in_one_case(folder: str) -> None:
+    assert by_name(f"{folder}/helper.py", ()) == "test"
+
+
+def test_the_environment_adds_arguments() -> None:
+    added = {"PYTEST_ADDOPTS": "-c ci/t.ini --rootdir=/work/repo '/work/repo/spec/../checks'"}
+    test = TestSpec(arguments=("./tests/",), environment=added)
+    assert protected_roots(test) == ("checks", "ci/t.ini", "tests")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "added", "problem"),
+    [
+        (("@ci/args.txt",), "", "names a file of arguments"),
+        (("tests",), "-q @ci/args.txt", "names a file of arguments"),
+        (("tests",), "-k 'open", "cannot be read"),
+    ],
+)
+def test_arguments_that_a_diff_could_change_are_refused(
+    arguments: tuple[str, ...], added: str, problem: str
+) -> None:
+    with pytest.raises(InvalidArgument, match=problem):
+        protected_roots(TestSpec(arguments=arguments, environment={"PYTEST_ADDOPTS": added}))
 
 
 def test_settings_files_are_kept_while_pytest_part_is_the_same() -> None:
