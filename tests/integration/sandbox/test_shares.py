@@ -163,7 +163,8 @@ async def test_labels_of_forks_of_forks_do_not_add_up(service):
 
 async def test_a_page_ends_where_a_message_would_be_full(service, monkeypatch):
     states, sandboxes, _ = service
-    monkeypatch.setattr(servicer, "PAGE_BYTES", 20_000)
+    for name in ("_PAGE_BYTES", "_LINEAGE_BYTES"):
+        monkeypatch.setattr(servicer, name, 20_000)
     state = await prepared(states, a="1")
     box = (await sandboxes.create_sandbox(state.id)).id
     ids = [state.id]
