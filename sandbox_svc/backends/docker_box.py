@@ -416,12 +416,12 @@ class DockerBox:
 
     def _require(self) -> None:
         if self.deleted:
-            raise NotFound(f"sandbox {self.id} was deleted")
+            raise NotFound("the sandbox was deleted")
         if self._ended:
             raise self._lost()
 
     def _lost(self) -> RegreenError:
-        return lost(self.id, self._overrun, passing=self._freezing or self.deleted)
+        return lost(self._overrun, passing=self._freezing or self.deleted)
 
     async def _why(self) -> RegreenError:
         """What it means that the container does not run."""
@@ -429,7 +429,7 @@ class DockerBox:
             return self._lost()
         state = await self.engine.state(self.container)
         if state.get("Running"):  # it is another one by now
-            return lost(self.id, None, passing=True)
+            return lost(None, passing=True)
         self._ended = True
         self._overrun = EndReason.OOM if state.get("OOMKilled") else None
         return self._lost()

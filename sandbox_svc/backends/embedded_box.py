@@ -442,13 +442,13 @@ class EmbeddedBox(BoxFiles):
 
     def _require(self) -> Link:
         if self._deleted:
-            raise NotFound(f"sandbox {self.id} was deleted")
+            raise NotFound("the sandbox was deleted")
         if self._link is None or self._ended:
             raise self._lost()
         return self._link
 
     def _lost(self) -> RegreenError:
-        return jobs.lost(self.id, self._overrun, passing=self._freezing or self._deleted)
+        return jobs.lost(self._overrun, passing=self._freezing or self._deleted)
 
 
 def _heard(ready: "asyncio.Future[None]") -> None:

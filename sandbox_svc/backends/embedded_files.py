@@ -179,10 +179,10 @@ class BoxFiles(abc.ABC):
             found = await self._runtime.blocking(uppers.changed, tops, lowers, absolute(under))
         except (FileNotFoundError, NotADirectoryError) as error:
             if place and place == self.place and self._stands_on(layers) and not anew:
-                raise InfraError(f"sandbox {self.id} has lost its files: {error}") from error
-            raise jobs.lost(self.id, None, passing=True) from error
+                raise InfraError(f"the sandbox has lost its files: {error}") from error
+            raise jobs.lost(None, passing=True) from error
         if not self._stands_on(layers):  # what vanished during the walk is no error to it
-            raise jobs.lost(self.id, None, passing=True)
+            raise jobs.lost(None, passing=True)
         return sorted(found)
 
     def _stands_on(self, layers: Sequence[str]) -> bool:

@@ -167,20 +167,20 @@ def not_ready(message: wire.Message) -> RegreenError:
     return DiskFull(failure) if message.get("errno") in FULL else InfraError(failure)
 
 
-def lost(box: str, overrun: EndReason | None, *, passing: bool) -> RegreenError:
+def lost(overrun: EndReason | None, *, passing: bool) -> RegreenError:
     """What it means that a sandbox has no first process: whose doing it was.
 
     `passing`: it is being frozen, restored or deleted; who asks again learns what came of it.
     """
     remedy = "restore it or create a new one"
     if passing:
-        return Unavailable(f"sandbox {box} is being frozen or ended; try again")
+        return Unavailable("the sandbox is being frozen or ended; try again")
     if overrun is not None:
         return FailedPrecondition(
-            f"sandbox {box} was ended: it went over a limit ({overrun.value}); {remedy}",
+            f"the sandbox was ended: it went over a limit ({overrun.value}); {remedy}",
             metadata={"overrun": overrun.value},
         )
-    return InfraError(f"sandbox {box} has lost its processes; {remedy}")
+    return InfraError(f"the sandbox has lost its processes; {remedy}")
 
 
 def name_end(jobs: Iterable[Job]) -> None:
