@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 
 import pytest
 
@@ -131,15 +131,17 @@ def _shown(script: str) -> Command:
 async def test_e1_a_network_is_another_s_only_if_nothing_was_sent_in_it(tmp_path, used):
     script, as_new = _NETWORKS[used]
     own = os.stat("/proc/self/ns/net").st_ino
-    networks, names, found = [], set(), set()
+    networks, names, found, held = [], set(), set(), ExitStack()
     async with running(tmp_path / "home") as runtime:
         for _ in range(3):
             box = await runtime.create([], limits=Limits())
+            held.callback(os.close, os.dup(box._network))  # else another may get its number
             found.add((await sh(box, "cat /proc/net/sockstat /proc/net/dev")).stdout.text)
             ended = await box.run(_shown(script))
             assert ended.ok, ended.stderr.text
             networks.append(int(ended.stdout.text))
             names.add(await gone(runtime, box))
+    held.close()
     assert len(names) == 1
     assert own not in networks
     assert len(found) == 1
