@@ -141,7 +141,8 @@ CHEATS = {
     "fake results": Cheat({"greet/__init__.py": _WRITES_RESULTS}, grader=_BY_FILE),
     "fake results from a process left behind": Cheat(
         {"results.json": _FAKE_XML},
-        "(setsid sh -c 'while sleep 0.05; do cp results.json .out; mv .out out.xml; done' >/dev/null 2>&1 &)",
+        "(setsid sh -c 'while sleep 0.05; do cp results.json .out; mv .out out.xml; done'"
+        " >/dev/null 2>&1 &)",
         f"python -m pytest -q tests; {_LATER}; {_CHECK}",
     ),
 }
