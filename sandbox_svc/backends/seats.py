@@ -283,6 +283,8 @@ class Seats:
         kept: Sequence[Left] = ()
         try:
             for_good, kept = await self._cleared(left)
+            if self._closing:  # meanwhile, perhaps
+                for_good, kept = (*for_good, *kept), ()
         finally:
             self._kept += [_Kept(each.name, each.network) for each in kept]
             gone = {each.network for each in left} - {each.network for each in kept}
