@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -112,6 +112,7 @@ class Manager:
         self._reaper: asyncio.Task[None] | None = None
         self._finishing: set[asyncio.Task[Any]] = set()
         self._starting = asyncio.Semaphore(STARTS_AT_ONCE)
+        self._awaited: Counter[str] = Counter()  # states that sandboxes are about to stand on
 
     async def start(self) -> None:
         """Start ending sandboxes whose time is over."""
@@ -204,7 +205,7 @@ class Manager:
             async with self._starting:
                 await self._give_way()
                 state = self.states.get(state.id)  # as it is after the wait
-                with metrics.START_SECONDS.time():
+                with self._awaiting(state), metrics.START_SECONDS.time():
                     box = await self._box(state, limits, door)
         except BaseException:
             if door is not None:
@@ -237,6 +238,15 @@ class Manager:
         while len(self._came) == _BURST and now < min(until_s, self._came[0] + _BURST_S):
             await asyncio.sleep(_LOOK_S)
             now = time.monotonic()
+
+    @contextlib.contextmanager
+    def _awaiting(self, state: State) -> Iterator[None]:
+        """Keep a state while a sandbox starts; nothing may be awaited before it counts itself."""
+        self._awaited[state.id] += 1
+        try:
+            yield
+        finally:
+            self._awaited -= Counter([state.id])
 
     async def _box(self, state: State, limits: Limits, door: Door | None = None) -> Box:
         """A box over a state, whose layers are then held once."""
@@ -400,7 +410,8 @@ class Manager:
     async def _restore(self, sandbox: Sandbox, state: State) -> None:
         async with sandbox.lock:
             state = self.states.get(state.id)
-            fresh = await self._box(state, sandbox.limits, sandbox.door)
+            with self._awaiting(state):
+                fresh = await self._box(state, sandbox.limits, sandbox.door)
             old, held = sandbox.box, sandbox.layers
             sandbox.box, sandbox.layers = fresh, state.layers
             sandbox.state_id, sandbox.cwd = state.id, state.cwd
@@ -443,11 +454,12 @@ class Manager:
             FailedPrecondition: sandboxes run on it.
         """
         in_use = any(s.state_id == state_id for s in self._sandboxes.values())
-        await self.states.delete(state_id, in_use=in_use)
+        await self.states.delete(state_id, in_use=in_use or state_id in self._awaited)
 
     def stood_on(self) -> set[str]:
         """Ids of the states that live sandboxes stand on, those of their snapshots included."""
-        return {id for s in self._sandboxes.values() for id, _ in (*s.states, (s.state_id, 0))}
+        on = {id for s in self._sandboxes.values() for id, _ in (*s.states, (s.state_id, 0))}
+        return on | self._awaited.keys()
 
     @contextlib.asynccontextmanager
     async def fresh(self, state_id: str) -> AsyncIterator[Box]:

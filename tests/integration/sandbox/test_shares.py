@@ -10,7 +10,13 @@ import pytest
 from regreen.client.channel import connect
 from regreen.client.image import ImageClient
 from regreen.client.sandbox import SandboxClient
-from regreen.rpc.errors import InvalidArgument, RegreenError, ResourceExhausted
+from regreen.rpc.errors import (
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    RegreenError,
+    ResourceExhausted,
+)
 from regreen.rpc.wire import from_rpc_error
 from regreen.sandbox import v1 as pb
 from sandbox_svc import diffs, servicer
@@ -202,3 +208,31 @@ async def test_a_full_service_tells_what_its_places_are_for(service):
         )
         assert told, message
         assert int(told[1]) + int(told[2]) == 4
+
+
+@pytest.mark.parametrize("how", ["create", "restore"])
+async def test_a_state_on_which_a_sandbox_starts_is_not_deleted(service, how):
+    states, sandboxes, _ = service
+    state = await prepared(states, a="1")
+    other = (await sandboxes.create_sandbox(state.id)).id
+    deleted = 0
+    for _ in range(8):
+        below = (await sandboxes.snapshot_sandbox(other)).id
+        await sandboxes.restore_sandbox(other, state.id)
+        box = other if how == "restore" else ""
+        starting = sandboxes.restore_sandbox(box, below) if box else sandboxes.create_sandbox(below)
+        started, gone = await asyncio.gather(
+            starting, states.delete_state(below), return_exceptions=True
+        )
+        if gone is None:
+            deleted += 1
+            assert isinstance(started, NotFound)
+            continue
+        assert isinstance(gone, FailedPrecondition)
+        assert not isinstance(started, BaseException)
+        await sandboxes.snapshot_sandbox(started.id)
+        if box:
+            await sandboxes.restore_sandbox(box, state.id)
+        else:
+            await sandboxes.delete_sandbox(started.id)
+    assert deleted < 8
