@@ -84,6 +84,17 @@ import socket
 with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
     s.sendto(b"x", ("127.0.0.1", 9))
 """
+_TRY = """
+import socket
+for family, host in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
+    with socket.socket(family, socket.SOCK_DGRAM) as s:
+        try:
+            s.sendto(b"x", (host, 9))
+        except OSError as error:
+            assert error.errno == 101, error  # no route: it is counted all the same
+        else:
+            raise SystemExit("there is a route")
+"""
 _TALK = """
 import socket
 server = socket.create_server(("127.0.0.1", 8123))
@@ -115,6 +126,7 @@ socket.socket(socket.AF_UNIX).bind("\\0name")
 _NETWORKS = {"none": ("", True), "listened": (_WAIT, True), "sent": (_SEND, False)}
 _NETWORKS |= {
     "labelled flows": (_LABEL, False),
+    "tried to send": (_TRY, False),
     "talked": (_TALK, False),
     "hid sockets in flight": (_HIDE, None),
 }
@@ -136,7 +148,13 @@ async def test_e1_a_network_is_another_s_only_if_nothing_was_sent_in_it(tmp_path
         for _ in range(3):
             box = await runtime.create([], limits=Limits())
             held.callback(os.close, os.dup(box._network))  # else another may get its number
-            found.add((await sh(box, "cat /proc/net/sockstat /proc/net/dev")).stdout.text)
+            found.add(
+                (
+                    await sh(
+                        box, "cat /proc/net/sockstat /proc/net/dev /proc/net/snmp /proc/net/snmp6"
+                    )
+                ).stdout.text
+            )
             ended = await box.run(_shown(script))
             assert ended.ok, ended.stderr.text
             networks.append(int(ended.stdout.text))
