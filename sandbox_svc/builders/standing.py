@@ -82,7 +82,10 @@ def learned(facts: Mapping[str, Any], where: Where, files: Iterable[str]) -> dic
     """The facts, with what its files and the untouched run say of a State's tests."""
     held = frozenset(files)
     told = (*filter(None, map(_inside, where.files)), *_of_tests(where.roots, held))
-    named = frozenset((*facts["protected"], *told))
+    # of a repository that breaks before it has collected, the run tells nothing
+    asked = {file_of(id) for id in facts["spec"]["test"]["fail_to_pass"]}
+    unseen = asked - {"", *(file_of(id) for id, _ in where.others)}
+    named = frozenset((*facts["protected"], *told, *unseen))
     tests = [
         path
         for path in {*held, *named}
@@ -112,9 +115,14 @@ def learned(facts: Mapping[str, Any], where: Where, files: Iterable[str]) -> dic
     }
 
 
+def file_of(id: str) -> str:
+    """The file that the id of a test names."""
+    return id.partition("::")[0]
+
+
 def is_loose(id: str, loose: Collection[str]) -> bool:
     """Whether a fix may edit a test away; of a module that cannot be read all are like it."""
-    return id in loose or id.partition("::")[0] in loose
+    return id in loose or file_of(id) in loose
 
 
 def refuse_loose(ids: Iterable[str], facts: Mapping[str, Any], field: str) -> None:

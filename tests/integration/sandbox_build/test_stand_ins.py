@@ -233,6 +233,27 @@ async def test_files_that_only_settings_call_tests_are_protected(shop: Workshop)
     assert (await judge(shop, state, FIX)).outcome is Outcome.PASSED
 
 
+async def test_a_required_test_is_protected_where_the_repository_breaks_at_once(
+    shop: Workshop,
+) -> None:
+    path = "checks/check_greet.py"
+    files = {
+        "setup.cfg": "[tool:pytest]\ntestpaths = checks\npython_files = check_*.py\n",
+        "conftest.py": "from greet import more\n",
+        "greet/more.py": "from wordlib import hello\n",
+        "greet/__init__.py": "from wordlib import hello\n",
+        path: _REAL.format("c"),
+    }
+    required = (f"{path}::test_c",)
+    state = await shop.prepared("at once", files, arguments=(), fail_to_pass=required)
+    assert not state.metadata["baseline"]["passing"]
+    runs = FileChange("greet/more.py", b"")
+    for stand_in in (path, "checks/check_greet/__init__.py"):
+        verdict = await judge(shop, state, NOT, runs, FileChange(stand_in, b"def test_c(): pass\n"))
+        refused(verdict, stand_in, "test")
+    assert (await judge(shop, state, FIX, runs)).outcome is Outcome.PASSED
+
+
 async def test_a_test_that_a_fix_may_change_is_not_required(shop: Workshop) -> None:
     doc = "def one():\n    '''\n    >>> from greet import greeting\n    >>> {}\n    '''\n"
     files = {
