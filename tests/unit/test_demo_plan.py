@@ -36,6 +36,7 @@ def test_nothing_that_is_held_out_was_trained_on(plan):
     assert not {r.package for r in found["train"]} & {r.package for r in found["test"]}
     assert not culprits(found["train"]) & culprits(found["test"])
     assert any("keep_new" in record.modes for record in found["test"])
+    assert not any(record.tests.unstable for record in (*found["train"], *found["test"]))
 
 
 def test_one_interpreter_gets_all_that_can_run_on_it():
