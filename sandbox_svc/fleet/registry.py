@@ -263,13 +263,14 @@ class Registry:
                 metadata={"id": sandbox_id, "worker": lost},
             )
         if name is None:
+            unknown = self.not_known_yet()
             found = await self.ask_all("SandboxService/GetSandbox", id=sandbox_id)
             for worker, response in found:
                 self.learn_sandbox(worker, response.sandbox.id)
                 return worker
-            if unknown := self.not_known_yet():
-                raise unknown
-            raise NotFound(f"no such sandbox: {sandbox_id}", metadata={"id": sandbox_id})
+            name = self._sandboxes.get(sandbox_id)  # of a worker that became ready meanwhile
+        if name is None:
+            raise unknown or NotFound(f"no such sandbox: {sandbox_id}", metadata={"id": sandbox_id})
         if name not in self.ready:
             raise Unavailable(
                 f"worker {name} is not ready; try again",

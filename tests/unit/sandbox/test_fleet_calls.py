@@ -6,7 +6,13 @@ import contextlib
 import grpc
 import pytest
 
-from regreen.rpc.errors import DataLoss, DeadlineExceeded, FailedPrecondition, Unavailable
+from regreen.rpc.errors import (
+    DataLoss,
+    DeadlineExceeded,
+    FailedPrecondition,
+    NotFound,
+    Unavailable,
+)
 from regreen.sandbox import v1 as pb
 from sandbox_svc.fleet.calls import METHODS, Endpoint, Worker
 from sandbox_svc.fleet.registry import Registry
@@ -171,6 +177,43 @@ async def test_an_unknown_method_is_no_mystery():
 async def _nothing():
     return
     yield
+
+
+async def test_what_a_worker_has_that_gets_ready_while_others_are_asked_is_found():
+    asked, answer = asyncio.Event(), asyncio.Event()
+
+    async def missing(request, context):
+        asked.set()
+        await answer.wait()
+        await context.abort(grpc.StatusCode.NOT_FOUND, f"no such sandbox: {request.id}")
+
+    async def no_states(request, context):
+        return pb.ListStatesResponse()
+
+    async def nothing(request, context):
+        return pb.ListSandboxesResponse()
+
+    async def one_box(request, context):
+        return pb.ListSandboxesResponse(sandboxes=[pb.Sandbox(id="sbx_1")])
+
+    async with (
+        serving(ListStates=no_states, ListSandboxes=nothing, GetSandbox=missing) as (first, _),
+        serving(ListStates=no_states, ListSandboxes=one_box, GetSandbox=missing) as (second, _),
+    ):
+        registry = Registry()
+        registry.update([Endpoint("a", "1", "0", first), Endpoint("b", "1", "0", second, False)])
+        assert await registry.wait_ready(10.0)
+        found = asyncio.create_task(registry.worker_of("sbx_1"))
+        await asked.wait()
+        registry.update([Endpoint("a", "1", "0", first), Endpoint("b", "1", "0", second)])
+        async with asyncio.timeout(10):
+            while "b" not in registry.ready:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        answer.set()
+        assert (await found).name == "b"
+        with pytest.raises(NotFound):
+            await registry.worker_of("sbx_2")
+        await registry.close()
 
 
 async def test_what_a_lost_worker_answers_late_is_lost_too():
