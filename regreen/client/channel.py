@@ -72,6 +72,35 @@ def connect(target: str, tls: Tls | None = None) -> grpc.aio.Channel:
     return grpc.aio.secure_channel(target, credentials, options=options)
 
 
+class _Absent:
+    """Stands for the channel to a service that is not run: every call says so."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def unary_unary(self, *_: Any, **__: Any) -> Callable[..., Any]:
+        """A call that is refused."""
+
+        def refuse(*_: Any, **__: Any) -> Any:
+            raise Unavailable(
+                f"this stack runs no {self._name} service; `regreen down`, then `regreen up`, "
+                "starts all five"
+            )
+
+        return refuse
+
+    unary_stream = stream_unary = stream_stream = unary_unary
+
+    async def close(self) -> None:
+        """There is nothing to close."""
+
+
+def absent(name: str) -> grpc.aio.Channel:
+    """The channel to a service that is not run; calls raise `Unavailable` at once."""
+    channel: Any = _Absent(name)
+    return channel
+
+
 @dataclass(slots=True)
 class Away:
     """How long calls have waited for services that were away."""
