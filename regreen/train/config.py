@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from regreen.ids import check_run_name
 from regreen.rpc.errors import InvalidArgument
 from regreen.train.ledger import hyperparameters
 from regreen.train.names import grader_of, mode_of, pipeline_of
@@ -72,6 +73,7 @@ class SftConfig:
     """Longest wait for a service to come back."""
 
     def __post_init__(self) -> None:
+        check_run_name(self.name)
         _at_least(self, 1, "epochs", "batch_size", "checkpoint_every", "styles")
         _at_least(self, 2, "max_tokens")
         _at_least(self, 0, "max_guesses")
@@ -142,6 +144,7 @@ class GrpoConfig:
     """Longest wait for a service to come back."""
 
     def __post_init__(self) -> None:
+        check_run_name(self.name)
         _at_least(self, 1, "steps", "groups_per_step", "checkpoint_every")
         _at_least(self, 2, "group_size")
         if self.group_size > MAX_GROUP:
