@@ -32,11 +32,17 @@ from regreen.rpc.errors import (
     ResourceExhausted,
     Unavailable,
 )
+from regreen.rpc.wire import NOBODY
 from regreen.train.progress import Pace
 
 T = TypeVar("T")
 OK, FAILED, USAGE, UNAVAILABLE = 0, 1, 2, 3
 STDOUT = Console(soft_wrap=False, width=None if sys.stdout.isatty() else 160)
+_START = (
+    "; `regreen up` starts the services, REGREEN_HOME or --home names the directory they keep, "
+    "`regreen status` their addresses"
+)
+"""What to do about a service that does not answer."""
 _QUIET_S = 10.0
 """Without a terminal, the longest time between two lines of a command at work."""
 STDERR = Console(stderr=True, width=None if sys.stderr.isatty() else 240)
@@ -64,10 +70,25 @@ def run(work: Coroutine[Any, Any, T]) -> T:
         raise typer.Exit(130) from None
 
 
+def tell(error: RegreenError) -> int:
+    """Print an error; the code to exit with."""
+    away = isinstance(error, Unavailable) and error.message.startswith(NOBODY)
+    text = f"error: {error.message}{_START if away else ''}"
+    STDERR.print(text, style="red", highlight=False, markup=False)
+    return exit_code(error)
+
+
+def tell_os(error: OSError) -> int:
+    """Print what the system says of a file or a connection; the code to exit with."""
+    where = f"{error.filename}: " if error.filename else ""
+    text = f"error: {where}{error.strerror or error}"
+    STDERR.print(text, style="red", highlight=False, markup=False)
+    return USAGE if error.filename else FAILED
+
+
 def fail(error: RegreenError) -> NoReturn:
     """Print an error and exit with its code."""
-    STDERR.print(f"error: {error.message}", style="red", highlight=False, markup=False)
-    raise typer.Exit(exit_code(error)) from None
+    raise typer.Exit(tell(error)) from None
 
 
 def as_dict(message: Message) -> dict[str, Any]:
