@@ -4,8 +4,9 @@
 - `--address` names a sandbox service that runs alone; then no stack is needed.
 """
 
+import difflib
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,8 +18,9 @@ from regreen.client.stack import Endpoints, Stack
 from regreen.dataset import v1 as pb
 from regreen.home import default_home
 from regreen.rollout.context import check_settings
-from regreen.rpc.errors import InvalidArgument, RegreenError, Unavailable
+from regreen.rpc.errors import InvalidArgument, NotFound, RegreenError, Unavailable
 from regreen.stack.layout import Layout
+from regreen.train.names import split_of
 
 Home = Annotated[
     Path | None,
@@ -165,6 +167,24 @@ def _number(text: str) -> float | int | str:
         except ValueError:
             continue
     return text
+
+
+def check_split(word: str) -> str:
+    """The split of tasks that a word names; none is every split.
+
+    Raises:
+        InvalidArgument: there is none of that name.
+    """
+    return split_of(word) if word else ""
+
+
+def nothing_of(field: str, value: str, known: Iterable[str]) -> NotFound:
+    """That nothing has `value`, with what comes close to it, or else some that there are."""
+    there = sorted(name for name in known if name)
+    near = difflib.get_close_matches(value, there, n=5, cutoff=0.5) or there[:10]
+    more = f", ... ({len(there)} in all)" if len(there) > len(near) else ""
+    told = f"there are {', '.join(near)}{more}" if near else "there is none yet"
+    return NotFound(f"{field}: nothing here has {value!r}; {told}")
 
 
 def task_status(word: str) -> pb.TaskStatus.ValueType:

@@ -28,6 +28,7 @@ from rich.text import Text
 from regreen.rpc.errors import (
     DeadlineExceeded,
     InvalidArgument,
+    NotFound,
     RegreenError,
     ResourceExhausted,
     Unavailable,
@@ -43,6 +44,13 @@ _START = (
     "`regreen status` their addresses"
 )
 """What to do about a service that does not answer."""
+_LISTS = {
+    "no task ": "tasks list",
+    "no trajectory ": "traj list",
+    "no such state": "state list",
+    "no such sandbox": "sandbox list",
+}
+"""How messages of an id that nothing has begin, and the command that lists what there is."""
 _QUIET_S = 10.0
 """Without a terminal, the longest time between two lines of a command at work."""
 STDERR = Console(stderr=True, width=None if sys.stderr.isatty() else 240)
@@ -72,10 +80,21 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 
 def tell(error: RegreenError) -> int:
     """Print an error; the code to exit with."""
-    away = isinstance(error, Unavailable) and error.message.startswith(NOBODY)
-    text = f"error: {error.message}{_START if away else ''}"
-    STDERR.print(text, style="red", highlight=False, markup=False)
+    STDERR.print(
+        f"error: {error.message}{_remedy(error)}", style="red", highlight=False, markup=False
+    )
     return exit_code(error)
+
+
+def _remedy(error: RegreenError) -> str:
+    """What to do, where the one who raised the error could not know."""
+    if isinstance(error, Unavailable) and error.message.startswith(NOBODY):
+        return _START
+    if isinstance(error, NotFound) and ";" not in error.message:
+        for beginning, command in _LISTS.items():
+            if error.message.startswith(beginning):
+                return f"; `regreen {command}` shows those that there are"
+    return ""
 
 
 def tell_os(error: OSError) -> int:

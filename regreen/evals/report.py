@@ -268,7 +268,9 @@ def _chosen(
     known = {run.name: run for run in of_kind} | {run.id: run for run in of_kind}
     for name in names:
         if name not in known:
-            raise NotFound(f"no {' or '.join(sorted(kinds))} run named {name!r}")
+            there = ", ".join(run.name for run in of_kind[:10]) or "none"
+            kind = " or ".join(sorted(kinds))
+            raise NotFound(f"no {kind} run named {name!r}; there are: {there}")
     return [known[name] for name in names]
 
 

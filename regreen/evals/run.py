@@ -35,7 +35,14 @@ from regreen.rpc.errors import (
     Unavailable,
 )
 from regreen.train.config import plain_settings
-from regreen.train.names import grader_of, mode_name, mode_of, pipeline_name, pipeline_of
+from regreen.train.names import (
+    grader_of,
+    mode_name,
+    mode_of,
+    pipeline_name,
+    pipeline_of,
+    split_of,
+)
 from regreen.train.parallel import run_bounded
 from regreen.train.progress import Listener, Meter, ignore
 from regreen.train.recovery import Recovery, curable
@@ -87,6 +94,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         check_run_name(self.name)
+        split_of(self.split)
         for name in ("samples", "baseline_samples", "concurrency", "attempts"):
             if getattr(self, name) < 1:
                 raise InvalidArgument(name, f"is {getattr(self, name)}", "give at least 1")

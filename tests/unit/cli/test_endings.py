@@ -43,7 +43,7 @@ async def test_what_is_no_grpc_server_is_named() -> None:
         writer.close()
 
     server = await asyncio.start_server(answer, "127.0.0.1", 0)
-    address = "127.0.0.1:{}".format(server.sockets[0].getsockname()[1])
+    address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
     async with server:
         done = await asyncio.to_thread(run, "sandbox", "list", "--address", address)
     assert done.returncode == 3
