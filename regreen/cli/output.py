@@ -179,11 +179,15 @@ class ProgressPrinter:
         message: str = "",
         *,
         left_s: float | None = None,
+        due: bool = False,
     ) -> None:
-        """Show how far `stage` is; `left_s` is a better estimate than the mean rate, if known."""
+        """Show how far `stage` is; `left_s` is a better estimate than the mean rate, if known.
+
+        What is `due` is shown however short a time ago the last line was.
+        """
         with self._lock:
             self._told = self._clock(), (stage, done, total, message, left_s)
-            self._show(stage, done, total, message, left_s)
+            self._show(stage, done, total, message, left_s, due)
 
     def tick(self) -> None:
         """Repeat the latest line, with what has become of its times, if all was quiet for long."""
@@ -200,7 +204,13 @@ class ProgressPrinter:
             self._show(stage, done, total, message, left_s)
 
     def _show(
-        self, stage: str, done: float, total: float, message: str, left_s: float | None
+        self,
+        stage: str,
+        done: float,
+        total: float,
+        message: str,
+        left_s: float | None,
+        due: bool = False,
     ) -> None:
         now_s = self._clock()
         before = at = self._stages.get(stage)
@@ -224,7 +234,7 @@ class ProgressPrinter:
                 amount=amount.strip(),
             )
             return
-        fresh = at is not before or stage != self._latest or (total and done >= total)
+        fresh = due or at is not before or stage != self._latest or (total and done >= total)
         if not fresh and now_s - self._last_s < self._every_s:
             return
         self._latest, self._last_s = stage, now_s
