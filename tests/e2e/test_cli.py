@@ -142,6 +142,9 @@ def test_an_evaluation_and_its_report(local: Local, own: str, tmp_path: Path) ->
     scripts = {"noop": 0.0, "newest": 0.0, "previous": 1.0, "pin-back": 0.0}
     assert solved == {f"baseline:{name}": value for name, value in scripts.items()}
     assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
+    told = local.cli("report", "--eval", "cli", "--out", str(tmp_path)).stdout
+    assert [told.count(f"baseline:{name} ") for name in scripts] == [1, 1, 1, 1]
+    assert "4 attempts in all, 0 lost to the platform; 4 rows by pipeline and mode" in told
     refused = local.cli("report", "--eval", "cli", "--out", str(tmp_path / "report.json" / "x"))
     assert refused.returncode == 2
     assert "name a directory you can write" in " ".join(refused.stderr.split())
