@@ -2,7 +2,7 @@
 
 - Results go to standard output, progress and errors to standard error.
 - With `--json` a read prints one JSON object, or one per line, and nothing else.
-- Exit codes: 0 done, 1 failed, 2 wrong usage, 3 a service is not available.
+- Exit codes are those of `regreen.client.script`: one rule for commands and short programs.
 - Colours follow `NO_COLOR` and the terminal.
 """
 
@@ -25,19 +25,13 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
-from regreen.rpc.errors import (
-    DeadlineExceeded,
-    InvalidArgument,
-    NotFound,
-    RegreenError,
-    ResourceExhausted,
-    Unavailable,
-)
+from regreen.client import script
+from regreen.rpc.errors import NotFound, RegreenError, Unavailable
 from regreen.rpc.wire import NOBODY
 from regreen.train.progress import Pace
 
 T = TypeVar("T")
-OK, FAILED, USAGE, UNAVAILABLE = 0, 1, 2, 3
+FAILED, USAGE, UNAVAILABLE = script.FAILED, script.USAGE, script.UNAVAILABLE
 STDOUT = Console(soft_wrap=False, width=None if sys.stdout.isatty() else 160)
 _START = (
     "; `regreen up` starts the services, REGREEN_HOME or --home names the directory they keep, "
@@ -56,15 +50,6 @@ _QUIET_S = 10.0
 STDERR = Console(stderr=True, width=None if sys.stderr.isatty() else 240)
 
 
-def exit_code(error: RegreenError) -> int:
-    """The exit code that stands for an error."""
-    if isinstance(error, InvalidArgument):
-        return USAGE
-    if isinstance(error, Unavailable | DeadlineExceeded | ResourceExhausted):
-        return UNAVAILABLE
-    return FAILED
-
-
 def run(work: Coroutine[Any, Any, T]) -> T:
     """Run a command's coroutine; a `RegreenError` becomes one line and an exit code."""
     # A terminated command ends like an interrupted one: what it started is stopped.
@@ -75,7 +60,7 @@ def run(work: Coroutine[Any, Any, T]) -> T:
         fail(error)
     except KeyboardInterrupt:
         STDERR.print("interrupted; what was committed is kept", style="yellow")
-        raise typer.Exit(130) from None
+        raise typer.Exit(script.INTERRUPTED) from None
 
 
 def tell(error: RegreenError) -> int:
@@ -83,7 +68,7 @@ def tell(error: RegreenError) -> int:
     STDERR.print(
         f"error: {error.message}{_remedy(error)}", style="red", highlight=False, markup=False
     )
-    return exit_code(error)
+    return script.exit_code(error)
 
 
 def _remedy(error: RegreenError) -> str:

@@ -33,6 +33,7 @@ _NO_CONNECTION = re.compile(
     r"failed to connect to all addresses; last error: \w+: "
     r"(?:ipv4:|ipv6:)?(\S+): (?:.*: )?(.*)"
 )
+_NO_NAME = re.compile(r"errors resolving (\S+): ")
 _NO_REASON = "UNSPECIFIED"
 _MESSAGE_BYTES = 1500
 _ENCODED_BYTES = 2400
@@ -83,8 +84,11 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> RegreenError:
 
 def _plain(message: str) -> str:
     """What gRPC says of a connection that nobody takes, with the address first."""
-    found = _NO_CONNECTION.fullmatch(message)
-    return f"{NOBODY} {found[1]} ({found[2]})" if found else message
+    if found := _NO_CONNECTION.fullmatch(message):
+        return f"{NOBODY} {found[1]} ({found[2]})"
+    if found := _NO_NAME.match(message):
+        return f"{NOBODY} {found[1]} (the name is not known)"
+    return message
 
 
 def _invalid_argument(message: str, field: str, metadata: dict[str, str]) -> InvalidArgument:
