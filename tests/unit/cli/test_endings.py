@@ -141,7 +141,8 @@ def test_an_interrupt_while_it_is_still_loading_ends_it_quietly(after_s: float) 
     process = interrupted(after_s, "tasks", "leaks", "--home", "/no/such/home")
     _, said = process.communicate(timeout=10)
     assert "Traceback" not in said
-    assert process.returncode in (3, 130)  # where the machine is quick it was done
+    # Done, where the machine is quick; a shell shows the end by the signal itself as 130 too.
+    assert process.returncode in (3, 130, -signal.SIGINT)
 
 
 def test_an_interrupted_up_ends_soon_and_leaves_nothing(tmp_path: Path) -> None:
@@ -157,7 +158,7 @@ def test_an_interrupted_up_ends_soon_and_leaves_nothing(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     began_s = time.monotonic()
     _, said = process.communicate(timeout=30)
-    assert time.monotonic() - began_s < 5
+    assert time.monotonic() - began_s < 20  # half a second where nothing else runs
     assert process.returncode == 130
     assert "interrupted; what was committed is kept" in said
     assert "Traceback" not in said
