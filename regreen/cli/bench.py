@@ -87,7 +87,8 @@ def _make_folder(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         writable = os.access(out, os.W_OK)
     except OSError as error:
-        output.fail(InvalidArgument("out", str(error), "name a directory you can write"))
+        problem = f"{out} cannot be written: {error.strerror}"
+        output.fail(InvalidArgument("out", problem, "name a directory you can write"))
     if not writable:
         output.fail(InvalidArgument("out", f"{out} cannot be written", "name another directory"))
 

@@ -4,12 +4,14 @@
 - Only the module of the command that is called is loaded; help and completion load all of them.
 """
 
+import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 import regreen
 from regreen.rpc.errors import RegreenError
@@ -48,10 +50,24 @@ def _options(
     """Train, evaluate and serve agents that turn broken builds green again."""
 
 
+class _Words(TyperGroup):
+    """The command line, in which an empty word is none: it would be the present directory."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Refuse empty words, such as those of a variable that is not set."""
+        if not ctx.resilient_parsing:
+            for place, word in enumerate(args):
+                if not word or re.fullmatch(r"--[a-z-]+=", word):
+                    before = word.rstrip("=") or (args[place - 1] if place else "the program")
+                    raise typer.BadParameter(f"nothing is given after {before}; leave it out")
+        return super().parse_args(ctx, args)
+
+
 def make_app(words: Sequence[str] = ()) -> typer.Typer:
     """The command line, or only the part of it that a call with these words needs."""
     app = typer.Typer(
         name="regreen",
+        cls=_Words,
         help="Train, evaluate and serve agents that turn broken builds green again.",
         no_args_is_help=True,
         pretty_exceptions_enable=False,

@@ -15,6 +15,7 @@ from regreen.client.channel import connect
 from regreen.client.sandbox import SandboxClient, StateClient
 from regreen.home import default_home
 from regreen.mine.culprits import (
+    CulpritFacts,
     bugfix_candidates,
     in_turn,
     parse_culprits,
@@ -28,6 +29,7 @@ from regreen.mine.work import Bounds, Mine, export
 from regreen.rpc.errors import InvalidArgument
 from regreen.tasks.jsonl import shipped_tasks
 
+_ENDED = ("failed", "rejected")
 KINDS = ("dependency-upgrade", "release-bugfix", *MORE_KINDS)
 
 
@@ -93,9 +95,12 @@ def mine(
     try:
         for word in again or []:
             status, _, reason = word.partition("=")
+            if status not in _ENDED:
+                known = " or ".join(_ENDED)
+                raise InvalidArgument("again", f"{status!r} is unknown", f"give {known}")
             journal.forget([status], reason)
         if not only_report:
-            facts = parse_culprits(culprits.read_text("utf-8")) if culprits else shipped_culprits()
+            facts = _culprits(culprits) if culprits else shipped_culprits()
             candidates = in_turn(
                 upgrade_candidates(facts, packages=packages or ()),
                 bugfix_candidates(facts, packages=packages or ()),
@@ -123,6 +128,19 @@ def mine(
     output.print_table("", ["what", "found"], [list(row) for row in lines_of(found)])
     if written:
         output.STDERR.print(f"{written[0]} tasks and {written[1]} releases written to {out}")
+
+
+def _culprits(path: Path) -> list[CulpritFacts]:
+    """Those of a file.
+
+    Raises:
+        InvalidArgument: it holds none.
+    """
+    try:
+        return parse_culprits(path.read_text("utf-8"))
+    except (ValueError, KeyError, TypeError) as error:
+        problem = f"{path} is no list of culprits ({type(error).__name__}: {error})"
+        raise InvalidArgument("culprits", problem, "give JSON Lines") from error
 
 
 async def _mine(

@@ -165,8 +165,8 @@ async def _run(
     show: output.ProgressPrinter,
 ) -> list[pb.Trajectory]:
     in_pipeline, in_mode, by_grader = pipeline_of(pipeline), mode_of(mode), grader_of(grader)
-    scripted = "" if actor == "policy" else actor.removeprefix("baseline:")
-    if scripted:
+    scripted = None if actor == "policy" else actor.removeprefix("baseline:")
+    if scripted is not None:
         check_baseline(scripted)
     found: list[pb.Trajectory] = []
     meter = Meter(listener(show), "episodes", samples)
@@ -175,7 +175,7 @@ async def _run(
     )
     async with open_stack(home) as stack:
         task = await stack.tasks.get_task(task_id)
-        script = baseline(scripted, task) if scripted else None
+        script = None if scripted is None else baseline(scripted, task)
         name = "" if script else await name_served(stack)
         for sample in range(samples):
             trajectory = await run_episode(

@@ -92,7 +92,9 @@ def status(home: Home = None, json_output: Json = False) -> None:
 def logs(
     service: Annotated[str, typer.Argument(help="Service, or supervisor; empty for all.")] = "",
     home: Home = None,
-    lines: Annotated[int, typer.Option("-n", "--lines", min=1, help="Lines of each log.")] = 20,
+    lines: Annotated[
+        int, typer.Option("-n", "--lines", min=1, max=1_000_000, help="Lines of each log.")
+    ] = 20,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on printing.")] = False,
     json_output: Json = False,
 ) -> None:

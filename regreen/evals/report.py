@@ -76,7 +76,8 @@ async def write_report(
         _write(files.json, json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
         _write(files.html, html)
     except OSError as error:
-        raise InvalidArgument("out", str(error), "name a directory you can write") from error
+        problem = f"{out_dir} cannot be written: {error.strerror}"
+        raise InvalidArgument("out", problem, "name a directory you can write") from error
     return files
 
 

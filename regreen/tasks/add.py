@@ -91,7 +91,9 @@ async def add(
     """
     wish = checkout.wish
     if wish.mode not in _MODES:
-        raise InvalidArgument("fix.mode", f"{wish.mode!r} is not known", f"give {_MODES}")
+        raise InvalidArgument(
+            "fix.mode", f"{wish.mode!r} is not known", f"give {' or '.join(_MODES)}"
+        )
     repair = told_apart(checkout.broken, checkout.fixed) if checkout.fixed else None
     root, notes = checkout.broken, []
     if repair is not None and repair.tests:

@@ -17,6 +17,7 @@
 """
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -269,7 +270,7 @@ def hyperparameters(values: Mapping[str, float | int | str]) -> learner_pb.Hyper
     """Hyperparameters by name.
 
     Raises:
-        InvalidArgument: an unknown name or a value of the wrong type; lists the names.
+        InvalidArgument: an unknown name (lists the known ones), or a value that cannot be one.
     """
     names = sorted(learner_pb.Hyperparameters.DESCRIPTOR.fields_by_name)
     found = learner_pb.Hyperparameters()
@@ -278,6 +279,9 @@ def hyperparameters(values: Mapping[str, float | int | str]) -> learner_pb.Hyper
             raise InvalidArgument(
                 f"hyperparameters.{name}", "is unknown", f"use one of {', '.join(names)}"
             )
+        if not isinstance(value, str) and not 0 <= value < math.inf:
+            problem = f"is {value}"
+            raise InvalidArgument(f"hyperparameters.{name}", problem, "give a number from 0 on")
         whole = isinstance(getattr(found, name), int) and isinstance(value, float)
         try:
             setattr(found, name, int(value) if whole and value == int(value) else value)

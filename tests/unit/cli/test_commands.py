@@ -125,7 +125,7 @@ def test_an_engine_that_cannot_run_starts_nothing(tmp_path: Path, engine: str, s
         (("eval", "--set", "budget.turns=abc"), "budget.turns"),
         (("train", "grpo", "--set", "budgt.turns=8"), "budgt.turns"),
         (("train", "sft", "--name", "bad name/../x"), "name: 'bad name/../x' is no name of a run"),
-        (("train", "grpo", "--name", ""), "name: is empty; give 1 to 100 letters, digits, '.', "),
+        (("train", "grpo", "--name", "-"), "name: '-' is no name of a run; give 1 to 100 letters"),
         (("eval", "--name", "base"), "name: 'base' means the untrained model; choose another"),
         (("tasks", "import", "."), "path: . is a project of its own; use `regreen tasks add .`"),
         (("tasks", "import", "/no/such.jsonl"), "path: /no/such.jsonl cannot be read: No such"),

@@ -1,15 +1,19 @@
-"""How commands end where nothing answers, and what no command takes: part of an option's name."""
+"""How commands end: where nothing answers, with what cannot be taken, interrupted, unread."""
 
 import ast
 import asyncio
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+
+from regreen.stack.layout import Layout
 
 ROOT = Path(__file__).resolve().parents[3]
 CLI = (sys.executable, "-m", "regreen.cli")
@@ -90,3 +94,85 @@ def test_no_program_takes_a_part_of_a_flag() -> None:
                 found.append((path.name, words.get("allow_abbrev")))
     assert len(found) >= 12
     assert {value for _, value in found} == {"False"}, found
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("status", "--home", ""), "nothing is given after --home; leave it out"),
+        (("status", "--home="), "nothing is given after --home; leave it out"),
+        (("state", "import", ""), "nothing is given after import; leave it out"),
+        (("fix", ""), "nothing is given after fix; leave it out"),
+        (("tasks", "mine", "--culprits", "README.md"), "README.md is no list of culprits"),
+        (("tasks", "mine", "--again", "nope", "--report"), "again: 'nope' is unknown; give failed"),
+        (("tasks", "mine", "--work", "/dev/null", "--report"), "/dev/null: File exists"),
+        (("rollout", "run", "--task", "x", "--actor", "baseline:"), "baseline: '' is unknown"),
+        (("train", "sft", "--hyper", "warmup_steps=inf"), "warmup_steps: is inf; give a number"),
+        (("train", "sft", "--hyper", "learning_rate=-1"), "learning_rate: is -1; give a number"),
+        (("logs", "dataset", "-n", "99999999999999"), "Invalid value for '-n'"),
+        (("report", "--home", "/dev/null"), "home: /dev/null"),
+    ],
+)
+def test_what_cannot_be_taken_is_usage_and_no_traceback(words: tuple[str, ...], said: str) -> None:
+    done = run(*words)
+    assert done.returncode == 2, done.stderr
+    assert said in " ".join(done.stderr.replace("│", " ").split())
+    assert "Traceback" not in done.stderr
+
+
+def interrupted(after_s: float, *words: str) -> "subprocess.Popen[str]":
+    """A command that got an interrupt, as from a terminal, and has ended."""
+    process = subprocess.Popen(
+        [*CLI, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # A test run in the background begins with interrupts ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    time.sleep(after_s)
+    os.killpg(process.pid, signal.SIGINT)
+    return process
+
+
+@pytest.mark.parametrize("after_s", [0.2, 0.5])
+def test_an_interrupt_while_it_is_still_loading_ends_it_quietly(after_s: float) -> None:
+    process = interrupted(after_s, "tasks", "leaks", "--home", "/no/such/home")
+    _, said = process.communicate(timeout=10)
+    assert "Traceback" not in said
+    # Done, where the machine is quick; a shell shows the end by the signal itself as 130 too.
+    assert process.returncode in (3, 130, -signal.SIGINT)
+
+
+def test_an_interrupted_up_ends_soon_and_leaves_nothing(tmp_path: Path) -> None:
+    layout = Layout(tmp_path / "home")
+    words = ("up", "--home", str(layout.home), "--ports", "any")
+    process = subprocess.Popen(
+        [*CLI, *words], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    give_up_s = time.monotonic() + 30
+    while not (layout.home.is_dir() and layout.supervised()) and time.monotonic() < give_up_s:
+        time.sleep(0.05)
+    assert layout.supervised()
+    process.send_signal(signal.SIGTERM)
+    began_s = time.monotonic()
+    _, said = process.communicate(timeout=30)
+    assert time.monotonic() - began_s < 20  # half a second where nothing else runs
+    assert process.returncode == 130
+    assert "interrupted; what was committed is kept" in said
+    assert "Traceback" not in said
+    assert not layout.supervised()
+
+
+@pytest.mark.parametrize("words", ["tasks rules", "tasks rules --json", "--help", "doctor"])
+def test_a_reader_that_leaves_is_no_trouble(words: str) -> None:
+    process = subprocess.Popen(
+        [*CLI, *words.split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    process.wait(60)
