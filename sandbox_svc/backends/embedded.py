@@ -243,6 +243,10 @@ class EmbeddedRuntime:
             fields += [which, value]
         return fields
 
+    async def ended_itself(self, seat: Seat) -> bool:
+        """Whether the first process of a box has ended, and not from outside, as far as known."""
+        return self._seats is not None and await self._seats.ended_itself(seat)
+
     async def leave(self, seat: Seat, part: Part, network: int) -> None:
         """End a seat's processes; a part of what it had goes in the background.
 

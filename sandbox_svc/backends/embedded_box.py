@@ -360,6 +360,11 @@ class EmbeddedBox(BoxFiles):
         """How often the sandbox was stopped for its use of cores."""
         return self._runtime.cgroups.throttled(self._seat.name) if self._seat is not None else 0
 
+    async def ended_itself(self) -> bool:
+        """Whether it has lost its processes, and by what ran in it; see `spawner/main.c`."""
+        seat = self._seat if self._ended else None
+        return seat is not None and await self._runtime.ended_itself(seat)
+
     async def usage(self) -> wire.Message:
         """Memory, processes and unlinked bytes, as the first process sees them."""
         try:

@@ -80,6 +80,8 @@ class Seat:
     pid: int
     pidfd: int
     sock: socket.socket
+    spawner: Link
+    """To the spawner that made it, with which it ends."""
 
     @property
     def alive(self) -> bool:
@@ -217,7 +219,7 @@ class Seats:
             self._give_networks_up()
             raise exhausted("the sandbox")
         sock = socket.socket(fileno=fds[0])
-        return Seat(name, self._limits, int(reply["pid"]), fds[1], sock)
+        return Seat(name, self._limits, int(reply["pid"]), fds[1], sock, link)
 
     def _give_networks_up(self) -> None:
         """Close the descriptors that are kept; names without one are as good."""
@@ -274,6 +276,17 @@ class Seats:
             await _readable(seat.pidfd, _END_S)
         finally:
             os.close(seat.pidfd)
+
+    async def ended_itself(self, seat: Seat) -> bool:
+        """Whether a seat's process has come to an end of its own: by no kill from outside, which
+        nobody in a sandbox is, and not with its spawner. False where that is not known."""
+        try:
+            await _readable(seat.pidfd, _END_S)
+            reply, _ = await seat.spawner.request("end", seat.pid)
+        except (LinkClosed, TimeoutError, InfraError):
+            return False
+        end = int(reply["end"])
+        return end >= 0 and not (os.WIFSIGNALED(end) and os.WTERMSIG(end) == signal.SIGKILL)
 
     async def cleared(self, left: Sequence[Left]) -> Sequence[Left]:
         """Let the spawner remove what seats have left, or keep it; what it could not remove.

@@ -4,6 +4,8 @@
  * - It ends when its control socket ends, and every sandbox ends with it.
  * - A sandbox's process has its own socket and nothing else of it.
  * - Requests are answered in order; setting a sandbox up happens in the clone, not here.
+ * - How the last few first processes ended is remembered: one that was killed was killed from outside, since nobody in a sandbox
+ *   can, and any other end is that of the process itself.
  *
  *   spawner FD     what it works with is asked for over the socket, because sandboxes can read its arguments
  */
@@ -20,12 +22,44 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #ifndef CLONE_PIDFD
 #define CLONE_PIDFD 0x00001000
 #endif
+enum { REMEMBERED = 256 };
 static const int SPACES = CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWPID;
+
+static struct { pid_t pid; int status; } ended[REMEMBERED];
+static unsigned ends;
+
+static void reap(int signal) {
+  int status, kept = errno;
+  pid_t pid;
+  (void)signal;
+  while ((pid = waitpid(-1, &status, WNOHANG)) > 0) {
+    ended[ends % REMEMBERED].pid = pid;
+    ended[ends++ % REMEMBERED].status = status;
+  }
+  errno = kept;
+}
+
+/* The wait status of a first process that has ended; -1 where that is not known. */
+static void tell_end(int control, Request *request) {
+  long id = number(request), status = -1;
+  text(request);
+  pid_t pid = number(request);
+  sigset_t one, before;
+  sigemptyset(&one);
+  sigaddset(&one, SIGCHLD);
+  sigprocmask(SIG_BLOCK, &one, &before);
+  reap(SIGCHLD); /* who holds its descriptor may know before the signal comes */
+  sigprocmask(SIG_SETMASK, &before, NULL);
+  for (unsigned i = 0; i < REMEMBERED; i++)
+    if (ended[(ends + i) % REMEMBERED].pid == pid) status = ended[(ends + i) % REMEMBERED].status; /* the latest of this number */
+  answer(control, NULL, 0, "{\"id\": %ld, \"end\": %ld}", id, status);
+}
 
 static bool read_settings(int control, Settings *settings) {
   Request request;
@@ -128,11 +162,12 @@ int main(int argc, char **argv) {
   Settings settings;
   fcntl(control, F_SETFD, FD_CLOEXEC);
   signal(SIGINT, SIG_IGN);
-  signal(SIGCHLD, SIG_IGN); /* nothing is left of a sandbox that ended; who holds its descriptor is told */
+  sigaction(SIGCHLD, &(struct sigaction){.sa_handler = reap, .sa_flags = SA_RESTART}, NULL);
   if (!read_settings(control, &settings)) return 1;
   Request request;
   while (receive(control, &request)) {
     if (asks(&request, "clear")) clear(control, &settings, &request);
+    else if (asks(&request, "end")) tell_end(control, &request);
     else create(control, &settings, &request);
     release(&request);
   }
