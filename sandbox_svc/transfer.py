@@ -31,7 +31,7 @@ from typing import IO, Any, BinaryIO, Protocol, TypeVar, cast
 from regreen.rpc.errors import FailedPrecondition, InvalidArgument
 from sandbox_svc import pace
 from sandbox_svc.backends.base import HOST_BASE, Mount, Runtime
-from sandbox_svc.backends.layers import writing
+from sandbox_svc.backends.fds import writing
 from sandbox_svc.backends.tree_archive import Quota, TreeReader, write_tree
 from sandbox_svc.images.streams import TarStream
 from sandbox_svc.states import State, StateStore, image_action, state_id

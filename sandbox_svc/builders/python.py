@@ -6,7 +6,6 @@
 - The baseline is what the broken State itself says, run by the validator's own test runner.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -20,7 +19,6 @@ from regreen.blobs import BlobStore, Digest
 from regreen.lockfile import format_lock, lock_of, normalize, parse_lock
 from regreen.pkgindex import find_uv
 from regreen.rpc.errors import (
-    DiskFull,
     FailedPrecondition,
     InfraError,
     InvalidArgument,
@@ -29,6 +27,7 @@ from regreen.rpc.errors import (
 )
 from regreen.testpaths import SHARED_INI
 from sandbox_svc.backends.base import Box, Command, EndReason, ExecResult, Limits, Mount, Runtime
+from sandbox_svc.backends.fds import FULL, no_space
 from sandbox_svc.builders import testrun
 from sandbox_svc.builders.base import (
     BUILDHOUSE,
@@ -379,8 +378,8 @@ def _refuse_full_disk(done: ExecResult) -> None:
         DiskFull: it is.
     """
     text = done.stderr.text + done.stdout.text
-    if any(os.strerror(number) in text for number in (errno.ENOSPC, errno.EDQUOT)):
-        raise DiskFull(f"no space to prepare a state: {text.strip()[-500:]}")
+    if any(os.strerror(number) in text for number in FULL):
+        raise no_space(f"no space to prepare a state: {text.strip()[-500:]}")
 
 
 async def _read_settings(box: Box) -> dict[str, str]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
-from regreen.rpc.errors import InfraError, NoSuchFile, RegreenError, ResourceExhausted
+from regreen.rpc.errors import DiskFull, InfraError, NoSuchFile, RegreenError, ResourceExhausted
 from sandbox_svc.backends.base import Box, Command, EndReason, NotAFile, Odd
 from sandbox_svc.builders.base import ENV, REPO
 from sandbox_svc.builders.kinds import PYCACHE, Kind, Kinds
@@ -76,6 +76,8 @@ async def doubts(
     try:
         found = await written(box, facts, since=since)
     except ResourceExhausted as error:
+        if isinstance(error, DiskFull) or error.retry_after_s is not None:  # the service's trouble
+            raise
         return f"nobody can look through what it wrote: {error}"
     known, kinds = frozenset((*facts["baseline"].get("written", ()), *ours)), Kinds(facts)
     found = {path: certain for path, certain in found.items() if path not in known}

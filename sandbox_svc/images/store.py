@@ -34,7 +34,7 @@ from regreen.rpc.errors import (
 )
 from sandbox_svc import pace
 from sandbox_svc.backends.base import HOST_BASE, Runtime
-from sandbox_svc.backends.layers import writing
+from sandbox_svc.backends.fds import writing
 from sandbox_svc.backends.tree_archive import Quota
 from sandbox_svc.hosts import platform_name
 from sandbox_svc.images import manifest

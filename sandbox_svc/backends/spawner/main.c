@@ -32,15 +32,15 @@ enum { REMEMBERED = 256 };
 static const int SPACES = CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWPID;
 
 static struct { pid_t pid; int status; } ended[REMEMBERED];
-static unsigned ends;
+static unsigned seen;
 
 static void reap(int signal) {
   int status, kept = errno;
   pid_t pid;
   (void)signal;
   while ((pid = waitpid(-1, &status, WNOHANG)) > 0) {
-    ended[ends % REMEMBERED].pid = pid;
-    ended[ends++ % REMEMBERED].status = status;
+    ended[seen % REMEMBERED].pid = pid;
+    ended[seen++ % REMEMBERED].status = status;
   }
   errno = kept;
 }
@@ -57,7 +57,7 @@ static void tell_end(int control, Request *request) {
   reap(SIGCHLD); /* who holds its descriptor may know before the signal comes */
   sigprocmask(SIG_SETMASK, &before, NULL);
   for (unsigned i = 0; i < REMEMBERED; i++)
-    if (ended[(ends + i) % REMEMBERED].pid == pid) status = ended[(ends + i) % REMEMBERED].status; /* the latest of this number */
+    if (ended[(seen + i) % REMEMBERED].pid == pid) status = ended[(seen + i) % REMEMBERED].status; /* the latest of this number */
   answer(control, NULL, 0, "{\"id\": %ld, \"end\": %ld}", id, status);
 }
 
