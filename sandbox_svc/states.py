@@ -28,13 +28,14 @@ from typing import Any
 
 import structlog
 
-from regreen.rpc.errors import FailedPrecondition, NotFound, RegreenError
+from regreen.rpc.errors import FailedPrecondition, RegreenError
 from sandbox_svc.backends.base import HOST_BASE, Mount, Runtime
 from sandbox_svc.backends.fds import writing
 from sandbox_svc.builders.base import RUNNER, Prepared, Progress
 from sandbox_svc.flights import Flights
 from sandbox_svc.hosts import boot_id, host_fingerprint, platform_name
 from sandbox_svc.state_records import check_record
+from sandbox_svc.unknown import no_state
 
 _FORMAT = 1
 DEFAULT_CWD = "/work/repo"
@@ -173,7 +174,7 @@ class StateStore:
         try:
             return self._states[state_id]
         except KeyError:
-            raise NotFound(f"no such state: {state_id}", metadata={"id": state_id}) from None
+            raise no_state(state_id) from None
 
     def peek(self, state_id: str) -> State | None:
         """One state, if there is one of this id."""

@@ -57,6 +57,7 @@ DISTS = "/dists"
 FACTS = "/work/.regreen/env.json"
 MAX_PYTHONS = 8
 MAX_SETTINGS = 2000
+_LISTING_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -420,11 +421,14 @@ async def _foreign_modules(
     """
     found: set[str] = set()
     script, own = f"{TOOLS}/lib/list_modules.py", own_names(files)
-    shared = sorted({name.partition(".")[0] for name in own if "." in name})
+    shared = json.dumps(sorted({name.partition(".")[0] for name in own if "." in name})).encode()
     for interpreter in inputs.interpreters.values():
-        argv = (str(interpreter.executable), "-I", script, ENV, project, *shared)
-        done = await box.run(Command(argv, env=_build_environment(), cwd="/work"))
-        if not done.ok:
+        argv = (str(interpreter.executable), "-I", script, ENV, project)
+        listing = Command(
+            argv, env=_build_environment(), cwd="/work", stdin=shared, output_bytes=_LISTING_BYTES
+        )
+        done = await box.run(listing)
+        if not done.ok or done.stdout.truncated:
             raise InfraError(f"modules cannot be listed: {done.stderr.text[-500:]}")
         found.update(json.loads(done.stdout.text))
     return {name for name in found if "." not in name or name not in own}
