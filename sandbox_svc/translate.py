@@ -189,6 +189,7 @@ def state_to(state: State) -> pb.State:
                 failing=baseline["failing"],
                 log=baseline["log"],
                 duration=duration(baseline["seconds"]),
+                notes=baseline["notes"],
             )
         )
     return message

@@ -194,7 +194,14 @@ def conclude(plan: Plan, run: TestRun) -> Validation:
     run = _believed(run, plan.facts["baseline"].get("replaced", ()))
     lines, run = testrun.error_lines(run), _decisive(run, frozenset(plan.facts["loose"]))
     passed = run.ids("passed")
-    failing = tuple(sorted(i for i in required - passed if not _collected_green(i, run, passed)))
+    expected = plan.facts["expected"]
+    failing = tuple(
+        sorted(
+            i
+            for i in required - passed
+            if not _collected_green(i, run, passed, expected.get(i, ()))
+        )
+    )
     if run.stopped:
         failing = tuple(i for i in failing if _known_to_fail(i, run))
     not_run = max(0, run.part.collected - len(run.tests)) if run.part is not None else 0
@@ -257,11 +264,14 @@ def _decisive(run: TestRun, loose: frozenset[str]) -> TestRun:
     return replace(run, tests=tests, collect_errors=errors)
 
 
-def _collected_green(required: str, run: TestRun, passed: frozenset[str]) -> bool:
+def _collected_green(
+    required: str, run: TestRun, passed: frozenset[str], expected: Iterable[str]
+) -> bool:
     """Whether a module that could not be collected is whole now.
 
-    The baseline knows such a module by its path alone: it has passed when it is collected, some
-    test of it passed, none failed, and none is passed over but by the tests' own words.
+    The baseline knows such a module by its path alone: it has passed when it is collected, all
+    tests that its text is sure of are there, some test of it passed, none failed, and none is
+    passed over but by the tests' own words.
     """
     if "::" in required or required in run.collect_errors:
         return False
@@ -271,7 +281,9 @@ def _collected_green(required: str, run: TestRun, passed: frozenset[str]) -> boo
         test.id.startswith(inside) and (test.outcome in ("failed", "error") or not test.own)
         for test in run.tests.values()
     )
-    return not errors and not bad and any(i.startswith(inside) for i in passed)
+    there = {i.partition("[")[0] for i in run.tests}
+    whole = there.issuperset(expected)
+    return whole and not errors and not bad and any(i.startswith(inside) for i in passed)
 
 
 def _decide(

@@ -67,6 +67,7 @@ class Shown:
             ("size", f"{_mib(state.size_bytes)} of its own, {_mib(whole)} of its ancestors"),
             ("layers", f"{len(state.layers)}: {' '.join(state.layers)}"),
             ("baseline", told if state.HasField("baseline") else ""),
+            *(("note", note) for note in baseline.notes),
             ("labels", _labels(state)),
             ("sandboxes", " ".join(box.id for box in self.sandboxes)),
         ]

@@ -19,7 +19,7 @@ from sandbox_svc.fetches import Fetches
 FORMAT = 4
 """Part of every spec digest: raise it when a builder's output changes for the same spec."""
 
-RUNNER = 10
+RUNNER = 11
 """Version of the test runner that a State holds; only its own validator can read it."""
 
 REPO = "/work/repo"
@@ -210,6 +210,8 @@ class Baseline:
     """Functions of the test runner that the untouched repository or its plugins replace."""
     written: tuple[str, ...] = ()
     """Files that decide a verdict and that the untouched repository's tests write over."""
+    notes: tuple[str, ...] = ()
+    """What is not taken from the repository, or not known of it, and what to do about it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,7 +104,7 @@ def check_changes(changes: Iterable[FileChange]) -> tuple[FileChange, ...]:
 
 def protected_roots(test: TestSpec) -> tuple[str, ...]:
     """Paths that hold tests or their settings: those of the arguments and those the spec names."""
-    words = words_of(test)
+    words = words_of(test.arguments, test.environment)
     named = [word.partition("::")[0] for word in words if word and not word.startswith("-")]
     for argument in words:
         option, equals, value = argument.partition("=")
@@ -112,29 +112,30 @@ def protected_roots(test: TestSpec) -> tuple[str, ...]:
             named.append(value)
         elif argument.startswith("-c") and not argument.startswith("--"):
             named.append(argument[2:])
-    roots = {_plain(path) for path in (*named, *test.protected_paths)}
+    roots = {plain_path(path) for path in (*named, *test.protected_paths)}
     return tuple(sorted(root for root in roots if root not in ("", ".")))
 
 
-def words_of(test: TestSpec) -> tuple[str, ...]:
-    """What pytest takes for its arguments: those of the spec and those of its environment.
+def words_of(arguments: Iterable[str], environment: Mapping[str, str]) -> tuple[str, ...]:
+    """What pytest takes for its arguments: those of a spec and those of its environment.
 
     Raises:
         InvalidArgument: a word names a file of arguments, or cannot be read.
     """
     try:
-        added = shlex.split(test.environment.get("PYTEST_ADDOPTS", ""))
+        added = shlex.split(environment.get("PYTEST_ADDOPTS", ""))
     except ValueError as error:
         field = "spec.test.environment[PYTEST_ADDOPTS]"
         raise InvalidArgument(field, f"cannot be read: {error}", "close its quotes") from None
-    words = (*test.arguments, *added)
+    words = (*arguments, *added)
     if files := [word for word in words if word.startswith("@")]:
         problem = f"names a file of arguments, which a diff could change: {files[0][:80]!r}"
         raise InvalidArgument("spec.test.arguments", problem, "give what is in it")
     return words
 
 
-def _plain(path: str) -> str:
+def plain_path(path: str) -> str:
+    """A path of the repository that somebody names, relative to it."""
     inside = f"{path}/".removeprefix(f"{REPO}/").strip("/")
     return posixpath.normpath(inside) if inside else ""
 
@@ -174,9 +175,9 @@ def protection(
 ) -> str:
     """Why a change is left out, or empty if it is applied.
 
-    `modules` are the top-level modules that the State's repository has of its own, `foreign` those
-    of its interpreters and installed packages. `packages` are folders that the diff makes packages,
-    `places` where its tests look for modules.
+    `modules` are the top-level modules that the State's repository has of its own, by their paths,
+    `foreign` those of its interpreters and installed packages. `packages` are folders that the diff
+    makes packages, `places` where its tests look for modules.
     """
     roots, places = frozenset(roots), places_of(places)
     name = change.path.rpartition("/")[2]
@@ -223,8 +224,7 @@ def places_of(path: Iterable[str]) -> frozenset[str]:
 
 def is_own(place: str, module: str, own: frozenset[str]) -> bool:
     """Whether the State's repository has a module in such a folder."""
-    usual = place in ("", *SOURCE_FOLDERS)
-    return module in own if usual else f"{place}/{module}" in own
+    return (f"{place}/{module}" if place else module) in own
 
 
 def _shadows(
@@ -254,8 +254,9 @@ def pytest_settings(name: str, content: bytes) -> str:
     """pytest's part of a settings file in a form that can be compared; empty if it has none."""
     try:
         text = content.decode("utf-8")
-        if name == "pyproject.toml":
-            found = tomllib.loads(text).get("tool", {}).get("pytest")
+        if name.endswith(".toml"):
+            table = tomllib.loads(text)
+            found = (table.get("tool", {}) if name == "pyproject.toml" else table).get("pytest")
             return "" if found is None else json.dumps(found, sort_keys=True, default=str)
         sections = pytest_part(text)
         return json.dumps(sections) if sections else ""

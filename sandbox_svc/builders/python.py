@@ -124,7 +124,8 @@ class PythonBuilder:
         }
         progress(Stage("baseline", 0, 1))
         baseline, facts = await testrun.baseline(runtime, (layer,), kept, env, facts, limits, files)
-        progress(Stage("baseline", 1, 1, f"{len(baseline.failing)} tests fail"))
+        told = "; ".join((f"{len(baseline.failing)} tests fail", *baseline.notes))
+        progress(Stage("baseline", 1, 1, told))
         return Prepared((layer,), kept, env, {**facts, "baseline": asdict(baseline)})
 
     async def _fetch(

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from regreen.lockfile import normalize
 from regreen.rpc.errors import InfraError, InvalidArgument
 from regreen.testpaths import CONFTEST
 from sandbox_svc.backends.base import Box, Command
@@ -21,7 +22,7 @@ from sandbox_svc.builders.modules import (
     module_of,
     top_modules,
 )
-from sandbox_svc.builders.protect import EXACTLY, by_name
+from sandbox_svc.builders.protect import EXACTLY, by_name, plain_path
 
 _LISTING_BYTES = 64 << 20
 _SHOWN = 3
@@ -44,6 +45,8 @@ class Where:
     """Files of plugins that it loaded by name, not as part of an installed package."""
     rewritten: tuple[str, ...] = ()
     """Names of files that pytest loads itself, from their source."""
+    whole: bool = False
+    """Whether it came to the end of collecting."""
 
 
 async def module_files(box: Box) -> list[str]:
@@ -64,10 +67,16 @@ async def module_files(box: Box) -> list[str]:
     return sorted(path for path in listing.stdout.text.split("\0") if path)
 
 
-def own_modules(files: Iterable[str], foreign: Collection[str]) -> set[str]:
-    """The top-level modules of a repository with these files, where Python usually looks."""
+def own_modules(
+    files: Iterable[str], foreign: Collection[str], places: Iterable[str] = _USUAL
+) -> set[str]:
+    """Paths of the top-level modules of a repository, in the places where Python usually looks."""
     held = tuple(files)
-    return {name for place in _USUAL for name in top_modules(place, held, foreign)}
+    return {
+        f"{place}/{name}" if place else name
+        for place in places
+        for name in top_modules(place, held, foreign)
+    }
 
 
 def own_names(files: Iterable[str]) -> set[str]:
@@ -81,11 +90,16 @@ def own_names(files: Iterable[str]) -> set[str]:
 def learned(facts: Mapping[str, Any], where: Where, files: Iterable[str]) -> dict[str, Any]:
     """The facts, with what its files and the untouched run say of a State's tests."""
     held = frozenset(files)
-    told = (*filter(None, map(_inside, where.files)), *_of_tests(where.roots, held))
+    told = (*filter(None, map(inside, where.files)), *_of_tests(where.roots, held))
     # of a repository that breaks before it has collected, the run tells nothing
-    asked = {file_of(id) for id in facts["spec"]["test"]["fail_to_pass"]}
-    unseen = asked - {"", *(file_of(id) for id, _ in where.others)}
-    named = frozenset((*facts["protected"], *told, *unseen))
+    asked = frozenset(facts["spec"]["test"]["fail_to_pass"])
+    unseen = {
+        id for id in asked if file_of(id) not in {file_of(other) for other, _ in where.others}
+    }
+    examples = {id for id in unseen if _is_example(id)}
+    wanted = {file_of(id) for id in unseen - examples} - {""}
+    asked_for = {root for root in facts["protected"] if not _is_source(root, facts["spec"])}
+    named = frozenset((*asked_for, *told, *wanted))
     tests = [
         path
         for path in {*held, *named}
@@ -93,14 +107,13 @@ def learned(facts: Mapping[str, Any], where: Where, files: Iterable[str]) -> dic
     ]
     folders = {path.rpartition("/")[0] for path in tests} - {""}
     twins = {EXACTLY + twin for folder in folders for twin in _twins(folder, held)}
-    own_places = {place for place in map(_inside, where.places) if place} - {*SOURCE_FOLDERS}
-    foreign = frozenset(facts["foreign"])
-    modules = {
-        f"{place}/{name}" for place in own_places for name in top_modules(place, held, foreign)
-    }
-    plugins = filter(None, map(_inside, where.plugins))
+    twins |= {EXACTLY + f for path in tests if (f := _above(path, held)) not in held}
+    own_places = {place for place in map(inside, where.places) if place}
+    modules = own_modules(held, frozenset(facts["foreign"]), own_places)
+    plugins = filter(None, map(inside, where.plugins))
     protected = frozenset((*named, *twins, *plugins))
-    others = [(id, _inside(path)) for id, path in where.others]
+    others = [(id, inside(path)) for id, path in where.others]
+    others += [(id, file_of(id)) for id in examples]
     loose = {id for id, path in others if path and not by_name(path, protected)}
     return {
         **facts,
@@ -109,7 +122,7 @@ def learned(facts: Mapping[str, Any], where: Where, files: Iterable[str]) -> dic
         "places": sorted({*where.places}),
         "folders": sorted(folders),
         "stems": sorted(_stems(tests, folders, held, protected)),
-        "files": sorted(filter(None, map(_inside, where.files))),
+        "files": sorted(filter(None, map(inside, where.files))),
         "rewritten": list(where.rewritten),
         "loose": sorted(loose),
     }
@@ -142,7 +155,29 @@ def refuse_loose(ids: Iterable[str], facts: Mapping[str, Any], field: str) -> No
         )
 
 
-def _inside(path: str) -> str | None:
+def _is_example(id: str) -> bool:
+    """Whether an id is a doctest's in a module: it has the module's whole name, with its points."""
+    file, _, name = id.partition("::")
+    return file.endswith(".py") and "::" not in name and "." in name.partition("[")[0]
+
+
+def _is_source(root: str, spec: Mapping[str, Any]) -> bool:
+    """Whether a folder that arguments name is the project's own package, with tests beside code."""
+    own = normalize(root.rpartition("/")[2]) == normalize(spec["package"])
+    return (own or root in SOURCE_FOLDERS) and root not in map(
+        plain_path, spec["test"]["protected_paths"]
+    )
+
+
+def _above(path: str, held: frozenset[str]) -> str:
+    """What would make the folder around the package of a test one too, and name the test anew."""
+    folder = path.rpartition("/")[0]
+    while folder and f"{folder}/__init__.py" in held:
+        folder = folder.rpartition("/")[0]
+    return f"{folder}/__init__.py" if folder else "__init__.py"
+
+
+def inside(path: str) -> str | None:
     """A path relative to the repository; None outside of it."""
     if path == REPO:
         return ""
@@ -151,7 +186,7 @@ def _inside(path: str) -> str | None:
 
 def _of_tests(roots: Iterable[str], held: frozenset[str]) -> Iterable[str]:
     """Folders that settings name for tests: those that are no package of the project's."""
-    for root in filter(None, map(_inside, roots)):
+    for root in filter(None, map(inside, roots)):
         if f"{root}/__init__.py" not in held and root not in SOURCE_FOLDERS:
             yield root
 

@@ -13,8 +13,9 @@ import hmac
 import json
 import secrets
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from regreen.rpc.errors import DiskFull, FailedPrecondition, InfraError, ResourceExhausted
@@ -30,6 +31,7 @@ from sandbox_svc.backends.base import (
 )
 from sandbox_svc.builders.base import ENV, REPO, TOOLS, Baseline
 from sandbox_svc.builders.standing import Where, learned, refuse_loose
+from sandbox_svc.builders.unseen import completed
 from sandbox_svc.builders.written import Pristine, doubts, written
 
 MAX_FRAME = 4 << 20
@@ -286,6 +288,7 @@ def read_run(result: ExecResult, key: bytes) -> TestRun:
         elif kind == "where":
             told = frame.keys() & {"places", "files", "roots", "plugins", "rewritten"}
             where.update({name: tuple(map(str, frame[name])) for name in told})
+            where["whole"] = bool(where.get("whole") or "plugins" in told)
             where["others"] += tuple((str(i), str(p)) for i, p in frame.get("others", ()))
         elif kind == "part":
             part = Part(int(frame.get("n", 0)), int(frame.get("run", 0)), str(frame.get("ids")))
@@ -393,17 +396,18 @@ async def baseline(
     """
     problems: list[str] = []
     wrote: tuple[str, ...] = ()
+    fresh = partial(_box, runtime, layers, limits, mounts)
     while True:
-        box = await runtime.create(layers, limits=limits, mounts=mounts)
-        try:
+        async with fresh() as box:
             run = await run_tests(box, replace(options_of(facts, env), where=True))
-            known = learned(facts, run.where, files)
+            async with fresh() as untouched:
+                errors = run.collect_errors
+                where, more = await completed(untouched, facts, run.where, errors, files)
+            known = learned({**facts, **more}, where, files)
             if runtime.disk_is_full():
                 raise DiskFull("no space to run the tests of a new state")
             with contextlib.suppress(ResourceExhausted):  # then no run of it can be believed
                 wrote = tuple(await written(box, known))
-        finally:
-            await box.delete()
         problem = _uselessness(run)
         if not problem:
             break
@@ -422,8 +426,20 @@ async def baseline(
         seconds=round(run.result.wall_s, 3),
         replaced=tuple(sorted(run.replaced)),
         written=wrote,
+        notes=tuple(known["notes"]),
     )
     return found, known
+
+
+@contextlib.asynccontextmanager
+async def _box(
+    runtime: Runtime, layers: Sequence[str], limits: Limits, mounts: Sequence[Mount]
+) -> AsyncIterator[Box]:
+    box = await runtime.create(layers, limits=limits, mounts=mounts)
+    try:
+        yield box
+    finally:
+        await box.delete()
 
 
 def _uselessness(run: TestRun) -> str:

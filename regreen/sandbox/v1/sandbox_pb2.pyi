@@ -474,6 +474,7 @@ class Baseline(_message.Message):
     FAILING_FIELD_NUMBER: _builtins.int
     LOG_FIELD_NUMBER: _builtins.int
     DURATION_FIELD_NUMBER: _builtins.int
+    NOTES_FIELD_NUMBER: _builtins.int
     log: _builtins.str
     """What a developer would see: the end of the log, bounded."""
     @_builtins.property
@@ -488,6 +489,10 @@ class Baseline(_message.Message):
     def duration(self) -> _duration_pb2.Duration:
         """Wall time of the run."""
 
+    @_builtins.property
+    def notes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What was not taken from the repository, or is not known of it, each with what to do about it."""
+
     def __init__(
         self,
         *,
@@ -495,10 +500,11 @@ class Baseline(_message.Message):
         failing: _abc.Iterable[_builtins.str] | None = ...,
         log: _builtins.str = ...,
         duration: _duration_pb2.Duration | None = ...,
+        notes: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration", "failing", b"failing", "log", b"log", "passing", b"passing"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration", "failing", b"failing", "log", b"log", "notes", b"notes", "passing", b"passing"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -23,13 +23,14 @@ def module_of(entry: str) -> str:
     return match.group(1) if match and match.group(1) != "__pycache__" else ""
 
 
-def below(file: str) -> str:
-    """The whole name of a module inside a package, or an empty string."""
+def below(file: str) -> set[str]:
+    """The whole names of a module inside a package and of the packages around it."""
     *folders, name = file.split("/")
     module = module_of(name) if name.endswith((".py", ".so")) else ""
     if not module or not all(map(str.isidentifier, folders)):
-        return ""
-    return ".".join(folders if module == "__init__" else [*folders, module])
+        return set()
+    names = {".".join(folders[:end]) for end in range(2, len(folders) + 1)}
+    return names if module == "__init__" else names | {".".join([*folders, module])}
 
 
 def standard() -> set[str]:
@@ -67,7 +68,7 @@ def recorded(path: str, shared: frozenset[str]) -> set[str]:
         if slash or first.endswith((".py", ".so")):
             modules.add(module_of(first))
         if slash and first in shared:
-            modules.add(below(file))
+            modules.update(below(file))
     return modules - {""}
 
 

@@ -5,10 +5,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import os
 import sys
 import traceback
 from typing import Any
+
+MARKS = ("skip", "skipif", "xfail")
+FLAGS = ("__unittest_skip__", "__unittest_expecting_failure__")
+FOLDERS = frozenset(("test", "tests"))
+EMPTY = "got empty parameter set"
+"""Why pytest passes over a test for which there is no value: whose values, it does not say."""
 
 
 class Origin:
@@ -48,16 +56,84 @@ class Origin:
         return "" if not files or pluggy in files[-1] else files[-1]
 
     def is_test(self, filename: str) -> bool:
+        """Whether a file is one of tests, by its name or because it is known to be."""
         if not filename.startswith(self.root):
             return False
         relative = filename[len(self.root) :]
+        *folders, name = relative.split("/")
+        usual = name == "conftest.py" or name.startswith("test_") or name.endswith("_test.py")
+        if usual or not FOLDERS.isdisjoint(folders):
+            return True
         return any(relative == t or relative.startswith(t + "/") for t in self.tests)
 
     def marked(self, item: Any) -> bool:
-        marks = any(marker_of(item, name) for name in ("skip", "skipif", "xfail"))
-        places = (getattr(item, "obj", None), getattr(item, "cls", None))
-        flags = ("__unittest_skip__", "__unittest_expecting_failure__")
-        return marks or any(getattr(p, flag, False) for p in places for flag in flags)
+        """Whether a mark that the tests made, or a mark of unittest in a test file, is on it."""
+        if not hasattr(item, "iter_markers_with_node"):  # before pytest 3.6
+            return any(marker_of(item, name) for name in MARKS) or self.flagged(item)
+        marks = [pair for name in MARKS for pair in item.iter_markers_with_node(name=name)]
+        if not any(self.is_made_by_tests(item, node, mark) for node, mark in marks):
+            return self.flagged(item)
+        return not any(str(mark.kwargs.get("reason")).startswith(EMPTY) for _, mark in marks)
+
+    def is_made_by_tests(self, item: Any, node: Any, mark: Any) -> bool:
+        """False where the code under test is known to have put it there."""
+        call = getattr(item, "callspec", None)
+        if node is item:
+            if any(mark is one for one in getattr(call, "marks", ())):
+                return b"marks" in self.text(file_of(item))
+            own = self.is_own(node.obj, mark)
+            return own is None or own
+        if isinstance(getattr(node, "obj", None), type):
+            holders = [cls for cls in node.obj.__mro__ if has_mark(cls, mark)]
+            return not holders or any(self.is_test(file_of_module(cls)) for cls in holders)
+        if has_mark(getattr(node, "obj", None), mark):
+            place = os.path.realpath(str(getattr(node.obj, "__file__", "")))
+            return self.is_test(place) and b"pytestmark" in self.text(place)
+        return True  # by a hook of a conftest
+
+    def is_own(self, function: Any, mark: Any) -> bool | None:
+        """Whether a function with a mark is a test file's; None if it has it not."""
+        function = getattr(function, "__func__", function)
+        return self.is_test(code_file(function)) if has_mark(function, mark) else None
+
+    def flagged(self, item: Any) -> bool:
+        """Whether unittest's decorators were used on it in a test file."""
+        function = getattr(item, "obj", None)
+        function = getattr(function, "__func__", function)
+        if any(vars(function).get(flag) for flag in FLAGS if hasattr(function, "__dict__")):
+            return self.is_test(code_file(function))
+        classes = getattr(getattr(item, "cls", None), "__mro__", ())
+        holders = [cls for cls in classes if any(vars(cls).get(flag) for flag in FLAGS)]
+        return any(self.is_test(file_of_module(cls)) for cls in holders)
+
+    def text(self, path: str) -> bytes:
+        try:
+            with open(path, "rb") as source:
+                return source.read()
+        except OSError:
+            return b""
+
+
+def has_mark(thing: Any, mark: Any) -> bool:
+    found = getattr(thing, "__dict__", {}).get("pytestmark", ())
+    found = found if isinstance(found, (list, tuple)) else [found]
+    return any(getattr(one, "mark", one) is mark or one is mark for one in found)
+
+
+def code_file(function: Any) -> str:
+    """The file of a function that decorators may have wrapped."""
+    with contextlib.suppress(ValueError):  # around in a circle
+        function = inspect.unwrap(function)
+    return os.path.realpath(str(getattr(getattr(function, "__code__", None), "co_filename", "")))
+
+
+def file_of_module(cls: type) -> str:
+    module = sys.modules.get(cls.__module__)
+    return os.path.realpath(str(getattr(module, "__file__", None) or ""))
+
+
+def file_of(node: Any) -> str:
+    return os.path.realpath(str(getattr(node, "path", None) or node.fspath))
 
 
 def marker_of(item: Any, name: str) -> bool:

@@ -436,10 +436,16 @@ def run_pytest(setup: dict[str, Any], pipe: Pipe, key: bytes, ahead: Ahead | Non
         lines.start()
     part = Part(pipe.send, setup["part"], pytest) if setup.get("part") else None
     where = [beside("where").Where(pipe.send, pytest)] if setup.get("where") else []
-    reporter = Reporter(part or pipe, Origin(setup["root"], setup["skip"], pytest))
+    origin = Origin(setup["root"], setup["skip"], pytest)
+    reporter = Reporter(part or pipe, origin)
     order = [beside("order").Order(setup["order"], pytest)] if setup.get("order") else []
-    plugins = [reporter, controls, *order, *where, *([part] if part is not None else [])]
-    status = int(pytest.main(list(setup["arguments"]), plugins=plugins))
+    whence = beside("whence").Whence(origin, pipe.send, pytest)
+    plugins = [reporter, controls, whence, *order, *where, *([part] if part is not None else [])]
+    try:
+        status = int(pytest.main(list(setup["arguments"]), plugins=plugins))
+    finally:
+        for look in where:
+            look.rest()
     controls.tell()
     if lines is not None:
         sys.settrace(None)

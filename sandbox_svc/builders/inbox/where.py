@@ -22,6 +22,7 @@ class Where:
         self.places: dict[str, None] = {}
         self.files: dict[str, None] = {}
         self.others: dict[str, str] = {}
+        self.told = False
 
     def pytest_collectstart(self, collector: Any) -> None:
         if isinstance(collector, self.pytest.File):
@@ -45,11 +46,17 @@ class Where:
             self.send({"t": "where", "rewritten": [p for p in patterns if "/" not in p]})
 
     def pytest_sessionfinish(self) -> None:
+        self.told = True
         self.look()
         self.send({"t": "where", "places": list(self.places), "files": list(self.files)})
         others = list(self.others.items())
         for begin in range(0, len(others), MOST):
             self.send({"t": "where", "others": others[begin : begin + MOST]})
+
+    def rest(self) -> None:
+        """Tell what is known where pytest did not begin, or did not end, as it should."""
+        if not self.told:
+            self.pytest_sessionfinish()
 
     def note(self, id: str, path: str, tests: bool) -> None:
         """What is no Python module is a file of tests, whoever reads it."""

@@ -145,7 +145,7 @@ def test_a_package_that_two_share_brings_no_module_of_the_other_one() -> None:
 def test_only_what_can_be_imported_is_the_repository_s_own() -> None:
     files = ["mock/data.py", "tool.py", "pack/__init__.py", "lib/quick.abi3.so", "docs/x/y.py"]
     foreign = {"mock", "pack"}
-    assert own_modules(files, foreign) == {"tool", "pack", "quick", "docs", "lib"}
+    assert own_modules(files, foreign) == {"tool", "pack", "lib/quick", "docs", "lib"}
     assert own_names(["pack/__init__.py", "src/pack/a/b.py"]) == {
         "pack",
         "src.pack.a.b",

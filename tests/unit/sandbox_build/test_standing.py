@@ -18,7 +18,10 @@ FACTS = {
     "settings": {"setup.cfg": ""},
     "modules": ["greet", "tests"],
     "foreign": ["wordlib", "json", "token"],
-    "spec": {"test": {"fail_to_pass": ["tests/test_a.py::test_a"]}},
+    "spec": {
+        "package": "greet",
+        "test": {"fail_to_pass": ["tests/test_a.py::test_a"], "protected_paths": []},
+    },
 }
 HELD = [
     *("greet/__init__.py", "greet/more.py", "greet/api/call.py", "greet/api/test_call.py"),

@@ -1,0 +1,65 @@
+"""Tells of tests, and of modules of theirs, that came from another file than their own.
+
+- Standard library only, Python 3.7 and newer; made after pytest was imported.
+- A package of the code under test may lead to other modules inside it, by its `__path__`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+PACKAGE = "__init__.py"
+
+
+class Whence:
+    """pytest hooks that compare where tests are and where they were read from."""
+
+    def __init__(self, origin: Any, send: Any, pytest: Any) -> None:
+        self.root, self.is_test = origin.root, origin.is_test
+        self.send, self.pytest = send, pytest
+        self.seen: set[int] = set()
+
+    def pytest_collection_finish(self, session: Any) -> None:
+        found = set()
+        for item in session.items:
+            module = item.getparent(self.pytest.Module)
+            if module is not None and id(module) not in self.seen:
+                self.seen.add(id(module))
+                found.update(self.of_module(module))
+        self.tell(found)
+
+    def pytest_sessionfinish(self) -> None:
+        modules = {n: m for n, m in list(sys.modules.items()) if "." in n and m is not None}
+        self.tell({told for name, m in modules.items() for told in self.inside(name, m)})
+
+    def tell(self, found: set[str]) -> None:
+        if found:
+            self.send({"t": "replaced", "names": sorted(found)[:50]})
+
+    def of_module(self, collector: Any) -> list[str]:
+        """A module of tests that pytest took for a file's, and that is another's."""
+        path = os.path.realpath(str(getattr(collector, "path", None) or collector.fspath))
+        origin = origin_of(getattr(collector, "obj", None))
+        ours = path.startswith(self.root) and path.endswith(".py")
+        return [f"{path} by {origin}"] if ours and origin and origin != path else []
+
+    def inside(self, name: str, module: Any) -> list[str]:
+        """A module beside which, in the folder of its package, a file of the State's should be."""
+        package, _, last = name.rpartition(".")
+        home, origin = origin_of(sys.modules.get(package)), origin_of(module)
+        if not origin or os.path.basename(home) != PACKAGE or not home.startswith(self.root):
+            return []
+        start = os.path.join(os.path.dirname(home), last)
+        own = [start + ".py", os.path.join(start, PACKAGE)]
+        if origin in own:
+            return []
+        held = [path for path in own if self.is_test(path) and os.path.isfile(path)]
+        return [f"{path} by {origin}" for path in held]
+
+
+def origin_of(module: Any) -> str:
+    """The file that the import system read a module from; empty where it was none."""
+    origin = getattr(getattr(module, "__spec__", None), "origin", None)
+    return os.path.realpath(origin) if isinstance(origin, str) and os.path.isabs(origin) else ""
