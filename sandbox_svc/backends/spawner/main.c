@@ -77,6 +77,7 @@ static bool read_settings(int control, Settings *settings) {
   settings->failed = stat("/proc/self/ns/net", &settings->network) ? strdup("no /proc of this host") : NULL;
   release(&request);
   const char *step = make_root(settings);
+  settings->programs = !mounts_in_programs();
   if (step != NULL && asprintf(&settings->failed, "%s: %s", step, strerror(errno)) < 0) return false;
   return true;
 }
