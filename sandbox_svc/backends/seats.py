@@ -296,8 +296,7 @@ class Seats:
             reply, _ = await seat.spawner.request("end", seat.pid)
         except (LinkClosed, TimeoutError, InfraError):
             return False
-        end = int(reply["end"])
-        return end >= 0 and not (os.WIFSIGNALED(end) and os.WTERMSIG(end) == signal.SIGKILL)
+        return reply.get("killed") is False
 
     async def cleared(self, left: Sequence[Left]) -> Sequence[Left]:
         """Let the spawner remove what seats have left, or keep it; what it could not remove.

@@ -22,7 +22,6 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #ifndef CLONE_PIDFD
@@ -31,34 +30,27 @@
 enum { REMEMBERED = 256 };
 static const int SPACES = CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWPID;
 
-static struct { pid_t pid; int status; } ended[REMEMBERED];
+static struct { pid_t pid; bool killed; } ended[REMEMBERED];
 static unsigned seen;
 
-static void reap(int signal) {
-  int status, kept = errno;
-  pid_t pid;
-  (void)signal;
-  while ((pid = waitpid(-1, &status, WNOHANG)) > 0) {
-    ended[seen % REMEMBERED].pid = pid;
-    ended[seen++ % REMEMBERED].status = status;
-  }
-  errno = kept;
+/* The kernel leaves nothing to reap: waitpid(-1) looks at every child, and there may be a thousand. Of two that end at once only
+ * one may be told. */
+static void remember(int number, siginfo_t *info, void *context) {
+  (void)number, (void)context;
+  ended[seen % REMEMBERED].pid = info->si_pid;
+  ended[seen++ % REMEMBERED].killed = info->si_code == CLD_KILLED && info->si_status == SIGKILL;
 }
 
-/* The wait status of a first process that has ended; -1 where that is not known. */
+/* Whether a first process was killed, where that is known. */
 static void tell_end(int control, Request *request) {
-  long id = number(request), status = -1;
+  long id = number(request);
+  const char *told = "";
   text(request);
   pid_t pid = number(request);
-  sigset_t one, before;
-  sigemptyset(&one);
-  sigaddset(&one, SIGCHLD);
-  sigprocmask(SIG_BLOCK, &one, &before);
-  reap(SIGCHLD); /* who holds its descriptor may know before the signal comes */
-  sigprocmask(SIG_SETMASK, &before, NULL);
-  for (unsigned i = 0; i < REMEMBERED; i++)
-    if (ended[(seen + i) % REMEMBERED].pid == pid) status = ended[(seen + i) % REMEMBERED].status; /* the latest of this number */
-  answer(control, NULL, 0, "{\"id\": %ld, \"end\": %ld}", id, status);
+  for (unsigned i = 0; i < REMEMBERED; i++) /* the latest of this number counts */
+    if (ended[(seen + i) % REMEMBERED].pid == pid)
+      told = ended[(seen + i) % REMEMBERED].killed ? ", \"killed\": true" : ", \"killed\": false";
+  answer(control, NULL, 0, "{\"id\": %ld%s}", id, told);
 }
 
 static bool read_settings(int control, Settings *settings) {
@@ -163,7 +155,7 @@ int main(int argc, char **argv) {
   Settings settings;
   fcntl(control, F_SETFD, FD_CLOEXEC);
   signal(SIGINT, SIG_IGN);
-  sigaction(SIGCHLD, &(struct sigaction){.sa_handler = reap, .sa_flags = SA_RESTART}, NULL);
+  sigaction(SIGCHLD, &(struct sigaction){.sa_sigaction = remember, .sa_flags = SA_SIGINFO | SA_NOCLDWAIT | SA_RESTART}, NULL);
   if (!read_settings(control, &settings)) return 1;
   Request request;
   while (receive(control, &request)) {
