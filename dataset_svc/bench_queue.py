@@ -310,7 +310,9 @@ def _new() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run it."""
-    parser = argparse.ArgumentParser(prog="python -m dataset_svc.bench_queue", description=__doc__)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, prog="python -m dataset_svc.bench_queue", description=__doc__
+    )
     parser.add_argument("--rollouts", type=int, default=4000)
     parser.add_argument("--workers", type=int, default=64)
     parser.add_argument("--turns", type=int, default=10)

@@ -249,7 +249,9 @@ def _new() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run it."""
-    parser = argparse.ArgumentParser(prog="python -m dataset_svc.bench_store", description=__doc__)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, prog="python -m dataset_svc.bench_store", description=__doc__
+    )
     parser.add_argument("--trajectories", type=int, default=1_000_000)
     parser.add_argument("--turns", type=int, default=10)
     parser.add_argument("--minutes", type=float, default=60.0, help="longest load")

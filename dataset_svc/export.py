@@ -164,7 +164,9 @@ def _plain(record: Any) -> Document:
 
 def main(argv: list[str] | None = None) -> int:
     """Export from a database by URL; the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m dataset_svc.export", description=__doc__)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, prog="python -m dataset_svc.export", description=__doc__
+    )
     parser.add_argument("--database-url", required=True)
     parser.add_argument("--blobs", required=True, help="directory, or s3://bucket/prefix")
     parser.add_argument("--format", choices=FORMATS, default="jsonl")

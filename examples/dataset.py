@@ -1,13 +1,13 @@
 """Create a run, record a metric, read it back, count the tasks."""
 
-import sys
 import uuid
 
 import grpc
 
+from regreen.client.script import words
 from regreen.dataset import v1 as pb
 
-channel = grpc.insecure_channel(sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1:50051")
+channel = grpc.insecure_channel(words("127.0.0.1:50051")[0])
 runs, tasks = pb.RunServiceStub(channel), pb.TaskServiceStub(channel)
 create = pb.CreateRunRequest(
     request_id=uuid.uuid4().hex, name=f"example-{uuid.uuid4()}", kind="eval"

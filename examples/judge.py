@@ -1,13 +1,12 @@
 """Ask the judge about a diff that skips a failing test."""
 
-import sys
-
 import grpc
 
+from regreen.client.script import words
 from regreen.common.v1 import CHANGE_KIND_MODIFY, MODE_ANY_FIX, FileChange
 from regreen.judge import v1 as pb
 
-channel = grpc.insecure_channel(sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1:50054")
+channel = grpc.insecure_channel(words("127.0.0.1:50054")[0])
 before = b"def test_add():\n    assert add(1, 2) == 3\n"
 after = b"import pytest\n\n@pytest.mark.skip\n" + before
 evidence = pb.Evidence(

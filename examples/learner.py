@@ -1,14 +1,14 @@
 """Train the default model by one step on a batch of token ids, save a checkpoint, stop."""
 
-import sys
 import uuid
 
 import grpc
 
 from regreen.batch import Batch, Sample
+from regreen.client.script import words
 from regreen.learner import v1 as pb
 
-channel = grpc.insecure_channel(sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1:50055")
+channel = grpc.insecure_channel(words("127.0.0.1:50055")[0])
 learner, run = pb.LearnerServiceStub(channel), f"example-{uuid.uuid4()}"
 sample = Sample.make([1, 520, 9531, 198, 504, 3575, 2], [0, 0, 0, 0, 1, 1, 1])
 batch = Batch(samples=(sample,), kind="sft").to_bytes()

@@ -1,16 +1,15 @@
 """A mini-swe-agent agent repairs a file in a Regreen sandbox (pip install '.[adapters]')."""
 
-import sys
-
 import grpc
 from minisweagent.agents.default import DefaultAgent
 from minisweagent.environments import get_environment
 from minisweagent.models.test_models import DeterministicModel, make_output
 
+from regreen.client.script import words
 from regreen.common.v1 import CHANGE_KIND_ADD, FileChange
 from regreen.sandbox import v1 as pb
 
-address = sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1:50052"
+address = words("127.0.0.1:50052")[0]
 states = pb.StateServiceStub(grpc.insecure_channel(address))
 broken = FileChange(path="add.sh", kind=CHANGE_KIND_ADD, content=b"echo $(($1 - $2))\n")
 spec = pb.EnvironmentSpec(builder="system", overlay=[broken])

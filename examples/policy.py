@@ -1,12 +1,11 @@
 """Render a chat to token ids, sample from the policy, see ids, logprobs and version."""
 
-import sys
-
 import grpc
 
+from regreen.client.script import words
 from regreen.policy import v1 as pb
 
-channel = grpc.insecure_channel(sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1:50053")
+channel = grpc.insecure_channel(words("127.0.0.1:50053")[0])
 policy = pb.PolicyServiceStub(channel)
 question = pb.ChatMessage(role="user", content="What is the capital of France?")
 prompt = policy.RenderChat(pb.RenderChatRequest(messages=[question]), timeout=30).token_ids

@@ -1,13 +1,12 @@
 """Prepare a State, fork it, run a command in the fork, see what it changed, keep that."""
 
-import sys
-
 import grpc
 
+from regreen.client.script import words
 from regreen.common.v1 import CHANGE_KIND_ADD, FileChange
 from regreen.sandbox import v1 as pb
 
-channel = grpc.insecure_channel(sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1:50052")
+channel = grpc.insecure_channel(words("127.0.0.1:50052")[0])
 states, sandboxes = pb.StateServiceStub(channel), pb.SandboxServiceStub(channel)
 script = FileChange(path="hello.sh", kind=CHANGE_KIND_ADD, content=b"echo hello > made.txt\n")
 spec = pb.EnvironmentSpec(builder="system", overlay=[script])

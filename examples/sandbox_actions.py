@@ -1,12 +1,11 @@
 """Run commands as pure functions of a State: results are cached, those that differ are named."""
 
-import sys
-
 import grpc
 
+from regreen.client.script import words
 from regreen.sandbox import v1 as pb
 
-channel = grpc.insecure_channel(sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1:50052")
+channel = grpc.insecure_channel(words("127.0.0.1:50052")[0])
 states, actions = pb.StateServiceStub(channel), pb.ActionServiceStub(channel)
 *_, last = states.PrepareState(pb.PrepareStateRequest(spec={"builder": "system"}), timeout=120)
 

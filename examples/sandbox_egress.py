@@ -1,12 +1,11 @@
 """Give a sandbox a way to one host, see what it asked for and what it was refused."""
 
-import sys
-
 import grpc
 
+from regreen.client.script import words
 from regreen.sandbox import v1 as pb
 
-channel = grpc.insecure_channel(sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1:50052")
+channel = grpc.insecure_channel(words("127.0.0.1:50052")[0])
 states, sandboxes = pb.StateServiceStub(channel), pb.SandboxServiceStub(channel)
 spec = pb.EnvironmentSpec(builder="system")
 *_, last = states.PrepareState(pb.PrepareStateRequest(spec=spec), timeout=120)

@@ -1,13 +1,13 @@
 """ADDRESS SOURCE TARGET: a State of an image (`docker save`, OCI), changed, saved as an image."""
 
-import sys
 from itertools import chain
 
 import grpc
 
+from regreen.client.script import words
 from regreen.sandbox import v1 as pb
 
-address, source, target = sys.argv[1:4]
+address, source, target = words(None, None, None)
 channel = grpc.insecure_channel(address)
 images, sandboxes = pb.ImageServiceStub(channel), pb.SandboxServiceStub(channel)
 with open(source, "rb") as archive:

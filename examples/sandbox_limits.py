@@ -1,13 +1,12 @@
 """What this host was proven to enforce; a sandbox with limits, and how commands end at them."""
 
-import sys
-
 import grpc
 from google.protobuf.duration_pb2 import Duration
 
+from regreen.client.script import words
 from regreen.sandbox import v1 as pb
 
-channel = grpc.insecure_channel(sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1:50052")
+channel = grpc.insecure_channel(words("127.0.0.1:50052")[0])
 states, sandboxes = pb.StateServiceStub(channel), pb.SandboxServiceStub(channel)
 for one in sandboxes.GetCapabilities(pb.GetCapabilitiesRequest(), timeout=60).capabilities:
     print(f"{one.name}: {one.driver if one.proven else 'not enforced'} ({one.detail})")

@@ -1,12 +1,11 @@
 """Snapshot at every turn; what a State was made from, and a page of what was made of one."""
 
-import sys
-
 import grpc
 
+from regreen.client.script import words
 from regreen.sandbox import v1 as pb
 
-channel = grpc.insecure_channel(sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1:50052")
+channel = grpc.insecure_channel(words("127.0.0.1:50052")[0])
 states, sandboxes = pb.StateServiceStub(channel), pb.SandboxServiceStub(channel)
 *_, last = states.PrepareState(pb.PrepareStateRequest(spec={"builder": "system"}), timeout=120)
 box = sandboxes.CreateSandbox(pb.CreateSandboxRequest(state_id=last.state.id), timeout=30).sandbox

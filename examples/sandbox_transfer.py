@@ -1,16 +1,14 @@
 """Carry a State to another service (or back to the same) as one archive, and run it there."""
 
-import sys
-
 import grpc
 
+from regreen.client.script import words
 from regreen.common.v1 import CHANGE_KIND_ADD, FileChange
 from regreen.sandbox import v1 as pb
 
-here = sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1:50052"
-there = sys.argv[2] if len(sys.argv) > 2 else here
+here, there = words("127.0.0.1:50052", "")
 source = pb.StateServiceStub(grpc.insecure_channel(here))
-channel = grpc.insecure_channel(there)
+channel = grpc.insecure_channel(there or here)
 target, sandboxes = pb.StateServiceStub(channel), pb.SandboxServiceStub(channel)
 file = FileChange(path="hello.sh", kind=CHANGE_KIND_ADD, content=b"echo it runs\n")
 spec = pb.EnvironmentSpec(builder="system", overlay=[file])

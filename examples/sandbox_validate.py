@@ -4,14 +4,14 @@ import sys
 
 import grpc
 
+from regreen.client.script import words
 from regreen.dataset import v1 as data
 from regreen.sandbox import v1 as pb
 
-addresses = [*sys.argv[1:], "127.0.0.1:50052", "127.0.0.1:50051"][:2]
+*addresses, wanted = words("127.0.0.1:50052", "127.0.0.1:50051", "")
 channel, dataset = (grpc.insecure_channel(address) for address in addresses)
 states, sandboxes = pb.StateServiceStub(channel), pb.SandboxServiceStub(channel)
 tasks = data.TaskServiceStub(dataset)
-wanted = sys.argv[3] if len(sys.argv) > 3 else None  # else the first
 listed = tasks.ListTasks(data.ListTasksRequest(page_size=1), timeout=30).tasks
 if not (wanted or listed):
     sys.exit("the dataset service has no task yet: regreen tasks import")

@@ -1,15 +1,15 @@
 """SWE-ReX's own tutorial on a Regreen sandbox (pip install '.[adapters]')."""
 
 import asyncio
-import sys
 
 import grpc
 from swerex.runtime.abstract import BashAction, Command, CreateBashSessionRequest, WriteFileRequest
 
 from regreen.adapters.swe_rex import RegreenDeployment
+from regreen.client.script import words
 from regreen.sandbox import v1 as pb
 
-address = sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1:50052"
+address = words("127.0.0.1:50052")[0]
 states = pb.StateServiceStub(grpc.insecure_channel(address))
 *_, last = states.PrepareState(pb.PrepareStateRequest(spec={"builder": "system"}), timeout=120)
 deployment = RegreenDeployment(address=address, state_id=last.state.id)

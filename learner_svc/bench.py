@@ -238,7 +238,9 @@ def compare(model: Path, engine: str, shape: Shape, rounds: int) -> Result:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the result; exit code 0 also when the comparison has to be skipped, with the reason."""
-    parser = argparse.ArgumentParser(prog="learner_svc.bench", description=__doc__)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, prog="learner_svc.bench", description=__doc__
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--model", type=Path, default=default_home() / "models" / "smollm2-135m")
     parser.add_argument("--engine", default="deepspeed", choices=["deepspeed", "plain"])

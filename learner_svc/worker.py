@@ -28,7 +28,7 @@ _log = logging.getLogger("learner.worker")
 
 def main(argv: list[str] | None = None) -> int:
     """Serve commands until told to stop or until the service is gone."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
     parser.add_argument("--fd", type=int, default=-1, help="inherited socket; rank 0 only")
     parser.add_argument("--parent", type=int, default=0, help="process to die with")
     options = parser.parse_args(argv)

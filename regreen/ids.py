@@ -2,6 +2,7 @@
 
 - `new_id("trj")` gives `trj_0193...`; ids are opaque to everyone but this module.
 - The clock and the random source are arguments, so that a replay can reproduce ids.
+- Names of runs are words that are safe in a path, a command and a URL.
 - Seeds derive from what they are for, never from the clock: `derive_seed`.
 """
 
@@ -14,6 +15,10 @@ from collections.abc import Callable
 from regreen.rpc.errors import InvalidArgument
 
 _ID = re.compile(r"[a-z]{2,4}_[0-9a-f]{32}")
+_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+RUN_NAME_RULE = "give 1 to 100 letters, digits, '.', '_' or '-', the first a letter or a digit"
+_BASE = "base"
+"""Means the model before any training wherever a run can be named."""
 
 
 def new_id(
@@ -42,6 +47,21 @@ def check_id(value: str, prefix: str, field: str) -> str:
             field, f"{value[:80]!r} is no {prefix}_ id", f"give {prefix}_<32 hex>"
         )
     return value
+
+
+def check_run_name(name: str, field: str = "name") -> str:
+    """`name` if a run may be called so.
+
+    Raises:
+        InvalidArgument: it may not; names `field` and the rule.
+    """
+    if name == _BASE or _ID.fullmatch(name):
+        problem = "means the untrained model" if name == _BASE else "looks like an id"
+        raise InvalidArgument(field, f"{name!r} {problem}", "choose another name")
+    if not _RUN_NAME.fullmatch(name):
+        problem = "is empty" if not name else f"{name[:80]!r} is no name of a run"
+        raise InvalidArgument(field, problem, RUN_NAME_RULE)
+    return name
 
 
 def derive_seed(*parts: str | int) -> int:

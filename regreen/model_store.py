@@ -319,7 +319,9 @@ def _write_json(path: Path, value: Any) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Convert or verify the default model; progress on standard error, the folder on output."""
-    parser = argparse.ArgumentParser(prog="python -m regreen.model_store", description=__doc__)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, prog="python -m regreen.model_store", description=__doc__
+    )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--home", type=Path, default=default_home(), help="data directory")
     parser.add_argument("--verify", action="store_true", help="re-hash every file")

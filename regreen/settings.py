@@ -247,7 +247,7 @@ class ServiceSettings(BaseSettings):
 
         With `--check` it exits with 0 on good ones.
         """
-        parser = _Parser(prog=f"{cls.section}_svc", description=cls.__doc__)
+        parser = _Parser(prog=f"{cls.section}_svc", description=cls.__doc__, allow_abbrev=False)
         parser.settings = cls
         parser.add_argument("--config", help=f"TOML file; its table is [{cls.section}]")
         parser.add_argument("--check", action="store_true", help="read the settings and end")

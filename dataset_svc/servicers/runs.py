@@ -14,7 +14,7 @@ from dataset_svc.queries import paging, runs
 from dataset_svc.servicers.transactions import Transactions
 from regreen.blobs import Digest, check_digest
 from regreen.dataset import v1 as pb
-from regreen.ids import check_id
+from regreen.ids import check_id, check_run_name
 from regreen.rpc.errors import InvalidArgument
 
 MAX_POINTS = 10_000
@@ -30,7 +30,7 @@ class RunServicer(pb.RunServiceServicer):
 
     async def CreateRun(self, request: pb.CreateRunRequest, context: Any) -> Any:
         """Create a run or find it by name."""
-        _check_name("name", request.name)
+        check_run_name(request.name)
         checks.one_of("kind", request.kind, RUN_KINDS)
         config = translate.struct_document(request, "config")
 

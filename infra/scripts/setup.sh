@@ -57,6 +57,7 @@ say "1/4 installer"
 pip --quiet --require-hashes -r <(pin_of uv)
 say "2/4 packages: 460 MB, half a minute at 150 Mbit/s"
 locked lock
+.venv/bin/uv pip uninstall --quiet --python .venv/bin/python openvino-telemetry 2>/dev/null || true  # of former set-ups: it reports to Google
 locked model
 [ "${REGREEN_PEERS:-1}" = 0 ] || locked peer
 if ! .venv/bin/python -c 'import torch, sys; sys.exit(not torch.__version__.startswith("2.13.0"))' 2>/dev/null; then

@@ -234,7 +234,7 @@ def _build(options: dict[str, Any]) -> tuple[Stepper, Tokenizer]:
 
 def main() -> None:
     """Entry of the process: `--link FD --options JSON`."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
     parser.add_argument("--link", type=int, required=True, help="inherited socket")
     parser.add_argument("--options", required=True, help="JSON: engine, model, weights, ...")
     arguments = parser.parse_args()

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from regreen.cli import output
-from regreen.cli.options import Home, Json, open_stack, task_status
+from regreen.cli.options import Home, Json, check_split, open_stack, task_status
 from regreen.dataset import v1 as pb
 from regreen.tasks.admit import last_report
 from regreen.tasks.card import Card, card
@@ -35,7 +35,9 @@ def stats(
 
 
 async def _card(home: Home, status: str, split: str) -> Card:
-    wanted = pb.TaskFilter(split=split, statuses=[task_status(status)] if status else [])
+    wanted = pb.TaskFilter(
+        split=check_split(split), statuses=[task_status(status)] if status else []
+    )
     async with open_stack(home) as stack:
         tasks = await stack.tasks.all_tasks(wanted)
         reports: dict[str, pb.GateReport] = {}

@@ -6,6 +6,7 @@ import typer
 
 from regreen import demo
 from regreen.cli import output
+from regreen.cli.evals import print_summary
 from regreen.cli.listen import listener
 from regreen.cli.options import Home, Json
 from regreen.home import default_home
@@ -38,5 +39,6 @@ def run(
         )
         return
     output.print_table("Wall time", ["stage", "seconds"], list(result.seconds.items()))
+    print_summary(result.json)
     typer.echo(result.headline)
     typer.echo(f"report: {result.html}\n  data: {result.json}")

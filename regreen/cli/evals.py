@@ -1,15 +1,16 @@
 """`regreen eval` and `regreen report`: measure policies and show the result."""
 
+import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from regreen.cli import output
 from regreen.cli.listen import listener
 from regreen.cli.options import Home, Json, open_stack, parse_settings
-from regreen.evals.report import ReportFiles, write_report
+from regreen.evals.report import ReportFiles, whole_cells, write_report
 from regreen.evals.run import EvalConfig, EvalResult, evaluate
 from regreen.train.progress import Listener
 
@@ -107,4 +108,31 @@ def report(
     if json_output:
         typer.echo(files.json.read_text())
     else:
+        print_summary(files.json)
         typer.echo(f"{files.headline}\n{files.html}\n{files.json}")
+
+
+def print_summary(path: Path) -> None:
+    """One row a subject of a written report, and where the others are."""
+    found = json.loads(path.read_text("utf-8"))
+    whole = whole_cells(found)
+    rows = [
+        [cell["subject"], cell["tasks"], cell["samples"], *map(_percent, _rate(cell))]
+        for cell in whole
+    ]
+    if not rows:
+        return
+    columns = ["subject", "tasks", "attempts", "solved", "from", "to"]
+    output.print_table("Solved, mean over tasks, with 95% interval", columns, rows)
+    typer.echo(
+        f"{found['attempts']} attempts in all, {found['lost']} lost to the platform; "
+        f"{len(found['cells'])} rows by pipeline and mode are in the report"
+    )
+
+
+def _rate(cell: dict[str, Any]) -> tuple[float | None, ...]:
+    return cell["value"], cell["low"], cell["high"]
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.0%}"

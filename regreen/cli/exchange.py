@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from regreen.cli import output
-from regreen.cli.options import Home, Json, open_stack
+from regreen.cli.options import Home, Json, check_split, open_stack
 from regreen.client.stack import Stack
 from regreen.dataset import v1 as pb
 from regreen.home import default_home
@@ -27,6 +27,7 @@ from regreen.tasks.formats.registry import OURS, PROJECT, detect, format_of, rea
 from regreen.tasks.formats.sft import STYLES
 from regreen.tasks.gate import REPEATS
 from regreen.tasks.records import FOLDER, RecordStore
+from regreen.train.rows import known_run
 
 _SHOWN = 20
 
@@ -57,6 +58,7 @@ def import_foreign(
     with output.progress() as show:
 
         async def work() -> Imported:
+            check_split(split)
             if format == PROJECT:
                 remedy = f"use `regreen tasks add {path}`"
                 raise InvalidArgument("path", f"{path} is a project of its own", remedy)
@@ -136,6 +138,7 @@ def add_build(
     with output.progress() as show, tempfile.TemporaryDirectory(prefix="regreen-add-") as folder:
 
         async def work() -> Added:
+            check_split(split)
             if fix_patch is not None and fix_commit:
                 raise InvalidArgument("fix-commit", "and fix-patch are given", "give one of them")
             checkout = check_out(path, wish, Path(folder))
@@ -200,6 +203,7 @@ def export(
         async def work() -> Written:
             if out is None:
                 raise InvalidArgument("out", "is not given", "name a directory to write")
+            check_split(split)
             if format != SFT:
                 format_of(format)
             if style not in STYLES:
@@ -232,7 +236,7 @@ async def _chosen(stack: Stack, ids: list[str], split: str, *, every: bool) -> l
 
 async def _rollouts(stack: Stack, run: str) -> AsyncIterator[pb.Trajectory]:
     """The trajectories of a run, or all."""
-    wanted = pb.TrajectoryFilter(run_id=(await stack.runs.get_run(run)).id if run else "")
+    wanted = pb.TrajectoryFilter(run_id=(await known_run(stack, run)).id if run else "")
     return stack.trajectories.export_trajectories(wanted)
 
 

@@ -9,6 +9,7 @@ def listener(show: ProgressPrinter, prefix: str = "") -> Listener:
 
     def listen(progress: Progress) -> None:
         stage = f"{prefix}{progress.stage}"
-        show(stage, progress.done, progress.total, progress.detail, left_s=progress.eta_s)
+        left_s, due = progress.eta_s, progress.due
+        show(stage, progress.done, progress.total, progress.detail, left_s=left_s, due=due)
 
     return listen

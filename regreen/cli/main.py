@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 import regreen
+from regreen.rpc.errors import RegreenError
 
 COMMANDS = {
     "stack": ("up", "down", "status", "logs"),
@@ -69,5 +70,14 @@ def make_app(words: Sequence[str] = ()) -> typer.Typer:
 
 
 def main() -> None:
-    """Run the command line."""
-    make_app(sys.argv[1:])()
+    """Run the command line; an error of what was given is one line, wherever it comes up."""
+    try:
+        make_app(sys.argv[1:])()
+    except RegreenError as error:
+        from regreen.cli import output
+
+        sys.exit(output.tell(error))
+    except OSError as error:
+        from regreen.cli import output
+
+        sys.exit(output.tell_os(error))

@@ -10,10 +10,9 @@ from typing import Annotated
 import typer
 
 from regreen.cli import output
-from regreen.cli.options import Home, Json
+from regreen.cli.options import Home, Json, sandbox_address
 from regreen.client.channel import connect
 from regreen.client.sandbox import SandboxClient, StateClient
-from regreen.client.stack import Endpoints
 from regreen.mine.mend import MODE, Outcome, mend_all
 from regreen.pkgindex import PackageIndex, index_urls
 from regreen.rpc.errors import InvalidArgument
@@ -69,7 +68,7 @@ def mend(
         for task in records
         if (not ids or task.id in ids) and (every or all(f.mode != MODE for f in task.fixes))
     ]
-    address = sandbox or Endpoints.load(home).sandbox
+    address = output.run(sandbox_address(home, sandbox))
     found = output.run(_mend(chosen, known, address, repeats, workers, out))
     if json_output:
         output.print_json_lines(

@@ -10,10 +10,9 @@ from typing import Annotated
 import typer
 
 from regreen.cli import output
-from regreen.cli.options import Home, Json
+from regreen.cli.options import Home, Json, sandbox_address
 from regreen.client.channel import connect
 from regreen.client.sandbox import SandboxClient, StateClient
-from regreen.client.stack import Endpoints
 from regreen.home import default_home
 from regreen.mine.culprits import (
     bugfix_candidates,
@@ -107,7 +106,7 @@ def mine(
                 journal.adopt(shipped_decisions())
             bounds = Bounds(limit, hours, workers, requests, repeats, pause_file)
             keys = [candidate.key for candidate in candidates] if packages else []
-            address = sandbox or Endpoints.load(home).sandbox
+            address = output.run(sandbox_address(home, sandbox))
             names = {f.name for f in facts} | {n for f in facts for n in f.dependents}
             breaks = {f.name: [event.version for event in f.breaks] for f in facts}
             ended = output.run(

@@ -4,18 +4,23 @@
 - `--address` names a sandbox service that runs alone; then no stack is needed.
 """
 
+import difflib
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from regreen.client.channel import check_answers
 from regreen.client.stack import Endpoints, Stack
 from regreen.dataset import v1 as pb
 from regreen.home import default_home
 from regreen.rollout.context import check_settings
-from regreen.rpc.errors import InvalidArgument
+from regreen.rpc.errors import InvalidArgument, NotFound, RegreenError, Unavailable
+from regreen.stack.layout import Layout
+from regreen.train.names import split_of
 
 Home = Annotated[
     Path | None,
@@ -28,28 +33,72 @@ Address = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
-_PATIENCE_S = 10.0
-"""An address that was typed and where nothing answers is said to be wrong after so long."""
+_PATIENCE_S = 2.0
+"""How long a service may be away that nothing would start again."""
 _PAGE = 1000
 
 
-def open_stack(home: Path | None, *, address: str = "", patience_s: float = 60.0) -> Stack:
+@asynccontextmanager
+async def open_stack(
+    home: Path | None, *, address: str = "", patience_s: float = 60.0
+) -> AsyncIterator[Stack]:
     """Clients of the running local stack, or of the one sandbox service at `address`.
 
     Raises:
         InvalidArgument: the address is none.
-        Unavailable: no stack runs from this home.
+        Unavailable: no stack runs from this home, or nothing answers at the address.
     """
     if address:
-        from regreen.settings import check_address
+        check_typed(address, "--address")
+        # Another service at the same place is none of this command's.
+        only = Endpoints(dataset="", sandbox=address, policy="", judge="", learner="")
+        async with Stack(only, patience_s=_PATIENCE_S) as stack:
+            await check_answers(stack.sandbox.channel, address)
+            try:
+                yield stack
+            except RegreenError as error:
+                if type(error) is not RegreenError:
+                    raise
+                told = f"what answers at {address} is no sandbox service ({error.message})"
+                raise Unavailable(told) from error
+        return
+    where = home or default_home()
+    endpoints = Endpoints.load(where)
+    if not Layout(where).supervised():  # what is gone will not come back
+        patience_s = min(patience_s, _PATIENCE_S)
+    async with Stack(endpoints, patience_s=patience_s) as stack:
+        yield stack
 
-        try:
-            check_address("--address", address, unix=True)
-        except ValueError as error:
-            field, _, problem = str(error).partition(": ")
-            raise InvalidArgument(field, problem) from None
-        return Stack(Endpoints(sandbox=address), patience_s=min(patience_s, _PATIENCE_S))
-    return Stack(Endpoints.load(home or default_home()), patience_s=patience_s)
+
+async def sandbox_address(home: Path | None, given: str) -> str:
+    """`given`, else the address of the stack's sandbox service; somebody answers there.
+
+    Raises:
+        As `open_stack`.
+    """
+    if given:
+        check_typed(given, "--sandbox")
+    async with Stack(
+        Endpoints(sandbox=given) if given else Endpoints.load(home or default_home())
+    ) as stack:
+        address = stack.endpoints.sandbox
+        await check_answers(stack.sandbox.channel, address)
+    return address
+
+
+def check_typed(address: str, field: str) -> None:
+    """Refuse what is no address.
+
+    Raises:
+        InvalidArgument: names `field` and what to give.
+    """
+    from regreen.settings import check_address
+
+    try:
+        check_address(field, address, unix=True)
+    except ValueError as error:
+        named, _, problem = str(error).partition(": ")
+        raise InvalidArgument(named, problem) from None
 
 
 async def read_pages(
@@ -118,6 +167,24 @@ def _number(text: str) -> float | int | str:
         except ValueError:
             continue
     return text
+
+
+def check_split(word: str) -> str:
+    """The split of tasks that a word names; none is every split.
+
+    Raises:
+        InvalidArgument: there is none of that name.
+    """
+    return split_of(word) if word else ""
+
+
+def nothing_of(field: str, value: str, known: Iterable[str]) -> NotFound:
+    """That nothing has `value`, with what comes close to it, or else some that there are."""
+    there = sorted(name for name in known if name)
+    near = difflib.get_close_matches(value, there, n=5, cutoff=0.5) or there[:10]
+    more = f", ... ({len(there)} in all)" if len(there) > len(near) else ""
+    told = f"there are {', '.join(near)}{more}" if near else "there is none yet"
+    return NotFound(f"{field}: nothing here has {value!r}; {told}")
 
 
 def task_status(word: str) -> pb.TaskStatus.ValueType:

@@ -2,7 +2,7 @@
 
 - Results go to standard output, progress and errors to standard error.
 - With `--json` a read prints one JSON object, or one per line, and nothing else.
-- Exit codes: 0 done, 1 failed, 2 wrong usage, 3 a service is not available.
+- Exit codes are those of `regreen.client.script`: one rule for commands and short programs.
 - Colours follow `NO_COLOR` and the terminal.
 """
 
@@ -25,30 +25,29 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
-from regreen.rpc.errors import (
-    DeadlineExceeded,
-    InvalidArgument,
-    RegreenError,
-    ResourceExhausted,
-    Unavailable,
-)
+from regreen.client import script
+from regreen.rpc.errors import NotFound, RegreenError, Unavailable
+from regreen.rpc.wire import NOBODY
 from regreen.train.progress import Pace
 
 T = TypeVar("T")
-OK, FAILED, USAGE, UNAVAILABLE = 0, 1, 2, 3
+FAILED, USAGE, UNAVAILABLE = script.FAILED, script.USAGE, script.UNAVAILABLE
 STDOUT = Console(soft_wrap=False, width=None if sys.stdout.isatty() else 160)
+_START = (
+    "; `regreen up` starts the services, REGREEN_HOME or --home names the directory they keep, "
+    "`regreen status` their addresses"
+)
+"""What to do about a service that does not answer."""
+_LISTS = {
+    "no task ": "tasks list",
+    "no trajectory ": "traj list",
+    "no such state": "state list",
+    "no such sandbox": "sandbox list",
+}
+"""How messages of an id that nothing has begin, and the command that lists what there is."""
 _QUIET_S = 10.0
 """Without a terminal, the longest time between two lines of a command at work."""
 STDERR = Console(stderr=True, width=None if sys.stderr.isatty() else 240)
-
-
-def exit_code(error: RegreenError) -> int:
-    """The exit code that stands for an error."""
-    if isinstance(error, InvalidArgument):
-        return USAGE
-    if isinstance(error, Unavailable | DeadlineExceeded | ResourceExhausted):
-        return UNAVAILABLE
-    return FAILED
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
@@ -61,13 +60,39 @@ def run(work: Coroutine[Any, Any, T]) -> T:
         fail(error)
     except KeyboardInterrupt:
         STDERR.print("interrupted; what was committed is kept", style="yellow")
-        raise typer.Exit(130) from None
+        raise typer.Exit(script.INTERRUPTED) from None
+
+
+def tell(error: RegreenError) -> int:
+    """Print an error; the code to exit with."""
+    STDERR.print(
+        f"error: {error.message}{_remedy(error)}", style="red", highlight=False, markup=False
+    )
+    return script.exit_code(error)
+
+
+def _remedy(error: RegreenError) -> str:
+    """What to do, where the one who raised the error could not know."""
+    if isinstance(error, Unavailable) and error.message.startswith(NOBODY):
+        return _START
+    if isinstance(error, NotFound) and ";" not in error.message:
+        for beginning, command in _LISTS.items():
+            if error.message.startswith(beginning):
+                return f"; `regreen {command}` shows those that there are"
+    return ""
+
+
+def tell_os(error: OSError) -> int:
+    """Print what the system says of a file or a connection; the code to exit with."""
+    where = f"{error.filename}: " if error.filename else ""
+    text = f"error: {where}{error.strerror or error}"
+    STDERR.print(text, style="red", highlight=False, markup=False)
+    return USAGE if error.filename else FAILED
 
 
 def fail(error: RegreenError) -> NoReturn:
     """Print an error and exit with its code."""
-    STDERR.print(f"error: {error.message}", style="red", highlight=False, markup=False)
-    raise typer.Exit(exit_code(error)) from None
+    raise typer.Exit(tell(error)) from None
 
 
 def as_dict(message: Message) -> dict[str, Any]:
@@ -139,11 +164,15 @@ class ProgressPrinter:
         message: str = "",
         *,
         left_s: float | None = None,
+        due: bool = False,
     ) -> None:
-        """Show how far `stage` is; `left_s` is a better estimate than the mean rate, if known."""
+        """Show how far `stage` is; `left_s` is a better estimate than the mean rate, if known.
+
+        What is `due` is shown however short a time ago the last line was.
+        """
         with self._lock:
             self._told = self._clock(), (stage, done, total, message, left_s)
-            self._show(stage, done, total, message, left_s)
+            self._show(stage, done, total, message, left_s, due)
 
     def tick(self) -> None:
         """Repeat the latest line, with what has become of its times, if all was quiet for long."""
@@ -160,7 +189,13 @@ class ProgressPrinter:
             self._show(stage, done, total, message, left_s)
 
     def _show(
-        self, stage: str, done: float, total: float, message: str, left_s: float | None
+        self,
+        stage: str,
+        done: float,
+        total: float,
+        message: str,
+        left_s: float | None,
+        due: bool = False,
     ) -> None:
         now_s = self._clock()
         before = at = self._stages.get(stage)
@@ -184,7 +219,7 @@ class ProgressPrinter:
                 amount=amount.strip(),
             )
             return
-        fresh = at is not before or stage != self._latest or (total and done >= total)
+        fresh = due or at is not before or stage != self._latest or (total and done >= total)
         if not fresh and now_s - self._last_s < self._every_s:
             return
         self._latest, self._last_s = stage, now_s

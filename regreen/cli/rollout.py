@@ -26,6 +26,7 @@ from regreen.rollout.progress import TurnListener, show_turns
 from regreen.rollout.worker import RolloutProgress, Worker, WorkerStats, knowledge_of, outcome
 from regreen.train.names import grader_of, mode_of, pipeline_of
 from regreen.train.progress import Meter
+from regreen.train.rows import known_run
 from regreen.train.weights import name_served
 
 app = typer.Typer(no_args_is_help=True)
@@ -119,7 +120,7 @@ def release(
 async def _parked(home: Path | None, run: str) -> list[pb.ParkedTask]:
     tasks: list[pb.ParkedTask] = []
     async with open_stack(home) as stack:
-        run_id = (await stack.runs.get_run(run)).id if run else ""
+        run_id = (await known_run(stack, run)).id if run else ""
         token = ""
         while True:
             page = await stack.parking.list_parked_tasks(run_id, page_token=token)
@@ -131,14 +132,14 @@ async def _parked(home: Path | None, run: str) -> list[pb.ParkedTask]:
 
 async def _release(home: Path | None, run: str, task: str) -> int:
     async with open_stack(home) as stack:
-        run_id = (await stack.runs.get_run(run)).id
+        run_id = (await known_run(stack, run)).id
         return await stack.parking.release_task(run_id, task)
 
 
 @app.command()
 def worker(
     home: Home = None,
-    run: Annotated[str, typer.Option(help="Only rollouts of this run (id).")] = "",
+    run: Annotated[str, typer.Option(help="Only rollouts of this run, by id or name.")] = "",
     concurrency: Annotated[int, typer.Option(min=1, help="Episodes at a time.")] = 4,
     until_idle: Annotated[bool, typer.Option(help="End when nothing waits.")] = False,
     json_output: Json = False,
@@ -248,8 +249,9 @@ def rollout_lines(clock: Callable[[], float] = time.monotonic) -> Callable[[Roll
 
 async def _work(home: Path | None, run: str, concurrency: int, until_idle: bool) -> WorkerStats:
     async with open_stack(home, patience_s=120.0) as stack:
+        run_id = (await known_run(stack, run)).id if run else ""
         found = Worker(
-            stack, Runner(stack), run_id=run, concurrency=concurrency, listener=rollout_lines()
+            stack, Runner(stack), run_id=run_id, concurrency=concurrency, listener=rollout_lines()
         )
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):

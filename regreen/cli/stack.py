@@ -36,9 +36,13 @@ def up(
     ports: Annotated[
         str | None, typer.Option(help="fixed (default: 5005x where free) or any (free ports).")
     ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Start this service and no other; repeat it.", show_default=False),
+    ] = None,
     json_output: Json = False,
 ) -> None:
-    """Start the five services on this machine and wait until they serve."""
+    """Start the five services on this machine, or some, and wait until they serve."""
     layout = Layout(home or default_home())
     if ports not in (None, "fixed", "any"):
         output.fail(InvalidArgument("ports", f"{ports!r} is unknown", "give fixed or any"))
@@ -48,7 +52,13 @@ def up(
     fixed_ports = None if ports is None else ports == "fixed"
     with output.progress() as show:
         rows = output.run(
-            control.up(layout, arguments=arguments, fixed_ports=fixed_ports, progress=show)
+            control.up(
+                layout,
+                arguments=arguments,
+                fixed_ports=fixed_ports,
+                only=only or (),
+                progress=show,
+            )
         )
     layout.borrowed.unlink(missing_ok=True)  # asked for by name: it stays up
     _print(rows, json_output)

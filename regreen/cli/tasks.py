@@ -13,7 +13,15 @@ from typing import Annotated
 import typer
 
 from regreen.cli import card, exchange, leaks, mend, mine, output
-from regreen.cli.options import Home, Json, open_stack, parse_age, task_status
+from regreen.cli.options import (
+    Home,
+    Json,
+    check_split,
+    nothing_of,
+    open_stack,
+    parse_age,
+    task_status,
+)
 from regreen.client.stack import Stack
 from regreen.common import v1 as common_pb
 from regreen.dataset import v1 as pb
@@ -100,11 +108,15 @@ def list_tasks(
     """List tasks."""
 
     async def work() -> tuple[list[pb.Task], dict[str, str]]:
-        wanted = pb.TaskFilter(split=split, culprit=culprit)
+        wanted = pb.TaskFilter(split=check_split(split), culprit=culprit)
         if status:
             wanted.statuses.append(task_status(status))
         async with open_stack(home) as stack:
             tasks = await stack.tasks.all_tasks(wanted)
+            if culprit and not tasks:
+                known = (await stack.tasks.get_task_stats()).counts["culprit"].values
+                if culprit not in known:
+                    raise nothing_of("culprit", culprit, known)
             return tasks, {} if json_output else await reasons_of(stack, tasks)
 
     rows, reasons = output.run(work())
@@ -285,10 +297,13 @@ async def _verify(
     home: Path | None, asked: _Asked, show_progress: output.ProgressPrinter
 ) -> list[pb.GateReport]:
     ids = asked.ids
+    check_split(asked.split)
     async with open_stack(home, patience_s=120.0) as stack:
         tasks = await _stored(stack, ids, asked.split)
         if asked.split and not tasks:
-            raise NotFound(f"no task is in the split {asked.split!r}; import some")
+            raise NotFound(
+                f"no task is in the split {asked.split!r}; import some with `regreen tasks import`"
+            )
         records = _records(home).of_tasks(tasks, shipped_tasks())
         known = {record.id for record in records}
         if not ids:

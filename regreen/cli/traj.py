@@ -7,10 +7,12 @@ from typing import Annotated
 import typer
 
 from regreen.cli import output
-from regreen.cli.options import Home, Json, open_stack, parse_age
+from regreen.cli.options import Home, Json, nothing_of, open_stack, parse_age
+from regreen.client.stack import Stack
 from regreen.dataset import v1 as pb
 from regreen.rollout.past import fill
 from regreen.rpc.errors import InvalidArgument
+from regreen.train.rows import known_run
 
 app = typer.Typer(no_args_is_help=True)
 _ROLES = {
@@ -166,7 +168,7 @@ def learn(
 
 async def _stats(home: Path | None, run: str) -> pb.GetTrajectoryStatsResponse:
     async with open_stack(home) as stack:
-        run_id = (await stack.runs.get_run(run)).id if run else ""
+        run_id = (await known_run(stack, run)).id if run else ""
         return await stack.archive.get_trajectory_stats(run_id)
 
 
@@ -175,7 +177,7 @@ async def _prune(
 ) -> pb.PruneTrajectoriesResponse:
     total = pb.PruneTrajectoriesResponse()
     async with open_stack(home) as stack:
-        run_id = (await stack.runs.get_run(run)).id if run else ""
+        run_id = (await known_run(stack, run)).id if run else ""
         while True:
             part = await stack.archive.prune_trajectories(
                 age_s,
@@ -201,7 +203,7 @@ async def _list(
     rows: list[pb.Trajectory] = []
     async with open_stack(home) as stack:
         if run:
-            filter.run_id = (await stack.runs.get_run(run)).id
+            filter.run_id = (await known_run(stack, run)).id
         token = ""
         while len(rows) < limit:
             page = await stack.trajectories.list_trajectories(
@@ -211,7 +213,20 @@ async def _list(
             token = page.next_page_token
             if not token:
                 break
+        if not rows:
+            await _check_there(stack, filter)
     return rows
+
+
+async def _check_there(stack: Stack, filter: pb.TrajectoryFilter) -> None:
+    """Refuse a filter by something that no trajectory, or no task, has."""
+    if filter.task_id:
+        await stack.tasks.get_task(filter.task_id)
+    counts = (await stack.archive.get_trajectory_stats("")).counts
+    for field in ("policy", "actor", "hack"):
+        value, known = getattr(filter, field), counts[field].values
+        if value and value not in known:
+            raise nothing_of(field, value, known)
 
 
 async def _get(home: Path | None, id: str) -> pb.Trajectory:

@@ -18,14 +18,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import grpc
 import structlog
 
 from regreen.rpc.errors import RegreenError, ResourceExhausted, Unavailable
 from regreen.rpc.logging import TRACE_HEADER, TRAJECTORY_HEADER
-from regreen.rpc.wire import from_rpc_error
+from regreen.rpc.wire import NOBODY, from_rpc_error
 
 T = TypeVar("T")
 _TRACE_ID = re.compile(r"(?!0{32})[0-9a-f]{32}")
@@ -72,6 +72,52 @@ def connect(target: str, tls: Tls | None = None) -> grpc.aio.Channel:
     return grpc.aio.secure_channel(target, credentials, options=options)
 
 
+async def check_answers(channel: grpc.aio.Channel, target: str, within_s: float = 3.0) -> None:
+    """Connect now, and say so at once where that does not work.
+
+    Raises:
+        Unavailable: nobody takes the connection; names the address.
+    """
+    try:
+        async with asyncio.timeout(within_s):
+            state = channel.get_state(try_to_connect=True)
+            while state is not grpc.ChannelConnectivity.READY:
+                if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
+                    raise Unavailable(f"{NOBODY} {target}")
+                await channel.wait_for_state_change(state)
+                state = channel.get_state(try_to_connect=True)
+    except TimeoutError:
+        raise Unavailable(f"{NOBODY} {target} within {within_s:.0f} s") from None
+
+
+class _Absent:
+    """Stands for the channel to a service that is not run: every call says so."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def get_state(self, *_: Any, **__: Any) -> Any:
+        """Refused, as every call is."""
+        raise Unavailable(
+            f"this stack runs no {self._name} service; `regreen down`, then `regreen up`, "
+            "starts all five"
+        )
+
+    def unary_unary(self, *_: Any, **__: Any) -> Callable[..., Any]:
+        """A call that is refused."""
+        return self.get_state
+
+    unary_stream = stream_unary = stream_stream = unary_unary
+
+    async def close(self) -> None:
+        """There is nothing to close."""
+
+
+def absent(name: str) -> grpc.aio.Channel:
+    """The channel to a service that is not run; calls raise `Unavailable` at once."""
+    return cast("grpc.aio.Channel", _Absent(name))
+
+
 @dataclass(slots=True)
 class Away:
     """How long calls have waited for services that were away."""
@@ -97,7 +143,7 @@ class Caller:
     """Makes calls on one channel; base of the typed clients."""
 
     def __init__(self, channel: grpc.aio.Channel, *, patience_s: float = 30.0) -> None:
-        self._channel = channel
+        self.channel = self._channel = channel
         self.patience_s = patience_s
         """How long UNAVAILABLE is retried."""
 

@@ -15,7 +15,7 @@ import grpc
 
 from regreen.client.actions import ActionClient
 from regreen.client.archive import ArchiveClient
-from regreen.client.channel import Tls, connect
+from regreen.client.channel import Tls, absent, connect
 from regreen.client.dataset import RolloutQueueClient, RunClient, TaskClient, TrajectoryClient
 from regreen.client.egress import EgressClient
 from regreen.client.exec import ExecClient
@@ -32,7 +32,7 @@ from regreen.rpc.errors import InvalidArgument, Unavailable
 
 @dataclass(frozen=True, slots=True)
 class Endpoints:
-    """Where the services are."""
+    """Where the services are; an empty address is of one that is not run."""
 
     dataset: str = "127.0.0.1:50051"
     sandbox: str = "127.0.0.1:50052"
@@ -62,7 +62,7 @@ class Endpoints:
             raise InvalidArgument(
                 "stack.json", f"{path} is damaged", "run `regreen up` again"
             ) from error
-        return cls(**{name: found[name] for name in asdict(cls()) if name in found})
+        return cls(**{name: found.get(name, "") for name in asdict(cls())})
 
 
 class Stack:
@@ -72,7 +72,10 @@ class Stack:
         self, endpoints: Endpoints, *, tls: Tls | None = None, patience_s: float = 30.0
     ) -> None:
         self.endpoints = endpoints
-        channels = {name: connect(target, tls) for name, target in asdict(endpoints).items()}
+        channels = {
+            name: connect(target, tls) if target else absent(name)
+            for name, target in asdict(endpoints).items()
+        }
         self._channels: list[grpc.aio.Channel] = list(channels.values())
         self.tasks = TaskClient(channels["dataset"], patience_s=patience_s)
         self.trajectories = TrajectoryClient(channels["dataset"], patience_s=patience_s)

@@ -137,14 +137,16 @@ def render(found: Json) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"percent": _percent, "number": _number, "seconds": _seconds}
-    return environment.get_template("report.html.j2").render(doc=found, plots=_plots(found))
+    return environment.get_template("report.html.j2").render(
+        doc=found, plots=_plots(found), whole=whole_cells(found)
+    )
 
 
 def _plots(found: Json) -> dict[str, Any]:
     whole = [
         (cell["subject"], cell["value"], cell["low"], cell["high"])
-        for cell in found["cells"]
-        if _is_whole(cell, found["cells"]) and cell["value"] is not None
+        for cell in whole_cells(found)
+        if cell["value"] is not None
     ]
     shares = {name: tools["shares"] for name, tools in found["tools"].items() if tools["shares"]}
     matrices = {
@@ -168,6 +170,11 @@ def _plots(found: Json) -> dict[str, Any]:
 def _shares(amounts: Mapping[str, float]) -> dict[str, float]:
     total = sum(amounts.values())
     return {name: amount / total for name, amount in amounts.items()} if total else {}
+
+
+def whole_cells(found: Json) -> list[Json]:
+    """Of a document the cells that pool all that their subject did, one a subject."""
+    return [cell for cell in found["cells"] if _is_whole(cell, found["cells"])]
 
 
 def _is_whole(cell: Json, cells: Sequence[Json]) -> bool:
@@ -268,7 +275,9 @@ def _chosen(
     known = {run.name: run for run in of_kind} | {run.id: run for run in of_kind}
     for name in names:
         if name not in known:
-            raise NotFound(f"no {' or '.join(sorted(kinds))} run named {name!r}")
+            there = ", ".join(run.name for run in of_kind[:10]) or "none"
+            kind = " or ".join(sorted(kinds))
+            raise NotFound(f"no {kind} run named {name!r}; there are: {there}")
     return [known[name] for name in names]
 
 

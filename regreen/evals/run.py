@@ -20,7 +20,7 @@ from regreen.client.stack import Stack
 from regreen.common import v1 as common_pb
 from regreen.dataset import v1 as dataset_pb
 from regreen.evals.serving import serving_again
-from regreen.ids import derive_seed
+from regreen.ids import check_run_name, derive_seed
 from regreen.rollout.actors import Actor, PolicyActor
 from regreen.rollout.baselines import NAMES, baseline
 from regreen.rollout.context import FULL, SIMPLIFIED, EpisodeSpec, check_settings, with_labels
@@ -35,7 +35,14 @@ from regreen.rpc.errors import (
     Unavailable,
 )
 from regreen.train.config import plain_settings
-from regreen.train.names import grader_of, mode_name, mode_of, pipeline_name, pipeline_of
+from regreen.train.names import (
+    grader_of,
+    mode_name,
+    mode_of,
+    pipeline_name,
+    pipeline_of,
+    split_of,
+)
 from regreen.train.parallel import run_bounded
 from regreen.train.progress import Listener, Meter, ignore
 from regreen.train.recovery import Recovery, curable
@@ -86,6 +93,8 @@ class EvalConfig:
     """Longest wait for a service to come back."""
 
     def __post_init__(self) -> None:
+        check_run_name(self.name)
+        split_of(self.split)
         for name in ("samples", "baseline_samples", "concurrency", "attempts"):
             if getattr(self, name) < 1:
                 raise InvalidArgument(name, f"is {getattr(self, name)}", "give at least 1")

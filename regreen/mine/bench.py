@@ -165,7 +165,9 @@ def service() -> Iterator[str]:
 
 def main() -> None:
     """Command line entry."""
-    parser = argparse.ArgumentParser(prog="python -m regreen.mine.bench", description=__doc__)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, prog="python -m regreen.mine.bench", description=__doc__
+    )
     parser.add_argument("--sandbox", default="", help="address of a running sandbox service")
     parser.add_argument("--count", type=int, default=5, help="candidates")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each way")

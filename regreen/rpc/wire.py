@@ -7,6 +7,7 @@
   instead: long messages and metadata are cut, and marked where they are.
 """
 
+import re
 import string
 from collections.abc import Mapping
 from urllib.parse import quote
@@ -26,6 +27,13 @@ from regreen.rpc.errors import (
     error_classes,
 )
 
+NOBODY = "no service answers at"
+"""How the message of a connection that nobody takes begins; an address follows."""
+_NO_CONNECTION = re.compile(
+    r"failed to connect to all addresses; last error: \w+: "
+    r"(?:ipv4:|ipv6:)?(\S+): (?:.*: )?(.*)"
+)
+_NO_NAME = re.compile(r"errors resolving (\S+): ")
 _NO_REASON = "UNSPECIFIED"
 _MESSAGE_BYTES = 1500
 _ENCODED_BYTES = 2400
@@ -61,7 +69,7 @@ def to_status(error: RegreenError) -> grpc.Status:
 def from_rpc_error(error: grpc.aio.AioRpcError) -> RegreenError:
     """The exception that a failed call stands for."""
     name = error.code().name
-    message = error.details() or name
+    message = _plain(error.details() or name)
     info, field, retry_after_s = _details(error)
     classes = error_classes()
     cls = classes.get((name, info.reason)) or classes.get((name, name))
@@ -72,6 +80,15 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> RegreenError:
             name, InfraError if name in ("INTERNAL", "UNKNOWN") else RegreenError
         )
     return cls(message, metadata=dict(info.metadata), retry_after_s=retry_after_s)
+
+
+def _plain(message: str) -> str:
+    """What gRPC says of a connection that nobody takes, with the address first."""
+    if found := _NO_CONNECTION.fullmatch(message):
+        return f"{NOBODY} {found[1]} ({found[2]})"
+    if found := _NO_NAME.match(message):
+        return f"{NOBODY} {found[1]} (the name is not known)"
+    return message
 
 
 def _invalid_argument(message: str, field: str, metadata: dict[str, str]) -> InvalidArgument:

@@ -1,8 +1,8 @@
 """Starts, stops and looks at a local stack from outside.
 
 - `up` returns when every service answers SERVING, or says which one did not and shows its log.
-- Settings that a service refuses fail `up` at once; then, and when `up` is interrupted, what it
-  started is stopped.
+- What is not installed, settings that a service refuses and a service that ends again and again
+  fail `up` at once. However it fails, what it started is stopped.
 - `up` on a running stack changes nothing; asked for other arguments, it refuses. `down` on a
   stopped one succeeds.
 - Stopping goes through the supervisor; one that does not end is killed, and its services with it.
@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from regreen.rpc.errors import FailedPrecondition, InvalidArgument, Unavailable
 from regreen.settings import BAD_SETTINGS
 from regreen.stack.layout import SERVICES, Layout, Service
+from regreen.stack.parts import check_installed, chosen
 
 Progress = Callable[[str, float, float, str], None]
 """Called with stage, done, total and a line of text."""
@@ -39,6 +40,8 @@ _CHECK_S = 60.0
 """A service reads its settings in about a second."""
 _KILLED_S = 20.0
 """What the kernel may take to end a killed supervisor and its services."""
+_MOST_ENDS = 5
+"""A service that ended so often without having served does not come up by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +76,8 @@ async def status(layout: Layout) -> list[ServiceStatus]:
 async def _rows(layout: Layout, found: Mapping[str, Any] | None) -> list[ServiceStatus]:
     if found is None:
         return [ServiceStatus(item.name, "", "", "", "down", 0) for item in SERVICES]
-    return list(await asyncio.gather(*(_ask(layout, found, item) for item in SERVICES)))
+    items = [item for item in SERVICES if item.name in found["endpoints"]]
+    return list(await asyncio.gather(*(_ask(layout, found, item) for item in items)))
 
 
 async def up(
@@ -81,18 +85,27 @@ async def up(
     *,
     arguments: Mapping[str, list[str]] | None = None,
     fixed_ports: bool | None = None,
+    only: Sequence[str] = (),
     timeout_s: float = 180.0,
     progress: Progress | None = None,
 ) -> list[ServiceStatus]:
     """Start the stack of this home, or find it running; without `fixed_ports`, on fixed ones.
 
+    With `only`, the services of these names and no other.
+
     Raises:
-        InvalidArgument: a service refuses its settings; names the setting and the service.
-        FailedPrecondition: the stack runs with other arguments or ports.
+        InvalidArgument: a service refuses its settings, or there is none of a name in `only`;
+            names the setting and the service.
+        MissingDependency: a service is not installed here; says what to install.
+        FailedPrecondition: the stack runs with other arguments, services or ports.
         Unavailable: a service did not read its settings or come up in time; the message ends
-            with its log.
+            with its log's last line.
     """
-    asked = dict(arguments or {})
+    services, asked = chosen(only), dict(arguments or {})
+    for name in asked:
+        if asked[name] and name not in [service.name for service in services]:
+            raise InvalidArgument("only", f"has no {name}, which is given arguments", "name it too")
+    check_installed(services)
     await asyncio.to_thread(_check_settings, asked)
     layout.make()
     starter: subprocess.Popen[bytes] | None = None
@@ -100,24 +113,25 @@ async def up(
     try:
         while True:
             if starter is None and not layout.supervised():
-                starter = _start(layout, asked, fixed_ports is not False)
+                starter = _start(layout, asked, fixed_ports is not False, services)
             found = describe(layout)
             if found is not None and starter is None:
-                _check_same(found, asked, fixed_ports)
+                _check_same(found, asked, fixed_ports, services)
             rows = await _rows(layout, found)
             _show(rows, progress)
             if all(row.state == "serving" for row in rows):
                 return rows
             if found is not None and found.get("refusing"):
-                if starter is not None:
-                    await down(layout)
                 name = found["refusing"][0]
                 raise _refusal(name, tail(layout, name, 1), running=starter is None)
-            ended = starter is not None and starter.poll() is not None
-            if ended or time.monotonic() > give_up_s:
-                raise Unavailable(_complaint(layout, rows, ended))
+            if starter is not None and starter.poll() is not None:
+                raise Unavailable(_complaint(layout, rows, "supervisor"))
+            ends = found.get("ends", {}) if found is not None and starter is not None else {}
+            failing = [row.name for row in rows if ends.get(row.name, 0) >= _MOST_ENDS]
+            if failing or time.monotonic() > give_up_s:
+                raise Unavailable(_complaint(layout, rows, *failing[:1]))
             await asyncio.sleep(_POLL_S)
-    except asyncio.CancelledError:
+    except BaseException:
         if starter is not None:
             await down(layout)
         raise
@@ -184,9 +198,15 @@ def _refusal(name: str, said: str, *, running: bool = False) -> InvalidArgument:
 
 
 def _check_same(
-    found: Mapping[str, Any], asked: Mapping[str, list[str]], fixed_ports: bool | None
+    found: Mapping[str, Any],
+    asked: Mapping[str, list[str]],
+    fixed_ports: bool | None,
+    services: Sequence[Service],
 ) -> None:
     remedy = "stop it with `regreen down` first"
+    names = [service.name for service in services]
+    if names != [item.name for item in SERVICES if item.name in found["endpoints"]]:
+        raise FailedPrecondition(f"the stack runs {', '.join(found['endpoints'])} alone; {remedy}")
     for name, words in asked.items():
         running = found.get("arguments", {}).get(name, [])
         if running != words:
@@ -200,7 +220,10 @@ def _check_same(
 
 
 def _start(
-    layout: Layout, arguments: Mapping[str, list[str]], fixed_ports: bool
+    layout: Layout,
+    arguments: Mapping[str, list[str]],
+    fixed_ports: bool,
+    services: Sequence[Service] = SERVICES,
 ) -> "subprocess.Popen[bytes] | None":
     """Start a supervisor under the lock; None if the lock is taken, be it by one who looks."""
     with layout.open(layout.lock) as lock, layout.open(layout.log("supervisor")) as log:
@@ -214,6 +237,7 @@ def _start(
             "home": str(layout.home.resolve()),
             "arguments": dict(arguments),
             "fixed_ports": fixed_ports,
+            "services": [service.name for service in services],
             "lock": lock.fileno(),
         }
         return subprocess.Popen(
@@ -246,10 +270,17 @@ async def _ask(layout: Layout, found: Mapping[str, Any], service: Service) -> Se
     )
 
 
-def _complaint(layout: Layout, rows: list[ServiceStatus], ended: bool) -> str:
+def _complaint(layout: Layout, rows: list[ServiceStatus], name: str = "") -> str:
+    """What did not come up, and the last that it, or `name`, has said."""
     missing = [row.name for row in rows if row.state != "serving"]
-    name = "supervisor" if ended else missing[0]
-    return f"{', '.join(missing)}: not serving; end of {name}.log:\n{tail(layout, name, 15)}"
+    name = name or missing[0]
+    said = tail(layout, name, 1).strip()
+    with contextlib.suppress(json.JSONDecodeError, AttributeError):
+        line = json.loads(said)
+        said = line.get("problem") or line.get("event") or said
+    return (
+        f"{', '.join(missing)}: not serving; {name} said last: {said}; more in {layout.log(name)}"
+    )
 
 
 def tail(layout: Layout, name: str, lines: int) -> str:

@@ -18,13 +18,14 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from regreen.settings import BAD_SETTINGS
 from regreen.stack.layout import SERVICES, Layout, Service, pick_port
+from regreen.stack.parts import chosen
 
 _PR_SET_PDEATHSIG = 1
 _STOP_S = 15.0
@@ -54,15 +55,18 @@ class Supervisor:
         *,
         arguments: Mapping[str, list[str]] | None = None,
         fixed_ports: bool = True,
+        services: Sequence[Service] = SERVICES,
         lock: int | None = None,
     ) -> None:
         """`lock` is a descriptor that holds the layout's lock; process id goes to its file."""
+        self._chosen = services
         self._layout = layout
         self._arguments = dict(arguments or {})
         self._fixed_ports = fixed_ports
         self._services: list[_Running] = []
         self._description: dict[str, Any] = {}
         self._refusing: list[str] = []
+        self._ends: dict[str, int] = {}
         self._stop = asyncio.Event()
         self._lock = lock
 
@@ -88,7 +92,7 @@ class Supervisor:
         endpoints: dict[str, str] = {}
         metrics: dict[str, str] = {}
         http: dict[str, str] = {}
-        for service in SERVICES:
+        for service in self._chosen:
             preferred = (service.port, service.metrics_port, service.http_port)
             wanted = preferred if self._fixed_ports else (0, 0, 0)
             port, metrics_port = pick_port(wanted[0], taken), pick_port(wanted[1], taken)
@@ -137,6 +141,9 @@ class Supervisor:
                 return
             lived_s = time.monotonic() - running.started_s
             running.restarts = 0 if lived_s > 60 else running.restarts + 1
+            self._ends[name] = running.restarts
+            with contextlib.suppress(OSError):  # on a full disk nobody is told
+                self._describe(ends=self._ends)
             delay_s = min(0.2 * 2 ** min(running.restarts, 7), 15.0)
             self._note(name, f"{name} {ended}; starting it again in {delay_s:.1f} s")
             with contextlib.suppress(TimeoutError):
@@ -188,8 +195,9 @@ class Supervisor:
         for watcher in watchers:
             watcher.cancel()
         await asyncio.gather(*watchers, return_exceptions=True)
-        first, others = self._services[0], self._services[1:]
-        for together in (others, [first]):
+        last = [running for running in self._services if running.service.name == SERVICES[0].name]
+        others = [running for running in self._services if running not in last]
+        for together in (others, last):
             await asyncio.gather(*(self._end(running) for running in together))
 
     async def _end(self, running: _Running) -> None:
@@ -236,6 +244,7 @@ def main() -> None:
         Layout(Path(options["home"])),
         arguments=options.get("arguments", {}),
         fixed_ports=options.get("fixed_ports", True),
+        services=chosen(options.get("services", ())),
         lock=options.get("lock"),
     )
     asyncio.run(supervisor.run())

@@ -108,7 +108,9 @@ def merge(mined: Path, into: Path) -> int:
 
 def main() -> None:
     """Command line entry."""
-    parser = argparse.ArgumentParser(prog="python -m regreen.tasks.merge", description=__doc__)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, prog="python -m regreen.tasks.merge", description=__doc__
+    )
     parser.add_argument("mined", type=Path, help="directory of the records to add")
     parser.add_argument("--into", type=Path, default=SHIPPED, help="task set; default: the shipped")
     options = parser.parse_args()

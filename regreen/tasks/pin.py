@@ -345,7 +345,9 @@ def _files(releases: dict[str, DistributionRecord], pin: str) -> list[FileRecord
 
 def main() -> None:
     """Command line entry."""
-    parser = argparse.ArgumentParser(prog="python -m regreen.tasks.pin", description=__doc__)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, prog="python -m regreen.tasks.pin", description=__doc__
+    )
     parser.add_argument("source", type=Path, help="mined records, JSON Lines")
     parser.add_argument(
         "--out", type=Path, required=True, help="directory to write the task set to"

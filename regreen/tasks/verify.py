@@ -195,7 +195,9 @@ async def run(options: argparse.Namespace) -> int:
 
 def main() -> None:
     """Command line entry."""
-    parser = argparse.ArgumentParser(prog="python -m regreen.tasks.verify", description=__doc__)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, prog="python -m regreen.tasks.verify", description=__doc__
+    )
     parser.add_argument("--sandbox", default="127.0.0.1:50052", help="address of the service")
     parser.add_argument("--tasks", type=Path, help="directory of a task set; default: the shipped")
     parser.add_argument("--only", action="append", default=[], help="id of one task; repeatable")

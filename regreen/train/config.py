@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from regreen.ids import check_run_name
 from regreen.rpc.errors import InvalidArgument
 from regreen.train.ledger import hyperparameters
-from regreen.train.names import grader_of, mode_of, pipeline_of
+from regreen.train.names import grader_of, mode_of, pipeline_of, split_of
 from regreen.train.signals import KEEP_BASELINE, TRUNCATED_POLICIES
 
 MAX_GROUP = 64
@@ -72,6 +73,8 @@ class SftConfig:
     """Longest wait for a service to come back."""
 
     def __post_init__(self) -> None:
+        check_run_name(self.name)
+        split_of(self.split)
         _at_least(self, 1, "epochs", "batch_size", "checkpoint_every", "styles")
         _at_least(self, 2, "max_tokens")
         _at_least(self, 0, "max_guesses")
@@ -142,6 +145,8 @@ class GrpoConfig:
     """Longest wait for a service to come back."""
 
     def __post_init__(self) -> None:
+        check_run_name(self.name)
+        split_of(self.split)
         _at_least(self, 1, "steps", "groups_per_step", "checkpoint_every")
         _at_least(self, 2, "group_size")
         if self.group_size > MAX_GROUP:

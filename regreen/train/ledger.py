@@ -32,7 +32,7 @@ from regreen.rpc.errors import (
     RegreenError,
     Unavailable,
 )
-from regreen.train.progress import Listener, Progress, ignore
+from regreen.train.progress import Listener, Progress, ignore, stage
 from regreen.train.rows import all_checkpoints, last_checkpoint
 from regreen.train.weights import Weights, weights_of
 
@@ -75,8 +75,9 @@ class Ledger:
                 recorded position.
             DataLoss: every recorded checkpoint is damaged.
         """
-        record, started = await self._start(await last_checkpoint(self.stack, self.run_id))
-        record = await self._roll_forward(record, started)
+        with stage(self.listener, "start learner"):
+            record, started = await self._start(await last_checkpoint(self.stack, self.run_id))
+            record = await self._roll_forward(record, started)
         checkpoint_id = record.id if record else ""
         rewound = await self.stack.queue.rewind_run(self.run_id, checkpoint_id=checkpoint_id)
         self.epoch = rewound.epoch

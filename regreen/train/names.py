@@ -1,4 +1,4 @@
-"""The words people write for enum values: "any_fix", "simplified", "build_gates".
+"""The words people write for enum values: "any_fix", "simplified", "build_gates"; and splits.
 
 - A word and its enum value determine each other; unknown words are refused with the list of known.
 """
@@ -15,6 +15,7 @@ GRADERS = {
     "build_gates": pb.GRADER_BUILD_GATES,
     "build_gates_judge": pb.GRADER_BUILD_GATES_JUDGE,
 }
+SPLITS = ("train", "validation", "test")
 _MODE_NAMES = {value: name for name, value in MODES.items()}
 _PIPELINE_NAMES = {value: name for name, value in PIPELINES.items()}
 _GRADER_NAMES = {value: name for name, value in GRADERS.items()}
@@ -43,6 +44,13 @@ def grader_of(name: str, field: str = "grader") -> pb.Grader.ValueType:
     if name not in GRADERS:
         raise _unknown(field, name, GRADERS)
     return GRADERS[name]
+
+
+def split_of(name: str, field: str = "split") -> str:
+    """`name` if it is a split; raises as `mode_of`."""
+    if name not in SPLITS:
+        raise _unknown(field, name, SPLITS)
+    return name
 
 
 def mode_name(value: int) -> str:

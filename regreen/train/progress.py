@@ -25,6 +25,8 @@ class Progress:
     eta_s: float | None
     """Estimated remaining seconds of the stage; None until something was measured."""
     detail: str = ""
+    due: bool = False
+    """To be shown however little time has passed, such as what a step has learned."""
 
 
 Listener = Callable[[Progress], None]
@@ -84,11 +86,11 @@ class Meter:
         self._pace = Pace(done, clock())
         self.done, self.total, self.parallel = done, total, parallel
 
-    def report(self, done: int | None = None, detail: str = "") -> None:
+    def report(self, done: int | None = None, detail: str = "", *, due: bool = False) -> None:
         """Tell the listener; `done` stays as it is when not given."""
         self.done = self.done if done is None else done
         left_s = self._pace.left_s(self.done, self.total, self._clock(), parallel=self.parallel)
-        self._listener(Progress(self._stage, self.done, self.total, left_s, detail))
+        self._listener(Progress(self._stage, self.done, self.total, left_s, detail, due))
 
     def advance(self, units: int = 1, detail: str = "") -> None:
         """Count `units` more and report."""

@@ -247,7 +247,7 @@ class _Life:
         await driver.stack.runs.record_metrics(driver.run.id, step, metrics)
         if self.dirty and (step % config.checkpoint_every == 0 or step == config.steps):
             await self._save()
-        self.meter.report(step, _headline(metrics))
+        self.meter.report(step, _headline(metrics), due=True)
 
     async def _learn(self, collected: Collected, metrics: dict[str, float]) -> dict[str, float]:
         """One optimizer step on the groups that teach; nothing when none does."""

@@ -46,6 +46,20 @@ async def all_trajectories(
             return
 
 
+async def known_run(stack: Stack, id_or_name: str) -> dataset_pb.Run:
+    """The run of that id or name.
+
+    Raises:
+        NotFound: there is none; names some that there are.
+    """
+    try:
+        return await stack.runs.get_run(id_or_name)
+    except NotFound as error:
+        names = [run.name for run in (await stack.runs.list_runs(page_size=10)).runs]
+        told = f"the newest are {', '.join(names)}" if names else "there is none yet"
+        raise NotFound(f"{error.message}; {told}") from error
+
+
 async def find_run(stack: Stack, name: str) -> dataset_pb.Run | None:
     """The run of that name, or None."""
     try:
@@ -141,14 +155,19 @@ async def wanted_tasks(stack: Stack, ids: Sequence[str], split: str) -> list[dat
 
     Raises:
         NotFound: an unknown id.
-        FailedPrecondition: a task that is not admitted, or no task at all.
+        FailedPrecondition: a task that is not admitted, or no task at all. Each says what to do.
     """
+    shown = f"`regreen tasks list --split {split}`"
     if ids:
-        tasks = [await stack.tasks.get_task(id) for id in sorted(set(ids))]
+        try:
+            tasks = [await stack.tasks.get_task(id) for id in sorted(set(ids))]
+        except NotFound as error:
+            raise NotFound(f"{error.message}; {shown} shows those that there are") from error
         refused = [task.id for task in tasks if task.status != dataset_pb.TASK_STATUS_ADMITTED]
         if refused:
             raise FailedPrecondition(
-                f"not admitted: {', '.join(refused)}; run `regreen tasks verify` on them first"
+                f"not admitted: {', '.join(refused)}; gate them with "
+                f"`regreen tasks verify {' '.join(refused)}`, or choose from {shown}"
             )
         return tasks
     admitted = [dataset_pb.TASK_STATUS_ADMITTED]
@@ -156,7 +175,8 @@ async def wanted_tasks(stack: Stack, ids: Sequence[str], split: str) -> list[dat
     tasks = sorted(await stack.tasks.all_tasks(filter), key=lambda task: task.id)
     if not tasks:
         raise FailedPrecondition(
-            f"no admitted task in split {split!r}; import tasks, gate and split them first"
+            f"no admitted task in split {split!r}; choose from {shown} (`regreen tasks import` "
+            "brings the set that ships) and gate them with `regreen tasks verify`"
         )
     return tasks
 

@@ -159,7 +159,8 @@ class _Driver:
         for step in range(position.step + 1, self.total_steps + 1):
             metrics = await self._one_step(step, meter)
             self.recovery.progressed(step)
-            meter.report(step, f"loss {metrics.get('learner/loss', math.nan):.4f}")
+            loss = metrics.get("learner/loss", math.nan)
+            meter.report(step, f"step {step}: loss {loss:.4f}", due=True)
         summary = {"steps": self.total_steps, "trajectories": self.trajectories}
         await self.stack.runs.update_run(self.run.id, state="done", summary=summary)
 

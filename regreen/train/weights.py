@@ -20,6 +20,8 @@ from regreen.train.rows import find_run, last_checkpoint
 
 BASE = "base"
 """Name of the model before any training."""
+_TRAINING = ("sft", "grpo")
+"""Kinds of runs that make weights."""
 VERSION_BLOCK = 10_000
 """Version numbers, hence driver steps, of one run."""
 
@@ -88,8 +90,10 @@ async def resolve_weights(
     if name in ("", BASE):
         return Weights(base_uri or await _base_uri(stack))
     run = await find_run(stack, name)
-    if run is None:
-        raise InvalidArgument(field, f"{name!r} is neither {BASE!r} nor the name of a run")
+    if run is None or run.kind not in _TRAINING:
+        known = ", ".join([BASE, *await _trained(stack)])
+        problem = f"{name!r} is neither {BASE!r} nor the name of a run that trains"
+        raise InvalidArgument(field, problem, f"give one of {known}")
     record = await last_checkpoint(stack, run.id)
     if record is not None:
         return weights_of(record)
@@ -115,6 +119,15 @@ async def next_version_block(stack: Stack) -> int:
     async for resolved in _resolved_configs(stack):
         highest = max(highest, int(resolved.get("base_version", 0)))
     return (highest // VERSION_BLOCK + 1) * VERSION_BLOCK
+
+
+async def _trained(stack: Stack, most: int = 10) -> list[str]:
+    """Names of the newest training runs."""
+    found: list[str] = []
+    for kind in _TRAINING:
+        page = await stack.runs.list_runs(kind=kind, page_size=most)
+        found += [run.name for run in page.runs]
+    return found
 
 
 async def _base_uri(stack: Stack) -> str:

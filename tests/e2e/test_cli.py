@@ -10,6 +10,8 @@ from sandbox_svc.wheelhouse import DistStore
 from tests.e2e.conftest import Local
 from tests.fixtures.tasks.tiny_record import tiny_record
 
+NONE = "0" * 32
+
 
 @pytest.mark.parametrize(
     ("words", "said"),
@@ -27,6 +29,60 @@ def test_usage_errors(local: Local, words: tuple[str, ...], said: str) -> None:
     assert done.returncode == (1 if words[0] == "rollout" else 2), done.stderr
     assert said in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ("tasks list --split nope", 2, "split: 'nope' is unknown; use one of train, validation"),
+        ("tasks stats --split nope", 2, "split: 'nope' is unknown"),
+        ("tasks verify --split nope", 2, "split: 'nope' is unknown"),
+        ("eval --split nope", 2, "split: 'nope' is unknown"),
+        ("tasks list --culprit wordli", 1, "nothing here has 'wordli'; there are wordlib"),
+        ("tasks verify nope", 1, "no task 'nope'; `regreen tasks list` shows those"),
+        ("rollout run --task nope", 1, "no task 'nope'; `regreen tasks list` shows those"),
+        ("traj list --policy nope", 1, "policy: nothing here has 'nope'; there are base"),
+        ("traj list --actor baseline:nop", 1, "actor: nothing here has 'baseline:nop'; there are"),
+        ("traj list --hack nope", 1, "hack: nothing here has 'nope'"),
+        ("traj list --task nope", 1, "no task 'nope'; `regreen tasks list` shows those"),
+        ("traj list --verdict nope", 2, "verdict: 'nope' is unknown; give accepted or rejected"),
+        ("traj list --run nope", 1, "no run 'nope'; the newest are "),
+        ("rollout worker --run nope", 1, "no run 'nope'; the newest are "),
+        ("train grpo --start nope", 2, "start: 'nope' is neither 'base' nor the name of a run"),
+        (f"traj show trj_{NONE}", 1, "`regreen traj list` shows those"),
+        (f"state show st_{NONE}", 1, "`regreen state list` shows those"),
+        (f"sandbox delete sbx_{NONE}", 1, "`regreen sandbox list` shows those"),
+        ("eval --task nope", 1, "no task 'nope'; `regreen tasks list --split test` shows those"),
+        ("eval --task own-new", 1, "gate them with `regreen tasks verify own-new`, or choose from"),
+        ("eval --split validation", 1, "gate them with `regreen tasks verify`"),
+    ],
+)
+def test_what_is_not_there_is_told_with_what_is(
+    local: Local, stored: None, words: str, code: int, said: str
+) -> None:
+    done = local.cli(*words.split())
+    assert done.returncode == code, done.stderr
+    assert said in " ".join(done.stderr.split())
+    assert not done.stdout
+    assert "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def stored(local: Local, own: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A task that no gate has seen, a trajectory of a policy and one of a script, and a run."""
+    folder = tmp_path_factory.mktemp("new")
+    record, releases = tiny_record(DistStore(local.home / "sandbox" / "dists"), folder)
+    record = record.model_copy(update={"id": "own-new"})
+    (folder / "new.jsonl").write_text(dump_lines([record]))
+    (folder / "releases.jsonl").write_text(dump_lines(releases.values()))
+    words = ("tasks", "import", str(folder / "new.jsonl"))
+    assert local.cli(*words, "--distributions", str(folder / "releases.jsonl")).returncode == 0
+    for actor in ("policy", "baseline:noop"):
+        done = local.cli("rollout", "run", "--task", own, "--actor", actor)
+        assert done.returncode == 0, done.stderr
+    words = ("eval", "--name", "seen", "--task", own, "--mode", "any_fix", "--no-baselines")
+    done = local.cli(*words, "--pipeline", "simplified", "--subject", "baseline:noop")
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +142,9 @@ def test_an_evaluation_and_its_report(local: Local, own: str, tmp_path: Path) ->
     scripts = {"noop": 0.0, "newest": 0.0, "previous": 1.0, "pin-back": 0.0}
     assert solved == {f"baseline:{name}": value for name, value in scripts.items()}
     assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
+    told = local.cli("report", "--eval", "cli", "--out", str(tmp_path)).stdout
+    assert [told.count(f"baseline:{name} ") for name in scripts] == [1, 1, 1, 1]
+    assert "4 attempts in all, 0 lost to the platform; 4 rows by pipeline and mode" in told
     refused = local.cli("report", "--eval", "cli", "--out", str(tmp_path / "report.json" / "x"))
     assert refused.returncode == 2
     assert "name a directory you can write" in " ".join(refused.stderr.split())

@@ -132,6 +132,9 @@ def test_examples_of_the_sandbox_service(local: Local) -> None:
         )
         assert done.returncode == 0, done.stderr[-2000:]
         assert said in done.stdout
+    wrong = [sys.executable, "examples/sandbox_validate.py", *addresses, "no-such-task"]
+    ended = subprocess.run(wrong, cwd=ROOT, env=local.env, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (1, "error: no task 'no-such-task'\n")
     assert "nothing -> VALIDATION_OUTCOME_" in done.stdout
     assert "nothing -> VALIDATION_OUTCOME_PASSED" not in done.stdout
 

@@ -408,6 +408,15 @@ async def test_damaged_tokens_are_data_loss(clients: Clients, tmp_path: Path):
 # ---- runs
 
 
+async def test_names_of_runs_are_words(clients: Clients):
+    name, run_id = samples.fresh("run"), f"run_{'0' * 32}"
+    for bad in ("", "bad name", "../x", "-x", "a/b", "x\n", "ü", "a" * 101, "base", run_id):
+        with pytest.raises(InvalidArgument, match=r"^name: "):
+            await clients.runs.create_run(bad, "grpo")
+    for good in (f"{name}{'a' * (100 - len(name))}", f"{name}.2_B"):
+        assert (await clients.runs.create_run(good, "grpo")).run.name == good
+
+
 async def test_runs_are_found_by_name_and_keep_their_documents(clients: Clients):
     name = samples.fresh("run")
     made = await clients.runs.create_run(

@@ -84,8 +84,8 @@ async def undisturbed(stack: Stack, config: SftConfig) -> tuple[str, int]:
 async def test_all_clean_solved_experts_and_no_others_are_learned_from(place: World):
     async with place.stack() as stack:
         tasks = await with_experts(stack)
-        config = config_of(tasks)
-        result = await train_sft(stack, config)
+        config, seen = config_of(tasks), list[Progress]()
+        result = await train_sft(stack, config, seen.append)
         resolved = (await open_run(stack, config.name, "sft", config.settings(), {})).resolved
         train_ids = list(itertools.chain(*resolved["train_ids"]))
         rows = [await stack.trajectories.get_trajectory(id) for id in train_ids]
@@ -97,6 +97,12 @@ async def test_all_clean_solved_experts_and_no_others_are_learned_from(place: Wo
     assert [point.step for point in metrics] == list(range(1, steps + 1))
     assert (result.state, result.steps) == ("done", steps)
     assert place.policy.serving.uri == result.uri
+    assert seen[0].stage == "experts"
+    assert [found.done for found in seen if found.stage == "start learner"] == [0, 1]
+    told = [found for found in seen if found.due]
+    losses = [f"step {point.step}: loss {point.value:.4f}" for point in metrics]
+    assert [found.detail for found in told] == losses
+    assert all(found.eta_s is not None for found in told)
 
 
 async def rolled_out(runner, task, spec, styles):

@@ -245,7 +245,9 @@ def table(calls: Mapping[str, Mapping[str, int]]) -> str:
 
 def main() -> int:
     """Run it; 1 if there was a fault."""
-    parser = argparse.ArgumentParser(prog="tests.load.fuzz", description=__doc__)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, prog="tests.load.fuzz", description=__doc__
+    )
     parser.add_argument("--requests", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("build/bench/fuzz.json"))

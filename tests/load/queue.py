@@ -468,7 +468,9 @@ def storm(plan: Plan, tell: Callable[[str], None] = lambda line: None) -> dict[s
 
 def main(argv: list[str] | None = None) -> int:
     """Run it; 0 when nothing was at fault."""
-    parser = argparse.ArgumentParser(prog="python -m tests.load.queue", description=__doc__)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, prog="python -m tests.load.queue", description=__doc__
+    )
     usual = Plan()
     parser.add_argument("--workers", type=int, default=usual.workers)
     parser.add_argument("--rollouts", type=int, default=usual.rollouts)

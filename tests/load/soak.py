@@ -366,7 +366,9 @@ async def soak(count: int, seed: int, kill_s: float) -> dict[str, Any]:
 
 def main() -> int:
     """Run it; 1 if anything was left, lost or faulty."""
-    parser = argparse.ArgumentParser(prog="tests.load.soak", description=__doc__)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, prog="tests.load.soak", description=__doc__
+    )
     parser.add_argument("--sandboxes", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--kill-s", type=float, default=3.0, help="mean time between kills")

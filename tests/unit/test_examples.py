@@ -1,10 +1,17 @@
-"""The examples as texts: every call of the sandbox service has one; all are short, listed, run."""
+"""The examples as texts: every call of the sandbox service has one; all are short, listed, run.
+
+- However one is called, it ends with what it is for, or with one line and the exit code for it.
+"""
 
 import importlib
 import pkgutil
 import re
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
+
+import pytest
 
 import regreen.sandbox.v1
 
@@ -62,3 +69,40 @@ def test_every_example_is_run_by_a_test() -> None:
     for name in EXAMPLES:
         ways = (f"examples/{name}.py", f'"examples" / "{name}.py"', f'"{name}": ', f'("{name}", ')
         assert any(way in texts for way in ways), name
+
+
+def ended(name: str, *words: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, f"examples/{name}.py", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("name", sorted(EXAMPLES.keys() - PAGES.keys() - {"sandbox_image"}))
+def test_an_example_without_its_service_ends_with_one_line(name: str) -> None:
+    done = ended(name, *["127.0.0.1:1"] * (2 if name == "sandbox_validate" else 1))
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr == "error: no service answers at 127.0.0.1:1 (Connection refused)\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("judge", "a", "b"), 2, "2 words given, 0 to 1 are taken. Ask the judge about a diff"),
+        (("sandbox_image",), 2, "0 words given, 3 to 3 are taken. ADDRESS SOURCE TARGET:"),
+        (("sandbox_image", "127.0.0.1:1", "/no/such", "x"), 2, "/no/such: No such file"),
+        (("policy", "no-such-host.invalid:1"), 3, "no service answers at no-such-host.invalid:1"),
+    ],
+)
+def test_a_wrongly_called_example_says_so(words: tuple[str, ...], code: int, said: str) -> None:
+    done = ended(*words)
+    assert done.returncode == code
+    assert done.stderr.startswith(f"error: {said}")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_bug_is_still_a_traceback(tmp_path: Path) -> None:
+    program = tmp_path / "bug.py"
+    program.write_text("from regreen.client.script import words\nwords()\nprint(1 / 0)\n")
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "ZeroDivisionError" in done.stderr
+    assert "Traceback" in done.stderr

@@ -33,7 +33,9 @@ class CreateRunRequest(_message.Message):
     request_id: _builtins.str
     """Client-chosen id of this request."""
     name: _builtins.str
-    """Name; unique."""
+    """Name; unique. 1 to 100 letters, digits, '.', '_' or '-', the first a letter or a digit; neither
+    "base" nor an id.
+    """
     kind: _builtins.str
     """Kind: "sft", "grpo", "eval"."""
     @_builtins.property

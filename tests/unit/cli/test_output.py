@@ -81,6 +81,24 @@ def test_a_drivers_own_estimate_is_the_one_that_is_shown(printed):
     assert printed()[-1].endswith("about 42 s left)  loss 0.5")
 
 
+def test_every_step_is_shown_with_what_it_learned_however_quick(printed):
+    now = [0.0]
+    meter = Meter(
+        listener(output.ProgressPrinter(clock=lambda: now[0])), "sft", 3, clock=lambda: now[0]
+    )
+    meter.report()
+    for step in (1, 2):
+        now[0] += 1.0
+        meter.report(detail=f"step {step}: half of the tokens")  # too soon after the last line
+        now[0] += 1.0
+        meter.report(step, f"step {step}: loss 0.{9 - step}", due=True)
+    assert [line[10:] for line in printed()] == [
+        "sft 0/3 (0 s)",
+        "sft 1/3 (2 s, about 4 s left)  step 1: loss 0.8",
+        "sft 2/3 (4 s, about 2 s left)  step 2: loss 0.7",
+    ]
+
+
 def test_a_stage_is_closed_with_its_seconds_each_time(printed):
     now = [0.0]
     listen = listener(output.ProgressPrinter(clock=lambda: now[0]))

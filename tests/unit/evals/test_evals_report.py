@@ -10,7 +10,7 @@ from report_samples import SUBJECTS, outcome, report_input
 
 from regreen.evals import svg
 from regreen.evals.compare import compare
-from regreen.evals.report import render, short_names
+from regreen.evals.report import render, short_names, whole_cells
 from regreen.evals.summary import document
 
 
@@ -61,6 +61,21 @@ def test_the_page_is_one_file_with_every_section():
     assert outline.links == ["report.json"]
     assert "Sample report &lt;script&gt;" in page
     assert not re.search(r"\bnan\b|undefined|None", page)
+
+
+def test_a_table_shows_a_row_for_each_subject_and_folds_the_others_away():
+    found = document(report_input())
+    page = render(found)
+    assert page.startswith("<!doctype html>")
+    assert len(found["cells"]) > len(SUBJECTS) == len(whole_cells(found))
+    folded = re.findall(r"<details>.*?</details>", page, re.DOTALL)
+    for heading in ("Solve rates", "Hack flags", "Time per stage of one attempt"):
+        part = page.partition(f"<h2>{heading}</h2>")[2].partition("<h2>")[0]
+        (inside,) = [text for text in folded if text in part]
+        rows = part.replace(inside, "").partition("</table>")[0]
+        assert len(re.findall(r"<tr[^>]*><td", rows)) == len(SUBJECTS), heading
+        assert len(re.findall(r"<tr[^>]*><td", inside)) == len(found["cells"]), heading
+    assert f"By pipeline and mode: {len(found['cells'])} rows" in page
 
 
 def test_the_document_is_plain_json_and_repeats():
