@@ -273,16 +273,21 @@ class Images:
             tops = [files.layer_path(layer) for layer in state.layers]
             pieces = image_archive(tops, _config_of(state), reference, max_bytes=self.max_bytes)
             loop = asyncio.get_running_loop()
-            step = loop.run_in_executor(self.threads, next, pieces, b"")
+            step = loop.run_in_executor(self.threads, _piece, pieces)
             try:
                 while piece := await asyncio.shield(step):
                     yield piece
-                    step = loop.run_in_executor(self.threads, next, pieces, b"")
+                    step = loop.run_in_executor(self.threads, _piece, pieces)
             finally:
                 await asyncio.wait([step])
                 pieces.close()
         finally:
             self.states.release(state.layers)
+
+
+def _piece(pieces: Iterator[bytes]) -> bytes:
+    with writing("an archive"):
+        return next(pieces, b"")
 
 
 def notes_of(state: State) -> Sequence[str]:
