@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from sandbox_svc.backends.base import Captured, EndReason, ExecResult
-from sandbox_svc.backends.layers import writing
+from sandbox_svc.backends.fds import writing
 
 _MAGIC = b"regreen-action-1 "
 

@@ -38,7 +38,9 @@ class PoolLimits:
             InvalidArgument: names the most.
         """
         if not 1 <= count <= _MAX_FORKS:
-            raise InvalidArgument("count", f"is {count}", f"give 1 to {_MAX_FORKS}")
+            most = max(1, min(_MAX_FORKS, self.max_sandboxes - 1))
+            why = f"; the service holds max_sandboxes={self.max_sandboxes} at once"
+            raise InvalidArgument("count", f"is {count}", f"give 1 to {most}{why}")
         if count >= self.max_sandboxes:
             raise InvalidArgument(
                 "count",

@@ -43,6 +43,7 @@ from sandbox_svc.labels import check_labels
 from sandbox_svc.pace import Places
 from sandbox_svc.pool import PoolLimits
 from sandbox_svc.states import DEFAULT_CWD, State, StateStore
+from sandbox_svc.unknown import no_sandbox, no_state
 
 if TYPE_CHECKING:
     from sandbox_svc.executions import Execution
@@ -150,7 +151,7 @@ class Manager:
         """
         sandbox = self._sandboxes.get(sandbox_id)
         if sandbox is None or self._is_over(sandbox):
-            raise NotFound(f"no such sandbox: {sandbox_id}", metadata={"id": sandbox_id})
+            raise no_sandbox(sandbox_id)
         return sandbox
 
     def list(self, labels: Mapping[str, str] | None = None) -> Sequence[Sandbox]:
@@ -338,11 +339,10 @@ class Manager:
 
     def _parent_of(self, sandbox: Sandbox) -> tuple[State, int | None]:
         """The latest state that the sandbox stands on, and how many of its layers that covers."""
-        known = ((self.states.peek(id), depth) for id, depth in reversed(sandbox.states))
-        found = next(((state, depth) for state, depth in known if state is not None), None)
-        if found is None:
-            raise NotFound(f"no such state: {sandbox.state_id}", metadata={"id": sandbox.state_id})
-        return found
+        for id, depth in reversed(sandbox.states):
+            if (state := self.states.peek(id)) is not None:
+                return state, depth
+        raise no_state(sandbox.state_id)
 
     def _follow(self, sandbox: Sandbox) -> Sequence[str]:
         """Let a sandbox that is about to start anew stand on its parent's layers as they are now.

@@ -6,7 +6,7 @@
   of an imported image is its configuration's digest, so that the base is part of the id.
 - States of images run on any host of their platform; others only on hosts like the one they are of.
 - A state made before a crash of the host counts only if its layers had reached the disk; a crash
-  of the process alone loses nothing that was answered.
+  of the process alone loses nothing that was answered. Making one durable is tried until it works.
 - A state prepared with another test runner is dropped when the store opens: no validator reads it.
 - Layers without a state and without a running sandbox are removed; nothing else removes layers.
 - A state's layers may be swapped for others that show the same files, in one write of its record;
@@ -26,17 +26,23 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from regreen.rpc.errors import FailedPrecondition, NotFound
+import structlog
+
+from regreen.rpc.errors import FailedPrecondition, RegreenError
 from sandbox_svc.backends.base import HOST_BASE, Mount, Runtime
-from sandbox_svc.backends.layers import writing
+from sandbox_svc.backends.fds import writing
 from sandbox_svc.builders.base import RUNNER, Prepared, Progress
 from sandbox_svc.flights import Flights
 from sandbox_svc.hosts import boot_id, host_fingerprint, platform_name
 from sandbox_svc.state_records import check_record
+from sandbox_svc.unknown import no_state
 
 _FORMAT = 1
 DEFAULT_CWD = "/work/repo"
 _TOUCH_S = 1.0
+_AGAIN_S, _AGAIN_AT_MOST_S = 0.25, 10.0
+"""How long after a state could not be made durable that is tried again, at first and at most."""
+log = structlog.get_logger(__name__)
 
 Build = Callable[[Progress], Awaitable[Prepared]]
 Clock = Callable[[], float]
@@ -126,6 +132,7 @@ class StateStore:
         self._dropping = asyncio.Lock()
         self._background: set[asyncio.Task[None]] = set()
         self._rewriting = asyncio.Lock()
+        self._closing = asyncio.Event()
         self._touched: dict[str, float] = {}
         self.changed: list[Callable[[str], None]] = []
         """Called with the id of each state that was recorded or deleted."""
@@ -137,8 +144,8 @@ class StateStore:
         held = set(await self._runtime.layers())
         for path in sorted(self._directory.iterdir()):
             try:
-                state = State.decode(path.read_bytes())
-            except (OSError, ValueError):
+                state = State.decode(path.read_bytes())  # unreadable is not damaged: no start then
+            except ValueError:
                 path.unlink(missing_ok=True)
                 continue
             survived = (state.durable or state.boot == self._boot) and not _outdated(state)
@@ -153,8 +160,9 @@ class StateStore:
         await self.collect()
 
     async def close(self) -> None:
-        """End preparations and wait until all states are durable."""
+        """End preparations and wait until all states are durable, or cannot be made so now."""
         await self._flights.close()
+        self._closing.set()
         await asyncio.gather(*self._background, return_exceptions=True)
 
     def get(self, state_id: str) -> State:
@@ -166,7 +174,7 @@ class StateStore:
         try:
             return self._states[state_id]
         except KeyError:
-            raise NotFound(f"no such state: {state_id}", metadata={"id": state_id}) from None
+            raise no_state(state_id) from None
 
     def peek(self, state_id: str) -> State | None:
         """One state, if there is one of this id."""
@@ -330,12 +338,23 @@ class StateStore:
         self._in_background(self._save(state_id))
 
     async def _save(self, state_id: str) -> None:
-        """Bring a state's layers to the disk, then say so in its record."""
-        await self._runtime.make_durable()
-        async with self._rewriting:
-            state = self._states.get(state_id)
-            if state is not None:
-                await self._rewrite(state, replace(state, durable=True))
+        """Bring a state's layers to the disk, then say so in its record; until that works."""
+        wait_s = _AGAIN_S
+        while True:
+            try:
+                await self._runtime.make_durable()
+                async with self._rewriting:
+                    state = self._states.get(state_id)
+                    if state is not None and not state.durable:
+                        await self._rewrite(state, replace(state, durable=True))
+                return
+            except (OSError, RegreenError) as error:  # no space or no descriptors, for a while
+                log.warning("state is not durable yet", state_id=state_id, error=str(error))
+                if self._closing.is_set():
+                    return
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._closing.wait(), wait_s)
+            wait_s = min(2 * wait_s, _AGAIN_AT_MOST_S)
 
     async def _rewrite(self, old: State, new: State) -> None:
         """Put a record in the place of another of the same state, unless that has gone."""
@@ -346,7 +365,11 @@ class StateStore:
         elif present is None:
             (self._directory / f"{new.id}.json").unlink(missing_ok=True)
         else:
-            self._write(present, durable=False)
+            try:
+                self._write(present, durable=False)
+            except (OSError, RegreenError):
+                self._save_later(present.id)  # it lies there as it was
+                raise
 
     async def swap_layers(self, old: Sequence[str], new: Sequence[str]) -> int:
         """Have all states that stand on `old` stand on `new`, which shows the same files.

@@ -31,7 +31,7 @@ from typing import IO, Any, BinaryIO, Protocol, TypeVar, cast
 from regreen.rpc.errors import FailedPrecondition, InvalidArgument
 from sandbox_svc import pace
 from sandbox_svc.backends.base import HOST_BASE, Mount, Runtime
-from sandbox_svc.backends.layers import writing
+from sandbox_svc.backends.fds import writing
 from sandbox_svc.backends.tree_archive import Quota, TreeReader, write_tree
 from sandbox_svc.images.streams import TarStream
 from sandbox_svc.states import State, StateStore, image_action, state_id
@@ -252,7 +252,8 @@ def _local(mount: Mount, roots: Mapping[str, Path]) -> Mount:
 
 
 def _pipe() -> tuple[int, int]:
-    read_fd, write_fd = os.pipe()
+    with writing("an archive"):
+        read_fd, write_fd = os.pipe()
     with contextlib.suppress(OSError):  # the user's allowance of large pipes may be used up
         fcntl.fcntl(write_fd, fcntl.F_SETPIPE_SZ, _CHUNK_BYTES)
     return read_fd, write_fd
@@ -278,7 +279,8 @@ class _Hashed:
 
 
 def _pack(write_fd: int, record: bytes, layers: Sequence[Path], max_bytes: int) -> None:
-    with contextlib.suppress(BrokenPipeError), os.fdopen(write_fd, "wb") as pipe:
+    pipe = os.fdopen(write_fd, "wb")
+    with writing("an archive"), contextlib.suppress(BrokenPipeError), pipe:
         hashed = _Hashed(pipe)
         with tarfile.open(fileobj=hashed, mode="w", format=tarfile.PAX_FORMAT) as archive:  # type: ignore[call-overload]
             member = tarfile.TarInfo("state.json")

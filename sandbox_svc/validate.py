@@ -7,7 +7,7 @@
 - The lock file is the only way to change the environment; the validator installs from it itself.
 - Equal requests share one run, which waits for a place itself and ends with its last waiter.
 - Only verdicts of runs that came to their own end are cached.
-- A run that ends its sandbox twice while the runtime lives has failed; once may be bad luck.
+- A run that ends its sandbox twice has failed; one whose sandbox others ended has no verdict.
 - A run under other conditions than the pinned ones is cold, serial and marked as a probe.
 - A run that was started ahead (`warm.py`) is worth what a cold one is, or is done again cold.
 - A run that was shared among forks (`workers.py`) is worth what a serial one is, or done again;
@@ -28,7 +28,6 @@ import structlog
 
 from regreen.lockfile import Lock, LockChange, lock_change, normalize, parse_lock
 from regreen.rpc.errors import (
-    DiskFull,
     FailedPrecondition,
     InfraError,
     InvalidArgument,
@@ -38,6 +37,7 @@ from regreen.rpc.errors import (
 from sandbox_svc import metrics
 from sandbox_svc.backends import base
 from sandbox_svc.backends.base import Box, Command, EndReason, Limits, Runtime
+from sandbox_svc.backends.fds import no_space
 from sandbox_svc.builders import testrun
 from sandbox_svc.builders.base import LOCK, REPO, RUNNER, TOOLS, FileChange
 from sandbox_svc.builders.interpreters import stamps
@@ -79,9 +79,9 @@ class _Rejected(Exception):
 class _SandboxEnded(Exception):
     """The first process of a sandbox died under the tests."""
 
-    def __init__(self, log: str) -> None:
+    def __init__(self, log: str, *, itself: bool) -> None:
         super().__init__("the sandbox died under the tests")
-        self.log = log
+        self.log, self.itself = log, itself
 
 
 @dataclass(slots=True)
@@ -372,14 +372,16 @@ class Validator:
 
     async def _once(self, plan: Plan, change: LockChange | None, seed: int) -> Validation:
         """One run, in a second fork if the first one lost its sandbox."""
-        log = ""
-        for _ in range(TRIES):
+        ends: list[_SandboxEnded] = []
+        while len(ends) < TRIES:
             try:
                 return await self._fork(plan, change, seed)
             except _SandboxEnded as ended:
-                log = ended.log
-        summary = "the run ended its sandbox, twice"
-        return verdict_without_run(plan, Outcome.FAILED, summary, log=log, lasting=False)
+                ends.append(ended)
+        if not all(ended.itself for ended in ends):
+            raise InfraError("the sandbox of the tests was ended from outside; validate again")
+        text, log = "the run ended its sandbox, twice", ends[-1].log
+        return verdict_without_run(plan, Outcome.FAILED, text, log=log, lasting=False)
 
     async def _fork(self, plan: Plan, change: LockChange | None, seed: int) -> Validation:
         """One run in fresh forks: several or a warm one where that is the same."""
@@ -411,7 +413,7 @@ class Validator:
         metrics.WARM_HITS.inc()
         verdict = replace(conclude(plan, run), warm=True)
         if self._is_full(verdict):
-            raise DiskFull(f"no space to validate; it ended with: {verdict.summary}")
+            raise no_space(f"no space to validate; it ended with: {verdict.summary}")
         return verdict
 
     async def _cold(self, plan: Plan, change: LockChange | None, seed: int) -> Validation:
@@ -421,7 +423,7 @@ class Validator:
             verdict = await self._in_box(plan, change, seed, box, layers)
             # Looked at before the box goes, which may make room again.
             if self._is_full(verdict):
-                raise DiskFull(f"no space to validate; it ended with: {verdict.summary}")
+                raise no_space(f"no space to validate; it ended with: {verdict.summary}")
             return verdict
 
     async def _in_box(
@@ -463,15 +465,13 @@ class Validator:
         """Run the tests.
 
         Raises:
-            _SandboxEnded: the sandbox died under the run, and the runtime makes new ones.
+            _SandboxEnded: the sandbox died under the run.
             InfraError: the runtime failed.
         """
         try:
             return await testrun.run_tests(box, options)
         except testrun.BoxEnded as error:
-            probe = await self._runtime.create((), limits=self._limits)
-            await probe.delete()
-            raise _SandboxEnded(error.log) from error
+            raise _SandboxEnded(error.log, itself=await box.ended_itself()) from error
 
     async def _sync(self, plan: Plan, box: Box) -> Validation | None:
         """Install what the lock says, before any change of the source is there."""

@@ -9,7 +9,6 @@
 """
 
 import asyncio
-import errno
 import hashlib
 import json
 import os
@@ -23,13 +22,13 @@ from pathlib import Path
 from regreen.pkgindex import PackageIndex, index_urls, interpreter_tags, wheel_fits
 from regreen.rpc.errors import (
     DataLoss,
-    DiskFull,
     InfraError,
     InvalidArgument,
     MissingDependency,
     NotFound,
     Unavailable,
 )
+from sandbox_svc.backends import fds
 from sandbox_svc.builders.base import (
     DistFile,
     Pin,
@@ -132,8 +131,10 @@ class DistStore:
                     f"cannot be fetched: {error}; check the package index (REGREEN_INDEX_URL)"
                 ) from error
             except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise DiskFull(f"no space for package files in {self.root}") from error
+                if error.errno in fds.FULL:
+                    raise fds.no_space(f"no space for package files in {self.root}") from error
+                if error.errno in fds.NONE_LEFT:
+                    raise fds.exhausted("package files") from error
                 raise InfraError(f"package files cannot be stored: {error}") from error
             finally:
                 for task in tasks:

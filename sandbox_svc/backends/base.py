@@ -305,6 +305,13 @@ class Box(Readable, Protocol):
         """
         ...
 
+    async def ended_itself(self) -> bool:
+        """Whether the box has lost its processes, and by what ran in it.
+
+        False where it lives, where it was ended from outside, or where nobody can tell.
+        """
+        ...
+
     async def freeze(self) -> str:
         """Stop every process, turn the upper into a new layer, go on over it; return the layer id.
 

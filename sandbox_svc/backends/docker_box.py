@@ -357,6 +357,10 @@ class DockerBox:
         except ContainerGone as error:
             raise await self._why() from error
 
+    async def ended_itself(self) -> bool:
+        """Nobody can tell of a container."""
+        return False
+
     async def freeze(self) -> str:
         """Stop every process, turn the changes into a layer, go on over it; return its id."""
         self._require()

@@ -40,6 +40,7 @@ from sandbox_svc.backends import (
 )
 from sandbox_svc.backends.base import HOST_BASE, NO_ENV, Capability, Door, Limits, Mount
 from sandbox_svc.backends.embedded_box import EmbeddedBox
+from sandbox_svc.backends.fds import writing
 from sandbox_svc.backends.layers import HOST_ID, WHOLE_TARGETS, Layout, is_full
 from sandbox_svc.backends.seats import AT_ONCE, Left, Part, Seat, Seats
 
@@ -243,6 +244,15 @@ class EmbeddedRuntime:
             fields += [which, value]
         return fields
 
+    def give_up(self, seat: Seat) -> None:
+        """End, in the background, a seat that no box took."""
+        if self._seats is not None:
+            self._seats.give_up(seat)
+
+    async def ended_itself(self, seat: Seat) -> bool:
+        """Whether the first process of a box has ended, and not from outside, as far as known."""
+        return self._seats is not None and await self._seats.ended_itself(seat)
+
     async def leave(self, seat: Seat, part: Part, network: int) -> None:
         """End a seat's processes; a part of what it had goes in the background.
 
@@ -334,9 +344,14 @@ class EmbeddedRuntime:
             self._put_away(box.place, Part.UPPER)
 
     async def blocking(self, call: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        """Run a blocking call in the runtime's own threads."""
+        """Run a blocking call in the runtime's own threads.
+
+        Raises:
+            ResourceExhausted: the service has no descriptors, or its disk no space.
+        """
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, lambda: call(*args, **kwargs))
+        with writing():
+            return await loop.run_in_executor(self._threads, lambda: call(*args, **kwargs))
 
     async def layers(self) -> Sequence[str]:
         """Ids of all layers that this host holds."""

@@ -20,6 +20,7 @@ from regreen.rpc.errors import (
     InfraError,
     NotFound,
     RegreenError,
+    ResourceExhausted,
 )
 from sandbox_svc import metrics
 from sandbox_svc.backends import jobs, wire
@@ -40,9 +41,8 @@ from sandbox_svc.backends.cgroups import Counters
 from sandbox_svc.backends.commands import ENVIRONMENT, check_command
 from sandbox_svc.backends.embedded_files import BoxFiles
 from sandbox_svc.backends.embedded_process import EmbeddedProcess
-from sandbox_svc.backends.fds import exhausted
+from sandbox_svc.backends.fds import exhausted, writing
 from sandbox_svc.backends.jobs import Job, all_ended, first_of, name_end, prepared
-from sandbox_svc.backends.layers import writing
 from sandbox_svc.backends.link import Link, LinkClosed, close_all
 from sandbox_svc.backends.output import Collector, PipeReader
 from sandbox_svc.backends.seats import Part, Seat
@@ -90,7 +90,7 @@ class EmbeddedBox(BoxFiles):
         """The first process, while there is one."""
         return self._seat
 
-    async def launch(self) -> None:
+    async def launch(self, seat: Seat | None = None) -> None:
         """Start the first process over the present layers; used at birth and after a freeze."""
         self._ready = asyncio.get_running_loop().create_future()
         self._ready.add_done_callback(_heard)
@@ -98,7 +98,7 @@ class EmbeddedBox(BoxFiles):
         if self._watch is not None:
             self._watch.close()
             self._watch = None
-        seat = self._seat = await self._runtime.seat_for(self)
+        seat = self._seat = seat or await self._runtime.seat_for(self)
         self.place = seat.name
         self._link = Link(seat.sock, self._on_event)
         try:
@@ -253,9 +253,16 @@ class EmbeddedBox(BoxFiles):
             os.close(stdin)
             for reader in job.readers:
                 reader.handed_over()
-        if received:
-            job.on_terminal(received[0])
-        return jobs.refusal(reply, job.command)
+        refused = jobs.refusal(reply, job.command)
+        if refused is None and job.command.terminal is not None:
+            try:
+                with writing("a terminal"):
+                    job.on_terminal(received)
+            except ResourceExhausted:
+                job.reason = EndReason.SIGNAL
+                await asyncio.shield(self._stop(job.link, job))
+                raise
+        return refused
 
     async def _wait(self, link: Link, job: Job, timeout_s: float) -> wire.Message | None:
         """The exit message, or None when the whole sandbox died under the command."""
@@ -360,6 +367,11 @@ class EmbeddedBox(BoxFiles):
         """How often the sandbox was stopped for its use of cores."""
         return self._runtime.cgroups.throttled(self._seat.name) if self._seat is not None else 0
 
+    async def ended_itself(self) -> bool:
+        """Whether it has lost its processes, and by what ran in it; see `spawner/main.c`."""
+        seat = self._seat if self._ended else None
+        return seat is not None and await self._runtime.ended_itself(seat)
+
     async def usage(self) -> wire.Message:
         """Memory, processes and unlinked bytes, as the first process sees them."""
         try:
@@ -379,6 +391,8 @@ class EmbeddedBox(BoxFiles):
         """Stop every process, turn the upper into a layer, go on over it; return its id."""
         self._require()
         async with self._files:
+            # Had before anything ends: where it cannot be made, the sandbox goes on as it was.
+            seat: Seat | None = await self._runtime.seat_for(self)
             self._freezing = True
             name_end(self._jobs.values())
             try:
@@ -387,12 +401,15 @@ class EmbeddedBox(BoxFiles):
                     layer = self._runtime.layout.freeze(self.place)
                 self.place = ""
                 self._own_layers.append(layer)
-                await self.launch()
+                last, seat = seat, None
+                await self.launch(last)
             except BaseException:
                 await self._end()  # half a start is none, or the next freeze would lack this layer
                 raise
             finally:
                 self._freezing = False
+                if seat is not None:
+                    self._runtime.give_up(seat)
             self._runtime.tidy()
             return layer
 

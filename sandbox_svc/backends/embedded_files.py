@@ -20,8 +20,7 @@ from regreen.rpc.errors import InfraError, InvalidArgument, RegreenError
 from sandbox_svc.backends import jobs, uppers, wire
 from sandbox_svc.backends.base import FileStat, Limits, NotAFile, Odd, read_whole
 from sandbox_svc.backends.commands import absolute
-from sandbox_svc.backends.fds import not_opened, read_upto, write_all
-from sandbox_svc.backends.layers import writing
+from sandbox_svc.backends.fds import exhausted, not_opened, read_upto, write_all, writing
 from sandbox_svc.backends.link import Link, LinkClosed
 
 if TYPE_CHECKING:
@@ -129,6 +128,7 @@ class BoxFiles(abc.ABC):
                         "path", f"not a regular file: {path}", "name a regular file"
                     )
                 with writing():
+                    os.ftruncate(fd, 0)
                     if len(content) <= _INLINE_READ_BYTES:
                         write_all(fd, content)
                     else:
@@ -141,6 +141,8 @@ class BoxFiles(abc.ABC):
             raise self._lost() from error
         if fds:
             return reply, fds[0]
+        if "error" not in reply:  # it was opened, and could not be received
+            raise exhausted(f"a file of the sandbox, {path}")
         raise _Refused(reply.get("errno"), str(reply.get("error", "refused")))
 
     async def _meant(self, refusal: "_Refused", path: str, *, follow: bool) -> RegreenError:

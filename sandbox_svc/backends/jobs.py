@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from regreen.rpc.errors import (
-    DiskFull,
     FailedPrecondition,
     InfraError,
     InvalidArgument,
@@ -24,7 +23,6 @@ from regreen.rpc.errors import (
 from sandbox_svc.backends import fds, wire
 from sandbox_svc.backends.base import Captured, Command, EndReason, ExecResult, OutputSink
 from sandbox_svc.backends.cgroups import Counters
-from sandbox_svc.backends.layers import FULL
 from sandbox_svc.backends.link import Link
 from sandbox_svc.backends.output import Collector, PipeReader
 
@@ -69,8 +67,15 @@ class Job:
             *(f"{name}={value}" for name, value in variables.items()),
         )
 
-    def on_terminal(self, fd: int) -> None:
-        """Read the terminal instead of the first pipe."""
+    def on_terminal(self, received: Sequence[int]) -> None:
+        """Read the terminal instead of the first pipe.
+
+        Raises:
+            OSError: there are no descriptors for it.
+        """
+        if not received:  # it was sent, and there was none to receive it with
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        fd = received[0]
         try:
             self.terminal = os.dup(fd)
         except OSError:
@@ -145,7 +150,7 @@ def prepared(
                 undo.callback(readers[-1].close)
             given = stdin()
         except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE):
+            if error.errno not in fds.NONE_LEFT:
                 raise
             raise fds.exhausted("the command") from error
         undo.pop_all()
@@ -164,7 +169,7 @@ def not_ready(message: wire.Message) -> RegreenError:
     """What a first process said, or did not say, when it ended before it was ready."""
     step, error = message.get("step", "clone"), message.get("error", "it ended")
     failure = f"sandbox set-up failed at {step}: {error}"
-    return DiskFull(failure) if message.get("errno") in FULL else InfraError(failure)
+    return fds.no_space(failure) if message.get("errno") in fds.FULL else InfraError(failure)
 
 
 def lost(overrun: EndReason | None, *, passing: bool) -> RegreenError:

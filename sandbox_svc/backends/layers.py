@@ -16,13 +16,14 @@ import secrets
 import shutil
 import stat
 import subprocess
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from regreen.rpc.errors import DiskFull, FailedPrecondition, InfraError
+from regreen.rpc.errors import FailedPrecondition, InfraError
 from sandbox_svc.backends import linux
 from sandbox_svc.backends.base import FULL_BYTES
+from sandbox_svc.backends.fds import writing
 from sandbox_svc.backends.merge import merge_layers
 from sandbox_svc.backends.spread import spread
 
@@ -65,8 +66,6 @@ _UNFINISHED = (
     "tools/.new-*",
 )
 """Names under which the stores beside the layers write before they rename."""
-FULL = (errno.ENOSPC, errno.EDQUOT)
-"""How a full disk says so."""
 _DIRTY = "w/work/incompat/volatile/dirty"
 _WORK = ("w/work/incompat/volatile", "w/work/incompat", "w/work", "w")
 """What overlayfs leaves below a work directory, innermost first."""
@@ -104,17 +103,6 @@ _ETC_FILES = {
     "machine-id": "",
     "timezone": "UTC\n",
 }
-
-
-@contextlib.contextmanager
-def writing() -> Iterator[None]:
-    """Around what fills the disk: a full one becomes a `DiskFull`."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in FULL:
-            raise DiskFull(f"no space left for sandboxes and states: {error}") from error
-        raise
 
 
 def is_full(path: Path) -> bool:

@@ -14,6 +14,7 @@ import socket
 from collections.abc import Callable, Iterable
 
 from sandbox_svc.backends import wire
+from sandbox_svc.backends.fds import NONE_LEFT, exhausted
 
 _REPLY_S = 60.0
 _BATCH = 32
@@ -60,6 +61,7 @@ class Link:
         Raises:
             LinkClosed: the other side has ended.
             TimeoutError: no reply came in time.
+            ResourceExhausted: there are no descriptors to send it with.
         """
         number = self.next_id() if number is None else number
         future: asyncio.Future[Reply] = self._loop.create_future()
@@ -86,6 +88,8 @@ class Link:
             except BlockingIOError:
                 await asyncio.sleep(0.001)
             except OSError as error:
+                if error.errno in NONE_LEFT:
+                    raise exhausted("a request to a sandbox") from error
                 raise LinkClosed from error
 
     def _on_readable(self) -> None:

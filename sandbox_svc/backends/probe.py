@@ -8,6 +8,7 @@
 
 import asyncio
 import errno
+import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -81,6 +82,7 @@ async def prove(runtime: "EmbeddedRuntime") -> list[Capability]:
             _kernel_limits(runtime.cgroups.name, boxes[0], boxes[1]),
             _service_limits(boxes[2], boxes[3]),
             _walls(boxes[4]),
+            _own_files(boxes[1], boxes[3]),
             _numbers_of_files(boxes[5], boxes[6]),
         )
         return [capability for group in groups for capability in group]
@@ -165,6 +167,25 @@ async def _numbers_of_files(tight: "EmbeddedBox", wide: "EmbeddedBox") -> list[C
     """Empty files: too small for the disk limit to act."""
     few, many = await asyncio.gather(_run(tight, _FILES, 5.0), _run(wide, _FILES, 5.0))
     return [_compared("inodes", "watchdog", few.reason is EndReason.DISK, few, many)]
+
+
+async def _own_files(one: "EmbeddedBox", other: "EmbeddedBox") -> list[Capability]:
+    """Whether programs and devices, on which locks and watches lie, are each sandbox's own.
+
+    They are if two sandboxes and the host tell of three different inodes.
+    """
+    found = []
+    for name, driver, path in (
+        ("own_programs", "overlayfs", "/usr/bin/env"),
+        ("own_devices", "tmpfs", "/dev/null"),
+    ):
+        info = os.stat(path)
+        looks = [await _run(box, f"stat -L -c '%d %i' {path}", 3.0) for box in (one, other)]
+        told = {f"{info.st_dev} {info.st_ino}", *(look.stdout.text.strip() for look in looks)}
+        own = all(look.ok for look in looks) and len(told) == 1 + len(looks)
+        detail = "" if own else f"locks and watches on {path} are the host's and all sandboxes'"
+        found.append(Capability(name, own, driver if own else "none", detail))
+    return found
 
 
 async def _walls(box: "EmbeddedBox") -> list[Capability]:

@@ -33,7 +33,7 @@ from regreen.rpc.errors import InfraError, RegreenError
 from sandbox_svc.backends import cgroups, seccomp, wire
 from sandbox_svc.backends.base import Limits
 from sandbox_svc.backends.cgroups import CgroupV1, CgroupV2, NoCgroup
-from sandbox_svc.backends.fds import exhausted
+from sandbox_svc.backends.fds import exhausted, writing
 from sandbox_svc.backends.link import Link, LinkClosed, close_all
 
 log = structlog.get_logger(__name__)
@@ -80,6 +80,8 @@ class Seat:
     pid: int
     pidfd: int
     sock: socket.socket
+    spawner: Link
+    """To the spawner that made it, with which it ends."""
 
     @property
     def alive(self) -> bool:
@@ -123,10 +125,14 @@ class Seats:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        rules = wire.memfd(seccomp.deny_list())
+        with writing("the spawner"), contextlib.ExitStack() as undo:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            undo.callback(ours.close)
+            undo.callback(theirs.close)
+            rules = wire.memfd(seccomp.deny_list())
+            undo.pop_all()
         try:
-            with theirs:
+            with writing("the spawner"), theirs:
                 self._process = subprocess.Popen(
                     ["regreen-spawner", str(theirs.fileno())],
                     executable=self._program,
@@ -138,6 +144,9 @@ class Seats:
                 )
             host_id = -1 if self._host_id is None else self._host_id
             wire.send(ours, [str(self._home), host_id], (rules,))
+        except RegreenError:
+            ours.close()
+            raise
         except OSError as error:
             ours.close()
             raise InfraError(
@@ -217,7 +226,7 @@ class Seats:
             self._give_networks_up()
             raise exhausted("the sandbox")
         sock = socket.socket(fileno=fds[0])
-        return Seat(name, self._limits, int(reply["pid"]), fds[1], sock)
+        return Seat(name, self._limits, int(reply["pid"]), fds[1], sock, link)
 
     def _give_networks_up(self) -> None:
         """Close the descriptors that are kept; names without one are as good."""
@@ -274,6 +283,20 @@ class Seats:
             await _readable(seat.pidfd, _END_S)
         finally:
             os.close(seat.pidfd)
+
+    def give_up(self, seat: Seat) -> None:
+        """End a seat that nobody took, in the background."""
+        self._in_background(self._discard(seat))
+
+    async def ended_itself(self, seat: Seat) -> bool:
+        """Whether a seat's process has come to an end of its own: by no kill from outside, which
+        nobody in a sandbox is, and not with its spawner. False where that is not known."""
+        try:
+            await _readable(seat.pidfd, _END_S)
+            reply, _ = await seat.spawner.request("end", seat.pid)
+        except (LinkClosed, TimeoutError, InfraError):
+            return False
+        return reply.get("killed") is False
 
     async def cleared(self, left: Sequence[Left]) -> Sequence[Left]:
         """Let the spawner remove what seats have left, or keep it; what it could not remove.

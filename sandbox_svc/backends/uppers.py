@@ -20,6 +20,7 @@ from pathlib import Path
 
 from regreen.rpc.errors import ResourceExhausted
 from sandbox_svc.backends import linux
+from sandbox_svc.backends.fds import writing
 
 _MAX_PATHS = 200_000
 _PATH_BYTES = 4000
@@ -123,13 +124,16 @@ def _open_directory(top_fd: int, relative: str) -> int:
     if len(os.fsencode(relative)) > _PATH_BYTES:
         raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
     resolve = linux.RESOLVE_BENEATH | linux.RESOLVE_NO_SYMLINKS
-    return linux.openat2(top_fd, relative or ".", os.O_RDONLY | os.O_DIRECTORY, resolve)
+    with writing("the files of a sandbox"):  # no descriptors: nothing is known of what is there
+        return linux.openat2(top_fd, relative or ".", os.O_RDONLY | os.O_DIRECTORY, resolve)
 
 
 def _scan(top_fd: int, relative: str) -> Iterator[os.DirEntry[str]]:
     fd = _open_directory(top_fd, relative)
     try:
-        with os.scandir(fd) as entries:
+        with writing("the files of a sandbox"):
+            found = os.scandir(fd)
+        with found as entries:
             yield from entries
     finally:
         os.close(fd)

@@ -209,10 +209,10 @@ class Watch:
                     await self._box.stop_all(reason)
                 if await self._is_quiet():
                     return
+            except (TimeoutError, FileNotFoundError, ResourceExhausted):
+                continue  # the service may be out of descriptors for a while
             except (LinkClosed, RegreenError):
                 return
-            except (TimeoutError, FileNotFoundError):
-                continue
 
     async def _stop_floods(self) -> None:
         for job in list(self._jobs.values()):

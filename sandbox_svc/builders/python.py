@@ -6,7 +6,6 @@
 - The baseline is what the broken State itself says, run by the validator's own test runner.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -20,7 +19,6 @@ from regreen.blobs import BlobStore, Digest
 from regreen.lockfile import format_lock, lock_of, normalize, parse_lock
 from regreen.pkgindex import find_uv
 from regreen.rpc.errors import (
-    DiskFull,
     FailedPrecondition,
     InfraError,
     InvalidArgument,
@@ -29,6 +27,7 @@ from regreen.rpc.errors import (
 )
 from regreen.testpaths import SHARED_INI
 from sandbox_svc.backends.base import Box, Command, EndReason, ExecResult, Limits, Mount, Runtime
+from sandbox_svc.backends.fds import FULL, no_space
 from sandbox_svc.builders import testrun
 from sandbox_svc.builders.base import (
     BUILDHOUSE,
@@ -58,6 +57,7 @@ DISTS = "/dists"
 FACTS = "/work/.regreen/env.json"
 MAX_PYTHONS = 8
 MAX_SETTINGS = 2000
+_LISTING_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -380,8 +380,8 @@ def _refuse_full_disk(done: ExecResult) -> None:
         DiskFull: it is.
     """
     text = done.stderr.text + done.stdout.text
-    if any(os.strerror(number) in text for number in (errno.ENOSPC, errno.EDQUOT)):
-        raise DiskFull(f"no space to prepare a state: {text.strip()[-500:]}")
+    if any(os.strerror(number) in text for number in FULL):
+        raise no_space(f"no space to prepare a state: {text.strip()[-500:]}")
 
 
 async def _read_settings(box: Box) -> dict[str, str]:
@@ -422,11 +422,14 @@ async def _foreign_modules(
     """
     found: set[str] = set()
     script, own = f"{TOOLS}/lib/list_modules.py", own_names(files)
-    shared = sorted({name.partition(".")[0] for name in own if "." in name})
+    shared = json.dumps(sorted({name.partition(".")[0] for name in own if "." in name})).encode()
     for interpreter in inputs.interpreters.values():
-        argv = (str(interpreter.executable), "-I", script, ENV, project, *shared)
-        done = await box.run(Command(argv, env=_build_environment(), cwd="/work"))
-        if not done.ok:
+        argv = (str(interpreter.executable), "-I", script, ENV, project)
+        listing = Command(
+            argv, env=_build_environment(), cwd="/work", stdin=shared, output_bytes=_LISTING_BYTES
+        )
+        done = await box.run(listing)
+        if not done.ok or done.stdout.truncated:
             raise InfraError(f"modules cannot be listed: {done.stderr.text[-500:]}")
         found.update(json.loads(done.stdout.text))
     return {name for name in found if "." not in name or name not in own}

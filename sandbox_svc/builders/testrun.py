@@ -29,6 +29,7 @@ from sandbox_svc.backends.base import (
     Mount,
     Runtime,
 )
+from sandbox_svc.backends.fds import no_space
 from sandbox_svc.builders.base import ENV, REPO, TOOLS, Baseline
 from sandbox_svc.builders.standing import Where, learned, refuse_loose
 from sandbox_svc.builders.unseen import completed
@@ -405,9 +406,12 @@ async def baseline(
                 where, more = await completed(untouched, facts, run.where, errors, files)
             known = learned({**facts, **more}, where, files)
             if runtime.disk_is_full():
-                raise DiskFull("no space to run the tests of a new state")
-            with contextlib.suppress(ResourceExhausted):  # then no run of it can be believed
+                raise no_space("no space to run the tests of a new state")
+            try:
                 wrote = tuple(await written(box, known))
+            except ResourceExhausted as error:
+                if isinstance(error, DiskFull) or error.retry_after_s is not None:
+                    raise  # the service's trouble; else no run of it can be believed
         problem = _uselessness(run)
         if not problem:
             break

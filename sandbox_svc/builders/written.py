@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
-from regreen.rpc.errors import NoSuchFile, RegreenError, ResourceExhausted
+from regreen.rpc.errors import DiskFull, InfraError, NoSuchFile, RegreenError, ResourceExhausted
 from sandbox_svc.backends.base import Box, Command, EndReason, NotAFile, Odd
 from sandbox_svc.builders.base import ENV, REPO
 from sandbox_svc.builders.kinds import PYCACHE, Kind, Kinds
@@ -76,6 +76,8 @@ async def doubts(
     try:
         found = await written(box, facts, since=since)
     except ResourceExhausted as error:
+        if isinstance(error, DiskFull) or error.retry_after_s is not None:  # the service's trouble
+            raise
         return f"nobody can look through what it wrote: {error}"
     known, kinds = frozenset((*facts["baseline"].get("written", ()), *ours)), Kinds(facts)
     found = {path: certain for path, certain in found.items() if path not in known}
@@ -123,6 +125,8 @@ async def _equal(box: Box, fresh: Box, path: str, most: int) -> int | None:
         try:
             one, info = await box.read_range(path, offset=offset, max_bytes=_PIECE, follow=False)
             two, known = await fresh.read_range(path, offset=offset, max_bytes=_PIECE, follow=False)
+        except InfraError:
+            raise
         except RegreenError:
             return None
         if info.size_bytes != known.size_bytes or info.size_bytes > most or one != two:
@@ -140,6 +144,8 @@ async def _is_link(box: Box, path: str) -> bool:
         return error.kind is Odd.LINK
     except NoSuchFile:
         return False
+    except InfraError:
+        raise
     except RegreenError:
         return True
     return False
@@ -153,6 +159,8 @@ async def _existing(box: Box, paths: Sequence[str]) -> list[str]:
         ("sh", "-c", _EXISTING), cwd="/", stdin=lines, output_bytes=2 * len(lines) + 1
     )
     done = await box.run(command)
+    if done.reason is EndReason.INFRA:
+        raise InfraError("an untouched fork was lost while a run was compared with it; try again")
     if done.reason is not EndReason.EXIT or done.stdout.truncated:
         return list(paths)
     there = frozenset(done.stdout.head.splitlines())
@@ -165,6 +173,8 @@ async def _has(box: Box, path: str) -> bool:
         await box.read_range(path, max_bytes=0)
     except NoSuchFile:
         return False
+    except InfraError:
+        raise
     except RegreenError:
         return True
     return True

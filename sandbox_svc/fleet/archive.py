@@ -25,7 +25,7 @@ from google.protobuf.message import DecodeError
 from regreen.blobs import Digest, ObjectBlobs
 from regreen.rpc.errors import DataLoss, NotFound
 from regreen.sandbox import v1 as pb
-from sandbox_svc.backends.layers import writing
+from sandbox_svc.backends.fds import writing
 
 _BLOCK = 512
 _MOST_PARTS = 1000

@@ -22,6 +22,7 @@ from regreen.rpc.logging import get
 from regreen.sandbox import v1 as pb
 from sandbox_svc.fleet.calls import ASK_S, METHODS, Endpoint, Worker
 from sandbox_svc.fleet.ring import ranked
+from sandbox_svc.unknown import no_sandbox
 
 _KNOWN = 200_000
 _LOST = 20_000
@@ -270,7 +271,7 @@ class Registry:
                 return worker
             name = self._sandboxes.get(sandbox_id)  # of a worker that became ready meanwhile
         if name is None:
-            raise unknown or NotFound(f"no such sandbox: {sandbox_id}", metadata={"id": sandbox_id})
+            raise unknown or no_sandbox(sandbox_id)
         if name not in self.ready:
             raise Unavailable(
                 f"worker {name} is not ready; try again",

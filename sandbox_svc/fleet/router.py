@@ -35,6 +35,7 @@ from sandbox_svc import metrics
 from sandbox_svc.fleet.archive import Archive, Archived
 from sandbox_svc.fleet.calls import METHODS, Worker
 from sandbox_svc.fleet.registry import Registry
+from sandbox_svc.unknown import no_state
 
 Keep = Literal["prepared", "all", "none"]
 _T = TypeVar("_T")
@@ -116,7 +117,7 @@ class Router:
             )
         if unknown := self.registry.not_known_yet():
             return unknown
-        return NotFound(f"no such state: {state_id}", metadata={"id": state_id})
+        return no_state(state_id)
 
     async def candidates(self, state_id: str) -> Sequence[Worker]:
         """Workers for a state: those that hold it, then the others, each as its line prefers."""

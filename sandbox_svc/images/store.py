@@ -34,7 +34,7 @@ from regreen.rpc.errors import (
 )
 from sandbox_svc import pace
 from sandbox_svc.backends.base import HOST_BASE, Runtime
-from sandbox_svc.backends.layers import writing
+from sandbox_svc.backends.fds import writing
 from sandbox_svc.backends.tree_archive import Quota
 from sandbox_svc.hosts import platform_name
 from sandbox_svc.images import manifest
@@ -273,16 +273,21 @@ class Images:
             tops = [files.layer_path(layer) for layer in state.layers]
             pieces = image_archive(tops, _config_of(state), reference, max_bytes=self.max_bytes)
             loop = asyncio.get_running_loop()
-            step = loop.run_in_executor(self.threads, next, pieces, b"")
+            step = loop.run_in_executor(self.threads, _piece, pieces)
             try:
                 while piece := await asyncio.shield(step):
                     yield piece
-                    step = loop.run_in_executor(self.threads, next, pieces, b"")
+                    step = loop.run_in_executor(self.threads, _piece, pieces)
             finally:
                 await asyncio.wait([step])
                 pieces.close()
         finally:
             self.states.release(state.layers)
+
+
+def _piece(pieces: Iterator[bytes]) -> bytes:
+    with writing("an archive"):
+        return next(pieces, b"")
 
 
 def notes_of(state: State) -> Sequence[str]:

@@ -45,7 +45,7 @@ int open_to_write(const char *path, mode_t mode, bool follow) {
   if (follow && make_parents(path)) return -1;
   int opened = follow ? open_inside(path, O_WRONLY | O_CREAT, mode) : make_itself(path, O_WRONLY, mode);
   int fd = refuse_odd(opened, &info);
-  if (fd >= 0 && (fchmod(fd, mode) || ftruncate(fd, 0))) {
+  if (fd >= 0 && fchmod(fd, mode)) { /* the service empties it: it may have no descriptor left to receive this one with */
     int why = errno;
     close(fd);
     errno = why;

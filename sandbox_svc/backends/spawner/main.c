@@ -4,6 +4,8 @@
  * - It ends when its control socket ends, and every sandbox ends with it.
  * - A sandbox's process has its own socket and nothing else of it.
  * - Requests are answered in order; setting a sandbox up happens in the clone, not here.
+ * - How the last few first processes ended is remembered: one that was killed was killed from outside, since nobody in a sandbox
+ *   can, and any other end is that of the process itself.
  *
  *   spawner FD     what it works with is asked for over the socket, because sandboxes can read its arguments
  */
@@ -25,7 +27,31 @@
 #ifndef CLONE_PIDFD
 #define CLONE_PIDFD 0x00001000
 #endif
+enum { REMEMBERED = 256 };
 static const int SPACES = CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWPID;
+
+static struct { pid_t pid; bool killed; } ended[REMEMBERED];
+static unsigned seen;
+
+/* The kernel leaves nothing to reap: waitpid(-1) looks at every child, and there may be a thousand. Of two that end at once only
+ * one may be told. */
+static void remember(int number, siginfo_t *info, void *context) {
+  (void)number, (void)context;
+  ended[seen % REMEMBERED].pid = info->si_pid;
+  ended[seen++ % REMEMBERED].killed = info->si_code == CLD_KILLED && info->si_status == SIGKILL;
+}
+
+/* Whether a first process was killed, where that is known. */
+static void tell_end(int control, Request *request) {
+  long id = number(request);
+  const char *told = "";
+  text(request);
+  pid_t pid = number(request);
+  for (unsigned i = 0; i < REMEMBERED; i++) /* the latest of this number counts */
+    if (ended[(seen + i) % REMEMBERED].pid == pid)
+      told = ended[(seen + i) % REMEMBERED].killed ? ", \"killed\": true" : ", \"killed\": false";
+  answer(control, NULL, 0, "{\"id\": %ld%s}", id, told);
+}
 
 static bool read_settings(int control, Settings *settings) {
   Request request;
@@ -43,6 +69,7 @@ static bool read_settings(int control, Settings *settings) {
   settings->failed = stat("/proc/self/ns/net", &settings->network) ? strdup("no /proc of this host") : NULL;
   release(&request);
   const char *step = make_root(settings);
+  settings->programs = !mounts_in_programs();
   if (step != NULL && asprintf(&settings->failed, "%s: %s", step, strerror(errno)) < 0) return false;
   return true;
 }
@@ -128,11 +155,12 @@ int main(int argc, char **argv) {
   Settings settings;
   fcntl(control, F_SETFD, FD_CLOEXEC);
   signal(SIGINT, SIG_IGN);
-  signal(SIGCHLD, SIG_IGN); /* nothing is left of a sandbox that ended; who holds its descriptor is told */
+  sigaction(SIGCHLD, &(struct sigaction){.sa_sigaction = remember, .sa_flags = SA_SIGINFO | SA_NOCLDWAIT | SA_RESTART}, NULL);
   if (!read_settings(control, &settings)) return 1;
   Request request;
   while (receive(control, &request)) {
     if (asks(&request, "clear")) clear(control, &settings, &request);
+    else if (asks(&request, "end")) tell_end(control, &request);
     else create(control, &settings, &request);
     release(&request);
   }

@@ -40,7 +40,7 @@ static rlim_t most_descriptors;
 /* A descriptor that is readable when a child has ended. */
 static int child_signals(void) {
   sigset_t set;
-  signal(SIGCHLD, SIG_DFL); /* the spawner ignores it */
+  signal(SIGCHLD, SIG_DFL); /* the spawner has a handler of its own */
   sigemptyset(&set);
   sigaddset(&set, SIGCHLD);
   sigprocmask(SIG_BLOCK, &set, NULL);

@@ -32,11 +32,15 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#ifndef OPEN_TREE_CLONE
+#define OPEN_TREE_CLONE 1
+#endif
 #ifndef CLONE_NEWCGROUP
 #define CLONE_NEWCGROUP 0x02000000
 #endif
 enum { INSIDE_ID = 1000, LAST_KNOWN_CAPABILITY = 37, OPTION_BYTES = 4096 };
 enum { FROM_TREE = 0x4, ONTO_OBJECT = 0x40 }; /* flags of move_mount */
+enum { PICK_CLOSED_ON_EXEC = 1, PICK_ITSELF = 8, SET_STRING = 1, RECONFIGURE = 7 };
 
 static const char *const PROC_READ_ONLY[] = {"sys", "irq", "bus", "fs", "sysrq-trigger", NULL};
 static const char *const PROC_MASKED[] = {
@@ -44,9 +48,9 @@ static const char *const PROC_MASKED[] = {
     "kcore", "keys", "timer_list", "sched_debug", "kallsyms", "kmsg",
 #endif
     NULL};
-static const char *const HOST_PROGRAMS[] = {"usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32", NULL};
+static const char *const HOST_PROGRAMS[] = {"/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", NULL};
 
-static int channel, network_of_this;
+static int channel, network_of_this, shm = -1, programs_apart[sizeof HOST_PROGRAMS / sizeof *HOST_PROGRAMS];
 static int segments = -1; /* a file of /proc that sets how many pages all segments may have */
 static char at[320] = "start", breaks_at[320];
 
@@ -199,6 +203,17 @@ static void bound_segments(long bytes) {
   close(segments);
 }
 
+/* Devices of its own, and beside them in the same file system its shared memory, which gets its size later. */
+static void stage_devices(const Settings *settings) {
+  step("devices");
+  if (!settings->devices) return; /* those that the spawner has bound, which all share */
+  const char *failed = make_devices(true);
+  if (failed != NULL) fail(failed, errno);
+  shm = syscall(SYS_open_tree, AT_FDCWD, "dev/shm", OPEN_TREE_CLONE | O_CLOEXEC);
+  need(shm >= 0 && set_attributes(shm, ATTRIBUTE_NOSUID | ATTRIBUTE_NODEV, false) == 0);
+  need(seal("dev"));
+}
+
 static void stage_proc(void) {
   step("mount /proc beside");
   need(mount("proc", "proc", "proc", SAFE | MS_NOEXEC, NULL) == 0);
@@ -211,7 +226,7 @@ static void stage_proc(void) {
   }
   for (const char *const *name = PROC_MASKED; *name; name++) {
     step("mask /proc/%s", *name);
-    if (faccessat(top, *name, F_OK, 0) == 0) cover(tree_of(AT_FDCWD, "/dev/null"), top, *name, true);
+    if (faccessat(top, *name, F_OK, 0) == 0) cover(tree_of(AT_FDCWD, "dev/null"), top, *name, true);
     else need(errno == ENOENT);
   }
   close(top);
@@ -220,6 +235,32 @@ static void stage_proc(void) {
 /* Terminals of a number that all share; where there can be none, a command that wants one is refused. */
 static void stage_terminals(void) {
   mount("devpts", "dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, "newinstance,ptmxmode=0666,mode=620,max=64");
+}
+
+bool mounts_in_programs(void) {
+  FILE *mounts = fopen("/proc/self/mountinfo", "re");
+  char *line = NULL, point[4096];
+  size_t room = 0;
+  bool any = mounts == NULL;
+  while (mounts != NULL && getline(&line, &room, mounts) > 0) {
+    if (sscanf(line, "%*s %*s %*s %*s /%4095s", point) != 1 || strchr(point, '/') == NULL) continue;
+    *strchr(point, '/') = '\0';
+    for (int i = 0; HOST_PROGRAMS[i]; i++) any = any || strcmp(point, HOST_PROGRAMS[i] + 1) == 0;
+  }
+  free(line);
+  if (mounts != NULL) fclose(mounts);
+  return any;
+}
+
+static void stage_programs(const Settings *settings) {
+  step("host programs");
+  for (int i = 0; HOST_PROGRAMS[i]; i++) {
+    const char *path = HOST_PROGRAMS[i];
+    struct stat info;
+    bool there = lstat(path, &info) == 0 && S_ISDIR(info.st_mode);
+    programs_apart[i] = !there ? -1 : settings->programs ? apart(path, "empty") : tree_of(AT_FDCWD, path);
+    need(!there || programs_apart[i] >= 0);
+  }
 }
 
 void settle(int sock, const Settings *settings, Request *seat) {
@@ -248,8 +289,10 @@ void settle(int sock, const Settings *settings, Request *seat) {
   network_of_this = open("/proc/self/ns/net", O_RDONLY | O_CLOEXEC);
   need(network_of_this >= 0);
   umask(022);
+  stage_devices(settings);
   stage_proc();
   stage_terminals();
+  stage_programs(settings);
 }
 
 typedef struct { int tree; const char *target; bool read_only; } Source;
@@ -260,14 +303,10 @@ static Source *open_sources(bool programs, Request *spec, long *count) {
   Source *found = calloc(asked + sizeof HOST_PROGRAMS / sizeof *HOST_PROGRAMS, sizeof *found);
   need(found != NULL);
   *count = 0;
-  for (const char *const *name = HOST_PROGRAMS; programs && *name; name++) {
-    struct stat info;
-    char *path = malloc(strlen(*name) + 2);
-    need(path != NULL);
-    sprintf(path, "/%s", *name);
-    if (lstat(path, &info) || !S_ISDIR(info.st_mode)) continue;
-    found[(*count)++] = (Source){tree_of(AT_FDCWD, path), path, true};
-    need(found[*count - 1].tree >= 0);
+  for (int i = 0; HOST_PROGRAMS[i]; i++) {
+    if (programs_apart[i] < 0) continue;
+    if (programs) found[(*count)++] = (Source){programs_apart[i], HOST_PROGRAMS[i], true};
+    else close(programs_apart[i]);
   }
   for (; asked > 0; asked--) {
     const char *source = text(spec), *target = text(spec);
@@ -312,6 +351,22 @@ static void move(const char *staged, const char *target) {
   int place = make_place(target, true);
   need(place >= 0 && syscall(SYS_move_mount, AT_FDCWD, staged, place, "", ONTO_OBJECT) == 0);
   close(place);
+}
+
+/* Give the shared memory its size, and its place. */
+static void place_shared_memory(long size) {
+  char bytes[32];
+  step("mount /dev/shm");
+  snprintf(bytes, sizeof bytes, "%ld", size);
+  int made = syscall(SYS_fspick, shm, "", PICK_CLOSED_ON_EXEC | PICK_ITSELF);
+  need(made >= 0 && syscall(SYS_fsconfig, made, SET_STRING, "size", bytes, 0) == 0);
+  need(syscall(SYS_fsconfig, made, SET_STRING, "nr_inodes", "20k", 0) == 0);
+  need(syscall(SYS_fsconfig, made, RECONFIGURE, NULL, NULL, 0) == 0);
+  int place = open_beneath(AT_FDCWD, "dev/shm", O_PATH);
+  need(place >= 0 && syscall(SYS_move_mount, shm, "", place, "", FROM_TREE | ONTO_OBJECT) == 0);
+  close(place);
+  close(made);
+  close(shm);
 }
 
 /* A fresh file system in memory. */
@@ -390,7 +445,8 @@ long finish(const Settings *settings, Request *spec) {
   attach(sources, count);
   move("../proc", "/proc");
   move("../dev", "/dev");
-  mount_memory("/dev/shm", shared, "20k");
+  if (shm >= 0) place_shared_memory(shared);
+  else mount_memory("/dev/shm", shared, "20k");
   mount_memory("/tmp", memory, inodes);
   step("root");
   need(enter_root());

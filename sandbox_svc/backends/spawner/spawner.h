@@ -14,9 +14,16 @@
 #include <stddef.h>
 #include <sys/mount.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/types.h>
 
 enum { MOST_FDS = 8, CHANNELS = 4 };
+#ifndef SYS_fsopen
+#define SYS_fsopen 430
+#define SYS_fsconfig 431
+#define SYS_fsmount 432
+#define SYS_fspick 433
+#endif
 enum { SAFE = MS_NOSUID | MS_NODEV };
 enum { ATTRIBUTE_READ_ONLY = 1, ATTRIBUTE_NOSUID = 2, ATTRIBUTE_NODEV = 4 };
 
@@ -37,6 +44,8 @@ typedef struct {
   gid_t gid;
   struct sock_fprog filter;
   struct stat network;    /* the spawner's own, in which no sandbox may ever be */
+  bool programs;          /* each sandbox gets the host's programs on inodes of its own; else they are the host's files */
+  bool devices;           /* each sandbox gets device nodes of its own; else they are the host's */
   char *failed;           /* why there can be no sandboxes; NULL: nothing */
 } Settings;
 
@@ -51,13 +60,16 @@ bool answer(int sock, const int *fds, int count, const char *format, ...) __attr
 const char *quoted(const char *text); /* for one use at a time within an answer */
 
 /* root.c: where a sandbox's mounts hang */
-const char *make_root(const Settings *settings); /* the step that failed, with errno, or NULL; once, in the spawner */
+const char *make_root(Settings *settings);       /* the step that failed, with errno, or NULL; once, in the spawner */
+const char *make_devices(bool own);              /* in "dev": of its own, or bound; the step that failed, with errno, or NULL */
+bool seal(const char *place);                    /* a mount of which nothing may be changed from now on */
 bool enter_root(void);                           /* from a clone's new root as its working directory */
 bool put(const char *path, const char *value);
 bool map_ids(unsigned inside, uid_t uid, gid_t gid);
 
 /* seat.c: from a cloned process to a confined one; a failure is told with its step and ends this process */
 void enter_network(int sock, const Settings *settings, int network); /* that of an earlier sandbox, or a new one */
+bool mounts_in_programs(void); /* whether something is mounted below the host's programs, which an overlay would not show */
 void settle(int sock, const Settings *settings, Request *seat);
 long finish(const Settings *settings, Request *spec); /* how many descriptors a command may have */
 void tell_ready(int sock);                            /* with a descriptor of its network */
@@ -74,6 +86,9 @@ int make_place(const char *path, bool directory); /* an O_PATH descriptor below 
 int make_parents(const char *path);
 int tree_of(int directory, const char *path); /* a detached clone of the mounts there */
 int set_attributes(int tree, unsigned long attributes, bool recursive);
+
+/* apart.c: a detached clone of a directory with inodes of its own, or of the mounts there; `empty` is an empty directory */
+int apart(const char *path, const char *empty);
 
 /* pid1.c */
 void serve(int sock, long descriptors); /* descriptors: how many a command may have */

@@ -1,7 +1,7 @@
-"""Lists the modules of an environment and its interpreter: `list_modules.py ENV PROJECT [NAME...]`.
+"""Lists the modules of an environment and its interpreter: `list_modules.py ENV PROJECT`.
 
 - The top-level ones, and all below those that are named, by their whole names.
-
+- Standard input is a JSON list of the named ones, which may be too many for arguments.
 - Standard library only, Python 3.7 and newer; imports nothing of the environment.
 - The project itself is left out: its modules are the repository's.
 - Standard output is one JSON list of names.
@@ -73,6 +73,6 @@ def recorded(path: str, shared: frozenset[str]) -> set[str]:
 
 
 if __name__ == "__main__":
-    env, project, *names = sys.argv[1:]
-    found = standard() | installed(env, project, frozenset(names))
+    env, project = sys.argv[1:]
+    found = standard() | installed(env, project, frozenset(json.load(sys.stdin)))
     sys.stdout.write(json.dumps(sorted(found)))

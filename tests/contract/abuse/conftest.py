@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from tests.contract.abuse.walls import HOST_NETWORK, NO_FILTER, weakened
+from tests.contract.abuse.walls import HOST_NETWORK, NO_FILTER, SHARED_FILES, weakened
 from tests.contract.runtimes import SMALL, started
 
 
@@ -28,6 +28,13 @@ async def unfiltered(tmp_path_factory):
 async def outside(tmp_path_factory):
     """A runtime whose sandboxes share the network of the host."""
     async with weakened(tmp_path_factory.mktemp("outside"), HOST_NETWORK) as runtime:
+        yield runtime
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def sharing(tmp_path_factory):
+    """A runtime whose sandboxes have programs and devices of the host itself."""
+    async with weakened(tmp_path_factory.mktemp("sharing"), SHARED_FILES) as runtime:
         yield runtime
 
 

@@ -307,7 +307,7 @@ async def test_b5_beneath_a_sandboxs_root_is_nothing_of_the_host(runtime, common
     done = await asyncio.to_thread(
         subprocess.run, look, capture_output=True, text=True, timeout=20, check=False
     )
-    empty = [("dev", []), ("host", []), ("proc", []), ("root", [])]
+    empty = [("dev", []), ("empty", []), ("host", []), ("proc", []), ("root", [])]
     assert done.stdout == f"True False\n{empty}\n{errno.EROFS}\n", done.stderr
     await box.delete()
 

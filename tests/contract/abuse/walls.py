@@ -36,6 +36,7 @@ x86_64 = pytest.mark.skipif(os.uname().machine != "x86_64", reason="call numbers
 # What the spawner of a weakened runtime is compiled with.
 NO_FILTER, NO_MASKS, DUMPABLE = "WITHOUT_FILTER", "WITHOUT_MASKS", "DUMPABLE"
 HOST_NETWORK = "IN_THE_NETWORK_OF_THE_HOST"
+SHARED_FILES = "SHARED_WITH_THE_HOST"
 BREAKS_AT = 'BREAKS_AT="{path}"'
 """A file that names the step to fail at."""
 _BUILD = program.spawner

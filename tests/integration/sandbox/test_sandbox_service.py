@@ -339,6 +339,7 @@ async def test_probes_prove_the_limits_of_this_host(tmp_path):
     await runtime.close()
     always = {"wall_time", "pids", "memory", "disk", "output", "no_capabilities", "no_new_privs"}
     always |= {"inodes", "syscall_filter", "no_network", "host_read_only", "no_nested_namespaces"}
+    always |= {"own_programs"}
     assert not [found[name] for name in always if not found[name].proven]
     assert not found["inotify"].proven
 
@@ -360,4 +361,4 @@ async def test_probes_prove_nothing_where_the_scripts_cannot_run(tmp_path, monke
     await runtime.start()
     proven = {c.name for c in runtime.capabilities() if c.proven}
     await runtime.close()
-    assert proven <= {"wall_time", "cpu"}
+    assert proven <= {"wall_time", "cpu", "own_programs", "own_devices"}

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import os
 import shutil
-import signal
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, replace
@@ -16,9 +15,8 @@ import pytest_asyncio
 from regreen.lockfile import format_lock, parse_lock
 from regreen.pkgindex import PackageIndex
 from regreen.rpc.errors import DiskFull, FailedPrecondition, InvalidArgument, MissingDependency
-from sandbox_svc.backends.base import Command, ExecResult, Limits
+from sandbox_svc.backends.base import Limits
 from sandbox_svc.backends.embedded import EmbeddedRuntime
-from sandbox_svc.backends.embedded_box import EmbeddedBox
 from sandbox_svc.builders.base import FileChange, Stage
 from sandbox_svc.builders.python import PythonBuilder
 from sandbox_svc.states import State, StateStore
@@ -247,62 +245,6 @@ async def test_the_first_process_cannot_be_limited_to_death(world: World) -> Non
     verdict = await world.judge(FileChange(GREET, ENDS), timeout_s=20.0)
     assert verdict.outcome is Outcome.FAILED
     assert "refused 1" in verdict.log
-
-
-@dataclass(slots=True)
-class Mortal:
-    """A runtime whose sandboxes lose their first process as soon as tests run in them."""
-
-    inner: EmbeddedRuntime
-    deaths: int
-    made: int = 0
-
-    async def create(self, layers: object, **more: object) -> object:
-        box = await self.inner.create(layers, **more)  # type: ignore[arg-type]
-        self.made += 1
-        if layers and self.deaths:
-            self.deaths -= 1
-            assert isinstance(box, EmbeddedBox)
-            return Doomed(box)
-        return box
-
-    def identity(self) -> str:
-        return self.inner.identity()
-
-
-@dataclass(slots=True)
-class Doomed:
-    """A sandbox whose first process is killed under the command that has a result channel."""
-
-    inner: EmbeddedBox
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.inner, name)
-
-    async def run(self, command: Command) -> ExecResult:
-        if not command.channel:
-            return await self.inner.run(command)
-        running = asyncio.create_task(self.inner.run(command, self._kill))
-        return await running
-
-    async def _kill(self, stream: str, chunk: bytes) -> None:
-        seat = self.inner._seat
-        assert seat is not None
-        os.kill(seat.pid, signal.SIGKILL)
-
-
-async def test_a_run_that_ends_its_sandbox_twice_has_failed(world: World) -> None:
-    mortal = Mortal(world.runtime, 1)
-    validator = Validator(world.states, mortal)  # type: ignore[arg-type]
-    fixed = FileChange(GREET, FIXED)
-    once = await validator.validate(world.state.id, [fixed])
-    assert once.outcome is Outcome.PASSED
-    mortal.deaths = 2
-    twice = await validator.validate(world.state.id, [fixed], skip_cache_lookup=True)
-    assert (twice.outcome, twice.summary) == (Outcome.FAILED, "the run ended its sandbox, twice")
-    assert set(FAIL_TO_PASS) <= set(twice.failing)
-    assert (await validator.validate(world.state.id, [fixed])).cached
-    await validator.close()
 
 
 async def test_a_kill_is_not_remembered(world: World) -> None:

@@ -15,6 +15,7 @@ _FILES = {
     "d": f"{_ABUSE}/test_d_files.py",
     "e": f"{_ABUSE}/test_e_states.py",
     "kept": f"{_ABUSE}/test_e_kept.py",
+    "locks": f"{_ABUSE}/test_e_locks.py",
     "f": f"{_ABUSE}/test_f_leaks.py",
     "actions": f"{_SANDBOX}/test_actions.py",
     "crash": f"{_SANDBOX}/test_crash.py",
