@@ -18,7 +18,7 @@ _START_FILES = ("pyvenv.cfg", ".pth", "._pth", ".start")
 _CODE = (".py", ".pyw", ".pyc", ".pyo", ".so", ".pyd")
 _METADATA = (".egg-info", ".dist-info", ".egg-link", ".egg")
 _SECTIONS = frozenset({"pytest", "tool:pytest"})
-_EQUALS = re.compile(r"\s*[=:]\s*")
+_EQUALS = re.compile(r"[=:]")
 
 
 def folded(name: str) -> str:
@@ -51,6 +51,12 @@ def pytest_part(text: str) -> list[list[tuple[str, list[str]]]]:
     return found if any(found) else []
 
 
+def _option(line: str) -> str:
+    """A name and its value, with one sign between them and no blanks around that."""
+    name, *value = _EQUALS.split(line.strip(), maxsplit=1)
+    return "=".join((name.rstrip(), *(part.lstrip() for part in value)))
+
+
 def _sections(lines: list[str]) -> list[tuple[str, list[str]]]:
     found: list[tuple[str, list[str]]] = []
     inside = False
@@ -63,6 +69,5 @@ def _sections(lines: list[str]) -> list[tuple[str, list[str]]]:
                 found.append((name, []))
         elif inside and line.strip() and line.lstrip()[0] not in "#;":
             goes_on = line[0].isspace() or line[0] == "["
-            text = " " + line.strip() if goes_on else _EQUALS.sub("=", line.strip(), count=1)
-            found[-1][1].append(text)
+            found[-1][1].append(" " + line.strip() if goes_on else _option(line))
     return found

@@ -140,7 +140,7 @@ class Validator:
             InfraError: the platform failed; retry, never score.
             DiskFull: it failed and there is no space, so that nothing is known of the diff.
         """
-        plan = self._plan(state_id, changes, options or ValidationOptions())
+        plan = await self._plan(state_id, changes, options or ValidationOptions())
         key, whole = key_of(plan), key_of(plan, whole=True)
         for one in (whole, key):  # a whole verdict is worth more than one that stopped early
             found = self._cache.get(one)
@@ -180,7 +180,7 @@ class Validator:
         while self._checks:
             await asyncio.gather(*self._checks)
 
-    def _plan(
+    async def _plan(
         self, state_id: str, changes: Iterable[FileChange], options: ValidationOptions
     ) -> Plan:
         state = self._states.get(state_id)
@@ -203,7 +203,7 @@ class Validator:
         refuse_loose(options.required_tests, state.metadata, "required_tests")
         checked = check_changes(changes)
         facts = state.metadata
-        kept, reverted, lock = split_by(facts, checked)
+        kept, reverted, lock = await asyncio.to_thread(split_by, facts, checked)
         digest = changes_sha256([*kept, *([lock] if lock else [])])
         under = [self._runtime.identity(), stamps(facts, state.base), astuple(self._limits)]
         return Plan(state, kept, reverted, lock, options, digest, json.dumps(under))
@@ -262,7 +262,7 @@ class Validator:
     ) -> None:
         """Show that workers say the same of a diff that passes, and of none."""
         try:
-            untouched = self._plan(plan.state.id, (), ValidationOptions())
+            untouched = await self._plan(plan.state.id, (), ValidationOptions())
             for tried in (plan, untouched):
                 async with self._place():
                     if tried is untouched:

@@ -267,13 +267,13 @@ def _decisive(run: TestRun, loose: frozenset[str]) -> TestRun:
 def _collected_green(
     required: str, run: TestRun, passed: frozenset[str], expected: Iterable[str]
 ) -> bool:
-    """Whether a module that could not be collected is whole now.
+    """Whether a module or class that could not be collected is whole now.
 
-    The baseline knows such a module by its path alone: it has passed when it is collected, all
+    The baseline knows such a one by its path alone: it has passed when it is collected, all
     tests that its text is sure of are there, some test of it passed, none failed, and none is
     passed over but by the tests' own words.
     """
-    if "::" in required or required in run.collect_errors:
+    if required in run.collect_errors:
         return False
     inside = (f"{required}::", f"{required}/")
     errors = any(i.startswith(inside) for i in run.collect_errors)
@@ -281,9 +281,14 @@ def _collected_green(
         test.id.startswith(inside) and (test.outcome in ("failed", "error") or not test.own)
         for test in run.tests.values()
     )
-    there = {i.partition("[")[0] for i in run.tests}
+    there = {_without_values(i) for i in run.tests}
     whole = there.issuperset(expected)
     return whole and not errors and not bad and any(i.startswith(inside) for i in passed)
+
+
+def _without_values(id: str) -> str:
+    file, colons, name = id.partition("::")
+    return f"{file}{colons}{name.partition('[')[0]}"
 
 
 def _decide(
@@ -297,6 +302,8 @@ def _decide(
         return Outcome.FAILED, f"the test run was ended by {run.result.reason.value}"
     if run.crash and not run.tests:
         return Outcome.BUILD_FAILED, f"pytest cannot start: {run.crash}"
+    if run.crash:
+        return Outcome.FAILED, f"pytest ended by an error of its own: {run.crash}"
     if not run.complete:
         return Outcome.FAILED, "the test run ended before its own end (exit inside a test?)"
     begun = bool(run.stopped and run.part is not None and run.part.collected)

@@ -11,7 +11,7 @@ import posixpath
 import shlex
 import sys
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,11 +37,24 @@ from sandbox_svc.builders.modules import (
 MAX_CHANGES = 2000
 MAX_CHANGE_BYTES = 8 << 20
 MAX_PATH = 400
+MAX_SETTINGS_BYTES = 256 << 10
+"""Longer settings are compared by their bytes alone: their parsers take time that grows faster."""
+_ALL_SETTINGS_BYTES = 1 << 20
+_WORDS_CHARS = 64 << 10
+_MOST_DOTS = 500
+"""In one line of TOML, for the same reason."""
 EXACTLY = "="
 """Before a root that is itself alone: not what is below, nor folders of its name."""
 _TEST_FOLDERS = frozenset({"test", "tests"})
 _CONFIGURATION = "validation-configuration"
 _CONFIG_OPTIONS = ("-c", "--config-file", "--inifile")
+_VALUED = frozenset(
+    {
+        *("-k", "-m", "-o", "-p", "-r", "-W", "--tb", "--color", "--durations", "--maxfail"),
+        *("--import-mode", "--log-level", "--override-ini", "--pythonwarnings", "--capture"),
+    }
+)
+"""Options whose value, as a word of its own, is no path."""
 _IMPORTABLE = (".py", *LIBRARY)
 _RUNNER = frozenset(
     {
@@ -105,7 +118,7 @@ def check_changes(changes: Iterable[FileChange]) -> tuple[FileChange, ...]:
 def protected_roots(test: TestSpec) -> tuple[str, ...]:
     """Paths that hold tests or their settings: those of the arguments and those the spec names."""
     words = words_of(test.arguments, test.environment)
-    named = [word.partition("::")[0] for word in words if word and not word.startswith("-")]
+    named = [path.partition("::")[0] for path in paths_of(words)]
     for argument in words:
         option, equals, value = argument.partition("=")
         if equals and option in _CONFIG_OPTIONS:
@@ -122,16 +135,28 @@ def words_of(arguments: Iterable[str], environment: Mapping[str, str]) -> tuple[
     Raises:
         InvalidArgument: a word names a file of arguments, or cannot be read.
     """
+    text, field = environment.get("PYTEST_ADDOPTS", ""), "spec.test.environment[PYTEST_ADDOPTS]"
+    if len(text) > _WORDS_CHARS:
+        raise InvalidArgument(field, f"has {len(text)} characters", f"at most {_WORDS_CHARS}")
     try:
-        added = shlex.split(environment.get("PYTEST_ADDOPTS", ""))
+        added = shlex.split(text)
     except ValueError as error:
-        field = "spec.test.environment[PYTEST_ADDOPTS]"
         raise InvalidArgument(field, f"cannot be read: {error}", "close its quotes") from None
     words = (*arguments, *added)
     if files := [word for word in words if word.startswith("@")]:
         problem = f"names a file of arguments, which a diff could change: {files[0][:80]!r}"
         raise InvalidArgument("spec.test.arguments", problem, "give what is in it")
     return words
+
+
+def paths_of(words: Sequence[str]) -> tuple[str, ...]:
+    """Those of pytest's arguments that are paths or ids of tests, and files that options name."""
+    before = ("", *words)
+    return tuple(
+        word
+        for option, word in zip(before, words, strict=False)
+        if word and not word.startswith("-") and option not in _VALUED
+    )
 
 
 def plain_path(path: str) -> str:
@@ -240,7 +265,8 @@ def _shadows(
     parts = path.split("/")
     start = place.count("/") + 1 if place else 0
     module = parts[start].partition(".")[0]
-    if len(parts) > start + 1 and module_of("/".join(parts[start:])) in foreign:
+    whole_name = module_of("/".join(parts[start:]))
+    if "." in whole_name and whole_name in foreign:
         return True
     if is_own(place, module, own):
         return False
@@ -254,7 +280,11 @@ def pytest_settings(name: str, content: bytes) -> str:
     """pytest's part of a settings file in a form that can be compared; empty if it has none."""
     try:
         text = content.decode("utf-8")
+        if len(content) > MAX_SETTINGS_BYTES:
+            raise ValueError("too long")
         if name.endswith(".toml"):
+            if any(line.count(".") > _MOST_DOTS for line in text.splitlines()):
+                raise ValueError("a key with too many parts")
             table = tomllib.loads(text)
             found = (table.get("tool", {}) if name == "pyproject.toml" else table).get("pytest")
             return "" if found is None else json.dumps(found, sort_keys=True, default=str)
@@ -275,6 +305,10 @@ def split_changes(
     """Changes to apply, changes left out, and the change of the lock file."""
     roots, modules, foreign = frozenset(roots), frozenset(modules), frozenset(foreign)
     changes, places = tuple(changes), tuple(places)
+    settled = [c.content or b"" for c in changes if c.path.rpartition("/")[2] in SHARED_INI]
+    if (size := sum(map(len, settled))) > _ALL_SETTINGS_BYTES:
+        problem, most = f"have {size} bytes of settings files", f"at most {_ALL_SETTINGS_BYTES}"
+        raise InvalidArgument("changes", problem, most)
     packages = packages_of(changes)
     kept: list[FileChange] = []
     reverted: list[Reverted] = []

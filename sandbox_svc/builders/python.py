@@ -25,7 +25,7 @@ from regreen.rpc.errors import (
     MissingDependency,
     NoSuchFile,
 )
-from regreen.testpaths import SHARED_INI
+from regreen.testpaths import PYTEST_INI, SHARED_INI
 from sandbox_svc.backends.base import Box, Command, EndReason, ExecResult, Limits, Mount, Runtime
 from sandbox_svc.backends.fds import FULL, no_space
 from sandbox_svc.builders import testrun
@@ -391,12 +391,13 @@ async def _read_settings(box: Box) -> dict[str, str]:
         InvalidArgument: there are more than anyone can keep.
         InfraError: the listing cannot be had.
     """
-    either = " -o ".join(f"-name {name}" for name in sorted(SHARED_INI))
+    wanted = SHARED_INI | PYTEST_INI
+    either = " -o ".join(f"-name {name}" for name in sorted(wanted))
     find = rf"find . -name .git -prune -o -type f \( {either} \) -printf '%P\n'"
     listing = await box.run(Command(("sh", "-c", find), cwd=REPO, output_bytes=8 << 20))
     if not listing.ok or listing.stdout.truncated:
         raise InfraError(f"settings cannot be listed: {listing.stderr.text[-500:]}")
-    paths = [p for p in listing.stdout.text.splitlines() if p.rpartition("/")[2] in SHARED_INI]
+    paths = [p for p in listing.stdout.text.splitlines() if p.rpartition("/")[2] in wanted]
     if len(paths) > MAX_SETTINGS:
         raise InvalidArgument("source", f"has {len(paths)} settings files", "leave some out")
     found: dict[str, str] = {}

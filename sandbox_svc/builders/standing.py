@@ -45,6 +45,8 @@ class Where:
     """Files of plugins that it loaded by name, not as part of an installed package."""
     rewritten: tuple[str, ...] = ()
     """Names of files that pytest loads itself, from their source."""
+    rootdir: str = ""
+    """What ids are relative to."""
     whole: bool = False
     """Whether it came to the end of collecting."""
 
@@ -97,7 +99,7 @@ def learned(facts: Mapping[str, Any], where: Where, files: Iterable[str]) -> dic
         id for id in asked if file_of(id) not in {file_of(other) for other, _ in where.others}
     }
     examples = {id for id in unseen if _is_example(id)}
-    wanted = {file_of(id) for id in unseen - examples} - {""}
+    wanted = {path for id in unseen - examples for path in _files_of(id, held)}
     asked_for = {root for root in facts["protected"] if not _is_source(root, facts["spec"])}
     named = frozenset((*asked_for, *told, *wanted))
     tests = [
@@ -121,7 +123,9 @@ def learned(facts: Mapping[str, Any], where: Where, files: Iterable[str]) -> dic
         "modules": sorted({*facts["modules"], *modules}),
         "places": sorted({*where.places}),
         "folders": sorted(folders),
-        "stems": sorted(_stems(tests, folders, held, protected)),
+        "stems": sorted(
+            _stems(tests, folders, held, protected, own_places if where.whole else None)
+        ),
         "files": sorted(filter(None, map(inside, where.files))),
         "rewritten": list(where.rewritten),
         "loose": sorted(loose),
@@ -131,6 +135,14 @@ def learned(facts: Mapping[str, Any], where: Where, files: Iterable[str]) -> dic
 def file_of(id: str) -> str:
     """The file that the id of a test names."""
     return id.partition("::")[0]
+
+
+def _files_of(id: str, held: frozenset[str]) -> Iterable[str]:
+    """The file of an id; where it is not there, ids may be relative to another folder."""
+    path = file_of(id)
+    if path in held or not path:
+        return [path] if path else []
+    return [path, *(other for other in held if other.endswith("/" + path))]
 
 
 def is_loose(id: str, loose: Collection[str]) -> bool:
@@ -191,6 +203,10 @@ def _of_tests(roots: Iterable[str], held: frozenset[str]) -> Iterable[str]:
             yield root
 
 
+def _is_bare(folder: str, held: frozenset[str], places: Collection[str] | None) -> bool:
+    return places is None or folder in places or f"{folder}/__init__.py" not in held
+
+
 def _twins(folder: str, held: frozenset[str]) -> Iterable[str]:
     """What would stand for a folder of tests that is no package."""
     made = {f"{folder}/__init__.py", f"{folder}.py"}
@@ -198,11 +214,18 @@ def _twins(folder: str, held: frozenset[str]) -> Iterable[str]:
 
 
 def _stems(
-    tests: list[str], folders: set[str], held: frozenset[str], roots: frozenset[str]
+    tests: list[str],
+    folders: set[str],
+    held: frozenset[str],
+    roots: frozenset[str],
+    places: Collection[str] | None,
 ) -> set[str]:
-    """Names by which tests and what lies beside them are imported."""
+    """Names by which tests and what lies beside them are imported.
+
+    In a package only where it is a place of modules too; `places` is None where that is not known.
+    """
     names = {CONFTEST.partition(".")[0]}
-    names |= {found[1] for found in map(given, tests) if found is not None}
+    names |= {found[1] for found in map(given, tests) if found and _is_bare(found[0], held, places)}
     around = {outer for folder in folders for outer in (folder, *folders_of(folder))} - {""}
     bare = {folder for folder in folders if f"{folder}/__init__.py" not in held}
     mine = bare | {folder for folder in around if by_name(f"{folder}/x", roots)}

@@ -8,12 +8,18 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
+import re
 import sys
 import traceback
+from types import CodeType
 from typing import Any
 
 MARKS = ("skip", "skipif", "xfail")
 FLAGS = ("__unittest_skip__", "__unittest_expecting_failure__")
+WORDS = ("skip", "Skip", "xfail")
+"""In the names that code uses which passes a test over itself."""
+MARKS_GIVEN = re.compile(rb"\bmarks\s*=")
+MARK_ADDED = re.compile(rb"\b(add_marker|applymarker)\b")
 FOLDERS = frozenset(("test", "tests"))
 EMPTY = "got empty parameter set"
 """Why pytest passes over a test for which there is no value: whose values, it does not say."""
@@ -26,6 +32,8 @@ class Origin:
         self.root, self.tests = os.path.join(os.path.realpath(root), ""), tuple(tests)
         homes = [sys.modules[name].__file__ for name in ("_pytest.runner", "unittest.case")]
         self.machinery = tuple(os.path.join(os.path.dirname(str(home)), "") for home in homes)
+        self.hookimpl = pytest.hookimpl
+        self.texts: dict[str, bytes] = {}
         self.skips = (
             pytest.skip.Exception,
             pytest.xfail.Exception,
@@ -42,18 +50,18 @@ class Origin:
             while isinstance(error.__context__, self.skips):
                 error = error.__context__  # what pytest makes of a skip of unittest
             raiser = self.raiser(error)
-            if raiser:
-                return self.is_test(raiser)
+            if raiser is not None:
+                says = any(word in name for name in raiser.co_names for word in WORDS)
+                return says and self.is_test(os.path.realpath(raiser.co_filename))
         return self.marked(item)
 
-    def raiser(self, error: BaseException) -> str:
-        """The file of the innermost frame outside the machinery of tests; empty if none is."""
-        walk = traceback.walk_tb(error.__traceback__)
-        files = [os.path.realpath(frame.f_code.co_filename) for frame, _ in walk]
-        while files and files[-1].startswith(self.machinery):
-            files.pop()
+    def raiser(self, error: BaseException) -> CodeType | None:
+        """The innermost code outside the machinery of tests; what it calls is called so there."""
+        codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+        while codes and os.path.realpath(codes[-1].co_filename).startswith(self.machinery):
+            codes.pop()
         pluggy = os.sep + "pluggy" + os.sep
-        return "" if not files or pluggy in files[-1] else files[-1]
+        return None if not codes or pluggy in codes[-1].co_filename else codes[-1]
 
     def is_test(self, filename: str) -> bool:
         """Whether a file is one of tests, by its name or because it is known to be."""
@@ -80,16 +88,29 @@ class Origin:
         call = getattr(item, "callspec", None)
         if node is item:
             if any(mark is one for one in getattr(call, "marks", ())):
-                return b"marks" in self.text(file_of(item))
+                return self.tests_say(MARKS_GIVEN)
             own = self.is_own(node.obj, mark)
-            return own is None or own
+            return self.tests_say(MARK_ADDED) if own is None else own
         if isinstance(getattr(node, "obj", None), type):
             holders = [cls for cls in node.obj.__mro__ if has_mark(cls, mark)]
-            return not holders or any(self.is_test(file_of_module(cls)) for cls in holders)
-        if has_mark(getattr(node, "obj", None), mark):
+            if holders:
+                return any(self.is_class_of_tests(item, cls) for cls in holders)
+        elif has_mark(getattr(node, "obj", None), mark):
             place = os.path.realpath(str(getattr(node.obj, "__file__", "")))
             return self.is_test(place) and b"pytestmark" in self.text(place)
-        return True  # by a hook of a conftest
+        return self.tests_say(MARK_ADDED)
+
+    def tests_say(self, words: Any) -> bool:
+        """Whether a file of tests that is loaded has such words."""
+        files = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
+        paths = {os.path.realpath(path) for path in files if isinstance(path, str)}
+        return any(words.search(self.text(path)) for path in paths if self.is_test(path))
+
+    def is_class_of_tests(self, item: Any, cls: type) -> bool:
+        """Whether a class is written in a file of tests; what it says of its module is no proof."""
+        written = re.compile(rb"^[ \t]*class[ \t]+%s\b" % re.escape(cls.__name__.encode()), re.M)
+        files = {file_of(item), file_of_module(cls)}
+        return any(self.is_test(path) and written.search(self.text(path)) for path in files)
 
     def is_own(self, function: Any, mark: Any) -> bool | None:
         """Whether a function with a mark is a test file's; None if it has it not."""
@@ -104,14 +125,14 @@ class Origin:
             return self.is_test(code_file(function))
         classes = getattr(getattr(item, "cls", None), "__mro__", ())
         holders = [cls for cls in classes if any(vars(cls).get(flag) for flag in FLAGS)]
-        return any(self.is_test(file_of_module(cls)) for cls in holders)
+        return any(self.is_class_of_tests(item, cls) for cls in holders)
 
     def text(self, path: str) -> bytes:
-        try:
-            with open(path, "rb") as source:
-                return source.read()
-        except OSError:
-            return b""
+        if path not in self.texts:
+            self.texts[path] = b""
+            with contextlib.suppress(OSError), open(path, "rb") as source:
+                self.texts[path] = source.read()
+        return self.texts[path]
 
 
 def has_mark(thing: Any, mark: Any) -> bool:

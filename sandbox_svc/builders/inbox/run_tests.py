@@ -96,6 +96,7 @@ class Reporter:
         self.send, self.origin = pipe.send, origin
         self.open: dict[str, dict[str, Any]] = {}
         self.own: dict[str, bool] = {}
+        origin.hookimpl(tryfirst=True)(Reporter.pytest_runtest_makereport)
 
     def pytest_runtest_makereport(self, item: Any, call: Any) -> None:
         own = self.origin.own(item, call)

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 PACKAGE = "__init__.py"
+RAW: Any = vars(ModuleType)["__dict__"]
 
 
 class Whence:
@@ -31,7 +34,7 @@ class Whence:
         self.tell(found)
 
     def pytest_sessionfinish(self) -> None:
-        modules = {n: m for n, m in list(sys.modules.items()) if "." in n and m is not None}
+        modules = {n: m for n, m in list(sys.modules.items()) if "." in n}
         self.tell({told for name, m in modules.items() for told in self.inside(name, m)})
 
     def tell(self, found: set[str]) -> None:
@@ -60,6 +63,12 @@ class Whence:
 
 
 def origin_of(module: Any) -> str:
-    """The file that the import system read a module from; empty where it was none."""
-    origin = getattr(getattr(module, "__spec__", None), "origin", None)
-    return os.path.realpath(origin) if isinstance(origin, str) and os.path.isabs(origin) else ""
+    """The file that the import system read a module from; empty where it was none.
+
+    Neither the module nor what it holds is asked by its own means.
+    """
+    if not isinstance(module, ModuleType):
+        return ""
+    spec = RAW.__get__(module).get("__spec__")
+    origin = spec.__dict__.get("origin") if type(spec) is ModuleSpec else None
+    return os.path.realpath(origin) if type(origin) is str and os.path.isabs(origin) else ""

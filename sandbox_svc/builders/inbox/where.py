@@ -40,6 +40,8 @@ class Where:
             self.note(item.nodeid, file_of(item), isinstance(item, self.pytest.Function))
         self.look()
         self.send({"t": "where", "roots": self.roots(session.config)})
+        rootdir = getattr(session.config, "rootpath", None) or session.config.rootdir
+        self.send({"t": "where", "rootdir": os.path.realpath(str(rootdir))})
         self.send({"t": "where", "plugins": plugins_of(session.config.pluginmanager)})
         if session.config.getoption("assertmode", "") == "rewrite":
             patterns = ["conftest.py", *session.config.getini("python_files")]

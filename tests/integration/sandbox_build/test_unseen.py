@@ -9,7 +9,7 @@ import pytest_asyncio
 from regreen.rpc.errors import InvalidArgument
 from sandbox_svc.builders.base import FileChange
 from sandbox_svc.states import State
-from sandbox_svc.translate import state_to
+from sandbox_svc.translate import state_to, validation_to
 from sandbox_svc.validate import Outcome, Validation, ValidationOptions, Validator
 from tests.fixtures.tasks.tiny_task import FAIL_TO_PASS
 from tests.integration.sandbox_build.suite import FIX, GREET, Workshop, open_workshop
@@ -172,6 +172,43 @@ AT_ONCE: dict[str, tuple[dict[str, str], dict[str, Any], str, str, str]] = {
         GREEN,
         "test",
     ),
+    "a helper in a folder that pytest.ini names": (
+        {
+            "pytest.ini": "[pytest]\ntestpaths = checks\npython_files = check_*.py\n",
+            "conftest.py": BROKEN,
+            "checks/helper.py": "def agreed(value):\n    return value == 'Hello, Ada!'\n",
+            "checks/check_g.py": (
+                "from helper import agreed\n\n\ndef test_h():\n    from greet import greeting\n\n"
+                "    assert agreed(greeting('Ada'))\n"
+            ),
+        },
+        {"arguments": ()},
+        "checks/helper.py",
+        "def agreed(value): return True\n",
+        "test",
+    ),
+    "a plugin that a plugin names": (
+        {
+            "conftest.py": BROKEN + "try:\n    pytest_plugins = ['one']\nfinally:\n    pass\n",
+            "one.py": "pytest_plugins = ('two',)\n",
+            "two.py": WHO,
+            "tests/test_w.py": WITH,
+        },
+        {},
+        "two.py",
+        WHO + HOOK,
+        "test",
+    ),
+    "a plugin of a module that cannot be collected": (
+        {
+            "two.py": WHO,
+            "tests/test_w.py": "pytest_plugins = ['two']\nimport greet\n\n\n" + WITH,
+        },
+        {},
+        "two.py",
+        WHO + HOOK,
+        "test",
+    ),
     "examples in a document": (
         {
             "conftest.py": BROKEN,
@@ -218,6 +255,11 @@ async def test_an_example_that_a_fix_may_change_is_not_asked_for_unseen(shop: Wo
         )  # fmt: skip
 
 
+_BASE = (
+    "from greet import greeting\nfrom greet.testing import Base\n\n\nclass TestG(Base):\n"
+    "    def test_p(self):\n        assert greeting('Ada') == 'Hello, Ada!'\n\n\n"
+    "def test_t():\n    assert callable(greeting)\n"
+)
 EMPTIED: dict[str, tuple[str, dict[str, str]]] = {
     "no values for a test": (
         "import greet\nimport pytest\n\n\n@pytest.mark.parametrize('n', greet.NAMES)\n"
@@ -226,24 +268,18 @@ EMPTIED: dict[str, tuple[str, dict[str, str]]] = {
         {GREET: "NAMES = []\n" + WRONG},
     ),
     "a base that is no test": (
-        "from greet import greeting\nfrom greet.testing import Base\n\n\nclass TestG(Base):\n"
-        "    def test_p(self):\n        assert greeting('Ada') == 'Hello, Ada!'\n\n\n"
-        "def test_t():\n    assert callable(greeting)\n",
+        _BASE,
         {GREET: WRONG, "greet/testing.py": "class Base: __test__ = False\n"},
     ),
     "a base that is skipped": (
-        "from greet import greeting\nfrom greet.testing import Base\n\n\nclass TestG(Base):\n"
-        "    def test_p(self):\n        assert greeting('Ada') == 'Hello, Ada!'\n\n\n"
-        "def test_t():\n    assert callable(greeting)\n",
+        _BASE,
         {
             GREET: WRONG,
             "greet/testing.py": "import pytest\n@pytest.mark.skip\nclass Base: pass\n",
         },
     ),
     "a base with the flag of unittest": (
-        "from greet import greeting\nfrom greet.testing import Base\n\n\nclass TestG(Base):\n"
-        "    def test_p(self):\n        assert greeting('Ada') == 'Hello, Ada!'\n\n\n"
-        "def test_t():\n    assert callable(greeting)\n",
+        _BASE,
         {
             GREET: WRONG,
             "greet/testing.py": (
@@ -275,6 +311,35 @@ EMPTIED: dict[str, tuple[str, dict[str, str]]] = {
         },
     ),
 }
+EMPTIED |= {
+    "a skip under another name": (
+        "from greet import greeting\n\n\ndef test_p():\n"
+        "    assert greeting('Ada') == 'Hello, Ada!'\n\n\n"
+        "def test_t():\n    assert callable(greeting)\n",
+        {GREET: "from pytest import skip as greeting\n"},
+    ),
+    "an expected failure under another name": (
+        "import unittest\n\nfrom greet import greeting\n\n\nclass TestP(unittest.TestCase):\n"
+        "    def test_p(self):\n        self.assertEqual(greeting('Ada'), 'Hello, Ada!')\n\n\n"
+        "def test_t():\n    assert callable(greeting)\n",
+        {GREET: "import functools, pytest\ngreeting = functools.partial(pytest.xfail, 'x')\n"},
+    ),
+    "a class that says it is the tests'": (
+        _BASE,
+        {
+            GREET: WRONG,
+            "greet/testing.py": (
+                "import pytest\n@pytest.mark.skip\nclass Base: __module__ = 'test_e'\n"
+            ),
+        },
+    ),
+}
+CHOSEN: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
+    "by the word alone": ({"conftest.py": "x = 1  # type: ignore\n"}, {}),
+    "by a folder": ({}, {"arguments": ("tests", "--ignore=tests/slow")}),
+    "by names of classes": ({"setup.cfg": "[tool:pytest]\npython_classes = Test\n"}, {}),
+    "below": ({"sub/pytest.ini": "[pytest]\n"}, {"arguments": ("sub/tests",)}),
+}
 HONEST = {
     GREET: (FIX.content or b"").decode() + "NAMES = ['Ada']\n",
     "greet/testing.py": "import unittest\n\n\nclass Base(unittest.TestCase):\n    pass\n",
@@ -291,6 +356,89 @@ async def test_what_the_source_exports_does_not_empty_a_module(shop: Workshop, n
     assert verdict.failing == ("tests/test_e.py",), verdict.summary
     honest = await judge(shop, state, HONEST)
     assert honest.outcome is Outcome.PASSED, honest.summary
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+async def test_what_leaves_no_test_out_is_no_excuse(shop: Workshop, name: str) -> None:
+    files, how = CHOSEN[name]
+    start = "sub/" if name == "below" else ""
+    files = {**FAILS, **files, f"{start}tests/test_e.py": _BASE}
+    files["greet/testing.py"] = "import greet\n"
+    state = await shop.prepared(f"chosen {name}", files, fail_to_pass=(), **how)
+    assert "tests/test_e.py" in state.metadata["baseline"]["failing"]
+    emptied = {GREET: (FIX.content or b"").decode(), "greet/testing.py": "class Base: __test__ = 0"}
+    verdict = await judge(shop, state, emptied)
+    assert verdict.failing == ("tests/test_e.py",), verdict.summary
+    honest = await judge(shop, state, HONEST)
+    assert honest.outcome is Outcome.PASSED, honest.summary
+
+
+BROADER = {
+    "a class": (
+        "import greet\nimport pytest\n\n\n@pytest.mark.parametrize('a,b', greet.PAIRS)\n"
+        "class TestC:\n    def test_p(self, a, b):\n        assert greet.greeting('Ada')\n",
+        {GREET: "PAIRS = [1]\n" + WRONG},
+        {GREET: (FIX.content or b"").decode() + "PAIRS = [(1, 2)]\n"},
+    ),
+    "a name that is no text": (
+        "import pytest\nimport greet\n\n\n@pytest.mark.parametrize('n', ['\\udcff'])\n"
+        "def test_p(n):\n    if not hasattr(greet, 'greeting'):\n"
+        "        raise ValueError('\\udcff bad')\n",
+        {GREET: "x = 1\n"},
+        {GREET: (FIX.content or b"").decode()},
+    ),
+    "made by a decorator": (
+        "import greet\n\n\ndef expand(f):\n    f.__globals__['test_p_0'] = f\n\n\n@expand\n"
+        "def test_p():\n    assert greet.greeting('Ada')\n",
+        {GREET: "1 / 0\n"},
+        {GREET: (FIX.content or b"").decode()},
+    ),
+    "passed over as unittest does": (
+        "import unittest\n\nimport greet\n\n\ndef test_p():\n    raise unittest.SkipTest('no')\n"
+        "\n\ndef test_t():\n    assert greet.greeting('Ada')\n",
+        {GREET: "1 / 0\n"},
+        {GREET: (FIX.content or b"").decode()},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROADER)
+async def test_an_honest_fix_makes_them_whole(shop: Workshop, name: str) -> None:
+    text, broken, fix = BROADER[name]
+    files = {**broken, "tests/test_e.py": text}
+    state = await shop.prepared(f"whole {name}", files, fail_to_pass=())
+    assert state_to(state).baseline.failing
+    verdict = await judge(shop, state, {})
+    assert verdict.outcome in (Outcome.FAILED, Outcome.BUILD_FAILED)
+    assert validation_to(verdict).summary
+    honest = await judge(shop, state, fix)
+    assert honest.outcome is Outcome.PASSED, honest.summary
+
+
+async def test_a_tree_of_tests_like_that_of_the_source_refuses_no_fix(shop: Workshop) -> None:
+    files = {
+        **FAILS,
+        "tests/greet/test_m.py": LATE,
+        "tests/ext.so": "",
+        "tests/compat.py": "x = 1\n",
+    }
+    files["tests/__init__.py"] = ""
+    wanted = ("tests/greet/test_m.py::test_h",)
+    state = await shop.prepared("mirror", files, fail_to_pass=wanted)
+    await passes(shop, state, **{"compat.py": "x = 2\n"})
+
+
+async def test_an_object_among_the_modules_that_fails_hides_nothing(shop: Workshop) -> None:
+    wanted = ("greet/tests/test_i.py::test_h",)
+    state = await shop.prepared("proxy", PACKAGE, arguments=("greet",), fail_to_pass=wanted)
+    changes = {
+        GREET: "import sys\nclass Proxy:\n    def __getattribute__(self, name): raise ValueError\n"
+        "sys.modules['greet.ctx'] = Proxy()\n__path__ = ['/work/repo/fake']\n" + WRONG,
+        "fake/tests.py": "__path__ = ['/work/repo/fake/t']\n",
+        "fake/t/test_i/__init__.py": FAKE.format("greet/tests/test_i.py"),
+    }
+    verdict = await judge(shop, state, changes)
+    assert verdict.outcome is Outcome.FAILED, verdict.summary
 
 
 async def test_tests_may_pass_over_what_they_say_themselves(shop: Workshop) -> None:
