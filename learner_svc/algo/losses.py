@@ -25,6 +25,7 @@ names GRPO and leaves every setting below open):
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from enum import StrEnum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -136,7 +137,7 @@ class TokenTerms:
         return self._each(lambda tensor: tensor.to(device))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "TokenTerms":
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        values: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
         return TokenTerms(
             **{name: None if value is None else change(value) for name, value in values.items()}
         )

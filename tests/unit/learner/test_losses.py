@@ -124,7 +124,8 @@ def test_loss_and_gradient_are_those_written_out(
         del data["proximal"]
     current = data["current"].clone().requires_grad_()
     loss = our_loss(data | {"current": current}, spec, weights)
-    assert float(loss) == pytest.approx(reference_loss(data, spec, weights), rel=1e-6, abs=1e-7)
+    found = float(loss.detach())
+    assert found == pytest.approx(reference_loss(data, spec, weights), rel=1e-6, abs=1e-7)
     loss.backward()
     step, base = 1e-6, data["current"].tolist()
     assert current.grad is not None
