@@ -151,13 +151,13 @@ class Hyperparameters:
         in_loss = self.kl_place == KlPlace.LOSS
         if self.kl_correction and not in_loss:
             raise _bad("kl_correction", "is given for a KL in the reward", "leave it out")
-        if self.kl_coefficient and self.kl_estimator == KlEstimator.K1:
-            if in_loss and not self.kl_correction:
-                raise _bad(
-                    "kl_estimator",
-                    "is k1 in the loss, whose gradient is 0 on average",
-                    "set kl_place to reward or kl_correction, or take k2 or k3",
-                )
+        k1 = self.kl_coefficient and self.kl_estimator == KlEstimator.K1
+        if k1 and in_loss and not self.kl_correction:
+            raise _bad(
+                "kl_estimator",
+                "is k1 in the loss, whose gradient is 0 on average",
+                "set kl_place to reward or kl_correction, or take k2 or k3",
+            )
 
     def _check_numbers(self) -> None:
         for item in fields(self):

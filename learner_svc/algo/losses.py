@@ -138,9 +138,9 @@ class TokenTerms:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "TokenTerms":
         values: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
-        return TokenTerms(
-            **{name: None if value is None else change(value) for name, value in values.items()}
-        )
+        for name, value in values.items():
+            values[name] = None if value is None else change(value)
+        return TokenTerms(**values)
 
 
 @dataclass(frozen=True, slots=True)
