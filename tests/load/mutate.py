@@ -18,6 +18,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -36,6 +37,8 @@ TESTS_OF = {
 }
 REQUIRED = 0.9
 LIMIT_S = 120
+BROKEN = 99
+"""Exit code of a fork that could not run tests: no mutant is killed by it."""
 EQUIVALENT: dict[str, str] = {}
 """`file: line of code -> change` to the reason why no test can tell it."""
 
@@ -233,23 +236,31 @@ def test(mutant: Mutant | None, file: str) -> bool:
     """Whether the tests of a file fail on a mutant (or on the file as it is), in a fork."""
     child = os.fork()
     if child == 0:
-        status = 3
+        status = BROKEN
         try:
             os.setsid()
             signal.alarm(LIMIT_S)
-            quiet = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(quiet, 1)
-            os.dup2(quiet, 2)
             if mutant is not None:
+                quiet = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(quiet, 1)
+                os.dup2(quiet, 2)
                 sys.meta_path.insert(0, _Finder(mutant))
             import pytest
 
             tests = [str(TESTS / name) for name in TESTS_OF[file]]
-            status = int(pytest.main(["-xq", "-p", "no:cacheprovider", "--no-header", *tests]))
+            # Imported before pytest could rewrite their assertions; they have none of ours.
+            rewriting = ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
+            status = int(pytest.main(["-xq", "-p", "no:cacheprovider", *rewriting, *tests]))
+        except BaseException:  # a fork never returns into its parent's program
+            traceback.print_exc()
         finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
             os._exit(status)
     _, ended = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(ended)
+    if code == BROKEN:
+        raise RuntimeError(f"the tests of {file} could not be run")
     return code != 0
 
 
@@ -275,13 +286,18 @@ def prepare() -> None:
     import torch
 
     torch.set_num_threads(1)
+    import hypothesis
     import pytest
-    import transformers  # noqa: F401
+    import transformers
+
+    import dataset_svc.__main__
 
     if importlib.util.find_spec("trl"):
         import trl.trainer.grpo_trainer
         import trl.trainer.rloo_trainer  # noqa: F401
-    assert pytest
+    # The last two are what plugins and `conftest.py` import.
+    assert all((pytest, transformers, hypothesis, dataset_svc))
+    sys.dont_write_bytecode = False
     assert not any(name.startswith("learner_svc.algo.") for name in sys.modules)
 
 
