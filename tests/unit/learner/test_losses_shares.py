@@ -1,6 +1,6 @@
 """Shares of the denominator, metrics, and what the terms of a loss are."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -133,3 +133,23 @@ def test_tokens_without_a_sequence_are_one_sequence() -> None:
     assert float(policy_loss(data["current"], terms, spec).loss) == float(
         policy_loss(data["current"], same, spec).loss
     )
+
+
+def test_the_defaults_are_dapo_with_truncated_token_weights() -> None:
+    assert asdict(LossSpec()) == {
+        "kind": "dapo",
+        "clip_low": 0.2,
+        "clip_high": 0.28,
+        "delta": None,
+        "importance_cap": 2.0,
+        "importance_floor": None,
+        "correction": "token_truncate",
+        "off_policy_threshold": None,
+        "kl_coefficient": 0.0,
+        "kl_estimator": "k3",
+        "kl_place": "loss",
+        "kl_correction": False,
+        "sapo_temperature_good": 1.0,
+        "sapo_temperature_bad": 1.05,
+        "max_completion_tokens": 0,
+    }
