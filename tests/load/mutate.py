@@ -1,14 +1,17 @@
 """Mutation run over `learner_svc/algo`: every small change to its lines must fail a test.
 
 - One mutant is one change of one operator, constant, condition, bound or stop of a gradient.
+  Decorators are left alone: `frozen` and `slots` are no maths.
 - Mutants live in memory: no file is written, and a fork that imports its own takes the place of
   the process's start, which would cost ten seconds each.
 - A mutant that no test fails survives, unless `EQUIVALENT` names its line and why no test could.
 - The score, and every survivor, stand in `build/bench/mutate.json`; below 90 % the exit code is 1.
 
-`python -m tests.load.mutate [FILE ...]`: all files of the folder, or those named.
+`python -m tests.load.mutate [FILE ...] [--every N]`: all files of the folder, or those named; every
+N-th mutant, for a quick look.
 """
 
+import argparse
 import ast
 import copy
 import importlib.abc
@@ -200,7 +203,13 @@ def mutants(file: str) -> list[Mutant]:
     source = (FOLDER / file).read_text()
     lines, tree = source.splitlines(), ast.parse(source)
     found = []
+    classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    decorators = {
+        id(part) for node in classes for mark in node.decorator_list for part in ast.walk(mark)
+    }
     for index, node in enumerate(ast.walk(tree)):
+        if id(node) in decorators:
+            continue
         for name, change in changes(node):
             twin = copy.deepcopy(tree)
             target = list(ast.walk(twin))[index]
@@ -301,15 +310,15 @@ def prepare() -> None:
     assert not any(name.startswith("learner_svc.algo.") for name in sys.modules)
 
 
-def main(files: list[str]) -> int:
-    """Run all mutants; print the score of each file."""
+def main(files: list[str], every: int) -> int:
+    """Run every n-th mutant of the files; print the score of each file."""
     started = time.monotonic()
     prepare()
     for file in files:
         if test(None, file):
             print(f"{file}: its tests fail as it is; nothing to learn from mutants")
             return 2
-    todo = [mutant for file in files for mutant in mutants(file)]
+    todo = [mutant for file in files for mutant in mutants(file)][::every]
     fates: list[Fate] = []
     with ThreadPoolExecutor(2) as pool:
         for fate in pool.map(judge, todo):
@@ -335,11 +344,21 @@ def main(files: list[str]) -> int:
     target.parent.mkdir(parents=True, exist_ok=True)
     left = [asdict(fate) for fate in fates if not fate.killed]
     seconds = round(time.monotonic() - started, 1)
-    report = {"required": REQUIRED, "scores": table, "not_killed": left, "seconds": seconds}
+    report = {
+        "required": REQUIRED,
+        "every": every,
+        "scores": table,
+        "not_killed": left,
+        "seconds": seconds,
+    }
     target.write_text(json.dumps(report, indent=1) + "\n")
     print(f"{seconds} s; {target.relative_to(ROOT)}")
     return 0 if table["all"]["score"] >= REQUIRED else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:] or sorted(TESTS_OF)))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="*", choices=[[], *sorted(TESTS_OF)], metavar="FILE")
+    parser.add_argument("--every", type=int, default=1, metavar="N")
+    options = parser.parse_args()
+    sys.exit(main(options.files or sorted(TESTS_OF), options.every))

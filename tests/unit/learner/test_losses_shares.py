@@ -30,7 +30,8 @@ def test_metrics_are_sums_over_tokens() -> None:
         data["sample"],
         data["current"] < -1,
     )
-    whole = policy_loss(data["current"], terms, spec)
+    whole = policy_loss(data["current"].clone().requires_grad_(), terms, spec)
+    assert not any(value.requires_grad for value in whole.sums.values())
     parts = [
         policy_loss(data["current"][half], terms.take(half), spec)
         for half in (torch.arange(7), torch.arange(7, TOKENS))
