@@ -144,6 +144,16 @@ def test_ranks_are_spread_evenly_and_ties_share() -> None:
     assert result.values.tolist() == [1.0, -1.0, 0.0, 1.0, -1.0, 0.0]
 
 
+def test_members_are_compared_within_their_group_alone() -> None:
+    rewards = torch.tensor([5.0, 1.0, 2.0, -3.0, -4.0, 9.0])
+    groups = torch.tensor([0, 1, 2, 0, 1, 2])
+    whole = torch.zeros(6, dtype=torch.bool)
+    ranked = group_advantages(rewards, groups, whole, baseline=Baseline.RANK)
+    assert ranked.values.tolist() == [1.0, 1.0, -1.0, -1.0, -1.0, 1.0]
+    best = group_advantages(rewards, groups, whole, baseline=Baseline.PASS_AT_K, k=1)
+    assert best.values.tolist() == [8.0, 5.0, -7.0, -8.0, -5.0, 7.0]
+
+
 def test_reinforce_plus_plus_normalises_over_the_batch() -> None:
     rewards, groups = torch.tensor([1.0, 1.0, 0.0, 4.0]), torch.tensor([0, 0, 1, 1])
     whole = torch.zeros(4, dtype=torch.bool)
