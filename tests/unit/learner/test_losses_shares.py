@@ -154,3 +154,15 @@ def test_the_defaults_are_dapo_with_truncated_token_weights() -> None:
         "sapo_temperature_bad": 1.05,
         "max_completion_tokens": 0,
     }
+
+
+def test_what_counts_as_clipped() -> None:
+    ratios = torch.tensor([0.7, 1.0, 1.3, 0.7, 1.0, 1.3])
+    advantages = torch.tensor([-1.0, -1.0, -1.0, 1.0, 1.0, 1.0])
+    terms = TokenTerms(torch.zeros(6), advantages, torch.ones(6), torch.zeros(6))
+    sums = policy_loss(ratios.log(), terms, LossSpec(delta=1.29)).sums
+    names = ("clip_low_fraction", "clip_high_fraction", "clip_fraction", "delta_fraction")
+    assert [float(sums[name]) for name in names] == [1, 1, 2, 1]
+    # The bad token at 1.3 counts as 1.29, the good one as 1.28.
+    loss = policy_loss(ratios.log(), terms, LossSpec(delta=1.29)).loss
+    assert float(loss) == pytest.approx((0.8 + 1.0 + 1.29) - (0.7 + 1.0 + 1.28))
