@@ -8,7 +8,7 @@ BIN := .venv/bin
 STAMP := .venv/.regreen-setup
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo up down status logs test test-fast check fmt bench bench-sandbox bench-dataset soak soak-queue fuzz proto proto-check clean
+.PHONY: help setup demo up down status logs test test-fast check fmt bench bench-sandbox bench-dataset soak soak-queue fuzz mutate proto proto-check clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  \1|\2/' | column -t -s '|'
@@ -61,6 +61,9 @@ soak-queue: $(STAMP) ## Commit 20,000 rollouts from 200 workers under kill -9 an
 
 fuzz: $(STAMP) ## Send 100,000 random and mutated requests to the sandbox service
 	@.venv/bin/python -m tests.load.fuzz
+
+mutate: $(STAMP) ## Change every line of the learning maths; its tests must fail for at least 90 % of the changes
+	@.venv/bin/python -m tests.load.mutate
 
 proto: $(STAMP) ## Regenerate the stubs from proto/
 	@infra/scripts/proto.sh

@@ -100,7 +100,7 @@ def _layers(model: PreTrainedModel) -> Sequence[nn.Module]:
 
 
 class TrainModel(nn.Module):
-    """A model whose forward takes a pack and gives the logprobs of its targets."""
+    """A model whose forward takes a pack and gives the logprobs of its targets, or entropies."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -110,8 +110,8 @@ class TrainModel(nn.Module):
             model.set_attn_implementation(TREE_ATTENTION)
         model.config.use_cache = False
 
-    def forward(self, pack: Pack) -> Tensor:
-        """f32 [R]: logprob of every target of the pack."""
+    def forward(self, pack: Pack, entropies: bool = False) -> Tensor:
+        """f32 [R]: logprob of every target of the pack, or entropy where it was drawn."""
         device = next(self.model.parameters()).device
         extra: dict[str, Any] = {"tree": pack} if self.packs else {}
         hidden = self.model.base_model(
@@ -122,7 +122,8 @@ class TrainModel(nn.Module):
         ).last_hidden_state[0]
         head: nn.Module = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
         rows, targets = pack.rows.to(device), pack.targets.to(device)
-        return target_logprobs(hidden.index_select(0, rows), targets, head)
+        chosen = hidden.index_select(0, rows)
+        return row_entropies(chosen, head) if entropies else target_logprobs(chosen, targets, head)
 
 
 def target_logprobs(hidden: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
@@ -134,6 +135,15 @@ def target_logprobs(hidden: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
             parts.append(checkpoint(_chunk_logprobs, rows, wanted, head, use_reentrant=False))
         else:
             parts.append(_chunk_logprobs(rows, wanted, head))
+    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
+
+
+def row_entropies(hidden: Tensor, head: nn.Module) -> Tensor:
+    """f32 [R] entropies of the next token after `hidden` [R, d], in chunks of rows."""
+    parts: list[Tensor] = []
+    for start in range(0, hidden.shape[0], LOGIT_ROWS):
+        logprobs = F.log_softmax(head(hidden[start : start + LOGIT_ROWS]).float(), -1)
+        parts.append(-(logprobs.exp() * logprobs).sum(-1))
     return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
 
 

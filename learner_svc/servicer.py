@@ -136,7 +136,7 @@ def hyperparameters_of(message: pb.Hyperparameters, kind: RunKind) -> Hyperparam
     Raises:
         InvalidArgument: a value is out of range.
     """
-    base = defaults(kind)
+    base = defaults(kind, message.loss)
     given: dict[str, Any] = {}
     for descriptor in message.DESCRIPTOR.fields:
         value = getattr(message, descriptor.name)

@@ -12,7 +12,9 @@ from enum import StrEnum
 from typing import Any
 
 from learner_svc.algo.advantages import Baseline, Scale, Truncated
-from learner_svc.algo.losses import LossKind, LossSpec
+from learner_svc.algo.kl import KlEstimator, KlPlace
+from learner_svc.algo.losses import UNCLIPPED, LossKind, LossSpec
+from learner_svc.algo.ratios import Correction
 from regreen.rpc.errors import DataLoss, InvalidArgument
 
 
@@ -42,7 +44,8 @@ class Hyperparameters:
     gradient_clip: float = 1.0
     """Bound on the global gradient norm."""
     loss: str = "dapo"
-    """dapo, grpo, bnpo, dr_grpo; sft in supervised runs."""
+    """dapo, grpo, bnpo, dr_grpo, gspo, gspo_token, cispo, sapo, reinforce++, rloo; sft in
+    supervised runs."""
     clip_low: float = 0.2
     """Lower clip distance of the ratio."""
     clip_high: float = 0.28
@@ -50,15 +53,35 @@ class Hyperparameters:
     ratio_delta: float = 0.0
     """Upper bound of the ratio where the advantage is negative; 0 is off."""
     importance_cap: float = 2.0
-    """Cap of the truncated importance weight; negative is off."""
+    """Cap of the importance weight; negative is off."""
+    importance_floor: float = 0.0
+    """Lower bound of the importance weight."""
+    importance_correction: str = "token_truncate"
+    """What the bounds do: token_truncate, token_mask, sequence_truncate, sequence_mask."""
+    off_policy_threshold: float = 0.0
+    """Bad sequences whose mean logprob fell by more than this are silenced; 0 is off."""
+    top_entropy_share: float = 0.0
+    """Share of tokens, those of highest entropy, that have a policy loss; 0 is all."""
     kl_coefficient: float = 0.0
     """Weight of the KL term against the base model; 0 is off."""
+    kl_estimator: str = "k3"
+    """k1, k2, k3."""
+    kl_place: str = "loss"
+    """loss: of every token; reward: its sum is taken off the reward."""
+    kl_correction: bool = False
+    """Multiply the KL term in the loss by the ratio, which makes its gradient that of the KL."""
+    sapo_temperature_good: float = 1.0
+    """Steepness of the gate of sapo where the advantage is positive."""
+    sapo_temperature_bad: float = 1.05
+    """Steepness of the gate of sapo elsewhere."""
     max_completion_tokens: int = 0
     """Constant denominator of dr_grpo; 0 takes the longest sample of each batch."""
     baseline: str = "leave_one_out"
-    """Baseline of advantages, when a batch carries rewards only."""
+    """leave_one_out, group_mean, batch_mean, pass_at_k, rank; when a batch carries rewards only."""
     advantage_scale: str = "none"
-    """Divisor of advantages: none, group, batch."""
+    """Divisor of advantages: none, group, batch, whiten."""
+    pass_at_k: int = 2
+    """k of the baseline pass_at_k."""
     truncated: str = "keep_baseline"
     """Rollouts that hit a limit: fail, mask_loss, keep_baseline."""
     keep_flat_groups: bool = False
@@ -93,6 +116,9 @@ class Hyperparameters:
             "baseline": [item.value for item in Baseline],
             "advantage_scale": [item.value for item in Scale],
             "truncated": [item.value for item in Truncated],
+            "importance_correction": [item.value for item in Correction],
+            "kl_estimator": [item.value for item in KlEstimator],
+            "kl_place": [item.value for item in KlPlace],
             "dtype": ["", "fp32", "bf16"],
         }
         for name, allowed in choices.items():
@@ -103,8 +129,35 @@ class Hyperparameters:
             raise _bad(
                 "ratio_delta", f"is {self.ratio_delta}", "must exceed 1 + clip_high, or be 0"
             )
+        if kind is RunKind.GRPO:
+            self._check_loss()
         if self.total_steps and self.total_steps < self.warmup_steps:
             raise _bad("total_steps", f"is {self.total_steps}", "must not be below warmup_steps")
+
+    def _check_loss(self) -> None:
+        """Refuse what would quietly do nothing, or not what it says."""
+        if self.ratio_delta and self.loss in UNCLIPPED:
+            raise _bad(
+                "ratio_delta", f"is given for {self.loss}, which has no clip", "leave it out"
+            )
+        if self.importance_cap < 0 and Correction(self.importance_correction).rejects:
+            raise _bad(
+                "importance_correction",
+                f"is {self.importance_correction}, with the weight turned off",
+                "give an importance_cap",
+            )
+        if 0 <= self.importance_cap < self.importance_floor:
+            raise _bad("importance_floor", "exceeds importance_cap", "give at most the cap")
+        in_loss = self.kl_place == KlPlace.LOSS
+        if self.kl_correction and not in_loss:
+            raise _bad("kl_correction", "is given for a KL in the reward", "leave it out")
+        k1 = self.kl_coefficient and self.kl_estimator == KlEstimator.K1
+        if k1 and in_loss and not self.kl_correction:
+            raise _bad(
+                "kl_estimator",
+                "is k1 in the loss, whose gradient is 0 on average",
+                "set kl_place to reward or kl_correction, or take k2 or k3",
+            )
 
     def _check_numbers(self) -> None:
         for item in fields(self):
@@ -123,7 +176,15 @@ class Hyperparameters:
             clip_high=self.clip_high,
             delta=self.ratio_delta or None,
             importance_cap=None if self.importance_cap < 0 else self.importance_cap,
+            importance_floor=self.importance_floor or None,
+            correction=Correction(self.importance_correction),
+            off_policy_threshold=self.off_policy_threshold or None,
             kl_coefficient=self.kl_coefficient,
+            kl_estimator=KlEstimator(self.kl_estimator),
+            kl_place=KlPlace(self.kl_place),
+            kl_correction=self.kl_correction,
+            sapo_temperature_good=self.sapo_temperature_good,
+            sapo_temperature_bad=self.sapo_temperature_bad,
             max_completion_tokens=self.max_completion_tokens,
         )
 
@@ -140,7 +201,13 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "clip_high": (0.0, 100.0),
     "ratio_delta": (0.0, 1000.0),
     "importance_cap": (-1.0, 1000.0),
+    "importance_floor": (0.0, 1000.0),
+    "off_policy_threshold": (0.0, 1000.0),
+    "top_entropy_share": (0.0, 1.0),
     "kl_coefficient": (0.0, 100.0),
+    "sapo_temperature_good": (1e-3, 1000.0),
+    "sapo_temperature_bad": (1e-3, 1000.0),
+    "pass_at_k": (1, 10**4),
     "max_completion_tokens": (0, 10**7),
     "updates_per_step": (1, 1000),
     "micro_batch_tokens": (16, 10**7),
@@ -154,11 +221,21 @@ def _bad(name: str, problem: str, remedy: str) -> InvalidArgument:
     return InvalidArgument(f"hyperparameters.{name}", problem, remedy)
 
 
-def defaults(kind: RunKind) -> Hyperparameters:
-    """The defaults of a kind of run."""
+_OF_LOSS: dict[str, dict[str, Any]] = {
+    # The bounds of the papers: a sequence's ratio moves far less than a token's (arXiv:2507.18071,
+    # section 5.1); cispo cuts weights off at 5 (arXiv:2510.13786).
+    LossKind.GSPO: {"clip_low": 3e-4, "clip_high": 4e-4},
+    LossKind.GSPO_TOKEN: {"clip_low": 3e-4, "clip_high": 4e-4},
+    LossKind.CISPO: {"clip_high": 4.0},
+    LossKind.REINFORCE_PP: {"baseline": "batch_mean", "advantage_scale": "batch"},
+}
+
+
+def defaults(kind: RunKind, loss: str = "") -> Hyperparameters:
+    """The defaults of a kind of run, and of its loss where that has others."""
     if kind is RunKind.SFT:
         return Hyperparameters(learning_rate=2e-5, loss="sft", importance_cap=-1.0)
-    return Hyperparameters()
+    return Hyperparameters(**_OF_LOSS.get(loss, {}))
 
 
 @dataclass(frozen=True, slots=True)

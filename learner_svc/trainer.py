@@ -19,6 +19,7 @@ from torch import Tensor
 
 from learner_svc.algo.advantages import Baseline, Scale, Truncated, group_advantages
 from learner_svc.algo.batch import Pack, pack_samples
+from learner_svc.algo.kl import KlPlace, kl_penalties
 from learner_svc.algo.losses import (
     LossKind,
     LossOutput,
@@ -27,6 +28,7 @@ from learner_svc.algo.losses import (
     sft_loss,
     token_scales,
 )
+from learner_svc.algo.ratios import high_entropy, rejected
 from learner_svc.engines.base import Engine, learning_rate_at
 from learner_svc.spec import RunKind, RunSpec
 from regreen.batch import Batch, BatchError, Sample
@@ -52,6 +54,10 @@ class _Rows:
     """f32 [n]; 0 = out of loss and denominator."""
     compute: list[bool]
     """Which samples need a forward pass."""
+    kept: Tensor | None = None
+    """bool [T]; False = rejected: out of loss and denominator."""
+    selected: Tensor | None = None
+    """bool [T]; False = no policy loss, but a share of the denominator."""
     metrics: dict[str, float] = field(default_factory=dict)
 
 
@@ -80,7 +86,14 @@ class Trainer:
         metrics = _batch_metrics(batch, self.policy_version) | rows.metrics
         packed = [(share, self._pack(batch, share)) for share in self._shares(batch, rows)]
         packed = [(share, packs) for share, packs in packed if packs]
-        proximal = self._proximal(rows, [packs for _, packs in packed])
+        begin = self._begin(rows, [packs for _, packs in packed])
+        chosen = self._choose(rows, packed, begin)
+        packed = [
+            (replace(share, kept=chosen.kept, selected=chosen.selected), packs)
+            for share, packs in packed
+        ]
+        metrics |= chosen.metrics
+        proximal = begin if len(packed) > 1 else None
         totals: dict[str, float] = {}
         tokens = scored = 0
         advance = self._counted([packs for _, packs in packed], progress)
@@ -140,18 +153,47 @@ class Trainer:
         if self._loss is None:
             ones = torch.ones(len(batch))
             return _Rows(sample, sampled, ones, weights, [bool(w > 0) for w in weights])
-        advantages, in_loss, flat = self._advantages(batch)
+        penalties, metrics = self._penalties(batch, sample, sampled, weights)
+        advantages, in_loss, flat = self._advantages(batch, penalties)
         kept = in_loss if self._spec.hyperparameters.keep_flat_groups else in_loss & ~flat
         weights = torch.where(kept & (lengths > 0), weights, torch.zeros_like(weights))
-        moves = (weights > 0) & ((advantages != 0) | (self._loss.kl_coefficient > 0))
-        metrics = {
+        moves = (weights > 0) & ((advantages != 0) | self._kl_in(KlPlace.LOSS))
+        metrics |= {
             "dropped_samples": float((~kept).sum()),
             "flat_group_fraction": float(flat.float().mean()),
             "advantage_abs_mean": float(advantages.abs().mean()),
         }
-        return _Rows(sample, sampled, advantages, weights, moves.tolist(), metrics)
+        return _Rows(sample, sampled, advantages, weights, moves.tolist(), metrics=metrics)
 
-    def _advantages(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def _kl_in(self, place: KlPlace) -> bool:
+        """Whether there is a KL term, and there."""
+        return bool(self._loss and self._loss.kl_coefficient > 0 and self._loss.kl_place is place)
+
+    def _penalties(
+        self, batch: Batch, sample: Tensor, sampled: Tensor, weights: Tensor
+    ) -> tuple[Tensor | None, dict[str, float]]:
+        """f64 [n]: what the KL in the reward takes off that of each sample's trajectory."""
+        if self._loss is None or self._reference is None or not self._kl_in(KlPlace.REWARD):
+            return None, {}
+        if batch.samples[0].advantage is not None:
+            raise InvalidArgument(
+                "batch.advantage", "is given, so that no reward counts", "set kl_place to loss"
+            )
+        everything = _Rows(sample, sampled, weights, weights, [True] * len(batch))
+        packs = self._pack(batch, everything)
+        kl = kl_penalties(
+            self._loss.kl_estimator,
+            _score_all(packs, everything, self._engine.score),
+            _score_all(packs, everything, self._reference),
+            sample,
+            len(batch),
+        )
+        metrics = {"kl": float(kl.sum()) / max(int(sample.numel()), 1)}
+        return self._loss.kl_coefficient * kl, metrics
+
+    def _advantages(
+        self, batch: Batch, penalties: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Advantages f32 [n], rows in the loss bool [n], rows of flat groups bool [n]."""
         given = [sample.advantage for sample in batch]
         none = torch.zeros(len(batch), dtype=torch.bool)
@@ -161,13 +203,18 @@ class Trainer:
         order = {group: index for index, group in enumerate(batch.group_ids)}
         owner = torch.tensor(batch.trajectories)
         ones = batch.one_per_trajectory
+        rewards = torch.tensor([s.reward for s in ones])
+        if penalties is not None:
+            taken = torch.zeros(len(ones), dtype=torch.double).index_add_(0, owner, penalties)
+            rewards = (rewards - taken).float()
         result = group_advantages(
-            torch.tensor([s.reward for s in ones]),
+            rewards,
             torch.tensor([order[s.group_id] for s in ones]),
             torch.tensor([s.truncated for s in ones]),
             baseline=Baseline(hyperparameters.baseline),
             scale=Scale(hyperparameters.advantage_scale),
             truncated_policy=Truncated(hyperparameters.truncated),
+            k=hyperparameters.pass_at_k,
         )
         return result.values[owner], result.in_loss[owner], result.zero_variance[owner]
 
@@ -208,17 +255,60 @@ class Trainer:
             rows.weights,
             max_completion_tokens=self._spec.hyperparameters.max_completion_tokens,
             micro_batch=micro,
+            kept=rows.kept,
         )
-        return TokenTerms(rows.sampled, rows.advantages[rows.sample], scale)
+        return TokenTerms(
+            rows.sampled,
+            rows.advantages[rows.sample],
+            scale,
+            sample=rows.sample,
+            selected=rows.selected,
+        )
 
-    def _proximal(self, rows: _Rows, packed: list[list[Pack]]) -> Tensor | None:
+    def _begin(self, rows: _Rows, packed: list[list[Pack]]) -> Tensor | None:
         """f32 [T]: logprobs under the weights that the step begins with.
 
-        None with one update: its forward pass gives them, and every ratio is exactly 1.
+        None where nobody asks: with one update its forward pass gives them, and every ratio is
+        exactly 1.
         """
-        if self._loss is None or len(packed) < 2:
+        if self._loss is None or (len(packed) < 2 and not self._rejects()):
             return None
         return _score_all([p for packs in packed for p in packs], rows, self._engine.score)
+
+    def _rejects(self) -> bool:
+        loss = self._loss
+        return bool(loss and loss.importance_cap is not None and loss.correction.rejects)
+
+    def _choose(
+        self, rows: _Rows, packed: list[tuple[_Rows, list[Pack]]], begin: Tensor | None
+    ) -> _Rows:
+        """`rows` with the tokens that are rejected and selected, before any update.
+
+        Rejected tokens leave the denominator, so they have to be known before the loss is.
+        """
+        if self._loss is None or not packed:
+            return rows
+        packs = [pack for _, packs in packed for pack in packs]
+        metrics: dict[str, float] = {}
+        kept = selected = None
+        if begin is not None and self._loss.importance_cap is not None and self._rejects():
+            kept = ~rejected(
+                begin,
+                rows.sampled,
+                rows.sample,
+                correction=self._loss.correction,
+                cap=self._loss.importance_cap,
+                floor=self._loss.importance_floor,
+            )
+            metrics["importance_rejected_fraction"] = float((~kept).float().mean())
+        share = self._spec.hyperparameters.top_entropy_share
+        if 0 < share < 1:
+            scored = torch.cat([pack.scored for pack in packs])
+            entropies = _score_all(packs, rows, self._engine.entropies)[scored]
+            selected = torch.zeros_like(rows.sample, dtype=torch.bool)
+            selected[scored] = high_entropy(entropies, share)
+            metrics["token_entropy"] = float(entropies.mean())
+        return replace(rows, kept=kept, selected=selected, metrics=metrics)
 
     def _counted(self, packed: list[list[Pack]], progress: Progress) -> Callable[[int], None]:
         """Takes tokens as they are done, and tells them with those of all updates of this rank."""
@@ -243,7 +333,7 @@ class Trainer:
         """One optimizer update; sums over scored tokens, and loss, grad_norm, updates."""
         engine = self._engine
         terms = replace(self._terms(packs, rows), proximal=proximal)
-        if self._loss and self._reference and self._loss.kl_coefficient:
+        if self._reference and self._kl_in(KlPlace.LOSS):
             terms = replace(terms, reference=_score_all(packs, rows, self._reference))
         mine = packs[engine.rank :: engine.world_size]
         rounds = -(-len(packs) // engine.world_size)

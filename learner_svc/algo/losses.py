@@ -11,31 +11,72 @@ names GRPO and leaves every setting below open):
 3. Clip-higher (arXiv:2503.14476): the ratio is bounded by [1 - 0.2, 1 + 0.28].
 4. Optional second bound `delta` on the ratio of bad tokens (INTELLECT-2, arXiv:2505.07291).
 5. Truncated importance weight per token, cap 2: the engine that sampled is not bit-equal to the one
-   that trains, and it may be some versions behind. It is a constant weight, never a mask: a masked
-   token would have to leave the denominator too.
-6. No KL by default; k3 (http://joschu.net/blog/kl-approx.html) when asked for.
+   that trains, and it may be some versions behind. By sequence, or as a mask, when asked for
+   (`ratios`); a masked token leaves the denominator too (`token_scales`).
+6. No KL by default; k3 (http://joschu.net/blog/kl-approx.html) when asked for (`kl`).
 7. Dropped rows (truncated, zero weight, flat groups) are out of the denominator.
 8. No reward scaling by the deviation by default: see `advantages`.
+9. Other ratios and other bounds, each with its paper: `LossKind`.
 
 - Pure functions of tensors; nothing here knows models, files or time.
 - A metric is a sum over tokens, so that sums of micro-batches add up; divide by the token count.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from enum import StrEnum
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from learner_svc.algo.kl import KlEstimator, KlPlace, k3, kl_estimate
+from learner_svc.algo.ratios import (
+    Correction,
+    importance_weight,
+    off_policy,
+    sequence_mean,
+    sequence_sum,
+)
+
 
 class LossKind(StrEnum):
-    """How token losses become one number."""
+    """Which ratio, how it is bounded, and how token losses become one number."""
 
     DAPO = "dapo"
+    """Clipped token ratios, mean over tokens (arXiv:2503.14476)."""
     GRPO = "grpo"
+    """Clipped token ratios, mean over each sequence, then over sequences (arXiv:2402.03300)."""
     DR_GRPO = "dr_grpo"
+    """Clipped token ratios, sum over a constant (arXiv:2503.20783)."""
     BNPO = "bnpo"
+    """Clipped token ratios, mean over the tokens of each micro-batch (TRL)."""
+    GSPO = "gspo"
+    """The geometric mean of a sequence's ratios is clipped; then as `grpo` (arXiv:2507.18071)."""
+    GSPO_TOKEN = "gspo_token"
+    """Values of `gspo`, gradient of each token by its own advantage (arXiv:2507.18071)."""
+    CISPO = "cispo"
+    """Log likelihood, weighted by the ratio cut off at 1 + clip_high; mean over tokens: no token
+    loses its gradient (arXiv:2506.13585)."""
+    SAPO = "sapo"
+    """A sigmoid gate instead of the clip; then as `grpo` (arXiv:2511.20347)."""
+    REINFORCE_PP = "reinforce++"
+    """Clipped token ratios, mean over tokens; made for advantages that are normalised over the
+    batch, baseline `batch_mean` and scale `batch` (arXiv:2501.03262)."""
+    RLOO = "rloo"
+    """The product of a sequence's ratios is clipped, mean over sequences (arXiv:2402.14740)."""
+
+
+_PER_TOKEN = (LossKind.DAPO, LossKind.CISPO, LossKind.REINFORCE_PP)
+_PER_SEQUENCE = (
+    LossKind.GRPO,
+    LossKind.GSPO,
+    LossKind.GSPO_TOKEN,
+    LossKind.SAPO,
+    LossKind.RLOO,
+)
+UNCLIPPED = (LossKind.CISPO, LossKind.SAPO)
+"""Losses without a second bound `delta`: they have no clip that it could complete."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +90,28 @@ class LossSpec:
     """Upper bound of the ratio on tokens of negative advantage; must exceed 1 + clip_high."""
     importance_cap: float | None = 2.0
     """Upper bound of the truncated importance weight; None turns the weight off."""
+    importance_floor: float | None = None
+    """Lower bound of the importance weight."""
+    correction: Correction = Correction.TOKEN_TRUNCATE
+    """What the bounds of the importance weight do, and to what."""
+    off_policy_threshold: float | None = None
+    """Bad sequences further than this from the policy that sampled are silenced; None is off."""
     kl_coefficient: float = 0.0
+    kl_estimator: KlEstimator = KlEstimator.K3
+    kl_place: KlPlace = KlPlace.LOSS
+    kl_correction: bool = False
+    """Multiply the KL term by the ratio: the gradient is then that of the KL."""
+    sapo_temperature_good: float = 1.0
+    """Steepness of the gate of `sapo` on tokens of positive advantage."""
+    sapo_temperature_bad: float = 1.05
+    """Steepness on the others; above the first, for stability."""
     max_completion_tokens: int = 0
     """The constant of `dr_grpo`; 0 takes the longest sample of the batch."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenTerms:
-    """What the loss needs to know of T trained tokens; all f32 [T]."""
+    """What the loss needs to know of T trained tokens; f32 [T] where nothing else is said."""
 
     sampled: Tensor
     """Logprobs of the behaviour policy, recorded while sampling."""
@@ -67,27 +122,25 @@ class TokenTerms:
     """Logprobs at the start of this step's updates; None = those of the forward pass itself."""
     reference: Tensor | None = None
     """Logprobs of the reference policy, for the KL term."""
+    sample: Tensor | None = None
+    """i64 [T]: sequence of each token; None = one sequence."""
+    selected: Tensor | None = None
+    """bool [T]: tokens with a policy loss (`high_entropy`); the others keep their share of the
+    denominator (arXiv:2506.01939). None = all."""
 
     def take(self, index: Tensor) -> "TokenTerms":
         """The terms of the tokens in `index` i64 [K]."""
-        return TokenTerms(
-            self.sampled[index],
-            self.advantages[index],
-            self.scale[index],
-            None if self.proximal is None else self.proximal[index],
-            None if self.reference is None else self.reference[index],
-        )
+        return self._each(lambda tensor: tensor[index])
 
     def to(self, device: torch.device) -> "TokenTerms":
         """The terms on a device."""
-        proximal, reference = self.proximal, self.reference
-        return TokenTerms(
-            self.sampled.to(device),
-            self.advantages.to(device),
-            self.scale.to(device),
-            None if proximal is None else proximal.to(device),
-            None if reference is None else reference.to(device),
-        )
+        return self._each(lambda tensor: tensor.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "TokenTerms":
+        values: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
+        for name, value in values.items():
+            values[name] = None if value is None else change(value)
+        return TokenTerms(**values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,23 +158,28 @@ def token_scales(
     *,
     max_completion_tokens: int = 0,
     micro_batch: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> Tensor:
     """Share of the denominator of each of T tokens; multiply token losses by it and add up.
 
     `sample` i64 [T] is the row of each token, `weights` f32 [n] the weight of each row (0 = dropped
-    from numerator and denominator), `micro_batch` i64 [T] the micro-batch of each token (`bnpo`).
+    from numerator and denominator), `micro_batch` i64 [T] the micro-batch of each token (`bnpo`),
+    `kept` bool [T] False for tokens that are rejected: their share is 0 and the others' grow.
     """
     weights = weights.double()
-    lengths = torch.bincount(sample, minlength=weights.numel()).double()
-    kept = (weights * (lengths > 0)).sum().clamp(min=1e-12)
     own = weights[sample]
-    if kind is LossKind.DAPO:
+    counted = sample
+    if kept is not None:
+        own, counted = own * kept, sample[kept]
+    lengths = torch.bincount(counted, minlength=weights.numel()).double()
+    rows = (weights * (lengths > 0)).sum().clamp(min=1e-12)
+    if kind in _PER_TOKEN:
         scale = own / (weights * lengths).sum().clamp(min=1e-12)
-    elif kind is LossKind.GRPO:
-        scale = own / lengths[sample] / kept
+    elif kind in _PER_SEQUENCE:
+        scale = own / lengths[sample].clamp(min=1) / rows
     elif kind is LossKind.DR_GRPO:
-        constant = float(max_completion_tokens or lengths.max())
-        scale = own / (kept * max(constant, 1.0))
+        longest = torch.bincount(sample, minlength=1).max()
+        scale = own / (rows * max(float(max_completion_tokens or longest), 1.0))
     else:
         label = torch.zeros_like(sample) if micro_batch is None else micro_batch
         totals = torch.zeros(int(label.max()) + 1 if label.numel() else 0, dtype=torch.double)
@@ -132,41 +190,77 @@ def token_scales(
 
 
 def policy_loss(logprobs: Tensor, terms: TokenTerms, spec: LossSpec) -> LossOutput:
-    """Clipped policy-gradient loss of T tokens; `logprobs` f32 [T] carries the gradient."""
+    """Policy-gradient loss of T tokens; `logprobs` f32 [T] carries the gradient."""
     fixed = logprobs.detach()
     proximal = fixed if terms.proximal is None else terms.proximal
-    ratio = torch.exp(logprobs - proximal)
+    sample = terms.sample
+    if sample is None:
+        sample = torch.zeros(logprobs.shape, dtype=torch.long, device=logprobs.device)
+    ratio = _ratio(logprobs, proximal, sample, spec.kind)
+    token_loss = _objective(logprobs, ratio, terms.advantages, spec)
+    sums = _ratio_sums(ratio.detach(), terms, spec)
+    if spec.importance_cap is not None:
+        weight, capped = importance_weight(
+            proximal,
+            terms.sampled,
+            sample,
+            correction=spec.correction,
+            cap=spec.importance_cap,
+            floor=spec.importance_floor,
+        )
+    else:
+        weight, capped = torch.ones_like(proximal), torch.zeros_like(sample, dtype=torch.bool)
+    token_loss = token_loss * weight
+    sums |= {"importance_capped_fraction": capped.float().sum()}
+    sums |= _mismatch_sums(fixed, terms.sampled) | {"importance_weight": weight.sum()}
+    if spec.off_policy_threshold is not None:
+        far = off_policy(
+            fixed, terms.sampled, terms.advantages, sample, threshold=spec.off_policy_threshold
+        )
+        token_loss = token_loss.masked_fill(far, 0.0)
+        sums["off_policy_fraction"] = far.float().sum()
+    if terms.selected is not None:
+        token_loss = token_loss.masked_fill(~terms.selected, 0.0)
+        sums["selected_fraction"] = terms.selected.float().sum()
+    if terms.reference is not None:
+        kl = kl_estimate(spec.kl_estimator, logprobs, terms.reference)
+        sums["kl"] = kl.detach().sum()
+        if spec.kl_place is KlPlace.LOSS:
+            kl = kl * ratio if spec.kl_correction else kl
+            token_loss = token_loss + spec.kl_coefficient * kl
+    return LossOutput((token_loss * terms.scale).sum(), sums)
+
+
+def _ratio(logprobs: Tensor, proximal: Tensor, sample: Tensor, kind: LossKind) -> Tensor:
+    """f32 [T]: policy / proximal policy, of the token or of its sequence."""
+    log_ratio = logprobs - proximal
+    if kind is LossKind.GSPO:
+        log_ratio = sequence_mean(log_ratio, sample)
+    elif kind is LossKind.GSPO_TOKEN:
+        # The value is the sequence's, the gradient the token's own.
+        log_ratio = sequence_mean(log_ratio.detach(), sample) + (logprobs - logprobs.detach())
+    elif kind is LossKind.RLOO:
+        log_ratio = sequence_sum(log_ratio, sample)
+    return torch.exp(log_ratio)
+
+
+def _objective(logprobs: Tensor, ratio: Tensor, advantages: Tensor, spec: LossSpec) -> Tensor:
+    """f32 [T]: what is minimised, before weights and masks."""
+    if spec.kind is LossKind.CISPO:
+        return -torch.clamp(ratio, max=1 + spec.clip_high).detach() * advantages * logprobs
+    if spec.kind is LossKind.SAPO:
+        steepness = torch.where(
+            advantages > 0, spec.sapo_temperature_good, spec.sapo_temperature_bad
+        )
+        return -torch.sigmoid(steepness * (ratio - 1)) * 4 / steepness * advantages
     bounded = torch.clamp(ratio, 1 - spec.clip_low, 1 + spec.clip_high)
     free = ratio if spec.delta is None else torch.clamp(ratio, max=spec.delta)
-    token_loss = -torch.minimum(free * terms.advantages, bounded * terms.advantages)
-    weight, capped = _importance(proximal, terms.sampled, spec.importance_cap)
-    token_loss = token_loss * weight
-    sums = _ratio_sums(ratio.detach(), terms, spec) | {"importance_capped_fraction": capped}
-    sums |= _mismatch_sums(fixed, terms.sampled) | {"importance_weight": weight.sum()}
-    if terms.reference is not None:
-        kl = k3(logprobs, terms.reference)
-        token_loss = token_loss + spec.kl_coefficient * kl
-        sums["kl"] = kl.detach().sum()
-    return LossOutput((token_loss * terms.scale).sum(), sums)
+    return -torch.minimum(free * advantages, bounded * advantages)
 
 
 def sft_loss(logprobs: Tensor, scale: Tensor) -> LossOutput:
     """Negative log likelihood of T trained tokens; `scale` as of `token_scales(DAPO)`."""
     return LossOutput(-(logprobs * scale).sum(), {"nll": -logprobs.detach().sum()})
-
-
-def k3(logprobs: Tensor, reference: Tensor) -> Tensor:
-    """Unbiased, non-negative estimate of KL(policy || reference) per token."""
-    difference = reference - logprobs
-    return torch.exp(difference) - difference - 1
-
-
-def _importance(proximal: Tensor, sampled: Tensor, cap: float | None) -> tuple[Tensor, Tensor]:
-    """Truncated importance weight f32 [T] and the number of capped tokens."""
-    if cap is None:
-        return torch.ones_like(proximal), torch.zeros((), device=proximal.device)
-    weight = torch.exp(proximal - sampled)
-    return torch.clamp(weight, max=cap), (weight > cap).float().sum()
 
 
 def _ratio_sums(ratio: Tensor, terms: TokenTerms, spec: LossSpec) -> dict[str, Tensor]:

@@ -48,6 +48,10 @@ class Engine(Protocol):
         """f32 [R] without gradient."""
         ...
 
+    def entropies(self, pack: Pack) -> Tensor:
+        """f32 [R] without gradient: entropy of what the scored tokens were drawn from."""
+        ...
+
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradients of one share of the loss; `last` = the update follows."""
         ...

@@ -117,6 +117,11 @@ class DeepSpeedEngine:
         logprobs: Tensor = self._engine(pack)
         return logprobs
 
+    @torch.no_grad()
+    def entropies(self, pack: Pack) -> Tensor:
+        entropies: Tensor = self._engine(pack, entropies=True)
+        return entropies
+
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss * self.world_size)

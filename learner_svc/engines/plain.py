@@ -54,6 +54,11 @@ class PlainEngine:
         logprobs: Tensor = self._model(pack)
         return logprobs
 
+    @torch.no_grad()
+    def entropies(self, pack: Pack) -> Tensor:
+        entropies: Tensor = self._model(pack, entropies=True)
+        return entropies
+
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
 

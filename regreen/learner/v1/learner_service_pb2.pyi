@@ -106,6 +106,16 @@ class Hyperparameters(_message.Message):
     GRADIENT_CHECKPOINTING_FIELD_NUMBER: _builtins.int
     BETA1_FIELD_NUMBER: _builtins.int
     BETA2_FIELD_NUMBER: _builtins.int
+    IMPORTANCE_FLOOR_FIELD_NUMBER: _builtins.int
+    IMPORTANCE_CORRECTION_FIELD_NUMBER: _builtins.int
+    OFF_POLICY_THRESHOLD_FIELD_NUMBER: _builtins.int
+    TOP_ENTROPY_SHARE_FIELD_NUMBER: _builtins.int
+    KL_ESTIMATOR_FIELD_NUMBER: _builtins.int
+    KL_PLACE_FIELD_NUMBER: _builtins.int
+    KL_CORRECTION_FIELD_NUMBER: _builtins.int
+    SAPO_TEMPERATURE_GOOD_FIELD_NUMBER: _builtins.int
+    SAPO_TEMPERATURE_BAD_FIELD_NUMBER: _builtins.int
+    PASS_AT_K_FIELD_NUMBER: _builtins.int
     learning_rate: _builtins.float
     """Peak learning rate."""
     warmup_steps: _builtins.int
@@ -117,13 +127,15 @@ class Hyperparameters(_message.Message):
     gradient_clip: _builtins.float
     """Bound on the gradient norm."""
     loss: _builtins.str
-    """Loss: "dapo", "grpo", "bnpo", "dr_grpo"; "sft" for supervised runs."""
+    """Loss: "dapo", "grpo", "bnpo", "dr_grpo", "gspo", "gspo_token", "cispo", "sapo", "reinforce++", "rloo"; "sft" for
+    supervised runs. Some losses have other defaults: the answer says which are in force.
+    """
     clip_low: _builtins.float
     """Lower clip distance of the ratio."""
     clip_high: _builtins.float
     """Upper clip distance of the ratio."""
     importance_cap: _builtins.float
-    """Cap of the truncated importance weight; negative turns it off."""
+    """Cap of the importance weight; negative turns it off."""
     kl_coefficient: _builtins.float
     """KL coefficient against the base; 0 is off."""
     micro_batch_tokens: _builtins.int
@@ -135,13 +147,15 @@ class Hyperparameters(_message.Message):
     dtype: _builtins.str
     """Number type: "fp32", "bf16"; empty probes the host."""
     baseline: _builtins.str
-    """Baseline of advantages: "leave_one_out" or "group_mean"; used when a batch carries rewards, not advantages."""
+    """Baseline of advantages: "leave_one_out", "group_mean", "batch_mean", "pass_at_k", "rank"; used when a batch carries
+    rewards, not advantages.
+    """
     seed: _builtins.int
     """Seed of everything random in the run."""
     updates_per_step: _builtins.int
     """Optimizer updates per batch, each on its share of the groups; 0 means 1."""
     advantage_scale: _builtins.str
-    """Divisor of advantages: "none", "group", "batch"; used when a batch carries rewards, not advantages."""
+    """Divisor of advantages: "none", "group", "batch", "whiten"; used when a batch carries rewards, not advantages."""
     truncated: _builtins.str
     """Rollouts that hit a limit: "fail", "mask_loss", "keep_baseline"; used like `advantage_scale`."""
     ratio_delta: _builtins.float
@@ -158,6 +172,30 @@ class Hyperparameters(_message.Message):
     """Decay of the first moment."""
     beta2: _builtins.float
     """Decay of the second moment."""
+    importance_floor: _builtins.float
+    """Lower bound of the importance weight; 0 is off."""
+    importance_correction: _builtins.str
+    """What the bounds of the importance weight do: "token_truncate" and "sequence_truncate" clamp it, "token_mask" and
+    "sequence_mask" take what is out of bounds out of loss and denominator; empty is "token_truncate".
+    """
+    off_policy_threshold: _builtins.float
+    """Sequences of negative advantage whose mean logprob fell by more than this since they were sampled have no policy
+    loss; 0 is off.
+    """
+    top_entropy_share: _builtins.float
+    """Share of tokens, those of highest entropy, that have a policy loss; 0 is all."""
+    kl_estimator: _builtins.str
+    """Estimator of the KL term: "k1", "k2", "k3"; empty is "k3"."""
+    kl_place: _builtins.str
+    """Where the KL term goes: "loss" or "reward"; empty is "loss"."""
+    kl_correction: _builtins.bool
+    """Multiply the KL term in the loss by the ratio, which makes its gradient that of the KL."""
+    sapo_temperature_good: _builtins.float
+    """Steepness of the gate of "sapo" where the advantage is positive; 0 is 1."""
+    sapo_temperature_bad: _builtins.float
+    """Steepness of the gate of "sapo" elsewhere; 0 is 1.05."""
+    pass_at_k: _builtins.int
+    """k of the baseline "pass_at_k"; 0 is 2."""
     def __init__(
         self,
         *,
@@ -187,10 +225,20 @@ class Hyperparameters(_message.Message):
         gradient_checkpointing: _builtins.bool = ...,
         beta1: _builtins.float = ...,
         beta2: _builtins.float = ...,
+        importance_floor: _builtins.float = ...,
+        importance_correction: _builtins.str = ...,
+        off_policy_threshold: _builtins.float = ...,
+        top_entropy_share: _builtins.float = ...,
+        kl_estimator: _builtins.str = ...,
+        kl_place: _builtins.str = ...,
+        kl_correction: _builtins.bool = ...,
+        sapo_temperature_good: _builtins.float = ...,
+        sapo_temperature_bad: _builtins.float = ...,
+        pass_at_k: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["advantage_scale", b"advantage_scale", "baseline", b"baseline", "beta1", b"beta1", "beta2", b"beta2", "clip_high", b"clip_high", "clip_low", b"clip_low", "dtype", b"dtype", "gradient_checkpointing", b"gradient_checkpointing", "gradient_clip", b"gradient_clip", "importance_cap", b"importance_cap", "keep_flat_groups", b"keep_flat_groups", "kl_coefficient", b"kl_coefficient", "learning_rate", b"learning_rate", "loss", b"loss", "max_completion_tokens", b"max_completion_tokens", "micro_batch_tokens", b"micro_batch_tokens", "no_prefix_sharing", b"no_prefix_sharing", "ratio_delta", b"ratio_delta", "seed", b"seed", "total_steps", b"total_steps", "trainable_layers", b"trainable_layers", "truncated", b"truncated", "updates_per_step", b"updates_per_step", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay", "zero_stage", b"zero_stage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advantage_scale", b"advantage_scale", "baseline", b"baseline", "beta1", b"beta1", "beta2", b"beta2", "clip_high", b"clip_high", "clip_low", b"clip_low", "dtype", b"dtype", "gradient_checkpointing", b"gradient_checkpointing", "gradient_clip", b"gradient_clip", "importance_cap", b"importance_cap", "importance_correction", b"importance_correction", "importance_floor", b"importance_floor", "keep_flat_groups", b"keep_flat_groups", "kl_coefficient", b"kl_coefficient", "kl_correction", b"kl_correction", "kl_estimator", b"kl_estimator", "kl_place", b"kl_place", "learning_rate", b"learning_rate", "loss", b"loss", "max_completion_tokens", b"max_completion_tokens", "micro_batch_tokens", b"micro_batch_tokens", "no_prefix_sharing", b"no_prefix_sharing", "off_policy_threshold", b"off_policy_threshold", "pass_at_k", b"pass_at_k", "ratio_delta", b"ratio_delta", "sapo_temperature_bad", b"sapo_temperature_bad", "sapo_temperature_good", b"sapo_temperature_good", "seed", b"seed", "top_entropy_share", b"top_entropy_share", "total_steps", b"total_steps", "trainable_layers", b"trainable_layers", "truncated", b"truncated", "updates_per_step", b"updates_per_step", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay", "zero_stage", b"zero_stage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,99 +1,147 @@
-"""Losses against a float64 reference written out by hand, and against TRL on the same tensors."""
+"""Losses against a float64 reference written out by hand, values and gradients."""
 
 import math
-from types import SimpleNamespace
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from learner_svc.algo.advantages import Baseline, Scale, Truncated, group_advantages
+from learner_svc.algo.kl import KlEstimator, KlPlace
 from learner_svc.algo.losses import (
     LossKind,
     LossSpec,
     TokenTerms,
     policy_loss,
-    sft_loss,
     token_scales,
 )
+from learner_svc.algo.ratios import Correction
+from tests.unit.learner.loss_terms import LENGTHS, TOKENS, our_loss, tokens
 
-LENGTHS = [5, 2, 7, 3]
 KINDS = list(LossKind)
+PER_TOKEN = (LossKind.DAPO, LossKind.CISPO, LossKind.REINFORCE_PP, LossKind.BNPO)
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"importance_cap": None},
+    {"delta": 1.2, "clip_low": 0.1, "clip_high": 0.1},
+    {"kl_coefficient": 0.3, "max_completion_tokens": 20},
+    {"kl_coefficient": 0.3, "kl_estimator": KlEstimator.K1, "kl_correction": True},
+    {"kl_coefficient": 0.3, "kl_estimator": KlEstimator.K2},
+    {"kl_coefficient": 0.3, "kl_correction": True},
+    {"kl_coefficient": 0.3, "kl_place": KlPlace.REWARD},
+    {"importance_floor": 0.7, "importance_cap": 1.3},
+    {"correction": Correction.SEQUENCE_TRUNCATE, "importance_floor": 0.5},
+    {"correction": Correction.TOKEN_MASK, "importance_floor": 0.6},
+    {"correction": Correction.SEQUENCE_MASK, "importance_cap": 3.0},
+    {"off_policy_threshold": 0.05},
+    {"sapo_temperature_good": 2.0, "sapo_temperature_bad": 0.7},
+]
 
 
-def tokens(seed: int = 0) -> dict[str, Tensor]:
-    """Flat random terms of four samples; double precision."""
-    generator = torch.Generator().manual_seed(seed)
+def reference_rows(
+    data: dict[str, Tensor], spec: LossSpec, moved: Sequence[float]
+) -> list[list[float]]:
+    """Losses of the tokens of each sample, in plain Python floats.
 
-    def draw() -> Tensor:
-        return -torch.rand(sum(LENGTHS), generator=generator, dtype=torch.double) * 2 - 0.1
-
-    return {
-        "current": draw(),
-        "proximal": draw(),
-        "sampled": draw(),
-        "reference": draw(),
-        "advantages": torch.tensor([0.7, -1.1, 0.4, -0.2], dtype=torch.double),
-        "sample": torch.repeat_interleave(torch.arange(4), torch.tensor(LENGTHS)),
-    }
-
-
-def reference_loss(data: dict[str, Tensor], spec: LossSpec, weights: list[float]) -> float:
-    """The objective, token by token, in plain Python floats."""
+    `moved` stands wherever a gradient flows, `data["current"]` where none does.
+    """
+    now, owners = data["current"].tolist(), data["sample"].tolist()
+    proximal = data["proximal"].tolist() if "proximal" in data else now
+    sampled, anchor = data["sampled"].tolist(), data["reference"].tolist()
     rows: list[list[float]] = [[] for _ in LENGTHS]
-    for t, owner in enumerate(data["sample"].tolist()):
-        current, proximal = float(data["current"][t]), float(data["proximal"][t])
-        ratio, advantage = math.exp(current - proximal), float(data["advantages"][owner])
-        bounded = min(max(ratio, 1 - spec.clip_low), 1 + spec.clip_high)
-        free = ratio if spec.delta is None else min(ratio, spec.delta)
-        value = -min(free * advantage, bounded * advantage)
-        if spec.importance_cap is not None:
-            value *= min(math.exp(proximal - float(data["sampled"][t])), spec.importance_cap)
-        gap = float(data["reference"][t]) - current
-        rows[owner].append(value + spec.kl_coefficient * (math.exp(gap) - gap - 1))
-    pairs = [(w, row) for w, row in zip(weights, rows, strict=True) if w > 0]
-    if spec.kind in (LossKind.DAPO, LossKind.BNPO):
+    for owner, advantage in enumerate(data["advantages"].tolist()):
+        own = [t for t, other in enumerate(owners) if other == owner]
+        logs = [moved[t] - proximal[t] for t in own]
+        still = sum(now[t] - proximal[t] for t in own) / max(len(own), 1)
+        gap = sum(sampled[t] - now[t] for t in own) / max(len(own), 1)
+        drift = sum(proximal[t] - sampled[t] for t in own)
+        for t in own:
+            ratio = math.exp(
+                {
+                    LossKind.GSPO: sum(logs) / len(own),
+                    LossKind.GSPO_TOKEN: still + moved[t] - now[t],
+                    LossKind.RLOO: sum(logs),
+                }.get(spec.kind, moved[t] - proximal[t])
+            )
+            bounded = min(max(ratio, 1 - spec.clip_low), 1 + spec.clip_high)
+            free = ratio if spec.delta is None else min(ratio, spec.delta)
+            value = -min(free * advantage, bounded * advantage)
+            if spec.kind is LossKind.CISPO:
+                fixed = min(math.exp(now[t] - proximal[t]), 1 + spec.clip_high)
+                value = -fixed * advantage * moved[t]
+            if spec.kind is LossKind.SAPO:
+                steep = spec.sapo_temperature_good if advantage > 0 else spec.sapo_temperature_bad
+                value = -advantage * 4 / steep / (1 + math.exp(-steep * (ratio - 1)))
+            if spec.importance_cap is not None:
+                floor = spec.importance_floor or 0.0
+                weight = math.exp(
+                    drift if spec.correction.by_sequence else proximal[t] - sampled[t]
+                )
+                if spec.correction.rejects and not floor <= weight <= spec.importance_cap:
+                    continue
+                value *= min(max(weight, floor), spec.importance_cap)
+            threshold = spec.off_policy_threshold
+            if threshold is not None and advantage < 0 and gap > threshold:
+                value = 0.0
+            log = moved[t] - anchor[t]
+            kl = {"k1": log, "k2": log * log / 2, "k3": math.exp(-log) + log - 1}[spec.kl_estimator]
+            if spec.kl_place is KlPlace.LOSS:
+                value += spec.kl_coefficient * kl * (ratio if spec.kl_correction else 1)
+            rows[owner].append(value)
+    return rows
+
+
+def reference_loss(
+    data: dict[str, Tensor],
+    spec: LossSpec,
+    weights: list[float],
+    moved: Sequence[float] | None = None,
+) -> float:
+    """The objective: the rows above, over the denominator of the kind."""
+    rows = reference_rows(data, spec, data["current"].tolist() if moved is None else moved)
+    pairs = [(w, row) for w, row in zip(weights, rows, strict=True) if w > 0 and row]
+    if spec.kind in PER_TOKEN:
         return sum(w * sum(row) for w, row in pairs) / sum(w * len(row) for w, row in pairs)
     total = sum(w for w, _ in pairs)
-    if spec.kind is LossKind.GRPO:
-        return sum(w * sum(row) / len(row) for w, row in pairs) / total
-    constant = spec.max_completion_tokens or max(LENGTHS)
-    return sum(w * sum(row) for w, row in pairs) / (total * constant)
-
-
-def our_loss(data: dict[str, Tensor], spec: LossSpec, weights: list[float]) -> Tensor:
-    sample = data["sample"]
-    scale = token_scales(
-        spec.kind, sample, torch.tensor(weights), max_completion_tokens=spec.max_completion_tokens
-    )
-    terms = TokenTerms(
-        data["sampled"],
-        data["advantages"][sample],
-        scale.double(),
-        data["proximal"],
-        data["reference"] if spec.kl_coefficient else None,
-    )
-    return policy_loss(data["current"], terms, spec).loss
+    if spec.kind is LossKind.DR_GRPO:
+        constant = spec.max_completion_tokens or max(LENGTHS)
+        return sum(w * sum(row) for w, row in pairs) / (total * constant)
+    return sum(w * sum(row) / len(row) for w, row in pairs) / total
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("weights", [[1.0] * 4, [1.0, 0.0, 2.0, 0.5]])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"importance_cap": None},
-        {"delta": 1.5, "clip_low": 0.1, "clip_high": 0.1},
-        {"kl_coefficient": 0.3, "max_completion_tokens": 20},
-    ],
-)
-def test_the_loss_is_the_written_out_sum(
-    kind: LossKind, weights: list[float], options: dict[str, Any]
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(("updates", "weights"), [(1, [1.0] * 4), (2, [1.0, 2.0, 0.0, 0.5])])
+def test_loss_and_gradient_are_those_written_out(
+    kind: LossKind, options: dict[str, Any], weights: list[float], updates: int
 ) -> None:
     spec, data = LossSpec(kind=kind, **options), tokens()
-    expected = reference_loss(data, spec, weights)
-    assert float(our_loss(data, spec, weights)) == pytest.approx(expected, rel=1e-6)
+    if updates == 1:
+        del data["proximal"]
+    current = data["current"].clone().requires_grad_()
+    loss = our_loss(data | {"current": current}, spec, weights)
+    found = float(loss.detach())
+    assert found == pytest.approx(reference_loss(data, spec, weights), rel=1e-6, abs=1e-7)
+    loss.backward()
+    step, base = 1e-6, data["current"].tolist()
+    assert current.grad is not None
+    for t in range(TOKENS):
+        up, down = [[*base[:t], base[t] + s, *base[t + 1 :]] for s in (step, -step)]
+        slope = reference_loss(data, spec, weights, up) - reference_loss(data, spec, weights, down)
+        assert float(current.grad[t]) == pytest.approx(slope / (2 * step), rel=1e-4, abs=1e-7)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_downhill_makes_good_tokens_likelier(kind: LossKind) -> None:
+    """The sign, on the policy that sampled: good tokens up, bad tokens down, all of them."""
+    data = tokens()
+    current = data["sampled"].clone().requires_grad_()
+    our_loss(
+        data | {"current": current, "proximal": data["sampled"]}, LossSpec(kind=kind), [1.0] * 4
+    ).backward()
+    assert current.grad is not None
+    assert torch.equal(-current.grad.sign(), data["advantages"][data["sample"]].sign())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -107,180 +155,91 @@ def test_rejected_samples_leave_the_denominator(kind: LossKind) -> None:
     assert float(dropped) == pytest.approx(float(our_loss(smaller, spec, [1, 1, 1, 1])), rel=1e-6)
 
 
-def test_metrics_are_sums_over_tokens() -> None:
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind is not LossKind.RLOO])
+@pytest.mark.parametrize("correction", [Correction.TOKEN_MASK, Correction.SEQUENCE_MASK])
+def test_rejected_tokens_change_nothing(kind: LossKind, correction: Correction) -> None:
+    """A token that no sane ratio has: with it rejected, its values are of no account."""
     data = tokens()
-    spec = LossSpec(importance_cap=1.2)
+    # Two of its tokens are moved against each other, so that ratios of the sequence stay.
+    for name in ("sampled", "current", "proximal"):
+        data[name] = data[name].clone()
+    data["sampled"][5] = -40.0
+    spec = LossSpec(kind=kind, correction=correction, importance_cap=50.0)
+    losses = []
+    for moved in (-1.0, -1.5):
+        data["sampled"][6] = moved
+        data["current"][5], data["current"][6] = moved, -2 - moved
+        losses.append(float(our_loss(data, spec, [1.0] * 4)))
+    if correction is Correction.SEQUENCE_MASK:
+        assert losses[0] == losses[1]
+    assert all(math.isfinite(loss) for loss in losses)
+    kept = data["sample"] != 1
+    small = {name: value if name == "advantages" else value[kept] for name, value in data.items()}
+    whole = our_loss(small, spec, [1.0, 0.0, 1.0, 1.0])
+    if correction is Correction.SEQUENCE_MASK:
+        assert losses[0] == pytest.approx(float(whole), rel=1e-6)
+
+
+def test_selected_tokens_alone_have_a_loss_and_all_share_the_denominator() -> None:
+    data, spec = tokens(), LossSpec()
+    selected = torch.arange(TOKENS) % 3 == 0
+    rows = [value for row in reference_rows(data, spec, data["current"].tolist()) for value in row]
+    expected = sum(v for v, s in zip(rows, selected.tolist(), strict=True) if s) / TOKENS
+    scale = token_scales(spec.kind, data["sample"], torch.ones(4)).double()
     terms = TokenTerms(
         data["sampled"],
         data["advantages"][data["sample"]],
-        torch.ones(sum(LENGTHS), dtype=torch.double),
+        scale,
         data["proximal"],
+        sample=data["sample"],
+        selected=selected,
     )
-    whole = policy_loss(data["current"], terms, spec)
-    parts = [
-        policy_loss(data["current"][half], terms.take(half), spec)
-        for half in (torch.arange(6), torch.arange(6, sum(LENGTHS)))
-    ]
-    for name, value in whole.sums.items():
-        assert float(value) == pytest.approx(sum(float(part.sums[name]) for part in parts))
-    ratio = torch.exp(data["current"] - data["proximal"])
-    advantages = terms.advantages
-    clipped = ((ratio < 0.8) & (advantages < 0)) | ((ratio > 1.28) & (advantages > 0))
-    assert float(whole.sums["clip_fraction"]) == float(clipped.sum()) > 0
-    capped = torch.exp(data["proximal"] - data["sampled"]) > 1.2
-    assert float(whole.sums["importance_capped_fraction"]) == float(capped.sum()) > 0
+    output = policy_loss(data["current"], terms, spec)
+    assert float(output.loss) == pytest.approx(expected, rel=1e-6)
+    assert float(output.sums["selected_fraction"]) == float(selected.sum())
 
 
-def test_bnpo_averages_micro_batches() -> None:
-    sample, micro = torch.tensor([0, 0, 1, 1, 1, 2]), torch.tensor([0, 0, 1, 1, 1, 1])
-    scale = token_scales(LossKind.BNPO, sample, torch.ones(3), micro_batch=micro)
-    assert scale.tolist() == pytest.approx([1 / 4, 1 / 4, 1 / 8, 1 / 8, 1 / 8, 1 / 8])
-
-
-def test_sft_is_the_mean_negative_log_likelihood() -> None:
+@pytest.mark.parametrize("kind", [LossKind.DAPO, LossKind.GSPO_TOKEN])
+def test_every_token_is_moved_by_its_own_advantage(kind: LossKind) -> None:
     data = tokens()
+    current = data["sampled"].clone().requires_grad_()
+    advantages = torch.linspace(-1, 1.5, TOKENS, dtype=torch.double)
     scale = token_scales(LossKind.DAPO, data["sample"], torch.ones(4)).double()
-    assert float(sft_loss(data["current"], scale).loss) == pytest.approx(
-        -float(data["current"].mean())
-    )
-
-
-# ---- advantages
-
-
-def test_leave_one_out_subtracts_the_others() -> None:
-    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 5.0, 3.0])
-    groups = torch.tensor([0, 0, 0, 0, 1, 1])
-    result = group_advantages(rewards, groups, torch.zeros(6, dtype=torch.bool))
-    assert result.values.tolist() == pytest.approx([2 / 3, -2 / 3, -2 / 3, 2 / 3, 2.0, -2.0])
-    mean = group_advantages(
-        rewards, groups, torch.zeros(6, dtype=torch.bool), baseline=Baseline.GROUP_MEAN
-    )
-    assert mean.values.tolist() == pytest.approx([0.5, -0.5, -0.5, 0.5, 1.0, -1.0])
-
-
-def test_flat_and_lonely_groups_have_no_advantage() -> None:
-    result = group_advantages(
-        torch.tensor([1.0, 1.0, 0.1, 0.1, 0.1, 7.0]),
-        torch.tensor([3, 3, 5, 5, 5, 9]),
-        torch.zeros(6, dtype=torch.bool),
-    )
-    assert result.values.tolist() == [0.0] * 6
-    assert result.zero_variance.all()
-
-
-@pytest.mark.parametrize(
-    ("policy", "values", "in_loss"),
-    [
-        (Truncated.FAIL, [1.0, -0.5, -0.5], [True, True, True]),
-        (Truncated.MASK_LOSS, [1.0, -1.0, 0.0], [True, True, False]),
-        (Truncated.KEEP_BASELINE, [1.0, -0.5, 0.0], [True, True, False]),
-    ],
-)
-def test_truncated_rollouts(policy: Truncated, values: list[float], in_loss: list[bool]) -> None:
-    result = group_advantages(
-        torch.tensor([1.0, 0.0, 0.0]),
-        torch.zeros(3, dtype=torch.long),
-        torch.tensor([False, False, True]),
-        truncated_policy=policy,
-    )
-    assert result.values.tolist() == pytest.approx(values)
-    assert result.in_loss.tolist() == in_loss
-
-
-@pytest.mark.parametrize("scale", [Scale.GROUP, Scale.BATCH])
-def test_scaled_advantages_are_those_of_trl(scale: Scale) -> None:
-    rewards = torch.tensor([1.0, 0.0, 0.5, 2.0, 5.0, 4.0, 4.5, 4.0])
-    result = group_advantages(
-        rewards,
-        torch.arange(8) // 4,
-        torch.zeros(8, dtype=torch.bool),
-        baseline=Baseline.GROUP_MEAN,
-        scale=scale,
-    )
-    grouped = rewards.view(2, 4)
-    deviation = grouped.std(1, keepdim=True) if scale is Scale.GROUP else rewards.std()
-    expected = (grouped - grouped.mean(1, keepdim=True)) / (deviation + 1e-4)
-    torch.testing.assert_close(result.values, expected.flatten())
-
-
-# ---- TRL
-
-
-def trl_loss(kind: LossKind, data: dict[str, Tensor], spec: LossSpec) -> tuple[float, Tensor]:
-    """Loss and gradient that TRL's own `_compute_loss` gives for the same numbers."""
-    grpo = pytest.importorskip(
-        "trl.trainer.grpo_trainer",
-        reason="TRL is not installed: pip install regreen[peer]",
-        exc_type=ImportError,
-    )
-    width = max(LENGTHS)
-
-    def padded(flat: Tensor) -> Tensor:
-        rows = torch.split(flat, LENGTHS)
-        return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
-
-    current = data["current"].clone().requires_grad_()
-    mask = padded(torch.ones_like(current)).float()
-    logps = padded(current)
-    noted: dict[str, list[Any]] = {}
-    stand_in = SimpleNamespace(
-        _get_per_token_logps_and_entropies=lambda *a, **k: (logps, torch.zeros_like(logps), None),
-        aux_loss_enabled=False,
-        top_entropy_quantile=1.0,
-        off_policy_mask_threshold=None,
-        importance_sampling_level="token",
-        beta=spec.kl_coefficient,
-        loss_type=kind.value,
-        epsilon_low=spec.clip_low,
-        epsilon_high=spec.clip_high,
-        args=SimpleNamespace(
-            delta=spec.delta, use_bias_correction_kl=False, steps_per_generation=1
-        ),
-        use_vllm=True,
-        vllm_importance_sampling_correction=True,
-        model=SimpleNamespace(training=True),
-        current_gradient_accumulation_steps=1,
-        max_completion_length=spec.max_completion_tokens or width,
-        accelerator=SimpleNamespace(
-            num_processes=1, reduce=lambda value, reduction: value, gather=lambda value: value
-        ),
-        _entropy_bonus_enabled=False,
-        _metrics={"train": _Lists(noted)},
-    )
-    weight = torch.exp(data["proximal"] - data["sampled"]).clamp(max=spec.importance_cap)
-    inputs = {
-        "prompt_ids": torch.zeros(4, 1, dtype=torch.long),
-        "prompt_mask": torch.ones(4, 1, dtype=torch.long),
-        "completion_ids": torch.zeros(4, width, dtype=torch.long),
-        "completion_mask": mask,
-        "advantages": data["advantages"],
-        "old_per_token_logps": padded(data["proximal"]),
-        "ref_per_token_logps": padded(data["reference"]),
-        "importance_sampling_ratio": padded(weight),
-        "num_items_in_batch": mask.sum(),
-    }
-    loss = grpo.GRPOTrainer._compute_loss(stand_in, None, inputs)
-    loss.backward()
+    terms = TokenTerms(data["sampled"], advantages, scale, data["sampled"], sample=data["sample"])
+    policy_loss(current, terms, LossSpec(kind=kind)).loss.backward()
     assert current.grad is not None
-    return float(loss), current.grad
+    torch.testing.assert_close(current.grad, -advantages * scale)
 
 
-class _Lists(dict[str, list[Any]]):
-    def __missing__(self, key: str) -> list[Any]:
-        return self.setdefault(key, [])
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    "options", [{}, {"delta": 1.5}, {"kl_coefficient": 0.3}, {"max_completion_tokens": 11}]
-)
-def test_loss_and_gradient_equal_trl(kind: LossKind, options: dict[str, Any]) -> None:
-    spec, data = LossSpec(kind=kind, **options), tokens(3)
-    expected, gradient = trl_loss(kind, data, spec)
-    ours = data | {"current": data["current"].clone().requires_grad_()}
-    loss = our_loss(ours, spec, [1.0] * 4)
-    loss.backward()
-    assert float(loss) == pytest.approx(expected, rel=1e-5)
-    torch.testing.assert_close(ours["current"].grad, gradient, rtol=1e-5, atol=1e-8)
+def test_the_default_loss_is_bit_equal_to_what_it_was() -> None:
+    """The operations of the first release in their order, in f32."""
+    data = {k: v.float() if v.is_floating_point() else v for k, v in tokens(5).items()}
+    sample, spec = data["sample"], LossSpec()
+    weights = torch.tensor([1.0, 0.5, 1.0, 2.0])
+    lengths = torch.bincount(sample, minlength=4).double()
+    wide = weights.double()
+    scale = (wide[sample] / (wide * lengths).sum().clamp(min=1e-12)).float()
+    advantages = data["advantages"][sample]
+    for proximal in (None, data["proximal"]):
+        current = data["current"].clone().requires_grad_()
+        start = current.detach() if proximal is None else proximal
+        ratio = torch.exp(current - start)
+        bounded = torch.clamp(ratio, 1 - 0.2, 1 + 0.28)
+        weight = torch.clamp(torch.exp(start - data["sampled"]), max=2.0)
+        loss = -torch.minimum(ratio * advantages, bounded * advantages) * weight
+        expected = (loss * scale).sum()
+        expected.backward()
+        ours = data["current"].clone().requires_grad_()
+        terms = TokenTerms(
+            data["sampled"],
+            advantages,
+            token_scales(spec.kind, sample, weights),
+            proximal,
+            sample=sample,
+        )
+        found = policy_loss(ours, terms, spec).loss
+        found.backward()
+        assert torch.equal(found, expected)
+        assert current.grad is not None
+        assert ours.grad is not None
+        assert torch.equal(ours.grad, current.grad)
