@@ -170,20 +170,19 @@ async def _numbers_of_files(tight: "EmbeddedBox", wide: "EmbeddedBox") -> list[C
 
 
 async def _own_files(one: "EmbeddedBox", other: "EmbeddedBox") -> list[Capability]:
-    """Whether programs and devices, on which locks and watches lie, are each sandbox's own.
-
-    They are if two sandboxes and the host tell of three different inodes.
-    """
+    """Whether programs are not the host's files, and devices each sandbox's own: locks and watches
+    lie on their inodes."""
     found = []
-    for name, driver, path in (
-        ("own_programs", "overlayfs", "/usr/bin/env"),
-        ("own_devices", "tmpfs", "/dev/null"),
+    for name, driver, path, whose, inodes in (
+        ("own_programs", "overlayfs", "/usr/bin/env", "the host's", 2),
+        ("own_devices", "tmpfs", "/dev/null", "the host's and all sandboxes'", 3),
     ):
         info = os.stat(path)
         looks = [await _run(box, f"stat -L -c '%d %i' {path}", 3.0) for box in (one, other)]
-        told = {f"{info.st_dev} {info.st_ino}", *(look.stdout.text.strip() for look in looks)}
-        own = all(look.ok for look in looks) and len(told) == 1 + len(looks)
-        detail = "" if own else f"locks and watches on {path} are the host's and all sandboxes'"
+        inside = {look.stdout.text.strip() for look in looks}
+        host = f"{info.st_dev} {info.st_ino}"
+        own = all(look.ok for look in looks) and host not in inside and len(inside) + 1 >= inodes
+        detail = "" if own else f"locks and watches on {path} are {whose}"
         found.append(Capability(name, own, driver if own else "none", detail))
     return found
 

@@ -69,7 +69,8 @@ static bool read_settings(int control, Settings *settings) {
   settings->failed = stat("/proc/self/ns/net", &settings->network) ? strdup("no /proc of this host") : NULL;
   release(&request);
   const char *step = make_root(settings);
-  settings->programs = !mounts_in_programs();
+  settings->programs = false;
+  settings->shown_s = 0;
   if (step != NULL && asprintf(&settings->failed, "%s: %s", step, strerror(errno)) < 0) return false;
   return true;
 }
@@ -99,7 +100,7 @@ static void become_first_process(int sock, const Settings *settings, Request *se
   _exit(0);
 }
 
-static void create(int control, const Settings *settings, Request *seat) {
+static void create(int control, Settings *settings, Request *seat) {
   long id = number(seat);
   int ends[2], flags = SPACES;
   text(seat);
@@ -115,6 +116,7 @@ static void create(int control, const Settings *settings, Request *seat) {
     return;
   }
   seat->at = 0;
+  show_programs(settings);
   int held = -1;
   pid_t pid = syscall(SYS_clone, flags | CLONE_PIDFD | SIGCHLD, NULL, &held, NULL, NULL);
   if (pid == 0) become_first_process(ends[1], settings, seat);

@@ -23,7 +23,7 @@
 #include <unistd.h>
 
 enum { FROM_TREE = 0x4, ONTO_OBJECT = 0x40 }; /* flags of move_mount */
-static const char *const PLACES[] = {"host", "root", "proc", "dev", "empty", NULL};
+static const char *const PLACES[] = {"host", "root", "proc", "dev", "empty", "programs", NULL};
 typedef struct { const char *name; unsigned major, minor; } Device;
 static const Device DEVICES[] = {{"null", 1, 3},   {"zero", 1, 5},    {"full", 1, 7}, {"random", 1, 8},
                                  {"urandom", 1, 9}, {"tty", 5, 0}, {NULL, 0, 0}};
@@ -108,10 +108,11 @@ const char *make_root(Settings *settings) {
   if (!settings->root && !map_ids(0, settings->uid, settings->gid)) return "outer identity";
   if (mount(NULL, "/", NULL, MS_REC | MS_SLAVE, NULL)) return "mounts of the spawner";
   snprintf(path, sizeof path, "%s/stage", settings->home);
-  if (chdir(path) || mount("tmpfs", ".", "tmpfs", SAFE, "mode=755,size=16k,nr_inodes=8") || chdir(path)) return "stage";
+  if (chdir(path) || mount("tmpfs", ".", "tmpfs", SAFE, "mode=755,size=16k,nr_inodes=16") || chdir(path)) return "stage";
   for (const char *const *name = PLACES; *name; name++)
     if (mkdir(*name, 0755)) return "stage";
   if (syscall(SYS_pivot_root, ".", "host") || chroot("host")) return "pivot_root";
+  if (!make_places()) return "stage";
   int top = open(".", O_PATH | O_DIRECTORY | O_CLOEXEC);
   settings->devices = settings->root && can_make_devices();
   const char *failed = settings->devices ? NULL : make_devices(false);

@@ -48,9 +48,8 @@ static const char *const PROC_MASKED[] = {
     "kcore", "keys", "timer_list", "sched_debug", "kallsyms", "kmsg",
 #endif
     NULL};
-static const char *const HOST_PROGRAMS[] = {"/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", NULL};
 
-static int channel, network_of_this, shm = -1, programs_apart[sizeof HOST_PROGRAMS / sizeof *HOST_PROGRAMS];
+static int channel, network_of_this, shm = -1, programs_apart[MOST_PROGRAMS];
 static int segments = -1; /* a file of /proc that sets how many pages all segments may have */
 static char at[320] = "start", breaks_at[320];
 
@@ -237,28 +236,13 @@ static void stage_terminals(void) {
   mount("devpts", "dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, "newinstance,ptmxmode=0666,mode=620,max=64");
 }
 
-bool mounts_in_programs(void) {
-  FILE *mounts = fopen("/proc/self/mountinfo", "re");
-  char *line = NULL, point[4096];
-  size_t room = 0;
-  bool any = mounts == NULL;
-  while (mounts != NULL && getline(&line, &room, mounts) > 0) {
-    if (sscanf(line, "%*s %*s %*s %*s /%4095s", point) != 1 || strchr(point, '/') == NULL) continue;
-    *strchr(point, '/') = '\0';
-    for (int i = 0; HOST_PROGRAMS[i]; i++) any = any || strcmp(point, HOST_PROGRAMS[i] + 1) == 0;
-  }
-  free(line);
-  if (mounts != NULL) fclose(mounts);
-  return any;
-}
-
 static void stage_programs(const Settings *settings) {
   step("host programs");
   for (int i = 0; HOST_PROGRAMS[i]; i++) {
     const char *path = HOST_PROGRAMS[i];
     struct stat info;
     bool there = lstat(path, &info) == 0 && S_ISDIR(info.st_mode);
-    programs_apart[i] = !there ? -1 : settings->programs ? apart(path, "empty") : tree_of(AT_FDCWD, path);
+    programs_apart[i] = !there ? -1 : apart(settings, path);
     need(!there || programs_apart[i] >= 0);
   }
 }
@@ -300,7 +284,7 @@ typedef struct { int tree; const char *target; bool read_only; } Source;
 static Source *open_sources(bool programs, Request *spec, long *count) {
   step("open mounts");
   long asked = number(spec);
-  Source *found = calloc(asked + sizeof HOST_PROGRAMS / sizeof *HOST_PROGRAMS, sizeof *found);
+  Source *found = calloc(asked + MOST_PROGRAMS, sizeof *found);
   need(found != NULL);
   *count = 0;
   for (int i = 0; HOST_PROGRAMS[i]; i++) {

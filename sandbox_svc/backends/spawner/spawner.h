@@ -44,7 +44,8 @@ typedef struct {
   gid_t gid;
   struct sock_fprog filter;
   struct stat network;    /* the spawner's own, in which no sandbox may ever be */
-  bool programs;          /* each sandbox gets the host's programs on inodes of its own; else they are the host's files */
+  bool programs;          /* sandboxes get the host's programs on inodes that are not the host's */
+  time_t shown_s;         /* when these were mounted; 0: never */
   bool devices;           /* each sandbox gets device nodes of its own; else they are the host's */
   char *failed;           /* why there can be no sandboxes; NULL: nothing */
 } Settings;
@@ -69,7 +70,6 @@ bool map_ids(unsigned inside, uid_t uid, gid_t gid);
 
 /* seat.c: from a cloned process to a confined one; a failure is told with its step and ends this process */
 void enter_network(int sock, const Settings *settings, int network); /* that of an earlier sandbox, or a new one */
-bool mounts_in_programs(void); /* whether something is mounted below the host's programs, which an overlay would not show */
 void settle(int sock, const Settings *settings, Request *seat);
 long finish(const Settings *settings, Request *spec); /* how many descriptors a command may have */
 void tell_ready(int sock);                            /* with a descriptor of its network */
@@ -87,8 +87,12 @@ int make_parents(const char *path);
 int tree_of(int directory, const char *path); /* a detached clone of the mounts there */
 int set_attributes(int tree, unsigned long attributes, bool recursive);
 
-/* apart.c: a detached clone of a directory with inodes of its own, or of the mounts there; `empty` is an empty directory */
-int apart(const char *path, const char *empty);
+/* apart.c: the host's directories of programs, and how sandboxes see them */
+enum { MOST_PROGRAMS = 8 };
+extern const char *const HOST_PROGRAMS[];
+bool make_places(void);                                /* once, on the stage */
+void show_programs(Settings *settings);                /* mounts overlays of them where there are none, or old ones */
+int apart(const Settings *settings, const char *path); /* a detached clone of one of these, or of the host's own directory */
 
 /* pid1.c */
 void serve(int sock, long descriptors); /* descriptors: how many a command may have */
