@@ -109,11 +109,14 @@ async def up(
     await asyncio.to_thread(_check_settings, asked)
     layout.make()
     starter: subprocess.Popen[bytes] | None = None
+    mine = False  # known before it is started: an interrupt may come while it is
     give_up_s = time.monotonic() + timeout_s
     try:
         while True:
             if starter is None and not layout.supervised():
+                mine = True
                 starter = _start(layout, asked, fixed_ports is not False, services)
+                mine = starter is not None
             found = describe(layout)
             if found is not None and starter is None:
                 _check_same(found, asked, fixed_ports, services)
@@ -132,7 +135,7 @@ async def up(
                 raise Unavailable(_complaint(layout, rows, *failing[:1]))
             await asyncio.sleep(_POLL_S)
     except BaseException:
-        if starter is not None:
+        if mine:
             await down(layout)
         raise
 

@@ -40,6 +40,9 @@ from regreen.train.weights import Weights, weights_of
 TokenReport = Callable[[int, int], None]
 """Called with tokens done and tokens in all, as the learner counts them."""
 
+_BELOW_0 = frozenset({"importance_cap", "zero_stage"})
+"""Hyperparameters that a negative number switches off, or leaves to the engine."""
+
 
 @dataclass(frozen=True, slots=True)
 class Position:
@@ -279,7 +282,8 @@ def hyperparameters(values: Mapping[str, float | int | str]) -> learner_pb.Hyper
             raise InvalidArgument(
                 f"hyperparameters.{name}", "is unknown", f"use one of {', '.join(names)}"
             )
-        if not isinstance(value, str) and not 0 <= value < math.inf:
+        least = -math.inf if name in _BELOW_0 else 0
+        if not isinstance(value, str) and not (math.isfinite(value) and value >= least):
             problem = f"is {value}"
             raise InvalidArgument(f"hyperparameters.{name}", problem, "give a number from 0 on")
         whole = isinstance(getattr(found, name), int) and isinstance(value, float)

@@ -361,7 +361,7 @@ def main(files: list[str], every: int) -> int:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("files", nargs="*", choices=[[], *sorted(TESTS_OF)], metavar="FILE")
     parser.add_argument("--every", type=int, default=1, metavar="N")
     options = parser.parse_args()

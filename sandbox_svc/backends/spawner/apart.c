@@ -104,5 +104,7 @@ void show_programs(Settings *settings) {
 int apart(const Settings *settings, const char *path) {
   char place[64];
   place_of(place, sizeof place, path);
-  return tree_of(AT_FDCWD, settings->programs ? place : path);
+  int tree = tree_of(AT_FDCWD, settings->programs ? place : path);
+  if (settings->programs) umount2(place, MNT_DETACH); /* in this clone alone: nothing of the host stays beneath its root */
+  return tree;
 }

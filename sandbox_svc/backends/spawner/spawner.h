@@ -92,7 +92,7 @@ enum { MOST_PROGRAMS = 8 };
 extern const char *const HOST_PROGRAMS[];
 bool make_places(void);                                /* once, on the stage */
 void show_programs(Settings *settings);                /* mounts overlays of them where there are none, or old ones */
-int apart(const Settings *settings, const char *path); /* a detached clone of one of these, or of the host's own directory */
+int apart(const Settings *settings, const char *path); /* in a clone, once: one of these, or the host's own directory */
 
 /* pid1.c */
 void serve(int sock, long descriptors); /* descriptors: how many a command may have */
