@@ -41,8 +41,6 @@ _START = (
 _LISTS = {
     "no task ": "tasks list",
     "no trajectory ": "traj list",
-    "no such state": "state list",
-    "no such sandbox": "sandbox list",
 }
 """How messages of an id that nothing has begin, and the command that lists what there is."""
 _QUIET_S = 10.0

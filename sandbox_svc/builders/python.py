@@ -6,6 +6,7 @@
 - The baseline is what the broken State itself says, run by the validator's own test runner.
 """
 
+import asyncio
 import hashlib
 import json
 import os
@@ -406,7 +407,8 @@ async def _read_settings(box: Box) -> dict[str, str]:
             content = await box.read_file(f"{REPO}/{path}", 1 << 20)
         except (FailedPrecondition, NoSuchFile):  # too large, or a name that is no text
             content = b"\xff"
-        found[path] = pytest_settings(path.rpartition("/")[2], content)
+        name = path.rpartition("/")[2]
+        found[path] = await asyncio.to_thread(pytest_settings, name, content)
     return found
 
 

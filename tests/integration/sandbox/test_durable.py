@@ -115,14 +115,20 @@ async def test_a_record_that_a_full_disk_kept_from_being_durable_becomes_so(tmp_
                     assert done.stdout.head == str(pages).encode()
 
 
-async def test_without_descriptors_it_is_tried_again_too(tmp_path):
-    runtime = EmbeddedRuntime(tmp_path / "home", run_probes=False, warm_seats=0)
+async def _opened(home: Path) -> tuple[EmbeddedRuntime, StateStore, str]:
+    """A runtime, the states over it, and a layer that none of them has yet."""
+    runtime = EmbeddedRuntime(home, run_probes=False, warm_seats=0)
     await runtime.start()
-    states = StateStore(tmp_path / "home", runtime)
+    states = StateStore(home, runtime)
     await states.open()
     box = await runtime.create([], limits=Limits())
     layer = await box.freeze()
     await box.delete()
+    return runtime, states, layer
+
+
+async def test_without_descriptors_it_is_tried_again_too(tmp_path):
+    runtime, states, layer = await _opened(tmp_path / "home")
     await runtime.settle()
     states.record(states.stamp(await states.add([layer], action="one")))
     with only(0):
@@ -142,13 +148,8 @@ async def test_without_descriptors_it_is_tried_again_too(tmp_path):
 
 
 async def test_a_record_that_cannot_be_read_is_not_taken_for_a_damaged_one(tmp_path):
-    runtime = EmbeddedRuntime(tmp_path / "home", run_probes=False, warm_seats=0)
-    await runtime.start()
-    states = StateStore(tmp_path / "home", runtime)
-    await states.open()
-    box = await runtime.create([], limits=Limits())
-    state = await states.add([await box.freeze()], action="one")
-    await box.delete()
+    runtime, states, layer = await _opened(tmp_path / "home")
+    state = await states.add([layer], action="one")
     await states.close()
     again = StateStore(tmp_path / "home", runtime)
     record = tmp_path / "home" / "states" / f"{state.id}.json"

@@ -30,6 +30,14 @@ HOOK = (
 BROKEN = "import greet\n"
 """A configuration that cannot be imported before the fix."""
 CHECKS = "[tool:pytest]\ntestpaths = checks\npython_files = check_*.py\n"
+HELPED = {
+    "conftest.py": BROKEN,
+    "checks/helper.py": "def agreed(value):\n    return value == 'Hello, Ada!'\n",
+    "checks/check_g.py": (
+        "from helper import agreed\n\n\ndef test_h():\n    from greet import greeting\n\n"
+        "    assert agreed(greeting('Ada'))\n"
+    ),
+}
 DOC = "def f():\n    '''\n    >>> 1\n    {}\n    '''\n"
 WHO = "import pytest\n\n\n@pytest.fixture\ndef who():\n    return 'Ada'\n"
 WITH = "def test_h(who):\n    import greet\n\n    assert greet.greeting(who) == 'Hello, Ada!'\n"
@@ -99,15 +107,7 @@ AT_ONCE: dict[str, tuple[dict[str, str], dict[str, Any], str, str, str]] = {
         "test",
     ),
     "a helper in a folder that settings name": (
-        {
-            "setup.cfg": CHECKS,
-            "conftest.py": BROKEN,
-            "checks/helper.py": "def agreed(value):\n    return value == 'Hello, Ada!'\n",
-            "checks/check_g.py": (
-                "from helper import agreed\n\n\ndef test_h():\n    from greet import greeting\n\n"
-                "    assert agreed(greeting('Ada'))\n"
-            ),
-        },
+        {"setup.cfg": CHECKS, **HELPED},
         {"arguments": ()},
         "checks/helper.py",
         "def agreed(value): return True\n",
@@ -173,15 +173,7 @@ AT_ONCE: dict[str, tuple[dict[str, str], dict[str, Any], str, str, str]] = {
         "test",
     ),
     "a helper in a folder that pytest.ini names": (
-        {
-            "pytest.ini": "[pytest]\ntestpaths = checks\npython_files = check_*.py\n",
-            "conftest.py": BROKEN,
-            "checks/helper.py": "def agreed(value):\n    return value == 'Hello, Ada!'\n",
-            "checks/check_g.py": (
-                "from helper import agreed\n\n\ndef test_h():\n    from greet import greeting\n\n"
-                "    assert agreed(greeting('Ada'))\n"
-            ),
-        },
+        {"pytest.ini": CHECKS.replace("tool:", ""), **HELPED},
         {"arguments": ()},
         "checks/helper.py",
         "def agreed(value): return True\n",

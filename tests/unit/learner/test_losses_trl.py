@@ -79,6 +79,17 @@ def stand_in(spec: LossSpec, logps: Tensor, **more: Any) -> SimpleNamespace:
     return SimpleNamespace(**values)
 
 
+def rows(mask: Tensor, advantages: Tensor) -> dict[str, Tensor]:
+    """What TRL's losses ask of any batch: prompts of one token, and completions of `LENGTHS`."""
+    return {
+        "prompt_ids": torch.zeros(4, 1, dtype=torch.long),
+        "prompt_mask": torch.ones(4, 1, dtype=torch.long),
+        "completion_ids": torch.zeros(4, max(LENGTHS), dtype=torch.long),
+        "completion_mask": mask,
+        "advantages": advantages,
+    }
+
+
 def trl_loss(
     data: dict[str, Tensor], spec: LossSpec, weight: Tensor | None = None, **more: Any
 ) -> tuple[float, Tensor]:
@@ -96,11 +107,7 @@ def trl_loss(
     if weight is None:
         weight = torch.exp(data["proximal"] - data["sampled"]).clamp(max=spec.importance_cap)
     inputs = {
-        "prompt_ids": torch.zeros(4, 1, dtype=torch.long),
-        "prompt_mask": torch.ones(4, 1, dtype=torch.long),
-        "completion_ids": torch.zeros(4, max(LENGTHS), dtype=torch.long),
-        "completion_mask": mask,
-        "advantages": data["advantages"],
+        **rows(mask, data["advantages"]),
         "old_per_token_logps": padded(data["proximal"]),
         "ref_per_token_logps": padded(data["reference"]),
         "sampling_per_token_logps": padded(data["sampled"]),
@@ -163,11 +170,7 @@ def test_rloo_equals_trl() -> None:
     current = data["current"].clone().requires_grad_()
     mask = padded(torch.ones_like(current)).float()
     inputs = {
-        "prompt_ids": torch.zeros(4, 1, dtype=torch.long),
-        "prompt_mask": torch.ones(4, 1, dtype=torch.long),
-        "completion_ids": torch.zeros(4, max(LENGTHS), dtype=torch.long),
-        "completion_mask": mask,
-        "advantages": data["advantages"],
+        **rows(mask, data["advantages"]),
         "old_logps": (padded(data["proximal"]) * mask).sum(1),
     }
     loss = rloo.RLOOTrainer._compute_loss(stand_in(spec, padded(current)), None, inputs)
