@@ -6,6 +6,8 @@
   sandbox's life, so that many short commands add up.
 - What is written from outside is counted before it is written, against the last measure and what
   came since; the upper is measured where that could be too much, and then the write is refused.
+  What processes wrote meanwhile shows in the free space, unless others give back as much: then it
+  counts from the next interval on.
 - A tree that cannot be looked at whole is over as soon as free space could say so, and after a
   short while in any case: hiding files is no way around the limit.
 - Each look at the free space is noted for the commands that run: what fails on a host that is

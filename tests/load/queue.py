@@ -459,9 +459,12 @@ def storm(plan: Plan, tell: Callable[[str], None] = lambda line: None) -> dict[s
         with Postgres(home / "pg") as postgres:
             run = Run(home, plan, postgres, tell)
             try:
-                return asyncio.run(run.run())
+                report = asyncio.run(run.run())
             finally:
                 run.end_service()
+            if report["faults"]:
+                sys.stderr.write((home / "service.log").read_text("utf-8", "replace")[-40_000:])
+            return report
     finally:
         remove(home)
 

@@ -105,6 +105,8 @@ async def test_what_processes_and_callers_write_counts_together(tmp_path):
         async with asyncio.timeout(30):
             while int((await runtime_box.usage())["unlinked"]) < 20_000_000:
                 pass
+        # other tests that give room back meanwhile hide what was written until it is measured
+        await runtime_box._watch.measure(0, anyway=True)
         assert await _written(place, box, 20, 2 << 20) < 7  # a file without a name is there too
         assert not task.done()
         await place.sandboxes.delete_sandbox(box)
