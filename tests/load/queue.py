@@ -482,13 +482,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=usual.seed)
     parser.add_argument("--out", type=Path, default=Path("build/bench/queue-faults.json"))
     given = parser.parse_args(argv)
-    plan = Plan(
-        given.workers,
-        given.rollouts,
-        given.per_process,
-        deadline_s=given.deadline_s,
-        seed=given.seed,
-    )
+    sizes = (given.workers, given.rollouts, given.per_process)
+    plan = Plan(*sizes, deadline_s=given.deadline_s, seed=given.seed)
     report = storm(plan, lambda line: print(line, file=sys.stderr, flush=True))
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(report, indent=2) + "\n")
