@@ -85,16 +85,20 @@ async def _by_layers(service: "Service", root: str) -> dict[str, str]:
 
 async def _children(service: "Service", state: str, other: "Service") -> tuple[Samples, Samples]:
     """Time of one more fork while so many children of the State live; there and in another
-    service of this host, which has none."""
+    service of this host, which has none.
+
+    Counted up and down again, so that a host that gets slower or faster meanwhile favours none.
+    """
     live: list[str] = []
     found: Samples = {}
     elsewhere: Samples = {}
     empty = await other.root_state()
     await _forks_of(other, empty, 5)
-    for wanted in _CHILDREN:
+    for wanted in (*_CHILDREN, *reversed(_CHILDREN)):
         while len(live) < wanted:
             more = min(16, wanted - len(live))
             live += await asyncio.gather(*(service.create(state) for _ in range(more)))
+        await _delete(service, live, wanted)
         await asyncio.sleep(_REST_S)
         for _ in range(5):
             found.setdefault(str(wanted), []).extend(await _forks_of(service, state, 10))
@@ -102,9 +106,16 @@ async def _children(service: "Service", state: str, other: "Service") -> tuple[S
         told, others = await service.live(), await other.live()
         _must((told, others) == (wanted, 0), f"{wanted} children: {told} live, {others} elsewhere")
         _say(f"{wanted} children")
-    for start in range(0, len(live), 16):
-        await asyncio.gather(*(service.delete(box) for box in live[start : start + 16]))
+    await _delete(service, live, 0)
     return found, elsewhere
+
+
+async def _delete(service: "Service", live: list[str], left: int) -> None:
+    """Delete the sandboxes that were made last, until so many are left."""
+    while len(live) > left:
+        gone = live[max(left, len(live) - 16) :]
+        await asyncio.gather(*(service.delete(box) for box in gone))
+        del live[len(live) - len(gone) :]
 
 
 async def _forks_of(service: "Service", state: str, count: int) -> list[float]:

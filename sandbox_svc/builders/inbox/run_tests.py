@@ -21,7 +21,6 @@ Code under test shares this process and could reach the key; see "What remains" 
 from __future__ import annotations
 
 import atexit
-import builtins
 import contextlib
 import hashlib
 import hmac
@@ -34,14 +33,12 @@ import struct
 import sys
 import threading
 import traceback
-from types import FunctionType, ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 BAD = ("failed", "error")
 MOST_CONTROLS = 12
-WATCHED_ROOTS = ("_pytest", "pluggy", "unittest")
-PYTEST_ITSELF = ("_pytest.config.Config._getini_unknown_type",)
-"""What pytest replaces of itself in every run."""
+PYTEST = ("pytest", "_pytest", "pluggy")
 
 
 class Pipe:
@@ -133,72 +130,6 @@ class Reporter:
         self.send({"t": "end", "status": int(exitstatus)})
 
 
-class Watch:
-    """Remembers the functions of the test runner and tells which of them were replaced."""
-
-    def __init__(self, modules: list[ModuleType]) -> None:
-        self.entries: list[tuple[str, Any, str, Any]] = []
-        self.insides: dict[int, tuple[str, FunctionType, Any, Any, Any]] = {}
-        self.sizes: list[tuple[str, Any, frozenset[str], tuple[Any, ...]]] = []
-        for module in modules:
-            space = vars(module)
-            self.sizes.append((module.__name__, space, frozenset(space), (builtins,)))
-            for name, value in list(space.items()):
-                home = getattr(value, "__module__", None) or type(value).__module__
-                if not callable(value) or str(home).split(".")[0] not in WATCHED_ROOTS:
-                    continue
-                self.add(module.__name__, space, name, value)
-                if isinstance(value, type) and home == module.__name__:
-                    self.add_class(value)
-
-    def add_class(self, cls: type) -> None:
-        label, space = f"{cls.__module__}.{cls.__name__}", vars(cls)
-        self.sizes.append((label, space, frozenset(space), cls.__mro__[1:]))
-        for name, value in list(space.items()):
-            if is_code(value) and not isinstance(value, type):
-                self.add(label, space, name, value)
-
-    def add(self, label: str, space: Any, name: str, value: Any) -> None:
-        if f"{label}.{name}" in PYTEST_ITSELF:
-            return
-        self.entries.append((f"{label}.{name}", space, name, value))
-        for part in functions(value):
-            parts = (part.__code__, part.__defaults__, part.__kwdefaults__)
-            self.insides.setdefault(id(part), (f"{label}.{name}", part, *parts))
-
-    def replaced(self) -> list[str]:
-        """Names whose value or code is another one now, or that hide what was used before."""
-        found = {name for name, space, key, value in self.entries if space.get(key) is not value}
-        for name, part, code, defaults, kwdefaults in self.insides.values():
-            if part.__code__ is not code or part.__defaults__ is not defaults:
-                found.add(name)
-            if part.__kwdefaults__ is not kwdefaults:
-                found.add(name)
-        for label, space, names, hidden in self.sizes:
-            for name in () if names.issuperset(space) else set(space) - names:
-                below = any(name in vars(other) for other in hidden)
-                if below and not name.startswith("__annot") and is_code(space[name]):
-                    found.add(f"{label}.{name}")
-        return sorted(found)
-
-
-def is_code(value: Any) -> bool:
-    return callable(value) or hasattr(type(value), "__get__")
-
-
-def functions(value: Any) -> list[FunctionType]:
-    """The functions in a value, whose code can be exchanged while it stays the same object."""
-    if isinstance(value, (classmethod, staticmethod)):
-        value = value.__func__
-    elif isinstance(value, property):
-        value = value.fget
-    found: list[FunctionType] = []
-    while isinstance(value, FunctionType) and value not in found:
-        found.append(value)
-        value = value.__dict__.get("__wrapped__")
-    return found
-
-
 def beside(name: str) -> Any:
     """A module of a file beside this one; it and what only it needs stay invisible."""
     before = set(sys.modules)
@@ -213,6 +144,7 @@ def beside(name: str) -> Any:
 
 control_body, around = beside("control").control_body, beside("quiet")
 Origin, Lines, Part = beside("origin").Origin, beside("lines").Lines, beside("part").Part
+watch_pytest = beside("watch").watch_pytest
 
 
 class Controls:
@@ -223,7 +155,7 @@ class Controls:
     test's, and they inherit no marker.
     """
 
-    def __init__(self, pipe: Pipe, key: bytes, watch: Watch, pytest: Any) -> None:
+    def __init__(self, pipe: Pipe, key: bytes, watch: Any, pytest: Any) -> None:
         self.send, self.key, self.watch, self.pytest = pipe.send, key, watch, pytest
         self.runner = sys.modules["_pytest.runner"]
         self.kinds: dict[int, str] = {}
@@ -263,7 +195,7 @@ class Controls:
         try:
             parent = self.make(self.place(), "controls", session)
             if kind == "collect":
-                collector = self.make(self.collector(), name, parent)
+                collector = unshown(self.make(self.collector(), name, parent))
                 report = collector.ihook.pytest_make_collect_report(collector=collector)
                 outcome = report.outcome
             else:
@@ -289,7 +221,7 @@ class Controls:
 
     def item(self, kind: str, name: str, parent: Any) -> Any:
         parent.obj = SimpleNamespace(**{name: control_body})  # where pytest before 6 looks again
-        item = self.make(self.pytest.Function, name, parent, callobj=control_body)
+        item = unshown(self.make(self.pytest.Function, name, parent, callobj=control_body))
         item.fixturenames = ["no_such_fixture"] if kind == "setup" else []
         # What is set up for the tests around it, packages and folders, must stay as it is.
         chain = [node for node in parent.session._setupstate.stack if node is not parent.session]
@@ -324,16 +256,10 @@ class Controls:
         self.tell()
 
 
-def watched_modules() -> list[ModuleType]:
-    """The modules that make the results: all of pytest that it is going to load itself."""
-    plugins = getattr(importlib.import_module("_pytest.config"), "default_plugins", ())
-    for name in ("unittest.case", *(f"_pytest.{plugin}" for plugin in plugins)):
-        with contextlib.suppress(ImportError):
-            importlib.import_module(name)
-    roots = ("_pytest", "pytest", "pluggy")
-    names = [name for name in sorted(sys.modules) if name.partition(".")[0] in roots]
-    found = [sys.modules[name] for name in ("unittest.case", *names)]
-    return [module for module in found if isinstance(module, ModuleType)]
+def unshown(node: Any) -> Any:
+    """The same node, whose failure nobody spends time to show: its report goes no further."""
+    node.repr_failure = node._repr_failure_py = lambda *_, **__: "this control must fail"
+    return node
 
 
 def import_pytest(root: str, send: Any) -> Any:
@@ -350,7 +276,7 @@ def import_pytest(root: str, send: Any) -> Any:
     except ImportError:
         if clean == path:
             raise
-        for name in [n for n in sys.modules if n.split(".")[0] in ("pytest", *WATCHED_ROOTS[:2])]:
+        for name in [n for n in sys.modules if n.split(".")[0] in PYTEST]:
             del sys.modules[name]
         sys.path[:] = path
         importlib.invalidate_caches()
@@ -382,7 +308,7 @@ class Ahead:
         pipe = Pipe(fd, bytes.fromhex(first["key"]))
         path, notes = list(sys.path), []  # type: tuple[list[str], list[Any]]
         self.pytest = own_pytest(first["root"], notes.append)
-        self.watch = Watch(watched_modules())
+        self.watch = watch_pytest()
         sys.argv = [entry_point(self.pytest)]
         sys.path[:] = [os.getcwd(), *path]
         with around.quiet() as log:
@@ -422,7 +348,7 @@ def run_pytest(setup: dict[str, Any], pipe: Pipe, key: bytes, ahead: Ahead | Non
     path = list(sys.path)
     pytest = ahead.pytest if ahead is not None else own_pytest(setup["root"], pipe.send)
     pipe.send({"t": "pytest", "version": pytest.__version__})
-    watch = ahead.watch if ahead is not None else Watch(watched_modules())
+    watch = ahead.watch if ahead is not None else watch_pytest()
     controls = Controls(pipe, key, watch, pytest)
     sys.path[:] = [os.getcwd(), *path]
     sys.argv = [entry_point(pytest)]

@@ -34,8 +34,11 @@ class Whence:
         self.tell(found)
 
     def pytest_sessionfinish(self) -> None:
-        modules = {n: m for n, m in list(sys.modules.items()) if "." in n}
-        self.tell({told for name, m in modules.items() for told in self.inside(name, m)})
+        below: dict[str, list[str]] = {}
+        for package, dot, name in (name.rpartition(".") for name in list(sys.modules)):
+            if dot:
+                below.setdefault(package, []).append(name)
+        self.tell({t for package, names in below.items() for t in self.inside(package, names)})
 
     def tell(self, found: set[str]) -> None:
         if found:
@@ -48,18 +51,21 @@ class Whence:
         ours = path.startswith(self.root) and path.endswith(".py")
         return [f"{path} by {origin}"] if ours and origin and origin != path else []
 
-    def inside(self, name: str, module: Any) -> list[str]:
-        """A module beside which, in the folder of its package, a file of the State's should be."""
-        package, _, last = name.rpartition(".")
-        home, origin = origin_of(sys.modules.get(package)), origin_of(module)
-        if not origin or os.path.basename(home) != PACKAGE or not home.startswith(self.root):
+    def inside(self, package: str, names: list[str]) -> list[str]:
+        """Modules of a package in whose folder a file of the State's should be in their place."""
+        home = origin_of(sys.modules.get(package))
+        if os.path.basename(home) != PACKAGE or not home.startswith(self.root):
             return []
-        start = os.path.join(os.path.dirname(home), last)
-        own = [start + ".py", os.path.join(start, PACKAGE)]
-        if origin in own:
-            return []
-        held = [path for path in own if self.is_test(path) and os.path.isfile(path)]
-        return [f"{path} by {origin}" for path in held]
+        found = []
+        for name in names:
+            start = os.path.join(os.path.dirname(home), name)
+            own, origin = [start + ".py", os.path.join(start, PACKAGE)], ""
+            held = [path for path in own if self.is_test(path) and os.path.isfile(path)]
+            if held:
+                origin = origin_of(sys.modules.get(f"{package}.{name}"))
+            if origin and origin not in own:
+                found += [f"{path} by {origin}" for path in held]
+        return found
 
 
 def origin_of(module: Any) -> str:
