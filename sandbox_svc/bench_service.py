@@ -36,6 +36,8 @@ from sandbox_svc.floor import Floor
 
 LEVELS = (1, 2, 8, 32)
 _READY_S, _CALL_S = 60.0, 600.0
+_ROUNDS = 10
+"""In which the contenders take turns: a host is faster and slower for seconds at a time."""
 _REST_S = 1.0
 """After each contender's turn: what it left to be cleared away is nobody else's load."""
 _TARGETS: dict[str, tuple[str, float]] = {
@@ -232,14 +234,14 @@ async def levels(
     live = await service.create(state)
     found: dict[str, Samples] = {}
     for lanes in LEVELS:
-        count = max(turns, lanes)
+        count = max(3 * turns // _ROUNDS, lanes)
         rows: Samples = {}
 
         async def one(name: str, once: Once, times: int, lanes: int = lanes) -> None:
             rows.setdefault(name, []).extend(await at_once(once, times, lanes))  # noqa: B023
             await asyncio.sleep(_REST_S)
 
-        for _ in range(3):
+        for _ in range(_ROUNDS):
             if floor is not None:
                 measured = await asyncio.to_thread(floor.turns, count, lanes)
                 rows.setdefault("floor", []).extend(measured)
@@ -374,7 +376,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; the exit code."""
     parser = argparse.ArgumentParser(prog="sandbox_svc.bench_service", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--turns", type=int, default=100, help="turns at each concurrency, thrice")
+    parser.add_argument(
+        "--turns", type=int, default=100, help="a third of the turns at each concurrency"
+    )
     parser.add_argument("--docker-image", default="debian:bookworm-slim", help="image for Docker")
     parser.add_argument("--no-large", action="store_true", help="leave out the state of 1 GB")
     options = parser.parse_args(argv)

@@ -184,7 +184,11 @@ class EmbeddedRuntime:
         door: Door | None = None,
         base: str = HOST_BASE,
     ) -> EmbeddedBox:
-        """Start a box over `layers` (lowest first); an empty sequence is the bare base."""
+        """Start a box over `layers` (lowest first); an empty sequence is the bare base.
+
+        Raises:
+            FailedPrecondition: a layer is not on this host.
+        """
         _check_mounts(mounts)
         box = EmbeddedBox(self, secrets.token_hex(6), layers, self._complete(limits), env, door)
         self._mounts[box.id] = tuple(mounts)
@@ -193,8 +197,10 @@ class EmbeddedRuntime:
         self._boxes[box.id] = box
         try:
             await box.launch()
-        except BaseException:
+        except BaseException as error:
             await asyncio.shield(box.delete())
+            if isinstance(error, InfraError):
+                self.layout.require(layers)
             raise
         return box
 
@@ -379,6 +385,7 @@ class EmbeddedRuntime:
             lowest = [self._base, targets]
         else:  # mount points lie above the layers of an image
             lowest = [self.layout.ensure_base(whole=True)]
+        self.layout.require((*below, *layers))
         names = self.layout.lower_names(lowest, below)
         beneath = [self._home / name for name in names]
         tops = [self.layout.layer(layer) for layer in layers]

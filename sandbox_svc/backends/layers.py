@@ -229,17 +229,24 @@ class Layout:
     def lower_names(
         self, below: Sequence[str], layers: Sequence[str], above: Sequence[str] = ()
     ) -> list[str]:
-        """Relative lower directories, lowest first; raises when a layer is missing."""
-        for layer in layers:
-            if not os.path.isdir(f"{self.home}/layers/{layer}"):
-                raise FailedPrecondition(
-                    f"layer {layer} is not on this host; import or prepare its state again",
-                    metadata={"layer": layer},
-                )
+        """Relative lower directories, lowest first."""
         names = [*below, *(f"layers/{layer}" for layer in layers), *above]
         if sum(len(name) + 1 for name in names) > _OPTION_BYTES:
             raise FailedPrecondition(f"{len(layers)} layers are too many; flatten the state")
         return names
+
+    def require(self, layers: Iterable[str]) -> None:
+        """Make sure that layers are here, which is not looked at before each of many mounts.
+
+        Raises:
+            FailedPrecondition: one is not.
+        """
+        for layer in layers:
+            if not self.layer(layer).is_dir():
+                raise FailedPrecondition(
+                    f"layer {layer} is not on this host; import or prepare its state again",
+                    metadata={"layer": layer},
+                )
 
     def ensure_base(self, *, whole: bool = False) -> str:
         """Build the base skeleton when it is missing; returns its relative name.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from regreen.rpc.errors import InvalidArgument, ResourceExhausted
+from regreen.rpc.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from sandbox_svc.backends.base import Limits
 from sandbox_svc.backends.embedded import EmbeddedRuntime
 from sandbox_svc.builders.base import Prepared
@@ -160,3 +160,15 @@ def _groups(runtime) -> int:
     """Control groups that sandboxes and warm seats have."""
     groups: dict[str, Path] = getattr(runtime.cgroups, "_groups", {})
     return max((sum(e.is_dir() for e in path.iterdir()) for path in groups.values()), default=0)
+
+
+async def test_a_layer_that_is_gone_is_named_and_is_no_sandbox(parts, tmp_path):
+    runtime, states, manager = parts
+    state = await small_state(runtime, states)
+    layer = state.layers[-1]
+    (tmp_path / "home" / "layers" / layer).rename(tmp_path / "home" / "elsewhere")
+    with pytest.raises(FailedPrecondition, match=f"layer {layer} is not on this host"):
+        await manager.create(state.id)
+    assert not manager.list()
+    (tmp_path / "home" / "elsewhere").rename(tmp_path / "home" / "layers" / layer)
+    assert (await manager.create(state.id)).layers == state.layers
