@@ -249,8 +249,8 @@ async def levels(
             await one("posix_spawn", posix_spawn, count)
             await one("exec", lambda: _exec(service, live), count)
             if docker is not None:
-                await one("docker_cycle", docker.cycle, max(lanes, count // 10))
-                await one("docker_exec", docker.exec, max(lanes, count // 10))
+                await one("docker_cycle", docker.cycle, max(lanes, count // 5))
+                await one("docker_exec", docker.exec, max(lanes, count // 5))
         found[str(lanes)] = rows
         _say(f"concurrency {lanes}")
     await service.delete(live)

@@ -441,6 +441,8 @@ class EmbeddedBox(BoxFiles):
         self._ended = True
         self._close_gate()
         seat, self._seat = self._seat, None
+        if for_good and self._link is not None:
+            self._link.close()  # nobody is to hear what it said last
         if seat is not None:
             part = Part.GROUP
             if for_good and seat.name == self.place:

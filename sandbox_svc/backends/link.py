@@ -17,7 +17,6 @@ from sandbox_svc.backends import wire
 from sandbox_svc.backends.fds import NONE_LEFT, exhausted
 
 _REPLY_S = 60.0
-_BATCH = 32
 
 
 class LinkClosed(Exception):
@@ -93,18 +92,16 @@ class Link:
                 raise LinkClosed from error
 
     def _on_readable(self) -> None:
-        for _ in range(_BATCH):
-            try:
-                received = wire.receive(self._sock)
-            except BlockingIOError:
-                return
-            except ConnectionResetError:
-                continue  # told once, before what the other side sent last
-            except (OSError, json.JSONDecodeError):
-                received = None
-            if received is None:
-                self.close()
-                return
+        """Take one message: most come alone, and the loop calls again while there are more."""
+        try:
+            received = wire.receive(self._sock)
+        except (BlockingIOError, ConnectionResetError):
+            return  # a reset is told once, before what the other side sent last
+        except (OSError, json.JSONDecodeError):
+            received = None
+        if received is None:
+            self.close()
+        else:
             self._dispatch(*received)
 
     def _dispatch(self, message: wire.Message, fds: list[int]) -> None:

@@ -17,6 +17,8 @@ from sandbox_svc.backends.base import Captured, OutputSink
 _CHUNK_BYTES = 65_536
 _FINISH_BYTES = 4 << 20
 _FLOOD_PAUSE_S = 0.002
+_FIRST_LOOK_S = 0.003
+"""From which on the event loop watches a pipe: commands that have ended by then cost it nothing."""
 _SINK_CHUNKS = 16
 
 
@@ -117,7 +119,7 @@ class PipeReader:
             os.set_blocking(self._fd, False)
             if sink is not None:
                 self._pump = self._loop.create_task(self._deliver(sink))
-            self._watch()
+            self._resume = self._loop.call_later(_FIRST_LOOK_S, self._watch)
         except BaseException:
             self.close()
             raise

@@ -61,7 +61,10 @@ def send(sock: socket.socket, fields: Sequence[Field], fds: tuple[int, ...] = ()
     """Send one request; raises BlockingIOError when a non-blocking socket is full."""
     body = encoded(fields)
     if len(body) <= _INLINE_BYTES:
-        socket.send_fds(sock, [body], list(fds))
+        if fds:
+            socket.send_fds(sock, [body], list(fds))
+        else:
+            sock.send(body)
         return
     large = memfd(body)
     try:
