@@ -17,6 +17,7 @@ from sandbox_svc.backends import wire
 from sandbox_svc.backends.fds import NONE_LEFT, exhausted
 
 _REPLY_S = 60.0
+_BATCH = 32
 
 
 class LinkClosed(Exception):
@@ -92,17 +93,24 @@ class Link:
                 raise LinkClosed from error
 
     def _on_readable(self) -> None:
-        """Take one message: most come alone, and the loop calls again while there are more."""
-        try:
-            received = wire.receive(self._sock)
-        except (BlockingIOError, ConnectionResetError):
-            return  # a reset is told once, before what the other side sent last
-        except (OSError, json.JSONDecodeError):
-            received = None
-        if received is None:
-            self.close()
-        else:
+        """Take what came, to the end where there is one: uvloop watches no socket any more that
+        had an error, which is how the other side's end shows if it has left requests unread."""
+        left = _BATCH
+        while left:
+            try:
+                received = wire.receive(self._sock)
+            except BlockingIOError:
+                return
+            except ConnectionResetError:
+                left = -1  # told once, before what the other side sent last
+                continue
+            except (OSError, json.JSONDecodeError):
+                received = None
+            if received is None:
+                self.close()
+                return
             self._dispatch(*received)
+            left -= 1
 
     def _dispatch(self, message: wire.Message, fds: list[int]) -> None:
         number = message.get("id")

@@ -47,7 +47,8 @@ OPERATIONS = (
 )
 """What has to have worked when a soak is over."""
 _WORK_SHARE = 0.5
-"""Of the tries of an operation when nothing is killed."""
+"""Of the tries of an operation when nothing is killed, and of those that the platform failed or
+not, whatever is killed."""
 _ENOUGH = 10
 """Tries from which that share tells more than chance."""
 MARK = "/work/mark"
@@ -103,12 +104,16 @@ class Record:
         """A fault for every operation that has hardly ever worked."""
         for name in OPERATIONS:
             done, refused = self.calm_done[name], self.calm_refused[name]
+            failed = self.refused[f"{name}: {InfraError.__name__}"]
             if not self.done[name]:
                 self.faults.append(f"{name}: it has never worked")
             elif done + refused >= _ENOUGH and done < _WORK_SHARE * (done + refused):
                 self.faults.append(
                     f"{name}: {refused} of {done + refused} were refused while nothing was killed"
                 )
+            elif failed >= _ENOUGH and self.done[name] < _WORK_SHARE * (self.done[name] + failed):
+                tries = self.done[name] + failed
+                self.faults.append(f"{name}: the platform failed {failed} of {tries}")
 
     def check(self, name: str, found: object, wanted: object) -> None:
         """A fault where an answer is not what it has to be."""

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from regreen.rpc.errors import InfraError, InvalidArgument, NoSuchFile
 from sandbox_svc.backends import program
 from sandbox_svc.backends.base import Command, EndReason, Limits, TerminalSize
 from sandbox_svc.backends.embedded import EmbeddedRuntime
+from sandbox_svc.backends.embedded_box import EmbeddedBox
 from sandbox_svc.backends.seats import Left, Part
 
 _ROOT = Path(__file__).parents[3]
@@ -107,6 +109,26 @@ async def test_a_spawner_that_cannot_be_started_again_is_trouble_of_the_platform
             await runtime.create([], limits=Limits())
         kept.rename(copy)
         await (await runtime.create([], limits=Limits())).delete()
+    finally:
+        await runtime.close()
+
+
+async def test_a_spawner_that_dies_with_requests_unread_is_replaced(tmp_path):
+    runtime = EmbeddedRuntime(tmp_path / "home", run_probes=False, warm_seats=0)
+    await runtime.start()
+    try:
+        for _ in range(3):
+            spawner = runtime._seats.spawner
+            os.kill(spawner, signal.SIGSTOP)
+            asked = [asyncio.create_task(runtime.create([], limits=Limits())) for _ in range(8)]
+            await asyncio.sleep(0.2)
+            os.kill(spawner, signal.SIGKILL)
+            async with asyncio.timeout(20):
+                ended = await asyncio.gather(*asked, return_exceptions=True)
+                assert all(isinstance(each, InfraError | EmbeddedBox) for each in ended)
+                box = await runtime.create([], limits=Limits())
+            assert runtime._seats.spawner != spawner
+            assert (await box.run(Command(("/bin/true",), cwd="/"))).ok
     finally:
         await runtime.close()
 
