@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -196,6 +196,15 @@ class ServiceSettings(BaseSettings):
     """Time that running calls get to finish after SIGTERM."""
     log_level: str = Field(default="info", pattern="^(debug|info|warning|error)$")
     """Least severe level that is logged."""
+
+    @field_validator("home", mode="before")
+    @classmethod
+    def _check_home(cls, value: object) -> object:
+        if value == "":
+            raise ValueError(
+                "it is empty, which would mean the present directory; name one or leave it out"
+            )
+        return value
 
     @model_validator(mode="after")
     def _check_addresses(self) -> Self:

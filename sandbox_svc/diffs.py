@@ -31,7 +31,7 @@ from sandbox_svc.backends.commands import absolute
 from sandbox_svc.builders.protect import MAX_PATH, check_path
 from sandbox_svc.files import MAX_LIMIT, SKIPPED, listing
 from sandbox_svc.sandboxes import Manager
-from sandbox_svc.unified import TooLarge, unified
+from sandbox_svc.unified import TooLarge, lines_of, unified
 
 DIFF_S = 30.0
 """Time for looking at what may differ."""
@@ -284,13 +284,13 @@ def _unified(change: Change, before: bytes, until_s: float) -> str:
     differ = f"Binary or large files {old} and {new} differ\n"
     if change.binary or max(len(before), len(change.content)) > _TEXT_DIFF_BYTES:
         return differ
-    old_lines = before.decode("utf-8", "replace").splitlines(keepends=True)
-    new_lines = change.content.decode("utf-8", "replace").splitlines(keepends=True)
     try:
-        text = unified(old_lines, new_lines, old, new, until_s=until_s)
-    except TooLarge:
+        text = unified(lines_of(before), lines_of(change.content), old, new, until_s=until_s)
+    except (TooLarge, UnicodeDecodeError):
         return differ
-    return text or f"mode of {change.path} is now {change.mode:04o}\n"
+    if text or change.kind is Kind.MODIFY:
+        return text or f"mode of {change.path} is now {change.mode:04o}\n"
+    return f"Empty file {change.path} was {'added' if change.kind is Kind.ADD else 'deleted'}\n"
 
 
 async def diff(

@@ -4,12 +4,14 @@
  * /tmp, pivot_root, execve /bin/true, wait, remove the directories. No seccomp, no limits, no service, no protocol.
  *
  *   floor LOWER RUN TURNS CONCURRENCY   prints the wall time of each turn in nanoseconds, one a line
+ *   floor TURNS CONCURRENCY             the same of fork, execve /bin/true, wait, and nothing else
  */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
 #include <sched.h>
 #include <signal.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -52,6 +54,20 @@ static void map_ids(unsigned uid, unsigned gid) {
   put("/proc/self/uid_map", line);
 }
 
+static void run_true(void) {
+  char *const argv[] = {"/bin/true", NULL}, *const env[] = {NULL};
+  execve(argv[0], argv, env);
+  need(1, "execve");
+}
+
+static void plain_turn(void) {
+  int status;
+  pid_t pid = fork();
+  need(pid < 0, "fork");
+  if (pid == 0) run_true();
+  need(waitpid(pid, &status, 0) < 0 || status, "turn");
+}
+
 static void inside(const char *lower, const char *box, unsigned uid, unsigned gid) {
   char options[16384], target[4200], source[64];
   if (uid != 0) map_ids(uid, gid);
@@ -70,9 +86,7 @@ static void inside(const char *lower, const char *box, unsigned uid, unsigned gi
   need(mount("tmpfs", "tmp", "tmpfs", MS_NOSUID | MS_NODEV, NULL), "tmp");
   need(syscall(SYS_pivot_root, ".", "."), "pivot_root");
   need(umount2(".", MNT_DETACH), "umount");
-  char *const argv[] = {"/bin/true", NULL}, *const env[] = {NULL};
-  execve(argv[0], argv, env);
-  need(1, "execve");
+  run_true();
 }
 
 static void turn(const char *lower, const char *box) {
@@ -100,20 +114,22 @@ static void turn(const char *lower, const char *box) {
 }
 
 int main(int argc, char **argv) {
-  if (argc != 5) {
-    fprintf(stderr, "usage: floor LOWER RUN TURNS CONCURRENCY\n");
+  if (argc != 5 && argc != 3) {
+    fprintf(stderr, "usage: floor [LOWER RUN] TURNS CONCURRENCY\n");
     return 2;
   }
-  int turns = atoi(argv[3]), lanes = atoi(argv[4]), status, failed = 0;
+  bool plain = argc == 3;
+  int turns = atoi(argv[argc - 2]), lanes = atoi(argv[argc - 1]), status, failed = 0;
   for (int lane = 0; lane < lanes; lane++) {
     pid_t pid = fork();
     need(pid < 0, "fork");
     if (pid) continue;
     char box[4096], line[32];
     for (int i = lane; i < turns; i += lanes) {
-      snprintf(box, sizeof box, "%s/f%d.%d", argv[2], lane, i);
+      if (!plain) snprintf(box, sizeof box, "%s/f%d.%d", argv[2], lane, i);
       long began_ns = now_ns();
-      turn(argv[1], box);
+      if (plain) plain_turn();
+      else turn(argv[1], box);
       int size = snprintf(line, sizeof line, "%ld\n", now_ns() - began_ns);
       need(write(1, line, size) != size, "write");
     }

@@ -1,4 +1,4 @@
-"""The kernel's floor of a sandbox: builds and runs `floor.c`.
+"""The kernel's floor of a sandbox, and of a command: builds and runs `floor.c`.
 
 - Built with the host's C compiler when a benchmark starts; nothing of it is installed.
 - Its lower directory has what a sandbox's has: places for the host's programs, /proc and /tmp.
@@ -60,7 +60,18 @@ class Floor:
         Raises:
             OSError: this host cannot make such a process; says at which step.
         """
-        command = [str(part) for part in (self.program, self.lower, self.run, count, lanes)]
+        return self._times(self.lower, self.run, count, lanes)
+
+    def plain_turns(self, count: int, lanes: int) -> list[float]:
+        """The same of a plain fork, exec and wait.
+
+        Raises:
+            OSError: as there.
+        """
+        return self._times(count, lanes)
+
+    def _times(self, *words: object) -> list[float]:
+        command = [str(part) for part in (self.program, *words)]
         ended = subprocess.run(command, capture_output=True, text=True, check=False)
         if ended.returncode:
             raise OSError(ended.stderr)

@@ -145,7 +145,13 @@ class Transfer:
             finally:
                 os.close(read_fd)
                 await asyncio.wait([writer])
-            writer.result()
+            try:
+                writer.result()
+            except FileNotFoundError as error:
+                raise FailedPrecondition(
+                    f"files of state {state.id} are not on this host; prepare or import it again",
+                    metadata={"id": state.id},
+                ) from error
         finally:
             self.states.release(state.layers)
 

@@ -29,6 +29,16 @@ class _Matcher(difflib.SequenceMatcher[str]):
         return super().find_longest_match(alo, ahi, blo, bhi)
 
 
+def lines_of(content: bytes) -> list[str]:
+    """The lines of a text with their ends; only a line feed ends one, as for `patch`.
+
+    Raises:
+        UnicodeDecodeError: it is no UTF-8.
+    """
+    parts = content.decode("utf-8").split("\n")
+    return [f"{part}\n" for part in parts[:-1]] + ([parts[-1]] if parts[-1] else [])
+
+
 def unified(
     old: Sequence[str], new: Sequence[str], old_name: str, new_name: str, *, until_s: float
 ) -> str:
@@ -44,7 +54,7 @@ def unified(
     out: list[str] = []
     for group in matcher.get_grouped_opcodes(_CONTEXT):
         if not out:
-            out.append(f"--- {old_name}\n+++ {new_name}\n")
+            out.append(f"--- {_header(old_name)}\n+++ {_header(new_name)}\n")
         first, last = group[0], group[-1]
         out.append(f"@@ -{_range(first[1], last[2])} +{_range(first[3], last[4])} @@\n")
         for tag, old_from, old_to, new_from, new_to in group:
@@ -56,6 +66,11 @@ def unified(
     return "".join(
         line if line.endswith("\n") else line + "\n\\ No newline at end of file\n" for line in out
     )
+
+
+def _header(name: str) -> str:
+    """A name as `git diff` writes it: a tab ends one that has a blank."""
+    return f"{name}\t" if " " in name else name
 
 
 def _range(start: int, stop: int) -> str:

@@ -403,14 +403,16 @@ class EmbeddedBox(BoxFiles):
                 self._own_layers.append(layer)
                 last, seat = seat, None
                 await self.launch(last)
-            except BaseException:
+            except BaseException as error:
                 await self._end()  # half a start is none, or the next freeze would lack this layer
+                if isinstance(error, InfraError):
+                    self._runtime.layout.require(self.layers)
                 raise
             finally:
                 self._freezing = False
                 if seat is not None:
                     self._runtime.give_up(seat)
-            self._runtime.tidy()
+                self._runtime.tidy()
             return layer
 
     def rebase(self, count: int, layers: Sequence[str]) -> None:

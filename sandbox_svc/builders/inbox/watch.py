@@ -25,14 +25,15 @@ INSIDES = tuple(map(attrgetter, ("__code__", "__defaults__", "__kwdefaults__")))
 class Table:
     """The names of one module or class: all that there were, and the values of those watched."""
 
-    def __init__(self, label: str, space: Any, hidden: tuple[Any, ...]) -> None:
-        self.label, self.space, self.hidden = label, space, hidden
-        self.names = frozenset(space)
+    def __init__(self, label: str, owner: Any, hidden: tuple[Any, ...]) -> None:
+        self.label, self.owner, self.space, self.hidden = label, owner, vars(owner), hidden
+        self.order = order_of(owner)
+        self.names = frozenset(self.space)
         self.watched: dict[str, Any] = {}
 
     def is_untouched(self) -> bool:
         same = all(map(is_, map(self.space.get, self.watched), self.watched.values()))
-        return same and self.names.issuperset(self.space)
+        return same and self.names.issuperset(self.space) and order_of(self.owner) is self.order
 
     def replaced(self) -> set[str]:
         """Names whose value is another one now, or that hide what was used before."""
@@ -41,6 +42,8 @@ class Table:
             below = any(name in vars(other) for other in self.hidden)
             if below and not name.startswith("__annot") and is_code(self.space[name]):
                 found.add(name)
+        if order_of(self.owner) is not self.order:
+            found.add("__bases__")
         return {f"{self.label}.{name}" for name in found}
 
 
@@ -51,7 +54,7 @@ class Watch:
         self.tables: list[Table] = []
         self.functions: dict[FunctionType, str] = {}
         for module in modules:
-            table = self.table(module.__name__, vars(module), (builtins,))
+            table = self.table(module.__name__, module, (builtins,))
             for name, value in list(table.space.items()):
                 home = getattr(value, "__module__", None) or type(value).__module__
                 if not callable(value) or str(home).split(".")[0] not in ROOTS:
@@ -61,12 +64,12 @@ class Watch:
                     self.add_class(value)
         self.insides = [(part, {one: part(one) for one in self.functions}) for part in INSIDES]
 
-    def table(self, label: str, space: Any, hidden: tuple[Any, ...]) -> Table:
-        self.tables.append(Table(label, space, hidden))
+    def table(self, label: str, owner: Any, hidden: tuple[Any, ...]) -> Table:
+        self.tables.append(Table(label, owner, hidden))
         return self.tables[-1]
 
     def add_class(self, cls: type) -> None:
-        table = self.table(f"{cls.__module__}.{cls.__name__}", vars(cls), cls.__mro__[1:])
+        table = self.table(f"{cls.__module__}.{cls.__name__}", cls, cls.__mro__[1:])
         for name, value in list(table.space.items()):
             if is_code(value) and not isinstance(value, type):
                 self.add(table, name, value)
@@ -99,6 +102,11 @@ def watch_pytest() -> Watch:
     names = [name for name in sorted(sys.modules) if name.partition(".")[0] in roots]
     found = [sys.modules[name] for name in ("unittest.case", *names)]
     return Watch([module for module in found if isinstance(module, ModuleType)])
+
+
+def order_of(owner: Any) -> Any:
+    """In which order a class and its bases are looked through; None of a module."""
+    return type.__dict__["__mro__"].__get__(owner) if isinstance(owner, type) else None
 
 
 def is_code(value: Any) -> bool:

@@ -156,12 +156,6 @@ async def test_a_glob_is_checked_before_anything_runs(parts):
         await files.find_text(box, "x", "/", "*" * 300)
 
 
-def _groups(runtime) -> int:
-    """Control groups that sandboxes and warm seats have."""
-    groups: dict[str, Path] = getattr(runtime.cgroups, "_groups", {})
-    return max((sum(e.is_dir() for e in path.iterdir()) for path in groups.values()), default=0)
-
-
 async def test_a_layer_that_is_gone_is_named_and_is_no_sandbox(parts, tmp_path):
     runtime, states, manager = parts
     state = await small_state(runtime, states)
@@ -172,3 +166,21 @@ async def test_a_layer_that_is_gone_is_named_and_is_no_sandbox(parts, tmp_path):
     assert not manager.list()
     (tmp_path / "home" / "elsewhere").rename(tmp_path / "home" / "layers" / layer)
     assert (await manager.create(state.id)).layers == state.layers
+
+
+async def test_a_freeze_over_a_layer_that_is_gone_names_it_and_leaves_no_trash(parts, tmp_path):
+    runtime, states, manager = parts
+    state = await small_state(runtime, states)
+    box = (await manager.create(state.id)).box
+    layer = tmp_path / "home" / "layers" / state.layers[-1]
+    layer.rename(tmp_path / "home" / "elsewhere")
+    with pytest.raises(FailedPrecondition, match=f"layer {layer.name} is not on this host"):
+        await box.freeze()
+    await runtime.settle()
+    assert not list((tmp_path / "home" / "trash").iterdir())
+
+
+def _groups(runtime) -> int:
+    """Control groups that sandboxes and warm seats have."""
+    groups: dict[str, Path] = getattr(runtime.cgroups, "_groups", {})
+    return max((sum(e.is_dir() for e in path.iterdir()) for path in groups.values()), default=0)

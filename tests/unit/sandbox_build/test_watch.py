@@ -17,6 +17,9 @@ class Base:
     def above(self):
         return 1
 
+class Other(Base):
+    pass
+
 class Node(Base):
     limit = 3
     def method(self):
@@ -79,6 +82,7 @@ def test_a_runner_that_nobody_touched_is_as_it_was(module: ModuleType) -> None:
         (lambda m: setattr(m.Node.read.fget, "__code__", another.__code__), "Node.read"),
         (lambda m: setattr(m.Node, "above", another), "Node.above"),
         (lambda m: setattr(m.Base, "above", another), "Base.above"),
+        (lambda m: setattr(m.Node, "__bases__", (m.Other, m.Base)), "Node.__bases__"),
     ],
 )
 def test_each_way_to_replace_a_part_is_told_by_its_name(
