@@ -28,6 +28,7 @@ from sandbox_svc.backends.commands import absolute
 from sandbox_svc.globs import Glob
 
 _LIST_OUTPUT_BYTES = 32 << 20
+_FIND_TEXT_BYTES = 4096
 _FIND_OUTPUT_BYTES = 8 << 20
 _LINE_CHARS = 400
 _TIMEOUT_S = 30.0
@@ -151,6 +152,10 @@ async def find_text(
     limit = _limit(limit, 200)
     if not text or "\n" in text or "\0" in text:
         raise InvalidArgument("text", "is not one line", "give a text without line breaks or NUL")
+    if len(text.encode()) > _FIND_TEXT_BYTES:
+        raise InvalidArgument(
+            "text", f"has more than {_FIND_TEXT_BYTES} bytes", "look for a part of it"
+        )
     pattern = Glob(glob) if glob else None
     skipped = [f"--exclude-dir={name}" for name in SKIPPED]
     argv = ["/usr/bin/grep", "-rnIFZ", *skipped, "-e", text, "--", "."]

@@ -309,7 +309,8 @@ def _told(chunks: Iterable[bytes], size: int, tell: Tell) -> Iterator[bytes]:
     for chunk in chunks:
         yield chunk
         sent += len(chunk)
-        tell("send", sent // _MIB, size // _MIB, "MiB" if size else f"{sent // _MIB} MiB")
+        unit = "MiB" if size >= _MIB else f"{sent} bytes"
+        tell("send", round(sent / _MIB, 1), round(size / _MIB, 1), unit)
 
 
 async def _export(

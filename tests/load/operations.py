@@ -70,6 +70,9 @@ class Record:
     """What was done, and what came of it."""
 
     made: int = 0
+    """Sandboxes that were answered."""
+    tries: int = 0
+    """Lives that were begun."""
     states: dict[str, str] = field(default_factory=dict)
     """Answered States and the content of their mark."""
     done: Counter[str] = field(default_factory=Counter)
@@ -151,6 +154,7 @@ class Operations:
         )
         if box is None:
             return
+        self.record.made += 1
         if brief:
             self.record.brief.add(box.id)
         for _ in range(self._rng.randrange(4)):

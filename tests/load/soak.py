@@ -45,7 +45,9 @@ from tests.load.operations import BRIEF, MARK, Operations, Record
 _LANES = 8
 _SETTLED_S = 10.0
 """Age from which a service has its modules, threads and seats."""
-_CALM_SHARE = 4
+_MOST_TRIES = 2
+"""For each sandbox; a service that makes none any more would never come to the end."""
+_CALM_SHARE = 2
 """One in so many sandboxes is made while the service is spared."""
 _QUIET_SHARE = 10
 """One in so many is made while nothing is killed."""
@@ -192,11 +194,11 @@ class Soak:
 
     async def _lane(self, until: int) -> None:
         """Sandboxes one after the other, with a few random operations on each."""
-        while self.record.made < until:
-            self.record.made += 1
-            if self._spared and self.record.made % 10 == 0:
+        while self.record.made < until and self.record.tries < _MOST_TRIES * self.count:
+            self.record.tries += 1
+            if self._spared and self.record.tries % 10 == 0:
                 self._look_calmly()
-            if self.record.made % 50 == 0:
+            if self.record.tries % 50 == 0:
                 self._look()
             await self.operations.life(self.root)
 

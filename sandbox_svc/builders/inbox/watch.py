@@ -18,6 +18,20 @@ from typing import Any
 ROOTS = ("_pytest", "pluggy", "unittest")
 PYTEST_ITSELF = ("_pytest.config.Config._getini_unknown_type",)
 """What pytest replaces of itself in every run."""
+ALIASES = {
+    ("unittest.case.TestCase", old): new
+    for old, new in (
+        ("assert_", "assertTrue"),
+        ("assertEquals", "assertEqual"),
+        ("assertNotEquals", "assertNotEqual"),
+        ("assertAlmostEquals", "assertAlmostEqual"),
+        ("assertNotAlmostEquals", "assertNotAlmostEqual"),
+        ("assertRegexpMatches", "assertRegex"),
+        ("assertNotRegexpMatches", "assertNotRegex"),
+        ("assertRaisesRegexp", "assertRaisesRegex"),
+    )
+}
+"""Old names that suites make of the new ones' very functions: they do the same."""
 INSIDES = tuple(map(attrgetter, ("__code__", "__defaults__", "__kwdefaults__")))
 """What can be exchanged in a function while it stays the same object."""
 
@@ -37,7 +51,11 @@ class Table:
 
     def replaced(self) -> set[str]:
         """Names whose value is another one now, or that hide what was used before."""
-        found = {name for name, value in self.watched.items() if self.space.get(name) is not value}
+        now = self.space.get
+        found = {name for name, value in self.watched.items() if now(name) is not value}
+        for name in [name for name in found if (self.label, name) in ALIASES]:
+            if now(name) is self.watched[ALIASES[self.label, name]]:
+                found.remove(name)
         for name in set(self.space) - self.names:
             below = any(name in vars(other) for other in self.hidden)
             if below and not name.startswith("__annot") and is_code(self.space[name]):

@@ -1,6 +1,7 @@
 """The watch over the test runner tells every way to replace a part of it, and nothing else."""
 
 import functools
+import unittest
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -91,6 +92,17 @@ def test_each_way_to_replace_a_part_is_told_by_its_name(
     watch = Watch([module])
     change(module)
     assert watch.replaced() == [f"_pytest.made.{named}"]
+
+
+def test_an_old_name_of_the_same_function_is_no_replacement(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(unittest.TestCase, "assertEquals", another, raising=False)
+    watch = Watch([unittest.case])
+    monkeypatch.setattr(unittest.TestCase, "assertEquals", unittest.TestCase.assertEqual)
+    assert watch.replaced() == []
+    monkeypatch.setattr(unittest.TestCase, "assertEquals", unittest.TestCase.assertTrue)
+    assert watch.replaced() == ["unittest.case.TestCase.assertEquals"]
 
 
 def test_what_is_put_back_is_told_no_more(module: ModuleType) -> None:
