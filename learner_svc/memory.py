@@ -53,19 +53,20 @@ def model_shape(path: Path) -> ModelShape:
     )
 
 
+def trained_parameters(shape: ModelShape, hyperparameters: Hyperparameters) -> int:
+    """Parameters that have a gradient and optimizer state."""
+    layers = hyperparameters.trainable_layers
+    return layers * shape.layer_parameters if layers else shape.parameters
+
+
 def estimate_bytes(shape: ModelShape, hyperparameters: Hyperparameters, masters: bool) -> int:
     """Peak memory of one process in bytes; `masters` = fp32 copies are kept beside the weights.
 
     Measured against SmolLM2-135M in fp32: 1,040 packed tokens take 3.6 GB, estimated 3.9 GB.
     """
     trained = hyperparameters.trainable_layers or shape.layers
-    trained_parameters = (
-        shape.parameters
-        if not hyperparameters.trainable_layers
-        else trained * shape.layer_parameters
-    )
     weights = 4 * shape.parameters
-    optimizer = (4 + 8 + (4 if masters else 0)) * trained_parameters
+    optimizer = (4 + 8 + (4 if masters else 0)) * trained_parameters(shape, hyperparameters)
     reference = weights if hyperparameters.kl_coefficient > 0 else 0
     per_token = 4 * (14 * shape.hidden + 6 * shape.intermediate)
     kept_layers = 2 if hyperparameters.gradient_checkpointing else trained

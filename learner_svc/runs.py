@@ -22,12 +22,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
 from learner_svc import checkpoint as ckpt
 from learner_svc import metrics
-from learner_svc.engines.base import choose_dtype
-from learner_svc.memory import ModelShape, available_bytes, check_fits, model_shape
+from learner_svc.estimate import Estimate, estimate, estimate_new, local_path
 from learner_svc.process import WorkerProcess
 from learner_svc.record import RunFiles, RunRecord, RunState, StepRecord
 from learner_svc.spec import RunSpec
@@ -142,6 +139,10 @@ class Runs:
         """All runs, newest first."""
         return sorted(self._runs.values(), key=lambda run: run.record.created, reverse=True)
 
+    async def estimate(self, spec: RunSpec) -> Estimate:
+        """What a run would need; starts nothing and raises as `estimate_new`."""
+        return await asyncio.to_thread(estimate_new, spec, self._home, self._config.processes)
+
     async def start(self, spec: RunSpec, resume_uri: str) -> Run:
         """Start a run or take it up again.
 
@@ -180,12 +181,9 @@ class Runs:
     async def _begin(self, spec: RunSpec, resume_uri: str, known: Run | None) -> Run:
         files = RunFiles(self._root / "runs" / spec.run_id)
         resumes = _resumes(files, resume_uri)
-        hyperparameters = spec.hyperparameters
-        half = choose_dtype(hyperparameters.dtype) == torch.bfloat16
-        masters = half or hyperparameters.zero_stage > 0 or self._config.processes > 1
-        shape = _shape([*filter(None, resumes), local_path(spec.base_uri, "base_uri")])
-        estimate = check_fits(shape, hyperparameters, masters, available_bytes())
-        record = RunRecord(spec, RunState.ACTIVE, ckpt.now(), estimated_memory_bytes=estimate)
+        folders = [*filter(None, resumes), local_path(spec.base_uri, "base_uri")]
+        needed = estimate(spec, folders, self._config.processes).memory_bytes
+        record = RunRecord(spec, RunState.ACTIVE, ckpt.now(), estimated_memory_bytes=needed)
         if known:
             record = replace(record, created=known.record.created)
             files.steps = known.files.steps
@@ -446,28 +444,6 @@ def _resumes(files: RunFiles, resume_uri: str) -> list[Path | None]:
     if resume_uri:
         return [local_path(resume_uri, "resume_uri")]
     return [saved.path for saved in reversed(ckpt.checkpoints(files.checkpoints))] or [None]
-
-
-def _shape(folders: Sequence[Path]) -> ModelShape:
-    """The shape of the first model that can be read; a damaged checkpoint is met later."""
-    for folder in folders[:-1]:
-        with contextlib.suppress(NotFound, DataLoss):
-            return model_shape(folder)
-    return model_shape(folders[-1])
-
-
-def local_path(uri: str, name: str) -> Path:
-    """The directory that a model or checkpoint URI names.
-
-    Raises:
-        InvalidArgument: the URI is not a local path.
-    """
-    text = uri.removeprefix("file://")
-    if "://" in text or not text.startswith("/"):
-        raise InvalidArgument(
-            name, f"{uri[:200]!r} is no absolute path", "give /path or file:///path"
-        )
-    return Path(text)
 
 
 def _worker(run: Run) -> WorkerProcess:

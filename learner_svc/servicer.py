@@ -52,18 +52,36 @@ class LearnerServicer(pb.LearnerServiceServicer):
         run = await self._runs.start(self._spec(request), request.resume_uri)
         return pb.StartRunResponse(run=run_message(run))
 
+    async def EstimateRun(
+        self, request: pb.EstimateRunRequest, context: Context
+    ) -> pb.EstimateRunResponse:
+        spec = self._asked("", request)
+        found = await self._runs.estimate(spec)
+        return pb.EstimateRunResponse(
+            estimated_memory_bytes=found.memory_bytes,
+            available_memory_bytes=found.available_bytes,
+            parameters=found.parameters,
+            trainable_parameters=found.trainable_parameters,
+            hyperparameters=hyperparameters_message(spec.hyperparameters),
+            engine=spec.engine,
+            processes=found.processes,
+        )
+
     def _spec(self, request: pb.StartRunRequest) -> RunSpec:
-        kind = _KINDS.get(request.kind)
-        if kind is None:
-            raise InvalidArgument("kind", "is not given", "give RUN_KIND_SFT or RUN_KIND_GRPO")
         if not _RUN_ID.fullmatch(request.run_id):
             raise InvalidArgument(
                 "run_id",
                 f"{request.run_id[:80]!r} is no id",
                 "give 1 to 128 of the letters a to z and A to Z, digits, _ and -",
             )
+        return self._asked(request.run_id, request)
+
+    def _asked(self, run_id: str, request: pb.StartRunRequest | pb.EstimateRunRequest) -> RunSpec:
+        kind = _KINDS.get(request.kind)
+        if kind is None:
+            raise InvalidArgument("kind", "is not given", "give RUN_KIND_SFT or RUN_KIND_GRPO")
         return RunSpec(
-            run_id=request.run_id,
+            run_id=run_id,
             kind=kind,
             base_uri=request.base_uri,
             engine=request.engine or self._engine,

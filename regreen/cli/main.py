@@ -31,6 +31,7 @@ GROUPS = {
     "state": "Look at, import, export and delete states.",
     "sandbox": "Look at and delete sandboxes.",
     "train": "Train a policy.",
+    "runs": "Look at runs and resume them.",
     "traj": "Look at trajectories.",
 }
 """Groups of commands, each the module of its name."""

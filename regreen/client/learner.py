@@ -47,6 +47,21 @@ class LearnerClient(Caller):
         run: pb.LearnerRun = (await self._call(self._stub.StartRun, request, _START_S)).run
         return run
 
+    async def estimate_run(
+        self,
+        kind: pb.RunKind.ValueType,
+        base_uri: str = "",
+        *,
+        hyperparameters: pb.Hyperparameters | None = None,
+        engine: str = "",
+    ) -> pb.EstimateRunResponse:
+        """What a run would need; starts nothing."""
+        request = pb.EstimateRunRequest(
+            kind=kind, base_uri=base_uri, hyperparameters=hyperparameters, engine=engine
+        )
+        found: pb.EstimateRunResponse = await self._call(self._stub.EstimateRun, request, READ_S)
+        return found
+
     async def step(
         self,
         run_id: str,

@@ -19,9 +19,10 @@ from regreen.train.signals import KEEP_BASELINE, TRUNCATED_POLICIES
 
 MAX_GROUP = 64
 """Samples that the policy service gives for one prompt, by its default limits."""
-_OPERATIONAL = frozenset(
+OPERATIONAL = frozenset(
     {"name", "concurrency", "idle_deadline_s", "recovery_deadline_s", "publish"}
 )
+"""Settings that only say how a process works on a run."""
 _PLAIN_SAMPLING = {"sampling.temperature": "1", "sampling.top_p": "1", "sampling.top_k": "0"}
 """Labels whose other values would make the recorded logprobs wrong."""
 
@@ -179,7 +180,7 @@ class GrpoConfig:
 
 def plain_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that are stored with a run, as JSON-like values."""
-    kept = {name: value for name, value in values.items() if name not in _OPERATIONAL}
+    kept = {name: value for name, value in values.items() if name not in OPERATIONAL}
     return {n: list(v) if isinstance(v, tuple) else v for n, v in kept.items()}
 
 

@@ -64,6 +64,23 @@ async def expert_rows(
         known = {slot: found[slot] for slot in missing}
         await _make(stack, {task.id: task for task in tasks}, known, config, meter)
         found = await _stored(stack, wanted, made_as)
+    return _usable(wanted, found, config)
+
+
+async def stored_experts(
+    stack: Stack, tasks: Sequence[dataset_pb.Task], config: SftConfig
+) -> tuple[list[dataset_pb.Trajectory], int]:
+    """What `expert_rows` would find usable without making any, and how many slots lack experts."""
+    wanted = _wanted(tasks, config)
+    found = await _stored(stack, wanted, recipe(config))
+    missing = sum(not _complete(found[slot]) for slot in wanted)
+    return _usable(wanted, found, config), missing
+
+
+def _usable(
+    wanted: Sequence[_Slot], found: Mapping[_Slot, _Rows], config: SftConfig
+) -> list[dataset_pb.Trajectory]:
+    """Rows that were solved, not flagged, and guessed no more than wanted."""
     limit = config.max_guesses
     return [
         row

@@ -17,6 +17,7 @@
 """
 
 import asyncio
+import contextlib
 import math
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -205,24 +206,10 @@ class Ledger:
             self.listener(Progress("recover", 1, 1, None, detail))
 
     async def _stop_finished(self) -> None:
-        """Free the learner of runs that ended while their driver was being killed.
-
-        Raises:
-            FailedPrecondition: the learner trains another run that has not ended.
-        """
-        for run in (await self.stack.learner.list_runs()).runs:
-            if run.state != learner_pb.RUN_STATE_ACTIVE or run.id == self.run_id:
-                continue
-            try:
-                recorded = await self.stack.runs.get_run(run.id)
-                if recorded.state == "active":
-                    raise FailedPrecondition(
-                        f"the learner trains run {recorded.name!r}, one at a time; wait for it, "
-                        "or, if its driver was killed, continue it by name or restart the learner"
-                    )
-                await self.stack.learner.stop_run(run.id)
-            except NotFound:
-                continue  # not a run of this dataset service, or it has just been stopped
+        """Free the learner of runs that ended while their driver was being killed."""
+        for run_id in await finished_runs(self.stack, self.run_id):
+            with contextlib.suppress(NotFound):  # it has just been stopped
+                await self.stack.learner.stop_run(run_id)
 
     async def _start_at(self, resume_uri: str) -> learner_pb.LearnerRun:
         return await self.stack.learner.start_run(
@@ -267,6 +254,33 @@ class Ledger:
         return await self.stack.runs.record_checkpoint(
             record, epoch=self.epoch, acknowledge_taken=acknowledge_taken
         )
+
+
+async def finished_runs(stack: Stack, run_id: str = "") -> list[str]:
+    """Runs that the learner still holds though they have ended, other than `run_id`.
+
+    Raises:
+        FailedPrecondition: the learner trains another run that has not ended.
+    """
+    found, token = list[str](), ""
+    while True:
+        page = await stack.learner.list_runs(page_token=token)
+        for run in page.runs:
+            if run.state != learner_pb.RUN_STATE_ACTIVE or run.id == run_id:
+                continue
+            try:
+                recorded = await stack.runs.get_run(run.id)
+            except NotFound:
+                continue  # not a run of this dataset service
+            if recorded.state == "active":
+                raise FailedPrecondition(
+                    f"the learner trains run {recorded.name!r}, one at a time; wait for it, "
+                    "or, if its driver was killed, continue it by name or restart the learner"
+                )
+            found.append(run.id)
+        token = page.next_page_token
+        if not token:
+            return found
 
 
 def hyperparameters(values: Mapping[str, float | int | str]) -> learner_pb.Hyperparameters:

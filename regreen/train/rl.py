@@ -17,7 +17,7 @@ refill of groups that do not teach, a curriculum by running pass rates.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 
@@ -32,8 +32,16 @@ from regreen.train.gather import Collected, Gatherer, GatherSettings, group_id
 from regreen.train.ledger import Ledger, Position, hyperparameters
 from regreen.train.names import grader_of, mode_name, mode_of, pipeline_of
 from regreen.train.progress import Listener, Meter, Progress, ignore, stage
+from regreen.train.record import exact_settings
 from regreen.train.recovery import Recovery, curable
-from regreen.train.rows import TrainResult, all_trajectories, candidates_of, open_run, result_of
+from regreen.train.rows import (
+    TrainResult,
+    all_trajectories,
+    candidates_of,
+    find_run,
+    open_run,
+    result_of,
+)
 from regreen.train.schedule import Candidate, Curriculum, History
 from regreen.train.signals import step_metrics
 from regreen.train.weights import BASE, Weights, next_version_block, resolve_weights, weights_of
@@ -72,16 +80,37 @@ def _own_workers(stack: Stack, run_id: str, count: int) -> AbstractAsyncContextM
     return worker_pool(stack, run_id=run_id, concurrency=count)
 
 
-async def _prepare(stack: Stack, config: GrpoConfig, progress: Listener) -> "_Driver":
+@dataclass(frozen=True, slots=True)
+class GrpoStart:
+    """What a new run works out once, before it has its name."""
+
+    candidates: Sequence[Candidate]
+    weights: Weights
+
+
+async def resolve_start(stack: Stack, config: GrpoConfig) -> GrpoStart:
+    """What a new run would begin with; reads only.
+
+    Raises:
+        RegreenError: tasks or weights will not do; each says what would.
+    """
     candidates = await candidates_of(stack, config.tasks, config.split, config.modes)
-    start = await resolve_weights(stack, config.start, "start", base_uri=config.base_uri)
-    resolved = {
-        "base_version": await next_version_block(stack),
-        "base_uri": start.uri if config.start == BASE else "",
-        "start": start.to_json(),
-        "candidates": [[c.task_id, mode_name(c.mode)] for c in candidates],
-    }
-    opened = await open_run(stack, config.name, "grpo", config.settings(), resolved)
+    weights = await resolve_weights(stack, config.start, "start", base_uri=config.base_uri)
+    return GrpoStart(candidates, weights)
+
+
+async def _prepare(stack: Stack, config: GrpoConfig, progress: Listener) -> "_Driver":
+    resolved: Mapping[str, object] = {}
+    if await find_run(stack, config.name) is None:
+        start = await resolve_start(stack, config)
+        resolved = {
+            "base_version": await next_version_block(stack),
+            "base_uri": start.weights.uri if config.start == BASE else "",
+            "start": start.weights.to_json(),
+            "candidates": [[c.task_id, mode_name(c.mode)] for c in start.candidates],
+        }
+    exact = exact_settings(config)
+    opened = await open_run(stack, config.name, "grpo", config.settings(), resolved, exact)
     kept, run_id = opened.resolved, opened.run.id
     base = Weights.from_json(kept["start"]).stamped(int(kept["base_version"]))
     settings = GatherSettings(

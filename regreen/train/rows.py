@@ -14,11 +14,12 @@ from google.protobuf.json_format import MessageToDict
 from regreen.client.dataset import struct
 from regreen.client.stack import Stack
 from regreen.dataset import v1 as dataset_pb
-from regreen.rpc.errors import FailedPrecondition, NotFound
+from regreen.rpc.errors import AlreadyExists, FailedPrecondition, NotFound
 from regreen.train.names import mode_of
 from regreen.train.schedule import Candidate
 
 _PAGE = 500
+_RUNS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,15 +70,37 @@ async def find_run(stack: Stack, name: str) -> dataset_pb.Run | None:
 
 
 async def open_run(
-    stack: Stack, name: str, kind: str, settings: Mapping[str, Any], resolved: Mapping[str, Any]
+    stack: Stack,
+    name: str,
+    kind: str,
+    settings: Mapping[str, Any],
+    resolved: Mapping[str, Any],
+    exact: str = "",
 ) -> OpenRun:
     """Create the run, or take up the one of that name with the same settings.
+
+    `exact` is kept with a new run: all that it was asked for, where `settings` would round it.
 
     Raises:
         FailedPrecondition: the name is taken by a run with other settings; says which differ.
     """
-    config = {"settings": dict(settings), "resolved": dict(resolved)}
+    config: dict[str, Any] = {"settings": dict(settings), "resolved": dict(resolved)}
+    if exact:
+        config["exact"] = exact
     run = (await stack.runs.create_run(name, kind, config=config)).run
+    check_same(run, kind, settings)
+    return OpenRun(run, MessageToDict(run.config.fields["resolved"].struct_value))
+
+
+def check_same(run: dataset_pb.Run, kind: str, settings: Mapping[str, Any]) -> None:
+    """Refuse to go on with a run that was created with other settings.
+
+    Raises:
+        AlreadyExists: it is of another kind.
+        FailedPrecondition: its settings differ; says which.
+    """
+    if run.kind != kind:  # as the dataset service says it
+        raise AlreadyExists(f"run {run.name!r} is of kind {run.kind}; choose another name")
     stored = run.config.fields["settings"].struct_value
     wanted = struct(settings)
     assert wanted is not None
@@ -85,10 +108,21 @@ async def open_run(
         old, new = MessageToDict(stored), MessageToDict(wanted)
         different = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
         raise FailedPrecondition(
-            f"run {name!r} exists with other settings ({', '.join(different)}); "
+            f"run {run.name!r} exists with other settings ({', '.join(different)}); "
             "choose another name, or give the settings that it was created with"
         )
-    return OpenRun(run, MessageToDict(run.config.fields["resolved"].struct_value))
+
+
+async def all_runs(stack: Stack, kind: str = "") -> AsyncIterator[dataset_pb.Run]:
+    """Every run of a kind, or of any, newest first."""
+    token = ""
+    while True:
+        page = await stack.runs.list_runs(page_size=_RUNS, page_token=token, kind=kind)
+        for run in page.runs:
+            yield run
+        token = page.next_page_token
+        if not token:
+            return
 
 
 async def last_checkpoint(stack: Stack, run_id: str) -> dataset_pb.CheckpointRecord | None:

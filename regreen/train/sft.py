@@ -25,6 +25,7 @@ from regreen.train.config import SftConfig
 from regreen.train.experts import expert_rows
 from regreen.train.ledger import Ledger, hyperparameters
 from regreen.train.progress import Listener, Meter, Progress, ignore, stage
+from regreen.train.record import exact_settings
 from regreen.train.recovery import Recovery, curable
 from regreen.train.rows import TrainResult, find_run, open_run, result_of, training_tasks
 from regreen.train.weights import BASE, Weights, next_version_block, resolve_weights
@@ -54,7 +55,8 @@ async def _prepare(stack: Stack, config: SftConfig, progress: Listener) -> "_Dri
     resolved: Mapping[str, object] = {}
     if await find_run(stack, config.name) is None:
         resolved = await _resolve(stack, config, progress)
-    opened = await open_run(stack, config.name, "sft", config.settings(), resolved)
+    exact = exact_settings(config)
+    opened = await open_run(stack, config.name, "sft", config.settings(), resolved, exact)
     kept = opened.resolved
     return _Driver(
         stack=stack,
@@ -80,22 +82,39 @@ async def _resolve(stack: Stack, config: SftConfig, progress: Listener) -> dict[
     start = await resolve_weights(stack, config.start, "start", base_uri=config.base_uri)
     tasks = await training_tasks(stack, config.tasks, config.split)
     rows = await expert_rows(stack, tasks, config, progress)
-    train: dict[str, list[str]] = {}
-    for row in rows:
-        whole = await stack.trajectories.get_trajectory(row.id)
-        if trainable(whole) and len(whole.token_ids) <= config.max_tokens:
-            train.setdefault(row.task_id, []).append(row.id)
-    if not train:
-        raise FailedPrecondition(
-            f"no solved expert trajectory among {len(tasks)} tasks; check that the reference fixes "
-            "pass with `regreen tasks verify`"
-        )
+    train = await learnable(stack, rows, config)
+    check_learnable(train, len(tasks))
     return {
         "base_version": await next_version_block(stack),
         "base_uri": start.uri if config.start == BASE else "",
         "start": start.to_json(),
         "train_ids": [train[task_id] for task_id in sorted(train)],
     }
+
+
+async def learnable(
+    stack: Stack, rows: Sequence[dataset_pb.Trajectory], config: SftConfig
+) -> dict[str, list[str]]:
+    """Ids of the expert trajectories that the learner may see, by task."""
+    train: dict[str, list[str]] = {}
+    for row in rows:
+        whole = await stack.trajectories.get_trajectory(row.id)
+        if trainable(whole) and len(whole.token_ids) <= config.max_tokens:
+            train.setdefault(row.task_id, []).append(row.id)
+    return train
+
+
+def check_learnable(train: Mapping[str, Sequence[str]], tasks: int) -> None:
+    """Refuse a run that would have nothing to learn from.
+
+    Raises:
+        FailedPrecondition: no expert trajectory of the tasks can be learned from.
+    """
+    if not train:
+        raise FailedPrecondition(
+            f"no solved expert trajectory among {tasks} tasks; check that the reference fixes "
+            "pass with `regreen tasks verify`"
+        )
 
 
 def batch_ids(ids: Sequence[Sequence[str]], step: int, *, batch_size: int, seed: int) -> list[str]:

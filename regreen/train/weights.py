@@ -16,7 +16,7 @@ from regreen.common import v1 as common_pb
 from regreen.dataset import v1 as dataset_pb
 from regreen.policy import v1 as policy_pb
 from regreen.rpc.errors import InvalidArgument
-from regreen.train.rows import find_run, last_checkpoint
+from regreen.train.rows import all_runs, find_run, last_checkpoint
 
 BASE = "base"
 """Name of the model before any training."""
@@ -143,11 +143,5 @@ async def _base_uri(stack: Stack) -> str:
 
 
 async def _resolved_configs(stack: Stack) -> AsyncIterator[Mapping[str, Any]]:
-    token = ""
-    while True:
-        page = await stack.runs.list_runs(page_size=100, page_token=token)
-        for run in page.runs:
-            yield MessageToDict(run.config).get("resolved", {})
-        token = page.next_page_token
-        if not token:
-            return
+    async for run in all_runs(stack):
+        yield MessageToDict(run.config).get("resolved", {})

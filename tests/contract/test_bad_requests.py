@@ -365,6 +365,7 @@ async def test_learner(tmp_path: Path) -> None:
         "StartRun": pb.StartRunRequest(
             run_id="run_a", kind=pb.RUN_KIND_GRPO, base_uri="/nowhere", resume_uri="/neither"
         ),
+        "EstimateRun": pb.EstimateRunRequest(kind=pb.RUN_KIND_GRPO, base_uri="/nowhere"),
         "Step": [
             pb.StepRequest(run_id="run_a", step=1, batch=b"no batch"),
             pb.StepRequest(run_id="run_a", step=1, batch_digest=digest),

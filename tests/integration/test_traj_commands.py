@@ -2,30 +2,16 @@
 
 import asyncio
 import json
-import sys
 from pathlib import Path
 
 from regreen.client.channel import connect
 from tests.integration import dataset_samples as samples
+from tests.integration.commands import regreen, stack_home
 from tests.integration.dataset_samples import Clients, imported, new_run
 
 
-async def regreen(home: Path, *words: str) -> tuple[int, str, str]:
-    """Exit code and outputs of the command."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", "from regreen.cli.main import main; main()", *words,
-        "--home", str(home), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
-    out, err = await process.communicate()
-    return process.returncode or 0, out.decode(), err.decode()
-
-
 async def test_the_commands_search_count_and_prune(dataset_address: str, tmp_path: Path):
-    home = tmp_path / "stack"
-    (home / "run").mkdir(parents=True)
-    (home / "run" / "stack.json").write_text(
-        json.dumps({"endpoints": {"dataset": dataset_address}})
-    )
+    home = stack_home(tmp_path, dataset=dataset_address)
     async with connect(dataset_address) as channel:
         clients = Clients(channel)
         (task_id,), run_id = await imported(clients), await new_run(clients)

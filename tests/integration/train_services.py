@@ -53,6 +53,8 @@ class HashLearner(learner_pb.LearnerServiceServicer):
 
     def __init__(self, root: Path) -> None:
         self.root, self.runs = root, dict[str, LearnerState]()
+        self.hold_at, self.held = 0, asyncio.Event()
+        """A step that is begun and never ends, and whether it was."""
 
     def forget(self) -> None:
         """Lose everything that is not on disk."""
@@ -79,6 +81,9 @@ class HashLearner(learner_pb.LearnerServiceServicer):
 
     async def Step(self, request, context):
         state = self._state(request.run_id)
+        if request.step == self.hold_at:
+            self.held.set()
+            await asyncio.Event().wait()
         if request.step <= state.step:
             return learner_pb.StepResponse(step=request.step, repeated_step=True)
         if request.step != state.step + 1:

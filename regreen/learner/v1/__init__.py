@@ -2,6 +2,8 @@
 
 from regreen.learner.v1.learner_service_pb2 import (
     Checkpoint,
+    EstimateRunRequest,
+    EstimateRunResponse,
     GetRunRequest,
     GetRunResponse,
     Hyperparameters,
@@ -37,6 +39,8 @@ from regreen.learner.v1.learner_service_pb2_grpc import (
 
 __all__ = [
     "Checkpoint",
+    "EstimateRunRequest",
+    "EstimateRunResponse",
     "GetRunRequest",
     "GetRunResponse",
     "Hyperparameters",

@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from regreen.common.v1 import common_pb2 as regreen_dot_common_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(regreen/learner/v1/learner_service.proto\x12\x12regreen.learner.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1eregreen/common/v1/common.proto\"\xca\x06\n\x0fHyperparameters\x12\x15\n\rlearning_rate\x18\x01 \x01(\x01\x12\x14\n\x0cwarmup_steps\x18\x02 \x01(\x05\x12\x13\n\x0btotal_steps\x18\x03 \x01(\x05\x12\x14\n\x0cweight_decay\x18\x04 \x01(\x01\x12\x15\n\rgradient_clip\x18\x05 \x01(\x01\x12\x0c\n\x04loss\x18\x06 \x01(\t\x12\x10\n\x08\x63lip_low\x18\x07 \x01(\x01\x12\x11\n\tclip_high\x18\x08 \x01(\x01\x12\x16\n\x0eimportance_cap\x18\t \x01(\x01\x12\x16\n\x0ekl_coefficient\x18\n \x01(\x01\x12\x1a\n\x12micro_batch_tokens\x18\x0b \x01(\x05\x12\x18\n\x10trainable_layers\x18\x0c \x01(\x05\x12\x12\n\nzero_stage\x18\r \x01(\x05\x12\r\n\x05\x64type\x18\x0e \x01(\t\x12\x10\n\x08\x62\x61seline\x18\x0f \x01(\t\x12\x0c\n\x04seed\x18\x10 \x01(\x04\x12\x18\n\x10updates_per_step\x18\x11 \x01(\x05\x12\x17\n\x0f\x61\x64vantage_scale\x18\x12 \x01(\t\x12\x11\n\ttruncated\x18\x13 \x01(\t\x12\x13\n\x0bratio_delta\x18\x14 \x01(\x01\x12\x1d\n\x15max_completion_tokens\x18\x15 \x01(\x05\x12\x18\n\x10keep_flat_groups\x18\x16 \x01(\x08\x12\x19\n\x11no_prefix_sharing\x18\x17 \x01(\x08\x12\x1e\n\x16gradient_checkpointing\x18\x18 \x01(\x08\x12\r\n\x05\x62\x65ta1\x18\x19 \x01(\x01\x12\r\n\x05\x62\x65ta2\x18\x1a \x01(\x01\x12\x18\n\x10importance_floor\x18\x1b \x01(\x01\x12\x1d\n\x15importance_correction\x18\x1c \x01(\t\x12\x1c\n\x14off_policy_threshold\x18\x1d \x01(\x01\x12\x19\n\x11top_entropy_share\x18\x1e \x01(\x01\x12\x14\n\x0ckl_estimator\x18\x1f \x01(\t\x12\x10\n\x08kl_place\x18  \x01(\t\x12\x15\n\rkl_correction\x18! \x01(\x08\x12\x1d\n\x15sapo_temperature_good\x18\" \x01(\x01\x12\x1c\n\x14sapo_temperature_bad\x18# \x01(\x01\x12\x11\n\tpass_at_k\x18$ \x01(\x05\"\xd4\x01\n\x0fStartRunRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12)\n\x04kind\x18\x03 \x01(\x0e\x32\x1b.regreen.learner.v1.RunKind\x12\x10\n\x08\x62\x61se_uri\x18\x04 \x01(\t\x12<\n\x0fhyperparameters\x18\x05 \x01(\x0b\x32#.regreen.learner.v1.Hyperparameters\x12\x0e\n\x06\x65ngine\x18\x06 \x01(\t\x12\x12\n\nresume_uri\x18\x07 \x01(\t\"?\n\x10StartRunResponse\x12+\n\x03run\x18\x01 \x01(\x0b\x32\x1e.regreen.learner.v1.LearnerRun\"\xe1\x02\n\nLearnerRun\x12\n\n\x02id\x18\x01 \x01(\t\x12)\n\x04kind\x18\x02 \x01(\x0e\x32\x1b.regreen.learner.v1.RunKind\x12+\n\x05state\x18\x03 \x01(\x0e\x32\x1c.regreen.learner.v1.RunState\x12\x0c\n\x04step\x18\x04 \x01(\x03\x12\x32\n\ncheckpoint\x18\x05 \x01(\x0b\x32\x1e.regreen.learner.v1.Checkpoint\x12<\n\x0fhyperparameters\x18\x06 \x01(\x0b\x32#.regreen.learner.v1.Hyperparameters\x12\x0e\n\x06\x65ngine\x18\x07 \x01(\t\x12\x1c\n\x14trainable_parameters\x18\x08 \x01(\x03\x12\x12\n\nparameters\x18\t \x01(\x03\x12\r\n\x05\x65rror\x18\n \x01(\t\x12\x1e\n\x16\x65stimated_memory_bytes\x18\x0b \x01(\x03\"\xbe\x01\n\nCheckpoint\x12\x0b\n\x03uri\x18\x01 \x01(\t\x12)\n\x06\x64igest\x18\x02 \x01(\x0b\x32\x19.regreen.common.v1.Digest\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\x16\n\x0epolicy_version\x18\x04 \x01(\x03\x12\x0e\n\x06run_id\x18\x05 \x01(\t\x12/\n\x0b\x63reate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tgroup_ids\x18\x07 \x03(\t\"\x92\x01\n\x0bStepRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\r\n\x05\x62\x61tch\x18\x04 \x01(\x0c\x12/\n\x0c\x62\x61tch_digest\x18\x05 \x01(\x0b\x32\x19.regreen.common.v1.Digest\x12\x11\n\tgroup_ids\x18\x06 \x03(\t\"\xd0\x01\n\x0cStepResponse\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12>\n\x07metrics\x18\x02 \x03(\x0b\x32-.regreen.learner.v1.StepResponse.MetricsEntry\x12+\n\x08\x64uration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\rrepeated_step\x18\x04 \x01(\x08\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"4\n\x0fWatchRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x11\n\tfrom_step\x18\x02 \x01(\x03\"\xb9\x01\n\x10WatchRunResponse\x12\x30\n\x04step\x18\x01 \x01(\x0b\x32 .regreen.learner.v1.StepResponseH\x00\x12\x34\n\ncheckpoint\x18\x02 \x01(\x0b\x32\x1e.regreen.learner.v1.CheckpointH\x00\x12\x34\n\x08progress\x18\x03 \x01(\x0b\x32 .regreen.learner.v1.StepProgressH\x00\x42\x07\n\x05\x65vent\"G\n\x0cStepProgress\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\x13\n\x0btokens_done\x18\x02 \x01(\x03\x12\x14\n\x0ctokens_total\x18\x03 \x01(\x03\"S\n\x15SaveCheckpointRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x16\n\x0epolicy_version\x18\x03 \x01(\x03\"L\n\x16SaveCheckpointResponse\x12\x32\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x1e.regreen.learner.v1.Checkpoint\"4\n\x0eStopRunRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\">\n\x0fStopRunResponse\x12+\n\x03run\x18\x01 \x01(\x0b\x32\x1e.regreen.learner.v1.LearnerRun\"\x1f\n\rGetRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"=\n\x0eGetRunResponse\x12+\n\x03run\x18\x01 \x01(\x0b\x32\x1e.regreen.learner.v1.LearnerRun\"8\n\x0fListRunsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"Y\n\x10ListRunsResponse\x12,\n\x04runs\x18\x01 \x03(\x0b\x32\x1e.regreen.learner.v1.LearnerRun\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t*H\n\x07RunKind\x12\x18\n\x14RUN_KIND_UNSPECIFIED\x10\x00\x12\x10\n\x0cRUN_KIND_SFT\x10\x01\x12\x11\n\rRUN_KIND_GRPO\x10\x02*h\n\x08RunState\x12\x19\n\x15RUN_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10RUN_STATE_ACTIVE\x10\x01\x12\x15\n\x11RUN_STATE_STOPPED\x10\x02\x12\x14\n\x10RUN_STATE_FAILED\x10\x03\x32\xf0\x04\n\x0eLearnerService\x12U\n\x08StartRun\x12#.regreen.learner.v1.StartRunRequest\x1a$.regreen.learner.v1.StartRunResponse\x12I\n\x04Step\x12\x1f.regreen.learner.v1.StepRequest\x1a .regreen.learner.v1.StepResponse\x12W\n\x08WatchRun\x12#.regreen.learner.v1.WatchRunRequest\x1a$.regreen.learner.v1.WatchRunResponse0\x01\x12g\n\x0eSaveCheckpoint\x12).regreen.learner.v1.SaveCheckpointRequest\x1a*.regreen.learner.v1.SaveCheckpointResponse\x12R\n\x07StopRun\x12\".regreen.learner.v1.StopRunRequest\x1a#.regreen.learner.v1.StopRunResponse\x12O\n\x06GetRun\x12!.regreen.learner.v1.GetRunRequest\x1a\".regreen.learner.v1.GetRunResponse\x12U\n\x08ListRuns\x12#.regreen.learner.v1.ListRunsRequest\x1a$.regreen.learner.v1.ListRunsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(regreen/learner/v1/learner_service.proto\x12\x12regreen.learner.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1eregreen/common/v1/common.proto\"\xca\x06\n\x0fHyperparameters\x12\x15\n\rlearning_rate\x18\x01 \x01(\x01\x12\x14\n\x0cwarmup_steps\x18\x02 \x01(\x05\x12\x13\n\x0btotal_steps\x18\x03 \x01(\x05\x12\x14\n\x0cweight_decay\x18\x04 \x01(\x01\x12\x15\n\rgradient_clip\x18\x05 \x01(\x01\x12\x0c\n\x04loss\x18\x06 \x01(\t\x12\x10\n\x08\x63lip_low\x18\x07 \x01(\x01\x12\x11\n\tclip_high\x18\x08 \x01(\x01\x12\x16\n\x0eimportance_cap\x18\t \x01(\x01\x12\x16\n\x0ekl_coefficient\x18\n \x01(\x01\x12\x1a\n\x12micro_batch_tokens\x18\x0b \x01(\x05\x12\x18\n\x10trainable_layers\x18\x0c \x01(\x05\x12\x12\n\nzero_stage\x18\r \x01(\x05\x12\r\n\x05\x64type\x18\x0e \x01(\t\x12\x10\n\x08\x62\x61seline\x18\x0f \x01(\t\x12\x0c\n\x04seed\x18\x10 \x01(\x04\x12\x18\n\x10updates_per_step\x18\x11 \x01(\x05\x12\x17\n\x0f\x61\x64vantage_scale\x18\x12 \x01(\t\x12\x11\n\ttruncated\x18\x13 \x01(\t\x12\x13\n\x0bratio_delta\x18\x14 \x01(\x01\x12\x1d\n\x15max_completion_tokens\x18\x15 \x01(\x05\x12\x18\n\x10keep_flat_groups\x18\x16 \x01(\x08\x12\x19\n\x11no_prefix_sharing\x18\x17 \x01(\x08\x12\x1e\n\x16gradient_checkpointing\x18\x18 \x01(\x08\x12\r\n\x05\x62\x65ta1\x18\x19 \x01(\x01\x12\r\n\x05\x62\x65ta2\x18\x1a \x01(\x01\x12\x18\n\x10importance_floor\x18\x1b \x01(\x01\x12\x1d\n\x15importance_correction\x18\x1c \x01(\t\x12\x1c\n\x14off_policy_threshold\x18\x1d \x01(\x01\x12\x19\n\x11top_entropy_share\x18\x1e \x01(\x01\x12\x14\n\x0ckl_estimator\x18\x1f \x01(\t\x12\x10\n\x08kl_place\x18  \x01(\t\x12\x15\n\rkl_correction\x18! \x01(\x08\x12\x1d\n\x15sapo_temperature_good\x18\" \x01(\x01\x12\x1c\n\x14sapo_temperature_bad\x18# \x01(\x01\x12\x11\n\tpass_at_k\x18$ \x01(\x05\"\xd4\x01\n\x0fStartRunRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12)\n\x04kind\x18\x03 \x01(\x0e\x32\x1b.regreen.learner.v1.RunKind\x12\x10\n\x08\x62\x61se_uri\x18\x04 \x01(\t\x12<\n\x0fhyperparameters\x18\x05 \x01(\x0b\x32#.regreen.learner.v1.Hyperparameters\x12\x0e\n\x06\x65ngine\x18\x06 \x01(\t\x12\x12\n\nresume_uri\x18\x07 \x01(\t\"?\n\x10StartRunResponse\x12+\n\x03run\x18\x01 \x01(\x0b\x32\x1e.regreen.learner.v1.LearnerRun\"\x9f\x01\n\x12\x45stimateRunRequest\x12)\n\x04kind\x18\x01 \x01(\x0e\x32\x1b.regreen.learner.v1.RunKind\x12\x10\n\x08\x62\x61se_uri\x18\x02 \x01(\t\x12<\n\x0fhyperparameters\x18\x03 \x01(\x0b\x32#.regreen.learner.v1.Hyperparameters\x12\x0e\n\x06\x65ngine\x18\x04 \x01(\t\"\xe8\x01\n\x13\x45stimateRunResponse\x12\x1e\n\x16\x65stimated_memory_bytes\x18\x01 \x01(\x03\x12\x1e\n\x16\x61vailable_memory_bytes\x18\x02 \x01(\x03\x12\x12\n\nparameters\x18\x03 \x01(\x03\x12\x1c\n\x14trainable_parameters\x18\x04 \x01(\x03\x12<\n\x0fhyperparameters\x18\x05 \x01(\x0b\x32#.regreen.learner.v1.Hyperparameters\x12\x0e\n\x06\x65ngine\x18\x06 \x01(\t\x12\x11\n\tprocesses\x18\x07 \x01(\x05\"\xe1\x02\n\nLearnerRun\x12\n\n\x02id\x18\x01 \x01(\t\x12)\n\x04kind\x18\x02 \x01(\x0e\x32\x1b.regreen.learner.v1.RunKind\x12+\n\x05state\x18\x03 \x01(\x0e\x32\x1c.regreen.learner.v1.RunState\x12\x0c\n\x04step\x18\x04 \x01(\x03\x12\x32\n\ncheckpoint\x18\x05 \x01(\x0b\x32\x1e.regreen.learner.v1.Checkpoint\x12<\n\x0fhyperparameters\x18\x06 \x01(\x0b\x32#.regreen.learner.v1.Hyperparameters\x12\x0e\n\x06\x65ngine\x18\x07 \x01(\t\x12\x1c\n\x14trainable_parameters\x18\x08 \x01(\x03\x12\x12\n\nparameters\x18\t \x01(\x03\x12\r\n\x05\x65rror\x18\n \x01(\t\x12\x1e\n\x16\x65stimated_memory_bytes\x18\x0b \x01(\x03\"\xbe\x01\n\nCheckpoint\x12\x0b\n\x03uri\x18\x01 \x01(\t\x12)\n\x06\x64igest\x18\x02 \x01(\x0b\x32\x19.regreen.common.v1.Digest\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\x16\n\x0epolicy_version\x18\x04 \x01(\x03\x12\x0e\n\x06run_id\x18\x05 \x01(\t\x12/\n\x0b\x63reate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tgroup_ids\x18\x07 \x03(\t\"\x92\x01\n\x0bStepRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\r\n\x05\x62\x61tch\x18\x04 \x01(\x0c\x12/\n\x0c\x62\x61tch_digest\x18\x05 \x01(\x0b\x32\x19.regreen.common.v1.Digest\x12\x11\n\tgroup_ids\x18\x06 \x03(\t\"\xd0\x01\n\x0cStepResponse\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12>\n\x07metrics\x18\x02 \x03(\x0b\x32-.regreen.learner.v1.StepResponse.MetricsEntry\x12+\n\x08\x64uration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\rrepeated_step\x18\x04 \x01(\x08\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"4\n\x0fWatchRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x11\n\tfrom_step\x18\x02 \x01(\x03\"\xb9\x01\n\x10WatchRunResponse\x12\x30\n\x04step\x18\x01 \x01(\x0b\x32 .regreen.learner.v1.StepResponseH\x00\x12\x34\n\ncheckpoint\x18\x02 \x01(\x0b\x32\x1e.regreen.learner.v1.CheckpointH\x00\x12\x34\n\x08progress\x18\x03 \x01(\x0b\x32 .regreen.learner.v1.StepProgressH\x00\x42\x07\n\x05\x65vent\"G\n\x0cStepProgress\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\x13\n\x0btokens_done\x18\x02 \x01(\x03\x12\x14\n\x0ctokens_total\x18\x03 \x01(\x03\"S\n\x15SaveCheckpointRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x16\n\x0epolicy_version\x18\x03 \x01(\x03\"L\n\x16SaveCheckpointResponse\x12\x32\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x1e.regreen.learner.v1.Checkpoint\"4\n\x0eStopRunRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\">\n\x0fStopRunResponse\x12+\n\x03run\x18\x01 \x01(\x0b\x32\x1e.regreen.learner.v1.LearnerRun\"\x1f\n\rGetRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"=\n\x0eGetRunResponse\x12+\n\x03run\x18\x01 \x01(\x0b\x32\x1e.regreen.learner.v1.LearnerRun\"8\n\x0fListRunsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"Y\n\x10ListRunsResponse\x12,\n\x04runs\x18\x01 \x03(\x0b\x32\x1e.regreen.learner.v1.LearnerRun\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t*H\n\x07RunKind\x12\x18\n\x14RUN_KIND_UNSPECIFIED\x10\x00\x12\x10\n\x0cRUN_KIND_SFT\x10\x01\x12\x11\n\rRUN_KIND_GRPO\x10\x02*h\n\x08RunState\x12\x19\n\x15RUN_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10RUN_STATE_ACTIVE\x10\x01\x12\x15\n\x11RUN_STATE_STOPPED\x10\x02\x12\x14\n\x10RUN_STATE_FAILED\x10\x03\x32\xd0\x05\n\x0eLearnerService\x12U\n\x08StartRun\x12#.regreen.learner.v1.StartRunRequest\x1a$.regreen.learner.v1.StartRunResponse\x12^\n\x0b\x45stimateRun\x12&.regreen.learner.v1.EstimateRunRequest\x1a\'.regreen.learner.v1.EstimateRunResponse\x12I\n\x04Step\x12\x1f.regreen.learner.v1.StepRequest\x1a .regreen.learner.v1.StepResponse\x12W\n\x08WatchRun\x12#.regreen.learner.v1.WatchRunRequest\x1a$.regreen.learner.v1.WatchRunResponse0\x01\x12g\n\x0eSaveCheckpoint\x12).regreen.learner.v1.SaveCheckpointRequest\x1a*.regreen.learner.v1.SaveCheckpointResponse\x12R\n\x07StopRun\x12\".regreen.learner.v1.StopRunRequest\x1a#.regreen.learner.v1.StopRunResponse\x12O\n\x06GetRun\x12!.regreen.learner.v1.GetRunRequest\x1a\".regreen.learner.v1.GetRunResponse\x12U\n\x08ListRuns\x12#.regreen.learner.v1.ListRunsRequest\x1a$.regreen.learner.v1.ListRunsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,48 +36,52 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_STEPRESPONSE_METRICSENTRY']._loaded_options = None
   _globals['_STEPRESPONSE_METRICSENTRY']._serialized_options = b'8\001'
-  _globals['_RUNKIND']._serialized_start=3036
-  _globals['_RUNKIND']._serialized_end=3108
-  _globals['_RUNSTATE']._serialized_start=3110
-  _globals['_RUNSTATE']._serialized_end=3214
+  _globals['_RUNKIND']._serialized_start=3433
+  _globals['_RUNKIND']._serialized_end=3505
+  _globals['_RUNSTATE']._serialized_start=3507
+  _globals['_RUNSTATE']._serialized_end=3611
   _globals['_HYPERPARAMETERS']._serialized_start=162
   _globals['_HYPERPARAMETERS']._serialized_end=1004
   _globals['_STARTRUNREQUEST']._serialized_start=1007
   _globals['_STARTRUNREQUEST']._serialized_end=1219
   _globals['_STARTRUNRESPONSE']._serialized_start=1221
   _globals['_STARTRUNRESPONSE']._serialized_end=1284
-  _globals['_LEARNERRUN']._serialized_start=1287
-  _globals['_LEARNERRUN']._serialized_end=1640
-  _globals['_CHECKPOINT']._serialized_start=1643
-  _globals['_CHECKPOINT']._serialized_end=1833
-  _globals['_STEPREQUEST']._serialized_start=1836
-  _globals['_STEPREQUEST']._serialized_end=1982
-  _globals['_STEPRESPONSE']._serialized_start=1985
-  _globals['_STEPRESPONSE']._serialized_end=2193
-  _globals['_STEPRESPONSE_METRICSENTRY']._serialized_start=2147
-  _globals['_STEPRESPONSE_METRICSENTRY']._serialized_end=2193
-  _globals['_WATCHRUNREQUEST']._serialized_start=2195
-  _globals['_WATCHRUNREQUEST']._serialized_end=2247
-  _globals['_WATCHRUNRESPONSE']._serialized_start=2250
-  _globals['_WATCHRUNRESPONSE']._serialized_end=2435
-  _globals['_STEPPROGRESS']._serialized_start=2437
-  _globals['_STEPPROGRESS']._serialized_end=2508
-  _globals['_SAVECHECKPOINTREQUEST']._serialized_start=2510
-  _globals['_SAVECHECKPOINTREQUEST']._serialized_end=2593
-  _globals['_SAVECHECKPOINTRESPONSE']._serialized_start=2595
-  _globals['_SAVECHECKPOINTRESPONSE']._serialized_end=2671
-  _globals['_STOPRUNREQUEST']._serialized_start=2673
-  _globals['_STOPRUNREQUEST']._serialized_end=2725
-  _globals['_STOPRUNRESPONSE']._serialized_start=2727
-  _globals['_STOPRUNRESPONSE']._serialized_end=2789
-  _globals['_GETRUNREQUEST']._serialized_start=2791
-  _globals['_GETRUNREQUEST']._serialized_end=2822
-  _globals['_GETRUNRESPONSE']._serialized_start=2824
-  _globals['_GETRUNRESPONSE']._serialized_end=2885
-  _globals['_LISTRUNSREQUEST']._serialized_start=2887
-  _globals['_LISTRUNSREQUEST']._serialized_end=2943
-  _globals['_LISTRUNSRESPONSE']._serialized_start=2945
-  _globals['_LISTRUNSRESPONSE']._serialized_end=3034
-  _globals['_LEARNERSERVICE']._serialized_start=3217
-  _globals['_LEARNERSERVICE']._serialized_end=3841
+  _globals['_ESTIMATERUNREQUEST']._serialized_start=1287
+  _globals['_ESTIMATERUNREQUEST']._serialized_end=1446
+  _globals['_ESTIMATERUNRESPONSE']._serialized_start=1449
+  _globals['_ESTIMATERUNRESPONSE']._serialized_end=1681
+  _globals['_LEARNERRUN']._serialized_start=1684
+  _globals['_LEARNERRUN']._serialized_end=2037
+  _globals['_CHECKPOINT']._serialized_start=2040
+  _globals['_CHECKPOINT']._serialized_end=2230
+  _globals['_STEPREQUEST']._serialized_start=2233
+  _globals['_STEPREQUEST']._serialized_end=2379
+  _globals['_STEPRESPONSE']._serialized_start=2382
+  _globals['_STEPRESPONSE']._serialized_end=2590
+  _globals['_STEPRESPONSE_METRICSENTRY']._serialized_start=2544
+  _globals['_STEPRESPONSE_METRICSENTRY']._serialized_end=2590
+  _globals['_WATCHRUNREQUEST']._serialized_start=2592
+  _globals['_WATCHRUNREQUEST']._serialized_end=2644
+  _globals['_WATCHRUNRESPONSE']._serialized_start=2647
+  _globals['_WATCHRUNRESPONSE']._serialized_end=2832
+  _globals['_STEPPROGRESS']._serialized_start=2834
+  _globals['_STEPPROGRESS']._serialized_end=2905
+  _globals['_SAVECHECKPOINTREQUEST']._serialized_start=2907
+  _globals['_SAVECHECKPOINTREQUEST']._serialized_end=2990
+  _globals['_SAVECHECKPOINTRESPONSE']._serialized_start=2992
+  _globals['_SAVECHECKPOINTRESPONSE']._serialized_end=3068
+  _globals['_STOPRUNREQUEST']._serialized_start=3070
+  _globals['_STOPRUNREQUEST']._serialized_end=3122
+  _globals['_STOPRUNRESPONSE']._serialized_start=3124
+  _globals['_STOPRUNRESPONSE']._serialized_end=3186
+  _globals['_GETRUNREQUEST']._serialized_start=3188
+  _globals['_GETRUNREQUEST']._serialized_end=3219
+  _globals['_GETRUNRESPONSE']._serialized_start=3221
+  _globals['_GETRUNRESPONSE']._serialized_end=3282
+  _globals['_LISTRUNSREQUEST']._serialized_start=3284
+  _globals['_LISTRUNSREQUEST']._serialized_end=3340
+  _globals['_LISTRUNSRESPONSE']._serialized_start=3342
+  _globals['_LISTRUNSRESPONSE']._serialized_end=3431
+  _globals['_LEARNERSERVICE']._serialized_start=3614
+  _globals['_LEARNERSERVICE']._serialized_end=4334
 # @@protoc_insertion_point(module_scope)

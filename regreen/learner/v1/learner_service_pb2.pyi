@@ -319,6 +319,90 @@ class StartRunResponse(_message.Message):
 Global___StartRunResponse: _TypeAlias = StartRunResponse  # noqa: Y015
 
 @_typing.final
+class EstimateRunRequest(_message.Message):
+    """Request of EstimateRun."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    BASE_URI_FIELD_NUMBER: _builtins.int
+    HYPERPARAMETERS_FIELD_NUMBER: _builtins.int
+    ENGINE_FIELD_NUMBER: _builtins.int
+    kind: Global___RunKind.ValueType
+    """Kind."""
+    base_uri: _builtins.str
+    """Model directory or checkpoint URI to start from; empty is the small default model, if it has been made."""
+    engine: _builtins.str
+    """Engine: "deepspeed" or "plain"; empty means the service's default."""
+    @_builtins.property
+    def hyperparameters(self) -> Global___Hyperparameters:
+        """Hyperparameters."""
+
+    def __init__(
+        self,
+        *,
+        kind: Global___RunKind.ValueType = ...,
+        base_uri: _builtins.str = ...,
+        hyperparameters: Global___Hyperparameters | None = ...,
+        engine: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["hyperparameters", b"hyperparameters"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_uri", b"base_uri", "engine", b"engine", "hyperparameters", b"hyperparameters", "kind", b"kind"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EstimateRunRequest: _TypeAlias = EstimateRunRequest  # noqa: Y015
+
+@_typing.final
+class EstimateRunResponse(_message.Message):
+    """Response of EstimateRun."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ESTIMATED_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    AVAILABLE_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    PARAMETERS_FIELD_NUMBER: _builtins.int
+    TRAINABLE_PARAMETERS_FIELD_NUMBER: _builtins.int
+    HYPERPARAMETERS_FIELD_NUMBER: _builtins.int
+    ENGINE_FIELD_NUMBER: _builtins.int
+    PROCESSES_FIELD_NUMBER: _builtins.int
+    estimated_memory_bytes: _builtins.int
+    """Estimated peak memory of one process."""
+    available_memory_bytes: _builtins.int
+    """Memory that a process of this host may take now."""
+    parameters: _builtins.int
+    """Parameters in all, by the model's configuration."""
+    trainable_parameters: _builtins.int
+    """Parameters that train."""
+    engine: _builtins.str
+    """Engine that would be used."""
+    processes: _builtins.int
+    """Processes of the run on this machine, each with its own memory."""
+    @_builtins.property
+    def hyperparameters(self) -> Global___Hyperparameters:
+        """Hyperparameters that would be in force."""
+
+    def __init__(
+        self,
+        *,
+        estimated_memory_bytes: _builtins.int = ...,
+        available_memory_bytes: _builtins.int = ...,
+        parameters: _builtins.int = ...,
+        trainable_parameters: _builtins.int = ...,
+        hyperparameters: Global___Hyperparameters | None = ...,
+        engine: _builtins.str = ...,
+        processes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["hyperparameters", b"hyperparameters"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["available_memory_bytes", b"available_memory_bytes", "engine", b"engine", "estimated_memory_bytes", b"estimated_memory_bytes", "hyperparameters", b"hyperparameters", "parameters", b"parameters", "processes", b"processes", "trainable_parameters", b"trainable_parameters"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EstimateRunResponse: _TypeAlias = EstimateRunResponse  # noqa: Y015
+
+@_typing.final
 class LearnerRun(_message.Message):
     """A training run as the learner sees it."""
 

@@ -40,6 +40,11 @@ class LearnerServiceStub:
                 request_serializer=regreen_dot_learner_dot_v1_dot_learner__service__pb2.StartRunRequest.SerializeToString,
                 response_deserializer=regreen_dot_learner_dot_v1_dot_learner__service__pb2.StartRunResponse.FromString,
                 _registered_method=True)
+        self.EstimateRun = channel.unary_unary(
+                '/regreen.learner.v1.LearnerService/EstimateRun',
+                request_serializer=regreen_dot_learner_dot_v1_dot_learner__service__pb2.EstimateRunRequest.SerializeToString,
+                response_deserializer=regreen_dot_learner_dot_v1_dot_learner__service__pb2.EstimateRunResponse.FromString,
+                _registered_method=True)
         self.Step = channel.unary_unary(
                 '/regreen.learner.v1.LearnerService/Step',
                 request_serializer=regreen_dot_learner_dot_v1_dot_learner__service__pb2.StepRequest.SerializeToString,
@@ -86,6 +91,20 @@ class LearnerServiceServicer:
         - DATA_LOSS: no checkpoint of the run is whole, or the one asked for is not.
         - FAILED_PRECONDITION: another run is active, the run will not fit in memory (says what would), or the default model is
         asked for and not installed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EstimateRun(self, request, context):
+        """Says what a run would need, and refuses what StartRun would refuse before it loads a model. Starts nothing, writes
+        nothing and makes no default model. Other runs are not looked at (ListRuns tells of them), but for the memory that
+        they hold now.
+
+        Errors:
+        - INVALID_ARGUMENT: a hyperparameter is out of range; names it.
+        - NOT_FOUND: no base model or checkpoint at that place.
+        - FAILED_PRECONDITION: the run will not fit in memory (says what would).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -164,6 +183,11 @@ def add_LearnerServiceServicer_to_server(servicer, server):
                     request_deserializer=regreen_dot_learner_dot_v1_dot_learner__service__pb2.StartRunRequest.FromString,
                     response_serializer=regreen_dot_learner_dot_v1_dot_learner__service__pb2.StartRunResponse.SerializeToString,
             ),
+            'EstimateRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.EstimateRun,
+                    request_deserializer=regreen_dot_learner_dot_v1_dot_learner__service__pb2.EstimateRunRequest.FromString,
+                    response_serializer=regreen_dot_learner_dot_v1_dot_learner__service__pb2.EstimateRunResponse.SerializeToString,
+            ),
             'Step': grpc.unary_unary_rpc_method_handler(
                     servicer.Step,
                     request_deserializer=regreen_dot_learner_dot_v1_dot_learner__service__pb2.StepRequest.FromString,
@@ -223,6 +247,33 @@ class LearnerService:
             '/regreen.learner.v1.LearnerService/StartRun',
             regreen_dot_learner_dot_v1_dot_learner__service__pb2.StartRunRequest.SerializeToString,
             regreen_dot_learner_dot_v1_dot_learner__service__pb2.StartRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EstimateRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/regreen.learner.v1.LearnerService/EstimateRun',
+            regreen_dot_learner_dot_v1_dot_learner__service__pb2.EstimateRunRequest.SerializeToString,
+            regreen_dot_learner_dot_v1_dot_learner__service__pb2.EstimateRunResponse.FromString,
             options,
             channel_credentials,
             insecure,

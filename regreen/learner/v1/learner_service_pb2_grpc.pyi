@@ -44,6 +44,16 @@ class LearnerServiceStub:
     - FAILED_PRECONDITION: another run is active, the run will not fit in memory (says what would), or the default model is
       asked for and not installed.
     """
+    EstimateRun: _grpc.UnaryUnaryMultiCallable[_learner_service_pb2.EstimateRunRequest, _learner_service_pb2.EstimateRunResponse]
+    """Says what a run would need, and refuses what StartRun would refuse before it loads a model. Starts nothing, writes
+    nothing and makes no default model. Other runs are not looked at (ListRuns tells of them), but for the memory that
+    they hold now.
+
+    Errors:
+    - INVALID_ARGUMENT: a hyperparameter is out of range; names it.
+    - NOT_FOUND: no base model or checkpoint at that place.
+    - FAILED_PRECONDITION: the run will not fit in memory (says what would).
+    """
     Step: _grpc.UnaryUnaryMultiCallable[_learner_service_pb2.StepRequest, _learner_service_pb2.StepResponse]
     """Performs one optimizer step on one batch. Idempotent: a step that was done is answered, not repeated.
 
@@ -101,6 +111,16 @@ class LearnerServiceAsyncStub(LearnerServiceStub):
     - DATA_LOSS: no checkpoint of the run is whole, or the one asked for is not.
     - FAILED_PRECONDITION: another run is active, the run will not fit in memory (says what would), or the default model is
       asked for and not installed.
+    """
+    EstimateRun: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.EstimateRunRequest, _learner_service_pb2.EstimateRunResponse]  # type: ignore[assignment]
+    """Says what a run would need, and refuses what StartRun would refuse before it loads a model. Starts nothing, writes
+    nothing and makes no default model. Other runs are not looked at (ListRuns tells of them), but for the memory that
+    they hold now.
+
+    Errors:
+    - INVALID_ARGUMENT: a hyperparameter is out of range; names it.
+    - NOT_FOUND: no base model or checkpoint at that place.
+    - FAILED_PRECONDITION: the run will not fit in memory (says what would).
     """
     Step: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.StepRequest, _learner_service_pb2.StepResponse]  # type: ignore[assignment]
     """Performs one optimizer step on one batch. Idempotent: a step that was done is answered, not repeated.
@@ -162,6 +182,22 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
         - DATA_LOSS: no checkpoint of the run is whole, or the one asked for is not.
         - FAILED_PRECONDITION: another run is active, the run will not fit in memory (says what would), or the default model is
           asked for and not installed.
+        """
+
+    @_abc_1.abstractmethod
+    def EstimateRun(
+        self,
+        request: _learner_service_pb2.EstimateRunRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_learner_service_pb2.EstimateRunResponse, _abc.Awaitable[_learner_service_pb2.EstimateRunResponse]]:
+        """Says what a run would need, and refuses what StartRun would refuse before it loads a model. Starts nothing, writes
+        nothing and makes no default model. Other runs are not looked at (ListRuns tells of them), but for the memory that
+        they hold now.
+
+        Errors:
+        - INVALID_ARGUMENT: a hyperparameter is out of range; names it.
+        - NOT_FOUND: no base model or checkpoint at that place.
+        - FAILED_PRECONDITION: the run will not fit in memory (says what would).
         """
 
     @_abc_1.abstractmethod

@@ -18,7 +18,7 @@ DOCS = (Path(__file__).resolve().parents[3] / "docs" / "cli.md").read_text()
 READS = (
     *("status", "doctor", "logs", "report", "tasks list", "tasks show", "tasks prepare"),
     *("traj list", "traj show", "state list", "state show", "state tree"),
-    *("sandbox list", "sandbox show"),
+    *("sandbox list", "sandbox show", "runs list", "runs show", "runs compare"),
 )
 
 

@@ -190,6 +190,42 @@ async def test_two_ranks_of_deepspeed_match_one_process(
         assert sum(name.startswith("engine/") for name in manifest.files) >= 2
 
 
+async def test_an_estimate_starts_nothing_and_refuses_what_a_start_would(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    async with learner(tmp_path, processes=2) as (client, runs):
+        before = sorted(tmp_path.rglob("*"))
+        small = pb.Hyperparameters(trainable_layers=1, micro_batch_tokens=256)
+        found = await client.estimate_run(pb.RUN_KIND_GRPO, str(tiny_model), hyperparameters=small)
+        shape = model_shape(tiny_model)
+        settings = Hyperparameters(trainable_layers=1, micro_batch_tokens=256)
+        assert found.estimated_memory_bytes == estimate_bytes(shape, settings, masters=True)
+        assert found.available_memory_bytes > found.estimated_memory_bytes
+        assert found.parameters == shape.parameters
+        assert found.trainable_parameters == shape.layer_parameters
+        assert (found.engine, found.processes) == ("plain", 2)
+        assert found.hyperparameters.micro_batch_tokens == 256
+        assert found.hyperparameters.clip_high == pytest.approx(0.28)
+        refused: list[tuple[type[Exception], str, dict[str, object]]] = [
+            (InvalidArgument, "kind: is not given", {"kind": pb.RUN_KIND_UNSPECIFIED}),
+            (InvalidArgument, "engine", {"engine": "magic"}),
+            (InvalidArgument, "is no absolute path", {"base_uri": "hub://model"}),
+            (NotFound, "no decoder model", {"base_uri": str(tmp_path)}),
+            (NotFound, "smollm2-135m", {"base_uri": ""}),
+            (
+                InvalidArgument,
+                "has 2 layers",
+                {"hyperparameters": pb.Hyperparameters(trainable_layers=3)},
+            ),
+        ]
+        for error, said, changes in refused:
+            asked = {"kind": pb.RUN_KIND_SFT, "base_uri": str(tiny_model)} | changes
+            with pytest.raises(error, match=said):
+                await client.estimate_run(**asked)  # type: ignore[arg-type]
+        assert runs.all() == []
+        assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_a_run_that_will_not_fit_is_refused_with_advice(tiny_model: Path) -> None:
     shape = model_shape(tiny_model)
     big = Hyperparameters(micro_batch_tokens=10**6)

@@ -1,0 +1,99 @@
+"""What a run would need, found before any weight is loaded.
+
+- `Runs` uses it to refuse a run that will not fit; `EstimateRun` answers it and starts nothing.
+- Nothing here writes, makes a model or looks at other runs.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from learner_svc.engines.base import choose_dtype
+from learner_svc.memory import (
+    ModelShape,
+    available_bytes,
+    check_fits,
+    model_shape,
+    trained_parameters,
+)
+from learner_svc.spec import RunSpec
+from regreen.model_store import DEFAULT_MODEL
+from regreen.rpc.errors import DataLoss, InvalidArgument, NotFound
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What one process of a run would need."""
+
+    memory_bytes: int
+    available_bytes: int
+    parameters: int
+    trainable_parameters: int
+    processes: int
+    """Processes of the run on this machine."""
+
+
+def estimate(spec: RunSpec, folders: Sequence[Path], processes: int) -> Estimate:
+    """The needs of a run that goes on from the first of `folders` that can be read.
+
+    Raises:
+        NotFound: none of them holds a model.
+        FailedPrecondition: it does not fit; says by how much and which settings would.
+    """
+    hyperparameters = spec.hyperparameters
+    half = choose_dtype(hyperparameters.dtype) == torch.bfloat16
+    masters = half or hyperparameters.zero_stage > 0 or processes > 1
+    shape, available = _shape(folders), available_bytes()
+    return Estimate(
+        memory_bytes=check_fits(shape, hyperparameters, masters, available),
+        available_bytes=available,
+        parameters=shape.parameters,
+        trainable_parameters=trained_parameters(shape, hyperparameters),
+        processes=processes,
+    )
+
+
+def estimate_new(spec: RunSpec, home: Path, processes: int) -> Estimate:
+    """The needs of a run that starts from its base.
+
+    Raises:
+        InvalidArgument: a setting is out of range, or the model has fewer layers.
+        NotFound: no model is there; the default one is not made.
+        FailedPrecondition: as `estimate`.
+    """
+    spec.check()
+    base = spec.base_uri or str((home / "models" / DEFAULT_MODEL).resolve())
+    folder = local_path(base, "base_uri")
+    layers, wanted = model_shape(folder).layers, spec.hyperparameters.trainable_layers
+    if wanted > layers:  # the worker would find it, with the model loaded
+        raise InvalidArgument(
+            "hyperparameters.trainable_layers",
+            f"is {wanted}, but the model has {layers} layers",
+            f"give 0 (all) to {layers}",
+        )
+    return estimate(spec, [folder], processes)
+
+
+def local_path(uri: str, name: str) -> Path:
+    """The directory that a model or checkpoint URI names.
+
+    Raises:
+        InvalidArgument: the URI is not a local path.
+    """
+    text = uri.removeprefix("file://")
+    if "://" in text or not text.startswith("/"):
+        raise InvalidArgument(
+            name, f"{uri[:200]!r} is no absolute path", "give /path or file:///path"
+        )
+    return Path(text)
+
+
+def _shape(folders: Sequence[Path]) -> ModelShape:
+    """The shape of the first model that can be read; a damaged checkpoint is met later."""
+    for folder in folders[:-1]:
+        with contextlib.suppress(NotFound, DataLoss):
+            return model_shape(folder)
+    return model_shape(folders[-1])
