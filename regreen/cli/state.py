@@ -309,8 +309,9 @@ def _told(chunks: Iterable[bytes], size: int, tell: Tell) -> Iterator[bytes]:
     for chunk in chunks:
         yield chunk
         sent += len(chunk)
-        unit = "MiB" if size >= _MIB else f"{sent} bytes"
-        tell("send", round(sent / _MIB, 1), round(size / _MIB, 1), unit)
+        done, whole = round(sent / _MIB, 1), round(size / _MIB, 1)
+        amount = f"{done} MiB" if sent >= _MIB else f"{sent} bytes"
+        tell("send", done, whole, "MiB" if whole else amount)
 
 
 async def _export(

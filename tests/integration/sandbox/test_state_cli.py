@@ -98,7 +98,7 @@ async def test_a_directory_is_judged_before_it_is_sent_and_told_what_it_lost(cli
     done = await cli("state", "import", str(root), "--json")
     (note,) = json.loads(done.stdout)["notes"]
     assert note == "1 devices or pipes are left out, for example pipe"
-    assert "send (0 s)  0 MiB" in done.stderr
+    assert "send (0 s)  512 bytes" in done.stderr
 
 
 async def test_an_export_replaces_nothing_unasked(service, cli, tmp_path):
