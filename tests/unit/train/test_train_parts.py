@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from regreen.common import v1 as common_pb
 from regreen.learner import v1 as learner_pb
-from regreen.rpc.errors import DiskFull, InvalidArgument, NotFound, Unavailable
+from regreen.rpc.errors import DataLoss, DiskFull, InvalidArgument, NotFound, Unavailable
 from regreen.train.config import GrpoConfig
 from regreen.train.gather import GatherSettings, plan_step
 from regreen.train.ledger import Ledger, hyperparameters
@@ -22,7 +22,7 @@ from regreen.train.progress import Meter, Progress, stage
 from regreen.train.recovery import Recovery
 from regreen.train.schedule import Candidate, History
 from regreen.train.sft import batch_ids
-from regreen.train.weights import Weights
+from regreen.train.weights import Weights, started_from
 
 CANDIDATES = [Candidate(f"task-{i}", common_pb.MODE_KEEP_NEW) for i in range(3)]
 SETTINGS = GatherSettings(
@@ -265,3 +265,15 @@ def test_plain_sampling_may_be_said_and_truncation_chosen():
     config = GrpoConfig(name="x", labels=labels, hyperparameters={"truncated": "fail"})
     assert config.truncated == "fail"
     assert GrpoConfig(name="x").truncated == "keep_baseline"
+
+
+@pytest.mark.parametrize(
+    "resolved",
+    [{}, {"start": {}, "base_version": 1}, {"start": None, "base_version": 1}, {"start": 1}],
+    ids=str,
+)
+def test_a_run_that_does_not_say_how_it_began_is_told_as_such(resolved):
+    with pytest.raises(DataLoss, match="which weights it began with"):
+        started_from(resolved)
+    whole = {"start": Weights("file:///w").to_json(), "base_version": 20_000.0}
+    assert started_from(whole) == Weights("file:///w", version=20_000)
