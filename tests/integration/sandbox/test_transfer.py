@@ -183,11 +183,14 @@ async def whole(states: StateClient, state_id: str) -> bytes:
 
 
 async def test_exports_that_nobody_reads_are_refused_room_for_others_and_end(restless):
-    states, stub, channel, server = restless
+    states, _, channel, server = restless
     large = await prepared(states, a="1" * 8_000_000)
     small = await prepared(states, a="2")
     archive = await whole(states, small.id)
-    unread = [stub.ExportState(pb.ExportStateRequest(id=large.id)) for _ in range(pace.AT_ONCE)]
+    # A window that grows with the delay, as it does by default, can hold all of an archive.
+    slow = grpc.aio.insecure_channel(server.address, options=[("grpc.http2.bdp_probe", 0)])
+    export = pb.StateServiceStub(slow).ExportState
+    unread = [export(pb.ExportStateRequest(id=large.id)) for _ in range(pace.AT_ONCE)]
     await asyncio.gather(*(call.read() for call in unread))
     with pytest.raises(ResourceExhausted, match="8 exports are under way") as caught:
         await whole(states, small.id)
@@ -206,6 +209,7 @@ async def test_exports_that_nobody_reads_are_refused_room_for_others_and_end(res
     images = pb.ImageServiceStub(channel).ExportImage(pb.ExportImageRequest(state_id=small.id))
     with pytest.raises(grpc.aio.AioRpcError, match="stands on the programs of its host"):
         await images.read()
+    await slow.close()
 
 
 @pytest.mark.parametrize("kind", ["state", "image"])
