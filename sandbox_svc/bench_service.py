@@ -120,6 +120,10 @@ class Service:
             if not token:
                 return count
 
+    async def look(self, sandbox_id: str) -> None:
+        """A call that asks for nothing to be done: what the way to the service takes by itself."""
+        await self._sandboxes.GetSandbox(pb.GetSandboxRequest(id=sandbox_id), timeout=_CALL_S)
+
     async def delete(self, sandbox_id: str) -> None:
         """Delete a sandbox."""
         await self._sandboxes.DeleteSandbox(pb.DeleteSandboxRequest(id=sandbox_id), timeout=_CALL_S)
@@ -240,6 +244,7 @@ async def levels(
                 rows.setdefault("fork_exec", []).extend(measured)
             await one("cycle", lambda: service.cycle(state), count)
             await one("exec", lambda: _exec(service, live), count)
+            await one("call", lambda: service.look(live), count)
             if docker is not None:
                 await one("docker_cycle", docker.cycle, max(lanes, count // 5))
                 await one("docker_exec", docker.exec, max(lanes, count // 5))
@@ -304,6 +309,7 @@ def _report(
             ("our cycle over the floor", "cycle", "floor"),
             ("docker exec over ours", "docker_exec", "exec"),
             ("our exec over fork and exec", "exec", "fork_exec"),
+            ("an empty call over fork and exec", "call", "fork_exec"),
         ):
             if over in middle and under in middle:
                 ratios[f"{name}, at {lanes}"] = round(middle[over] / middle[under], 2)
