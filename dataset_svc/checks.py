@@ -338,6 +338,9 @@ def _check_turns(record: TrajectoryRecord) -> None:
                 "only the assistant's tokens are sampled",
             )
         _finite(f"{field}.duration", turn.duration_s, least=0.0)
+        _finite(f"{field}.score", turn.score, least=-1.0)
+        if turn.score > 1.0:
+            raise InvalidArgument(f"{field}.score", f"is {turn.score}", "give -1 to 1")
         previous = turn.token_end
 
 

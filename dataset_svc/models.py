@@ -407,6 +407,7 @@ class Turn(Base):
     ok: Mapped[bool]
     duration_s: Mapped[float]
     state_id: Mapped[str]
+    score: Mapped[float] = mapped_column(server_default="0")
 
 
 class Blob(Base):

@@ -99,6 +99,7 @@ class TurnRecord:
     ok: bool = False
     duration_s: float = 0.0
     state_id: str = ""
+    score: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +160,7 @@ class TrajectoryRecord:
             arrays = pack(self.stream) if self.stream is not None else b""
         skipped = ("id", "attempt", "stream", "wire_bytes", "turns", "reward")
         content = {name: getattr(self, name) for name in self.__slots__ if name not in skipped}
-        content["turns"] = [_fields(turn) for turn in self.turns]
+        content["turns"] = [_turn_fields(turn) for turn in self.turns]
         if self.reward is not None:
             parts = [_fields(part) for part in self.reward.parts]
             content["reward"] = _fields(self.reward) | {"parts": parts}
@@ -274,6 +275,14 @@ def canonical(content: Mapping[str, Any]) -> bytes:
 
 def _fields(record: Any) -> Document:
     return {name: getattr(record, name) for name in record.__slots__}
+
+
+def _turn_fields(turn: TurnRecord) -> Document:
+    """A turn's fields; without a score, which earlier releases did not know, as they had them."""
+    found = _fields(turn)
+    if not turn.score:
+        del found["score"]
+    return found
 
 
 def _plain(value: Any) -> Any:

@@ -163,6 +163,7 @@ def _turn_record(turn: pb.Turn, place: int) -> TurnRecord:
         ok=turn.ok,
         duration_s=seconds(turn, "duration", f"trajectory.turns[{place}].duration") or 0.0,
         state_id=turn.state_id,
+        score=turn.score,
     )
 
 
@@ -178,6 +179,7 @@ def _turn_message(record: TurnRecord) -> pb.Turn:
         ok=record.ok,
         duration=duration(record.duration_s),
         state_id=record.state_id,
+        score=record.score,
     )
 
 

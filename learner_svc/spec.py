@@ -13,7 +13,7 @@ from typing import Any
 
 from learner_svc.algo.advantages import Baseline, Scale, Truncated
 from learner_svc.algo.kl import KlEstimator, KlPlace
-from learner_svc.algo.losses import UNCLIPPED, LossKind, LossSpec
+from learner_svc.algo.losses import OF_SEQUENCES, UNCLIPPED, LossKind, LossSpec
 from learner_svc.algo.ratios import Correction
 from regreen.rpc.errors import DataLoss, InvalidArgument
 
@@ -82,6 +82,8 @@ class Hyperparameters:
     """Divisor of advantages: none, group, batch, whiten."""
     pass_at_k: int = 2
     """k of the baseline pass_at_k."""
+    turn_score_coefficient: float = 0.0
+    """Weight of the turns' own scores beside the advantages of their trajectories; 0 is off."""
     truncated: str = "keep_baseline"
     """Rollouts that hit a limit: fail, mask_loss, keep_baseline."""
     keep_flat_groups: bool = False
@@ -136,6 +138,12 @@ class Hyperparameters:
 
     def _check_loss(self) -> None:
         """Refuse what would quietly do nothing, or not what it says."""
+        if self.turn_score_coefficient and self.loss in OF_SEQUENCES:
+            raise _bad(
+                "turn_score_coefficient",
+                f"is given for {self.loss}, whose ratio is that of a sequence",
+                "leave it out, or take gspo_token or another loss over tokens",
+            )
         if self.ratio_delta and self.loss in UNCLIPPED:
             raise _bad(
                 "ratio_delta", f"is given for {self.loss}, which has no clip", "leave it out"
@@ -208,6 +216,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "sapo_temperature_good": (1e-3, 1000.0),
     "sapo_temperature_bad": (1e-3, 1000.0),
     "pass_at_k": (1, 10**4),
+    "turn_score_coefficient": (0.0, 100.0),
     "max_completion_tokens": (0, 10**7),
     "updates_per_step": (1, 1000),
     "micro_batch_tokens": (16, 10**7),

@@ -17,7 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from learner_svc.algo.advantages import Baseline, Scale, Truncated, group_advantages
+from learner_svc.algo.advantages import (
+    Baseline,
+    Scale,
+    Truncated,
+    add_turn_scores,
+    group_advantages,
+)
 from learner_svc.algo.batch import Pack, pack_samples
 from learner_svc.algo.kl import KlPlace, kl_penalties
 from learner_svc.algo.losses import (
@@ -54,6 +60,8 @@ class _Rows:
     """f32 [n]; 0 = out of loss and denominator."""
     compute: list[bool]
     """Which samples need a forward pass."""
+    scores: Tensor | None = None
+    """f32 [T]: own scores of the tokens' turns; None = they do not count."""
     kept: Tensor | None = None
     """bool [T]; False = rejected: out of loss and denominator."""
     selected: Tensor | None = None
@@ -155,15 +163,34 @@ class Trainer:
             return _Rows(sample, sampled, ones, weights, [bool(w > 0) for w in weights])
         penalties, metrics = self._penalties(batch, sample, sampled, weights)
         advantages, in_loss, flat = self._advantages(batch, penalties)
+        scores = self._turn_scores(batch)
+        scored = torch.zeros(len(batch), dtype=torch.bool)
+        if scores is not None:
+            scored[sample[scores != 0]] = True
+            metrics["turn_score"] = float(scores.mean())
+            metrics["turn_scored_fraction"] = float((scores != 0).float().mean())
+        flat = flat & ~scored
         kept = in_loss if self._spec.hyperparameters.keep_flat_groups else in_loss & ~flat
         weights = torch.where(kept & (lengths > 0), weights, torch.zeros_like(weights))
-        moves = (weights > 0) & ((advantages != 0) | self._kl_in(KlPlace.LOSS))
+        moves = (weights > 0) & ((advantages != 0) | scored | self._kl_in(KlPlace.LOSS))
         metrics |= {
             "dropped_samples": float((~kept).sum()),
             "flat_group_fraction": float(flat.float().mean()),
             "advantage_abs_mean": float(advantages.abs().mean()),
         }
-        return _Rows(sample, sampled, advantages, weights, moves.tolist(), metrics=metrics)
+        return _Rows(
+            sample, sampled, advantages, weights, moves.tolist(), scores=scores, metrics=metrics
+        )
+
+    def _turn_scores(self, batch: Batch) -> Tensor | None:
+        """f32 [T]: own scores of the tokens' turns, where the run lets them count."""
+        if not self._spec.hyperparameters.turn_score_coefficient:
+            return None
+        parts = [
+            np.zeros(s.trained_tokens) if s.turn_scores is None else s.turn_scores[s.loss_mask == 1]
+            for s in batch
+        ]
+        return torch.from_numpy(np.concatenate(parts).astype(np.float32))
 
     def _kl_in(self, place: KlPlace) -> bool:
         """Whether there is a KL term, and there."""
@@ -257,9 +284,13 @@ class Trainer:
             micro_batch=micro,
             kept=rows.kept,
         )
+        advantages = rows.advantages[rows.sample]
+        if rows.scores is not None:
+            coefficient = self._spec.hyperparameters.turn_score_coefficient
+            advantages = add_turn_scores(advantages, rows.scores, coefficient)
         return TokenTerms(
             rows.sampled,
-            rows.advantages[rows.sample],
+            advantages,
             scale,
             sample=rows.sample,
             selected=rows.selected,

@@ -21,6 +21,10 @@ Layout: one metadata entry `regreen.batch` holding JSON with `format_version`, `
 | span_offsets | i64 [n+1] | first version span of every sample, then the total |
 | span_bounds | i32 [spans, 2] | half-open token range, relative to the sample |
 | span_versions | i64 [spans] | policy version that sampled the range |
+| turn_scores | f32 [tokens] or absent | own score of the token's turn; 0 where the mask is 0 |
+
+A blob with `turn_scores` has format version 2, which a release that would pass over them refuses;
+any other has version 1.
 """
 
 import json
@@ -34,7 +38,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as _load_tensors
 from safetensors.numpy import save as _save_tensors
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The newest that is read; written is the oldest that says all there is to say."""
+_WITHOUT_TURN_SCORES = 1
 BatchKind = Literal["grpo", "sft"]
 _METADATA_KEY = "regreen.batch"
 _MAX_HEADER_BYTES = 100 * 1024 * 1024
@@ -74,10 +80,11 @@ def _read_header(blob: bytes) -> Header:
         version = int(raw["format_version"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise BatchError("blob", f"has no {_METADATA_KEY!r} metadata; it is not a Batch") from None
-    if version != FORMAT_VERSION:
+    if not _WITHOUT_TURN_SCORES <= version <= FORMAT_VERSION:
         raise BatchError(
             "format_version",
-            f"is {version}, this release reads {FORMAT_VERSION}; upgrade the older side",
+            f"is {version}, this release reads {_WITHOUT_TURN_SCORES} to {FORMAT_VERSION}; "
+            "upgrade the older side",
         )
     try:
         kind = raw["kind"]
@@ -119,8 +126,9 @@ class Arrays:
         self.tensors = tensors
         for name, (dtype, ndim) in _DTYPES.items():
             self._check_array(name, dtype, ndim)
-        if "advantages" in tensors:
-            self._check_array("advantages", np.float32, 1)
+        for name in ("advantages", "turn_scores"):
+            if name in tensors:
+                self._check_array(name, np.float32, 1)
         self.size = int(tensors["offsets"].size) - 1
         self._check_lengths()
 
@@ -150,6 +158,7 @@ class Arrays:
         )
         wanted = dict.fromkeys(per_sample, self.size)
         wanted |= {"loss_mask": tokens, "logprobs": tokens, "span_bounds": spans}
+        wanted["turn_scores"] = tokens
         wanted["span_offsets"] = self.size + 1
         for name, length in wanted.items():
             array = tensors.get(name)
@@ -176,7 +185,7 @@ def _check_offsets(name: str, offsets: NDArray[Any], total: int) -> None:
 def write_blob(tensors: Tensors, header: Header) -> bytes:
     """Encode arrays and header; the same input gives the same bytes."""
     fields = {
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if "turn_scores" in tensors else _WITHOUT_TURN_SCORES,
         "kind": header.kind,
         "group_ids": header.group_ids,
         "sample_ids": header.sample_ids,

@@ -65,6 +65,9 @@ class Sample:
     weight: float = 1.0
     truncated: bool = False
     spans: tuple[VersionSpan, ...] = ()
+    turn_scores: NDArray[np.float32] | None = None
+    """Of each token the own score of its turn, beside the reward of the trajectory; 0 wherever
+    `loss_mask` is 0. None: no turn has one."""
     sample_id: str = ""
     """The trajectory id: samples of one group with one id are parts of one trajectory, and share
     reward and `truncated`. Empty: the sample is a trajectory of its own."""
@@ -83,6 +86,7 @@ class Sample:
         weight: float = 1.0,
         truncated: bool = False,
         spans: Sequence[VersionSpan] = (),
+        turn_scores: ArrayLike | None = None,
         sample_id: str = "",
     ) -> "Sample":
         """Convert plain lists to the dtypes of the format.
@@ -108,6 +112,7 @@ class Sample:
             weight=float(weight),
             truncated=bool(truncated),
             spans=tuple(spans),
+            turn_scores=None if turn_scores is None else np.asarray(turn_scores, np.float32),
             sample_id=sample_id,
         )
 
@@ -125,7 +130,10 @@ class Sample:
         size = int(self.token_ids.size)
         if self.token_ids.ndim != 1 or size < 2:
             raise BatchError(f"{where}.token_ids", "needs a flat list of at least 2 tokens")
-        for name, array in (("loss_mask", self.loss_mask), ("logprobs", self.logprobs)):
+        arrays: dict[str, NDArray[Any]] = {"loss_mask": self.loss_mask, "logprobs": self.logprobs}
+        if self.turn_scores is not None:
+            arrays["turn_scores"] = self.turn_scores
+        for name, array in arrays.items():
             if array.shape != self.token_ids.shape:
                 raise BatchError(
                     f"{where}.{name}",
@@ -162,6 +170,14 @@ class Sample:
             raise BatchError(
                 f"{where}.logprobs",
                 "must be 0 wherever loss_mask is 0 (prompt and tool output)",
+            )
+        if self.turn_scores is None:
+            return
+        if not np.isfinite(self.turn_scores).all():
+            raise BatchError(f"{where}.turn_scores", "must be finite; give 0 for turns without one")
+        if np.any(self.turn_scores[self.loss_mask == 0] != 0):
+            raise BatchError(
+                f"{where}.turn_scores", "must be 0 wherever loss_mask is 0: nothing learns there"
             )
 
     def _check_scalars(self, where: str, size: int) -> None:
@@ -312,6 +328,14 @@ class Batch:
         }
         if samples[0].advantage is not None:
             tensors["advantages"] = np.array([s.advantage for s in samples], np.float32)
+        if any(sample.turn_scores is not None for sample in samples):
+            parts = [
+                np.zeros(sample.token_ids.size)
+                if sample.turn_scores is None
+                else sample.turn_scores
+                for sample in samples
+            ]
+            tensors["turn_scores"] = np.concatenate(parts).astype(np.float32)
         header = Header(
             kind=self.kind,
             group_ids=list(names),
@@ -351,7 +375,7 @@ def _sample(index: int, header: Header, arrays: Arrays) -> Sample:
     tensors = arrays.tensors
     start, end = (int(value) for value in tensors["offsets"][index : index + 2])
     first, last = (int(value) for value in tensors["span_offsets"][index : index + 2])
-    advantages = tensors.get("advantages")
+    advantages, scores = tensors.get("advantages"), tensors.get("turn_scores")
     bounds, versions = tensors["span_bounds"][first:last], tensors["span_versions"][first:last]
     return Sample(
         token_ids=tensors["token_ids"][start:end],
@@ -367,6 +391,7 @@ def _sample(index: int, header: Header, arrays: Arrays) -> Sample:
             VersionSpan(int(bound[0]), int(bound[1]), int(version))
             for bound, version in zip(bounds, versions, strict=True)
         ),
+        turn_scores=None if scores is None else scores[start:end],
         sample_id=header.sample_ids[index],
     )
 

@@ -161,11 +161,12 @@ def centred_ranks(rewards: Tensor) -> Tensor:
     return (above - below) / max(size - 1, 1)
 
 
-def add_step_scores(advantages: Tensor, scores: Tensor, coefficient: float = 1.0) -> Tensor:
+def add_turn_scores(advantages: Tensor, scores: Tensor, coefficient: float = 1.0) -> Tensor:
     """Advantages f32 [T] of tokens: those of their trajectories, and their turns' own scores.
 
     The scores are added after the group was compared and scaled: a good turn of a bad trajectory is
-    credited as such, and no score of a turn moves another member's baseline.
+    credited as such, and no score of a turn moves another member's baseline ("step scores outside
+    group normalisation", arXiv:2605.07276).
     """
     return advantages + coefficient * scores
 

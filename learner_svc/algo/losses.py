@@ -75,6 +75,8 @@ _PER_SEQUENCE = (
     LossKind.SAPO,
     LossKind.RLOO,
 )
+OF_SEQUENCES = (LossKind.GSPO, LossKind.RLOO)
+"""Losses whose ratio is that of a whole sequence: no token of it has a credit of its own."""
 UNCLIPPED = (LossKind.CISPO, LossKind.SAPO)
 """Losses without a second bound `delta`: they have no clip that it could complete."""
 

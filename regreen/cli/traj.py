@@ -93,7 +93,8 @@ def show(
         role = _ROLES.get(turn.role, "?")
         state = f" {turn.state_id}" if turn.state_id else ""
         span = f"[{turn.token_start}:{turn.token_end}]"
-        typer.echo(f"\n--- {turn.index} {role} {turn.tool} {span}{state}")
+        score = f" score {turn.score:+.2f}" if turn.score else ""
+        typer.echo(f"\n--- {turn.index} {role} {turn.tool} {span}{state}{score}")
         typer.echo(turn.text)
     typer.echo("\n--- reward")
     for part in found.reward.parts:

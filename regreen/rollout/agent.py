@@ -22,6 +22,7 @@ from regreen.rollout.prompts import harmless, without_turns
 from regreen.rollout.record import TokenStream
 from regreen.rollout.tools import Observation, Workbench
 from regreen.rollout.toolset import ToolSet
+from regreen.rollout.turn_scores import TurnScores
 from regreen.rpc.errors import FailedPrecondition
 
 if TYPE_CHECKING:
@@ -57,13 +58,24 @@ class Agent:
     """Of a branch: outputs of the prefix in the present context."""
     state_id: str = ""
     """With `knobs.keep_states`: the State that holds the sandbox's files as they are."""
+    scores: TurnScores = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.scores = self._scores(fresh=False)
 
     async def begin(self, messages: Sequence[ChatMessage], error: PrimaryError | None) -> None:
         """Start a fresh context with a prompt."""
         rendered = await self.stack.policy.render_chat(messages)
+        fresh = not self.stream.turns
         self.stream.add_prompt(list(rendered.token_ids), rendered.text)
         self.error, self.history = error, []
+        self.scores = self._scores(fresh=fresh)
         self._name_state()
+
+    def _scores(self, *, fresh: bool) -> TurnScores:
+        task = self.bench.task
+        wanted = list(task.fail_to_pass) or list(task.environment.test.fail_to_pass)
+        return TurnScores(wanted, task.pass_to_pass_count, fresh=fresh)
 
     def _name_state(self) -> None:
         """Record with the latest turn which State holds the files after it."""
@@ -138,6 +150,7 @@ class Agent:
             ok=call is not None,
             duration_s=said_s,
         )
+        turn = self.stream.turns[-1]
         self.tell(call.key if call else "no usable call")
         if call is None:
             seen = Observation(f"error: {problem}", ok=False)
@@ -145,6 +158,8 @@ class Agent:
             seen = await self.bench.call(call)
             if call.key == "validate_and_build":
                 self.tell(call.key, seen.headline)
+        changed = call is not None and call.key in _CHANGING and (seen.ok or call.key == "run_sh")
+        self.scores.saw(turn, changed=changed, validation=seen.validation)
         await self._observe(call, seen, self.clock() - started - said_s)
         if self.spec.knobs.keep_states and call is not None and call.key in _CHANGING:
             await self._keep_state()

@@ -44,6 +44,8 @@ class Segment:
     versions: tuple[tuple[int, int, int], ...]
     """(version, start, end) relative to the segment."""
     prompt_tokens: int
+    turn_scores: tuple[float, ...]
+    """Of each token the own score of its turn; 0 where it carries no loss."""
 
 
 @dataclass(slots=True)
@@ -196,7 +198,17 @@ def segments(trajectory: pb.Trajectory) -> Iterator[Segment]:
             tuple(trajectory.logprobs[start:end]),
             spans,
             prompt_end - start,
+            _turn_scores(trajectory, start, end),
         )
+
+
+def _turn_scores(trajectory: pb.Trajectory, start: int, end: int) -> tuple[float, ...]:
+    found = [0.0] * (end - start)
+    for turn in trajectory.turns:
+        if turn.score and start <= turn.token_start < end:
+            for place in range(turn.token_start, turn.token_end):
+                found[place - start] = turn.score if trajectory.loss_mask[place] else 0.0
+    return tuple(found)
 
 
 def _merged(spans: Sequence[pb.TokenVersion]) -> Iterator[pb.TokenVersion]:

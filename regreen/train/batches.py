@@ -3,6 +3,8 @@
 - Token ids, masks, logprobs and version spans are taken over unchanged; no text is looked at.
 - One sample is one unbroken context: a trajectory whose context was reset gives several, which all
   carry its id and reward and weigh together as much as one.
+- Scores of turns travel where the run wants them; of a flagged trajectory only those below 0: a
+  turn that led to a hack is never praised.
 - Rewards travel, never advantages: baseline, scale and what becomes of truncated members are the
   learner's settings, the same for every batch.
 - Members whose ids are not exactly what was sampled are left out, never repaired.
@@ -39,9 +41,12 @@ def trainable(trajectory: dataset_pb.Trajectory) -> bool:
 
 
 def grpo_batch(
-    groups: Sequence[dataset_pb.CompleteGroup], metrics: Mapping[str, float] | None = None
+    groups: Sequence[dataset_pb.CompleteGroup],
+    metrics: Mapping[str, float] | None = None,
+    *,
+    turn_scores: bool = False,
 ) -> Batch:
-    """The batch of one policy step.
+    """The batch of one policy step; `turn_scores`: with the turns' own scores.
 
     Raises:
         InvalidArgument: no group has a trainable member.
@@ -49,7 +54,7 @@ def grpo_batch(
     samples: list[Sample] = []
     for group in sorted(groups, key=lambda group: group.group.id):
         members = sorted(filter(trainable, group.trajectories), key=lambda t: t.group_index)
-        samples.extend(_group_samples(group.group.id, members))
+        samples.extend(_group_samples(group.group.id, members, turn_scores=turn_scores))
     if not samples:
         raise InvalidArgument("groups", "hold no trainable trajectory", "check `token_exact`")
     batch = Batch(samples=tuple(samples), kind="grpo", metrics=dict(metrics or {}))
@@ -76,7 +81,9 @@ def sft_batch(
     return batch
 
 
-def _group_samples(group_id: str, members: Sequence[dataset_pb.Trajectory]) -> list[Sample]:
+def _group_samples(
+    group_id: str, members: Sequence[dataset_pb.Trajectory], *, turn_scores: bool
+) -> list[Sample]:
     parts = [_trained_segments(member) for member in members]
     prompt_len = shared_prompt_len([segment for found in parts for segment in found])
     return [
@@ -90,11 +97,17 @@ def _group_samples(group_id: str, members: Sequence[dataset_pb.Trajectory]) -> l
             weight=1.0 / len(found),
             truncated=is_truncated(member),
             spans=[VersionSpan(start, end, v) for v, start, end in segment.versions],
+            turn_scores=_turn_scores(member, segment) if turn_scores else None,
             sample_id=member.id,
         )
         for member, found in zip(members, parts, strict=True)
         for segment in found
     ]
+
+
+def _turn_scores(member: dataset_pb.Trajectory, segment: Segment) -> NDArray[np.float32]:
+    scores = np.array(segment.turn_scores, np.float32)
+    return np.minimum(scores, 0.0) if member.reward.hacks else scores
 
 
 def shared_prompt_len(found: Sequence[Segment]) -> int:

@@ -173,6 +173,11 @@ class GrpoConfig:
         """What becomes of rollouts that hit a limit."""
         return str(self.hyperparameters.get("truncated") or KEEP_BASELINE)
 
+    @property
+    def turn_scores(self) -> bool:
+        """Whether turns have a credit of their own beside their trajectory's."""
+        return bool(float(self.hyperparameters.get("turn_score_coefficient") or 0))
+
     def settings(self) -> dict[str, Any]:
         """What is fixed once the run exists, as plain values."""
         return plain_settings(asdict(self))

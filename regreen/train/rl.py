@@ -289,7 +289,8 @@ class _Life:
         """One optimizer step on the groups that teach; nothing when none does."""
         if not collected.teaching:
             return {"learned_groups": 0.0}
-        batch = grpo_batch(collected.teaching, metrics)
+        turn_scores = self.driver.config.turn_scores
+        batch = grpo_batch(collected.teaching, metrics, turn_scores=turn_scores)
         fresh = self.pending[self.sent :]
         meter = Meter(self.driver.listener, "learn", batch.tokens)
         detail = f"tokens, {batch.trained_tokens} of them trained"

@@ -151,6 +151,7 @@ def trajectory(
             tool="read_file",
             ok=True,
             state_id="st_" + "1" * 32,
+            score=-0.25,
         ),
         pb.Turn(index=3, role=pb.TURN_ROLE_POLICY, text="done", token_start=tool, token_end=tokens),
     ]

@@ -64,7 +64,7 @@ def test_up_down_up_and_no_difference_to_the_models(postgres: LocalPostgres):
     engine.dispose()
 
 
-REVISIONS = ("0005", "0006", "0007", "0008", "0009")
+REVISIONS = ("0005", "0006", "0007", "0008", "0009", "0010")
 BEFORE = """
 INSERT INTO runs (id, name, kind, state) VALUES ('run_1', 'r', 'grpo', 'done');
 INSERT INTO tasks (id, kind, package, python, category, blame, culprit, modes, split, status,

@@ -199,6 +199,8 @@ async def test_the_same_trajectory_id_is_stored_once(clients: Clients):
         ("trajectory.turns[1].role", lambda t: setattr(t.turns[1], "role", 77)),
         ("trajectory.start_time", lambda t: setattr(t.start_time, "seconds", 1_700_000_000_000)),
         ("trajectory.end_time", lambda t: setattr(t.end_time, "seconds", 1_700_000_060_000)),
+        ("trajectory.turns[1].score", lambda t: setattr(t.turns[1], "score", 1.5)),
+        ("trajectory.turns[1].score", lambda t: setattr(t.turns[1], "score", float("nan"))),
         (
             "trajectory.turns[1].duration",
             lambda t: setattr(t.turns[1].duration, "seconds", 1 << 60),

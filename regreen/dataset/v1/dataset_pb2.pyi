@@ -661,6 +661,7 @@ class Turn(_message.Message):
     OK_FIELD_NUMBER: _builtins.int
     DURATION_FIELD_NUMBER: _builtins.int
     STATE_ID_FIELD_NUMBER: _builtins.int
+    SCORE_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """Position from 0."""
     role: Global___TurnRole.ValueType
@@ -679,6 +680,11 @@ class Turn(_message.Message):
     """Whether the call could be parsed and run."""
     state_id: _builtins.str
     """State after the turn, when a snapshot was taken."""
+    score: _builtins.float
+    """What the turn is worth by itself, from -1 to 1, beside the reward of its trajectory: -1 for output that makes no
+    usable call; for a call that changed files its share of what the next validation found better or worse than the one
+    before; else 0.
+    """
     @_builtins.property
     def duration(self) -> _duration_pb2.Duration:
         """Wall time."""
@@ -696,10 +702,11 @@ class Turn(_message.Message):
         ok: _builtins.bool = ...,
         duration: _duration_pb2.Duration | None = ...,
         state_id: _builtins.str = ...,
+        score: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments_json", b"arguments_json", "duration", b"duration", "index", b"index", "ok", b"ok", "role", b"role", "state_id", b"state_id", "text", b"text", "token_end", b"token_end", "token_start", b"token_start", "tool", b"tool"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments_json", b"arguments_json", "duration", b"duration", "index", b"index", "ok", b"ok", "role", b"role", "score", b"score", "state_id", b"state_id", "text", b"text", "token_end", b"token_end", "token_start", b"token_start", "tool", b"tool"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -39,6 +39,7 @@ async def test_a_repair_is_recorded_token_by_token(world):
         assert (found.end, found.actor) == (pb.EPISODE_END_SUBMITTED, "policy")
         assert [c.path for c in found.changes] == ["requirements.lock"]
         assert [t.ok for t in found.turns] == [True, False, False, True, True, True, True]
+        assert [t.score for t in found.turns] == [0, -1, 0, 1, 0, 0, 0]
         assert "wordlib 2.0 -> 1.0" in found.turns[4].text
         for turn in found.turns:
             mask = found.loss_mask[turn.token_start : turn.token_end]

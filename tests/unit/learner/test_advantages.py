@@ -10,7 +10,7 @@ from learner_svc.algo.advantages import (
     Baseline,
     Scale,
     Truncated,
-    add_step_scores,
+    add_turn_scores,
     centred_ranks,
     group_advantages,
     pass_at_k,
@@ -207,7 +207,7 @@ def test_no_rows_have_no_advantages() -> None:
     assert result.values.shape == (0,)
 
 
-def test_step_scores_are_added_outside_the_group() -> None:
+def test_turn_scores_are_added_outside_the_group() -> None:
     advantages, scores = torch.tensor([0.5, 0.5, -0.5]), torch.tensor([0.0, 0.2, 0.4])
-    assert add_step_scores(advantages, scores).tolist() == pytest.approx([0.5, 0.7, -0.1])
-    assert add_step_scores(advantages, scores, 0.5).tolist() == pytest.approx([0.5, 0.6, -0.3])
+    assert add_turn_scores(advantages, scores).tolist() == pytest.approx([0.5, 0.7, -0.1])
+    assert add_turn_scores(advantages, scores, 0.5).tolist() == pytest.approx([0.5, 0.6, -0.3])

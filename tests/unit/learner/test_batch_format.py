@@ -105,6 +105,9 @@ def test_any_valid_batch_round_trips(lengths: list[int], seed: int) -> None:
         ("spans", sample(spans=(VersionSpan(3, 2, 0),))),
         ("spans", sample(spans=(VersionSpan(2, 4, 0), VersionSpan(3, 5, 0)))),
         ("spans", sample(spans=(VersionSpan(2, 9, 0),))),
+        ("turn_scores", sample(turn_scores=[0, 0, 1.0])),
+        ("turn_scores", sample(turn_scores=[0, 0, float("inf"), 0, 0])),
+        ("turn_scores", sample(turn_scores=[0, 1.0, 1.0, 0, 0])),
     ],
 )
 def test_a_bad_sample_is_refused_by_field(field: str, bad: Sample) -> None:
@@ -132,6 +135,19 @@ def test_advantages_are_all_or_none() -> None:
 def test_garbage_is_refused(blob: bytes) -> None:
     with pytest.raises(BatchError):
         Batch.from_bytes(blob)
+
+
+def test_scores_of_turns_come_back_and_an_earlier_release_refuses_them() -> None:
+    scored = sample(turn_scores=[0, 0, 0.5, 0, -1.0])
+    blob = batch(samples=(scored, sample(sample_id="trj_2"))).to_bytes()
+    first, second = Batch.from_bytes(blob)
+    assert first.turn_scores is not None
+    assert first.turn_scores.tolist() == [0, 0, 0.5, 0, -1.0]
+    assert second.turn_scores is not None
+    assert not second.turn_scores.any()
+    assert b'\\"format_version\\": 2' in blob
+    assert b'\\"format_version\\": 1' in batch().to_bytes()
+    assert all(one.turn_scores is None for one in Batch.from_bytes(batch().to_bytes()))
 
 
 def test_another_format_version_is_refused() -> None:

@@ -1,9 +1,11 @@
 """The learning maths as hyperparameters: what is refused, what is in force, what a step does."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from learner_svc.algo.losses import LossKind
@@ -46,6 +48,9 @@ def step(model: Path, batches: list[Batch], home: Path, **changes: object) -> di
         ("ratio_delta", {"ratio_delta": 9.0, "loss": "sapo"}),
         ("top_entropy_share", {"top_entropy_share": 1.5}),
         ("pass_at_k", {"pass_at_k": 0}),
+        ("turn_score_coefficient", {"turn_score_coefficient": -1.0}),
+        ("turn_score_coefficient", {"turn_score_coefficient": 0.5, "loss": "gspo"}),
+        ("turn_score_coefficient", {"turn_score_coefficient": 0.5, "loss": "rloo"}),
         ("sapo_temperature_bad", {"sapo_temperature_bad": 0.0}),
     ],
 )
@@ -130,3 +135,49 @@ def test_tokens_of_high_entropy_are_selected(
     metrics = step(tiny_model, [make_batch()], tmp_path, top_entropy_share=0.2)
     assert metrics["selected_fraction"] == pytest.approx(0.2, abs=0.02)
     assert 0 < metrics["token_entropy"] < 4.6
+
+
+def scored(batch: Batch, *scores: float, **changes: object) -> Batch:
+    """The batch with one own score for all tokens of each sample in turn."""
+    return Batch(
+        tuple(
+            replace(  # type: ignore[arg-type]
+                sample,
+                turn_scores=(score * sample.loss_mask).astype(np.float32),
+                **changes,
+            )
+            for sample, score in zip(batch, itertools.cycle(scores))
+        )
+    )
+
+
+@pytest.mark.parametrize("loss", ["dapo", "grpo", "gspo_token", "cispo", "sapo"])
+def test_scores_of_turns_are_added_to_advantages_token_by_token(
+    tiny_model: Path, make_batch: Make, tmp_path: Path, loss: str
+) -> None:
+    equal = scored(make_batch(), 1.0, -0.5, 0.25, reward=1.0)
+    given = Batch(
+        tuple(
+            replace(sample, advantage=0.4 * score)
+            for sample, score in zip(make_batch(), itertools.cycle((1.0, -0.5, 0.25)))
+        )
+    )
+    by_turn = step(tiny_model, [equal], tmp_path, loss=loss, turn_score_coefficient=0.4)
+    by_hand = step(tiny_model, [given], tmp_path, loss=loss)
+    for name in ("loss", "grad_norm", "tokens_computed"):
+        assert by_turn[name] == pytest.approx(by_hand[name], rel=1e-4), name
+    assert by_turn["turn_scored_fraction"] == 1.0
+    assert by_turn["flat_group_fraction"] == 0.0
+
+
+def test_scores_of_turns_count_where_the_run_asks_for_them(
+    tiny_model: Path, make_batch: Make, tmp_path: Path
+) -> None:
+    flat = scored(make_batch(), 1.0, 0.0, 0.0, reward=1.0)
+    assert step(tiny_model, [flat], tmp_path)["skipped"] == 1.0
+    one = step(tiny_model, [flat], tmp_path, turn_score_coefficient=1.0)
+    assert one["skipped"] == 0.0
+    assert one["dropped_samples"] == 4.0, "of equal rewards, only those with a score are learned"
+    late = scored(make_batch(), 1.0, reward=1.0, truncated=True)
+    silent = step(tiny_model, [late], tmp_path, turn_score_coefficient=1.0)
+    assert silent["skipped"] == 1.0, "a rollout that is out of the loss stays out"

@@ -163,3 +163,20 @@ def test_metrics_count_all_groups_not_only_those_that_teach():
     assert found["staleness_mean"] == pytest.approx(2 / 3)
     assert found["tool_share/read_file"] == found["tool_share/INVALID"] == 0.5
     assert all(np.isfinite(value) for value in found.values())
+
+
+def test_scores_of_turns_travel_where_they_are_wanted():
+    praised, hacked = reset(0, 1.0), trajectory(1)
+    for turn, score in zip(praised.turns, (0, 0.5, 0, -1.0, 0, 0.25, 0, 0), strict=True):
+        turn.score = score
+    for turn, score in zip(hacked.turns, (0, 0.5, 0, -1.0), strict=True):
+        turn.score = score
+    hacked.reward.hacks.append("TEST_DELETED")
+    batch = grpo_batch([group("grp_a", praised, hacked)], turn_scores=True)
+    assert [sample.turn_scores.tolist() for sample in batch] == [
+        [0, 0, 0, 0.5, 0.5, 0, 0, -1.0],
+        [0, 0, 0, 0.25, 0.25, 0, 0, 0],
+        [0, 0, 0, 0, 0, 0, 0, -1.0],
+    ], "what led to a hack is not praised"
+    unwanted = grpo_batch([group("grp_a", praised, hacked)])
+    assert all(sample.turn_scores is None for sample in unwanted)
