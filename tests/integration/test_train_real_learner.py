@@ -18,7 +18,14 @@ from regreen.train.experts import KEPT, recipe
 from regreen.train.rl import train_grpo
 from regreen.train.sft import train_sft
 from tests.integration import dataset_samples as samples
-from tests.integration.train_services import Killed, World, admitted, scripted_workers, world
+from tests.integration.train_services import (
+    Killed,
+    World,
+    admitted,
+    rollout,
+    scripted_workers,
+    world,
+)
 
 pytestmark = pytest.mark.slow
 VOCAB = 997
@@ -177,6 +184,31 @@ async def test_grpo_goes_on_through_kills_of_the_learner(
     assert len(ids) == len(set(ids)) == queue.groups["acknowledged"]
     assert metrics
     assert place.policy.serving.digest.sha256 == result.sha256
+
+
+async def test_a_run_credits_turns_where_it_asks_for_it(
+    place: World, tiny_model: Path, tmp_path: Path
+):
+    def scored(lease, version):
+        found = rollout(lease, version)
+        found.turns[1].score = 0.5
+        return found
+
+    name = "learner/turn_scored_fraction"
+    async with learner(tmp_path) as process, stack_of(place, process) as stack:
+        tasks = await admitted(stack)
+        means = {}
+        for coefficient in (0.0, 0.4):
+            config = GrpoConfig(
+                name=samples.fresh("grpo"), tasks=tasks, steps=1, groups_per_step=2, group_size=2,
+                base_uri=str(tiny_model), concurrency=0, idle_deadline_s=60.0,
+                hyperparameters={"learning_rate": 1e-3, "turn_score_coefficient": coefficient},
+            )  # fmt: skip
+            async with scripted_workers(place, "", 1, scored):
+                result = await train_grpo(stack, config)
+            found = await stack.runs.list_metrics(result.run_id, names=[name])
+            means[coefficient] = [metric.value for metric in found]
+    assert means == {0.0: [], 0.4: [1.0]}
 
 
 @pytest.mark.timeout(600)  # five starts of the learner
