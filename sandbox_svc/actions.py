@@ -37,6 +37,7 @@ from sandbox_svc.backends.base import (
     ExecResult,
     Limits,
     Runtime,
+    check_kept,
     short_of_room,
 )
 from sandbox_svc.backends.commands import check_command
@@ -166,10 +167,12 @@ class Actions:
         Raises:
             NotFound: no such state.
             InvalidArgument: the command makes no sense.
+            FailedPrecondition: nothing here would keep one of the limits.
             ResourceExhausted: too many actions wait; carries a delay.
         """
         state = self._states.runnable(state_id)
         check_command(command)
+        check_kept(limits or Limits(), self._runtime.unkept())
         action = Action(state_id, command, _complete(limits or Limits(), self._defaults))
         key = action.key(self._runtime.identity(), stamps(state.metadata, state.base))
         if do_not_cache or self._store.is_quarantined(key):

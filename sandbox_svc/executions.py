@@ -181,7 +181,7 @@ class Executions:
         """Feed a command its first bytes and wait for its end, which is told in any case."""
         feeder = asyncio.create_task(self._feed(execution, process))
         execution.started.set_result(process)
-        result = ExecResult(EndReason.INFRA)
+        result = ExecResult(EndReason.INFRA, -9, 9)
         try:
             result = await process.wait()
         finally:

@@ -30,14 +30,9 @@ import structlog
 
 from regreen.allowlist import AllowList
 from regreen.ids import new_id
-from regreen.rpc.errors import (
-    NotFound,
-    RegreenError,
-    ResourceExhausted,
-    Unavailable,
-)
+from regreen.rpc.errors import NotFound, RegreenError, ResourceExhausted, Unavailable
 from sandbox_svc import metrics
-from sandbox_svc.backends.base import Box, Limits, Runtime
+from sandbox_svc.backends.base import Box, Limits, Runtime, check_kept, kept
 from sandbox_svc.egress import Door, Egress
 from sandbox_svc.labels import check_labels
 from sandbox_svc.pace import Places
@@ -181,12 +176,14 @@ class Manager:
         Raises:
             NotFound: no such state.
             InvalidArgument: an entry of `allow` is malformed.
-            FailedPrecondition: there is no way out of sandboxes here.
+            FailedPrecondition: there is no way out of sandboxes here, or nothing would keep one of
+                the limits.
             ResourceExhausted: too many sandboxes; carries a delay.
         """
         self._came.append(time.monotonic())
         state = self.states.runnable(state_id)
         self.pool.check_ttl(ttl_s)
+        check_kept(limits or _NO_LIMITS, self.runtime.unkept())
         reach = AllowList.parse(allow) if allow else None
         with self._reserve(1):
             return await self._create(state, limits or _NO_LIMITS, labels or {}, ttl_s, reach)
@@ -219,7 +216,7 @@ class Manager:
             state_id=state.id,
             box=box,
             layers=state.layers,
-            limits=box.limits,
+            limits=kept(box.limits, self.runtime.unkept()),
             labels=dict(labels),
             ttl_s=ttl_s,
             created_s=now,

@@ -17,6 +17,7 @@ from typing import Any, Self
 
 from regreen.blobs import open_blobs
 from regreen.rpc.errors import InvalidArgument, NotFound
+from regreen.rpc.logging import get
 from sandbox_svc import egress_probe, fetches, metrics
 from sandbox_svc.actions import Actions
 from sandbox_svc.backends.base import Capability, Runtime
@@ -117,6 +118,9 @@ class SandboxHost:
         with metrics.uncounted():
             await self.runtime.start()
         parts.push_async_callback(self.runtime.close)
+        for name, remedy in self.runtime.unkept().items():
+            if name in self.settings.model_fields_set:
+                get().warning("nothing keeps this limit here", setting=name, remedy=remedy)
         await self.states.open()
         parts.push_async_callback(self.states.close)
         parts.push_async_callback(self.images.close)

@@ -140,10 +140,10 @@ def _output(captured: Captured) -> pb.Output:
 
 def result_to(result: ExecResult) -> pb.CommandResult:
     """The end of a command."""
-    exited = result.reason is EndReason.EXIT or result.exit_code > 0
+    code = result.exit_code
     return pb.CommandResult(
         reason=_REASONS[result.reason],
-        exit_code=result.exit_code if exited else 0,
+        exit_code=code if code >= 0 else 128 - code,
         signal=result.signal,
         stdout=_output(result.stdout),
         stderr=_output(result.stderr),

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from regreen.adapters.held import HeldSandbox
+from regreen.client.sandbox import succeeded
 from regreen.rpc.errors import InvalidArgument, NoSuchFile
 
 _PIECE_BYTES = 8 << 20
@@ -63,7 +64,7 @@ async def write_whole(box: HeldSandbox, path: str, content: bytes, mode: int | N
     if mode is None:
         found = await box.run(["stat", "-L", "-c", "%a", "--", target], cwd="/")
         text = found.stdout.head.decode().strip()
-        mode = int(text, 8) & 0o777 if found.exit_code == 0 and text else 0o644
+        mode = int(text, 8) & 0o777 if succeeded(found) and text else 0o644
     try:
         await box.client.write_file(box.id, target, content, mode=mode)
     except InvalidArgument as error:
@@ -80,7 +81,7 @@ async def upload(box: HeldSandbox, source: str, target: str) -> None:
     root = Path(source)
     if not root.is_dir():
         is_directory = await box.run(["test", "-d", box.path(target)], cwd="/")
-        place = f"{target.rstrip('/')}/{root.name}" if is_directory.exit_code == 0 else target
+        place = f"{target.rstrip('/')}/{root.name}" if succeeded(is_directory) else target
         await write_whole(box, place, _content(root, box.config.file_bytes), _mode(root))
         return
     entries = list(_tree(root))
@@ -88,7 +89,7 @@ async def upload(box: HeldSandbox, source: str, target: str) -> None:
     folders = [f"{base}/{place}" for place, path in entries if path.is_dir()] or [base]
     for at in range(0, len(folders), _MKDIR_AT_ONCE):
         made = await box.run(["mkdir", "-p", "--", *folders[at : at + _MKDIR_AT_ONCE]], cwd="/")
-        if made.exit_code:
+        if not succeeded(made):
             told = made.stderr.head.decode("utf-8", "backslashreplace").strip()
             raise OSError(errno.EINVAL, told, target)
     slots = asyncio.Semaphore(_AT_ONCE)

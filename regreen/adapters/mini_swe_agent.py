@@ -126,7 +126,7 @@ def _observation(result: pb.CommandResult, timeout_s: float) -> dict[str, Any]:
     if result.reason == pb.END_REASON_TIMEOUT:
         return _failed(text, TimeoutError(f"Command timed out after {timeout_s:g} seconds"))
     limit = stopped(result)
-    if limit and result.exit_code <= 0:
+    if limit and (result.signal or not result.exit_code):
         return _failed(text, ResourceWarning(f"the command was stopped: {limit}"))
     return {"output": text, "returncode": exit_code(result), "exception_info": ""}
 

@@ -28,6 +28,11 @@ def duration(seconds: float | None) -> Duration | None:
     return value
 
 
+def succeeded(result: pb.CommandResult) -> bool:
+    """Whether a command came to its own end with exit code 0; one that was stopped never did."""
+    return bool(result.reason == pb.END_REASON_EXIT and result.exit_code == 0)
+
+
 class StateClient(Caller):
     """`regreen.sandbox.v1.StateService`."""
 

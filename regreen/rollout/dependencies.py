@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import InvalidVersion, Version
 
+from regreen.client.sandbox import succeeded
 from regreen.lockfile import Lock, format_lock, lock_change, normalize, parse_lock
 from regreen.rollout.facts import LOCK, PYTHON, Facts
 from regreen.rpc.errors import InvalidArgument, NoSuchFile
@@ -164,7 +165,7 @@ class Dependencies:
             ]
         )
         text = _text(result)
-        if result.reason != sandbox_pb.END_REASON_EXIT or result.exit_code != 0:
+        if not succeeded(result):
             raise ToolError(f"conflict: {_reason(text)}")
         after = lock
         moves = re.findall(r"^\s*([-+~]) ([\w.-]+)==(\S+)", text, re.MULTILINE)
@@ -180,7 +181,7 @@ class Dependencies:
     async def _apply(self, before: Lock, after: Lock, name: str) -> str:
         await self._write(after)
         result = await self._run([SYNC])
-        if result.reason != sandbox_pb.END_REASON_EXIT or result.exit_code != 0:
+        if not succeeded(result):
             await self._write(before)
             await self._run([SYNC])
             raise ToolError(f"could not install: {_reason(_text(result))}")

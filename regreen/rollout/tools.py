@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
+from regreen.client.sandbox import succeeded
 from regreen.common.v1 import CHANGE_KIND_DELETE, MODE_KEEP_NEW, FileChange, Mode
 from regreen.dataset import v1 as pb
 from regreen.rollout import past
@@ -272,7 +273,7 @@ async def _run_sh(bench: Workbench, call: Call) -> Observation:
     else:
         head = f"stopped: {sandbox_pb.EndReason.Name(result.reason)[11:].lower()}"
     room = bench.budget.observation_chars - len(head) - 1
-    return Observation(f"{head}\n{clip(output, room)}".rstrip(), ok=result.exit_code == 0)
+    return Observation(f"{head}\n{clip(output, room)}".rstrip(), ok=succeeded(result))
 
 
 async def _dependency_upgrade(bench: Workbench, call: Call) -> Observation:

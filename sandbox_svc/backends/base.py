@@ -11,7 +11,7 @@
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from types import MappingProxyType
@@ -38,6 +38,26 @@ class Limits:
 
 LEAST: Mapping[str, float] = MappingProxyType({"memory_bytes": 16 << 20, "cpus": 0.01})
 """Below these the kernel keeps no limit (a millisecond in a period), or nothing starts."""
+
+
+def check_kept(limits: Limits, unkept: Mapping[str, str]) -> None:
+    """Refuse limits of a request that nothing would keep; `unkept` is the runtime's.
+
+    Raises:
+        FailedPrecondition: names the limit and the remedy.
+    """
+    for name, remedy in unkept.items():
+        if value := getattr(limits, name):
+            raise FailedPrecondition(
+                f"limits.{name}: is {value:g}, which nothing would keep here; leave it out, or "
+                f"{remedy}",
+                metadata={"limit": name},
+            )
+
+
+def kept(limits: Limits, unkept: Mapping[str, str]) -> Limits:
+    """The limits that are in force: zero for those that nothing keeps."""
+    return replace(limits, **dict.fromkeys(unkept, 0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -431,6 +451,10 @@ class Runtime(Protocol):
 
     def capabilities(self) -> Sequence[Capability]:
         """What this host was proven to enforce."""
+        ...
+
+    def unkept(self) -> Mapping[str, str]:
+        """Names of `Limits` that nothing here keeps, each with what the operator can do."""
         ...
 
     def identity(self) -> str:

@@ -17,9 +17,10 @@ import os
 import signal
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 from regreen.rpc.errors import FailedPrecondition
@@ -85,6 +86,8 @@ class CgroupDriver(Protocol):
 
     signs: Sequence[Sign]
     """By which a group that a sandbox has left can be another's."""
+    unkept: Mapping[str, str]
+    """See `base.Runtime.unkept`."""
 
     def plan(self, box: str, limits: Limits, *, kept: bool = False) -> Plan:
         """What the first process of a sandbox does to make and to enter its group.
@@ -234,6 +237,7 @@ def _sweep_dead(group: str) -> None:
 class _Base(ABC):
     roots: Sequence[Path]
     """Of the hierarchies in which groups are made."""
+    unkept: Mapping[str, str] = MappingProxyType({})
     entrance: str
     """The file of a group into which a process writes "0" to enter it."""
 
@@ -391,6 +395,12 @@ class NoCgroup:
     name = "rlimit"
     places: Sequence[str] = ()
     signs: Sequence[Sign] = ()
+    unkept: Mapping[str, str] = MappingProxyType(
+        {
+            "cpus": "run the service as root or in a control group of its own with memory, pids "
+            "and cpu (systemd-run --user --scope -p Delegate=yes ...)"
+        }
+    )
 
     def plan(self, box: str, limits: Limits, *, kept: bool = False) -> Plan:
         return Plan()

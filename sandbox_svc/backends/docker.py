@@ -369,6 +369,10 @@ class DockerRuntime:
         """What this host was proven to enforce."""
         return self._capabilities
 
+    def unkept(self) -> Mapping[str, str]:
+        """Names of `Limits` that nothing here keeps, each with what the operator can do."""
+        return dict.fromkeys(("disk_bytes", "inodes"), "use --backend embedded")
+
     def identity(self) -> str:
         """The prepared image, by its source's digest, and the OCI runtime that starts it."""
         return f"{self.name} {self._base} {self._oci}"

@@ -270,7 +270,7 @@ class DockerBox:
     ) -> tuple[EndReason, int, int]:
         """How a command ended, from its exit code: reason, code and signal to show."""
         if code is None:
-            reason, number = EndReason.INFRA, 0
+            reason, number = EndReason.INFRA, 9
         elif code == _KILLED and await self._for_memory(container, before):
             reason, number = EndReason.OOM, 9
         elif 128 < code < 160:

@@ -437,6 +437,10 @@ class EmbeddedRuntime:
         """What this host was proven to enforce."""
         return self._capabilities
 
+    def unkept(self) -> Mapping[str, str]:
+        """Names of `Limits` that nothing here keeps, each with what the operator can do."""
+        return self.cgroups.unkept
+
     def identity(self) -> str:
         """The spawner's program and the call filter that it is given, by digest."""
         rules = hashlib.sha256(seccomp.deny_list()).hexdigest()[:16]

@@ -62,6 +62,7 @@ class ActionServiceServicer:
         Errors:
         - NOT_FOUND: no such state.
         - INVALID_ARGUMENT: empty argv, a relative working directory, or negative limits.
+        - FAILED_PRECONDITION: the state cannot run on this host, or nothing here keeps one of `limits`.
         - INTERNAL with reason INFRA: the platform failed; retry.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

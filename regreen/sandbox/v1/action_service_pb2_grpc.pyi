@@ -44,6 +44,7 @@ class ActionServiceStub:
     Errors:
     - NOT_FOUND: no such state.
     - INVALID_ARGUMENT: empty argv, a relative working directory, or negative limits.
+    - FAILED_PRECONDITION: the state cannot run on this host, or nothing here keeps one of `limits`.
     - INTERNAL with reason INFRA: the platform failed; retry.
     """
     ListQuarantined: _grpc.UnaryUnaryMultiCallable[_action_service_pb2.ListQuarantinedRequest, _action_service_pb2.ListQuarantinedResponse]
@@ -69,6 +70,7 @@ class ActionServiceAsyncStub(ActionServiceStub):
     Errors:
     - NOT_FOUND: no such state.
     - INVALID_ARGUMENT: empty argv, a relative working directory, or negative limits.
+    - FAILED_PRECONDITION: the state cannot run on this host, or nothing here keeps one of `limits`.
     - INTERNAL with reason INFRA: the platform failed; retry.
     """
     ListQuarantined: _aio.UnaryUnaryMultiCallable[_action_service_pb2.ListQuarantinedRequest, _action_service_pb2.ListQuarantinedResponse]  # type: ignore[assignment]
@@ -97,6 +99,7 @@ class ActionServiceServicer(metaclass=_abc_1.ABCMeta):
         Errors:
         - NOT_FOUND: no such state.
         - INVALID_ARGUMENT: empty argv, a relative working directory, or negative limits.
+        - FAILED_PRECONDITION: the state cannot run on this host, or nothing here keeps one of `limits`.
         - INTERNAL with reason INFRA: the platform failed; retry.
         """
 

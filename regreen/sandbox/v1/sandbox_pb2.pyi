@@ -512,7 +512,9 @@ Global___Baseline: _TypeAlias = Baseline  # noqa: Y015
 
 @_typing.final
 class Limits(_message.Message):
-    """Resource bounds of one sandbox; zero means the service's default."""
+    """Resource bounds of one sandbox. In a request zero means the service's default, and a limit that nothing keeps on its
+    host is refused; in `Sandbox.limits` zero says that nothing keeps it.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -760,7 +762,9 @@ Global___Command: _TypeAlias = Command  # noqa: Y015
 
 @_typing.final
 class CommandResult(_message.Message):
-    """How a command ended and what it printed."""
+    """How a command ended and what it printed. It succeeded where `reason` is EXIT and `exit_code` is 0, and not otherwise:
+    one that was stopped for a limit may have ended with 0 all the same.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -776,9 +780,11 @@ class CommandResult(_message.Message):
     reason: Global___EndReason.ValueType
     """Why it ended."""
     exit_code: _builtins.int
-    """Exit code when `reason` is EXIT."""
+    """What its main process ended with, whatever the reason: its own exit code, or 128 and the signal that ended it, as a
+    shell says. Beside another reason than EXIT, 0 is what the process said as it was stopped: no success.
+    """
     signal: _builtins.int
-    """Signal number when `reason` is SIGNAL."""
+    """Signal that ended its main process, for a limit too; 0 where none did."""
     peak_memory_bytes: _builtins.int
     """Peak memory, 0 when the host cannot tell."""
     @_builtins.property

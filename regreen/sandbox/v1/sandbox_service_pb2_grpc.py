@@ -133,7 +133,8 @@ class SandboxServiceServicer:
         Errors:
         - INVALID_ARGUMENT: malformed limits, labels or egress.
         - NOT_FOUND: no such state.
-        - FAILED_PRECONDITION: the state cannot run on this host, or the service gives no way to a host of `egress`.
+        - FAILED_PRECONDITION: the state cannot run on this host, the service gives no way to a host of `egress`, or nothing
+        here keeps one of `limits` (GetCapabilities says which are kept).
         - RESOURCE_EXHAUSTED: too many sandboxes; retry after the delay given.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -40,7 +40,8 @@ class SandboxServiceStub:
     Errors:
     - INVALID_ARGUMENT: malformed limits, labels or egress.
     - NOT_FOUND: no such state.
-    - FAILED_PRECONDITION: the state cannot run on this host, or the service gives no way to a host of `egress`.
+    - FAILED_PRECONDITION: the state cannot run on this host, the service gives no way to a host of `egress`, or nothing
+      here keeps one of `limits` (GetCapabilities says which are kept).
     - RESOURCE_EXHAUSTED: too many sandboxes; retry after the delay given.
     """
     GetSandbox: _grpc.UnaryUnaryMultiCallable[_sandbox_service_pb2.GetSandboxRequest, _sandbox_service_pb2.GetSandboxResponse]
@@ -172,7 +173,8 @@ class SandboxServiceAsyncStub(SandboxServiceStub):
     Errors:
     - INVALID_ARGUMENT: malformed limits, labels or egress.
     - NOT_FOUND: no such state.
-    - FAILED_PRECONDITION: the state cannot run on this host, or the service gives no way to a host of `egress`.
+    - FAILED_PRECONDITION: the state cannot run on this host, the service gives no way to a host of `egress`, or nothing
+      here keeps one of `limits` (GetCapabilities says which are kept).
     - RESOURCE_EXHAUSTED: too many sandboxes; retry after the delay given.
     """
     GetSandbox: _aio.UnaryUnaryMultiCallable[_sandbox_service_pb2.GetSandboxRequest, _sandbox_service_pb2.GetSandboxResponse]  # type: ignore[assignment]
@@ -307,7 +309,8 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
         Errors:
         - INVALID_ARGUMENT: malformed limits, labels or egress.
         - NOT_FOUND: no such state.
-        - FAILED_PRECONDITION: the state cannot run on this host, or the service gives no way to a host of `egress`.
+        - FAILED_PRECONDITION: the state cannot run on this host, the service gives no way to a host of `egress`, or nothing
+          here keeps one of `limits` (GetCapabilities says which are kept).
         - RESOURCE_EXHAUSTED: too many sandboxes; retry after the delay given.
         """
 

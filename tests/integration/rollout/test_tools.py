@@ -55,6 +55,18 @@ async def test_facts_are_what_a_developer_sees(shared):
     assert facts.lock.pins["wordlib"] == "2.0"
 
 
+async def test_a_command_that_was_stopped_is_no_success(bench):
+    bench.budget = replace(bench.budget, tool_s=1.0)
+    for script, head, ok in (
+        ("true", "exit 0", True),
+        ("exit 3", "exit 3", False),
+        ("sleep 60", "stopped: timeout", False),
+        ("kill -9 $$", "stopped: signal", False),
+    ):
+        seen = await bench.call(Call("run_sh", "run_sh", {"cmd": script}))
+        assert (seen.text, seen.ok) == (head, ok)
+
+
 async def test_feedback_may_stop_where_it_is_decided_and_grading_does_not(bench):
     bench.stop_early = True
     change = {"path": "early.txt", "content": "a diff that nobody has had validated whole"}

@@ -7,9 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from regreen.rpc.errors import InvalidArgument, NoSuchFile, RegreenError, ResourceExhausted
+from regreen.client.sandbox import succeeded
+from regreen.rpc.errors import (
+    FailedPrecondition,
+    InvalidArgument,
+    NoSuchFile,
+    RegreenError,
+    ResourceExhausted,
+)
 from regreen.sandbox import v1 as pb
-from sandbox_svc.backends import uppers
+from sandbox_svc.backends import cgroups, uppers
 from tests.integration.sandbox.overlay import prepared
 from tests.integration.sandbox.test_actions import running
 
@@ -32,20 +39,62 @@ async def test_the_limits_that_are_told_are_those_that_the_kernel_keeps(tmp_path
         for cpus in (1e-9, 0.0099):
             with pytest.raises(InvalidArgument, match=r"limits\.cpus.*give at least 0\.01"):
                 await place.sandboxes.create_sandbox(state, limits=pb.Limits(cpus=cpus))
+        grouped = place.host.runtime.cgroups.name != "rlimit"
         odd = pb.Limits(memory_bytes=(64 << 20) + 5, cpus=0.123456789, pids=(1 << 22) - 1)
         odd.wall.FromMilliseconds(290)
         for asked in (odd, pb.Limits(cpus=0.29), pb.Limits(cpus=0.01, pids=1, inodes=1)):
+            if not grouped:
+                asked.cpus = 0
             box = await place.sandboxes.create_sandbox(state, limits=asked)
             assert abs(box.limits.cpus - asked.cpus) <= 1e-5
             assert box.limits.memory_bytes % 4096 == 0
             assert box.limits.wall.ToNanoseconds() in (290_000_000, 3600 * 10**9)
-            if place.host.runtime.cgroups.name != "rlimit":
+            if grouped:
                 assert _quota(place, box.id) == pytest.approx(box.limits.cpus, abs=1e-9)
             done = await place.sandboxes.run(box.id, ["/bin/true"], cwd="/")
             assert done.exit_code == 0
             await place.sandboxes.delete_sandbox(box.id)
         with pytest.raises(InvalidArgument, match=r"limits\.pids"):
             await place.sandboxes.create_sandbox(state, limits=pb.Limits(pids=1 << 22))
+
+
+async def test_a_limit_that_nothing_keeps_is_refused_and_none_is_told(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(cgroups, "choose", lambda instance: cgroups.NoCgroup())
+    async with running(tmp_path, cpus=1.0, pids=100) as place:
+        said = "".join(capsys.readouterr()).splitlines()
+        (warned,) = [line for line in said if "nothing keeps this limit" in line]
+        assert "cpus" in warned
+        state = (await prepared(place.states, a="1")).id
+        refusal = r"limits\.cpus: is 1\.5, which nothing would keep here; leave it out, or run the"
+        with pytest.raises(FailedPrecondition, match=refusal):
+            await place.sandboxes.create_sandbox(state, limits=pb.Limits(cpus=1.5, pids=20))
+        with pytest.raises(FailedPrecondition, match=refusal):
+            await place.sh(state, "true", limits=pb.Limits(cpus=1.5))
+        box = await place.sandboxes.create_sandbox(state, limits=pb.Limits(pids=20))
+        fork = (await place.sandboxes.fork_sandbox(box.id, 1)).sandboxes[0]
+        back = await place.sandboxes.restore_sandbox(fork.id, state)
+        for told in (box.limits, fork.limits, back.limits):
+            assert (told.cpus, told.pids, told.memory_bytes) == (0, 20, 4 << 30)
+        assert succeeded(await place.sandboxes.run(fork.id, ["true"], cwd="/"))
+
+
+async def test_a_command_that_was_stopped_never_looks_like_a_success(tmp_path):
+    async with running(tmp_path) as place:
+        state = (await prepared(place.states, a="1")).id
+        few = pb.Limits(output_bytes=1 << 16)
+        box = (await place.sandboxes.create_sandbox(state, limits=few)).id
+        for script, reason, code in (
+            ("true", "EXIT", 0),
+            ("exit 3", "EXIT", 3),
+            ("kill -11 $$", "SIGNAL", 128 + 11),
+            ("trap 'exit 0' TERM INT HUP; while :; do sleep 0.1; done", "TIMEOUT", 128 + 9),
+            ("yes; exit 0", "OUTPUT", 128 + 9),
+        ):
+            done = await place.sandboxes.run(box, ["sh", "-c", script], timeout_s=1.0)
+            assert (pb.EndReason.Name(done.reason)[11:], done.exit_code) == (reason, code)
+            assert succeeded(done) == (code == 0)
 
 
 _REMEDY = "; delete files, or use a sandbox with a higher limit"

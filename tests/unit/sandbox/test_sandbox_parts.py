@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from regreen.rpc.errors import InvalidArgument, NotFound
+from regreen.client.sandbox import succeeded
+from regreen.rpc.errors import FailedPrecondition, InvalidArgument, NotFound
 from regreen.sandbox import v1 as pb
 from sandbox_svc import fetches
 from sandbox_svc.backends import seccomp
-from sandbox_svc.backends.base import Limits, Mount
+from sandbox_svc.backends.base import EndReason, ExecResult, Limits, Mount, check_kept, kept
+from sandbox_svc.backends.docker import DockerRuntime
 from sandbox_svc.backends.embedded import EmbeddedRuntime
 from sandbox_svc.backends.output import Collector
 from sandbox_svc.backends.uppers import changed, usage
@@ -23,7 +25,7 @@ from sandbox_svc.globs import Glob
 from sandbox_svc.servicer import page
 from sandbox_svc.settings import SandboxSettings
 from sandbox_svc.states import State, StateStore, state_id
-from sandbox_svc.translate import limits_from
+from sandbox_svc.translate import limits_from, result_to
 from sandbox_svc.unified import TooLarge, unified
 
 
@@ -181,6 +183,24 @@ def test_paging_ends_survives_deletions_and_refuses_bad_tokens():
     assert page([item for item in items if item != "d"], place, 2, token) == (["e"], "")
     with pytest.raises(InvalidArgument, match="page_token"):
         page(items, place, 2, "zz")
+
+
+def test_a_stopped_command_that_ended_with_0_tells_both_and_did_not_succeed():
+    for reason in EndReason:
+        told = result_to(ExecResult(reason, 0))
+        assert told.exit_code == 0
+        assert succeeded(told) == (reason is EndReason.EXIT)
+    killed = result_to(ExecResult(EndReason.DISK, -25, 25))
+    assert (killed.exit_code, killed.signal) == (128 + 25, 25)
+
+
+def test_docker_refuses_limits_that_it_does_not_keep(tmp_path):
+    unkept = DockerRuntime(tmp_path).unkept()
+    for name in ("disk_bytes", "inodes"):
+        with pytest.raises(FailedPrecondition, match=rf"limits\.{name}: .*--backend embedded"):
+            check_kept(Limits(**{name: 1 << 20}), unkept)
+    check_kept(Limits(memory_bytes=1 << 30, cpus=1.0), unkept)
+    assert kept(Limits(cpus=1.0, disk_bytes=5, inodes=7), unkept) == Limits(cpus=1.0)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 1e9])
