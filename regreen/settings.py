@@ -1,6 +1,7 @@
 """Settings of every service and of the command line: file < environment < flag.
 
-- A key that nobody reads is an error (`extra="forbid"`), in files and in flags.
+- A name that nobody reads is an error, in files, in the environment and in flags
+  (`setting_names`); a wrong value is told with the place that it comes from.
 - The file is TOML, one table per service; its path comes from `--config` or `REGREEN_CONFIG`.
 - Environment variables are `REGREEN_<SERVICE>__<FIELD>`, for example `REGREEN_SANDBOX__LISTEN`.
 - Binding wider than loopback or a unix socket needs TLS, or `insecure` said out loud.
@@ -17,8 +18,7 @@ import re
 import ssl
 import sys
 import textwrap
-import tomllib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -31,6 +31,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from regreen import setting_names
 from regreen.home import default_home
 from regreen.rpc.errors import InvalidArgument
 
@@ -240,13 +241,10 @@ class ServiceSettings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        from_file = InitSettingsSource(settings_cls, init_kwargs=_read_file(cls.section))
-        prefix = f"REGREEN_{cls.section.upper()}__"
-        for name in sorted(os.environ):
-            field = name.lower().removeprefix(prefix.lower())
-            if name.upper().startswith(prefix) and field not in settings_cls.model_fields:
-                problem = f"is no setting of the {cls.section} service"
-                raise InvalidArgument(name, problem, f"see `python -m {cls.section}_svc --help`")
+        table = setting_names.read_table(cls.section, settings_cls.model_fields)
+        setting_names.check_variables(cls.section, settings_cls.model_fields)
+        from_file = InitSettingsSource(settings_cls, init_kwargs=table)
+        prefix = setting_names.prefix_of(cls.section)
         from_environment = EnvSettingsSource(settings_cls, env_prefix=prefix)
         return init_settings, from_environment, from_file
 
@@ -269,37 +267,36 @@ class ServiceSettings(BaseSettings):
         check = given.pop("check")
         if config := given.pop("config"):
             os.environ["REGREEN_CONFIG"] = config
+        flags = {name: value for name, value in given.items() if value is not None}
         try:
-            settings = cls(**{name: value for name, value in given.items() if value is not None})
+            settings = cls(**flags)
+            settings.check_host()
         except (ValidationError, InvalidArgument) as error:
-            print(f"{cls.section}_svc: {describe(error)}", file=sys.stderr)  # noqa: T201
+            print(f"{cls.section}_svc: {cls._describe(error, flags)}", file=sys.stderr)  # noqa: T201
             raise SystemExit(BAD_SETTINGS) from None
         if check:
             raise SystemExit(0)
         return settings
 
+    @classmethod
+    def _describe(cls, error: ValidationError | InvalidArgument, flags: Collection[str]) -> str:
+        """One line for all wrong settings: the name of each, what is wrong, and who said so."""
+        if isinstance(error, InvalidArgument):
+            return error.message
+        lines = []
+        for item in error.errors():
+            name = ".".join(str(part) for part in item["loc"])
+            problem = str(item["msg"]).removeprefix("Value error, ")
+            line = f"{name}: {problem}" if name else problem
+            name = name or problem.partition(":")[0]
+            place = "" if name in flags else setting_names.place_of(cls.section, name)
+            lines.append(f"{line} ({place})" if place else line)
+        return "; ".join(lines)
 
-def describe(error: ValidationError | InvalidArgument) -> str:
-    """One line per wrong setting: its name and what is wrong with it."""
-    if isinstance(error, InvalidArgument):
-        return error.message
-    lines = []
-    for item in error.errors():
-        name = ".".join(str(part) for part in item["loc"])
-        problem = str(item["msg"]).removeprefix("Value error, ")
-        lines.append(f"{name}: {problem}" if name else problem)
-    return "; ".join(lines)
+    def check_host(self) -> None:
+        """Refuse settings that this host cannot serve, as far as a look tells.
 
-
-def _read_file(section: str) -> dict[str, Any]:
-    path = os.environ.get("REGREEN_CONFIG")
-    if not path:
-        return {}
-    try:
-        tables = tomllib.loads(Path(path).read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise InvalidArgument("config", f"{path}: {error}", "give a readable TOML file") from error
-    table = tables.get(section, {})
-    if not isinstance(table, dict):
-        raise InvalidArgument("config", f"[{section}] in {path} is no table")
-    return table
+        Raises:
+            InvalidArgument: names the setting and says what to give.
+        """
+        return

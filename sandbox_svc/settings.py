@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from regreen.allowlist import AllowList, parse_hosts
-from regreen.rpc.errors import InvalidArgument
+from regreen.rpc.errors import InvalidArgument, MissingDependency
 from regreen.settings import ServiceSettings
 from sandbox_svc.actions import ActionLimits
 from sandbox_svc.backends.base import LEAST, Limits
@@ -167,6 +167,22 @@ class SandboxSettings(ServiceSettings):
             except ValueError as error:
                 raise ValueError(f"egress_upstream: {error}") from None
         return self
+
+    def check_host(self) -> None:
+        """Refuse a front of a cluster of which nothing is known here.
+
+        Raises:
+            InvalidArgument: names the setting and says what to give.
+        """
+        if self.backend != "kubernetes":
+            return
+        from sandbox_svc.fleet.kube_api import read_config
+
+        try:
+            read_config(self.kube_config)
+        except MissingDependency as error:
+            _, named, problem = error.message.rpartition("kube_config: ")
+            raise InvalidArgument("kube_config" if named else "backend", problem) from None
 
     def make_egress(self) -> Egress:
         """The proxy of sandboxes that were given a way out."""

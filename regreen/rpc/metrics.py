@@ -60,7 +60,7 @@ class MetricsServer:
         except OSError as error:
             raise FailedPrecondition(
                 f"metrics: cannot bind {address}; is another instance running? "
-                f"--metrics {host}:0 takes a free port ({error})"
+                f"--metrics {address.rpartition(':')[0]}:0 takes a free port ({error})"
             ) from error
         self.port: int = self._httpd.server_port
         self._thread = threading.Thread(

@@ -8,6 +8,7 @@
 
 import asyncio
 import contextlib
+import errno
 import signal
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from regreen.rpc.idempotency import Leaving
 from regreen.rpc.interceptors import CallInterceptor
 from regreen.rpc.logging import get
 from regreen.rpc.metrics import MetricsServer
+from regreen.rpc.ports import check_free
 from regreen.settings import ServiceSettings
 
 _FLOOD = 8
@@ -131,13 +133,16 @@ class Server:
     def _bind(self) -> int:
         settings = self._settings
         try:
+            check_free(settings.listen)
             if settings.tls_cert and settings.tls_key:
                 port = self.grpc.add_secure_port(settings.listen, self._credentials())
             else:
                 port = self.grpc.add_insecure_port(settings.listen)
-        except RuntimeError as error:
+        except (OSError, RuntimeError) as error:
+            taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
             raise FailedPrecondition(
-                f"listen: cannot bind {settings.listen}; is another instance running? "
+                f"listen: cannot bind {settings.listen}"
+                f"{'; is another instance running?' if taken else ';'} "
                 f"--listen takes another address, port 0 a free one ({error})"
             ) from error
         return port

@@ -29,7 +29,7 @@ class Demo(ServiceSettings):
 
 def test_flag_beats_environment_beats_file(tmp_path, monkeypatch):
     path = tmp_path / "regreen.toml"
-    path.write_text("[demo]\ndepth = 2\nmax_rpcs = 7\n[other]\nx = 1\n")
+    path.write_text("[demo]\ndepth = 2\nmax_rpcs = 7\n[policy]\nx = 1\n")
     monkeypatch.setenv("REGREEN_CONFIG", str(path))
     assert Demo.load([]).depth == 2
     monkeypatch.setenv("REGREEN_DEMO__DEPTH", "3")
@@ -44,19 +44,99 @@ def test_unprefixed_environment_is_not_read(monkeypatch):
     assert str(Demo.load([]).home) == "/data"
 
 
-def test_unknown_keys_are_refused(tmp_path, monkeypatch, capsys):
-    path = tmp_path / "regreen.toml"
-    path.write_text("[demo]\ndeep = 2\n")
-    monkeypatch.setenv("REGREEN_CONFIG", str(path))
+def _refusal(capsys, *words: str) -> str:
+    """What settings are refused with."""
     with pytest.raises(SystemExit) as exit:
-        Demo.load([])
+        Demo.load(words)
     assert exit.value.code == 2
-    assert "deep" in capsys.readouterr().err
+    return capsys.readouterr().err
+
+
+HELP = "see `python -m demo_svc --help`"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[demo]\ndepht = 2", "depht: in [demo] of {} is no setting of the demo service; did you "
+         "mean depth?"),
+        ("[demo]\nzzz = 2", "zzz: in [demo] of {} is no setting of the demo service; " + HELP),
+        ("[dmeo]\ndepth = 2", "[dmeo]: in {} is the table of no service; did you mean demo?"),
+        ("[sandbx]\nx = 2", "[sandbx]: in {} is the table of no service; did you mean sandbox?"),
+        ("[zzz]\nx = 2", "[zzz]: in {} is the table of no service; tables are dataset, demo, "
+         "judge, learner, policy, sandbox"),
+        ("depth = 2", "depth: in {} stands in no table; put it below [demo], or the table of its "
+         "service"),
+        ("demo = 2", "config: [demo] in {} is no table"),
+        ("[demo]\ndepth = 'x'", "depth: Input should be a valid integer, unable to parse string as "
+         "an integer ([demo] of {})"),
+        ("[demo]\nlisten = 'x'", "listen: 'x' is no address; give host:port or unix:/path, an IPv6 "
+         "host in brackets ([demo] of {})"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_in_a_file_is_told_with_the_file_and_what_is_near(
+    tmp_path, monkeypatch, capsys, text, said
+):
+    path = tmp_path / "regreen.toml"
+    path.write_text(text)
+    told = f"demo_svc: {said.format(path)}\n"
+    monkeypatch.setenv("REGREEN_CONFIG", "what --config replaces")
+    assert _refusal(capsys, "--check", "--config", str(path)) == told
+    monkeypatch.setenv("REGREEN_CONFIG", str(path))
+    assert _refusal(capsys) == told
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("REGREEN_DMEO__DEPTH", "there is no service dmeo; did you mean DEMO?"),
+        ("REGREEN_SANDBX__LISTEN", "there is no service sandbx; did you mean SANDBOX?"),
+        ("REGREEN_ZZZ__DEPTH", "there is no service zzz; give REGREEN_SERVICE__NAME"),
+        ("REGREEN_DEMO__DEPHT", "is no setting of the demo service; did you mean "
+         "REGREEN_DEMO__DEPTH?"),
+        ("REGREEN_DEMO_DEPTH", "is read by nobody; did you mean REGREEN_DEMO__DEPTH?"),
+    ],
+)  # fmt: skip
+def test_misspelt_variables_are_refused_with_what_is_near(monkeypatch, capsys, name, said):
+    monkeypatch.setenv("REGREEN_DEMO_PORT", "tcp://10.0.0.1:50052")  # as Kubernetes sets them
+    monkeypatch.setenv(name, "2")
+    assert _refusal(capsys, "--check") == f"demo_svc: {name}: {said}\n"
+
+
+def test_a_bad_value_of_a_variable_names_the_variable(monkeypatch, capsys):
+    monkeypatch.setenv("REGREEN_DEMO__DEPTH", "x")
+    assert _refusal(capsys, "--check").endswith(" (REGREEN_DEMO__DEPTH)\n")
+    assert "REGREEN" not in _refusal(capsys, "--check", "--depth", "y")
+
+
+def test_a_cluster_of_which_nothing_is_known_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    known, junk, other = (tmp_path / name for name in ("known", "junk", "other"))
+    junk.write_text("{:")
+    other.write_text("3")
+    known.write_text(
+        "{current-context: a, clusters: [{name: c, cluster: {server: 'http://127.0.0.1:1'}}],"
+        " contexts: [{name: a, context: {cluster: c}}]}"
+    )
+    for words, code in (
+        ([], 2),
+        (["--kube-config", str(tmp_path / "gone")], 2),
+        (["--kube-config", str(junk)], 2),
+        (["--kube-config", str(other)], 2),
+        (["--kube-config", str(known)], 0),
+    ):
+        with pytest.raises(SystemExit) as exit:
+            SandboxSettings.load(["--check", "--backend", "kubernetes", *words])
+        said = capsys.readouterr().err
+        assert exit.value.code == code, (words, said)
+        refused = said.startswith("sandbox_svc: kube_config: no usable cluster configuration (")
+        assert refused == bool(code), said
+        assert bool(code) == said.endswith("; run in a pod, set KUBECONFIG or give --kube-config\n")
 
 
 @pytest.mark.parametrize("name", ["REGREEN_DEMO__DEEP", "regreen_demo__deep"])
 def test_unknown_variables_are_refused(monkeypatch, capsys, name):
-    monkeypatch.setenv("REGREEN_OTHER__DEEP", "1")
+    monkeypatch.setenv("REGREEN_POLICY__DEEP", "1")
     monkeypatch.setenv(name, "2")
     with pytest.raises(SystemExit) as exit:
         Demo.load([])
