@@ -7,6 +7,7 @@
 - An export replaces no file unasked, and a file that is there is whole (`targets`).
 """
 
+import contextlib
 import tarfile
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
@@ -22,7 +23,7 @@ from regreen.cli.sandbox import read_sandboxes
 from regreen.cli.targets import Force, check_target, written
 from regreen.client.image import directory_chunks, file_chunks
 from regreen.client.stack import Stack
-from regreen.rpc.errors import InvalidArgument
+from regreen.rpc.errors import InvalidArgument, NotFound
 from regreen.sandbox import v1 as pb
 
 app = typer.Typer(no_args_is_help=True)
@@ -134,11 +135,13 @@ def show_tree(
     """Print which states were made from which, each below the one that it was made from."""
     rows = output.run(_tree(home, address, id, limit))
     if json_output:
-        output.print_json_lines({"depth": depth, **output.as_dict(row)} for depth, row in rows)
+        output.print_json_lines(
+            {"depth": depth, **output.as_dict(row), "deleted": gone} for depth, row, gone in rows
+        )
         return
-    for depth, row in rows:
-        gone = f"  from {row.parent_id} (deleted)" if row.parent_id and not depth and not id else ""
-        typer.echo(f"{'  ' * depth}{row.id}  {_made(row)}  {_mib(row.size_bytes)}{gone}")
+    for depth, row, gone in rows:
+        told = "deleted" if gone else f"{_made(row)}  {_mib(row.size_bytes)}"
+        typer.echo(f"{'  ' * depth}{row.id}  {told}")
 
 
 @app.command("delete")
@@ -244,22 +247,47 @@ async def _show(home: Path | None, address: str, id: str) -> Shown:
     return Shown(state, ancestors, children, [box for box in boxes if box.state_id == id])
 
 
-async def _tree(home: Path | None, address: str, id: str, limit: int) -> list[tuple[int, pb.State]]:
-    """States in the order of a tree, each with its depth."""
+async def _tree(
+    home: Path | None, address: str, id: str, limit: int
+) -> list[tuple[int, pb.State, bool]]:
+    """States in the order of a tree, each with its depth and whether it was deleted."""
     async with open_stack(home, address=address) as stack:
-        tops = [await stack.state.get_state(id)] if id else []
-        rows = await _read(stack, limit)
+        rows, gone = await _with_gaps(stack, await _read(stack, limit))
+        tops = [row for row in rows if row.id == id]
+        if id and not tops:
+            tops = [await stack.state.get_state(id)]
     ids = {row.id for row in rows}
     below: dict[str, list[pb.State]] = defaultdict(list)
     for row in rows:
         below[row.parent_id if row.parent_id in ids else ""].append(row)
-    found: list[tuple[int, pb.State]] = []
+    found: list[tuple[int, pb.State, bool]] = []
     waiting = [(0, row) for row in reversed(tops or below[""])]
     while waiting:
         depth, row = waiting.pop()
-        found.append((depth, row))
+        found.append((depth, row, row.id in gone))
         waiting += [(depth + 1, child) for child in reversed(below[row.id])]
     return found
+
+
+async def _with_gaps(
+    stack: Stack, rows: Sequence[pb.State]
+) -> tuple[list[pb.State], frozenset[str]]:
+    """States with, before each, what it was made from, and which of these were deleted."""
+    known, found, gone = {row.id for row in rows}, list[pb.State](), set[str]()
+    for row in rows:
+        if row.parent_id and row.parent_id not in known:
+            lineage = pb.GetLineageResponse()
+            with contextlib.suppress(NotFound):  # deleted just now; its own parent is known
+                lineage = await stack.state.lineage(row.id)
+            there = {one.id: one for one in lineage.states}
+            line = list(lineage.ancestor_ids) or [row.parent_id]
+            for above, one in zip(["", *line], line, strict=False):
+                if one not in known:
+                    known.add(one)
+                    found.append(there.get(one) or pb.State(id=one, parent_id=above))
+                    gone |= {one} - there.keys()
+        found.append(row)
+    return found, frozenset(gone)
 
 
 async def _delete(home: Path | None, address: str, id: str) -> None:

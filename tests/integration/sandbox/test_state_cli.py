@@ -189,11 +189,21 @@ async def test_a_state_shows_all_that_is_known_of_it(service, cli):
     assert "children" not in shown  # the one that it had is deleted
 
     tree = (await cli("state", "tree")).stdout.splitlines()
-    assert [row.split()[0] for row in tree] == [root.id, first.id, third.id]
-    assert tree[1].startswith("  st_")
-    assert tree[2].endswith(f"from {second.id} (deleted)")
-    below = await cli("state", "tree", first.id, "--json")
-    assert [json.loads(row)["depth"] for row in below.stdout.splitlines()] == [0]
+    assert [row.split()[0] for row in tree] == [root.id, first.id, second.id, third.id]
+    assert [len(row) - len(row.lstrip()) for row in tree] == [0, 2, 4, 6]
+    assert tree[2] == f"    {second.id}  deleted"
+    below = (await cli("state", "tree", first.id, "--json")).stdout.splitlines()
+    told = [json.loads(row) for row in below]
+    assert [(row["depth"], row["id"], row["deleted"]) for row in told] == [
+        (0, first.id, False),
+        (1, second.id, True),
+        (2, third.id, False),
+    ]
+    assert told[1] == {"depth": 1, "id": second.id, "parent_id": first.id, "deleted": True}
+    assert (await cli("state", "tree", second.id)).stdout.splitlines() == [
+        f"{second.id}  deleted",
+        tree[3][4:],
+    ]
 
     listed = await cli("sandbox", "list", "--label", "for=a test", "--json")
     assert json.loads(listed.stdout)["id"] == box.id
@@ -201,7 +211,12 @@ async def test_a_state_shows_all_that_is_known_of_it(service, cli):
     assert box.id in (await cli("sandbox", "show", box.id)).stdout
     assert (await cli("sandbox", "delete", box.id)).stdout == f"deleted {box.id}\n"
     assert (await cli("state", "delete", root.id)).returncode == 0
-    assert [one.id for one in (await states.list_states()).states] == [first.id, third.id]
+    await states.delete_state(first.id)
+    assert [one.id for one in (await states.list_states()).states] == [third.id]
+    tree = (await cli("state", "tree")).stdout.splitlines()
+    gone = (root.id, first.id, second.id)
+    assert tree[:3] == [f"{'  ' * depth}{id}  deleted" for depth, id in enumerate(gone)]
+    assert tree[3].startswith(f"      {third.id}  2")
 
 
 async def test_an_image_names_its_configuration_and_platform(service, cli, tmp_path):
