@@ -13,10 +13,10 @@ import fcntl
 import hashlib
 import json
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from packaging.version import Version
 
@@ -119,7 +119,10 @@ _STAGES = {
     "evaluate grpo": 10,
     "report": 1,
 }
-"""The stages in order, and about how many percent of the wall time each takes."""
+"""The stages in order, and about how many percent of the full plan's wall time each takes."""
+_PACED = ("evaluate base", "sft", "evaluate sft", "grpo", "evaluate grpo")
+"""Stages whose time tells that of the others: what they do is this demo's alone. Tasks may have
+been gated before, and services run already."""
 _KEEP_S = 5.0
 """What a killed demo can lose of the wall time it reports."""
 
@@ -136,8 +139,31 @@ class DemoResult:
     """Wall time by stage, summed over every start of this demo."""
 
 
-Show = Callable[[str, float, float, str], None]
-"""Called with stage, done, total and a line of text."""
+class Show(Protocol):
+    """Called with stage, done, total and a line of text."""
+
+    def __call__(
+        self, stage: str, done: float, total: float, message: str, /, *, paced: bool = True
+    ) -> None:
+        """Unless `paced`, what is done tells nothing of the time that the rest takes."""
+
+
+def shares(plan: Plan) -> dict[str, float]:
+    """About how many percent of the wall time each stage of a plan takes."""
+
+    def amount(of: Plan) -> dict[str, int]:
+        evaluated = of.test_tasks * of.eval_samples
+        return {
+            "tasks": of.train_tasks + of.test_tasks,
+            **{name: evaluated for name in _STAGES if name.startswith("evaluate")},
+            "sft": of.train_tasks * of.sft_styles * of.sft_epochs,
+            "grpo": of.grpo_steps * of.groups_per_step * of.group_size,
+        }
+
+    own, full = amount(plan), amount(FULL)
+    parts = {name: part * own.get(name, 1) / full.get(name, 1) for name, part in _STAGES.items()}
+    whole = sum(parts.values())
+    return {name: 100 * part / whole for name, part in parts.items()}
 
 
 async def run_demo(home: Path, plan: Plan, listen: Listener, show: Show) -> DemoResult:
@@ -150,7 +176,7 @@ async def run_demo(home: Path, plan: Plan, listen: Listener, show: Show) -> Demo
     """
     layout = Layout(home)
     layout.make()
-    clock = StageClock(home / plan.name / f"seconds-{_digest(plan)}.json", show)
+    clock = StageClock(home / plan.name / f"seconds-{_digest(plan)}.json", show, shares(plan))
     with _alone(layout):
         async with contextlib.AsyncExitStack() as exits:
             borrowed = borrowed_stack(layout, show)
@@ -176,8 +202,8 @@ def _alone(layout: Layout) -> Iterator[None]:
 class StageClock:
     """Wall time by stage, kept on disk so that a resumed demo adds to it."""
 
-    def __init__(self, path: Path, show: Show) -> None:
-        self._path, self._show = path, show
+    def __init__(self, path: Path, show: Show, shares: Mapping[str, float] = _STAGES) -> None:
+        self._path, self._show, self._shares = path, show, shares
         self.seconds = _seconds(path)
 
     def move(self, path: Path) -> None:
@@ -190,11 +216,11 @@ class StageClock:
 
     async def time(self, stage: str, work: Awaitable[T]) -> T:
         """Await `work` and add its wall time to `stage`; says how far the whole is before."""
-        names = list(_STAGES)
+        names = list(self._shares)
         number = names.index(stage)
-        percent = sum(_STAGES[name] for name in names[:number])
-        text = f"percent; stage {number + 1} of {len(names)}: {stage}"
-        self._show("demo", percent, 100, text)
+        percent = round(sum(self._shares[name] for name in names[:number]))
+        text = f"percent; stage {number + 1} of {len(names)}: {stage}{self._rest(names, number)}"
+        self._show("demo", percent, 100, text, paced=False)
         before_s, start_s = self.seconds.get(stage, 0.0), time.monotonic()
 
         def keep() -> None:
@@ -212,6 +238,19 @@ class StageClock:
         finally:
             keeper.cancel()
             keep()
+
+    def _rest(self, names: Sequence[str], number: int) -> str:
+        """About how long it takes from here, by what this demo's own stages took so far."""
+        ended = [name for name in names[:number] if name in _PACED and self.seconds.get(name)]
+        if not ended:
+            return ""
+        took_s = sum(self.seconds[name] for name in ended)
+        pace_s = took_s / sum(self._shares[name] for name in ended)
+        left_s = sum(
+            max(0.0, self._shares[name] * pace_s - self.seconds.get(name, 0.0))
+            for name in names[number:]
+        )
+        return f"; from here about {left_s / 60:.0f} min" if left_s >= 30 else ""
 
     def _keep(self) -> None:
         with contextlib.suppress(OSError):  # a full disk costs this figure, not the stage
@@ -367,7 +406,7 @@ class _Demo:
             ),
         )
         self._show("report", 1, 1, str(files.html))
-        self._show("demo", 100, 100, "percent")
+        self._show("demo", 100, 100, "percent", paced=False)
         return DemoResult(files.html, files.json, files.headline, self._clock.seconds)
 
 

@@ -151,7 +151,7 @@ class ProgressPrinter:
         self._stages: dict[str, _Stage] = {}
         self._bar: Progress | None = None
         self._lock = threading.Lock()
-        self._told: tuple[float, tuple[str, float, float, str, float | None]] | None = None
+        self._told: tuple[float, tuple[str, float, float, str, float | None, bool]] | None = None
         """When this was called last, and with what."""
 
     def __call__(
@@ -163,14 +163,16 @@ class ProgressPrinter:
         *,
         left_s: float | None = None,
         due: bool = False,
+        paced: bool = True,
     ) -> None:
         """Show how far `stage` is; `left_s` is a better estimate than the mean rate, if known.
 
-        What is `due` is shown however short a time ago the last line was.
+        What is `due` is shown however short a time ago the last line was. Of a stage that is not
+        `paced` the mean rate tells nothing, and none is shown.
         """
         with self._lock:
-            self._told = self._clock(), (stage, done, total, message, left_s)
-            self._show(stage, done, total, message, left_s, due)
+            self._told = self._clock(), (stage, done, total, message, left_s, paced)
+            self._show(stage, done, total, message, left_s, paced, due)
 
     def tick(self) -> None:
         """Repeat the latest line, with what has become of its times, if all was quiet for long."""
@@ -178,13 +180,13 @@ class ProgressPrinter:
             now_s = self._clock()
             if self._bar or self._told is None or now_s - self._last_s < _QUIET_S:
                 return
-            told_s, (stage, done, total, message, left_s) = self._told
+            told_s, (stage, done, total, message, left_s, paced) = self._told
             if total and done >= total:
                 message = f"done {now_s - told_s:.0f} s ago; going on"
             elif left_s is not None:
                 left_s = max(0.0, left_s - (now_s - told_s))
             self._latest = ""  # a line is due
-            self._show(stage, done, total, message, left_s)
+            self._show(stage, done, total, message, left_s, paced)
 
     def _show(
         self,
@@ -193,6 +195,7 @@ class ProgressPrinter:
         total: float,
         message: str,
         left_s: float | None,
+        paced: bool,
         due: bool = False,
     ) -> None:
         now_s = self._clock()
@@ -202,7 +205,8 @@ class ProgressPrinter:
                 self._bar.remove_task(at.task)
             at = self._stages[stage] = _Stage(now_s, Pace(done, now_s), done)
         at.done = done
-        left_s = at.pace.left_s(done, total, now_s) if left_s is None else left_s
+        if left_s is None and paced:
+            left_s = at.pace.left_s(done, total, now_s)
         left = _left(left_s) if done < total else ""
         amount = f" {done:g}/{total:g}" if total else ""
         if self._bar:
@@ -228,7 +232,8 @@ class ProgressPrinter:
 
 
 def _left(seconds: float | None) -> str:
-    return "" if seconds is None else f", about {seconds:.0f} s left"
+    """Nothing is said of an estimate that has run out."""
+    return "" if seconds is None or seconds < 0.5 else f", about {seconds:.0f} s left"
 
 
 @contextmanager

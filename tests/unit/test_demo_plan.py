@@ -5,14 +5,24 @@ import json
 
 import pytest
 
-from regreen.demo import _STAGES, FULL, QUICK, Plan, StageClock, _alone, _notes, choose_tasks
+from regreen.demo import (
+    _STAGES,
+    FULL,
+    QUICK,
+    Plan,
+    StageClock,
+    _alone,
+    _notes,
+    choose_tasks,
+    shares,
+)
 from regreen.rpc.errors import FailedPrecondition
 from regreen.stack.layout import Layout
 from regreen.tasks.admit import choose_python
 from regreen.tasks.jsonl import shipped_tasks
 
 
-def unseen(*_):
+def unseen(*_, **__):
     """Shows nothing."""
 
 
@@ -109,7 +119,7 @@ async def test_the_whole_demo_says_how_far_it_is(tmp_path):
     async def work():
         shown.append("work")
 
-    clock = StageClock(tmp_path / "seconds.json", lambda *line: shown.append(line))
+    clock = StageClock(tmp_path / "seconds.json", lambda *line, paced: shown.append(line))
     for stage in _STAGES:
         await clock.time(stage, work())
     lines = shown[::2]
@@ -117,3 +127,39 @@ async def test_the_whole_demo_says_how_far_it_is(tmp_path):
     assert lines[2] == ("demo", 19, 100, "percent; stage 3 of 8: evaluate base")
     assert [line[1] for line in lines] == sorted(line[1] for line in lines)
     assert sum(_STAGES.values()) == 100
+
+
+async def test_the_time_to_go_is_that_of_this_demo_or_not_said(tmp_path):
+    shown = []
+
+    async def work():
+        """Take no time here; the clock is told what it took."""
+
+    clock = StageClock(tmp_path / "seconds.json", lambda *line, paced: shown.append(line[3]))
+    took = {"start services": 2.0, "tasks": 1.0, "evaluate base": 180.0, "sft": 220.0}
+    for stage in _STAGES:
+        await clock.time(stage, work())
+        clock.seconds[stage] = took.get(stage, 0.0)
+    rests = [text.partition("; from here ")[2] for text in shown]
+    # gated before, up before: nothing is known until this demo has measured something itself
+    assert rests == ["", "", "", "about 10 min", "about 7 min", "about 5 min", "about 2 min", ""]
+
+
+async def test_a_demo_that_is_over_promises_no_time_when_it_is_run_again(tmp_path):
+    path, shown = tmp_path / "seconds.json", []
+    path.write_text(json.dumps({stage: 10.0 * share for stage, share in _STAGES.items()}))
+
+    async def work():
+        """Everything is there."""
+
+    clock = StageClock(path, lambda *line, paced: shown.append(line[3]))
+    for stage in _STAGES:
+        await clock.time(stage, work())
+    assert not any("from here" in text for text in shown)
+
+
+def test_the_quick_plan_has_shares_of_its_own():
+    assert shares(FULL) == _STAGES
+    quick = shares(QUICK)
+    assert sum(quick.values()) == pytest.approx(100)
+    assert quick["grpo"] < _STAGES["grpo"]

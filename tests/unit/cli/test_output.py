@@ -34,6 +34,26 @@ def test_alternating_stages_keep_their_own_clock_and_estimate(printed):
     assert last[1].endswith("checkpoint 2/4 (20 s, about 20 s left)")
 
 
+def test_of_a_stage_without_a_pace_no_time_is_promised(printed):
+    now = [0.0]
+    show = output.ProgressPrinter(every_s=0.0, clock=lambda: now[0])
+    for done in (0, 1, 19):  # services were up and tasks gated: nothing took any time
+        show("demo", done, 100, "percent", paced=False)
+        now[0] += 30.0
+        show.tick()
+    assert len(printed()) == 6
+    assert not any("left" in line for line in printed())
+
+
+def test_an_estimate_that_has_run_out_is_not_repeated(printed):
+    now = [0.0]
+    show = output.ProgressPrinter(clock=lambda: now[0])
+    show("sft", 1, 2, left_s=10.0)
+    now[0] += 60.0
+    show.tick()
+    assert [line.partition("(")[2] for line in printed()] == ["0 s, about 10 s left)", "60 s)"]
+
+
 def test_resumed_work_does_not_make_the_estimate_look_good(printed):
     now = [0.0]
     show = output.ProgressPrinter(every_s=0.0, clock=lambda: now[0])
