@@ -56,6 +56,16 @@ def normalize(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
+def check_pin(text: str, field_name: str) -> None:
+    """Refuse what is no pin of one release.
+
+    Raises:
+        InvalidArgument: it is none.
+    """
+    if not _PIN.fullmatch(text):
+        raise InvalidArgument(field_name, f"{text[:80]!r} is no pin", "write name==version")
+
+
 def parse_lock(text: str | bytes, field_name: str = "requirements.lock") -> Lock:
     """Parse a lock file.
 

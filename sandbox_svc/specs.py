@@ -40,10 +40,10 @@ def changes_from_proto(
         InvalidArgument: a change does not say what happened.
     """
     found = []
-    for change in changes:
+    for number, change in enumerate(changes):
         if change.kind not in _KINDS:
             raise InvalidArgument(
-                f"{field}.kind",
+                f"{field}[{number}].kind",
                 f"of {change.path[:200]!r} is not set, or not known",
                 "say add, modify or delete",
             )
@@ -106,7 +106,8 @@ def _pins(pins: "Iterable[pb.Pin]", where: str) -> tuple[Pin, ...]:
 
 
 def _pin(pin: pb.Pin, where: str) -> Pin:
-    return Pin(pin.name, pin.version, tuple(_file(f, where) for f in pin.files))
+    files = (_file(file, f"{where}[{number}]") for number, file in enumerate(pin.files))
+    return Pin(pin.name, pin.version, tuple(files))
 
 
 def _test(test: pb.TestSpec) -> TestSpec:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
-from regreen.rpc.errors import InvalidArgument
-from sandbox_svc.backends.base import Limits, Mount, Runtime
+from regreen.rpc.errors import InvalidArgument, NoSuchFile
+from sandbox_svc.backends.base import Box, Limits, Mount, Runtime
 from sandbox_svc.fetches import Fetches
 
 FORMAT = 4
@@ -170,15 +170,32 @@ def check_overlay(spec: EnvironmentSpec) -> None:
     Raises:
         InvalidArgument: names the path.
     """
-    for change in spec.overlay:
+    for number, change in enumerate(spec.overlay):
         parts = change.path.split("/")
         odd = not parts[-1] or "\0" in change.path or len(change.path) > _PATH_CHARS
         if odd or change.path.startswith("/") or ".." in parts:
             raise InvalidArgument(
-                "spec.overlay.path",
+                f"spec.overlay[{number}].path",
                 f"{change.path[:120]!r} is no path in the repository",
                 "give a relative one of at most 4000 characters, without NUL",
             )
+
+
+async def lay_over(box: Box, number: int, change: FileChange) -> None:
+    """Write the overlay's file of this number.
+
+    Raises:
+        InvalidArgument: something is in its way, or it is too large; names it in the request.
+    """
+    field, clear = f"spec.overlay[{number}]", "leave one of the two out, or name another path"
+    try:
+        await box.write_file(f"{REPO}/{change.path}", change.content or b"", change.mode)
+    except NoSuchFile:
+        problem = f"{change.path[:120]!r} has a file where it needs a folder"
+        raise InvalidArgument(f"{field}.path", problem, clear) from None
+    except InvalidArgument as error:
+        remedy = clear if error.field == "path" else error.remedy
+        raise InvalidArgument(f"{field}.{error.field}", error.problem, remedy) from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,7 +73,7 @@ class Reverted:
     reason: str
 
 
-def check_path(path: str) -> None:
+def check_path(path: str, field: str = "changes.path") -> None:
     """Refuse a path that is malformed or leaves the repository.
 
     Raises:
@@ -90,29 +90,28 @@ def check_path(path: str) -> None:
     elif any(ord(c) < 32 or ord(c) == 127 for c in path):
         problem = "has a control character"
     if problem:
-        raise InvalidArgument(
-            "changes.path", f"{path[:120]!r} {problem}", "name a file in the repo"
-        )
+        raise InvalidArgument(field, f"{path[:120]!r} {problem}", "name a file in the repo")
 
 
 def check_changes(changes: Iterable[FileChange]) -> tuple[FileChange, ...]:
     """The changes sorted by path.
 
     Raises:
-        InvalidArgument: too many, too large, one path twice, or a path within another.
+        InvalidArgument: too many, too large, one path twice, or none in the repository.
     """
-    ordered = tuple(sorted(changes, key=lambda change: change.path))
-    if len(ordered) > MAX_CHANGES:
-        raise InvalidArgument("changes", f"has {len(ordered)} files", f"at most {MAX_CHANGES}")
+    given = tuple(changes)
+    if len(given) > MAX_CHANGES:
+        raise InvalidArgument("changes", f"has {len(given)} files", f"at most {MAX_CHANGES}")
     seen: set[str] = set()
-    for change in ordered:
-        check_path(change.path)
+    for number, change in enumerate(given):
+        field = f"changes[{number}]"
+        check_path(change.path, f"{field}.path")
         if change.content is not None and len(change.content) > MAX_CHANGE_BYTES:
-            raise InvalidArgument("changes.content", f"{change.path} is too large", "shrink it")
+            raise InvalidArgument(f"{field}.content", f"{change.path} is too large", "shrink it")
         if change.path in seen:
-            raise InvalidArgument("changes", f"names {change.path} twice", "merge them")
+            raise InvalidArgument(f"{field}.path", f"names {change.path} again", "merge them")
         seen.add(change.path)
-    return ordered
+    return tuple(sorted(given, key=lambda change: change.path))
 
 
 def protected_roots(test: TestSpec) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from regreen.blobs import BlobStore, Digest
-from regreen.lockfile import format_lock, lock_of, normalize, parse_lock
+from regreen.lockfile import check_pin, format_lock, lock_of, normalize, parse_lock
 from regreen.pkgindex import find_uv
 from regreen.rpc.errors import (
     FailedPrecondition,
@@ -46,6 +46,7 @@ from sandbox_svc.builders.base import (
     Progress,
     Stage,
     check_overlay,
+    lay_over,
 )
 from sandbox_svc.builders.interpreters import Interpreter, check_version, find_interpreter
 from sandbox_svc.builders.protect import protected_roots, pytest_settings
@@ -244,8 +245,8 @@ class PythonBuilder:
             only = [part for path in spec.overlay_paths for part in ("--only", path)]
             overlay = (f"{DISTS}/{spec.overlay_source.filename}", REPO, *only)
             await _must(box, (*unpack, *overlay), "unpack the overlay")
-        for change in spec.overlay:
-            await box.write_file(f"{REPO}/{change.path}", change.content or b"", change.mode)
+        for number, change in enumerate(spec.overlay):
+            await lay_over(box, number, change)
         facts = {
             "project": normalize(spec.package),
             "install_mode": spec.install_mode,
@@ -329,17 +330,30 @@ def check_spec(spec: EnvironmentSpec) -> None:
         raise InvalidArgument(
             "spec.install_mode", f"is {spec.install_mode[:80]!r}", "use editable, path, none"
         )
-    parse_lock("\n".join(str(pin) for pin in spec.pins), "spec.pins")
-    for name, pins in (("wheelhouse", spec.wheelhouse), ("build_pins", spec.build_pins)):
-        for pin in pins:
-            parse_lock(str(pin), f"spec.{name}")
-    for pin in spec.pins:
-        if not pin.files:
-            raise InvalidArgument(
-                "spec.pins.files", f"of {pin} is empty", "name a file with its sha256"
-            )
+    _check_pins(spec)
     _check_arguments(spec.test.arguments)
     check_overlay(spec)
+
+
+def _check_pins(spec: EnvironmentSpec) -> None:
+    """Refuse pins that name no release, and installed ones that cannot be there together.
+
+    Raises:
+        InvalidArgument: names the pin by its place in the request.
+    """
+    for field in ("pins", "wheelhouse", "build_pins"):
+        for number, pin in enumerate(getattr(spec, field)):
+            check_pin(str(pin), f"spec.{field}[{number}]")
+    seen: set[str] = set()
+    for number, pin in enumerate(spec.pins):
+        if not pin.files:
+            raise InvalidArgument(
+                f"spec.pins[{number}].files", f"of {pin} is empty", "name a file with its sha256"
+            )
+        if (name := normalize(pin.name)) in seen:
+            raise InvalidArgument(f"spec.pins[{number}].name", f"pins {name} again", "keep one pin")
+        seen.add(name)
+    parse_lock("\n".join(str(pin) for pin in spec.pins), "spec.pins")
 
 
 def _check_arguments(arguments: Sequence[str]) -> None:
@@ -400,7 +414,7 @@ async def _read_settings(box: Box) -> dict[str, str]:
         raise InfraError(f"settings cannot be listed: {listing.stderr.text[-500:]}")
     paths = [p for p in listing.stdout.text.splitlines() if p.rpartition("/")[2] in wanted]
     if len(paths) > MAX_SETTINGS:
-        raise InvalidArgument("source", f"has {len(paths)} settings files", "leave some out")
+        raise InvalidArgument("spec.source", f"has {len(paths)} settings files", "leave some out")
     found: dict[str, str] = {}
     for path in sorted(paths):
         try:

@@ -63,7 +63,7 @@ async def module_files(box: Box) -> list[str]:
     command = Command(("sh", "-c", find), cwd=REPO, output_bytes=_LISTING_BYTES)
     listing = await box.run(command)
     if listing.stdout.truncated:
-        raise InvalidArgument("source", "has too many files", "leave some out")
+        raise InvalidArgument("spec.source", "has too many files", "leave some out")
     if not listing.ok:
         raise InfraError(f"modules cannot be listed: {listing.stderr.text[-500:]}")
     return sorted(path for path in listing.stdout.text.split("\0") if path)

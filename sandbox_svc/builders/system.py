@@ -6,12 +6,12 @@
 
 from sandbox_svc.backends.base import Limits, Runtime
 from sandbox_svc.builders.base import (
-    REPO,
     EnvironmentSpec,
     Prepared,
     Progress,
     Stage,
     check_overlay,
+    lay_over,
 )
 from sandbox_svc.fetches import Fetches
 
@@ -32,7 +32,7 @@ class SystemBuilder:
         """Write the overlay into a fresh box and freeze it.
 
         Raises:
-            InvalidArgument: a path of the overlay leaves the repository.
+            InvalidArgument: a path of the overlay leaves the repository, or is in another's way.
             InfraError: the runtime failed.
         """
         check_overlay(spec)
@@ -40,7 +40,7 @@ class SystemBuilder:
         try:
             for number, change in enumerate(spec.overlay):
                 if change.content is not None:
-                    await box.write_file(f"{REPO}/{change.path}", change.content, change.mode)
+                    await lay_over(box, number, change)
                 progress(Stage("install", number + 1, len(spec.overlay), change.path))
             layer = await box.freeze()
         finally:

@@ -206,4 +206,4 @@ async def test_files_that_cannot_be_judged_never_stop_a_validation(bench):
     assert "left out" in unified
     refused = await bench.validate([FileChange(path="a\nb", kind=CHANGE_KIND_ADD)])
     assert refused.outcome == sandbox_pb.VALIDATION_OUTCOME_REJECTED
-    assert "changes.path" in refused.summary
+    assert "changes[0].path" in refused.summary

@@ -10,7 +10,14 @@ from regreen.sandbox import v1 as pb
 from sandbox_svc.__main__ import serving
 from sandbox_svc.backends.base import Limits, Runtime
 from sandbox_svc.backends.embedded import EmbeddedRuntime
-from sandbox_svc.builders.base import EnvironmentSpec, Prepared, Progress, Stage, check_overlay
+from sandbox_svc.builders.base import (
+    EnvironmentSpec,
+    Prepared,
+    Progress,
+    Stage,
+    check_overlay,
+    lay_over,
+)
 from sandbox_svc.service import SandboxHost
 from sandbox_svc.settings import SandboxSettings
 
@@ -30,7 +37,7 @@ class OverlayBuilder:
         try:
             for number, change in enumerate(spec.overlay):
                 progress(Stage("build", number, len(spec.overlay), change.path))
-                await box.write_file(f"/work/repo/{change.path}", change.content or b"")
+                await lay_over(box, number, change)
             if spec.package == "broken":
                 raise InvalidArgument("spec.package", "is broken", "use another")
             return Prepared((await box.freeze(),), (), {"SPEC": spec.package}, {"python": "3.11"})

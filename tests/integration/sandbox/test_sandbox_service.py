@@ -166,6 +166,26 @@ async def test_forks_snapshots_and_restores_form_a_tree(service):
     assert root.id not in {state.id for state in (await states.list_states()).states}
 
 
+async def test_files_of_an_overlay_in_each_others_way_are_named(service):
+    states, _, _ = service
+    for paths, field in (
+        (("a", "b", "a/c"), "spec.overlay[2].path"),
+        (("a/c", "a"), "spec.overlay[1].path"),
+        (("ok", "../b"), "spec.overlay[1].path"),
+    ):
+        overlay = [common_pb.FileChange(path=path, content=b"x", kind=1) for path in paths]
+        for builder in ("overlay", "system"):
+            with pytest.raises(InvalidArgument) as refused:
+                async for _ in states.prepare_state(
+                    pb.EnvironmentSpec(builder=builder, overlay=overlay)
+                ):
+                    pass
+            told = refused.value.message
+            assert told.startswith(f"{field}: "), told
+            assert f"{paths[-1]!r}" in told or f"/{paths[-1]};" in told
+            assert told.endswith("or name another path") == (".." not in paths[-1]), told
+
+
 async def test_exec_streams_and_ends_with_the_result(service):
     states, sandboxes, _ = service
     sandbox = await sandboxes.create_sandbox((await prepared(states)).id)

@@ -92,7 +92,7 @@ def test_names_of_further_packages_are_checked() -> None:
         spec = EnvironmentSpec(
             "python", "greet", "1.0", "3.9", source=DistFile(NAME, SHA), wheelhouse=(pin,)
         )
-        with pytest.raises(InvalidArgument, match=r"spec\.wheelhouse line \d: "):
+        with pytest.raises(InvalidArgument, match=r"^spec\.wheelhouse\[0\]: "):
             check_spec(spec)
 
 
@@ -118,7 +118,46 @@ def test_what_no_builder_follows_is_refused(spec: pb.EnvironmentSpec) -> None:
 
 @pytest.mark.parametrize("kind", [0, 99, -1])
 def test_a_change_of_no_known_kind_is_refused(kind: int) -> None:
+    good = common_pb2.FileChange(path="a.py", content=b"x", kind=common_pb2.CHANGE_KIND_ADD)
     change = common_pb2.FileChange(path="a.py", content=b"x")
     change.kind = kind  # type: ignore[assignment]
-    with pytest.raises(InvalidArgument, match="say add, modify or delete"):
-        changes_from_proto([change])
+    with pytest.raises(InvalidArgument, match=r"^changes\[1\]\.kind: .*say add, modify or delete"):
+        changes_from_proto([good, change])
+    with pytest.raises(InvalidArgument, match=r"^spec\.overlay\[0\]\.kind: "):
+        spec_from_proto(pb.EnvironmentSpec(overlay=[change]))
+
+
+def _release(name: str, **more: object) -> pb.Pin:
+    whole = {"version": "1", "files": [{"filename": NAME, "sha256": SHA}], **more}
+    return pb.Pin(name=name, **whole)
+
+
+@pytest.mark.parametrize(
+    ("field", "fault"),
+    [
+        ("pins[1]", {"pins": [_release("a"), _release("b", version="")]}),
+        ("pins[1]", {"pins": [_release("a"), _release("# b")]}),
+        ("pins[2].name", {"pins": [_release("a.b"), _release("c"), _release("A-B")]}),
+        ("pins[1].files", {"pins": [_release("a"), _release("b", files=[])]}),
+        (
+            "pins[0].files[1].sha256",
+            {
+                "pins": [
+                    _release("a", files=[{"filename": NAME, "sha256": SHA}, {"filename": NAME}])
+                ]
+            },
+        ),
+        ("wheelhouse[1]", {"wheelhouse": [_release("a"), _release("b c")]}),
+        ("build_pins[0]", {"build_pins": [_release("")]}),
+        (
+            "overlay[1].path",
+            {"overlay": [{"path": "a", "kind": 1}, {"path": "../b", "kind": 1}]},
+        ),
+    ],
+)
+def test_a_fault_is_named_by_its_place_in_the_request(field: str, fault: dict) -> None:
+    source = pb.DistFile(filename=NAME, sha256=SHA)
+    spec = pb.EnvironmentSpec(package="greet", python="3.11", source=source, **fault)
+    with pytest.raises(InvalidArgument) as refused:
+        check_spec(spec_from_proto(spec))
+    assert refused.value.field == f"spec.{field}"

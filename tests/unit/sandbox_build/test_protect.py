@@ -267,11 +267,13 @@ def test_accepted_paths_stay_inside(path: str) -> None:
 
 
 def test_bounds() -> None:
-    with pytest.raises(InvalidArgument, match="twice"):
-        check_changes([FileChange("a", b""), FileChange("a", None)])
+    with pytest.raises(InvalidArgument, match=r"^changes\[2\]\.path: names a again"):
+        check_changes([FileChange("a", b""), FileChange("0", b""), FileChange("a", None)])
+    with pytest.raises(InvalidArgument, match=r"^changes\[1\]\.path: '/b' is not relative"):
+        check_changes([FileChange("c", b""), FileChange("/b", b"")])
     with pytest.raises(InvalidArgument, match="at most"):
         check_changes([FileChange(f"f{n}", b"") for n in range(MAX_CHANGES + 1)])
-    with pytest.raises(InvalidArgument, match="too large"):
+    with pytest.raises(InvalidArgument, match=r"^changes\[0\]\.content: a is too large"):
         check_changes([FileChange("a", bytes((8 << 20) + 1))])
 
 
