@@ -73,9 +73,11 @@ async def status(layout: Layout) -> list[ServiceStatus]:
     return await _rows(layout, describe(layout))
 
 
-async def _rows(layout: Layout, found: Mapping[str, Any] | None) -> list[ServiceStatus]:
+async def _rows(
+    layout: Layout, found: Mapping[str, Any] | None, wanted: Sequence[Service] = SERVICES
+) -> list[ServiceStatus]:
     if found is None:
-        return [ServiceStatus(item.name, "", "", "", "down", 0) for item in SERVICES]
+        return [ServiceStatus(item.name, "", "", "", "down", 0) for item in wanted]
     items = [item for item in SERVICES if item.name in found["endpoints"]]
     return list(await asyncio.gather(*(_ask(layout, found, item) for item in items)))
 
@@ -120,7 +122,7 @@ async def up(
             found = describe(layout)
             if found is not None and starter is None:
                 _check_same(found, asked, fixed_ports, services)
-            rows = await _rows(layout, found)
+            rows = await _rows(layout, found, services)
             _show(rows, progress)
             if all(row.state == "serving" for row in rows):
                 return rows

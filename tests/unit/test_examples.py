@@ -63,6 +63,16 @@ def test_examples_are_in_the_docs() -> None:
     assert set(re.findall(r"^\| `(\w+)\.py` \|", listed, re.MULTILINE)) == set(EXAMPLES)
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "docs/services").glob("*.md")))
+def test_a_page_of_a_service_begins_with_a_client_that_runs(page: Path) -> None:
+    if page.stem not in EXAMPLES:
+        pytest.skip("no service's page")
+    lines = page.read_text().splitlines()
+    first = next(number for number, line in enumerate(lines) if line == "```python")
+    assert first < 30
+    assert "\n".join(lines[first + 1 :]).startswith(EXAMPLES[page.stem])
+
+
 def test_every_example_is_run_by_a_test() -> None:
     tests = [path for path in (ROOT / "tests").rglob("test_*.py") if path != Path(__file__)]
     texts = "\n".join(path.read_text() for path in tests)
