@@ -56,6 +56,8 @@ def test_what_is_installed_runs_alone(local: Local, tmp_path: Path, home: Path) 
         done = alone.cli(*words, "--json")
         assert done.returncode == 0, done.stderr
         assert [row["name"] for row in json.loads(done.stdout)] == ["sandbox", "judge"]
+        assert "waiting for" in done.stderr
+        assert "dataset" not in done.stderr
         assert alone.cli(*words).returncode == 0
         assert list(alone.rows()) == ["sandbox", "judge"]
         assert alone.cli("status").returncode == 0
