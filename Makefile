@@ -8,7 +8,7 @@ BIN := .venv/bin
 STAMP := .venv/.regreen-setup
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo up down status logs test test-fast check fmt bench bench-sandbox bench-dataset soak soak-queue fuzz mutate proto proto-check clean
+.PHONY: help setup demo up down status logs test test-fast check fmt bench bench-sandbox bench-dataset bench-rl soak soak-queue fuzz mutate proto proto-check clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  \1|\2/' | column -t -s '|'
@@ -52,6 +52,10 @@ bench-sandbox: $(STAMP) ## Measure the sandbox service: against the kernel, Dock
 
 bench-dataset: $(STAMP) ## Measure the dataset service: the queue against bare Postgres, a million trajectories
 	@$(BIN)/regreen bench dataset-queue dataset-store
+
+bench-rl: $(STAMP) ## Measure whole GRPO steps against TRL's trainer, and how they grow; about 40 minutes
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --require-hashes -r requirements/peer.txt
+	@$(BIN)/regreen bench rl
 
 soak: $(STAMP) ## Run 10,000 sandboxes under random operations and kill -9; nothing may be left or lost
 	@.venv/bin/python -m tests.load.soak

@@ -31,6 +31,7 @@ BENCHMARKS = {
     "mine": "regreen.mine.bench",
     "dataset-queue": "dataset_svc.bench_queue",
     "dataset-store": "dataset_svc.bench_store",
+    "rl": "regreen.train.bench",
 }
 """Modules by name; a run that names none takes the usual ones."""
 USUAL = ("sandbox", "policy", "learner", "dataset-queue")
@@ -58,7 +59,7 @@ def bench(
         known = ", ".join(BENCHMARKS)
         output.fail(InvalidArgument("names", f"{unknown[0]!r} is unknown", f"give one of {known}"))
     _make_folder(out)
-    if "policy" in chosen or "learner" in chosen:
+    if {"policy", "learner", "rl"} & set(chosen):
         _make_model()
     results: dict[str, Any] = {}
     failed = []
