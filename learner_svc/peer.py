@@ -4,6 +4,7 @@
   process. Nothing of it is replaced; methods are only timed.
 - Standard output holds one JSON object a line: `ready` with the prompts' token ids, then one `step`
   for each line that came in; `missing` where TRL is not installed. The process ends with its input.
+- Before it is ready it samples a few tokens and takes their gradient, so that the first step counts.
 - `generate_s` is the call of `transformers.generate`, `update_s` all of a step but sampling and
   scoring.
 """
@@ -22,22 +23,7 @@ from typing import Any
 import torch
 
 PEER_HINT = "`make bench-rl` installs it; without make: pip install 'PATH/TO/CHECKOUT[peer]'"
-_WORDS = [
-    "def",
-    "return",
-    "x",
-    "y",
-    "if",
-    "for",
-    "in",
-    "range",
-    "print",
-    "assert",
-    "self",
-    "value",
-    "list",
-    "map",
-]
+_WORDS = ("def", "return", "x", "y", "if", "for", "in", "range", "print", "assert", "self", "list")
 
 
 def prompts_of(tokenizer: Any, count: int, tokens: int) -> list[str]:
@@ -155,11 +141,19 @@ def trainer_of(options: argparse.Namespace, say: Any) -> Any:
             logging_strategy="no",
         ),
     )
+    warm_up(network, tokenizer(prompts[:1], return_tensors="pt")["input_ids"])
     clock.over("generate", network, "generate")
     clock.over("rollout", trainer, "_generate_and_score_completions")
     ids = [tokenizer.encode(text) for text in prompts]
     say(event="ready", prompts=ids, trl=trl.__version__, threads=torch.get_num_threads())
     return trainer
+
+
+def warm_up(network: Any, ids: torch.Tensor) -> None:
+    """Start threads and kernels, and page in the gradients."""
+    made = network.generate(ids, max_new_tokens=8, do_sample=True)
+    network(input_ids=made, labels=made).loss.backward()
+    network.zero_grad()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -26,6 +26,7 @@ from regreen.client.learner import LearnerClient
 from regreen.client.policy import PolicyClient
 from regreen.learner import v1 as learner_pb
 from regreen.policy import v1 as policy_pb
+from regreen.stack.follow import following
 from regreen.train.weights import Weights
 
 _START_S = 120.0
@@ -155,13 +156,11 @@ class Services:
         address = f"unix:{self._home}/{name}.sock"
         if name == "policy":
             arguments += ("--model", str(self._model))
+        flags = ["--listen", address, "--metrics", "127.0.0.1:0", "--home", str(self._home)]
+        command = [sys.executable, "-m", f"{name}_svc", *flags, *arguments]
         with (self._home / f"{name}.log").open("wb") as log:
             process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                f"{name}_svc",
-                *("--listen", address, "--metrics", "127.0.0.1:0", "--home", str(self._home)),
-                *arguments,
+                *following(command),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -224,8 +223,24 @@ class Services:
         """Have the policy serve them."""
         await self.policy.load_version(weights.to_policy())
 
+    async def warm_up(self) -> None:
+        """A whole step of two short samples."""
+        shape = Shape(prompts=1, samples=2, prompt_tokens=48, new_tokens=8)
+        await self._parts([observation(0, 0, shape.prompt_tokens)], shape)
+
     async def step(self, prompts: Sequence[Sequence[int]], shape: Shape) -> dict[str, float]:
         """A whole step; seconds of its parts."""
+        marks, metrics = await self._parts(prompts, shape)
+        if metrics["skipped"]:
+            raise RuntimeError("the step taught nothing: all samples of each group are worth alike")
+        spans = [end - start for start, end in itertools.pairwise(marks)]
+        found = dict(zip(("rollout_s", "update_s", "save_s", "load_s"), spans, strict=True))
+        return found | {"live_s": spans[2] + spans[3], "step_s": marks[-1] - marks[0]}
+
+    async def _parts(
+        self, prompts: Sequence[Sequence[int]], shape: Shape
+    ) -> tuple[list[float], dict[str, float]]:
+        """Times between the parts of a whole step, and the learner's metrics."""
         marks = [time.perf_counter()]
         groups = await self.rollout(prompts, shape)
         marks.append(time.perf_counter())
@@ -235,11 +250,7 @@ class Services:
         marks.append(time.perf_counter())
         await self.load(weights)
         marks.append(time.perf_counter())
-        if metrics["skipped"]:
-            raise RuntimeError("the step taught nothing: every sample of each group is worth alike")
-        spans = [end - start for start, end in itertools.pairwise(marks)]
-        found = dict(zip(("rollout_s", "update_s", "save_s", "load_s"), spans, strict=True))
-        return found | {"live_s": spans[2] + spans[3], "step_s": marks[-1] - marks[0]}
+        return marks, metrics
 
     def peak_bytes(self) -> int:
         """The sum of the largest resident sets of all processes so far."""
@@ -285,7 +296,7 @@ class Trl:
         arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         with (home / "trl.log").open("wb") as log:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "learner_svc.peer", *arguments),
+                *following([sys.executable, "-m", "learner_svc.peer", *arguments]),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
