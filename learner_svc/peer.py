@@ -4,7 +4,7 @@
   process. Nothing of it is replaced; methods are only timed.
 - Standard output holds one JSON object a line: `ready` with the prompts' token ids, then one `step`
   for each line that came in; `missing` where TRL is not installed. The process ends with its input.
-- Before it is ready it samples a few tokens and takes their gradient, so that the first step counts.
+- Before it is ready it samples a few tokens and takes their gradient; so the first step counts.
 - `generate_s` is the call of `transformers.generate`, `update_s` all of a step but sampling and
   scoring.
 """
