@@ -5,7 +5,7 @@
 - Inside the clock: forward, loss, backward, gradient clipping and AdamW, for the whole batch. TRL's
   side is `GRPOTrainer._compute_loss` of its trainer, micro-batch by micro-batch, as it calls it.
 - The losses and gradient norms must agree, or there is no ratio: a fast wrong step is no win.
-- Rounds alternate and follow one on a single group, which warms up and does not count; figures are
+- Rounds alternate and follow one on two samples, which warms up and does not count; figures are
   medians, with those of each round beside them.
 """
 
@@ -46,7 +46,7 @@ class Shape:
 
     @property
     def micro_batch(self) -> int:
-        """Samples per forward pass on TRL's side: one group, as `learner_svc.peer` does it."""
+        """Samples per forward pass on TRL's side: a group's, as `learner_svc.peer` does it."""
         return self.samples
 
 
@@ -201,7 +201,7 @@ def compare(model: Path, engine: str, shape: Shape, rounds: int, dtype: str = "f
         ValueError: the two sides do not compute the same update.
     """
     vocab = int(json.loads((model / "config.json").read_text())["vocab_size"])
-    batch = make_batch(shape, vocab)
+    batch, small = make_batch(shape, vocab), replace(shape, groups=1, samples=2)
     seconds: dict[str, list[float]] = {"ours": [], "trl": []}
     cpu: dict[str, list[float]] = {"ours": [], "trl": []}
     with tempfile.TemporaryDirectory(prefix="regreen-bench-") as name:
@@ -210,9 +210,7 @@ def compare(model: Path, engine: str, shape: Shape, rounds: int, dtype: str = "f
             "trl": trl_round(model, shape, dtype, home),
             "ours": our_round(model, engine, dtype, home / "extensions"),
         }
-        first = {
-            side: run(make_batch(replace(shape, groups=1), vocab, 1)) for side, run in sides.items()
-        }
+        first = {side: run(make_batch(small, vocab, 1)) for side, run in sides.items()}
         check_equal(first["ours"], first["trl"], dtype)
         for number in range(rounds):
             for side, run in sides.items():

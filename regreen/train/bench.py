@@ -313,6 +313,7 @@ def plan_of(argv: Sequence[str] | None) -> tuple[Plan, bool]:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--quick", action="store_true", help="a small shape, for smoke tests")
+    parser.add_argument("--prompts", type=int, default=Shape().prompts, help="groups of a step")
     parser.add_argument("--rounds", type=int, default=2, help="rounds that count")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument(
@@ -334,7 +335,7 @@ def plan_of(argv: Sequence[str] | None) -> tuple[Plan, bool]:
         model=ensure_default_model(options.home, say).path.resolve(),
         threads=options.threads,
         dtypes=dtypes,
-        shape=_QUICK if options.quick else Shape(),
+        shape=_QUICK if options.quick else Shape(prompts=options.prompts),
         rounds=1 if options.quick else options.rounds,
         sizes=quick if options.quick else Sizes(**chosen),
         limit_s=60 * options.minutes,
