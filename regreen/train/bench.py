@@ -104,8 +104,7 @@ async def whole_steps(plan: Plan, dtype: str) -> dict[str, Any]:
             for number in range(1, plan.rounds + 1):
                 began = plan.used()
                 found = {"ours": await ours.step(prompts, plan.shape)}
-                if not peer.missing:
-                    found["trl"] = await peer.step(home / "trl.log")
+                found["trl"] = await peer.step()
                 for side, values in found.items():
                     say(f"{dtype} round {number}/{plan.rounds} {side}: {_short(values)}")
                     for name, value in values.items():
@@ -120,7 +119,7 @@ async def whole_steps(plan: Plan, dtype: str) -> dict[str, Any]:
     return {
         "engines": engines,
         "rounds": len(sides["ours"]["step_s"]),
-        "trl": peer.ready.get("trl") or peer.missing,
+        "trl": peer.missing or peer.ready["trl"],
         "seconds": {side: spreads(rows) for side, rows in sides.items() if rows},
         "peak_mb": {side: peak >> 20 for side, peak in peaks.items()},
         "growth": growth,

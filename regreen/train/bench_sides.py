@@ -276,8 +276,10 @@ def tree_peak_bytes(pid: int) -> int:
 class Trl:
     """TRL's trainer in a process of its own."""
 
-    def __init__(self, process: asyncio.subprocess.Process, ready: dict[str, Any]) -> None:
-        self._process, self.ready = process, ready
+    def __init__(
+        self, process: asyncio.subprocess.Process, ready: dict[str, Any], log: Path
+    ) -> None:
+        self._process, self.ready, self._log = process, ready, log
 
     @property
     def missing(self) -> str:
@@ -304,26 +306,37 @@ class Trl:
                 env={**os.environ, "OMP_NUM_THREADS": str(threads), "ACCELERATE_USE_CPU": "true"},
             )
         try:
-            yield cls(process, await _answer(process, home / "trl.log"))
+            yield cls(process, await _answer(process, home / "trl.log"), home / "trl.log")
         finally:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
 
-    async def step(self, log: Path) -> dict[str, float]:
-        """A whole step; seconds of its parts, and the peak of the process's memory."""
+    async def step(self) -> dict[str, float]:
+        """A whole step; seconds of its parts, and the peak of the process's memory.
+
+        Nothing where it cannot run, or ended meanwhile.
+        """
+        if self.missing:
+            return {}
         assert self._process.stdin is not None
-        self._process.stdin.write(b"\n")
-        await self._process.stdin.drain()
-        answer = await _answer(self._process, log)
-        return {name: value for name, value in answer.items() if name != "event"}
+        with contextlib.suppress(ConnectionError):  # the answer tells that it has ended
+            self._process.stdin.write(b"\n")
+            await self._process.stdin.drain()
+        answer = await _answer(self._process, self._log)
+        if answer.pop("event") == "missing":
+            self.ready = {**self.ready, "event": "missing", **answer}
+            return {}
+        return answer
 
 
 async def _answer(process: asyncio.subprocess.Process, log: Path) -> dict[str, Any]:
+    """What it says next; that it is missing where it has ended (-9: out of memory, mostly)."""
     assert process.stdout is not None
     line = await process.stdout.readline()
     if not line:
         tail = log.read_text(errors="replace").strip()[-600:]
-        raise RuntimeError(f"TRL's trainer ended with {await process.wait()}: {tail}")
+        why = f"TRL's trainer ended with {await process.wait()}; its log ends: {tail}"
+        return {"event": "missing", "reason": why}
     answer: dict[str, Any] = json.loads(line)
     return answer

@@ -1,5 +1,6 @@
 """The benchmark of whole GRPO steps: what it hands to the learner, measures, and makes of it."""
 
+import asyncio
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ import pytest
 from regreen.batch import Batch, VersionSpan
 from regreen.policy import v1 as policy_pb
 from regreen.train.bench import number_types, spreads, table, target, targets
-from regreen.train.bench_sides import Rollout, batch_of, observation, tree_peak_bytes
+from regreen.train.bench_sides import Rollout, Trl, batch_of, observation, tree_peak_bytes
 
 
 def completion(ids: Sequence[int], version: int, text: str) -> policy_pb.Completion:
@@ -131,3 +132,17 @@ def test_updates_that_are_not_the_same_are_no_ratio():
     with pytest.raises(ValueError, match=r"gradient norm: ours 8\.1"):
         check_equal((-0.5, 8.1), (-0.5, 8.2), "fp32")
     check_equal((-0.5, 8.1), (-0.5, 8.2), "bf16")
+
+
+async def test_a_peer_that_dies_in_a_step_is_told_with_its_log(tmp_path: Path):
+    code = "import sys; sys.stdin.readline(); sys.stderr.write('no memory'); sys.exit(9)"
+    pipe = asyncio.subprocess.PIPE
+    with (tmp_path / "log").open("wb") as log:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", code, stdin=pipe, stdout=pipe, stderr=log
+        )
+    peer = Trl(process, {"event": "ready", "trl": "1.16.0"}, tmp_path / "log")
+    assert not peer.missing
+    assert await peer.step() == {}
+    assert peer.missing == "TRL's trainer ended with 9; its log ends: no memory"
+    assert await peer.step() == {}
