@@ -28,6 +28,7 @@ from typing import Any
 from regreen.home import default_home
 from regreen.model_store import ensure_default_model
 from regreen.rpc.errors import RegreenError
+from regreen.stack.follow import following
 from regreen.train.bench_sides import Services, Shape, Trl
 
 _BF16_FLAGS = ("amx_bf16",)
@@ -177,7 +178,7 @@ async def updates(plan: Plan, dtype: str) -> dict[str, Any]:
     }
     arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "learner_svc.bench", "--json", *arguments),
+        *following([sys.executable, "-m", "learner_svc.bench", "--json", *arguments]),
         stdout=asyncio.subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": str(plan.threads)},
     )
