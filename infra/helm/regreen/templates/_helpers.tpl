@@ -12,6 +12,15 @@ Names, labels and what every pod has in common. Helpers take a list: the root, t
 {{ include "regreen.fullname" (index . 0) }}-{{ index . 1 }}
 {{- end }}
 
+{{- /* Components that run, as JSON; each can be left out. */ -}}
+{{- define "regreen.enabled" -}}
+{{- $on := list }}
+{{- range $component := list "dataset" "sandbox" "policy" "judge" "learner" "rollout" "sglang" "router" }}
+{{- if (index $.Values $component).enabled }}{{ $on = append $on $component }}{{ end }}
+{{- end }}
+{{- toJson $on }}
+{{- end }}
+
 {{- define "regreen.release" -}}
 app.kubernetes.io/name: regreen
 app.kubernetes.io/instance: {{ .Release.Name }}
