@@ -2,9 +2,12 @@
 
 - A case has `values` to render, or `objects` to check as they are; `mutate` changes what was
   rendered: `[["Deployment/regreen-judge", "spec.replicas", "two"]]`; null takes a field away.
-- An answer has `refused` (by Helm), `schema`, `policy` (findings) and `objects`.
+  With `only_digest` nothing is checked.
+- An answer has `refused` (by Helm), `schema`, `policy` (findings), `objects`, and `digest`, that of
+  what was rendered.
 """
 
+import hashlib
 import json
 import shutil
 import sys
@@ -37,10 +40,12 @@ def changed(objects: list[dict[str, Any]], changes: list[list[Any]]) -> list[dic
 def tried(chart: Chart, case: dict[str, Any]) -> dict[str, Any]:
     """What becomes of a case."""
     answer: dict[str, Any] = {"refused": "", "schema": [], "policy": [], "objects": []}
+    options = {key: case[key] for key in ("name", "upgrade") if key in case}
     try:
-        objects = case.get("objects") or chart.objects(
-            case["values"], name=case.get("name", "regreen"), upgrade=case.get("upgrade", False)
-        )
+        if case.get("only_digest"):
+            text = json.dumps(chart.texts(case["values"], **options))
+            return answer | {"digest": hashlib.sha256(text.encode()).hexdigest()}
+        objects = case.get("objects") or chart.objects(case["values"], **options)
     except Refused as error:
         return answer | {"refused": str(error)}
     objects = changed(objects, case.get("mutate", []))

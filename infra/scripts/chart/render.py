@@ -25,10 +25,10 @@ class Chart:
     def __init__(self, path: Path = CHART) -> None:
         self._chart = helm.Chart.load(str(path))
 
-    def objects(
+    def texts(
         self, values: dict[str, Any], *, name: str = "regreen", upgrade: bool = False
-    ) -> list[dict[str, Any]]:
-        """The objects that these values make.
+    ) -> dict[str, str]:
+        """What these values make of each template.
 
         Raises:
             Refused: by schema or template.
@@ -40,12 +40,16 @@ class Chart:
             )
         except helm.HelmError as error:
             raise Refused(str(error)) from error
-        return [
-            obj
-            for path, text in sorted(rendered.items())
-            if path.endswith(".yaml")
-            for obj in parse(text, path)
-        ]
+        return {path: text for path, text in sorted(rendered.items()) if path.endswith(".yaml")}
+
+    def objects(self, values: dict[str, Any], **options: Any) -> list[dict[str, Any]]:
+        """The objects that these values make.
+
+        Raises:
+            Refused: as `texts`, or what was rendered is no YAML.
+        """
+        texts = self.texts(values, **options)
+        return [obj for path, text in texts.items() for obj in parse(text, path)]
 
 
 def parse(text: str, path: str) -> list[dict[str, Any]]:
