@@ -34,7 +34,6 @@ class Chart:
             Refused: by schema or template.
         """
         try:
-            self._chart.validate_schema(values)
             rendered = self._chart.render(
                 values, name=name, namespace=NAMESPACE, is_install=not upgrade, is_upgrade=upgrade
             )
