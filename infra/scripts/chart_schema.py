@@ -19,7 +19,7 @@ SERVED = ("listen", "metrics", "home", "insecure", "tls_cert", "tls_key", "tls_c
 OWN = {
     "dataset": ("database_url", "blobs", "pg_bin", "pg_user", "fsync"),
     "judge": ("policy_address", "policy_tls_ca"),
-    "learner": ("blobs", "processes"),
+    "learner": ("blobs", "processes", "nodes", "address"),
     "policy": ("http", "sglang_urls", "sglang_path_map", "script"),
     "sandbox": (
         *("backend", "blobs", "egress_upstream", "docker_image", "docker_runtime", "docker_pool"),

@@ -55,7 +55,7 @@ def tried(chart: Chart, case: dict[str, Any]) -> dict[str, Any]:
             [
                 line
                 for obj in objects
-                if (template := policy.pod_of(obj))
+                for template in policy.pods_of(obj)
                 for line in policy.check_pod(policy.label(obj), template["spec"], fleet_worker=True)
             ]
             if case.get("objects")

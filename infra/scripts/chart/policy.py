@@ -24,21 +24,21 @@ def label(obj: Object) -> str:
     return f"{obj['kind']}/{obj['metadata']['name']}"
 
 
-def pod_of(obj: Object) -> Object | None:
-    """The template of an object's pods: metadata and spec."""
+def pods_of(obj: Object) -> list[Object]:
+    """The templates of an object's pods: metadata and spec."""
     spec = obj.get("spec", {})
     kind = obj["kind"]
     if kind == "Pod":
-        return obj
+        return [obj]
     if kind in ("Deployment", "StatefulSet", "Job"):
-        return spec["template"]
+        return [spec["template"]]
     if kind == "LeaderWorkerSet":
-        return spec["leaderWorkerTemplate"]["workerTemplate"]
+        return [spec["leaderWorkerTemplate"]["workerTemplate"]]
     if kind == "JobSet":
-        return spec["replicatedJobs"][0]["template"]["spec"]["template"]
+        return [job["template"]["spec"]["template"] for job in spec["replicatedJobs"]]
     if kind == "SandboxTemplate":
-        return spec["podTemplate"]
-    return None
+        return [spec["podTemplate"]]
+    return []
 
 
 def check_pod(name: str, spec: Object, *, fleet_worker: bool = False) -> Iterator[str]:
@@ -125,8 +125,7 @@ def check_release(objects: list[Object]) -> Iterator[str]:
     for obj in objects:
         if not obj["metadata"].get("namespace") and obj["kind"] not in _OF_CLUSTERS:
             yield f"{label(obj)}: has no namespace"
-        template = pod_of(obj)
-        if template is not None:
+        for template in pods_of(obj):
             yield from check_pod(label(obj), template["spec"])
             pods.append((obj, template))
     for obj, template in pods:

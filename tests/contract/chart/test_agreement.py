@@ -12,6 +12,7 @@ import pytest
 
 from dataset_svc.measures import ROLLOUTS
 from dataset_svc.models import ROLLOUT_STATES
+from learner_svc.launch import CALL, Call
 from regreen.client.stack import Endpoints
 from sandbox_svc.fleet.manifests import CONTAINER, Plan
 from sandbox_svc.settings import SandboxSettings
@@ -38,8 +39,9 @@ def environment(container: dict[str, Any]) -> dict[str, str]:
 def service_of(container: dict[str, Any]) -> str:
     """The service that a container runs, or nothing."""
     command = container.get("command", ["", "", ""])
-    name = command[2].partition("_svc")[0]
-    return name if command[:2] == ["python3", "-m"] and name in SETTINGS else ""
+    name, _, rest = command[2].partition("_svc")
+    ours = command[:2] == ["python3", "-m"] and name in SETTINGS and rest in ("", ".migrate")
+    return name if ours else ""
 
 
 @pytest.fixture
@@ -200,3 +202,31 @@ async def test_a_rollout_worker_runs_as_the_chart_starts_it(rendered, dataset_ad
     _, errors = await asyncio.wait_for(process.communicate(), 120)
     assert process.returncode == 0, errors.decode()
     assert "committed=0" in errors.decode()
+
+
+async def test_the_ranks_of_further_nodes_start_as_the_chart_starts_them(rendered, tmp_path):
+    """Which home and how many nodes, service and followers say alike."""
+    (learner,) = [c for c in chart.containers(rendered["full"]) if c["name"] == "learner"]
+    (follower,) = [c for c in chart.containers(rendered["full"]) if c["name"] == "follower"]
+    settings = SETTINGS["learner"].load(learner["args"])
+    (jobs,) = [obj for obj in rendered["full"] if obj["kind"] == "JobSet"]
+    job = {one["name"]: one["template"]["spec"] for one in jobs["spec"]["replicatedJobs"]}
+    assert job["follower"]["completions"] == settings.nodes - 1
+    assert settings.processes == int(learner["resources"]["limits"]["nvidia.com/gpu"])
+    assert chart.label({"kind": "Service", "metadata": {"name": settings.address}}) in {
+        chart.label(obj) for obj in rendered["full"]
+    }
+    home = next(arg for arg in follower["args"] if arg.startswith("--home="))
+    assert home == f"--home={settings.home}"
+    args = [arg.replace("$(JOB_COMPLETION_INDEX)", "2") for arg in follower["args"] if arg != home]
+    (tmp_path / "learner").mkdir()
+    Call.make(settings.address, 1, 8, nodes=2).write(tmp_path / "learner" / CALL)
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, *follower["command"][1:], *args, f"--home={tmp_path}"),
+        stderr=asyncio.subprocess.PIPE,
+    )
+    async with asyncio.timeout(60):
+        while b"takes fewer machines" not in await process.stderr.readline():
+            assert process.returncode is None
+    process.terminate()
+    assert await asyncio.wait_for(process.wait(), 30) == 143
