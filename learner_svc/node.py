@@ -84,7 +84,10 @@ def main(argv: list[str] | None = None) -> int:
     node = Node(options.home / "learner" / launch.CALL, options.follower + 1)
     try:
         while not over.wait(_POLL_S):
-            node.look()
+            try:
+                node.look()
+            except OSError as error:  # of a shared volume that is away for a moment
+                logging.get().warning("cannot look for calls", error=str(error))
     finally:
         node.end()
     return _ENDED

@@ -51,6 +51,7 @@ async def start(client: LearnerClient, model: Path) -> pb.LearnerRun:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # DeepSpeed is started three times
 async def test_a_rank_of_another_machine_matches_one_process_and_may_be_lost(
     tiny_model: Path, make_batch: Make, tmp_path: Path
 ) -> None:
