@@ -23,6 +23,13 @@ COMMON = {
     "requests": "Requests of a pod.",
     "limits": "Limits of a pod.",
     "autoscaling": "A HorizontalPodAutoscaler on CPU.",
+    "minReplicas": "Least processes.",
+    "maxReplicas": "Most processes.",
+    "cpuPercent": "Share of the requested processor time that is aimed at.",
+    "pollingSeconds": "Time between two looks at the queue.",
+    "cooldownSeconds": "Time without work before the last processes go.",
+    "kube_workers": "Workers that there should be.",
+    "kube_api": "What makes workers: `agent-sandbox`, `pods` or `auto`.",
     "keda": "A ScaledObject on rollouts that wait and run.",
 }
 """Meanings of what several components have."""
