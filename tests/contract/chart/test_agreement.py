@@ -45,8 +45,17 @@ def service_of(container: dict[str, Any]) -> str:
 
 
 @pytest.fixture
-def settings_of(monkeypatch: pytest.MonkeyPatch):
-    """Reads settings as the container's process would."""
+def settings_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Reads settings as the container's process would; a front finds a cluster, as in a pod."""
+    cluster = {"name": "c", "cluster": {"server": "http://127.0.0.1:1"}}
+    context = {"name": "c", "context": {"cluster": "c", "user": "u"}}
+    config = {
+        **{"apiVersion": "v1", "kind": "Config", "current-context": "c"},
+        **{"clusters": [cluster], "contexts": [context]},
+        "users": [{"name": "u", "user": {"token": "t"}}],
+    }
+    (tmp_path / "kubeconfig").write_text(json.dumps(config))
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
 
     def read(container: dict[str, Any]) -> Any:
         for name in [name for name in os.environ if name.startswith("REGREEN_")]:
