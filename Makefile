@@ -8,7 +8,7 @@ BIN := .venv/bin
 STAMP := .venv/.regreen-setup
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo up down status logs test test-fast check fmt bench bench-sandbox bench-dataset bench-rl soak soak-queue fuzz mutate proto proto-check clean
+.PHONY: help setup demo up down status logs test test-fast check fmt bench bench-sandbox bench-dataset bench-rl chart soak soak-queue fuzz mutate proto proto-check clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  \1|\2/' | column -t -s '|'
@@ -40,6 +40,9 @@ test-fast: $(STAMP) ## Run the unit tests
 
 check: $(STAMP) proto-check ## Format, lint, types, import rules, proto drift and breaking changes
 	@infra/scripts/check.sh
+
+chart: $(STAMP) ## Render the Helm chart and its overlays; check them by API and CRD schemas and by policy
+	@infra/scripts/chart.sh || [ $$? = 77 ]
 
 fmt: $(STAMP) ## Format code and protos
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix . && $(BIN)/buf format -w proto

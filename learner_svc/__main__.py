@@ -22,6 +22,8 @@ async def serve(settings: LearnerSettings) -> None:
     """Serve until SIGTERM or SIGINT."""
     config = RunsConfig(
         processes=settings.processes,
+        nodes=settings.nodes,
+        address=settings.address or "127.0.0.1",
         keep_checkpoints=settings.keep_checkpoints,
         start_timeout_s=settings.start_timeout_s,
         step_timeout_s=settings.step_timeout_s,

@@ -1,8 +1,8 @@
 """Starting the ranks of a run, and the channel over which rank 0 leads the others.
 
-- On one machine the service starts every rank itself; over several, rank 0 runs in the service's
-  pod and the others are started by whatever sets the rank variables (JobSet, torchrun):
-  `RANK=1 WORLD_SIZE=2 MASTER_ADDR=... MASTER_PORT=... python -m learner_svc.worker`.
+- The service starts the ranks of its own machine, rank 0 among them. Over several machines it
+  leaves a call in its home, which all of them mount; `learner_svc.node` on each of the others
+  answers it with the ranks of that machine. A call is answered once.
 - Commands travel over a gloo group of their own, beside whatever the engine uses.
 - Threads are divided: ranks on one machine never have more threads than it has processors.
 """
@@ -11,12 +11,56 @@ import datetime
 import json
 import os
 import sys
+import uuid
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 _COMMANDS: dict[str, Any] = {}
 _WAIT = datetime.timedelta(days=7)
 """A follower waits for the next command as long as the driver needs to gather rollouts."""
+
+
+CALL = "call.json"
+"""File below the learner's directory that calls the ranks of other machines."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What brings the ranks of a run together."""
+
+    id: str
+    address: str
+    """Where the ranks of other machines reach rank 0."""
+    port: int
+    processes: int
+    """Ranks of each machine."""
+    nodes: int = 1
+    """Machines."""
+
+    @classmethod
+    def make(cls, address: str, port: int, processes: int, nodes: int) -> "Call":
+        """A call that nobody has answered."""
+        return cls(uuid.uuid4().hex, address, port, processes, nodes)
+
+    @classmethod
+    def read(cls, path: Path) -> "Call | None":
+        """The call in a file; None if there is none."""
+        try:
+            return cls(**json.loads(path.read_bytes()))
+        except FileNotFoundError:
+            return None
+
+    def write(self, path: Path) -> None:
+        """Leave the call where other machines read it, whole or not at all."""
+        partial = path.with_name(f".{path.name}.{self.id}")
+        partial.write_text(json.dumps(asdict(self)))
+        partial.replace(path)
+
+    def ranks(self, node: int) -> range:
+        """Ranks of one machine; the service's own is the first."""
+        return range(node * self.processes, (node + 1) * self.processes)
 
 
 def command(fd: int | None, parent: int) -> list[str]:
@@ -25,17 +69,17 @@ def command(fd: int | None, parent: int) -> list[str]:
     return line if fd is None else [*line, "--fd", str(fd)]
 
 
-def environment(base: Mapping[str, str], rank: int, processes: int, port: int) -> dict[str, str]:
-    """Environment of one local rank; `port` is where rank 0 will listen."""
-    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+def environment(base: Mapping[str, str], call: Call, rank: int) -> dict[str, str]:
+    """Environment of one rank."""
+    threads = max(1, len(os.sched_getaffinity(0)) // call.processes)
     return dict(base) | {
         "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "LOCAL_RANK": str(rank % call.processes),
+        "WORLD_SIZE": str(call.processes * call.nodes),
+        "MASTER_ADDR": call.address,
+        "MASTER_PORT": str(call.port),
         "OMP_NUM_THREADS": base.get("OMP_NUM_THREADS", str(threads))
-        if processes == 1
+        if call.processes == 1
         else str(threads),
         "TOKENIZERS_PARALLELISM": "false",
         "TQDM_DISABLE": "1",

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from learner_svc import launch
+from learner_svc.launch import Call
 from learner_svc.wire import MAX_FRAME_BYTES, encode, error_from_json
 from regreen.rpc.errors import InfraError, RegreenError
 
@@ -23,10 +24,11 @@ Progress = Callable[[int, int], None]
 
 
 class WorkerProcess:
-    """The ranks of one run."""
+    """The ranks of one run on this machine, and the call to those of others."""
 
-    def __init__(self, log: Path) -> None:
-        self._log = log
+    def __init__(self, log: Path, calls: Path) -> None:
+        self._log, self._calls = log, calls
+        self._call: Call | None = None
         self._processes: list[asyncio.subprocess.Process] = []
         self._lock = asyncio.Lock()
         self._reader: asyncio.StreamReader | None = None
@@ -42,18 +44,20 @@ class WorkerProcess:
         """Whether rank 0 runs."""
         return bool(self._processes) and self._processes[0].returncode is None
 
-    async def spawn(self, processes: int) -> None:
-        """Start the ranks."""
+    async def spawn(self, processes: int, *, nodes: int = 1, address: str = "127.0.0.1") -> None:
+        """Start the ranks of this machine; call those of the others, if there are any."""
         ours, theirs = socket.socketpair()
-        port = _free_port()
+        self._call = call = Call.make(address, _free_port(), processes, nodes)
         self._log.parent.mkdir(parents=True, exist_ok=True)
+        if nodes > 1:
+            call.write(self._calls)
         with self._log.open("ab") as log, theirs:
-            for rank in range(processes):
+            for rank in call.ranks(0):
                 fd = theirs.fileno() if rank == 0 else None
                 self._processes.append(
                     await asyncio.create_subprocess_exec(
                         *launch.command(fd, os.getpid()),
-                        env=launch.environment(os.environ, rank, processes, port),
+                        env=launch.environment(os.environ, call, rank),
                         stdin=asyncio.subprocess.DEVNULL,
                         stdout=log,
                         stderr=log,
@@ -128,7 +132,9 @@ class WorkerProcess:
         return text.strip()
 
     async def kill(self) -> None:
-        """End every rank at once and reap it."""
+        """End every rank at once and reap it; those of other machines end with the call."""
+        if self._call is not None and Call.read(self._calls) == self._call:
+            self._calls.unlink(missing_ok=True)
         for process in self._processes:
             if process.returncode is None:
                 with contextlib.suppress(ProcessLookupError):

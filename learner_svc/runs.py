@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 from learner_svc import checkpoint as ckpt
 from learner_svc import metrics
 from learner_svc.estimate import Estimate, estimate, estimate_new, local_path
+from learner_svc.launch import CALL
 from learner_svc.process import WorkerProcess
 from learner_svc.record import RunFiles, RunRecord, RunState, StepRecord
 from learner_svc.spec import RunSpec
@@ -47,6 +48,11 @@ class RunsConfig:
     """Bounds of the runs of one learner."""
 
     processes: int = 1
+    """Ranks of each machine."""
+    nodes: int = 1
+    """Machines of a run."""
+    address: str = "127.0.0.1"
+    """Where the others reach this one."""
     keep_checkpoints: int = 3
     start_timeout_s: float = 600.0
     step_timeout_s: float = 3600.0
@@ -187,7 +193,7 @@ class Runs:
         if known:
             record = replace(record, created=known.record.created)
             files.steps = known.files.steps
-        run = Run(record, files, WorkerProcess(files.log))
+        run = Run(record, files, WorkerProcess(files.log, self._root / CALL))
         try:
             await self._open(run, spec, resumes)
         except BaseException as error:
@@ -204,7 +210,8 @@ class Runs:
 
     async def _open(self, run: Run, spec: RunSpec, resumes: Sequence[Path | None]) -> None:
         worker, files = _worker(run), run.files
-        await worker.spawn(self._config.processes)
+        config = self._config
+        await worker.spawn(config.processes, nodes=config.nodes, address=config.address)
         answer, resume, damage = await self._open_newest(worker, files, spec, resumes)
         run.step = answer["step"]
         files.cut(run.step)

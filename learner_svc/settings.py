@@ -1,8 +1,8 @@
 """Settings of the learner service."""
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from regreen.settings import ServiceSettings
 
@@ -19,7 +19,12 @@ class LearnerSettings(ServiceSettings):
     engine: Literal["deepspeed", "plain"] = "deepspeed"
     """Engine of runs that name none."""
     processes: int = Field(default=1, ge=1, le=1024)
-    """Ranks of a run on this machine; 1 per GPU, or 1 on CPU."""
+    """Ranks of a run on each machine; 1 per GPU, or 1 on CPU."""
+    nodes: int = Field(default=1, ge=1, le=1024)
+    """Machines of a run, this one included; on each of the others runs
+    `python -m learner_svc.node` in the same home, which all of them mount."""
+    address: str = ""
+    """Name or address of this machine for the others; needed with more than one."""
     blobs: str = ""
     """URL of the blob store that batches come from; empty is `<home>/blobs`."""
     keep_checkpoints: int = Field(default=3, ge=1)
@@ -30,3 +35,11 @@ class LearnerSettings(ServiceSettings):
     """Time of one step before its worker is ended."""
     save_timeout_s: float = Field(default=900.0, gt=0)
     """Time of one checkpoint before its worker is ended."""
+
+    @model_validator(mode="after")
+    def _check_nodes(self) -> Self:
+        if self.nodes > 1 and not self.address:
+            raise ValueError(
+                "address: is needed with nodes above 1: a name of this machine that the others know"
+            )
+        return self

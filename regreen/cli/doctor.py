@@ -1,6 +1,7 @@
 """`regreen doctor`: what this machine can do, and what is missing.
 
-- It changes nothing. Each line says what was looked at, what was found and the remedy.
+- It changes nothing. With `--kube` it looks at a cluster instead (doctor_kube).
+- Each line says what was looked at, what was found and the remedy.
 - What can be tried is tried, in a process of its own that ends with what it made; settings of the
   kernel only say why it failed.
 """
@@ -15,6 +16,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -68,10 +70,34 @@ def register(app: typer.Typer) -> None:
     app.command()(doctor)
 
 
-def doctor(home: Home = None, json_output: Json = False) -> None:
-    """Check this machine; exits with 1 if something that is needed is missing."""
-    findings = [*_machine(home or default_home()), *_services()]
-    findings += output.run(_stack(home or default_home()))
+def doctor(
+    home: Home = None,
+    kube: Annotated[
+        bool, typer.Option("--kube", help="Check a Kubernetes cluster instead; reads only.")
+    ] = False,
+    kubeconfig: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --kube: kubeconfig file; default that of kubectl.", show_default=False
+        ),
+    ] = None,
+    namespace: Annotated[
+        str, typer.Option(help="With --kube: namespace of the chart; default the config's.")
+    ] = "",
+    workers_namespace: Annotated[
+        str, typer.Option(help="With --kube: sandbox.workersNamespace; default the same.")
+    ] = "",
+    json_output: Json = False,
+) -> None:
+    """Check this machine or a cluster; exits with 1 if something that is needed is missing."""
+    if kube:
+        from regreen.cli.doctor_kube import look
+
+        findings = output.run(look(kubeconfig, namespace, workers_namespace))
+    else:
+        _only_with_kube(kubeconfig, namespace, workers_namespace)
+        findings = [*_machine(home or default_home()), *_services()]
+        findings += output.run(_stack(home or default_home()))
     if json_output:
         output.print_json_lines(asdict(item) for item in findings)
     else:
@@ -82,6 +108,12 @@ def doctor(home: Home = None, json_output: Json = False) -> None:
         )
     if not all(item.ok for item in findings):
         raise typer.Exit(output.FAILED)
+
+
+def _only_with_kube(kubeconfig: Path | None, *namespaces: str) -> None:
+    """Refuse options that would be read by nobody."""
+    if kubeconfig or any(namespaces):
+        raise typer.BadParameter("--kubeconfig and the namespaces are for --kube; add it")
 
 
 def _machine(home: Path) -> list[Finding]:

@@ -3,12 +3,14 @@
 - Every call has a deadline, and says which trajectory and trace it belongs to where one is known.
 - UNAVAILABLE is retried with backoff within the client's patience, because every mutation carries
   a `request_id` and so may be sent twice; nothing else is retried.
+- Where a target stands for many addresses, calls take turns among them (client-side balancing).
 - A stream is read inside `stream(...)`, which always cancels: a dropped one would never be
   collected (grpc#43462).
 """
 
 import asyncio
 import contextlib
+import json
 import random
 import re
 import secrets
@@ -29,6 +31,8 @@ from regreen.rpc.wire import NOBODY, from_rpc_error
 
 T = TypeVar("T")
 _TRACE_ID = re.compile(r"(?!0{32})[0-9a-f]{32}")
+_MANY = ("dns:", "ipv4:", "ipv6:")
+_IN_TURN = json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})
 READ_S = 15.0
 """Deadline of reads."""
 WRITE_S = 60.0
@@ -53,8 +57,12 @@ def new_request_id() -> str:
 
 
 def connect(target: str, tls: Tls | None = None) -> grpc.aio.Channel:
-    """A channel to `host:port` or `unix:/path`."""
-    options = [
+    """A channel to `host:port`, `unix:/path` or `dns:///name:port`.
+
+    With a scheme of names or addresses (`dns:`, `ipv4:`, `ipv6:`) calls take turns among all
+    addresses that there are, as those of a headless Service; else they go to the first.
+    """
+    options: list[tuple[str, int | str]] = [
         ("grpc.max_receive_message_length", 64 << 20),
         ("grpc.max_send_message_length", 64 << 20),
         ("grpc.keepalive_time_ms", 30_000),
@@ -62,6 +70,8 @@ def connect(target: str, tls: Tls | None = None) -> grpc.aio.Channel:
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.max_reconnect_backoff_ms", 2_000),
     ]
+    if target.startswith(_MANY):
+        options.append(("grpc.service_config", _IN_TURN))
     if tls is None:
         return grpc.aio.insecure_channel(target, options=options)
     credentials = grpc.ssl_channel_credentials(

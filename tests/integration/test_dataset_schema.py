@@ -1,5 +1,9 @@
 """The schema: migrations give exactly the models, and can be undone and done again."""
 
+import os
+import subprocess
+import sys
+
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
@@ -155,3 +159,34 @@ def test_data_survives_every_step_up_and_down(postgres: LocalPostgres):
     go(command.upgrade, "head")
     go(command.downgrade, "base")
     engine.dispose()
+
+
+def migrated(url: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "dataset_svc.migrate"],
+        env=os.environ | {"REGREEN_DATASET__DATABASE_URL": url},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_migrations_by_themselves_make_the_newest_schema_once(postgres: LocalPostgres):
+    postgres.create_database("migrate_test", template="template0")
+    url = postgres.url("migrate_test")
+    for _ in range(2):
+        done = migrated(url)
+        assert done.returncode == 0, done.stderr
+    engine = create_engine(normal_url(url))
+    with engine.connect() as connection:
+        options = {"compare_server_default": True}
+        context = MigrationContext.configure(connection, opts=options)
+        assert compare_metadata(context, Base.metadata) == []
+    engine.dispose()
+
+
+def test_migrations_by_themselves_say_why_they_cannot():
+    none = migrated("")
+    assert (none.returncode, "database_url: is empty" in none.stderr) == (2, True), none.stderr
+    away = migrated("postgresql://nobody@127.0.0.1:1/nothing")
+    assert (away.returncode, "database:" in away.stderr) == (1, True), away.stderr

@@ -1,0 +1,176 @@
+{{/*
+Names, labels and what every pod has in common. Helpers take a list: the root, then what they are about.
+*/}}
+
+{{- define "regreen.fullname" -}}
+{{- /* 31 characters: with -sandbox it is the front's name, which workers carry as a label of at most 40. */ -}}
+{{- if contains .Chart.Name .Release.Name }}{{ .Release.Name | trunc 31 | trimSuffix "-" }}
+{{- else }}{{ printf "%s-%s" .Release.Name .Chart.Name | trunc 31 | trimSuffix "-" }}{{ end }}
+{{- end }}
+
+{{- define "regreen.name" -}}
+{{ include "regreen.fullname" (index . 0) }}-{{ index . 1 }}
+{{- end }}
+
+{{- /* Components that run, as JSON; each can be left out. */ -}}
+{{- define "regreen.enabled" -}}
+{{- $on := list }}
+{{- range $component := list "dataset" "sandbox" "policy" "judge" "learner" "rollout" "sglang" "router" }}
+{{- if (index $.Values $component).enabled }}{{ $on = append $on $component }}{{ end }}
+{{- end }}
+{{- toJson $on }}
+{{- end }}
+
+{{- define "regreen.release" -}}
+app.kubernetes.io/name: regreen
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+
+{{- define "regreen.selector" -}}
+{{ include "regreen.release" (index . 0) }}
+app.kubernetes.io/component: {{ index . 1 }}
+{{- end }}
+
+{{- define "regreen.metadata" -}}
+name: {{ include "regreen.name" . }}
+namespace: {{ (index . 0).Release.Namespace }}
+labels:
+  {{- include "regreen.selector" . | nindent 2 }}
+  app.kubernetes.io/managed-by: {{ (index . 0).Release.Service }}
+  app.kubernetes.io/version: {{ (index . 0).Chart.AppVersion }}
+  helm.sh/chart: {{ (index . 0).Chart.Name }}-{{ (index . 0).Chart.Version }}
+{{- end }}
+
+{{- /* Labels of pods are those of selectors alone: a new chart version shall not replace pods, and a JobSet cannot change. */ -}}
+{{- define "regreen.podMetadata" -}}
+labels:
+  {{- include "regreen.selector" . | nindent 2 }}
+{{- end }}
+
+{{- define "regreen.image" -}}
+{{- $root := index . 0 }}{{ $name := index . 1 }}{{ $image := index $root.Values.images $name -}}
+{{ $image.repository }}@{{ required (printf "images.%s.digest: give the digest that the registry answered to the push" $name) $image.digest }}
+{{- end }}
+
+{{- /* What the pod security standard "restricted" asks of a pod, and no token but where one is asked for. */ -}}
+{{- define "regreen.pod" -}}
+{{- $root := index . 0 }}{{ $values := index . 1 -}}
+automountServiceAccountToken: false
+enableServiceLinks: false
+securityContext:
+  runAsNonRoot: true
+  runAsUser: 10001
+  runAsGroup: 10001
+  fsGroup: 10001
+  fsGroupChangePolicy: OnRootMismatch
+  seccompProfile: {type: RuntimeDefault}
+{{- with $root.Values.imagePullSecrets }}
+imagePullSecrets:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $values.scheduling }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{- define "regreen.container" -}}
+{{- $root := index . 0 }}{{ $values := index . 1 -}}
+image: {{ include "regreen.image" (list $root (index . 2)) }}
+securityContext:
+  allowPrivilegeEscalation: false
+  readOnlyRootFilesystem: true
+  capabilities: {drop: [ALL]}
+{{- end }}
+
+{{- define "regreen.resources" -}}
+{{- $resources := deepCopy (index . 0).resources }}{{ $gpus := index . 1 -}}
+{{- if $gpus }}
+{{- $_ := set $resources.limits "nvidia.com/gpu" (toString $gpus) }}
+{{- $_ := set $resources.requests "nvidia.com/gpu" (toString $gpus) }}
+{{- end -}}
+resources:
+  {{- toYaml $resources | nindent 2 }}
+{{- end }}
+
+{{- /* Settings as environment variables. Numbers by toJson: Go would print large ones as 4e+09, which no integer setting reads. */ -}}
+{{- define "regreen.settings" -}}
+{{- $section := index . 0 }}{{ $values := index . 1 -}}
+{{- range $name, $value := $values.settings }}
+- name: REGREEN_{{ $section }}__{{ upper $name }}
+  value: {{ if kindIs "string" $value }}{{ quote $value }}{{ else }}{{ $value | toJson | quote }}{{ end }}
+{{- end }}
+{{- range $name, $ref := $values.secretSettings }}
+- name: REGREEN_{{ $section }}__{{ upper $name }}
+  valueFrom: {secretKeyRef: {name: {{ $ref.name }}, key: {{ $ref.key }}}}
+{{- end }}
+{{- end }}
+
+{{- /* Time to drain (`drain_s`, the service's default is 10 s), and to leave nothing behind. */ -}}
+{{- define "regreen.grace" -}}
+terminationGracePeriodSeconds: {{ add (ceil (default 10 (index . 0).settings.drain_s)) 20 }}
+{{- end }}
+
+{{- /* Ports and probes of a service. Health is asked by gRPC and answered whatever the load. A service that starts has five minutes, or as long as it says. */ -}}
+{{- define "regreen.serving" -}}
+{{- $port := index . 0 }}{{ $metrics := index . 1 }}{{ $startS := index . 2 -}}
+ports:
+  - {name: grpc, containerPort: {{ $port }}}
+  - {name: metrics, containerPort: {{ $metrics }}}
+  {{- range slice . 3 }}
+  - {name: http, containerPort: {{ . }}}
+  {{- end }}
+startupProbe:
+  grpc: {port: {{ $port }}}
+  timeoutSeconds: 5
+  periodSeconds: 5
+  failureThreshold: {{ div (add $startS 4) 5 }}
+readinessProbe:
+  grpc: {port: {{ $port }}}
+  timeoutSeconds: 5
+  periodSeconds: 5
+  failureThreshold: 3
+livenessProbe:
+  grpc: {port: {{ $port }}}
+  timeoutSeconds: 5
+  periodSeconds: 10
+  failureThreshold: 6
+{{- end }}
+
+{{- /* Plain text beyond loopback: the network policies of this chart are what keeps others out. */ -}}
+{{- define "regreen.addresses" -}}
+- --listen=0.0.0.0:{{ index . 0 }}
+- --metrics=0.0.0.0:{{ index . 1 }}
+- --insecure
+{{- end }}
+
+{{- define "regreen.blobSecret" -}}
+- secretRef: {name: {{ required "blobs.secret: name a Secret with the credentials of the blob store" .Values.blobs.secret }}}
+{{- end }}
+
+{{- define "regreen.blobUrl" -}}
+{{ required "blobs.url: give s3://bucket/prefix" .Values.blobs.url }}
+{{- end }}
+
+{{- define "regreen.workersNamespace" -}}
+{{ default .Release.Namespace .Values.sandbox.workersNamespace }}
+{{- end }}
+
+{{- /* Labels of the workers, which the front gives them (sandbox_svc/fleet/manifests.py). */ -}}
+{{- define "regreen.workers" -}}
+app.kubernetes.io/name: regreen-sandbox
+app.kubernetes.io/managed-by: regreen
+regreen.dev/instance: {{ include "regreen.name" (list . "sandbox") }}
+{{- end }}
+
+{{- define "regreen.sharedClaim" -}}
+{{ default (include "regreen.name" (list . "shared")) .Values.storage.shared.existingClaim }}
+{{- end }}
+
+{{- define "regreen.databaseUrl" -}}
+- name: REGREEN_DATASET__DATABASE_URL
+  {{- if .Values.postgres.cnpg.enabled }}
+  valueFrom: {secretKeyRef: {name: {{ include "regreen.name" (list . "postgres") }}-app, key: uri}}
+  {{- else }}
+  valueFrom: {secretKeyRef: {name: {{ .Values.postgres.urlSecret.name }}, key: {{ .Values.postgres.urlSecret.key }}}}
+  {{- end }}
+{{- end }}

@@ -1,0 +1,93 @@
+"""Renders the chart by Helm's own SDK, and overlays by kubectl; nothing asks a cluster.
+
+- Values are checked by values.schema.json as `helm install` does, before anything is rendered.
+- Values given lie over those of values.yaml, key by key, as with `helm --values`.
+"""
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import helm_python as helm
+import yaml
+
+CHART = Path(__file__).resolve().parents[2] / "helm" / "regreen"
+NAMESPACE = "regreen"
+
+
+class Refused(Exception):
+    """Helm refuses values or cannot render them."""
+
+
+class Chart:
+    """The chart, loaded once."""
+
+    def __init__(self, path: Path = CHART) -> None:
+        self._chart = helm.Chart.load(str(path))
+
+    def texts(
+        self, values: dict[str, Any], *, name: str = "regreen", upgrade: bool = False
+    ) -> dict[str, str]:
+        """What these values make of each template.
+
+        Raises:
+            Refused: by schema or template.
+        """
+        try:
+            rendered = self._chart.render(
+                values, name=name, namespace=NAMESPACE, is_install=not upgrade, is_upgrade=upgrade
+            )
+        except helm.HelmError as error:
+            raise Refused(str(error)) from error
+        return {path: text for path, text in sorted(rendered.items()) if path.endswith(".yaml")}
+
+    def objects(self, values: dict[str, Any], **options: Any) -> list[dict[str, Any]]:
+        """The objects that these values make.
+
+        Raises:
+            Refused: as `texts`, or what was rendered is no YAML.
+        """
+        texts = self.texts(values, **options)
+        return [obj for path, text in texts.items() for obj in parse(text, path)]
+
+
+def parse(text: str, path: str) -> list[dict[str, Any]]:
+    """Objects of a YAML stream.
+
+    Raises:
+        Refused: it is no YAML.
+    """
+    try:
+        return [obj for obj in yaml.load_all(text, Loader=yaml.CSafeLoader) if obj]
+    except yaml.YAMLError as error:
+        raise Refused(f"{path}: {error}") from error
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """A file of values."""
+    return yaml.load(path.read_text(), Loader=yaml.CSafeLoader) or {}
+
+
+def lint() -> list[str]:
+    """What `helm lint --strict` finds; an icon is not missed."""
+    found = helm.lint(str(CHART), read_values(CHART / "ci" / "full.yaml"), strict=True)
+    return [
+        f"{item['path']}: {item['error']}"
+        for item in found["messages"]
+        if "icon is recommended" not in item["error"]
+    ] + found["errors"]
+
+
+def kustomized(overlay: Path, objects: list[dict[str, Any]], kubectl: str) -> str:
+    """An overlay over rendered objects, which are written beside it.
+
+    Raises:
+        Refused: by kustomize.
+    """
+    (overlay / "rendered.yaml").write_text(yaml.safe_dump_all(objects, sort_keys=False))
+    done = subprocess.run(
+        [kubectl, "kustomize", str(overlay)], capture_output=True, text=True, timeout=60
+    )
+    if done.returncode:
+        raise Refused(done.stderr.strip())
+    return done.stdout

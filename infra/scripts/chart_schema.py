@@ -1,0 +1,81 @@
+"""Writes the settings of each service into the chart's values.schema.json: `--check` only compares.
+
+- What a service can be told is read from its settings class, so that the chart refuses what the
+  service would refuse: unknown names, wrong types, values out of bounds.
+- Settings that the chart says itself are left out: nothing can be said in two places.
+- The rest of the schema is written by hand, and stays as it is.
+"""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+SCHEMA = ROOT / "infra" / "helm" / "regreen" / "values.schema.json"
+SERVED = ("listen", "metrics", "home", "insecure", "tls_cert", "tls_key", "tls_ca")
+"""Said by the chart for every service. TLS: gRPC probes of a kubelet know none."""
+OWN = {
+    "dataset": ("database_url", "blobs", "pg_bin", "pg_user", "fsync"),
+    "judge": ("policy_address", "policy_tls_ca"),
+    "learner": ("blobs", "processes", "nodes", "address"),
+    "policy": ("http", "sglang_urls", "sglang_path_map", "script"),
+    "sandbox": (
+        *("backend", "blobs", "egress_upstream", "docker_image", "docker_runtime", "docker_pool"),
+        *("docker_pool_total", "kube_name", "kube_config", "kube_namespace", "kube_image"),
+        *("kube_secret", "kube_keep_workers"),
+    ),
+}
+"""Said by the chart, or of no use in a cluster."""
+
+
+def setting(described: dict[str, Any]) -> dict[str, Any]:
+    """What a value has to be, without what is only told."""
+    for option in described.get("anyOf", ()):
+        if option.get("type") != "null":
+            described = {**described, **option}
+    left_out = ("title", "default", "anyOf", "format", "writeOnly")
+    return {key: value for key, value in described.items() if key not in left_out}
+
+
+def definitions() -> dict[str, Any]:
+    """Schemas of `settings` and `secretSettings` by service."""
+    found = {}
+    for service, own in OWN.items():
+        module = importlib.import_module(f"{service}_svc.settings")
+        fields = getattr(module, f"{service.capitalize()}Settings").model_json_schema()
+        plain, secret = {}, {}
+        for name, described in fields["properties"].items():
+            if described.get("writeOnly"):
+                secret[name] = {"$ref": "#/$defs/secretKey"}
+            elif name not in (*SERVED, *own):
+                plain[name] = setting(described)
+        found[f"{service}Settings"] = closed(plain)
+        if secret:
+            found[f"{service}SecretSettings"] = closed(secret)
+    return found
+
+
+def closed(properties: dict[str, Any]) -> dict[str, Any]:
+    """An object that has no other properties."""
+    return {"type": "object", "additionalProperties": False, "properties": properties}
+
+
+def main() -> int:
+    """Write or check the schema; the exit code."""
+    text = SCHEMA.read_text()
+    schema = json.loads(text)
+    schema["$defs"] |= definitions()
+    new = json.dumps(schema, indent=2) + "\n"
+    if new == text:
+        return 0
+    if "--check" in sys.argv:
+        print("stale: values.schema.json; run infra/scripts/chart_schema.py")
+        return 1
+    SCHEMA.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,161 @@
+"""`regreen doctor --kube` against a stand-in of the API: what it finds, and that it only reads."""
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from regreen.cli.doctor_kube import KINDS
+from tests.fixtures import kube
+
+pytest.importorskip("lightkube", reason="regreen[kubernetes] is not installed")
+SPACE = kube.NAMESPACE
+DENY = {"policyTypes": ["Ingress", "Egress"]}
+
+
+def node(name: str, gpus: int = 0, ready: str = "True", cordoned: bool = False) -> dict[str, Any]:
+    return {
+        "metadata": {"name": name},
+        "spec": {"unschedulable": True} if cordoned else {},
+        "status": {
+            "conditions": [{"type": "Ready", "status": ready}],
+            "allocatable": {"cpu": "8"} | ({"nvidia.com/gpu": str(gpus)} if gpus else {}),
+        },
+    }
+
+
+def named(name: str, **more: Any) -> dict[str, Any]:
+    return {"metadata": {"name": name, "labels": more.pop("labels", {})}, **more}
+
+
+def whole() -> kube.Cluster:
+    """A cluster that lacks nothing."""
+    cluster = kube.Cluster()
+    cluster.pages = {
+        "/version": {"gitVersion": "v1.35.2"},
+        "/apis/node.k8s.io/v1/runtimeclasses": [named("gvisor", handler="runsc")],
+        "/api/v1/nodes": [node(f"cpu-{i}") for i in range(600)] + [node("gpu", 8)],
+        "/apis/apps/v1/namespaces/kube-system/daemonsets": [named("cilium")],
+        f"/api/v1/namespaces/{SPACE}": named(SPACE),
+        f"/apis/networking.k8s.io/v1/namespaces/{SPACE}/networkpolicies": [],
+    }
+    for kind in KINDS:
+        cluster.pages[f"/apis/{kind.path}"] = {"resources": [{"name": kind.plural}]}
+    return cluster
+
+
+async def told(cluster: kube.Cluster, tmp_path: Path, *options: str) -> tuple[int, dict[str, dict]]:
+    """Exit code and findings by name, of the real command."""
+    config = tmp_path / "kubeconfig"
+    async with kube.running(cluster, config):
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "regreen.cli", "doctor", "--kube", "--json"),
+            *(f"--kubeconfig={config}", *options),
+            stdout=asyncio.subprocess.PIPE,
+        )
+        out, _ = await asyncio.wait_for(process.communicate(), 60)
+    rows = [json.loads(line) for line in out.decode().splitlines()]
+    return process.returncode or 0, {row["name"]: row for row in rows}
+
+
+async def test_a_cluster_that_lacks_nothing(tmp_path):
+    cluster = whole()
+    code, found = await told(cluster, tmp_path)
+    assert (code, [name for name, row in found.items() if not row["ok"]]) == (0, [])
+    assert found["kubernetes version"]["found"] == "v1.35.2"
+    assert found["nodes"]["found"] == "601 of 601 take pods"
+    assert found["gpus"]["found"] == "8 on 1 nodes"
+    assert found["kind: JobSet"]["found"] == "jobset.x-k8s.io/v1alpha2"
+    assert found["permissions"]["found"] == "may install the chart"
+    assert cluster.objects == {}
+    assert {verb for verb, _, _ in cluster.seen} <= {"GET"}
+
+
+async def test_a_bare_cluster_is_told_what_it_lacks(tmp_path):
+    cluster = whole()
+    for kind in KINDS:
+        del cluster.pages[f"/apis/{kind.path}"]
+    cluster.pages["/version"] = {"gitVersion": "v1.29.4+k3s1"}
+    cluster.pages["/apis/node.k8s.io/v1/runtimeclasses"] = []
+    cluster.pages["/api/v1/nodes"] = [node("a", ready="False"), node("b", 8, cordoned=True)]
+    cluster.denied = {("create", "jobsets"), ("create", "roles")}
+    code, found = await told(cluster, tmp_path, "--workers-namespace=elsewhere")
+    assert code == 1
+    assert {name for name, row in found.items() if not row["ok"]} == {
+        *("kubernetes version", "kind: JobSet", "nodes", "namespace elsewhere", "permissions"),
+    }
+    assert "rollout.keda.enabled" in found["kind: KEDA"]["remedy"]
+    assert found["gpus"]["found"] == "0 on 0 nodes"
+    assert "gVisor" in found["runtime classes"]["remedy"]
+    told_of = found["permissions"]["found"]
+    assert told_of == "may not create roles.rbac.authorization.k8s.io, jobsets.jobset.x-k8s.io"
+    assert found["namespace elsewhere"]["remedy"] == "kubectl create namespace elsewhere"
+
+
+@pytest.mark.parametrize("level", ["restricted", "privileged"])
+async def test_a_namespace_that_would_refuse_workers_is_named(tmp_path, level):
+    cluster = whole()
+    labels = {"pod-security.kubernetes.io/enforce": level}
+    cluster.pages[f"/api/v1/namespaces/{SPACE}"] = named(SPACE, labels=labels)
+    code, found = await told(cluster, tmp_path)
+    row = found[f"namespace {SPACE}"]
+    assert (code, row["ok"]) == ((1, False) if level == "restricted" else (0, True))
+    assert ("sandbox.workersNamespace" in row["remedy"]) is (level == "restricted")
+
+
+async def test_pods_that_no_policy_shuts_off_are_found(tmp_path):
+    cluster = whole()
+    for name, app in (("dataset-1", "regreen"), ("worker-1", "regreen-sandbox"), ("other", "x")):
+        labels = {"app.kubernetes.io/name": app}
+        container = {"name": "c", "image": "i", "securityContext": {}}
+        pod = named(name, labels=labels, spec={"containers": [container]})
+        await cluster.create("pods", pod)
+    path = f"/apis/networking.k8s.io/v1/namespaces/{SPACE}/networkpolicies"
+    selector = {"matchLabels": {"app.kubernetes.io/name": "regreen"}}
+    cluster.pages[path] = [
+        named("default", spec={"podSelector": selector, **DENY}),
+        named("one way", spec={"podSelector": {}, "policyTypes": ["Ingress"]}),
+    ]
+    code, found = await told(cluster, tmp_path)
+    assert (code, found["network of services"]["ok"]) == (1, True)
+    assert found["network of services"]["found"] == "1 of 1 pods are shut off by default"
+    assert found["network of workers"]["ok"] is False
+    assert "worker-1" in found["network of workers"]["remedy"]
+
+
+async def test_what_may_not_be_looked_at_is_said_and_is_no_fault(tmp_path):
+    cluster = whole()
+    cluster.forbidden = {"/api/v1/nodes", "/apis/apps/v1/namespaces/kube-system/daemonsets"}
+    code, found = await told(cluster, tmp_path)
+    assert code == 0
+    assert "may not look" in found["nodes"]["found"]
+    assert "may not look" in found["network plugin"]["found"]
+    assert found["permissions"]["ok"] is True
+
+
+async def test_a_cluster_that_does_not_answer_is_one_line(tmp_path):
+    config = tmp_path / "kubeconfig"
+    cluster = whole()
+    async with kube.running(cluster, config):
+        pass
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "regreen.cli", "doctor", "--kube", "--json"),
+        f"--kubeconfig={config}",
+        stdout=asyncio.subprocess.PIPE,
+    )
+    out, _ = await asyncio.wait_for(process.communicate(), 60)
+    (row,) = map(json.loads, out.decode().splitlines())
+    assert (process.returncode, row["name"], row["ok"]) == (1, "kubernetes api", False)
+
+
+async def test_options_of_a_cluster_without_it_are_refused():
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "regreen.cli", "doctor", "--namespace", "x"),
+        stderr=asyncio.subprocess.PIPE,
+    )
+    _, errors = await asyncio.wait_for(process.communicate(), 60)
+    assert process.returncode == 2
+    assert "--kube" in errors.decode()

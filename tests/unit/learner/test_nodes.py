@@ -1,0 +1,114 @@
+"""A run over two machines: the second is another process that shares nothing but the home."""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from learner_svc.checkpoint import load_manifest
+from learner_svc.launch import CALL, Call, environment
+from learner_svc.session import Session
+from learner_svc.settings import LearnerSettings
+from learner_svc.spec import Hyperparameters, RunKind, RunSpec
+from regreen.batch import Batch
+from regreen.client.learner import LearnerClient
+from regreen.learner import v1 as pb
+from regreen.rpc.errors import RegreenError
+from tests.unit.learner.test_service import learner
+
+Make = Callable[..., Batch]
+RATE = pb.Hyperparameters(learning_rate=1e-3, micro_batch_tokens=150)
+
+
+def children(pid: int) -> list[int]:
+    """Processes that a process has started."""
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(word) for word in text.split()]
+
+
+@asynccontextmanager
+async def follower(home: Path) -> AsyncIterator[asyncio.subprocess.Process]:
+    """The ranks of a second machine."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "learner_svc.node", f"--home={home}", "--follower=0")
+    )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        assert await asyncio.wait_for(process.wait(), 30) == 128 + signal.SIGTERM
+
+
+async def start(client: LearnerClient, model: Path) -> pb.LearnerRun:
+    return await client.start_run(
+        "run_n", pb.RUN_KIND_GRPO, str(model), engine="deepspeed", hyperparameters=RATE
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)  # DeepSpeed is started three times
+async def test_a_rank_of_another_machine_matches_one_process_and_may_be_lost(
+    tiny_model: Path, make_batch: Make, tmp_path: Path
+) -> None:
+    batches = [make_batch(seed=seed) for seed in range(3)]
+    spec = RunSpec(
+        "run_n",
+        RunKind.GRPO,
+        str(tiny_model),
+        "plain",
+        Hyperparameters(learning_rate=1e-3, micro_batch_tokens=150),
+    )
+    session = Session(spec, tmp_path / "extensions")
+    expected = [session.step(batch, (), lambda done, total: None)["loss"] for batch in batches]
+    home = tmp_path / "home"
+    async with (
+        follower(home) as other,
+        learner(home, processes=1, nodes=2, address="127.0.0.1") as (client, _),
+    ):
+        await start(client, tiny_model)
+        (rank,) = children(other.pid)
+        variables = Path(f"/proc/{rank}/environ").read_bytes().split(b"\0")
+        assert {b"RANK=1", b"LOCAL_RANK=0", b"WORLD_SIZE=2"} <= set(variables)
+        losses = []
+        for index, batch in enumerate(batches[:2]):
+            done = await client.step("run_n", index + 1, batch=batch.to_bytes())
+            losses.append(done.metrics["loss"])
+        saved = await client.save_checkpoint("run_n")
+        assert load_manifest(Path(saved.uri)).state_format == "deepspeed-zero2-world2"
+        os.kill(rank, signal.SIGKILL)
+        with pytest.raises(RegreenError):
+            await client.step("run_n", 3, batch=batches[2].to_bytes())
+        run = await start(client, tiny_model)
+        assert run.step == 2
+        (again,) = children(other.pid)
+        assert again != rank
+        done = await client.step("run_n", 3, batch=batches[2].to_bytes())
+        losses.append(done.metrics["loss"])
+        assert losses == pytest.approx(expected, rel=1e-3, abs=1e-6)
+        await client.stop_run("run_n")
+        assert not (home / "learner" / CALL).exists()
+        async with asyncio.timeout(30):
+            while children(other.pid):  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
+
+
+def test_ranks_are_numbered_by_machine() -> None:
+    call = Call.make("learner", 29500, processes=4, nodes=3)
+    assert [list(call.ranks(node)) for node in range(3)] == [
+        [0, 1, 2, 3],
+        [4, 5, 6, 7],
+        [8, 9, 10, 11],
+    ]
+    found = environment({}, call, 9)
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    assert [found[name] for name in names] == ["9", "1", "12", "learner", "29500"]
+
+
+def test_several_machines_need_an_address() -> None:
+    with pytest.raises(ValueError, match="address: is needed with nodes above 1"):
+        LearnerSettings(nodes=2)
