@@ -181,8 +181,9 @@ class SandboxSettings(ServiceSettings):
         try:
             read_config(self.kube_config)
         except MissingDependency as error:
-            _, named, problem = error.message.rpartition("kube_config: ")
-            raise InvalidArgument("kube_config" if named else "backend", problem) from None
+            _, named, told = error.message.rpartition("kube_config: ")
+            problem, _, remedy = told.rpartition("; ")
+            raise InvalidArgument("kube_config" if named else "backend", problem, remedy) from None
 
     def make_egress(self) -> Egress:
         """The proxy of sandboxes that were given a way out."""

@@ -66,12 +66,12 @@ async def test_a_demo_stopped_in_the_middle_goes_on_and_reports(home):
             running.cancel()
 
     with pytest.raises(asyncio.CancelledError):
-        await run_demo(home, TINY, stop_after_the_base_policy, lambda *_: None)
+        await run_demo(home, TINY, stop_after_the_base_policy, lambda *_, **__: None)
     running.uncancel()
     before = await _stored(home)
     assert before
 
-    result = await run_demo(home, TINY, lambda p: stages.append(p.stage), lambda *_: None)
+    result = await run_demo(home, TINY, lambda p: stages.append(p.stage), lambda *_, **__: None)
     after = await _stored(home)
     assert before.items() <= after.items()  # nothing was rolled out twice
     assert "experts" not in stages
@@ -84,6 +84,6 @@ async def test_a_demo_stopped_in_the_middle_goes_on_and_reports(home):
     assert (await control.status(Layout(home)))[0].state == "serving"  # it was up, so it stays up
 
     Layout(home).borrowed.touch()  # as a demo that was killed leaves it
-    await run_demo(home, TINY, lambda _: None, lambda *_: None)
+    await run_demo(home, TINY, lambda _: None, lambda *_, **__: None)
     assert (await control.status(Layout(home)))[0].state == "down"
     assert not Layout(home).borrowed.exists()
