@@ -113,6 +113,9 @@ async def test_large_diffs_leave_places_to_small_ones(service):
     await sandboxes.write_file(small, "/work/repo/b", b"2")
     async with connect(server.address) as channel:
         others = SandboxClient(channel, patience_s=0.0)
+        began = time.monotonic()
+        await others.diff(large)
+        alone = time.monotonic() - began
         running = [asyncio.create_task(others.diff(large)) for _ in range(24)]
         await asyncio.sleep(0.3)
         took = []
@@ -121,7 +124,7 @@ async def test_large_diffs_leave_places_to_small_ones(service):
             assert [change.path for change in (await sandboxes.diff(small)).changes] == ["b"]
             took.append(time.monotonic() - began)
         ended = await asyncio.gather(*running, return_exceptions=True)
-    assert max(took) < 8.0, took
+    assert max(took) < 12 * alone, (took, alone)  # 24 in two lanes would take as long
     refused = [error for error in ended if isinstance(error, RegreenError)]
     assert refused
     assert all("large diffs are under way" in str(error) for error in refused), refused
