@@ -20,8 +20,6 @@ from typing import Any
 _COMMANDS: dict[str, Any] = {}
 _WAIT = datetime.timedelta(days=7)
 """A follower waits for the next command as long as the driver needs to gather rollouts."""
-
-
 CALL = "call.json"
 """File below the learner's directory that calls the ranks of other machines."""
 
@@ -46,17 +44,19 @@ class Call:
 
     @classmethod
     def read(cls, path: Path) -> "Call | None":
-        """The call in a file; None if there is none."""
+        """The call in a file; None if there is none, or what is there is none.
+
+        Raises:
+            OSError: the volume cannot be read.
+        """
         try:
             return cls(**json.loads(path.read_bytes()))
-        except FileNotFoundError:
+        except (FileNotFoundError, TypeError, ValueError):
             return None
 
-    def write(self, path: Path) -> None:
-        """Leave the call where other machines read it, whole or not at all."""
-        partial = path.with_name(f".{path.name}.{self.id}")
-        partial.write_text(json.dumps(asdict(self)))
-        partial.replace(path)
+    def to_json(self) -> str:
+        """As `read` reads it."""
+        return json.dumps(asdict(self))
 
     def ranks(self, node: int) -> range:
         """Ranks of one machine; the service's own is the first."""

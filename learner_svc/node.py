@@ -29,7 +29,7 @@ class Node:
 
     def __init__(self, calls: Path, number: int) -> None:
         self._calls, self._number = calls, number
-        self._ranks: list[subprocess.Popen[bytes]] = []
+        self.ranks: list[subprocess.Popen[bytes]] = []
         self._answered = ""
         self._log = logging.get()
 
@@ -49,7 +49,7 @@ class Node:
             "answering a call", address=call.address, ranks=list(call.ranks(self._number))
         )
         for rank in call.ranks(self._number):
-            self._ranks.append(
+            self.ranks.append(
                 subprocess.Popen(
                     launch.command(None, os.getpid()),
                     env=launch.environment(os.environ, call, rank),
@@ -59,12 +59,12 @@ class Node:
 
     def end(self) -> None:
         """Kill every rank and reap it."""
-        for rank in self._ranks:
+        for rank in self.ranks:
             with contextlib.suppress(ProcessLookupError):
                 rank.kill()
-        for rank in self._ranks:
+        for rank in self.ranks:
             rank.wait()
-        self._ranks = []
+        self.ranks = []
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 
 from learner_svc import launch
 from learner_svc.launch import Call
+from learner_svc.record import replace_text
 from learner_svc.wire import MAX_FRAME_BYTES, encode, error_from_json
 from regreen.rpc.errors import InfraError, RegreenError
 
@@ -46,11 +47,11 @@ class WorkerProcess:
 
     async def spawn(self, processes: int, *, nodes: int = 1, address: str = "127.0.0.1") -> None:
         """Start the ranks of this machine; call those of the others, if there are any."""
-        ours, theirs = socket.socketpair()
         self._call = call = Call.make(address, _free_port(), processes, nodes)
         self._log.parent.mkdir(parents=True, exist_ok=True)
         if nodes > 1:
-            call.write(self._calls)
+            replace_text(self._calls, call.to_json())
+        ours, theirs = socket.socketpair()
         with self._log.open("ab") as log, theirs:
             for rank in call.ranks(0):
                 fd = theirs.fileno() if rank == 0 else None
@@ -133,14 +134,15 @@ class WorkerProcess:
 
     async def kill(self) -> None:
         """End every rank at once and reap it; those of other machines end with the call."""
-        if self._call is not None and Call.read(self._calls) == self._call:
-            self._calls.unlink(missing_ok=True)
         for process in self._processes:
             if process.returncode is None:
                 with contextlib.suppress(ProcessLookupError):
                     process.kill()
         for process in self._processes:
             await process.wait()
+        with contextlib.suppress(OSError):  # the volume is away; the next call ends those ranks
+            if self._call is not None and Call.read(self._calls) == self._call:
+                self._calls.unlink(missing_ok=True)
         if self._writer is not None:
             self._writer.close()
 

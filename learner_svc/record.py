@@ -70,7 +70,7 @@ class RunFiles:
     def write(self, record: RunRecord) -> None:
         """Replace the run's record. Raises: DiskFull when there is no space."""
         raw = asdict(record) | {"spec": record.spec.to_json()}
-        _replace(self.directory / "run.json", json.dumps(raw, indent=1))
+        replace_text(self.directory / "run.json", json.dumps(raw, indent=1))
 
     def read(self) -> RunRecord:
         """The run's record and, into `steps`, its steps.
@@ -120,10 +120,11 @@ class RunFiles:
         """Forget the steps after `step`: they are not in the checkpoint."""
         self.steps = [record for record in self.steps if record.step <= step]
         lines = "".join(json.dumps(asdict(record)) + "\n" for record in self.steps)
-        _replace(self.directory / "steps.jsonl", lines)
+        replace_text(self.directory / "steps.jsonl", lines)
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
+    """Write a file, whole or not at all."""
     partial = path.with_name(path.name + ".partial")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)

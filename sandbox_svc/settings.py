@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from regreen import kube_config
 from regreen.allowlist import AllowList, parse_hosts
 from regreen.rpc.errors import InvalidArgument, MissingDependency
 from regreen.settings import ServiceSettings
@@ -176,14 +177,14 @@ class SandboxSettings(ServiceSettings):
         """
         if self.backend != "kubernetes":
             return
-        from sandbox_svc.fleet.kube_api import read_config
+        from sandbox_svc.fleet.kube_api import CONFIGURE
 
         try:
-            read_config(self.kube_config)
+            kube_config.read(self.kube_config, CONFIGURE)
         except MissingDependency as error:
-            _, named, told = error.message.rpartition("kube_config: ")
-            problem, _, remedy = told.rpartition("; ")
-            raise InvalidArgument("kube_config" if named else "backend", problem, remedy) from None
+            field = "backend" if "package" in error.metadata else "kube_config"
+            problem, _, remedy = error.message.rpartition("; ")
+            raise InvalidArgument(field, problem, remedy) from None
 
     def make_egress(self) -> Egress:
         """The proxy of sandboxes that were given a way out."""

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from regreen import kube_config
 from regreen.cli.doctor import Finding
 from regreen.rpc.errors import MissingDependency, RegreenError
 
 OLDEST = (1, 33)
 """The first release with user namespaces of pods switched on."""
+_CONFIGURE = "set KUBECONFIG or give --kubeconfig"
 _DENY = {"Ingress", "Egress"}
 _GPU = "nvidia.com/gpu"
 _PLUGINS = ("cilium", "calico", "antrea", "kube-router", "canal", "ovnkube", "weave", "aws-node")
@@ -74,28 +76,12 @@ class Api:
         Raises:
             MissingDependency: no client library, or no usable configuration.
         """
-        try:
-            import httpx2
-            import lightkube
-            from lightkube.config.client_adapter import AsyncClient, ConnectionParams
-            from lightkube.core.exceptions import ConfigError
-        except ImportError as error:
-            raise MissingDependency(
-                f"the Kubernetes client is missing ({error.name}); install regreen[kubernetes]"
-            ) from error
-        try:
-            found = (
-                lightkube.KubeConfig.from_file(kubeconfig)
-                if kubeconfig
-                else lightkube.KubeConfig.from_env()
-            ).get()
-            if found is None:
-                raise ValueError("it names no context")
+        found = kube_config.read(kubeconfig, _CONFIGURE)
+        import httpx2
+        from lightkube.config.client_adapter import AsyncClient, ConnectionParams
+
+        with kube_config.using(_CONFIGURE):
             self._http = AsyncClient(found, ConnectionParams())
-        except (ConfigError, OSError, KeyError, ValueError) as error:
-            raise MissingDependency(
-                f"no usable cluster configuration ({error}); set KUBECONFIG or give --kubeconfig"
-            ) from error
         self.server = str(found.cluster.server)
         self.namespace = str(found.namespace or "default")
         self._error = httpx2.HTTPError

@@ -44,8 +44,18 @@ class Segment:
     versions: tuple[tuple[int, int, int], ...]
     """(version, start, end) relative to the segment."""
     prompt_tokens: int
-    turn_scores: tuple[float, ...]
-    """Of each token the own score of its turn; 0 where it carries no loss."""
+    start: int
+    """Of its first token in the trajectory."""
+
+    def turn_scores(self, trajectory: pb.Trajectory) -> list[float]:
+        """Of each token of its trajectory's the own score of its turn; 0 where it has no loss."""
+        found = [0.0] * len(self.token_ids)
+        for turn in trajectory.turns:
+            if turn.score:
+                for place in range(turn.token_start - self.start, turn.token_end - self.start):
+                    if 0 <= place < len(found) and self.loss_mask[place]:
+                        found[place] = turn.score
+        return found
 
 
 @dataclass(slots=True)
@@ -198,17 +208,8 @@ def segments(trajectory: pb.Trajectory) -> Iterator[Segment]:
             tuple(trajectory.logprobs[start:end]),
             spans,
             prompt_end - start,
-            _turn_scores(trajectory, start, end),
+            start,
         )
-
-
-def _turn_scores(trajectory: pb.Trajectory, start: int, end: int) -> tuple[float, ...]:
-    found = [0.0] * (end - start)
-    for turn in trajectory.turns:
-        if turn.score and start <= turn.token_start < end:
-            for place in range(turn.token_start, turn.token_end):
-                found[place - start] = turn.score if trajectory.loss_mask[place] else 0.0
-    return tuple(found)
 
 
 def _merged(spans: Sequence[pb.TokenVersion]) -> Iterator[pb.TokenVersion]:

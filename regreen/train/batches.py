@@ -106,7 +106,7 @@ def _group_samples(
 
 
 def _turn_scores(member: dataset_pb.Trajectory, segment: Segment) -> NDArray[np.float32]:
-    scores = np.array(segment.turn_scores, np.float32)
+    scores = np.array(segment.turn_scores(member), np.float32)
     return np.minimum(scores, 0.0) if member.reward.hacks else scores
 
 

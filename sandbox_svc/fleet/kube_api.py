@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from pathlib import Path
 from typing import Any, TypeVar
 
+from regreen import kube_config
 from regreen.rpc.errors import (
     AlreadyExists,
     InfraError,
@@ -25,8 +26,8 @@ from sandbox_svc.fleet.manifests import AGENT_GROUP, AGENT_VERSION, INSTANCE, Ma
 
 _T = TypeVar("_T")
 _AGAIN = frozenset({408, 429, 500, 502, 503, 504})
-_UNREADABLE = (AttributeError, LookupError, TypeError, ValueError)
-"""What the client library raises where a kubeconfig has another form than it expects."""
+CONFIGURE = "run in a pod, set KUBECONFIG or give --kube-config"
+"""Where a front learns of its cluster."""
 _PATIENCE_S = 60.0
 _WATCH_S = 120
 """A watch is ended by the server after so long, and begun anew."""
@@ -41,34 +42,6 @@ class Gone(Exception):
     """A watch cannot go on from where it was; list again."""
 
 
-def read_config(config: Path | None) -> Any:
-    """What is known of the cluster: from this file, or where the client library looks.
-
-    Raises:
-        MissingDependency: no client library, or no usable configuration.
-    """
-    try:
-        import lightkube
-        import yaml
-        from lightkube.core.exceptions import ConfigError
-    except ImportError as error:
-        raise MissingDependency(
-            f"the Kubernetes client is missing ({error.name}); install regreen[kubernetes]"
-        ) from error
-    kinds = lightkube.KubeConfig
-    try:
-        return (kinds.from_file(config) if config else kinds.from_env()).get()
-    except (ConfigError, OSError, yaml.YAMLError, *_UNREADABLE) as error:
-        raise _unusable(error) from error
-
-
-def _unusable(error: Exception) -> MissingDependency:
-    return MissingDependency(
-        f"kube_config: no usable cluster configuration ({error}); run in a pod, set KUBECONFIG "
-        "or give --kube-config"
-    )
-
-
 class KubeApi:
     """One namespace of one cluster."""
 
@@ -78,17 +51,15 @@ class KubeApi:
         Raises:
             MissingDependency: no client library, or no usable configuration.
         """
-        found = read_config(config)
+        found = kube_config.read(config, CONFIGURE)
         import httpx2
         import lightkube
         import lightkube.generic_resource as generic
-        from lightkube.core.exceptions import ApiError, ConfigError
+        from lightkube.core.exceptions import ApiError
         from lightkube.resources.core_v1 import ConfigMap, Pod
 
-        try:
+        with kube_config.using(CONFIGURE):
             self._client = lightkube.AsyncClient(config=found, namespace=namespace or None)
-        except (ConfigError, OSError, *_UNREADABLE) as error:
-            raise _unusable(error) from error
         self._api_error, self._http_error = ApiError, httpx2.HTTPError
         self._kinds: dict[str, Any] = {"Pod": Pod, "ConfigMap": ConfigMap}
         for kind, plural in _AGENT_KINDS.items():

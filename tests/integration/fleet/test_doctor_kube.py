@@ -151,6 +151,24 @@ async def test_a_cluster_that_does_not_answer_is_one_line(tmp_path):
     assert (process.returncode, row["name"], row["ok"]) == (1, "kubernetes api", False)
 
 
+@pytest.mark.parametrize("text", ["{:", "3", "{}", "{current-context: a, contexts: [1]}"])
+async def test_a_configuration_of_another_form_is_one_line(tmp_path, text):
+    config = tmp_path / "kubeconfig"
+    config.write_text(text)
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "regreen.cli", "doctor", "--kube", "--json"),
+        f"--kubeconfig={config}",
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    out, errors = await asyncio.wait_for(process.communicate(), 60)
+    told = (out + errors).decode()
+    assert process.returncode == 1, told
+    assert "no usable cluster configuration" in told
+    assert "set KUBECONFIG or give --kubeconfig" in told
+    assert "Traceback" not in told
+
+
 async def test_options_of_a_cluster_without_it_are_refused():
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "regreen.cli", "doctor", "--namespace", "x"),

@@ -12,6 +12,8 @@ import pytest
 
 from learner_svc.checkpoint import load_manifest
 from learner_svc.launch import CALL, Call, environment
+from learner_svc.node import Node
+from learner_svc.process import WorkerProcess
 from learner_svc.session import Session
 from learner_svc.settings import LearnerSettings
 from learner_svc.spec import Hyperparameters, RunKind, RunSpec
@@ -112,3 +114,18 @@ def test_ranks_are_numbered_by_machine() -> None:
 def test_several_machines_need_an_address() -> None:
     with pytest.raises(ValueError, match="address: is needed with nodes above 1"):
         LearnerSettings(nodes=2)
+
+
+async def test_what_is_no_call_ends_neither_a_node_nor_the_ranks_of_a_run(tmp_path: Path) -> None:
+    calls = tmp_path / CALL
+    for text in ("", "{", "[]", '{"id": "x"}', '{"id": "x", "shell": "rm"}', "\udcff"):
+        calls.write_bytes(text.encode("utf-8", "surrogateescape"))
+        node = Node(calls, 1)
+        node.look()
+        assert not node.ranks
+        ranks = WorkerProcess(tmp_path / "log", calls)
+        await ranks.spawn(1)
+        (pid,) = ranks.pids
+        await ranks.kill()
+        assert not Path(f"/proc/{pid}").exists()
+        assert calls.exists(), "it is not the run's own"
