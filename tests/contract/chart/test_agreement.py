@@ -229,7 +229,8 @@ async def test_the_ranks_of_further_nodes_start_as_the_chart_starts_them(rendere
     assert home == f"--home={settings.home}"
     args = [arg.replace("$(JOB_COMPLETION_INDEX)", "2") for arg in follower["args"] if arg != home]
     (tmp_path / "learner").mkdir()
-    Call.make(settings.address, 1, 8, nodes=2).write(tmp_path / "learner" / CALL)
+    call = Call.make(settings.address, 1, 8, nodes=2)
+    (tmp_path / "learner" / CALL).write_text(call.to_json())
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, *follower["command"][1:], *args, f"--home={tmp_path}"),
         stderr=asyncio.subprocess.PIPE,
