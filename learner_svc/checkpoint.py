@@ -11,25 +11,18 @@ Layout: `config.json`, tokenizer files and `model.safetensors` (all weights, f32
 """
 
 import errno
-import hashlib
 import json
-import math
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
-from torch import Tensor
-
-from regreen.blobs import digest_of_file, sync_path
-from regreen.rpc.errors import DataLoss, DiskFull, InfraError, NotFound
+from regreen.blobs import digest_of_file
+from regreen.rpc.errors import DataLoss, DiskFull, NotFound
 
 FORMAT = "regreen-checkpoint-1"
 MANIFEST = "manifest.json"
@@ -38,14 +31,7 @@ TRAINER = "trainer.safetensors"
 ENGINE = "engine"
 SHARDS = ".shards-"
 """Beginning of the name of the directory in which ranks gather their shards."""
-_NAME = re.compile(r"step-(\d{8})(?:\.(\d+))?")
-_DTYPES = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.uint8: "U8",
-}
+NAME = re.compile(r"step-(\d{8})(?:\.(\d+))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,120 +75,6 @@ class Saved:
     manifest: Manifest
 
 
-class CheckpointWriter:
-    """Writes one checkpoint into a directory of its own; `commit` gives it its name."""
-
-    def __init__(self, root: Path, step: int) -> None:
-        self._root, self._step = root, step
-        self.directory = root / f".partial-{step:08d}"
-        self._files: dict[str, FileEntry] = {}
-
-    def __enter__(self) -> "CheckpointWriter":
-        with disk_errors(self.directory):
-            self.directory.mkdir(parents=True)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        shutil.rmtree(self.directory, ignore_errors=True)
-
-    def add_tensors(self, name: str, tensors: Iterable[tuple[str, Tensor]], sizes: "Sizes") -> None:
-        """Write a safetensors file, one tensor in memory at a time."""
-        with disk_errors(self.directory):
-            self._files[name] = write_safetensors(self.directory / name, tensors, sizes)
-
-    def add_copies(self, source: Path) -> None:
-        """Copy the small files of a model folder (configuration, tokenizer)."""
-        with disk_errors(self.directory):
-            for path in sorted(source.iterdir()):
-                if path.is_file() and path.suffix in (".json", ".jinja", ".txt", ".model"):
-                    if path.name in (MANIFEST, "MANIFEST.json") or "index.json" in path.name:
-                        continue
-                    if path.name.startswith("gguf_header"):
-                        continue
-                    shutil.copyfile(path, self.directory / path.name)
-                    self._note(self.directory / path.name)
-
-    def add_directory(self, name: str, write: Callable[[Path], None]) -> None:
-        """Let an engine write a sub-directory."""
-        with disk_errors(self.directory):
-            write(self.directory / name)
-            for path in sorted((self.directory / name).rglob("*")):
-                if path.is_file():
-                    self._note(path)
-
-    def _note(self, path: Path) -> None:
-        sync_path(path)
-        name = path.relative_to(self.directory).as_posix()
-        self._files[name] = _entry(path)
-
-    def commit(self, manifest: Manifest) -> Saved:
-        """Flush everything and give the checkpoint its name."""
-        complete = Manifest(**{**_fields(manifest), "files": dict(self._files)})
-        with disk_errors(self.directory):
-            target = self.directory / MANIFEST
-            target.write_text(json.dumps(asdict(complete), indent=1, sort_keys=True))
-            sync_path(target)
-            sync_path(self.directory)
-            final = self._free_name()
-            self.directory.rename(final)
-            sync_path(final.parent)
-        return Saved(final, complete)
-
-    def _free_name(self) -> Path:
-        """A second checkpoint of one step gets a suffix: nothing whole is ever overwritten.
-
-        The suffix is above all that are there: one that became free again would make the newest
-        checkpoint look like the oldest, and `retain` would remove it.
-        """
-        name = f"step-{self._step:08d}"
-        there = [
-            _order(path)[1] for path in self._root.glob(f"{name}*") if _NAME.fullmatch(path.name)
-        ]
-        return self._root / (f"{name}.{max(there) + 1}" if there else name)
-
-
-Sizes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-"""Type and shape of every tensor, by name, in the order in which they will be written."""
-
-
-def sizes_of(tensors: dict[str, Tensor]) -> Sizes:
-    """Types and shapes of tensors at hand."""
-    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-
-
-def write_safetensors(path: Path, tensors: Iterable[tuple[str, Tensor]], sizes: Sizes) -> FileEntry:
-    """Write and hash in one pass; tensors arrive in the order of `sizes`."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, (dtype, shape) in sizes.items():
-        start = end
-        end += math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    hasher = hashlib.sha256()
-    written = 0
-    with path.open("wb") as target:
-        for chunk in (len(text).to_bytes(8, "little"), text):
-            target.write(chunk)
-            hasher.update(chunk)
-        names = iter(sizes)
-        for name, tensor in tensors:
-            expected = next(names, None)
-            if name != expected or tensor.shape != sizes[name][1]:
-                raise InfraError(f"tensor {name} came where {expected} was announced")
-            raw = tensor.detach().to("cpu", sizes[name][0]).contiguous().reshape(-1)
-            data = memoryview(raw.view(torch.uint8).numpy())  # type: ignore[arg-type]
-            target.write(data)
-            hasher.update(data)
-            written += len(data)
-        if written != end:
-            raise InfraError(f"{path.name}: {written} of {end} bytes of tensors came")
-        target.flush()
-        os.fsync(target.fileno())
-    return FileEntry(hasher.hexdigest(), 8 + len(text) + end)
-
-
 def load_manifest(path: Path) -> Manifest:
     """Read a checkpoint's manifest.
 
@@ -233,7 +105,7 @@ def verify(path: Path, manifest: Manifest) -> None:
     for name, expected in manifest.files.items():
         file = path / name
         try:
-            if file.stat().st_size != expected.size_bytes or _entry(file) != expected:
+            if file.stat().st_size != expected.size_bytes or entry_of(file) != expected:
                 raise DataLoss(f"{file} does not match its digest; resume from another checkpoint")
         except OSError as error:
             raise DataLoss(f"{file} cannot be read: {error}") from error
@@ -242,8 +114,8 @@ def verify(path: Path, manifest: Manifest) -> None:
 def checkpoints(root: Path) -> list[Saved]:
     """Whole checkpoints under `root`, oldest first; damaged manifests are left out."""
     found: list[Saved] = []
-    for path in sorted(root.glob("step-*"), key=_order) if root.is_dir() else []:
-        if _NAME.fullmatch(path.name):
+    for path in sorted(root.glob("step-*"), key=order_of) if root.is_dir() else []:
+        if NAME.fullmatch(path.name):
             try:
                 found.append(Saved(path, load_manifest(path)))
             except (DataLoss, NotFound):
@@ -251,8 +123,9 @@ def checkpoints(root: Path) -> list[Saved]:
     return found
 
 
-def _order(path: Path) -> tuple[int, int]:
-    match = _NAME.fullmatch(path.name)
+def order_of(path: Path) -> tuple[int, int]:
+    """Step of a checkpoint's directory, and which of that step it is; (-1, 0) for others."""
+    match = NAME.fullmatch(path.name)
     return (int(match[1]), int(match[2] or 1)) if match else (-1, 0)
 
 
@@ -267,12 +140,6 @@ def sweep(root: Path) -> None:
     for pattern in (".partial-*", f"{SHARDS}*"):
         for left in root.glob(pattern):
             shutil.rmtree(left, ignore_errors=True)
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file."""
-    with safe_open(path, framework="pt") as source:
-        return {name: source.get_tensor(name) for name in source.keys()}  # noqa: SIM118
 
 
 def need_space(root: Path, size_bytes: int) -> None:
@@ -295,11 +162,8 @@ def now() -> str:
     return datetime.now(UTC).isoformat()
 
 
-def _fields(manifest: Manifest) -> dict[str, Any]:
-    return {name: getattr(manifest, name) for name in Manifest.__dataclass_fields__}
-
-
-def _entry(path: Path) -> FileEntry:
+def entry_of(path: Path) -> FileEntry:
+    """Size and digest of a file as it is."""
     found = digest_of_file(path)
     return FileEntry(found.sha256, found.size_bytes)
 

@@ -9,9 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from learner_svc.engines.base import choose_dtype
+from learner_svc.dtypes import computes_in_bf16
 from learner_svc.memory import (
     ModelShape,
     available_bytes,
@@ -44,7 +42,7 @@ def estimate(spec: RunSpec, folders: Sequence[Path], processes: int) -> Estimate
         FailedPrecondition: it does not fit; says by how much and which settings would.
     """
     hyperparameters = spec.hyperparameters
-    half = choose_dtype(hyperparameters.dtype) == torch.bfloat16
+    half = computes_in_bf16(hyperparameters.dtype)
     masters = half or hyperparameters.zero_stage > 0 or processes > 1
     shape, available = _shape(folders), available_bytes()
     return Estimate(

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from learner_svc import checkpoint as ckpt
 from learner_svc.algo.batch import Pack
-from learner_svc.engines.base import Engine, OptimizerState, choose_dtype
+from learner_svc.checkpoint_writer import CheckpointWriter, Sizes, read_tensors, sizes_of
+from learner_svc.dtypes import computes_in_bf16
+from learner_svc.engines.base import Engine, OptimizerState
 from learner_svc.engines.plain import PlainEngine
 from learner_svc.launch import from_rank_0
 from learner_svc.model import TrainModel, freeze, load_model
@@ -143,12 +145,12 @@ class Session:
             pass
 
     def _write(self, root: Path, policy_version: int, keep: int, spool: Path | None) -> ckpt.Saved:
-        sizes: ckpt.Sizes = {
+        sizes: Sizes = {
             name: (torch.float32, shape) for name, shape in self._engine.weight_shapes().items()
         }
         state = self._tensors()
         weights = self._engine.weights()
-        with ckpt.CheckpointWriter(root, self.step_done) as writer:
+        with CheckpointWriter(root, self.step_done) as writer:
             try:
                 writer.add_copies(self._source)
                 writer.add_tensors(ckpt.WEIGHTS, weights, sizes)
@@ -156,7 +158,7 @@ class Session:
                 # After a failure the other ranks still wait to gather the rest.
                 for _ in weights:
                     pass
-            writer.add_tensors(ckpt.TRAINER, state.items(), ckpt.sizes_of(state))
+            writer.add_tensors(ckpt.TRAINER, state.items(), sizes_of(state))
             if spool is not None:
                 writer.add_directory(ckpt.ENGINE, lambda path: _move(spool, path))
             elif self._engine.state_format != "adamw":
@@ -197,7 +199,7 @@ class Session:
                 f"{path} holds optimizer state of format {manifest.state_format}, this run writes "
                 f"{engine.state_format}; resume with the same engine, zero_stage and processes"
             )
-        tensors = ckpt.read_tensors(path / ckpt.TRAINER)
+        tensors = read_tensors(path / ckpt.TRAINER)
         torch.set_rng_state(tensors.pop(_RANDOM))
         updates = int(tensors.pop(_UPDATES)[0])
         if engine.state_format == "adamw":
@@ -220,7 +222,7 @@ def _move(source: Path, target: Path) -> None:
 
 def _engine(spec: RunSpec, source: Path, extensions: Path) -> Engine:
     hyperparameters = spec.hyperparameters
-    dtype = choose_dtype(hyperparameters.dtype)
+    dtype = torch.bfloat16 if computes_in_bf16(hyperparameters.dtype) else torch.float32
     model = load_model(source)
     freeze(model, hyperparameters.trainable_layers)
     if hyperparameters.gradient_checkpointing:

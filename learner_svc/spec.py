@@ -11,10 +11,18 @@ from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
-from learner_svc.algo.advantages import Baseline, Scale, Truncated
-from learner_svc.algo.kl import KlEstimator, KlPlace
-from learner_svc.algo.losses import OF_SEQUENCES, UNCLIPPED, LossKind, LossSpec
-from learner_svc.algo.ratios import Correction
+from learner_svc.algo.choices import (
+    OF_SEQUENCES,
+    UNCLIPPED,
+    Baseline,
+    Correction,
+    KlEstimator,
+    KlPlace,
+    LossKind,
+    LossSpec,
+    Scale,
+    Truncated,
+)
 from regreen.rpc.errors import DataLoss, InvalidArgument
 
 

@@ -17,23 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from learner_svc.algo.advantages import (
-    Baseline,
-    Scale,
-    Truncated,
-    add_turn_scores,
-    group_advantages,
-)
+from learner_svc.algo.advantages import add_turn_scores, group_advantages
 from learner_svc.algo.batch import Pack, pack_samples
-from learner_svc.algo.kl import KlPlace, kl_penalties
-from learner_svc.algo.losses import (
-    LossKind,
-    LossOutput,
-    TokenTerms,
-    policy_loss,
-    sft_loss,
-    token_scales,
-)
+from learner_svc.algo.choices import Baseline, KlPlace, LossKind, Scale, Truncated
+from learner_svc.algo.kl import kl_penalties
+from learner_svc.algo.losses import LossOutput, TokenTerms, policy_loss, sft_loss, token_scales
 from learner_svc.algo.ratios import high_entropy, rejected
 from learner_svc.engines.base import Engine, learning_rate_at
 from learner_svc.spec import RunKind, RunSpec

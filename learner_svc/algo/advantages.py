@@ -10,51 +10,11 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
 
 import torch
 from torch import Tensor
 
-
-class Baseline(StrEnum):
-    """What is subtracted from a member's reward."""
-
-    LEAVE_ONE_OUT = "leave_one_out"
-    """Mean of the *other* members (RLOO, arXiv:2402.14740; used by DeepSWE)."""
-    GROUP_MEAN = "group_mean"
-    """Mean of all members (GRPO, arXiv:2402.03300)."""
-    BATCH_MEAN = "batch_mean"
-    """Mean of all rewards of the batch (REINFORCE++, arXiv:2501.03262)."""
-    PASS_AT_K = "pass_at_k"
-    """The best of k is what counts: `pass_at_k` (arXiv:2505.15201)."""
-    RANK = "rank"
-    """Ranks in place of rewards, so that no outlier dominates: `centred_ranks` (the fitness shaping
-    of evolution strategies, arXiv:1703.03864)."""
-
-
-class Scale(StrEnum):
-    """What the centred reward is divided by."""
-
-    NONE = "none"
-    """Nothing: the deviation favours easy and hard tasks (Dr. GRPO, arXiv:2503.20783)."""
-    GROUP = "group"
-    """Sample deviation of the group (GRPO, arXiv:2402.03300)."""
-    BATCH = "batch"
-    """Sample deviation of all rewards of the batch."""
-    WHITEN = "whiten"
-    """Advantages of the batch, less their mean, over their deviation (REINFORCE++ with a baseline,
-    arXiv:2501.03262; TRL's RLOO with `normalize_advantages`)."""
-
-
-class Truncated(StrEnum):
-    """What becomes of rollouts that hit a limit (context, turns, wall clock)."""
-
-    FAIL = "fail"
-    """Keep them with the reward they carry; the rollout scored them as failures."""
-    MASK_LOSS = "mask_loss"
-    """Drop them from baseline and loss (overlong filtering, DAPO, arXiv:2503.14476)."""
-    KEEP_BASELINE = "keep_baseline"
-    """Silence their loss, keep their reward in the baseline (compact filtering, DeepSWE)."""
+from learner_svc.algo.choices import Baseline, Scale, Truncated
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,31 +7,10 @@
   arXiv:2512.02556; TRL's `use_bias_correction_kl`).
 """
 
-from enum import StrEnum
-
 import torch
 from torch import Tensor
 
-
-class KlEstimator(StrEnum):
-    """Which estimate."""
-
-    K1 = "k1"
-    """log(policy / reference): unbiased, of either sign."""
-    K2 = "k2"
-    """Half its square: biased, low variance, never negative."""
-    K3 = "k3"
-    """Unbiased and never negative."""
-
-
-class KlPlace(StrEnum):
-    """Where the KL term goes."""
-
-    LOSS = "loss"
-    """Added to every token's loss (GRPO, arXiv:2402.03300)."""
-    REWARD = "reward"
-    """Its sum over a sequence is taken off the reward, before any baseline (RLOO,
-    arXiv:2402.14740)."""
+from learner_svc.algo.choices import KlEstimator
 
 
 def k1(logprobs: Tensor, reference: Tensor) -> Tensor:

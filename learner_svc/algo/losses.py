@@ -16,7 +16,7 @@ names GRPO and leaves every setting below open):
 6. No KL by default; k3 (http://joschu.net/blog/kl-approx.html) when asked for (`kl`).
 7. Dropped rows (truncated, zero weight, flat groups) are out of the denominator.
 8. No reward scaling by the deviation by default: see `advantages`.
-9. Other ratios and other bounds, each with its paper: `LossKind`.
+9. Other ratios and other bounds, each with its paper: `choices.LossKind`.
 
 - Pure functions of tensors; nothing here knows models, files or time.
 - A metric is a sum over tokens, so that sums of micro-batches add up; divide by the token count.
@@ -24,48 +24,19 @@ names GRPO and leaves every setting below open):
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from enum import StrEnum
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from learner_svc.algo.kl import KlEstimator, KlPlace, k3, kl_estimate
+from learner_svc.algo.choices import KlPlace, LossKind, LossSpec
+from learner_svc.algo.kl import k3, kl_estimate
 from learner_svc.algo.ratios import (
-    Correction,
     importance_weight,
     off_policy,
     sequence_mean,
     sequence_sum,
 )
-
-
-class LossKind(StrEnum):
-    """Which ratio, how it is bounded, and how token losses become one number."""
-
-    DAPO = "dapo"
-    """Clipped token ratios, mean over tokens (arXiv:2503.14476)."""
-    GRPO = "grpo"
-    """Clipped token ratios, mean over each sequence, then over sequences (arXiv:2402.03300)."""
-    DR_GRPO = "dr_grpo"
-    """Clipped token ratios, sum over a constant (arXiv:2503.20783)."""
-    BNPO = "bnpo"
-    """Clipped token ratios, mean over the tokens of each micro-batch (TRL)."""
-    GSPO = "gspo"
-    """The geometric mean of a sequence's ratios is clipped; then as `grpo` (arXiv:2507.18071)."""
-    GSPO_TOKEN = "gspo_token"
-    """Values of `gspo`, gradient of each token by its own advantage (arXiv:2507.18071)."""
-    CISPO = "cispo"
-    """Log likelihood, weighted by the ratio cut off at 1 + clip_high; mean over tokens: no token
-    loses its gradient (arXiv:2506.13585)."""
-    SAPO = "sapo"
-    """A sigmoid gate instead of the clip; then as `grpo` (arXiv:2511.20347)."""
-    REINFORCE_PP = "reinforce++"
-    """Clipped token ratios, mean over tokens; made for advantages that are normalised over the
-    batch, baseline `batch_mean` and scale `batch` (arXiv:2501.03262)."""
-    RLOO = "rloo"
-    """The product of a sequence's ratios is clipped, mean over sequences (arXiv:2402.14740)."""
-
 
 _PER_TOKEN = (LossKind.DAPO, LossKind.CISPO, LossKind.REINFORCE_PP)
 _PER_SEQUENCE = (
@@ -75,40 +46,6 @@ _PER_SEQUENCE = (
     LossKind.SAPO,
     LossKind.RLOO,
 )
-OF_SEQUENCES = (LossKind.GSPO, LossKind.RLOO)
-"""Losses whose ratio is that of a whole sequence: no token of it has a credit of its own."""
-UNCLIPPED = (LossKind.CISPO, LossKind.SAPO)
-"""Losses without a second bound `delta`: they have no clip that it could complete."""
-
-
-@dataclass(frozen=True, slots=True)
-class LossSpec:
-    """Hyperparameters of the policy loss."""
-
-    kind: LossKind = LossKind.DAPO
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    delta: float | None = None
-    """Upper bound of the ratio on tokens of negative advantage; must exceed 1 + clip_high."""
-    importance_cap: float | None = 2.0
-    """Upper bound of the truncated importance weight; None turns the weight off."""
-    importance_floor: float | None = None
-    """Lower bound of the importance weight."""
-    correction: Correction = Correction.TOKEN_TRUNCATE
-    """What the bounds of the importance weight do, and to what."""
-    off_policy_threshold: float | None = None
-    """Bad sequences further than this from the policy that sampled are silenced; None is off."""
-    kl_coefficient: float = 0.0
-    kl_estimator: KlEstimator = KlEstimator.K3
-    kl_place: KlPlace = KlPlace.LOSS
-    kl_correction: bool = False
-    """Multiply the KL term by the ratio: the gradient is then that of the KL."""
-    sapo_temperature_good: float = 1.0
-    """Steepness of the gate of `sapo` on tokens of positive advantage."""
-    sapo_temperature_bad: float = 1.05
-    """Steepness on the others; above the first, for stability."""
-    max_completion_tokens: int = 0
-    """The constant of `dr_grpo`; 0 takes the longest sample of the batch."""
 
 
 @dataclass(frozen=True, slots=True)

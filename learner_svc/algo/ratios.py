@@ -5,33 +5,10 @@
 - What is rejected is told as a mask, so that the caller can take it out of the denominator too.
 """
 
-from enum import StrEnum
-
 import torch
 from torch import Tensor
 
-
-class Correction(StrEnum):
-    """How the weight trainer / engine is bounded; names and forms are those of TRL's vLLM modes."""
-
-    TOKEN_TRUNCATE = "token_truncate"
-    """Each token's weight is clamped (truncated importance sampling, IMPALA, arXiv:1802.01561)."""
-    TOKEN_MASK = "token_mask"
-    """Tokens whose weight is out of bounds are rejected."""
-    SEQUENCE_TRUNCATE = "sequence_truncate"
-    """The product over the sequence is clamped and holds for all its tokens."""
-    SEQUENCE_MASK = "sequence_mask"
-    """Sequences whose product is out of bounds are rejected as a whole."""
-
-    @property
-    def by_sequence(self) -> bool:
-        """Whether a weight is that of a sequence."""
-        return self in (Correction.SEQUENCE_TRUNCATE, Correction.SEQUENCE_MASK)
-
-    @property
-    def rejects(self) -> bool:
-        """Whether out of bounds means out of the loss."""
-        return self in (Correction.TOKEN_MASK, Correction.SEQUENCE_MASK)
+from learner_svc.algo.choices import Correction
 
 
 def sequence_sum(values: Tensor, sample: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The interface of training engines, the learning-rate schedule, and the probe for number types.
+"""The interface of training engines, and the learning-rate schedule.
 
 - An engine owns the weights, the optimizer and the gradients; the trainer owns the mathematics.
 - `backward` adds gradients; losses handed in are shares of one global loss and simply add up, also
@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from learner_svc.algo.batch import Pack
 from learner_svc.spec import Hyperparameters
-from regreen.rpc.errors import InvalidArgument
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,27 +105,3 @@ def learning_rate_at(update: int, hyperparameters: Hyperparameters) -> float:
         return peak
     progress = min(1.0, (update - warmup) / max(1, total - warmup))
     return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-def choose_dtype(name: str) -> torch.dtype:
-    """The number type of weights in the forward pass.
-
-    Raises:
-        InvalidArgument: bf16 was asked for on a host where it would be emulated.
-    """
-    fast = torch.cuda.is_available() or _cpu_has("amx_bf16")
-    if name == "bf16" and not (fast or _cpu_has("avx512_bf16")):
-        raise InvalidArgument(
-            "hyperparameters.dtype", "is bf16, which this processor only emulates", "use fp32"
-        )
-    if name == "bf16" or (name == "" and fast):
-        return torch.bfloat16
-    return torch.float32
-
-
-def _cpu_has(flag: str) -> bool:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return any(line.startswith("flags") and flag in line.split() for line in text.splitlines())

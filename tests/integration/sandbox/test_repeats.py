@@ -6,6 +6,7 @@ from typing import Any
 
 import grpc
 import pytest
+from prometheus_client import REGISTRY
 
 from regreen.client.channel import connect, new_request_id
 from regreen.rpc.errors import Aborted, InvalidArgument, NotFound
@@ -43,6 +44,16 @@ async def impatient(call: Callable[..., Awaitable[Any]], request: Any) -> tuple[
             if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise
     raise AssertionError("never answered")
+
+
+def snapshots_begun() -> float:
+    """How many snapshots the services of this process were asked for so far."""
+    call = {
+        "grpc_type": "unary",
+        "grpc_service": "regreen.sandbox.v1.SandboxService",
+        "grpc_method": "SnapshotSandbox",
+    }
+    return REGISTRY.get_sample_value("grpc_server_started_total", call) or 0.0
 
 
 async def snapshots(states) -> int:
@@ -157,8 +168,11 @@ async def test_the_service_ends_while_work_goes_on_for_who_left(service, tmp_pat
         fill = ["sh", "-c", "for i in $(seq 3000); do echo > x$i; done"]
         await stub.Run(pb.RunRequest(sandbox_id=box.id, command=pb.Command(argv=fill)))
         request = pb.SnapshotSandboxRequest(id=box.id, request_id=new_request_id())
+        before = snapshots_begun()
         call = stub.SnapshotSandbox(request)
-        await asyncio.sleep(0.005)
+        async with asyncio.timeout(20):
+            while snapshots_begun() == before:  # noqa: ASYNC110 - a call tells nobody
+                await asyncio.sleep(0)
         call.cancel()
         await channel.close()
     runtime = EmbeddedRuntime(tmp_path / "other/sandbox", run_probes=False, warm_seats=1)

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from learner_svc.algo.losses import LossSpec, TokenTerms, policy_loss, token_scales
+from learner_svc.algo.choices import LossSpec
+from learner_svc.algo.losses import TokenTerms, policy_loss, token_scales
 from learner_svc.algo.ratios import rejected
 
 LENGTHS = [5, 2, 7, 3]

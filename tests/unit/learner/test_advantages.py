@@ -6,15 +6,8 @@ from itertools import combinations, product
 import pytest
 import torch
 
-from learner_svc.algo.advantages import (
-    Baseline,
-    Scale,
-    Truncated,
-    add_turn_scores,
-    centred_ranks,
-    group_advantages,
-    pass_at_k,
-)
+from learner_svc.algo.advantages import add_turn_scores, centred_ranks, group_advantages, pass_at_k
+from learner_svc.algo.choices import Baseline, Scale, Truncated
 
 
 def test_leave_one_out_subtracts_the_others() -> None:

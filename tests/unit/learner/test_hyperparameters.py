@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from learner_svc.algo.losses import LossKind
+from learner_svc.algo.choices import LossKind
 from learner_svc.servicer import hyperparameters_message, hyperparameters_of
 from learner_svc.session import Session
 from learner_svc.spec import Hyperparameters, RunKind, RunSpec

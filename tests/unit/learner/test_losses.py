@@ -8,15 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from learner_svc.algo.kl import KlEstimator, KlPlace
-from learner_svc.algo.losses import (
-    LossKind,
-    LossSpec,
-    TokenTerms,
-    policy_loss,
-    token_scales,
-)
-from learner_svc.algo.ratios import Correction
+from learner_svc.algo.choices import Correction, KlEstimator, KlPlace, LossKind, LossSpec
+from learner_svc.algo.losses import TokenTerms, policy_loss, token_scales
 from tests.unit.learner.loss_terms import LENGTHS, TOKENS, our_loss, tokens
 
 KINDS = list(LossKind)

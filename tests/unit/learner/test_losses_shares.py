@@ -5,14 +5,8 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from learner_svc.algo.losses import (
-    LossKind,
-    LossSpec,
-    TokenTerms,
-    policy_loss,
-    sft_loss,
-    token_scales,
-)
+from learner_svc.algo.choices import LossKind, LossSpec
+from learner_svc.algo.losses import TokenTerms, policy_loss, sft_loss, token_scales
 from tests.unit.learner.loss_terms import LENGTHS, TOKENS, tokens
 
 KINDS = list(LossKind)

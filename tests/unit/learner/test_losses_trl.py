@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from learner_svc.algo.losses import UNCLIPPED, LossKind, LossSpec
-from learner_svc.algo.ratios import Correction, high_entropy, rejected
+from learner_svc.algo.choices import UNCLIPPED, Correction, LossKind, LossSpec
+from learner_svc.algo.ratios import high_entropy, rejected
 from tests.unit.learner.loss_terms import LENGTHS, TOKENS, our_loss, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from learner_svc.algo.kl import KlEstimator, kl_estimate, kl_penalties
+from learner_svc.algo.choices import Correction, KlEstimator
+from learner_svc.algo.kl import kl_estimate, kl_penalties
 from learner_svc.algo.ratios import (
-    Correction,
     high_entropy,
     importance_weight,
     off_policy,

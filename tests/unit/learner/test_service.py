@@ -3,6 +3,8 @@
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -235,3 +237,9 @@ def test_a_run_that_will_not_fit_is_refused_with_advice(tiny_model: Path) -> Non
     with pytest.raises(FailedPrecondition, match="smaller model"):
         check_fits(shape, big, False, 1 << 20)
     assert check_fits(shape, big, False, needed) == needed
+
+
+def test_the_service_itself_loads_no_tensor_library():
+    code = "import learner_svc.__main__, sys; print({'torch', 'transformers'} & set(sys.modules))"
+    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert asked.stdout == "set()\n"

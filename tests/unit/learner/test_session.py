@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from learner_svc import checkpoint as ckpt
+from learner_svc.checkpoint_writer import CheckpointWriter
 from learner_svc.session import Session
 from learner_svc.spec import Hyperparameters, RunKind, RunSpec
 from regreen.batch import Batch
@@ -321,7 +322,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(
 
 
 def test_space_that_vanishes_during_the_write_is_found_too(small_disk: Path) -> None:
-    with pytest.raises(DiskFull), ckpt.CheckpointWriter(small_disk, 1) as writer:
+    with pytest.raises(DiskFull), CheckpointWriter(small_disk, 1) as writer:
         writer.add_directory("engine", lambda path: _fill(path))
     assert not list(small_disk.iterdir())
 
