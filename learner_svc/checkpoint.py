@@ -31,7 +31,7 @@ TRAINER = "trainer.safetensors"
 ENGINE = "engine"
 SHARDS = ".shards-"
 """Beginning of the name of the directory in which ranks gather their shards."""
-NAME = re.compile(r"step-(\d{8})(?:\.(\d+))?")
+_NAME = re.compile(r"step-(\d{8})(?:\.(\d+))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +114,8 @@ def verify(path: Path, manifest: Manifest) -> None:
 def checkpoints(root: Path) -> list[Saved]:
     """Whole checkpoints under `root`, oldest first; damaged manifests are left out."""
     found: list[Saved] = []
-    for path in sorted(root.glob("step-*"), key=order_of) if root.is_dir() else []:
-        if NAME.fullmatch(path.name):
+    for path in sorted(root.glob("step-*"), key=_order) if root.is_dir() else []:
+        if _NAME.fullmatch(path.name):
             try:
                 found.append(Saved(path, load_manifest(path)))
             except (DataLoss, NotFound):
@@ -123,9 +123,19 @@ def checkpoints(root: Path) -> list[Saved]:
     return found
 
 
-def order_of(path: Path) -> tuple[int, int]:
-    """Step of a checkpoint's directory, and which of that step it is; (-1, 0) for others."""
-    match = NAME.fullmatch(path.name)
+def free_directory(root: Path, step: int) -> Path:
+    """Where a new checkpoint of a step belongs: a second one gets a suffix, and replaces nothing.
+
+    The suffix is above all that are there: one that became free again would make the newest
+    checkpoint look like the oldest, and `retain` would remove it.
+    """
+    name = f"step-{step:08d}"
+    there = [_order(path)[1] for path in root.glob(f"{name}*") if _NAME.fullmatch(path.name)]
+    return root / (f"{name}.{max(there) + 1}" if there else name)
+
+
+def _order(path: Path) -> tuple[int, int]:
+    match = _NAME.fullmatch(path.name)
     return (int(match[1]), int(match[2] or 1)) if match else (-1, 0)
 
 

@@ -19,13 +19,12 @@ from torch import Tensor
 
 from learner_svc.checkpoint import (
     MANIFEST,
-    NAME,
     FileEntry,
     Manifest,
     Saved,
     disk_errors,
     entry_of,
-    order_of,
+    free_directory,
 )
 from regreen.blobs import sync_path
 from regreen.rpc.errors import InfraError
@@ -37,6 +36,10 @@ _DTYPES = {
     torch.int64: "I64",
     torch.uint8: "U8",
 }
+
+
+Sizes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Type and shape of every tensor, by name, in the order in which they will be written."""
 
 
 class CheckpointWriter:
@@ -55,7 +58,7 @@ class CheckpointWriter:
     def __exit__(self, *exc: object) -> None:
         shutil.rmtree(self.directory, ignore_errors=True)
 
-    def add_tensors(self, name: str, tensors: Iterable[tuple[str, Tensor]], sizes: "Sizes") -> None:
+    def add_tensors(self, name: str, tensors: Iterable[tuple[str, Tensor]], sizes: Sizes) -> None:
         """Write a safetensors file, one tensor in memory at a time."""
         with disk_errors(self.directory):
             self._files[name] = write_safetensors(self.directory / name, tensors, sizes)
@@ -93,26 +96,10 @@ class CheckpointWriter:
             target.write_text(json.dumps(asdict(complete), indent=1, sort_keys=True))
             sync_path(target)
             sync_path(self.directory)
-            final = self._free_name()
+            final = free_directory(self._root, self._step)
             self.directory.rename(final)
             sync_path(final.parent)
         return Saved(final, complete)
-
-    def _free_name(self) -> Path:
-        """A second checkpoint of one step gets a suffix: nothing whole is ever overwritten.
-
-        The suffix is above all that are there: one that became free again would make the newest
-        checkpoint look like the oldest, and `retain` would remove it.
-        """
-        name = f"step-{self._step:08d}"
-        there = [
-            order_of(path)[1] for path in self._root.glob(f"{name}*") if NAME.fullmatch(path.name)
-        ]
-        return self._root / (f"{name}.{max(there) + 1}" if there else name)
-
-
-Sizes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-"""Type and shape of every tensor, by name, in the order in which they will be written."""
 
 
 def sizes_of(tensors: dict[str, Tensor]) -> Sizes:

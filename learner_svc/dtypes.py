@@ -6,6 +6,7 @@
 
 from pathlib import Path
 
+from regreen.cpu import cpu_flags, has_fast_bf16
 from regreen.rpc.errors import InvalidArgument
 
 _DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
@@ -20,8 +21,8 @@ def computes_in_bf16(dtype: str) -> bool:
     """
     if dtype == "fp32":
         return False
-    fast = _cpu_has("amx_bf16") or _has_gpu()
-    if dtype == "bf16" and not (fast or _cpu_has("avx512_bf16")):
+    fast = has_fast_bf16() or _has_gpu()
+    if dtype == "bf16" and not (fast or "avx512_bf16" in cpu_flags()):
         raise InvalidArgument(
             "hyperparameters.dtype", "is bf16, which this processor only emulates", "use fp32"
         )
@@ -34,11 +35,3 @@ def _has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
-
-
-def _cpu_has(flag: str) -> bool:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return any(line.startswith("flags") and flag in line.split() for line in text.splitlines())

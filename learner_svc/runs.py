@@ -188,8 +188,10 @@ class Runs:
         files = RunFiles(self._root / "runs" / spec.run_id)
         resumes = _resumes(files, resume_uri)
         folders = [*filter(None, resumes), local_path(spec.base_uri, "base_uri")]
-        needed = estimate(spec, folders, self._config.processes).memory_bytes
-        record = RunRecord(spec, RunState.ACTIVE, ckpt.now(), estimated_memory_bytes=needed)
+        found = await asyncio.to_thread(estimate, spec, folders, self._config.processes)
+        record = RunRecord(
+            spec, RunState.ACTIVE, ckpt.now(), estimated_memory_bytes=found.memory_bytes
+        )
         if known:
             record = replace(record, created=known.record.created)
             files.steps = known.files.steps

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from policy_svc.engines.base import Request, Sampling
-from policy_svc.engines.cpu import cpu_count
 from policy_svc.engines.process import local_engines
 from policy_svc.engines.stepper import Stepper
+from regreen.cpu import cpu_count
 from regreen.home import default_home
 from regreen.model_store import ensure_default_model
 

@@ -21,10 +21,10 @@ import openvino
 import openvino_genai
 
 from policy_svc.engines.base import Request
-from policy_svc.engines.cpu import has_fast_bf16
 from policy_svc.engines.stepper import REFUSED, Chunk, WeightsError
 from policy_svc.engines.weights import Checkpoint
 from regreen import gguf_file
+from regreen.cpu import has_fast_bf16
 from regreen.model_store import HEADER, HEADER_TABLE
 
 

@@ -30,7 +30,7 @@ from policy_svc.engines.base import (
     TokenSink,
     spans,
 )
-from policy_svc.engines.cpu import cpu_count
+from regreen.cpu import cpu_count
 from regreen.rpc.errors import AlreadyExists, FailedPrecondition, InvalidArgument, Unavailable
 from regreen.rpc.logging import get
 

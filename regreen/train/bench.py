@@ -25,14 +25,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from regreen.cpu import has_fast_bf16
 from regreen.home import default_home
 from regreen.model_store import ensure_default_model
 from regreen.rpc.errors import RegreenError
 from regreen.stack.follow import following
 from regreen.train.bench_sides import Services, Shape, Trl
 
-_BF16_FLAGS = ("amx_bf16",)
-"""What a processor needs for bf16 to be quicker than fp32."""
 _STEP_TARGETS = {"fp32": 3.5, "bf16": 3.0}
 _ROUNDS_SHARE = 0.75
 _EQUAL = {"fp32": 1e-3, "bf16": 3e-2}
@@ -72,8 +71,7 @@ class Plan:
 
 def number_types(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
     """The number types in which this processor trains at full speed."""
-    flags = cpuinfo.read_text().split()
-    return ("fp32", "bf16") if all(flag in flags for flag in _BF16_FLAGS) else ("fp32",)
+    return ("fp32", "bf16") if has_fast_bf16(cpuinfo) else ("fp32",)
 
 
 def say(line: str) -> None:

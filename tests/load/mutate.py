@@ -34,6 +34,7 @@ TESTS = ROOT / "tests" / "unit" / "learner"
 TESTS_OF = {
     "advantages.py": ["test_advantages.py"],
     "batch.py": ["test_packing.py"],
+    "choices.py": ["test_ratios.py", "test_hyperparameters.py", "test_losses.py"],
     "kl.py": ["test_ratios.py", "test_losses.py"],
     "ratios.py": ["test_ratios.py", "test_losses_trl.py", "test_losses.py"],
     "losses.py": ["test_losses_shares.py", "test_losses_trl.py", "test_losses.py"],
@@ -318,6 +319,9 @@ def main(files: list[str], every: int) -> int:
     """Run every n-th mutant of the files; print the score of each file."""
     started = time.monotonic()
     prepare()
+    if untold := {path.name for path in FOLDER.glob("[!_]*.py")} - set(TESTS_OF):
+        print(f"TESTS_OF names no tests of {', '.join(sorted(untold))}")
+        return 2
     for file in files:
         if test(None, file):
             print(f"{file}: its tests fail as it is; nothing to learn from mutants")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from learner_svc.algo.choices import LossKind
+from learner_svc.algo.choices import LossKind, LossSpec
 from learner_svc.servicer import hyperparameters_message, hyperparameters_of
 from learner_svc.session import Session
 from learner_svc.spec import Hyperparameters, RunKind, RunSpec
@@ -57,6 +57,10 @@ def step(model: Path, batches: list[Batch], home: Path, **changes: object) -> di
 def test_what_would_not_do_what_it_says_is_refused(name: str, changes: dict[str, object]) -> None:
     with pytest.raises(InvalidArgument, match=rf"hyperparameters\.{name}"):
         replace(Hyperparameters(), **changes).check(RunKind.GRPO)  # type: ignore[arg-type]
+
+
+def test_a_run_that_chooses_nothing_has_the_defaults_of_the_loss() -> None:
+    assert Hyperparameters().loss_spec() == LossSpec()
 
 
 def test_the_defaults_of_a_loss_are_told_and_give_way() -> None:
