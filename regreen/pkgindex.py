@@ -370,12 +370,18 @@ class _Credentials(httpx.Auth):
 
 
 def _ssl_context() -> ssl.SSLContext:
-    """System trust plus what the user configured for other clients."""
+    """System trust plus what the user configured for other clients; files that changed count."""
+    keys = ("SSL_CERT_FILE", "PIP_CERT", "REQUESTS_CA_BUNDLE")
+    paths = [path for key in keys if (path := os.environ.get(key)) and os.path.isfile(path)]
+    states = ((path, os.stat(path)) for path in paths)
+    return _trusting(tuple((path, at.st_ino, at.st_mtime_ns, at.st_size) for path, at in states))
+
+
+@lru_cache(maxsize=2)  # reading a system's authorities takes a quarter of a second
+def _trusting(files: tuple[tuple[str, int, int, int], ...]) -> ssl.SSLContext:
     context = httpx.create_ssl_context()
-    for key in ("SSL_CERT_FILE", "PIP_CERT", "REQUESTS_CA_BUNDLE"):
-        path = os.environ.get(key)
-        if path and os.path.isfile(path):
-            context.load_verify_locations(cafile=path)
+    for path, *_ in files:
+        context.load_verify_locations(cafile=path)
     return context
 
 

@@ -28,6 +28,7 @@ TINY = replace(
     grpo_steps=1,
     groups_per_step=1,
     group_size=2,
+    trainable_layers=2,
     labels={**QUICK.labels, "budget.turns": "3", "budget.turn_tokens": "40"},
 )
 
