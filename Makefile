@@ -20,8 +20,8 @@ $(STAMP): $(wildcard requirements/*.txt) pyproject.toml infra/scripts/setup.sh
 demo: $(STAMP) ## Run the whole loop on real broken builds and write a report (QUICK=1: shorter)
 	@$(BIN)/regreen demo $(if $(filter-out 0 no false,$(QUICK)),--quick)
 
-up: $(STAMP) ## Start the local stack; it stays up
-	@$(BIN)/regreen up
+up: $(STAMP) ## Start the local stack; it stays up (TLS=1, TOKENS=1: callers show certificates, tokens)
+	@$(BIN)/regreen up $(if $(TLS),--tls) $(if $(TOKENS),--tokens)
 
 down: $(STAMP) ## Stop the local stack
 	@$(BIN)/regreen down

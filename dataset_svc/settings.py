@@ -15,13 +15,15 @@ class DatasetSettings(ServiceSettings):
     """Tasks, runs, rollouts and trajectories in Postgres."""
 
     section: ClassVar[str] = "dataset"
+    with_secrets: ClassVar[tuple[str, ...]] = ("database_url",)
 
     listen: str = "127.0.0.1:50051"
     """gRPC address: `host:port` or `unix:/path`. Port 0 picks a free one."""
     metrics: str = "127.0.0.1:9051"
     """HTTP address of `/metrics` and `/healthz`."""
     database_url: str = ""
-    """Postgres 15 or newer, `postgresql://user:password@host/name`; empty runs a private one."""
+    """Postgres 15 or newer, `postgresql://user:password@host/name`; empty runs a private one.
+    With a password better as `file:/path`."""
     blobs: str = ""
     """Where tokens go: a directory, `s3://bucket/prefix` or `memory://`; empty is `home`/blobs."""
     pg_bin: Path | None = None

@@ -44,7 +44,8 @@ def open_model(settings: JudgeSettings) -> Model:
         return PolicyModel(
             settings.policy_address,
             max_tokens=settings.model_tokens,
-            tls_ca=settings.policy_tls_ca,
+            tls=settings.policy_tls,
+            token_file=settings.policy_token_file,
         )
     return NoModel()
 

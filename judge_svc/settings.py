@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, SecretStr, model_validator
 
+from regreen.rpc.certificates import Tls
 from regreen.settings import ServiceSettings, check_pem
 
 
@@ -29,13 +30,16 @@ class JudgeSettings(ServiceSettings):
     openai_model: str = "policy"
     """Model name sent to it."""
     openai_key: SecretStr = SecretStr("")
-    """API key sent to it; empty sends none."""
+    """API key sent to it, as `file:/path`; empty sends none."""
     openai_json_mode: bool = True
     """Ask for `response_format: json_object`; switch off for endpoints that refuse it."""
     policy_address: str = "127.0.0.1:50053"
     """Address of the policy service, for `model=policy`."""
     policy_tls_ca: Path | None = None
-    """Authority of the policy service's certificate; plain text without."""
+    """Authorities of the policy service's certificate (PEM); plain text without. With it, the judge
+    shows its own certificate (`tls_cert`) there."""
+    policy_token_file: Path | None = None
+    """File with the token that the policy service is called with; its scope is `policy:write`."""
     model_timeout_s: float = Field(default=60.0, gt=0)
     """Bound on one answer of the model."""
     model_tokens: int = Field(default=512, ge=16)
@@ -54,6 +58,13 @@ class JudgeSettings(ServiceSettings):
     """Validations without an edit from which on a rollout is suspect."""
     cache_entries: int = Field(default=200_000, ge=1)
     """Stored verdicts; the oldest go first."""
+
+    @property
+    def policy_tls(self) -> Tls | None:
+        """What the policy service is called with."""
+        if self.policy_tls_ca is None:
+            return None
+        return Tls(self.policy_tls_ca, self.tls_cert, self.tls_key)
 
     @model_validator(mode="after")
     def _check_model(self) -> Self:

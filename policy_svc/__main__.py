@@ -24,6 +24,7 @@ from regreen.rpc import logging
 from regreen.rpc.errors import FailedPrecondition, RegreenError
 from regreen.rpc.idempotency import Leaving
 from regreen.rpc.server import Server
+from regreen.rpc.tokens import Guard
 
 SERVICE = "regreen.policy.v1.PolicyService"
 
@@ -53,7 +54,8 @@ async def running(settings: PolicySettings) -> AsyncIterator[Running]:
     try:
         sessions = Sessions(settings.home / "policy" / "sessions", settings.max_sessions)
         sessions.prune(settings.session_keep_days * 86400)
-        app = OpenAiHttp(policy, sessions, settings.http_key.get_secret_value()).app()
+        guard = Guard(settings.tokens) if settings.tokens else None
+        app = OpenAiHttp(policy, sessions, settings.http_key.get_secret_value(), guard).app()
         server = Server(settings, [SERVICE], leaving={f"{SERVICE}/Generate": Leaving.ENDS})
         pb.add_PolicyServiceServicer_to_server(PolicyServicer(policy), server.grpc)
         async with _http(settings.http, app, settings.drain_s) as http_port, server:

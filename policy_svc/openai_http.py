@@ -9,11 +9,12 @@
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from starlette.applications import Starlette
@@ -26,11 +27,13 @@ from policy_svc.openai_body import MAX_BODY_BYTES, Asked, parse
 from policy_svc.policy import Policy
 from policy_svc.sessions import Prompt, Session, Sessions
 from regreen.ids import new_id
-from regreen.rpc.errors import InvalidArgument, RegreenError, Unauthenticated
+from regreen.rpc.errors import DeadlineExceeded, InvalidArgument, RegreenError, Unauthenticated
+from regreen.rpc.tokens import Guard, caller
 
 _STATUS = {
     "INVALID_ARGUMENT": 400,
     "UNAUTHENTICATED": 401,
+    "PERMISSION_DENIED": 403,
     "NOT_FOUND": 404,
     "FAILED_PRECONDITION": 409,
     "ABORTED": 409,
@@ -38,6 +41,10 @@ _STATUS = {
     "UNAVAILABLE": 503,
     "DEADLINE_EXCEEDED": 504,
 }
+
+_BODY_S = 60.0
+_METHOD = "regreen.policy.v1.PolicyService/Generate"
+"""What a token must cover here."""
 
 
 @dataclass(slots=True)
@@ -51,8 +58,10 @@ class _SessionLock:
 class OpenAiHttp:
     """The application's handlers."""
 
-    def __init__(self, policy: Policy, sessions: Sessions, key: str) -> None:
-        self._policy, self._sessions, self._key = policy, sessions, key
+    def __init__(
+        self, policy: Policy, sessions: Sessions, key: str, guard: Guard | None = None
+    ) -> None:
+        self._policy, self._sessions, self._key, self._guard = policy, sessions, key, guard
         self._locks: dict[str, _SessionLock] = {}
 
     def app(self) -> Starlette:
@@ -80,17 +89,19 @@ class OpenAiHttp:
     async def session(self, http: HttpRequest) -> Response:
         """Give or delete a session's record."""
         self._authenticate(http)
-        session_id = http.path_params["session_id"]
+        session_id = _own_session(http.path_params["session_id"])
         if http.method == "DELETE":
             self._sessions.delete(session_id)
             return Response(status_code=204)
-        return JSONResponse(self._sessions.find(session_id).to_json())
+        record = self._sessions.find(session_id).to_json()
+        return JSONResponse({**record, "session_id": http.path_params["session_id"]})
 
     async def chat(self, http: HttpRequest) -> Response:
         """Answer a chat completion."""
         self._authenticate(http)
         session_id = http.headers.get("x-regreen-session", "")
         asked = parse(await _body(http), session_id, self._policy.limits.max_samples)
+        asked = replace(asked, session_id=_own_session(asked.session_id))
         identity = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "created": int(time.time()),
@@ -203,9 +214,21 @@ class OpenAiHttp:
         return f"{info.model}@{self._policy.versions.serving.policy.version}"
 
     def _authenticate(self, http: HttpRequest) -> None:
-        given = http.headers.get("authorization", "").removeprefix("Bearer ")
+        header = http.headers.get("authorization", "")
+        if self._guard is not None:
+            self._guard.admit(_METHOD, header)
+            return
+        given = header.removeprefix("Bearer ")
         if self._key and not secrets.compare_digest(given.encode(), self._key.encode()):
             raise Unauthenticated("the Authorization header has no valid key")
+
+
+def _own_session(session_id: str) -> str:
+    """A session's id among all tenants': nobody reads or goes on with another's."""
+    who = caller()
+    if who is None or not session_id:
+        return session_id
+    return hashlib.sha256(f"{who.tenant}\n{session_id}".encode(errors="replace")).hexdigest()
 
 
 class _TextStream:
@@ -265,10 +288,16 @@ async def _prepend(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
 
 async def _body(http: HttpRequest) -> dict[str, Any]:
     raw = bytearray()
-    async for chunk in http.stream():
-        raw += chunk
-        if len(raw) > MAX_BODY_BYTES:
-            raise InvalidArgument("body", f"is over {MAX_BODY_BYTES >> 20} MiB", "send less")
+    try:
+        async with asyncio.timeout(_BODY_S):
+            async for chunk in http.stream():
+                raw += chunk
+                if len(raw) > MAX_BODY_BYTES:
+                    raise InvalidArgument(
+                        "body", f"is over {MAX_BODY_BYTES >> 20} MiB", "send less"
+                    )
+    except TimeoutError:
+        raise DeadlineExceeded(f"the body did not arrive within {_BODY_S:.0f} s") from None
     try:
         body = json.loads(raw)
     except (ValueError, RecursionError) as error:

@@ -8,7 +8,8 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, SecretStr, model_validator
 
-from regreen.settings import ServiceSettings, is_local
+from regreen.rpc.ports import is_local
+from regreen.settings import ServiceSettings
 
 
 class PolicySettings(ServiceSettings):
@@ -22,9 +23,10 @@ class PolicySettings(ServiceSettings):
     """HTTP address of `/metrics` and `/healthz`."""
     http: str = "127.0.0.1:50063"
     """Address of the OpenAI-compatible endpoint, plain HTTP; empty serves none. Beyond loopback it
-    needs `insecure` and `http_key`; TLS is a proxy's work."""
+    needs `insecure`, and `http_key` or `tokens`; TLS is a proxy's work."""
     http_key: SecretStr = SecretStr("")
-    """Bearer key that the endpoint asks for; empty asks for none (loopback only)."""
+    """Bearer key that the endpoint asks for, as `file:/path`; empty asks for none (loopback only).
+    With `tokens` it asks for one of those, with the scope `policy:write`, instead."""
     engine: Literal["auto", "openvino", "torch", "sglang", "openai", "scripted"] = "auto"
     """What samples; auto takes openvino, else torch, whichever is installed."""
     model: Path | None = None
@@ -40,7 +42,7 @@ class PolicySettings(ServiceSettings):
     sglang_urls: str = ""
     """Addresses of SGLang replicas, separated by commas."""
     sglang_key: SecretStr = SecretStr("")
-    """Their API key."""
+    """Their API key, as `file:/path`."""
     sglang_path_map: str = ""
     """`LOCAL=REMOTE`: how the replicas call a local directory that holds checkpoints."""
     openai_url: str = ""
@@ -48,7 +50,7 @@ class PolicySettings(ServiceSettings):
     openai_model: str = ""
     """Model name that is sent to it."""
     openai_key: SecretStr = SecretStr("")
-    """Its API key."""
+    """Its API key, as `file:/path`."""
     openai_context: int = Field(default=32768, ge=1024)
     """Longest context of that model, in tokens."""
     openai_logprobs: bool = False
@@ -94,6 +96,9 @@ class PolicySettings(ServiceSettings):
         if not self.http:
             return self
         self.check_plain_http("http", self.http)
-        if not is_local(self.http) and not self.http_key.get_secret_value():
-            raise ValueError(f"http: {self.http} is reachable from other machines; set http_key")
+        key = self.http_key.get_secret_value() or self.tokens
+        if not is_local(self.http) and not key:
+            raise ValueError(
+                f"http: {self.http} is reachable from other machines; set http_key or tokens"
+            )
         return self

@@ -6,23 +6,30 @@
 - Environment variables are `REGREEN_<SERVICE>__<FIELD>`, for example `REGREEN_SANDBOX__LISTEN`.
 - Binding wider than loopback or a unix socket needs TLS, or `insecure` said out loud.
 - `--help` says of every setting what the docstring under it says, as the tables of the docs do.
+- A secret is the path of a file (`file:/path`), or an environment variable; never a flag.
 - An address that cannot be bound and a certificate that cannot be used are refused here, not later.
 """
 
 import argparse
 import ast
 import inspect
-import ipaddress
 import os
 import re
 import ssl
 import sys
 import textwrap
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -33,25 +40,17 @@ from pydantic_settings import (
 
 from regreen import setting_names
 from regreen.home import default_home
-from regreen.rpc.errors import InvalidArgument
+from regreen.rpc.certificates import Tls
+from regreen.rpc.errors import FailedPrecondition, InvalidArgument
+from regreen.rpc.ports import is_local
+from regreen.rpc.tokens import read_tokens
 
+_FILE = "file:"
+"""How a secret setting begins that is the path of a file with the secret."""
 BAD_SETTINGS = 2
 """Exit code of a service that refuses its settings."""
 _HOST_PORT = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[^\s:\[\]/]+):(\d{1,5})", re.ASCII)
 _SOCKET_PATH_BYTES = 107
-
-
-def is_local(address: str) -> bool:
-    """Whether a listen address is a unix socket or on loopback."""
-    if address.startswith("unix:"):
-        return True
-    host = address.rpartition(":")[0].strip("[]")
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def check_address(field: str, address: str, *, unix: bool = False) -> None:
@@ -170,6 +169,8 @@ class ServiceSettings(BaseSettings):
 
     model_config = SettingsConfigDict(extra="forbid", validate_default=True)
     section: ClassVar[str] = "service"
+    # Settings that may hold a secret among other things, and so can come from a file too.
+    with_secrets: ClassVar[tuple[str, ...]] = ()
 
     listen: str = "127.0.0.1:0"
     """gRPC address: `host:port` or `unix:/path`. Port 0 picks a free one."""
@@ -180,11 +181,17 @@ class ServiceSettings(BaseSettings):
     insecure: bool = False
     """Allow plain text beyond loopback. For networks that are private by other means."""
     tls_cert: Path | None = None
-    """Server certificate chain (PEM)."""
+    """Certificate chain (PEM). Read anew when the file changes, as key and authority are."""
     tls_key: Path | None = None
     """Private key of the certificate (PEM)."""
     tls_ca: Path | None = None
-    """Authority that client certificates must come from; given, clients must show one."""
+    """Authorities that client certificates must come from (PEM); given, clients must show one."""
+    tokens: Path | None = None
+    """File of token hashes (`regreen tokens create`); given, every call but health needs a token
+    whose scopes cover it. Read anew when it changes."""
+    audit: Path | None = None
+    """File that two lines are appended to for each mutation: who began it, and what came of it.
+    `/dev/stderr` puts them into the log."""
     max_rpcs: int = Field(default=256, ge=1)
     """Calls served at once; more are answered RESOURCE_EXHAUSTED, with a delay."""
     max_message_bytes: int = Field(default=64 << 20, ge=1 << 16)
@@ -197,6 +204,30 @@ class ServiceSettings(BaseSettings):
     """Time that running calls get to finish after SIGTERM."""
     log_level: str = Field(default="info", pattern="^(debug|info|warning|error)$")
     """Least severe level that is logged."""
+
+    @property
+    def tls(self) -> Tls | None:
+        """This service's certificates, which it also shows to the services that it calls."""
+        return Tls(self.tls_ca, self.tls_cert, self.tls_key) if self.tls_cert else None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read_secret(cls, value: object, info: ValidationInfo) -> object:
+        """A secret from the file that it names."""
+        named = isinstance(value, str) and value.startswith(_FILE)
+        if not named or str(info.field_name) not in (*cls.secrets(), *cls.with_secrets):
+            return value
+        path = str(value).removeprefix(_FILE)
+        try:
+            return Path(path).read_text("utf-8").strip()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read ({error}); give a file of text") from None
+
+    @classmethod
+    def secrets(cls) -> list[str]:
+        """Names of the settings that are secret."""
+        fields = cls.model_fields.items()
+        return [name for name, field in fields if field.annotation is SecretStr]
 
     @field_validator("home", mode="before")
     @classmethod
@@ -217,6 +248,15 @@ class ServiceSettings(BaseSettings):
                 "set tls_cert and tls_key, or insecure=true if the network is private"
             )
         check_certificates(self.tls_cert, self.tls_key, self.tls_ca)
+        if self.tokens is not None:
+            try:
+                read_tokens(self.tokens)
+            except FailedPrecondition as error:
+                raise ValueError(error.message) from None
+        if self.tokens is not None and not (is_local(self.listen) or self.tls_cert):
+            raise ValueError(
+                "tokens: they would cross the network in plain text; set tls_cert and tls_key"
+            )
         return self
 
     def check_plain_http(self, field: str, address: str) -> None:
@@ -269,6 +309,7 @@ class ServiceSettings(BaseSettings):
             os.environ["REGREEN_CONFIG"] = config
         flags = {name: value for name, value in given.items() if value is not None}
         try:
+            cls._check_flags(flags)
             settings = cls(**flags)
             settings.check_host()
         except (ValidationError, InvalidArgument) as error:
@@ -277,6 +318,20 @@ class ServiceSettings(BaseSettings):
         if check:
             raise SystemExit(0)
         return settings
+
+    @classmethod
+    def _check_flags(cls, flags: Mapping[str, Any]) -> None:
+        """Refuse secrets as words: whoever may list processes reads those.
+
+        Raises:
+            InvalidArgument: names the flag.
+        """
+        for name in cls.secrets():
+            given = str(flags.get(name, ""))
+            if given and not given.startswith(_FILE):
+                raise InvalidArgument(
+                    name, "is secret, and words of a command are not", f"give {_FILE}/path"
+                )
 
     @classmethod
     def _describe(cls, error: ValidationError | InvalidArgument, flags: Collection[str]) -> str:

@@ -112,6 +112,9 @@ class SandboxSettings(ServiceSettings):
     kube_secret: str = ""
     """Secret whose entries become environment variables of the workers, for example `AWS_*` for
     `blobs`; no sandbox sees them."""
+    kube_tls_secret: str = ""
+    """Secret in the workers' namespace with `ca.crt`, `tls.crt` and `tls.key` of a service named
+    `sandbox-worker`: workers serve with it, and the front calls them with its own certificate."""
     kube_cpus: float = Field(default=4.0, gt=0)
     """Cores of one worker."""
     kube_memory_bytes: int = Field(default=16 << 30, ge=256 << 20)
@@ -148,6 +151,15 @@ class SandboxSettings(ServiceSettings):
     in the form of `egress.allow`: where an index keeps its files elsewhere."""
     self_check_s: float = Field(default=30.0, gt=0)
     """Time between two looks for leaks."""
+
+    @model_validator(mode="after")
+    def _check_kube_tls(self) -> Self:
+        if self.kube_tls_secret and not (self.tls_cert and self.tls_ca):
+            raise ValueError(
+                "kube_tls_secret: the front shows its workers a certificate of its own; "
+                "set tls_cert, tls_key and tls_ca too"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_egress(self) -> Self:

@@ -14,17 +14,27 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = ROOT / "infra" / "helm" / "regreen" / "values.schema.json"
-SERVED = ("listen", "metrics", "home", "insecure", "tls_cert", "tls_key", "tls_ca")
-"""Said by the chart for every service. TLS: gRPC probes of a kubelet know none."""
+SERVED = (
+    "listen",
+    "metrics",
+    "home",
+    "insecure",
+    "tls_cert",
+    "tls_key",
+    "tls_ca",
+    "tokens",
+    "audit",
+)
+"""Said by the chart for every service."""
 OWN = {
     "dataset": ("database_url", "blobs", "pg_bin", "pg_user", "fsync"),
-    "judge": ("policy_address", "policy_tls_ca"),
+    "judge": ("policy_address", "policy_tls_ca", "policy_token_file"),
     "learner": ("blobs", "processes", "nodes", "address"),
     "policy": ("http", "sglang_urls", "sglang_path_map", "script"),
     "sandbox": (
         *("backend", "blobs", "egress_upstream", "docker_image", "docker_runtime", "docker_pool"),
         *("docker_pool_total", "kube_name", "kube_config", "kube_namespace", "kube_image"),
-        *("kube_secret", "kube_keep_workers"),
+        *("kube_secret", "kube_tls_secret", "kube_keep_workers"),
     ),
 }
 """Said by the chart, or of no use in a cluster."""

@@ -8,10 +8,10 @@
 import asyncio
 from pathlib import Path
 
-import grpc
-
 from regreen.client.policy import PolicyClient
 from regreen.policy import v1 as pb
+from regreen.rpc.certificates import Tls
+from regreen.rpc.channels import BearerFile, open_channel
 from regreen.rpc.errors import RegreenError, Unavailable
 
 
@@ -23,13 +23,12 @@ class PolicyModel:
         target: str,
         *,
         max_tokens: int = 512,
-        tls_ca: Path | None = None,
+        tls: Tls | None = None,
+        token_file: Path | None = None,
         patience_s: float = 2.0,
     ) -> None:
-        self._channel = (
-            grpc.aio.secure_channel(target, grpc.ssl_channel_credentials(tls_ca.read_bytes()))
-            if tls_ca
-            else grpc.aio.insecure_channel(target)
+        self._channel = open_channel(
+            target, tls, token=BearerFile(token_file) if token_file else None
         )
         self._client = PolicyClient(self._channel, patience_s=patience_s)
         self._max_tokens = max_tokens

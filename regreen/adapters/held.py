@@ -14,10 +14,12 @@ import grpc
 import structlog
 from pydantic import BaseModel, ConfigDict, Field
 
-from regreen.client.channel import Tls, connect
+from regreen.client.access import Access
+from regreen.client.channel import connect
 from regreen.client.dataset import TaskClient
 from regreen.client.sandbox import SandboxClient, StateClient
 from regreen.client.stack import Endpoints
+from regreen.rpc.certificates import Tls
 from regreen.rpc.errors import (
     FailedPrecondition,
     InfraError,
@@ -44,7 +46,8 @@ class SandboxConfig(BaseModel):
     dataset_address: str = ""
     """Dataset service, for `task_id` alone; empty is that of the local stack."""
     tls_ca: str = ""
-    """Authority of the servers' certificates (PEM file); empty means plain text."""
+    """Authority of the servers' certificates (PEM file); empty is what `REGREEN_TLS` or the local
+    stack says, else plain text."""
     tls_cert: str = ""
     """This client's certificate chain (PEM file)."""
     tls_key: str = ""
@@ -83,11 +86,16 @@ def _limits(named: Mapping[str, float]) -> pb.Limits | None:
     return pb.Limits(**values) if values else None
 
 
-def _tls(config: SandboxConfig) -> Tls | None:
-    if not config.tls_ca:
-        return None
-    cert, key = (Path(name) if name else None for name in (config.tls_cert, config.tls_key))
-    return Tls(Path(config.tls_ca), cert, key)
+def _place(address: str, config: SandboxConfig, service: str) -> tuple[str, Access | None]:
+    """Where a service is, and what to show there: as configured, else as the local stack says."""
+    access = None
+    if config.tls_ca:
+        cert, key = (Path(name) if name else None for name in (config.tls_cert, config.tls_key))
+        access = Access(Tls(Path(config.tls_ca), cert, key))
+    if address:
+        return address, access
+    stack = Endpoints.load()
+    return stack.addresses[service], access or stack.access
 
 
 class HeldSandbox:
@@ -116,8 +124,8 @@ class HeldSandbox:
         if bool(config.state_id) == bool(config.task_id):
             raise InvalidArgument("state_id", "give it or task_id, one of the two")
         limits = _limits(config.limits)
-        address = config.address or Endpoints.load().sandbox
-        channel = connect(address, _tls(config))
+        address, access = _place(config.address, config, "sandbox")
+        channel = connect(address, access)
         try:
             state_id, wanted = config.state_id, list[str]()
             if not state_id:
@@ -202,7 +210,7 @@ class HeldSandbox:
 
 async def _state_of_task(config: SandboxConfig, channel: grpc.aio.Channel) -> tuple[str, list[str]]:
     """The State of a task, and the hosts that it asks for."""
-    dataset = connect(config.dataset_address or Endpoints.load().dataset, _tls(config))
+    dataset = connect(*_place(config.dataset_address, config, "dataset"))
     try:
         task = await TaskClient(dataset, patience_s=config.patience_s).get_task(config.task_id)
     finally:

@@ -22,6 +22,7 @@ import typer
 from regreen.cli import output
 from regreen.cli.options import Home, Json, parse_settings
 from regreen.cli.targets import Force, check_target, written
+from regreen.client.access import Access
 from regreen.client.stack import Endpoints, Stack
 from regreen.evals.serving import serving
 from regreen.fix import FixOptions, FixResult, fix_project
@@ -30,7 +31,7 @@ from regreen.rollout.worker import knowledge_of
 from regreen.rpc.errors import InvalidArgument, RegreenError, Unavailable
 from regreen.stack.borrow import borrowed_stack
 from regreen.stack.follow import following
-from regreen.stack.layout import Layout
+from regreen.stack.layout import Layout, tls_words
 from regreen.tasks import patch
 from regreen.tasks.local import check_lock, check_root
 from regreen.train.names import pipeline_of
@@ -152,14 +153,26 @@ async def _services(
         await exits.enter_async_context(borrowed_stack(Layout(home), show))
         endpoints = Endpoints.load(home)
         if endpoint:
-            address = await exits.enter_async_context(_remote(home, endpoint, model, key_env))
+            with_tls = endpoints.access is not None and endpoints.access.tls is not None
+            words = tls_words(Layout(home).certs / "policy") if with_tls else []
+            if endpoints.access is not None and endpoints.access.token_file is not None:
+                words += ["--tokens", str(Layout(home).tokens)]
+            remote = _remote(home, endpoint, model, key_env, words, endpoints.access)
+            address = await exits.enter_async_context(remote)
             endpoints = replace(endpoints, policy=address)
         yield await exits.enter_async_context(Stack(endpoints, patience_s=60.0))
 
 
 @contextlib.asynccontextmanager
-async def _remote(home: Path, endpoint: str, model: str, key_env: str) -> AsyncIterator[str]:
-    """A policy service of our own that speaks to an endpoint."""
+async def _remote(
+    home: Path,
+    endpoint: str,
+    model: str,
+    key_env: str,
+    words: list[str],
+    access: Access | None,
+) -> AsyncIterator[str]:
+    """A policy service of our own, with these further words, that speaks to an endpoint."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -168,7 +181,7 @@ async def _remote(home: Path, endpoint: str, model: str, key_env: str) -> AsyncI
         environment["REGREEN_POLICY__OPENAI_KEY"] = os.environ[key_env]
     command = [sys.executable, "-m", "policy_svc", "--listen", address, "--metrics", "127.0.0.1:0"]
     command += ["--home", str(home / "endpoint"), "--http", "", "--engine", "openai"]
-    command += ["--openai-url", endpoint, "--openai-model", model]
+    command += ["--openai-url", endpoint, "--openai-model", model, *words]
     tokenizer = home / "models" / "smollm2-135m"
     if tokenizer.is_dir():
         command += ["--model", str(tokenizer)]
@@ -178,7 +191,7 @@ async def _remote(home: Path, endpoint: str, model: str, key_env: str) -> AsyncI
             *following(command), stdout=log, stderr=log, env=environment
         )
         try:
-            await _answering(address, process, log.name)
+            await _answering(replace(Endpoints(), policy=address, access=access), process, log.name)
             yield address
         finally:
             with contextlib.suppress(ProcessLookupError):
@@ -186,13 +199,13 @@ async def _remote(home: Path, endpoint: str, model: str, key_env: str) -> AsyncI
             await process.wait()
 
 
-async def _answering(address: str, process: asyncio.subprocess.Process, log: str) -> None:
+async def _answering(endpoints: Endpoints, process: asyncio.subprocess.Process, log: str) -> None:
     """Wait until the process answers.
 
     Raises:
         Unavailable: it ended, or did not answer in time.
     """
-    async with Stack(replace(Endpoints(), policy=address), patience_s=60.0) as stack:
+    async with Stack(endpoints, patience_s=60.0) as stack:
         answer = asyncio.ensure_future(stack.policy.get_policy())
         end = asyncio.ensure_future(process.wait())
         try:

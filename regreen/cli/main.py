@@ -33,6 +33,8 @@ GROUPS = {
     "train": "Train a policy.",
     "runs": "Look at runs and resume them.",
     "traj": "Look at trajectories.",
+    "tokens": "Make, list and revoke the tokens of callers.",
+    "certs": "Make and renew certificates of services and clients.",
 }
 """Groups of commands, each the module of its name."""
 

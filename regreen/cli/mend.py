@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from regreen.cli import output
-from regreen.cli.options import Home, Json, sandbox_address
+from regreen.cli.options import Home, Json, sandbox_place
+from regreen.client.access import Access
 from regreen.client.channel import connect
 from regreen.client.sandbox import SandboxClient, StateClient
 from regreen.mine.mend import MODE, Outcome, mend_all
@@ -68,8 +69,8 @@ def mend(
         for task in records
         if (not ids or task.id in ids) and (every or all(f.mode != MODE for f in task.fixes))
     ]
-    address = output.run(sandbox_address(home, sandbox))
-    found = output.run(_mend(chosen, known, address, repeats, workers, out))
+    place = output.run(sandbox_place(home, sandbox))
+    found = output.run(_mend(chosen, known, place, repeats, workers, out))
     if json_output:
         output.print_json_lines(
             {"id": o.task.id, "gained": o.gained, "said": o.said, "tries": o.tries} for o in found
@@ -108,12 +109,12 @@ def rules(json_output: Json = False) -> None:
 async def _mend(
     chosen: list[TaskRecord],
     known: Distributions,
-    address: str,
+    place: tuple[str, Access | None],
     repeats: int,
     workers: int,
     out: Path | None,
 ) -> list[Outcome]:
-    channel = connect(address)
+    channel = connect(*place)
     done: list[Outcome] = []
     try:
         with output.progress() as show:

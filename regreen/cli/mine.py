@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from regreen.cli import output
-from regreen.cli.options import Home, Json, sandbox_address
+from regreen.cli.options import Home, Json, sandbox_place
+from regreen.client.access import Access
 from regreen.client.channel import connect
 from regreen.client.sandbox import SandboxClient, StateClient
 from regreen.home import default_home
@@ -111,11 +112,11 @@ def mine(
                 journal.adopt(shipped_decisions())
             bounds = Bounds(limit, hours, workers, requests, repeats, pause_file)
             keys = [candidate.key for candidate in candidates] if packages else []
-            address = output.run(sandbox_address(home, sandbox))
+            place = output.run(sandbox_place(home, sandbox))
             names = {f.name for f in facts} | {n for f in facts for n in f.dependents}
             breaks = {f.name: [event.version for event in f.breaks] for f in facts}
             ended = output.run(
-                _mine(journal, folder, bounds, wanted, keys, address, names, breaks, debian)
+                _mine(journal, folder, bounds, wanted, keys, place, names, breaks, debian)
             )
             output.STDERR.print(f"ended: {ended}", highlight=False, markup=False)
         found = report(journal)
@@ -149,12 +150,12 @@ async def _mine(
     bounds: Bounds,
     kinds: tuple[str, ...],
     keys: list[str],
-    address: str,
+    place: tuple[str, Access | None],
     names: set[str],
     breaks: dict[str, list[str]],
     debian: bool,
 ) -> str:
-    channel = connect(address)
+    channel = connect(*place)
     done: set[str] = set()
     try:
         with output.progress() as show:

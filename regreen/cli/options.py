@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from regreen.client.access import Access
 from regreen.client.channel import check_answers
 from regreen.client.stack import Endpoints, Stack
 from regreen.dataset import v1 as pb
@@ -70,8 +71,9 @@ async def open_stack(
         yield stack
 
 
-async def sandbox_address(home: Path | None, given: str) -> str:
-    """`given`, else the address of the stack's sandbox service; somebody answers there.
+async def sandbox_place(home: Path | None, given: str) -> tuple[str, Access | None]:
+    """`given`, else the address of the stack's sandbox service, and what to show there; somebody
+    answers at it.
 
     Raises:
         As `open_stack`.
@@ -83,7 +85,7 @@ async def sandbox_address(home: Path | None, given: str) -> str:
     ) as stack:
         address = stack.endpoints.sandbox
         await check_answers(stack.sandbox.channel, address)
-    return address
+    return address, stack.endpoints.access
 
 
 def check_typed(address: str, field: str) -> None:

@@ -40,6 +40,22 @@ def up(
         list[str] | None,
         typer.Option(help="Start this service and no other; repeat it.", show_default=False),
     ] = None,
+    tls: Annotated[
+        bool | None,
+        typer.Option(
+            "--tls/--no-tls",
+            help="Certificates for the services and their clients; made and renewed by themselves.",
+            show_default=False,
+        ),
+    ] = None,
+    tokens: Annotated[
+        bool | None,
+        typer.Option(
+            "--tokens/--no-tokens",
+            help="Ask every caller for a token; the commands of this home have one.",
+            show_default=False,
+        ),
+    ] = None,
     json_output: Json = False,
 ) -> None:
     """Start the five services on this machine, or some, and wait until they serve."""
@@ -57,6 +73,8 @@ def up(
                 arguments=arguments,
                 fixed_ports=fixed_ports,
                 only=only or (),
+                tls=tls,
+                tokens=tokens,
                 progress=show,
             )
         )

@@ -19,12 +19,13 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import grpc
 import structlog
 
+from regreen.client.access import Access
+from regreen.rpc.channels import BearerFile, open_channel
 from regreen.rpc.errors import RegreenError, ResourceExhausted, Unavailable
 from regreen.rpc.logging import TRACE_HEADER, TRAJECTORY_HEADER
 from regreen.rpc.wire import NOBODY, from_rpc_error
@@ -39,29 +40,22 @@ WRITE_S = 60.0
 """Deadline of mutations."""
 
 
-@dataclass(frozen=True, slots=True)
-class Tls:
-    """Certificates of a client."""
-
-    ca: Path
-    """Authority of the server's certificate (PEM)."""
-    cert: Path | None = None
-    """The client's own certificate chain (PEM)."""
-    key: Path | None = None
-    """Its private key (PEM)."""
-
-
 def new_request_id() -> str:
     """A fresh id for one mutation; repeat it to repeat the request safely."""
     return uuid.uuid4().hex
 
 
-def connect(target: str, tls: Tls | None = None) -> grpc.aio.Channel:
+def connect(target: str, access: Access | None = None) -> grpc.aio.Channel:
     """A channel to `host:port`, `unix:/path` or `dns:///name:port`.
 
     With a scheme of names or addresses (`dns:`, `ipv4:`, `ipv6:`) calls take turns among all
     addresses that there are, as those of a headless Service; else they go to the first.
+    Without `access`, the environment says what this client shows (`Access.of_environment`).
+
+    Raises:
+        FailedPrecondition: the certificates cannot be used.
     """
+    access = Access.of_environment() if access is None else access
     options: list[tuple[str, int | str]] = [
         ("grpc.max_receive_message_length", 64 << 20),
         ("grpc.max_send_message_length", 64 << 20),
@@ -72,14 +66,8 @@ def connect(target: str, tls: Tls | None = None) -> grpc.aio.Channel:
     ]
     if target.startswith(_MANY):
         options.append(("grpc.service_config", _IN_TURN))
-    if tls is None:
-        return grpc.aio.insecure_channel(target, options=options)
-    credentials = grpc.ssl_channel_credentials(
-        tls.ca.read_bytes(),
-        tls.key.read_bytes() if tls.key else None,
-        tls.cert.read_bytes() if tls.cert else None,
-    )
-    return grpc.aio.secure_channel(target, credentials, options=options)
+    token = BearerFile(access.token_file) if access.token_file else None
+    return open_channel(target, access.tls, options, token)
 
 
 async def check_answers(channel: grpc.aio.Channel, target: str, within_s: float = 3.0) -> None:

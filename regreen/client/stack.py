@@ -1,21 +1,22 @@
 """The five services as one object: what a driver holds.
 
 - Channels are lazy: a service that is not needed need not run.
-- Where the services are comes from the caller, or from `REGREEN_HOME/run/stack.json`, which
-  `regreen up` writes.
+- Where the services are, and what clients show there, comes from the caller, or from
+  `REGREEN_HOME/run/stack.json`, which `regreen up` writes.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
 
+from regreen.client.access import Access
 from regreen.client.actions import ActionClient
 from regreen.client.archive import ArchiveClient
-from regreen.client.channel import Tls, absent, connect
+from regreen.client.channel import absent, connect
 from regreen.client.dataset import RolloutQueueClient, RunClient, TaskClient, TrajectoryClient
 from regreen.client.egress import EgressClient
 from regreen.client.exec import ExecClient
@@ -29,6 +30,8 @@ from regreen.client.sandbox import SandboxClient, StateClient
 from regreen.home import default_home
 from regreen.rpc.errors import InvalidArgument, Unavailable
 
+SERVICES = ("dataset", "sandbox", "policy", "judge", "learner")
+
 
 @dataclass(frozen=True, slots=True)
 class Endpoints:
@@ -39,6 +42,13 @@ class Endpoints:
     policy: str = "127.0.0.1:50053"
     judge: str = "127.0.0.1:50054"
     learner: str = "127.0.0.1:50055"
+    access: Access | None = None
+    """What clients show there; None is what the environment says."""
+
+    @property
+    def addresses(self) -> dict[str, str]:
+        """Address by name of the service."""
+        return {name: getattr(self, name) for name in SERVICES}
 
     @classmethod
     def load(cls, home: Path | None = None) -> "Endpoints":
@@ -50,7 +60,8 @@ class Endpoints:
         """
         path = (home or default_home()) / "run" / "stack.json"
         try:
-            found: Mapping[str, Any] = json.loads(path.read_text())["endpoints"]
+            described: Mapping[str, Any] = json.loads(path.read_text())
+            found: Mapping[str, str] = described["endpoints"]
         except FileNotFoundError as error:
             raise Unavailable(
                 f"no local stack is running ({path} is absent); start one with `regreen up`"
@@ -62,19 +73,18 @@ class Endpoints:
             raise InvalidArgument(
                 "stack.json", f"{path} is damaged", "run `regreen up` again"
             ) from error
-        return cls(**{name: found.get(name, "") for name in asdict(cls())})
+        access = Access.of_stack(described)
+        return cls(**{name: found.get(name, "") for name in SERVICES}, access=access)
 
 
 class Stack:
     """Clients of all services; use as an async context manager."""
 
-    def __init__(
-        self, endpoints: Endpoints, *, tls: Tls | None = None, patience_s: float = 30.0
-    ) -> None:
+    def __init__(self, endpoints: Endpoints, *, patience_s: float = 30.0) -> None:
         self.endpoints = endpoints
         channels = {
-            name: connect(target, tls) if target else absent(name)
-            for name, target in asdict(endpoints).items()
+            name: connect(target, endpoints.access) if target else absent(name)
+            for name, target in endpoints.addresses.items()
         }
         self._channels: list[grpc.aio.Channel] = list(channels.values())
         self.tasks = TaskClient(channels["dataset"], patience_s=patience_s)

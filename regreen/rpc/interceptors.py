@@ -8,6 +8,8 @@
 - A `request_id` in a unary request makes it idempotent without the servicer knowing, unless the
   service keeps its own, lasting memory of requests.
 - A stream of a method that is bounded so ends when its caller has taken nothing of it for a while.
+- Beyond loopback a request that does not arrive whole in its time ends its call.
+- Where tokens are asked for, they come first: a call that is refused is not read.
 - Beyond `max_rpcs` at once a call is refused with a delay; health and reflection go on.
 - What is not a `RegreenError` is our own trouble: logged with its stack, answered INTERNAL/INFRA;
   an `InfraError` that somebody raised says itself what went wrong, and is logged without one.
@@ -15,6 +17,7 @@
 """
 
 import asyncio
+import hashlib
 import inspect
 import re
 import time
@@ -27,22 +30,28 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from regreen.rpc import metrics, wire
+from regreen.rpc.audit import Audit
 from regreen.rpc.errors import (
     DeadlineExceeded,
     InfraError,
     InvalidArgument,
+    PermissionDenied,
     RegreenError,
     ResourceExhausted,
+    Unauthenticated,
 )
 from regreen.rpc.idempotency import Idempotency, Leaving
 from regreen.rpc.logging import TRACE_HEADER, TRAJECTORY_HEADER, get
+from regreen.rpc.scopes import SCOPES
 from regreen.rpc.spans import Span
+from regreen.rpc.tokens import HEADER, Guard, caller
 
 Context = grpc.aio.ServicerContext[Any, Any]
 _END = object()
 _TRACE_ID = re.compile(r"[0-9a-f]{32}")
 _MAX_ID_CHARS = 100
 """Of an id that a caller made up, so much is logged."""
+_OWN_ID_CHARS = 32
 _RETRY_S = 1.0
 """What a refused call is told to wait."""
 _UNCOUNTED = ("grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection")
@@ -60,7 +69,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         remember: bool = True,
         leaving: Mapping[str, Leaving] | None = None,
         idle_s: Mapping[str, float] | None = None,
+        guard: Guard | None = None,
+        audit: Audit | None = None,
+        receive_s: float | None = None,
     ) -> None:
+        self._guard, self._audit, self._receive_s = guard, audit, receive_s
         self._call_timeout_s, self._stream_timeout_s = call_timeout_s, stream_timeout_s
         self._max_rpcs, self._in_flight = max_rpcs, 0
         self._leaving, self._idle_s = dict(leaving or {}), dict(idle_s or {})
@@ -76,6 +89,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if self._idempotency is not None:
             await self._idempotency.finish(patience_s)
             self._idempotency.close()
+        if self._audit is not None:
+            self._audit.close()
 
     async def intercept_service(
         self,
@@ -86,28 +101,90 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
+        if self._guard is not None:
+            name = handler_call_details.method.lstrip("/")
+            try:
+                self._guard.admit(name, _header(handler_call_details, HEADER))
+            except (Unauthenticated, PermissionDenied) as error:
+                return self._refusing(name, handler, error)
         found = self._wrapped.get(handler_call_details.method)
         if found is None or found[0] is not handler:
             found = handler, self._wrap(handler_call_details.method, handler)
             self._wrapped[handler_call_details.method] = found
         return found[1]
 
+    def _refusing(self, name: str, handler: Any, error: RegreenError) -> Any:
+        """A handler that answers with an error and reads nothing of the request."""
+        service, _, method = name.partition("/")
+        counts = _Counts(_kind(handler), service, method)
+
+        async def refuse(_: Any, context: Context) -> None:
+            counts.started.inc()
+            counts.ended(error.status, 0.0)
+            self._log.info("call refused", method=name, code=error.status, why=error.message)
+            await context.abort_with_status(wire.to_status(error))
+
+        return grpc.stream_stream_rpc_method_handler(refuse)
+
     def _wrap(self, name: str, handler: Any) -> Any:
         service, _, method = name.lstrip("/").partition("/")
         if service in _UNCOUNTED:
             return handler
-        call = _Call(self, service, method)
+        call, kind = _Call(self, service, method), _kind(handler)
         if handler.request_streaming and handler.response_streaming:
-            wrapped = call.streaming(handler.stream_stream, "bidi_stream")
+            wrapped = call.streaming(handler.stream_stream, kind)
             return grpc.stream_stream_rpc_method_handler(wrapped, *_codecs(handler))
         if handler.response_streaming:
-            wrapped = call.streaming(handler.unary_stream, "server_stream")
+            wrapped = call.streaming(handler.unary_stream, kind)
+            if self._receive_s is not None:
+                received = _received(wrapped, self._receive_s)
+                return grpc.stream_stream_rpc_method_handler(received, *_codecs(handler))
             return grpc.unary_stream_rpc_method_handler(wrapped, *_codecs(handler))
         if handler.request_streaming:
-            single = call.single(handler.stream_unary, "client_stream", merge=False)
+            single = call.single(handler.stream_unary, kind, merge=False)
             return grpc.stream_unary_rpc_method_handler(single, *_codecs(handler))
-        single = call.single(handler.unary_unary, "unary", merge=True)
+        single = call.single(handler.unary_unary, kind, merge=True)
+        if self._receive_s is not None:
+            received = _received(single, self._receive_s)
+            return grpc.stream_unary_rpc_method_handler(received, *_codecs(handler))
         return grpc.unary_unary_rpc_method_handler(single, *_codecs(handler))
+
+
+def _kind(handler: Any) -> str:
+    """The kind of a method's calls, as metrics name it."""
+    if handler.request_streaming:
+        return "bidi_stream" if handler.response_streaming else "client_stream"
+    return "server_stream" if handler.response_streaming else "unary"
+
+
+def _header(details: grpc.HandlerCallDetails, name: str) -> str:
+    """The last header of a name; empty without one."""
+    found = ""
+    for key, value in details.invocation_metadata or ():
+        if key == name:
+            found = str(value)
+    return found
+
+
+def _received(
+    behaviour: Callable[[Any, Context], Awaitable[Any]], within_s: float
+) -> Callable[[Any, Context], Awaitable[Any]]:
+    """A handler that takes its one request itself: gRPC would wait for the rest of it for ever."""
+
+    async def handle(requests: AsyncIterator[Any], context: Context) -> Any:
+        request = None
+        try:
+            async with asyncio.timeout(within_s):
+                request = await anext(aiter(requests), None)
+        except TimeoutError:
+            late = DeadlineExceeded(f"the request did not arrive whole within {within_s:.0f} s")
+            await context.abort_with_status(wire.to_status(late))
+        if request is None:
+            missing = InvalidArgument("request", "is missing", "send one message")
+            await context.abort_with_status(wire.to_status(missing))
+        return await behaviour(request, context)
+
+    return handle
 
 
 class _Counts:
@@ -134,6 +211,8 @@ class _Call:
     def __init__(self, owner: CallInterceptor, service: str, method: str) -> None:
         self._owner, self._service, self._method = owner, service, method
         self._name = f"{service}/{method}"
+        reads = SCOPES.get(self._name, "").endswith(":read")
+        self._audit = None if reads else owner._audit
 
     def single(
         self, behaviour: Callable[..., Awaitable[Any]], kind: str, *, merge: bool
@@ -226,6 +305,17 @@ class _Observed:
         remaining_s = context.time_remaining()
         self.timeout_s = limit_s if remaining_s is None else min(remaining_s, limit_s)
         self._start_s = 0.0
+        self._identity: dict[str, str] = {}
+        if call._audit is not None:
+            who = caller()
+            self._identity = {
+                "method": call._name,
+                "tenant": who.tenant if who else "",
+                "token": who.token_id if who else "",
+                "peer": _peer(context),
+                "request_id": str(getattr(request, "request_id", ""))[:_MAX_ID_CHARS],
+                "span_id": self.span.span_id,
+            }
 
     async def __aenter__(self) -> "_Observed":
         structlog.contextvars.bind_contextvars(
@@ -240,6 +330,12 @@ class _Observed:
             )
             self._counts.ended(full.status, 0.0)
             await self._context.abort_with_status(wire.to_status(full))
+        if self._call._audit is not None:
+            try:
+                self._call._audit.begin(**self._identity)
+            except ResourceExhausted as error:
+                self._counts.ended(error.status, 0.0)
+                await self._context.abort_with_status(wire.to_status(error))
         owner._in_flight += 1
         return self
 
@@ -249,6 +345,8 @@ class _Observed:
         mapped = self._map(error)
         code = mapped.status if mapped else ("CANCELLED" if error else "OK")
         self._counts.ended(code, seconds)
+        if self._call._audit is not None:
+            self._call._audit.end(**self._identity, code=code, **self.span.subjects)
         log = self._call._owner._log
         if isinstance(error, InfraError):
             log.error("call failed", **self._facts(code, seconds), error=error.message)
@@ -293,6 +391,12 @@ def _headers(context: Context) -> tuple[str, str]:
     return trace, trajectory
 
 
+def _peer(context: Context) -> str:
+    """Name in the caller's certificate; empty without one."""
+    names = context.auth_context().get("x509_common_name", ())
+    return ",".join(name.decode(errors="replace") for name in names)
+
+
 def _ids(request: Any, trace: str, trajectory: str) -> dict[str, str]:
     """Ids of a call for its logs; a trajectory without a trace is a trace of its own."""
     trajectory_id = getattr(request, "trajectory_id", "") or trajectory
@@ -324,6 +428,17 @@ def _readable(request: Any) -> Any:
             f"cannot be decoded: {request.problem}",
             "send a message of this call's type, nested at most 100 deep",
         )
+    return _own_id(request)
+
+
+def _own_id(request: Any) -> Any:
+    """A request whose id no other tenant's can equal: no answer is ever replayed to another."""
+    who = caller()
+    given: str = getattr(request, "request_id", "")
+    if who is not None and given:
+        text = f"{who.tenant}\n{given}".encode("utf-8", "surrogatepass")
+        mark = hashlib.sha256(text).hexdigest()
+        request.request_id = mark[:_OWN_ID_CHARS]
     return request
 
 

@@ -18,6 +18,7 @@ from prometheus_client.exposition import ThreadingWSGIServer
 import regreen
 from regreen.rpc.errors import FailedPrecondition
 
+_SILENT_S, _CONNECTIONS = 10.0, 64
 _CALL = ["grpc_type", "grpc_service", "grpc_method"]
 STARTED = Counter("grpc_server_started", "Calls started.", _CALL)
 HANDLED = Counter("grpc_server_handled", "Calls ended.", [*_CALL, "grpc_code"])
@@ -29,14 +30,50 @@ SECONDS = Histogram(
 )
 BUILD_INFO = Gauge("regreen_build_info", "Always 1; the version is a label.", ["version"])
 BUILD_INFO.labels(regreen.__version__).set(1)
+CERTIFICATE_ENDS = Gauge(
+    "regreen_tls_certificate_expires_seconds",
+    "Unix time at which the certificate that is served ends; 0 without TLS.",
+)
+
+
+def tell_expiry(chain: bytes | None) -> None:
+    """Show when the first certificate of a PEM chain ends."""
+    if chain:
+        from cryptography import x509  # only where there is TLS
+
+        certificate = x509.load_pem_x509_certificate(chain)
+        CERTIFICATE_ENDS.set(certificate.not_valid_after_utc.timestamp())
 
 
 class _Quiet(WSGIRequestHandler):
+    timeout = _SILENT_S  # of one read; without it a connection that says nothing stays for ever
+
     def log_message(self, format: str, *args: Any) -> None:
         """Say nothing; scrapes are not worth a log line."""
 
 
-class _Server6(ThreadingWSGIServer):
+class _Server(ThreadingWSGIServer):
+    """Closes connections beyond a number: each takes a thread."""
+
+    request_queue_size = _CONNECTIONS
+    _places = threading.BoundedSemaphore(_CONNECTIONS)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Serve a connection, if there is a place for it."""
+        if not self._places.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Serve a connection, and give its place back."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._places.release()
+
+
+class _Server6(_Server):
     address_family = socket.AF_INET6
 
 
@@ -52,7 +89,7 @@ class MetricsServer:
         self._metrics = make_wsgi_app(REGISTRY)
         host, _, port = address.rpartition(":")
         host = host.strip("[]")
-        server_class = _Server6 if ":" in host else ThreadingWSGIServer
+        server_class = _Server6 if ":" in host else _Server
         try:
             self._httpd = make_server(
                 host, int(port), self._app, server_class, handler_class=_Quiet

@@ -1,4 +1,5 @@
-"""Whether an address can be bound, found out before gRPC tries, which would print its own words.
+"""What an address is, and whether it can be bound, found out before gRPC tries, which would print
+its own words.
 
 - The look is a bind as gRPC's own (SO_REUSEADDR, no SO_REUSEPORT) that is undone at once and never
   listens: no client can meet it.
@@ -8,12 +9,26 @@
 """
 
 import errno
+import ipaddress
 import os
 import socket
 import stat
 from contextlib import suppress
 
 _UNIX = "unix:"
+
+
+def is_local(address: str) -> bool:
+    """Whether a listen address is a unix socket or on loopback."""
+    if address.startswith("unix:"):
+        return True
+    host = address.rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def check_free(address: str) -> None:

@@ -3,7 +3,9 @@
 - Health and reflection are always there; health says NOT_SERVING before a drain begins.
 - `/metrics` and `/healthz` answer on an address of their own.
 - SIGTERM and SIGINT drain: no new calls, running ones get `drain_s`, then the process ends.
-- Plain text is served on loopback and unix sockets alone, unless the settings say `insecure`.
+- Plain text is served on loopback and unix sockets alone, unless the settings say `insecure`;
+  certificates are read anew when their files change. Where tokens are asked for, a call without
+  one that covers it is refused before anything of it is read.
 """
 
 import asyncio
@@ -18,16 +20,25 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
+from regreen.rpc.audit import Audit
 from regreen.rpc.errors import FailedPrecondition
 from regreen.rpc.idempotency import Leaving
 from regreen.rpc.interceptors import CallInterceptor
 from regreen.rpc.logging import get
 from regreen.rpc.metrics import MetricsServer
-from regreen.rpc.ports import check_free
+from regreen.rpc.ports import check_free, is_local
+from regreen.rpc.tls import server_credentials
+from regreen.rpc.tokens import Guard
 from regreen.settings import ServiceSettings
 
 _FLOOD = 8
 """Times `max_rpcs` that are taken in to be refused with a delay; more are cut off without one."""
+_HANDSHAKE_MS = 10_000
+"""A connection that has not said by then who it is and what it speaks is closed."""
+_RECEIVE_S = 60.0
+"""What a request may take to arrive whole; on loopback nobody's network is slow."""
+_FOR_TLS = (("grpc.max_connection_age_ms", 30 * 60_000),)
+"""Connections are made anew, and so their certificates looked at; calls on them go on."""
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 
 
@@ -59,6 +70,9 @@ class Server:
             remember=remember,
             leaving=leaving,
             idle_s=idle_s,
+            guard=Guard(settings.tokens) if settings.tokens else None,
+            audit=Audit(settings.audit) if settings.audit else None,
+            receive_s=None if is_local(settings.listen) else _RECEIVE_S,
         )
         self.grpc: grpc.aio.Server = grpc.aio.server(
             interceptors=[self._calls],
@@ -71,6 +85,8 @@ class Server:
                 ("grpc.keepalive_timeout_ms", 10_000),
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+                ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
+                *(_FOR_TLS if settings.tls else ()),
             ],
         )
         self._health = HealthServicer()
@@ -134,8 +150,8 @@ class Server:
         settings = self._settings
         try:
             check_free(settings.listen)
-            if settings.tls_cert and settings.tls_key:
-                port = self.grpc.add_secure_port(settings.listen, self._credentials())
+            if tls := settings.tls:
+                port = self.grpc.add_secure_port(settings.listen, server_credentials(tls))
             else:
                 port = self.grpc.add_insecure_port(settings.listen)
         except (OSError, RuntimeError) as error:
@@ -146,16 +162,3 @@ class Server:
                 f"--listen takes another address, port 0 a free one ({error})"
             ) from error
         return port
-
-    def _credentials(self) -> grpc.ServerCredentials:
-        settings = self._settings
-        if settings.tls_cert is None or settings.tls_key is None:
-            raise FailedPrecondition("tls_cert and tls_key: both are needed for TLS")
-        try:
-            authority = settings.tls_ca.read_bytes() if settings.tls_ca else None
-            pair = (settings.tls_key.read_bytes(), settings.tls_cert.read_bytes())
-        except OSError as error:
-            raise FailedPrecondition(
-                f"tls_cert, tls_key, tls_ca: cannot be read any more ({error})"
-            ) from error
-        return grpc.ssl_server_credentials([pair], authority, require_client_auth=bool(authority))

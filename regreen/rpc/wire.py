@@ -85,10 +85,23 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> RegreenError:
 def _plain(message: str) -> str:
     """What gRPC says of a connection that nobody takes, with the address first."""
     if found := _NO_CONNECTION.fullmatch(message):
-        return f"{NOBODY} {found[1]} ({found[2]})"
+        return f"{NOBODY} {found[1]} ({found[2]}{_of_tls(message)})"
     if found := _NO_NAME.match(message):
         return f"{NOBODY} {found[1]} (the name is not known)"
     return message
+
+
+def _of_tls(message: str) -> str:
+    """What a connection that TLS has ended, or may have, should be looked at for."""
+    if "Hostname Verification" in message:
+        return "; the certificate there is of another name: `regreen certs issue NAME --host ...`"
+    if "CERTIFICATE_VERIFY_FAILED" in message:
+        return "; the certificate there has ended, or REGREEN_TLS trusts another authority"
+    if "WRONG_VERSION_NUMBER" in message:
+        return "; the service there speaks plain text, and this client TLS"
+    if "Socket closed" in message:
+        return "; a service with TLS does so where REGREEN_TLS names no certificate it trusts"
+    return ""
 
 
 def _invalid_argument(message: str, field: str, metadata: dict[str, str]) -> InvalidArgument:

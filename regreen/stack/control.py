@@ -28,6 +28,8 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from regreen.client.access import Access
+from regreen.client.channel import connect
 from regreen.rpc.errors import FailedPrecondition, InvalidArgument, Unavailable
 from regreen.settings import BAD_SETTINGS
 from regreen.stack.layout import SERVICES, Layout, Service
@@ -88,12 +90,16 @@ async def up(
     arguments: Mapping[str, list[str]] | None = None,
     fixed_ports: bool | None = None,
     only: Sequence[str] = (),
+    tls: bool | None = None,
+    tokens: bool | None = None,
     timeout_s: float = 180.0,
     progress: Progress | None = None,
 ) -> list[ServiceStatus]:
     """Start the stack of this home, or find it running; without `fixed_ports`, on fixed ones.
 
-    With `only`, the services of these names and no other.
+    With `only`, the services of these names and no other. With `tls`, they and their clients show
+    each other certificates, which are made in this home where there are none; False starts them in
+    plain text, and None, which does that too, takes a running stack as it is. So with `tokens`.
 
     Raises:
         InvalidArgument: a service refuses its settings, or there is none of a name in `only`;
@@ -117,11 +123,13 @@ async def up(
         while True:
             if starter is None and not layout.supervised():
                 mine = True
-                starter = _start(layout, asked, fixed_ports is not False, services)
+                starter = _start(
+                    layout, asked, fixed_ports is not False, services, bool(tls), bool(tokens)
+                )
                 mine = starter is not None
             found = describe(layout)
             if found is not None and starter is None:
-                _check_same(found, asked, fixed_ports, services)
+                _check_same(found, asked, fixed_ports, services, tls, tokens)
             rows = await _rows(layout, found, services)
             _show(rows, progress)
             if all(row.state == "serving" for row in rows):
@@ -207,6 +215,8 @@ def _check_same(
     asked: Mapping[str, list[str]],
     fixed_ports: bool | None,
     services: Sequence[Service],
+    tls: bool | None,
+    tokens: bool | None,
 ) -> None:
     remedy = "stop it with `regreen down` first"
     names = [service.name for service in services]
@@ -219,6 +229,10 @@ def _check_same(
                 f"the stack runs its {name} service with {shlex.join(running) or 'no arguments'}, "
                 f"not with {shlex.join(words) or 'none'}; {remedy}"
             )
+    for what, key, wanted in (("TLS", "tls", tls), ("tokens", "token_file", tokens)):
+        runs = bool(found.get(key))
+        if wanted is not None and wanted != runs:
+            raise FailedPrecondition(f"the stack runs with{'' if runs else 'out'} {what}; {remedy}")
     if fixed_ports is not None and fixed_ports != found.get("fixed_ports", fixed_ports):
         was = "fixed (free ones where those were taken)" if found["fixed_ports"] else "any"
         raise FailedPrecondition(f"the stack was started with ports {was}; {remedy}")
@@ -229,6 +243,8 @@ def _start(
     arguments: Mapping[str, list[str]],
     fixed_ports: bool,
     services: Sequence[Service] = SERVICES,
+    tls: bool = False,
+    tokens: bool = False,
 ) -> "subprocess.Popen[bytes] | None":
     """Start a supervisor under the lock; None if the lock is taken, be it by one who looks."""
     with layout.open(layout.lock) as lock, layout.open(layout.log("supervisor")) as log:
@@ -243,6 +259,8 @@ def _start(
             "arguments": dict(arguments),
             "fixed_ports": fixed_ports,
             "services": [service.name for service in services],
+            "tls": tls,
+            "tokens": tokens,
             "lock": lock.fileno(),
         }
         return subprocess.Popen(
@@ -258,9 +276,9 @@ def _start(
 async def _ask(layout: Layout, found: Mapping[str, Any], service: Service) -> ServiceStatus:
     address = found["endpoints"][service.name]
     state = "down" if service.name in found.get("refusing", ()) else "starting"
-    async with grpc.aio.insecure_channel(address) as channel:
-        stub: Any = health_pb2_grpc.HealthStub(channel)
-        with contextlib.suppress(grpc.aio.AioRpcError):
+    with contextlib.suppress(grpc.aio.AioRpcError, FailedPrecondition):
+        async with connect(address, Access.of_stack(found)) as channel:
+            stub: Any = health_pb2_grpc.HealthStub(channel)
             request = health_pb2.HealthCheckRequest(service=service.health)
             answer = await stub.Check(request, timeout=2.0)
             if answer.status == health_pb2.HealthCheckResponse.SERVING:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from regreen.rpc.certificates import CA, CERT, KEY
 from regreen.rpc.errors import DiskFull, InvalidArgument, RegreenError
 
 _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
@@ -74,6 +75,35 @@ class Layout:
     def lock(self) -> Path:
         """Held by the supervisor as long as it lives; holds its process id once it takes orders."""
         return self.run / "supervisor.lock"
+
+    @property
+    def certs(self) -> Path:
+        """Certificates of the services and of their client, for a stack with TLS."""
+        return self.home / "certs"
+
+    @property
+    def client_certs(self) -> Path:
+        """What this machine's commands show to a stack with TLS."""
+        return self.certs / "client"
+
+    @property
+    def tokens(self) -> Path:
+        """Hashes of the tokens that the services of a stack with tokens take."""
+        return self.home / "tokens.json"
+
+    @property
+    def client_token(self) -> Path:
+        """The token of this machine's commands, where the stack asks for one."""
+        return self.home / "client.token"
+
+    @property
+    def judge_token(self) -> Path:
+        """The token by which the judge calls the policy."""
+        return self.home / "judge.token"
+
+    def audit(self, name: str) -> Path:
+        """Who changed what in one service of a stack with tokens."""
+        return self.home / "audit" / f"{name}.jsonl"
 
     @property
     def borrowed(self) -> Path:
@@ -140,6 +170,12 @@ class Layout:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return DiskFull(f"home: {problem}; free some space, or give another directory")
         return InvalidArgument("home", problem, "give a directory of your own")
+
+
+def tls_words(folder: Path) -> list[str]:
+    """Flags by which a service takes the certificates of a folder."""
+    named = (("--tls-ca", CA), ("--tls-cert", CERT), ("--tls-key", KEY))
+    return [word for flag, file in named for word in (flag, str(folder / file))]
 
 
 def pick_port(preferred: int, taken: set[int], host: str = "127.0.0.1") -> int:

@@ -23,15 +23,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from regreen.rpc.certificates import CA
+from regreen.rpc.errors import RegreenError
 from regreen.settings import BAD_SETTINGS
-from regreen.stack.layout import SERVICES, Layout, Service, pick_port
+from regreen.stack.layout import SERVICES, Layout, Service, pick_port, tls_words
 from regreen.stack.parts import chosen
+from regreen.stack.tokens import prepare_tokens
 
 _PR_SET_PDEATHSIG = 1
 _STOP_S = 15.0
 _LOG_BYTES = 64 << 20
 """A log longer than this becomes `NAME.log.1`."""
 _LOGS_S = 30.0
+_CERTIFICATES_S = 3600.0
 _ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
 """Defaults of the services: threads that wait must not spin on cores that others need."""
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -56,10 +60,12 @@ class Supervisor:
         arguments: Mapping[str, list[str]] | None = None,
         fixed_ports: bool = True,
         services: Sequence[Service] = SERVICES,
+        tls: bool = False,
+        tokens: bool = False,
         lock: int | None = None,
     ) -> None:
         """`lock` is a descriptor that holds the layout's lock; process id goes to its file."""
-        self._chosen = services
+        self._chosen, self._tls, self._tokens = services, tls, tokens
         self._layout = layout
         self._arguments = dict(arguments or {})
         self._fixed_ports = fixed_ports
@@ -79,9 +85,17 @@ class Supervisor:
         if self._lock is not None:
             os.write(self._lock, f"{os.getpid()}\n".encode())
         try:
+            if self._tls:
+                from regreen.certs.local import prepare  # only where there is TLS
+
+                prepare(self._layout.certs, [service.name for service in self._chosen])
+            if self._tokens:
+                prepare_tokens(self._layout)
             self._plan()
             watchers = [asyncio.create_task(self._watch(running)) for running in self._services]
             watchers.append(asyncio.create_task(self._watch_logs()))
+            if self._tls:
+                watchers.append(asyncio.create_task(self._renew_certificates()))
             await self._stop.wait()
             await self._shut_down(watchers)
         finally:
@@ -104,6 +118,7 @@ class Supervisor:
                 http_port = pick_port(wanted[2], taken)
                 http[service.name] = f"http://127.0.0.1:{http_port}"
                 argv += ["--http", f"127.0.0.1:{http_port}"]
+            argv += self._security(service)
             argv += self._arguments.get(service.name, [])
             command = [sys.executable, "-m", service.module, *argv]
             self._services.append(_Running(service, command))
@@ -114,7 +129,21 @@ class Supervisor:
             endpoints=endpoints,
             metrics=metrics,
             http=http,
+            tls=str(self._layout.client_certs) if self._tls else "",
+            token_file=str(self._layout.client_token) if self._tokens else "",
         )
+
+    def _security(self, service: Service) -> list[str]:
+        """Flags for certificates and tokens."""
+        layout, judges = self._layout, service.name == "judge"
+        words = tls_words(layout.certs / service.name) if self._tls else []
+        if self._tls and judges:
+            words += ["--policy-tls-ca", str(layout.certs / service.name / CA)]
+        if self._tokens:
+            words += ["--tokens", str(layout.tokens), "--audit", str(layout.audit(service.name))]
+        if self._tokens and judges:
+            words += ["--policy-token-file", str(layout.judge_token)]
+        return words
 
     def _describe(self, **facts: Any) -> None:
         self._description |= facts
@@ -213,6 +242,20 @@ class Supervisor:
                     process.kill()
                 await process.wait()
 
+    async def _renew_certificates(self) -> None:
+        """Renew what is due, long before it ends; services and clients take it up as they run."""
+        from regreen.certs.local import renew_due
+
+        while True:
+            await asyncio.sleep(_CERTIFICATES_S)
+            try:
+                renewed = await asyncio.to_thread(renew_due, self._layout.certs)
+            except (OSError, RegreenError) as error:
+                self._note("supervisor", f"certificates cannot be renewed: {error}")
+                continue
+            if renewed:
+                self._note("supervisor", f"certificates renewed: {', '.join(renewed)}")
+
     async def _watch_logs(self) -> None:
         while True:
             for name in (*(service.name for service in SERVICES), "supervisor"):
@@ -245,6 +288,8 @@ def main() -> None:
         arguments=options.get("arguments", {}),
         fixed_ports=options.get("fixed_ports", True),
         services=chosen(options.get("services", ())),
+        tls=options.get("tls", False),
+        tokens=options.get("tokens", False),
         lock=options.get("lock"),
     )
     asyncio.run(supervisor.run())

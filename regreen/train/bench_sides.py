@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from regreen.batch import Batch, Sample, VersionSpan
+from regreen.client.access import Access
 from regreen.client.channel import connect
 from regreen.client.learner import LearnerClient
 from regreen.client.policy import PolicyClient
@@ -133,7 +134,7 @@ class Services:
                 "policy", "--no-restore", "--http", "", "--dtype", dtype, *threads
             )
             learner = await self._start("learner", "--keep-checkpoints", "1")
-            channels = [connect(policy), connect(learner)]
+            channels = [connect(policy, Access()), connect(learner, Access())]
             self.policy = PolicyClient(channels[0], patience_s=_START_S)
             self.learner = LearnerClient(channels[1], patience_s=_START_S)
             self.served = await self.policy.get_policy()

@@ -17,6 +17,8 @@ from typing import Any
 import grpc
 from google.protobuf import descriptor_pool, message_factory
 
+from regreen.rpc.certificates import Tls
+from regreen.rpc.channels import open_channel
 from regreen.rpc.errors import DeadlineExceeded, FailedPrecondition, RegreenError, Unavailable
 from regreen.rpc.wire import from_rpc_error
 from regreen.sandbox import v1 as pb
@@ -96,7 +98,9 @@ class Endpoint:
 class Worker:
     """One sandbox service and the channel to it."""
 
-    def __init__(self, endpoint: Endpoint, *, max_message_bytes: int = 64 << 20) -> None:
+    def __init__(
+        self, endpoint: Endpoint, *, max_message_bytes: int = 64 << 20, tls: Tls | None = None
+    ) -> None:
         self.endpoint = endpoint
         self.name = endpoint.name
         options = [
@@ -104,7 +108,7 @@ class Worker:
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", max_message_bytes),
         ]
-        self._channel = grpc.aio.insecure_channel(endpoint.address, options=options)
+        self._channel = open_channel(endpoint.address, tls, options)
         self._calls: set[Any] = set()
         self._idle = asyncio.Event()
         self._left = False

@@ -16,8 +16,10 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
+from regreen.rpc.certificates import CA, CERT, KEY
 from sandbox_svc.settings import SandboxSettings
 
 GRPC_PORT = 50052
@@ -29,6 +31,10 @@ CONTAINER = "sandbox"
 AGENT_GROUP, AGENT_VERSION = "extensions.agents.x-k8s.io", "v1beta1"
 _USER = 10_001
 _HOME = "/home/regreen/data"
+_TLS = PurePosixPath("/var/run/regreen/tls")
+_TLS_FILES = (("ca", CA), ("cert", CERT), ("key", KEY))
+TLS_NAME = "sandbox-worker"
+"""Name in the workers' certificate: their addresses are not known before they start."""
 _SLUG = 40
 _PROBES = 64
 """Calls that a worker takes beyond those of its front: probes, and the front's own questions."""
@@ -36,7 +42,17 @@ _CLEAN_UP_S = 20
 """Time that a worker has after its calls are drained, to leave nothing behind."""
 _OWN = frozenset(
     {
-        *("listen", "metrics", "home", "insecure", "tls_cert", "tls_key", "tls_ca"),
+        *(
+            "listen",
+            "metrics",
+            "home",
+            "insecure",
+            "tls_cert",
+            "tls_key",
+            "tls_ca",
+            "tokens",
+            "audit",
+        ),
         *("backend", "blobs", "egress_upstream", "max_rpcs"),
     }
 )
@@ -166,11 +182,16 @@ class Plan:
             "volumes": [
                 {"name": "home", "emptyDir": {"sizeLimit": str(settings.kube_disk_bytes)}},
                 {"name": "tmp", "emptyDir": {"sizeLimit": str(1 << 30)}},
+                *self._tls_volumes(),
             ],
         }
         if settings.kube_runtime_class:
             spec["runtimeClassName"] = settings.kube_runtime_class
         return spec
+
+    def _tls_volumes(self) -> list[Manifest]:
+        secret = {"secretName": self.settings.kube_tls_secret, "defaultMode": 0o440}
+        return [{"name": "tls", "secret": secret}] if self.settings.kube_tls_secret else []
 
     def _container(self) -> Manifest:
         settings = self.settings
@@ -179,7 +200,14 @@ class Plan:
             "memory": str(settings.kube_memory_bytes),
             "ephemeral-storage": str(settings.kube_disk_bytes + (1 << 30)),
         }
-        probe = {"grpc": {"port": GRPC_PORT}, "timeoutSeconds": 2}
+        probe: Manifest = {"grpc": {"port": GRPC_PORT}, "timeoutSeconds": 2}
+        mounts: list[Manifest] = [
+            {"name": "home", "mountPath": _HOME},
+            {"name": "tmp", "mountPath": "/tmp"},
+        ]
+        if settings.kube_tls_secret:  # a kubelet's probes by gRPC show no certificate
+            probe = {"httpGet": {"path": "/healthz", "port": METRICS_PORT}, "timeoutSeconds": 2}
+            mounts.append({"name": "tls", "mountPath": str(_TLS), "readOnly": True})
         security: Manifest = {
             "allowPrivilegeEscalation": False,
             "readOnlyRootFilesystem": True,
@@ -215,16 +243,15 @@ class Plan:
             "readinessProbe": probe | {"periodSeconds": 2, "failureThreshold": 2},
             "livenessProbe": probe
             | {"periodSeconds": 10, "failureThreshold": 6, "initialDelaySeconds": 60},
-            "volumeMounts": [
-                {"name": "home", "mountPath": _HOME},
-                {"name": "tmp", "mountPath": "/tmp"},
-            ],
+            "volumeMounts": mounts,
         }
 
     def _arguments(self) -> list[str]:
         settings = self.settings
         given = ["--backend=embedded", f"--home={_HOME}", "--insecure"]
         given += [f"--listen=$(POD_IP):{GRPC_PORT}", f"--metrics=$(POD_IP):{METRICS_PORT}"]
+        if settings.kube_tls_secret:
+            given += [f"--tls-{name}={_TLS / file}" for name, file in _TLS_FILES]
         # Probes count as calls: refused by a busy worker, they would end it with all that it runs.
         given.append(f"--max-rpcs={settings.max_rpcs + _PROBES}")
         if "://" in settings.blobs:

@@ -17,6 +17,7 @@ from collections import OrderedDict
 from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Any
 
+from regreen.rpc.certificates import Tls
 from regreen.rpc.errors import NotFound, RegreenError, Unavailable
 from regreen.rpc.logging import get
 from regreen.sandbox import v1 as pb
@@ -39,8 +40,8 @@ _ASIDE_GRACE_S = 24 * 3600.0
 class Registry:
     """The workers of one front."""
 
-    def __init__(self, *, max_message_bytes: int = 64 << 20) -> None:
-        self._max_message_bytes = max_message_bytes
+    def __init__(self, *, max_message_bytes: int = 64 << 20, tls: Tls | None = None) -> None:
+        self._max_message_bytes, self._tls = max_message_bytes, tls
         self.ready: dict[str, Worker] = {}
         self.keys: dict[str, str] = {}
         """State id to what its line of descent is placed by: the id of its first ancestor."""
@@ -94,7 +95,8 @@ class Registry:
 
     async def _greet(self, endpoint: Endpoint) -> None:
         """Learn what a worker has, then let it count."""
-        worker, delay_s = Worker(endpoint, max_message_bytes=self._max_message_bytes), _AGAIN_S
+        most_bytes, delay_s = self._max_message_bytes, _AGAIN_S
+        worker = Worker(endpoint, max_message_bytes=most_bytes, tls=self._tls)
         try:
             while True:
                 try:

@@ -7,6 +7,7 @@
 import contextlib
 import functools
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 from regreen.blobs import open_blobs
 from regreen.rpc.errors import InvalidArgument, MissingDependency
@@ -16,7 +17,7 @@ from sandbox_svc.fleet.archive import Archive
 from sandbox_svc.fleet.calls import SERVICES
 from sandbox_svc.fleet.front import Front
 from sandbox_svc.fleet.kube import KubeWorkers
-from sandbox_svc.fleet.manifests import Plan
+from sandbox_svc.fleet.manifests import TLS_NAME, Plan
 from sandbox_svc.fleet.registry import Registry
 from sandbox_svc.fleet.router import Router
 from sandbox_svc.settings import SandboxSettings
@@ -38,7 +39,11 @@ async def serving(settings: SandboxSettings) -> AsyncIterator[Server]:
         )
     home = settings.home / "sandbox"
     home.mkdir(parents=True, exist_ok=True)
-    registry = Registry(max_message_bytes=settings.max_message_bytes)
+    tls = settings.tls if settings.kube_tls_secret else None
+    registry = Registry(
+        max_message_bytes=settings.max_message_bytes,
+        tls=replace(tls, server_name=TLS_NAME) if tls else None,
+    )
 
     for state in ("ready", "waiting"):
         metrics.WORKERS.labels(state).set_function(functools.partial(registry.count, state))

@@ -26,7 +26,8 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from regreen.rpc.errors import InfraError, InvalidArgument, MissingDependency
-from regreen.settings import check_address, is_local
+from regreen.rpc.ports import is_local
+from regreen.settings import check_address
 from sandbox_svc.backends.docker_engine import ContainerGone, Engine
 
 _LABEL = "regreen.worker"

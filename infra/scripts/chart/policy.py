@@ -103,14 +103,16 @@ def check_container(name: str, container: Object, fleet_worker: bool) -> Iterato
 
 
 def check_probes(name: str, container: Object) -> Iterator[str]:
-    """What serves a port is probed; our own services by gRPC."""
+    """What serves a port is probed; our own services by gRPC, or by HTTP where that shows none of
+    the certificates that they ask for."""
     ours = any(str(word).endswith("_svc") for word in container.get("command", []))
+    tls = any(str(word).startswith("--tls-cert") for word in container.get("args", []))
     for probe in ("readinessProbe", "livenessProbe"):
         found = container.get(probe)
         if container.get("ports") and not found:
             yield f"{name}: no {probe}"
-        elif ours and found and "grpc" not in found:
-            yield f"{name}: {probe} is not by gRPC"
+        elif ours and found and ("httpGet" if tls else "grpc") not in found:
+            yield f"{name}: {probe} is not by {'HTTP' if tls else 'gRPC'}"
 
 
 def matches(selector: Object | None, labels: Object) -> bool:

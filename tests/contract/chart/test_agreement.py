@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import sys
+from datetime import UTC, datetime, timedelta
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from dataset_svc.measures import ROLLOUTS
 from dataset_svc.models import ROLLOUT_STATES
 from learner_svc.launch import CALL, Call
 from regreen.client.stack import Endpoints
+from regreen.tokens import TokenFile
 from sandbox_svc.fleet.manifests import CONTAINER, Plan
 from sandbox_svc.settings import SandboxSettings
 from tests.fixtures import chart
+from tests.fixtures.certs import Certs
 
 SETTINGS = {
     name: getattr(import_module(f"{name}_svc.settings"), f"{name.capitalize()}Settings")
@@ -57,13 +60,20 @@ def settings_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     (tmp_path / "kubeconfig").write_text(json.dumps(config))
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
 
+    made = Certs.make(tmp_path / "certs")
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc" / "tls").symlink_to(made.folder.path / "server")
+    file = TokenFile(tmp_path / "etc" / "tokens" / "tokens.json")
+    file.create("test", ["policy:write"], "test", timedelta(days=1), datetime.now(UTC))
+
     def read(container: dict[str, Any]) -> Any:
         for name in [name for name in os.environ if name.startswith("REGREEN_")]:
             monkeypatch.delenv(name)
         for name, value in environment(container).items():
             assert name.startswith("REGREEN_") or name in ELSEWHERE, name
             monkeypatch.setenv(name, value)
-        return SETTINGS[service_of(container)].load(container.get("args", []))
+        args = [arg.replace("=/etc/regreen/", f"={tmp_path}/etc/") for arg in container["args"]]
+        return SETTINGS[service_of(container)].load(args)
 
     return read
 
@@ -81,10 +91,43 @@ def test_every_flag_and_variable_is_a_setting_of_the_service(rendered, settings_
         if ports:
             assert settings.listen == f"0.0.0.0:{ports['grpc']}"
             assert settings.metrics == f"0.0.0.0:{ports['metrics']}"
-            assert container["readinessProbe"]["grpc"]["port"] == ports["grpc"]
+            probe = container["readinessProbe"]
+            if settings.tls is None:
+                assert probe["grpc"]["port"] == ports["grpc"]
+            else:
+                assert probe["httpGet"] == {"path": "/healthz", "port": ports["metrics"]}
         mounts = [mount["mountPath"] for mount in container["volumeMounts"]]
         if container["command"][2] != "dataset_svc.migrate":
             assert any(str(settings.home).startswith(mount) for mount in mounts)
+
+
+@pytest.mark.parametrize(("name", "on"), [("small", True), ("full", True), ("sandbox", False)])
+def test_every_service_shows_a_certificate_and_asks_for_tokens(rendered, settings_of, name, on):
+    pods = {c["name"]: pod for obj in rendered[name] for pod in chart.pods(obj)
+            for c in pod["containers"]}  # fmt: skip
+    for container in chart.containers(rendered[name]):
+        service = service_of(container)
+        if not service and container["name"] != "worker":
+            continue
+        if container["command"][2] == "dataset_svc.migrate":
+            continue
+        secrets = {
+            volume["name"]: volume["secret"]["secretName"]
+            for volume in pods[container["name"]]["volumes"]
+            if "secret" in volume
+        }
+        part = "rollout" if container["name"] == "worker" else service
+        assert secrets.get("tls") == (f"regreen-{part}-tls" if on else None)
+        assert ("tokens" in secrets) is (on and bool(service))
+        assert ("token" in secrets) is (on and part in ("rollout", "judge"))
+        if service:
+            settings = settings_of(container)
+            assert bool(settings.tls and settings.tls_ca) is on
+            assert (settings.tokens is not None) is on
+    front = [c for c in chart.containers(rendered[name]) if c["name"] == "front"]
+    (pod,) = [Plan(settings_of(one)).pod_spec() for one in front]
+    volumes = [v["secret"]["secretName"] for v in pod["volumes"] if "secret" in v]
+    assert volumes == (["regreen-sandbox-worker-tls"] if on else [])
 
 
 def test_large_numbers_reach_the_service_as_they_were_written(rendered, settings_of):
@@ -202,6 +245,7 @@ async def test_a_rollout_worker_runs_as_the_chart_starts_it(rendered, dataset_ad
     path = tmp_path / "run" / "stack.json"
     endpoints = json.loads(path.read_text())
     endpoints["endpoints"]["dataset"] = f"dns:///{dataset_address}"
+    endpoints["tls"] = endpoints["token_file"] = ""  # the service of this test asks for neither
     path.write_text(json.dumps(endpoints))
     args = [arg for arg in worker["args"] if not arg.startswith("--home")]
     process = await asyncio.create_subprocess_exec(
@@ -213,11 +257,13 @@ async def test_a_rollout_worker_runs_as_the_chart_starts_it(rendered, dataset_ad
     assert "committed=0" in errors.decode()
 
 
-async def test_the_ranks_of_further_nodes_start_as_the_chart_starts_them(rendered, tmp_path):
+async def test_the_ranks_of_further_nodes_start_as_the_chart_starts_them(
+    rendered, settings_of, tmp_path
+):
     """Which home and how many nodes, service and followers say alike."""
     (learner,) = [c for c in chart.containers(rendered["full"]) if c["name"] == "learner"]
     (follower,) = [c for c in chart.containers(rendered["full"]) if c["name"] == "follower"]
-    settings = SETTINGS["learner"].load(learner["args"])
+    settings = settings_of(learner)
     (jobs,) = [obj for obj in rendered["full"] if obj["kind"] == "JobSet"]
     job = {one["name"]: one["template"]["spec"] for one in jobs["spec"]["replicatedJobs"]}
     assert job["follower"]["completions"] == settings.nodes - 1

@@ -51,6 +51,8 @@ VALUES = [
     ("port out of range", "networkPolicy.egress.dns.ports", [70000], "schema", "maximum"),
     ("peer that is everybody", "networkPolicy.clients", [{}], "schema", "minProperties"),
     ("host's volume by scheduling", "judge.scheduling.volumes", [], "schema", "'volumes'"),
+    ("tokens in plain text", "security.tls.enabled", False, "template", "in plain text"),
+    ("no hashes", "security.tokens.secret", "", "schema", "does not match"),
     ("more least than most", "judge.autoscaling.minReplicas", 9, "template", "minReplicas"),
 ]
 OBJECTS = [
@@ -69,7 +71,8 @@ OBJECTS = [
     ("missing limit", D, f"{C}.resources.limits.memory", None, "policy", "no limit of memory"),
     ("no resources", D, f"{C}.resources", None, "policy", "no limit"),
     ("no probe", D, f"{C}.livenessProbe", None, "policy", "no livenessProbe"),
-    ("probe by HTTP", D, f"{C}.readinessProbe", {"httpGet": {"port": 9054}}, "policy", "gRPC"),
+    ("probe by gRPC", D, f"{C}.readinessProbe", {"grpc": {"port": 50054}}, "policy", "by HTTP"),
+    ("no certificate, probe by HTTP", D, f"{C}.args", [], "policy", "by gRPC"),
     ("tag", D, f"{C}.image", "regreen-services:latest", "policy", "no digest"),
     ("token", D, f"{POD}.automountServiceAccountToken", True, "policy", "automount"),
     ("hostPath", D, f"{POD}.volumes.0", HOST, "policy", "hostPath"),

@@ -11,9 +11,11 @@ from typing import ClassVar
 import pytest
 from pydantic import ValidationError
 
+from dataset_svc.settings import DatasetSettings
 from judge_svc.settings import JudgeSettings
 from policy_svc.settings import PolicySettings
-from regreen.settings import ServiceSettings, is_local, meanings
+from regreen.rpc.ports import is_local
+from regreen.settings import ServiceSettings, meanings
 from sandbox_svc.settings import SandboxSettings
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -304,3 +306,25 @@ def test_help_and_the_docs_say_the_same():
     for name, text in meanings(SandboxSettings).items():
         assert f"| `{name}` |" in page
         assert text.replace("|", "\\|") in page, name
+
+
+def test_secrets_come_from_files_and_never_from_words(tmp_path, monkeypatch, capsys):
+    secret = tmp_path / "key"
+    secret.write_text("s3cret\n")
+    named = f"file:{secret}"
+    assert JudgeSettings.load(["--openai-key", named]).openai_key.get_secret_value() == "s3cret"
+    monkeypatch.setenv("REGREEN_POLICY__HTTP_KEY", named)
+    assert PolicySettings().http_key.get_secret_value() == "s3cret"
+    secret.write_text("postgresql://me:s3cret@host/name\n")
+    assert DatasetSettings.load(["--database-url", named]).database_url.endswith("@host/name")
+    assert DatasetSettings.load(["--database-url", "postgresql:///n"]).database_url
+    for settings, words in (
+        (JudgeSettings, ["--openai-key", "s3cret"]),
+        (JudgeSettings, ["--openai-key", f"file:{tmp_path}/no"]),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            settings.load(words)
+        assert ended.value.code == 2
+        said = capsys.readouterr().err
+        assert "file" in said
+        assert "s3cret" not in said

@@ -168,7 +168,7 @@ def test_a_worker_pod_is_walled_in():
 
 
 _OF_THE_FRONT = {
-    *("listen", "metrics", "home", "insecure", "tls_cert", "tls_key", "tls_ca"),
+    *("listen", "metrics", "home", "insecure", "tls_cert", "tls_key", "tls_ca", "tokens", "audit"),
     *("backend", "blobs", "egress_upstream", "max_rpcs"),
 }
 

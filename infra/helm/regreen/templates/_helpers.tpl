@@ -110,37 +110,86 @@ resources:
 terminationGracePeriodSeconds: {{ add (ceil (default 10 (index . 0).settings.drain_s)) 20 }}
 {{- end }}
 
-{{- /* Ports and probes of a service. Health is asked by gRPC and answered whatever the load. A service that starts has five minutes, or as long as it says. */ -}}
+{{- /* Ports and probes of a service. Health is answered whatever the load and asked by gRPC, with TLS by HTTP: a kubelet's gRPC probes show no certificate. A service that starts has five minutes, or as long as it says. */ -}}
 {{- define "regreen.serving" -}}
-{{- $port := index . 0 }}{{ $metrics := index . 1 }}{{ $startS := index . 2 -}}
+{{- $tls := (index . 0).Values.security.tls.enabled }}{{ $port := index . 1 }}{{ $metrics := index . 2 }}{{ $startS := index . 3 -}}
+{{- $probe := ternary (printf "httpGet: {path: /healthz, port: %v}" $metrics) (printf "grpc: {port: %v}" $port) $tls -}}
 ports:
   - {name: grpc, containerPort: {{ $port }}}
   - {name: metrics, containerPort: {{ $metrics }}}
-  {{- range slice . 3 }}
+  {{- range slice . 4 }}
   - {name: http, containerPort: {{ . }}}
   {{- end }}
 startupProbe:
-  grpc: {port: {{ $port }}}
+  {{ $probe }}
   timeoutSeconds: 5
   periodSeconds: 5
   failureThreshold: {{ div (add $startS 4) 5 }}
 readinessProbe:
-  grpc: {port: {{ $port }}}
+  {{ $probe }}
   timeoutSeconds: 5
   periodSeconds: 5
   failureThreshold: 3
 livenessProbe:
-  grpc: {port: {{ $port }}}
+  {{ $probe }}
   timeoutSeconds: 5
   periodSeconds: 10
   failureThreshold: 6
 {{- end }}
 
-{{- /* Plain text beyond loopback: the network policies of this chart are what keeps others out. */ -}}
+{{- /* Plain text beyond loopback: of metrics, and of calls where security.tls is off. The network policies of this chart are then what keeps others out. */ -}}
 {{- define "regreen.addresses" -}}
 - --listen=0.0.0.0:{{ index . 0 }}
 - --metrics=0.0.0.0:{{ index . 1 }}
 - --insecure
+{{- end }}
+
+{{- /* What a service shows, and asks of its callers. */ -}}
+{{- define "regreen.securityArgs" -}}
+{{- if .Values.security.tls.enabled -}}
+- --tls-ca=/etc/regreen/tls/ca.crt
+- --tls-cert=/etc/regreen/tls/tls.crt
+- --tls-key=/etc/regreen/tls/tls.key
+{{ end }}
+{{- if .Values.security.tokens.enabled -}}
+- --tokens=/etc/regreen/tokens/tokens.json
+- --audit=/dev/stderr
+{{ end }}
+{{- end }}
+
+{{- /* Where certificates, hashes of tokens and the part's own token are; the root, `service` and `token` say which of them. */ -}}
+{{- define "regreen.securityMounts" -}}
+{{- $root := index . 0 }}{{ $has := slice . 1 }}
+{{- if $root.Values.security.tls.enabled -}}
+- {name: tls, mountPath: /etc/regreen/tls, readOnly: true}
+{{ end }}
+{{- if and $root.Values.security.tokens.enabled (has "service" $has) -}}
+- {name: tokens, mountPath: /etc/regreen/tokens, readOnly: true}
+{{ end }}
+{{- if and $root.Values.security.tokens.enabled (has "token" $has) -}}
+- {name: token, mountPath: /etc/regreen/token, readOnly: true}
+{{ end }}
+{{- end }}
+
+{{- define "regreen.securityVolumes" -}}
+{{- $root := index . 0 }}{{ $part := index . 1 }}{{ $has := slice . 2 }}{{ $security := $root.Values.security }}
+{{- if $security.tls.enabled -}}
+- name: tls
+  secret: {secretName: {{ include "regreen.tlsSecret" (list $root $part) }}, defaultMode: 288}
+{{ end }}
+{{- if and $security.tokens.enabled (has "service" $has) -}}
+- name: tokens
+  secret: {secretName: {{ $security.tokens.secret }}, defaultMode: 288}
+{{ end }}
+{{- if and $security.tokens.enabled (has "token" $has) -}}
+- name: token
+  secret: {secretName: {{ $security.tokens.clientSecret }}, defaultMode: 288, items: [{key: {{ $part }}, path: token}]}
+{{ end }}
+{{- end }}
+
+{{- define "regreen.tlsSecret" -}}
+{{- $root := index . 0 -}}
+{{ default (include "regreen.fullname" $root) $root.Values.security.tls.secretPrefix }}-{{ index . 1 }}-tls
 {{- end }}
 
 {{- define "regreen.blobSecret" -}}
