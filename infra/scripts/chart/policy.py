@@ -106,7 +106,7 @@ def check_probes(name: str, container: Object) -> Iterator[str]:
     """What serves a port is probed; our own services by gRPC, or by HTTP where that shows none of
     the certificates that they ask for."""
     ours = any(str(word).endswith("_svc") for word in container.get("command", []))
-    tls = any(str(word).startswith("--tls-cert") for word in container.get("args", []))
+    tls = any(str(word).startswith("--tls-cert") for word in container.get("args") or ())
     for probe in ("readinessProbe", "livenessProbe"):
         found = container.get(probe)
         if container.get("ports") and not found:

@@ -72,7 +72,9 @@ def settings_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         for name, value in environment(container).items():
             assert name.startswith("REGREEN_") or name in ELSEWHERE, name
             monkeypatch.setenv(name, value)
-        args = [arg.replace("=/etc/regreen/", f"={tmp_path}/etc/") for arg in container["args"]]
+        args = [
+            arg.replace("=/etc/regreen/", f"={tmp_path}/etc/") for arg in container.get("args", [])
+        ]
         return SETTINGS[service_of(container)].load(args)
 
     return read

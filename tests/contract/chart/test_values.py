@@ -80,6 +80,7 @@ def bases() -> list[dict[str, Any]]:
     bare = {**chart.values("small"), "postgres": DATABASE}
     for component in ("router", "sglang", "policy", "rollout", "dataset", "judge", "learner"):
         bare = chart.over(bare, f"{component}.enabled", False)
+    bare = chart.over(bare, "security.tokens.enabled", False)
     return [chart.values("small"), chart.values("full"), plain, bare]
 
 
