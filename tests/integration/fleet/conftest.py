@@ -14,6 +14,7 @@ import pytest
 import pytest_asyncio
 from prometheus_client import REGISTRY
 
+from regreen.client.access import Access
 from regreen.client.channel import connect
 from regreen.client.sandbox import SandboxClient, StateClient
 from regreen.common import v1 as common_pb
@@ -58,10 +59,12 @@ class World:
         return SandboxSettings(**(given | options))
 
     @contextlib.asynccontextmanager
-    async def front(self, patience_s: float = 0.0, **options: Any) -> AsyncIterator[Front]:
+    async def front(
+        self, patience_s: float = 0.0, access: Access | None = None, **options: Any
+    ) -> AsyncIterator[Front]:
         settings = self.settings(**options)
         async with serving(settings) as server:
-            channel = connect(server.address)
+            channel = connect(server.address, access)
             async with asyncio.timeout(60):
                 while ready_workers() < settings.kube_workers:  # noqa: ASYNC110
                     await asyncio.sleep(0.05)

@@ -2,12 +2,18 @@
 
 import asyncio
 import contextlib
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
+from regreen.client.access import Access
+from regreen.client.channel import connect
+from regreen.client.sandbox import SandboxClient
 from regreen.rpc.errors import InvalidArgument, NotFound, Unavailable
 from sandbox_svc.__main__ import serving
+from tests.fixtures.certs import DAY, Certs
 from tests.integration.fleet.conftest import eventually, holding, pods, prepared, ready_workers
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240), pytest.mark.slow]
@@ -124,3 +130,30 @@ async def test_a_secret_reaches_workers_and_no_sandbox(plain):
         ran = await front.sandboxes.run(box.id, ["sh", "-c", look])
         assert b"PATH" in ran.stdout.head
         assert b"s3cr3t-key" not in ran.stdout.head + ran.stdout.tail
+
+
+async def test_front_and_workers_show_each_other_certificates(plain, tmp_path):
+    certs = Certs.make(tmp_path / "certs")
+    certs.service("sandbox-worker", "sandbox-worker")
+    plain.kubelet.secret_files["tls"] = certs.folder.path / "sandbox-worker"
+    options = {"kube_name": "shown", "kube_workers": 1, "kube_tls_secret": "tls"}
+    client = Access(certs.tls("client"))
+    async with plain.front(access=client, **options, **certs.settings()) as front:
+        state = await prepared(front, "curious\n")
+        box = await front.sandboxes.create_sandbox(state.id)
+        look = "ls /var/run/regreen; cat /var/run/regreen/tls/* /proc/*/environ; env"
+        ran = await front.sandboxes.run(box.id, ["sh", "-c", look])
+        assert b"PRIVATE KEY" not in ran.stdout.head + ran.stdout.tail
+        (pod,) = [pod for name, pod in pods(plain).items() if name.startswith("shown")]
+        for access in (Access(), Access(replace(client.tls, server_name="server"))):
+            async with connect(f"{pod['status']['podIP']}:50052", access) as channel:
+                with pytest.raises(Unavailable):
+                    await SandboxClient(channel, patience_s=0.0).list_sandboxes()
+        for change in (
+            lambda: certs.folder.renew_authority(100 * DAY, datetime.now(UTC)),
+            lambda: certs.folder.renew([], 2 * DAY, datetime.now(UTC)),
+            certs.folder.retire,
+        ):
+            change()
+            ran = await front.sandboxes.run(box.id, ["cat", "notes.txt"])
+            assert ran.stdout.head == b"curious\n"
