@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +27,7 @@ from regreen.client.stack import Endpoints, Stack
 from regreen.home import default_home
 from regreen.rpc.errors import InvalidArgument, RegreenError
 from regreen.stack import parts
+from regreen.stack.layout import Layout
 
 _GIB = 1 << 30
 _PROBE_S, _BUILD_S = 20.0, 180.0
@@ -97,6 +99,7 @@ def doctor(
     else:
         _only_with_kube(kubeconfig, namespace, workers_namespace)
         findings = [*_machine(home or default_home()), *_services()]
+        findings += _certificates(home or default_home())
         findings += output.run(_stack(home or default_home()))
     if json_output:
         output.print_json_lines(asdict(item) for item in findings)
@@ -200,6 +203,24 @@ def _services() -> list[Finding]:
         ok = name in idle and not none_runs
         found.append(Finding(f"service: {name}", ok, f"{what} {', '.join(lack.packages)}", remedy))
     return found
+
+
+def _certificates(home: Path) -> list[Finding]:
+    """Which certificate of this home ends first, where there are some."""
+    from regreen.certs.folder import CertFolder  # only here is a certificate looked at
+
+    folder = CertFolder(Layout(home).certs)
+    if not folder.exists():
+        return []
+    try:
+        first = min(folder.entries(), key=lambda entry: entry.end, default=None)
+    except (OSError, ValueError, RegreenError) as error:
+        return [Finding("certificates", False, str(error), "see `regreen certs show`")]
+    if first is None:
+        return [Finding("certificates", True, "none issued yet")]
+    found = f"{first.name} ends first, at {first.end:%Y-%m-%d %H:%M} UTC"
+    ok = not first.due(datetime.now(UTC))
+    return [Finding("certificates", ok, found, "" if ok else "run `regreen certs renew`")]
 
 
 async def _stack(home: Path) -> list[Finding]:

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from regreen.cli.doctor import _namespaces, _services
+from regreen.cli.doctor import Finding, _certificates, _namespaces, _services
 from regreen.cli.main import make_app
 from regreen.stack import parts
+from tests.fixtures.certs import DAY, Certs
 
 LOOK = (
     "from regreen.cli.doctor import _namespaces; found = _namespaces();"
@@ -68,3 +69,16 @@ def test_a_service_that_is_left_out_is_no_trouble_and_half_a_one_is(monkeypatch,
     assert found.keys() == parts.NEEDS.keys()
     assert {name for name, item in found.items() if not item.ok} == refused
     assert all(item.remedy for item in found.values() if item.found != "installed")
+
+
+def test_a_certificate_that_ends_soon_is_told(tmp_path: Path) -> None:
+    def certificates() -> dict[str, Finding]:
+        return {found.name: found for found in _certificates(tmp_path)}
+
+    assert certificates() == {}
+    certs = Certs.make(tmp_path / "certs")
+    assert certificates()["certificates"].ok
+    certs.service("policy", age=1.9 * DAY)
+    told = certificates()["certificates"]
+    assert (told.ok, told.remedy) == (False, "run `regreen certs renew`")
+    assert told.found.startswith("policy ends first, at ")
