@@ -8,7 +8,7 @@ BIN := .venv/bin
 STAMP := .venv/.regreen-setup
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo up down status logs test test-fast check fmt bench bench-sandbox bench-dataset bench-rl chart soak soak-queue fuzz mutate proto proto-check clean
+.PHONY: help setup demo up down status logs test test-fast check fmt bench bench-sandbox bench-dataset bench-rl bench-episodes chart soak soak-queue soak-train fuzz mutate proto proto-check clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  \1|\2/' | column -t -s '|'
@@ -60,11 +60,17 @@ bench-rl: $(STAMP) ## Measure whole GRPO steps against TRL's trainer, and how th
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --require-hashes -r requirements/peer.txt
 	@$(BIN)/regreen bench rl
 
+bench-episodes: $(STAMP) ## Measure driver and services under 1 to 1,000 scripted episodes at a time; about 8 minutes
+	@$(BIN)/regreen bench episodes
+
 soak: $(STAMP) ## Run 10,000 sandboxes under random operations and kill -9; nothing may be left or lost
 	@.venv/bin/python -m tests.load.soak
 
 soak-queue: $(STAMP) ## Commit 20,000 rollouts from 200 workers under kill -9 and restarts of Postgres, each exactly once
 	@.venv/bin/python -m tests.load.queue
+
+soak-train: $(STAMP) ## Train twice while any process is killed at random, KILLS=50 times each; no group lost or used twice
+	@.venv/bin/python -m tests.load.train --kills $(or $(KILLS),50)
 
 fuzz: $(STAMP) ## Send 100,000 random and mutated requests to the sandbox service
 	@.venv/bin/python -m tests.load.fuzz

@@ -3,6 +3,8 @@
 - The same script, prompt and seed give the same tokens; nothing else matters.
 - Texts are encoded with a real tokenizer, so token ids, spans and stop rules are real ones.
 - Logprobs are 0 (each token had probability 1) and tokens are exact.
+- With `delay_s` it simulates an engine of that pace: tokens come when they are due, and a sample
+  that nobody streams wakes once, not for each token, so that a thousand cost what their calls cost.
 
 A script is JSON: {"responses": [{"text": "...", "when": "regex", "turn": 2}, ...]}.
 The first response whose conditions hold answers: `when` is searched in the decoded prompt, `turn`
@@ -11,6 +13,7 @@ a group the i-th text (modulo their number), offset by the seed when `rotate` is
 """
 
 import asyncio
+import bisect
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,7 +83,16 @@ class Script(BaseModel):
 
 @dataclass(slots=True)
 class _Running:
-    aborted: asyncio.Event = field(default_factory=asyncio.Event)
+    """A request that plays."""
+
+    aborted: bool = False
+    wakes: list[asyncio.Event] = field(default_factory=list)
+    """One for each sample: set when its time is over, or something changes meanwhile."""
+
+    def wake(self) -> None:
+        """Have every sample look at what has changed."""
+        for event in self.wakes:
+            event.set()
 
 
 class ScriptedEngine:
@@ -133,6 +145,7 @@ class ScriptedEngine:
         except WeightsError as error:
             raise FailedPrecondition(f"weights were not loaded: {error}") from error
         self._version = version
+        self._wake_all()
         return 0.0
 
     async def pause(self, mode: PauseMode) -> int:
@@ -142,6 +155,7 @@ class ScriptedEngine:
             await self.abort(None)
         elif mode is PauseMode.IN_PLACE:
             self._go.clear()
+            self._wake_all()
         return running
 
     async def resume(self) -> None:
@@ -152,8 +166,13 @@ class ScriptedEngine:
         """End requests with what they have."""
         chosen = [r for i, r in self._running.items() if request_id in (None, i)]
         for running in chosen:
-            running.aborted.set()
+            running.aborted = True
+            running.wake()
         return len(chosen)
+
+    def _wake_all(self) -> None:
+        for running in self._running.values():
+            running.wake()
 
     def _choose(self, prompt: str) -> Response:
         turn = max(0, prompt.count(_ASSISTANT) - 1)
@@ -175,44 +194,63 @@ class ScriptedEngine:
         texts = response.texts or [response.text or ""]
         shift = request.sampling.seed if response.rotate else 0
         planned = [*self._tokenizer.encode(texts[(index + shift) % len(texts)]), self._end_id]
-        ids: list[int] = []
+        planned = planned[: request.sampling.max_new_tokens]
+        planned, reason = self._until_stop(request, planned)
         versions: list[int] = []
-        reason = FinishReason.LENGTH
-        for token in planned[: request.sampling.max_new_tokens]:
-            if not await self._turn_to_play(running, response.delay_s):
+        wake = asyncio.Event()
+        running.wakes.append(wake)
+        while len(versions) < len(planned):
+            due = 1 if on_tokens else len(planned) - len(versions)
+            version = self._version
+            came = await self._wait_turn(running, wake, response.delay_s, due)
+            if running.aborted:
                 reason = FinishReason.ABORT
                 break
-            ids.append(token)
-            versions.append(self._version)
-            if on_tokens:
-                on_tokens(index, [token], [0.0])
-            if self._stops(request, ids):
-                reason = FinishReason.STOP
-                break
+            fresh = planned[len(versions) : len(versions) + came]
+            versions += [version] * len(fresh)
+            if on_tokens and fresh:
+                on_tokens(index, fresh, [0.0] * len(fresh))
+        ids = planned[: len(versions)]
         text = self._tokenizer.decode(ids)
         return Completion(tuple(ids), (0.0,) * len(ids), spans(versions), reason, text)
 
-    async def _turn_to_play(self, running: _Running, delay_s: float) -> bool:
-        """Wait for the pause to end and the delay to pass; False when aborted meanwhile."""
-        if delay_s or not self._go.is_set():
-            go = asyncio.create_task(self._wait_turn(delay_s))
-            aborted = asyncio.create_task(running.aborted.wait())
-            try:
-                await asyncio.wait((go, aborted), return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                go.cancel()
-                aborted.cancel()
-        return not running.aborted.is_set()
+    async def _wait_turn(
+        self, running: _Running, wake: asyncio.Event, delay_s: float, due: int
+    ) -> int:
+        """Wait until `due` tokens have come, or something changed; how many have come."""
+        while not self._go.is_set() and not running.aborted:
+            resumed = asyncio.create_task(self._go.wait())
+            woken = asyncio.create_task(wake.wait())
+            await asyncio.wait((resumed, woken), return_when=asyncio.FIRST_COMPLETED)
+            resumed.cancel()
+            woken.cancel()
+            wake.clear()
+        if not delay_s or running.aborted:
+            return due
+        loop = asyncio.get_running_loop()
+        began_s = loop.time()
+        wake.clear()  # what changed before is known
+        timer = loop.call_later(delay_s * due, wake.set)
+        try:
+            await wake.wait()
+        finally:
+            timer.cancel()
+        return min(due, round((loop.time() - began_s) / delay_s))
 
-    async def _wait_turn(self, delay_s: float) -> None:
-        await asyncio.sleep(delay_s)
-        await self._go.wait()
+    def _until_stop(self, request: Request, planned: list[int]) -> tuple[list[int], FinishReason]:
+        """The tokens up to the first that ends the sample, and why it ends there."""
+        sampling, reason = request.sampling, FinishReason.LENGTH
+        ends = {self._end_id, *sampling.stop_token_ids}
+        for at, token in enumerate(planned):
+            if token in ends:
+                planned, reason = planned[: at + 1], FinishReason.STOP
+                break
 
-    def _stops(self, request: Request, ids: list[int]) -> bool:
-        sampling = request.sampling
-        if ids[-1] == self._end_id or ids[-1] in sampling.stop_token_ids:
-            return True
-        if not sampling.stop:
-            return False
-        text = self._tokenizer.decode(ids, control=True)
-        return any(stop in text for stop in sampling.stop)
+        def stopped(count: int) -> bool:
+            text = self._tokenizer.decode(planned[:count], control=True)
+            return any(stop in text for stop in sampling.stop)
+
+        if sampling.stop and stopped(len(planned)):
+            count = bisect.bisect_left(range(len(planned)), True, key=stopped)
+            return planned[:count], FinishReason.STOP
+        return planned, reason

@@ -32,6 +32,7 @@ BENCHMARKS = {
     "dataset-queue": "dataset_svc.bench_queue",
     "dataset-store": "dataset_svc.bench_store",
     "rl": "regreen.train.bench",
+    "episodes": "regreen.rollout.bench",
 }
 """Modules by name; a run that names none takes the usual ones."""
 USUAL = ("sandbox", "policy", "learner", "dataset-queue")
@@ -59,7 +60,7 @@ def bench(
         known = ", ".join(BENCHMARKS)
         output.fail(InvalidArgument("names", f"{unknown[0]!r} is unknown", f"give one of {known}"))
     _make_folder(out)
-    if {"policy", "learner", "rl"} & set(chosen):
+    if {"policy", "learner", "rl", "episodes"} & set(chosen):
         _make_model()
     results: dict[str, Any] = {}
     failed = []
