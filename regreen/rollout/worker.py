@@ -370,6 +370,7 @@ async def worker_pool(
     concurrency: int = 4,
     knowledge: Knowledge | None = None,
     runner: Runner | None = None,
+    lease_s: float = 120.0,
 ) -> AsyncIterator[Worker]:
     """A worker in this process while the context is open; its failure ends the context.
 
@@ -378,7 +379,7 @@ async def worker_pool(
     """
     if runner is None:
         runner = Runner(stack, knowledge)
-    worker = Worker(stack, runner, run_id=run_id, concurrency=concurrency)
+    worker = Worker(stack, runner, run_id=run_id, concurrency=concurrency, lease_s=lease_s)
     parent = asyncio.current_task()
     task = asyncio.create_task(worker.run())
 

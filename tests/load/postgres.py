@@ -14,6 +14,7 @@ from typing import Self
 from urllib.parse import quote
 
 from dataset_svc import pgfind
+from tests.load import processes
 
 _ROLE = "regreen"
 _WAIT_S = 60
@@ -51,13 +52,36 @@ class Postgres:
         host = quote(str(self._socket), safe="")
         return f"postgresql://{_ROLE}:{self._password}@/postgres?host={host}&port=5432"
 
+    def url_of(self, database: str) -> str:
+        """URL of another database of this server."""
+        return self.url.replace("@/postgres?", f"@/{database}?")
+
+    @property
+    def pid(self) -> int:
+        """Process id of the server; 0 while it does not run."""
+        try:
+            pid = int((self._data / "postmaster.pid").read_text().split()[0])
+        except (OSError, ValueError, IndexError):
+            return 0
+        return pid if processes.state(pid) not in ("", "Z") else 0
+
+    def start(self) -> None:
+        """Start a server that was killed; it recovers by itself.
+
+        Raises:
+            RuntimeError: processes of the killed one are not gone yet.
+        """
+        if not self.pid:  # of one that nobody has reaped the server would think that it lives
+            (self._data / "postmaster.pid").unlink(missing_ok=True)
+        self._ctl("start")
+
     def restart(self) -> None:
         """Abort every session without a checkpoint and start again, through crash recovery."""
         self._ctl("restart", "-m", "immediate")
 
     def stop(self) -> None:
         """Stop the server; safe to call twice."""
-        if (self._data / "postmaster.pid").exists():
+        if self.pid:
             self._ctl("stop", "-m", "fast")
 
     def _initialise(self) -> None:

@@ -1,0 +1,127 @@
+"""What must be so in the database after a training run, whatever was killed meanwhile.
+
+- Each group was asked for, came whole and was acknowledged by the one checkpoint whose steps hold
+  it: none is lost, none is used twice.
+- Each rollout has exactly one trajectory, and each trajectory a rollout.
+- The learner made as many optimizer steps as steps had something to teach: no batch went in twice.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a database says of a run, and what of it should not be so."""
+
+    facts: dict[str, Any]
+    faults: list[str]
+
+
+def look(url: str, name: str, steps: int, groups_per_step: int) -> Found:
+    """Look at the finished run of that name."""
+    with psycopg.connect(url) as connection:
+        return _Look(connection, name, steps, groups_per_step).all()
+
+
+class _Look:
+    def __init__(
+        self, connection: "psycopg.Connection[Any]", name: str, steps: int, groups_per_step: int
+    ) -> None:
+        self._connection, self._steps, self._least = connection, steps, steps * groups_per_step
+        found = self._rows("SELECT id, state, summary, epoch FROM runs WHERE name = %s", name)
+        self._id, self._state, self._summary, self._epoch = found[0]
+        self._faults: list[str] = []
+
+    def _rows(self, statement: str, *values: Any) -> list[Any]:
+        return self._connection.execute(statement, values).fetchall()  # type: ignore[arg-type]
+
+    def _of_run(self, statement: str) -> list[Any]:
+        return self._rows(statement, self._id)
+
+    def _expect(self, what: str, found: object, wanted: object) -> None:
+        if found != wanted:
+            self._faults.append(f"{what}: {found}, not {wanted}")
+
+    def all(self) -> Found:
+        """Every check."""
+        self._expect("state of the run", self._state, "done")
+        groups, wanted = self._groups()
+        self._rollouts(wanted)
+        taught = self._steps_taught()
+        checkpoints = self._checkpoints()
+        facts = {
+            "groups": groups,
+            "rollouts": wanted,
+            "steps": self._steps,
+            "optimizer_steps": taught,
+            "checkpoints": checkpoints,
+            "resumed": self._epoch - 1,
+            "attempts": self._of_run("SELECT sum(attempt) FROM rollouts WHERE run_id = %s")[0][0],
+        }
+        return Found(facts, self._faults)
+
+    def _groups(self) -> tuple[int, int]:
+        states = dict(
+            self._of_run("SELECT state, count(*) FROM groups WHERE run_id = %s GROUP BY state")
+        )
+        groups = sum(states.values())
+        self._expect("groups by state", states, {"acknowledged": groups})
+        if groups < self._least:
+            self._faults.append(f"groups: {groups}, at least {self._least} were due")
+        size, lost = self._of_run(
+            "SELECT coalesce(sum(size), 0), coalesce(sum(lost), 0) FROM groups WHERE run_id = %s"
+        )[0]
+        self._expect("rollouts that were lost", lost, 0)
+        return groups, size
+
+    def _rollouts(self, wanted: int) -> None:
+        states = dict(
+            self._of_run("SELECT state, count(*) FROM rollouts WHERE run_id = %s GROUP BY state")
+        )
+        self._expect("rollouts by state", states, {"committed": wanted})
+        counts = self._of_run(
+            "SELECT count(*), count(DISTINCT (group_id, group_index)) FROM trajectories "
+            "WHERE run_id = %s"
+        )[0]
+        self._expect("trajectories, and places that they have", counts, (wanted, wanted))
+        named = self._of_run(
+            "SELECT count(*), count(DISTINCT t.id) FROM rollouts r JOIN trajectories t "
+            "ON r.trajectory_id = t.id AND r.group_id = t.group_id "
+            "AND r.group_index = t.group_index AND r.lease_id = t.lease_id WHERE r.run_id = %s"
+        )[0]
+        self._expect("rollouts with the trajectory of their lease", named, (wanted, wanted))
+
+    def _steps_taught(self) -> int:
+        rows = self._of_run(
+            "SELECT step, value FROM run_metrics WHERE run_id = %s AND name = 'learned_groups' "
+            "ORDER BY step"
+        )
+        self._expect("steps with metrics", [row[0] for row in rows], [*range(1, self._steps + 1)])
+        taught = sum(value > 0 for _, value in rows)
+        made = int((self._summary or {}).get("learner_steps", -1))
+        self._expect("optimizer steps", made, taught)
+        return taught
+
+    def _checkpoints(self) -> int:
+        kept = [
+            step
+            for (step,) in self._of_run(
+                "SELECT step FROM checkpoints WHERE run_id = %s AND NOT abandoned ORDER BY step"
+            )
+        ]
+        self._expect("checkpoints of different steps", len(set(kept)), len(kept))
+        # What the last steps took and could not teach belongs to the last checkpoint.
+        last = kept[-1] if kept else 0
+        before = dict(zip(kept, [0, *kept[:-1]], strict=True))
+        for group, step, at, gone in self._of_run(
+            "SELECT g.id, g.step, c.step, c.abandoned FROM groups g "
+            "LEFT JOIN checkpoints c ON c.id = g.checkpoint_id WHERE g.run_id = %s"
+        ):
+            if at is None or gone or at not in before:
+                self._faults.append(f"group {group} of step {step} is in no checkpoint that counts")
+            elif not (before[at] < step <= at or (at == last and step > last)):
+                self._faults.append(f"group {group} of step {step} is in the checkpoint of {at}")
+        return len(kept)
