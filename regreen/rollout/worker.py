@@ -52,6 +52,8 @@ log = structlog.get_logger(__name__)
 T = TypeVar("T")
 _PASSING = (Unavailable, InfraError, DeadlineExceeded, Aborted, ResourceExhausted)
 _POLL_S = (0.1, 2.0)
+_BATCH = 1000
+"""Most leases that one call may ask for or extend."""
 _LEAVE_S = 5.0
 """How long a worker that was stopped waits for a service; its leases expire by themselves."""
 
@@ -138,7 +140,7 @@ class Worker:
         return self.stats
 
     async def _lease(self) -> Sequence[pb.Lease]:
-        free = self.concurrency - len(self._active)
+        free = min(self.concurrency - len(self._active), _BATCH)
         if free <= 0:
             return ()
         request_id = new_request_id()
@@ -276,7 +278,9 @@ class Worker:
         """Keep every lease alive; drop the work of a lease that is lost."""
         while True:
             await asyncio.sleep(self.lease_s / 4)
-            await self._extend(list(self._active))
+            lease_ids = list(self._active)
+            for start in range(0, len(lease_ids), _BATCH):
+                await self._extend(lease_ids[start : start + _BATCH])
 
     async def _extend(self, lease_ids: Sequence[str]) -> None:
         if not lease_ids:

@@ -103,6 +103,13 @@ async def test_a_worker_empties_the_queue(world, dataset):
         assert (await knowledge_of(stack)).fixes
 
 
+async def test_a_worker_may_have_more_episodes_than_one_call_leases(world, dataset):
+    async with world.playing(says(PIN, VALIDATE), dataset=dataset) as stack:
+        run_id = await enqueue(stack, world)
+        worker = Worker(stack, Runner(stack), run_id=run_id, concurrency=1001)
+        assert (await worker.run(until_idle=True)).committed == 2
+
+
 async def test_trouble_gives_the_rollout_back_and_scores_nothing(world, dataset):
     async with world.playing([], dataset=dataset) as stack:
         run_id = await enqueue(stack, world, size=1, state_id="st_" + "0" * 32)
