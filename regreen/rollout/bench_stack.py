@@ -47,7 +47,8 @@ class Services:
         try:
             found = {name: await self._start(name) for name in self._flags}
             async with Stack(Endpoints(**found, learner=""), patience_s=_START_S) as stack:
-                await stack.policy.get_policy()
+                await stack.policy.get_policy()  # a stream is not tried again; these calls are
+                await stack.sandbox.get_capabilities()
                 yield stack
         finally:
             for process in reversed(self._processes.values()):

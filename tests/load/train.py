@@ -97,6 +97,7 @@ class Storm:
     kills: int = 0
     step: int = 0
     took_s: float = 0.0
+    _stepped_s: list[float] = field(default_factory=list)
     _seen: int = 0
     _killed_s: float = 0.0
     _last: list[Any] = field(default_factory=list)
@@ -120,6 +121,13 @@ class Storm:
             self.party.faults += [f"{e!r}" for e in ended if isinstance(e, Exception)]
             await asyncio.to_thread(self.party.stop)
 
+    @property
+    def step_s(self) -> float:
+        """Time of one step, those before the first not counted."""
+        if len(self._stepped_s) < 2:
+            return 1.0
+        return (self._stepped_s[-1] - self._stepped_s[0]) / (len(self._stepped_s) - 1)
+
     async def _watch(self) -> None:
         """Read what the driver reports; what says nothing new is no progress."""
         while True:
@@ -130,7 +138,9 @@ class Storm:
                     told = json.loads(line)
                     if told != self._last and told[0] in ("grpo", "rollouts", "learn"):
                         self._last, self._moved_s = told, time.monotonic()
-                        self.step = told[1] if told[0] == "grpo" else self.step
+                        if told[0] == "grpo" and told[1] != self.step:
+                            self.step = told[1]
+                            self._stepped_s.append(self._moved_s)
             if time.monotonic() - self._moved_s > _STALL_S:
                 self.party.faults.append(f"stuck at step {self.step}, killed {dict(self.killed)}")
                 self.party.done.set()
@@ -141,14 +151,15 @@ class Storm:
         deck: list[str] = []
         wanted = 0 if self.pace_s < 0 else self.plan.kills
         while self.kills < wanted:
-            due = int(self.kills * (self.plan.all_steps - 1) / wanted)
+            due = int(self.kills * (self.plan.all_steps - 1) / wanted)  # by which step at least
             since_s = self._moved_s
             while self._moved_s == since_s or self.step < due:  # noqa: ASYNC110 - a file
                 await asyncio.sleep(0.05)
             back_s = self._moved_s
             if self.kills:
                 self.tell(f"    went on {back_s - self._killed_s:.1f} s later, step {self.step}")
-            await asyncio.sleep(self.rng.uniform(0, self.pace_s))
+            if self.step <= due:
+                await asyncio.sleep(self.rng.uniform(0, self.pace_s))
             if not deck:
                 deck = self.rng.sample(KINDS, len(KINDS))
             kind = next((one for one in deck if self.party.found(one)), "")
@@ -231,6 +242,7 @@ class Load:
 
     async def prepare(self, stack: Stack) -> None:
         """Tasks that differ by what their log says, admitted."""
+        await stack.sandbox.get_capabilities()  # a stream is not tried again; this is
         state_id = ""
         async for event in stack.state.prepare_state(self._task.environment):
             if event.HasField("state"):
@@ -297,7 +309,7 @@ class Load:
 
     async def sync(self, quiet: Storm) -> dict[str, Any]:
         """A disturbed run from the beginning of the quiet one; equal weights."""
-        storm = await self._run("struck", self._model, quiet.took_s / self.plan.all_steps)
+        storm = await self._run("struck", self._model, quiet.step_s)
         report = self._report("struck", storm)
         report["faults"] += [f"quiet: {f}" for f in self._report("quiet", quiet)["faults"]]
         (want, file), (found, other) = self._weights("quiet"), self._weights("struck")
@@ -327,7 +339,7 @@ class Load:
         storm = await self._run(
             "ahead",
             model,
-            quiet.took_s / self.plan.all_steps,
+            quiet.step_s,
             prefetch=True,
             checkpoint_every=2,
             hyperparameters={"learning_rate": 1e-6},

@@ -59,7 +59,9 @@ class _Look:
             "optimizer_steps": taught,
             "checkpoints": checkpoints,
             "resumed": self._epoch - 1,
-            "attempts": self._of_run("SELECT sum(attempt) FROM rollouts WHERE run_id = %s")[0][0],
+            "attempts": self._of_run("SELECT sum(attempt)::int FROM rollouts WHERE run_id = %s")[0][
+                0
+            ],
         }
         return Found(facts, self._faults)
 
@@ -72,7 +74,8 @@ class _Look:
         if groups < self._least:
             self._faults.append(f"groups: {groups}, at least {self._least} were due")
         size, lost = self._of_run(
-            "SELECT coalesce(sum(size), 0), coalesce(sum(lost), 0) FROM groups WHERE run_id = %s"
+            "SELECT coalesce(sum(size), 0)::int, coalesce(sum(lost), 0)::int "
+            "FROM groups WHERE run_id = %s"
         )[0]
         self._expect("rollouts that were lost", lost, 0)
         return groups, size
