@@ -70,7 +70,7 @@ soak-queue: $(STAMP) ## Commit 20,000 rollouts from 200 workers under kill -9 an
 	@.venv/bin/python -m tests.load.queue
 
 soak-train: $(STAMP) ## Train twice while any process is killed at random, KILLS=50 times each; no group lost or used twice
-	@.venv/bin/python -m tests.load.train --kills $(or $(KILLS),50)
+	@.venv/bin/python -m tests.load.train --kills $(or $(KILLS),50) --seed $(or $(SEED),1)
 
 fuzz: $(STAMP) ## Send 100,000 random and mutated requests to the sandbox service
 	@.venv/bin/python -m tests.load.fuzz

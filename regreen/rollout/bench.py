@@ -139,7 +139,7 @@ async def shipped_task(stack: Stack) -> str:
 
     record = next(task for task in shipped_tasks() if task.id == _TASK)
     report = await verify(
-        stack, record, shipped_distributions(), repeats=1, progress=lambda _, text: say(text)
+        stack, record, shipped_distributions(), repeats=2, progress=lambda _, text: say(text)
     )
     if report.status != pb.TASK_STATUS_ADMITTED:
         raise RuntimeError(f"task {_TASK} is not admitted here: {report.reason}")

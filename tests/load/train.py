@@ -326,6 +326,7 @@ class Load:
         source.start("dataset")
         try:
             async with Stack(Endpoints(**source.endpoints), patience_s=120.0) as stack:
+                await stack.queue.get_queue("")  # a stream is not tried again; this is
                 wanted = pb.TrajectoryFilter()
                 shown = {
                     (tuple(t.token_ids), tuple(t.loss_mask))
