@@ -2,6 +2,7 @@
 
 - The lock file and the environment agree after every action; a failed action puts both back.
 - Only what must move moves: the named package, and what its own requirements force.
+- What the platform cut short is trouble of the platform, never a conflict.
 - Nothing is fetched: versions come from the offline wheelhouse alone.
 """
 
@@ -17,7 +18,7 @@ from packaging.version import InvalidVersion, Version
 from regreen.client.sandbox import succeeded
 from regreen.lockfile import Lock, format_lock, lock_change, normalize, parse_lock
 from regreen.rollout.facts import LOCK, PYTHON, Facts
-from regreen.rpc.errors import InvalidArgument, NoSuchFile
+from regreen.rpc.errors import InfraError, InvalidArgument, NoSuchFile
 from regreen.sandbox import v1 as sandbox_pb
 
 if TYPE_CHECKING:
@@ -203,9 +204,12 @@ class Dependencies:
         await self.stack.sandbox.write_file(self.sandbox_id, LOCK, format_lock(lock).encode())
 
     async def _run(self, argv: list[str]) -> sandbox_pb.CommandResult:
-        return await self.stack.sandbox.run(
+        result = await self.stack.sandbox.run(
             self.sandbox_id, argv, timeout_s=self.timeout_s, output_bytes=64 << 10
         )
+        if result.reason == sandbox_pb.END_REASON_INFRA:
+            raise InfraError("the sandbox could not run the command")
+        return result
 
     def _check_held(self, name: str, wanted: str) -> None:
         if name in self.held and wanted != self.held[name]:

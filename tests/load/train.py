@@ -41,7 +41,7 @@ from tests.integration import dataset_samples as samples
 from tests.integration.rollout.world import PIN, VALIDATE, call, task_of
 from tests.load import train_model
 from tests.load.postgres import Postgres, remove
-from tests.load.train_check import look
+from tests.load.train_check import different, look
 from tests.load.train_driver import Job
 from tests.load.train_party import KINDS, SERVICES, Party
 
@@ -316,6 +316,8 @@ class Load:
         report["undisturbed_sha256"], report["sha256"] = want, found
         if not want or want != found:
             report["faults"].append(f"weights differ: {want or 'none'} and {found or 'none'}")
+            urls = [self.postgres.url_of(name) for name in ("quiet", "struck")]
+            report["faults"] += different(*urls, _RUN)
         elif not filecmp.cmp(file, other, shallow=False):
             report["faults"].append(f"{file} and {other} are not bit-equal")
         return report

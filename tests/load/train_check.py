@@ -26,6 +26,33 @@ def look(url: str, name: str, steps: int, groups_per_step: int) -> Found:
         return _Look(connection, name, steps, groups_per_step).all()
 
 
+def different(url: str, other: str, name: str, most: int = 3) -> list[str]:
+    """The first rollouts of two runs that ought to have gone alike and did not; what both saw."""
+    told = []
+    with psycopg.connect(url) as one, psycopg.connect(other) as two:
+        first, second = _said(one, name), _said(two, name)
+    for place in sorted(first.keys() | second.keys()):
+        a, b = first.get(place, []), second.get(place, [])
+        if a != b:
+            at = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), 0)
+            told.append(f"step {place[0]}, {place[1]} {place[2]}: {a[at:]} and {b[at:]}"[:1500])
+    return told[:most]
+
+
+def _said(connection: "psycopg.Connection[Any]", name: str) -> dict[tuple[Any, ...], list[str]]:
+    rows = connection.execute(
+        "SELECT g.step, t.group_id, t.group_index, u.text FROM trajectories t "
+        "JOIN groups g ON g.id = t.group_id JOIN runs r ON r.id = t.run_id "
+        "JOIN turns u ON u.trajectory_id = t.id WHERE r.name = %s AND u.index > 0 "
+        "ORDER BY g.step, t.group_id, t.group_index, u.index",
+        (name,),
+    )
+    found: dict[tuple[Any, ...], list[str]] = {}
+    for *place, text in rows:
+        found.setdefault(tuple(place), []).append(text)
+    return found
+
+
 class _Look:
     def __init__(
         self, connection: "psycopg.Connection[Any]", name: str, steps: int, groups_per_step: int

@@ -1,5 +1,6 @@
 """The tools in a real sandbox: short observations, whatever the policy asks for."""
 
+import asyncio
 import contextlib
 from dataclasses import replace
 
@@ -11,7 +12,9 @@ from regreen.rollout.calls import Call
 from regreen.rollout.context import Budget
 from regreen.rollout.facts import FactsCache
 from regreen.rollout.tools import Workbench
+from regreen.rpc.errors import InfraError
 from regreen.sandbox import v1 as sandbox_pb
+from tests.integration.rollout.world import kill_first_process
 
 FACTS = FactsCache()
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -65,6 +68,19 @@ async def test_a_command_that_was_stopped_is_no_success(bench):
     ):
         seen = await bench.call(Call("run_sh", "run_sh", {"cmd": script}))
         assert (seen.text, seen.ok) == (head, ok)
+
+
+async def test_a_sandbox_that_dies_under_a_dependency_action_is_no_conflict(bench):
+    slow = (
+        "rm -f /work/env/bin/python; printf '#!/bin/sh\\nexec sleep 900\\n' > /work/env/bin/python"
+    )
+    script = f"{slow}; chmod +x /work/env/bin/python"
+    assert (await bench.call(Call("run_sh", "run_sh", {"cmd": script}))).ok
+    asked = Call("dependency_upgrade", "dependency_upgrade", {"name": "wordlib", "version": "1.0"})
+    action = asyncio.create_task(bench.call(asked))
+    await kill_first_process(bench.stack, bench.sandbox_id)
+    with pytest.raises(InfraError):
+        await action
 
 
 async def test_feedback_may_stop_where_it_is_decided_and_grading_does_not(bench):
