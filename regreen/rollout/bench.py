@@ -32,7 +32,13 @@ from regreen.dataset import v1 as pb
 from regreen.home import default_home
 from regreen.ids import new_id
 from regreen.model_store import ensure_default_model
-from regreen.rollout.bench_stack import DRIVER, Services, peak_bytes, resident_bytes
+from regreen.rollout.bench_stack import (
+    DRIVER,
+    Services,
+    peak_bytes,
+    resident_bytes,
+    watching_cores,
+)
 from regreen.rollout.context import Budget, Knobs, Sampling, labels_of
 from regreen.rollout.episode import Runner
 from regreen.rollout.worker import Worker
@@ -98,6 +104,10 @@ class Measured:
     """Of the driver, before."""
     peak_bytes: int = 0
     """Of the driver, meanwhile."""
+    busy: Sequence[float] = field(default=(), repr=False)
+    """Cores of the machine that were busy, second by second."""
+    given_back: int = 0
+    """Rollouts that were tried again: a call of theirs took longer than it may."""
 
     @property
     def tokens(self) -> int:
@@ -165,14 +175,18 @@ class Bench:
         resident = resident_bytes()
         peak_bytes(reset=True)
         before, began_s = self._services.cpu_s(), time.perf_counter()
-        stats = await worker.run(until_idle=True)
+        async with watching_cores() as busy:
+            stats = await worker.run(until_idle=True)
         wall_s, after = time.perf_counter() - began_s, self._services.cpu_s()
         peak = peak_bytes()
         if stats.committed != count:
             raise RuntimeError(f"{stats.committed} of {count} rollouts were committed: {stats}")
         found = await self._turns(run_id)
         cpu_s = {name: after[name] - before[name] for name in after}
-        return Measured(at_once, count, wall_s, cpu_s, found, resident, peak)
+        given_back = stats.given_back + stats.expired
+        return Measured(
+            at_once, count, wall_s, cpu_s, found, resident, peak, tuple(busy), given_back
+        )
 
     def _group(self, run_id: str, seed: int, labels: Mapping[str, str]) -> pb.Group:
         return pb.Group(
@@ -287,6 +301,8 @@ def row_of(measured: Measured, plan: Plan) -> dict[str, Any]:
         "cpu_ms_per_turn": {n: round(1e3 * v / turns, 3) for n, v in cpu.items()},
         "cpu_us_per_token": {n: round(1e6 * v / tokens, 2) for n, v in cpu.items()},
         "cores": {name: round(value / measured.wall_s, 3) for name, value in cpu.items()},
+        "busy_cores": round(quantile(sorted(measured.busy or [0.0]), 0.75), 2),
+        "given_back": measured.given_back,
         "engine_ms": round(engine_ms, 1),
         "overhead_ms": {f"p{p}": round(quantile(over, p / 100), 2) for p in (50, 95, 99)},
         "turn_over_engine": {
@@ -373,7 +389,7 @@ def knee_of(rows: Mapping[str, Mapping[str, Any]], cpus: int) -> dict[str, Any]:
     busiest = max(cores, key=lambda name: cores[name])
     if cores[busiest] >= _FULL:
         full = f"a core, by the {busiest} process"
-    elif row["cores"]["all"] >= _FULL * cpus:
+    elif row["busy_cores"] >= _FULL * cpus:
         full = f"all {cpus} cores, most by the {busiest} process"
     else:
         full = f"no core; the busiest process is the {busiest}, so what waits is no processor"
@@ -396,13 +412,15 @@ def table(report: Mapping[str, Any]) -> str:
     processes = [name for name in next(iter(report["levels"].values()))["cpu_s"] if name != "all"]
     head = f"{'at once':>8} {'turns/s':>8} {'p50':>7} {'p95':>7} {'p99':>7} {'x engine':>8}"
     names = "".join(f"{name:>9}" for name in processes)
-    lines.append(f"{head}  ms cpu/turn:{names}      all  us/token  driver MB (KB/episode)")
+    tail = "us/token  busy cores  tried again  driver MB (KB/episode)"
+    lines.append(f"{head}  ms cpu/turn:{names}      all  {tail}")
     for level, row in report["levels"].items():
         over = "".join(f" {value:7.0f}" for value in row["overhead_ms"].values())
         cpu = "".join(f"{row['cpu_ms_per_turn'][name]:9.2f}" for name in (*processes, "all"))
         lines.append(
             f"{level:>8} {row['turns_per_s']:8.1f}{over} {row['turn_over_engine']['p50']:8.3f}"
             f"             {cpu} {row['cpu_us_per_token']['all']:9.1f}"
+            f" {row['busy_cores']:10.2f} {row['given_back']:12}"
             f" {row['driver_mb']:10.0f} ({row['driver_kb_per_episode']:.0f})"
         )
     for name, line in report["lines"].items():

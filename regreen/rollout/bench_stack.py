@@ -101,6 +101,35 @@ def tree_cpu_s(pid: int) -> tuple[float, float]:
     return own + rest, database
 
 
+@contextlib.asynccontextmanager
+async def watching_cores() -> AsyncIterator[list[float]]:
+    """How many cores of the machine were busy in each second, whoever kept them so."""
+    found: list[float] = []
+
+    async def watch() -> None:
+        cores = os.cpu_count() or 1
+        before = _machine()
+        while True:
+            await asyncio.sleep(1.0)
+            after = _machine()
+            idle, every = after[0] - before[0], after[1] - before[1]
+            found.append(cores * (1 - idle / max(1, every)))
+            before = after
+
+    task = asyncio.create_task(watch())
+    try:
+        yield found
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+def _machine() -> tuple[int, int]:
+    """Ticks of all cores so far: idle or waiting for a disk, and in all."""
+    fields = [int(field) for field in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
+    return fields[3] + fields[4], sum(fields)
+
+
 def resident_bytes() -> int:
     """Resident memory of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

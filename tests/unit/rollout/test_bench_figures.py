@@ -32,7 +32,9 @@ def measured(at_once: int, turns: int, each_ms: float, over_ms: float = 20.0) ->
 
 def test_a_row_is_what_its_turns_say() -> None:
     turns = [Turn(0, 5, 0.5 + over / 1e3) for over in range(1, 101)]
-    row = row_of(Measured(4, 10, 8.0, {"driver": 0.3, "policy": 0.1}, turns, 1000, 9000), PLAN)
+    cpu, busy = {"driver": 0.3, "policy": 0.1}, (2.0, 0.5, 1.0, 1.5)
+    row = row_of(Measured(4, 10, 8.0, cpu, turns, 1000, 9000, busy, 3), PLAN)
+    assert (row["busy_cores"], row["given_back"]) == (1.5, 3)
     assert (row["turns"], row["tokens"], row["turns_per_s"]) == (100, 500, 12.5)
     assert row["cpu_ms_per_turn"] == {"driver": 3.0, "policy": 1.0, "all": 4.0}
     assert row["cpu_us_per_token"] == {"driver": 600.0, "policy": 200.0, "all": 800.0}
@@ -61,7 +63,7 @@ def levels(*over_ms: float, cores: float = 0.1) -> dict:
     for number, over in enumerate(over_ms):
         row = row_of(measured(2**number, 4, 4.0, over), PLAN)
         busy = {"driver": cores, "policy": 0.05, "all": cores + 0.05}
-        rows[str(2**number)] = row | {"cores": busy}
+        rows[str(2**number)] = row | {"cores": busy, "busy_cores": cores + 0.1}
     return rows
 
 
