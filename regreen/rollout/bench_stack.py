@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from regreen.client.access import Access
 from regreen.client.stack import Endpoints, Stack
 from regreen.stack.follow import following
 
@@ -47,7 +48,8 @@ class Services:
         """Clients of the started services; all are ended on the way out."""
         try:
             found = {name: await self._start(name) for name in self._flags}
-            async with Stack(Endpoints(**found, learner=""), patience_s=_START_S) as stack:
+            endpoints = Endpoints(**found, learner="", access=Access())
+            async with Stack(endpoints, patience_s=_START_S) as stack:
                 await stack.policy.get_policy()  # a stream is not tried again; these calls are
                 await stack.sandbox.get_capabilities()
                 yield stack

@@ -183,7 +183,7 @@ class Runner:
                 f"the State of turn {branch.turn} of {branch.trajectory_id} has gone ({error}); "
                 "run the rollout again with knobs.keep_states=true and keep its States"
             ) from error
-        if self.facts.peek(task.state_id) is None:
+        if self.facts.peek(task) is None:
             pristine = await self.stack.sandbox.create_sandbox(
                 task.state_id, labels={"task": task.id}
             )

@@ -2,7 +2,8 @@
 
 - Gathered from inside a sandbox of the task's State and from the log of the broken build; nothing
   comes from the task's fix, culprit, moves or good versions.
-- Gathered once per State and process: members of a group see the same facts.
+- Gathered once per State, log and process: members of a group see the same facts, and tasks that
+  share a State each see their own log.
 - A sandbox that dies meanwhile raises; facts that were cut short would mislead every later rollout.
 """
 
@@ -97,13 +98,20 @@ async def standing(stack: "Stack", sandbox_id: str) -> AsyncIterator[None]:
         raise
 
 
+_Key = tuple[str, str]
+
+
+def _key(task: pb.Task) -> _Key:
+    return task.state_id, task.error_log
+
+
 class FactsCache:
-    """Facts by State id; concurrent askers of one State share one gathering."""
+    """Facts by State and log; concurrent askers of the same share one gathering."""
 
     def __init__(self, size: int = 256) -> None:
         self._size = size
-        self._found: OrderedDict[str, Facts] = OrderedDict()
-        self._locks: dict[str, asyncio.Lock] = {}
+        self._found: OrderedDict[_Key, Facts] = OrderedDict()
+        self._locks: dict[_Key, asyncio.Lock] = {}
 
     async def get(self, stack: "Stack", task: pb.Task, sandbox_id: str) -> Facts:
         """Facts of the task's State, gathered in `sandbox_id` when not known yet.
@@ -116,20 +124,21 @@ class FactsCache:
             raise FailedPrecondition(
                 f"task {task.id} has no state here; run `regreen tasks verify {task.id}`"
             )
-        lock = self._locks.setdefault(task.state_id, asyncio.Lock())
+        key = _key(task)
+        lock = self._locks.setdefault(key, asyncio.Lock())
         async with lock:
-            facts = self._found.get(task.state_id)
+            facts = self._found.get(key)
             if facts is None:
                 facts = await gather(stack, task, sandbox_id)
-                self._found[task.state_id] = facts
-            self._found.move_to_end(task.state_id)
+                self._found[key] = facts
+            self._found.move_to_end(key)
             while len(self._found) > self._size:
                 self._locks.pop(self._found.popitem(last=False)[0], None)
         return facts
 
-    def peek(self, state_id: str) -> Facts | None:
+    def peek(self, task: pb.Task) -> Facts | None:
         """Facts if they are known already."""
-        return self._found.get(state_id)
+        return self._found.get(_key(task))
 
 
 async def gather(stack: "Stack", task: pb.Task, sandbox_id: str) -> Facts:

@@ -62,7 +62,7 @@ async def shared_start(runner: Runner, task: pb.Task, spec: EpisodeSpec, size: i
 
 
 async def _facts(runner: Runner, task: pb.Task) -> Facts:
-    known = runner.facts.peek(task.state_id)
+    known = runner.facts.peek(task)
     if known is not None:
         return known
     sandbox = await runner.stack.sandbox.create_sandbox(task.state_id, labels={"task": task.id})

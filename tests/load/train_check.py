@@ -6,10 +6,14 @@
 - The learner made as many optimizer steps as steps had something to teach: no batch went in twice.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
 import psycopg
+
+_BEFORE, _AFTER = 100, 400
+"""Characters shown of texts that differ."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,20 +34,50 @@ def different(url: str, other: str, name: str, most: int = 3) -> list[str]:
     """The first rollouts of two runs that ought to have gone alike and did not; what both saw."""
     told = []
     with psycopg.connect(url) as one, psycopg.connect(other) as two:
+        for what in _COMPARED:
+            told += _first_other(one, two, name, what)
         first, second = _said(one, name), _said(two, name)
     for place in sorted(first.keys() | second.keys()):
         a, b = first.get(place, []), second.get(place, [])
         if a != b:
             at = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), 0)
-            told.append(f"step {place[0]}, {place[1]} {place[2]}: {a[at:]} and {b[at:]}"[:1500])
-    return told[:most]
+            told.append(
+                f"step {place[0]}, {place[1]} {place[2]}: {_first_other_text(a[at:], b[at:])}"
+            )
+    return told[: most + len(_COMPARED)]
+
+
+_OF_ROLLOUTS = (
+    "SELECT g.step, t.group_id, t.group_index, {} FROM trajectories t JOIN groups g "
+    "ON g.id = t.group_id JOIN runs r ON r.id = t.run_id WHERE r.name = %s ORDER BY 1, 2, 3"
+)
+_COMPARED = {
+    "checkpoint": "SELECT c.step, c.sha256 FROM checkpoints c JOIN runs r ON r.id = c.run_id "
+    "WHERE r.name = %s AND NOT c.abandoned ORDER BY 1",
+    "tokens": _OF_ROLLOUTS.format("t.arrays_sha256"),
+    "reward": _OF_ROLLOUTS.format("t.reward, t.episode_end, t.hacks"),
+    "versions": _OF_ROLLOUTS.format("t.min_version, t.max_version"),
+    "metrics": "SELECT m.step, m.name, m.value FROM run_metrics m JOIN runs r ON r.id = m.run_id "
+    "WHERE r.name = %s AND m.name LIKE 'learner/%%' AND m.name NOT LIKE '%%second%%' "
+    "ORDER BY 1, 2",
+}
+"""What is the same in both, row by row."""
+
+
+def _first_other(
+    one: "psycopg.Connection[Any]", two: "psycopg.Connection[Any]", name: str, what: str
+) -> list[str]:
+    """The first row that is another one there."""
+    first, second = (c.execute(_COMPARED[what], (name,)).fetchall() for c in (one, two))  # type: ignore[arg-type]
+    pairs = itertools.zip_longest(first, second)
+    return [f"first other {what}: {a} and {b}" for a, b in pairs if a != b][:1]
 
 
 def _said(connection: "psycopg.Connection[Any]", name: str) -> dict[tuple[Any, ...], list[str]]:
     rows = connection.execute(
-        "SELECT g.step, t.group_id, t.group_index, u.text FROM trajectories t "
+        "SELECT g.step, t.group_id, t.group_index, u.role || ': ' || u.text FROM trajectories t "
         "JOIN groups g ON g.id = t.group_id JOIN runs r ON r.id = t.run_id "
-        "JOIN turns u ON u.trajectory_id = t.id WHERE r.name = %s AND u.index > 0 "
+        "JOIN turns u ON u.trajectory_id = t.id WHERE r.name = %s "
         "ORDER BY g.step, t.group_id, t.group_index, u.index",
         (name,),
     )
@@ -51,6 +85,14 @@ def _said(connection: "psycopg.Connection[Any]", name: str) -> dict[tuple[Any, .
     for *place, text in rows:
         found.setdefault(tuple(place), []).append(text)
     return found
+
+
+def _first_other_text(one: list[str], other: list[str]) -> str:
+    """What both say from a little before the first place on where they differ."""
+    a, b = (repr(texts) for texts in (one, other))
+    at = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), 0)
+    start = max(0, at - _BEFORE)
+    return f"...{a[start : at + _AFTER]}... and ...{b[start : at + _AFTER]}..."
 
 
 class _Look:

@@ -307,9 +307,9 @@ async def test_facts_of_a_sandbox_that_dies_meanwhile_are_not_kept(world, monkey
         monkeypatch.setattr(stack.sandbox, after, once)
         with pytest.raises(InfraError, match="is gone"):
             await shared_start(runner, world.task, SPEC, 2)
-        assert runner.facts.peek(world.task.state_id) is None
+        assert runner.facts.peek(world.task) is None
         found = await runner.run(world.task, SPEC)
         assert found.reward.solved
-        facts = runner.facts.peek(world.task.state_id)
+        facts = runner.facts.peek(world.task)
         assert facts.lock.pins["wordlib"] == "2.0"
         assert "1.0" in facts.offered["wordlib"]

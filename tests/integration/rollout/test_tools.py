@@ -8,6 +8,7 @@ import pytest
 import pytest_asyncio
 
 from regreen.common.v1 import CHANGE_KIND_ADD, MODE_ANY_FIX, FileChange
+from regreen.dataset import v1 as pb
 from regreen.rollout.calls import Call
 from regreen.rollout.context import Budget
 from regreen.rollout.facts import FactsCache
@@ -45,6 +46,18 @@ async def opened(world, stack):
     sandbox = await stack.sandbox.create_sandbox(world.task.state_id)
     facts = await FACTS.get(stack, world.task, sandbox.id)
     yield Workbench(stack, world.task, sandbox.id, facts, MODE_ANY_FIX, Budget(tool_s=20.0))
+    await stack.sandbox.delete_sandbox(sandbox.id)
+
+
+async def test_tasks_that_share_a_state_see_their_own_logs(world, stack):
+    other = pb.Task()
+    other.CopyFrom(world.task)
+    other.error_log = "E   ImportError: cannot import name 'bye' from 'wordlib' (/other.py)\n"
+    sandbox = await stack.sandbox.create_sandbox(world.task.state_id)
+    found = [await FACTS.get(stack, task, sandbox.id) for task in (world.task, other)]
+    assert [facts.error.imported for facts in found] == [("wordlib", "hello"), ("wordlib", "bye")]
+    assert [FACTS.peek(task) for task in (world.task, other)] == found
+    assert await FACTS.get(stack, world.task, "gone") is found[0]
     await stack.sandbox.delete_sandbox(sandbox.id)
 
 
