@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
-from regreen.rpc.errors import InvalidArgument, NoSuchFile
-from sandbox_svc.backends.base import Box, Limits, Mount, Runtime
+from regreen.rpc.errors import InfraError, InvalidArgument, NoSuchFile
+from sandbox_svc.backends.base import Box, Command, EndReason, Limits, Mount, Runtime
 from sandbox_svc.fetches import Fetches
 
 FORMAT = 4
@@ -182,20 +182,36 @@ def check_overlay(spec: EnvironmentSpec) -> None:
 
 
 async def lay_over(box: Box, number: int, change: FileChange) -> None:
-    """Write the overlay's file of this number.
+    """Write, or delete, the overlay's file of this number.
 
     Raises:
-        InvalidArgument: something is in its way, or it is too large; names it in the request.
+        InvalidArgument: something is in its way, it is too large, or what is to be deleted is no
+            file; names it in the request.
     """
+    if change.content is None:
+        await _delete(box, number, change.path)
+        return
     field, clear = f"spec.overlay[{number}]", "leave one of the two out, or name another path"
     try:
-        await box.write_file(f"{REPO}/{change.path}", change.content or b"", change.mode)
+        await box.write_file(f"{REPO}/{change.path}", change.content, change.mode)
     except NoSuchFile:
         problem = f"{change.path[:120]!r} has a file where it needs a folder"
         raise InvalidArgument(f"{field}.path", problem, clear) from None
     except InvalidArgument as error:
         remedy = clear if error.field == "path" else error.remedy
         raise InvalidArgument(f"{field}.{error.field}", error.problem, remedy) from None
+
+
+async def _delete(box: Box, number: int, path: str) -> None:
+    done = await box.run(Command(("rm", "-f", "--", f"{REPO}/{path}"), cwd="/"))
+    if done.reason is not EndReason.EXIT:
+        raise InfraError(f"cannot delete {path[:120]!r} of the overlay: ended by {done.reason}")
+    if not done.ok:
+        raise InvalidArgument(
+            f"spec.overlay[{number}].path",
+            f"{path[:120]!r} cannot be deleted ({done.stderr.text.strip()[-200:]})",
+            "name a file",
+        )
 
 
 @dataclass(frozen=True, slots=True)

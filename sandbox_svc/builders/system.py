@@ -39,8 +39,7 @@ class SystemBuilder:
         box = await runtime.create((), limits=limits)
         try:
             for number, change in enumerate(spec.overlay):
-                if change.content is not None:
-                    await lay_over(box, number, change)
+                await lay_over(box, number, change)
                 progress(Stage("install", number + 1, len(spec.overlay), change.path))
             layer = await box.freeze()
         finally:

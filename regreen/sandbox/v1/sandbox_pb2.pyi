@@ -314,7 +314,7 @@ class EnvironmentSpec(_message.Message):
 
     @_builtins.property
     def overlay(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.FileChange]:
-        """Files laid over the source, for example a later release's tests."""
+        """Files laid over the source, in this order, for example a later release's tests; a deleted one goes."""
 
     @_builtins.property
     def overlay_source(self) -> Global___DistFile:

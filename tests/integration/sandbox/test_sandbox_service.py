@@ -186,6 +186,27 @@ async def test_files_of_an_overlay_in_each_others_way_are_named(service):
             assert told.endswith("or name another path") == (".." not in paths[-1]), told
 
 
+async def test_an_overlay_deletes_what_it_says_is_deleted(service):
+    states, sandboxes, _ = service
+    added, deleted = common_pb.CHANGE_KIND_ADD, common_pb.CHANGE_KIND_DELETE
+    changes = (("a", added), ("sub/b", added), ("a", deleted), ("never there", deleted))
+    overlay = [common_pb.FileChange(path=path, content=b"x", kind=kind) for path, kind in changes]
+    for builder in ("overlay", "system"):
+        spec = pb.EnvironmentSpec(builder=builder, overlay=overlay)
+        events = [event async for event in states.prepare_state(spec)]
+        sandbox = await sandboxes.create_sandbox(events[-1].state.id)
+        listing = await sandboxes.list_files(sandbox.id, root="/work/repo")
+        assert [entry.path.split("/")[-1] for entry in listing.files] == ["sub", "b"], builder
+        assert (await sandboxes.read_file(sandbox.id, "/work/repo/sub/b")).content == b"x"
+        await sandboxes.delete_sandbox(sandbox.id)
+        spec.overlay.add(path="sub", kind=deleted)
+        with pytest.raises(
+            InvalidArgument, match=r"spec.overlay\[4\].path: 'sub' cannot be deleted"
+        ):
+            async for _ in states.prepare_state(spec):
+                pass
+
+
 async def test_exec_streams_and_ends_with_the_result(service):
     states, sandboxes, _ = service
     sandbox = await sandboxes.create_sandbox((await prepared(states)).id)
