@@ -1,6 +1,7 @@
 """`python -m dataset_svc`: the dataset service as a process.
 
 - It serves only after its schema is the newest.
+- A Postgres that starts, or comes back, is waited for.
 - With no `database_url` it owns a private Postgres: neither outlives the other, however it ends.
 """
 
@@ -10,7 +11,7 @@ import sys
 from collections.abc import AsyncIterator
 
 from dataset_svc import upkeep
-from dataset_svc.database import Database, upgrade
+from dataset_svc.database import Database, await_server, upgrade
 from dataset_svc.localpg import LocalPostgres, LocalPostgresConfig
 from dataset_svc.queries.rollouts import QueuePolicy
 from dataset_svc.servicers.archive import ArchiveServicer
@@ -131,6 +132,8 @@ def main(argv: list[str] | None = None) -> int:
                 )
                 private = stack.enter_context(LocalPostgres(config))
                 url = private.url()
+            else:
+                await_server(url, settings.database_wait_s)
             upgrade(url)
             asyncio.run(serve(settings, url, private))
     except RegreenError as error:

@@ -22,10 +22,12 @@ from sqlalchemy.exc import (
     DataError,
     DBAPIError,
     IntegrityError,
+    OperationalError,
     SQLAlchemyError,
 )
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.pool import NullPool
 
 from dataset_svc.models import TEXT_INDEX
 from regreen.rpc.errors import (
@@ -46,6 +48,10 @@ _TRY_AGAIN = ("40001", "40P01", "23505")
 """SQLSTATE of a serialization failure, a deadlock, and a row that another has just inserted."""
 _COLLECTED = "RG001"
 """SQLSTATE of our own: the tokens of a trajectory were collected before a row named them."""
+_CONNECT = {"connect_timeout": 10}
+_LOOK_S = 0.5
+_SOON = ("starting up", "not yet accepting", "shutting down", "recovery mode")
+"""What a server says that comes, or comes back."""
 _WRONG_VALUE = ("23502", "23514")
 """SQLSTATE of a value that is missing or breaks a CHECK: sending it again cannot help."""
 
@@ -77,6 +83,39 @@ def alembic_config(connection: Connection) -> Config:
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     config.attributes["connection"] = connection
     return config
+
+
+def await_server(url: str, within_s: float) -> None:
+    """Wait for a server that is not up yet, starts or recovers; blocks.
+
+    Raises:
+        Unavailable: it does not let us in, or not within that time.
+    """
+    engine = create_engine(normal_url(url), poolclass=NullPool, connect_args=_CONNECT)
+    deadline, told = time.monotonic() + within_s, False
+    while True:
+        try:
+            with engine.connect():
+                return
+        except DBAPIError as error:
+            why = translated(error)
+            if not _may_come(error) or time.monotonic() >= deadline:
+                raise why from error
+            if not told:
+                log.warning("waiting_for_database", problem=why.message, within_s=within_s)
+                told = True
+        time.sleep(min(_LOOK_S, max(0.0, deadline - time.monotonic())))
+
+
+def _may_come(error: DBAPIError) -> bool:
+    """Whether a server that cannot be connected to may be one soon.
+
+    One that answers and refuses says FATAL, and why; libpq keeps no SQLSTATE of that.
+    """
+    told = str(error.orig)
+    return isinstance(error, OperationalError) and (
+        "FATAL:" not in told or any(word in told for word in _SOON)
+    )
 
 
 def upgrade(url: str, revision: str = "head") -> None:
@@ -142,7 +181,7 @@ class Database:
             pool_timeout=pool_timeout_s,
             pool_pre_ping=True,
             hide_parameters=True,  # else errors, and so logs, hold what callers sent
-            connect_args={"connect_timeout": 10},
+            connect_args=_CONNECT,
         )
         self._sessions = async_sessionmaker(self._engine, expire_on_commit=False, autoflush=False)
 

@@ -7,7 +7,7 @@
 
 import sys
 
-from dataset_svc.database import upgrade
+from dataset_svc.database import await_server, upgrade
 from dataset_svc.settings import DatasetSettings
 from regreen.rpc import logging
 from regreen.rpc.errors import RegreenError
@@ -25,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         return BAD_SETTINGS
     try:
+        await_server(settings.database_url, settings.database_wait_s)
         upgrade(settings.database_url)
     except RegreenError as error:
         sys.stderr.write(f"dataset_svc.migrate: {error}\n")

@@ -32,6 +32,8 @@ class DatasetSettings(ServiceSettings):
     """User that runs the server when root starts it; by default `postgres`, then `nobody`."""
     fsync: bool = True
     """Off only for throw-away data: a power cut may then lose what was committed."""
+    database_wait_s: float = Field(default=30.0, ge=0, le=3600.0)
+    """How long `database_url` may take to answer when the service starts."""
     pool_size: int = Field(default=16, ge=1, le=200)
     """Database connections of this process."""
     lease_s: float = Field(default=120.0, gt=0)
