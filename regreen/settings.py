@@ -45,6 +45,11 @@ from regreen.rpc.errors import FailedPrecondition, InvalidArgument
 from regreen.rpc.ports import is_local
 from regreen.rpc.tokens import read_tokens
 
+PLACES = frozenset(
+    ("listen", "metrics", "home", "insecure", "tls_cert", "tls_key", "tls_ca", "tokens", "audit")
+)
+"""Settings of where a process is and whom it lets in: said by what deploys it, of no process for
+another."""
 _FILE = "file:"
 """How a secret setting begins that is the path of a file with the secret."""
 BAD_SETTINGS = 2

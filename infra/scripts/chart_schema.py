@@ -12,20 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from regreen.settings import PLACES
+
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = ROOT / "infra" / "helm" / "regreen" / "values.schema.json"
-SERVED = (
-    "listen",
-    "metrics",
-    "home",
-    "insecure",
-    "tls_cert",
-    "tls_key",
-    "tls_ca",
-    "tokens",
-    "audit",
-)
-"""Said by the chart for every service."""
 OWN = {
     "dataset": ("database_url", "blobs", "pg_bin", "pg_user", "fsync"),
     "judge": ("policy_address", "policy_tls_ca", "policy_token_file"),
@@ -59,7 +49,7 @@ def definitions() -> dict[str, Any]:
         for name, described in fields["properties"].items():
             if described.get("writeOnly"):
                 secret[name] = {"$ref": "#/$defs/secretKey"}
-            elif name not in (*SERVED, *own):
+            elif name not in (*PLACES, *own):
                 plain[name] = setting(described)
         found[f"{service}Settings"] = closed(plain)
         if secret:

@@ -24,6 +24,7 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from regreen.blobs import sync_path
 from regreen.certs import authority as x
 from regreen.rpc.certificates import CA, CERT, KEY
 from regreen.rpc.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
@@ -215,12 +216,12 @@ class CertFolder:
                 target.flush()
                 os.fsync(target.fileno())
         whole.chmod(mode)
-        _sync(whole)
+        sync_path(whole)
         link = self.path / f".{name}.link"
         link.unlink(missing_ok=True)
         link.symlink_to(whole.name)
         link.replace(self.path / name)
-        _sync(self.path)
+        sync_path(self.path)
         self._sweep()
 
     def _sweep(self) -> None:
@@ -247,11 +248,3 @@ class CertFolder:
             fcntl.flock(lock, fcntl.LOCK_EX)
             self._sweep()
             yield
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -20,6 +20,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from regreen.rpc.certificates import CA, CERT, KEY
+from regreen.settings import PLACES
 from sandbox_svc.settings import SandboxSettings
 
 GRPC_PORT = 50052
@@ -40,22 +41,7 @@ _PROBES = 64
 """Calls that a worker takes beyond those of its front: probes, and the front's own questions."""
 _CLEAN_UP_S = 20
 """Time that a worker has after its calls are drained, to leave nothing behind."""
-_OWN = frozenset(
-    {
-        *(
-            "listen",
-            "metrics",
-            "home",
-            "insecure",
-            "tls_cert",
-            "tls_key",
-            "tls_ca",
-            "tokens",
-            "audit",
-        ),
-        *("backend", "blobs", "egress_upstream", "max_rpcs"),
-    }
-)
+_OWN = PLACES | {"backend", "blobs", "egress_upstream", "max_rpcs"}
 _OWN_PREFIXES = ("kube_", "docker_", "fleet_")
 """Settings that are the front's own, or given to its workers in another form; all others are
 theirs too."""
