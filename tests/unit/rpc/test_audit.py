@@ -133,7 +133,7 @@ async def test_a_service_that_is_killed_at_work_has_told_what_it_began(tmp_path)
             request = pb.DeleteStateRequest(id="a", request_id="the-last")
             with pytest.raises(Exception, match=r"(?i)unavailable|closed|reset"):
                 await pb.StateServiceStub(channel).DeleteState(request, timeout=30)
-            # It ended itself: to kill what is dead would take its exit status from who waits for it.
+            # It ended itself; to kill what is dead would take its exit status from the waiter.
             assert await asyncio.wait_for(service.wait(), 30) == -signal.SIGKILL
     finally:
         if service.returncode is None:
