@@ -24,6 +24,7 @@ from regreen.client.access import Access
 from regreen.client.channel import connect
 from regreen.dataset import v1 as pb
 from regreen.ids import new_id
+from regreen.rpc.errors import ResourceExhausted
 from regreen.rpc.scopes import SCOPES
 from regreen.tokens import TokenFile
 from tests.integration import dataset_samples as samples
