@@ -29,8 +29,10 @@ from learner_svc.launch import CALL
 from learner_svc.process import WorkerProcess
 from learner_svc.record import RunFiles, RunRecord, RunState, StepRecord
 from learner_svc.spec import RunSpec
+from learner_svc.walls import check_seen
 from regreen.blobs import BlobStore, Digest
 from regreen.model_store import ensure_default_model
+from regreen.rpc import tenants
 from regreen.rpc.errors import (
     DataLoss,
     FailedPrecondition,
@@ -137,16 +139,21 @@ class Runs:
             NotFound: no such run.
         """
         run = self._runs.get(run_id)
-        if run is None:
+        if run is None or not tenants.sees(run.record.tenant):
             raise NotFound(f"no run {run_id[:80]!r} here; start it")
         return run
 
     def all(self) -> list[Run]:
-        """All runs, newest first."""
-        return sorted(self._runs.values(), key=lambda run: run.record.created, reverse=True)
+        """All runs that the caller sees, newest first."""
+        seen = [run for run in self._runs.values() if tenants.sees(run.record.tenant)]
+        return sorted(seen, key=lambda run: run.record.created, reverse=True)
+
+    def _folders(self) -> dict[str, tuple[str, Path]]:
+        return {name: (run.record.tenant, run.files.directory) for name, run in self._runs.items()}
 
     async def estimate(self, spec: RunSpec) -> Estimate:
         """What a run would need; starts nothing and raises as `estimate_new`."""
+        check_seen(spec, "", self._folders())
         return await asyncio.to_thread(estimate_new, spec, self._home, self._config.processes)
 
     async def start(self, spec: RunSpec, resume_uri: str) -> Run:
@@ -158,6 +165,7 @@ class Runs:
                 asked for and not installed.
         """
         spec.check()
+        check_seen(spec, resume_uri, self._folders())
         known = self._runs.get(spec.run_id)
         if not spec.base_uri and known:
             spec = replace(spec, base_uri=known.record.spec.base_uri)
@@ -179,9 +187,8 @@ class Runs:
                 raise FailedPrecondition(f"run {spec.run_id} is active; stop it first")
             for run in self._runs.values():
                 if run.worker is not None and run.worker.alive:
-                    raise FailedPrecondition(
-                        f"run {run.record.spec.run_id} is active; one run trains at a time"
-                    )
+                    shown = run.record.spec.run_id if tenants.sees(run.record.tenant) else "another"
+                    raise FailedPrecondition(f"run {shown} is active; one run trains at a time")
             return await self._begin(spec, resume_uri, known)
 
     async def _begin(self, spec: RunSpec, resume_uri: str, known: Run | None) -> Run:
@@ -190,10 +197,14 @@ class Runs:
         folders = [*filter(None, resumes), local_path(spec.base_uri, "base_uri")]
         found = await asyncio.to_thread(estimate, spec, folders, self._config.processes)
         record = RunRecord(
-            spec, RunState.ACTIVE, ckpt.now(), estimated_memory_bytes=found.memory_bytes
+            spec,
+            RunState.ACTIVE,
+            ckpt.now(),
+            estimated_memory_bytes=found.memory_bytes,
+            tenant=tenants.own(),
         )
         if known:
-            record = replace(record, created=known.record.created)
+            record = replace(record, created=known.record.created, tenant=known.record.tenant)
             files.steps = known.files.steps
         run = Run(record, files, WorkerProcess(files.log, self._root / CALL))
         try:
