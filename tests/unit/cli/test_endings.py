@@ -35,7 +35,7 @@ def run(*words: str, timeout_s: float = 60.0) -> "subprocess.CompletedProcess[st
 def test_an_address_where_nobody_answers_is_told_at_once(words: str, said: str) -> None:
     began_s = time.monotonic()
     done = run(*words.split())
-    assert time.monotonic() - began_s < 5
+    assert time.monotonic() - began_s < 15
     assert done.returncode == 3
     assert said in " ".join(done.stderr.split())
     assert done.stderr.count("\n") <= 2
