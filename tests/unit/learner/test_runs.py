@@ -12,7 +12,8 @@ import pytest
 from prometheus_client import REGISTRY
 
 from learner_svc.record import RunFiles, RunState, StepRecord
-from learner_svc.runs import Runs, RunsConfig
+from learner_svc.run import RunsConfig
+from learner_svc.runs import Runs
 from learner_svc.spec import Hyperparameters, RunKind, RunSpec
 from learner_svc.worker import Commands
 from regreen.batch import Batch

@@ -14,7 +14,8 @@ import pytest
 
 from learner_svc.checkpoint import load_manifest
 from learner_svc.memory import check_fits, estimate_bytes, model_shape
-from learner_svc.runs import Runs, RunsConfig
+from learner_svc.run import RunsConfig
+from learner_svc.runs import Runs
 from learner_svc.servicer import LearnerServicer
 from learner_svc.session import Session
 from learner_svc.settings import LearnerSettings
