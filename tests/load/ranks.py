@@ -308,12 +308,14 @@ async def compare(home: Path, plan: Plan, tell: Callable[[str], None]) -> dict[s
 def table(report: dict[str, Any]) -> str:
     """The report for people."""
     lines = [
-        f"{'step':4} {'fault':11} {'restarts':8} {'loss':>14} {'undisturbed':>14} {'seconds':>8}"
+        f"{'step':4} {'fault':11} {'restarts':8} {'loss':>14} {'grad norm':>12} "
+        f"{'undisturbed':11} {'seconds':>8}"
     ]
     for calm, row in zip(report["undisturbed"], report["disturbed"], strict=True):
+        same = all(calm[name] == row[name] for name in ("loss", "grad_norm", "reward"))
         lines.append(
-            f"{row['step']:4} {row['fault']:11} {row['restarts']:8} {row['loss']:14.9f} "
-            f"{calm['loss']:14.9f} {row['seconds']:8.1f}"
+            f"{row['step']:4} {row['fault']:11} {row['restarts']:8} {row['loss']:14.6e} "
+            f"{row['grad_norm']:12.6f} {'equal' if same else 'DIFFERS':11} {row['seconds']:8.1f}"
         )
         lines += [f"{'':16} {told[:140]}" for told in row["told"]]
         if row["error"]:
