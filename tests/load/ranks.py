@@ -54,7 +54,7 @@ class Plan:
     faults: tuple[str, ...] = FAULTS
     checkpoint_every: int = 2
     silence_s: float = 10.0
-    start_timeout_s: float = 120.0
+    start_timeout_s: float = 180.0
 
     @property
     def steps(self) -> int:
