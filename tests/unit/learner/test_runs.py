@@ -165,7 +165,7 @@ async def test_stopping_does_not_wait_for_a_hung_step(
             await asyncio.sleep(0.005)
         async with asyncio.timeout(30):
             run = await runs.stop("run_r")
-        with pytest.raises((InfraError, FailedPrecondition), match="it was ended|is stopped"):
+        with pytest.raises((InfraError, FailedPrecondition), match=r"it was ended|is stopped"):
             await step
         assert (run.record.state, run.record.error) == (RunState.STOPPED, "")
 
