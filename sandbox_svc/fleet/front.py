@@ -288,9 +288,10 @@ class Front:
             for worker in workers:
                 await worker.call(method, request, *_terms(context, method, request))
                 await self._router.look_again(worker, wanted)
-            await self._router.keep_for_others(wanted) if shared else await self._router.forget(
-                wanted
-            )
+            if shared:
+                await self._router.keep_for_others(wanted)
+            else:
+                await self._router.forget(wanted)
         return pb.DeleteStateResponse()
 
     async def _delete_sandbox(

@@ -252,6 +252,11 @@ class Registry:
             self._holders.pop(state_id, None)
             self._held.pop(state_id, None)
 
+    def tenants_of(self, state_id: str) -> tuple[str, ...]:
+        """Whose a state is on any worker."""
+        held = self._held.get(state_id)
+        return held.tenants if held is not None else ()
+
     def bytes_of(self, tenant: str) -> int:
         """Bytes of the states that a tenant has on workers."""
         return self._held.bytes_of(tenant)

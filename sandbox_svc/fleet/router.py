@@ -402,14 +402,16 @@ class Router:
     async def withdraw(self, worker: Worker, state_id: str) -> bool:
         """Before a state is taken from the caller: whether the blob store's is others' too.
 
-        It then has to be made anew from a worker, and `worker` is given it where none holds it.
+        It has to be made anew from a worker then; `worker` is given it where none has it for them.
         """
         stored = await self._stored(state_id)
         if not own() or stored is None or set(stored.tenants) <= {own()}:
             return False
+        mine = own()
         with for_all():
-            if not await self.registry.find_state(state_id):
-                await self.ensure(worker, state_id)
+            await self.registry.find_state(state_id)
+            if not set(self.registry.tenants_of(state_id)) - {mine}:
+                await self._put(worker, state_id, stored)
         return True
 
     async def keep_for_others(self, state_id: str) -> None:
