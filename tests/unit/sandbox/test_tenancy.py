@@ -7,7 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from regreen.allowlist import AllowList
+from regreen.rpc.errors import NotFound
 from regreen.rpc.tokens import Caller, acting_as
+from sandbox_svc.egress import Egress
+from sandbox_svc.egress_log import Ledger
 from sandbox_svc.state_records import State
 from sandbox_svc.tenancy import Holdings, Owners, labels_of, made_again, word_of
 
@@ -71,6 +75,26 @@ def test_archives_of_two_tenants_are_two_states():
     assert len({named.id, one.id, two.id}) == 3
     assert replace(one, id=two.id, tenants=("b",)) == two
     assert (one.parent_id, one.ancestors, one.spec_sha256) == (named.id, ("st_0", named.id), "")
+
+
+def test_what_a_sandbox_asked_for_is_told_to_its_tenant_also_after_its_end():
+    ledger = Ledger(quiet=True)
+    with as_tenant("b"):
+        door = Egress(ledger=ledger).door("sbx_b", AllowList.parse(["x.test"]))
+    door.end(door.begin())
+    ledger.begin("st_1", tenant="a")
+    told = []
+    for subject, name in (("sbx_b", "a"), ("sbx_none", "a"), ("st_1", "b")):
+        with as_tenant(name), pytest.raises(NotFound) as caught:
+            ledger.list(subject)
+        told.append(str(caught.value).replace(subject, ""))
+    assert len(set(told)) == 1
+    door.close()
+    with as_tenant("b"):
+        assert len(ledger.list("sbx_b")) == 1
+        ledger.share("st_1")  # it asked for the same preparation
+        assert len(ledger.list("st_1")) == 1
+    assert ledger.list("sbx_b"), "the service itself sees all"
 
 
 @pytest.mark.parametrize("damage", [[1], "a", None, ["\ud800"]])
