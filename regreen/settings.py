@@ -43,10 +43,14 @@ from regreen.home import default_home
 from regreen.rpc.certificates import Tls
 from regreen.rpc.errors import FailedPrecondition, InvalidArgument
 from regreen.rpc.ports import is_local
+from regreen.rpc.quotas import read_quotas
 from regreen.rpc.tokens import read_tokens
 
 PLACES = frozenset(
-    ("listen", "metrics", "home", "insecure", "tls_cert", "tls_key", "tls_ca", "tokens", "audit")
+    (
+        *("listen", "metrics", "home", "insecure", "tls_cert", "tls_key", "tls_ca"),
+        *("tokens", "quotas", "audit"),
+    )
 )
 """Settings of where a process is and whom it lets in: said by what deploys it, of no process for
 another."""
@@ -194,6 +198,8 @@ class ServiceSettings(BaseSettings):
     tokens: Path | None = None
     """File of token hashes (`regreen tokens create`); given, every call but health needs a token
     whose scopes cover it. Read anew when it changes."""
+    quotas: Path | None = None
+    """File of what each tenant may have at most; needs `tokens`. Read anew when it changes."""
     audit: Path | None = None
     """File that two lines are appended to for each mutation: who began it, and what came of it.
     `/dev/stderr` puts them into the log."""
@@ -253,11 +259,15 @@ class ServiceSettings(BaseSettings):
                 "set tls_cert and tls_key, or insecure=true if the network is private"
             )
         check_certificates(self.tls_cert, self.tls_key, self.tls_ca)
-        if self.tokens is not None:
-            try:
+        if self.quotas is not None and self.tokens is None:
+            raise ValueError("quotas: without tokens there are no tenants; set tokens")
+        try:
+            if self.tokens is not None:
                 read_tokens(self.tokens)
-            except FailedPrecondition as error:
-                raise ValueError(error.message) from None
+            if self.quotas is not None:
+                read_quotas(self.quotas)
+        except FailedPrecondition as error:
+            raise ValueError(error.message) from None
         if self.tokens is not None and not (is_local(self.listen) or self.tls_cert):
             raise ValueError(
                 "tokens: they would cross the network in plain text; set tls_cert and tls_key"

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from regreen.rpc import scopes as known
 from regreen.rpc.errors import InvalidArgument, NotFound
+from regreen.rpc.tenants import EVERY
 from regreen.rpc.tokens import PREFIX, Token, digest, read_tokens, write_text
 
 DEFAULT_TENANT = "default"
@@ -46,11 +47,12 @@ class TokenFile:
             InvalidArgument: a name, the tenant or a scope is none.
         """
         for field, value in (("name", name), ("tenant", tenant)):
-            if not _NAME.fullmatch(value):
+            if not _NAME.fullmatch(value) and (field, value) != ("tenant", EVERY):
                 raise InvalidArgument(
                     field,
                     f"{value!r} is none",
-                    "give letters, digits, '.', '_' and '-', at most 64",
+                    "give letters, digits, '.', '_' and '-', at most 64"
+                    + (f", or {EVERY} for the platform's own" if field == "tenant" else ""),
                 )
         for scope in scopes:
             if scope not in known.KNOWN:

@@ -33,7 +33,9 @@ def create(
     scope: Annotated[
         list[str], typer.Option(help="SERVICE:LEVEL, level read, write or admin; repeatable.")
     ],
-    tenant: Annotated[str, typer.Option(help="Whose it is.")] = DEFAULT_TENANT,
+    tenant: Annotated[
+        str, typer.Option(help="Whose it is; * is the platform's own, which sees every tenant's.")
+    ] = DEFAULT_TENANT,
     days: Annotated[float, typer.Option(min=1 / 24, max=3650, help="Days that it holds.")] = 90.0,
     home: Home = None,
     file: File = None,
