@@ -28,6 +28,7 @@ from regreen.blobs import open_blobs
 from regreen.dataset import v1 as pb
 from regreen.rpc import logging
 from regreen.rpc.errors import InfraError, RegreenError
+from regreen.rpc.quotas import Quotas
 from regreen.rpc.server import Server
 
 _RESPONSE_SLACK_BYTES = 1 << 20
@@ -52,7 +53,8 @@ async def serving(settings: DatasetSettings, database_url: str) -> AsyncIterator
     """The running server over a database whose schema is the newest."""
     database = Database(database_url, pool_size=settings.pool_size)
     blobs = open_blobs(settings.blobs or settings.home / "blobs", fsync=settings.fsync)
-    store = TrajectoryStore(database, blobs, settings.max_message_bytes - _RESPONSE_SLACK_BYTES)
+    wire_bytes = settings.max_message_bytes - _RESPONSE_SLACK_BYTES
+    store = TrajectoryStore(database, blobs, wire_bytes, Quotas(settings.quotas))
     transactions = Transactions(database)
     policy = QueuePolicy(
         settings.max_attempts,

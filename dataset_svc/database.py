@@ -1,6 +1,7 @@
 """Connections, transactions and the schema's version.
 
-- Work passed to `Database.run` happens in one transaction: all of it or none.
+- Work passed to `Database.run` happens in one transaction: all of it or none, within the walls of
+  the present call's tenant (`walls`).
 - Deadlocks, serialization failures and lost races to insert are tried again until a deadline.
 - What the driver raises leaves as a `RegreenError`; a message never holds the password.
 """
@@ -16,7 +17,7 @@ import structlog
 from alembic import command
 from alembic.config import Config
 from alembic.util import CommandError
-from sqlalchemy import Connection, create_engine, make_url, text
+from sqlalchemy import Connection, create_engine, event, make_url, text
 from sqlalchemy.exc import (
     ArgumentError,
     DataError,
@@ -29,6 +30,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.pool import NullPool
 
+from dataset_svc import walls
 from dataset_svc.models import TEXT_INDEX
 from regreen.rpc.errors import (
     Aborted,
@@ -183,7 +185,13 @@ class Database:
             hide_parameters=True,  # else errors, and so logs, hold what callers sent
             connect_args=_CONNECT,
         )
-        self._sessions = async_sessionmaker(self._engine, expire_on_commit=False, autoflush=False)
+        event.listen(self._engine.sync_engine, "before_cursor_execute", walls.check_statement)
+        self._sessions = async_sessionmaker(
+            self._engine,
+            sync_session_class=walls.WalledSession,
+            expire_on_commit=False,
+            autoflush=False,
+        )
 
     async def run(self, work: Callable[[AsyncSession], Awaitable[T]]) -> T:
         """The result of `work`, done in one transaction.
@@ -200,7 +208,7 @@ class Database:
         pause_s = 0.01
         while True:
             try:
-                async with self._sessions() as session, session.begin():
+                async with self._sessions(info=walls.info()) as session, session.begin():
                     return await work(session)
             except SQLAlchemyError as error:
                 again = _sqlstate(error) in _TRY_AGAIN and time.monotonic() < deadline

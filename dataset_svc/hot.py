@@ -1,5 +1,6 @@
 """Leases and commits of many workers, a few transactions for all that come at the same time.
 
+- Only calls of one tenant share a transaction, so that the walls hold within it.
 - Every call is answered once for its request id, whatever else was in its transaction.
 - A commit is looked at before its tokens are written and again, under a lock, when it is stored.
 - Workers that find nothing are told when to ask again, so that however many of them are idle,
@@ -51,7 +52,10 @@ Answers = list[bytes | RegreenError]
 
 
 class HotQueue:
-    """The two calls that every rollout makes; answers are the bytes of the contract's messages."""
+    """The two calls that every rollout makes; answers are the bytes of the contract's messages.
+
+    It is of one tenant: a transaction that several calls share sees what each of them may see.
+    """
 
     def __init__(
         self,
@@ -92,6 +96,7 @@ class HotQueue:
             NotFound: there never was such a lease.
             InvalidArgument: it is malformed, or a request id is missing or used.
             AlreadyExists: the trajectory's id is stored with other content.
+            ResourceExhausted: more would be kept of the tenant's than it may have.
         """
         lease_id, record = asked.what
         identity = (asked.request_id, asked.fingerprint)
@@ -115,7 +120,7 @@ class HotQueue:
     async def _store_many(self, asked: Sequence[Asked[_Commit]]) -> Answers:
         async def work(session: AsyncSession, new: list[Asked[_Commit]]) -> Answers:
             pairs = [(ask.what.lease_id, ask.what.packed) for ask in new]
-            done = await committing.commit_many(session, pairs)
+            done = await committing.commit_many(session, pairs, self._store.quotas)
             return [one if isinstance(one, RegreenError) else self._commit_answer(one)
                     for one in done]  # fmt: skip
 

@@ -16,6 +16,7 @@ from sqlalchemy import (
     CheckConstraint,
     DateTime,
     ForeignKey,
+    ForeignKeyConstraint,
     Identity,
     Index,
     MetaData,
@@ -40,6 +41,9 @@ RUN_STATES = ("active", "done", "failed")
 GROUP_STATES = ("open", "complete", "taken", "acknowledged")
 ROLLOUT_STATES = ("waiting", "leased", "committed", "lost", "pruned")
 TURN_ROLES = ("prompt", "policy", "tool")
+TENANTS = "tenant <> ''"
+"""Rows that are somebody's; where nobody has a tenant, indexes of them cost nothing."""
+_LISTED_BY = ("run_id", "task_id", "policy", "actor", "pipeline", "mode")
 EPISODE_ENDS = ("submitted", "gave_up", "turn_limit", "token_limit", "time_limit", "stuck")
 
 
@@ -51,6 +55,13 @@ def one_of(column: str, values: tuple[str, ...]) -> CheckConstraint:
     """The column has one of these values."""
     allowed = ", ".join(f"'{value}'" for value in values)
     return CheckConstraint(f"{column} IN ({allowed})", name=f"{column}_known")
+
+
+def of_run() -> ForeignKeyConstraint:
+    """The row is of its run's tenant; so it stays."""
+    return ForeignKeyConstraint(
+        ["run_id", "tenant"], ["runs.id", "runs.tenant"], ondelete="CASCADE"
+    )
 
 
 class Base(DeclarativeBase):
@@ -148,12 +159,15 @@ class Run(Base):
     __table_args__ = (
         one_of("kind", RUN_KINDS),
         one_of("state", RUN_STATES),
-        UniqueConstraint("name"),
+        UniqueConstraint("tenant", "name"),
+        UniqueConstraint("id", "tenant"),
         Index(None, "seq"),
     )
 
     id: Mapped[str] = mapped_column(primary_key=True)
     seq: Mapped[int] = mapped_column(Identity(always=True))
+    tenant: Mapped[str] = mapped_column(server_default="")
+    """Whose it is, and with it all that belongs to it; empty: nobody's."""
     name: Mapped[str]
     kind: Mapped[str]
     state: Mapped[str]
@@ -261,6 +275,15 @@ class Rollout(Base):
             "group_index",
             postgresql_where="state IN ('waiting', 'leased')",
         ),
+        Index(
+            "ix_rollouts_work_of_tenant",
+            "tenant",
+            "step",
+            "group_seq",
+            "group_index",
+            postgresql_where=f"state IN ('waiting', 'leased') AND {TENANTS}",
+        ),
+        of_run(),
         Index("ix_rollouts_expiry", "expire_time", postgresql_where="state = 'leased'"),
         Index(None, "run_id", "state", "id"),
     )
@@ -268,6 +291,8 @@ class Rollout(Base):
     id: Mapped[str] = mapped_column(primary_key=True)
     group_id: Mapped[str] = mapped_column(ForeignKey("groups.id", ondelete="CASCADE"))
     run_id: Mapped[str]
+    tenant: Mapped[str] = mapped_column(server_default="")
+    """Its run's."""
     group_index: Mapped[int]
     group_seq: Mapped[int]
     step: Mapped[int]
@@ -321,8 +346,7 @@ class Trajectory(Base):
         one_of("grader", GRADERS),
         one_of("episode_end", EPISODE_ENDS),
         Index(None, "seq"),
-        Index(None, "run_id", "seq"),
-        Index(None, "task_id", "seq"),
+        *(Index(None, name, "seq") for name in _LISTED_BY),
         Index(None, "group_id"),
         Index("ix_trajectories_solved", "seq", postgresql_where="solved"),
         Index("ix_trajectories_hacks", "hacks", postgresql_using="gin"),
@@ -330,18 +354,18 @@ class Trajectory(Base):
         Index(
             "ix_trajectories_accepted", "accepted", "seq", postgresql_where="accepted IS NOT NULL"
         ),
-        Index(None, "policy", "seq"),
-        Index(None, "actor", "seq"),
-        Index(None, "pipeline", "seq"),
-        Index(None, "mode", "seq"),
         Index(None, "run_id", "policy", "actor", "solved"),
+        Index("ix_trajectories_tenant", "tenant", "seq", postgresql_where=TENANTS),
+        of_run(),
         Index("ix_trajectories_flagged", "run_id", "hacks", postgresql_where="hacks <> '{}'"),
     )
 
     id: Mapped[str] = mapped_column(primary_key=True)
     seq: Mapped[int] = mapped_column(Identity(always=True))
     task_id: Mapped[str] = mapped_column(ForeignKey("tasks.id"))
-    run_id: Mapped[str | None] = mapped_column(ForeignKey("runs.id", ondelete="CASCADE"))
+    run_id: Mapped[str | None]
+    tenant: Mapped[str] = mapped_column(server_default="")
+    """Its run's, or of whom stored it outside any; empty: nobody's."""
     group_id: Mapped[str]
     group_index: Mapped[int]
     attempt: Mapped[int]
@@ -454,6 +478,16 @@ class Verdict(Base):
     rules_version: Mapped[str]
     evidence_sha256: Mapped[str]
     document: Mapped[Document]
+
+
+class TenantUse(Base):
+    """What is kept of a tenant's; triggers on `trajectories` count."""
+
+    __tablename__ = "tenant_use"
+    __table_args__ = (CheckConstraint("trajectory_bytes >= 0", name="bytes_not_negative"),)
+
+    tenant: Mapped[str] = mapped_column(primary_key=True)
+    trajectory_bytes: Mapped[int] = mapped_column(server_default="0")
 
 
 class Request(Base):

@@ -5,8 +5,8 @@ from datetime import datetime
 from sqlalchemy import CheckConstraint, ForeignKey, Index, func
 from sqlalchemy.orm import Mapped, mapped_column
 
+from dataset_svc.models import TENANTS, Document, one_of
 from dataset_svc.models import Base as Base
-from dataset_svc.models import Document, one_of
 
 KNOWLEDGE_KINDS = ("reference-fix", "trajectory", "changelog")
 
@@ -20,9 +20,12 @@ class Knowledge(Base):
         CheckConstraint("(kind = 'changelog') = (task_id IS NULL)", name="task_of_fix"),
         Index(None, "task_id"),
         Index(None, "signature"),
+        Index("ix_knowledge_tenant", "tenant", postgresql_where=TENANTS),
     )
 
     id: Mapped[str] = mapped_column(primary_key=True)
+    tenant: Mapped[str] = mapped_column(server_default="")
+    """Whose it is; empty: nobody's."""
     kind: Mapped[str]
     task_id: Mapped[str | None] = mapped_column(ForeignKey("tasks.id", ondelete="CASCADE"))
     trajectory_id: Mapped[str]

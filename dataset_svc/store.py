@@ -18,11 +18,12 @@ from dataset_svc.gather import Gatherer
 from dataset_svc.queries import blobs as announced
 from dataset_svc.queries import trajectories
 from dataset_svc.queries.committing import Admission
-from dataset_svc.queries.trajectories import Packed
+from dataset_svc.queries.trajectories import Packed, Room
 from dataset_svc.records import LeaseRecord, TrajectoryQuery, TrajectoryRecord
 from regreen.blobs import BlobStore, Digest, digest_of
 from regreen.ids import check_id, new_id
 from regreen.rpc.errors import InvalidArgument, NotFound
+from regreen.rpc.quotas import Quotas
 
 _EXPORT_ROWS = 64
 _EXPORT_BYTES = 32 << 20
@@ -36,6 +37,7 @@ class TrajectoryStore:
     blobs: BlobStore
     max_wire_bytes: int = 60 << 20
     """Bound on a response; no trajectory or group may need more."""
+    quotas: Quotas = field(default_factory=Quotas)
     _announcing: Gatherer[Digest, None] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -52,13 +54,10 @@ class TrajectoryStore:
             InvalidArgument: it is malformed; names the field.
             AlreadyExists: its id is stored with other content.
             NotFound: an unknown task or run.
+            ResourceExhausted: more would be kept of the tenant's than it may have.
         """
         packed, blob = self._packed(record, share=1)
-
-        async def admit(session: AsyncSession) -> None:
-            await trajectories.check_new(session, packed)
-
-        await self.database.run(admit)
+        await self._admitted([packed])
         await self._keep(packed, blob)
         return packed
 
@@ -71,31 +70,31 @@ class TrajectoryStore:
             InvalidArgument: one is malformed; names it by its place.
             AlreadyExists: an id is stored with other content, or comes twice.
             NotFound: an unknown task or run.
+            ResourceExhausted: more would be kept of the tenant's than it may have.
         """
         made = await asyncio.to_thread(self._packed_many, records, first)
-
-        async def admit(session: AsyncSession) -> list[bool]:
-            return await trajectories.check_many(session, [packed for packed, _ in made])
-
-        new = [
-            pair
-            for pair, wanted in zip(made, await self.database.run(admit), strict=True)
-            if wanted
-        ]
-
-        async def insert(session: AsyncSession) -> None:
-            still = await trajectories.check_many(session, [packed for packed, _ in new])
-            await trajectories.insert_trajectories(
-                session,
-                [(pair[0], "") for pair, wanted in zip(new, still, strict=True) if wanted],
-            )
-
+        new = await self._admitted([packed for packed, _ in made])
         if new:
-            digests = [packed.blob for packed, _ in new]
+            blobs = {packed.record.id: blob for packed, blob in made}
+            digests = [packed.blob for packed in new]
             await self.database.run(lambda session: announced.announce(session, digests))
-            await self.blobs.put_many([blob for _, blob in new])
-            await self.database.run(insert)
+            await self.blobs.put_many([blobs[packed.record.id] for packed in new])
+            await self.database.run(
+                lambda session: trajectories.insert_checked(session, new, self.quotas)
+            )
         return len(new), len(made) - len(new)
+
+    async def _admitted(self, packed: Sequence[Packed]) -> list[Packed]:
+        """Those that are still to be stored, and would be now: no token is written before."""
+
+        async def admit(session: AsyncSession) -> list[Packed]:
+            new = [item.packed for item in await trajectories.to_store(session, packed)]
+            room = Room(self.quotas, await trajectories.kept_bytes(session))
+            for item in new:
+                room.take(item)
+            return new
+
+        return await self.database.run(admit)
 
     def _packed_many(
         self, records: Sequence[TrajectoryRecord], first: int
@@ -142,9 +141,10 @@ class TrajectoryStore:
             InvalidArgument: it is malformed, or is not of that rollout.
             LeaseExpired: the rollout is not this lease's, or holds another trajectory.
             AlreadyExists: its id is stored with other content.
+            ResourceExhausted: more would be kept of the tenant's than it may have.
         """
         packed, blob = self._packed(fill(record, found.lease), share=found.lease.group.size)
-        found.check(lease_id, packed)
+        found.check(lease_id, packed, self.quotas)
         await self._keep(packed, blob)
         return packed
 

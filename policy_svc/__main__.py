@@ -58,7 +58,8 @@ async def running(settings: PolicySettings) -> AsyncIterator[Running]:
         app = OpenAiHttp(policy, sessions, settings.http_key.get_secret_value(), guard).app()
         server = Server(settings, [SERVICE], leaving={f"{SERVICE}/Generate": Leaving.ENDS})
         pb.add_PolicyServiceServicer_to_server(PolicyServicer(policy), server.grpc)
-        async with _http(settings.http, app, settings.drain_s) as http_port, server:
+        http = _http(settings.http, app, settings.drain_s)
+        async with policy.usage.kept(), http as http_port, server:
             yield Running(server, policy, http_port)
     finally:
         await policy.engine.close()

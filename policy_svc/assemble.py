@@ -19,10 +19,12 @@ from policy_svc.engines.sglang import SglangEngine, SglangOptions
 from policy_svc.limits import Limits
 from policy_svc.policy import Policy
 from policy_svc.settings import PolicySettings
+from policy_svc.usage import Usage
 from policy_svc.versions import PolicyVersion, Serving, Versions, WeightSource, read_record
 from regreen.model_store import HEADER, ensure_default_model
 from regreen.rpc.errors import FailedPrecondition, MissingDependency, NotFound
 from regreen.rpc.logging import get
+from regreen.rpc.quotas import Quotas
 
 
 async def open_policy(settings: PolicySettings) -> Policy:
@@ -49,7 +51,8 @@ async def open_policy(settings: PolicySettings) -> Policy:
     limits = Limits(
         settings.max_running, settings.max_waiting, settings.max_samples, settings.max_new_tokens
     )
-    return Policy(engine, chat, Versions(engine, source, record, serving), limits)
+    usage = Usage(settings.home / "policy" / "usage.json", Quotas(settings.quotas))
+    return Policy(engine, chat, Versions(engine, source, record, serving), limits, usage)
 
 
 def _base(settings: PolicySettings, model: Path) -> PolicyVersion:

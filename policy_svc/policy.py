@@ -7,7 +7,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
@@ -15,6 +15,7 @@ from policy_svc import metrics
 from policy_svc.chat import ChatMl
 from policy_svc.engines.base import Engine, Generation, PauseMode, Request, TokenSink
 from policy_svc.limits import Admission, Limits, check
+from policy_svc.usage import Usage
 from policy_svc.versions import Versions
 from regreen.rpc.errors import Aborted, FailedPrecondition, NotFound, Unavailable
 
@@ -32,8 +33,10 @@ class Answer:
 class Policy:
     """Everything that the service does, without its wire formats."""
 
-    def __init__(self, engine: Engine, chat: ChatMl, versions: Versions, limits: Limits) -> None:
-        self.engine, self.chat, self.versions = engine, chat, versions
+    def __init__(
+        self, engine: Engine, chat: ChatMl, versions: Versions, limits: Limits, usage: Usage
+    ) -> None:
+        self.engine, self.chat, self.versions, self.usage = engine, chat, versions, usage
         self.limits, self._admission = limits, Admission(limits)
         self._paused: PauseMode | None = None
         self._open = asyncio.Event()
@@ -55,7 +58,7 @@ class Policy:
         """Sample; waits for the gate and a place at most `patience_s`.
 
         Raises:
-            InvalidArgument, ResourceExhausted: see `limits`.
+            InvalidArgument, ResourceExhausted: see `limits` and `usage`.
             Unavailable: paused for longer than the caller's patience, or the engine is down.
             Aborted: the policy is below `min_version`.
         """
@@ -66,9 +69,13 @@ class Policy:
                 retry_after_s=1.0,
             )
         async with self._place(patience_s):
+            self.usage.check()
             start_s = time.monotonic()
-            generation = await self._run(request, on_tokens)
+            shown = _Shown(self.usage, on_tokens) if on_tokens else None
+            generation = await self._run(request, shown)
             duration_s = time.monotonic() - start_s
+        sampled = sum(len(completion.token_ids) for completion in generation.completions)
+        self.usage.count(sampled - (shown.tokens if shown else 0))
         self._measure(request, generation, duration_s)
         lowest = min((s.version for c in generation.completions for s in c.versions), default=None)
         if lowest is not None and lowest < min_version:
@@ -139,3 +146,17 @@ class Policy:
         for completion in generation.completions:
             metrics.TOKENS.labels("sampled").inc(len(completion.token_ids))
             metrics.COMPLETIONS.labels(completion.finish_reason.value).inc()
+
+
+@dataclass(slots=True)
+class _Shown:
+    """Counts tokens as they are shown: who goes away before the end has had them."""
+
+    usage: Usage
+    sink: TokenSink
+    tokens: int = 0
+
+    def __call__(self, index: int, ids: Sequence[int], logprobs: Sequence[float]) -> None:
+        self.tokens += len(ids)
+        self.usage.count(len(ids))
+        self.sink(index, ids, logprobs)

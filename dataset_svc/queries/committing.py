@@ -15,12 +15,20 @@ from sqlalchemy import func, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dataset_svc import bulk
-from dataset_svc.models import Group, Lease, Rollout, Trajectory
+from dataset_svc.models import Group, Lease, Rollout, TenantUse, Trajectory
 from dataset_svc.queries.closing import close_groups
 from dataset_svc.queries.rollouts import group_record, lease_record
-from dataset_svc.queries.trajectories import Packed, insert_trajectories
+from dataset_svc.queries.trajectories import (
+    New,
+    Packed,
+    Room,
+    fingerprints,
+    insert_trajectories,
+    prepare,
+)
 from dataset_svc.records import LeaseRecord
 from regreen.rpc.errors import AlreadyExists, LeaseExpired, NotFound, RegreenError
+from regreen.rpc.quotas import Quotas
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +47,7 @@ class Slot:
     group_id: str
     state: str
     lease_id: str
+    tenant: str
     trajectory_id: str = ""
     stored_lease_id: str = ""
     """Lease under which its trajectory was committed."""
@@ -54,17 +63,22 @@ class Admission:
     slot: Slot
     same_id_sha256: str = ""
     """Content that is stored under the id that the trajectory brings along; empty if none is."""
+    kept_bytes: int = 0
+    """What is kept of the tenant's trajectories."""
 
-    def check(self, lease_id: str, packed: Packed) -> None:
+    def check(self, lease_id: str, packed: Packed, quotas: Quotas) -> None:
         """Refuse what a commit would refuse now.
 
         Raises:
             LeaseExpired: the slot belongs to another lease, is lost, or holds another trajectory.
             AlreadyExists: the id is stored with other content.
+            ResourceExhausted: more would be kept of the tenant's than it may have.
         """
         if _committed_before(self.slot, lease_id, packed):
             return
         _check_id(packed, self.same_id_sha256)
+        if not self.same_id_sha256:
+            Room(quotas, self.kept_bytes).take(packed)
 
 
 async def admissions(
@@ -72,8 +86,9 @@ async def admissions(
 ) -> list[Admission | RegreenError]:
     """What is known for each (lease id, trajectory id or nothing); takes no lock."""
     lease_ids = {lease_id for lease_id, _ in wanted}
+    mine = select(TenantUse.trajectory_bytes).where(TenantUse.tenant == Rollout.tenant)
     rows = await session.execute(
-        select(Lease.id, Lease.attempt, Rollout, Group)
+        select(Lease.id, Lease.attempt, Rollout, Group, mine.scalar_subquery())
         .join(Rollout, Rollout.id == Lease.rollout_id)
         .join(Group, Group.id == Rollout.group_id)
         .where(Lease.id.in_(lease_ids))
@@ -81,42 +96,47 @@ async def admissions(
     found = {row[0]: row for row in rows}
     slots = {row[2].id: _slot(row[2]) for row in found.values()}
     await _add_stored(session, slots.values())
-    same = await _same_ids(session, [trajectory_id for _, trajectory_id in wanted])
+    same = await fingerprints(session, [trajectory_id for _, trajectory_id in wanted])
     answers: list[Admission | RegreenError] = []
     for lease_id, trajectory_id in wanted:
         if lease_id not in found:
             answers.append(NotFound(f"no lease {lease_id[:200]!r}"))
             continue
-        _, attempt, rollout, group = found[lease_id]
+        _, attempt, rollout, group, kept = found[lease_id]
         record = lease_record(rollout, group_record(group))
         record = replace(record, id=lease_id, attempt=attempt)
-        answers.append(Admission(record, slots[rollout.id], same.get(trajectory_id, "")))
+        known = same.get(trajectory_id, "")
+        answers.append(Admission(record, slots[rollout.id], known, kept or 0))
     return answers
 
 
-async def commit(session: AsyncSession, lease_id: str, packed: Packed) -> Committed:
+async def commit(
+    session: AsyncSession, lease_id: str, packed: Packed, quotas: Quotas | None = None
+) -> Committed:
     """Store the trajectory of a leased rollout and close its slot.
 
     Raises:
         LeaseExpired: the slot belongs to another lease, is lost, or holds another trajectory.
         NotFound: there never was such a lease.
         AlreadyExists: the trajectory's id is stored with other content.
+        ResourceExhausted: more would be kept of the tenant's than it may have.
     """
-    (done,) = await commit_many(session, [(lease_id, packed)])
+    (done,) = await commit_many(session, [(lease_id, packed)], quotas or Quotas())
     if isinstance(done, RegreenError):
         raise done
     return done
 
 
 async def commit_many(
-    session: AsyncSession, commits: Sequence[tuple[str, Packed]]
+    session: AsyncSession, commits: Sequence[tuple[str, Packed]], quotas: Quotas
 ) -> list[Committed | RegreenError]:
     """Store trajectories of leased rollouts and close their slots; where each went, or why not."""
     slots = await _locked(session, {lease_id for lease_id, _ in commits})
-    same = await _same_ids(session, [packed.record.id for _, packed in commits])
+    same = await fingerprints(session, [packed.record.id for _, packed in commits])
+    room = await prepare(session, quotas)
     found: list[tuple[Slot, str] | RegreenError] = []
     closed: list[Slot] = []
-    new: list[tuple[Packed, str]] = []
+    new: list[New] = []
     for lease_id, packed in commits:
         slot = slots.get(lease_id)
         if slot is None:
@@ -125,9 +145,10 @@ async def commit_many(
         try:
             if not _committed_before(slot, lease_id, packed):
                 _check_id(packed, same.get(packed.record.id, ""))
-                closed.append(slot)
                 if packed.record.id not in same:
-                    new.append((packed, lease_id))
+                    room.take(packed)
+                    new.append(New(packed, lease_id, slot.tenant))
+                closed.append(slot)
                 _close(slot, lease_id, packed)
                 same[packed.record.id] = packed.fingerprint
             found.append((slot, slot.trajectory_id))
@@ -151,6 +172,7 @@ def _slot(rollout: Rollout) -> Slot:
         rollout.group_id,
         rollout.state,
         rollout.lease_id or "",
+        rollout.tenant,
         rollout.trajectory_id or "",
     )
 
@@ -184,17 +206,6 @@ async def _add_stored(session: AsyncSession, slots: Any) -> None:
     for row in rows:
         slot = committed[row.id]
         slot.stored_lease_id, slot.stored_sha256 = row.lease_id, row.content_sha256
-
-
-async def _same_ids(session: AsyncSession, trajectory_ids: Sequence[str]) -> dict[str, str]:
-    """Fingerprints of what is stored under these ids."""
-    wanted = {trajectory_id for trajectory_id in trajectory_ids if trajectory_id}
-    if not wanted:
-        return {}
-    rows = await session.execute(
-        select(Trajectory.id, Trajectory.content_sha256).where(Trajectory.id.in_(wanted))
-    )
-    return {row.id: row.content_sha256 for row in rows}
 
 
 def _committed_before(slot: Slot, lease_id: str, packed: Packed) -> bool:

@@ -23,6 +23,7 @@ from dataset_svc.columns import AnyText
 from dataset_svc.models import Task, Trajectory
 from dataset_svc.models_knowledge import Knowledge, KnowledgeUse, KnowledgeWord
 from dataset_svc.records import canonical
+from dataset_svc.walls import tenant_of
 from regreen.families import Asker, families, family, item_words, words
 from regreen.families import asker as asker_of
 from regreen.rpc.errors import FailedPrecondition, NotFound
@@ -58,10 +59,12 @@ async def record(session: AsyncSession, items: Sequence[ItemRecord]) -> tuple[in
         FailedPrecondition: a source that may not be learned from.
     """
     packages = await _sources(session, items)
+    tenant = tenant_of(session)
     rows = {}
     for item in items:
         package, culprit = packages.get(item.task_id, ("", item.culprit))
-        rows[_id(item)] = _row(item, package, culprit or item.culprit)
+        item_id = _id(item, tenant)
+        rows[item_id] = _row(item, item_id, tenant, package, culprit or item.culprit)
     there = set(await session.scalars(select(Knowledge.id).where(Knowledge.id.in_(rows))))
     new = {item_id: row for item_id, row in rows.items() if item_id not in there}
     await bulk.copy_rows(session, Knowledge, [row for row, _ in new.values()])
@@ -109,6 +112,7 @@ async def search(
         bindparam("signature", signature, AnyText()),
         bindparam("package", who.package_family, AnyText()),
         bindparam("mode", mode, AnyText()),
+        bindparam("tenant", tenant_of(session), AnyText()),
         bindparam("most", limit),
     )
     ranked = {row.id: row for row in await session.execute(statement)}
@@ -148,7 +152,8 @@ _SEARCH = """
 WITH visible AS (
     SELECT k.id, k.signature, k.length, k.families, k.package_family
     FROM knowledge k LEFT JOIN tasks t ON t.id = k.task_id
-    WHERE (k.kind = 'changelog' OR (t.split = 'train' AND t.status = 'admitted'))
+    WHERE (:tenant = '' OR k.tenant = :tenant)
+      AND (k.kind = 'changelog' OR (t.split = 'train' AND t.status = 'admitted'))
       AND k.package_family <> :package
       AND (:mode = '' OR k.mode IN ('', :mode))
       AND NOT (k.package_family = ANY(:hidden) OR k.families && :hidden
@@ -225,20 +230,26 @@ async def _sources(
     return {task_id: (row.package, row.culprit) for task_id, row in tasks.items()}
 
 
-def _id(item: ItemRecord) -> str:
+def _id(item: ItemRecord, tenant: str) -> str:
+    """By content and whose it is: what two tenants learn is an item of each."""
     content = {
         name: getattr(item, name)
         for name in ("kind", "task_id", "trajectory_id", "mode", "error", "moves", "edited")
     }
     content["culprit"] = item.culprit if item.kind == "changelog" else ""
+    if tenant:
+        content["tenant"] = tenant
     return f"kno_{hashlib.sha256(canonical(content)).hexdigest()[:32]}"
 
 
-def _row(item: ItemRecord, package: str, culprit: str) -> tuple[dict[str, object], "Counter[str]"]:
+def _row(
+    item: ItemRecord, item_id: str, tenant: str, package: str, culprit: str
+) -> tuple[dict[str, object], "Counter[str]"]:
     moved = [name for name, _, _ in item.moves]
     found = Counter(item_words(item.error, moved, item.edited, culprit))
     row: dict[str, object] = {
-        "id": _id(item),
+        "id": item_id,
+        "tenant": tenant,
         "kind": item.kind,
         "task_id": item.task_id or None,
         "trajectory_id": item.trajectory_id,

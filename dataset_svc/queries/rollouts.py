@@ -37,6 +37,7 @@ from dataset_svc.queries import parking
 from dataset_svc.queries.closing import close_groups
 from dataset_svc.queries.tasks import known_tasks
 from dataset_svc.records import GroupRecord, LeaseRecord
+from dataset_svc.walls import of_every_tenant
 from regreen.ids import derive_seed, new_id
 from regreen.rpc.errors import (
     AlreadyExists,
@@ -104,16 +105,19 @@ async def enqueue(
             )
         positions[group.id] = position
     await known_tasks(session, {group.task_id for group in groups})
-    runs = set(await session.scalars(select(Run.id).where(Run.id.in_({g.run_id for g in groups}))))
+    known = select(Run.id, Run.tenant).where(Run.id.in_({group.run_id for group in groups}))
+    tenants = {row.id: row.tenant for row in await session.execute(known)}
     for group in groups:
-        if group.run_id not in runs:
+        if group.run_id not in tenants:
             raise NotFound(f"no run {group.run_id[:200]!r}")
-    stored = {g.id: g for g in await session.scalars(select(Group).where(Group.id.in_(positions)))}
+    taken = of_every_tenant(select(Group).where(Group.id.in_(positions)))
+    stored = {group.id: group for group in await session.scalars(taken)}
     await _check_room(session, policy, [group for group in groups if group.id not in stored])
     parked = await parking.reasons(session, [(group.run_id, group.task_id) for group in groups])
     for group in groups:
         if group.id not in stored:
-            await _insert_group(session, group, parked.get((group.run_id, group.task_id)))
+            reason = parked.get((group.run_id, group.task_id))
+            await _insert_group(session, group, tenants[group.run_id], reason)
         elif group_record(stored[group.id]) != group:
             raise AlreadyExists(f"group {group.id} is stored with other content; use a new id")
     return [group.id for group in groups]
@@ -278,7 +282,9 @@ async def _check_room(
             )
 
 
-async def _insert_group(session: AsyncSession, group: GroupRecord, parked: str | None) -> None:
+async def _insert_group(
+    session: AsyncSession, group: GroupRecord, tenant: str, parked: str | None
+) -> None:
     ended = None
     if parked is not None:
         ended = (await session.execute(select(func.now()))).scalar_one()
@@ -305,6 +311,7 @@ async def _insert_group(session: AsyncSession, group: GroupRecord, parked: str |
             "id": new_id("rol"),
             "group_id": group.id,
             "run_id": group.run_id,
+            "tenant": tenant,
             "group_index": index,
             "group_seq": row.seq,
             "step": group.step,

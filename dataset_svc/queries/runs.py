@@ -1,6 +1,6 @@
 """Runs, their metrics and checkpoints.
 
-- A run's name is unique: creating it again finds it.
+- A run's name is unique among its tenant's: creating it again finds it.
 - A metric has one value per run, step and name; the last one written holds.
 - A checkpoint and the acknowledgement of its groups are one transaction.
 """
@@ -17,8 +17,9 @@ from dataset_svc.models import Checkpoint, Document, Group, Run, RunMetric
 from dataset_svc.queries import groups
 from dataset_svc.queries.paging import Cursor, Page
 from dataset_svc.records import CheckpointRecord, MetricRecord, RunRecord
+from dataset_svc.walls import of_every_tenant, tenant_of
 from regreen.ids import new_id
-from regreen.rpc.errors import AlreadyExists, NotFound
+from regreen.rpc.errors import AlreadyExists, FailedPrecondition, NotFound
 
 
 async def create_run(
@@ -29,25 +30,36 @@ async def create_run(
     Raises:
         AlreadyExists: the run of that name has another kind.
     """
-    new = insert(Run).values(id=new_id("run"), name=name, kind=kind, state="active", config=config)
-    made = await session.execute(
-        new.on_conflict_do_nothing(index_elements=[Run.name]).returning(Run.id)
+    tenant = tenant_of(session)
+    new = insert(Run).values(
+        id=new_id("run"), tenant=tenant, name=name, kind=kind, state="active", config=config
     )
-    run = (await session.scalars(select(Run).where(Run.name == name))).one()
+    made = await session.execute(
+        new.on_conflict_do_nothing(index_elements=[Run.tenant, Run.name]).returning(Run.id)
+    )
+    named = select(Run).where(Run.name == name, Run.tenant == tenant)
+    run = (await session.scalars(named)).one()
     if run.kind != kind:
         raise AlreadyExists(f"run {name[:200]!r} is of kind {run.kind}; choose another name")
     return _run(run), made.first() is None
 
 
 async def get_run(session: AsyncSession, id_or_name: str) -> RunRecord:
-    """A run by id, else by name.
+    """A run by id, else by name, nobody's before a tenant's.
 
     Raises:
         NotFound: there is none.
+        FailedPrecondition: several tenants have one of that name.
     """
     run = await session.get(Run, id_or_name)
     if run is None:
-        run = (await session.scalars(select(Run).where(Run.name == id_or_name))).first()
+        named = select(Run).where(Run.name == id_or_name).order_by(Run.tenant).limit(2)
+        found = list(await session.scalars(named))
+        if len(found) > 1 and found[0].tenant:
+            raise FailedPrecondition(
+                f"several tenants have a run {id_or_name[:200]!r}; give its id"
+            )
+        run = found[0] if found else None
     if run is None:
         raise NotFound(f"no run {id_or_name[:200]!r}")
     return _run(run)
@@ -166,7 +178,8 @@ async def record_checkpoint(
     """
     await groups.locked_run(session, checkpoint.run_id, epoch, shared=True)
     checkpoint_id = checkpoint.id or new_id("ckp")
-    if await session.get(Checkpoint, checkpoint_id) is not None:
+    taken = of_every_tenant(select(Checkpoint.id).where(Checkpoint.id == checkpoint_id))
+    if (await session.execute(taken)).first() is not None:
         raise AlreadyExists(f"checkpoint {checkpoint_id[:200]} is recorded; leave the id empty")
     row = Checkpoint(
         id=checkpoint_id,

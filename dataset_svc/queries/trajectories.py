@@ -6,20 +6,22 @@
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from sqlalchemy import ColumnElement, Select, select, text
+from sqlalchemy import ColumnElement, Select, bindparam, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import undefer
 
 from dataset_svc import bulk
 from dataset_svc.arrays import unpack
+from dataset_svc.columns import AnyText
 from dataset_svc.models import (
     TEXT_INDEX,
     Document,
     RewardPart,
     Run,
+    TenantUse,
     Trajectory,
     Turn,
     Verdict,
@@ -33,11 +35,22 @@ from dataset_svc.records import (
     TrajectoryRecord,
     TurnRecord,
 )
+from dataset_svc.walls import of_every_tenant, tenant_of
 from regreen.blobs import BlobStore, Digest
 from regreen.rpc.errors import AlreadyExists, DataLoss, NotFound
+from regreen.rpc.quotas import Quotas
 
-_LEAVE_PENDING = text("SELECT set_config('gin_pending_list_limit', '131072', true)")
-"""No commit merges what the index over text has pending: `merge_text_index` does, in bulk."""
+_ANOTHERS = "another tenant's"
+"""In place of a fingerprint: nothing equals it, so an id that is taken is refused as such."""
+
+_PREPARE = text(
+    "WITH held AS (INSERT INTO tenant_use AS u (tenant) SELECT :tenant WHERE :tenant <> '' "
+    "ON CONFLICT (tenant) DO UPDATE SET trajectory_bytes = u.trajectory_bytes "
+    "RETURNING trajectory_bytes) SELECT set_config('gin_pending_list_limit', '131072', true), "
+    "coalesce((SELECT trajectory_bytes FROM held), 0)"
+).bindparams(bindparam("tenant", type_=AnyText()))
+"""No commit merges what the index over text has pending: `merge_text_index` does, in bulk. What is
+kept of the tenant's is held, so that commits of one tenant cannot go over its bound together."""
 _MERGE = text(
     "SELECT sum(gin_clean_pending_list(c.oid)) FROM pg_class c WHERE c.relname = :name "
     "AND c.relnamespace = current_schema()::regnamespace AND pg_has_role(c.relowner, 'USAGE')"
@@ -85,28 +98,33 @@ class Stored:
     blob: Digest
 
 
-async def check_new(session: AsyncSession, packed: Packed) -> bool:
-    """Whether a trajectory is still to be stored.
+@dataclass(frozen=True, slots=True)
+class New:
+    """A trajectory that is to be stored: under which lease, if any, and whose it is."""
 
-    Raises:
-        AlreadyExists: the id is stored with other content.
-        NotFound: an unknown task or run.
-    """
-    record = packed.record
-    same_id = select(Trajectory.content_sha256).where(Trajectory.id == record.id)
-    found = (await session.execute(same_id)).scalar_one_or_none()
-    if found == packed.fingerprint:
-        return False
-    if found is not None:
-        raise AlreadyExists(f"trajectory {record.id} is stored with other content; use a new id")
-    await known_tasks(session, {record.task_id})
-    if record.run_id and await session.get(Run, record.run_id) is None:
-        raise NotFound(f"no run {record.run_id[:200]!r}")
-    return True
+    packed: Packed
+    lease_id: str
+    tenant: str
 
 
-async def check_many(session: AsyncSession, packed: Sequence[Packed]) -> list[bool]:
-    """Whether each of several trajectories is still to be stored.
+async def fingerprints(session: AsyncSession, trajectory_ids: Iterable[str]) -> dict[str, str]:
+    """Those of what is stored under these ids; another tenant's has one that nothing else has."""
+    wanted = set(filter(None, trajectory_ids))
+    if not wanted:
+        return {}
+    mine = tenant_of(session)
+    rows = await session.execute(
+        of_every_tenant(
+            select(Trajectory.id, Trajectory.tenant, Trajectory.content_sha256).where(
+                Trajectory.id.in_(wanted)
+            )
+        )
+    )
+    return {row.id: row.content_sha256 if mine in ("", row.tenant) else _ANOTHERS for row in rows}
+
+
+async def to_store(session: AsyncSession, packed: Sequence[Packed]) -> list[New]:
+    """Those of the trajectories that are not stored yet.
 
     Raises:
         AlreadyExists: an id is stored with other content, or comes twice.
@@ -116,10 +134,7 @@ async def check_many(session: AsyncSession, packed: Sequence[Packed]) -> list[bo
     if len(set(ids)) < len(ids):
         twice = next(one for one, count in Counter(ids).items() if count > 1)
         raise AlreadyExists(f"trajectory {twice} comes twice; give each an id of its own")
-    rows = await session.execute(
-        select(Trajectory.id, Trajectory.content_sha256).where(Trajectory.id.in_(ids))
-    )
-    stored = {row.id: row.content_sha256 for row in rows}
+    stored = await fingerprints(session, ids)
     for item in packed:
         if stored.get(item.record.id, item.fingerprint) != item.fingerprint:
             raise AlreadyExists(
@@ -127,32 +142,62 @@ async def check_many(session: AsyncSession, packed: Sequence[Packed]) -> list[bo
             )
     await known_tasks(session, {item.record.task_id for item in packed})
     run_ids = {item.record.run_id for item in packed if item.record.run_id}
-    missing = run_ids - set(await session.scalars(select(Run.id).where(Run.id.in_(run_ids))))
-    if missing:
+    runs = await session.execute(select(Run.id, Run.tenant).where(Run.id.in_(run_ids)))
+    tenants = {"": tenant_of(session)} | {row.id: row.tenant for row in runs}
+    if missing := run_ids - tenants.keys():
         raise NotFound(f"no run {min(missing)[:200]!r}")
-    return [trajectory_id not in stored for trajectory_id in ids]
+    return [
+        New(item, "", tenants[item.record.run_id])
+        for item in packed
+        if item.record.id not in stored
+    ]
 
 
-async def insert_trajectory(session: AsyncSession, packed: Packed, lease_id: str = "") -> str:
-    """Store a trajectory and give its id.
+async def insert_checked(session: AsyncSession, packed: Sequence[Packed], quotas: Quotas) -> None:
+    """Store those of the trajectories that are not stored yet.
 
     Raises:
-        AlreadyExists: the id is stored with other content.
+        AlreadyExists: an id is stored with other content, or comes twice.
         NotFound: an unknown task or run.
+        ResourceExhausted: more would be kept of the tenant's than it may have.
     """
-    record = packed.record
-    if not await check_new(session, packed):
-        return record.id
-    await insert_trajectories(session, [(packed, lease_id)])
-    return record.id
+    new = await to_store(session, packed)
+    room = await prepare(session, quotas)
+    for item in new:
+        room.take(item.packed)
+    await insert_trajectories(session, new)
 
 
-async def insert_trajectories(session: AsyncSession, new: Sequence[tuple[Packed, str]]) -> None:
-    """Store trajectories that are not stored, each with the lease it was made under, or nothing."""
-    await session.execute(_LEAVE_PENDING)
-    records = [packed.record for packed, _ in new]
-    rows = [_row(packed, lease_id) for packed, lease_id in new]
-    await bulk.copy_rows(session, Trajectory, rows)
+@dataclass(slots=True)
+class Room:
+    """What is kept of a tenant's trajectories, held until the transaction ends, and its bound."""
+
+    quotas: Quotas
+    kept_bytes: int
+
+    def take(self, packed: Packed) -> None:
+        """Count what is about to be stored. Raises: ResourceExhausted, and counts nothing."""
+        would_be = self.kept_bytes + packed.record.wire_bytes
+        self.quotas.check("trajectory_bytes", would_be)
+        self.kept_bytes = would_be
+
+
+async def prepare(session: AsyncSession, quotas: Quotas) -> Room:
+    """What must come before `insert_trajectories`: settings of the transaction, and the room."""
+    row = (await session.execute(_PREPARE, {"tenant": tenant_of(session)})).one()
+    return Room(quotas, int(row[1]))
+
+
+async def kept_bytes(session: AsyncSession) -> int:
+    """What is kept of the tenant's trajectories, as it is now; 0 for who sees everything."""
+    mine = select(TenantUse.trajectory_bytes).where(TenantUse.tenant == tenant_of(session))
+    return int((await session.execute(mine)).scalar_one_or_none() or 0)
+
+
+async def insert_trajectories(session: AsyncSession, new: Sequence[New]) -> None:
+    """Store trajectories that are not stored; `prepare` comes before."""
+    records = [item.packed.record for item in new]
+    await bulk.copy_rows(session, Trajectory, [_row(item) for item in new])
     turns = [
         _plain(turn) | {"trajectory_id": record.id} for record in records for turn in record.turns
     ]
@@ -298,7 +343,8 @@ def _conditions(query: TrajectoryQuery) -> list[ColumnElement[bool]]:
     return conditions
 
 
-def _row(packed: Packed, lease_id: str) -> dict[str, object]:
+def _row(new: New) -> dict[str, object]:
+    packed = new.packed
     record, stream = packed.record, packed.record.stream
     versions = [span[0] for span in stream.versions] if stream is not None else []
     reward = record.reward
@@ -306,7 +352,8 @@ def _row(packed: Packed, lease_id: str) -> dict[str, object]:
     row: dict[str, object] = {name: getattr(record, name) for name in _SAME}
     return row | {
         "run_id": record.run_id or None,
-        "lease_id": lease_id,
+        "tenant": new.tenant,
+        "lease_id": new.lease_id,
         "episode_end": record.end,
         "token_count": len(stream) if stream is not None else 0,
         "min_version": min(versions, default=None),

@@ -44,8 +44,8 @@ class TrajectoryServicer(pb.TrajectoryServiceServicer):
         packed = await self._store.pack(trajectory_record(request.trajectory))
 
         async def work(session: AsyncSession) -> pb.CommitTrajectoryResponse:
-            trajectory_id = await trajectories.insert_trajectory(session, packed)
-            return pb.CommitTrajectoryResponse(id=trajectory_id)
+            await trajectories.insert_checked(session, [packed], self._store.quotas)
+            return pb.CommitTrajectoryResponse(id=packed.record.id)
 
         answer = await self._transactions.once(
             "CommitTrajectory", request, pb.CommitTrajectoryResponse, work

@@ -155,9 +155,10 @@ class Caller:
                 return await method(request, timeout=timeout_s, metadata=call_metadata())
             except grpc.aio.AioRpcError as raw:
                 error = from_rpc_error(raw)
-                if not _retryable(error) or time.monotonic() + delay_s > give_up_s:
-                    raise error from raw
                 wait_s = error.retry_after_s or delay_s * (0.5 + random.random())
+                soonest_s = time.monotonic() + max(wait_s, delay_s)
+                if not _retryable(error) or soonest_s > give_up_s:
+                    raise error from raw
             await asyncio.sleep(wait_s)
             if away is not None:
                 away.seconds += time.monotonic() - began_s

@@ -329,6 +329,8 @@ class Worker:
             try:
                 return await self._unless_stopped(call)
             except _PASSING as error:
+                if "quota" in error.metadata:  # what is used up stays so: nothing is away
+                    raise
                 if self._stopping.is_set() or self.clock() + wait_s > give_up_s:
                     raise
                 log.warning("service away", error=str(error))

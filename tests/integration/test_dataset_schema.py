@@ -68,7 +68,7 @@ def test_up_down_up_and_no_difference_to_the_models(postgres: LocalPostgres):
     engine.dispose()
 
 
-REVISIONS = ("0005", "0006", "0007", "0008", "0009", "0010")
+REVISIONS = ("0005", "0006", "0007", "0008", "0009", "0010", "0011")
 BEFORE = """
 INSERT INTO runs (id, name, kind, state) VALUES ('run_1', 'r', 'grpo', 'done');
 INSERT INTO tasks (id, kind, package, python, category, blame, culprit, modes, split, status,
@@ -102,6 +102,14 @@ INSERT INTO knowledge (id, kind, task_id, trajectory_id, mode, error, signature,
 VALUES ('kno_1', 'reference-fix', 't', '', '', 'E', '', 'c', 'p', '{c}', 1, '{}');
 INSERT INTO knowledge_words (word, item_id, count) VALUES ('e', 'kno_1', 1);
 INSERT INTO knowledge_uses (item_id, trajectory_id, won) VALUES ('kno_1', 'trj_0', true);
+"""
+
+
+SHARED = """
+INSERT INTO runs (id, tenant, name, kind, state) VALUES ('run_2', 'a', 'r', 'grpo', 'done'),
+    ('run_3', 'b', 'r', 'grpo', 'done');
+UPDATE trajectories SET run_id = 'run_2', tenant = 'a';
+INSERT INTO tenant_use (tenant, trajectory_bytes) VALUES ('a', 9);
 """
 
 
@@ -146,6 +154,14 @@ def test_data_survives_every_step_up_and_down(postgres: LocalPostgres):
         connection.execute(text("UPDATE tasks SET status = 'unverified'"))
         connection.execute(text(KNOWN))
     assert found("SELECT sha256, refs FROM blobs") == [("same", 1)]
+    with engine.begin() as connection:
+        connection.execute(text(SHARED))
+    assert found("SELECT * FROM tenant_use") == [("a", 9)]
+    go(command.downgrade, "0010")
+    names = found("SELECT name FROM runs ORDER BY seq")
+    assert names == [("r",), ("r.run_2",), ("r.run_3",)], "a name is one run's again"
+    go(command.upgrade, "0011")
+    assert found("SELECT DISTINCT tenant FROM runs") == [("",)]
     go(command.downgrade, "0008")
     assert found("SELECT status FROM tasks") == [("waiting",)]
     assert found("SELECT won FROM knowledge_uses") == [(True,)]

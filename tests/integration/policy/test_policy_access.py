@@ -6,7 +6,11 @@ from pathlib import Path
 import pytest
 
 from judge_svc.models.policy import PolicyModel
-from regreen.rpc.errors import Unavailable
+from regreen.client.access import Access
+from regreen.client.channel import connect
+from regreen.client.policy import PolicyClient
+from regreen.policy import v1 as pb
+from regreen.rpc.errors import ResourceExhausted, Unavailable
 from regreen.tokens import TokenFile
 from tests.fixtures.certs import Certs
 from tests.integration.policy.test_policy_service import http_client, service
@@ -62,3 +66,29 @@ async def test_the_judges_model_shows_certificate_and_token(tmp_path: Path) -> N
                         await model.name()
             finally:
                 await model.close()
+
+
+async def test_tokens_of_a_day_are_bounded_by_tenant_and_outlive_a_restart(tmp_path: Path) -> None:
+    file, quotas = TokenFile(tmp_path / "tokens.json"), tmp_path / "quotas.toml"
+    quotas.write_text("[default]\ntokens_per_day = 3\n")
+    ours, theirs = token(file, "policy:write"), token(file, "policy:write", "b")
+    (tmp_path / "ours").write_text(ours)
+    for start in range(2):
+        async with service(tmp_path, tokens=file.path, quotas=quotas) as found:
+            async with http_client(found, authorization=f"Bearer {ours}") as http:
+                first = await http.post("chat/completions", json={**CHAT, "stream": True})
+                assert first.status_code == (429 if start else 200), first.text
+                refused = await http.post("chat/completions", json=CHAT)
+                assert refused.status_code == 429
+                assert "quota tokens_per_day of tenant a is 3" in refused.text
+                assert 0 < int(refused.headers["retry-after"]) <= 86400
+            access = Access(token_file=tmp_path / "ours")
+            async with connect(found.server.address, access) as channel:
+                with pytest.raises(ResourceExhausted) as caught:
+                    await PolicyClient(channel).generate(
+                        [1], sampling=pb.Sampling(max_new_tokens=4)
+                    )
+                assert caught.value.metadata["quota"] == "tokens_per_day"
+            if start:
+                async with http_client(found, authorization=f"Bearer {theirs}") as http:
+                    assert (await http.post("chat/completions", json=CHAT)).status_code == 200
