@@ -8,7 +8,7 @@ BIN := .venv/bin
 STAMP := .venv/.regreen-setup
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo up down status logs test test-fast check fmt bench bench-sandbox bench-dataset bench-rl bench-episodes chart soak soak-queue soak-train fuzz mutate proto proto-check clean
+.PHONY: help setup demo study up down status logs test test-fast check fmt bench bench-sandbox bench-dataset bench-rl bench-episodes chart soak soak-queue soak-train fuzz mutate proto proto-check clean ranks
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  \1|\2/' | column -t -s '|'
@@ -19,6 +19,9 @@ $(STAMP): $(wildcard requirements/*.txt) pyproject.toml infra/scripts/setup.sh
 
 demo: $(STAMP) ## Run the whole loop on real broken builds and write a report (QUICK=1: shorter)
 	@$(BIN)/regreen demo $(if $(filter-out 0 no false,$(QUICK)),--quick)
+
+study: $(STAMP) ## Train and measure with three seeds on held-out tasks; hours, resumable; writes docs/results (SEEDS=1,2,3)
+	@$(BIN)/regreen study --seeds $(or $(SEEDS),1,2,3) --out docs/results
 
 up: $(STAMP) ## Start the local stack; it stays up (TLS=1, TOKENS=1: callers show certificates, tokens)
 	@$(BIN)/regreen up $(if $(TLS),--tls) $(if $(TOKENS),--tokens)
@@ -71,6 +74,9 @@ soak-queue: $(STAMP) ## Commit 20,000 rollouts from 200 workers under kill -9 an
 
 soak-train: $(STAMP) ## Train twice while any process is killed at random, KILLS=50 times each; no group lost or used twice
 	@.venv/bin/python -m tests.load.train --kills $(or $(KILLS),50) --seed $(or $(SEED),1)
+
+ranks: $(STAMP) ## Train on two hosts (network namespaces) while ranks, a machine and the network are lost; equal losses
+	@.venv/bin/python -m tests.load.ranks || [ $$? = 77 ]
 
 fuzz: $(STAMP) ## Send 100,000 random and mutated requests to the sandbox service
 	@.venv/bin/python -m tests.load.fuzz

@@ -277,10 +277,7 @@ class Rollout(Base):
         ),
         Index(
             "ix_rollouts_work_of_tenant",
-            "tenant",
-            "step",
-            "group_seq",
-            "group_index",
+            *("tenant", "step", "group_seq", "group_index"),
             postgresql_where=f"state IN ('waiting', 'leased') AND {TENANTS}",
         ),
         of_run(),

@@ -6,7 +6,8 @@
 import asyncio
 import sys
 
-from learner_svc.runs import Runs, RunsConfig
+from learner_svc.run import RunsConfig
+from learner_svc.runs import Runs
 from learner_svc.servicer import LearnerServicer
 from learner_svc.settings import LearnerSettings
 from regreen.blobs import open_blobs
@@ -28,6 +29,8 @@ async def serve(settings: LearnerSettings) -> None:
         start_timeout_s=settings.start_timeout_s,
         step_timeout_s=settings.step_timeout_s,
         save_timeout_s=settings.save_timeout_s,
+        max_restarts=settings.max_restarts,
+        silence_s=settings.silence_s,
     )
     runs = Runs(settings.home, open_blobs(settings.blobs or settings.home / "blobs"), config)
     server = Server(settings, (SERVICE,), remember=False)  # its servicer knows what to remember

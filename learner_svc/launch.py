@@ -2,14 +2,21 @@
 
 - The service starts the ranks of its own machine, rank 0 among them. Over several machines it
   leaves a call in its home, which all of them mount; `learner_svc.node` on each of the others
-  answers it with the ranks of that machine. A call is answered once.
+  answers it over a link (`link`), and starts the ranks of that machine once all have answered.
+- Over several machines ranks talk over the interface that leads to rank 0: what a machine calls
+  itself is often an address that no other reaches.
 - Commands travel over a gloo group of their own, beside whatever the engine uses.
 - Threads are divided: ranks on one machine never have more threads than it has processors.
 """
 
+import contextlib
 import datetime
+import fcntl
 import json
 import os
+import signal
+import socket
+import struct
 import sys
 import uuid
 from collections.abc import Mapping
@@ -20,6 +27,7 @@ from typing import Any
 _COMMANDS: dict[str, Any] = {}
 _WAIT = datetime.timedelta(days=7)
 """A follower waits for the next command as long as the driver needs to gather rollouts."""
+_SIOCGIFADDR = 0x8915
 CALL = "call.json"
 """File below the learner's directory that calls the ranks of other machines."""
 
@@ -36,11 +44,24 @@ class Call:
     """Ranks of each machine."""
     nodes: int = 1
     """Machines."""
+    link: int = 0
+    """Port at `address` where the other machines answer."""
+    silence_s: float = 30.0
+    """Time without a sign of life after which a machine is lost to the other."""
 
     @classmethod
-    def make(cls, address: str, port: int, processes: int, nodes: int) -> "Call":
+    def make(
+        cls,
+        address: str,
+        port: int,
+        processes: int,
+        nodes: int,
+        *,
+        link: int = 0,
+        silence_s: float = 30.0,
+    ) -> "Call":
         """A call that nobody has answered."""
-        return cls(uuid.uuid4().hex, address, port, processes, nodes)
+        return cls(uuid.uuid4().hex, address, port, processes, nodes, link, silence_s)
 
     @classmethod
     def read(cls, path: Path) -> "Call | None":
@@ -72,19 +93,58 @@ def command(fd: int | None, parent: int) -> list[str]:
 def environment(base: Mapping[str, str], call: Call, rank: int) -> dict[str, str]:
     """Environment of one rank."""
     threads = max(1, len(os.sched_getaffinity(0)) // call.processes)
-    return dict(base) | {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank % call.processes),
-        "WORLD_SIZE": str(call.processes * call.nodes),
-        "MASTER_ADDR": call.address,
-        "MASTER_PORT": str(call.port),
-        "OMP_NUM_THREADS": base.get("OMP_NUM_THREADS", str(threads))
-        if call.processes == 1
-        else str(threads),
-        "TOKENIZERS_PARALLELISM": "false",
-        "TQDM_DISABLE": "1",
-        "PYTHONUNBUFFERED": "1",
-    }
+    return (
+        _interfaces(base, call)
+        | dict(base)
+        | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank % call.processes),
+            "WORLD_SIZE": str(call.processes * call.nodes),
+            "MASTER_ADDR": call.address,
+            "MASTER_PORT": str(call.port),
+            "OMP_NUM_THREADS": base.get("OMP_NUM_THREADS", str(threads))
+            if call.processes == 1
+            else str(threads),
+            "TOKENIZERS_PARALLELISM": "false",
+            "TQDM_DISABLE": "1",
+            "PYTHONUNBUFFERED": "1",
+        }
+    )
+
+
+def _interfaces(base: Mapping[str, str], call: Call) -> dict[str, str]:
+    """What names the interface towards rank 0 to gloo and NCCL; nothing on a single machine."""
+    name = interface_to(call.address) if call.nodes > 1 else ""
+    return dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), name) if name else {}
+
+
+def interface_to(address: str) -> str:
+    """The interface over which this machine reaches an IPv4 address; empty if none is found."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((address, 9))  # of a datagram socket: nothing is sent
+        except OSError:
+            return ""
+        own = socket.inet_aton(probe.getsockname()[0])
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # it has no such address
+                request = struct.pack("256s", name.encode()[:15])
+                found = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)[20:24]
+                if found == own:
+                    return name
+    return ""
+
+
+def how_ended(codes: Mapping[int, int]) -> str:
+    """How ranks ended, by their exit codes. Those that a signal ended are the cause, where there
+    are any: the others end because they lost them."""
+    signalled = {rank: code for rank, code in codes.items() if code < 0}
+    said = []
+    for rank, code in sorted((signalled or codes).items()):
+        how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
+        hint = " (out of memory, if nobody sent it)" if code == -signal.SIGKILL else ""
+        said.append(f"rank {rank} {'was ' if code < 0 else ''}{how}{hint}")
+    return ", ".join(said)
 
 
 def world_size() -> int:

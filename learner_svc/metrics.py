@@ -14,6 +14,11 @@ STEP_SECONDS = Histogram(
 CHECKPOINT_SECONDS = Histogram(
     "regreen_learner_checkpoint_seconds", "Time to write a checkpoint.", buckets=_BUCKETS
 )
+RESTARTS = Counter(
+    "regreen_learner_restarts",
+    "Times that a run's ranks were begun anew from its last checkpoint after some were lost.",
+    ["kind"],
+)
 LATEST = {
     name: Gauge(f"regreen_learner_{name}", help_text, ["kind"])
     for name, help_text in {

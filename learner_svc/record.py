@@ -2,6 +2,7 @@
 
 - `run.json` is replaced whole; `steps.jsonl` grows by one flushed line per step.
 - A line cut short by a crash is dropped when read, alone; its step is simply done again.
+- Batches of steps that no checkpoint contains lie beside them, for a restart.
 - After a resume only the steps that the checkpoint contains are kept.
 """
 
@@ -68,6 +69,16 @@ class RunFiles:
     def log(self) -> Path:
         """Output of the run's workers."""
         return self.directory / "worker.log"
+
+    def batch(self, step: int) -> Path:
+        """Where the batch of a step lies until a checkpoint contains it."""
+        return self.directory / f"batch-{step:08d}"
+
+    def drop_batches(self, through: int | None = None) -> None:
+        """Remove the batches of the steps up to one, or of all."""
+        for path in self.directory.glob("batch-*"):
+            if through is None or path.name <= self.batch(through).name:
+                path.unlink(missing_ok=True)
 
     def write(self, record: RunRecord) -> None:
         """Replace the run's record. Raises: DiskFull when there is no space."""

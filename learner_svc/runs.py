@@ -6,8 +6,10 @@
 - A step is done once: sent again it is answered from the record; another batch under its number is
   refused; a number that is not the next one is refused.
 - A step, once begun, is finished and recorded even if its caller has gone.
-- After a kill -9 of anything, `start` with the run's id goes on from its last checkpoint; the steps
-  after it are forgotten, here and in the record, so that their groups can be sent again.
+- A rank or machine that is lost, in a step or between two, is begun anew with all others
+  (`restart`); callers wait for it, and only if that does not help has the run failed.
+- After a kill -9 of the service, `start` with the run's id goes on from its last checkpoint; the
+  steps after it are forgotten, here and in the record, so that their groups can be sent again.
 - Only one learner works in a home at a time (a lock that dies with the process).
 """
 
@@ -17,24 +19,24 @@ import fcntl
 import functools
 import hashlib
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from learner_svc import checkpoint as ckpt
 from learner_svc import metrics
 from learner_svc.estimate import Estimate, estimate, estimate_new, local_path
-from learner_svc.launch import CALL
 from learner_svc.process import WorkerProcess
 from learner_svc.record import RunFiles, RunRecord, RunState, StepRecord
+from learner_svc.restart import MOST_REPLAYED, Opener, step_message
+from learner_svc.run import Event, Run, RunsConfig, StepProgress
 from learner_svc.spec import RunSpec
 from learner_svc.walls import check_seen
 from regreen.blobs import BlobStore, Digest
 from regreen.model_store import ensure_default_model
 from regreen.rpc import tenants
 from regreen.rpc.errors import (
-    DataLoss,
     FailedPrecondition,
     InfraError,
     InvalidArgument,
@@ -43,58 +45,6 @@ from regreen.rpc.errors import (
 )
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class RunsConfig:
-    """Bounds of the runs of one learner."""
-
-    processes: int = 1
-    """Ranks of each machine."""
-    nodes: int = 1
-    """Machines of a run."""
-    address: str = "127.0.0.1"
-    """Where the others reach this one."""
-    keep_checkpoints: int = 3
-    start_timeout_s: float = 600.0
-    step_timeout_s: float = 3600.0
-    save_timeout_s: float = 900.0
-    stop_grace_s: float = 20.0
-    """Time that a stopped worker gets to finish what it does."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepProgress:
-    """How far a step is."""
-
-    step: int
-    tokens_done: int
-    tokens_total: int
-
-
-Event = StepRecord | ckpt.Saved | StepProgress
-
-
-@dataclass(slots=True)
-class Run:
-    """A run in memory."""
-
-    record: RunRecord
-    files: RunFiles
-    worker: WorkerProcess | None = None
-    step: int = 0
-    checkpoint: ckpt.Saved | None = None
-    events: list[Event] = field(default_factory=list)
-    progress: StepProgress | None = None
-    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-    async def publish(self, event: Event | None) -> None:
-        """Record an event and wake the watchers."""
-        async with self.changed:
-            if event is not None:
-                self.events.append(event)
-            self.changed.notify_all()
 
 
 class Runs:
@@ -111,6 +61,7 @@ class Runs:
                 f"another learner works in {self._root}; stop it or set another home"
             ) from None
         self._blobs, self._config = blobs, config
+        self._opener = Opener(self._root, config)
         self._runs: dict[str, Run] = {}
         self._starting = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -161,6 +112,7 @@ class Runs:
 
         Raises:
             InvalidArgument, NotFound, DataLoss: the spec, model or checkpoint will not do.
+            AlreadyExists: another tenant has a run of that id.
             FailedPrecondition: another run is active, memory is short, or the default model is
                 asked for and not installed.
         """
@@ -181,12 +133,12 @@ class Runs:
     async def _start(self, spec: RunSpec, resume_uri: str) -> Run:
         async with self._starting:
             known = self._runs.get(spec.run_id)
-            if known and known.worker and known.worker.alive:
+            if known and known.record.state is RunState.ACTIVE:
                 if known.record.spec == spec and not resume_uri:
                     return known
                 raise FailedPrecondition(f"run {spec.run_id} is active; stop it first")
             for run in self._runs.values():
-                if run.worker is not None and run.worker.alive:
+                if run.record.state is RunState.ACTIVE:
                     shown = run.record.spec.run_id if tenants.sees(run.record.tenant) else "another"
                     raise FailedPrecondition(f"run {shown} is active; one run trains at a time")
             return await self._begin(spec, resume_uri, known)
@@ -206,7 +158,8 @@ class Runs:
         if known:
             record = replace(record, created=known.record.created, tenant=known.record.tenant)
             files.steps = known.files.steps
-        run = Run(record, files, WorkerProcess(files.log, self._root / CALL))
+        files.drop_batches()
+        run = Run(record, files, self._opener.worker(files))
         try:
             await self._open(run, spec, resumes)
         except BaseException as error:
@@ -218,14 +171,13 @@ class Runs:
                 await self._fail(run, error)
             raise
         self._runs[spec.run_id] = run
+        self._watch_ranks(run)
         self._show_active()
         return run
 
     async def _open(self, run: Run, spec: RunSpec, resumes: Sequence[Path | None]) -> None:
-        worker, files = _worker(run), run.files
-        config = self._config
-        await worker.spawn(config.processes, nodes=config.nodes, address=config.address)
-        answer, resume, damage = await self._open_newest(worker, files, spec, resumes)
+        files = run.files
+        answer, resume, damage = await self._opener.open(_worker(run), files, spec, resumes)
         run.step = answer["step"]
         files.cut(run.step)
         run.events = [*files.steps]
@@ -240,28 +192,29 @@ class Runs:
         )
         files.write(run.record)
 
-    async def _open_newest(
-        self, worker: WorkerProcess, files: RunFiles, spec: RunSpec, resumes: Sequence[Path | None]
-    ) -> tuple[dict[str, Any], Path | None, str]:
-        """Open the first of `resumes` that is whole; also what was wrong with those before it."""
-        local = replace(spec, base_uri=str(local_path(spec.base_uri, "base_uri")))
-        damages: list[str] = []
-        for resume in resumes:
-            message = {
-                "op": "start",
-                "spec": local.to_json(),
-                "resume": str(resume) if resume else "",
-                "checkpoints": str(files.checkpoints),
-                "extensions": str(self._root / "torch_extensions"),
-            }
-            try:
-                answer = await worker.call(message, timeout_s=self._config.start_timeout_s)
-            except DataLoss as error:
-                damages.append(error.message)
-                continue
-            passed_over = "; ".join(damages)
-            return answer, resume, passed_over and f"{passed_over}; went on from {resume}"
-        raise DataLoss("; ".join(damages))
+    def _watch_ranks(self, run: Run) -> None:
+        """See to ranks that are lost while nobody asks anything of them."""
+        worker = _worker(run)
+
+        async def watch() -> None:
+            lost = InfraError(f"the run lost ranks: {await worker.lost()}")
+            async with run.lock:
+                if run.worker is worker and run.record.state is RunState.ACTIVE:
+                    with contextlib.suppress(RegreenError):  # it is in the run's record
+                        await self._restart(run, lost)
+
+        self._keep(watch())
+
+    async def _restart(self, run: Run, lost: RegreenError) -> None:
+        """Begin a run's ranks anew; if that cannot be, it has failed. Under the run's lock."""
+        try:
+            await self._opener.restart(run, lost)
+        except BaseException as error:
+            await _kill(run)
+            if isinstance(error, RegreenError) and run.record.state is RunState.ACTIVE:
+                await self._fail(run, error)
+            raise
+        self._watch_ranks(run)
 
     async def step(
         self, run_id: str, step: int, batch: bytes | Digest, group_ids: tuple[str, ...]
@@ -271,7 +224,7 @@ class Runs:
         Raises:
             NotFound: no such run or batch.
             InvalidArgument: malformed batch, or not the next step.
-            InfraError: the worker died; start the run again.
+            InfraError: ranks were lost and could not be begun anew; start the run again.
         """
         run = self.get(run_id)
         return await self._finish(self._step(run, step, batch, group_ids))
@@ -284,23 +237,20 @@ class Runs:
             done = self._done(run, step, digest)
             if done is not None:
                 return done, True
-            worker = _live_worker(run)
+            _need_worker(run)
             started = time.monotonic()
-            path = await self._spool(run, step, batch)
             try:
-                message = {
-                    "op": "step",
-                    "step": step,
-                    "batch": str(path),
-                    "group_ids": list(group_ids),
-                }
-                answer = await self._call(run, worker, message, self._config.step_timeout_s)
-            finally:
-                path.unlink(missing_ok=True)
+                await self._spool(run, step, batch)
+                message = step_message(run.files, step, group_ids)
+                answer = await self._call(run, message, self._config.step_timeout_s)
+            except BaseException:
+                run.files.batch(step).unlink(missing_ok=True)
+                raise
             duration_s = time.monotonic() - started
             record = StepRecord(step, digest, group_ids, answer["metrics"], duration_s)
             await self._append(run, record)
-            run.step, run.progress = step, None
+            run.step, run.progress, run.restarts_in_row = step, None, 0
+            run.files.batch(step - MOST_REPLAYED).unlink(missing_ok=True)
             metrics.observe_step(run.record.spec.kind.value, record)
             await run.publish(record)
             return record, False
@@ -331,30 +281,40 @@ class Runs:
             raise InvalidArgument("step", f"{step} was done with another batch", "send the next")
         return record
 
-    async def _spool(self, run: Run, step: int, batch: bytes | Digest) -> Path:
-        path = run.files.directory / f"batch-{step:08d}"
+    async def _spool(self, run: Run, step: int, batch: bytes | Digest) -> None:
+        path = run.files.batch(step)
         with ckpt.disk_errors(path):
             if isinstance(batch, Digest):
                 await self._blobs.get_file(batch, path)
             else:
                 await asyncio.to_thread(path.write_bytes, batch)
-        return path
 
     async def _call(
-        self, run: Run, worker: WorkerProcess, message: dict[str, Any], timeout_s: float
+        self,
+        run: Run,
+        message: dict[str, Any],
+        timeout_s: float,
+        left: Callable[[], dict[str, Any] | None] = lambda: None,
     ) -> dict[str, Any]:
-        """Call the worker; if it dies, the run has failed."""
+        """Call the worker, as often as its ranks are lost and stand again; under the run's lock.
+
+        `left` is the answer that one which was lost had no time to give, if it did the work.
+        """
 
         def progress(done: int, total: int) -> None:
-            run.progress = StepProgress(run.step + 1, done, total)
-            self._keep(run.publish(None))
+            run.progressed(StepProgress(run.step + 1, done, total))
 
-        try:
-            return await worker.call(message, timeout_s=timeout_s, progress=progress)
-        except InfraError as error:
-            if not worker.alive and run.record.state is RunState.ACTIVE:
-                await self._fail(run, error)
-            raise
+        while True:
+            worker = _need_worker(run)
+            try:
+                return await worker.call(message, timeout_s=timeout_s, progress=progress)
+            except InfraError as error:
+                if worker.alive:
+                    raise
+                answer = left()
+                await self._restart(run, error)
+                if answer is not None:
+                    return answer
 
     async def _fail(self, run: Run, error: RegreenError) -> None:
         """Mark a run whose worker has ended; its last checkpoint stays."""
@@ -366,8 +326,8 @@ class Runs:
         await run.publish(None)
 
     def _show_active(self) -> None:
-        alive = [run for run in self._runs.values() if run.worker and run.worker.alive]
-        metrics.ACTIVE.set(len(alive))
+        active = [run for run in self._runs.values() if run.record.state is RunState.ACTIVE]
+        metrics.ACTIVE.set(len(active))
 
     async def save(self, run_id: str, policy_version: int) -> ckpt.Saved:
         """Write a checkpoint.
@@ -386,12 +346,22 @@ class Runs:
                 "policy_version": policy_version,
                 "keep": self._config.keep_checkpoints,
             }
+            known = {saved.path for saved in ckpt.checkpoints(run.files.checkpoints)}
+
+            def left() -> dict[str, Any] | None:
+                written = [*ckpt.checkpoints(run.files.checkpoints)]
+                if not written or written[-1].path in known:
+                    return None
+                run.checkpoint = written[-1]
+                return {"path": str(written[-1].path)}
+
             timeout_s = self._config.save_timeout_s
             with metrics.CHECKPOINT_SECONDS.time():
-                answer = await self._call(run, _live_worker(run), message, timeout_s)
+                answer = await self._call(run, message, timeout_s, left)
             path = Path(answer["path"])
             saved = ckpt.Saved(path, ckpt.load_manifest(path))
             run.checkpoint = saved
+            run.files.drop_batches(saved.manifest.step)
             await run.publish(saved)
             return saved
 
@@ -401,7 +371,7 @@ class Runs:
         if run.record.state is RunState.ACTIVE:
             # Before the worker ends, so that a step it is torn from does not read as a failure.
             run.record = replace(run.record, state=RunState.STOPPED)
-        if run.worker is not None and run.worker.alive:
+        if run.worker is not None:
             await run.worker.stop(self._config.stop_grace_s)
         self._show_active()
         await run.publish(None)
@@ -439,7 +409,7 @@ class Runs:
     async def close(self) -> None:
         """End all workers, also of runs that are being started; the runs stay resumable."""
         for run in self._runs.values():
-            if run.worker is not None and run.worker.alive:
+            if run.record.state is RunState.ACTIVE:
                 with contextlib.suppress(RegreenError):
                     await self.stop(run.record.spec.run_id)
         left = [*self._tasks]
@@ -472,8 +442,8 @@ def _worker(run: Run) -> WorkerProcess:
     return run.worker
 
 
-def _live_worker(run: Run) -> WorkerProcess:
-    if run.worker is None or not run.worker.alive:
+def _need_worker(run: Run) -> WorkerProcess:
+    if run.worker is None or run.record.state is not RunState.ACTIVE:
         raise FailedPrecondition(
             f"run {run.record.spec.run_id} is {run.record.state.value}; StartRun takes it up again "
             "from its last checkpoint" + (f" ({run.record.error})" if run.record.error else "")

@@ -14,7 +14,8 @@ import grpc
 
 from learner_svc.checkpoint import Saved
 from learner_svc.record import RunState, StepRecord
-from learner_svc.runs import Event, Run, Runs, StepProgress
+from learner_svc.run import Event, Restart, Run, StepProgress
+from learner_svc.runs import Runs
 from learner_svc.spec import Hyperparameters, RunKind, RunSpec, defaults
 from regreen.blobs import Digest, check_digest
 from regreen.common.v1 import Digest as DigestMessage
@@ -191,6 +192,7 @@ def run_message(run: Run) -> pb.LearnerRun:
         parameters=record.parameters,
         error=record.error,
         estimated_memory_bytes=record.estimated_memory_bytes,
+        restarts=run.restarts,
     )
 
 
@@ -222,4 +224,6 @@ def event_message(event: Event) -> pb.WatchRunResponse:
         return pb.WatchRunResponse(step=step_message(event))
     if isinstance(event, StepProgress):
         return pb.WatchRunResponse(progress=pb.StepProgress(**asdict(event)))
+    if isinstance(event, Restart):
+        return pb.WatchRunResponse(restart=pb.Restart(**asdict(event)))
     return pb.WatchRunResponse(checkpoint=checkpoint_message(event))

@@ -35,6 +35,11 @@ class LearnerSettings(ServiceSettings):
     """Time of one step before its worker is ended."""
     save_timeout_s: float = Field(default=900.0, gt=0)
     """Time of one checkpoint before its worker is ended."""
+    max_restarts: int = Field(default=3, ge=0)
+    """Restarts of a run from its last checkpoint after ranks were lost, in a row; one more step
+    than ever done begins a new row. 0: the run fails, and whoever drives it starts it again."""
+    silence_s: float = Field(default=30.0, ge=1)
+    """Time without a sign of life of another machine after which it is lost."""
 
     @model_validator(mode="after")
     def _check_nodes(self) -> Self:

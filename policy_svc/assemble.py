@@ -128,6 +128,7 @@ def _sglang_options(settings: PolicySettings, context_length: int) -> SglangOpti
         context_length=context_length,
         api_key=settings.sglang_key.get_secret_value(),
         path_map=(local, remote) if local else None,
+        start_s=settings.sglang_wait_s,
     )
 
 

@@ -43,6 +43,8 @@ class PolicySettings(ServiceSettings):
     """Addresses of SGLang replicas, separated by commas."""
     sglang_key: SecretStr = SecretStr("")
     """Their API key, as `file:/path`."""
+    sglang_wait_s: float = Field(default=1800.0, ge=0)
+    """Wait so long, at the start, for replicas that load their model."""
     sglang_path_map: str = ""
     """`LOCAL=REMOTE`: how the replicas call a local directory that holds checkpoints."""
     openai_url: str = ""

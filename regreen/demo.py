@@ -9,72 +9,25 @@
 
 import asyncio
 import contextlib
-import fcntl
-import hashlib
 import json
 import time
-from collections.abc import Awaitable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Awaitable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
-
-from packaging.version import Version
+from typing import TypeVar
 
 from regreen.client.stack import Endpoints, Stack
-from regreen.dataset import v1 as pb
 from regreen.evals.report import write_report
-from regreen.evals.run import EvalConfig, evaluate
-from regreen.rpc.errors import FailedPrecondition
+from regreen.loop import EPISODE, Loop, Plan, Show, alone, digest
 from regreen.stack.borrow import borrowed_stack
 from regreen.stack.layout import Layout
-from regreen.tasks.admit import PYTHON_PLACES, Admission, choose_python, import_records
-from regreen.tasks.jsonl import shipped_distributions, shipped_tasks
-from regreen.tasks.model import TaskRecord
-from regreen.train.config import GrpoConfig, SftConfig
+from regreen.tasks.jsonl import shipped_tasks
 from regreen.train.progress import Listener
-from regreen.train.rl import train_grpo
-from regreen.train.sft import train_sft
+from regreen.train.weights import BASE
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """How much the demo does."""
-
-    name: str
-    train_tasks: int
-    test_tasks: int
-    eval_samples: int
-    sft_epochs: int
-    sft_styles: int
-    grpo_steps: int
-    groups_per_step: int
-    group_size: int
-    max_refills: int
-    """Groups asked for at a step in place of those that teach nothing."""
-    sft_batch: int = 8
-    gate_repeats: int = 2
-    gate_concurrency: int = 3
-    """Tasks prepared at a time: some of them wait for the index."""
-    concurrency: int = 20
-    """Episodes at a time: decoding reads all weights at each step, however many take part in it."""
-    expert_concurrency: int = 4
-    """Experts sample nothing; tests are what they cost."""
-    learning_rate_sft: float = 1e-4
-    learning_rate_grpo: float = 3e-5
-    trainable_layers: int = 15
-    """Top layers that train: half the cost of all thirty on a CPU."""
-    labels: dict[str, str] = field(default_factory=dict)
-
-
-EPISODE = {
-    "budget.turns": "8",
-    "budget.turn_tokens": "56",
-    "budget.attempt_turns": "6",
-    "budget.tries": "2",
-    "budget.wall_s": "180",
-}
 FULL = Plan(
     name="demo",
     train_tasks=8,
@@ -101,12 +54,6 @@ QUICK = Plan(
     max_refills=1,
     labels=EPISODE,
 )
-EXPERT = {**EPISODE, "knobs.confirm": "false"}
-"""Experts stay within the policy's limits; the gate has confirmed what they do already."""
-_LONGEST_EXPERT = 1200
-"""Tokens; longer trajectories cost more time than they teach."""
-EVAL_TEMPERATURE = "0.6"
-"""Sampling temperature of evaluations; training samples at 1."""
 _TELLING = 6
 """Tasks from which on an exact two-sided sign-flip test can reach p < 0.05 (2 / 2^6)."""
 _STAGES = {
@@ -139,15 +86,6 @@ class DemoResult:
     """Wall time by stage, summed over every start of this demo."""
 
 
-class Show(Protocol):
-    """Called with stage, done, total and a line of text."""
-
-    def __call__(
-        self, stage: str, done: float, total: float, message: str, /, *, paced: bool = True
-    ) -> None:
-        """Unless `paced`, what is done tells nothing of the time that the rest takes."""
-
-
 def shares(plan: Plan) -> dict[str, float]:
     """About how many percent of the wall time each stage of a plan takes."""
 
@@ -176,27 +114,14 @@ async def run_demo(home: Path, plan: Plan, listen: Listener, show: Show) -> Demo
     """
     layout = Layout(home)
     layout.make()
-    clock = StageClock(home / plan.name / f"seconds-{_digest(plan)}.json", show, shares(plan))
-    with _alone(layout):
+    clock = StageClock(home / plan.name / f"seconds-{digest(plan)}.json", show, shares(plan))
+    with alone(layout):
         async with contextlib.AsyncExitStack() as exits:
             borrowed = borrowed_stack(layout, show)
             await clock.time("start services", exits.enter_async_context(borrowed))
             stack = Stack(Endpoints.load(home), patience_s=180.0)
             await exits.enter_async_context(stack)
             return await _Demo(stack, home, plan, clock, listen, show).run()
-
-
-@contextlib.contextmanager
-def _alone(layout: Layout) -> Iterator[None]:
-    """Only one demo runs on a home at a time."""
-    with layout.open(layout.run / "demo.lock") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise FailedPrecondition(
-                f"another demo runs on {layout.home}; wait for it, or name another home"
-            ) from error
-        yield
 
 
 class StageClock:
@@ -281,110 +206,18 @@ class _Demo:
     async def run(self) -> DemoResult:
         """All stages in order."""
         plan, clock = self._plan, self._clock
-        train, test = await clock.time("tasks", self._tasks())
-        name = f"{plan.name}-{_digest(plan, train, test)}"
+        loop = Loop(self._stack, plan, self._listen, self._show)
+        train, test = await clock.time("tasks", loop.tasks())
+        name = f"{plan.name}-{digest(plan, train, test)}"
         clock.move(self._home / plan.name / f"seconds-{name}.json")
-        await clock.time("evaluate base", self._evaluate(name, "base", test))
-        await clock.time("sft", train_sft(self._stack, self._sft(name, train), self._listen))
-        await clock.time("evaluate sft", self._evaluate(name, f"{name}-sft", test))
-        await clock.time("grpo", train_grpo(self._stack, self._grpo(name, train), self._listen))
-        await clock.time("evaluate grpo", self._evaluate(name, f"{name}-grpo", test))
+        sft, grpo = f"{name}-sft", f"{name}-grpo"
+        base = loop.evaluate(f"{name}-eval-base", BASE, test, scripts=True)
+        await clock.time("evaluate base", base)
+        await clock.time("sft", loop.sft(sft, train))
+        await clock.time("evaluate sft", loop.evaluate(f"{name}-eval-sft", sft, test))
+        await clock.time("grpo", loop.grpo(grpo, sft, train))
+        await clock.time("evaluate grpo", loop.evaluate(f"{name}-eval-grpo", grpo, test))
         return await self._report(name, _notes(train, test))
-
-    async def _tasks(self) -> tuple[list[str], list[str]]:
-        """Import the shipped set, then prepare and gate as many tasks as the plan asks for."""
-        records, distributions = shipped_tasks(), shipped_distributions()
-        await import_records(self._stack, records, distributions)
-        interpreters = dict((await self._stack.sandbox.get_capabilities()).interpreters)
-        able = [record for record in records if choose_python(record, interpreters)]
-        chosen = choose_tasks(able, self._plan)
-        ids = [record.id for group in chosen.values() for record in group]
-        found = ", ".join(sorted(interpreters, key=Version)) or "none"
-        if not all(chosen.values()):
-            raise FailedPrecondition(
-                f"too few tasks can run here (interpreters found: {found}); most need Python 3.8 "
-                f"to 3.10: `uv python install 3.8 3.9 3.10` brings them: {PYTHON_PLACES}"
-            )
-        decided: set[str] = set()
-
-        def progress(task_id: str, text: str) -> None:
-            if text.partition(":")[0] in ("admitted", "rejected", "quarantined", "waiting"):
-                decided.add(task_id)
-            self._show("gate tasks", len(decided), len(ids), f"{task_id}: {text[:100]}")
-
-        admission = Admission(
-            self._stack,
-            records,
-            distributions,
-            repeats=self._plan.gate_repeats,
-            progress=progress,
-        )
-        decided |= await admission.standing(ids)
-        self._show("gate tasks", len(decided), len(ids), f"{len(ids)} tasks; interpreters {found}")
-        tasks = await admission.run(ids, concurrency=self._plan.gate_concurrency)
-        admitted = {task.id for task in tasks if task.status == pb.TASK_STATUS_ADMITTED}
-        train, test = (
-            [record.id for record in chosen[split] if record.id in admitted]
-            for split in ("train", "test")
-        )
-        if not train or not test:
-            raise FailedPrecondition(
-                f"{len(train)} train and {len(test)} test tasks were admitted; "
-                "see `regreen tasks list` and `regreen tasks show ID`"
-            )
-        return train, test
-
-    async def _evaluate(self, name: str, subject: str, tasks: Sequence[str]) -> None:
-        """Measure one policy; the scripts, which always act alike, once beside the first."""
-        label = subject.removeprefix(f"{name}-")
-        config = EvalConfig(
-            name=f"{name}-eval-{label}",
-            subjects=(subject,),
-            baselines=subject == "base",
-            tasks=tuple(tasks),
-            samples=self._plan.eval_samples,
-            concurrency=self._plan.concurrency,
-            labels={**self._plan.labels, "sampling.temperature": EVAL_TEMPERATURE},
-        )
-        await evaluate(self._stack, config, self._listen)
-
-    def _sft(self, name: str, tasks: Sequence[str]) -> SftConfig:
-        plan = self._plan
-        return SftConfig(
-            name=f"{name}-sft",
-            tasks=tuple(tasks),
-            styles=plan.sft_styles,
-            epochs=plan.sft_epochs,
-            max_tokens=_LONGEST_EXPERT,
-            batch_size=plan.sft_batch,
-            budget_labels=EXPERT,
-            hyperparameters={
-                "learning_rate": plan.learning_rate_sft,
-                "warmup_steps": 3,
-                "trainable_layers": plan.trainable_layers,
-                "micro_batch_tokens": 4096,
-            },
-            concurrency=plan.expert_concurrency,
-        )
-
-    def _grpo(self, name: str, tasks: Sequence[str]) -> GrpoConfig:
-        plan = self._plan
-        return GrpoConfig(
-            name=f"{name}-grpo",
-            start=f"{name}-sft",
-            tasks=tuple(tasks),
-            steps=plan.grpo_steps,
-            groups_per_step=plan.groups_per_step,
-            group_size=plan.group_size,
-            max_refills=plan.max_refills,
-            hyperparameters={
-                "learning_rate": plan.learning_rate_grpo,
-                "trainable_layers": plan.trainable_layers,
-                "micro_batch_tokens": 4096,
-            },
-            labels=plan.labels,
-            concurrency=plan.concurrency,
-        )
 
     async def _report(self, name: str, notes: Sequence[str]) -> DemoResult:
         folder = self._home.parent / "report" if self._home.name == "home" else self._home
@@ -426,34 +259,3 @@ def _notes(train: Sequence[str], test: Sequence[str]) -> list[str]:
             f"no difference on fewer than {_TELLING} tasks can be told from chance."
         )
     return told
-
-
-def choose_tasks(records: Sequence[TaskRecord], plan: Plan) -> dict[str, list[TaskRecord]]:
-    """Tasks to train and to test on: those marked for demos, then those that are gated fastest.
-
-    One of several held-out tasks can be fixed in the source. What broke a held-out task breaks a
-    training task only where there are too few others.
-    """
-
-    def order(record: TaskRecord) -> tuple[bool, int, float, str]:
-        # of an unstable suite the gate makes many runs, however short one is
-        return not record.demo, len(record.tests.unstable), record.seconds or 60.0, record.id
-
-    fitting = [record for record in records if record.status != "rejected" and not record.control]
-    held_out = sorted((r for r in fitting if r.split == "test"), key=order)
-    test = held_out[: plan.test_tasks]
-    in_source = next((r for r in held_out if "keep_new" in r.modes), None)
-    if in_source and in_source not in test and len(test) > 1:
-        test[-1] = in_source
-    broke = {record.culprit.name for record in test if record.culprit}
-
-    def known(record: TaskRecord) -> bool:
-        return record.culprit is not None and record.culprit.name in broke
-
-    train = sorted((r for r in fitting if r.split == "train"), key=lambda r: (known(r), *order(r)))
-    return {"train": train[: plan.train_tasks], "test": test}
-
-
-def _digest(plan: Plan, train: Sequence[str] = (), test: Sequence[str] = ()) -> str:
-    text = json.dumps([asdict(plan), list(train), list(test)], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:6]

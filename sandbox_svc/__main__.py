@@ -45,7 +45,13 @@ async def serving(
         return
     async with host or SandboxHost(settings) as started:
         idle_s = manners.idle_s(settings)
-        server = Server(settings, SERVICES, leaving=manners.LEAVING, idle_s=idle_s)
+        server = Server(
+            settings,
+            SERVICES,
+            leaving=manners.LEAVING,
+            idle_s=idle_s,
+            behind_front=settings.behind_front,
+        )
         pb.add_StateServiceServicer_to_server(StateServicer(started), server.grpc)
         pb.add_SandboxServiceServicer_to_server(SandboxServicer(started), server.grpc)
         pb.add_ExecServiceServicer_to_server(ExecServicer(started), server.grpc)

@@ -55,6 +55,8 @@ class Quarantined:
     argv: tuple[str, ...]
     created_s: float
     detail: str
+    tenant: str = ""
+    """Whose run it was."""
 
 
 def encode(outcome: Outcome) -> bytes:

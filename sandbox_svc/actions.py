@@ -28,6 +28,7 @@ from pathlib import Path
 import structlog
 
 from regreen.rpc.errors import DiskFull, RegreenError, ResourceExhausted
+from regreen.rpc.tenants import own, sees
 from sandbox_svc import metrics
 from sandbox_svc.action_store import ActionStore, Outcome, Quarantined
 from sandbox_svc.backends.base import (
@@ -149,8 +150,8 @@ class Actions:
             self._store.drop_state(changed_id)
 
     def quarantined(self) -> "list[Quarantined]":
-        """Quarantined actions, oldest first."""
-        return list(self._store.list_quarantined())
+        """Quarantined actions that the caller sees, oldest first."""
+        return [item for item in self._store.list_quarantined() if sees(item.tenant)]
 
     async def execute(
         self,
@@ -168,14 +169,30 @@ class Actions:
             NotFound: no such state.
             InvalidArgument: the command makes no sense.
             FailedPrecondition: nothing here would keep one of the limits.
-            ResourceExhausted: too many actions wait; carries a delay.
+            ResourceExhausted: too many actions wait; carries a delay. Or the quota of the caller's
+                tenant is used up.
         """
         state = self._states.runnable(state_id)
         check_command(command)
         check_kept(limits or Limits(), self._runtime.unkept())
         action = Action(state_id, command, _complete(limits or Limits(), self._defaults))
         key = action.key(self._runtime.identity(), stamps(state.metadata, state.base))
+        answer = await self._answer(action, key, do_not_cache, skip_cache_lookup, keep_state)
+        if answer.state is None:
+            return answer
+        return replace(answer, state=await self._states.owners.share(answer.state))
+
+    async def _answer(
+        self,
+        action: Action,
+        key: str,
+        do_not_cache: bool,
+        skip_cache_lookup: bool,
+        keep_state: bool,
+    ) -> Answer:
+        """From the cache, from a run under way or from one of its own."""
         if do_not_cache or self._store.is_quarantined(key):
+            self._admit(keep_state)
             metrics.ACTION_CACHE_MISSES.inc()
             answer = await self._run(action, key, keep_state, own_name=True)
             return replace(answer, quarantined=self._store.is_quarantined(key))
@@ -185,6 +202,7 @@ class Actions:
                 metrics.ACTION_CACHE_HITS.inc()
                 self._maybe_rerun(action, key, keep_state, found.outcome)
                 return found
+        self._admit(keep_state)
         flight = f"{key} {keep_state}"
         joined = flight in self._flights
         (metrics.ACTION_CACHE_HITS if joined else metrics.ACTION_CACHE_MISSES).inc()
@@ -203,7 +221,14 @@ class Actions:
         if not keep_state:
             return Answer(found, key, cached=True)
         child = self._states.peek(found.child_id)
-        return Answer(found, key, cached=True, state=child) if child else None
+        if child is None:
+            return None
+        self._states.owners.admit_share(child)
+        return Answer(found, key, cached=True, state=child)
+
+    def _admit(self, keep_state: bool) -> None:
+        if keep_state:
+            self._states.owners.admit()
 
     async def _run_and_keep(self, action: Action, key: str, keep_state: bool) -> Answer:
         answer = await self._run(action, key, keep_state)
@@ -232,7 +257,8 @@ class Actions:
         if not detail and answer.state is not None and answer.state.id != named:
             detail = "the files that it left differ from those of an earlier run"
         if detail and not self._store.is_quarantined(key):
-            item = Quarantined(key, action.state_id, action.command.argv, self._clock(), detail)
+            argv = action.command.argv
+            item = Quarantined(key, action.state_id, argv, self._clock(), detail, own())
             self._store.quarantine(item)
             metrics.ACTIONS_QUARANTINED.inc()
             log.warning("action quarantined", key=key, state_id=action.state_id, detail=detail)
@@ -269,7 +295,7 @@ class Actions:
     ) -> Answer:
         """One run in a fresh fork."""
         async with self._place():
-            state = self._states.get(action.state_id)
+            state = self._states.known(action.state_id)
             self._states.hold(state.layers)
             try:
                 box = await self._runtime.create(

@@ -315,7 +315,8 @@ async def diff(
     absolute(root, "root")
     limits = limits or DiffLimits()
     with manager.using(sandbox_id) as sandbox:
-        base = manager.states.get(base_state_id or sandbox.state_id)
+        states = manager.states
+        base = states.get(base_state_id) if base_state_id else states.known(sandbox.state_id)
         box = sandbox.box  # a restore gives it another; half a diff of each would be of neither
         near = await _changed(box, base.layers, root)
         paths = await asyncio.to_thread(_relevant, near or (), root, limits)

@@ -18,6 +18,7 @@ import structlog
 
 from regreen.allowlist import AllowList
 from regreen.rpc.errors import FailedPrecondition
+from regreen.rpc.tenants import own
 from sandbox_svc import metrics
 from sandbox_svc.backends.base import PROXY_PORT
 from sandbox_svc.egress_exchange import Bounds, Exchange
@@ -111,7 +112,7 @@ class Door:
     """The way out of one sandbox; see `backends.base.Door` and `egress_exchange.Account`."""
 
     def __init__(self, egress: Egress, sandbox_id: str, allow: AllowList) -> None:
-        self.sandbox_id, self.allow = sandbox_id, allow
+        self.sandbox_id, self.allow, self._tenant = sandbox_id, allow, own()
         self.bounds, self.route = egress.bounds, egress.route
         self.environment = ENVIRONMENT
         self._egress = egress
@@ -141,7 +142,8 @@ class Door:
 
     def begin(self) -> Record:
         """A record of a request that begins."""
-        return self._egress.ledger.begin(self.sandbox_id, keep=not self._closed)
+        ledger = self._egress.ledger
+        return ledger.begin(self.sandbox_id, tenant=self._tenant, keep=not self._closed)
 
     def end(self, record: Record) -> None:
         """The request has ended."""

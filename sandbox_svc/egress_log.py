@@ -1,6 +1,7 @@
 """What was asked of the network: one record a request, for audits and for ListEgress.
 
-- Each is of a sandbox, or of the preparation of a State, and kept under its id.
+- Each is of a sandbox, or of the preparation of a State, and kept under its id; the tenants that
+  these are of may list them.
 - A record is there as soon as a request was read, and is brought up to date until it ends.
 - Bounded: of each sandbox the first and the last requests are kept, so that a flood cannot push
   out what came before it; of deleted sandboxes the latest, for a while.
@@ -17,6 +18,7 @@ from typing import Any
 
 from regreen.rpc import logging
 from regreen.rpc.errors import NotFound
+from regreen.rpc.tenants import own, sees_any
 from sandbox_svc import metrics
 
 _FIRST, _LAST = 500, 500
@@ -102,6 +104,7 @@ class _Kept:
     first: list[Record] = field(default_factory=list)
     last: deque[Record] = field(default_factory=lambda: deque(maxlen=_LAST))
     closed_s: float | None = None
+    tenants: set[str] = field(default_factory=set)
 
 
 class Ledger:
@@ -123,16 +126,22 @@ class Ledger:
         self._numbers = 0
         self._log = logging.get()
 
-    def begin(self, subject_id: str, *, keep: bool = True) -> Record:
-        """A record of a request that begins; it is only logged where `keep` is false."""
+    def begin(self, subject_id: str, *, tenant: str = "", keep: bool = True) -> Record:
+        """A record of a tenant's request that begins; it is only logged where `keep` is false."""
         self._numbers += 1
         record = Record(subject_id, self._numbers, self._clock())
         if not keep:
             return record
         kept = self._kept.setdefault(subject_id, _Kept())
         kept.closed_s = None
+        kept.tenants.add(tenant)
         (kept.first if len(kept.first) < _FIRST else kept.last).append(record)
         return record
+
+    def share(self, subject_id: str) -> None:
+        """Have the records that are kept of a subject be the caller's too."""
+        if (kept := self._kept.get(subject_id)) is not None:
+            kept.tenants.add(own())
 
     def end(self, record: Record) -> None:
         """Count and log a request that has ended."""
@@ -176,14 +185,14 @@ class Ledger:
                 del self._kept[subject_id]
 
     def list(self, subject_id: str) -> Sequence[Record]:
-        """Records of a sandbox or of a preparation, oldest first.
+        """Records of a sandbox or of a preparation that the caller sees, oldest first.
 
         Raises:
             NotFound: it has asked for nothing that is still kept.
         """
         self._prune()
         kept = self._kept.get(subject_id)
-        if kept is None:
+        if kept is None or not sees_any(kept.tenants):
             raise NotFound(f"no request of {subject_id} is kept", metadata={"id": subject_id})
         return [*kept.first, *kept.last]
 

@@ -18,6 +18,7 @@ import httpx
 from regreen.allowlist import AllowList, normal_host
 from regreen.pkgindex import PackageIndex, place_of
 from regreen.rpc.errors import MissingDependency
+from regreen.rpc.tenants import own
 from sandbox_svc.egress_log import Decision, Ledger, Record, cut
 
 METADATA = "egress"
@@ -31,6 +32,7 @@ class Fetches:
 
     def __init__(self, ledger: Ledger, state_id: str, allow: AllowList) -> None:
         self._ledger, self._state_id, self._allow = ledger, state_id, allow
+        self._tenant = own()
         self._records: list[Record] = []
         self._open: dict[int, Record] = {}
 
@@ -50,7 +52,7 @@ class Fetches:
             MissingDependency: its host is not one that may be asked.
         """
         host, port = place_of(request.url)
-        record = self._ledger.begin(self._state_id)
+        record = self._ledger.begin(self._state_id, tenant=self._tenant)
         self._open[record.number] = record
         if len(self._records) < _MOST_KEPT:
             self._records.append(record)

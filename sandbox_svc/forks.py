@@ -21,7 +21,7 @@ async def fork_of(
         NotFound: the State was deleted.
         InfraError: the runtime failed.
     """
-    state = states.get(state_id)  # its layers may have been swapped meanwhile
+    state = states.known(state_id)  # its layers may have been swapped meanwhile
     states.hold(state.layers)
     try:
         box = await runtime.create(

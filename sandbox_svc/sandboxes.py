@@ -5,6 +5,8 @@
 - Such an operation, once begun, goes on to its end when its caller goes away: no work is lost.
 - A sandbox with a call in progress does not expire; any other ends at `expires_s`.
 - Layers below a live sandbox are held, so that deleting its state cannot pull them away.
+- A caller gets, lists and deletes the sandboxes of its tenant; what the service does by itself, it
+  does to all. A tenant may have so many, those that start included.
 - Sandboxes of agents and fresh forks to compare them with draw on separate allowances: a full pool
   of agents cannot block a diff.
 """
@@ -23,25 +25,26 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import structlog
 
 from regreen.allowlist import AllowList
 from regreen.ids import new_id
 from regreen.rpc.errors import NotFound, RegreenError, ResourceExhausted, Unavailable
+from regreen.rpc.quotas import Quotas
+from regreen.rpc.tenants import own, sees
 from sandbox_svc import metrics
 from sandbox_svc.backends.base import Box, Limits, Runtime, check_kept, kept
 from sandbox_svc.egress import Door, Egress
 from sandbox_svc.labels import check_labels
 from sandbox_svc.pace import Places
 from sandbox_svc.pool import PoolLimits
-from sandbox_svc.states import DEFAULT_CWD, State, StateStore
-from sandbox_svc.unknown import no_sandbox, no_state
+from sandbox_svc.sandbox import Sandbox
+from sandbox_svc.states import State, StateStore
+from sandbox_svc.unknown import no_sandbox, no_state, state_in_use
 
-if TYPE_CHECKING:
-    from sandbox_svc.executions import Execution
+__all__ = ["STARTS_AT_ONCE", "Manager", "Sandbox"]
 
 log = structlog.get_logger(__name__)
 STARTS_AT_ONCE = max(4, 2 * (os.cpu_count() or 1))
@@ -54,35 +57,6 @@ _NO_LIMITS = Limits()
 _T = TypeVar("_T")
 
 
-@dataclass(slots=True, eq=False)
-class Sandbox:
-    """A running, disposable fork of a state."""
-
-    id: str
-    state_id: str
-    box: Box
-    layers: tuple[str, ...]
-    """Layers below the box that are held for it, lowest first."""
-    limits: Limits
-    labels: Mapping[str, str]
-    ttl_s: float
-    created_s: float
-    expires_s: float
-    parent_id: str = ""
-    """The sandbox that it was forked from."""
-    states: list[tuple[str, int | None]] = field(default_factory=list)
-    """States that it stands on, oldest first: id, and how many of `layers` show its files; None
-    where that is no number of whole layers any more."""
-    door: Door | None = None
-    """Its way out; None where it has none."""
-    cwd: str = DEFAULT_CWD
-    """Where commands run that name no directory."""
-    calls: int = 0
-    executions: "dict[str, Execution]" = field(default_factory=dict)
-    """Commands started in it that run or are kept, oldest first."""
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-
 class Manager:
     """Creates, forks, snapshots, restores and ends sandboxes of one runtime."""
 
@@ -93,14 +67,17 @@ class Manager:
         *,
         pool: PoolLimits | None = None,
         egress: Egress | None = None,
+        quotas: Quotas | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.runtime, self.states = runtime, states
         self.egress = egress or Egress(enabled=False)
         self.pool = pool or PoolLimits()
+        self._quotas = quotas or Quotas()
         self._clock = clock
         self._sandboxes: dict[str, Sandbox] = {}
-        self._reserved = 0
+        self._reserved: Counter[str] = Counter()
+        """Places of sandboxes to come, by tenant."""
         self._came: deque[float] = deque(maxlen=_BURST)
         """When the last calls came that ask for a sandbox."""
         self._comparisons = asyncio.Semaphore(self.pool.max_comparisons)
@@ -121,7 +98,7 @@ class Manager:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._reaper
         await asyncio.gather(
-            *(self.delete(sandbox) for sandbox in list(self._sandboxes)), return_exceptions=True
+            *(self._end(sandbox) for sandbox in list(self._sandboxes)), return_exceptions=True
         )
         await asyncio.gather(*self._finishing, return_exceptions=True)
 
@@ -139,21 +116,26 @@ class Manager:
         return asyncio.shield(task)
 
     def get(self, sandbox_id: str) -> Sandbox:
-        """One live sandbox.
+        """One live sandbox that the caller sees.
 
         Raises:
             NotFound: there is none, or it has expired.
         """
         sandbox = self._sandboxes.get(sandbox_id)
-        if sandbox is None or self._is_over(sandbox):
+        if sandbox is None or self._is_over(sandbox) or not sees(sandbox.tenant):
             raise no_sandbox(sandbox_id)
         return sandbox
 
     def list(self, labels: Mapping[str, str] | None = None) -> Sequence[Sandbox]:
-        """Live sandboxes that carry all `labels`, oldest first."""
+        """Live sandboxes that the caller sees and that carry all `labels`, oldest first."""
         wanted = set((labels or {}).items())
-        found = (s for s in self._sandboxes.values() if wanted <= set(s.labels.items()))
+        seen = (s for s in self._sandboxes.values() if sees(s.tenant))
+        found = (s for s in seen if wanted <= set(s.labels.items()))
         return sorted(found, key=lambda sandbox: (sandbox.created_s, sandbox.id))
+
+    def count(self) -> int:
+        """How many sandboxes live, whosever they are."""
+        return len(self._sandboxes)
 
     def with_doors(self) -> frozenset[str]:
         """Ids of live sandboxes that have a way out."""
@@ -202,7 +184,7 @@ class Manager:
         try:
             async with self._starting:
                 await self._give_way()
-                state = self.states.get(state.id)  # as it is after the wait
+                state = self.states.known(state.id)  # as it is after the wait
                 with self._awaiting(state), metrics.START_SECONDS.time():
                     box = await self._box(state, limits, door)
         except BaseException:
@@ -218,6 +200,7 @@ class Manager:
             layers=state.layers,
             limits=kept(box.limits, self.runtime.unkept()),
             labels=dict(labels),
+            tenant=own(),
             ttl_s=ttl_s,
             created_s=now,
             expires_s=now + ttl_s,
@@ -265,25 +248,31 @@ class Manager:
     @contextlib.contextmanager
     def _reserve(self, count: int) -> Iterator[Callable[[], None]]:
         """Places for sandboxes to come; what it gives is called for each that has come."""
-        if len(self._sandboxes) + self._reserved + count > self.pool.max_sandboxes:
+        mine, starting = own(), self._reserved.total()
+        if mine:
+            held = sum(sandbox.tenant == mine for sandbox in self._sandboxes.values())
+            would_be = held + self._reserved[mine] + count
+            self._quotas.check("sandboxes", would_be, retry_after_s=self.pool.retry_after_s)
+        if len(self._sandboxes) + starting + count > self.pool.max_sandboxes:
             raise ResourceExhausted(
                 f"{len(self._sandboxes)} of {self.pool.max_sandboxes} sandboxes are in use and "
-                f"{self._reserved} are starting; there is no room for {count} more",
+                f"{starting} are starting; there is no room for {count} more",
                 metadata={"limit": str(self.pool.max_sandboxes)},
                 retry_after_s=self.pool.retry_after_s,
             )
-        self._reserved += count
+        self._reserved[mine] += count
         open_places = count
 
         def taken() -> None:
             nonlocal open_places
             open_places -= 1
-            self._reserved -= 1
+            self._reserved[mine] -= 1
 
         try:
             yield taken
         finally:
-            self._reserved -= open_places
+            self._reserved[mine] -= open_places
+            self._reserved += Counter()  # forgets tenants that wait for nothing
 
     @contextlib.contextmanager
     def using(self, sandbox_id: str, *, linger_s: float = 1.0) -> Iterator[Sandbox]:
@@ -308,6 +297,7 @@ class Manager:
     async def snapshot(self, sandbox_id: str, labels: Mapping[str, str] | None = None) -> State:
         """Freeze a sandbox into a state; its processes end, it goes on over the same files."""
         with self.using(sandbox_id) as sandbox:
+            self.states.owners.admit()
             return await self._finish(self._snapshot(sandbox, labels or {}))
 
     async def _snapshot(self, sandbox: Sandbox, labels: Mapping[str, str]) -> State:
@@ -370,6 +360,7 @@ class Manager:
         """
         self.pool.check_count(count)
         with self.using(sandbox_id) as sandbox, self._reserve(count) as taken:
+            self.states.owners.admit()
             merged = check_labels({**sandbox.labels, **(labels or {})})
             state = await self._finish(self._snapshot(sandbox, {}))
             reach = sandbox.door.allow if sandbox.door is not None else None
@@ -392,7 +383,7 @@ class Manager:
                     task.cancel()
                 ended = await asyncio.gather(*tasks, return_exceptions=True)
                 started = [fork for fork in ended if isinstance(fork, Sandbox)]
-                await asyncio.gather(*(self.delete(fork.id) for fork in started))
+                await asyncio.gather(*(self._end(fork.id) for fork in started))
                 with contextlib.suppress(RegreenError):  # somebody else may have come to use it
                     await self.delete_state(state.id)
                 raise
@@ -406,7 +397,7 @@ class Manager:
 
     async def _restore(self, sandbox: Sandbox, state: State) -> None:
         async with sandbox.lock:
-            state = self.states.get(state.id)
+            state = self.states.known(state.id)
             with self._awaiting(state):
                 fresh = await self._box(state, sandbox.limits, sandbox.door)
             old, held = sandbox.box, sandbox.layers
@@ -427,7 +418,13 @@ class Manager:
         return sandbox
 
     async def delete(self, sandbox_id: str) -> None:
-        """Kill everything in a sandbox and remove it; absent ones are fine."""
+        """Kill all in a sandbox that the caller sees, and remove it; absent ones are fine."""
+        sandbox = self._sandboxes.get(sandbox_id)
+        if sandbox is not None and sees(sandbox.tenant):
+            await self._end(sandbox_id)
+
+    async def _end(self, sandbox_id: str) -> None:
+        """Remove a sandbox, whosever it is."""
         sandbox = self._sandboxes.pop(sandbox_id, None)
         if sandbox is not None:
             if sandbox.door is not None:
@@ -445,13 +442,18 @@ class Manager:
             self.states.release(sandbox.layers)
 
     async def delete_state(self, state_id: str) -> None:
-        """Forget a state.
+        """Forget a state that the caller sees, or take it from its tenant where others have it.
 
         Raises:
-            FailedPrecondition: sandboxes run on it.
+            FailedPrecondition: sandboxes run on it, of those whom it would be taken from.
         """
-        in_use = any(s.state_id == state_id for s in self._sandboxes.values())
-        await self.states.delete(state_id, in_use=in_use or state_id in self._awaited)
+        if not self.states.owners.goes(state_id):
+            if any(s.state_id == state_id for s in self.list()):
+                raise state_in_use(state_id)
+            if await self.states.owners.withdraw(state_id):
+                return
+        used = any(s.state_id == state_id for s in self._sandboxes.values())
+        await self.states.delete(state_id, in_use=used or state_id in self._awaited)
 
     def stood_on(self) -> set[str]:
         """Ids of the states that live sandboxes stand on, those of their snapshots included."""
@@ -461,16 +463,16 @@ class Manager:
     @contextlib.asynccontextmanager
     async def fresh(self, state_id: str) -> AsyncIterator[Box]:
         """A box over an untouched state, to compare with; waits for a place, always deleted."""
-        self.states.runnable(state_id)
+        self.states.usable(self.states.known(state_id))
         async with self._comparisons:
-            state = self.states.get(state_id)  # as it is after the wait
+            state = self.states.known(state_id)  # as it is after the wait
             box = await self._box(state, _NO_LIMITS)
             try:
                 yield box
             finally:
-                await self._finish(self._end(box, state.layers))
+                await self._finish(self._discard(box, state.layers))
 
-    async def _end(self, box: Box, held: Sequence[str]) -> None:
+    async def _discard(self, box: Box, held: Sequence[str]) -> None:
         try:
             await box.delete()
         finally:
@@ -488,7 +490,7 @@ class Manager:
         """Delete sandboxes whose time is over; returns how many."""
         over = [s.id for s in list(self._sandboxes.values()) if self._is_over(s)]
         ended = await asyncio.gather(
-            *(self.delete(sandbox_id) for sandbox_id in over), return_exceptions=True
+            *(self._end(sandbox_id) for sandbox_id in over), return_exceptions=True
         )
         failed = [error for error in ended if isinstance(error, BaseException)]
         metrics.EXPIRED.inc(len(over) - len(failed))

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from regreen.blobs import open_blobs
-from regreen.rpc.errors import InvalidArgument, NotFound
+from regreen.rpc.errors import InvalidArgument, NotFound, RegreenError
 from regreen.rpc.logging import get
+from regreen.rpc.quotas import Quotas
+from regreen.rpc.tenants import sees_any
 from sandbox_svc import egress_probe, fetches, metrics
 from sandbox_svc.actions import Actions
 from sandbox_svc.backends.base import Capability, Runtime
@@ -71,9 +73,12 @@ class SandboxHost:
         self.settings = settings
         self.runtime = runtime or make_runtime(settings)
         home = settings.home / "sandbox"
-        self.states = StateStore(home, self.runtime)
+        quotas = Quotas(settings.quotas)
+        self.states = StateStore(home, self.runtime, quotas=quotas)
         self.egress = egress or settings.make_egress()
-        self.manager = Manager(self.runtime, self.states, pool=settings.pool(), egress=self.egress)
+        self.manager = Manager(
+            self.runtime, self.states, pool=settings.pool(), egress=self.egress, quotas=quotas
+        )
         self.executions = Executions(self.manager, max_kept=settings.max_executions)
         self.self_check = SelfCheck(
             self.runtime,
@@ -150,8 +155,8 @@ class SandboxHost:
         await self.actions.open()
         parts.push_async_callback(self.upkeep.close)
         await self.upkeep.start()
-        metrics.ACTIVE.set_function(lambda: len(self.manager.list()))
-        metrics.STATES.set_function(lambda: len(self.states.list()))
+        metrics.ACTIVE.set_function(self.manager.count)
+        metrics.STATES.set_function(lambda: len(self.states.every()))
 
     def _workers(self) -> Workers | None:
         """What shares the tests of a validation among forks, if that is asked for."""
@@ -207,7 +212,11 @@ class SandboxHost:
             asked = {fetches.METADATA: way.encode()}
             return replace(prepared, metadata={**prepared.metadata, **asked})
 
-        return await self.states.prepare(spec.digest, build, rebuild=rebuild, progress=progress)
+        try:
+            return await self.states.prepare(spec.digest, build, rebuild=rebuild, progress=progress)
+        except RegreenError:
+            self.egress.ledger.share(state_id("", spec.digest))  # it may have been another's run
+            raise
 
     def asked(self, sandbox_id: str) -> Sequence[Mapping[str, Any]]:
         """What a sandbox asked of the network, oldest first.
@@ -224,7 +233,7 @@ class SandboxHost:
             NotFound: nothing is known of it.
         """
         state = self.states.peek(wanted)
-        if state is None:
+        if state is None or not sees_any(state.tenants):
             return self.asked(wanted)
         if fetches.METADATA not in state.metadata:
             raise NotFound(
@@ -234,12 +243,12 @@ class SandboxHost:
         return fetches.decode(state.metadata[fetches.METADATA])
 
     async def delete_state(self, state_id: str) -> None:
-        """Forget a state and the layers that only it uses.
+        """Forget a state and the layers that only it uses; others' stay, and are theirs.
 
         Raises:
             FailedPrecondition: sandboxes run on it.
         """
-        if self.warm is not None:
+        if self.warm is not None and self.states.owners.goes(state_id):
             await self.warm.drop(state_id)
         await self.manager.delete_state(state_id)
 

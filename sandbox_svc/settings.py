@@ -89,6 +89,9 @@ class SandboxSettings(ServiceSettings):
     ExportState and ExportImage give."""
     transfer_idle_s: float = Field(default=60.0, gt=0)
     """An archive of which the client sends, or takes, nothing for so long is given up."""
+    behind_front: bool = False
+    """Believe the tenant that a call's header names, as workers of a front do: where nobody but the
+    front can call. The front sets it for its workers."""
     kube_name: str = Field(default="regreen-sandbox", min_length=1, max_length=200)
     """Name of this front in the cluster; one that starts under it takes over what is there."""
     kube_config: Path | None = None
@@ -151,6 +154,15 @@ class SandboxSettings(ServiceSettings):
     in the form of `egress.allow`: where an index keeps its files elsewhere."""
     self_check_s: float = Field(default=30.0, gt=0)
     """Time between two looks for leaks."""
+
+    @model_validator(mode="after")
+    def _check_front(self) -> Self:
+        if self.behind_front and (self.tokens or self.backend == "kubernetes"):
+            raise ValueError(
+                "behind_front: whose a call is is said by its front or by its token; leave out "
+                "tokens and the backend kubernetes, or this"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_kube_tls(self) -> Self:

@@ -1,13 +1,23 @@
-"""What the record of a state may hold: its file may be damaged, or come from another host.
+"""What is kept of a state, and what its record may hold: that may be damaged, or of another host.
 
+- A state's id depends on its parent and on the action that made it, on nothing else.
 - A value of another type than this service writes is refused by its name, before anything uses it;
   so are an environment and mounts that no sandbox could start with.
 """
 
+import hashlib
 import json
 import posixpath
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sandbox_svc.backends.base import HOST_BASE, Mount
+
+_FORMAT = 1
+DEFAULT_CWD = "/work/repo"
 
 _MAX_SECONDS, _MAX_BYTES = 1e10, 1 << 62
 _MAX_PATH = 4096
@@ -97,7 +107,7 @@ def _is_metadata(value: object) -> bool:
 
 _CHECKS: Mapping[str, Callable[[object], bool]] = {
     **dict.fromkeys(("id", "parent_id", "spec_sha256", "python", "host", "boot"), _is_text),
-    **dict.fromkeys(("layers", "ancestors"), lambda value: _is_list(value, _is_text)),
+    **dict.fromkeys(("layers", "ancestors", "tenants"), lambda value: _is_list(value, _is_text)),
     "created_s": _is_number,
     "size_bytes": lambda value: _is_count(value),
     "mounts": lambda value: _is_list(value, _is_mount),
@@ -121,3 +131,71 @@ def check_record(fields: Mapping[str, object]) -> None:
             raise ValueError(
                 f"not a state record: {name} is of another type or can be of no sandbox"
             )
+
+
+def image_action(config_sha256: str) -> str:
+    """The action that makes the root state of an image."""
+    return f"image sha256:{config_sha256}"
+
+
+def state_id(parent_id: str, action: str) -> str:
+    """The id of the state that `action` makes of `parent_id`."""
+    digest = hashlib.sha256(f"regreen-state\n{parent_id}\n{action}".encode()).hexdigest()
+    return f"st_{digest[:32]}"
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """An immutable snapshot of a prepared file system."""
+
+    id: str
+    layers: tuple[str, ...]
+    parent_id: str = ""
+    spec_sha256: str = ""
+    created_s: float = 0.0
+    """Unix time."""
+    size_bytes: int = 0
+    python: str = ""
+    mounts: tuple[Mount, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    host: str = ""
+    boot: str = ""
+    durable: bool = False
+    base: str = HOST_BASE
+    """Where its programs come from: the host, or `image:sha256:` and a configuration's digest."""
+    cwd: str = DEFAULT_CWD
+    """Where commands run that name no directory."""
+    ancestors: tuple[str, ...] = ()
+    """Ids of those it was made from, the root first; older records name the parent alone."""
+    tenants: tuple[str, ...] = ("",)
+    """Who made it, first to last; empty text for nobody, as in older records."""
+
+    def encode(self) -> bytes:
+        """The record as JSON."""
+        fields = asdict(self)
+        fields["mounts"] = [[str(m.source), m.target, m.read_only] for m in self.mounts]
+        return json.dumps({"format": _FORMAT, **fields}, sort_keys=True).encode()
+
+    @classmethod
+    def decode(cls, data: bytes) -> "State":
+        """The state of a record.
+
+        Raises:
+            ValueError: the bytes are no record of this format.
+        """
+        fields = json.loads(data)
+        if not isinstance(fields, dict) or fields.pop("format", None) != _FORMAT:
+            raise ValueError("not a state record")
+        later = {"base": HOST_BASE, "cwd": DEFAULT_CWD, "ancestors": [], "tenants": [""]}
+        fields = {**later, **fields}
+        try:
+            check_record(fields)
+            fields["mounts"] = tuple(Mount(Path(a), b, c) for a, b, c in fields["mounts"])
+            fields["layers"] = tuple(fields["layers"])
+            fields["ancestors"] = tuple(fields["ancestors"])
+            fields["tenants"] = tuple(fields["tenants"])
+            return cls(**fields)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a state record: {error}") from error

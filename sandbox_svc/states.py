@@ -4,6 +4,8 @@
   rename, so a state is whole or absent whenever the process dies.
 - A state's id depends on its parent and on the action that made it, on nothing else; the action
   of an imported image is its configuration's digest, so that the base is part of the id.
+- A caller gets and lists the states of its tenant; `known`, `peek`, `find` and `every` are for the
+  service's own work, whoever made what they give. Who makes a state that is there has it too.
 - States of images run on any host of their platform; others only on hosts like the one they are of.
 - A state made before a crash of the host counts only if its layers had reached the disk; a crash
   of the process alone loses nothing that was answered. Making one durable is tried until it works.
@@ -16,29 +18,30 @@
 
 import asyncio
 import contextlib
-import hashlib
-import json
 import os
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import structlog
 
 from regreen.rpc.errors import FailedPrecondition, RegreenError
-from sandbox_svc.backends.base import HOST_BASE, Mount, Runtime
+from regreen.rpc.quotas import Quotas
+from regreen.rpc.tenants import own, sees_all, sees_any
+from sandbox_svc.backends.base import HOST_BASE, Runtime
 from sandbox_svc.backends.fds import writing
 from sandbox_svc.builders.base import RUNNER, Prepared, Progress
 from sandbox_svc.flights import Flights
 from sandbox_svc.hosts import boot_id, host_fingerprint, platform_name
-from sandbox_svc.state_records import check_record
-from sandbox_svc.unknown import no_state
+from sandbox_svc.state_records import DEFAULT_CWD, State, image_action, state_id
+from sandbox_svc.tenancy import Holdings, Owners, made_again
+from sandbox_svc.unknown import no_state, state_in_use
 
-_FORMAT = 1
-DEFAULT_CWD = "/work/repo"
+__all__ = ["DEFAULT_CWD", "State", "StateStore", "image_action", "state_id"]
+
 _TOUCH_S = 1.0
 _AGAIN_S, _AGAIN_AT_MOST_S = 0.25, 10.0
 """How long after a state could not be made durable that is tried again, at first and at most."""
@@ -48,83 +51,30 @@ Build = Callable[[Progress], Awaitable[Prepared]]
 Clock = Callable[[], float]
 
 
-def image_action(config_sha256: str) -> str:
-    """The action that makes the root state of an image."""
-    return f"image sha256:{config_sha256}"
-
-
-def state_id(parent_id: str, action: str) -> str:
-    """The id of the state that `action` makes of `parent_id`."""
-    digest = hashlib.sha256(f"regreen-state\n{parent_id}\n{action}".encode()).hexdigest()
-    return f"st_{digest[:32]}"
-
-
-@dataclass(frozen=True, slots=True)
-class State:
-    """An immutable snapshot of a prepared file system."""
-
-    id: str
-    layers: tuple[str, ...]
-    parent_id: str = ""
-    spec_sha256: str = ""
-    created_s: float = 0.0
-    """Unix time."""
-    size_bytes: int = 0
-    python: str = ""
-    mounts: tuple[Mount, ...] = ()
-    env: Mapping[str, str] = field(default_factory=dict)
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    labels: Mapping[str, str] = field(default_factory=dict)
-    host: str = ""
-    boot: str = ""
-    durable: bool = False
-    base: str = HOST_BASE
-    """Where its programs come from: the host, or `image:sha256:` and a configuration's digest."""
-    cwd: str = DEFAULT_CWD
-    """Where commands run that name no directory."""
-    ancestors: tuple[str, ...] = ()
-    """Ids of those it was made from, the root first; older records name the parent alone."""
-
-    def encode(self) -> bytes:
-        """The record as JSON."""
-        fields = asdict(self)
-        fields["mounts"] = [[str(m.source), m.target, m.read_only] for m in self.mounts]
-        return json.dumps({"format": _FORMAT, **fields}, sort_keys=True).encode()
-
-    @classmethod
-    def decode(cls, data: bytes) -> "State":
-        """The state of a record.
-
-        Raises:
-            ValueError: the bytes are no record of this format.
-        """
-        fields = json.loads(data)
-        if not isinstance(fields, dict) or fields.pop("format", None) != _FORMAT:
-            raise ValueError("not a state record")
-        fields = {"base": HOST_BASE, "cwd": DEFAULT_CWD, "ancestors": [], **fields}  # new ones
-        try:
-            check_record(fields)
-            fields["mounts"] = tuple(Mount(Path(a), b, c) for a, b, c in fields["mounts"])
-            fields["layers"] = tuple(fields["layers"])
-            fields["ancestors"] = tuple(fields["ancestors"])
-            return cls(**fields)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not a state record: {error}") from error
-
-
 def _outdated(state: State) -> bool:
     """Whether a state was prepared with another test runner; snapshots are still of use."""
     prepared = not state.parent_id and state.metadata.get("baseline") is not None
     return prepared and state.metadata.get("runner") != RUNNER
 
 
+def _place(state: State) -> tuple[float, str]:
+    return state.created_s, state.id
+
+
 class StateStore:
     """The states of one runtime, indexed by small files below `home`."""
 
-    def __init__(self, home: Path, runtime: Runtime, *, clock: Clock = time.time) -> None:
+    def __init__(
+        self,
+        home: Path,
+        runtime: Runtime,
+        *,
+        clock: Clock = time.time,
+        quotas: Quotas | None = None,
+    ) -> None:
         self._directory = home / "states"
         self._runtime, self._clock = runtime, clock
-        self._states: dict[str, State] = {}
+        self._states: Holdings[State] = Holdings()
         self._flights: Flights[State] = Flights()
         self._used: dict[str, int] = {}
         self._growing = 0
@@ -132,6 +82,7 @@ class StateStore:
         self._dropping = asyncio.Lock()
         self._background: set[asyncio.Task[None]] = set()
         self._rewriting = asyncio.Lock()
+        self.owners = Owners(self._states, self._rewriting, self._rewrite, quotas or Quotas())
         self._closing = asyncio.Event()
         self._touched: dict[str, float] = {}
         self.changed: list[Callable[[str], None]] = []
@@ -166,36 +117,54 @@ class StateStore:
         await asyncio.gather(*self._background, return_exceptions=True)
 
     def get(self, state_id: str) -> State:
-        """One state.
+        """One state that the caller sees.
 
         Raises:
             NotFound: there is none of this id.
         """
-        try:
-            return self._states[state_id]
-        except KeyError:
-            raise no_state(state_id) from None
+        state = self._states.get(state_id)
+        if state is None or not sees_any(state.tenants):
+            raise no_state(state_id)
+        return state
+
+    def known(self, state_id: str) -> State:
+        """One state, whoever made it.
+
+        Raises:
+            NotFound: there is none of this id.
+        """
+        state = self._states.get(state_id)
+        if state is None:
+            raise no_state(state_id)
+        return state
 
     def peek(self, state_id: str) -> State | None:
-        """One state, if there is one of this id."""
+        """One state, whoever made it, if there is one of this id."""
         return self._states.get(state_id)
 
     def runnable(self, state_id: str) -> State:
-        """One state, if this host can run it.
+        """One state that the caller sees, if this host can run it.
 
         Raises:
             NotFound: there is none of this id.
             FailedPrecondition: it was made for another machine, C library or distribution.
         """
-        state = self.get(state_id)
+        return self.usable(self.get(state_id))
+
+    def usable(self, state: State) -> State:
+        """A state that is about to be used, if this host can run it.
+
+        Raises:
+            FailedPrecondition: it was made for another machine, C library or distribution.
+        """
         here = self._host if state.base == HOST_BASE else platform_name()
         if state.host != here:
             raise FailedPrecondition(
-                f"state {state_id} was made on {state.host}, this host is {here}; "
+                f"state {state.id} was made on {state.host}, this host is {here}; "
                 "prepare it again here",
-                metadata={"id": state_id},
+                metadata={"id": state.id},
             )
-        self._touch(state_id)
+        self._touch(state.id)
         return state
 
     def _touch(self, state_id: str) -> None:
@@ -215,7 +184,7 @@ class StateStore:
         return layer in self._used
 
     def lineage(self, state_id: str) -> Sequence[State]:
-        """A state and those that it was made from, the root first; deleted ones are left out.
+        """A state and those that it was made from, the root first, as far as the caller sees them.
 
         Raises:
             NotFound: there is none of this id.
@@ -224,13 +193,19 @@ class StateStore:
         return [*(self._states[id] for id in ids if id in self._states), self._states[state_id]]
 
     def ancestors(self, state_id: str) -> Sequence[str]:
-        """Ids of all that a state was made from, the root first, deleted ones included.
+        """Ids of all that a state was made from, the root first.
+
+        Who sees everything is told of deleted ones too.
 
         Raises:
             NotFound: there is none of this id.
         """
         ids = dict.fromkeys(self._ancestors(self.get(state_id)))
-        return [id for id in ids if id != state_id]
+        return [id for id in ids if id != state_id and (sees_all() or self._is_seen(id))]
+
+    def _is_seen(self, state_id: str) -> bool:
+        state = self._states.get(state_id)
+        return state is not None and sees_any(state.tenants)
 
     def _ancestors(self, state: State) -> tuple[str, ...]:
         """Ids of those that a state was made from, as far as records tell."""
@@ -242,19 +217,24 @@ class StateStore:
         return (*state.ancestors, *line[::-1])
 
     def find(self, spec_sha256: str) -> State | None:
-        """The prepared state of a spec that this host can run, if there is one."""
+        """The prepared state of a spec that this host can run, whoever made it."""
         found = self._states.get(state_id("", spec_sha256))
         return found if found is not None and found.host == self._host else None
 
     def list(self, *, spec_sha256: str = "", parent_id: str = "") -> Sequence[State]:
-        """States that match, oldest first."""
+        """States that the caller sees and that match, oldest first."""
         matching = (
             state
             for state in self._states.values()
             if (not spec_sha256 or state.spec_sha256 == spec_sha256)
             and (not parent_id or state.parent_id == parent_id)
+            and sees_any(state.tenants)
         )
-        return sorted(matching, key=lambda state: (state.created_s, state.id))
+        return sorted(matching, key=_place)
+
+    def every(self) -> Sequence[State]:
+        """All states, whoever made them, oldest first."""
+        return sorted(self._states.values(), key=_place)
 
     async def add(
         self,
@@ -267,8 +247,8 @@ class StateStore:
         labels: Mapping[str, str] | None = None,
     ) -> State:
         """Record a state over frozen layers; a snapshot inherits its parent's mounts and env."""
-        own = [layer for layer in layers if not parent or layer not in parent.layers]
-        sizes = [await self._runtime.layer_size(layer) for layer in own]
+        above = [layer for layer in layers if not parent or layer not in parent.layers]
+        sizes = [await self._runtime.layer_size(layer) for layer in above]
         state = State(
             id=state_id(parent.id if parent else "", action),
             layers=tuple(layers),
@@ -280,6 +260,7 @@ class StateStore:
             host=self._host,
             boot=self._boot,
             labels=dict(labels or {}),
+            tenants=(own(),),
         )
         if prepared is not None:
             python = str(prepared.metadata.get("python", ""))
@@ -301,16 +282,17 @@ class StateStore:
                 base=parent.base,
                 cwd=parent.cwd,
             )
-        self.record(state)
-        return state
+        return self.record(state)
 
-    def record(self, state: State) -> None:
-        """Make a state exist from now on."""
+    def record(self, state: State) -> State:
+        """Make a state exist from now on; who had the one in its place has it too."""
+        state = made_again(self._states.get(state.id), state)
         self._write(state, durable=False)
         self._states[state.id] = state
         self._touched[state.id] = self._clock()
         self._save_later(state.id)
         self._tell(state.id)
+        return state
 
     def _tell(self, state_id: str) -> None:
         for listener in self.changed:
@@ -393,10 +375,16 @@ class StateStore:
         rebuild: bool = False,
         progress: Progress | None = None,
     ) -> State:
-        """The state of a spec: found, or built once for all who ask meanwhile."""
+        """The state of a spec: found, or built once for all who ask meanwhile.
+
+        Raises:
+            ResourceExhausted: the quota of the caller's tenant is used up.
+        """
         found = self.find(spec_sha256)
         if found is not None and not rebuild and spec_sha256 not in self._flights:
-            return found
+            self.owners.admit_share(found)
+            return await self.owners.share(found)
+        self.owners.admit()
 
         async def run(report: Progress) -> State:
             with self.growing():
@@ -406,7 +394,7 @@ class StateStore:
                     prepared.layers, action=spec_sha256, spec_sha256=spec_sha256, prepared=prepared
                 )
 
-        return await self._flights.join(spec_sha256, run, progress)
+        return await self.owners.share(await self._flights.join(spec_sha256, run, progress))
 
     def hold(self, layers: Iterable[str]) -> None:
         """Protect layers that a running sandbox uses."""
@@ -421,7 +409,9 @@ class StateStore:
                 del self._used[layer]
 
     async def delete(self, state_id: str, *, in_use: bool = False) -> None:
-        """Forget a state and remove layers that nothing else uses; absent ones are fine.
+        """Forget a state, whoever made it, and remove layers that nothing else uses.
+
+        Absent ones are fine.
 
         Raises:
             FailedPrecondition: sandboxes run on it.
@@ -429,9 +419,7 @@ class StateStore:
         if state_id not in self._states:
             return
         if in_use:
-            raise FailedPrecondition(
-                f"sandboxes run on state {state_id}; delete them first", metadata={"id": state_id}
-            )
+            raise state_in_use(state_id)
         del self._states[state_id]
         self._touched.pop(state_id, None)
         (self._directory / f"{state_id}.json").unlink(missing_ok=True)

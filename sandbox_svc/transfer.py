@@ -6,6 +6,8 @@
 - The archive holds layers, not mounts: wheelhouse, tools and interpreters are named relative to
   the service's directories and must be on the host that runs the state.
 - An imported record may only mount what this service itself offers to sandboxes, read-only.
+- An archive that a tenant sends becomes a state of its own (`tenancy`); who sees everything takes
+  states as they are, and whose they are.
 - Import is whole or nothing: layers become visible one by one, the state only at the end; on any
   error the layers go again.
 - Blocking tar work happens in threads of its own, one per transfer; the event loop holds the other
@@ -29,12 +31,14 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, Protocol, TypeVar, cast
 
 from regreen.rpc.errors import FailedPrecondition, InvalidArgument
+from regreen.rpc.tenants import own
 from sandbox_svc import pace
 from sandbox_svc.backends.base import HOST_BASE, Mount, Runtime
 from sandbox_svc.backends.fds import writing
 from sandbox_svc.backends.tree_archive import Quota, TreeReader, write_tree
 from sandbox_svc.images.streams import TarStream
 from sandbox_svc.states import State, StateStore, image_action, state_id
+from sandbox_svc.tenancy import labels_of, word_of
 
 _CHUNK_BYTES = 1 << 20
 _END = "end"
@@ -43,6 +47,7 @@ _END_BYTES = 1 << 10
 _RECORD_BYTES = 16 << 20
 _ENTRY_BYTES = 2 << 10
 """Of an archive beside the content of files, for each entry that it may have."""
+OWN_WORD = "it is another state than {id}, which it names: that of your tenant's archive"
 UNVOUCHED = "the archive holds no digest of its content, it was exported before there were any"
 _RESEND = "send one as ExportState gave it"
 _T = TypeVar("_T")
@@ -167,10 +172,12 @@ class Transfer:
 
         Raises:
             InvalidArgument: a malformed or hostile archive.
-            ResourceExhausted: it is larger than allowed, or too many imports are under way.
+            ResourceExhausted: it is larger than allowed, too many imports are under way, or the
+                quota of the caller's tenant is used up.
             DeadlineExceeded: nothing of it came for a while.
         """
         files, roots = layer_files(self.runtime), await self._roots()
+        self.states.owners.admit()
         moving = pace.moving(chunks, self.idle_s)
         async with pace.heard(moving), self.imports.taken():
             return await self._imported(moving, files, roots)
@@ -181,7 +188,12 @@ class Transfer:
         with self.states.growing():
             archive, layers = await self._unpacked(chunks, files)
             try:
-                state = self._accept(archive.state, layers, roots)
+                state, notes = self._accept(archive.state, layers, roots), list[str]()
+                if own() and not self._is_mine(state.id):
+                    sizes = [await self.runtime.layer_size(layer) for layer in layers]
+                    self.states.owners.admit(sum(sizes))
+                    notes.append(OWN_WORD.format(id=state.id))
+                    state = word_of(own(), state, sum(sizes))
                 known = self.states.peek(state.id)
                 if known is None:
                     self.states.record(state)
@@ -190,7 +202,12 @@ class Transfer:
                 raise
             if known is not None:
                 await self._drop(layers)
-            return known or state, [] if archive.vouched else [UNVOUCHED]
+                state = await self.states.owners.share(known, state.tenants)
+            return state, notes if archive.vouched else [UNVOUCHED, *notes]
+
+    def _is_mine(self, state_id: str) -> bool:
+        known = self.states.peek(state_id)
+        return known is not None and own() in known.tenants
 
     async def _unpacked(
         self, chunks: AsyncIterator[bytes], files: LayerFiles
@@ -225,7 +242,8 @@ class Transfer:
                 raise InvalidArgument("archive", "its id is not that of its image", _RESEND)
         mounts = tuple(_local(mount, roots) for mount in state.mounts)
         fresh = self.states.stamp(state)
-        return replace(fresh, mounts=mounts, layers=tuple(layers))
+        tenants = (own(),) if own() else state.tenants or ("",)
+        return replace(fresh, mounts=mounts, layers=tuple(layers), tenants=tenants)
 
 
 def _portable(state: State, roots: Mapping[str, Path]) -> bytes:
@@ -240,7 +258,9 @@ def _portable(state: State, roots: Mapping[str, Path]) -> bytes:
             mount.source,
         )
         mounts.append(replace(mount, source=named))
-    return replace(state, mounts=tuple(mounts), durable=False, boot="").encode()
+    tenants = () if own() else state.tenants
+    portable = replace(state, mounts=tuple(mounts), durable=False, boot="", tenants=tenants)
+    return replace(portable, labels=labels_of(state)).encode()
 
 
 def _local(mount: Mount, roots: Mapping[str, Path]) -> Mount:

@@ -12,6 +12,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from regreen.common import v1 as common_pb
 from regreen.rpc.errors import InvalidArgument
+from regreen.rpc.tenants import own
 from regreen.sandbox import v1 as pb
 from sandbox_svc import diffs, files, validate
 from sandbox_svc.backends.base import (
@@ -28,6 +29,7 @@ from sandbox_svc.builders.testrun import TestResult
 from sandbox_svc.conditions import Conditions
 from sandbox_svc.sandboxes import Sandbox
 from sandbox_svc.states import DEFAULT_CWD, State
+from sandbox_svc.tenancy import labels_of
 
 MAX_OUTPUT_BYTES = 16 << 20
 _MOST = {
@@ -164,11 +166,12 @@ def sandbox_to(sandbox: Sandbox) -> pb.Sandbox:
         limits=limits_to(sandbox.limits),
         labels=sandbox.labels,
         parent_id=sandbox.parent_id,
+        tenant="" if own() else sandbox.tenant,
     )
 
 
 def state_to(state: State) -> pb.State:
-    """A state with its baseline when it was prepared."""
+    """A state with its baseline when it was prepared, as the caller may see it."""
     message = pb.State(
         id=state.id,
         parent_id=state.parent_id,
@@ -178,8 +181,9 @@ def state_to(state: State) -> pb.State:
         layers=state.layers,
         python=state.python,
         host=state.host,
-        labels=state.labels,
+        labels=labels_of(state),
         base=state.base,
+        tenants=() if own() else state.tenants,
     )
     baseline = state.metadata.get("baseline")
     if state.spec_sha256 and isinstance(baseline, Mapping):

@@ -104,7 +104,7 @@ class Upkeep:
         merge = getattr(self._runtime, "merge_layers", None)
         if merge is None or not self._limits.flatten_layers:
             return False
-        for state in self._states.list():
+        for state in self._states.every():
             if len(state.layers) <= self._limits.flatten_layers:
                 continue
             root = self._root_layers(state)
@@ -118,7 +118,7 @@ class Upkeep:
 
     def _root_layers(self, state: State) -> int:
         """How many layers of a state are those of its root; at most all but one."""
-        roots = [root for root in self._states.list() if not root.parent_id]
+        roots = [root for root in self._states.every() if not root.parent_id]
         fitting = (r.layers for r in roots if state.layers[: len(r.layers)] == r.layers)
         most = max((len(layers) for layers in fitting if layers != state.layers), default=0)
         return most if state.parent_id else len(state.layers)
@@ -181,12 +181,12 @@ class Upkeep:
 
     def _wanted_bytes(self) -> int:
         """Bytes of the layers that states are made of; others go by themselves."""
-        wanted = {layer for state in self._states.list() for layer in state.layers}
+        wanted = {layer for state in self._states.every() for layer in state.layers}
         return sum(self._sizes.get(layer, 0) for layer in wanted)
 
     def _victim(self) -> State | None:
         """The state to drop next, if there is one."""
-        states = self._states.list()
+        states = self._states.every()
         counts: dict[str, int] = {}
         for state in states:
             for layer in state.layers:

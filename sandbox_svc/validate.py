@@ -183,7 +183,7 @@ class Validator:
     async def _plan(
         self, state_id: str, changes: Iterable[FileChange], options: ValidationOptions
     ) -> Plan:
-        state = self._states.get(state_id)
+        state = self._states.known(state_id)
         if "baseline" not in state.metadata:
             raise FailedPrecondition(
                 f"state {state_id} has no baseline of tests; prepare one with the builder python"

@@ -329,7 +329,7 @@ class WarmPool:
             await self._discard(spare)
 
     async def _begin(self, state: State, names: Names, *, deep: bool) -> Spare:
-        state = self._states.get(state.id)  # its layers may have been swapped meanwhile
+        state = self._states.known(state.id)  # its layers may have been swapped meanwhile
         self._states.hold(state.layers)
         try:
             box = await self._runtime.create(

@@ -92,7 +92,7 @@ class Workers:
 
     def why_not(self, state_id: str) -> str:
         """Why a State's tests are run one after the other; empty if they need not be."""
-        found = self._look(self._states.get(state_id))
+        found = self._look(self._states.known(state_id))
         if found is None:
             return "it was not shown to be the same"
         return found if isinstance(found, str) else ""

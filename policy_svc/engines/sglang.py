@@ -13,6 +13,7 @@
   `SGLANG_RETURN_ORIGINAL_LOGPROB=1`; at temperature 1, which training asks for, both are equal.
 - Seeds are sent, but a server honours them only with `--enable-deterministic-inference`.
 - A request ends whole: when one of its samples fails, the server is told to end the others.
+- A start waits `start_s` for servers that load their model: minutes, for a large one.
 - Retries are bounded by `retry_s` and happen before a first answer only: never after a 4xx.
 
 Source: sglang 0.5.16 and 0.5.23, `srt/entrypoints/http_server.py`, `srt/managers/io_struct.py`.
@@ -42,6 +43,7 @@ from policy_svc.engines.base import (
     spans,
 )
 from regreen.rpc.errors import Aborted, FailedPrecondition, InvalidArgument, Unavailable
+from regreen.rpc.logging import get
 
 _MODES = {PauseMode.IN_PLACE: "in_place", PauseMode.ABORT: "abort"}
 _OPENERS = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "abort": FinishReason.ABORT}
@@ -49,6 +51,7 @@ _OPENERS = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "abort": F
 
 _PROBE = "<|im_start|>user\nwerkzeug==2.0.13 def f(x): \u00e9 \u4e2d\u6587\t\U0001f600<|im_end|>\n"
 """Text on which tokenizers of different models differ."""
+_TELL_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,8 @@ class SglangOptions:
     request_timeout_s: float = 600.0
     control_timeout_s: float = 300.0
     retry_s: float = 30.0
+    start_s: float = 1800.0
+    """Wait for servers that load their model, all of them together."""
 
 
 @dataclass(slots=True)
@@ -116,10 +121,11 @@ class SglangEngine:
         return self._version
 
     async def start(self) -> None:
-        """Connect, and wait until every replica is healthy, at most `retry_s`.
+        """Connect, and wait until every replica is healthy, at most `start_s`.
 
         Raises:
             FailedPrecondition: a replica serves a model with another tokenizer.
+            Unavailable: one is not healthy by then; names it and what it said last.
         """
         headers = (
             {"Authorization": f"Bearer {self._options.api_key}"} if self._options.api_key else {}
@@ -129,8 +135,9 @@ class SglangEngine:
                 base_url=url, headers=headers, timeout=self._options.control_timeout_s
             )
             self._replicas.append(_Replica(client))
+        deadline_s = self._clock() + self._options.start_s
         for replica in self._replicas:
-            await self._healthy(replica)
+            await self._healthy(replica, deadline_s)
             await self._check_tokenizer(replica)
         first = self._replicas[0]
         self._model = await self._json(first, "GET", "/model_info")
@@ -310,8 +317,9 @@ class SglangEngine:
                 "to a folder with the tokenizer of the model that it serves"
             )
 
-    async def _healthy(self, replica: _Replica) -> None:
-        deadline_s = self._clock() + self._options.retry_s
+    async def _healthy(self, replica: _Replica, deadline_s: float) -> None:
+        """Wait until a replica is healthy, and say now and then why it is not."""
+        tell_s = self._clock()
         while True:
             try:
                 answer = await replica.client.get("/health", timeout=5.0)
@@ -320,8 +328,17 @@ class SglangEngine:
                 problem = f"health says {answer.status_code}"
             except httpx.TransportError as error:
                 problem = str(error) or type(error).__name__
-            if self._clock() >= deadline_s:
-                raise Unavailable(f"{replica.client.base_url}: {problem}", retry_after_s=5.0)
+            now_s, url = self._clock(), replica.client.base_url
+            if now_s >= deadline_s:
+                raise Unavailable(
+                    f"sglang_urls: {url} is not healthy after {self._options.start_s:g} s "
+                    f"({problem}); look at its log, or give it longer by sglang_wait_s",
+                    retry_after_s=5.0,
+                )
+            if now_s >= tell_s:
+                tell_s = now_s + _TELL_S
+                left_s = round(deadline_s - now_s)
+                get().info("waiting for SGLang", url=str(url), problem=problem, left_s=left_s)
             await asyncio.sleep(0.2)
 
     async def _json(

@@ -21,7 +21,7 @@ COMMANDS = {
     "doctor": ("doctor",),
     "fix": ("fix",),
     "evals": ("eval", "report"),
-    "demo": ("demo",),
+    "demo": ("demo", "study"),
     "bench": ("bench",),
 }
 """Modules beside this one with their commands."""

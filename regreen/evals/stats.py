@@ -136,6 +136,39 @@ def paired_difference(
     return Difference(value, low, high, p_value, gaps.size, "bootstrap")
 
 
+def crossed_mean(
+    values: NDArray[np.float64],
+    *,
+    signed: bool = False,
+    confidence: float = 0.95,
+    draws: int = 10_000,
+    seed: int = 0,
+) -> Estimate:
+    """Mean of `values` (seeds, tasks) with an interval over both: each is drawn anew by itself.
+
+    Values are shares, or differences of shares where `signed`. Of one seed only tasks are drawn.
+    Source: the pigeonhole bootstrap (Owen 2007, Annals of Applied Statistics 1(2)).
+    """
+    seeds, tasks = values.shape
+    if not values.size:
+        return Estimate(math.nan, math.nan, math.nan, 0, 0, "none")
+    value = float(values.mean())
+    if np.ptp(values) == 0.0:
+        share = (1 + value) / 2 if signed else value
+        low, high = wilson(share * tasks, tasks, confidence)
+        low, high = (2 * low - 1, 2 * high - 1) if signed else (low, high)
+        return Estimate(value, low, high, tasks, values.size, "wilson")
+    rng = np.random.default_rng(seed)
+    means = np.empty(draws)
+    for index in range(draws):
+        rows = rng.integers(0, seeds, seeds)
+        columns = rng.integers(0, tasks, tasks)
+        means[index] = values[np.ix_(rows, columns)].mean()
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(means, (tail, 1 - tail))
+    return Estimate(value, float(low), float(high), tasks, values.size, "bootstrap")
+
+
 def sign_flip_p(gaps: NDArray[np.float64], *, draws: int = 10_000, seed: int = 0) -> float:
     """Two-sided p-value of a mean of zero when every gap's sign is exchangeable.
 

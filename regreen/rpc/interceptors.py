@@ -44,6 +44,8 @@ from regreen.rpc.idempotency import Idempotency, Leaving
 from regreen.rpc.logging import TRACE_HEADER, TRAJECTORY_HEADER, get
 from regreen.rpc.scopes import SCOPES
 from regreen.rpc.spans import Span
+from regreen.rpc.tenants import HEADER as TENANT_HEADER
+from regreen.rpc.tenants import believe
 from regreen.rpc.tokens import HEADER, Guard, caller
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -72,8 +74,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         guard: Guard | None = None,
         audit: Audit | None = None,
         receive_s: float | None = None,
+        behind_front: bool = False,
     ) -> None:
         self._guard, self._audit, self._receive_s = guard, audit, receive_s
+        self._behind_front = behind_front
         self._call_timeout_s, self._stream_timeout_s = call_timeout_s, stream_timeout_s
         self._max_rpcs, self._in_flight = max_rpcs, 0
         self._leaving, self._idle_s = dict(leaving or {}), dict(idle_s or {})
@@ -107,6 +111,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 self._guard.admit(name, _header(handler_call_details, HEADER))
             except (Unauthenticated, PermissionDenied) as error:
                 return self._refusing(name, handler, error)
+        elif self._behind_front:
+            believe(_header(handler_call_details, TENANT_HEADER))
         found = self._wrapped.get(handler_call_details.method)
         if found is None or found[0] is not handler:
             found = handler, self._wrap(handler_call_details.method, handler)

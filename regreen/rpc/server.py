@@ -49,7 +49,7 @@ class Server:
     repeated requests by their ids; off for a service that remembers them itself. By method
     ("regreen.sandbox.v1.SandboxService/Run"), `leaving` says what becomes of work whose callers
     have left, where it does not go on, and `idle_s` how long a stream waits for a caller that takes
-    nothing.
+    nothing. `behind_front` says that only a front calls, which says whose its calls are.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class Server:
         remember: bool = True,
         leaving: Mapping[str, Leaving] | None = None,
         idle_s: Mapping[str, float] | None = None,
+        behind_front: bool = False,
     ) -> None:
         self._settings, self._services = settings, tuple(services)
         self._log = get()
@@ -73,6 +74,7 @@ class Server:
             guard=Guard(settings.tokens) if settings.tokens else None,
             audit=Audit(settings.audit) if settings.audit else None,
             receive_s=None if is_local(settings.listen) else _RECEIVE_S,
+            behind_front=behind_front,
         )
         self.grpc: grpc.aio.Server = grpc.aio.server(
             interceptors=[self._calls],

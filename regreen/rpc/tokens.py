@@ -6,10 +6,11 @@
 - No message and no log holds a token; it is named by its id.
 """
 
+import contextlib
 import hashlib
 import hmac
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -62,6 +63,21 @@ _CALLER: ContextVar[Caller | None] = ContextVar("caller", default=None)
 def caller() -> Caller | None:
     """Who makes this call; None where no token is asked for."""
     return _CALLER.get()
+
+
+def act_as(who: Caller | None) -> None:
+    """Have what follows be done for somebody else, up to the end of the present task."""
+    _CALLER.set(who)
+
+
+@contextlib.contextmanager
+def acting_as(who: Caller | None) -> Iterator[None]:
+    """Have what is within be done for somebody else."""
+    before = _CALLER.set(who)
+    try:
+        yield
+    finally:
+        _CALLER.reset(before)
 
 
 def digest(text: str) -> str:
@@ -136,7 +152,7 @@ class Guard:
                     metadata={"scope": wanted},
                 )
         found = Caller(token.tenant, token.id)
-        _CALLER.set(found)
+        act_as(found)
         return found
 
     def _token(self, header: str) -> Token:

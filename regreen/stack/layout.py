@@ -7,17 +7,12 @@
 import errno
 import fcntl
 import os
-import random
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from regreen.rpc.certificates import CA, CERT, KEY
 from regreen.rpc.errors import DiskFull, InvalidArgument, RegreenError
-
-_EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
-_LEAST_PORT, _PORT_TRIES = 20_000, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,33 +171,3 @@ def tls_words(folder: Path) -> list[str]:
     """Flags by which a service takes the certificates of a folder."""
     named = (("--tls-ca", CA), ("--tls-cert", CERT), ("--tls-key", KEY))
     return [word for flag, file in named for word in (flag, str(folder / file))]
-
-
-def pick_port(preferred: int, taken: set[int], host: str = "127.0.0.1") -> int:
-    """`preferred` if it can be bound now, else a free port; never one of `taken`.
-
-    A free one is, where there are such, one that nobody gets without asking for it: before its
-    service binds it, the kernel may give any other to whoever connects.
-    """
-    for candidate in (*filter(None, [preferred]), *_unasked(), 0, 0, 0, 0):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, candidate))
-            except OSError:
-                continue
-            port: int = probe.getsockname()[1]
-        if port not in taken:
-            taken.add(port)
-            return port
-    raise OSError(f"no free port on {host}")
-
-
-def _unasked() -> list[int]:
-    """Some ports, in any order, that the kernel does not choose by itself."""
-    try:
-        low, high = map(int, _EPHEMERAL.read_text("ascii").split())
-    except (OSError, ValueError):
-        return []
-    ports = [*range(_LEAST_PORT, low), *range(max(high + 1, _LEAST_PORT), 1 << 16)]
-    return random.sample(ports, min(len(ports), _PORT_TRIES))

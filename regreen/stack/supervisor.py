@@ -26,8 +26,9 @@ from typing import Any
 from regreen.rpc.certificates import CA
 from regreen.rpc.errors import RegreenError
 from regreen.settings import BAD_SETTINGS
-from regreen.stack.layout import SERVICES, Layout, Service, pick_port, tls_words
+from regreen.stack.layout import SERVICES, Layout, Service, tls_words
 from regreen.stack.parts import chosen
+from regreen.stack.ports import Ports
 from regreen.stack.tokens import prepare_tokens
 
 _PR_SET_PDEATHSIG = 1
@@ -68,7 +69,7 @@ class Supervisor:
         self._chosen, self._tls, self._tokens = services, tls, tokens
         self._layout = layout
         self._arguments = dict(arguments or {})
-        self._fixed_ports = fixed_ports
+        self._fixed_ports, self._ports = fixed_ports, Ports()
         self._services: list[_Running] = []
         self._description: dict[str, Any] = {}
         self._refusing: list[str] = []
@@ -99,23 +100,23 @@ class Supervisor:
             await self._stop.wait()
             await self._shut_down(watchers)
         finally:
+            self._ports.close()
             self._layout.description.unlink(missing_ok=True)
 
     def _plan(self) -> None:
-        taken: set[int] = set()
         endpoints: dict[str, str] = {}
         metrics: dict[str, str] = {}
         http: dict[str, str] = {}
         for service in self._chosen:
             preferred = (service.port, service.metrics_port, service.http_port)
             wanted = preferred if self._fixed_ports else (0, 0, 0)
-            port, metrics_port = pick_port(wanted[0], taken), pick_port(wanted[1], taken)
+            port, metrics_port = self._ports.pick(wanted[0]), self._ports.pick(wanted[1])
             endpoints[service.name] = f"127.0.0.1:{port}"
             metrics[service.name] = f"http://127.0.0.1:{metrics_port}"
             argv = ["--listen", endpoints[service.name], "--metrics", f"127.0.0.1:{metrics_port}"]
             argv += ["--home", str(self._layout.home)]
             if service.http_port:
-                http_port = pick_port(wanted[2], taken)
+                http_port = self._ports.pick(wanted[2])
                 http[service.name] = f"http://127.0.0.1:{http_port}"
                 argv += ["--http", f"127.0.0.1:{http_port}"]
             argv += self._security(service)

@@ -136,8 +136,18 @@ class Ledger:
                 # After the last token comes the update; only the answer ends the step.
                 if at.step == learner_step and at.tokens_done < at.tokens_total:
                     report(at.tokens_done, at.tokens_total)
+                if event.HasField("restart"):
+                    self._tell_restart(event.restart, learner_step)
         except RegreenError:
             return  # what the step itself meets is told by its answer
+
+    def _tell_restart(self, restart: learner_pb.Restart, learner_step: int) -> None:
+        # Those of earlier steps are told again to everyone who begins to watch.
+        if restart.to_step == learner_step - 1:
+            how = "stands again" if restart.complete else f"restarts its ranks: {restart.reason}"
+            self.listener(
+                Progress("recover", restart.number, restart.limit, None, f"the learner {how}")
+            )
 
     async def save(self, step: int, group_ids: Sequence[str]) -> dataset_pb.CheckpointRecord:
         """Checkpoint after driver step `step`, with all groups consumed since the last one."""

@@ -44,6 +44,11 @@ class Archived:
     """What its line of descent is placed by."""
     parts: tuple[Digest, ...]
 
+    @property
+    def tenants(self) -> tuple[str, ...]:
+        """Whose it was when it was stored."""
+        return tuple(pb.State.FromString(self.state).tenants) or ("",)
+
 
 class Archive:
     """The states of one blob store."""

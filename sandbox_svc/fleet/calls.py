@@ -1,7 +1,8 @@
 """Calls to the sandbox service of one worker, by method, with typed errors.
 
 - Methods come from the compiled contracts: what a worker serves needs no code here.
-- Every call has a deadline and carries on whose behalf it is made; nothing is retried here.
+- Every call has a deadline and says for which tenant it is made, by a header that workers believe;
+  within `tenants.for_all` it is the platform's own. Nothing is retried here.
 - A stream is always cancelled on the way out (grpc#43462).
 - `CancelledError` means that the caller was cancelled, nothing else: grpc also raises it where a
   channel closes under a call and where the iterator of requests fails, which are errors here.
@@ -20,6 +21,7 @@ from google.protobuf import descriptor_pool, message_factory
 from regreen.rpc.certificates import Tls
 from regreen.rpc.channels import open_channel
 from regreen.rpc.errors import DeadlineExceeded, FailedPrecondition, RegreenError, Unavailable
+from regreen.rpc.tenants import on_behalf
 from regreen.rpc.wire import from_rpc_error
 from regreen.sandbox import v1 as pb
 
@@ -132,6 +134,7 @@ class Worker:
     ) -> Any:
         """One request, one response."""
         make = self._channel.unary_unary(*_codecs(method))
+        metadata = (*metadata, *on_behalf())
         with self._making(lambda: make(request, timeout=timeout_s, metadata=metadata)) as call:
             return await call
 
@@ -153,6 +156,7 @@ class Worker:
     ) -> AsyncGenerator[Any, None]:
         """One request, a stream of responses."""
         make = self._channel.unary_stream(*_codecs(method))
+        metadata = (*metadata, *on_behalf())
         with self._making(lambda: make(request, timeout=timeout_s, metadata=metadata)) as call:
             async for response in call:
                 yield response
@@ -166,6 +170,7 @@ class Worker:
     ) -> Any:
         """A stream of requests, one response; what `requests` raises is raised here."""
         make = self._channel.stream_unary(*_codecs(method))
+        metadata = (*metadata, *on_behalf())
         failed: list[Exception] = []
 
         async def watched() -> AsyncIterator[Any]:

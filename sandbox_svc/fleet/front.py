@@ -3,6 +3,8 @@
 - A call goes by what its request names: a sandbox to its worker, a state to a worker that has it
   or is given it, a spec to the worker that its digest prefers; lists are those of all workers.
 - Requests and answers pass unchanged, request ids included, so a worker sees a repeat as one.
+- Workers are told whose a call is, and guard what they have; the front's own knowledge is guarded
+  by its registry, router and bounds (`fleet.bounds`).
 - What an answer tells of new states and sandboxes is learned on the way.
 - A worker that drops a call, or has no room, costs the call only where no other can do it: a
   preparation begins anew elsewhere, a call on a sandbox is the client's to repeat.
@@ -28,7 +30,10 @@ from regreen.rpc.errors import (
 )
 from regreen.rpc.idempotency import Leaving
 from regreen.rpc.logging import TRACE_HEADER, TRAJECTORY_HEADER
+from regreen.rpc.quotas import Quotas
+from regreen.rpc.tenants import for_all, own
 from regreen.sandbox import v1 as pb
+from sandbox_svc.fleet.bounds import Bounds
 from sandbox_svc.fleet.calls import METHODS, PACKAGE, SERVICES, Metadata, Method, Worker
 from sandbox_svc.fleet.listing import merged_page, place
 from sandbox_svc.fleet.router import Router
@@ -56,8 +61,9 @@ _LISTS = {
 class Front:
     """Handlers of every method, over one router."""
 
-    def __init__(self, router: Router) -> None:
+    def __init__(self, router: Router, quotas: Quotas | None = None) -> None:
         self._router, self._registry = router, router.registry
+        self._bounds = Bounds(router.registry, quotas or Quotas())
         self._special: dict[str, Handler] = {
             "StateService/PrepareState": self._prepare,
             "StateService/GetState": self._get_state,
@@ -83,15 +89,15 @@ class Front:
         if name in self._special:
             return self._special[name]
         if method.streams_in:
-            return self._passed_in(method)
+            return self._passed_in(name, method)
         field, prefix = _subject(name, method)
         if prefix == "sbx" and name not in _LISTS:
-            return self._to_sandbox(method, field)
+            return self._to_sandbox(name, method, field)
         if prefix == "st" and name not in _LISTS:
-            return self._to_state(method, field)
+            return self._to_state(name, method, field)
         return self._merged(name, method)
 
-    def _to_sandbox(self, method: Method, field: str) -> Handler:
+    def _to_sandbox(self, name: str, method: Method, field: str) -> Handler:
         """Calls on one sandbox."""
         wants_state = next((f for f in ("state_id", "base_state_id") if method.has(f)), "")
 
@@ -115,7 +121,8 @@ class Front:
                 self._learn(worker, response)
                 return response
 
-            return await on_worker(request, call)
+            async with self._bounds.kept(name, request):
+                return await on_worker(request, call)
 
         async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
             begun = await on_worker(request, _opener(method, request, context))
@@ -129,7 +136,7 @@ class Front:
         if error.metadata.get("id") == sandbox_id:
             self._registry.forget_sandbox(sandbox_id)
 
-    def _to_state(self, method: Method, field: str) -> Handler:
+    def _to_state(self, name: str, method: Method, field: str) -> Handler:
         """Calls on one state."""
         takes_place = method.name == "CreateSandbox"
 
@@ -145,7 +152,8 @@ class Front:
                 self._learn(worker, response)
                 return response
 
-            return await self._router.on_state(wanted, call, takes_place=takes_place)
+            async with self._bounds.kept(name, request):
+                return await self._router.on_state(wanted, call, takes_place=takes_place)
 
         async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
             wanted = check_id(getattr(request, field), "st", field)
@@ -156,12 +164,13 @@ class Front:
 
         return stream if method.streams_out else unary
 
-    def _passed_in(self, method: Method) -> Handler:
+    def _passed_in(self, name: str, method: Method) -> Handler:
         """Uploads: to any worker, since only the upload says what it holds."""
 
         async def handle(requests: AsyncIterator[Any], context: Context) -> Any:
             worker = self._registry.ranked(secrets.token_hex(8))[0]
-            response = await worker.send(method, requests, *_terms(context, method))
+            async with self._bounds.kept(name):
+                response = await worker.send(method, requests, *_terms(context, method))
             self._learn(worker, response)
             return response
 
@@ -189,7 +198,11 @@ class Front:
     ) -> AsyncIterator[pb.PrepareStateResponse]:
         """Build or find the state of a spec, where its digest prefers it."""
         wanted = state_id("", spec_from_proto(request.spec).digest)
-        held = self._registry.holders(wanted)
+        if request.rebuild or not self._registry.holders(wanted):
+            async with self._bounds.kept("StateService/PrepareState"):
+                pass
+        with for_all():
+            held = self._registry.holders(wanted)
         order = sorted(self._registry.ranked(wanted), key=lambda worker: worker.name not in held)
         first: RegreenError | None = None
         for worker in order:
@@ -207,7 +220,7 @@ class Front:
     ) -> AsyncGenerator[pb.PrepareStateResponse, None]:
         method = METHODS["StateService/PrepareState"]
         wanted = state_id("", spec_from_proto(request.spec).digest)
-        if not request.rebuild:
+        if own() or not request.rebuild:  # others may have it there, and are to have it on
             await self._router.offer(worker, wanted)
         events = worker.stream(method, request, *_terms(context, method))
         made: pb.PrepareStateResponse | None = None
@@ -246,7 +259,12 @@ class Front:
         archived = await self._router.archived(wanted)
         if archived is None:
             raise silent or self._router.missing(wanted)
-        return pb.GetStateResponse(state=pb.State.FromString(archived.state))
+        state = pb.State.FromString(archived.state)
+        if own():
+            if state.tenants[:1] != [own()]:
+                state.ClearField("labels")
+            state.ClearField("tenants")
+        return pb.GetStateResponse(state=state)
 
     async def _delete_state(
         self, request: pb.DeleteStateRequest, context: Context
@@ -258,16 +276,22 @@ class Front:
         """
         wanted = check_id(request.id, "st", "id")
         method = METHODS["StateService/DeleteState"]
+        if own() and not await self._router.has(wanted):
+            return pb.DeleteStateResponse()
         async with self._router.deleting(wanted):
             workers = self._registry.ranked(wanted)
             if self._registry.holders(wanted) - {worker.name for worker in workers}:
                 raise self._router.missing(wanted)
             if unknown := self._registry.not_known_yet():
                 raise unknown
+            shared = await self._router.withdraw(workers[0], wanted)
             for worker in workers:
                 await worker.call(method, request, *_terms(context, method, request))
-                self._registry.forget_state(wanted, worker.name)
-            await self._router.forget(wanted)
+                await self._router.look_again(worker, wanted)
+            if shared:
+                await self._router.keep_for_others(wanted)
+            else:
+                await self._router.forget(wanted)
         return pb.DeleteStateResponse()
 
     async def _delete_sandbox(
@@ -297,9 +321,8 @@ class Front:
         method = METHODS["EgressService/ListEgress"]
         try:
             if request.state_id:
-                found: pb.ListEgressResponse = await self._to_state(method, "state_id")(
-                    request, context
-                )
+                to_state = self._to_state("EgressService/ListEgress", method, "state_id")
+                found: pb.ListEgressResponse = await to_state(request, context)
                 return found
             wanted = check_id(request.sandbox_id, "sbx", "sandbox_id")
             worker = await self._registry.worker_of(wanted)
@@ -328,9 +351,9 @@ class Front:
         if "state" in fields and response.HasField("state") and response.state.id:
             self._router.made(worker, response.state)
         if "sandbox" in fields and response.HasField("sandbox"):
-            self._registry.learn_sandbox(worker, response.sandbox.id)
+            self._registry.learn_sandbox(worker, response.sandbox)
         for sandbox in response.sandboxes if "sandboxes" in fields else ():
-            self._registry.learn_sandbox(worker, sandbox.id)
+            self._registry.learn_sandbox(worker, sandbox)
 
 
 def merged_capabilities(

@@ -41,7 +41,7 @@ _PROBES = 64
 """Calls that a worker takes beyond those of its front: probes, and the front's own questions."""
 _CLEAN_UP_S = 20
 """Time that a worker has after its calls are drained, to leave nothing behind."""
-_OWN = PLACES | {"backend", "blobs", "egress_upstream", "max_rpcs"}
+_OWN = PLACES | {"backend", "behind_front", "blobs", "egress_upstream", "max_rpcs"}
 _OWN_PREFIXES = ("kube_", "docker_", "fleet_")
 """Settings that are the front's own, or given to its workers in another form; all others are
 theirs too."""
@@ -234,7 +234,7 @@ class Plan:
 
     def _arguments(self) -> list[str]:
         settings = self.settings
-        given = ["--backend=embedded", f"--home={_HOME}", "--insecure"]
+        given = ["--backend=embedded", f"--home={_HOME}", "--insecure", "--behind-front"]
         given += [f"--listen=$(POD_IP):{GRPC_PORT}", f"--metrics=$(POD_IP):{METRICS_PORT}"]
         if settings.kube_tls_secret:
             given += [f"--tls-{name}={_TLS / file}" for name, file in _TLS_FILES]

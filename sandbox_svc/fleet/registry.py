@@ -7,6 +7,8 @@
   those who ask.
 - What a worker that was there before the front has is not known until it was asked: meanwhile
   nothing that may be on it is said not to exist.
+- Whose things are is learned with them. A tenant's call is told of its own: what another has, or
+  had, is to it as if it were nowhere.
 - Memory is bounded: what falls out is asked of the workers anew.
 """
 
@@ -15,14 +17,17 @@ import contextlib
 import time
 from collections import OrderedDict
 from collections.abc import Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from regreen.rpc.certificates import Tls
 from regreen.rpc.errors import NotFound, RegreenError, Unavailable
 from regreen.rpc.logging import get
+from regreen.rpc.tenants import own, sees_any
 from regreen.sandbox import v1 as pb
 from sandbox_svc.fleet.calls import ASK_S, METHODS, Endpoint, Worker
 from sandbox_svc.fleet.ring import ranked
+from sandbox_svc.tenancy import Holdings, together
 from sandbox_svc.unknown import no_sandbox
 
 _KNOWN = 200_000
@@ -37,6 +42,31 @@ _ASIDE_GRACE_S = 24 * 3600.0
 """A worker that is not ready, mostly for being busy, ends its calls itself."""
 
 
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """What a worker holds of a state."""
+
+    since_ns: int
+    tenants: tuple[str, ...]
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A state, whoever holds it."""
+
+    tenants: tuple[str, ...]
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a sandbox lives, or where a thing was, and whose it is."""
+
+    worker: str
+    tenants: tuple[str, ...]
+
+
 class Registry:
     """The workers of one front."""
 
@@ -48,10 +78,11 @@ class Registry:
         self._endpoints: dict[str, Endpoint] = {}
         self._strangers: dict[str, float] | None = None
         """Workers that were there first, with what nobody knows, and until when that counts."""
-        self._holders: OrderedDict[str, dict[str, int]] = OrderedDict()
-        """By state: the workers that hold it, and since which nanosecond."""
-        self._sandboxes: OrderedDict[str, str] = OrderedDict()
-        self._lost: OrderedDict[str, str] = OrderedDict()
+        self._holders: OrderedDict[str, dict[str, Copy]] = OrderedDict()
+        """By state: what the workers hold of it."""
+        self._held: Holdings[Held] = Holdings()
+        self._sandboxes: OrderedDict[str, Place] = OrderedDict()
+        self._lost: OrderedDict[str, Place] = OrderedDict()
         self._greeting: dict[str, asyncio.Task[None]] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
@@ -123,7 +154,7 @@ class Registry:
         for state in listed:
             self.learn_state(worker, state)
         async for sandbox in pages(worker, "SandboxService/ListSandboxes", "sandboxes"):
-            self.learn_sandbox(worker, sandbox.id)
+            self.learn_sandbox(worker, sandbox)
 
     def _leave(self, name: str, grace_s: float = 0.0) -> None:
         """Use a worker no more; what it has stays known, calls in progress get a while."""
@@ -142,28 +173,28 @@ class Registry:
         self._end_sandboxes(name)
         states = 0
         for state_id, holders in list(self._holders.items()):
-            holders.pop(name, None)
-            if not holders:
-                del self._holders[state_id]
-                self._remember_loss(state_id, name)
+            gone = holders.pop(name, None)
+            if gone is not None and not holders:
+                self._remember_loss(state_id, Place(name, gone.tenants))
                 states += 1
+            self._count(state_id)
         self._log.warning("worker lost", worker=name, states=states)
 
     def _end_sandboxes(self, name: str) -> None:
-        sandboxes = [sandbox for sandbox, where in self._sandboxes.items() if where == name]
+        sandboxes = [id_ for id_, place in self._sandboxes.items() if place.worker == name]
         for sandbox in sandboxes:
-            del self._sandboxes[sandbox]
-            self._remember_loss(sandbox, name)
+            self._remember_loss(sandbox, self._sandboxes.pop(sandbox))
         self._log.warning("sandboxes ended with their worker", worker=name, count=len(sandboxes))
 
-    def _remember_loss(self, id_: str, worker: str) -> None:
-        self._lost[id_] = worker
+    def _remember_loss(self, id_: str, place: "Place") -> None:
+        self._lost[id_] = place
         while len(self._lost) > _LOST:
             self._lost.popitem(last=False)
 
     def lost_with(self, id_: str) -> str:
         """The worker that took a state or sandbox with it; empty when none is known."""
-        return self._lost.get(id_, "")
+        place = self._lost.get(id_)
+        return place.worker if place is not None and sees_any(place.tenants) else ""
 
     def not_known_yet(self) -> Unavailable | None:
         """The error for what no worker has, while it may be on one that was not asked yet."""
@@ -185,20 +216,22 @@ class Registry:
         return not process or now.process == asked.process
 
     def learn_state(self, worker: Worker, state: pb.State) -> None:
-        """A worker holds a state."""
+        """A worker holds a state, which is the caller's if it was not told whose."""
+        known = self._holders.get(state.id, {}).get(worker.name)
+        tenants = tuple(state.tenants) or together(known.tenants if known else (), (own(),))
         if not self._is_current(worker, process=False):
             if state.id not in self._holders:
-                self._remember_loss(state.id, worker.name)
+                self._remember_loss(state.id, Place(worker.name, tenants))
             return
-        since_ns = state.create_time.ToNanoseconds()
-        self._holders.setdefault(state.id, {})[worker.name] = since_ns
+        copy = Copy(state.create_time.ToNanoseconds(), tenants, state.size_bytes)
+        self._holders.setdefault(state.id, {})[worker.name] = copy
         self._holders.move_to_end(state.id)
+        self._count(state.id)
         self._lost.pop(state.id, None)
         parent = state.parent_id
         self.keys.setdefault(state.id, self.keys.get(parent, parent) if parent else state.id)
         while len(self._holders) > _KNOWN:
-            oldest, _ = self._holders.popitem(last=False)
-            self.keys.pop(oldest, None)
+            self.forget_state(next(iter(self._holders)))
 
     def forget_state(self, state_id: str, worker: str | None = None) -> None:
         """A worker, or all of them, holds a state no more."""
@@ -206,16 +239,48 @@ class Registry:
         for name in [worker] if worker else list(holders):
             holders.pop(name, None)
         if not holders:
-            self._holders.pop(state_id, None)
             self.keys.pop(state_id, None)
+        self._count(state_id)
 
-    def learn_sandbox(self, worker: Worker, sandbox_id: str) -> None:
-        """A sandbox lives on a worker."""
+    def _count(self, state_id: str) -> None:
+        """Bring up to date who has how much; a state that nobody holds is forgotten."""
+        copies = self._holders.get(state_id, {}).values()
+        if copies:
+            tenants = together(*(copy.tenants for copy in copies))
+            self._held[state_id] = Held(tenants, max(copy.size_bytes for copy in copies))
+        else:
+            self._holders.pop(state_id, None)
+            self._held.pop(state_id, None)
+
+    def tenants_of(self, state_id: str) -> tuple[str, ...]:
+        """Whose a state is on any worker."""
+        held = self._held.get(state_id)
+        return held.tenants if held is not None else ()
+
+    def bytes_of(self, tenant: str) -> int:
+        """Bytes of the states that a tenant has on workers."""
+        return self._held.bytes_of(tenant)
+
+    def sandboxes_of(self, tenant: str) -> set[str]:
+        """Sandboxes that a tenant is known to have; some may have ended."""
+        return {id_ for id_, place in self._sandboxes.items() if place.tenants == (tenant,)}
+
+    def placed_on(self, worker: str, sandboxes: Iterable[str]) -> set[str]:
+        """Those sandboxes that live on a worker."""
+        places = {id_: self._sandboxes.get(id_) for id_ in sandboxes}
+        return {id_ for id_, place in places.items() if place and place.worker == worker}
+
+    def learn_sandbox(self, worker: Worker, sandbox: pb.Sandbox) -> None:
+        """A sandbox lives on a worker; it is the caller's if it was not told whose."""
+        known = self._sandboxes.get(sandbox.id)
+        place = Place(worker.name, (sandbox.tenant or own(),))
+        if known is not None and known.worker == worker.name and not sandbox.tenant:
+            place = known
         if not self._is_current(worker, process=True):
-            self._remember_loss(sandbox_id, worker.name)
+            self._remember_loss(sandbox.id, place)
             return
-        self._sandboxes[sandbox_id] = worker.name
-        self._sandboxes.move_to_end(sandbox_id)
+        self._sandboxes[sandbox.id] = place
+        self._sandboxes.move_to_end(sandbox.id)
         while len(self._sandboxes) > _KNOWN:
             self._sandboxes.popitem(last=False)
 
@@ -224,15 +289,17 @@ class Registry:
         self._sandboxes.pop(sandbox_id, None)
 
     def holders(self, state_id: str) -> set[str]:
-        """Names of the workers that hold a state, ready or not."""
-        return set(self._holders.get(state_id, ()))
+        """Names of the workers that hold a state for the caller, ready or not."""
+        copies = self._holders.get(state_id, {})
+        return {name for name, copy in copies.items() if sees_any(copy.tenants)}
 
     def is_oldest(self, state_id: str, worker: str, among: Container[str]) -> bool:
         """Whether no other of these workers is known to have held a state for longer."""
-        known = self._holders.get(state_id, {})
-        if worker not in known:
+        known, seen = self._holders.get(state_id, {}), self.holders(state_id)
+        if worker not in seen:
             return True
-        return worker == min((name for name in known if name in among), key=lambda n: (known[n], n))
+        named = (name for name in seen if name in among)
+        return worker == min(named, key=lambda name: (known[name].since_ns, name))
 
     def states(self) -> Iterator[str]:
         """Ids of the states that some worker holds."""
@@ -259,28 +326,30 @@ class Registry:
             NotFound: it lives nowhere, or its worker is lost.
             Unavailable: its worker, or one that may have it, is not ready for now.
         """
-        name = self._sandboxes.get(sandbox_id)
-        if name is None and (lost := self._lost.get(sandbox_id)):
+        place = self._sandboxes.get(sandbox_id)
+        if place is not None and not sees_any(place.tenants):
+            raise no_sandbox(sandbox_id)
+        if place is None and (lost := self.lost_with(sandbox_id)):
             raise NotFound(
                 f"sandbox {sandbox_id} ended with its worker {lost}; create it again",
                 metadata={"id": sandbox_id, "worker": lost},
             )
-        if name is None:
+        if place is None:
             unknown = self.not_known_yet()
             found = await self.ask_all("SandboxService/GetSandbox", id=sandbox_id)
             for worker, response in found:
-                self.learn_sandbox(worker, response.sandbox.id)
+                self.learn_sandbox(worker, response.sandbox)
                 return worker
-            name = self._sandboxes.get(sandbox_id)  # of a worker that became ready meanwhile
-        if name is None:
+            place = self._sandboxes.get(sandbox_id)  # of a worker that became ready meanwhile
+        if place is None or not sees_any(place.tenants):
             raise unknown or no_sandbox(sandbox_id)
-        if name not in self.ready:
+        if place.worker not in self.ready:
             raise Unavailable(
-                f"worker {name} is not ready; try again",
-                metadata={"worker": name},
+                f"worker {place.worker} is not ready; try again",
+                metadata={"worker": place.worker},
                 retry_after_s=1.0,
             )
-        return self.ready[name]
+        return self.ready[place.worker]
 
     async def find_state(self, state_id: str) -> set[str]:
         """Ready workers that hold a state; asked for when none is known."""

@@ -11,6 +11,9 @@
 - A state that went with its worker is FAILED_PRECONDITION with its id: make it again.
 - What is deleted is not brought back by what was under way: deleting waits for moves, and meanwhile
   none begins; what a preparation makes that a deletion has overtaken is deleted too.
+- A tenant's call goes by what is its tenant's: a worker that holds a state for others is to it one
+  that lacks it, and is given it from one that has both. Moves are the platform's own, and bring
+  along whose a state is.
 - While a state made anew takes the place of its copies, nobody is given one of them.
 """
 
@@ -30,10 +33,12 @@ from regreen.rpc.errors import (
     Unavailable,
 )
 from regreen.rpc.logging import get
+from regreen.rpc.tenants import for_all, own, sees, sees_any
 from regreen.sandbox import v1 as pb
 from sandbox_svc import metrics
 from sandbox_svc.fleet.archive import Archive, Archived
 from sandbox_svc.fleet.calls import METHODS, Worker
+from sandbox_svc.fleet.preparation import Preparation
 from sandbox_svc.fleet.registry import Registry
 from sandbox_svc.unknown import no_state
 
@@ -46,29 +51,6 @@ _CLOSE_S = 20.0
 _MOST_LISTED = 1000
 _NEXT = (ResourceExhausted, Unavailable)
 """What another worker may do better."""
-
-
-class Preparation:
-    """A preparation under way."""
-
-    def __init__(self, state_id: str) -> None:
-        self._state_id = state_id
-        self.overtaken = False
-        """Whether the state was deleted since it began."""
-        self.remade = False
-        """Whether somebody else made the state after that."""
-
-    def check(self) -> None:
-        """Refuse what it made, if that is deleted already.
-
-        Raises:
-            FailedPrecondition: the state was deleted meanwhile.
-        """
-        if self.overtaken:
-            raise FailedPrecondition(
-                f"state {self._state_id} was deleted while it was prepared; prepare it again",
-                metadata={"id": self._state_id},
-            )
 
 
 class Router:
@@ -86,7 +68,8 @@ class Router:
         self.registry, self.archive, self._keep = registry, archive, keep
         self._max_sandboxes = max_sandboxes
         self._flights: dict[tuple[str, ...], asyncio.Task[Any]] = {}
-        self._deleting: Counter[str] = Counter()
+        self._deleting: Counter[tuple[str, str]] = Counter()
+        """States and the tenants whom they are taken from."""
         self._preparing: dict[str, set[Preparation]] = {}
         self._replacing: dict[str, asyncio.Event] = {}
         """States of which the copies are being replaced; set at the end."""
@@ -188,9 +171,10 @@ class Router:
         most = self._max_sandboxes
         if most > _MOST_LISTED:
             return
-        listed = await worker.ask(
-            METHODS["SandboxService/ListSandboxes"], pb.ListSandboxesRequest(page_size=most)
-        )
+        with for_all():
+            listed = await worker.ask(
+                METHODS["SandboxService/ListSandboxes"], pb.ListSandboxesRequest(page_size=most)
+            )
         if len(listed.sandboxes) >= most:
             raise ResourceExhausted(
                 f"{most} of {most} sandboxes are in use on worker {worker.name}",
@@ -208,22 +192,32 @@ class Router:
         while (replacing := self._replacing.get(state_id)) is not None:
             await replacing.wait()
         if worker.name not in self.registry.holders(state_id):
-            if self._deleting[state_id]:
+            if self._is_deleting(state_id):
                 raise NotFound(f"state {state_id} is being deleted", metadata={"id": state_id})
-            names = ("bring", state_id, worker.endpoint.incarnation, worker.endpoint.process)
+            to = worker.endpoint
+            names = ("bring", state_id, to.incarnation, to.process, own())
             await self._once(names, lambda: self._bring(worker, state_id))
 
     async def offer(self, worker: Worker, state_id: str) -> None:
-        """Have a worker hold a state if the blob store has it; trouble with that is only logged."""
-        if worker.name in self.registry.holders(state_id):
-            return
-        try:
-            if await self.archived(state_id) is not None:
-                await self.ensure(worker, state_id)
-        except RegreenError as error:
-            self._log.warning("state not brought", state=state_id, why=str(error))
+        """Have a worker hold a state if the blob store has it, whosever that is.
+
+        Trouble with that is only logged.
+        """
+        with for_all():
+            if worker.name in self.registry.holders(state_id):
+                return
+            try:
+                if await self.archived(state_id) is not None:
+                    await self.ensure(worker, state_id)
+            except RegreenError as error:
+                self._log.warning("state not brought", state=state_id, why=str(error))
 
     async def archived(self, state_id: str) -> Archived | None:
+        """The caller's state in the blob store, if it is there."""
+        found = await self._stored(state_id)
+        return found if found is not None and sees_any(found.tenants) else None
+
+    async def _stored(self, state_id: str) -> Archived | None:
         """A state in the blob store; a damaged manifest is removed and counts as none."""
         try:
             return await self.archive.find(state_id)
@@ -241,7 +235,8 @@ class Router:
             except DataLoss as error:
                 self._log.error("archive damaged", state=state_id, why=str(error))
                 damage = error
-        if await self._keep_from_any(worker, state_id, replace=damage is not None):
+        others = archived is None and await self._stored(state_id) is not None
+        if await self._keep_from_any(worker, state_id, replace=others or damage is not None):
             return None
         archived = await self.archived(state_id)
         if archived is None:
@@ -300,7 +295,8 @@ class Router:
                 async for chunk in chunks:
                     yield pb.ImportStateRequest(chunk=chunk)
 
-        state: pb.State = (await worker.send(method, requests(), _MOVE_S)).state
+        with for_all():
+            state: pb.State = (await worker.send(method, requests(), _MOVE_S)).state
         return state
 
     async def keep(self, worker: Worker, state_id: str, *, replace: bool = False) -> None:
@@ -309,6 +305,11 @@ class Router:
         await self._once(names, lambda: self._store(worker, state_id, replace))
 
     async def _store(self, worker: Worker, state_id: str, replace: bool) -> None:
+        with for_all():
+            await self._store_whole(worker, state_id, replace)
+
+    async def _store_whole(self, worker: Worker, state_id: str, replace: bool) -> None:
+        """Keep a state with whose it is."""
         async with self._keeps:
             get_state, export = (
                 METHODS["StateService/GetState"],
@@ -331,16 +332,26 @@ class Router:
     @contextlib.asynccontextmanager
     async def deleting(self, state_id: str) -> AsyncIterator[None]:
         """While a state is deleted: nothing moves it, and nothing begins to."""
-        self._deleting[state_id] += 1
+        self._deleting[state_id, own()] += 1
         for preparation in self._preparing.get(state_id, ()):
-            preparation.overtaken = True
+            preparation.overtaken |= sees(preparation.tenant)
         try:
             await self.settled(state_id)
             yield
         finally:
-            self._deleting[state_id] -= 1
-            if not self._deleting[state_id]:
-                del self._deleting[state_id]
+            self._deleting[state_id, own()] -= 1
+            self._deleting += Counter()  # forgets what is deleted no more
+
+    def _is_deleting(self, state_id: str) -> bool:
+        """Whether a state is being taken from the caller, or from all."""
+        return bool(self._deleting[state_id, own()] or self._deleting[state_id, ""])
+
+    async def has(self, state_id: str) -> bool:
+        """Whether the caller has a state, or prepares it."""
+        if any(sees(turn.tenant) for turn in self._preparing.get(state_id, ())):
+            return True
+        found = await self.registry.find_state(state_id)
+        return bool(found) or await self.archived(state_id) is not None
 
     @contextlib.asynccontextmanager
     async def preparing(self, worker: Worker, state_id: str) -> AsyncIterator[Preparation]:
@@ -357,7 +368,11 @@ class Router:
             turns.discard(turn)
             if not turns:
                 self._preparing.pop(state_id, None)
-            if turn.overtaken and not turn.remade and all(t.overtaken for t in turns):
+            if (
+                turn.overtaken
+                and not turn.remade
+                and all(other.overtaken for other in turns if other.tenant == turn.tenant)
+            ):
                 names = ("unmake", state_id, worker.endpoint.incarnation)
                 await self._once(names, lambda: self._unmake(worker, state_id))
 
@@ -368,7 +383,43 @@ class Router:
         except RegreenError as error:
             self._log.warning("a deleted state stays", state=state_id, why=str(error))
         else:
+            await self.look_again(worker, state_id)
+
+    async def look_again(self, worker: Worker, state_id: str) -> None:
+        """Learn whose a state is on a worker that has taken it from the caller."""
+        if not own():
             self.registry.forget_state(state_id, worker.name)
+            return
+        with for_all():
+            try:
+                request = pb.GetStateRequest(id=state_id)
+                answer = await worker.ask(METHODS["StateService/GetState"], request)
+            except NotFound:
+                self.registry.forget_state(state_id, worker.name)
+            else:
+                self.registry.learn_state(worker, answer.state)
+
+    async def withdraw(self, worker: Worker, state_id: str) -> bool:
+        """Before a state is taken from the caller: whether the blob store's is others' too.
+
+        It has to be made anew from a worker then; `worker` is given it where none has it for them.
+        """
+        stored = await self._stored(state_id)
+        if not own() or stored is None or set(stored.tenants) <= {own()}:
+            return False
+        mine = own()
+        with for_all():
+            await self.registry.find_state(state_id)
+            if not set(self.registry.tenants_of(state_id)) - {mine}:
+                await self._put(worker, state_id, stored)
+        return True
+
+    async def keep_for_others(self, state_id: str) -> None:
+        """Have the blob store's copy of a state be theirs alone who have it on workers."""
+        with for_all():
+            for name in sorted(await self.registry.find_state(state_id)):
+                await self.keep(self.registry.ready[name], state_id, replace=True)
+                return
 
     async def forget(self, state_id: str) -> None:
         """Have the blob store forget a state, after what is on its way there."""
@@ -395,9 +446,11 @@ class Router:
             try:
                 if other is not None:
                     await other.ask(method, pb.DeleteStateRequest(id=state.id))
+                    await self.look_again(other, state.id)
             except RegreenError as error:
                 self._log.warning("an older copy stays", state=state.id, why=str(error))
-        self.registry.forget_state(state.id)
+        if not own():
+            self.registry.forget_state(state.id)
         try:
             await self.forget(state.id)
         except (RegreenError, OSError) as error:
@@ -409,16 +462,17 @@ class Router:
         for preparation in self._preparing.get(state.id, ()):
             preparation.remade = True
         wanted = self._keep == "all" or (self._keep == "prepared" and not state.parent_id)
-        if wanted and not self._deleting[state.id]:
+        if wanted and not self._is_deleting(state.id):
             self._fly(
-                ("later", state.id, "anew" if replace else ""),
+                ("later", state.id, "anew" if replace else "", own()),
                 lambda: self._keep_later(worker, state.id, replace),
             )
 
     async def _keep_later(self, worker: Worker, state_id: str, replace: bool) -> None:
         try:
-            if replace or await self.archived(state_id) is None:
-                await self.keep(worker, state_id, replace=replace)
+            stored = await self._stored(state_id)
+            if replace or stored is None or own() not in stored.tenants:
+                await self.keep(worker, state_id, replace=replace or stored is not None)
         except (RegreenError, OSError) as error:
             self._log.warning("state not kept", state=state_id, why=str(error))
 

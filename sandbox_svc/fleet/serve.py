@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from regreen.blobs import open_blobs
 from regreen.rpc.errors import InvalidArgument, MissingDependency
+from regreen.rpc.quotas import Quotas
 from regreen.rpc.server import Server
 from sandbox_svc import manners, metrics
 from sandbox_svc.fleet.archive import Archive
@@ -67,6 +68,6 @@ async def serving(settings: SandboxSettings) -> AsyncIterator[Server]:
         stack.push_async_callback(router.close)
         idle_s = manners.idle_s(settings)
         server = Server(settings, SERVICES, leaving=manners.LEAVING, idle_s=idle_s)
-        Front(router).add_to(server.grpc)
+        Front(router, Quotas(settings.quotas)).add_to(server.grpc)
         async with server:
             yield server

@@ -32,6 +32,7 @@ from regreen.rpc.errors import (
     ResourceExhausted,
     Unavailable,
 )
+from regreen.rpc.tenants import own
 from sandbox_svc import pace
 from sandbox_svc.backends.base import HOST_BASE, Runtime
 from sandbox_svc.backends.fds import writing
@@ -133,10 +134,12 @@ class Images:
         Raises:
             InvalidArgument: a malformed or hostile archive, or no image for this machine.
             FailedPrecondition: the runtime has no layers as directories.
-            ResourceExhausted: it is larger than allowed, or too many imports are under way.
+            ResourceExhausted: it is larger than allowed, too many imports are under way, or the
+                quota of the caller's tenant is used up.
             DeadlineExceeded: nothing of it came for a while.
         """
         files = layer_files(self.runtime)
+        self.states.owners.admit()
         moving = pace.moving(chunks, self.idle_s)
         async with pace.heard(moving), contextlib.AsyncExitStack() as place:
             await place.enter_async_context(self.imports.taken())
@@ -210,11 +213,13 @@ class Images:
     async def _recorded(self, taken: _Taken, labels: Mapping[str, str]) -> State:
         settings = manifest.settings_of(taken.image)
         action = image_action(taken.image.config_sha256)
-        known = next((s for s in self.states.list() if s.id == state_id("", action)), None)
+        known = self.states.peek(state_id("", action))
         if known is not None and known.layers == taken.layers:
-            return known
+            self.states.owners.admit_share(known)
+            return await self.states.owners.share(known)
         counts = dict(self._known_counts(taken.layers)) | dict(taken.counts)
         sizes = [await self.runtime.layer_size(layer) for layer in taken.layers]
+        self.states.owners.admit(sum(sizes))
         state = self.states.stamp(
             State(
                 id=state_id("", action),
@@ -226,14 +231,14 @@ class Images:
                 host=platform_name(),
                 base=f"image:sha256:{taken.image.config_sha256}",
                 metadata={"image": {"config": dict(taken.image.config), "counts": counts}},
+                tenants=(own(),),
             )
         )
-        self.states.record(state)
-        return state
+        return self.states.record(state)
 
     def _known_counts(self, layers: Sequence[str]) -> Iterator[tuple[str, Any]]:
         """What was dropped of layers that were unpacked for another image."""
-        for state in self.states.list():
+        for state in self.states.every():
             for layer, counts in _counts_of(state).items():
                 if layer in layers:
                     yield layer, counts
@@ -267,7 +272,7 @@ class Images:
     async def _exported(
         self, state: State, files: LayerFiles, reference: str
     ) -> AsyncGenerator[bytes, None]:
-        state = self.states.get(state.id)  # as it is after the wait
+        state = self.states.known(state.id)  # as it is after the wait
         self.states.hold(state.layers)
         try:
             tops = [files.layer_path(layer) for layer in state.layers]

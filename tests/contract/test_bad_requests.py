@@ -21,7 +21,8 @@ from google.protobuf.struct_pb2 import Struct
 from judge_svc.__main__ import running as judge_running
 from judge_svc.settings import JudgeSettings
 from learner_svc.record import RunFiles, RunRecord, RunState
-from learner_svc.runs import Runs, RunsConfig
+from learner_svc.run import RunsConfig
+from learner_svc.runs import Runs
 from learner_svc.servicer import LearnerServicer
 from learner_svc.settings import LearnerSettings
 from learner_svc.spec import RunKind, RunSpec, defaults

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from learner_svc.runs import Runs, RunsConfig
+from learner_svc.run import RunsConfig
+from learner_svc.runs import Runs
 from learner_svc.servicer import LearnerServicer
 from regreen.blobs import open_blobs
 from regreen.client.stack import Stack

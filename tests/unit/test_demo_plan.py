@@ -9,13 +9,11 @@ from regreen.demo import (
     _STAGES,
     FULL,
     QUICK,
-    Plan,
     StageClock,
-    _alone,
     _notes,
-    choose_tasks,
     shares,
 )
+from regreen.loop import Plan, alone, choose_tasks
 from regreen.rpc.errors import FailedPrecondition
 from regreen.stack.layout import Layout
 from regreen.tasks.admit import choose_python
@@ -60,10 +58,10 @@ def test_one_interpreter_gets_all_that_can_run_on_it():
 def test_a_second_demo_on_the_same_home_is_refused(tmp_path):
     layout = Layout(tmp_path)
     layout.make()
-    refused = pytest.raises(FailedPrecondition, match="another demo runs")
-    with _alone(layout), refused, _alone(layout):
+    refused = pytest.raises(FailedPrecondition, match="another demo or study runs")
+    with alone(layout), refused, alone(layout):
         pass
-    with _alone(layout):
+    with alone(layout):
         pass
 
 

@@ -425,6 +425,7 @@ class LearnerRun(_message.Message):
     PARAMETERS_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     ESTIMATED_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    RESTARTS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Run id."""
     kind: Global___RunKind.ValueType
@@ -443,6 +444,8 @@ class LearnerRun(_message.Message):
     """Why it failed; of an active run: which damaged checkpoint was passed over, and for which."""
     estimated_memory_bytes: _builtins.int
     """Estimated peak memory."""
+    restarts: _builtins.int
+    """Times that its ranks were begun anew since StartRun."""
     @_builtins.property
     def checkpoint(self) -> Global___Checkpoint:
         """Last checkpoint; absent before the first."""
@@ -465,10 +468,11 @@ class LearnerRun(_message.Message):
         parameters: _builtins.int = ...,
         error: _builtins.str = ...,
         estimated_memory_bytes: _builtins.int = ...,
+        restarts: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "hyperparameters", b"hyperparameters"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "engine", b"engine", "error", b"error", "estimated_memory_bytes", b"estimated_memory_bytes", "hyperparameters", b"hyperparameters", "id", b"id", "kind", b"kind", "parameters", b"parameters", "state", b"state", "step", b"step", "trainable_parameters", b"trainable_parameters"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "engine", b"engine", "error", b"error", "estimated_memory_bytes", b"estimated_memory_bytes", "hyperparameters", b"hyperparameters", "id", b"id", "kind", b"kind", "parameters", b"parameters", "restarts", b"restarts", "state", b"state", "step", b"step", "trainable_parameters", b"trainable_parameters"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -665,6 +669,7 @@ class WatchRunResponse(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     CHECKPOINT_FIELD_NUMBER: _builtins.int
     PROGRESS_FIELD_NUMBER: _builtins.int
+    RESTART_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def step(self) -> Global___StepResponse:
         """A step was done."""
@@ -677,22 +682,69 @@ class WatchRunResponse(_message.Message):
     def progress(self) -> Global___StepProgress:
         """Progress inside a step."""
 
+    @_builtins.property
+    def restart(self) -> Global___Restart:
+        """Ranks were lost, or stand again."""
+
     def __init__(
         self,
         *,
         step: Global___StepResponse | None = ...,
         checkpoint: Global___Checkpoint | None = ...,
         progress: Global___StepProgress | None = ...,
+        restart: Global___Restart | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "event", b"event", "progress", b"progress", "step", b"step"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "event", b"event", "progress", b"progress", "restart", b"restart", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "event", b"event", "progress", b"progress", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "event", b"event", "progress", b"progress", "restart", b"restart", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["step", "checkpoint", "progress"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["step", "checkpoint", "progress", "restart"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___WatchRunResponse: _TypeAlias = WatchRunResponse  # noqa: Y015
+
+@_typing.final
+class Restart(_message.Message):
+    """Ranks of a run are begun anew from its last checkpoint."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    FROM_STEP_FIELD_NUMBER: _builtins.int
+    TO_STEP_FIELD_NUMBER: _builtins.int
+    COMPLETE_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Which restart this is since the run was last further than ever, from 1."""
+    limit: _builtins.int
+    """Restarts that there may be in a row."""
+    reason: _builtins.str
+    """What was lost, and how."""
+    from_step: _builtins.int
+    """Step of the checkpoint that the run goes on from; 0 is its beginning."""
+    to_step: _builtins.int
+    """Last step that was done before; those from the checkpoint to it are done again."""
+    complete: _builtins.bool
+    """Whether that has been done. Each restart is told twice: when it begins, and when the run stands where it was."""
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        limit: _builtins.int = ...,
+        reason: _builtins.str = ...,
+        from_step: _builtins.int = ...,
+        to_step: _builtins.int = ...,
+        complete: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "from_step", b"from_step", "limit", b"limit", "number", b"number", "reason", b"reason", "to_step", b"to_step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Restart: _TypeAlias = Restart  # noqa: Y015
 
 @_typing.final
 class StepProgress(_message.Message):

@@ -111,7 +111,9 @@ class LearnerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Step(self, request, context):
-        """Performs one optimizer step on one batch. Idempotent: a step that was done is answered, not repeated.
+        """Performs one optimizer step on one batch. Idempotent: a step that was done is answered, not repeated. Where ranks are
+        lost meanwhile, the learner begins them anew from the last checkpoint, does again what came after it, and then this
+        step: the call takes longer, and WatchRun tells why.
 
         Errors:
         - NOT_FOUND: no such run or batch.
@@ -119,6 +121,8 @@ class LearnerServiceServicer:
         - RESOURCE_EXHAUSTED with reason DISK_FULL: the step could not be recorded; the run has failed and goes on from its
         last checkpoint when it is started again.
         - DATA_LOSS: the batch does not match its digest.
+        - INTERNAL with reason INFRA: ranks were lost and could not be begun anew; the run has failed and goes on from its last
+        checkpoint when it is started again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -135,10 +139,12 @@ class LearnerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SaveCheckpoint(self, request, context):
-        """Writes a checkpoint from which the run continues exactly. All or nothing. Idempotent by request_id.
+        """Writes a checkpoint from which the run continues exactly. All or nothing. Idempotent by request_id. Where ranks are lost
+        meanwhile, as for Step.
 
         Errors:
         - NOT_FOUND: no such run.
+        - INTERNAL with reason INFRA: as for Step.
         - RESOURCE_EXHAUSTED with reason DISK_FULL: no space; the previous checkpoint is intact.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -55,7 +55,9 @@ class LearnerServiceStub:
     - FAILED_PRECONDITION: the run will not fit in memory (says what would).
     """
     Step: _grpc.UnaryUnaryMultiCallable[_learner_service_pb2.StepRequest, _learner_service_pb2.StepResponse]
-    """Performs one optimizer step on one batch. Idempotent: a step that was done is answered, not repeated.
+    """Performs one optimizer step on one batch. Idempotent: a step that was done is answered, not repeated. Where ranks are
+    lost meanwhile, the learner begins them anew from the last checkpoint, does again what came after it, and then this
+    step: the call takes longer, and WatchRun tells why.
 
     Errors:
     - NOT_FOUND: no such run or batch.
@@ -63,6 +65,8 @@ class LearnerServiceStub:
     - RESOURCE_EXHAUSTED with reason DISK_FULL: the step could not be recorded; the run has failed and goes on from its
       last checkpoint when it is started again.
     - DATA_LOSS: the batch does not match its digest.
+    - INTERNAL with reason INFRA: ranks were lost and could not be begun anew; the run has failed and goes on from its last
+      checkpoint when it is started again.
     """
     WatchRun: _grpc.UnaryStreamMultiCallable[_learner_service_pb2.WatchRunRequest, _learner_service_pb2.WatchRunResponse]
     """Streams the metrics of a run from a step on, and goes on until the run ends.
@@ -71,10 +75,12 @@ class LearnerServiceStub:
     - NOT_FOUND: no such run.
     """
     SaveCheckpoint: _grpc.UnaryUnaryMultiCallable[_learner_service_pb2.SaveCheckpointRequest, _learner_service_pb2.SaveCheckpointResponse]
-    """Writes a checkpoint from which the run continues exactly. All or nothing. Idempotent by request_id.
+    """Writes a checkpoint from which the run continues exactly. All or nothing. Idempotent by request_id. Where ranks are lost
+    meanwhile, as for Step.
 
     Errors:
     - NOT_FOUND: no such run.
+    - INTERNAL with reason INFRA: as for Step.
     - RESOURCE_EXHAUSTED with reason DISK_FULL: no space; the previous checkpoint is intact.
     """
     StopRun: _grpc.UnaryUnaryMultiCallable[_learner_service_pb2.StopRunRequest, _learner_service_pb2.StopRunResponse]
@@ -123,7 +129,9 @@ class LearnerServiceAsyncStub(LearnerServiceStub):
     - FAILED_PRECONDITION: the run will not fit in memory (says what would).
     """
     Step: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.StepRequest, _learner_service_pb2.StepResponse]  # type: ignore[assignment]
-    """Performs one optimizer step on one batch. Idempotent: a step that was done is answered, not repeated.
+    """Performs one optimizer step on one batch. Idempotent: a step that was done is answered, not repeated. Where ranks are
+    lost meanwhile, the learner begins them anew from the last checkpoint, does again what came after it, and then this
+    step: the call takes longer, and WatchRun tells why.
 
     Errors:
     - NOT_FOUND: no such run or batch.
@@ -131,6 +139,8 @@ class LearnerServiceAsyncStub(LearnerServiceStub):
     - RESOURCE_EXHAUSTED with reason DISK_FULL: the step could not be recorded; the run has failed and goes on from its
       last checkpoint when it is started again.
     - DATA_LOSS: the batch does not match its digest.
+    - INTERNAL with reason INFRA: ranks were lost and could not be begun anew; the run has failed and goes on from its last
+      checkpoint when it is started again.
     """
     WatchRun: _aio.UnaryStreamMultiCallable[_learner_service_pb2.WatchRunRequest, _learner_service_pb2.WatchRunResponse]  # type: ignore[assignment]
     """Streams the metrics of a run from a step on, and goes on until the run ends.
@@ -139,10 +149,12 @@ class LearnerServiceAsyncStub(LearnerServiceStub):
     - NOT_FOUND: no such run.
     """
     SaveCheckpoint: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.SaveCheckpointRequest, _learner_service_pb2.SaveCheckpointResponse]  # type: ignore[assignment]
-    """Writes a checkpoint from which the run continues exactly. All or nothing. Idempotent by request_id.
+    """Writes a checkpoint from which the run continues exactly. All or nothing. Idempotent by request_id. Where ranks are lost
+    meanwhile, as for Step.
 
     Errors:
     - NOT_FOUND: no such run.
+    - INTERNAL with reason INFRA: as for Step.
     - RESOURCE_EXHAUSTED with reason DISK_FULL: no space; the previous checkpoint is intact.
     """
     StopRun: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.StopRunRequest, _learner_service_pb2.StopRunResponse]  # type: ignore[assignment]
@@ -206,7 +218,9 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _learner_service_pb2.StepRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_learner_service_pb2.StepResponse, _abc.Awaitable[_learner_service_pb2.StepResponse]]:
-        """Performs one optimizer step on one batch. Idempotent: a step that was done is answered, not repeated.
+        """Performs one optimizer step on one batch. Idempotent: a step that was done is answered, not repeated. Where ranks are
+        lost meanwhile, the learner begins them anew from the last checkpoint, does again what came after it, and then this
+        step: the call takes longer, and WatchRun tells why.
 
         Errors:
         - NOT_FOUND: no such run or batch.
@@ -214,6 +228,8 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
         - RESOURCE_EXHAUSTED with reason DISK_FULL: the step could not be recorded; the run has failed and goes on from its
           last checkpoint when it is started again.
         - DATA_LOSS: the batch does not match its digest.
+        - INTERNAL with reason INFRA: ranks were lost and could not be begun anew; the run has failed and goes on from its last
+          checkpoint when it is started again.
         """
 
     @_abc_1.abstractmethod
@@ -234,10 +250,12 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _learner_service_pb2.SaveCheckpointRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_learner_service_pb2.SaveCheckpointResponse, _abc.Awaitable[_learner_service_pb2.SaveCheckpointResponse]]:
-        """Writes a checkpoint from which the run continues exactly. All or nothing. Idempotent by request_id.
+        """Writes a checkpoint from which the run continues exactly. All or nothing. Idempotent by request_id. Where ranks are lost
+        meanwhile, as for Step.
 
         Errors:
         - NOT_FOUND: no such run.
+        - INTERNAL with reason INFRA: as for Step.
         - RESOURCE_EXHAUSTED with reason DISK_FULL: no space; the previous checkpoint is intact.
         """
 

@@ -409,6 +409,7 @@ class State(_message.Message):
     HOST_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     BASE_FIELD_NUMBER: _builtins.int
+    TENANTS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Identity: digest of the parent and of the action that made it, prefixed "st_"."""
     parent_id: _builtins.str
@@ -439,7 +440,11 @@ class State(_message.Message):
 
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Free-form facts recorded by the builder."""
+        """Free-form facts recorded by the builder; of who made it first, and told to no other tenant."""
+
+    @_builtins.property
+    def tenants(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Tenants that made it, first to last, empty text among them for nobody; told only to callers that see everything."""
 
     def __init__(
         self,
@@ -455,10 +460,11 @@ class State(_message.Message):
         host: _builtins.str = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         base: _builtins.str = ...,
+        tenants: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["baseline", b"baseline", "create_time", b"create_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "baseline", b"baseline", "create_time", b"create_time", "host", b"host", "id", b"id", "labels", b"labels", "layers", b"layers", "parent_id", b"parent_id", "python", b"python", "size_bytes", b"size_bytes", "spec_sha256", b"spec_sha256"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "baseline", b"baseline", "create_time", b"create_time", "host", b"host", "id", b"id", "labels", b"labels", "layers", b"layers", "parent_id", b"parent_id", "python", b"python", "size_bytes", b"size_bytes", "spec_sha256", b"spec_sha256", "tenants", b"tenants"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -595,12 +601,15 @@ class Sandbox(_message.Message):
     LIMITS_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     PARENT_ID_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Opaque id, prefixed "sbx_"."""
     state_id: _builtins.str
     """State it was forked from."""
     parent_id: _builtins.str
     """Sandbox that it was forked from; empty where it was made from a state."""
+    tenant: _builtins.str
+    """Tenant whose call made it; told only to callers that see everything."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When it was made."""
@@ -627,10 +636,11 @@ class Sandbox(_message.Message):
         limits: Global___Limits | None = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         parent_id: _builtins.str = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "id", b"id", "labels", b"labels", "limits", b"limits", "parent_id", b"parent_id", "state_id", b"state_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "id", b"id", "labels", b"labels", "limits", b"limits", "parent_id", b"parent_id", "state_id", b"state_id", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

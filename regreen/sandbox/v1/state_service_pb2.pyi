@@ -270,7 +270,9 @@ class GetLineageResponse(_message.Message):
 
     @_builtins.property
     def ancestor_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Ids of all that it was made from, the root first, deleted ones included as far as they are known."""
+        """Ids of all that it was made from, the root first, deleted ones included as far as they are known; for a tenant, those
+        that it has.
+        """
 
     def __init__(
         self,

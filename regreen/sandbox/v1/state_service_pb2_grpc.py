@@ -77,7 +77,7 @@ class StateServiceServicer:
     """
 
     def PrepareState(self, request, context):
-        """Makes the state of an environment, or finds it. Single-flight per spec digest; the last event carries the state.
+        """Makes the state of an environment, or finds it; the caller's tenant has it then, whoever made it first. Single-flight per spec digest; the last event carries the state.
         Idempotent by the spec, unless `rebuild` is set.
 
         Errors:
@@ -120,7 +120,8 @@ class StateServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteState(self, request, context):
-        """Removes a state; layers that no other state uses go with it. Deleting an absent one succeeds. Idempotent.
+        """Removes a state; layers that no other state uses go with it. Deleting an absent one succeeds. Idempotent. A state that
+        other tenants made too is taken from the caller's alone.
 
         Errors:
         - FAILED_PRECONDITION: sandboxes still run on it.
@@ -145,7 +146,8 @@ class StateServiceServicer:
 
     def ImportState(self, request_iterator, context):
         """Takes an archive made by ExportState. Hostile archives are refused and leave nothing behind. Idempotent by content:
-        a state that is there already is answered.
+        a state that is there already is answered. What a tenant sends that does not have the state becomes one of its own,
+        with another id, and a note says so.
 
         Errors:
         - INVALID_ARGUMENT: a malformed archive.

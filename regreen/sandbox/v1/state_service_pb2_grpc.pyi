@@ -34,7 +34,7 @@ class StateServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> StateServiceAsyncStub: ...
     PrepareState: _grpc.UnaryStreamMultiCallable[_state_service_pb2.PrepareStateRequest, _state_service_pb2.PrepareStateResponse]
-    """Makes the state of an environment, or finds it. Single-flight per spec digest; the last event carries the state.
+    """Makes the state of an environment, or finds it; the caller's tenant has it then, whoever made it first. Single-flight per spec digest; the last event carries the state.
     Idempotent by the spec, unless `rebuild` is set.
 
     Errors:
@@ -61,7 +61,8 @@ class StateServiceStub:
     - NOT_FOUND: no such state.
     """
     DeleteState: _grpc.UnaryUnaryMultiCallable[_state_service_pb2.DeleteStateRequest, _state_service_pb2.DeleteStateResponse]
-    """Removes a state; layers that no other state uses go with it. Deleting an absent one succeeds. Idempotent.
+    """Removes a state; layers that no other state uses go with it. Deleting an absent one succeeds. Idempotent. A state that
+    other tenants made too is taken from the caller's alone.
 
     Errors:
     - FAILED_PRECONDITION: sandboxes still run on it.
@@ -78,7 +79,8 @@ class StateServiceStub:
     """
     ImportState: _grpc.StreamUnaryMultiCallable[_state_service_pb2.ImportStateRequest, _state_service_pb2.ImportStateResponse]
     """Takes an archive made by ExportState. Hostile archives are refused and leave nothing behind. Idempotent by content:
-    a state that is there already is answered.
+    a state that is there already is answered. What a tenant sends that does not have the state becomes one of its own,
+    with another id, and a note says so.
 
     Errors:
     - INVALID_ARGUMENT: a malformed archive.
@@ -92,7 +94,7 @@ class StateServiceAsyncStub(StateServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     PrepareState: _aio.UnaryStreamMultiCallable[_state_service_pb2.PrepareStateRequest, _state_service_pb2.PrepareStateResponse]  # type: ignore[assignment]
-    """Makes the state of an environment, or finds it. Single-flight per spec digest; the last event carries the state.
+    """Makes the state of an environment, or finds it; the caller's tenant has it then, whoever made it first. Single-flight per spec digest; the last event carries the state.
     Idempotent by the spec, unless `rebuild` is set.
 
     Errors:
@@ -119,7 +121,8 @@ class StateServiceAsyncStub(StateServiceStub):
     - NOT_FOUND: no such state.
     """
     DeleteState: _aio.UnaryUnaryMultiCallable[_state_service_pb2.DeleteStateRequest, _state_service_pb2.DeleteStateResponse]  # type: ignore[assignment]
-    """Removes a state; layers that no other state uses go with it. Deleting an absent one succeeds. Idempotent.
+    """Removes a state; layers that no other state uses go with it. Deleting an absent one succeeds. Idempotent. A state that
+    other tenants made too is taken from the caller's alone.
 
     Errors:
     - FAILED_PRECONDITION: sandboxes still run on it.
@@ -136,7 +139,8 @@ class StateServiceAsyncStub(StateServiceStub):
     """
     ImportState: _aio.StreamUnaryMultiCallable[_state_service_pb2.ImportStateRequest, _state_service_pb2.ImportStateResponse]  # type: ignore[assignment]
     """Takes an archive made by ExportState. Hostile archives are refused and leave nothing behind. Idempotent by content:
-    a state that is there already is answered.
+    a state that is there already is answered. What a tenant sends that does not have the state becomes one of its own,
+    with another id, and a note says so.
 
     Errors:
     - INVALID_ARGUMENT: a malformed archive.
@@ -153,7 +157,7 @@ class StateServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _state_service_pb2.PrepareStateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_state_service_pb2.PrepareStateResponse], _abc.AsyncIterator[_state_service_pb2.PrepareStateResponse]]:
-        """Makes the state of an environment, or finds it. Single-flight per spec digest; the last event carries the state.
+        """Makes the state of an environment, or finds it; the caller's tenant has it then, whoever made it first. Single-flight per spec digest; the last event carries the state.
         Idempotent by the spec, unless `rebuild` is set.
 
         Errors:
@@ -204,7 +208,8 @@ class StateServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _state_service_pb2.DeleteStateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_state_service_pb2.DeleteStateResponse, _abc.Awaitable[_state_service_pb2.DeleteStateResponse]]:
-        """Removes a state; layers that no other state uses go with it. Deleting an absent one succeeds. Idempotent.
+        """Removes a state; layers that no other state uses go with it. Deleting an absent one succeeds. Idempotent. A state that
+        other tenants made too is taken from the caller's alone.
 
         Errors:
         - FAILED_PRECONDITION: sandboxes still run on it.
@@ -233,7 +238,8 @@ class StateServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_state_service_pb2.ImportStateResponse, _abc.Awaitable[_state_service_pb2.ImportStateResponse]]:
         """Takes an archive made by ExportState. Hostile archives are refused and leave nothing behind. Idempotent by content:
-        a state that is there already is answered.
+        a state that is there already is answered. What a tenant sends that does not have the state becomes one of its own,
+        with another id, and a note says so.
 
         Errors:
         - INVALID_ARGUMENT: a malformed archive.

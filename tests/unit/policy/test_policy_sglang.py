@@ -77,18 +77,22 @@ async def test_busy_answers_are_retried_within_the_deadline() -> None:
             await engine.generate(ask())
 
 
-async def test_start_waits_for_health() -> None:
+async def test_start_waits_for_servers_that_load_their_model(capsys) -> None:
     server = SglangStandIn(default_model(), TOKENIZER)
-    server.faults["/health"] = [503, 503]
+    server.faults["/health"] = [503] * 5
     async with serving(server.app()) as url:
-        engine = SglangEngine(options(url, retry_s=5.0), TOKENIZER, 2)
+        engine = SglangEngine(options(url, retry_s=0.0, start_s=60.0), TOKENIZER, 2)
         await engine.start()
         await engine.close()
+    assert not server.faults["/health"]
+    told = [line for line in capsys.readouterr().out.splitlines() if "waiting for SGLang" in line]
+    assert len(told) == 1
+    assert "health says 503" in told[0]
 
 
-async def test_an_absent_server_is_unavailable() -> None:
-    engine = SglangEngine(options("http://127.0.0.1:9", retry_s=0.3), TOKENIZER, 2)
-    with pytest.raises(Unavailable):
+async def test_an_absent_server_is_named() -> None:
+    engine = SglangEngine(options("http://127.0.0.1:9", start_s=0.3), TOKENIZER, 2)
+    with pytest.raises(Unavailable, match=r"sglang_urls: http://127.0.0.1:9/? is not healthy"):
         await engine.start()
     await engine.close()
 

@@ -168,8 +168,8 @@ def test_a_worker_pod_is_walled_in():
 
 
 _OF_THE_FRONT = {
-    *("listen", "metrics", "home", "insecure", "tls_cert", "tls_key", "tls_ca", "tokens", "audit"),
-    *("backend", "blobs", "egress_upstream", "max_rpcs"),
+    *("listen", "metrics", "home", "insecure", "tls_cert", "tls_key", "tls_ca", "tokens", "quotas"),
+    *("audit", "backend", "behind_front", "blobs", "egress_upstream", "max_rpcs"),
 }
 
 
@@ -205,6 +205,7 @@ def test_a_worker_gets_every_setting_but_the_fronts_own(monkeypatch):
     worker = SandboxSettings.load(args)
     assert {name: getattr(worker, name) for name in theirs} == theirs
     assert worker.max_rpcs > front.max_rpcs
+    assert worker.behind_front, "it takes the front's word for whose a call is"
     assert (worker.backend, worker.blobs, worker.kube_name) == (
         *("embedded", "s3://bucket/a"),
         fields["kube_name"].default,

@@ -222,12 +222,12 @@ async def test_what_a_lost_worker_answers_late_is_lost_too():
     registry.update([here])
     worker = Worker(here)
     registry.learn_state(worker, pb.State(id="st_1"))
-    registry.learn_sandbox(worker, "sbx_1")
+    registry.learn_sandbox(worker, pb.Sandbox(id="sbx_1"))
     assert registry.holders("st_1") == {"w"}
     registry.update([Endpoint("w", "1", "1", "127.0.0.1:1", ready=False)])
     assert registry.holders("st_1") == {"w"}
     assert registry.lost_with("sbx_1") == "w"
-    registry.learn_sandbox(worker, "sbx_2")
+    registry.learn_sandbox(worker, pb.Sandbox(id="sbx_2"))
     assert registry.lost_with("sbx_2") == "w"
     registry.update([])
     registry.learn_state(worker, pb.State(id="st_2"))
