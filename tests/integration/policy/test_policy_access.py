@@ -117,7 +117,7 @@ async def test_nobody_aborts_another_tenants_generations(tmp_path: Path) -> None
                 ),
                 timeout=60,
             )
-            while not found.policy._admission.running:
+            while not found.policy._admission.running:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 await other.AbortGeneration(pb.AbortGenerationRequest(generate_request_id="one"))
