@@ -6,7 +6,7 @@
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,10 +80,17 @@ class Endpoints:
 class Stack:
     """Clients of all services; use as an async context manager."""
 
-    def __init__(self, endpoints: Endpoints, *, patience_s: float = 30.0) -> None:
+    def __init__(
+        self,
+        endpoints: Endpoints,
+        *,
+        patience_s: float = 30.0,
+        wrap: Callable[[grpc.aio.Channel], grpc.aio.Channel] = lambda channel: channel,
+    ) -> None:
+        """`wrap` gets each channel, and the clients what it gives back."""
         self.endpoints = endpoints
         channels = {
-            name: connect(target, endpoints.access) if target else absent(name)
+            name: wrap(connect(target, endpoints.access)) if target else absent(name)
             for name, target in endpoints.addresses.items()
         }
         self._channels: list[grpc.aio.Channel] = list(channels.values())
