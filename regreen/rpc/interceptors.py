@@ -56,6 +56,8 @@ _MAX_ID_CHARS = 100
 _OWN_ID_CHARS = 32
 _RETRY_S = 1.0
 """What a refused call is told to wait."""
+_COUNTED = ("OK", "INTERNAL", "RESOURCE_EXHAUSTED")
+"""Codes that a method shows from the start: the first of them is an increase too."""
 _UNCOUNTED = ("grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection")
 
 
@@ -200,7 +202,9 @@ class _Counts:
         self._labels = labels
         self.started = metrics.STARTED.labels(*labels)
         self._seconds = metrics.SECONDS.labels(*labels)
-        self._handled: dict[str, Any] = {}
+        self._handled: dict[str, Any] = {
+            code: metrics.HANDLED.labels(*labels, code) for code in _COUNTED
+        }
 
     def ended(self, code: str, seconds: float) -> None:
         """One call more has ended."""

@@ -211,6 +211,11 @@ app.kubernetes.io/managed-by: regreen
 regreen.dev/instance: {{ include "regreen.name" (list . "sandbox") }}
 {{- end }}
 
+{{- /* The labels by which alerts and dashboards select what is scraped. */ -}}
+{{- define "regreen.relabelings" -}}
+[{targetLabel: job, replacement: regreen}, {targetLabel: component, replacement: {{ . }}}]
+{{- end }}
+
 {{- define "regreen.sharedClaim" -}}
 {{ default (include "regreen.name" (list . "shared")) .Values.storage.shared.existingClaim }}
 {{- end }}
