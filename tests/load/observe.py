@@ -4,7 +4,7 @@
   a small model that is really trained, two GRPO steps.
 - A panel passes if its query answers with at least one number; an alert, if every selector in it
   finds a series, since a healthy stack answers nothing to the whole.
-- Windows of rates are as long as the run. `EXPECTED_EMPTY` names what this stack cannot show.
+- Windows of rates are as long as the run. `_EMPTY` names what this stack cannot show.
 - Exit code 77 where Prometheus is not installed.
 """
 
@@ -14,6 +14,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -205,6 +206,7 @@ def main() -> int:
             "observe: skipped: no program `prometheus` here: Debian's package of that name has it"
         )
         return SKIPPED
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the stack is stopped
     home = Path(tempfile.mkdtemp(prefix="regreen-observe-"))
     home.chmod(0o711)
     try:
