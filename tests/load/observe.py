@@ -127,8 +127,8 @@ def missing(client: httpx.Client) -> tuple[list[str], list[str], int]:
     return wrong, excused, len(asked)
 
 
-async def train(stack: Stack, task: Any, model: Path) -> str:
-    """Two steps over two tasks; how the run ended."""
+async def admit(stack: Stack, task: Any) -> None:
+    """Two tasks that can be trained on."""
     state_id = ""
     async for event in stack.state.prepare_state(task.environment):
         if event.HasField("state"):
@@ -139,6 +139,10 @@ async def train(stack: Stack, task: Any, model: Path) -> str:
         report = samples.report(name)
         report.state_id = state_id
         await stack.tasks.record_gate(report)
+
+
+async def train(stack: Stack, model: Path) -> str:
+    """Two steps over both tasks; how the run ended."""
     config = GrpoConfig(
         name="observed",
         base_uri=str(model),
@@ -185,7 +189,8 @@ async def observe(home: Path, program: str) -> int:
         with prometheus(home, {row.name: row.metrics for row in rows}, program) as client:
             await asyncio.sleep(3.0)  # some samples from before the first call
             async with Stack(Endpoints.load(home), patience_s=120.0) as stack:
-                state = await train(stack, task_of(spec), model)
+                await admit(stack, task_of(spec))
+                state = await train(stack, model)
             await asyncio.sleep(5.0)  # the last samples
             wrong, excused, count = missing(client)
     finally:
