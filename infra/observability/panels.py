@@ -224,32 +224,18 @@ SANDBOXES = (
         "sum by (outcome) (rate(regreen_sandbox_validate_seconds_count{%}[@]))", "{{outcome}}",
     ),
     Panel(
-        "Answered from a cache",
-        "percentunit",
+        "Caches",
+        "none",
         tuple(
-            (
-                f"sum(increase(regreen_sandbox_{hits}_total{{%}}[@])) / (sum(increase("
-                f"regreen_sandbox_{hits}_total{{%}}[@])) + {rest})",
-                name,
+            (f"sum(rate(regreen_sandbox_{name}_{what}_total{{%}}[@]))", f"{legend}: {what}")
+            for name, legend in (
+                ("state_cache", "States"),
+                ("action_cache", "actions"),
+                ("warm", "warm starts"),
             )
-            for hits, rest, name in (
-                (
-                    "state_cache_hits",
-                    "sum(increase(regreen_sandbox_state_cache_misses_total{%}[@]))",
-                    "States",
-                ),
-                (
-                    "action_cache_hits",
-                    "sum(increase(regreen_sandbox_action_cache_misses_total{%}[@]))",
-                    "actions",
-                ),
-                (
-                    "warm_hits",
-                    "sum(increase(regreen_sandbox_warm_misses_total{%}[@]))",
-                    "warm starts",
-                ),
-            )
+            for what in ("hits", "misses")
         ),
+        "Hits and misses a second.",
     ),
     Panel(
         "Queues",

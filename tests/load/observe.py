@@ -30,7 +30,8 @@ from regreen.client.stack import Endpoints, Stack
 from regreen.rollout.context import Budget, Knobs, Sampling, labels_of
 from regreen.rollout.worker import worker_pool
 from regreen.stack import control
-from regreen.stack.layout import Layout, pick_port
+from regreen.stack.layout import Layout
+from regreen.stack.ports import Ports
 from regreen.train.config import GrpoConfig
 from regreen.train.progress import Progress
 from regreen.train.rl import train_grpo
@@ -46,7 +47,6 @@ SKIPPED = 77
 _WINDOW = "30m"
 _EMPTY = {
     "regreen_sandbox_workers": "the stack has no fleet of workers",
-    "regreen_learner_mismatch_k3": "a script has no logprobs that could differ",
 }
 """Metrics that this stack does not show, and why."""
 
@@ -69,7 +69,8 @@ def prometheus(home: Path, metrics: Mapping[str, str], program: str) -> Iterator
         entry["targets"] = [address.removeprefix("http://").removesuffix("/metrics")]
     config, log = home / "prometheus.yml", home / "prometheus.log"
     config.write_text(yaml.safe_dump(found))
-    address = f"127.0.0.1:{pick_port(0, set())}"
+    ports = Ports()
+    address = f"127.0.0.1:{ports.pick()}"
     command = [program, f"--config.file={config}", f"--web.listen-address={address}"]
     command += [f"--storage.tsdb.path={home / 'tsdb'}", "--log.level=warn"]
     with log.open("wb") as out:
@@ -81,6 +82,7 @@ def prometheus(home: Path, metrics: Mapping[str, str], program: str) -> Iterator
     finally:
         process.terminate()
         process.wait(30)
+        ports.close()
 
 
 def _wait_ready(client: httpx.Client, process: "subprocess.Popen[bytes]", log: Path) -> None:
