@@ -138,7 +138,9 @@ class Loop:
         interpreters = dict((await self._stack.sandbox.get_capabilities()).interpreters)
         able = [record for record in records if choose_python(record, interpreters)]
         chosen = choose_tasks(able, self._plan)
-        ids = [record.id for group in chosen.values() for record in group]
+        # The longest first, so that no other has to be waited for at the end.
+        every = sorted((r for group in chosen.values() for r in group), key=_effort, reverse=True)
+        ids = [record.id for record in every]
         found = ", ".join(sorted(interpreters, key=Version)) or "none"
         if not all(chosen.values()):
             raise FailedPrecondition(
@@ -237,6 +239,11 @@ class Loop:
             seed=seed,
         )
         await train_grpo(self._stack, config, self._listen)
+
+
+def _effort(record: TaskRecord) -> tuple[bool, float]:
+    """Orders tasks by how long their gate takes: of an unstable suite it makes many runs."""
+    return bool(record.tests.unstable), record.seconds or 60.0
 
 
 def choose_tasks(records: Sequence[TaskRecord], plan: Plan) -> dict[str, list[TaskRecord]]:
