@@ -198,7 +198,7 @@ async def counts(
     """Rollouts and groups by state; a rollout whose lease ran out counts as waiting."""
     ran_out = (Rollout.state == "leased") & (Rollout.expire_time < policy.clock())
     state = case((ran_out, "waiting"), else_=Rollout.state).label("state")
-    rollouts = select(state, func.count()).group_by(state)
+    rollouts = select(state, func.count()).select_from(Rollout).group_by(state)
     groups = select(Group.state, func.count()).group_by(Group.state)
     if run_id:
         rollouts = rollouts.where(Rollout.run_id == run_id)

@@ -80,7 +80,8 @@ async def stats(session: AsyncSession, run_id: str = "") -> dict[str, dict[str, 
     columns = (Trajectory.policy, Trajectory.actor, Trajectory.solved)
     statement = select(*columns, func.count()).group_by(*columns)
     flagged = func.unnest(Trajectory.hacks).label("hack")
-    hacks = select(flagged, func.count()).where(Trajectory.hacks != []).group_by(flagged)
+    hacks = select(flagged, func.count()).select_from(Trajectory)
+    hacks = hacks.where(Trajectory.hacks != []).group_by(flagged)
     if run_id:
         statement = statement.where(Trajectory.run_id == run_id)
         hacks = hacks.where(Trajectory.run_id == run_id)

@@ -442,14 +442,19 @@ def _readable(request: Any) -> Any:
 
 
 def _own_id(request: Any) -> Any:
-    """A request whose id no other tenant's can equal: no answer is ever replayed to another."""
-    who = caller()
-    given: str = getattr(request, "request_id", "")
-    if who is not None and given:
-        text = f"{who.tenant}\n{given}".encode("utf-8", "surrogatepass")
-        mark = hashlib.sha256(text).hexdigest()
-        request.request_id = mark[:_OWN_ID_CHARS]
+    """The request with an id that no other tenant's can equal."""
+    if given := getattr(request, "request_id", ""):
+        request.request_id = own_id(given)
     return request
+
+
+def own_id(given: str) -> str:
+    """A request's id among all tenants': no answer is ever replayed to another."""
+    who = caller()
+    if who is None or not given:
+        return given
+    text = f"{who.tenant}\n{given}".encode("utf-8", "surrogatepass")
+    return hashlib.sha256(text).hexdigest()[:_OWN_ID_CHARS]
 
 
 async def _each_readable(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:

@@ -35,7 +35,7 @@ def run(*words: str, timeout_s: float = 60.0) -> "subprocess.CompletedProcess[st
 def test_an_address_where_nobody_answers_is_told_at_once(words: str, said: str) -> None:
     began_s = time.monotonic()
     done = run(*words.split())
-    assert time.monotonic() - began_s < 15
+    assert time.monotonic() - began_s < 5
     assert done.returncode == 3
     assert said in " ".join(done.stderr.split())
     assert done.stderr.count("\n") <= 2
@@ -59,9 +59,12 @@ def test_a_stack_that_was_killed_is_not_waited_for(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     left = {"endpoints": {"dataset": "127.0.0.1:1"}}
     (tmp_path / "run" / "stack.json").write_text(json.dumps(left))
+    none_s = time.monotonic()
+    assert run("tasks", "list", "--home", str(tmp_path / "none")).returncode == 3
     began_s = time.monotonic()
     done = run("tasks", "list", "--home", str(tmp_path))
-    assert time.monotonic() - began_s < 8
+    # As long as where there is no stack, and the 2 s that a service may be away.
+    assert time.monotonic() - began_s < 3 * (began_s - none_s) + 4
     assert done.returncode == 3
     said = " ".join(done.stderr.split())
     assert f"no service answers at 127.0.0.1:1 (Connection refused); {START}" in said
