@@ -29,7 +29,7 @@ import grpc
 import structlog
 from google.protobuf.message import DecodeError
 
-from regreen.rpc import metrics, wire
+from regreen.rpc import metrics, traces, wire
 from regreen.rpc.audit import Audit
 from regreen.rpc.errors import (
     DeadlineExceeded,
@@ -314,7 +314,7 @@ class _Observed:
         self.span.saw(request)
         remaining_s = context.time_remaining()
         self.timeout_s = limit_s if remaining_s is None else min(remaining_s, limit_s)
-        self._start_s = 0.0
+        self._start_s, self._start_ns = 0.0, 0
         self._identity: dict[str, str] = {}
         if call._audit is not None:
             who = caller()
@@ -331,7 +331,7 @@ class _Observed:
         structlog.contextvars.bind_contextvars(
             method=self._call._name, span_id=self.span.span_id, **self._ids
         )
-        self._start_s = time.monotonic()
+        self._start_s, self._start_ns = time.monotonic(), time.time_ns()
         self._counts.started.inc()
         owner = self._call._owner
         if owner._in_flight >= owner._max_rpcs:
@@ -355,6 +355,8 @@ class _Observed:
         mapped = self._map(error)
         code = mapped.status if mapped else ("CANCELLED" if error else "OK")
         self._counts.ended(code, seconds)
+        if self.span.sampled:
+            traces.served(self._call._name, self.span, self._ids, code, self._start_ns)
         if self._call._audit is not None:
             self._call._audit.end(**self._identity, code=code, **self.span.subjects)
         log = self._call._owner._log

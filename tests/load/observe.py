@@ -1,5 +1,7 @@
 """A real Prometheus over a local stack that trains: every panel and alert must find its data.
 
+- Beside it a collector takes the spans of all processes: the trace of every trajectory must hold
+  all planes, each span below one that is there.
 - The stack is that of `make up`, with TLS, in a home of its own: a scripted policy, real sandboxes,
   a small model that is really trained, two GRPO steps.
 - A panel passes if its query answers with at least one number; an alert, if every selector in it
@@ -19,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +29,19 @@ import httpx
 import yaml
 
 from regreen.client.stack import Endpoints, Stack
+from regreen.dataset import v1 as dataset_pb
 from regreen.rollout.context import Budget, Knobs, Sampling, labels_of
 from regreen.rollout.worker import worker_pool
+from regreen.rpc import traces
 from regreen.stack import control
 from regreen.stack.layout import Layout
 from regreen.stack.ports import Ports
 from regreen.train.config import GrpoConfig
 from regreen.train.progress import Progress
 from regreen.train.rl import train_grpo
+from regreen.train.rows import all_trajectories
 from sandbox_svc.wheelhouse import DistStore
+from tests.fixtures.collector import Collector, collecting
 from tests.fixtures.policy.model import default_model
 from tests.fixtures.tasks.tiny_task import tiny_spec
 from tests.integration import dataset_samples as samples
@@ -49,6 +55,7 @@ _EMPTY = {
     "regreen_sandbox_workers": "the stack has no fleet of workers",
 }
 """Metrics that this stack does not show, and why."""
+_PLANES = frozenset({"driver", "policy", "sandbox", "judge", "dataset", "learner"})
 
 
 def script() -> dict[str, Any]:
@@ -143,8 +150,8 @@ async def admit(stack: Stack, task: Any) -> None:
         await stack.tasks.record_gate(report)
 
 
-async def train(stack: Stack, model: Path) -> str:
-    """Two steps over both tasks; how the run ended."""
+async def train(stack: Stack, model: Path) -> tuple[str, list[str]]:
+    """Two steps over both tasks; how the run ended, and its trajectories."""
     config = GrpoConfig(
         name="observed",
         base_uri=str(model),
@@ -165,10 +172,34 @@ async def train(stack: Stack, model: Path) -> str:
     def workers(stack: Stack, run_id: str, count: int) -> Any:
         return worker_pool(stack, run_id=run_id, concurrency=count)
 
-    return (await train_grpo(stack, config, tell, workers=workers)).state
+    result = await train_grpo(stack, config, tell, workers=workers)
+    wanted = dataset_pb.TrajectoryFilter(run_id=result.run_id)
+    return result.state, [kept.id async for kept in all_trajectories(stack, wanted)]
 
 
-async def observe(home: Path, program: str) -> int:
+def untraced(collector: Collector, trajectory_ids: Sequence[str]) -> list[str]:
+    """What is wrong with the traces of these trajectories."""
+    found, wrong = collector.traces(), []
+    steps = {
+        (span.trace_id, span.parent_id)
+        for span in collector.spans
+        if span.name.endswith("LearnerService/Step")
+    }
+    for trajectory_id in trajectory_ids:
+        spans = found.get(traces.trace_of(trajectory_id), [])
+        ids = {span.span_id for span in spans}
+        roots = [span.name for span in spans if span.parent_id not in ids]
+        if roots != ["rollout"]:
+            wrong.append(f"trace {trajectory_id}: begins with {roots}")
+        planes = {span.component for span in spans}
+        if any(link in steps for span in spans for link in span.links):
+            planes.add("learner")
+        if lacking := _PLANES - planes:
+            wrong.append(f"trace {trajectory_id}: lacks {', '.join(sorted(lacking))}")
+    return wrong
+
+
+async def observe(home: Path, program: str, collector: Collector) -> int:
     """The whole; the exit code."""
     (home / "made").mkdir()
     spec = tiny_spec(DistStore(home / "sandbox" / "dists"), home / "made")
@@ -176,6 +207,7 @@ async def observe(home: Path, program: str) -> int:
     model = train_model.blank(home / "blank", default_model())
     os.environ.update(
         OMP_NUM_THREADS="1",
+        OTEL_EXPORTER_OTLP_ENDPOINT=collector.url,
         REGREEN_INDEX_URL="http://127.0.0.1:9/simple/",
         REGREEN_POLICY__SCRIPT=str(home / "script.json"),
         REGREEN_POLICY__MODEL=str(model),
@@ -192,16 +224,20 @@ async def observe(home: Path, program: str) -> int:
             await asyncio.sleep(3.0)  # some samples from before the first call
             async with Stack(Endpoints.load(home), patience_s=120.0) as stack:
                 await admit(stack, task_of(spec))
-                state = await train(stack, model)
+                state, kept = await train(stack, model)
             await asyncio.sleep(5.0)  # the last samples
             wrong, excused, count = missing(client)
     finally:
         await control.down(layout)
+    wrong += untraced(collector, kept)
     for line in excused:
         print(f"no data here  {line}")
     for line in wrong:
         print(f"FAIL          {line}")
-    print(f"observe: run {state}; {count} expressions, {len(wrong)} without data")
+    print(
+        f"observe: run {state}; {count} expressions, {len(kept)} traces, "
+        f"{len(collector.spans)} spans; {len(wrong)} without what they must have"
+    )
     return 1 if wrong or state != "done" else 0
 
 
@@ -217,7 +253,8 @@ def main() -> int:
     home = Path(tempfile.mkdtemp(prefix="regreen-observe-"))
     home.chmod(0o711)
     try:
-        return asyncio.run(observe(home, program))
+        with collecting() as collector:
+            return asyncio.run(observe(home, program, collector))
     finally:
         shutil.rmtree(home, ignore_errors=True)
 
