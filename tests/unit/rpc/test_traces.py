@@ -53,7 +53,7 @@ def test_ids_that_are_none_of_ours_have_no_trace_of_their_own():
 
 def test_a_share_that_is_none_is_refused_by_a_server_that_starts(asked):
     asked.setenv("OTEL_TRACES_SAMPLER_ARG", "2")
-    with pytest.raises(InvalidArgument, match="OTEL_TRACES_SAMPLER_ARG.*0 to 1"):
+    with pytest.raises(InvalidArgument, match=r"OTEL_TRACES_SAMPLER_ARG.*0 to 1"):
         Server(ServiceSettings(), [])
 
 
