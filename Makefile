@@ -8,7 +8,7 @@ BIN := .venv/bin
 STAMP := .venv/.regreen-setup
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo study up down status logs test test-fast check fmt bench bench-sandbox bench-dataset bench-rl bench-load chart soak soak-queue soak-train soak-load fuzz mutate proto proto-check clean ranks
+.PHONY: help setup demo study up down status logs test test-fast check fmt bench bench-sandbox bench-dataset bench-rl bench-load dashboards observe chart soak soak-queue soak-train soak-load fuzz mutate proto proto-check clean ranks
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  \1|\2/' | column -t -s '|'
@@ -43,6 +43,12 @@ test-fast: $(STAMP) ## Run the unit tests
 
 check: $(STAMP) proto-check ## Format, lint, types, import rules, proto drift and breaking changes
 	@infra/scripts/check.sh
+
+dashboards: $(STAMP) ## Write the Grafana dashboards and the chart's copy of the alerts from infra/observability
+	@$(BIN)/python infra/observability/generate.py
+
+observe: $(STAMP) ## Ask a real Prometheus over a stack that trains for every panel and alert (needs the program `prometheus`)
+	@$(BIN)/python -m tests.load.observe || [ $$? = 77 ]
 
 chart: $(STAMP) ## Render the Helm chart and its overlays; check them by API and CRD schemas and by policy
 	@infra/scripts/chart.sh || [ $$? = 77 ]

@@ -32,4 +32,4 @@ printf '%s\n' ziglang==0.17.1 |
 printf '%s\n' hatchling editables | .venv/bin/uv pip compile --quiet --generate-hashes --no-header --no-annotate --universal --python-version 3.11 \
   --constraint "$work/lock.in" - -o requirements/build.txt
 .venv/bin/uv pip compile --quiet --generate-hashes --no-header --no-annotate --universal --python-version 3.11 \
-  --constraint "$work/lock.in" --extra sandbox --extra kubernetes pyproject.toml -o requirements/sandbox.txt
+  --constraint "$work/lock.in" --extra sandbox --extra kubernetes --extra otel pyproject.toml -o requirements/sandbox.txt

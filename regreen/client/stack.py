@@ -28,6 +28,7 @@ from regreen.client.parking import ParkingClient
 from regreen.client.policy import PolicyClient
 from regreen.client.sandbox import SandboxClient, StateClient
 from regreen.home import default_home
+from regreen.rpc import traces
 from regreen.rpc.errors import InvalidArgument, Unavailable
 
 SERVICES = ("dataset", "sandbox", "policy", "judge", "learner")
@@ -112,6 +113,7 @@ class Stack:
         self.learner = LearnerClient(channels["learner"], patience_s=patience_s)
 
     async def __aenter__(self) -> "Stack":
+        traces.prepare()
         return self
 
     async def __aexit__(self, *exc: Any) -> None:
@@ -121,3 +123,4 @@ class Stack:
         """Close every channel."""
         for channel in self._channels:
             await channel.close()
+        await traces.flush()
