@@ -188,9 +188,9 @@ class _Episodes:
         self.took_s: list[float] = []
 
     def __call__(self, progress: RolloutProgress) -> None:
-        """Hear of a rollout."""
+        """Hear of a rollout. One that is tried again took the time of all its tries."""
         if progress.what == "leased":
-            self._began_s[progress.rollout_id] = time.perf_counter()
+            self._began_s.setdefault(progress.rollout_id, time.perf_counter())
         elif progress.what == "committed":
             self.took_s.append(time.perf_counter() - self._began_s[progress.rollout_id])
 
@@ -236,6 +236,10 @@ async def measure(plan: Plan, home: Path, model: Path, prepare: Prepare) -> dict
     return {**report, "counts_builds": services.counts_builds}
 
 
+_SHAPE = ("levels", "turns", "tokens", "tokens_per_s", "builds")
+"""Options that choose a shape."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; the exit code."""
     parser = argparse.ArgumentParser(
@@ -253,6 +257,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens-per-s", type=float, default=usual.tokens_per_s)
     parser.add_argument("--builds", choices=("none", "real"), default=usual.builds)
     given = parser.parse_args(argv)
+    chosen = [name for name in _SHAPE if getattr(given, name) != parser.get_default(name)]
+    if given.quick and chosen:
+        parser.error(f"--quick is a shape of its own; leave --{chosen[0].replace('_', '-')} out")
     levels = tuple(int(part) for part in given.levels.split(",") if part)
     plan = Plan(
         levels,

@@ -57,7 +57,15 @@ def _with_builds(demand: Demand, report: Report) -> Demand:
     """An episode that builds takes what the first level with real builds took beyond its turns."""
     rows = report["builds"]
     if not rows:
-        raise ValueError("the report holds no real builds; run `regreen bench load --builds real`")
+        raise ValueError(
+            "the report holds no real builds; run `regreen bench load --builds real`, "
+            "or leave --builds out"
+        )
+    if not report.get("counts_builds"):
+        raise ValueError(
+            "the report lacks the processor time of builds that had ended; measure as root on a "
+            "host with control groups of version 1, or leave --builds out"
+        )
     row = next(iter(rows.values()))
     turns = row["turns"] / row["episodes"]
     each = {n: row["cpu_s"][n] / row["episodes"] - turns * demand.turn_s[n] for n in PROGRAMS}

@@ -137,7 +137,14 @@ def test_the_command_reads_a_report_and_a_fleet(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "told"),
-    [("cpus = 8", "cpus"), ("cores = 0", "cores"), ("cores = 2\n[replicas]\nx = 1", "'x'")],
+    [
+        ("cpus = 8", "cpus"),
+        ("cores = 0", "cores"),
+        ("cores = 2\n[replicas]\nx = 1", "'x'"),
+        ("cores = 2\nreplicas = 3", "give a table"),
+        ("cores = 2\nsamples = -1", "samples"),
+        ("cores = 2\nothers = -1", "others"),
+    ],
 )
 def test_a_fleet_that_is_none_is_refused(tmp_path: Path, text: str, told: str) -> None:
     path, fleet = tmp_path / "load.json", tmp_path / "fleet.toml"
@@ -160,5 +167,26 @@ def test_a_fleet_that_is_none_is_refused(tmp_path: Path, text: str, told: str) -
 )
 def test_flags_of_the_load_run_are_checked_before_it(words: list[str], told: str) -> None:
     ended = CliRunner().invoke(make_app(["bench"]), words)
+    assert ended.exit_code != 0
+    assert told in ended.output + ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("report_of", "words", "told"),
+    [
+        ({"bench": "load"}, [], "whole report"),
+        ({"bench": "rl"}, [], "is no report"),
+        (None, ["--episodes", "1000000000"], "1,000,000"),
+        (None, ["--builds", "real"], "--builds real"),
+        ({"builds": {"2": {}}, "counts_builds": False}, ["--builds", "real"], "had ended"),
+    ],
+)
+def test_a_report_that_does_not_say_it_is_refused(
+    tmp_path: Path, report_of: dict | None, words: list[str], told: str
+) -> None:
+    path = tmp_path / "load.json"
+    whole = report_of is None or "bench" not in report_of
+    path.write_text(json.dumps({**report(), **(report_of or {})} if whole else report_of))
+    ended = CliRunner().invoke(make_app(["capacity"]), ["capacity", "--from", str(path), *words])
     assert ended.exit_code != 0
     assert told in ended.output + ended.stderr
