@@ -62,7 +62,7 @@ def capacity(
         found = capacity_of(report, numbers, builds, _fleet(fleet) if fleet else None)
     except ValueError as error:
         output.fail(InvalidArgument("from", str(error), "name another report"))
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
         problem = f"{source} lacks what a whole report holds ({error})"
         output.fail(InvalidArgument("from", problem, "make one with `regreen bench load`"))
     if json_output:
@@ -89,9 +89,12 @@ def _fleet(path: Path) -> Fleet:
         problem = f"{path}: cores and replicas are whole numbers above 0"
         output.fail(InvalidArgument("fleet", problem, "give cores = 64 for one"))
     samples, others = given.get("samples", 0), given.get("others", 0.0)
-    if type(samples) is not int or samples < 0 or type(others) not in (int, float) or others < 0:
-        problem = f"{path}: samples and others are numbers from 0 on, samples a whole one"
+    if type(samples) is not int or samples < 0:
+        problem = f"{path}: samples are a whole number from 0 on"
         output.fail(InvalidArgument("fleet", problem, "give samples = 512 for one"))
+    if type(others) not in (int, float) or not 0 <= others < given["cores"]:
+        problem = f"{path}: others are a number of cores, less than all"
+        output.fail(InvalidArgument("fleet", problem, "leave it out, or give others = 0.5 for one"))
     return Fleet(**given)
 
 
