@@ -54,6 +54,7 @@ class Link:
 
     trace_id: str
     span_id: str
+    start_ns: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +157,7 @@ def span(name: str, trajectory_id: str = "", **attributes: str | int) -> Iterato
     before = SAMPLED.set(fresh or SAMPLED.get())
     try:
         with structlog.contextvars.bound_contextvars(**ids):
-            yield Link(trace_id, span_id)
+            yield Link(trace_id, span_id, start_ns)
     except BaseException as error:
         wrong = error.status if isinstance(error, RegreenError) else type(error).__name__
         raise
@@ -171,16 +172,18 @@ def span(name: str, trajectory_id: str = "", **attributes: str | int) -> Iterato
             )
 
 
-def joined(
-    name: str, link: Link, trajectory_ids: Sequence[str], start_ns: int, **attributes: str | int
-) -> None:
+def joined(name: str, link: Link, trajectory_ids: Sequence[str], **attributes: str | int) -> None:
     """Tell in each trajectory's trace what was done with all of them in a trace of its own."""
     end_ns = time.time_ns()
     for trajectory_id in trajectory_ids:
         if trace_id := trace_of(trajectory_id):
             found = attributes | {"trajectory_id": trajectory_id}
             own, root = secrets.token_hex(8), root_of(trace_id)
-            send(Ended(name, DRIVER, trace_id, own, root, start_ns, end_ns, found, links=(link,)))
+            send(
+                Ended(
+                    name, DRIVER, trace_id, own, root, link.start_ns, end_ns, found, links=(link,)
+                )
+            )
 
 
 @lru_cache(maxsize=1)
