@@ -19,7 +19,7 @@ from regreen.settings import ServiceSettings
 from regreen.train.config import GrpoConfig
 from regreen.train.rl import train_grpo
 from regreen.train.rows import all_trajectories
-from tests.fixtures.collector import collecting
+from tests.fixtures.collector import collecting_ours
 from tests.fixtures.policy.model import default_model
 from tests.integration import dataset_samples as samples
 from tests.integration.rollout.world import LOOPBACK, PIN, VALIDATE, call, says
@@ -60,14 +60,10 @@ async def learner(tmp_path):
 
 
 @pytest.fixture
-def collector(monkeypatch):
+def collector():
     """A collector that the environment names."""
-    with collecting() as found:
-        monkeypatch.setenv(traces.ENDPOINT, found.url)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        traces._sender.cache_clear()
+    with collecting_ours() as found:
         yield found
-        traces._sender.cache_clear()
 
 
 async def admitted(stack, world, *, state_id=None):
