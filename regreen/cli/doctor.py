@@ -56,13 +56,16 @@ _SWITCHES = {
 }
 """Settings that can forbid user namespaces: the value that does, and one that does not."""
 
+_SAID = {True: "yes", False: "NO", None: "?"}
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:
     """One thing looked at."""
 
     name: str
-    ok: bool
+    ok: bool | None
+    """None where it could not be looked at."""
     found: str
     remedy: str = ""
 
@@ -107,9 +110,12 @@ def doctor(
         output.print_table(
             "",
             ["check", "ok", "found", "remedy"],
-            [[item.name, "yes" if item.ok else "NO", item.found, item.remedy] for item in findings],
+            [[item.name, _SAID[item.ok], item.found, item.remedy] for item in findings],
         )
-    if not all(item.ok for item in findings):
+    unknown = [item.name for item in findings if item.ok is None]
+    if unknown:
+        typer.echo(f"doctor: not looked at: {', '.join(unknown)}", err=True)
+    if any(item.ok is False for item in findings):
         raise typer.Exit(output.FAILED)
 
 

@@ -25,6 +25,7 @@ _PLUGINS = ("cilium", "calico", "antrea", "kube-router", "canal", "ovnkube", "we
 """Network plugins that can enforce policies, by the names of their DaemonSets."""
 _WALLS = ("gvisor", "runsc", "kata")
 _REFUSING = ("baseline", "restricted")
+_RIGHTS = "permissions for workers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,11 @@ INSTALLS = (
     *(("rbac.authorization.k8s.io", "rolebindings"), ("jobset.x-k8s.io", "jobsets")),
 )
 """What `helm install` creates: groups and resources. Its releases are Secrets."""
+INSTALLS_FOR_WORKERS = (
+    *(("networking.k8s.io", "networkpolicies"), ("policy", "poddisruptionbudgets")),
+    *(("rbac.authorization.k8s.io", "roles"), ("rbac.authorization.k8s.io", "rolebindings")),
+)
+"""And in a namespace of the sandbox workers' own."""
 
 
 class Denied(Exception):
@@ -154,17 +160,18 @@ async def look(
             (f"namespace {space}", lambda: _namespace(api, space, holds_workers=space == workers)),
             ("network policies", lambda: _network(api, space, workers)),
             ("network plugin", lambda: _plugin(api)),
-            ("permissions", lambda: _permissions(api, space)),
+            ("permissions", lambda: _permissions(api, space, INSTALLS)),
         ]
         if workers != space:
             apart = (f"namespace {workers}", lambda: _namespace(api, workers, holds_workers=True))
             looks.insert(4, apart)
+            looks.append((_RIGHTS, lambda: _permissions(api, workers, INSTALLS_FOR_WORKERS)))
         found = list(version)
         for name, ask in looks:
             try:
                 found += await ask()
             except Denied as error:
-                found.append(Finding(name, True, str(error), "ask somebody who may"))
+                found.append(Finding(name, None, str(error), "ask somebody who may"))
             except RegreenError as error:
                 found.append(Finding(name, False, error.message, "try again"))
         return found
@@ -296,10 +303,10 @@ async def _plugin(api: Api) -> list[Finding]:
     ]
 
 
-async def _permissions(api: Api, space: str) -> list[Finding]:
+async def _permissions(api: Api, space: str, installs: Sequence[tuple[str, str]]) -> list[Finding]:
     """What the user of the configuration may do of what installing the chart takes."""
     lacking = []
-    for group, resource in INSTALLS:
+    for group, resource in installs:
         asked = {"namespace": space, "verb": "create", "group": group, "resource": resource}
         body = {
             "apiVersion": "authorization.k8s.io/v1",
@@ -310,6 +317,6 @@ async def _permissions(api: Api, space: str) -> list[Finding]:
         if not told.get("status", {}).get("allowed"):
             lacking.append(f"{resource}.{group}" if group else resource)
     told_of = f"may not create {', '.join(lacking)}" if lacking else "may install the chart"
-    return [
-        Finding("permissions", not lacking, told_of, f"in namespace {space}" if lacking else "")
-    ]
+    remedy = f"in namespace {space}" if lacking else ""
+    name = "permissions" if installs is INSTALLS else _RIGHTS
+    return [Finding(name, not lacking, told_of, remedy)]

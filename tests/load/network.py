@@ -47,7 +47,14 @@ class Network:
         )
         assert self._holder.stdout is not None
         self._holder.stdout.readline()
-        pid = self._holder.pid
+        try:
+            self._connect(self._holder.pid)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def _connect(self, pid: int) -> None:
         _run("ip", "link", "set", "lo", "up")
         _run("ip", "link", "add", "here", "type", "veth", "peer", "name", "there")
         _run("ip", "link", "set", "there", "netns", str(pid))
@@ -56,7 +63,6 @@ class Network:
         _run(*self.there("ip", "link", "set", "lo", "up"))
         _run(*self.there("ip", "address", "add", f"{THERE}/24", "dev", "there"))
         _run(*self.there("ip", "link", "set", "there", "up"))
-        return self
 
     def __exit__(
         self,

@@ -86,7 +86,10 @@ async def test_a_bare_cluster_is_told_what_it_lacks(tmp_path):
     assert code == 1
     assert {name for name, row in found.items() if not row["ok"]} == {
         *("kubernetes version", "kind: JobSet", "nodes", "namespace elsewhere", "permissions"),
+        "permissions for workers",
     }
+    workers = found["permissions for workers"]["found"]
+    assert workers == "may not create roles.rbac.authorization.k8s.io"
     assert "rollout.keda.enabled" in found["kind: KEDA"]["remedy"]
     assert found["gpus"]["found"] == "0 on 0 nodes"
     assert "gVisor" in found["runtime classes"]["remedy"]
@@ -126,11 +129,12 @@ async def test_pods_that_no_policy_shuts_off_are_found(tmp_path):
     assert "worker-1" in found["network of workers"]["remedy"]
 
 
-async def test_what_may_not_be_looked_at_is_said_and_is_no_fault(tmp_path):
+async def test_what_may_not_be_looked_at_is_neither_well_nor_a_fault(tmp_path):
     cluster = whole()
     cluster.forbidden = {"/api/v1/nodes", "/apis/apps/v1/namespaces/kube-system/daemonsets"}
     code, found = await told(cluster, tmp_path)
     assert code == 0
+    assert found["nodes"]["ok"] is found["network plugin"]["ok"] is None
     assert "may not look" in found["nodes"]["found"]
     assert "may not look" in found["network plugin"]["found"]
     assert found["permissions"]["ok"] is True

@@ -1,12 +1,15 @@
-"""A run over two machines: the second is another process that shares nothing but the home."""
+"""A run over two machines: the second shares nothing but the home, and has a network of its own
+where one can be made."""
 
 import asyncio
 import contextlib
 import os
 import signal
 import socket
+import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+import warnings
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +27,7 @@ from learner_svc.spec import Hyperparameters, RunKind, RunSpec
 from regreen.batch import Batch
 from regreen.client.learner import LearnerClient
 from regreen.learner import v1 as pb
+from tests.load.network import HERE, Network
 from tests.unit.learner.test_service import learner
 
 Make = Callable[..., Batch]
@@ -36,11 +40,30 @@ def children(pid: int) -> list[int]:
     return [int(word) for word in text.split()]
 
 
+def in_place(*command: str) -> tuple[str, ...]:
+    """A command as it is."""
+    return command
+
+
+@pytest.fixture
+def second() -> Iterator[tuple[str, Callable[..., tuple[str, ...]]]]:
+    """The address of the first machine, and how a command runs on the second."""
+    try:
+        with Network() as network:
+            yield HERE, network.there
+            return
+    except (OSError, subprocess.CalledProcessError) as reason:
+        warnings.warn(f"both machines in one network namespace: {reason}", stacklevel=1)
+    yield "127.0.0.1", in_place
+
+
 @asynccontextmanager
-async def follower(home: Path) -> AsyncIterator[asyncio.subprocess.Process]:
+async def follower(
+    home: Path, there: Callable[..., tuple[str, ...]]
+) -> AsyncIterator[asyncio.subprocess.Process]:
     """The ranks of a second machine."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "learner_svc.node", f"--home={home}", "--follower=0")
+        *there(sys.executable, "-m", "learner_svc.node", f"--home={home}", "--follower=0")
     )
     try:
         yield process
@@ -58,7 +81,10 @@ async def start(client: LearnerClient, model: Path) -> pb.LearnerRun:
 @pytest.mark.slow
 @pytest.mark.timeout(600)  # DeepSpeed is started twice
 async def test_a_rank_of_another_machine_matches_one_process_and_may_be_lost(
-    tiny_model: Path, make_batch: Make, tmp_path: Path
+    tiny_model: Path,
+    make_batch: Make,
+    tmp_path: Path,
+    second: tuple[str, Callable[..., tuple[str, ...]]],
 ) -> None:
     batches = [make_batch(seed=seed) for seed in range(3)]
     spec = RunSpec(
@@ -71,12 +97,15 @@ async def test_a_rank_of_another_machine_matches_one_process_and_may_be_lost(
     session = Session(spec, tmp_path / "extensions")
     expected = [session.step(batch, (), lambda done, total: None)["loss"] for batch in batches]
     home = tmp_path / "home"
+    address, there = second
     async with (
-        follower(home) as other,
-        learner(home, processes=1, nodes=2, address="127.0.0.1") as (client, _),
+        follower(home, there) as other,
+        learner(home, processes=1, nodes=2, address=address) as (client, _),
     ):
         await start(client, tiny_model)
         (rank,) = children(other.pid)
+        apart = os.readlink(f"/proc/{rank}/ns/net") != os.readlink("/proc/self/ns/net")
+        assert apart == (address == HERE)
         variables = Path(f"/proc/{rank}/environ").read_bytes().split(b"\0")
         assert {b"RANK=1", b"LOCAL_RANK=0", b"WORLD_SIZE=2"} <= set(variables)
         losses = []
