@@ -10,7 +10,6 @@ RUN apt-get update \
 
 # Folders that volumes are mounted on: an engine gives a new volume the owner of the folder that it covers.
 RUN useradd --create-home --uid 10001 regreen \
-    && install -d -o regreen -g regreen /home/regreen/data /run/regreen /shared /shared/learner /shared/policy /blobs /model \
-       /etc/regreen/access /access /access/authority /access/client /access/dataset /access/sandbox /access/policy /access/judge /access/learner
+    && install -d -o regreen -g regreen /home/regreen/data /run/regreen /shared /blobs
 ENV HOME=/home/regreen PATH=/opt/regreen/venv/bin:/usr/local/bin:/usr/bin:/bin PYTHONPATH=/opt/regreen/lib PYTHONDONTWRITEBYTECODE=1
 WORKDIR /home/regreen

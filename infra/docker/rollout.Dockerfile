@@ -10,6 +10,9 @@ COPY --from=packages /opt/regreen /opt/regreen
 COPY regreen /opt/regreen/lib/regreen
 RUN python3 -m compileall -q /opt/regreen/lib
 
+# Where `regreen.stack.access` puts what it makes for each service: volumes, which get the owner of these folders.
+RUN install -d -o regreen -g regreen /handed/dataset /handed/sandbox /handed/policy /handed/judge /handed/learner /handed/database
+
 USER 10001:10001
 ENTRYPOINT []
 CMD ["python3", "-m", "regreen.cli"]
