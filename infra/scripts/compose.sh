@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# compose.sh up|down|WORDS: runs compose.yaml with whichever Compose is here, and has the commands of REGREEN_HOME use it.
+# `up` ends when everything is healthy; GPU=1 MODEL=DIR starts SGLang too. Other words go to Compose, for example `logs -f dataset`.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+home=${REGREEN_HOME:-$PWD/build/home}
+shown=$home/docker  # what the commands of this machine show to the services
+if docker compose version >/dev/null 2>&1; then tool=(docker compose)
+elif command -v docker-compose >/dev/null; then tool=(docker-compose)
+else echo "compose: there is neither docker compose nor docker-compose; install one" >&2; exit 3; fi
+export COMPOSE_PROJECT_NAME=${COMPOSE_PROJECT_NAME:-regreen}
+compose() { "${tool[@]}" -f compose.yaml "$@"; }
+elsewhere() { .venv/bin/python -m regreen.stack.elsewhere --home "$home" "$@"; }
+
+missing() {
+  local image
+  for image in $(compose config | sed -n 's/^ *image: *//p' | grep -E '^regreen-' | grep -v '^regreen-sglang' | sort -u); do
+    docker image inspect "$image" >/dev/null 2>&1 || { image=${image#regreen-}; echo "${image%%:*}"; }
+  done
+}
+
+up() {
+  if [ -n "${GPU:-}" ]; then
+    export REGREEN_MODEL=${MODEL:?give MODEL=DIR, the folder of the model} COMPOSE_PROFILES=gpu
+    export REGREEN_POLICY__ENGINE=sglang REGREEN_POLICY__MODEL=/model REGREEN_POLICY__SGLANG_URLS=http://sglang:30000
+  fi
+  local images
+  images=$(missing)
+  [ -z "$images" ] || infra/scripts/images.sh $images
+  compose up --detach --no-build --remove-orphans
+  mkdir -p "$shown"
+  chmod 700 "$shown"
+  compose exec -T access tar -C /home/regreen/data -ch certs/client client.token | tar -C "$shown" -x --no-same-owner
+  elsewhere --by "Compose (make down-docker)" --tls "$shown/certs/client" --token-file "$shown/client.token"
+  .venv/bin/regreen up --home "$home"
+}
+
+case ${1:-} in
+  up) up ;;
+  down) shift; compose --profile gpu down "$@"; elsewhere --leave ;;
+  *) compose "$@" ;;
+esac
