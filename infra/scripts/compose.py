@@ -78,6 +78,11 @@ def wall(memory: str) -> Tree:
     }
 
 
+def published(name: str, port: int) -> str:
+    """A port on loopback of this machine; the environment may name another, 0 for any."""
+    return f"127.0.0.1:${{REGREEN_{name.upper()}_PORT:-{port}}}:{port}"
+
+
 def settings(name: str, own: Tree) -> Tree:
     """Settings of a service as environment variables, as the chart gives them."""
     return {
@@ -162,12 +167,19 @@ def service(all_values: Tree, name: str, port: int, metrics: int) -> Tree:
         waits["postgres"] = {"condition": "service_healthy"}
     made: Tree = {
         "image": image(all_values, name),
-        "command": ["python3", "-m", f"{name}_svc", f"--listen=0.0.0.0:{port}",
-                    f"--metrics=0.0.0.0:{metrics}", "--insecure",
-                    *security(all_values["security"]), *words],  # fmt: skip
+        "command": [
+            "python3",
+            "-m",
+            f"{name}_svc",
+            f"--listen=0.0.0.0:{port}",
+            f"--metrics=0.0.0.0:{metrics}",
+            "--insecure",
+            *security(all_values["security"]),
+            *words,
+        ],  # fmt: skip
         "environment": environment,
         "volumes": [f"access-{name}:{ACCESS}:ro,nocopy", *volumes],
-        "ports": [f"127.0.0.1:{port}:{port}"],
+        "ports": [published(name, port)],
         "depends_on": waits,
         "healthcheck": health(metrics, start_s),
         "stop_grace_period": f"{int(own.get('settings', {}).get('drain_s', 10)) + 20}s",
@@ -196,12 +208,22 @@ def access(all_values: Tree) -> Tree:
     ready = f"import os; raise SystemExit(not os.path.exists('{DATA}/ready'))"
     return {
         "image": image(all_values, "rollout"),
-        "command": ["python3", "-m", "regreen.stack.access", f"--home={DATA}", "--handed=/handed",
-                    f"--database={DATABASE_URL}"],  # fmt: skip
+        "command": [
+            "python3",
+            "-m",
+            "regreen.stack.access",
+            f"--home={DATA}",
+            "--handed=/handed",
+            f"--database={DATABASE_URL}",
+        ],  # fmt: skip
         "volumes": [f"access:{DATA}", *(f"access-{name}:/handed/{name}" for name in parts)],
         "network_mode": "none",
-        "healthcheck": {"test": ["CMD", "python3", "-ISc", ready],
-                        "interval": "5s", "timeout": "5s", "retries": 24},  # fmt: skip
+        "healthcheck": {
+            "test": ["CMD", "python3", "-ISc", ready],
+            "interval": "5s",
+            "timeout": "5s",
+            "retries": 24,
+        },  # fmt: skip
         **wall("512m"),
     }
 
@@ -238,13 +260,15 @@ def prometheus() -> Tree:
     return {
         "image": "${PROMETHEUS_IMAGE:-prom/prometheus:v3.5.0}",
         "user": NOBODY,
-        "command": ["--config.file=/etc/prometheus/prometheus.yml",
-                    "--storage.tsdb.path=/prometheus"],  # fmt: skip
+        "command": [
+            "--config.file=/etc/prometheus/prometheus.yml",
+            "--storage.tsdb.path=/prometheus",
+        ],  # fmt: skip
         "volumes": [
             "./infra/compose/prometheus.yml:/etc/prometheus/prometheus.yml:ro",
             "prometheus:/prometheus",
         ],
-        "ports": ["127.0.0.1:9090:9090"],
+        "ports": [published("prometheus", 9090)],
         "healthcheck": {
             "test": ["CMD", "wget", "-q", "-O", "/dev/null", "http://127.0.0.1:9090/-/healthy"],
             **{"interval": "10s", "timeout": "5s", "retries": 12},
@@ -264,12 +288,20 @@ def sglang(all_values: Tree) -> Tree:
         "profiles": ["gpu"],
         "command": own["args"],
         "environment": {"HOME": "/home/regreen"},
-        "volumes": ["${REGREEN_MODEL:-model}:/model:ro", "shared:/shared:ro",
-                    "sglang:/home/regreen"],  # fmt: skip
+        "volumes": [
+            "${REGREEN_MODEL:-model}:/model:ro",
+            "shared:/shared:ro",
+            "sglang:/home/regreen",
+        ],  # fmt: skip
         "deploy": {"resources": {"reservations": {"devices": devices}}},
         "shm_size": mebibytes(own["shm"]),
-        "healthcheck": {"test": ["CMD", "python3", "-c", ask], "interval": "10s",
-                        "timeout": "10s", "retries": 6, "start_period": "1800s"},  # fmt: skip
+        "healthcheck": {
+            "test": ["CMD", "python3", "-c", ask],
+            "interval": "10s",
+            "timeout": "10s",
+            "retries": 6,
+            "start_period": "1800s",
+        },  # fmt: skip
         "networks": ["services"],
         **wall(mebibytes(own["resources"]["limits"]["memory"])),
     }

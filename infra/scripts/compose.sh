@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # compose.sh up|down|WORDS: runs compose.yaml with whichever Compose is here, and has the commands of REGREEN_HOME use it.
-# `up` ends when everything is healthy; GPU=1 MODEL=DIR starts SGLang too. Other words go to Compose, for example `logs -f dataset`.
+# `up` ends when everything is healthy; GPU=1 MODEL=DIR starts SGLang too, PORTS=any publishes free ports. Other words go to Compose, for example `logs -f dataset`.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 home=${REGREEN_HOME:-$PWD/build/home}
@@ -24,6 +24,9 @@ up() {
     export REGREEN_MODEL=${MODEL:?give MODEL=DIR, the folder of the model} COMPOSE_PROFILES=gpu
     export REGREEN_POLICY__ENGINE=sglang REGREEN_POLICY__MODEL=/model REGREEN_POLICY__SGLANG_URLS=http://sglang:30000
   fi
+  if [ "${PORTS:-}" = any ]; then
+    export REGREEN_{DATASET,SANDBOX,POLICY,JUDGE,LEARNER,PROMETHEUS}_PORT=0
+  fi
   local images
   images=$(missing)
   [ -z "$images" ] || infra/scripts/images.sh $images
@@ -31,7 +34,11 @@ up() {
   mkdir -p "$shown"
   chmod 700 "$shown"
   compose exec -T access tar -C /home/regreen/data -ch certs/client client.token | tar -C "$shown" -x --no-same-owner
-  elsewhere --by "Compose (make down-docker)" --tls "$shown/certs/client" --token-file "$shown/client.token"
+  local places=() name
+  for name in dataset:50051 sandbox:50052 policy:50053 judge:50054 learner:50055; do
+    places+=("${name%:*}=$(compose port "${name%:*}" "${name#*:}")")
+  done
+  elsewhere "${places[@]}" --by "Compose (make down-docker)" --tls "$shown/certs/client" --token-file "$shown/client.token"
   .venv/bin/regreen up --home "$home"
 }
 

@@ -13,11 +13,12 @@ import sys
 import tempfile
 from pathlib import Path
 
+from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
 ROOT = Path(__file__).resolve().parents[2]
 WHEELS = ROOT / "build" / "wheelhouse"
-PIN = re.compile(r"^([A-Za-z0-9._-]+)==([^\s;]+)", re.ASCII | re.MULTILINE)
+PIN = re.compile(r"^([A-Za-z0-9._-]+==[^\\\n]+)", re.ASCII | re.MULTILINE)
 TORCH = re.compile(r"\btorch==([0-9.]+)", re.ASCII)
 """As infra/scripts/setup.sh names it."""
 NEEDS_TORCH = "learner"
@@ -37,8 +38,13 @@ def collect(folder: Path, *words: str) -> None:
 
 
 def pins(text: str) -> dict[str, str]:
-    """Versions by name of package."""
-    return {canonicalize_name(name): version for name, version in PIN.findall(text)}
+    """Versions by name, of the packages that are for this kind of machine."""
+    found = [Requirement(line.strip()) for line in PIN.findall(text)]
+    return {
+        canonicalize_name(one.name): str(one.specifier).removeprefix("==")
+        for one in found
+        if one.marker is None or one.marker.evaluate()
+    }
 
 
 def torch(listed: dict[str, str]) -> list[Path]:

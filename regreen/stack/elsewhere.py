@@ -1,4 +1,4 @@
-"""`python -m regreen.stack.elsewhere`: have the commands of a home use services that others run.
+"""`python -m regreen.stack.elsewhere NAME=ADDRESS...`: have the commands of a home use services that others run.
 
 - It writes the home's `stack.json`, which says who runs them; `regreen up` then waits for them,
   and neither starts nor stops anything.
@@ -6,20 +6,27 @@
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from regreen.home import default_home
-from regreen.rpc.errors import FailedPrecondition, RegreenError
+from regreen.rpc.errors import FailedPrecondition, InvalidArgument, RegreenError
 from regreen.stack.layout import ELSEWHERE, SERVICES, Layout
 
 
-def use(layout: Layout, by: str, host: str, tls: str = "", token_file: str = "") -> None:
-    """Describe the services at the usual ports of a host; `by` says how they are stopped.
+def use(
+    layout: Layout, by: str, endpoints: Mapping[str, str], tls: str = "", token_file: str = ""
+) -> None:
+    """Describe services by their addresses; `by` says who runs them, for messages.
 
     Raises:
         FailedPrecondition: a stack of this home's own runs.
-        InvalidArgument: the home cannot be written.
+        InvalidArgument: the home cannot be written, or a service is unknown.
     """
+    known = [service.name for service in SERVICES]
+    for name in endpoints:
+        if name not in known:
+            raise InvalidArgument("name", f"{name!r} is unknown", f"give {', '.join(known)}")
     if layout.supervised():
         raise FailedPrecondition(
             f"a stack of {layout.home} runs already; stop it with `regreen down` first"
@@ -27,7 +34,7 @@ def use(layout: Layout, by: str, host: str, tls: str = "", token_file: str = "")
     layout.make()
     described = {
         ELSEWHERE: by,
-        "endpoints": {service.name: f"{host}:{service.port}" for service in SERVICES},
+        "endpoints": dict(endpoints),
         **{"metrics": {}, "http": {}, "tls": tls, "token_file": token_file},
     }
     draft = layout.description.with_suffix(".tmp")
@@ -46,7 +53,7 @@ def main() -> None:
     """Write the description, or remove it."""
     parser = argparse.ArgumentParser(prog="python -m regreen.stack.elsewhere", description=__doc__)
     parser.add_argument("--home", type=Path, default=default_home())
-    parser.add_argument("--host", default="127.0.0.1", help="where they are, at the usual ports")
+    parser.add_argument("places", nargs="*", metavar="NAME=ADDRESS")
     parser.add_argument("--by", default="somebody else", help="what runs them, for messages")
     parser.add_argument("--tls", default="", help="folder with ca.crt, tls.crt and tls.key")
     parser.add_argument("--token-file", default="")
@@ -57,7 +64,8 @@ def main() -> None:
         if given.leave:
             leave(layout)
         else:
-            use(layout, given.by, given.host, given.tls, given.token_file)
+            places = dict(place.partition("=")[::2] for place in given.places)
+            use(layout, given.by, places, given.tls, given.token_file)
     except RegreenError as error:
         raise SystemExit(error.message) from None
 

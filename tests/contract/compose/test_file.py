@@ -1,0 +1,126 @@
+"""compose.yaml holds what the chart's values say, in words that services and both Composes read."""
+
+import os
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import yaml
+
+from regreen.stack.access import hand_out
+from regreen.stack.layout import SERVICES, Layout
+
+ROOT = Path(__file__).resolve().parents[3]
+FILE = yaml.safe_load((ROOT / "compose.yaml").read_text())
+CHART = yaml.safe_load((ROOT / "infra" / "helm" / "regreen" / "values.yaml").read_text())
+NAMES = [service.name for service in SERVICES]
+
+
+@pytest.fixture(scope="module")
+def handed(tmp_path_factory) -> Path:
+    """What the access container hands out."""
+    home = tmp_path_factory.mktemp("access")
+    hand_out(Layout(home / "home"), home / "handed", "postgresql://u:{password}@h/n")
+    return home / "handed"
+
+
+def test_it_is_what_the_values_make():
+    made = [sys.executable, str(ROOT / "infra" / "scripts" / "compose.py"), "--check"]
+    done = subprocess.run(made, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_only_what_both_generations_read():
+    assert set(FILE) == {"services", "networks", "volumes"}
+    for name, part in FILE["services"].items():
+        assert not {"develop", "build", "attach", "post_start", "pull_policy"} & set(part), name
+        for waits in part.get("depends_on", {}).values():
+            assert set(waits) == {"condition"}
+        assert all(isinstance(entry, str) for entry in part["volumes"]), name
+
+
+@pytest.mark.parametrize("name", FILE["services"])
+def test_every_container_is_walled_in(name):
+    part = FILE["services"][name]
+    assert part["read_only"] is True
+    assert part["cap_drop"] == ["ALL"]
+    assert "cap_add" not in part
+    assert "no-new-privileges:true" in part["security_opt"]
+    assert "privileged" not in part
+    assert part["mem_limit"] == part["memswap_limit"]
+    assert not any("docker.sock" in entry for entry in part["volumes"])
+    assert all(port.startswith("127.0.0.1:") for port in part.get("ports", []))
+    assert part["healthcheck"]["test"][0] == "CMD"
+
+
+def test_nobody_reads_what_another_is_handed():
+    readers = {
+        name: {
+            entry.partition(":")[0]
+            for entry in part["volumes"]
+            if entry.startswith("access") and name != "access"
+        }
+        for name, part in FILE["services"].items()
+    }
+    for name in NAMES:
+        assert readers[name] == {f"access-{name}"}
+    assert readers["postgres"] == {"access-database"}
+    assert not readers["prometheus"] | readers["sglang"]
+    networks = {name: set(part.get("networks", ())) for name, part in FILE["services"].items()}
+    assert [n for n in networks if "database" in networks[n]] == ["postgres", "dataset"]
+    assert networks["sandbox"] == {"sandboxes"}
+    assert networks["prometheus"] == {"services", "sandboxes"}
+
+
+@pytest.mark.parametrize("service", SERVICES, ids=NAMES)
+def test_every_flag_and_variable_is_a_setting_of_the_service(service, monkeypatch, handed):
+    """With what the access container hands out, where the container finds it."""
+    part = FILE["services"][service.name]
+    for name in [name for name in os.environ if name.startswith("REGREEN_")]:
+        monkeypatch.delenv(name)
+    for name, value in part["environment"].items():
+        if value is not None:  # else only where the environment of Compose has it
+            monkeypatch.setenv(name, value)
+    given = str(handed / service.name)
+    words = [word.replace("/etc/regreen", given) for word in part["command"][3:]]
+    cls = getattr(import_module(f"{service.name}_svc.settings"), f"{service.name.title()}Settings")
+    settings = cls.load(words)
+    assert settings.listen == f"0.0.0.0:{service.port}"
+    assert settings.metrics == f"0.0.0.0:{service.metrics_port}"
+    assert settings.tls is not None
+    assert settings.tls_ca is not None
+    assert settings.tokens is not None
+    if service.name == "dataset":
+        assert settings.database_url.startswith("postgresql://u:")
+        assert "{" not in settings.database_url
+
+
+def test_what_the_chart_says_is_what_compose_has():
+    for name in NAMES:
+        part = FILE["services"][name]
+        assert part["image"].partition(":")[0] == CHART["images"][name]["repository"]
+        assert part["command"][:3] == ["python3", "-m", f"{name}_svc"]
+    assert FILE["services"]["dataset"]["mem_limit"] == "2048m"  # as the chart limits it
+    assert CHART["dataset"]["resources"]["limits"]["memory"] == "2Gi"
+    assert FILE["services"]["sglang"]["profiles"] == ["gpu"]
+
+
+def test_prometheus_scrapes_every_service():
+    mounted = FILE["services"]["prometheus"]["volumes"][0].partition(":")[0]
+    jobs = yaml.safe_load((ROOT / mounted).read_text())["scrape_configs"]
+    targets = {one for job in jobs for static in job["static_configs"] for one in static["targets"]}
+    assert targets >= {f"{service.name}:{service.metrics_port}" for service in SERVICES}
+
+
+def test_what_is_handed_out_again_is_the_same(handed):
+    layout = Layout(handed.parent / "home")
+    files = {path: path.read_text() for path in handed.rglob("*") if path.is_file()}
+    first = {path: path.stat().st_mtime_ns for path in files}
+    hand_out(layout, handed, "postgresql://u:{password}@h/n")
+    assert {path: path.stat().st_mtime_ns for path in files} == first
+    keys = [path for path in files if path.name in ("tls.key", "url", "tokens.json", "token")]
+    assert {path.stat().st_mode & 0o777 for path in keys} == {0o600}
+    authority = (layout.certs / "authority" / "tls.key").read_text()
+    assert authority not in files.values()
