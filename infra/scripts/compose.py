@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 FILES = ("infra/helm/regreen/values.yaml", "infra/compose/values.yaml")
 PAGE = ROOT / "compose.yaml"
 HEAD = """\
-# Made by infra/scripts/compose.py from the chart's values and infra/compose/values.yaml: change those. `make up-docker` starts it;
-# docs/operations/compose.md says what it needs.
+# Made by infra/scripts/compose.py from the chart's values and infra/compose/values.yaml: change
+# those. `make up-docker` starts it; docs/operations/compose.md says what it needs.
 """
 CLUSTER = ("kube_", "fleet_")
 """Settings of the sandbox service's front in a cluster."""
@@ -110,8 +110,10 @@ def security(security_values: Tree) -> list[str]:
     """Flags for certificates and tokens, as the chart's pods have them."""
     words = []
     if security_values["tls"]["enabled"]:
-        words += [f"--tls-{n}={ACCESS}/tls/{f}" for n, f in
-                  (("ca", "ca.crt"), ("cert", "tls.crt"), ("key", "tls.key"))]  # fmt: skip
+        words += [
+            f"--tls-{n}={ACCESS}/tls/{f}"
+            for n, f in (("ca", "ca.crt"), ("cert", "tls.crt"), ("key", "tls.key"))
+        ]
     if security_values["tokens"]["enabled"]:
         words += [f"--tokens={ACCESS}/tokens/tokens.json", "--audit=/dev/stderr"]
     return words
@@ -176,7 +178,7 @@ def service(all_values: Tree, name: str, port: int, metrics: int) -> Tree:
             "--insecure",
             *security(all_values["security"]),
             *words,
-        ],  # fmt: skip
+        ],
         "environment": environment,
         "volumes": [f"access-{name}:{ACCESS}:ro,nocopy", *volumes],
         "ports": [published(name, port)],
@@ -193,8 +195,8 @@ def service(all_values: Tree, name: str, port: int, metrics: int) -> Tree:
     if name == "learner":
         made["shm_size"] = mebibytes(own["shm"])
     if name == "sandbox":
-        # A container may mount a fresh /proc for a sandbox only where it has a whole one, and engines
-        # hide parts of theirs. This one shows no process and no setting; unlike an unmasked /proc,
+        # A container may mount a fresh /proc for a sandbox only where it has a whole one, and
+        # engines hide parts of theirs. This one shows no process and no setting; unlike an unmasked /proc,
         # which only newer Composes can ask for, it leaves the container's own as it is.
         made["security_opt"].append("seccomp:./infra/docker/sandbox.seccomp.json")
         made["volumes"].append("proc:/run/proc:nocopy")
@@ -215,7 +217,7 @@ def access(all_values: Tree) -> Tree:
             f"--home={DATA}",
             "--handed=/handed",
             f"--database={DATABASE_URL}",
-        ],  # fmt: skip
+        ],
         "volumes": [f"access:{DATA}", *(f"access-{name}:/handed/{name}" for name in parts)],
         "network_mode": "none",
         "healthcheck": {
@@ -223,7 +225,7 @@ def access(all_values: Tree) -> Tree:
             "interval": "5s",
             "timeout": "5s",
             "retries": 24,
-        },  # fmt: skip
+        },
         **wall("512m"),
     }
 
@@ -263,7 +265,7 @@ def prometheus() -> Tree:
         "command": [
             "--config.file=/etc/prometheus/prometheus.yml",
             "--storage.tsdb.path=/prometheus",
-        ],  # fmt: skip
+        ],
         "volumes": [
             "./infra/compose/prometheus.yml:/etc/prometheus/prometheus.yml:ro",
             "prometheus:/prometheus",
@@ -283,7 +285,7 @@ def sglang(all_values: Tree) -> Tree:
     own = all_values["sglang"]
     ask = "import urllib.request as u; u.urlopen('http://127.0.0.1:30000/health', timeout=5)"
     devices = [{"driver": "nvidia", "count": own["gpus"], "capabilities": ["gpu"]}]
-    made = {
+    return {
         "image": image(all_values, "sglang"),
         "profiles": ["gpu"],
         "command": own["args"],
@@ -292,7 +294,7 @@ def sglang(all_values: Tree) -> Tree:
             "${REGREEN_MODEL:-model}:/model:ro",
             "shared:/shared:ro",
             "sglang:/home/regreen",
-        ],  # fmt: skip
+        ],
         "deploy": {"resources": {"reservations": {"devices": devices}}},
         "shm_size": mebibytes(own["shm"]),
         "healthcheck": {
@@ -301,11 +303,10 @@ def sglang(all_values: Tree) -> Tree:
             "timeout": "10s",
             "retries": 6,
             "start_period": "1800s",
-        },  # fmt: skip
+        },
         "networks": ["services"],
         **wall(mebibytes(own["resources"]["limits"]["memory"])),
     }
-    return made
 
 
 def document() -> Tree:

@@ -1,4 +1,4 @@
-"""`python -m regreen.stack.elsewhere NAME=ADDRESS...`: have the commands of a home use services that others run.
+"""`python -m regreen.stack.elsewhere NAME=ADDRESS...`: use services that others run in a home.
 
 - It writes the home's `stack.json`, which says who runs them; `regreen up` then waits for them,
   and neither starts nor stops anything.
