@@ -196,10 +196,12 @@ def service(all_values: Tree, name: str, port: int, metrics: int) -> Tree:
         made["shm_size"] = mebibytes(own["shm"])
     if name == "sandbox":
         # A container may mount a fresh /proc for a sandbox only where it has a whole one, and
-        # engines hide parts of theirs. This one shows no process and no setting; unlike an
+        # engines hide parts of theirs. This one shows no setting; unlike an
         # unmasked /proc, which only newer Composes can ask for, it leaves the own one as it is.
+        # Below /root, which is root's alone: `hidepid` does not hide processes of the same user, and
+        # those of other containers are. For the kernel it counts there all the same.
         made["security_opt"].append("seccomp:./infra/docker/sandbox.seccomp.json")
-        made["volumes"].append("proc:/run/proc:nocopy")
+        made["volumes"].append("proc:/root/proc:nocopy")
         made["pids_limit"] = 16384
     return made
 

@@ -97,6 +97,18 @@ def test_every_flag_and_variable_is_a_setting_of_the_service(service, monkeypatc
         assert "{" not in settings.database_url
 
 
+def test_no_process_reads_the_whole_proc_of_the_sandbox_service():
+    """Through it a process sees those of its user in other containers, and their files."""
+    holders = {
+        name: entry
+        for name, part in FILE["services"].items()
+        for entry in part["volumes"]
+        if entry.startswith("proc:")
+    }
+    assert holders == {"sandbox": "proc:/root/proc:nocopy"}
+    assert "hidepid=invisible" in FILE["volumes"]["proc"]["driver_opts"]["o"]
+
+
 def test_what_the_chart_says_is_what_compose_has():
     for name in NAMES:
         part = FILE["services"][name]
