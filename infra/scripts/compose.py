@@ -196,9 +196,9 @@ def service(all_values: Tree, name: str, port: int, metrics: int) -> Tree:
         made["shm_size"] = mebibytes(own["shm"])
     if name == "sandbox":
         # A container may mount a fresh /proc for a sandbox only where it has a whole one, and
-        # engines hide parts of theirs. This one shows no setting; unlike an
-        # unmasked /proc, which only newer Composes can ask for, it leaves the own one as it is.
-        # Below /root, which is root's alone: `hidepid` does not hide processes of the same user, and
+        # engines hide parts of theirs. This one shows no setting; unlike an unmasked /proc, which
+        # only newer Composes can ask for, it leaves the container's own as it is. It lies below
+        # /root, which is root's alone: `hidepid` does not hide processes of the same user, and
         # those of other containers are. For the kernel it counts there all the same.
         made["security_opt"].append("seccomp:./infra/docker/sandbox.seccomp.json")
         made["volumes"].append("proc:/root/proc:nocopy")
