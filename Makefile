@@ -8,7 +8,7 @@ BIN := .venv/bin
 STAMP := .venv/.regreen-setup
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo study up down up-docker down-docker images status logs test test-fast check fmt bench bench-sandbox bench-dataset bench-rl bench-episodes chart soak soak-queue soak-train fuzz mutate proto proto-check clean ranks
+.PHONY: help setup demo study up down up-docker down-docker images status logs test test-fast check fmt bench bench-sandbox bench-dataset bench-rl bench-load dashboards observe chart soak soak-queue soak-train soak-load fuzz mutate proto proto-check clean ranks
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  \1|\2/' | column -t -s '|'
@@ -53,6 +53,12 @@ test-fast: $(STAMP) ## Run the unit tests
 check: $(STAMP) proto-check ## Format, lint, types, import rules, proto drift and breaking changes
 	@infra/scripts/check.sh
 
+dashboards: $(STAMP) ## Write the Grafana dashboards and the chart's copy of the alerts from infra/observability
+	@$(BIN)/python infra/observability/generate.py
+
+observe: $(STAMP) ## Ask a real Prometheus over a stack that trains for every panel and alert (needs the program `prometheus`)
+	@$(BIN)/python -m tests.load.observe || [ $$? = 77 ]
+
 chart: $(STAMP) ## Render the Helm chart and its overlays; check them by API and CRD schemas and by policy
 	@infra/scripts/chart.sh || [ $$? = 77 ]
 
@@ -72,8 +78,8 @@ bench-rl: $(STAMP) ## Measure whole GRPO steps against TRL's trainer, and how th
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --require-hashes -r requirements/peer.txt
 	@$(BIN)/regreen bench rl
 
-bench-episodes: $(STAMP) ## Measure driver and services under 1 to 1,000 scripted episodes at a time; about 8 minutes
-	@$(BIN)/regreen bench episodes
+bench-load: $(STAMP) ## Measure the whole stack under 1 to 1,000 scripted episodes at a time, and a few that build; about 10 minutes
+	@$(BIN)/regreen bench load --builds real
 
 soak: $(STAMP) ## Run 10,000 sandboxes under random operations and kill -9; nothing may be left or lost
 	@.venv/bin/python -m tests.load.soak
@@ -86,6 +92,9 @@ soak-train: $(STAMP) ## Train twice while any process is killed at random, KILLS
 
 ranks: $(STAMP) ## Train on two hosts (network namespaces) while ranks, a machine and the network are lost; equal losses
 	@.venv/bin/python -m tests.load.ranks || [ $$? = 77 ]
+
+soak-load: $(STAMP) ## Run 24 episodes at a time for MINUTES=30 while any process is killed at random; none lost or doubled, memory flat
+	@.venv/bin/python -m tests.load.episodes --minutes $(or $(MINUTES),30) --seed $(or $(SEED),1)
 
 fuzz: $(STAMP) ## Send 100,000 random and mutated requests to the sandbox service
 	@.venv/bin/python -m tests.load.fuzz

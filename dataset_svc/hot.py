@@ -26,6 +26,7 @@ from dataset_svc.queries.trajectories import Packed
 from dataset_svc.records import LeaseRecord, TrajectoryRecord
 from dataset_svc.store import TrajectoryStore
 from regreen.rpc.errors import Aborted, RegreenError
+from regreen.rpc.tenants import own
 
 T = TypeVar("T")
 _PUTS = 3
@@ -178,6 +179,25 @@ class HotQueue:
 
         with measures.QUERY_SECONDS.labels(method).time():
             return await self._database.run(claimed)
+
+
+class HotQueues:
+    """One `HotQueue` for each tenant that has called, and one for those who see everything."""
+
+    def __init__(self, make: Callable[[], HotQueue]) -> None:
+        self._make = make
+        self._queues: dict[str, HotQueue] = {}
+
+    def mine(self) -> HotQueue:
+        """That of the present call's tenant."""
+        if (queue := self._queues.get(own())) is None:
+            queue = self._queues[own()] = self._make()
+        return queue
+
+    async def close(self) -> None:
+        """Wait for what is under way."""
+        for queue in self._queues.values():
+            await queue.close()
 
 
 class IdlePace:

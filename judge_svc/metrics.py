@@ -10,6 +10,8 @@ from judge_svc.evidence import Verdict
 VERDICTS = Counter("regreen_judge_verdicts", "Verdicts given.", ["accepted"])
 FINDINGS = Counter("regreen_judge_findings", "Findings given.", ["class", "severity", "source"])
 MODEL_ANSWERS = Counter("regreen_judge_model_answers", "Verdicts by use of the model.", ["used"])
+for _used in ("true", "false"):  # there from the start: the first one is an increase too
+    MODEL_ANSWERS.labels(_used)
 SECONDS = Histogram(
     "regreen_judge_seconds",
     "Time of one call.",

@@ -89,8 +89,10 @@ class Machines:
             why = await self._listen(reader, node)
         except TimeoutError:
             why = f"machine {node} has not been heard of for {self._call.silence_s:g} s"
-        except (OSError, ValueError, asyncio.IncompleteReadError):
+        except (OSError, asyncio.IncompleteReadError):
             why = f"machine {node} closed its link: its learner_svc.node has ended"
+        except ValueError as error:
+            why = f"machine {node} said what no learner_svc.node says ({error})"
         finally:
             writer.close()
         if node and self._links.get(node) is writer:
@@ -99,8 +101,10 @@ class Machines:
                 self._tell(why)
 
     def _admits(self, hello: Mapping[str, Any]) -> bool:
-        known = secrets.compare_digest(str(hello.get("call")), self._call.id)
-        return known and hello.get("node") in self.missing and not self._gone
+        shown = str(hello.get("call")).encode("utf-8", "surrogatepass")
+        known = secrets.compare_digest(shown, self._call.id.encode())
+        node = hello.get("node")
+        return known and type(node) is int and node in self.missing and not self._gone
 
     async def _listen(self, reader: asyncio.StreamReader, node: int) -> str:
         while True:
@@ -109,12 +113,11 @@ class Machines:
                 return f"machine {node}: {str(said[_LOST])[:500]}"
 
     async def _hear(self, reader: asyncio.StreamReader) -> dict[str, Any]:
-        async with asyncio.timeout(self._call.silence_s):
-            line = await reader.readuntil(b"\n")
-        said = json.loads(line)
-        if not isinstance(said, dict):
-            raise ValueError("not an object")
-        return said
+        try:
+            async with asyncio.timeout(self._call.silence_s):
+                return _said(await reader.readuntil(b"\n"))
+        except asyncio.LimitOverrunError as error:
+            raise ValueError("a line without an end") from error
 
 
 class LinkEnded(Exception):
@@ -160,7 +163,8 @@ class Link:
             raise LinkEnded(f"the learner has not been heard of for {self._call.silence_s:g} s")
         *lines, self._rest = self._rest.split(b"\n")
         with contextlib.suppress(ValueError):
-            return any(_GO in json.loads(line) for line in lines)
+            if len(self._rest) <= _LINE_BYTES:
+                return any(_GO in _said(line) for line in lines)
         raise LinkEnded("what answers is no learner")
 
     def lost(self, why: str) -> None:
@@ -181,6 +185,21 @@ class Link:
 
 def _beat_s(call: Call) -> float:
     return min(BEAT_S, call.silence_s / 5)
+
+
+def _said(line: bytes) -> dict[str, Any]:
+    """What a line says.
+
+    Raises:
+        ValueError: it is none of this link's.
+    """
+    try:
+        said = json.loads(line)
+    except RecursionError as error:
+        raise ValueError("not a line of JSON") from error
+    if not isinstance(said, dict):
+        raise ValueError("not an object")
+    return said
 
 
 def _line(message: Mapping[str, Any]) -> bytes:

@@ -19,6 +19,10 @@ RESTARTS = Counter(
     "Times that a run's ranks were begun anew from its last checkpoint after some were lost.",
     ["kind"],
 )
+for _kind in ("sft", "grpo"):  # there from the start: the first step is an increase too
+    STEPS.labels(_kind)
+    TOKENS.labels(_kind)
+    STEP_SECONDS.labels(_kind)
 LATEST = {
     name: Gauge(f"regreen_learner_{name}", help_text, ["kind"])
     for name, help_text in {

@@ -49,6 +49,8 @@ class RunRecord:
     trainable_parameters: int = 0
     parameters: int = 0
     estimated_memory_bytes: int = 0
+    tenant: str = ""
+    """Whose it is; empty: nobody's."""
 
 
 @dataclass(slots=True)

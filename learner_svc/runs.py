@@ -32,8 +32,10 @@ from learner_svc.record import RunFiles, RunRecord, RunState, StepRecord
 from learner_svc.restart import MOST_REPLAYED, Opener, step_message
 from learner_svc.run import Event, Run, RunsConfig, StepProgress
 from learner_svc.spec import RunSpec
+from learner_svc.walls import check_seen
 from regreen.blobs import BlobStore, Digest
 from regreen.model_store import ensure_default_model
+from regreen.rpc import tenants
 from regreen.rpc.errors import (
     FailedPrecondition,
     InfraError,
@@ -88,16 +90,21 @@ class Runs:
             NotFound: no such run.
         """
         run = self._runs.get(run_id)
-        if run is None:
+        if run is None or not tenants.sees(run.record.tenant):
             raise NotFound(f"no run {run_id[:80]!r} here; start it")
         return run
 
     def all(self) -> list[Run]:
-        """All runs, newest first."""
-        return sorted(self._runs.values(), key=lambda run: run.record.created, reverse=True)
+        """All runs that the caller sees, newest first."""
+        seen = [run for run in self._runs.values() if tenants.sees(run.record.tenant)]
+        return sorted(seen, key=lambda run: run.record.created, reverse=True)
+
+    def _folders(self) -> dict[str, tuple[str, Path]]:
+        return {name: (run.record.tenant, run.files.directory) for name, run in self._runs.items()}
 
     async def estimate(self, spec: RunSpec) -> Estimate:
         """What a run would need; starts nothing and raises as `estimate_new`."""
+        check_seen(spec, "", self._folders())
         return await asyncio.to_thread(estimate_new, spec, self._home, self._config.processes)
 
     async def start(self, spec: RunSpec, resume_uri: str) -> Run:
@@ -105,10 +112,12 @@ class Runs:
 
         Raises:
             InvalidArgument, NotFound, DataLoss: the spec, model or checkpoint will not do.
+            AlreadyExists: another tenant has a run of that id.
             FailedPrecondition: another run is active, memory is short, or the default model is
                 asked for and not installed.
         """
         spec.check()
+        check_seen(spec, resume_uri, self._folders())
         known = self._runs.get(spec.run_id)
         if not spec.base_uri and known:
             spec = replace(spec, base_uri=known.record.spec.base_uri)
@@ -130,9 +139,8 @@ class Runs:
                 raise FailedPrecondition(f"run {spec.run_id} is active; stop it first")
             for run in self._runs.values():
                 if run.record.state is RunState.ACTIVE:
-                    raise FailedPrecondition(
-                        f"run {run.record.spec.run_id} is active; one run trains at a time"
-                    )
+                    shown = run.record.spec.run_id if tenants.sees(run.record.tenant) else "another"
+                    raise FailedPrecondition(f"run {shown} is active; one run trains at a time")
             return await self._begin(spec, resume_uri, known)
 
     async def _begin(self, spec: RunSpec, resume_uri: str, known: Run | None) -> Run:
@@ -141,10 +149,14 @@ class Runs:
         folders = [*filter(None, resumes), local_path(spec.base_uri, "base_uri")]
         found = await asyncio.to_thread(estimate, spec, folders, self._config.processes)
         record = RunRecord(
-            spec, RunState.ACTIVE, ckpt.now(), estimated_memory_bytes=found.memory_bytes
+            spec,
+            RunState.ACTIVE,
+            ckpt.now(),
+            estimated_memory_bytes=found.memory_bytes,
+            tenant=tenants.own(),
         )
         if known:
-            record = replace(record, created=known.record.created)
+            record = replace(record, created=known.record.created, tenant=known.record.tenant)
             files.steps = known.files.steps
         files.drop_batches()
         run = Run(record, files, self._opener.worker(files))

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import tokenizers
@@ -62,6 +63,21 @@ class Tokenizer:
         return found
 
 
+def _stamp(folder: Path) -> tuple[int, int] | None:
+    """What tells a tokenizer's file from another in its place."""
+    try:
+        found = (folder / "tokenizer.json").stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size
+
+
+@lru_cache(maxsize=2)
+def _tokenizer(folder: Path, _: tuple[int, int] | None) -> Tokenizer:
+    """Reading one takes half a second of processor: it is shared by all of a process."""
+    return Tokenizer(folder)
+
+
 class ChatMl:
     """Renders ChatML for one tokenizer; `default_system` is added when no system message leads."""
 
@@ -93,7 +109,7 @@ class ChatMl:
                 raise FailedPrecondition(
                     f"the chat template of {folder} is not ChatML: it renders {shown[:300]!r}"
                 )
-        return cls(Tokenizer(folder), default)
+        return cls(_tokenizer(folder, _stamp(folder)), default)
 
     def render(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of a whole conversation, ending where the assistant's turn begins.

@@ -1,6 +1,7 @@
 """Prometheus series of the policy service.
 
 - Every label's values come from an enum or a constant here, never from a request.
+- Those that alerts count are there from the start: the first of a kind is an increase too.
 """
 
 from prometheus_client import Counter, Gauge, Histogram
@@ -20,6 +21,8 @@ GENERATE_SECONDS = Histogram(
     buckets=(0.05, 0.1, 0.3, 1, 3, 10, 30, 100, 300),
 )
 LOADS = Counter("regreen_policy_loads", "Weight loads by outcome: loaded, failed.", ["outcome"])
+for _outcome in ("loaded", "failed"):
+    LOADS.labels(_outcome)
 LOAD_SECONDS = Histogram(
     "regreen_policy_load_seconds",
     "Time from the call to serving a new version.",

@@ -17,6 +17,7 @@ from policy_svc.engines.base import Engine, Generation, PauseMode, Request, Toke
 from policy_svc.limits import Admission, Limits, check
 from policy_svc.usage import Usage
 from policy_svc.versions import Versions
+from regreen.rpc import tenants
 from regreen.rpc.errors import Aborted, FailedPrecondition, NotFound, Unavailable
 
 _ANSWER_MARGIN_S = 0.25
@@ -38,6 +39,8 @@ class Policy:
     ) -> None:
         self.engine, self.chat, self.versions, self.usage = engine, chat, versions, usage
         self.limits, self._admission = limits, Admission(limits)
+        self._running: dict[str, str] = {}
+        """Whose each request in the engine is."""
         self._paused: PauseMode | None = None
         self._open = asyncio.Event()
         self._open.set()
@@ -72,7 +75,11 @@ class Policy:
             self.usage.check()
             start_s = time.monotonic()
             shown = _Shown(self.usage, on_tokens) if on_tokens else None
-            generation = await self._run(request, shown)
+            self._running[request.request_id] = tenants.own()
+            try:
+                generation = await self._run(request, shown)
+            finally:
+                self._running.pop(request.request_id, None)
             duration_s = time.monotonic() - start_s
         sampled = sum(len(completion.token_ids) for completion in generation.completions)
         self.usage.count(sampled - (shown.tokens if shown else 0))
@@ -109,14 +116,18 @@ class Policy:
         metrics.PAUSED.set(0)
 
     async def abort(self, request_id: str | None) -> int:
-        """End one request, or all for None.
+        """End one request, or all for None, of those that the caller sees.
 
         Raises:
             NotFound: no such request is running.
         """
-        ended = await self.engine.abort(request_id)
+        if request_id is None and tenants.sees_all():
+            return await self.engine.abort(None)
+        seen = [name for name, owner in self._running.items() if tenants.sees(owner)]
+        wanted = [name for name in seen if request_id in (None, name)]
+        ended = sum([await self.engine.abort(name) for name in wanted])
         if request_id is not None and not ended:
-            raise NotFound(f"no request {request_id!r} is running")
+            raise NotFound("no request of that id is running")
         return ended
 
     @asynccontextmanager

@@ -17,6 +17,7 @@ from regreen.common.v1 import Digest
 from regreen.ids import new_id
 from regreen.policy import v1 as pb
 from regreen.rpc.errors import InvalidArgument
+from regreen.rpc.interceptors import own_id
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -149,7 +150,7 @@ class PolicyServicer(pb.PolicyServiceServicer):
             raise InvalidArgument(
                 "generate_request_id", "and all: one of them must be given", "give one"
             )
-        chosen = None if request.all else request.generate_request_id
+        chosen = None if request.all else own_id(request.generate_request_id)
         return pb.AbortGenerationResponse(aborted=await self._policy.abort(chosen))
 
 

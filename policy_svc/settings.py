@@ -5,6 +5,7 @@
 
 from pathlib import Path
 from typing import ClassVar, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, model_validator
 
@@ -89,6 +90,11 @@ class PolicySettings(ServiceSettings):
             )
         if self.engine == "openai" and not self.openai_model:
             raise ValueError("openai_model: is needed by engine openai")
+        for url in filter(None, map(str.strip, self.sglang_urls.split(","))):
+            if not _is_http(url):
+                raise ValueError(
+                    f"sglang_urls: {url!r} is no address; give for example http://10.0.0.3:30000"
+                )
         if self.sglang_path_map and self.sglang_path_map.count("=") != 1:
             raise ValueError("sglang_path_map: give LOCAL=REMOTE")
         return self
@@ -104,3 +110,12 @@ class PolicySettings(ServiceSettings):
                 f"http: {self.http} is reachable from other machines; set http_key or tokens"
             )
         return self
+
+
+def _is_http(url: str) -> bool:
+    """Whether a URL names a server that HTTP can be spoken with."""
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a bracket or a port that is none
+        return False

@@ -16,11 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from regreen.client.stack import Endpoints, Stack
+from regreen.client.stack import Stack
 from regreen.evals.report import write_report
-from regreen.loop import EPISODE, Loop, Plan, Show, alone, digest
-from regreen.stack.borrow import borrowed_stack
-from regreen.stack.layout import Layout
+from regreen.loop import EPISODE, Loop, Plan, Show, digest, report_folder, stack_alone
 from regreen.tasks.jsonl import shipped_tasks
 from regreen.train.progress import Listener
 from regreen.train.weights import BASE
@@ -112,16 +110,11 @@ async def run_demo(home: Path, plan: Plan, listen: Listener, show: Show) -> Demo
             home; says what is missing.
         Unavailable: a service did not come up or come back.
     """
-    layout = Layout(home)
-    layout.make()
     clock = StageClock(home / plan.name / f"seconds-{digest(plan)}.json", show, shares(plan))
-    with alone(layout):
-        async with contextlib.AsyncExitStack() as exits:
-            borrowed = borrowed_stack(layout, show)
-            await clock.time("start services", exits.enter_async_context(borrowed))
-            stack = Stack(Endpoints.load(home), patience_s=180.0)
-            await exits.enter_async_context(stack)
-            return await _Demo(stack, home, plan, clock, listen, show).run()
+    async with contextlib.AsyncExitStack() as exits:
+        opened = exits.enter_async_context(stack_alone(home, show))
+        stack = await clock.time("start services", opened)
+        return await _Demo(stack, home, plan, clock, listen, show).run()
 
 
 class StageClock:
@@ -220,13 +213,12 @@ class _Demo:
         return await self._report(name, _notes(train, test))
 
     async def _report(self, name: str, notes: Sequence[str]) -> DemoResult:
-        folder = self._home.parent / "report" if self._home.name == "home" else self._home
         self._show("report", 0, 1, "")
         files = await self._clock.time(
             "report",
             write_report(
                 self._stack,
-                folder / self._plan.name,
+                report_folder(self._home, self._plan),
                 evals=[f"{name}-eval-{label}" for label in ("base", "sft", "grpo")],
                 runs=[f"{name}-sft", f"{name}-grpo"],
                 commands=[f"make demo{' QUICK=1' if self._plan.name == QUICK.name else ''}"],

@@ -10,16 +10,18 @@ import contextlib
 import fcntl
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from packaging.version import Version
 
-from regreen.client.stack import Stack
+from regreen.client.stack import Endpoints, Stack
 from regreen.dataset import v1 as pb
 from regreen.evals.run import EvalConfig, evaluate
 from regreen.rpc.errors import FailedPrecondition
+from regreen.stack.borrow import borrowed_stack
 from regreen.stack.layout import Layout
 from regreen.tasks.admit import PYTHON_PLACES, Admission, choose_python, import_records
 from regreen.tasks.jsonl import shipped_distributions, shipped_tasks
@@ -98,6 +100,31 @@ def alone(layout: Layout) -> Iterator[None]:
         yield
 
 
+@contextlib.asynccontextmanager
+async def stack_alone(home: Path, show: Show) -> AsyncIterator[Stack]:
+    """Clients of the stack of a home, which is started where none runs, for one demo or study.
+
+    A stack that was started, also by one that was killed, is stopped at the end; one that was up
+    stays up.
+
+    Raises:
+        FailedPrecondition: another demo or study runs on this home.
+        Unavailable: a service did not come up.
+    """
+    layout = Layout(home)
+    layout.make()
+    with alone(layout):
+        async with contextlib.AsyncExitStack() as exits:
+            await exits.enter_async_context(borrowed_stack(layout, show))
+            stack = Stack(Endpoints.load(home), patience_s=180.0)
+            yield await exits.enter_async_context(stack)
+
+
+def report_folder(home: Path, plan: Plan) -> Path:
+    """Where the report of a plan is written: beside a home that a checkout has in its build."""
+    return (home.parent / "report" if home.name == "home" else home) / plan.name
+
+
 class Loop:
     """The stages of one plan on a running stack."""
 
@@ -111,7 +138,9 @@ class Loop:
         interpreters = dict((await self._stack.sandbox.get_capabilities()).interpreters)
         able = [record for record in records if choose_python(record, interpreters)]
         chosen = choose_tasks(able, self._plan)
-        ids = [record.id for group in chosen.values() for record in group]
+        # The longest first, so that no other has to be waited for at the end.
+        every = sorted((r for group in chosen.values() for r in group), key=_effort, reverse=True)
+        ids = [record.id for record in every]
         found = ", ".join(sorted(interpreters, key=Version)) or "none"
         if not all(chosen.values()):
             raise FailedPrecondition(
@@ -210,6 +239,11 @@ class Loop:
             seed=seed,
         )
         await train_grpo(self._stack, config, self._listen)
+
+
+def _effort(record: TaskRecord) -> tuple[bool, float]:
+    """Orders tasks by how long their gate takes: of an unstable suite it makes many runs."""
+    return bool(record.tests.unstable), record.seconds or 60.0
 
 
 def choose_tasks(records: Sequence[TaskRecord], plan: Plan) -> dict[str, list[TaskRecord]]:

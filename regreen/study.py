@@ -7,7 +7,6 @@
   met other ones of both.
 """
 
-import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,14 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from regreen.client.stack import Endpoints, Stack
-from regreen.evals.report import write_report
+from regreen.client.stack import Stack
+from regreen.evals.report import write_report, write_whole
 from regreen.evals.rows import Outcome, load_outcomes, outcomes_by_task
-from regreen.evals.stats import Estimate, crossed_mean, sign_flip_p
-from regreen.loop import EPISODE, Loop, Plan, Show, alone, digest
-from regreen.rpc.errors import InvalidArgument
-from regreen.stack.borrow import borrowed_stack
-from regreen.stack.layout import Layout
+from regreen.evals.stats import crossed_mean, sign_flip_p
+from regreen.loop import EPISODE, Loop, Plan, Show, digest, report_folder, stack_alone
+from regreen.rpc.errors import FailedPrecondition, InvalidArgument
 from regreen.train.progress import Listener
 from regreen.train.weights import BASE
 
@@ -87,14 +84,8 @@ async def run_study(
     """
     if not seeds or len(set(seeds)) < len(seeds):
         raise InvalidArgument("seeds", f"are {list(seeds)}", "give at least one, none twice")
-    layout = Layout(home)
-    layout.make()
-    with alone(layout):
-        async with contextlib.AsyncExitStack() as exits:
-            await exits.enter_async_context(borrowed_stack(layout, show))
-            stack = Stack(Endpoints.load(home), patience_s=180.0)
-            await exits.enter_async_context(stack)
-            return await _run(stack, home, plan, seeds, out, listen, show)
+    async with stack_alone(home, show) as stack:
+        return await _run(stack, home, plan, seeds, out, listen, show)
 
 
 async def _run(
@@ -127,11 +118,10 @@ async def _run(
         evals.append(measure)
         runs += [run] if stage != "base" else []
     show("study", len(steps), len(steps), "report", paced=False)
-    folder = home.parent / "report" if home.name == "home" else home
     command = f"regreen study --seeds {','.join(map(str, seeds))}"
     command += " --quick" if plan.name == QUICK.name else ""
     files = await write_report(
-        stack, folder / plan.name, evals=evals, runs=runs, commands=[command], title="Study"
+        stack, report_folder(home, plan), evals=evals, runs=runs, commands=[command], title="Study"
     )
     report = json.loads(files.json.read_text())
     found = {
@@ -145,8 +135,8 @@ async def _run(
     }
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "results.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
-        (out / "results.md").write_text(markdown(found))
+        write_whole(out / "results.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
+        write_whole(out / "results.md", markdown(found))
     except OSError as error:
         problem = f"{out} cannot be written: {error.strerror}"
         raise InvalidArgument("out", problem, "name a directory you can write") from error
@@ -158,6 +148,9 @@ def results(measured: Outcomes, grader: str = _GRADER) -> Json:
 
     A share is that of a task's attempts; means are over tasks, so that none weighs more than
     another. Tasks that were not measured in every stage and seed are left out.
+
+    Raises:
+        FailedPrecondition: no task was measured in all of them.
     """
     seeds = sorted({seed for _, seed in measured})
     policies = {
@@ -166,6 +159,15 @@ def results(measured: Outcomes, grader: str = _GRADER) -> Json:
     }
     by_task = {key: outcomes_by_task(outcomes, grader) for key, outcomes in policies.items()}
     tasks = sorted(set.intersection(*(set(found) for found in by_task.values())))
+    if not tasks:
+        raise FailedPrecondition(
+            "no task was measured in every stage with every seed: attempts were lost to the "
+            "platform; see `regreen runs list --kind eval`, and use other seeds"
+        )
+    policies = {
+        key: [outcome for outcome in outcomes if outcome.task_id in tasks]
+        for key, outcomes in policies.items()
+    }
     shares = {
         stage: np.array([[np.mean(by_task[stage, s][t]) for t in tasks] for s in seeds])
         for stage in STAGES
@@ -198,9 +200,9 @@ def _stage(
 
 def _difference(first: str, second: str, shares: Mapping[str, NDArray[np.float64]]) -> Json:
     gaps = shares[second] - shares[first]
-    found: Estimate = crossed_mean(gaps, signed=True)
     p_value = sign_flip_p(gaps.mean(axis=0))
-    return {"first": first, "second": second, **asdict(found), "p_value": p_value}
+    found = asdict(crossed_mean(gaps, signed=True))
+    return {"first": first, "second": second, **found, "p_value": p_value}
 
 
 def _scripts(measured: Outcomes, tasks: Sequence[str], grader: str) -> Json:

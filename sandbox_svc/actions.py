@@ -45,7 +45,8 @@ from sandbox_svc.backends.commands import check_command
 from sandbox_svc.backends.tree_digest import tree_digest
 from sandbox_svc.builders.interpreters import stamps
 from sandbox_svc.flights import Flights
-from sandbox_svc.states import State, StateStore, state_id
+from sandbox_svc.state_records import State, state_id
+from sandbox_svc.states import StateStore
 
 log = structlog.get_logger(__name__)
 

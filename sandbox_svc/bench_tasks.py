@@ -37,7 +37,7 @@ from sandbox_svc.bench_warm import Bench, target, timed
 from sandbox_svc.builders.base import REPO, FileChange
 from sandbox_svc.spares import Miss
 from sandbox_svc.specs import changes_from_proto, spec_from_proto
-from sandbox_svc.states import State
+from sandbox_svc.state_records import State
 from sandbox_svc.verdicts import ValidationOptions, difference
 
 _FILE_BYTES = 8 << 20

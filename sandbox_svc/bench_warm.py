@@ -30,7 +30,8 @@ from sandbox_svc.backends.embedded import EmbeddedRuntime
 from sandbox_svc.builders.base import DistFile, EnvironmentSpec, FileChange, Pin, TestSpec
 from sandbox_svc.builders.interpreters import find_all
 from sandbox_svc.builders.python import PythonBuilder
-from sandbox_svc.states import State, StateStore
+from sandbox_svc.state_records import State
+from sandbox_svc.states import StateStore
 from sandbox_svc.validate import Validation, ValidationOptions, Validator
 from sandbox_svc.verdicts import difference
 from sandbox_svc.warm import WarmPool, WarmSettings

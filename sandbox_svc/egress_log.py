@@ -38,6 +38,10 @@ class Decision(StrEnum):
     BOUND = "bound"
 
 
+for _decision in Decision:  # there from the start: the first one is an increase too
+    metrics.EGRESS_REQUESTS.labels(_decision.value)
+
+
 @dataclass(slots=True)
 class Tally:
     """Bytes of one direction and their digest so far."""

@@ -38,7 +38,8 @@ from sandbox_svc.backends.base import (
     Process,
     TerminalSize,
 )
-from sandbox_svc.sandboxes import Manager, Sandbox
+from sandbox_svc.sandbox import Sandbox
+from sandbox_svc.sandboxes import Manager
 
 MAX_INPUT_BYTES = 1 << 20
 """Of one write; more of a command's unread input is never held."""

@@ -43,6 +43,8 @@ STATE_MOVES = Counter(
 )
 LIMIT_KILLS = Counter("regreen_sandbox_limit_kills", "Commands that a limit ended.", ["reason"])
 _LIMITS = frozenset(("timeout", "oom", "pids", "disk", "output"))
+for _reason in _LIMITS:  # there from the start: the first one is an increase too
+    LIMIT_KILLS.labels(_reason)
 LAYERS = Gauge("regreen_sandbox_layers", "Layers that this host holds.")
 LAYER_BYTES = Gauge("regreen_sandbox_layer_bytes", "Bytes of all layers together.")
 DISK_FREE_BYTES = Gauge(

@@ -41,10 +41,9 @@ from sandbox_svc.labels import check_labels
 from sandbox_svc.pace import Places
 from sandbox_svc.pool import PoolLimits
 from sandbox_svc.sandbox import Sandbox
-from sandbox_svc.states import State, StateStore
+from sandbox_svc.state_records import State
+from sandbox_svc.states import StateStore
 from sandbox_svc.unknown import no_sandbox, no_state, state_in_use
-
-__all__ = ["STARTS_AT_ONCE", "Manager", "Sandbox"]
 
 log = structlog.get_logger(__name__)
 STARTS_AT_ONCE = max(4, 2 * (os.cpu_count() or 1))

@@ -34,7 +34,8 @@ from sandbox_svc.images.store import Images
 from sandbox_svc.sandboxes import Manager
 from sandbox_svc.selfcheck import SelfCheck
 from sandbox_svc.settings import SandboxSettings
-from sandbox_svc.states import State, StateStore, state_id
+from sandbox_svc.state_records import State, state_id
+from sandbox_svc.states import StateStore
 from sandbox_svc.transfer import Transfer
 from sandbox_svc.upkeep import Upkeep
 from sandbox_svc.validate import Validation, ValidationOptions, Validator

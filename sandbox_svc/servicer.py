@@ -23,10 +23,10 @@ from sandbox_svc import diffs, files, metrics, translate
 from sandbox_svc.backends.base import ExecResult
 from sandbox_svc.builders.base import Stage
 from sandbox_svc.labels import check_labels
-from sandbox_svc.sandboxes import Sandbox
+from sandbox_svc.sandbox import Sandbox
 from sandbox_svc.service import SandboxHost
 from sandbox_svc.specs import changes_from_proto, spec_from_proto
-from sandbox_svc.states import State
+from sandbox_svc.state_records import State
 
 _HEARTBEAT_S = 10.0
 DEFAULT_PAGE, _MAX_PAGE = 100, 1000

@@ -19,7 +19,7 @@ from sandbox_svc.backends.base import Box, EndReason, ExecResult, Later
 from sandbox_svc.backends.fds import write_all
 from sandbox_svc.builders import testrun
 from sandbox_svc.builders.base import REPO
-from sandbox_svc.states import State
+from sandbox_svc.state_records import State
 
 READY_S = 120.0
 _PIPE_BYTES = 60_000

@@ -36,11 +36,9 @@ from sandbox_svc.backends.fds import writing
 from sandbox_svc.builders.base import RUNNER, Prepared, Progress
 from sandbox_svc.flights import Flights
 from sandbox_svc.hosts import boot_id, host_fingerprint, platform_name
-from sandbox_svc.state_records import DEFAULT_CWD, State, image_action, state_id
+from sandbox_svc.state_records import State, state_id
 from sandbox_svc.tenancy import Holdings, Owners, made_again
 from sandbox_svc.unknown import no_state, state_in_use
-
-__all__ = ["DEFAULT_CWD", "State", "StateStore", "image_action", "state_id"]
 
 _TOUCH_S = 1.0
 _AGAIN_S, _AGAIN_AT_MOST_S = 0.25, 10.0

@@ -37,7 +37,8 @@ from sandbox_svc.backends.base import HOST_BASE, Mount, Runtime
 from sandbox_svc.backends.fds import writing
 from sandbox_svc.backends.tree_archive import Quota, TreeReader, write_tree
 from sandbox_svc.images.streams import TarStream
-from sandbox_svc.states import State, StateStore, image_action, state_id
+from sandbox_svc.state_records import State, image_action, state_id
+from sandbox_svc.states import StateStore
 from sandbox_svc.tenancy import labels_of, word_of
 
 _CHUNK_BYTES = 1 << 20

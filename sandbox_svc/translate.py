@@ -27,8 +27,8 @@ from sandbox_svc.backends.base import (
 from sandbox_svc.builders.base import Stage
 from sandbox_svc.builders.testrun import TestResult
 from sandbox_svc.conditions import Conditions
-from sandbox_svc.sandboxes import Sandbox
-from sandbox_svc.states import DEFAULT_CWD, State
+from sandbox_svc.sandbox import Sandbox
+from sandbox_svc.state_records import DEFAULT_CWD, State
 from sandbox_svc.tenancy import labels_of
 
 MAX_OUTPUT_BYTES = 16 << 20

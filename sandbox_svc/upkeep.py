@@ -21,7 +21,8 @@ import structlog
 from regreen.rpc.errors import FailedPrecondition, RegreenError
 from sandbox_svc import metrics
 from sandbox_svc.backends.base import Runtime
-from sandbox_svc.states import State, StateStore
+from sandbox_svc.state_records import State
+from sandbox_svc.states import StateStore
 
 log = structlog.get_logger(__name__)
 _TICK_S = 30.0

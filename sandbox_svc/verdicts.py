@@ -22,7 +22,7 @@ from sandbox_svc.builders.protect import Reverted
 from sandbox_svc.builders.standing import is_loose
 from sandbox_svc.builders.testrun import TestResult, TestRun
 from sandbox_svc.conditions import PINNED, Conditions
-from sandbox_svc.states import State
+from sandbox_svc.state_records import State
 
 SHOWN_IDS = 5
 _SHOWN_CHARS = 200

@@ -29,7 +29,8 @@ from sandbox_svc.builders.modules import SOURCE_FOLDERS
 from sandbox_svc.builders.protect import is_own, places_of
 from sandbox_svc.forks import fork_of
 from sandbox_svc.spares import Miss, Names, Spare
-from sandbox_svc.states import State, StateStore
+from sandbox_svc.state_records import State
+from sandbox_svc.states import StateStore
 from sandbox_svc.verdicts import Plan
 
 ROUNDS = 16

@@ -29,7 +29,8 @@ from sandbox_svc.builders.testrun import TestRun
 from sandbox_svc.conditions import PINNED
 from sandbox_svc.forks import fork_of
 from sandbox_svc.plans import apply, placed
-from sandbox_svc.states import State, StateStore
+from sandbox_svc.state_records import State
+from sandbox_svc.states import StateStore
 from sandbox_svc.verdicts import Outcome, Plan, Validation
 
 REMEMBERED = 1024

@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: a real Postgres, databases on it, a dataset service.
 
 - One server for the whole session; a database of its own for every test module that asks.
+- Logs are lines of JSON: rendering them for a terminal took a tenth of the services' time here.
 - Works as root and as an ordinary user; nothing is left behind.
 """
 
@@ -13,6 +14,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 
 from dataset_svc.__main__ import serving
 from dataset_svc.database import upgrade
@@ -22,6 +24,15 @@ from regreen.pkgindex import PackageIndex, index_urls
 from regreen.rpc.errors import RegreenError
 
 _TEMPLATE = "regreen_template"
+structlog.configure(
+    processors=[
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso"),
+        structlog.processors.format_exc_info,
+        structlog.processors.JSONRenderer(default=repr),
+    ]
+)
 
 
 @pytest.fixture(scope="session")

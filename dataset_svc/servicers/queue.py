@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dataset_svc import checks, measures, translate
-from dataset_svc.hot import Asked, HotQueue, IdlePace
+from dataset_svc.hot import Asked, HotQueue, HotQueues, IdlePace
 from dataset_svc.models import GRADERS, MODES, PIPELINES
 from dataset_svc.queries import groups, requests, rollouts
 from dataset_svc.queries.committing import Committed
@@ -25,7 +25,6 @@ from dataset_svc.translate_trajectory import trajectory_message, trajectory_reco
 from regreen.dataset import v1 as pb
 from regreen.ids import check_id
 from regreen.rpc.errors import InvalidArgument, LeaseExpired
-from regreen.rpc.tenants import own
 
 MAX_GROUP_SIZE = 1024
 MAX_BATCH = 1000
@@ -47,25 +46,19 @@ class RolloutQueueServicer(pb.RolloutQueueServiceServicer):
     ) -> None:
         self._transactions, self._store, self._policy = transactions, store, policy
         self._pace = IdlePace(idle_asks_per_s)
-        self._hot: dict[str, HotQueue] = {}
-
-    async def close(self) -> None:
-        """Wait for the transactions that are under way."""
-        for hot in self._hot.values():
-            await hot.close()
-
-    def _mine(self) -> HotQueue:
-        """That of the call's tenant; there are as many as tenants that have called."""
-        hot = self._hot.get(own())
-        if hot is None:
-            hot = self._hot[own()] = HotQueue(
-                self._transactions.database,
-                self._store,
-                self._policy,
+        self._hot = HotQueues(
+            lambda: HotQueue(
+                transactions.database,
+                store,
+                policy,
                 lease_answer=_lease_answer,
                 commit_answer=_commit_answer,
             )
-        return hot
+        )
+
+    async def close(self) -> None:
+        """Wait for the transactions that are under way."""
+        await self._hot.close()
 
     async def EnqueueGroups(self, request: pb.EnqueueGroupsRequest, context: Any) -> Any:
         """Add groups."""
@@ -96,7 +89,7 @@ class RolloutQueueServicer(pb.RolloutQueueServiceServicer):
         lease_s = translate.seconds(request, "duration")
         ask = Ask(request.worker, request.count, request.run_id, lease_s)
         answer = pb.LeaseRolloutsResponse.FromString(
-            await self._mine().lease(Asked(*await identity(request), ask))
+            await self._hot.mine().lease(Asked(*await identity(request), ask))
         )
         if not answer.leases:
             answer.poll_after.FromTimedelta(timedelta(seconds=self._pace.pause_s()))
@@ -131,7 +124,7 @@ class RolloutQueueServicer(pb.RolloutQueueServiceServicer):
         record = trajectory_record(request.trajectory)
         try:
             asked = Asked(*await identity(request), (request.lease_id, record))
-            answer = await self._mine().commit(asked)
+            answer = await self._hot.mine().commit(asked)
         except LeaseExpired:
             measures.LEASES_EXPIRED.inc()
             raise

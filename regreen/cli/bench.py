@@ -7,10 +7,11 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,7 +33,7 @@ BENCHMARKS = {
     "dataset-queue": "dataset_svc.bench_queue",
     "dataset-store": "dataset_svc.bench_store",
     "rl": "regreen.train.bench",
-    "episodes": "regreen.rollout.bench",
+    "load": "regreen.rollout.bench",
 }
 """Modules by name; a run that names none takes the usual ones."""
 USUAL = ("sandbox", "policy", "learner", "dataset-queue")
@@ -51,6 +52,14 @@ def bench(
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Directory for the JSON files.")] = Path("build/bench"),
+    builds: Annotated[
+        str,
+        typer.Option(help="Of `load`: real measures episodes that build as well as none."),
+    ] = "none",
+    levels: Annotated[
+        str,
+        typer.Option(help="Of `load`: episodes at a time, 1,8,32 for one.", show_default=False),
+    ] = "",
     json_output: Json = False,
 ) -> None:
     """Measure sandboxes, generation, training and the queue against their peers."""
@@ -59,15 +68,16 @@ def bench(
     if unknown:
         known = ", ".join(BENCHMARKS)
         output.fail(InvalidArgument("names", f"{unknown[0]!r} is unknown", f"give one of {known}"))
+    of_load = _of_load(chosen, builds, levels)
     _make_folder(out)
-    if {"policy", "learner", "rl", "episodes"} & set(chosen):
+    if {"policy", "learner", "rl", "load"} & set(chosen):
         _make_model()
     results: dict[str, Any] = {}
     failed = []
     for number, name in enumerate(chosen):
         began_s, stage = time.monotonic(), f"[{number + 1}/{len(chosen)}] {name}"
         output.STDERR.print(stage, highlight=False, markup=False)
-        found = _run(BENCHMARKS[name])
+        found = _run(BENCHMARKS[name], of_load if name == "load" else ())
         ended = f"{stage} ended after {time.monotonic() - began_s:.0f} s"
         output.STDERR.print(ended, highlight=False, markup=False)
         if found is None:
@@ -101,8 +111,23 @@ def _make_model() -> None:
     subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
 
 
-def _run(module: str) -> dict[str, Any] | None:
-    command = [sys.executable, "-m", module, "--json"]
+def _of_load(chosen: Sequence[str], builds: str, levels: str) -> list[str]:
+    """The flags that only `load` has."""
+    if builds not in ("none", "real"):
+        output.fail(InvalidArgument("builds", f"{builds!r} is unknown", "give none or real"))
+    if not re.fullmatch(r"([1-9]\d*(,[1-9]\d*)*)?", levels):
+        problem = f"{levels!r} is no list of whole numbers above 0"
+        output.fail(InvalidArgument("levels", problem, "give some as 1,8,32"))
+    given = [f"--builds={builds}"] if builds != "none" else []
+    given += [f"--levels={levels}"] if levels else []
+    if given and "load" not in chosen:
+        name = given[0][2:].partition("=")[0]
+        output.fail(InvalidArgument(name, "only load has it", "name load, or leave it out"))
+    return given
+
+
+def _run(module: str, flags: Sequence[str] = ()) -> dict[str, Any] | None:
+    command = [sys.executable, "-m", module, "--json", *flags]
     # Standard error stays that of this command, so progress is seen at once.
     ended = subprocess.run(command, stdout=subprocess.PIPE, env=os.environ, check=False)
     if ended.returncode != 0:

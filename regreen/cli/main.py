@@ -23,6 +23,7 @@ COMMANDS = {
     "evals": ("eval", "report"),
     "demo": ("demo", "study"),
     "bench": ("bench",),
+    "capacity": ("capacity",),
 }
 """Modules beside this one with their commands."""
 GROUPS = {

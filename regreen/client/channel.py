@@ -13,7 +13,6 @@ import contextlib
 import json
 import random
 import re
-import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -28,6 +27,7 @@ from regreen.client.access import Access
 from regreen.rpc.channels import BearerFile, open_channel
 from regreen.rpc.errors import RegreenError, ResourceExhausted, Unavailable
 from regreen.rpc.logging import TRACE_HEADER, TRAJECTORY_HEADER
+from regreen.rpc.traces import root_of, trace_of
 from regreen.rpc.wire import NOBODY, from_rpc_error
 
 T = TypeVar("T")
@@ -200,11 +200,11 @@ def call_metadata() -> tuple[tuple[str, str], ...]:
     """
     bound = structlog.contextvars.get_contextvars()
     trajectory_id = str(bound.get("trajectory_id", ""))
-    trace_id = str(bound.get("trace_id", "")) or trajectory_id.removeprefix("trj_")
+    trace_id = str(bound.get("trace_id", "")) or trace_of(trajectory_id)
     found = []
     if trajectory_id:
         found.append((TRAJECTORY_HEADER, trajectory_id))
     if _TRACE_ID.fullmatch(trace_id):
-        span_id = str(bound.get("span_id", "")) or secrets.token_hex(8)
+        span_id = str(bound.get("span_id", "")) or root_of(trace_id)
         found.append((TRACE_HEADER, f"00-{trace_id}-{span_id}-01"))
     return tuple(found)

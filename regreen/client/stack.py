@@ -6,7 +6,7 @@
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from regreen.client.parking import ParkingClient
 from regreen.client.policy import PolicyClient
 from regreen.client.sandbox import SandboxClient, StateClient
 from regreen.home import default_home
+from regreen.rpc import traces
 from regreen.rpc.errors import InvalidArgument, Unavailable
 
 SERVICES = ("dataset", "sandbox", "policy", "judge", "learner")
@@ -80,10 +81,17 @@ class Endpoints:
 class Stack:
     """Clients of all services; use as an async context manager."""
 
-    def __init__(self, endpoints: Endpoints, *, patience_s: float = 30.0) -> None:
+    def __init__(
+        self,
+        endpoints: Endpoints,
+        *,
+        patience_s: float = 30.0,
+        wrap: Callable[[grpc.aio.Channel], grpc.aio.Channel] = lambda channel: channel,
+    ) -> None:
+        """`wrap` gets each channel, and the clients what it gives back."""
         self.endpoints = endpoints
         channels = {
-            name: connect(target, endpoints.access) if target else absent(name)
+            name: wrap(connect(target, endpoints.access)) if target else absent(name)
             for name, target in endpoints.addresses.items()
         }
         self._channels: list[grpc.aio.Channel] = list(channels.values())
@@ -105,6 +113,7 @@ class Stack:
         self.learner = LearnerClient(channels["learner"], patience_s=patience_s)
 
     async def __aenter__(self) -> "Stack":
+        traces.prepare()
         return self
 
     async def __aexit__(self, *exc: Any) -> None:
@@ -114,3 +123,4 @@ class Stack:
         """Close every channel."""
         for channel in self._channels:
             await channel.close()
+        await traces.flush()

@@ -73,8 +73,9 @@ async def write_report(
     files = ReportFiles(out_dir / "report.html", out_dir / "report.json", found["headline"])
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        _write(files.json, json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-        _write(files.html, html)
+        text = json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False)
+        write_whole(files.json, text + "\n")
+        write_whole(files.html, html)
     except OSError as error:
         problem = f"{out_dir} cannot be written: {error.strerror}"
         raise InvalidArgument("out", problem, "name a directory you can write") from error
@@ -412,7 +413,8 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _write(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
+    """Put a file in its place whole, or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)

@@ -23,6 +23,7 @@ from regreen.rollout.record import TokenStream
 from regreen.rollout.tools import Observation, Workbench
 from regreen.rollout.toolset import ToolSet
 from regreen.rollout.turn_scores import TurnScores
+from regreen.rpc import traces
 from regreen.rpc.errors import FailedPrecondition
 
 if TYPE_CHECKING:
@@ -98,7 +99,8 @@ class Agent:
             room = self.spec.budget.context_tokens - len(self.stream.context)
             if room < _LEAST_TOKENS:
                 return "token-limit"
-            call, seen = await self._step(min(room, self.spec.budget.turn_tokens))
+            with traces.span("turn", turn=self.turns + 1):
+                call, seen = await self._step(min(room, self.spec.budget.turn_tokens))
             if seen.ending:
                 return seen.ending
             if changed(seen):

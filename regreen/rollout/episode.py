@@ -39,6 +39,7 @@ from regreen.rollout.reward import RewardSettings
 from regreen.rollout.simplified import run_simplified
 from regreen.rollout.tools import Workbench
 from regreen.rollout.toolset import ToolSet, load_toolset
+from regreen.rpc import traces
 from regreen.rpc.errors import FailedPrecondition, InvalidArgument, NotFound, RegreenError
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ class Runner:
         if branch is not None:
             await self._check_branch(task, spec, branch)
         trajectory_id = trajectory_id or new_id("trj")
-        with structlog.contextvars.bound_contextvars(trajectory_id=trajectory_id):
+        with traces.span("episode", trajectory_id, task_id=task.id, run_id=spec.run_id):
             sandbox = await self.stack.sandbox.create_sandbox(
                 branch.state_id if branch else task.state_id,
                 labels={"trajectory": trajectory_id, "task": task.id},

@@ -27,12 +27,14 @@ import structlog
 
 from regreen.client.channel import new_request_id
 from regreen.dataset import v1 as pb
+from regreen.ids import new_id
 from regreen.rollout import past
 from regreen.rollout.actors import PolicyActor
 from regreen.rollout.context import EpisodeSpec, spec_of_lease
 from regreen.rollout.episode import Runner
 from regreen.rollout.group import SharedStart, shared_start
 from regreen.rollout.knowledge import Knowledge, build
+from regreen.rpc import traces
 from regreen.rpc.errors import (
     Aborted,
     DeadlineExceeded,
@@ -170,7 +172,7 @@ class Worker:
         for members in groups.values():
             start = asyncio.ensure_future(self._shared(members))
             for lease in members:
-                task = asyncio.create_task(self._work(lease, start))
+                task = asyncio.create_task(self._traced(lease, start))
                 self._active[lease.id] = task
                 self._tell("leased", lease)
 
@@ -178,16 +180,24 @@ class Worker:
         group = members[0].group
         if group.size < 2 or not self.share_prompts:
             return None
-        task = await self.stack.tasks.get_task(group.task_id)
-        return await shared_start(self.runner, task, spec_of_lease(members[0]), group.size)
+        with traces.span("shared start", group_id=group.id, run_id=group.run_id):
+            task = await self.stack.tasks.get_task(group.task_id)
+            return await shared_start(self.runner, task, spec_of_lease(members[0]), group.size)
 
-    async def _work(self, lease: pb.Lease, start: "asyncio.Future[SharedStart | None]") -> None:
-        """One leased rollout, from start to commit or give-back."""
+    async def _traced(self, lease: pb.Lease, start: "asyncio.Future[SharedStart | None]") -> None:
+        """One leased rollout, from start to commit or give-back, as one trace."""
+        about = {"rollout_id": lease.rollout_id, "run_id": lease.group.run_id}
+        with traces.span("rollout", trajectory_id := new_id("trj"), **about):
+            await self._work(lease, start, trajectory_id)
+
+    async def _work(
+        self, lease: pb.Lease, start: "asyncio.Future[SharedStart | None]", trajectory_id: str
+    ) -> None:
         try:
             spec = spec_of_lease(lease)
             shared = await asyncio.shield(start)
             actor = shared.actor(spec.group_index) if shared else PolicyActor()
-            trajectory = await self._episode(lease, spec, actor)
+            trajectory = await self._episode(lease, spec, actor, trajectory_id)
         except RegreenError as error:
             log.warning("rollout failed", rollout_id=lease.rollout_id, error=str(error))
             await self._give_back(lease, f"{type(error).__name__}: {error}")
@@ -200,10 +210,10 @@ class Worker:
         self._active.pop(lease.id, None)
 
     async def _episode(
-        self, lease: pb.Lease, spec: EpisodeSpec, actor: PolicyActor
+        self, lease: pb.Lease, spec: EpisodeSpec, actor: PolicyActor, trajectory_id: str
     ) -> pb.Trajectory:
         task = await self.stack.tasks.get_task(lease.group.task_id)
-        trajectory = await self.runner.run(task, spec, actor)
+        trajectory = await self.runner.run(task, spec, actor, trajectory_id=trajectory_id)
         trajectory.labels.update(
             {k: v for k, v in lease.group.labels.items() if k not in trajectory.labels}
         )

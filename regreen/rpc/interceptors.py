@@ -29,7 +29,7 @@ import grpc
 import structlog
 from google.protobuf.message import DecodeError
 
-from regreen.rpc import metrics, wire
+from regreen.rpc import metrics, traces, wire
 from regreen.rpc.audit import Audit
 from regreen.rpc.errors import (
     DeadlineExceeded,
@@ -56,6 +56,8 @@ _MAX_ID_CHARS = 100
 _OWN_ID_CHARS = 32
 _RETRY_S = 1.0
 """What a refused call is told to wait."""
+_COUNTED = ("OK", "INTERNAL", "RESOURCE_EXHAUSTED")
+"""Codes that a method shows from the start: the first of them is an increase too."""
 _UNCOUNTED = ("grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection")
 
 
@@ -200,7 +202,9 @@ class _Counts:
         self._labels = labels
         self.started = metrics.STARTED.labels(*labels)
         self._seconds = metrics.SECONDS.labels(*labels)
-        self._handled: dict[str, Any] = {}
+        self._handled: dict[str, Any] = {
+            code: metrics.HANDLED.labels(*labels, code) for code in _COUNTED
+        }
 
     def ended(self, code: str, seconds: float) -> None:
         """One call more has ended."""
@@ -310,7 +314,7 @@ class _Observed:
         self.span.saw(request)
         remaining_s = context.time_remaining()
         self.timeout_s = limit_s if remaining_s is None else min(remaining_s, limit_s)
-        self._start_s = 0.0
+        self._start_s, self._start_ns = 0.0, 0
         self._identity: dict[str, str] = {}
         if call._audit is not None:
             who = caller()
@@ -327,7 +331,7 @@ class _Observed:
         structlog.contextvars.bind_contextvars(
             method=self._call._name, span_id=self.span.span_id, **self._ids
         )
-        self._start_s = time.monotonic()
+        self._start_s, self._start_ns = time.monotonic(), time.time_ns()
         self._counts.started.inc()
         owner = self._call._owner
         if owner._in_flight >= owner._max_rpcs:
@@ -351,6 +355,8 @@ class _Observed:
         mapped = self._map(error)
         code = mapped.status if mapped else ("CANCELLED" if error else "OK")
         self._counts.ended(code, seconds)
+        if self.span.sampled:
+            traces.served(self._call._name, self.span, self._ids, code, self._start_ns)
         if self._call._audit is not None:
             self._call._audit.end(**self._identity, code=code, **self.span.subjects)
         log = self._call._owner._log
@@ -438,14 +444,19 @@ def _readable(request: Any) -> Any:
 
 
 def _own_id(request: Any) -> Any:
-    """A request whose id no other tenant's can equal: no answer is ever replayed to another."""
-    who = caller()
-    given: str = getattr(request, "request_id", "")
-    if who is not None and given:
-        text = f"{who.tenant}\n{given}".encode("utf-8", "surrogatepass")
-        mark = hashlib.sha256(text).hexdigest()
-        request.request_id = mark[:_OWN_ID_CHARS]
+    """The request with an id that no other tenant's can equal."""
+    if given := getattr(request, "request_id", ""):
+        request.request_id = own_id(given)
     return request
+
+
+def own_id(given: str) -> str:
+    """A request's id among all tenants': no answer is ever replayed to another."""
+    who = caller()
+    if who is None or not given:
+        return given
+    text = f"{who.tenant}\n{given}".encode("utf-8", "surrogatepass")
+    return hashlib.sha256(text).hexdigest()[:_OWN_ID_CHARS]
 
 
 async def _each_readable(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:

@@ -20,6 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
+from regreen.rpc import traces
 from regreen.rpc.audit import Audit
 from regreen.rpc.errors import FailedPrecondition
 from regreen.rpc.idempotency import Leaving
@@ -64,6 +65,7 @@ class Server:
     ) -> None:
         self._settings, self._services = settings, tuple(services)
         self._log = get()
+        traces.prepare()
         self._calls = CallInterceptor(
             settings.call_timeout_s,
             stream_timeout_s=settings.stream_timeout_s,
@@ -130,6 +132,7 @@ class Server:
         end_s = asyncio.get_running_loop().time() + self._settings.drain_s
         await self.grpc.stop(self._settings.drain_s)
         await self._calls.close(end_s - asyncio.get_running_loop().time())
+        await traces.flush()
         self._metrics.close()
 
     async def wait(self) -> None:

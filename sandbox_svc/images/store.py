@@ -53,7 +53,8 @@ from sandbox_svc.images.streams import (
 )
 from sandbox_svc.images.unpack import NOTES, OPAQUE, LayerUnpacker
 from sandbox_svc.pace import IDLE_S, Places
-from sandbox_svc.states import State, StateStore, image_action, state_id
+from sandbox_svc.state_records import State, image_action, state_id
+from sandbox_svc.states import StateStore
 from sandbox_svc.transfer import LayerFiles, layer_files
 
 AT_ONCE = 4

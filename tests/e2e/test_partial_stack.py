@@ -37,7 +37,11 @@ def home() -> Iterator[Path]:
 
 def test_up_names_what_is_not_installed(local: Local, tmp_path: Path, home: Path) -> None:
     alone = without(local, tmp_path / "path", home / "new", *HIDDEN)
+    began_s = time.monotonic()
+    assert alone.cli("status").returncode == 3
+    asked_s = time.monotonic()
     done = alone.cli("up", "--ports", "any")
+    assert time.monotonic() - asked_s < 3 * (asked_s - began_s) + 5, "nothing was started"
     assert done.returncode == 1
     said = " ".join(done.stderr.split())
     assert "dataset (sqlalchemy, psycopg, alembic), policy (tokenizers" in said

@@ -72,3 +72,5 @@ async def test_answers_to_another_tenants_requests_are_not_given_out(who):
     again = await ours.queue.lease_rollouts("w", 1, run_id=run_id, request_id="one-and-the-same")
     assert [lease.id for lease in again] == [lease_id]
     assert not await theirs.queue.lease_rollouts("w", 1, request_id="one-and-the-same")
+    with pytest.raises(NotFound, match="no run"):
+        await theirs.queue.lease_rollouts("w", 1, run_id=run_id, request_id="another")

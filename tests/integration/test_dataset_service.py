@@ -5,10 +5,11 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import insert
 
 from dataset_svc.__main__ import serving
 from dataset_svc.database import Database
+from dataset_svc.models import Run
 from dataset_svc.settings import DatasetSettings
 from regreen.client.channel import connect
 from regreen.common import v1 as common_pb
@@ -297,8 +298,8 @@ async def test_numbers_and_times_without_a_form_are_refused_by_field(clients: Cl
 async def test_a_value_that_the_schema_refuses_is_not_worth_another_try(database_url: str):
     database = Database(database_url)
     try:
-        for values in ("'bad', 'bad', 'unheard-of'", "'bad', NULL, 'active'"):
-            statement = text(f"INSERT INTO runs (id, name, state) VALUES ({values})")
+        for name, state in (("bad", "unheard-of"), (None, "active")):
+            statement = insert(Run).values(id="bad", name=name, kind="", state=state, config={})
             with pytest.raises(InvalidArgument, match="the database refuses a value"):
                 await database.run(lambda session, s=statement: session.execute(s))
     finally:

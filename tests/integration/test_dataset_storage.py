@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, delete, text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -16,7 +16,7 @@ from dataset_svc import synthetic, upkeep
 from dataset_svc.__main__ import serving
 from dataset_svc.database import Database, make_text_index, normal_url, upgrade
 from dataset_svc.localpg import LocalPostgres
-from dataset_svc.models import TEXT_INDEX
+from dataset_svc.models import TEXT_INDEX, Trajectory
 from dataset_svc.queries import retention, trajectories
 from dataset_svc.queries.retention import PruneRule
 from dataset_svc.records import TrajectoryQuery
@@ -317,8 +317,7 @@ async def test_tokens_live_as_long_as_the_last_trajectory_that_names_them(
 
 async def _delete(database: Database, trajectory_id: str) -> None:
     async def work(session) -> None:
-        statement = text("DELETE FROM trajectories WHERE id = :id")
-        await session.execute(statement, {"id": trajectory_id})
+        await session.execute(delete(Trajectory).where(Trajectory.id == trajectory_id))
 
     await database.run(work)
 

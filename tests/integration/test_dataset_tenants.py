@@ -263,6 +263,9 @@ async def test_another_tenants_is_as_if_it_were_not_there(walled):
         answer = await call(theirs, method, request)
         if method.endswith("LeaseRollouts"):
             answer.ClearField("poll_after")
+        if method.endswith("Stats"):
+            assert not any(counted.values for counted in answer.counts.values())
+            answer.ClearField("counts")
         assert not answer or not answer.ByteSize(), (method, answer)
     assert rows(walled.url) == before, "nothing was changed, and nothing removed"
     for method, request in UNNAMED.items():

@@ -46,7 +46,7 @@ from tests.load.train_driver import Job
 from tests.load.train_party import KINDS, SERVICES, Party
 
 _GROUPS, _SIZE, _RUN = 2, 2, "storm"
-_TASKS = ("greet-a", "greet-b")
+TASKS = ("greet-a", "greet-b")
 _STALL_S = 240.0
 """Without progress for so long a run is stuck; far longer than any process takes to come back."""
 _WAYS = ("", "Let me see. ", "This one again. ")
@@ -183,7 +183,15 @@ class Storm:
 class Load:
     """Both modes on one Postgres, in a directory that goes afterwards."""
 
-    def __init__(self, home: Path, plan: Plan, postgres: Postgres, tell: Tell) -> None:
+    def __init__(
+        self,
+        home: Path,
+        plan: Plan,
+        postgres: Postgres,
+        tell: Tell,
+        played: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`played` is another script than that of training."""
         self.home, self.plan, self.postgres, self.tell = home, plan, postgres, tell
         self._shared = home / "shared"
         self._shared.mkdir()
@@ -192,14 +200,19 @@ class Load:
         spec = tiny_spec(DistStore(self._shared / "sandbox" / "dists"), made)
         self._task = task_of(spec)
         self._script = home / "script.json"
-        self._script.write_text(json.dumps(script()))
-        self._model = train_model.blank(home / "blank", default_model())
+        self._script.write_text(json.dumps(played or script()))
+        self.model = train_model.blank(home / "blank", default_model())
 
     def party(self, name: str, model: Path, *, real: bool = False) -> Party:
         """Services of a run over the database of its name; States are shared."""
+        flags = self.flags(name, model, real=real)
+        return Party(self.home / name, self.postgres, flags, self.home / name / "job.json")
+
+    def flags(self, name: str, model: Path, *, real: bool = False) -> Mapping[str, Sequence[str]]:
+        """Those of each service of such a run."""
         policy = ["--model", str(model), "--http", ""]
         policy += ["--engine", "torch", "--threads", "1"] if real else self._scripted
-        flags: Mapping[str, Sequence[str]] = {
+        return {
             # So often no rollout of a real fleet is struck; being lost is another matter.
             "dataset": [
                 *("--database-url", self.postgres.url_of(name)),
@@ -210,7 +223,6 @@ class Load:
             "judge": [],
             "learner": ["--engine", "plain"],
         }
-        return Party(self.home / name, self.postgres, flags, self.home / name / "job.json")
 
     @property
     def _scripted(self) -> list[str]:
@@ -221,7 +233,7 @@ class Load:
         config = {
             "name": _RUN,
             "base_uri": str(model),
-            "tasks": _TASKS,
+            "tasks": TASKS,
             "steps": self.plan.all_steps,
             "groups_per_step": _GROUPS,
             "group_size": _SIZE,
@@ -247,7 +259,7 @@ class Load:
         async for event in stack.state.prepare_state(self._task.environment):
             if event.HasField("state"):
                 state_id = event.state.id
-        for name in _TASKS:
+        for name in TASKS:
             task = pb.Task()
             task.CopyFrom(self._task)
             task.id = name
@@ -260,9 +272,9 @@ class Load:
 
     async def begin(self, name: str) -> None:
         """A database with tasks and a run that has done nothing yet."""
-        await asyncio.to_thread(self._database, name, "template1")
-        party = self.party(name, self._model)
-        job = self.job(party, self._model)
+        await asyncio.to_thread(self.database, name, "template1")
+        party = self.party(name, self.model)
+        job = self.job(party, self.model)
         party.start(*SERVICES)
         try:
             async with Stack(Endpoints(**party.endpoints), patience_s=120.0) as stack:
@@ -272,19 +284,20 @@ class Load:
         finally:
             await asyncio.to_thread(party.stop)
 
-    def _database(self, name: str, template: str) -> None:
+    def database(self, name: str, template: str) -> None:
+        """A database of that name, a copy of another one."""
         with psycopg.connect(self.postgres.url, autocommit=True) as connection:
             connection.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')  # type: ignore[arg-type]
 
     async def quiet(self) -> Storm:
         """The run that nothing disturbs."""
         await self.begin("begun")
-        return await self._run("quiet", self._model, -1.0)
+        return await self._run("quiet", self.model, -1.0)
 
     async def _run(self, name: str, model: Path, pace_s: float, **changes: Any) -> Storm:
         """A run of its own database; undisturbed where the pace is below 0."""
         real = bool(changes)
-        await asyncio.to_thread(self._database, name, "begun" if not real else "template1")
+        await asyncio.to_thread(self.database, name, "begun" if not real else "template1")
         party = self.party(name, model, real=real)
         self.job(party, model, **changes)
         if real:
@@ -309,7 +322,7 @@ class Load:
 
     async def sync(self, quiet: Storm) -> dict[str, Any]:
         """A disturbed run from the beginning of the quiet one; equal weights."""
-        storm = await self._run("struck", self._model, quiet.step_s)
+        storm = await self._run("struck", self.model, quiet.step_s)
         report = self._report("struck", storm)
         report["faults"] += [f"quiet: {f}" for f in self._report("quiet", quiet)["faults"]]
         (want, file), (found, other) = self._weights("quiet"), self._weights("struck")
@@ -324,7 +337,7 @@ class Load:
 
     async def asynchronous(self, quiet: Storm) -> dict[str, Any]:
         """A real engine one step ahead of the learner."""
-        source = self.party("quiet", self._model)
+        source = self.party("quiet", self.model)
         source.start("dataset")
         try:
             async with Stack(Endpoints(**source.endpoints), patience_s=120.0) as stack:
@@ -337,7 +350,7 @@ class Load:
         finally:
             await asyncio.to_thread(source.stop)
         model = self.home / "taught"
-        loss = await asyncio.to_thread(train_model.taught, model, self._model, sorted(shown))
+        loss = await asyncio.to_thread(train_model.taught, model, self.model, sorted(shown))
         self.tell(f"async: a model was shown {len(shown)} contexts, loss {loss:.3f}")
         storm = await self._run(
             "ahead",

@@ -30,6 +30,12 @@ def look(url: str, name: str, steps: int, groups_per_step: int) -> Found:
         return _Look(connection, name, steps, groups_per_step).all()
 
 
+def look_at_rollouts(url: str, name: str, wanted: int) -> Found:
+    """Look at the rollouts of a run in which nothing is learned; so many were asked for."""
+    with psycopg.connect(url) as connection:
+        return _Look(connection, name, 0, 0).only_rollouts(wanted)
+
+
 def different(url: str, other: str, name: str, most: int = 3) -> list[str]:
     """The first rollouts of two runs that ought to have gone alike and did not; what both saw."""
     told = []
@@ -132,6 +138,20 @@ class _Look:
                 0
             ],
         }
+        return Found(facts, self._faults)
+
+    def only_rollouts(self, wanted: int) -> Found:
+        """What must be so of rollouts."""
+        self._rollouts(wanted)
+        attempts, most = self._of_run(
+            "SELECT sum(attempt)::int, max(attempt) FROM rollouts WHERE run_id = %s"
+        )[0]
+        ends = dict(
+            self._of_run(
+                "SELECT episode_end, count(*) FROM trajectories WHERE run_id = %s GROUP BY 1"
+            )
+        )
+        facts = {"rollouts": wanted, "attempts": attempts, "most_attempts": most, "ends": ends}
         return Found(facts, self._faults)
 
     def _groups(self) -> tuple[int, int]:

@@ -28,14 +28,19 @@ class Party:
     """The services of one run, its driver and Postgres."""
 
     def __init__(
-        self, home: Path, postgres: Postgres, flags: Mapping[str, Sequence[str]], job: Path
+        self,
+        home: Path,
+        postgres: Postgres,
+        flags: Mapping[str, Sequence[str]],
+        job: Path,
+        driver: str = "tests.load.train_driver",
     ) -> None:
-        """`flags` are those of each service; `job` is the driver's."""
+        """`flags` are those of each service that is run; `job` is the driver's, a module."""
         self.home, self.postgres = home, postgres
         home.mkdir(exist_ok=True)
-        self.endpoints = {name: f"unix:{home}/{name}.sock" for name in SERVICES}
-        self._commands = {name: self._service(name, flags[name]) for name in SERVICES}
-        self._commands["driver"] = [sys.executable, "-m", "tests.load.train_driver", str(job)]
+        self.endpoints = {name: f"unix:{home}/{name}.sock" for name in flags}
+        self._commands = {name: self._service(name, given) for name, given in flags.items()}
+        self._commands["driver"] = [sys.executable, "-m", driver, str(job)]
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._asked: set[int] = set()
         self.done = asyncio.Event()

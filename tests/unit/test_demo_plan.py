@@ -13,7 +13,7 @@ from regreen.demo import (
     _notes,
     shares,
 )
-from regreen.loop import Plan, alone, choose_tasks
+from regreen.loop import Plan, _effort, alone, choose_tasks
 from regreen.rpc.errors import FailedPrecondition
 from regreen.stack.layout import Layout
 from regreen.tasks.admit import choose_python
@@ -53,6 +53,17 @@ def test_one_interpreter_gets_all_that_can_run_on_it():
     for split, most in (("train", FULL.train_tasks), ("test", FULL.test_tasks)):
         assert len(found[split]) == min(most, sum(r.split == split for r in able))
     assert len(able) >= 12
+
+
+def test_the_gate_begins_with_what_takes_longest():
+    found = chosen(FULL, {"3.11": ""})
+    order = sorted([*found["train"], *found["test"]], key=_effort, reverse=True)
+    many = [bool(record.tests.unstable) for record in order]
+    assert many == sorted(many, reverse=True)
+    assert many[0]
+    assert not many[-1]
+    calm = [record.seconds for record in order if not record.tests.unstable]
+    assert calm == sorted(calm, reverse=True)
 
 
 def test_a_second_demo_on_the_same_home_is_refused(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 from regreen.evals.rows import Outcome
 from regreen.evals.stats import crossed_mean, solve_rate
-from regreen.rpc.errors import InvalidArgument
+from regreen.rpc.errors import FailedPrecondition, InvalidArgument
 from regreen.study import PLAN, STAGES, markdown, results, run_study
 
 GRADER = "build_gates_judge"
@@ -75,7 +75,15 @@ def test_a_task_that_a_seed_lost_is_left_out_of_all():
     given["sft", 2] = [o for o in given["sft", 2] if o.task_id != "b"]
     found = results(given)
     assert found["tasks"] == ["a", "c"]
+    assert {row["attempts"] for row in found["stages"].values()} == {8}
     assert found["stages"]["sft"]["value"] == 1.0
+
+
+def test_without_a_task_that_all_measured_there_is_no_result():
+    given = measured(lambda stage, seed, task: 2)
+    given["sft", 2] = []
+    with pytest.raises(FailedPrecondition, match="no task was measured in every stage"):
+        results(given)
 
 
 def test_the_page_has_every_stage_script_difference_and_task():

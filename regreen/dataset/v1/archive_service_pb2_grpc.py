@@ -67,6 +67,7 @@ class ArchiveServiceServicer:
         - ALREADY_EXISTS: that id is stored with other content.
         - ABORTED: concurrent work kept getting in the way, or the tokens waited for longer than the service keeps tokens
         that nothing names; send the same again.
+        - RESOURCE_EXHAUSTED: more would be kept of the tenant's than its quota `trajectory_bytes` allows.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -44,6 +44,7 @@ class ArchiveServiceStub:
     - ALREADY_EXISTS: that id is stored with other content.
     - ABORTED: concurrent work kept getting in the way, or the tokens waited for longer than the service keeps tokens
       that nothing names; send the same again.
+    - RESOURCE_EXHAUSTED: more would be kept of the tenant's than its quota `trajectory_bytes` allows.
     """
     PruneTrajectories: _grpc.UnaryUnaryMultiCallable[_archive_service_pb2.PruneTrajectoriesRequest, _archive_service_pb2.PruneTrajectoriesResponse]
     """Removes old trajectories, oldest first, that no rule keeps; those of active runs always stay. Tokens that nobody
@@ -75,6 +76,7 @@ class ArchiveServiceAsyncStub(ArchiveServiceStub):
     - ALREADY_EXISTS: that id is stored with other content.
     - ABORTED: concurrent work kept getting in the way, or the tokens waited for longer than the service keeps tokens
       that nothing names; send the same again.
+    - RESOURCE_EXHAUSTED: more would be kept of the tenant's than its quota `trajectory_bytes` allows.
     """
     PruneTrajectories: _aio.UnaryUnaryMultiCallable[_archive_service_pb2.PruneTrajectoriesRequest, _archive_service_pb2.PruneTrajectoriesResponse]  # type: ignore[assignment]
     """Removes old trajectories, oldest first, that no rule keeps; those of active runs always stay. Tokens that nobody
@@ -109,6 +111,7 @@ class ArchiveServiceServicer(metaclass=_abc_1.ABCMeta):
         - ALREADY_EXISTS: that id is stored with other content.
         - ABORTED: concurrent work kept getting in the way, or the tokens waited for longer than the service keeps tokens
           that nothing names; send the same again.
+        - RESOURCE_EXHAUSTED: more would be kept of the tenant's than its quota `trajectory_bytes` allows.
         """
 
     @_abc_1.abstractmethod

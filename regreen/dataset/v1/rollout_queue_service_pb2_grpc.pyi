@@ -67,6 +67,7 @@ class RolloutQueueServiceStub:
     - INVALID_ARGUMENT: lengths, masks or spans do not agree; names the field.
     - ABORTED: concurrent work kept getting in the way, or the tokens waited for longer than the service keeps tokens
       that nothing names; send the same again.
+    - RESOURCE_EXHAUSTED: more would be kept of the tenant's than its quota `trajectory_bytes` allows.
     """
     FailRollout: _grpc.UnaryUnaryMultiCallable[_rollout_queue_service_pb2.FailRolloutRequest, _rollout_queue_service_pb2.FailRolloutResponse]
     """Gives a rollout back after an infrastructure failure; it is tried again a bounded number of times, after a pause
@@ -152,6 +153,7 @@ class RolloutQueueServiceAsyncStub(RolloutQueueServiceStub):
     - INVALID_ARGUMENT: lengths, masks or spans do not agree; names the field.
     - ABORTED: concurrent work kept getting in the way, or the tokens waited for longer than the service keeps tokens
       that nothing names; send the same again.
+    - RESOURCE_EXHAUSTED: more would be kept of the tenant's than its quota `trajectory_bytes` allows.
     """
     FailRollout: _aio.UnaryUnaryMultiCallable[_rollout_queue_service_pb2.FailRolloutRequest, _rollout_queue_service_pb2.FailRolloutResponse]  # type: ignore[assignment]
     """Gives a rollout back after an infrastructure failure; it is tried again a bounded number of times, after a pause
@@ -258,6 +260,7 @@ class RolloutQueueServiceServicer(metaclass=_abc_1.ABCMeta):
         - INVALID_ARGUMENT: lengths, masks or spans do not agree; names the field.
         - ABORTED: concurrent work kept getting in the way, or the tokens waited for longer than the service keeps tokens
           that nothing names; send the same again.
+        - RESOURCE_EXHAUSTED: more would be kept of the tenant's than its quota `trajectory_bytes` allows.
         """
 
     @_abc_1.abstractmethod

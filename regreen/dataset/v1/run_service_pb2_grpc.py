@@ -97,6 +97,7 @@ class RunServiceServicer:
 
         Errors:
         - NOT_FOUND: no such run.
+        - FAILED_PRECONDITION: several tenants have a run of that name, and the caller sees all of them; give its id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

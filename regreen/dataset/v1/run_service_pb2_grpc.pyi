@@ -45,6 +45,7 @@ class RunServiceStub:
 
     Errors:
     - NOT_FOUND: no such run.
+    - FAILED_PRECONDITION: several tenants have a run of that name, and the caller sees all of them; give its id.
     """
     ListRuns: _grpc.UnaryUnaryMultiCallable[_run_service_pb2.ListRunsRequest, _run_service_pb2.ListRunsResponse]
     """Lists runs, newest first.
@@ -106,6 +107,7 @@ class RunServiceAsyncStub(RunServiceStub):
 
     Errors:
     - NOT_FOUND: no such run.
+    - FAILED_PRECONDITION: several tenants have a run of that name, and the caller sees all of them; give its id.
     """
     ListRuns: _aio.UnaryUnaryMultiCallable[_run_service_pb2.ListRunsRequest, _run_service_pb2.ListRunsResponse]  # type: ignore[assignment]
     """Lists runs, newest first.
@@ -176,6 +178,7 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors:
         - NOT_FOUND: no such run.
+        - FAILED_PRECONDITION: several tenants have a run of that name, and the caller sees all of them; give its id.
         """
 
     @_abc_1.abstractmethod

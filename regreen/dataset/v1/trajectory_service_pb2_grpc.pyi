@@ -42,6 +42,7 @@ class TrajectoryServiceStub:
     - ALREADY_EXISTS: that id is stored with other content.
     - ABORTED: concurrent work kept getting in the way, or the tokens waited for longer than the service keeps tokens
       that nothing names; send the same again.
+    - RESOURCE_EXHAUSTED: more would be kept of the tenant's than its quota `trajectory_bytes` allows.
     """
     GetTrajectory: _grpc.UnaryUnaryMultiCallable[_trajectory_service_pb2.GetTrajectoryRequest, _trajectory_service_pb2.GetTrajectoryResponse]
     """Reads one trajectory.
@@ -77,6 +78,7 @@ class TrajectoryServiceAsyncStub(TrajectoryServiceStub):
     - ALREADY_EXISTS: that id is stored with other content.
     - ABORTED: concurrent work kept getting in the way, or the tokens waited for longer than the service keeps tokens
       that nothing names; send the same again.
+    - RESOURCE_EXHAUSTED: more would be kept of the tenant's than its quota `trajectory_bytes` allows.
     """
     GetTrajectory: _aio.UnaryUnaryMultiCallable[_trajectory_service_pb2.GetTrajectoryRequest, _trajectory_service_pb2.GetTrajectoryResponse]  # type: ignore[assignment]
     """Reads one trajectory.
@@ -115,6 +117,7 @@ class TrajectoryServiceServicer(metaclass=_abc_1.ABCMeta):
         - ALREADY_EXISTS: that id is stored with other content.
         - ABORTED: concurrent work kept getting in the way, or the tokens waited for longer than the service keeps tokens
           that nothing names; send the same again.
+        - RESOURCE_EXHAUSTED: more would be kept of the tenant's than its quota `trajectory_bytes` allows.
         """
 
     @_abc_1.abstractmethod

@@ -89,6 +89,7 @@ class LearnerServiceServicer:
         - INVALID_ARGUMENT: a hyperparameter is out of range; names it.
         - NOT_FOUND: no base model or checkpoint at that place.
         - DATA_LOSS: no checkpoint of the run is whole, or the one asked for is not.
+        - ALREADY_EXISTS: another tenant has a run of that id.
         - FAILED_PRECONDITION: another run is active, the run will not fit in memory (says what would), or the default model is
         asked for and not installed.
         """

@@ -41,6 +41,7 @@ class LearnerServiceStub:
     - INVALID_ARGUMENT: a hyperparameter is out of range; names it.
     - NOT_FOUND: no base model or checkpoint at that place.
     - DATA_LOSS: no checkpoint of the run is whole, or the one asked for is not.
+    - ALREADY_EXISTS: another tenant has a run of that id.
     - FAILED_PRECONDITION: another run is active, the run will not fit in memory (says what would), or the default model is
       asked for and not installed.
     """
@@ -115,6 +116,7 @@ class LearnerServiceAsyncStub(LearnerServiceStub):
     - INVALID_ARGUMENT: a hyperparameter is out of range; names it.
     - NOT_FOUND: no base model or checkpoint at that place.
     - DATA_LOSS: no checkpoint of the run is whole, or the one asked for is not.
+    - ALREADY_EXISTS: another tenant has a run of that id.
     - FAILED_PRECONDITION: another run is active, the run will not fit in memory (says what would), or the default model is
       asked for and not installed.
     """
@@ -192,6 +194,7 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
         - INVALID_ARGUMENT: a hyperparameter is out of range; names it.
         - NOT_FOUND: no base model or checkpoint at that place.
         - DATA_LOSS: no checkpoint of the run is whole, or the one asked for is not.
+        - ALREADY_EXISTS: another tenant has a run of that id.
         - FAILED_PRECONDITION: another run is active, the run will not fit in memory (says what would), or the default model is
           asked for and not installed.
         """

@@ -352,10 +352,10 @@ async def test_a5_a_line_of_a_gigabyte_leaves_memory_flat_and_a_wider_cap_does_n
 
 
 async def test_a6_a_daemon_that_holds_the_output_does_not_hold_the_call(box):
-    script = "echo begun; (setsid sleep 30 &) ; exit 0"
+    script = "echo begun; (setsid sleep 3 &) ; exit 0"
     began = time.monotonic()
     assert (await sh(box, script)).stdout.text == "begun\n"
-    assert time.monotonic() - began < 20.0
+    assert time.monotonic() - began < 2.0
     with pytest.raises(subprocess.TimeoutExpired):  # who waits for the end of the pipe waits on
         plain(["/bin/sh", "-c", script], timeout=1.0)
 

@@ -26,8 +26,8 @@ SETTINGS = {
     for name in ("dataset", "judge", "learner", "policy", "sandbox")
 }
 SECRETS = {"DATABASE_URL": "postgresql://user:password@host/name"}
-ELSEWHERE = {"HOME"}
-"""Variables that are no settings of ours: of the system, of torch."""
+ELSEWHERE = {"HOME", "OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_TRACES_SAMPLER_ARG"}
+"""Variables that are no settings of ours: of the system, of torch, of OpenTelemetry."""
 
 
 def environment(container: dict[str, Any]) -> dict[str, str]:

@@ -17,6 +17,8 @@ SAMPLES: dict[str, Any] = {
     "sglang.args": ["--another"],
     "router.policy": "random",
     "monitoring.interval": "7s",
+    "tracing.endpoint": "http://another:4318",
+    "tracing.share": 0.5,
     "monitoring.labels": {"another": "label"},
 }
 """Other values of leaves whose type does not tell one; None: tried by what depends on it."""

@@ -1,8 +1,10 @@
 """The policy service with certificates and tokens: its HTTP endpoint, the judge that calls it."""
 
+import asyncio
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import grpc
 import pytest
 
 from judge_svc.models.policy import PolicyModel
@@ -92,3 +94,37 @@ async def test_tokens_of_a_day_are_bounded_by_tenant_and_outlive_a_restart(tmp_p
             if start:
                 async with http_client(found, authorization=f"Bearer {theirs}") as http:
                     assert (await http.post("chat/completions", json=CHAT)).status_code == 200
+
+
+async def test_nobody_aborts_another_tenants_generations(tmp_path: Path) -> None:
+    file = TokenFile(tmp_path / "tokens.json")
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(token(file, "policy:write", name))
+    async with service(tmp_path, tokens=file.path) as found:
+        at = found.server.address
+        async with (
+            connect(at, Access(token_file=tmp_path / "a")) as ours,
+            connect(at, Access(token_file=tmp_path / "b")) as theirs,
+        ):
+            ask = pb.ChatMessage(role="user", content="take your time")
+            rendered = await PolicyClient(ours).render_chat([ask])
+            mine, other = pb.PolicyServiceStub(ours), pb.PolicyServiceStub(theirs)
+            call = mine.Generate(
+                pb.GenerateRequest(
+                    request_id="one",
+                    prompt_token_ids=rendered.token_ids,
+                    sampling=pb.Sampling(temperature=1.0, max_new_tokens=4000),
+                ),
+                timeout=60,
+            )
+            while not found.policy._admission.running:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await other.AbortGeneration(pb.AbortGenerationRequest(generate_request_id="one"))
+            assert refused.value.code() is grpc.StatusCode.NOT_FOUND
+            everything = pb.AbortGenerationRequest(all=True)
+            assert (await other.AbortGeneration(everything)).aborted == 0
+            one = pb.AbortGenerationRequest(generate_request_id="one")
+            assert (await mine.AbortGeneration(one)).aborted == 1
+            (sample,) = (await call).completions
+            assert sample.finish_reason == pb.FINISH_REASON_ABORT

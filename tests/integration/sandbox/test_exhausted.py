@@ -12,8 +12,10 @@ from regreen.rpc.errors import ResourceExhausted
 from sandbox_svc import diffs
 from sandbox_svc.backends.base import Command, Limits, TerminalSize
 from sandbox_svc.backends.embedded import EmbeddedRuntime
-from sandbox_svc.sandboxes import Manager, Sandbox
-from sandbox_svc.states import State, StateStore
+from sandbox_svc.sandbox import Sandbox
+from sandbox_svc.sandboxes import Manager
+from sandbox_svc.state_records import State
+from sandbox_svc.states import StateStore
 from tests.integration.sandbox.test_embedded_commands import only, opened
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

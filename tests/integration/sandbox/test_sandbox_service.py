@@ -119,9 +119,9 @@ async def test_a_slow_difference_is_named_and_the_service_answers_meanwhile(serv
     while not task.done():
         asked = time.monotonic()
         await sandboxes.get_sandbox(sandbox.id)
-        assert time.monotonic() - asked < 5.0
+        assert time.monotonic() - asked < 1.0
     assert [change.path for change in (await task).changes] == ["big.txt"]
-    assert time.monotonic() - began < 30.0
+    assert time.monotonic() - began < 10.0
 
 
 async def test_a_long_glob_is_refused(service):

@@ -87,7 +87,7 @@ async def test_a_diff_over_its_bound_is_refused_before_it_looks(service):
     began = time.monotonic()
     with pytest.raises(ResourceExhausted, match=rf"{most + 1} paths .* at most {most}"):
         await sandboxes.diff(box)
-    assert time.monotonic() - began < 10.0
+    assert time.monotonic() - began < 2.0
     await sandboxes.run(box, ["rm", "l0"])
     found = await sandboxes.diff(box)
     assert (found.changes, found.left_out_total) == ([], most)

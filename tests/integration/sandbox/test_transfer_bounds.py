@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from regreen.rpc.errors import InvalidArgument
-from sandbox_svc.states import State
+from sandbox_svc.state_records import State
 from tests.integration.sandbox.overlay import prepared
 
 _MIB = 1 << 20

@@ -15,7 +15,8 @@ from sandbox_svc.backends.base import Limits
 from sandbox_svc.backends.embedded import EmbeddedRuntime
 from sandbox_svc.builders.base import FileChange, TestSpec
 from sandbox_svc.builders.python import PythonBuilder
-from sandbox_svc.states import State, StateStore
+from sandbox_svc.state_records import State
+from sandbox_svc.states import StateStore
 from sandbox_svc.wheelhouse import DistStore
 from tests.fixtures.tasks.tiny_task import FAIL_TO_PASS, tiny_spec
 

@@ -25,7 +25,7 @@ from sandbox_svc.backends.embedded import EmbeddedRuntime
 from sandbox_svc.builders.base import DistFile, EnvironmentSpec, Pin
 from sandbox_svc.service import SandboxHost
 from sandbox_svc.settings import SandboxSettings
-from sandbox_svc.states import state_id
+from sandbox_svc.state_records import state_id
 from sandbox_svc.wheelhouse import DistStore
 from tests.fixtures.index import wheel_index
 from tests.fixtures.policy.http import serving as serving_http

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
-from sandbox_svc.states import State
+from sandbox_svc.state_records import State
 from sandbox_svc.validate import Outcome, ValidationOptions, Validator
 from tests.fixtures.tasks.tiny_task import FAIL_TO_PASS
 from tests.integration.sandbox_build.suite import FIX, Workshop, open_workshop

@@ -8,7 +8,7 @@ import pytest_asyncio
 
 from regreen.rpc.errors import InvalidArgument
 from sandbox_svc.builders.base import FileChange
-from sandbox_svc.states import State
+from sandbox_svc.state_records import State
 from sandbox_svc.translate import state_to
 from sandbox_svc.validate import Outcome, Validation, ValidationOptions, Validator
 from tests.fixtures.tasks.tiny_task import FAIL_TO_PASS

@@ -19,7 +19,8 @@ from sandbox_svc.backends.base import Limits
 from sandbox_svc.backends.embedded import EmbeddedRuntime
 from sandbox_svc.builders.base import FileChange, Stage
 from sandbox_svc.builders.python import PythonBuilder
-from sandbox_svc.states import State, StateStore
+from sandbox_svc.state_records import State
+from sandbox_svc.states import StateStore
 from sandbox_svc.validate import Outcome, Validation, ValidationOptions, Validator
 from sandbox_svc.wheelhouse import DistStore
 from tests.fixtures.small_disk import mounted

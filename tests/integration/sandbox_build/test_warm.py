@@ -18,7 +18,8 @@ from sandbox_svc.backends.embedded import EmbeddedRuntime
 from sandbox_svc.backends.embedded_box import EmbeddedBox
 from sandbox_svc.builders.base import FileChange
 from sandbox_svc.spares import Miss
-from sandbox_svc.states import State, StateStore
+from sandbox_svc.state_records import State
+from sandbox_svc.states import StateStore
 from sandbox_svc.validate import Outcome, Validation, ValidationOptions, Validator
 from sandbox_svc.warm import FUTILE, WarmPool, WarmSettings
 from tests.fixtures.tasks.tiny_task import FAIL_TO_PASS, tiny_spec

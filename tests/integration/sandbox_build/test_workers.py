@@ -9,7 +9,7 @@ import pytest_asyncio
 from sandbox_svc import metrics
 from sandbox_svc.backends.base import Limits
 from sandbox_svc.builders.base import FileChange
-from sandbox_svc.states import State
+from sandbox_svc.state_records import State
 from sandbox_svc.validate import Outcome, Validation, ValidationOptions, Validator
 from sandbox_svc.verdicts import Plan, difference
 from sandbox_svc.workers import Proof, Workers, WorkerSettings, shares

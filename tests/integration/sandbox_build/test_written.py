@@ -12,7 +12,7 @@ from sandbox_svc.backends.base import Limits
 from sandbox_svc.builders import testrun
 from sandbox_svc.builders.base import REPO, FileChange
 from sandbox_svc.forks import fork_of
-from sandbox_svc.states import State
+from sandbox_svc.state_records import State
 from sandbox_svc.validate import Outcome, Validation, ValidationOptions, Validator
 from sandbox_svc.warm import WarmPool, WarmSettings
 from sandbox_svc.workers import Workers, WorkerSettings

@@ -35,7 +35,7 @@ def run(*words: str, timeout_s: float = 60.0) -> "subprocess.CompletedProcess[st
 def test_an_address_where_nobody_answers_is_told_at_once(words: str, said: str) -> None:
     began_s = time.monotonic()
     done = run(*words.split())
-    assert time.monotonic() - began_s < 15
+    assert time.monotonic() - began_s < 5
     assert done.returncode == 3
     assert said in " ".join(done.stderr.split())
     assert done.stderr.count("\n") <= 2
@@ -59,9 +59,12 @@ def test_a_stack_that_was_killed_is_not_waited_for(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     left = {"endpoints": {"dataset": "127.0.0.1:1"}}
     (tmp_path / "run" / "stack.json").write_text(json.dumps(left))
+    none_s = time.monotonic()
+    assert run("tasks", "list", "--home", str(tmp_path / "none")).returncode == 3
     began_s = time.monotonic()
     done = run("tasks", "list", "--home", str(tmp_path))
-    assert time.monotonic() - began_s < 60
+    # As long as where there is no stack, and the 2 s that a service may be away.
+    assert time.monotonic() - began_s < 3 * (began_s - none_s) + 4
     assert done.returncode == 3
     said = " ".join(done.stderr.split())
     assert f"no service answers at 127.0.0.1:1 (Connection refused); {START}" in said
@@ -158,7 +161,7 @@ def test_an_interrupted_up_ends_soon_and_leaves_nothing(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     began_s = time.monotonic()
     _, said = process.communicate(timeout=30)
-    assert time.monotonic() - began_s < 60
+    assert time.monotonic() - began_s < 20  # half a second where nothing else runs
     assert process.returncode == 130
     assert "interrupted; what was committed is kept" in said
     assert "Traceback" not in said

@@ -1,6 +1,7 @@
 """A run over two machines: the second is another process that shares nothing but the home."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -160,6 +161,66 @@ async def test_machines_are_let_in_once_and_heard_of_when_they_are_lost(tmp_path
             await asyncio.sleep(0.02)
     assert said[0].startswith("machine 1: rank 1 was ended by SIGKILL")
     machines.close()
+
+
+_NO_HELLOS = (
+    b"\n",
+    b"GET / HTTP/1.1\r\n\r\n",
+    b"[" * 4000 + b"\n",
+    b'{"call": "\xc3\xa9", "node": 1}\n',
+    b"x" * 10_000,
+)
+
+
+@pytest.mark.parametrize("said", _NO_HELLOS, ids=range(len(_NO_HELLOS)))
+async def test_what_is_no_machine_is_shown_out_and_machines_come_in(
+    said: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    sock = listener()
+    call = Call.make("127.0.0.1", 1, 1, nodes=2, link=sock.getsockname()[1], silence_s=30.0)
+    machines = Machines(call, sock, lambda why: None)
+    gathering = asyncio.create_task(machines.gather())
+    await asyncio.sleep(0)
+    reader, writer = await asyncio.open_connection("127.0.0.1", call.link)
+    writer.write(said)
+    with contextlib.suppress(ConnectionError):
+        assert await asyncio.wait_for(reader.read(), 20) in (b"", b"{}\n")
+    writer.close()
+    link = Link(call, 1)
+    await asyncio.wait_for(gathering, 20)
+    link.close()
+    machines.close()
+    assert not caplog.records, "nothing of it was unexpected"
+
+
+async def test_a_machine_that_talks_nonsense_is_lost() -> None:
+    said, sock = list[str](), listener()
+    call = Call.make("127.0.0.1", 1, 1, nodes=2, link=sock.getsockname()[1], silence_s=30.0)
+    machines = Machines(call, sock, said.append)
+    gathering = asyncio.create_task(machines.gather())
+    await asyncio.sleep(0)
+    link = Link(call, 1)
+    await asyncio.wait_for(gathering, 20)
+    link._sock.sendall(b"[]\n")
+    async with asyncio.timeout(20):
+        while not said:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+    assert said == ["machine 1 said what no learner_svc.node says (not an object)"]
+    link.close()
+    machines.close()
+
+
+@pytest.mark.parametrize("said", [b"5\n", b"{\n", b"HTTP/1.1 400 Bad Request\r\n", b"x" * 9000])
+async def test_a_service_that_is_no_learner_ends_a_call(said: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        call = Call.make("127.0.0.1", 1, 1, nodes=2, link=other.getsockname()[1])
+        link = Link(call, 1)
+        connection, _ = other.accept()
+        connection.sendall(said)
+        with pytest.raises(LinkEnded, match="what answers is no learner"):
+            await over(link)
+        connection.close()
+        link.close()
 
 
 async def test_a_silent_service_ends_a_call() -> None:

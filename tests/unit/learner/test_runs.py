@@ -161,11 +161,13 @@ async def test_stopping_does_not_wait_for_a_hung_step(
         [worker] = workers()
         os.kill(worker, signal.SIGSTOP)
         step = asyncio.create_task(runs.step("run_r", 1, make_batch().to_bytes(), ()))
-        while not runs.get("run_r").lock.locked():  # noqa: ASYNC110
+        ranks = runs.get("run_r").worker
+        assert ranks is not None
+        while not ranks._lock.locked():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
         async with asyncio.timeout(30):
             run = await runs.stop("run_r")
-        with pytest.raises((InfraError, FailedPrecondition), match=r"it was ended|is stopped"):
+        with pytest.raises(InfraError, match="it was ended"):
             await step
         assert (run.record.state, run.record.error) == (RunState.STOPPED, "")
 

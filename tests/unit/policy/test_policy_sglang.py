@@ -1,6 +1,7 @@
 """The SGLang client against a stand-in that is as strict and as faulty as the real server."""
 
 import asyncio
+import re
 import tomllib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -207,6 +208,12 @@ async def test_another_tokenizer_is_refused() -> None:
 def test_sglang_needs_the_folder_of_its_model() -> None:
     with pytest.raises(ValueError, match="model: is needed by engine sglang"):
         PolicySettings(engine="sglang", sglang_urls="http://x")
+
+
+@pytest.mark.parametrize("url", ["10.0.0.3:30000", "ftp://a", "http://", "http://[a", "http://a:b"])
+def test_what_is_no_address_is_refused_and_not_waited_for(url: str) -> None:
+    with pytest.raises(ValueError, match=f"sglang_urls: {re.escape(repr(url))} is no address"):
+        PolicySettings(engine="sglang", model="/m", sglang_urls=f"http://good:30000, {url}")
 
 
 def test_the_image_is_of_the_release_that_the_extra_pins() -> None:

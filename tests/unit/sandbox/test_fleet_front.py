@@ -33,7 +33,7 @@ from sandbox_svc.fleet.router import Router
 from sandbox_svc.manners import LEAVING
 from sandbox_svc.servicer import page
 from sandbox_svc.specs import spec_from_proto
-from sandbox_svc.states import state_id
+from sandbox_svc.state_records import state_id
 from tests.unit.sandbox.test_fleet import archive_of
 
 

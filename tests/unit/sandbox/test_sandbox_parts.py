@@ -24,7 +24,8 @@ from sandbox_svc.egress_log import Record
 from sandbox_svc.globs import Glob
 from sandbox_svc.servicer import page
 from sandbox_svc.settings import SandboxSettings
-from sandbox_svc.states import State, StateStore, state_id
+from sandbox_svc.state_records import State, state_id
+from sandbox_svc.states import StateStore
 from sandbox_svc.translate import limits_from, result_to
 from sandbox_svc.unified import TooLarge, unified
 

@@ -42,7 +42,7 @@ def test_a_terabyte_of_nothing_takes_no_time(make: Callable[..., Path]) -> None:
     top = make(1 << 40, (1 << 39, b"x"))
     began = time.monotonic()
     found = tree_digest(top)
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 1.0
     assert found != tree_digest(make(1 << 40, ((1 << 39) + _MIB, b"x")))
 
 

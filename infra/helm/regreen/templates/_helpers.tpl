@@ -103,6 +103,17 @@ resources:
 - name: REGREEN_{{ $section }}__{{ upper $name }}
   valueFrom: {secretKeyRef: {name: {{ $ref.name }}, key: {{ $ref.key }}}}
 {{- end }}
+{{- include "regreen.tracing" (index . 2) }}
+{{- end }}
+
+{{- /* Where spans are sent, as OpenTelemetry's own environment variables. */ -}}
+{{- define "regreen.tracing" -}}
+{{- with .Values.tracing }}
+{{- if .endpoint }}
+- {name: OTEL_EXPORTER_OTLP_ENDPOINT, value: {{ quote .endpoint }}}
+- {name: OTEL_TRACES_SAMPLER_ARG, value: {{ .share | toJson | quote }}}
+{{- end }}
+{{- end }}
 {{- end }}
 
 {{- /* Time to drain (`drain_s`, the service's default is 10 s), and to leave nothing behind. */ -}}
@@ -209,6 +220,11 @@ livenessProbe:
 app.kubernetes.io/name: regreen-sandbox
 app.kubernetes.io/managed-by: regreen
 regreen.dev/instance: {{ include "regreen.name" (list . "sandbox") }}
+{{- end }}
+
+{{- /* The labels by which alerts and dashboards select what is scraped. */ -}}
+{{- define "regreen.relabelings" -}}
+[{targetLabel: job, replacement: regreen}, {targetLabel: component, replacement: {{ . }}}]
 {{- end }}
 
 {{- define "regreen.sharedClaim" -}}

@@ -1,10 +1,11 @@
-"""What the benchmark of many episodes makes of its rows."""
+"""What the load run makes of its rows."""
 
 import statistics
 
 import pytest
 
-from regreen.rollout.bench import (
+from regreen.rollout.bench import script
+from regreen.rollout.bench_report import (
     QUICK,
     Measured,
     Plan,
@@ -13,8 +14,8 @@ from regreen.rollout.bench import (
     lines_of,
     report_of,
     row_of,
-    script,
     table,
+    where_of,
 )
 from regreen.rollout.calls import parse_call
 from regreen.rollout.toolset import load_toolset
@@ -101,8 +102,27 @@ def test_the_report_says_everything_in_lines() -> None:
 
 @pytest.mark.parametrize("plan", [Plan(), QUICK])
 def test_every_turn_of_the_script_is_a_call_of_its_own(plan: Plan) -> None:
-    responses = script(plan)["responses"]
+    responses = [found for found in script(plan)["responses"] if "text" in found]
     calls = [parse_call(found["text"], load_toolset()) for found in responses]
     assert len({call.arguments_json for call in calls}) == len(calls)
     assert len(calls) >= max(plan.turns, *plan.lengths)
     assert statistics.mean(found["delay_s"] for found in responses) == 1 / plan.tokens_per_s
+
+
+def test_time_and_calls_are_told_by_part() -> None:
+    turns = [Turn(0, 5, 0.9, 0.3), Turn(1, 5, 0.7, 0.1)]
+    calls = {"A/B": [0.001 * n for n in range(1, 101)]}
+    one = Measured(1, 2, 4.0, {"driver": 2.0}, turns, episode_s=(1.0, 2.0), calls_s=calls)
+    assert where_of(one, PLAN) == {"engine": 0.5, "policy": 0.1, "tools": 0.2, "around": 0.7}
+    row = row_of(one, PLAN)
+    assert row["calls_ms"] == {"A/B": {"count": 100, "p50": 50.0, "p95": 95.0, "p99": 99.0}}
+    assert (row["episodes_per_s"], row["episodes_per_core_s"]) == (0.5, 1.0)
+
+
+def test_every_change_of_a_building_script_is_another_one() -> None:
+    first, *rest = script(QUICK)["responses"]
+    tools = load_toolset()
+    calls = {parse_call(text, tools).arguments_json for text in first["texts"]}
+    assert len(calls) == len(first["texts"])
+    assert first["rotate"]
+    assert [found["turn"] for found in rest] == list(range(len(rest)))

@@ -1,4 +1,4 @@
-"""The benchmark of many episodes: real services, a simulated engine, a tiny task."""
+"""The load run: real services, a simulated engine, a tiny task."""
 
 import shutil
 import tempfile
@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from regreen.client.stack import Stack
-from regreen.rollout.bench import QUICK, measure
+from regreen.rollout.bench import measure
+from regreen.rollout.bench_report import QUICK
+from regreen.rollout.capacity_fit import capacity, markdown
 from sandbox_svc.wheelhouse import DistStore
 from tests.e2e.test_killed_services import admit
 from tests.fixtures.policy.model import default_model
@@ -38,7 +40,7 @@ async def test_a_small_shape_runs_and_its_figures_agree_with_its_rows(
         return task.id
 
     report = await measure(QUICK, home, default_model().resolve(), prepare)
-    processes = {"driver", "dataset", "postgres", "sandbox", "policy", "judge"}
+    processes = {"driver", "dataset", "postgres", "sandbox", "policy", "judge", "builds"}
     assert list(report["levels"]) == [str(level) for level in QUICK.levels]
     for level, row in report["levels"].items():
         assert row["episodes"] == max(int(level), QUICK.least)
@@ -53,9 +55,24 @@ async def test_a_small_shape_runs_and_its_figures_agree_with_its_rows(
         assert row["engine_ms"] == pytest.approx(
             1e3 * row["tokens"] / row["turns"] / QUICK.tokens_per_s, abs=0.1
         )
+        assert row["calls_ms"]["PolicyService/Generate"]["count"] >= row["turns"]
+        assert row["episode_s"]["p50"] * 1e3 > QUICK.turns * row["engine_ms"]
+        assert min(row["memory_mb"][name] for name in ("driver", "sandbox", "dataset")) > 10
+        assert row["where_s"]["engine"] > 0
+    for level, row in report["builds"].items():
+        assert row["episodes"] == 2 * int(level)
+        if report["counts_builds"]:
+            looked_up = report["levels"][level if level == "1" else "4"]
+            least_s = 3 * looked_up["cpu_s"]["builds"] / looked_up["episodes"]
+            assert row["cpu_s"]["builds"] / row["episodes"] > least_s, "nothing was built"
     assert list(report["lengths"]) == [str(turns) for turns in QUICK.lengths]
     assert report["turn_floor_cpu_ms"] > 0
     assert set(report["lines"]) == processes | {"all"}
     assert report["knee"]["flat_ms"] == min(
         row["overhead_ms"]["p50"] for row in report["levels"].values()
     )
+    for kind, sweep in (("none", "levels"), ("real", "builds")):
+        found = capacity(report, [50], kind)
+        assert [row["at_once"] for row in found["fit"]] == [int(n) for n in report[sweep]]
+        assert found["projection"][0]["at_once"] == 50
+        assert "Full first" in markdown(found)

@@ -1,0 +1,146 @@
+"""Traces across all planes: one for each trajectory, from its driver to the learner."""
+
+import pytest
+import pytest_asyncio
+
+from dataset_svc.__main__ import serving
+from dataset_svc.settings import DatasetSettings
+from regreen.blobs import digest_of_file
+from regreen.common.v1 import GRADER_BUILD_GATES
+from regreen.dataset import v1 as pb
+from regreen.learner import v1 as learner_pb
+from regreen.rollout.context import Budget, EpisodeSpec, Knobs, Sampling, labels_of
+from regreen.rollout.episode import Runner
+from regreen.rollout.worker import worker_pool
+from regreen.rpc import traces
+from regreen.rpc.server import Server
+from regreen.settings import ServiceSettings
+from regreen.train.config import GrpoConfig
+from regreen.train.rl import train_grpo
+from regreen.train.rows import all_trajectories
+from tests.fixtures.collector import collecting
+from tests.fixtures.policy.model import default_model
+from tests.integration import dataset_samples as samples
+from tests.integration.rollout.world import LOOPBACK, PIN, VALIDATE, call, says
+from tests.integration.train_services import HashLearner
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def dataset(database_url, tmp_path):
+    """Address of a dataset service on the loop of these tests."""
+    settings = DatasetSettings(home=tmp_path, fsync=False, **LOOPBACK)
+    async with serving(settings, database_url) as server:
+        yield server.address
+
+
+class BaseLearner(HashLearner):
+    """A learner that hashes; what can be served of it are the base's weights."""
+
+    def _run(self, run_id):
+        run = super()._run(run_id)
+        if run.HasField("checkpoint"):
+            weights = default_model() / "model.safetensors"
+            found = digest_of_file(weights)
+            run.checkpoint.uri = str(weights)
+            run.checkpoint.digest.sha256 = found.sha256
+            run.checkpoint.digest.size_bytes = found.size_bytes
+        return run
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def learner(tmp_path):
+    """Address of a learner that hashes."""
+    server = Server(ServiceSettings(home=tmp_path, **LOOPBACK), [])
+    learner_pb.add_LearnerServiceServicer_to_server(BaseLearner(tmp_path / "learner"), server.grpc)
+    async with server:
+        yield server.address
+
+
+@pytest.fixture
+def collector(monkeypatch):
+    """A collector that the environment names."""
+    with collecting() as found:
+        monkeypatch.setenv(traces.ENDPOINT, found.url)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        traces._sender.cache_clear()
+        yield found
+        traces._sender.cache_clear()
+
+
+async def admitted(stack, world):
+    task = pb.Task()
+    task.CopyFrom(world.task)
+    task.id = samples.fresh("greet")
+    await stack.tasks.import_tasks([task])
+    report = samples.report(task.id)
+    report.state_id = world.task.state_id
+    await stack.tasks.record_gate(report)
+    return task.id
+
+
+async def test_a_trajectory_is_one_trace_through_all_planes(world, dataset, learner, collector):
+    first = {"texts": [PIN, call("give_up", reason="no")], "turn": 0, "rotate": True}
+    script = [first, *({"text": VALIDATE, "turn": turn} for turn in (1, 2))]
+    async with world.playing(script, dataset=dataset, learner=learner) as stack:
+        config = GrpoConfig(
+            name=samples.fresh("traced"),
+            base_uri=str(default_model()),
+            tasks=(await admitted(stack, world),),
+            steps=1,
+            groups_per_step=1,
+            group_size=2,
+            concurrency=2,
+            labels=labels_of(Budget(turns=3), Sampling(), Knobs()),
+        )
+        result = await train_grpo(
+            stack, config, workers=lambda s, run, n: worker_pool(s, run_id=run, concurrency=n)
+        )
+        assert result.state == "done"
+        wanted = pb.TrajectoryFilter(run_id=result.run_id)
+        kept = [t.id async for t in all_trajectories(stack, wanted)]
+    assert len(kept) == 2
+    found = collector.traces()
+    for trajectory_id in kept:
+        spans = found[traces.trace_of(trajectory_id)]
+        by_id = {span.span_id: span for span in spans}
+        assert len(by_id) == len(spans)
+        (root,) = [span for span in spans if not span.parent_id]
+        assert (root.name, root.component) == ("rollout", "driver")
+        assert root.span_id == traces.root_of(root.trace_id)
+        for span in spans:
+            assert span.end_ns >= span.start_ns
+            if span is not root:
+                parent = by_id[span.parent_id]
+                assert parent.start_ns <= span.start_ns
+        assert {span.component for span in spans} == {
+            *("driver", "policy", "sandbox", "judge", "dataset")
+        }
+        (learned,) = [span for span in spans if span.name == "learn"]
+        ((trace_id, span_id),) = learned.links
+        (step,) = [span for span in found[trace_id] if span.name.endswith("LearnerService/Step")]
+        assert (step.component, step.parent_id) == ("learner", span_id)
+        commits = [s for s in spans if s.name.endswith("/CommitRollout")]
+        assert [by_id[s.parent_id].name for s in commits] == ["rollout"]
+
+
+async def test_a_collector_that_is_away_costs_spans_and_no_call(world, dataset, collector):
+    collector.broken = True
+    async with world.playing(says(PIN, VALIDATE), dataset=dataset) as stack:
+        found = await Runner(stack).run(world.task, EpisodeSpec(grader=GRADER_BUILD_GATES))
+        assert found.reward.solved
+    assert not collector.spans
+
+
+async def test_a_share_of_traces_is_the_same_one_in_every_process(
+    world, dataset, collector, monkeypatch
+):
+    low, high = f"trj_{'a' * 16}0{'f' * 15}", f"trj_{'a' * 16}f{'0' * 15}"
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "0.5")
+    async with world.playing(says(PIN, VALIDATE), dataset=dataset) as stack:
+        for trajectory_id in (low, high):
+            await Runner(stack).run(
+                world.task, EpisodeSpec(grader=GRADER_BUILD_GATES), trajectory_id=trajectory_id
+            )
+    assert {traces.trace_of(low)} == set(collector.traces())

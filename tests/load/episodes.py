@@ -1,0 +1,316 @@
+"""Episodes, 24 at a time, while any process is killed at random: none lost, none doubled.
+
+- A scripted policy; a quarter of the episodes build a change that no other one has made.
+- Killed are the rollout worker, the four services that episodes need, Postgres with all its
+  processes, spawners and first processes of sandboxes, each kind as often as the others.
+- A kill waits until an episode was committed since the last one, then for a random time.
+- At the end the queue is emptied, and the database must show one trajectory for each rollout.
+- Memory is flat when a process that has lived for a while is no larger late in the run than early:
+  the line through its resident sizes rises by less than a sixth of their mean, and 10 MB.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from regreen.client.stack import Endpoints, Stack
+from regreen.common.v1 import GRADER_BUILD_GATES, MODE_ANY_FIX, PIPELINE_SIMPLIFIED
+from regreen.dataset import v1 as pb
+from regreen.rollout.bench_stack import resident_bytes
+from regreen.rollout.capacity import quantile
+from regreen.rollout.context import Budget, Knobs, Sampling, labels_of
+from regreen.rpc.errors import RegreenError
+from tests.integration.rollout.world import PIN, VALIDATE, call
+from tests.load import processes, train
+from tests.load.postgres import Postgres, remove
+from tests.load.train_check import look_at_rollouts
+from tests.load.train_party import KINDS as ALL_KINDS
+from tests.load.train_party import Party
+
+SERVICES = ("dataset", "sandbox", "policy", "judge")
+KINDS = tuple(kind for kind in ALL_KINDS if kind not in ("learner", "rank", "engine"))
+_RUN, _SIZE = "load", 2
+_BUILDS = 1000
+_BUDGET = Budget(turns=3, wall_s=60.0, validation_s=60.0)
+"""Short: a sandbox whose worker was killed stays for as long as an episode may take."""
+_STALL_S = 240.0
+"""Without a commit for so long it is stuck; far longer than any process takes to come back."""
+_GROWN_S = 20.0
+"""Age from which on the size of a process counts."""
+_GROWTH, _GROWTH_BYTES = 1 / 6, 10_000_000
+_FEW = 20
+"""Samples without which no line is drawn."""
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How much is run and killed."""
+
+    minutes: float = 30.0
+    at_once: int = 24
+    seed: int = 1
+    pace_s: float = 6.0
+    """Longest wait between an episode that was committed after a kill and the next kill."""
+
+
+def script() -> dict[str, Any]:
+    """Fixes, one in four that gives up, and one in four that builds what nobody has built."""
+    texts = []
+    for number in range(_BUILDS):
+        change = call("write_file", path="/work/repo/load.py", content=f"NUMBER = {number}\n")
+        texts += [PIN, change, f"Let me see {number}. {PIN}", call("give_up", reason="no way")]
+    rest = [{"text": VALIDATE, "turn": turn} for turn in (1, 2)]
+    return {"responses": [{"texts": texts, "turn": 0, "rotate": True}, *rest]}
+
+
+Size = tuple[float, float, int]
+"""When, how old the process was, and its resident bytes."""
+
+
+def growth(sizes: Sequence[Size]) -> tuple[float, float]:
+    """Bytes a second by which grown processes rise over the run, and their mean size."""
+    grown = [(when_s, size) for when_s, age_s, size in sizes if age_s >= _GROWN_S]
+    if len(grown) < _FEW:
+        return 0.0, 0.0
+    slope, _ = statistics.linear_regression(*zip(*grown, strict=True))
+    return slope, statistics.fmean(size for _, size in grown)
+
+
+@dataclass
+class Soak:
+    """A run that is killed, and what has been seen of it."""
+
+    party: Party
+    plan: Plan
+    run_id: str
+    stack: Stack
+    tell: train.Tell
+    killed: Counter[str] = field(default_factory=Counter)
+    asked: int = 0
+    """Rollouts."""
+    committed: int = 0
+    back_s: list[float] = field(default_factory=list)
+    """From each kill to the next commit that was seen."""
+    sizes: dict[str, list[Size]] = field(default_factory=lambda: defaultdict(list))
+    faults: list[str] = field(default_factory=list)
+    began_s: float = field(default_factory=time.monotonic)
+    _moved_s: float = field(default_factory=time.monotonic)
+    _waiting: int = 0
+    _over: bool = False
+
+    async def run(self) -> float:
+        """Until the time is over and the queue is empty; seconds that it took."""
+        tasks = [
+            asyncio.create_task(work())
+            for work in (self.party.keep, self._disturb, self._feed, self._weigh)
+        ]
+        try:
+            while not (self._over and self.committed >= self.asked):
+                self._over = time.monotonic() - self.began_s > 60 * self.plan.minutes
+                if time.monotonic() - self._moved_s > _STALL_S:
+                    self.faults.append(f"stuck at {self.committed} of {self.asked}")
+                    break
+                if ended := [task for task in tasks if task.done() and task.exception()]:
+                    self.faults.append(repr(ended[0].exception()))
+                    break
+                await asyncio.sleep(0.2)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self.faults += self.party.faults
+        return time.monotonic() - self.began_s
+
+    async def _feed(self) -> None:
+        """Keep the queue filled, and count what was committed."""
+        number = 0
+        while True:
+            with contextlib.suppress(RegreenError):  # its service was killed
+                found = (await self.stack.queue.get_queue(self.run_id)).rollouts
+                self._waiting = found["waiting"]
+                if found["committed"] > self.committed:
+                    self.committed, self._moved_s = found["committed"], time.monotonic()
+                if not self._over and self._waiting < self.plan.at_once:
+                    await self._add(number)
+                    number += 1
+            await asyncio.sleep(0.1)
+
+    async def _add(self, number: int) -> None:
+        labels = labels_of(_BUDGET, Sampling(), Knobs())
+        groups = [
+            pb.Group(
+                run_id=self.run_id,
+                task_id=train.TASKS[0],
+                size=_SIZE,
+                seed=number * self.plan.at_once + place,
+                step=1,
+                labels=labels,
+                pipeline=PIPELINE_SIMPLIFIED,
+                mode=MODE_ANY_FIX,
+                grader=GRADER_BUILD_GATES,
+            )
+            for place in range(self.plan.at_once)
+        ]
+        request_id = f"load-{number}"
+        while True:  # the same request until it is answered: asked twice, added once
+            try:
+                await self.stack.queue.enqueue_groups(groups, request_id=request_id)
+                self.asked += _SIZE * len(groups)
+                return
+            except RegreenError as error:
+                self.tell(f"    groups are added again: {error}")
+                await asyncio.sleep(0.5)
+
+    async def _disturb(self) -> None:
+        rng = random.Random(self.plan.seed)
+        deck: list[str] = []
+        while not self._over:
+            since_s = self._moved_s
+            while self._moved_s == since_s:  # noqa: ASYNC110 - a database
+                await asyncio.sleep(0.05)
+            if self.killed:
+                self.back_s.append(self._moved_s - since_s)
+            await asyncio.sleep(rng.uniform(0, self.plan.pace_s))
+            deck = deck or rng.sample(KINDS, len(KINDS))
+            kind = next((one for one in deck if self.party.found(one)), "")
+            if not kind:
+                deck = []
+                continue
+            deck.remove(kind)
+            pid = rng.choice(self.party.found(kind) or [0])
+            if pid and not self._over and self.party.kill(kind, pid):
+                self._moved_s = time.monotonic()
+                self.killed[kind] += 1
+                self.tell(
+                    f"{time.strftime('%H:%M:%S')} kill {self.killed.total()}: {kind} (pid {pid}), "
+                    f"{self.committed} of {self.asked} committed"
+                )
+
+    async def _weigh(self) -> None:
+        while True:
+            now_s = time.monotonic()
+            for kind in (*SERVICES, "driver"):
+                for pid in self.party.found(kind):
+                    if born := processes.start_time(pid):
+                        age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - born / _TICKS_PER_S
+                        self.sizes[kind].append((now_s, age_s, resident_bytes(pid)))
+            await asyncio.sleep(1.0)
+
+    def report(self, took_s: float) -> dict[str, Any]:
+        """Figures of the run, and what of its memory is at fault."""
+        memory = {}
+        for kind, sizes in self.sizes.items():
+            slope, mean = growth(sizes)
+            memory[kind] = {
+                "mean_mb": round(mean / 1e6, 1),
+                "most_mb": round(max(size for _, _, size in sizes) / 1e6, 1),
+                "mb_per_hour": round(slope * 3600 / 1e6, 1),
+            }
+            if slope * took_s > max(_GROWTH * mean, _GROWTH_BYTES):
+                self.faults.append(f"memory of {kind} grows: {memory[kind]}")
+        back_s = sorted(self.back_s)
+        return {
+            "minutes": round(took_s / 60, 2),
+            "at_once": self.plan.at_once,
+            "asked": self.asked,
+            "committed": self.committed,
+            "episodes_per_s": round(self.committed / took_s, 3),
+            "kills": self.killed.total(),
+            "killed": dict(self.killed),
+            "next_commit_s": {
+                f"p{p}": round(quantile(back_s, p / 100), 2) for p in (50, 95, 100) if back_s
+            },
+            "memory": memory,
+            "load_1m": round(os.getloadavg()[0], 2),
+            "cpus": os.cpu_count(),
+        }
+
+
+async def _all(home: Path, plan: Plan, postgres: Postgres, tell: train.Tell) -> dict[str, Any]:
+    load = train.Load(home, train.Plan(seed=plan.seed), postgres, tell, script())
+    load.database(_RUN, "template1")
+    flags = {name: [*load.flags(_RUN, load.model)[name]] for name in SERVICES}
+    flags["sandbox"] += ["--max-sandboxes", str(16 * plan.at_once)]
+    job = home / "job.json"
+    party = Party(home / _RUN, postgres, flags, job, "tests.load.episodes_driver")
+    party.start(*SERVICES)
+    try:
+        async with Stack(Endpoints(**party.endpoints, learner=""), patience_s=120.0) as stack:
+            await load.prepare(stack)
+            run_id = (await stack.runs.create_run(_RUN, "grpo")).run.id
+            given = {
+                "endpoints": {**party.endpoints, "learner": ""},
+                "run_id": run_id,
+                "at_once": plan.at_once,
+            }
+            job.write_text(json.dumps(given))
+            party.start("driver")
+            soak = Soak(party, plan, run_id, stack, tell)
+            report = soak.report(await soak.run())
+    finally:
+        await asyncio.to_thread(party.stop)
+    found = look_at_rollouts(postgres.url_of(_RUN), _RUN, soak.asked)
+    return {**report, **found.facts, "faults": soak.faults + found.faults}
+
+
+def soak(
+    plan: Plan, tell: train.Tell = lambda line: None, keep: Path | None = None
+) -> Mapping[str, Any]:
+    """One run in a directory that goes afterwards; the report.
+
+    `keep` gets the logs where something was at fault.
+    """
+    home = Path(tempfile.mkdtemp(prefix="regreen-load-"))
+    home.chmod(0o711)
+    try:
+        with Postgres(home / "pg") as postgres:
+            report = asyncio.run(_all(home, plan, postgres, tell))
+        if keep is not None and report["faults"]:
+            keep.mkdir(parents=True, exist_ok=True)
+            for log in home.glob("*/*.log"):
+                shutil.copy(log, keep / f"{log.parent.name}-{log.name}")
+        return report
+    finally:
+        remove(home)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run it; 0 when nothing was at fault."""
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, prog="python -m tests.load.episodes", description=__doc__
+    )
+    usual = Plan()
+    parser.add_argument("--minutes", type=float, default=usual.minutes)
+    parser.add_argument("--at-once", type=int, default=usual.at_once)
+    parser.add_argument("--seed", type=int, default=usual.seed)
+    parser.add_argument("--pace-s", type=float, default=usual.pace_s)
+    parser.add_argument("--out", type=Path, default=Path("build/bench/load-faults.json"))
+    given = parser.parse_args(argv)
+    plan = Plan(given.minutes, given.at_once, given.seed, given.pace_s)
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    report = soak(
+        plan, lambda line: print(line, file=sys.stderr, flush=True), given.out.with_suffix("")
+    )
+    given.out.write_text(json.dumps(report, indent=2) + "\n")
+    for name, value in report.items():
+        print(f"{name:16} {value}")
+    print(f"{'verdict':16} {'BREACH' if report['faults'] else 'held'}")
+    return 1 if report["faults"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
