@@ -1,5 +1,8 @@
 """Prometheus metrics of training; the latest step's values are gauges, labelled by kind of run."""
 
+import contextlib
+from collections.abc import Collection
+
 from prometheus_client import Counter, Gauge, Histogram
 
 from learner_svc.record import StepRecord
@@ -42,6 +45,15 @@ LATEST = {
         "hack_rate": "Rate of rollouts flagged as hacks, as the driver reported it.",
     }.items()
 }
+
+
+def show_active(kinds: Collection[str]) -> None:
+    """Show how many runs train, by their kinds; the last of a kind takes what was latest along."""
+    ACTIVE.set(len(kinds))
+    for kind in {"sft", "grpo"} - set(kinds):
+        for gauge in LATEST.values():
+            with contextlib.suppress(KeyError):  # it was never shown
+                gauge.remove(kind)
 
 
 def observe_step(kind: str, record: StepRecord) -> None:

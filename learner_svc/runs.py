@@ -327,7 +327,7 @@ class Runs:
 
     def _show_active(self) -> None:
         active = [run for run in self._runs.values() if run.record.state is RunState.ACTIVE]
-        metrics.ACTIVE.set(len(active))
+        metrics.show_active([run.record.spec.kind.value for run in active])
 
     async def save(self, run_id: str, policy_version: int) -> ckpt.Saved:
         """Write a checkpoint.

@@ -66,10 +66,13 @@ def latest(title: str, unit: str, name: str, about: str = "") -> Panel:
 
 
 def each_trajectory(expr: str) -> str:
-    """So much of something for each trajectory that was stored."""
+    """So much of something, in an hour, for each trajectory that was stored in it.
+
+    In the usual window many a step has no trajectory, and its cost would be nobody's.
+    """
     return (
         f"({expr}) / "
-        'scalar(sum(increase(regreen_dataset_rows_total{%, table="trajectories"}[@])) > 0)'
+        'scalar(sum(increase(regreen_dataset_rows_total{%, table="trajectories"}[1h])) > 0)'
     )
 
 
@@ -264,7 +267,11 @@ SANDBOXES = (
         "bytes",
         (
             ("sum by (instance) (regreen_sandbox_layer_bytes{%})", "layers {{instance}}"),
-            ("min by (instance) (regreen_sandbox_disk_free_bytes{%})", "free {{instance}}"),
+            (
+                "min by (job, instance) (regreen_sandbox_disk_free_bytes{%})"
+                " unless on (job, instance) regreen_sandbox_workers{%}",
+                "free {{instance}}",
+            ),
         ),
     ),
     one("States", "none", "sum by (instance) (regreen_sandbox_states{%})", "{{instance}}"),
@@ -277,15 +284,15 @@ SANDBOXES = (
 COST = (
     one(
         "Processor time of services for a trajectory", "s",
-        each_trajectory("sum by (component) (increase(process_cpu_seconds_total{%}[@]))"),
+        each_trajectory("sum by (component) (increase(process_cpu_seconds_total{%}[1h]))"),
         "{{component}}", "Of the service's own process: no rank, engine or sandbox.",
     ),
     Panel(
         "Sandbox time for a trajectory", "s",
         (
-            (each_trajectory("sum(increase(regreen_sandbox_exec_seconds_sum{%}[@]))"), "commands"),
+            (each_trajectory("sum(increase(regreen_sandbox_exec_seconds_sum{%}[1h]))"), "commands"),
             (
-                each_trajectory("sum(increase(regreen_sandbox_validate_seconds_sum{%}[@]))"),
+                each_trajectory("sum(increase(regreen_sandbox_validate_seconds_sum{%}[1h]))"),
                 "validations",
             ),
         ),
@@ -293,51 +300,52 @@ COST = (
     ),
     one(
         "Engine time for a trajectory", "s",
-        each_trajectory("sum(increase(regreen_policy_generate_seconds_sum{%}[@]))"),
+        each_trajectory("sum(increase(regreen_policy_generate_seconds_sum{%}[1h]))"),
     ),
     one(
         "Tokens for a trajectory", "none",
-        each_trajectory("sum by (kind) (increase(regreen_policy_tokens_total{%}[@]))"), "{{kind}}",
+        each_trajectory("sum by (kind) (increase(regreen_policy_tokens_total{%}[1h]))"), "{{kind}}",
     ),
     one(
         "Prompt tokens from the cache", "percentunit",
-        'sum(increase(regreen_policy_tokens_total{%, kind="cached"}[@]))'
-        ' / sum(increase(regreen_policy_tokens_total{%, kind="prompt"}[@]))',
+        'sum(increase(regreen_policy_tokens_total{%, kind="cached"}[1h]))'
+        ' / sum(increase(regreen_policy_tokens_total{%, kind="prompt"}[1h]))',
     ),
     one(
         "Learner time for a trajectory", "s",
-        each_trajectory("sum(increase(regreen_learner_step_seconds_sum{%}[@]))"),
+        each_trajectory("sum(increase(regreen_learner_step_seconds_sum{%}[1h]))"),
     ),
     one(
         "Tokens trained on for a trajectory", "none",
-        each_trajectory("sum by (kind) (increase(regreen_learner_tokens_total{%}[@]))"), "{{kind}}",
+        each_trajectory("sum by (kind) (increase(regreen_learner_tokens_total{%}[1h]))"),
+        "{{kind}}",
     ),
     Panel(
         "Price of a trajectory", "currencyUSD",
         (
             (
                 each_trajectory(
-                    "$core_hour_usd / 3600 * sum(increase(process_cpu_seconds_total{%}[@]))"
+                    "$core_hour_usd / 3600 * sum(increase(process_cpu_seconds_total{%}[1h]))"
                 ),
                 "services",
             ),
             (
                 each_trajectory(
-                    "$core_hour_usd / 3600 * sum(increase(regreen_sandbox_exec_seconds_sum{%}[@]))"
+                    "$core_hour_usd / 3600 * sum(increase(regreen_sandbox_exec_seconds_sum{%}[1h]))"
                 ),
                 "sandboxes",
             ),
             (
                 each_trajectory(
                     "$engine_hour_usd / 3600"
-                    " * sum(increase(regreen_policy_generate_seconds_sum{%}[@]))"
+                    " * sum(increase(regreen_policy_generate_seconds_sum{%}[1h]))"
                 ),
                 "engine",
             ),
             (
                 each_trajectory(
                     "$learner_hour_usd / 3600"
-                    " * sum(increase(regreen_learner_step_seconds_sum{%}[@]))"
+                    " * sum(increase(regreen_learner_step_seconds_sum{%}[1h]))"
                 ),
                 "learner",
             ),

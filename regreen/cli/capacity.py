@@ -14,6 +14,8 @@ from regreen.rollout.capacity_fit import capacity as capacity_of
 from regreen.rollout.capacity_fit import markdown, measured
 from regreen.rpc.errors import InvalidArgument
 
+_MOST = 1_000_000
+"""Episodes at a time: a simulation of more would not end today."""
 _KEYS = ("cores", "replicas", "samples", "others")
 
 
@@ -47,8 +49,8 @@ def capacity(
         numbers = [int(part) for part in episodes.split(",")]
     except ValueError:
         numbers = []
-    if not numbers or min(numbers) < 1:
-        problem = f"{episodes!r} is no list of whole numbers above 0"
+    if not numbers or not all(0 < number <= _MOST for number in numbers):
+        problem = f"{episodes!r} is no list of whole numbers from 1 to {_MOST:,}"
         output.fail(InvalidArgument("episodes", problem, "give some as 1000,10000"))
     if builds not in ("none", "real"):
         output.fail(InvalidArgument("builds", f"{builds!r} is unknown", "give none or real"))
@@ -59,7 +61,10 @@ def capacity(
     try:
         found = capacity_of(report, numbers, builds, _fleet(fleet) if fleet else None)
     except ValueError as error:
-        output.fail(InvalidArgument("from", str(error), "or leave --builds out"))
+        output.fail(InvalidArgument("from", str(error), "name another report"))
+    except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
+        problem = f"{source} lacks what a whole report holds ({error})"
+        output.fail(InvalidArgument("from", problem, "make one with `regreen bench load`"))
     if json_output:
         output.print_json(found)
     else:
@@ -73,6 +78,9 @@ def _fleet(path: Path) -> Fleet:
         problem = f"{path} has {unknown[0]!r}"
         output.fail(InvalidArgument("fleet", problem, f"it may have {', '.join(_KEYS)}"))
     replicas = given.get("replicas", {})
+    if not isinstance(replicas, dict):
+        problem = f"{path}: replicas are {replicas!r}"
+        output.fail(InvalidArgument("fleet", problem, "give a table: driver = 4"))
     if unknown := sorted(set(replicas) - set(PROGRAMS)):
         problem = f"{path} has replicas of {unknown[0]!r}"
         output.fail(InvalidArgument("fleet", problem, f"name some of {', '.join(PROGRAMS)}"))
@@ -80,6 +88,13 @@ def _fleet(path: Path) -> Fleet:
     if any(type(number) is not int or number < 1 for number in whole):
         problem = f"{path}: cores and replicas are whole numbers above 0"
         output.fail(InvalidArgument("fleet", problem, "give cores = 64 for one"))
+    samples, others = given.get("samples", 0), given.get("others", 0.0)
+    if type(samples) is not int or samples < 0:
+        problem = f"{path}: samples are a whole number from 0 on"
+        output.fail(InvalidArgument("fleet", problem, "give samples = 512 for one"))
+    if type(others) not in (int, float) or not 0 <= others < given["cores"]:
+        problem = f"{path}: others are a number of cores, less than all"
+        output.fail(InvalidArgument("fleet", problem, "leave it out, or give others = 0.5 for one"))
     return Fleet(**given)
 
 

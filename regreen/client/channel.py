@@ -27,6 +27,7 @@ from regreen.client.access import Access
 from regreen.rpc.channels import BearerFile, open_channel
 from regreen.rpc.errors import RegreenError, ResourceExhausted, Unavailable
 from regreen.rpc.logging import TRACE_HEADER, TRAJECTORY_HEADER
+from regreen.rpc.spans import SAMPLED
 from regreen.rpc.traces import root_of, trace_of
 from regreen.rpc.wire import NOBODY, from_rpc_error
 
@@ -206,5 +207,5 @@ def call_metadata() -> tuple[tuple[str, str], ...]:
         found.append((TRAJECTORY_HEADER, trajectory_id))
     if _TRACE_ID.fullmatch(trace_id):
         span_id = str(bound.get("span_id", "")) or root_of(trace_id)
-        found.append((TRACE_HEADER, f"00-{trace_id}-{span_id}-01"))
+        found.append((TRACE_HEADER, f"00-{trace_id}-{span_id}-{SAMPLED.get():02x}"))
     return tuple(found)

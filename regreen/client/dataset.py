@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import grpc
+import structlog
 from google.protobuf.struct_pb2 import Struct
 
 from regreen.client.channel import (
@@ -121,7 +122,9 @@ class TrajectoryClient(Caller):
         request = pb.CommitTrajectoryRequest(
             request_id=request_id or new_request_id(), trajectory=trajectory
         )
-        stored: str = (await self._call(self._stub.CommitTrajectory, request, WRITE_S)).id
+        about = {"trajectory_id": trajectory.id} if trajectory.id else {}
+        with structlog.contextvars.bound_contextvars(**about):  # the end of its trace
+            stored: str = (await self._call(self._stub.CommitTrajectory, request, WRITE_S)).id
         return stored
 
     async def get_trajectory(self, id: str, *, without_tokens: bool = False) -> pb.Trajectory:

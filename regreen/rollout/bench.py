@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -188,9 +189,9 @@ class _Episodes:
         self.took_s: list[float] = []
 
     def __call__(self, progress: RolloutProgress) -> None:
-        """Hear of a rollout."""
+        """Hear of a rollout. One that is tried again took the time of all its tries."""
         if progress.what == "leased":
-            self._began_s[progress.rollout_id] = time.perf_counter()
+            self._began_s.setdefault(progress.rollout_id, time.perf_counter())
         elif progress.what == "committed":
             self.took_s.append(time.perf_counter() - self._began_s[progress.rollout_id])
 
@@ -236,6 +237,10 @@ async def measure(plan: Plan, home: Path, model: Path, prepare: Prepare) -> dict
     return {**report, "counts_builds": services.counts_builds}
 
 
+_SHAPE = ("levels", "turns", "tokens", "tokens_per_s", "builds")
+"""Options that choose a shape."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; the exit code."""
     parser = argparse.ArgumentParser(
@@ -247,27 +252,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     usual = Plan()
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--quick", action="store_true", help="a small shape, for smoke tests")
-    parser.add_argument("--levels", default=",".join(map(str, usual.levels)))
-    parser.add_argument("--turns", type=int, default=usual.turns)
-    parser.add_argument("--tokens", type=int, default=usual.tokens)
-    parser.add_argument("--tokens-per-s", type=float, default=usual.tokens_per_s)
-    parser.add_argument("--builds", choices=("none", "real"), default=usual.builds)
-    given = parser.parse_args(argv)
-    levels = tuple(int(part) for part in given.levels.split(",") if part)
-    plan = Plan(
-        levels,
-        given.turns,
-        tokens=given.tokens,
-        tokens_per_s=given.tokens_per_s,
-        builds=given.builds,
-    )
+    parser.add_argument("--levels", help=",".join(map(str, usual.levels)))
+    parser.add_argument("--turns", type=int, help=str(usual.turns))
+    parser.add_argument("--tokens", type=int, help=str(usual.tokens))
+    parser.add_argument("--tokens-per-s", type=float, help=str(usual.tokens_per_s))
+    parser.add_argument("--builds", choices=("none", "real"), help=usual.builds)
+    given = vars(parser.parse_args(argv))
+    shape = {name: given[name] for name in _SHAPE if given[name] is not None}
+    if given["quick"] and shape:
+        flag = next(iter(shape)).replace("_", "-")
+        parser.error(f"--quick is a shape of its own; leave --{flag} out")
+    if "levels" in shape:
+        shape["levels"] = tuple(int(part) for part in shape["levels"].split(",") if part)
+    plan = QUICK if given["quick"] else replace(usual, **shape)
     model = ensure_default_model(default_home(), say).path.resolve()
     with tempfile.TemporaryDirectory(prefix="regreen-bench-") as folder:
         home = Path(folder)
         home.chmod(0o711)
-        plan = QUICK if given.quick else plan
         report = asyncio.run(measure(plan, home, model, shipped_task))
-    sys.stdout.write(json.dumps(report, indent=1) + "\n" if given.json else table(report))
+    sys.stdout.write(json.dumps(report, indent=1) + "\n" if given["json"] else table(report))
     return 0
 
 

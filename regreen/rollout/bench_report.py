@@ -17,6 +17,8 @@ CALLS = 3
 """Calls of one turn: Generate, the tool, RenderChat."""
 _LEFT_FLAT = 3.0
 """Times the smallest median overhead, from which on it has left the flat part."""
+_LEAST_MS = 1.0
+"""Least of a flat part: below it a median is one of clocks."""
 _FULL = 0.85
 """Share of a core, or of all, from which on a process, or the machine, is full."""
 _PERCENTILES = (50, 95, 99)
@@ -262,7 +264,9 @@ def knee_of(rows: Mapping[str, Mapping[str, Any]], cpus: int) -> dict[str, Any]:
     """The last level of the flat part, the first beyond it, and what is full there."""
     flat_ms = min(row["overhead_ms"]["p50"] for row in rows.values())
     names = list(rows)
-    beyond = [n for n in names if rows[n]["overhead_ms"]["p50"] > _LEFT_FLAT * flat_ms]
+    beyond = [
+        n for n in names if rows[n]["overhead_ms"]["p50"] > _LEFT_FLAT * max(flat_ms, _LEAST_MS)
+    ]
     if not beyond:
         return {"flat_ms": flat_ms, "flat_to": names[-1], "beyond": "", "full": "nothing"}
     first = names.index(beyond[0])

@@ -97,7 +97,8 @@ class Found:
     episode_s: Mapping[str, float]
     """Time of an episode: mean, p50, p95."""
     busy: Mapping[str, float]
-    """Share of its servers' time that each station was held; `cores` is the machine."""
+    """Share of their time that a station's servers worked; `cores` is the machine. One whose job
+    waits for a core is not free, and does not work."""
 
     @property
     def bottleneck(self) -> str:
@@ -147,12 +148,15 @@ class _Run:
         self._step, self._due_s, self._begun_s = [0] * slots, [0.0] * slots, [0.0] * slots
         self._events: list[tuple[float, int, int]] = []
         self._number = 0
-        self._now_s = 0.0
+        self._now_s = self._from_s = 0.0
         self.ended: list[tuple[float, float]] = []
         """When each episode ended, and how long it took."""
 
-    def go(self, spread_s: float, until: int) -> None:
-        """Begin within `spread_s`, and go on until so many episodes have ended."""
+    def go(self, spread_s: float, until: int, warm: int = 0) -> None:
+        """Begin within `spread_s`, and go on until so many episodes have ended.
+
+        How busy servers are counts from when `warm` of them have.
+        """
         first = min(self._slots, self._left)
         self._left -= first
         for job in range(first):
@@ -162,13 +166,18 @@ class _Run:
         while len(self.ended) < until:
             self._now_s, _, job = heapq.heappop(self._events)
             self._woken(job)
+            if warm and len(self.ended) >= warm:
+                warm, self._from_s = 0, self._now_s
+                for pool in (self._cores, *self._pools.values()):
+                    pool.held_s = 0.0
 
     def busy(self, fleet: Fleet) -> dict[str, float]:
-        """Share of their time that servers were held."""
-        found = {"cores": self._cores.held_s / fleet.cores / self._now_s}
+        """Share of their time that servers worked."""
+        took_s = self._now_s - self._from_s
+        found = {"cores": self._cores.held_s / fleet.cores / took_s}
         for name, pool in self._pools.items():
             if servers := fleet.servers(name):
-                found[name] = pool.held_s / servers / self._now_s
+                found[name] = pool.held_s / servers / took_s
         return found
 
     def _at(self, when_s: float, job: int) -> None:
@@ -254,7 +263,7 @@ def simulate(demand: Demand, fleet: Fleet, at_once: int, episodes: int = 0, seed
     """
     begin, until = (episodes, episodes) if episodes else (1 << 60, 2 * at_once)
     run = _Run(demand, fleet, at_once, begin, seed)
-    run.go(0.0 if episodes else demand.alone_s, until)
+    run.go(0.0 if episodes else demand.alone_s, until, 0 if episodes else at_once)
     counted = run.ended if episodes else run.ended[at_once:]
     begin_s = 0.0 if episodes else run.ended[at_once - 1][0]
     times = sorted(took for _, took in counted)

@@ -2,7 +2,8 @@
 
 - Fitted to the sweep over turns, which runs at one number of episodes at a time, and with real
   builds to the first of their levels; every other level is predicted and held against its measure.
-- What others kept busy while a level was measured is given to its prediction.
+- What others kept busy is taken from the sweep over turns alone: from the level that is predicted
+  it would hide what the model lacks. A prediction is the mean of several draws.
 """
 
 import statistics
@@ -23,6 +24,7 @@ from regreen.rollout.capacity import (
 )
 
 Report = Mapping[str, Any]
+_DRAWS = 10
 SWEEPS = {"none": "levels", "real": "builds"}
 """Levels of a report by what their builds were."""
 
@@ -44,7 +46,7 @@ def fit(report: Report, builds: str = "none") -> Demand:
         engine_s=statistics.fmean(row["engine_ms"] for row in lengths.values()) / 1e3,
     )
     found = [
-        simulate(replace(demand, turns=n), fleet_of(report, row), row["at_once"], row["episodes"])
+        simulate(replace(demand, turns=n), fleet_of(report), row["at_once"], row["episodes"])
         for n, row in zip(turns, lengths.values(), strict=True)
     ]
     rest = [was - one.episode_s["p50"] for was, one in zip(p50_s, found, strict=True)]
@@ -57,7 +59,15 @@ def _with_builds(demand: Demand, report: Report) -> Demand:
     """An episode that builds takes what the first level with real builds took beyond its turns."""
     rows = report["builds"]
     if not rows:
-        raise ValueError("the report holds no real builds; run `regreen bench load --builds real`")
+        raise ValueError(
+            "the report holds no real builds; run `regreen bench load --builds real`, "
+            "or leave --builds out"
+        )
+    if not report.get("counts_builds"):
+        raise ValueError(
+            "the report lacks the processor time of builds that had ended; measure as root on a "
+            "host with control groups of version 1, or leave --builds out"
+        )
     row = next(iter(rows.values()))
     turns = row["turns"] / row["episodes"]
     each = {n: row["cpu_s"][n] / row["episodes"] - turns * demand.turn_s[n] for n in PROGRAMS}
@@ -65,37 +75,45 @@ def _with_builds(demand: Demand, report: Report) -> Demand:
     return replace(demand, turns=round(turns), episode_s=episode_s)
 
 
-def fleet_of(report: Report, row: Report) -> Fleet:
-    """The machine on which a level was measured."""
-    others = max(0.0, row["mean_busy_cores"] - row["cores"]["all"])
-    return Fleet(int(report["cpus"]), others=others)
+def fleet_of(report: Report) -> Fleet:
+    """The machine on which it was measured."""
+    rows = report["lengths"].values()
+    others = statistics.fmean(row["mean_busy_cores"] - row["cores"]["all"] for row in rows)
+    return Fleet(int(report["cpus"]), others=max(0.0, others))
 
 
 def compare(demand: Demand, report: Report, builds: str = "none") -> list[dict[str, Any]]:
     """Every level as predicted and as measured; `fitted` tells those that the fit has seen."""
-    found = []
-    for number, row in enumerate(report[SWEEPS[builds]].values()):
-        told = simulate(demand, fleet_of(report, row), row["at_once"], row["episodes"])
-        pairs = {
-            "episodes_per_s": (told.episodes_per_s, row["episodes_per_s"]),
-            "p50_s": (told.episode_s["p50"], row["episode_s"]["p50"]),
-            "p95_s": (told.episode_s["p95"], row["episode_s"]["p95"]),
+    fleet = fleet_of(report)
+    return [
+        {
+            "at_once": row["at_once"],
+            "fitted": builds == "real" and number == 0,
+            **_held_against(demand, fleet, row),
         }
-        found.append(
-            {
-                "at_once": row["at_once"],
-                "fitted": builds == "real" and number == 0,
-                **{
-                    name: {
-                        "predicted": round(said, 3),
-                        "measured": round(was, 3),
-                        "error": round(said / was - 1, 3),
-                    }
-                    for name, (said, was) in pairs.items()
-                },
-            }
-        )
-    return found
+        for number, row in enumerate(report[SWEEPS[builds]].values())
+    ]
+
+
+def _held_against(demand: Demand, fleet: Fleet, row: Report) -> dict[str, dict[str, float]]:
+    """Mean and deviation of some draws of a level, beside what was measured once."""
+    told = [
+        simulate(demand, fleet, row["at_once"], row["episodes"], seed) for seed in range(_DRAWS)
+    ]
+    pairs = {
+        "episodes_per_s": ([one.episodes_per_s for one in told], row["episodes_per_s"]),
+        "p50_s": ([one.episode_s["p50"] for one in told], row["episode_s"]["p50"]),
+        "p95_s": ([one.episode_s["p95"] for one in told], row["episode_s"]["p95"]),
+    }
+    return {
+        name: {
+            "predicted": round(statistics.fmean(said), 3),
+            "deviation": round(statistics.stdev(said), 3),
+            "measured": round(was, 3),
+            "error": round(statistics.fmean(said) / was - 1, 3),
+        }
+        for name, (said, was) in pairs.items()
+    }
 
 
 def project(demand: Demand, fleet: Fleet, numbers: Sequence[int]) -> list[dict[str, Any]]:
@@ -171,12 +189,13 @@ def capacity(
 def markdown(found: Report) -> str:
     """The fit and the projection as tables."""
     lines = [
-        "| at a time | episodes/s: predicted, measured, error | p50 s | p95 s |",
+        "| at a time | episodes/s: predicted ± deviation, measured, error | p50 s | p95 s |",
         "|---|---|---|---|",
     ]
     for row in found["fit"]:
         cells = [
-            f"{one['predicted']:.4g}, {one['measured']:.4g}, {one['error']:+.0%}"
+            f"{one['predicted']:.4g} ± {one['deviation']:.2g}, {one['measured']:.4g}, "
+            f"{one['error']:+.0%}"
             for one in (row["episodes_per_s"], row["p50_s"], row["p95_s"])
         ]
         name = f"{row['at_once']}{' (fitted)' if row['fitted'] else ''}"

@@ -186,8 +186,10 @@ class Worker:
 
     async def _traced(self, lease: pb.Lease, start: "asyncio.Future[SharedStart | None]") -> None:
         """One leased rollout, from start to commit or give-back, as one trace."""
-        about = {"rollout_id": lease.rollout_id, "run_id": lease.group.run_id}
-        with traces.span("rollout", trajectory_id := new_id("trj"), **about):
+        about = {"rollout_id": lease.rollout_id, "group_id": lease.group.id}
+        with traces.span(
+            "rollout", trajectory_id := new_id("trj"), run_id=lease.group.run_id, **about
+        ):
             await self._work(lease, start, trajectory_id)
 
     async def _work(

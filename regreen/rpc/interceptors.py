@@ -19,7 +19,6 @@
 import asyncio
 import hashlib
 import inspect
-import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from logging import DEBUG
@@ -43,14 +42,13 @@ from regreen.rpc.errors import (
 from regreen.rpc.idempotency import Idempotency, Leaving
 from regreen.rpc.logging import TRACE_HEADER, TRAJECTORY_HEADER, get
 from regreen.rpc.scopes import SCOPES
-from regreen.rpc.spans import Span
+from regreen.rpc.spans import SAMPLED, Span
 from regreen.rpc.tenants import HEADER as TENANT_HEADER
 from regreen.rpc.tenants import believe
 from regreen.rpc.tokens import HEADER, Guard, caller
 
 Context = grpc.aio.ServicerContext[Any, Any]
 _END = object()
-_TRACE_ID = re.compile(r"[0-9a-f]{32}")
 _MAX_ID_CHARS = 100
 """Of an id that a caller made up, so much is logged."""
 _OWN_ID_CHARS = 32
@@ -309,8 +307,8 @@ class _Observed:
     ) -> None:
         self._call, self._counts, self._context = call, counts, context
         trace, trajectory = _headers(context)
-        self._ids = _ids(request, trace, trajectory)
         self.span = Span.after(trace)
+        self._ids = _ids(request, self.span.trace_id, trajectory)
         self.span.saw(request)
         remaining_s = context.time_remaining()
         self.timeout_s = limit_s if remaining_s is None else min(remaining_s, limit_s)
@@ -329,8 +327,11 @@ class _Observed:
 
     async def __aenter__(self) -> "_Observed":
         structlog.contextvars.bind_contextvars(
-            method=self._call._name, span_id=self.span.span_id, **self._ids
+            method=self._call._name,
+            span_id=self.span.span_id,
+            **self._ids,
         )
+        SAMPLED.set(self.span.sampled)
         self._start_s, self._start_ns = time.monotonic(), time.time_ns()
         self._counts.started.inc()
         owner = self._call._owner
@@ -356,7 +357,9 @@ class _Observed:
         code = mapped.status if mapped else ("CANCELLED" if error else "OK")
         self._counts.ended(code, seconds)
         if self.span.sampled:
-            traces.served(self._call._name, self.span, self._ids, code, self._start_ns)
+            who = caller()
+            ids = self._ids | {"tenant": who.tenant if who else ""}
+            traces.served(self._call._name, self.span, ids, code, self._start_ns)
         if self._call._audit is not None:
             self._call._audit.end(**self._identity, code=code, **self.span.subjects)
         log = self._call._owner._log
@@ -409,13 +412,10 @@ def _peer(context: Context) -> str:
     return ",".join(name.decode(errors="replace") for name in names)
 
 
-def _ids(request: Any, trace: str, trajectory: str) -> dict[str, str]:
+def _ids(request: Any, trace_id: str, trajectory: str) -> dict[str, str]:
     """Ids of a call for its logs; a trajectory without a trace is a trace of its own."""
     trajectory_id = getattr(request, "trajectory_id", "") or trajectory
-    own_trace = trajectory_id.removeprefix("trj_")
-    trace_id = trace[3:35]
-    if not trace_id and _TRACE_ID.fullmatch(own_trace):
-        trace_id = own_trace
+    trace_id = trace_id or traces.trace_of(trajectory_id)
     return {"trajectory_id": trajectory_id[:_MAX_ID_CHARS], "trace_id": trace_id}
 
 

@@ -10,6 +10,7 @@
 import re
 import secrets
 from collections.abc import Hashable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, cast
@@ -25,6 +26,8 @@ _NESTED = ("state", "sandbox", "execution")
 _BY_PREFIX = {"st": "state_id", "sbx": "sandbox_id", "exe": "exec_id", "run": "run_id"}
 _MAX_CHARS = 100
 _SAMPLED = 1
+SAMPLED: ContextVar[bool] = ContextVar("sampled", default=True)
+"""Whether the trace that is open is one whose spans are kept."""
 
 
 @lru_cache(maxsize=1024)

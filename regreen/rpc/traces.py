@@ -5,8 +5,8 @@
 - One trace per trajectory: its trace id is the trajectory's, and the id of its first span follows
   from that, so that every process finds it from the trajectory alone.
 - `OTEL_TRACES_SAMPLER_ARG` is the share of traces that are sent, the same ones by every process.
-- No call waits for a collector: spans go in batches from a thread of their own; those that find its
-  queue full are dropped.
+- No call waits for a collector: spans go in batches from a thread of their own. The oldest go when
+  its queue is full, and a batch that is not taken in time goes too.
 - A span tells ids, names, times and codes; nothing else of a message ever leaves.
 """
 
@@ -26,7 +26,7 @@ import structlog
 
 from regreen import __version__
 from regreen.rpc.errors import FailedPrecondition, InvalidArgument, RegreenError
-from regreen.rpc.spans import Span
+from regreen.rpc.spans import SAMPLED, Span
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.resources import Resource
@@ -35,8 +35,13 @@ if TYPE_CHECKING:
 ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
 _ENDPOINTS = (ENDPOINT, "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 _SHARE = "OTEL_TRACES_SAMPLER_ARG"
-_OFF = "OTEL_SDK_DISABLED"
+_OFF, _EXPORTER = "OTEL_SDK_DISABLED", "OTEL_TRACES_EXPORTER"
+_PROTOCOLS = ("OTEL_EXPORTER_OTLP_PROTOCOL", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL")
+_RANDOM_BITS = 56
+"""Of a trace id, from the right: those that W3C's Trace Context calls random. The bits before them
+tell the time and the version in an id of ours (UUIDv7)."""
 _TRACE_ID = re.compile(r"(?!0{32})[0-9a-f]{32}")
+_OF_CALL = ("trajectory_id", "tenant")
 _LEAVE_S = 2.0
 """What whoever ends waits for the last spans to be taken."""
 DRIVER = "driver"
@@ -49,6 +54,7 @@ class Link:
 
     trace_id: str
     span_id: str
+    start_ns: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +81,7 @@ def prepare() -> None:
 
     Raises:
         FailedPrecondition: OpenTelemetry's packages are not installed.
-        InvalidArgument: the share of traces is none.
+        InvalidArgument: a variable holds what it cannot; names it.
     """
     _sender()
 
@@ -93,7 +99,7 @@ def served(name: str, span: Span, ids: Mapping[str, str], code: str, start_ns: i
         return
     service, _, method = name.partition("/")
     about = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": method}
-    found = {"regreen.code": code, "trajectory_id": ids["trajectory_id"], **span.subjects}
+    found = {"regreen.code": code, **{key: ids[key] for key in _OF_CALL}, **span.subjects}
     send(
         Ended(
             name,
@@ -114,9 +120,7 @@ async def flush() -> None:
     """Hand over what waits, within a short while; a collector that is away holds nobody up."""
     sender = _sender()
     if sender is not None:
-        thread = threading.Thread(target=sender.flush, daemon=True)
-        thread.start()
-        await asyncio.to_thread(thread.join, _LEAVE_S)
+        await asyncio.to_thread(sender.flush().join, _LEAVE_S)
 
 
 def trace_of(trajectory_id: str) -> str:
@@ -139,7 +143,8 @@ def span(name: str, trajectory_id: str = "", **attributes: str | int) -> Iterato
     """
     bound = structlog.contextvars.get_contextvars()
     trace_id, parent_id = str(bound.get("trace_id", "")), ""
-    if trace_id:
+    fresh = not trace_id
+    if not fresh:
         parent_id = str(bound.get("span_id", "")) or root_of(trace_id)
         span_id = secrets.token_hex(8)
     else:
@@ -149,35 +154,58 @@ def span(name: str, trajectory_id: str = "", **attributes: str | int) -> Iterato
     if trajectory_id:
         ids["trajectory_id"] = attributes["trajectory_id"] = trajectory_id
     start_ns, wrong = time.time_ns(), ""
+    before = SAMPLED.set(fresh or SAMPLED.get())
     try:
         with structlog.contextvars.bound_contextvars(**ids):
-            yield Link(trace_id, span_id)
+            yield Link(trace_id, span_id, start_ns)
     except BaseException as error:
         wrong = error.status if isinstance(error, RegreenError) else type(error).__name__
         raise
     finally:
-        end_ns = time.time_ns()
-        send(Ended(name, DRIVER, trace_id, span_id, parent_id, start_ns, end_ns, attributes, wrong))
+        end_ns, sampled = time.time_ns(), SAMPLED.get()
+        SAMPLED.reset(before)
+        if sampled:
+            send(
+                Ended(
+                    name, DRIVER, trace_id, span_id, parent_id, start_ns, end_ns, attributes, wrong
+                )
+            )
 
 
-def joined(
-    name: str, link: Link, trajectory_ids: Sequence[str], start_ns: int, **attributes: str | int
-) -> None:
+def joined(name: str, link: Link, trajectory_ids: Sequence[str], **attributes: str | int) -> None:
     """Tell in each trajectory's trace what was done with all of them in a trace of its own."""
     end_ns = time.time_ns()
     for trajectory_id in trajectory_ids:
         if trace_id := trace_of(trajectory_id):
             found = attributes | {"trajectory_id": trajectory_id}
             own, root = secrets.token_hex(8), root_of(trace_id)
-            send(Ended(name, DRIVER, trace_id, own, root, start_ns, end_ns, found, links=(link,)))
+            send(
+                Ended(
+                    name, DRIVER, trace_id, own, root, link.start_ns, end_ns, found, links=(link,)
+                )
+            )
 
 
 @lru_cache(maxsize=1)
 def _sender() -> "_Sender | None":
     if os.environ.get(_OFF, "").lower() == "true" or not any(map(os.environ.get, _ENDPOINTS)):
         return None
+    if os.environ.get(_EXPORTER, "").lower() == "none":
+        return None
+    share = _share(os.environ.get(_SHARE, "") or "1")
+    for name in filter(os.environ.get, _ENDPOINTS):
+        if not os.environ[name].startswith(("http://", "https://")):
+            problem = f"{os.environ[name][:200]!r} is no address"
+            raise InvalidArgument(name, problem, "give one such as http://collector:4318")
+    for name in filter(os.environ.get, _PROTOCOLS):
+        if os.environ[name] != "http/protobuf":
+            problem = f"{os.environ[name][:200]!r} is not spoken"
+            raise InvalidArgument(name, problem, "leave it out and name an endpoint for HTTP")
     try:
-        return _Sender(_share(os.environ.get(_SHARE, "") or "1"))
+        return _Sender(share)
+    except (ValueError, OSError) as error:
+        problem = f"are not understood ({error})"
+        raise InvalidArgument("OTEL_*", problem, "see docs/operations/traces.md") from error
     except ImportError as error:
         raise FailedPrecondition(
             f"{ENDPOINT} asks for traces, but {error.name} is not installed; "
@@ -198,19 +226,24 @@ class _Sender:
     def __init__(self, share: float) -> None:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
-        from opentelemetry.sdk.trace.sampling import TraceIdRatioBased
 
-        self._bound = TraceIdRatioBased(share).bound
+        self._bound = round(share * (1 << _RANDOM_BITS))
         self._resources: dict[str, Resource] = {}
         self._queue = BatchSpanProcessor(OTLPSpanExporter())
-        self.flush = self._queue.force_flush
+        self._flushing: threading.Thread | None = None
+
+    def flush(self) -> threading.Thread:
+        """The thread that hands over what waits: one at a time, however long that takes."""
+        if self._flushing is None or not self._flushing.is_alive():
+            self._flushing = threading.Thread(target=self._queue.force_flush, daemon=True)
+            self._flushing.start()
+        return self._flushing
 
     def send(self, ended: Ended) -> None:
         from opentelemetry import trace as api
         from opentelemetry.sdk.trace import ReadableSpan
 
-        low = int(ended.trace_id[16:], 16)  # as TraceIdRatioBased does
-        if low >= self._bound:
+        if int(ended.trace_id, 16) % (1 << _RANDOM_BITS) >= self._bound:
             return
         failed = api.StatusCode.ERROR if ended.error else api.StatusCode.UNSET
         self._queue.on_end(

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from regreen.client.stack import Stack
 from regreen.dataset import v1 as dataset_pb
 from regreen.learner import v1 as learner_pb
+from regreen.rpc import traces
 from regreen.rpc.errors import (
     DataLoss,
     FailedPrecondition,
@@ -101,13 +102,29 @@ class Ledger:
             )
 
     async def step(
-        self, learner_step: int, batch: bytes, group_ids: Sequence[str], report: TokenReport
+        self,
+        learner_step: int,
+        batch: bytes,
+        group_ids: Sequence[str],
+        report: TokenReport,
+        *,
+        trajectory_ids: Sequence[str],
     ) -> learner_pb.StepResponse:
         """One optimizer step; `report` is told how far it is while it runs.
+
+        The trace of each trajectory that is in the batch is told of it.
 
         Raises:
             Unavailable: the learner no longer knows the run or the position; resume.
         """
+        with traces.span("learn", run_id=self.run_id, step=learner_step) as link:
+            done = await self._step(learner_step, batch, group_ids, report)
+        traces.joined("learn", link, trajectory_ids, run_id=self.run_id, step=learner_step)
+        return done
+
+    async def _step(
+        self, learner_step: int, batch: bytes, group_ids: Sequence[str], report: TokenReport
+    ) -> learner_pb.StepResponse:
         try:
             async with self._watched(learner_step, report):
                 return await self.stack.learner.step(

@@ -25,7 +25,6 @@ from regreen.client.stack import Stack
 from regreen.dataset import v1 as dataset_pb
 from regreen.learner import v1 as learner_pb
 from regreen.rollout.worker import worker_pool
-from regreen.rpc import traces
 from regreen.rpc.errors import RegreenError
 from regreen.train.batches import grpo_batch
 from regreen.train.config import GrpoConfig
@@ -301,12 +300,11 @@ class _Life:
             meter.report(batch.tokens * done // total, detail)
 
         meter.report(detail=detail)
-        step, start_ns = self.learner_step + 1, time.time_ns()
-        run_id = self.driver.run.id
-        with traces.span("learn", run_id=run_id, step=step) as link:
-            response = await self.driver.ledger.step(step, batch.to_bytes(), fresh, report)
+        step = self.learner_step + 1
         learned = [t.id for group in collected.teaching for t in group.trajectories]
-        traces.joined("learn", link, learned, start_ns, run_id=run_id, step=step)
+        response = await self.driver.ledger.step(
+            step, batch.to_bytes(), fresh, report, trajectory_ids=learned
+        )
         meter.report(batch.tokens, detail)
         self.learner_step, self.sent, self.dirty = step, len(self.pending), True
         found = {f"learner/{name}": value for name, value in response.metrics.items()}

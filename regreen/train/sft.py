@@ -193,7 +193,7 @@ class _Driver:
         def report(done: int, total: int) -> None:
             meter.report(detail=f"step {step}: {done} of {total} tokens")
 
-        response = await self.ledger.step(step, batch.to_bytes(), (), report)
+        response = await self.ledger.step(step, batch.to_bytes(), (), report, trajectory_ids=wanted)
         metrics = {f"learner/{name}": value for name, value in response.metrics.items()}
         metrics |= {
             "trajectories": float(len(wanted)),

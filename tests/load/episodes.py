@@ -5,8 +5,9 @@
   processes, spawners and first processes of sandboxes, each kind as often as the others.
 - A kill waits until an episode was committed since the last one, then for a random time.
 - At the end the queue is emptied, and the database must show one trajectory for each rollout.
-- Memory is flat when a process that has lived for a while is no larger late in the run than early:
-  the line through its resident sizes rises by less than a sixth of their mean, and 10 MB.
+- Memory is flat when a process does not grow once it has lived for a while: over the longest life
+  that was seen of a kind its line rises by less than a sixth of the mean size, and 10 MB. A line is
+  drawn within lives, since kills keep the ages of a kind the same throughout.
 """
 
 import argparse
@@ -77,17 +78,46 @@ def script() -> dict[str, Any]:
     return {"responses": [{"texts": texts, "turn": 0, "rotate": True}, *rest]}
 
 
-Size = tuple[float, float, int]
-"""When, how old the process was, and its resident bytes."""
+Size = tuple[int, float, int]
+"""Whose (the start of the process), how old it was in seconds, and its resident bytes."""
 
 
-def growth(sizes: Sequence[Size]) -> tuple[float, float]:
-    """Bytes a second by which grown processes rise over the run, and their mean size."""
-    grown = [(when_s, size) for when_s, age_s, size in sizes if age_s >= _GROWN_S]
-    if len(grown) < _FEW:
-        return 0.0, 0.0
-    slope, _ = statistics.linear_regression(*zip(*grown, strict=True))
-    return slope, statistics.fmean(size for _, size in grown)
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """How a kind of process grows with its age."""
+
+    bytes_per_s: float = 0.0
+    mean_bytes: float = 0.0
+    longest_s: float = 0.0
+    """The longest life that was seen, from the age at which sizes count."""
+
+    @property
+    def flat(self) -> bool:
+        """Whether a process is about as large late in its life as early."""
+        limit = max(_GROWTH * self.mean_bytes, _GROWTH_BYTES)
+        return self.bytes_per_s * self.longest_s <= limit
+
+
+def growth(sizes: Sequence[Size]) -> Growth:
+    """The slope that all lives have in common: least squares around each life's own mean."""
+    lives: dict[int, list[tuple[float, int]]] = defaultdict(list)
+    for who, age_s, size in sizes:
+        if age_s >= _GROWN_S:
+            lives[who].append((age_s, size))
+    seen = [point for life in lives.values() for point in life]
+    if len(seen) < _FEW:
+        return Growth()
+    along = across = 0.0
+    for life in lives.values():
+        mean_s = statistics.fmean(age_s for age_s, _ in life)
+        mean = statistics.fmean(size for _, size in life)
+        along += sum((age_s - mean_s) * (size - mean) for age_s, size in life)
+        across += sum((age_s - mean_s) ** 2 for age_s, _ in life)
+    return Growth(
+        along / across if across else 0.0,
+        statistics.fmean(size for _, size in seen),
+        max(age_s for age_s, _ in seen) - _GROWN_S,
+    )
 
 
 @dataclass
@@ -202,25 +232,25 @@ class Soak:
 
     async def _weigh(self) -> None:
         while True:
-            now_s = time.monotonic()
             for kind in (*SERVICES, "driver"):
                 for pid in self.party.found(kind):
                     if born := processes.start_time(pid):
                         age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - born / _TICKS_PER_S
-                        self.sizes[kind].append((now_s, age_s, resident_bytes(pid)))
+                        self.sizes[kind].append((born, age_s, resident_bytes(pid)))
             await asyncio.sleep(1.0)
 
     def report(self, took_s: float) -> dict[str, Any]:
         """Figures of the run, and what of its memory is at fault."""
         memory = {}
         for kind, sizes in self.sizes.items():
-            slope, mean = growth(sizes)
+            found = growth(sizes)
             memory[kind] = {
-                "mean_mb": round(mean / 1e6, 1),
+                "mean_mb": round(found.mean_bytes / 1e6, 1),
                 "most_mb": round(max(size for _, _, size in sizes) / 1e6, 1),
-                "mb_per_hour": round(slope * 3600 / 1e6, 1),
+                "mb_per_hour": round(found.bytes_per_s * 3600 / 1e6, 1),
+                "longest_s": round(found.longest_s),
             }
-            if slope * took_s > max(_GROWTH * mean, _GROWTH_BYTES):
+            if not found.flat:
                 self.faults.append(f"memory of {kind} grows: {memory[kind]}")
         back_s = sorted(self.back_s)
         return {

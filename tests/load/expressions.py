@@ -9,7 +9,7 @@ import yaml
 
 FOLDER = Path(__file__).resolve().parents[2] / "infra" / "observability"
 ALERTS, DASHBOARDS = FOLDER / "alerts.yml", FOLDER / "dashboards"
-_SELECTOR = re.compile(r"\b([a-z_]+)\{([^}]*)\}")
+_SELECTOR = re.compile(r"\b([a-z_][a-z0-9_]*)\{([^}]*)\}")
 _BARE = re.compile(r"\b(?:regreen|grpc|process)_\w+\b")
 
 

@@ -6,7 +6,8 @@
   a small model that is really trained, two GRPO steps.
 - A panel passes if its query answers with at least one number; an alert, if every selector in it
   finds a series, since a healthy stack answers nothing to the whole.
-- Windows of rates are as long as the run. `_EMPTY` names what this stack cannot show.
+- Panels are asked for over the run, with the windows that Grafana would choose. `_EMPTY` names
+  what this stack cannot show.
 - Exit code 77 where Prometheus is not installed.
 """
 
@@ -50,7 +51,8 @@ from tests.load import train_model
 from tests.load.expressions import FOLDER, alerts, panels, prices, selectors
 
 SKIPPED = 77
-_WINDOW = "30m"
+_WINDOW = "4s"
+"""What Grafana makes of the scrape interval."""
 _EMPTY = {
     "regreen_sandbox_workers": "the stack has no fleet of workers",
 }
@@ -101,23 +103,21 @@ def _wait_ready(client: httpx.Client, process: "subprocess.Popen[bytes]", log: P
     raise RuntimeError(f"prometheus ended: {log.read_text()[-2000:]}")
 
 
-def answers(client: httpx.Client, expr: str) -> list[float]:
-    """The numbers that an expression has now.
+def answers(client: httpx.Client, expr: str, start_s: float) -> list[float]:
+    """The finite numbers that an expression has had since `start_s`, as a panel asks for them.
 
     Raises:
         RuntimeError: Prometheus refuses it.
     """
-    answer = client.get("/api/v1/query", params={"query": expr}).json()
+    asked = {"query": expr, "start": start_s, "end": time.time(), "step": "1s"}
+    answer = client.get("/api/v1/query_range", params=asked).json()
     if answer["status"] != "success":
         raise RuntimeError(f"{answer['error']}: {expr}")
-    data = answer["data"]
-    rows = (
-        [data["result"]] if data["resultType"] == "scalar" else [r["value"] for r in data["result"]]
-    )
-    return [value for row in rows if not math.isnan(value := float(row[1]))]
+    found = (float(text) for row in answer["data"]["result"] for _, text in row["values"])
+    return [value for value in found if math.isfinite(value)]
 
 
-def missing(client: httpx.Client) -> tuple[list[str], list[str], int]:
+def missing(client: httpx.Client, start_s: float) -> tuple[list[str], list[str], int]:
     """What finds no data; what may find none here; and the number of questions."""
     boxes = prices()
     asked: list[tuple[str, str]] = []
@@ -126,9 +126,9 @@ def missing(client: httpx.Client) -> tuple[list[str], list[str], int]:
             expr = expr.replace(f"${name}", value)
         asked.append((f"panel {where}", expr.replace("$__rate_interval", _WINDOW)))
     asked += [(f"alert {n}", one) for n, expr in alerts() for one in sorted(selectors(expr))]
-    empty = [(where, expr) for where, expr in asked if not answers(client, expr)]
+    empty = [(where, expr) for where, expr in asked if not answers(client, expr, start_s)]
     for _, expr in alerts():
-        answers(client, expr)  # it is one that Prometheus takes
+        answers(client, expr, start_s)  # it is one that Prometheus takes
     excused = [
         f"{where}: {why}" for where, expr in empty for name, why in _EMPTY.items() if name in expr
     ]
@@ -179,7 +179,7 @@ async def train(stack: Stack, model: Path) -> tuple[str, list[str]]:
 
 def untraced(collector: Collector, trajectory_ids: Sequence[str]) -> list[str]:
     """What is wrong with the traces of these trajectories."""
-    found, wrong = collector.traces(), []
+    found, wrong = collector.traces(), [] if trajectory_ids else ["no trajectory was stored"]
     steps = {
         (span.trace_id, span.parent_id)
         for span in collector.spans
@@ -221,12 +221,13 @@ async def observe(home: Path, program: str, collector: Collector) -> int:
     )
     try:
         with prometheus(home, {row.name: row.metrics for row in rows}, program) as client:
+            start_s = time.time()
             await asyncio.sleep(3.0)  # some samples from before the first call
             async with Stack(Endpoints.load(home), patience_s=120.0) as stack:
                 await admit(stack, task_of(spec))
                 state, kept = await train(stack, model)
             await asyncio.sleep(5.0)  # the last samples
-            wrong, excused, count = missing(client)
+            wrong, excused, count = missing(client, start_s)
     finally:
         await control.down(layout)
     wrong += untraced(collector, kept)

@@ -8,6 +8,7 @@ from dataset_svc.settings import DatasetSettings
 from regreen.blobs import digest_of_file
 from regreen.common.v1 import GRADER_BUILD_GATES
 from regreen.dataset import v1 as pb
+from regreen.ids import new_id
 from regreen.learner import v1 as learner_pb
 from regreen.rollout.context import Budget, EpisodeSpec, Knobs, Sampling, labels_of
 from regreen.rollout.episode import Runner
@@ -125,18 +126,35 @@ async def test_a_trajectory_is_one_trace_through_all_planes(world, dataset, lear
         assert [by_id[s.parent_id].name for s in commits] == ["rollout"]
 
 
-async def test_a_collector_that_is_away_costs_spans_and_no_call(world, dataset, collector):
+async def test_a_collector_that_cannot_cope_costs_spans_and_no_call(world, dataset, collector):
     collector.broken = True
     async with world.playing(says(PIN, VALIDATE), dataset=dataset) as stack:
         found = await Runner(stack).run(world.task, EpisodeSpec(grader=GRADER_BUILD_GATES))
         assert found.reward.solved
-    assert not collector.spans
+    assert collector.refused > 0
+
+
+async def test_what_is_stored_by_itself_ends_its_trace(world, dataset, collector):
+    async with world.playing(says(PIN, VALIDATE), dataset=dataset) as stack:
+        done = await Runner(stack).run(world.task, EpisodeSpec(grader=GRADER_BUILD_GATES))
+        done.task_id = await admitted(stack, world)
+        await stack.trajectories.commit_trajectory(done)
+    spans = collector.traces()[traces.trace_of(done.id)]
+    (root,) = [span for span in spans if not span.parent_id]
+    (stored,) = [span for span in spans if span.component == "dataset"]
+    assert (root.name, stored.parent_id) == ("episode", root.span_id)
+
+
+def _random(trajectory_id):
+    """The random bits of an id."""
+    return int(trajectory_id[-14:], 16)
 
 
 async def test_a_share_of_traces_is_the_same_one_in_every_process(
     world, dataset, collector, monkeypatch
 ):
-    low, high = f"trj_{'a' * 16}0{'f' * 15}", f"trj_{'a' * 16}f{'0' * 15}"
+    made = [new_id("trj") for _ in range(100)]
+    low, high = min(made, key=_random), max(made, key=_random)
     monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "0.5")
     async with world.playing(says(PIN, VALIDATE), dataset=dataset) as stack:
         for trajectory_id in (low, high):

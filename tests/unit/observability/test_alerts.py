@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.load.expressions import ALERTS, DASHBOARDS, alerts, metrics_of, panels
+from tests.load.expressions import ALERTS, DASHBOARDS, alerts, metrics_of, panels, selectors
 
 ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "infra" / "observability"
@@ -61,6 +61,7 @@ def test_a_wrong_name_is_found(measured: set[str]) -> None:
 
 def test_every_selector_names_the_job() -> None:
     for where, expr in [*alerts(), *panels()]:
+        assert selectors(expr), where
         for name in metrics_of(expr):
             assert re.search(rf'\b{name}\{{job="regreen"', expr), (where, name)
 

@@ -17,7 +17,7 @@ from regreen.rollout.capacity import (
     needed,
     simulate,
 )
-from regreen.rollout.capacity_fit import capacity
+from regreen.rollout.capacity_fit import capacity, markdown
 
 ONE = Demand(1, {}, {"driver": 0.1}, 1.0)
 
@@ -119,6 +119,29 @@ def test_a_fit_foretells_what_it_has_not_seen() -> None:
     assert found["projection"][0]["with_needed"]["bottleneck"] == ""
 
 
+def test_what_others_kept_busy_is_not_taken_from_what_is_predicted() -> None:
+    """A level in which somebody else was busy is mispredicted, and seen to be."""
+    plain, disturbed = report(), report()
+    disturbed["levels"]["200"]["mean_busy_cores"] = 2.0
+    assert capacity(disturbed, [400])["fit"] == capacity(plain, [400])["fit"]
+
+
+def test_a_prediction_shows_how_far_its_draws_lie_apart() -> None:
+    """Ten draws of one short level differ; in a table the deviation stands beside their mean."""
+    found = capacity(report(), [400])
+    row = found["fit"][0]["p50_s"]
+    assert 0 < row["deviation"] < row["predicted"]
+    assert f"{row['predicted']:.4g} ± {row['deviation']:.2g}" in markdown(found)
+
+
+def test_servers_are_as_busy_as_what_they_are_asked_for() -> None:
+    """Utilisation law: of a fleet that has run for long, without the time in which it filled."""
+    demand = Demand(8, {"driver": 0.006, "policy": 0.008}, {"sandbox": 0.04}, 0.4, 0.05, 0.3)
+    found = simulate(demand, Fleet(4), 60)
+    for name in ("driver", "policy", "sandbox"):
+        assert found.busy[name] == pytest.approx(found.episodes_per_s * demand.of(name), rel=0.1)
+
+
 def test_the_command_reads_a_report_and_a_fleet(tmp_path: Path) -> None:
     path, fleet = tmp_path / "load.json", tmp_path / "fleet.toml"
     path.write_text(json.dumps(report()))
@@ -137,7 +160,16 @@ def test_the_command_reads_a_report_and_a_fleet(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "told"),
-    [("cpus = 8", "cpus"), ("cores = 0", "cores"), ("cores = 2\n[replicas]\nx = 1", "'x'")],
+    [
+        ("cpus = 8", "cpus"),
+        ("cores = 0", "cores"),
+        ("cores = 2\n[replicas]\nx = 1", "'x'"),
+        ("cores = 2\nreplicas = 3", "give a table"),
+        ("cores = 2\nsamples = -1", "samples"),
+        ("cores = 2\nothers = -1", "others"),
+        ("cores = 2\nothers = nan", "others"),
+        ("cores = 2\nothers = 2", "others"),
+    ],
 )
 def test_a_fleet_that_is_none_is_refused(tmp_path: Path, text: str, told: str) -> None:
     path, fleet = tmp_path / "load.json", tmp_path / "fleet.toml"
@@ -160,5 +192,27 @@ def test_a_fleet_that_is_none_is_refused(tmp_path: Path, text: str, told: str) -
 )
 def test_flags_of_the_load_run_are_checked_before_it(words: list[str], told: str) -> None:
     ended = CliRunner().invoke(make_app(["bench"]), words)
+    assert ended.exit_code != 0
+    assert told in ended.output + ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("report_of", "words", "told"),
+    [
+        ({"bench": "load"}, [], "whole report"),
+        ({"bench": "rl"}, [], "is no report"),
+        ({"cpus": 0}, [], "whole report"),
+        (None, ["--episodes", "1000000000"], "1,000,000"),
+        (None, ["--builds", "real"], "--builds real"),
+        ({"builds": {"2": {}}, "counts_builds": False}, ["--builds", "real"], "had ended"),
+    ],
+)
+def test_a_report_that_does_not_say_it_is_refused(
+    tmp_path: Path, report_of: dict | None, words: list[str], told: str
+) -> None:
+    path = tmp_path / "load.json"
+    whole = report_of is None or "bench" not in report_of
+    path.write_text(json.dumps({**report(), **(report_of or {})} if whole else report_of))
+    ended = CliRunner().invoke(make_app(["capacity"]), ["capacity", "--from", str(path), *words])
     assert ended.exit_code != 0
     assert told in ended.output + ended.stderr

@@ -1,10 +1,11 @@
 """What the load run makes of its rows."""
 
 import statistics
+from types import SimpleNamespace
 
 import pytest
 
-from regreen.rollout.bench import script
+from regreen.rollout.bench import _Episodes, main, script
 from regreen.rollout.bench_report import (
     QUICK,
     Measured,
@@ -19,6 +20,7 @@ from regreen.rollout.bench_report import (
 )
 from regreen.rollout.calls import parse_call
 from regreen.rollout.toolset import load_toolset
+from regreen.rollout.worker import RolloutProgress
 
 PLAN = Plan(tokens_per_s=10.0)
 
@@ -126,3 +128,27 @@ def test_every_change_of_a_building_script_is_another_one() -> None:
     assert len(calls) == len(first["texts"])
     assert first["rotate"]
     assert [found["turn"] for found in rest] == list(range(len(rest)))
+
+
+def test_a_median_of_clocks_is_no_flat_part() -> None:
+    assert knee_of(levels(-0.2, 0.4, 2.0), 2)["beyond"] == ""
+
+
+def test_a_rollout_that_is_tried_again_took_all_its_tries(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter((10.0, 14.0, 15.0))
+    monkeypatch.setattr(
+        "regreen.rollout.bench.time", SimpleNamespace(perf_counter=lambda: next(now))
+    )
+    episodes = _Episodes()
+    for what in ("leased", "given back", "leased", "committed"):
+        episodes(RolloutProgress(what, "task", "rol_1"))
+    assert episodes.took_s == [5.0]
+
+
+@pytest.mark.parametrize("given", [["--builds", "none"], ["--turns", "8"], ["--levels", "1"]])
+def test_a_quick_run_takes_no_other_shape(
+    given: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["--quick", *given])
+    assert f"leave {given[0]} out" in capsys.readouterr().err

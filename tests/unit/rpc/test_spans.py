@@ -66,6 +66,18 @@ async def test_every_call_leaves_its_span(tmp_path):
     assert echo.onward == [f"00-{TRACE}-{line['span_id']}-01"]
 
 
+async def test_calls_of_a_trace_that_is_not_sampled_say_so_further_on():
+    server = Server(ServiceSettings(drain_s=0.2), ["regreen.sandbox.v1.StateService"])
+    echo = Echo()
+    pb.add_StateServiceServicer_to_server(echo, server.grpc)
+    async with server, connect(server.address) as channel:
+        stub = pb.StateServiceStub(channel)
+        for flags in ("00", "01"):
+            header = ("traceparent", f"00-{TRACE}-{PARENT}-{flags}")
+            await stub.GetState(pb.GetStateRequest(id="st_1"), metadata=(header,), timeout=5)
+    assert [onward[-3:] for onward in echo.onward] == ["-00", "-01"]
+
+
 async def test_a_call_without_a_sampled_trace_is_for_debugging():
     server = Server(ServiceSettings(drain_s=0.2), ["regreen.sandbox.v1.StateService"])
     pb.add_StateServiceServicer_to_server(Quiet(), server.grpc)

@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from regreen.common import v1 as common_pb
+from regreen.ids import new_id
 from regreen.learner import v1 as learner_pb
+from regreen.rpc import traces
 from regreen.rpc.errors import DataLoss, DiskFull, InvalidArgument, NotFound, Unavailable
 from regreen.train.config import GrpoConfig
 from regreen.train.gather import GatherSettings, plan_step
@@ -23,6 +25,7 @@ from regreen.train.recovery import Recovery
 from regreen.train.schedule import Candidate, History
 from regreen.train.sft import batch_ids
 from regreen.train.weights import Weights, started_from
+from tests.fixtures.collector import collecting
 
 CANDIDATES = [Candidate(f"task-{i}", common_pb.MODE_KEEP_NEW) for i in range(3)]
 SETTINGS = GatherSettings(
@@ -227,8 +230,33 @@ async def test_a_step_tells_its_tokens_while_it_runs_and_only_its_answer_ends_it
     stack, seen = SimpleNamespace(learner=TellingLearner()), []
     kind, base = learner_pb.RUN_KIND_GRPO, Weights("/models/base", 0)
     ledger = Ledger(stack, "run_a", kind, base, learner_pb.Hyperparameters())
-    answer = await ledger.step(3, b"", (), lambda done, total: seen.append((done, total)))
+    answer = await ledger.step(
+        3, b"", (), lambda done, total: seen.append((done, total)), trajectory_ids=()
+    )
     assert (answer.step, seen) == (3, [(10, 40), (30, 40)])
+
+
+async def test_a_step_of_any_kind_is_told_in_the_traces_of_what_it_learned_from(monkeypatch):
+    kind, base = learner_pb.RUN_KIND_SFT, Weights("/models/base", 0)
+    made = [new_id("trj") for _ in range(2)]
+    with collecting() as collector:
+        monkeypatch.setenv(traces.ENDPOINT, collector.url)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        traces._sender.cache_clear()
+        try:
+            stack = SimpleNamespace(learner=TellingLearner())
+            ledger = Ledger(stack, "run_a", kind, base, learner_pb.Hyperparameters())
+            await ledger.step(3, b"", (), lambda done, total: None, trajectory_ids=made)
+            await traces.flush()
+        finally:
+            traces._sender.cache_clear()
+    found = collector.traces()
+    (step,) = [one for span in found.values() for one in span if not one.links]
+    for trajectory_id in made:
+        (told,) = found[traces.trace_of(trajectory_id)]
+        assert (told.name, told.parent_id) == ("learn", traces.root_of(told.trace_id))
+        assert told.links == ((step.trace_id, step.span_id),)
+        assert (told.attributes["run_id"], told.attributes["step"]) == ("run_a", 3)
 
 
 def test_hyperparameters_are_checked_by_name_and_type():
