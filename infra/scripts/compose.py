@@ -94,6 +94,15 @@ def settings(name: str, own: Tree) -> Tree:
     }
 
 
+def tracing(all_values: Tree) -> Tree:
+    """Where spans are sent, as the chart gives it; the environment may say another place."""
+    own = all_values["tracing"]
+    return {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": f"${{REGREEN_TRACING_ENDPOINT:-{own['endpoint']}}}",
+        "OTEL_TRACES_SAMPLER_ARG": f"${{REGREEN_TRACING_SHARE:-{own['share']}}}",
+    }
+
+
 def health(port: int, start_s: int) -> Tree:
     """`/healthz`, as the chart's probes ask it."""
     ask = (
@@ -161,7 +170,7 @@ def service(all_values: Tree, name: str, port: int, metrics: int) -> Tree:
     memory = mebibytes(own["resources"]["limits"]["memory"])
     if name == "sandbox":
         memory = mebibytes(own["settings"]["kube_memory_bytes"])
-    environment: Tree = settings(name, own) | dict.fromkeys(PASSED.get(name, ()))
+    environment = settings(name, own) | tracing(all_values) | dict.fromkeys(PASSED.get(name, ()))
     if name == "learner":
         environment["HOME"] = "/tmp"  # caches of the kernels that are compiled
     waits = {"access": {"condition": "service_healthy"}}
@@ -260,7 +269,7 @@ def postgres() -> Tree:
 
 
 def prometheus() -> Tree:
-    """What reads the services' metrics."""
+    """What reads the services' metrics, and the alerts."""
     return {
         "image": "${PROMETHEUS_IMAGE:-prom/prometheus:v3.5.0}",
         "user": NOBODY,
@@ -270,6 +279,7 @@ def prometheus() -> Tree:
         ],
         "volumes": [
             "./infra/compose/prometheus.yml:/etc/prometheus/prometheus.yml:ro",
+            "./infra/observability/alerts.yml:/etc/prometheus/alerts.yml:ro",
             "prometheus:/prometheus",
         ],
         "ports": [published("prometheus", 9090)],

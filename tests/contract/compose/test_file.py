@@ -1,6 +1,8 @@
 """compose.yaml holds what the chart's values say, in words that services and both Composes read."""
 
+import copy
 import os
+import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -119,11 +121,63 @@ def test_what_the_chart_says_is_what_compose_has():
     assert FILE["services"]["sglang"]["profiles"] == ["gpu"]
 
 
-def test_prometheus_scrapes_every_service():
-    mounted = FILE["services"]["prometheus"]["volumes"][0].partition(":")[0]
-    jobs = yaml.safe_load((ROOT / mounted).read_text())["scrape_configs"]
-    targets = {one for job in jobs for static in job["static_configs"] for one in static["targets"]}
-    assert targets >= {f"{service.name}:{service.metrics_port}" for service in SERVICES}
+def test_prometheus_scrapes_every_service_and_reads_the_alerts():
+    """As the configuration of a stack on this machine: the same labels, rules and times."""
+    mounted = {
+        place: ROOT / source
+        for source, place, _ in (
+            e.split(":") for e in FILE["services"]["prometheus"]["volumes"][:-1]
+        )
+    }
+    folder = ROOT / "infra" / "observability"
+    own = yaml.safe_load(mounted["/etc/prometheus/prometheus.yml"].read_text())
+    local = yaml.safe_load((folder / "prometheus.yml").read_text())
+    for found, host in ((own, "{}"), (local, "127.0.0.1")):
+        (job,) = found.pop("scrape_configs")
+        assert job["job_name"] == "regreen"
+        assert {s["labels"]["component"]: s["targets"] for s in job["static_configs"]} == {
+            s.name: [f"{host.format(s.name)}:{s.metrics_port}"] for s in SERVICES
+        }
+    assert own == local
+    (rules,) = own["rule_files"]
+    assert mounted[f"/etc/prometheus/{rules}"].resolve() == folder / "alerts.yml"
+
+
+def test_a_value_of_the_chart_is_changed_for_both(tmp_path):
+    """What Compose has of `images`, `tracing`, `settings`, limits and `security`."""
+    scripts, chart = tmp_path / "infra" / "scripts", tmp_path / "infra" / "helm" / "regreen"
+    for source, folder in (
+        ("infra/scripts/compose.py", scripts),
+        ("infra/helm/regreen/values.yaml", chart),
+        ("infra/compose/values.yaml", tmp_path / "infra" / "compose"),
+    ):
+        folder.mkdir(parents=True)
+        shutil.copy(ROOT / source, folder)
+    values = copy.deepcopy(CHART)
+    values["images"]["judge"] = {"repository": "r.example/judge", "digest": "sha256:abc"}
+    values["tracing"] = {"endpoint": "http://collector:4318", "share": 0.25}
+    values["judge"]["settings"] = {"drain_s": 33, "max_rpcs": 7}
+    values["judge"]["resources"]["limits"]["memory"] = "3Gi"
+    values["security"]["tokens"]["enabled"] = False
+    (chart / "values.yaml").write_text(yaml.safe_dump(values))
+    subprocess.run([sys.executable, str(scripts / "compose.py")], check=True)
+    part = yaml.safe_load((tmp_path / "compose.yaml").read_text())["services"]["judge"]
+    assert part["image"] == "r.example/judge@sha256:abc"
+    assert part["environment"] == {
+        "REGREEN_JUDGE__DRAIN_S": "33",
+        "REGREEN_JUDGE__MAX_RPCS": "7",
+        "OTEL_EXPORTER_OTLP_ENDPOINT": "${REGREEN_TRACING_ENDPOINT:-http://collector:4318}",
+        "OTEL_TRACES_SAMPLER_ARG": "${REGREEN_TRACING_SHARE:-0.25}",
+    }
+    assert part["mem_limit"] == "3072m"
+    assert part["stop_grace_period"] == "53s"
+    assert not any(word.startswith("--tokens") for word in part["command"])
+
+
+def test_nothing_sends_traces_unless_asked_to():
+    for name in NAMES:
+        given = FILE["services"][name]["environment"]
+        assert given["OTEL_EXPORTER_OTLP_ENDPOINT"] == "${REGREEN_TRACING_ENDPOINT:-}"
 
 
 def test_what_is_handed_out_again_is_the_same(handed):
