@@ -19,6 +19,18 @@ missing() {
   done
 }
 
+# Compose 1.29 waits for nothing but what another container depends on.
+await_health() {
+  local states left give_up=$((SECONDS + 180))
+  while states=$(compose ps -q | xargs docker inspect --format '{{.Name}} is {{.State.Health.Status}}'); do
+    left=$(grep -v ' is healthy$' <<<"$states") || return 0
+    [ $SECONDS -lt $give_up ] || break
+    sleep 1
+  done
+  echo "compose: ${left:-no container}; look at infra/scripts/compose.sh logs" >&2
+  return 1
+}
+
 up() {
   if [ -n "${GPU:-}" ]; then
     export REGREEN_MODEL=${MODEL:?give MODEL=DIR, the folder of the model} COMPOSE_PROFILES=gpu
@@ -40,6 +52,7 @@ up() {
   done
   elsewhere "${places[@]}" --by "Compose (make down-docker)" --tls "$shown/certs/client" --token-file "$shown/client.token"
   .venv/bin/regreen up --home "$home"
+  await_health
 }
 
 case ${1:-} in
