@@ -33,6 +33,7 @@ VALUES = [
     ("secret by value", "judge.secretSettings.openai_key", "sk-1", "schema", "want object"),
     ("missing limit", "judge.resources.limits", {"memory": None}, "schema", "missing property"),
     ("bad quantity", "judge.resources.limits.memory", "2 GB", "schema", "does not match"),
+    ("image of a former release", "images.services", {}, "schema", "properties 'services'"),
     ("tag for a digest", "images.dataset.digest", "v1.2", "schema", "does not match"),
     ("no digest", "images.dataset.digest", "", "template", "images.dataset.digest"),
     ("blobs on a disk", "blobs.url", "/data", "schema", "does not match"),
