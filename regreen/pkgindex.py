@@ -147,6 +147,7 @@ def _uv_default_index(uv: str) -> str:
     That of a project in the working directory does not: it would choose where releases come from.
     """
     command = [uv, "pip", "compile", "-", "--emit-index-url", "--no-header", "--quiet", "--offline"]
+    command.append("--no-cache")  # whose folder need not be writable, and is not in a container
     try:
         done = subprocess.run(
             command, input="", capture_output=True, text=True, timeout=30, cwd="/"
@@ -159,7 +160,8 @@ def _uv_default_index(uv: str) -> str:
     for line in done.stdout.splitlines():
         if line.startswith("--index-url "):
             return line.split(None, 1)[1]
-    raise MissingDependency("no package index is configured; set REGREEN_INDEX_URL")
+    said = " ".join(done.stderr.split())[:500] or "uv names none"
+    raise MissingDependency(f"no package index is configured ({said}); set REGREEN_INDEX_URL")
 
 
 class PackageIndex:
@@ -379,7 +381,8 @@ def _ssl_context() -> ssl.SSLContext:
 
 @lru_cache(maxsize=2)  # reading a system's authorities takes a quarter of a second
 def _trusting(files: tuple[tuple[str, int, int, int], ...]) -> ssl.SSLContext:
-    context = httpx.create_ssl_context()
+    context = httpx.create_ssl_context()  # of certifi alone, where no file is named
+    context.load_default_certs()
     for path, *_ in files:
         context.load_verify_locations(cafile=path)
     return context
