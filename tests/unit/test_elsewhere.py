@@ -1,5 +1,8 @@
 """A home whose commands use services that others run."""
 
+import asyncio
+import sys
+
 import pytest
 
 from regreen.client.stack import Endpoints
@@ -40,6 +43,19 @@ async def test_a_command_that_borrows_leaves_them_be(tmp_path, dataset_address):
     async with borrowed_stack(layout):
         assert not layout.borrowed.exists()
     assert control.describe(layout) is not None
+
+
+async def test_the_command_says_who_runs_them(tmp_path, dataset_address):
+    use(Layout(tmp_path), "Compose (make down-docker)", {"dataset": dataset_address})
+    asked = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "regreen.cli", "up", "--home", str(tmp_path)),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    said = (await asked.communicate())[0].decode()
+    assert asked.returncode == 0, said
+    assert "these are run by Compose (make down-docker)" in said
+    assert "regreen down" not in said
 
 
 def test_only_services_that_there_are(tmp_path):
