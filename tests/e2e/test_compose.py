@@ -34,6 +34,10 @@ def access(path, mode):
     if libc.access(path.encode(), mode):
         raise OSError(ctypes.get_errno(), path)
 
+def bind(path):
+    if libc.mount(path.encode(), b"/tmp/bound", None, 0x1000, None):
+        raise OSError(ctypes.get_errno(), path)
+
 said = {}
 for top in sys.argv[1:]:
     for mode in (os.F_OK, os.R_OK, os.X_OK):
@@ -42,6 +46,8 @@ for top in sys.argv[1:]:
     said[f"enter {top}"] = tried(os.chdir, top)
     for name in ("1/cmdline", "1/environ", "self/status", "uptime"):
         said[f"open {top}/{name}"] = tried(open, f"{top}/{name}")
+    if os.path.exists("/tmp/bound"):
+        said[f"bind {top}"] = tried(bind, top)
 print(json.dumps(said))
 """
 STEAL = """
@@ -134,19 +140,17 @@ def test_the_services_user_cannot_reach_the_whole_proc(stack: Composed) -> None:
     tops = (PROC, f"/proc/self/root{PROC}", f"/proc/1/root{PROC}")
     found = attacked(stack, USER, tops=tops)
     assert found == dict.fromkeys(found, "EACCES")
-    assert len(found) == 9 * len(tops)
+    assert f"list {PROC}" in found
 
 
 def test_nor_can_it_as_root_of_a_namespace_of_its_own(stack: Composed) -> None:
     """Where it may mount: the folder moved elsewhere is still another user's."""
-    moved = 'mkdir /tmp/all && mount --rbind / /tmp/all && exec "$@"'
+    moved = 'mkdir -p /tmp/all /tmp/bound && mount --rbind / /tmp/all && exec "$@"'
     own = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-ec", moved, "sh")
     tops = (PROC, f"/tmp/all{PROC}")
     found = attacked(stack, USER, *own, tops=tops)
     assert found == dict.fromkeys(found, "EACCES")
-    code, said = stack.run("sandbox", [*own[:4], "mount", "--bind", PROC, "/tmp/all"], USER)
-    assert code != 0
-    assert "denied" in said
+    assert f"bind {PROC}" in found
 
 
 async def test_code_in_a_sandbox_sees_nothing_of_it(stack: Composed) -> None:
