@@ -26,6 +26,7 @@ from regreen.rollout.baselines import NAMES, baseline
 from regreen.rollout.context import FULL, SIMPLIFIED, EpisodeSpec, check_settings, with_labels
 from regreen.rollout.episode import Runner
 from regreen.rollout.worker import knowledge_of
+from regreen.rpc import traces
 from regreen.rpc.errors import (
     Aborted,
     AlreadyExists,
@@ -279,6 +280,12 @@ class _Evaluation:
         await run_bounded(jobs, self.config.concurrency)
 
     async def _slot(self, slot: Slot) -> None:
+        about = {"run_id": self.run_id, "task_id": slot.task_id}
+        with traces.span("rollout", slot.trajectory_id(self.run_id), **about) as link:
+            link.error = await self._tried(slot)
+
+    async def _tried(self, slot: Slot) -> str:
+        """Try a slot as often as it may be; the status of its last failure if none went well."""
         failures: list[RegreenError] = []
         while len(failures) < self.config.attempts:
             try:
@@ -287,7 +294,7 @@ class _Evaluation:
                 self.recovery.progressed(self.meter.done)
                 solved = "solved" if trajectory.reward.solved else "not solved"
                 self.meter.advance(detail=f"{slot.subject} on {slot.task_id}: {solved}")
-                return
+                return ""
             except Unavailable as error:
                 await self.recovery.wait_out(error)
                 await self._serve(slot.subject)
@@ -300,6 +307,7 @@ class _Evaluation:
             raise FailedPrecondition(f"{failures[-1]}; stop the client that switches the policy")
         self.lost.append(slot)
         self.meter.advance(detail=f"{slot.subject} on {slot.task_id}: lost to the platform")
+        return failures[-1].status
 
     async def _commit(self, trajectory: dataset_pb.Trajectory) -> None:
         """Store it; a slot whose earlier commit landed, and only its answer was lost, is done."""

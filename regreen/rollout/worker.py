@@ -189,12 +189,13 @@ class Worker:
         about = {"rollout_id": lease.rollout_id, "group_id": lease.group.id}
         with traces.span(
             "rollout", trajectory_id := new_id("trj"), run_id=lease.group.run_id, **about
-        ):
-            await self._work(lease, start, trajectory_id)
+        ) as link:
+            link.error = await self._work(lease, start, trajectory_id)
 
     async def _work(
         self, lease: pb.Lease, start: "asyncio.Future[SharedStart | None]", trajectory_id: str
-    ) -> None:
+    ) -> str:
+        """The status of what made it fail; empty if it is committed."""
         try:
             spec = spec_of_lease(lease)
             shared = await asyncio.shield(start)
@@ -203,13 +204,15 @@ class Worker:
         except RegreenError as error:
             log.warning("rollout failed", rollout_id=lease.rollout_id, error=str(error))
             await self._give_back(lease, f"{type(error).__name__}: {error}")
+            failed = error.status
         except asyncio.CancelledError as stop:
             self._tell("expired" if stop.args == (_LOST,) else "stopped", lease)
             raise
         else:
-            await self._commit(lease, trajectory)
+            failed = await self._commit(lease, trajectory)
         # A defect of our own stays in `_active`, where the main loop finds and raises it.
         self._active.pop(lease.id, None)
+        return failed
 
     async def _episode(
         self, lease: pb.Lease, spec: EpisodeSpec, actor: PolicyActor, trajectory_id: str
@@ -221,7 +224,8 @@ class Worker:
         )
         return trajectory
 
-    async def _commit(self, lease: pb.Lease, trajectory: pb.Trajectory) -> None:
+    async def _commit(self, lease: pb.Lease, trajectory: pb.Trajectory) -> str:
+        """The status of what it was refused with; empty if it was not."""
         request_id = new_request_id()
         try:
             done = await self._persist(
@@ -234,9 +238,12 @@ class Worker:
             self.stats.expired += 1
             self._tell("expired", lease, str(error))
             log.warning("lease lost", rollout_id=lease.rollout_id, error=str(error))
+            return error.status
         except RegreenError as error:
             log.error("commit refused", rollout_id=lease.rollout_id, error=str(error))
             await self._give_back(lease, f"commit refused: {error}")
+            return error.status
+        return ""
 
     async def _give_back(self, lease: pb.Lease, reason: str) -> None:
         request_id = new_request_id()

@@ -48,13 +48,15 @@ DRIVER = "driver"
 """The component of what no service does."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Link:
-    """A span of another trace that a span belongs to."""
+    """A span that is open, or that a span of another trace belongs to."""
 
     trace_id: str
     span_id: str
     start_ns: int
+    error: str = ""
+    """What went wrong in it, as far as nothing is raised; whoever opened the span says so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,23 +155,20 @@ def span(name: str, trajectory_id: str = "", **attributes: str | int) -> Iterato
     ids = {"trace_id": trace_id, "span_id": span_id}
     if trajectory_id:
         ids["trajectory_id"] = attributes["trajectory_id"] = trajectory_id
-    start_ns, wrong = time.time_ns(), ""
+    link = Link(trace_id, span_id, start_ns=time.time_ns())
     before = SAMPLED.set(fresh or SAMPLED.get())
     try:
         with structlog.contextvars.bound_contextvars(**ids):
-            yield Link(trace_id, span_id, start_ns)
+            yield link
     except BaseException as error:
-        wrong = error.status if isinstance(error, RegreenError) else type(error).__name__
+        link.error = error.status if isinstance(error, RegreenError) else type(error).__name__
         raise
     finally:
         end_ns, sampled = time.time_ns(), SAMPLED.get()
         SAMPLED.reset(before)
         if sampled:
-            send(
-                Ended(
-                    name, DRIVER, trace_id, span_id, parent_id, start_ns, end_ns, attributes, wrong
-                )
-            )
+            times, wrong = (link.start_ns, end_ns), link.error
+            send(Ended(name, DRIVER, trace_id, span_id, parent_id, *times, attributes, wrong))
 
 
 def joined(name: str, link: Link, trajectory_ids: Sequence[str], **attributes: str | int) -> None:

@@ -17,6 +17,7 @@ from regreen.evals.run import EvalConfig, evaluate, slot_of
 from regreen.evals.serving import serving
 from regreen.policy import v1 as policy_pb
 from regreen.rollout.context import EpisodeSpec
+from regreen.rpc import traces
 from regreen.rpc.errors import (
     FailedPrecondition,
     InfraError,
@@ -26,6 +27,7 @@ from regreen.rpc.errors import (
 )
 from regreen.train.config import GrpoConfig
 from regreen.train.rl import train_grpo
+from tests.fixtures.collector import collecting_ours
 from tests.integration import dataset_samples as samples
 from tests.integration.train_services import World, admitted, scripted_workers, world
 
@@ -192,10 +194,16 @@ async def test_platform_trouble_is_retried_then_lost_and_never_scored(place: Wor
         config = config_of(tasks, subjects=("base",), concurrency=1, modes=("any_fix",))
         runner = ScriptedRunner(place)
         runner.fail = {n: InfraError("the host is ill") for n in (1, 3, 4, 5)}
-        result = await evaluate(stack, config, runner=runner)
+        with collecting_ours() as collector:
+            result = await evaluate(stack, config, runner=runner)
+            await traces.flush()
         outcomes = await load_outcomes(stack, result.run_id)
     assert (result.slots, result.committed, result.lost) == (4, 3, 1)
     assert len(outcomes) == 3
+    # However often a slot is tried, its trace has one first span.
+    roots = [s for spans in collector.traces().values() for s in spans if s.name == "rollout"]
+    assert len({root.span_id for root in roots}) == len(roots) == result.slots
+    assert sorted(root.error for root in roots) == ["", "", "", "INTERNAL"]
 
 
 async def test_a_policy_that_another_client_switches_is_noticed(place: World):

@@ -174,6 +174,7 @@ class Training:
         self._client = both.client
         self.rows: list[Row] = []
         self.weights = ""
+        self._batches: dict[int, bytes] = {}
 
     async def run(self, faults: dict[int, str]) -> None:
         """All steps, each with its fault."""
@@ -181,7 +182,8 @@ class Training:
         for step in range(1, self._plan.steps + 1):
             batch = await asyncio.to_thread(sampled, newest, step, version)
             rewards = [sample.reward for sample in batch]
-            row = await self._step(step, batch.to_bytes(), faults.get(step, ""))
+            self._batches[step] = batch.to_bytes()
+            row = await self._step(step, faults.get(step, ""))
             row.reward = sum(rewards) / len(rewards)
             self.rows.append(row)
             self._tell(f"step {step}: loss {row.loss:.6f} {row.fault} {row.seconds:.1f} s")
@@ -200,18 +202,18 @@ class Training:
         )
         return self._model
 
-    async def _step(self, step: int, batch: bytes, fault: str) -> Row:
+    async def _step(self, step: int, fault: str) -> Row:
         began_s, before = time.monotonic(), (await self._client.get_run(_RUN)).restarts
         told: list[str] = []
         striker = asyncio.create_task(self._disturb(step, fault, told)) if fault else None
         error, failed_after_s = "", 0.0
         try:
-            done = await self._client.step(_RUN, step, batch=batch)
+            done = await self._client.step(_RUN, step, batch=self._batches[step])
         except RegreenError as failure:
             if fault != "network" or striker is None:
                 raise
             error, failed_after_s = failure.message, time.monotonic() - await striker
-            done = await self._again(step, batch)
+            done = await self._again(step)
         seconds = time.monotonic() - began_s
         if striker is not None:
             await striker
@@ -248,15 +250,21 @@ class Training:
         await striking
         return struck_s
 
-    async def _again(self, step: int, batch: bytes) -> pb.StepResponse:
+    async def _again(self, step: int) -> pb.StepResponse:
         """What a driver does: start the run from its checkpoint, and send what came after it."""
         run = await self._client.get_run(_RUN)
         assert run.state == pb.RUN_STATE_FAILED, run
         self._both.network.join()
         await self._start()
         position = (await self._client.get_run(_RUN)).step
-        assert position == step - 1, f"the run stands at {position}"
-        return await self._client.step(_RUN, step, batch=batch)
+        saved = (step - 1) // self._plan.checkpoint_every * self._plan.checkpoint_every
+        assert position == saved, f"the run stands at {position}, its checkpoint at {saved}"
+        for earlier in range(position + 1, step):
+            again = await self._client.step(_RUN, earlier, batch=self._batches[earlier])
+            first = self.rows[earlier - 1]
+            for name in ("loss", "grad_norm"):
+                assert again.metrics[name] == getattr(first, name), f"step {earlier}: {name}"
+        return await self._client.step(_RUN, step, batch=self._batches[step])
 
 
 def faults_found(calm: Training, struck: Training, plan: Plan) -> list[str]:

@@ -6,20 +6,20 @@ import pytest_asyncio
 from dataset_svc.__main__ import serving
 from dataset_svc.settings import DatasetSettings
 from regreen.blobs import digest_of_file
-from regreen.common.v1 import GRADER_BUILD_GATES
+from regreen.common.v1 import GRADER_BUILD_GATES, MODE_ANY_FIX, PIPELINE_SIMPLIFIED
 from regreen.dataset import v1 as pb
 from regreen.ids import new_id
 from regreen.learner import v1 as learner_pb
 from regreen.rollout.context import Budget, EpisodeSpec, Knobs, Sampling, labels_of
 from regreen.rollout.episode import Runner
-from regreen.rollout.worker import worker_pool
+from regreen.rollout.worker import Worker, worker_pool
 from regreen.rpc import traces
 from regreen.rpc.server import Server
 from regreen.settings import ServiceSettings
 from regreen.train.config import GrpoConfig
 from regreen.train.rl import train_grpo
 from regreen.train.rows import all_trajectories
-from tests.fixtures.collector import collecting
+from tests.fixtures.collector import collecting_ours
 from tests.fixtures.policy.model import default_model
 from tests.integration import dataset_samples as samples
 from tests.integration.rollout.world import LOOPBACK, PIN, VALIDATE, call, says
@@ -60,23 +60,19 @@ async def learner(tmp_path):
 
 
 @pytest.fixture
-def collector(monkeypatch):
+def collector():
     """A collector that the environment names."""
-    with collecting() as found:
-        monkeypatch.setenv(traces.ENDPOINT, found.url)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        traces._sender.cache_clear()
+    with collecting_ours() as found:
         yield found
-        traces._sender.cache_clear()
 
 
-async def admitted(stack, world):
+async def admitted(stack, world, *, state_id=None):
     task = pb.Task()
     task.CopyFrom(world.task)
     task.id = samples.fresh("greet")
     await stack.tasks.import_tasks([task])
     report = samples.report(task.id)
-    report.state_id = world.task.state_id
+    report.state_id = world.task.state_id if state_id is None else state_id
     await stack.tasks.record_gate(report)
     return task.id
 
@@ -143,6 +139,25 @@ async def test_what_is_stored_by_itself_ends_its_trace(world, dataset, collector
     (root,) = [span for span in spans if not span.parent_id]
     (stored,) = [span for span in spans if span.component == "dataset"]
     assert (root.name, stored.parent_id) == ("episode", root.span_id)
+
+
+async def test_a_rollout_that_fails_says_so_in_its_trace(world, dataset, collector):
+    async with world.playing(says(PIN, VALIDATE), dataset=dataset) as stack:
+        run = (await stack.runs.create_run(samples.fresh("run"), "grpo")).run
+        group = pb.Group(
+            run_id=run.id,
+            task_id=await admitted(stack, world, state_id="st_" + "0" * 32),
+            size=1,
+            pipeline=PIPELINE_SIMPLIFIED,
+            mode=MODE_ANY_FIX,
+            grader=GRADER_BUILD_GATES,
+        )
+        await stack.queue.enqueue_groups([group])
+        stats = await Worker(stack, Runner(stack), run_id=run.id).run(until_idle=True)
+    assert not stats.committed
+    assert stats.given_back
+    roots = [s for spans in collector.traces().values() for s in spans if s.name == "rollout"]
+    assert [root.error for root in roots] == ["NOT_FOUND"] * stats.given_back
 
 
 def _random(trajectory_id):
