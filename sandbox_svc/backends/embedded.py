@@ -151,15 +151,25 @@ class EmbeddedRuntime:
         self.layout.sweep()
 
     async def _prove(self) -> None:
-        """Find out whether `volatile` works, then what this host enforces."""
-        try:
-            box = await self.create([], limits=Limits())
-        except InfraError:
-            self._volatile = False
-            box = await self.create([], limits=Limits())
-        await box.delete()
-        if self._run_probes:
-            self._capabilities = tuple(await probe.prove(self))
+        """Find out whether `volatile` works, then what this host enforces.
+
+        Each is tried again: a process of ours that was killed meanwhile says nothing of the host.
+        """
+        for self._volatile, left in ((True, 3), (True, 2), (False, 1), (False, 0)):
+            try:
+                box = await self.create([], limits=Limits())
+                await box.delete()
+                break
+            except InfraError:
+                if not left:
+                    raise
+        for left in (2, 1, 0) if self._run_probes else ():
+            try:
+                self._capabilities = tuple(await probe.prove(self))
+                break
+            except InfraError:
+                if not left:
+                    raise
         await self.settle()
 
     async def close(self) -> None:

@@ -74,10 +74,20 @@ _FEW_FILES = replace(_WIDE, inodes=500)
 
 
 async def prove(runtime: "EmbeddedRuntime") -> list[Capability]:
-    """Run all probes; the result has one entry per limit and protection."""
+    """Run all probes; the result has one entry per limit and protection.
+
+    Raises:
+        InfraError: a sandbox could not be made, or was lost, for what the host may not be to blame.
+    """
     wanted = (_TIGHT, _WIDE, _TIGHT, _WIDE, _TIGHT, _FEW_FILES, _WIDE)
-    boxes = await asyncio.gather(*(runtime.create([], limits=limits) for limits in wanted))
+    made = await asyncio.gather(
+        *(runtime.create([], limits=limits) for limits in wanted), return_exceptions=True
+    )
+    boxes = [box for box in made if not isinstance(box, BaseException)]
     try:
+        for failed in made:
+            if isinstance(failed, BaseException):
+                raise failed
         groups = await asyncio.gather(
             _kernel_limits(runtime.cgroups.name, boxes[0], boxes[1]),
             _service_limits(boxes[2], boxes[3]),

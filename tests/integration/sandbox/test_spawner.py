@@ -133,6 +133,25 @@ async def test_a_spawner_that_dies_with_requests_unread_is_replaced(tmp_path):
         await runtime.close()
 
 
+async def test_a_spawner_killed_while_the_service_starts_says_nothing_of_the_host(tmp_path):
+    runtime = EmbeddedRuntime(tmp_path / "home")
+    starting = asyncio.create_task(runtime.start())
+    killed: list[int] = []
+    for after_s in (0.0, 0.6):  # with its first sandbox, and while limits are proven
+        async with asyncio.timeout(30):
+            while runtime._seats is None or runtime._seats.spawner in (0, *killed):  # noqa: ASYNC110 - a process
+                await asyncio.sleep(0.001)
+        await asyncio.sleep(after_s)
+        killed.append(runtime._seats.spawner)
+        os.kill(killed[-1], signal.SIGKILL)
+    try:
+        await starting
+        assert runtime._seats.spawner not in killed
+        assert (await (await runtime.create([], limits=Limits())).run(Command(("/bin/true",)))).ok
+    finally:
+        await runtime.close()
+
+
 async def test_a_spawner_that_cannot_make_its_root_says_at_which_step_and_is_replaced(tmp_path):
     runtime = EmbeddedRuntime(tmp_path / "home", run_probes=False, warm_seats=0)
     await runtime.start()
