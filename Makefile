@@ -8,7 +8,7 @@ BIN := .venv/bin
 STAMP := .venv/.regreen-setup
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo study up down status logs test test-fast check fmt bench bench-sandbox bench-dataset bench-rl bench-load dashboards observe chart soak soak-queue soak-train soak-load fuzz mutate proto proto-check clean ranks
+.PHONY: help setup demo study up down up-docker down-docker images status logs test test-fast check fmt bench bench-sandbox bench-dataset bench-rl bench-load dashboards observe chart soak soak-queue soak-train soak-load fuzz mutate proto proto-check clean ranks
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  \1|\2/' | column -t -s '|'
@@ -28,6 +28,15 @@ up: $(STAMP) ## Start the local stack; it stays up (TLS=1, TOKENS=1: callers sho
 
 down: $(STAMP) ## Stop the local stack
 	@$(BIN)/regreen down
+
+up-docker: $(STAMP) ## Start Postgres, all services and Prometheus in containers (GPU=1 MODEL=DIR: SGLang too; PORTS=any)
+	@GPU="$(GPU)" MODEL="$(MODEL)" PORTS="$(PORTS)" infra/scripts/compose.sh up
+
+down-docker: $(STAMP) ## Stop the containers; their volumes stay (WIPE=1: go too)
+	@infra/scripts/compose.sh down $(if $(WIPE),--volumes)
+
+images: $(STAMP) ## Build the services' images from a wheelhouse (BASE_IMAGE, BUILD_ARGS, NAMES="dataset judge")
+	@infra/scripts/images.sh $(NAMES)
 
 status: $(STAMP) ## Show the local stack
 	@$(BIN)/regreen status

@@ -145,21 +145,19 @@ def _uv_default_index(uv: str) -> str:
     """What uv would ask: the user's configuration counts, and its built-in default.
 
     That of a project in the working directory does not: it would choose where releases come from.
+    No cache is kept (`-n`), for which a container's home has no place.
     """
-    command = [uv, "pip", "compile", "-", "--emit-index-url", "--no-header", "--quiet", "--offline"]
+    ask = [uv, "pip", "compile", "-", "--emit-index-url", "--no-header", "-q", "-n", "--offline"]
     try:
-        done = subprocess.run(
-            command, input="", capture_output=True, text=True, timeout=30, cwd="/"
-        )
+        done = subprocess.run(ask, input="", capture_output=True, text=True, timeout=30, cwd="/")
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise MissingDependency(
-            f"no package index is configured and uv cannot be asked ({error}); "
-            "set REGREEN_INDEX_URL or install uv"
-        ) from error
+        told = f"no package index is configured and uv cannot be asked ({error})"
+        raise MissingDependency(f"{told}; set REGREEN_INDEX_URL or install uv") from error
     for line in done.stdout.splitlines():
         if line.startswith("--index-url "):
             return line.split(None, 1)[1]
-    raise MissingDependency("no package index is configured; set REGREEN_INDEX_URL")
+    said = " ".join(done.stderr.split())[:500] or "uv names none"
+    raise MissingDependency(f"no package index is configured ({said}); set REGREEN_INDEX_URL")
 
 
 class PackageIndex:
@@ -379,7 +377,8 @@ def _ssl_context() -> ssl.SSLContext:
 
 @lru_cache(maxsize=2)  # reading a system's authorities takes a quarter of a second
 def _trusting(files: tuple[tuple[str, int, int, int], ...]) -> ssl.SSLContext:
-    context = httpx.create_ssl_context()
+    context = httpx.create_ssl_context()  # certifi alone, where no file is named
+    context.load_default_certs()
     for path, *_ in files:
         context.load_verify_locations(cafile=path)
     return context

@@ -13,6 +13,7 @@ step "settings in docs" .venv/bin/python infra/scripts/settings_table.py --check
 step "data card in docs" .venv/bin/python infra/scripts/data_card.py --check
 step "chart's settings" .venv/bin/python infra/scripts/chart_schema.py --check
 step "chart's values in docs" .venv/bin/python infra/scripts/chart_values.py --check
+step "compose.yaml" .venv/bin/python infra/scripts/compose.py --check
 step "dashboards and alerts" .venv/bin/python infra/observability/generate.py --check
 step "seccomp profile" .venv/bin/python infra/scripts/seccomp_profile.py --check
 [ ${#failed[@]} -eq 0 ] || { echo "check failed: ${failed[*]}"; exit 1; }

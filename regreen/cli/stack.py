@@ -14,7 +14,7 @@ from regreen.cli.options import Home, Json
 from regreen.home import default_home
 from regreen.rpc.errors import InvalidArgument, RegreenError
 from regreen.stack import control
-from regreen.stack.layout import SERVICES, Layout
+from regreen.stack.layout import ELSEWHERE, SERVICES, Layout
 
 
 def register(app: typer.Typer) -> None:
@@ -80,7 +80,11 @@ def up(
         )
     layout.borrowed.unlink(missing_ok=True)  # asked for by name: it stays up
     _print(rows, json_output)
-    if not json_output:
+    if json_output:
+        return
+    if by := (control.describe(layout) or {}).get(ELSEWHERE):
+        output.STDERR.print(f"these are run by {by}", highlight=False)
+    else:
         usual = {item.name: f"127.0.0.1:{item.port}" for item in SERVICES}
         if fixed_ports is not False and any(row.address != usual[row.name] for row in rows):
             told = "other programs have some of the usual ports: give these addresses to clients"

@@ -1,6 +1,7 @@
 """A stack for the length of one command: the one that runs, or one that is stopped again.
 
 - Whoever comes first starts it and whoever leaves last stops it, also after one that was killed.
+- Services that others run are used and left as they are.
 - One that was asked for by name (`regreen up`) stays, also where a command had started it.
 """
 
@@ -28,7 +29,7 @@ async def borrowed_stack(
     layout.make()
     with layout.open(layout.borrowers) as borrowers:
         await _join(borrowers)
-        if not layout.supervised():
+        if control.describe(layout) is None and not layout.supervised():
             layout.open(layout.borrowed).close()
         try:
             await control.up(layout, progress=progress)

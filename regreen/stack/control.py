@@ -6,6 +6,8 @@
 - `up` on a running stack changes nothing; asked for other arguments, it refuses. `down` on a
   stopped one succeeds.
 - Stopping goes through the supervisor; one that does not end is killed, and its services with it.
+- A home may use services that others run (`regreen.stack.elsewhere`): `up` waits for them, `down`
+  refuses.
 - Whether a stack runs is told by its supervisor's lock, held from before that process begins; a
   process id that was left behind is never trusted, since another process may have it now.
 """
@@ -32,7 +34,7 @@ from regreen.client.access import Access
 from regreen.client.channel import connect
 from regreen.rpc.errors import FailedPrecondition, InvalidArgument, Unavailable
 from regreen.settings import BAD_SETTINGS
-from regreen.stack.layout import SERVICES, Layout, Service
+from regreen.stack.layout import ELSEWHERE, SERVICES, Layout, Service
 from regreen.stack.parts import check_installed, chosen
 
 Progress = Callable[[str, float, float, str], None]
@@ -61,13 +63,12 @@ class ServiceStatus:
 
 def describe(layout: Layout) -> dict[str, Any] | None:
     """The description of the running stack, or None."""
-    if not layout.supervised():
-        return None
+    ours = layout.supervised()
     try:
         found: dict[str, Any] = json.loads(layout.description.read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-    return found
+    return found if ours or found.get(ELSEWHERE) else None
 
 
 async def status(layout: Layout) -> list[ServiceStatus]:
@@ -110,6 +111,11 @@ async def up(
             with its log's last line.
     """
     services, asked = chosen(only), dict(arguments or {})
+    found = describe(layout)
+    if found is not None and found.get(ELSEWHERE):
+        if any(asked.values()) or only or fixed_ports is not None:
+            raise FailedPrecondition(f"the services of {layout.home} {_by(found)}: set it there")
+        return await _wait_for(layout, found, timeout_s, progress)
     for name in asked:
         if asked[name] and name not in [service.name for service in services]:
             raise InvalidArgument("only", f"has no {name}, which is given arguments", "name it too")
@@ -150,6 +156,30 @@ async def up(
         raise
 
 
+async def _wait_for(
+    layout: Layout, found: Mapping[str, Any], timeout_s: float, progress: Progress | None
+) -> list[ServiceStatus]:
+    """Services that others run, once all of them serve.
+
+    Raises:
+        Unavailable: one does not in time.
+    """
+    give_up_s = time.monotonic() + timeout_s
+    while True:
+        rows = await _rows(layout, found)
+        _show(rows, progress)
+        missing = [f"{row.name} ({row.address})" for row in rows if row.state != "serving"]
+        if not missing:
+            return rows
+        if time.monotonic() > give_up_s:
+            raise Unavailable(f"{', '.join(missing)}: not serving; they {_by(found)}: look there")
+        await asyncio.sleep(_POLL_S)
+
+
+def _by(found: Mapping[str, Any]) -> str:
+    return f"are run by {found[ELSEWHERE]}"
+
+
 def _show(rows: list[ServiceStatus], progress: Progress | None) -> None:
     if progress:
         waiting = [row.name for row in rows if row.state != "serving"]
@@ -162,8 +192,12 @@ async def down(layout: Layout, timeout_s: float = 40.0) -> bool:
 
     Raises:
         Unavailable: it was killed and has not ended.
+        FailedPrecondition: others run the services.
     """
     ran = layout.supervised()
+    found = None if ran else describe(layout)
+    if found is not None:
+        raise FailedPrecondition(f"the services of {layout.home} {_by(found)}: stop them there")
     for number, patience_s in ((signal.SIGTERM, timeout_s), (signal.SIGKILL, _KILLED_S)):
         give_up_s = time.monotonic() + patience_s
         told = False

@@ -45,6 +45,10 @@ SERVICES = (
 )
 
 
+ELSEWHERE = "elsewhere"
+"""Key of a description: what runs services that this home's commands use and do not run."""
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """Paths of one home."""

@@ -28,6 +28,7 @@ _FILES = {
     "validate": "tests/integration/sandbox_build/test_validate.py",
     "beside": "tests/integration/sandbox_build/test_beside.py",
     "written": "tests/integration/sandbox_build/test_written.py",
+    "compose": "tests/e2e/test_compose.py",
 }
 _ROWS = {"A": 7, "B": 10, "C": 3, "D": 3, "E": 4, "F": 2, "G": 3}
 

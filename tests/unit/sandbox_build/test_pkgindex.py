@@ -4,6 +4,8 @@ import asyncio
 import base64
 import hashlib
 import json
+import os
+import ssl
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -196,6 +198,29 @@ def test_index_settings_in_order(tmp_path: Path) -> None:
     (tmp_path / "pip.conf").write_text("[global]\nindex-url = http://conf/\n")
     conf = {"HOME": str(tmp_path), "PIP_CONFIG_FILE": str(tmp_path / "pip.conf")}
     assert index_urls(conf) == ("http://conf/",)
+
+
+def test_the_default_is_found_where_no_cache_can_be_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container, whose home is read-only."""
+    for name in [name for name in os.environ if name.startswith(("UV_", "XDG_"))]:
+        monkeypatch.delenv(name)
+    (tmp_path / "cache").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("UV_DEFAULT_INDEX", "http://default/simple")
+    assert pkgindex._uv_default_index(pkgindex.find_uv()) == "http://default/simple"
+    monkeypatch.setenv("UV_DEFAULT_INDEX", "http://[bad")
+    with pytest.raises(MissingDependency, match=r"configured \(.*invalid.*REGREEN_INDEX_URL"):
+        pkgindex._uv_default_index(pkgindex.find_uv())
+
+
+def test_authorities_of_the_system_are_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Among them one that an administrator added, which no list of the web's has."""
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "PIP_CERT", "REQUESTS_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
+    system = ssl.create_default_context().get_ca_certs(binary_form=True)
+    assert set(system) <= set(pkgindex._ssl_context().get_ca_certs(binary_form=True))
 
 
 def test_tags() -> None:
