@@ -19,6 +19,7 @@ SAMPLES: dict[str, Any] = {
     "monitoring.interval": "7s",
     "tracing.endpoint": "http://another:4318",
     "tracing.share": 0.5,
+    "quotas": {"default": {"sandboxes": 3}},
     "monitoring.labels": {"another": "label"},
 }
 """Other values of leaves whose type does not tell one; None: tried by what depends on it."""
