@@ -269,3 +269,11 @@ regreen.dev/instance: {{ include "regreen.name" (list . "sandbox") }}
       {{- end }}
 {{- end }}
 {{- end }}
+
+{{- /* Connections that the database has to take: the pool of every process of the dataset service, of a quarter more while they are replaced, and 20 for migrations, operators and whoever looks. */ -}}
+{{- define "regreen.connections" -}}
+{{- $v := .Values.dataset }}
+{{- $processes := int (ternary $v.autoscaling.maxReplicas $v.replicas $v.autoscaling.enabled) }}
+{{- $surge := div (add $processes 3) 4 }}
+{{- add 20 (mul (add $processes $surge) (int (default 16 $v.settings.pool_size))) }}
+{{- end }}
