@@ -292,6 +292,13 @@ def prometheus() -> Tree:
     }
 
 
+def tensor_parallel(own: Tree) -> list[str]:
+    """A model lies over all GPUs where no option says a size, as in the chart."""
+    sizes = ("--tp", "--tensor-parallel", "--pp", "--pipeline-parallel", "--dp", "--data-parallel")
+    said = any(word.startswith(sizes) for word in own["args"])
+    return [f"--tp-size={own['gpus']}"] if own["gpus"] > 1 and not said else []
+
+
 def sglang(all_values: Tree) -> Tree:
     """SGLang on a GPU, which the policy samples from."""
     own = all_values["sglang"]
@@ -300,7 +307,7 @@ def sglang(all_values: Tree) -> Tree:
     return {
         "image": image(all_values, "sglang"),
         "profiles": ["gpu"],
-        "command": own["args"],
+        "command": [*tensor_parallel(own), *own["args"]],
         "environment": {"HOME": "/home/regreen"},
         "volumes": [
             "${REGREEN_MODEL:-model}:/model:ro",
