@@ -170,7 +170,8 @@ def service(all_values: Tree, name: str, port: int, metrics: int) -> Tree:
     memory = mebibytes(own["resources"]["limits"]["memory"])
     if name == "sandbox":
         memory = mebibytes(own["settings"]["kube_memory_bytes"])
-    environment = settings(name, own) | tracing(all_values) | dict.fromkeys(PASSED.get(name, ()))
+    environment = settings(name, own) | tracing(all_values) | own.get("env", {})
+    environment |= dict.fromkeys(PASSED.get(name, ()))
     if name == "learner":
         environment["HOME"] = "/tmp"  # caches of the kernels that are compiled
     waits = {"access": {"condition": "service_healthy"}}
@@ -308,7 +309,7 @@ def sglang(all_values: Tree) -> Tree:
         "image": image(all_values, "sglang"),
         "profiles": ["gpu"],
         "command": [*tensor_parallel(own), *own["args"]],
-        "environment": {"HOME": "/home/regreen"},
+        "environment": {"HOME": "/home/regreen", **own["env"]},
         "volumes": [
             "${REGREEN_MODEL:-model}:/model:ro",
             "shared:/shared:ro",

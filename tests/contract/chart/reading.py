@@ -18,7 +18,10 @@ SETTINGS = {
     name: getattr(import_module(f"{name}_svc.settings"), f"{name.capitalize()}Settings")
     for name in ("dataset", "judge", "learner", "policy", "sandbox")
 }
-ELSEWHERE = {"HOME", "OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_TRACES_SAMPLER_ARG"}
+ELSEWHERE = {
+    *("HOME", "OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_TRACES_SAMPLER_ARG"),
+    *("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"),
+}
 """Variables that are no settings of ours: of the system, of torch, of OpenTelemetry."""
 ETC = "/etc/regreen"
 

@@ -51,6 +51,10 @@ def another(path: str, value: Any) -> Any:
     if name == "secretSettings":
         key = "http_key" if path.startswith("policy") else "openai_key"
         return {key: {"name": "another", "key": "another"}}
+    if name == "env":
+        return {"ANOTHER": "another"}
+    if name == "envFrom":
+        return ["another"]
     if name == "scheduling":
         return {"priorityClassName": "another"}
     if name in ("to", "clients", "monitoring", "keda", "cnpg"):

@@ -100,6 +100,25 @@ resources:
   value: {{ if kindIs "string" $value }}{{ quote $value }}{{ else }}{{ $value | toJson | quote }}{{ end }}
 {{- end }}
 {{- include "regreen.tracing" (index . 2) }}
+{{- include "regreen.env" $values }}
+{{- end }}
+
+{{- /* Variables of `env`, of a part's values: of libraries, none of ours (checks.yaml). */ -}}
+{{- define "regreen.env" -}}
+{{- range $name, $value := .env }}
+- {name: {{ $name }}, value: {{ quote $value }}}
+{{- end }}
+{{- end }}
+
+{{- /* Secrets that are a part's environment: those of its values, then the blob store's, which count where both have a name. */ -}}
+{{- define "regreen.envFrom" -}}
+{{- $root := index . 0 }}{{ $values := index . 1 }}
+{{- range $values.envFrom }}
+- secretRef: {name: {{ . }}}
+{{- end }}
+{{- if has "blobs" (slice . 2) }}
+{{ include "regreen.blobSecret" $root }}
+{{- end }}
 {{- end }}
 
 {{- /* Where spans are sent, as OpenTelemetry's own environment variables. */ -}}
