@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.fixtures import chart
 
@@ -61,3 +62,12 @@ def test_nothing_that_needs_the_policy_runs_without_it(chart_tools):
     assert "rollout.enabled: workers need the policy service; set policy.enabled" in workers["refused"]
     assert not alone["refused"]
     assert "judge.settings.model: the policy service is left out" in judge["refused"]
+
+
+def test_a_large_cluster_rolls_out_no_more_than_the_docs_say_that_a_policy_serves():
+    overlay = chart.ROOT / "infra/k8s/overlays/rl-large/values.yaml"
+    rollout = yaml.safe_load(overlay.read_text())["rollout"]
+    most = rollout["keda"]["maxReplicas"] * rollout["concurrency"]
+    assert f"at most {most} rollouts at a time".lower() in overlay.read_text().lower()
+    page = (chart.ROOT / "docs/operations/chart.md").read_text()
+    assert f"`rl-large` ends at {most} " in page
