@@ -1,4 +1,4 @@
-"""Writes the settings of each service and the names of quotas into the chart's values.schema.json: `--check` only compares.
+"""Writes settings of services and names of quotas into values.schema.json: `--check` compares.
 
 - What a service can be told is read from its settings class, so that the chart refuses what the
   service would refuse: unknown names, wrong types, values out of bounds.

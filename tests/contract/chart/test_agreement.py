@@ -17,6 +17,7 @@ from sandbox_svc.settings import SandboxSettings
 from tests.contract.chart.reading import ELSEWHERE, environment, service_of
 from tests.fixtures import chart
 
+
 @pytest.mark.parametrize("name", ["small", "full", "sandbox"])
 def test_every_flag_and_variable_is_a_setting_of_the_service(rendered, settings_of, name):
     found = [c for c in chart.containers(rendered[name]) if service_of(c)]

@@ -16,9 +16,7 @@ REFS = {
 @pytest.mark.parametrize("part", REFS)
 def test_a_secret_setting_is_read_from_a_file(rendered, reader, part):
     (container,) = [c for c in chart.containers(rendered["full"]) if c["name"] == part]
-    (pod,) = [
-        p for o in rendered["full"] for p in chart.pods(o) if p["containers"] == [container]
-    ]
+    (pod,) = [p for o in rendered["full"] for p in chart.pods(o) if p["containers"] == [container]]
     (volume,) = [v for v in pod["volumes"] if v["name"] == "secrets"]
     found = {
         item["path"]: (source["secret"]["name"], item["key"])

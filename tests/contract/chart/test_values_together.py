@@ -59,7 +59,9 @@ def test_nothing_that_needs_the_policy_runs_without_it(chart_tools):
     idle = chart.over(small, "rollout.enabled", False)
     judging = chart.over(idle, "judge.settings.model", "policy")
     workers, alone, judge = chart.tried([{"values": v} for v in (small, idle, judging)])
-    assert "rollout.enabled: workers need the policy service; set policy.enabled" in workers["refused"]
+    assert (
+        "rollout.enabled: workers need the policy service; set policy.enabled" in workers["refused"]
+    )
     assert not alone["refused"]
     assert "judge.settings.model: the policy service is left out" in judge["refused"]
 
