@@ -1,4 +1,4 @@
-"""Writes the settings of each service into the chart's values.schema.json: `--check` only compares.
+"""Writes settings of services and names of quotas into values.schema.json: `--check` compares.
 
 - What a service can be told is read from its settings class, so that the chart refuses what the
   service would refuse: unknown names, wrong types, values out of bounds.
@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from regreen.rpc.quotas import NAMES
 from regreen.settings import PLACES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +41,7 @@ def setting(described: dict[str, Any]) -> dict[str, Any]:
 
 
 def definitions() -> dict[str, Any]:
-    """Schemas of `settings` and `secretSettings` by service."""
+    """Schemas of `settings` and `secretSettings` by service, and of a tenant's quota."""
     found = {}
     for service, own in OWN.items():
         module = importlib.import_module(f"{service}_svc.settings")
@@ -54,7 +55,8 @@ def definitions() -> dict[str, Any]:
         found[f"{service}Settings"] = closed(plain)
         if secret:
             found[f"{service}SecretSettings"] = closed(secret)
-    return found
+    bound = {"type": "integer", "minimum": 0}
+    return found | {"quota": closed(dict.fromkeys(NAMES, bound))}
 
 
 def closed(properties: dict[str, Any]) -> dict[str, Any]:

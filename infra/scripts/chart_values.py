@@ -18,6 +18,8 @@ COMMON = {
     "replicas": "Processes.",
     "settings": "Settings of the service, by its own names.",
     "secretSettings": "Secret and key of settings that are secret.",
+    "env": "Variables of libraries, such as `NCCL_DEBUG`; those that the chart sets are refused.",
+    "envFrom": "Secrets whose entries become variables, such as `OTEL_EXPORTER_OTLP_HEADERS`.",
     "scheduling": "nodeSelector, tolerations, affinity, topologySpreadConstraints, "
     "priorityClassName.",
     "requests": "Requests of a pod.",

@@ -170,7 +170,8 @@ def service(all_values: Tree, name: str, port: int, metrics: int) -> Tree:
     memory = mebibytes(own["resources"]["limits"]["memory"])
     if name == "sandbox":
         memory = mebibytes(own["settings"]["kube_memory_bytes"])
-    environment = settings(name, own) | tracing(all_values) | dict.fromkeys(PASSED.get(name, ()))
+    environment = settings(name, own) | tracing(all_values) | own.get("env", {})
+    environment |= dict.fromkeys(PASSED.get(name, ()))
     if name == "learner":
         environment["HOME"] = "/tmp"  # caches of the kernels that are compiled
     waits = {"access": {"condition": "service_healthy"}}
@@ -292,6 +293,13 @@ def prometheus() -> Tree:
     }
 
 
+def tensor_parallel(own: Tree) -> list[str]:
+    """A model lies over all GPUs where no option says a size, as in the chart."""
+    sizes = ("--tp", "--tensor-parallel", "--pp", "--pipeline-parallel", "--dp", "--data-parallel")
+    said = any(word.startswith(sizes) for word in own["args"])
+    return [f"--tp-size={own['gpus']}"] if own["gpus"] > 1 and not said else []
+
+
 def sglang(all_values: Tree) -> Tree:
     """SGLang on a GPU, which the policy samples from."""
     own = all_values["sglang"]
@@ -300,8 +308,8 @@ def sglang(all_values: Tree) -> Tree:
     return {
         "image": image(all_values, "sglang"),
         "profiles": ["gpu"],
-        "command": own["args"],
-        "environment": {"HOME": "/home/regreen"},
+        "command": [*tensor_parallel(own), *own["args"]],
+        "environment": {"HOME": "/home/regreen", **own["env"]},
         "volumes": [
             "${REGREEN_MODEL:-model}:/model:ro",
             "shared:/shared:ro",

@@ -2,10 +2,7 @@
 
 import asyncio
 import json
-import os
 import sys
-from datetime import UTC, datetime, timedelta
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,69 +12,10 @@ from dataset_svc.measures import ROLLOUTS
 from dataset_svc.models import ROLLOUT_STATES
 from learner_svc.launch import CALL, Call
 from regreen.client.stack import Endpoints
-from regreen.tokens import TokenFile
 from sandbox_svc.fleet.manifests import CONTAINER, Plan
 from sandbox_svc.settings import SandboxSettings
+from tests.contract.chart.reading import ELSEWHERE, environment, service_of
 from tests.fixtures import chart
-from tests.fixtures.certs import Certs
-
-SETTINGS = {
-    name: getattr(import_module(f"{name}_svc.settings"), f"{name.capitalize()}Settings")
-    for name in ("dataset", "judge", "learner", "policy", "sandbox")
-}
-SECRETS = {"DATABASE_URL": "postgresql://user:password@host/name"}
-ELSEWHERE = {"HOME", "OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_TRACES_SAMPLER_ARG"}
-"""Variables that are no settings of ours: of the system, of torch, of OpenTelemetry."""
-
-
-def environment(container: dict[str, Any]) -> dict[str, str]:
-    """The variables that a container is given, with something in place of its secrets."""
-    found = {}
-    for entry in container.get("env", []):
-        name = entry["name"]
-        found[name] = entry.get("value", SECRETS.get(name.rpartition("__")[2], "secret"))
-    return found
-
-
-def service_of(container: dict[str, Any]) -> str:
-    """The service that a container runs, or nothing."""
-    command = container.get("command", ["", "", ""])
-    name, _, rest = command[2].partition("_svc")
-    ours = command[:2] == ["python3", "-m"] and name in SETTINGS and rest in ("", ".migrate")
-    return name if ours else ""
-
-
-@pytest.fixture
-def settings_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """Reads settings as the container's process would; a front finds a cluster, as in a pod."""
-    cluster = {"name": "c", "cluster": {"server": "http://127.0.0.1:1"}}
-    context = {"name": "c", "context": {"cluster": "c", "user": "u"}}
-    config = {
-        **{"apiVersion": "v1", "kind": "Config", "current-context": "c"},
-        **{"clusters": [cluster], "contexts": [context]},
-        "users": [{"name": "u", "user": {"token": "t"}}],
-    }
-    (tmp_path / "kubeconfig").write_text(json.dumps(config))
-    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
-
-    made = Certs.make(tmp_path / "certs")
-    (tmp_path / "etc").mkdir()
-    (tmp_path / "etc" / "tls").symlink_to(made.folder.path / "server")
-    file = TokenFile(tmp_path / "etc" / "tokens" / "tokens.json")
-    file.create("test", ["policy:write"], "test", timedelta(days=1), datetime.now(UTC))
-
-    def read(container: dict[str, Any]) -> Any:
-        for name in [name for name in os.environ if name.startswith("REGREEN_")]:
-            monkeypatch.delenv(name)
-        for name, value in environment(container).items():
-            assert name.startswith("REGREEN_") or name in ELSEWHERE, name
-            monkeypatch.setenv(name, value)
-        args = [
-            arg.replace("=/etc/regreen/", f"={tmp_path}/etc/") for arg in container.get("args", [])
-        ]
-        return SETTINGS[service_of(container)].load(args)
-
-    return read
 
 
 @pytest.mark.parametrize("name", ["small", "full", "sandbox"])

@@ -19,6 +19,7 @@ SAMPLES: dict[str, Any] = {
     "monitoring.interval": "7s",
     "tracing.endpoint": "http://another:4318",
     "tracing.share": 0.5,
+    "quotas": {"default": {"sandboxes": 3}},
     "monitoring.labels": {"another": "label"},
 }
 """Other values of leaves whose type does not tell one; None: tried by what depends on it."""
@@ -50,6 +51,10 @@ def another(path: str, value: Any) -> Any:
     if name == "secretSettings":
         key = "http_key" if path.startswith("policy") else "openai_key"
         return {key: {"name": "another", "key": "another"}}
+    if name == "env":
+        return {"ANOTHER": "another"}
+    if name == "envFrom":
+        return ["another"]
     if name == "scheduling":
         return {"priorityClassName": "another"}
     if name in ("to", "clients", "monitoring", "keda", "cnpg"):

@@ -144,7 +144,7 @@ def test_prometheus_scrapes_every_service_and_reads_the_alerts():
 
 
 def test_a_value_of_the_chart_is_changed_for_both(tmp_path):
-    """What Compose has of `images`, `tracing`, `settings`, limits and `security`."""
+    """What Compose has of `images`, `tracing`, `settings`, `env`, limits and `security`."""
     scripts, chart = tmp_path / "infra" / "scripts", tmp_path / "infra" / "helm" / "regreen"
     for source, folder in (
         ("infra/scripts/compose.py", scripts),
@@ -157,15 +157,21 @@ def test_a_value_of_the_chart_is_changed_for_both(tmp_path):
     values["images"]["judge"] = {"repository": "r.example/judge", "digest": "sha256:abc"}
     values["tracing"] = {"endpoint": "http://collector:4318", "share": 0.25}
     values["judge"]["settings"] = {"drain_s": 33, "max_rpcs": 7}
+    values["judge"]["env"] = {"HTTPS_PROXY": "http://proxy:3128"}
     values["judge"]["resources"]["limits"]["memory"] = "3Gi"
+    values["sglang"] |= {"gpus": 2, "env": {"NCCL_DEBUG": "INFO"}}
     values["security"]["tokens"]["enabled"] = False
     (chart / "values.yaml").write_text(yaml.safe_dump(values))
     subprocess.run([sys.executable, str(scripts / "compose.py")], check=True)
-    part = yaml.safe_load((tmp_path / "compose.yaml").read_text())["services"]["judge"]
+    services = yaml.safe_load((tmp_path / "compose.yaml").read_text())["services"]
+    assert services["sglang"]["command"] == ["--tp-size=2"]
+    assert services["sglang"]["environment"]["NCCL_DEBUG"] == "INFO"
+    part = services["judge"]
     assert part["image"] == "r.example/judge@sha256:abc"
     assert part["environment"] == {
         "REGREEN_JUDGE__DRAIN_S": "33",
         "REGREEN_JUDGE__MAX_RPCS": "7",
+        "HTTPS_PROXY": "http://proxy:3128",
         "OTEL_EXPORTER_OTLP_ENDPOINT": "${REGREEN_TRACING_ENDPOINT:-http://collector:4318}",
         "OTEL_TRACES_SAMPLER_ARG": "${REGREEN_TRACING_SHARE:-0.25}",
     }

@@ -99,11 +99,26 @@ resources:
 - name: REGREEN_{{ $section }}__{{ upper $name }}
   value: {{ if kindIs "string" $value }}{{ quote $value }}{{ else }}{{ $value | toJson | quote }}{{ end }}
 {{- end }}
-{{- range $name, $ref := $values.secretSettings }}
-- name: REGREEN_{{ $section }}__{{ upper $name }}
-  valueFrom: {secretKeyRef: {name: {{ $ref.name }}, key: {{ $ref.key }}}}
-{{- end }}
 {{- include "regreen.tracing" (index . 2) }}
+{{- include "regreen.env" $values }}
+{{- end }}
+
+{{- /* Variables of `env`, of a part's values: of libraries, none of ours (checks.yaml). */ -}}
+{{- define "regreen.env" -}}
+{{- range $name, $value := .env }}
+- {name: {{ $name }}, value: {{ quote $value }}}
+{{- end }}
+{{- end }}
+
+{{- /* Secrets that are a part's environment: those of its values, then the blob store's, which count where both have a name. */ -}}
+{{- define "regreen.envFrom" -}}
+{{- $root := index . 0 }}{{ $values := index . 1 }}
+{{- range $values.envFrom }}
+- secretRef: {name: {{ . }}}
+{{- end }}
+{{- if has "blobs" (slice . 2) }}
+{{ include "regreen.blobSecret" $root }}
+{{- end }}
 {{- end }}
 
 {{- /* Where spans are sent, as OpenTelemetry's own environment variables. */ -}}
@@ -155,20 +170,24 @@ livenessProbe:
 - --insecure
 {{- end }}
 
-{{- /* What a service shows, and asks of its callers. */ -}}
+{{- /* What a service shows, and asks of its callers; the root, and `quotas` where it keeps some. */ -}}
 {{- define "regreen.securityArgs" -}}
-{{- if .Values.security.tls.enabled -}}
+{{- $root := index . 0 }}{{ $has := slice . 1 }}
+{{- if $root.Values.security.tls.enabled -}}
 - --tls-ca=/etc/regreen/tls/ca.crt
 - --tls-cert=/etc/regreen/tls/tls.crt
 - --tls-key=/etc/regreen/tls/tls.key
 {{ end }}
-{{- if .Values.security.tokens.enabled -}}
+{{- if $root.Values.security.tokens.enabled -}}
 - --tokens=/etc/regreen/tokens/tokens.json
 - --audit=/dev/stderr
 {{ end }}
+{{- if and $root.Values.quotas (has "quotas" $has) -}}
+- --quotas=/etc/regreen/quotas/quotas.toml
+{{ end }}
 {{- end }}
 
-{{- /* Where certificates, hashes of tokens and the part's own token are; the root, `service` and `token` say which of them. */ -}}
+{{- /* Where certificates, hashes of tokens, the part's own token and quotas are; the root; `service`, `token` and `quotas` say which of them. Folders, so that the kubelet renews them. */ -}}
 {{- define "regreen.securityMounts" -}}
 {{- $root := index . 0 }}{{ $has := slice . 1 }}
 {{- if $root.Values.security.tls.enabled -}}
@@ -179,6 +198,9 @@ livenessProbe:
 {{ end }}
 {{- if and $root.Values.security.tokens.enabled (has "token" $has) -}}
 - {name: token, mountPath: /etc/regreen/token, readOnly: true}
+{{ end }}
+{{- if and $root.Values.quotas (has "quotas" $has) -}}
+- {name: quotas, mountPath: /etc/regreen/quotas, readOnly: true}
 {{ end }}
 {{- end }}
 
@@ -195,6 +217,10 @@ livenessProbe:
 {{- if and $security.tokens.enabled (has "token" $has) -}}
 - name: token
   secret: {secretName: {{ $security.tokens.clientSecret }}, defaultMode: 288, items: [{key: {{ $part }}, path: token}]}
+{{ end }}
+{{- if and $root.Values.quotas (has "quotas" $has) -}}
+- name: quotas
+  configMap: {name: {{ include "regreen.name" (list $root "quotas") }}}
 {{ end }}
 {{- end }}
 
@@ -231,11 +257,42 @@ regreen.dev/instance: {{ include "regreen.name" (list . "sandbox") }}
 {{ default (include "regreen.name" (list . "shared")) .Values.storage.shared.existingClaim }}
 {{- end }}
 
-{{- define "regreen.databaseUrl" -}}
-- name: REGREEN_DATASET__DATABASE_URL
-  {{- if .Values.postgres.cnpg.enabled }}
-  valueFrom: {secretKeyRef: {name: {{ include "regreen.name" (list . "postgres") }}-app, key: uri}}
-  {{- else }}
-  valueFrom: {secretKeyRef: {name: {{ .Values.postgres.urlSecret.name }}, key: {{ .Values.postgres.urlSecret.key }}}}
-  {{- end }}
+{{- /* Secret settings of a part: by name, the Secret and the key that hold each, as JSON. Parts read them from files: other processes read environments. */ -}}
+{{- define "regreen.secretSettings" -}}
+{{- $root := index . 0 }}{{ $part := index . 1 }}{{ $postgres := $root.Values.postgres }}
+{{- if ne $part "dataset" }}{{ (index $root.Values $part).secretSettings | toJson }}
+{{- else if $postgres.cnpg.enabled }}{{ dict "database_url" (dict "name" (printf "%s-app" (include "regreen.name" (list $root "postgres"))) "key" "uri") | toJson }}
+{{- else }}{{ dict "database_url" $postgres.urlSecret | toJson }}{{ end }}
+{{- end }}
+
+{{- define "regreen.secretArgs" -}}
+{{- range $name, $ref := include "regreen.secretSettings" . | fromJson }}
+- --{{ $name | replace "_" "-" }}=file:/etc/regreen/secrets/{{ $name }}
+{{- end }}
+{{- end }}
+
+{{- define "regreen.secretMounts" -}}
+{{- if include "regreen.secretSettings" . | fromJson }}
+- {name: secrets, mountPath: /etc/regreen/secrets, readOnly: true}
+{{- end }}
+{{- end }}
+
+{{- define "regreen.secretVolumes" -}}
+{{- with include "regreen.secretSettings" . | fromJson }}
+- name: secrets
+  projected:
+    defaultMode: 288
+    sources:
+      {{- range $name, $ref := . }}
+      - secret: {name: {{ $ref.name }}, items: [{key: {{ $ref.key }}, path: {{ $name }}}]}
+      {{- end }}
+{{- end }}
+{{- end }}
+
+{{- /* Connections that the database has to take: the pool of every process of the dataset service, of a quarter more while they are replaced, and 20 for migrations, operators and whoever looks. */ -}}
+{{- define "regreen.connections" -}}
+{{- $v := .Values.dataset }}
+{{- $processes := int (ternary $v.autoscaling.maxReplicas $v.replicas $v.autoscaling.enabled) }}
+{{- $surge := div (add $processes 3) 4 }}
+{{- add 20 (mul (add $processes $surge) (int (default 16 $v.settings.pool_size))) }}
 {{- end }}

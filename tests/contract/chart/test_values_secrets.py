@@ -1,0 +1,54 @@
+"""Secrets of the chart are files in the pods, and in no container's environment."""
+
+import pytest
+
+from tests.contract.chart.reading import service_of
+from tests.fixtures import chart
+
+REFS = {
+    "judge": {"openai_key": ("judge", "openai")},
+    "policy": {"http_key": ("policy", "http"), "sglang_key": ("policy", "sglang")},
+    "dataset": {"database_url": ("regreen-postgres-app", "uri")},
+    "migrate": {"database_url": ("regreen-postgres-app", "uri")},
+}
+
+
+@pytest.mark.parametrize("part", REFS)
+def test_a_secret_setting_is_read_from_a_file(rendered, reader, part):
+    (container,) = [c for c in chart.containers(rendered["full"]) if c["name"] == part]
+    (pod,) = [p for o in rendered["full"] for p in chart.pods(o) if p["containers"] == [container]]
+    (volume,) = [v for v in pod["volumes"] if v["name"] == "secrets"]
+    found = {
+        item["path"]: (source["secret"]["name"], item["key"])
+        for source in volume["projected"]["sources"]
+        for item in source["secret"]["items"]
+    }
+    assert found == REFS[part]
+    settings = reader.settings(rendered["full"], container)
+    for name in REFS[part]:
+        value = getattr(settings, name)
+        shown = value if isinstance(value, str) else value.get_secret_value()
+        assert shown == f"secret of {name}"
+
+
+@pytest.mark.parametrize("name", ["small", "full", "sandbox"])
+def test_no_setting_of_a_secret_is_in_an_environment(rendered, name):
+    for container in chart.containers(rendered[name]):
+        if service_of(container):
+            assert not any("valueFrom" in entry for entry in container.get("env", ()))
+
+
+def test_a_database_by_url_is_read_from_the_secret_that_the_values_name(rendered):
+    for part in ("dataset", "migrate"):
+        (pod,) = [
+            p
+            for o in rendered["small"]
+            for p in chart.pods(o)
+            if p["containers"][0]["name"] == part
+        ]
+        (volume,) = [v for v in pod["volumes"] if v["name"] == "secrets"]
+        (source,) = volume["projected"]["sources"]
+        assert source["secret"] == {
+            "name": "regreen-database",
+            "items": [{"key": "uri", "path": "database_url"}],
+        }

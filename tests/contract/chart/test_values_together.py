@@ -1,0 +1,75 @@
+"""Values that are good one by one: what follows from them together, and what cannot work."""
+
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.fixtures import chart
+
+SGLANG = {"replicas": 1, "nodes": 2, "gpus": 8}
+
+
+def with_sglang(**own: Any) -> dict[str, Any]:
+    return chart.over(chart.values("small"), "sglang", SGLANG | own)
+
+
+def options(values: dict[str, Any]) -> list[str]:
+    """Options of SGLang's server beside those that every node of a replica has."""
+    (answer,) = chart.tried([{"values": values}])
+    assert not answer["refused"], answer["refused"]
+    assert answer["schema"] == answer["policy"] == []
+    (server,) = [c for c in chart.containers(answer["objects"]) if c["name"] == "sglang"]
+    nodes = ("--nnodes", "--node-rank", "--dist-init-addr")
+    return [word for word in server.get("args", ()) if not word.startswith(nodes)]
+
+
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        ({}, ["--tp-size=16"]),
+        ({"nodes": 1}, ["--tp-size=8"]),
+        ({"nodes": 1, "gpus": 1}, []),
+        ({"args": ["--log-level=info"]}, ["--tp-size=16", "--log-level=info"]),
+        ({"args": ["--tp=8", "--pp-size=2"]}, ["--tp=8", "--pp-size=2"]),
+        ({"nodes": 1, "args": ["--dp-size=8"]}, ["--dp-size=8"]),
+    ],
+)
+def test_a_model_lies_over_all_gpus_unless_its_options_say(chart_tools, own, words):
+    assert options(with_sglang(**own)) == words
+
+
+@pytest.mark.parametrize(
+    ("own", "says"),
+    [
+        ({"args": ["--tp-size=1"]}, "over 1 GPUs"),
+        ({"args": ["--dp-size=2"]}, "over 1 GPUs"),
+        ({"args": ["--tp-size=32"]}, "over 32 GPUs"),
+        ({"nodes": 3, "args": ["--tp-size=8"]}, "does not lie on 3 nodes of 8 GPUs"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(chart_tools, own, says):
+    (answer,) = chart.tried([{"values": with_sglang(**own)}])
+    assert says in answer["refused"]
+    assert "give sizes that fit, or none" in answer["refused"]
+
+
+def test_nothing_that_needs_the_policy_runs_without_it(chart_tools):
+    small = chart.over(chart.values("small"), "policy.enabled", False)
+    idle = chart.over(small, "rollout.enabled", False)
+    judging = chart.over(idle, "judge.settings.model", "policy")
+    workers, alone, judge = chart.tried([{"values": v} for v in (small, idle, judging)])
+    assert (
+        "rollout.enabled: workers need the policy service; set policy.enabled" in workers["refused"]
+    )
+    assert not alone["refused"]
+    assert "judge.settings.model: the policy service is left out" in judge["refused"]
+
+
+def test_a_large_cluster_rolls_out_no_more_than_the_docs_say_that_a_policy_serves():
+    overlay = chart.ROOT / "infra/k8s/overlays/rl-large/values.yaml"
+    rollout = yaml.safe_load(overlay.read_text())["rollout"]
+    most = rollout["keda"]["maxReplicas"] * rollout["concurrency"]
+    assert f"at most {most} rollouts at a time".lower() in overlay.read_text().lower()
+    page = (chart.ROOT / "docs/operations/chart.md").read_text()
+    assert f"`rl-large` ends at {most} " in page
