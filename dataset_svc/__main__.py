@@ -11,7 +11,7 @@ import sys
 from collections.abc import AsyncIterator
 
 from dataset_svc import upkeep
-from dataset_svc.database import Database, await_server, upgrade
+from dataset_svc.database import Database, await_server, upgrade, warn_of_plain_text
 from dataset_svc.localpg import LocalPostgres, LocalPostgresConfig
 from dataset_svc.queries.rollouts import QueuePolicy
 from dataset_svc.servicers.archive import ArchiveServicer
@@ -135,6 +135,7 @@ def main(argv: list[str] | None = None) -> int:
                 private = stack.enter_context(LocalPostgres(config))
                 url = private.url()
             else:
+                warn_of_plain_text(url)
                 await_server(url, settings.database_wait_s)
             upgrade(url)
             asyncio.run(serve(settings, url, private))

@@ -7,6 +7,7 @@
 """
 
 import asyncio
+import os
 import random
 import time
 from collections.abc import Awaitable, Callable
@@ -40,6 +41,7 @@ from regreen.rpc.errors import (
     RegreenError,
     Unavailable,
 )
+from regreen.rpc.ports import is_local
 
 T = TypeVar("T")
 log = structlog.get_logger(__name__)
@@ -51,6 +53,8 @@ _TRY_AGAIN = ("40001", "40P01", "23505")
 _COLLECTED = "RG001"
 """SQLSTATE of our own: the tokens of a trajectory were collected before a row named them."""
 _CONNECT = {"connect_timeout": 10}
+_ENCRYPTED = ("require", "verify-ca", "verify-full")
+"""Values of `sslmode` under which nothing is sent in plain text, whatever the server says."""
 _LOOK_S = 0.5
 _SOON = ("starting up", "not yet accepting", "shutting down", "recovery mode")
 """What a server says that comes, or comes back."""
@@ -77,6 +81,27 @@ def normal_url(url: str) -> str:
             "give postgresql://...",
         )
     return parsed.set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
+
+
+def warn_of_plain_text(url: str) -> None:
+    """Log it once where what is stored, and the password, may cross a network in plain text."""
+    parsed = make_url(normal_url(url))
+    options = parsed.get_dialect()().create_connect_args(parsed)[1]
+    named = options.get("host") or options.get("hostaddr") or os.environ.get("PGHOST", "")
+    mode = options.get("sslmode") or os.environ.get("PGSSLMODE", "prefer")
+    away = [host for host in named.split(",") if not _is_here(host)]
+    if away and mode not in _ENCRYPTED:
+        log.warning(
+            "database_in_plain_text",
+            hosts=away,
+            sslmode=mode,
+            remedy="add ?sslmode=verify-full&sslrootcert=FILE to database_url",
+        )
+
+
+def _is_here(host: str) -> bool:
+    """Whether a host of libpq's is this machine: a folder of a socket, or loopback."""
+    return host == "" or host.startswith(("/", "@")) or is_local(f"{host}:0")
 
 
 def alembic_config(connection: Connection) -> Config:

@@ -23,7 +23,7 @@ class DatasetSettings(ServiceSettings):
     """HTTP address of `/metrics` and `/healthz`."""
     database_url: str = ""
     """Postgres 15 or newer, `postgresql://user:password@host/name`; empty runs a private one.
-    With a password better as `file:/path`."""
+    With a password better as `file:/path`; over a network with `?sslmode=verify-full`."""
     blobs: str = ""
     """Where tokens go: a directory, `s3://bucket/prefix` or `memory://`; empty is `home`/blobs."""
     pg_bin: Path | None = None

@@ -15,7 +15,7 @@ from policy_svc import metrics
 from policy_svc.chat import ChatMl
 from policy_svc.engines.base import Engine, Generation, PauseMode, Request, TokenSink
 from policy_svc.limits import Admission, Limits, check
-from policy_svc.usage import Usage
+from policy_svc.usage import Hold, Usage
 from policy_svc.versions import Versions
 from regreen.rpc import tenants
 from regreen.rpc.errors import Aborted, FailedPrecondition, NotFound, Unavailable
@@ -71,18 +71,19 @@ class Policy:
                 f"version {self.engine.version} serves, below min_version {min_version}",
                 retry_after_s=1.0,
             )
+        most = request.n * request.sampling.max_new_tokens
         async with self._place(patience_s):
-            self.usage.check()
-            start_s = time.monotonic()
-            shown = _Shown(self.usage, on_tokens) if on_tokens else None
-            self._running[request.request_id] = tenants.own()
-            try:
-                generation = await self._run(request, shown)
-            finally:
-                self._running.pop(request.request_id, None)
-            duration_s = time.monotonic() - start_s
-        sampled = sum(len(completion.token_ids) for completion in generation.completions)
-        self.usage.count(sampled - (shown.tokens if shown else 0))
+            with self.usage.held(most) as hold:
+                start_s = time.monotonic()
+                shown = _Shown(hold, on_tokens) if on_tokens else None
+                self._running[request.request_id] = tenants.own()
+                try:
+                    generation = await self._run(request, shown)
+                finally:
+                    self._running.pop(request.request_id, None)
+                duration_s = time.monotonic() - start_s
+                sampled = sum(len(completion.token_ids) for completion in generation.completions)
+                hold.count(sampled - (shown.tokens if shown else 0))
         self._measure(request, generation, duration_s)
         lowest = min((s.version for c in generation.completions for s in c.versions), default=None)
         if lowest is not None and lowest < min_version:
@@ -163,11 +164,11 @@ class Policy:
 class _Shown:
     """Counts tokens as they are shown: who goes away before the end has had them."""
 
-    usage: Usage
+    hold: Hold
     sink: TokenSink
     tokens: int = 0
 
     def __call__(self, index: int, ids: Sequence[int], logprobs: Sequence[float]) -> None:
         self.tokens += len(ids)
-        self.usage.count(len(ids))
+        self.hold.count(len(ids))
         self.sink(index, ids, logprobs)

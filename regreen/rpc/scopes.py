@@ -33,8 +33,7 @@ _TABLE = {
     "sandbox.v1.EgressService": {"read": "ListEgress"},
     "dataset.v1.TaskService": {
         "read": "GetTask ListTasks GetGateReport GetTaskStats",
-        "write": "ImportTasks RecordGate",
-        "admin": "SplitTasks",
+        "admin": "ImportTasks RecordGate SplitTasks",
     },
     "dataset.v1.TrajectoryService": {
         "read": "GetTrajectory ListTrajectories ExportTrajectories",

@@ -74,3 +74,28 @@ async def test_one_that_refuses_or_is_late_ends_the_service(
     assert said.rstrip().splitlines()[-1].startswith("dataset_svc: database: ")
     assert says in said
     assert ("waiting_for_database" in said) == ("=1" in flags[0])
+
+
+@pytest.mark.parametrize(
+    ("place", "warned"),
+    [
+        ("db.invalid/name", True),
+        ("db.invalid/name?sslmode=prefer", True),
+        ("/name?host=127.0.0.1:1&host=db.invalid:2", True),
+        ("/name?host=db.invalid&sslmode=allow", True),
+        ("db.invalid/name?sslmode=require", False),
+        ("db.invalid/name?sslmode=verify-full&sslrootcert=system", False),
+        ("localhost:1/name", False),
+        ("[::1]:1/name", False),
+        ("/name?host=/nowhere", False),
+    ],
+)
+async def test_what_may_cross_a_network_in_plain_text_is_told_once(
+    tmp_path: Path, place: str, warned: bool
+) -> None:
+    process = await _start(f"postgresql://user:secret@{place}", tmp_path, "--database-wait-s=0")
+    async with asyncio.timeout(60):
+        said = (await process.communicate())[0].decode()
+    assert process.returncode == 1
+    assert said.count("database_in_plain_text") == warned
+    assert "secret" not in said

@@ -1,6 +1,8 @@
 """The policy service with certificates and tokens: its HTTP endpoint, the judge that calls it."""
 
 import asyncio
+import json
+import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import grpc
 import pytest
 
 from judge_svc.models.policy import PolicyModel
+from policy_svc.__main__ import Running
 from regreen.client.access import Access
 from regreen.client.channel import connect
 from regreen.client.policy import PolicyClient
@@ -15,7 +18,7 @@ from regreen.policy import v1 as pb
 from regreen.rpc.errors import ResourceExhausted, Unavailable
 from regreen.tokens import TokenFile
 from tests.fixtures.certs import Certs
-from tests.integration.policy.test_policy_service import http_client, service
+from tests.integration.policy.test_policy_service import HELLO, http_client, service
 
 CHAT = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 8}
 
@@ -72,7 +75,7 @@ async def test_the_judges_model_shows_certificate_and_token(tmp_path: Path) -> N
 
 async def test_tokens_of_a_day_are_bounded_by_tenant_and_outlive_a_restart(tmp_path: Path) -> None:
     file, quotas = TokenFile(tmp_path / "tokens.json"), tmp_path / "quotas.toml"
-    quotas.write_text("[default]\ntokens_per_day = 3\n")
+    quotas.write_text("[default]\ntokens_per_day = 8\n")
     ours, theirs = token(file, "policy:write"), token(file, "policy:write", "b")
     (tmp_path / "ours").write_text(ours)
     for start in range(2):
@@ -82,18 +85,76 @@ async def test_tokens_of_a_day_are_bounded_by_tenant_and_outlive_a_restart(tmp_p
                 assert first.status_code == (429 if start else 200), first.text
                 refused = await http.post("chat/completions", json=CHAT)
                 assert refused.status_code == 429
-                assert "quota tokens_per_day of tenant a is 3" in refused.text
+                assert "quota tokens_per_day of tenant a is 8" in refused.text
                 assert 0 < int(refused.headers["retry-after"]) <= 86400
             access = Access(token_file=tmp_path / "ours")
             async with connect(found.server.address, access) as channel:
                 with pytest.raises(ResourceExhausted) as caught:
                     await PolicyClient(channel).generate(
-                        [1], sampling=pb.Sampling(max_new_tokens=4)
+                        [1], sampling=pb.Sampling(max_new_tokens=8)
                     )
                 assert caught.value.metadata["quota"] == "tokens_per_day"
             if start:
                 async with http_client(found, authorization=f"Bearer {theirs}") as http:
                     assert (await http.post("chat/completions", json=CHAT)).status_code == 200
+
+
+_CALL = """
+import asyncio, sys
+from pathlib import Path
+from regreen.client.access import Access
+from regreen.client.channel import connect
+from regreen.client.policy import PolicyClient
+from regreen.policy import v1 as pb
+
+async def main():
+    async with connect(sys.argv[1], Access(token_file=Path(sys.argv[2]))) as channel:
+        policy = PolicyClient(channel)
+        ask = [pb.ChatMessage(role="user", content="hello")]
+        prompt = (await policy.render_chat(ask)).token_ids
+        await policy.generate(prompt, sampling=pb.Sampling(temperature=1.0, max_new_tokens=600))
+
+asyncio.run(main())
+"""
+
+
+async def test_generations_at_a_time_have_one_quota_together(tmp_path: Path) -> None:
+    file, quotas, script = (tmp_path / name for name in ("tokens.json", "quotas.toml", "slow.json"))
+    quotas.write_text("[default]\ntokens_per_day = 1000\n")
+    script.write_text(json.dumps({"responses": [{"text": "slow " * 300, "delay_s": 0.1}]}))
+    ours = tmp_path / "ours"
+    ours.write_text(token(TokenFile(file), "policy:write"))
+    async with service(tmp_path, tokens=file, quotas=quotas, script=script) as found:
+        at, usage = found.server.address, found.policy.usage
+        command = [sys.executable, "-c", _CALL, at, str(ours)]
+        killed = await asyncio.create_subprocess_exec(*command)
+        await running(found, 1)
+        first = set(found.policy._running)
+        async with connect(at, Access(token_file=ours)) as channel:
+            asked = pb.Sampling(temperature=1.0, max_new_tokens=600)
+            prompt = (await PolicyClient(channel).render_chat(HELLO)).token_ids
+            hasty, patient = PolicyClient(channel, patience_s=0.0), PolicyClient(channel)
+            calls = [hasty.generate(prompt, sampling=asked) for _ in range(5)]
+            for refused in await asyncio.gather(*calls, return_exceptions=True):
+                assert isinstance(refused, ResourceExhausted), refused
+                assert "600 of the 1000 that are left are held" in refused.message
+                assert refused.retry_after_s == 1.0
+            waits = asyncio.create_task(patient.generate(prompt, sampling=asked))
+            killed.kill()  # what it held is free, and the next takes it
+            await killed.wait()
+            while set(found.policy._running) in (first, set()):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            assert usage._held == {"a": 600}
+            assert await found.policy.abort(None) == 1
+            (sample,) = (await waits).completions
+            assert not usage._held
+            assert usage._tokens == {"a": len(sample.token_ids)}
+
+
+async def running(found: Running, count: int) -> None:
+    """Return when so many generations run."""
+    while found.policy._admission.running != count:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
 
 
 async def test_nobody_aborts_another_tenants_generations(tmp_path: Path) -> None:
@@ -117,8 +178,7 @@ async def test_nobody_aborts_another_tenants_generations(tmp_path: Path) -> None
                 ),
                 timeout=60,
             )
-            while not found.policy._admission.running:  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
+            await running(found, 1)
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 await other.AbortGeneration(pb.AbortGenerationRequest(generate_request_id="one"))
             assert refused.value.code() is grpc.StatusCode.NOT_FOUND

@@ -1,5 +1,7 @@
-"""Tokens of a day: counted by tenant, refused when used up, free again at midnight."""
+"""Tokens of a day: held for what runs, counted by tenant, refused when used up."""
 
+import asyncio
+import contextlib
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -26,30 +28,72 @@ def tenant():
     _CALLER.reset(before)
 
 
+def generate(usage: Usage, tokens: int, most: int = 0) -> None:
+    with usage.held(most or tokens) as hold:
+        hold.count(tokens)
+
+
 def test_a_day_ends_at_midnight(tmp_path, quotas):
     now = EVENING
     usage = Usage(tmp_path / "usage.json", quotas, now=lambda: now)
-    usage.count(9)
-    usage.check()
-    usage.count(20)
-    with pytest.raises(ResourceExhausted) as caught:
-        usage.check()
+    generate(usage, 7, most=10)
+    with pytest.raises(ResourceExhausted, match=r"3 are left .* up to 4 .* fewer") as caught:
+        generate(usage, 4)
     assert caught.value.retry_after_s == 30.0
+    generate(usage, 3)
+    with pytest.raises(ResourceExhausted):
+        generate(usage, 1)
     _CALLER.set(Caller("b", "0123456789ab"))
-    usage.check()
+    generate(usage, 1)
     _CALLER.set(Caller("a", "0123456789ab"))
     now = EVENING + timedelta(seconds=30)
-    usage.check()
+    generate(usage, 10)
+
+
+def test_what_runs_at_a_time_is_bounded_together(tmp_path, quotas):
+    now = EVENING
+    usage = Usage(tmp_path / "usage.json", quotas, now=lambda: now)
+    with usage.held(6) as first:
+        with pytest.raises(ResourceExhausted, match=r"6 of the 10 .* are held") as caught:
+            generate(usage, 5)
+        assert caught.value.retry_after_s == 1.0
+        first.count(2)  # counted as it is shown: 4 are held now
+        with usage.held(4), pytest.raises(ResourceExhausted):
+            generate(usage, 1)
+        now = EVENING + timedelta(minutes=1)  # what runs over midnight is still bounded
+        with pytest.raises(ResourceExhausted):
+            generate(usage, 7)
+        generate(usage, 6)
+    generate(usage, 4)
+
+
+@pytest.mark.parametrize("end", [RuntimeError, asyncio.CancelledError, GeneratorExit])
+def test_what_was_not_sampled_is_given_back_whatever_the_end(tmp_path, quotas, end):
+    usage = Usage(tmp_path / "usage.json", quotas, now=lambda: EVENING)
+    with contextlib.suppress(end), usage.held(10) as hold:
+        hold.count(3)
+        raise end
+    hold.count(1)  # late: counted, and taken from nobody
+    generate(usage, 6)
+    with pytest.raises(ResourceExhausted):
+        generate(usage, 1)
+
+
+def test_more_than_a_day_has_is_not_to_be_waited_for(tmp_path, quotas):
+    usage = Usage(tmp_path / "usage.json", quotas, now=lambda: EVENING)
+    with pytest.raises(ResourceExhausted, match="ask for fewer") as caught:
+        generate(usage, 11)
+    assert caught.value.retry_after_s is None
 
 
 async def test_a_file_is_read_that_holds_today_and_no_other(tmp_path, quotas):
     path = tmp_path / "policy" / "usage.json"
     usage = Usage(path, quotas, now=lambda: EVENING)
     async with usage.kept():
-        usage.count(10)
+        generate(usage, 10)
     with pytest.raises(ResourceExhausted):
-        Usage(path, quotas, now=lambda: EVENING).check()
-    Usage(path, quotas, now=lambda: EVENING + timedelta(days=1)).check()
+        generate(Usage(path, quotas, now=lambda: EVENING), 1)
+    generate(Usage(path, quotas, now=lambda: EVENING + timedelta(days=1)), 1)
     for damage in ("", "[]", '{"day": 3}', '{"day": "2026-01-31", "tokens": {"a": "x"}}'):
         path.write_text(damage)
-        Usage(path, quotas, now=lambda: EVENING).check()
+        generate(Usage(path, quotas, now=lambda: EVENING), 1)

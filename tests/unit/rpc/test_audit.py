@@ -3,16 +3,20 @@
 import asyncio
 import contextlib
 import json
+import os
+import resource
 import signal
 import stat
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import grpc
 import pytest
 
 from regreen.client.access import Access
 from regreen.client.channel import Caller, connect
+from regreen.rpc.audit import Audit
 from regreen.rpc.errors import NotFound, PermissionDenied, ResourceExhausted
 from regreen.rpc.server import Server
 from regreen.sandbox import v1 as pb
@@ -110,7 +114,9 @@ from regreen.settings import ServiceSettings
 
 class States(pb.StateServiceServicer):
     async def DeleteState(self, request, context):
-        os.kill(os.getpid(), signal.SIGKILL)
+        if request.id == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return pb.DeleteStateResponse()
 
 async def main():
     settings = ServiceSettings(listen=sys.argv[1], audit=sys.argv[2])
@@ -123,20 +129,91 @@ asyncio.run(main())
 """
 
 
-async def test_a_service_that_is_killed_at_work_has_told_what_it_began(tmp_path):
+@contextlib.asynccontextmanager
+async def process(tmp_path: Path):
+    """A service in a process of its own that appends to `audit.jsonl`."""
     address, audit = f"unix:{tmp_path / 's'}", tmp_path / "audit.jsonl"
     command = [sys.executable, "-c", _SERVICE, address, str(audit)]
     service = await asyncio.create_subprocess_exec(*command)
     try:
         async with connect(address) as channel:
             await asyncio.wait_for(channel.channel_ready(), 60)
-            request = pb.DeleteStateRequest(id="a", request_id="the-last")
-            with pytest.raises(Exception, match=r"(?i)unavailable|closed|reset"):
-                await pb.StateServiceStub(channel).DeleteState(request, timeout=30)
-            # It ended itself; to kill what is dead would take its exit status from the waiter.
-            assert await asyncio.wait_for(service.wait(), 30) == -signal.SIGKILL
+            yield service, pb.StateServiceStub(channel), audit
     finally:
         if service.returncode is None:
             service.kill()
             await service.wait()
+
+
+async def test_a_service_that_is_killed_at_work_has_told_what_it_began(tmp_path):
+    async with process(tmp_path) as (service, stub, audit):
+        request = pb.DeleteStateRequest(id="killed", request_id="the-last")
+        with pytest.raises(Exception, match=r"(?i)unavailable|closed|reset"):
+            await stub.DeleteState(request, timeout=30)
+        # It ended itself; to kill what is dead would take its exit status from the waiter.
+        assert await asyncio.wait_for(service.wait(), 30) == -signal.SIGKILL
     assert [(row["audit"], row["request_id"]) for row in rows(audit)] == [("begun", "the-last")]
+
+
+async def test_a_full_disk_tears_no_line_of_what_was_done(tmp_path):
+    audit, done, refused = tmp_path / "audit.jsonl", [], []
+    # The bound is on every file of the process: this one alone shall meet it.
+    audit.write_text('{"audit": "before"}\n' * (1 << 16))
+    async with process(tmp_path) as (service, stub, _):
+
+        async def delete(name: str) -> None:
+            try:
+                await stub.DeleteState(pb.DeleteStateRequest(id=name, request_id=name), timeout=30)
+            except grpc.aio.AioRpcError as error:
+                refused.append(error.code())
+            else:
+                done.append(name)
+
+        _, most = resource.prlimit(service.pid, resource.RLIMIT_FSIZE)
+        for room in range(0, 600, 40):  # ends within the first line, between the two, in the second
+            full = audit.stat().st_size + room
+            resource.prlimit(service.pid, resource.RLIMIT_FSIZE, (full, most))
+            await delete(f"full-{room}")
+            resource.prlimit(service.pid, resource.RLIMIT_FSIZE, (most, most))
+            await delete(f"room-{room}")
+    told = [row for row in rows(audit) if row["audit"] != "before"]
+    assert [row["request_id"] for row in told if row["audit"] == "begun"] == done
+    ended = {row["request_id"] for row in told if row["audit"] == "ended"}
+    assert set(refused) == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+    assert set(done) - ended, "no second line met the bound"
+    assert ended >= {name for name in done if name.startswith("room")}
+
+
+def test_a_part_that_another_process_left_does_not_swallow_a_line(tmp_path):
+    path = tmp_path / "audit.jsonl"
+    path.write_text('{"audit": "begun", "request')
+    for name in ("one", "two"):
+        audit = Audit(path)
+        audit.begin(request_id=name)
+        audit.close()
+    torn, *whole = path.read_text().splitlines()
+    assert torn == '{"audit": "begun", "request'
+    assert [json.loads(line)["request_id"] for line in whole] == ["one", "two"]
+
+
+def test_what_another_appended_is_not_taken_back(tmp_path):
+    """A part that others wrote after stays, and the next line begins behind them."""
+    path = tmp_path / "audit.jsonl"
+    with path.open("ab") as other, pytest.MonkeyPatch.context() as patch:
+        audit, write = Audit(path), os.write
+
+        def cut(handle: int, line: bytes) -> int:
+            written = write(handle, line[:20])
+            other.write(b"another's")
+            other.flush()
+            return written
+
+        patch.setattr(os, "write", cut)
+        with pytest.raises(ResourceExhausted, match="only a part of a line"):
+            audit.begin(request_id="refused")
+        patch.setattr(os, "write", write)
+        audit.begin(request_id="done")
+        audit.close()
+    torn, last = filter(None, path.read_text().splitlines())
+    assert torn.endswith("another's")
+    assert json.loads(last)["request_id"] == "done"
