@@ -2,7 +2,7 @@
 
 - A case has `values` to render, or `objects` to check as they are; `mutate` changes what was
   rendered: `[["Deployment/regreen-judge", "spec.replicas", "two"]]`; null takes a field away.
-  With `only_digest` nothing is checked.
+  `add` puts objects beside them. With `only_digest` nothing is checked.
 - An answer has `refused` (by Helm), `schema`, `policy` (findings), `objects`, and `digest`, that of
   what was rendered.
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from chart import policy, schemas
+from chart.objects import label
 from chart.render import CHART, Chart, Refused, kustomized, lint, parse, read_values
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -24,7 +25,7 @@ BUILD = ROOT / "build" / "chart"
 
 def changed(objects: list[dict[str, Any]], changes: list[list[Any]]) -> list[dict[str, Any]]:
     """Objects with some fields replaced."""
-    by_name = {policy.label(obj): obj for obj in objects}
+    by_name = {label(obj): obj for obj in objects}
     for name, path, value in changes:
         at: Any = by_name[name]
         *parents, last = [int(key) if key.isdigit() else key for key in path.split(".")]
@@ -48,19 +49,11 @@ def tried(chart: Chart, case: dict[str, Any]) -> dict[str, Any]:
         objects = case.get("objects") or chart.objects(case["values"], **options)
     except Refused as error:
         return answer | {"refused": str(error)}
-    objects = changed(objects, case.get("mutate", []))
+    objects = changed(objects, case.get("mutate", [])) + case.get("add", [])
     answer["schema"] = [line for obj in objects for line in schemas.problems(obj)]
     if not answer["schema"]:
-        answer["policy"] = (
-            [
-                line
-                for obj in objects
-                for template in policy.pods_of(obj)
-                for line in policy.check_pod(policy.label(obj), template["spec"], fleet_worker=True)
-            ]
-            if case.get("objects")
-            else list(policy.check_release(objects))
-        )
+        check = policy.check_fleet if case.get("objects") else policy.check_release
+        answer["policy"] = list(check(objects))
     return answer | {"objects": objects}
 
 

@@ -1,124 +1,29 @@
-"""What every pod that Regreen runs on a cluster has to keep to.
+"""What is wrong with the objects of a release, or with those that a front makes.
 
-- Each rule yields what breaks it, in words that name object and field; no rule knows the chart.
-- The rules of the pod security standard "restricted" are here, and more: read-only roots, limits,
-  images by digest, probes, no token.
+- Each rule yields what breaks it, in words that name object, field and remedy (objects.py).
+- Rules for pods, network policies and roles have files of their own; here is what objects owe to
+  each other.
 """
 
-import re
 from collections.abc import Iterator
-from typing import Any
 
-Object = dict[str, Any]
-_DIGEST = re.compile(r".+@sha256:[0-9a-f]{64}")
-_VOLUMES = {
-    *("configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim"),
-    *("projected", "secret"),
-}
-_OF_CLUSTERS = ("Namespace", "PriorityClass")
-_SECRET = re.compile(r"(KEY|TOKEN|PASSWORD|SECRET|DATABASE_URL)$")
+from chart.amounts import check_amounts
+from chart.objects import Object, check_kind, label, labels_of, matches, pods_of
+from chart.pods import check_pod
+from chart.rights import check_rights
+from chart.walls import check_network
 
-
-def label(obj: Object) -> str:
-    """How an object is named in messages."""
-    return f"{obj['kind']}/{obj['metadata']['name']}"
+_OF_CLUSTERS = ("ClusterRole", "ClusterRoleBinding", "Namespace", "PriorityClass")
+_UNCOUNTED = ("CronJob", "DaemonSet", "Job", "Pod")
+"""Kinds whose pods no budget for disruptions keeps up."""
 
 
-def pods_of(obj: Object) -> list[Object]:
-    """The templates of an object's pods: metadata and spec."""
-    spec = obj.get("spec", {})
-    kind = obj["kind"]
-    if kind == "Pod":
-        return [obj]
-    if kind in ("Deployment", "StatefulSet", "Job"):
-        return [spec["template"]]
-    if kind == "LeaderWorkerSet":
-        return [spec["leaderWorkerTemplate"]["workerTemplate"]]
-    if kind == "JobSet":
-        return [job["template"]["spec"]["template"] for job in spec["replicatedJobs"]]
-    if kind == "SandboxTemplate":
-        return [spec["podTemplate"]]
-    return []
-
-
-def check_pod(name: str, spec: Object, *, fleet_worker: bool = False) -> Iterator[str]:
-    """What is wrong with a pod; a worker of the fleet may mount a /proc of its own."""
-    for field in ("hostNetwork", "hostPID", "hostIPC"):
-        if spec.get(field):
-            yield f"{name}: {field} is set"
-    for field in ("automountServiceAccountToken", "enableServiceLinks"):
-        if spec.get(field) is not False:
-            yield f"{name}: {field} is not false"
-    security = spec.get("securityContext", {})
-    if security.get("runAsNonRoot") is not True or not security.get("runAsUser"):
-        yield f"{name}: may run as root"
-    if security.get("seccompProfile", {}).get("type") not in ("RuntimeDefault", "Localhost"):
-        yield f"{name}: no seccomp profile"
-    if fleet_worker and spec.get("hostUsers") is not False:
-        yield f"{name}: has no user namespace"
-    volumes = {volume["name"] for volume in spec.get("volumes", [])}
-    for volume in spec.get("volumes", []):
-        if kinds := set(volume) - {"name"} - _VOLUMES:
-            yield f"{name}: volume {volume['name']} is a {', '.join(sorted(kinds))}"
-    mounted = set()
-    for container in [*spec.get("initContainers", []), *spec["containers"]]:
-        yield from check_container(f"{name}: {container['name']}", container, fleet_worker)
-        mounted |= {mount["name"] for mount in container.get("volumeMounts", [])}
-    for odd in sorted(volumes ^ mounted):
-        yield f"{name}: volume {odd} is not both there and mounted"
-
-
-def check_container(name: str, container: Object, fleet_worker: bool) -> Iterator[str]:
-    """What is wrong with a container."""
-    if not _DIGEST.fullmatch(str(container.get("image", ""))):
-        yield f"{name}: image {container.get('image')} has no digest"
-    security = container.get("securityContext", {})
-    if security.get("privileged"):
-        yield f"{name}: is privileged"
-    if security.get("allowPrivilegeEscalation") is not False:
-        yield f"{name}: may gain privileges"
-    if security.get("readOnlyRootFilesystem") is not True:
-        yield f"{name}: root file system can be written"
-    capabilities = security.get("capabilities", {})
-    if capabilities.get("drop") != ["ALL"] or capabilities.get("add"):
-        yield f"{name}: keeps capabilities"
-    if security.get("runAsUser") == 0 or security.get("runAsNonRoot") is False:
-        yield f"{name}: runs as root"
-    if security.get("procMount", "Default") != "Default" and not fleet_worker:
-        yield f"{name}: /proc is not masked"
-    resources = container.get("resources", {})
-    for amount in ("memory", "ephemeral-storage"):
-        if amount not in resources.get("limits", {}):
-            yield f"{name}: no limit of {amount}"
-    for amount in ("cpu", "memory"):
-        if amount not in resources.get("requests", {}):
-            yield f"{name}: no request of {amount}"
-    for port in container.get("ports", []):
-        if "hostPort" in port:
-            yield f"{name}: port {port['hostPort']} of the host"
-    for entry in container.get("env", []):
-        if _SECRET.search(entry["name"]) and "value" in entry:
-            yield f"{name}: {entry['name']} is in plain sight"
-    yield from check_probes(name, container)
-
-
-def check_probes(name: str, container: Object) -> Iterator[str]:
-    """What serves a port is probed; our own services by gRPC, or by HTTP where that shows none of
-    the certificates that they ask for."""
-    ours = any(str(word).endswith("_svc") for word in container.get("command", []))
-    tls = any(str(word).startswith("--tls-cert") for word in container.get("args") or ())
-    for probe in ("readinessProbe", "livenessProbe"):
-        found = container.get(probe)
-        if container.get("ports") and not found:
-            yield f"{name}: no {probe}"
-        elif ours and found and ("httpGet" if tls else "grpc") not in found:
-            yield f"{name}: {probe} is not by {'HTTP' if tls else 'gRPC'}"
-
-
-def matches(selector: Object | None, labels: Object) -> bool:
-    """Whether a label selector without expressions selects labels."""
-    wanted = (selector or {}).get("matchLabels", {})
-    return all(labels.get(key) == value for key, value in wanted.items())
+def check_fleet(objects: list[Object]) -> Iterator[str]:
+    """What is wrong with the objects that a front makes for its workers."""
+    for obj in objects:
+        yield from check_kind(obj)
+        for template in pods_of(obj):
+            yield from check_pod(label(obj), template, fleet_worker=True)
 
 
 def check_release(objects: list[Object]) -> Iterator[str]:
@@ -126,14 +31,17 @@ def check_release(objects: list[Object]) -> Iterator[str]:
     pods = []
     for obj in objects:
         if not obj["metadata"].get("namespace") and obj["kind"] not in _OF_CLUSTERS:
-            yield f"{label(obj)}: has no namespace"
+            yield f"{label(obj)}: metadata has no namespace: give the release's"
+        yield from check_kind(obj)
+        yield from check_amounts(label(obj), (obj.get("spec") or {}).get("resources") or {})
         for template in pods_of(obj):
-            yield from check_pod(label(obj), template["spec"])
+            yield from check_pod(label(obj), template)
             pods.append((obj, template))
     for obj, template in pods:
-        yield from check_guarded(obj, template["metadata"].get("labels", {}), objects)
+        yield from check_guarded(obj, labels_of(template), objects)
     yield from check_services(objects, pods)
     yield from check_references(objects, pods)
+    yield from check_rights(objects)
     for policy in (obj for obj in objects if obj["kind"] == "NetworkPolicy"):
         yield from check_network(policy)
 
@@ -153,18 +61,10 @@ def check_guarded(obj: Object, labels: Object, objects: list[Object]) -> Iterato
 
     walls = selecting("NetworkPolicy", "podSelector")
     if not any(set(w["spec"].get("policyTypes", ())) == {"Ingress", "Egress"} for w in walls):
-        yield f"{label(obj)}: no network policy shuts it off"
+        yield f"{label(obj)}: no network policy shuts it off: let one of both policyTypes do so"
     budgets = len(selecting("PodDisruptionBudget", "selector"))
-    if obj["kind"] not in ("Job", "Pod") and budgets != 1:
-        yield f"{label(obj)}: has {budgets} disruption budgets"
-
-
-def check_network(policy: Object) -> Iterator[str]:
-    """A rule without peers lets everybody through."""
-    for way, side in (("ingress", "from"), ("egress", "to")):
-        for rule in policy["spec"].get(way, []):
-            if not rule.get(side) or {} in rule[side]:
-                yield f"{label(policy)}: {way} from or to anybody"
+    if obj["kind"] not in _UNCOUNTED and budgets != 1:
+        yield f"{label(obj)}: has {budgets} disruption budgets: let one select its pods"
 
 
 def check_services(objects: list[Object], pods: list[tuple[Object, Object]]) -> Iterator[str]:
@@ -175,16 +75,17 @@ def check_services(objects: list[Object], pods: list[tuple[Object, Object]]) -> 
         behind = [
             {port["containerPort"] for c in t["spec"]["containers"] for port in c.get("ports", [])}
             for _, t in pods
-            if spec["selector"].items() <= t["metadata"].get("labels", {}).items()
+            if spec["selector"].items() <= labels_of(t).items()
         ]
         if len(behind) != 1:
-            yield f"{label(service)}: selects {len(behind)} workloads"
+            yield f"{label(service)}: selector finds {len(behind)} workloads: let it select one"
         for port in spec["ports"]:
             if behind and port["targetPort"] not in behind[0]:
-                yield f"{label(service)}: nothing listens on {port['targetPort']}"
+                at = f"{label(service)}: ports[{port['name']}].targetPort"
+                yield f"{at}: nothing listens on {port['targetPort']}: name a port of the pod"
         grpc = any(port["name"] == "grpc" for port in spec["ports"])
         if grpc and spec.get("clusterIP") != "None":
-            yield f"{label(service)}: is not headless"
+            yield f"{label(service)}: clusterIP is not None, it is not headless: set it to None"
     for monitor in (obj for obj in objects if obj["kind"] == "ServiceMonitor"):
         found = [
             s for s in services if matches(monitor["spec"]["selector"], s["metadata"]["labels"])
@@ -192,7 +93,8 @@ def check_services(objects: list[Object], pods: list[tuple[Object, Object]]) -> 
         names = {port["name"] for service in found for port in service["spec"]["ports"]}
         wanted = {endpoint["port"] for endpoint in monitor["spec"]["endpoints"]}
         if len(found) != 1 or not wanted <= names:
-            yield f"{label(monitor)}: finds {len(found)} services with {sorted(wanted)}"
+            at = f"{label(monitor)}: selector finds {len(found)} services"
+            yield f"{at} with ports {sorted(wanted)}: let it find one that has them"
 
 
 def check_references(objects: list[Object], pods: list[tuple[Object, Object]]) -> Iterator[str]:
@@ -203,12 +105,14 @@ def check_references(objects: list[Object], pods: list[tuple[Object, Object]]) -
         spec = template["spec"]
         wanted = [("ServiceAccount", spec.get("serviceAccountName"))]
         wanted += [
-            ("ConfigMap", volume.get("configMap", {}).get("name")) for volume in spec["volumes"]
+            ("ConfigMap", (volume.get("configMap") or {}).get("name"))
+            for volume in spec.get("volumes") or []
         ]
         for kind, name in wanted:
             if name and (kind, name) not in there:
-                yield f"{label(obj)}: there is no {kind} {name}"
+                yield f"{label(obj)}: there is no {kind} {name}: name one of the release"
     for obj in objects:
-        target = obj.get("spec", {}).get("scaleTargetRef")
+        target = (obj.get("spec") or {}).get("scaleTargetRef")
         if target and target["name"] not in own:
-            yield f"{label(obj)}: scales {target['name']}, which is not there"
+            at = f"{label(obj)}: scaleTargetRef is {target['name']}"
+            yield f"{at}, which is not there: name an object of the release"

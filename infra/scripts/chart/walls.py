@@ -1,0 +1,96 @@
+"""Who may reach a pod, and what it may reach.
+
+- Nobody comes in who is not named: no empty selector, no selector by keys alone, no wide block.
+- Ways out to wide blocks are listed one by one: by pods, port, and the networks they leave out.
+"""
+
+from collections.abc import Iterable, Iterator
+from ipaddress import ip_network
+
+from chart.objects import Object, label, names_some
+
+_WIDE = {4: 8, 6: 7}
+"""Shorter prefixes than those of the widest private networks, 10.0.0.0/8 and fc00::/7."""
+_METADATA = ("169.254.0.0/16", "fe80::/10", "fd00:ec2::/32")
+"""Where clouds hand out credentials of the node."""
+_PRIVATE = (
+    "10.0.0.0/8",
+    "100.64.0.0/10",
+    "172.16.0.0/12",
+    "192.168.0.0/16",
+    "fc00::/7",
+    *_METADATA,
+)
+_WAYS_OUT = {
+    **{(who, 443): _PRIVATE for who in ("dataset", "policy", "learner", "workers")},
+    **{(who, 5432): _METADATA for who in ("dataset", "migrate")},
+    **{("sandbox", port): () for port in (443, 6443)},
+}
+"""Blob store and package index, a database by URL, and the front's way to the Kubernetes API,
+whose address no chart knows."""
+
+
+def check_network(policy: Object) -> Iterator[str]:
+    """A network policy lets in, and out to, nobody but those that it names."""
+    at, who = label(policy), _selected(policy)
+    for number, rule in enumerate(policy["spec"].get("ingress") or []):
+        for field, everybody in _open_ends(rule.get("from")):
+            yield f"{at}: ingress[{number}].from{field} is {everybody}, anybody: name who may call"
+    for number, rule in enumerate(policy["spec"].get("egress") or []):
+        for field, everybody in _open_ends(rule.get("to")):
+            is_block = isinstance(everybody, dict) and "cidr" in everybody
+            if not (is_block and _is_listed(who, rule.get("ports") or [], everybody)):
+                yield (
+                    f"{at}: egress[{number}].to{field} is {everybody}, anybody:"
+                    " name what is called, or list this way out in infra/scripts/chart/walls.py"
+                )
+
+
+def _open_ends(peers: list[Object] | None) -> Iterator[tuple[str, Object | str]]:
+    """Fields of the peers that are everybody, and what they are."""
+    if not peers:
+        yield "", "empty"
+    for number, peer in enumerate(peers or []):
+        if not peer:
+            yield f"[{number}]", "{}"
+        if "ipBlock" in peer and _is_wide(peer["ipBlock"]):
+            yield f"[{number}].ipBlock", peer["ipBlock"]
+        # An empty selector of pods beside one of namespaces means all pods of those alone.
+        selector = "namespaceSelector" if "namespaceSelector" in peer else "podSelector"
+        if selector in peer and not names_some(peer[selector]):
+            yield f"[{number}].{selector}", peer[selector] or "{}"
+
+
+def _is_wide(block: Object) -> bool:
+    net = ip_network(block["cidr"], strict=False)
+    return net.prefixlen < _WIDE[net.version]
+
+
+def _is_listed(who: str, ports: list[Object], block: Object) -> bool:
+    """Whether a way out to a wide block is one of the list, by each of its ports."""
+    ways = [
+        None  # a range is no port of the list
+        if "endPort" in port or port.get("protocol", "TCP") != "TCP"
+        else _WAYS_OUT.get((who, port.get("port")))
+        for port in ports
+    ]
+    return bool(ways) and all(way is not None and _leaves_out(block, way) for way in ways)
+
+
+def _leaves_out(block: Object, closed: Iterable[str]) -> bool:
+    """Whether a block leaves out all these networks, as far as they are of its kind."""
+    version = ip_network(block["cidr"], strict=False).version
+    left_out = [ip_network(one) for one in block.get("except") or []]
+    return all(
+        any(net.version == one.version and net.subnet_of(one) for one in left_out)
+        for net in map(ip_network, closed)
+        if net.version == version
+    )
+
+
+def _selected(policy: Object) -> str:
+    """Whose policy it is, by the pods that it selects."""
+    labels = (policy["spec"].get("podSelector") or {}).get("matchLabels") or {}
+    if labels.get("app.kubernetes.io/name") == "regreen-sandbox":  # as the front labels its workers
+        return "workers"
+    return str(labels.get("app.kubernetes.io/component", ""))

@@ -1,0 +1,394 @@
+"""Deliberately wrong objects, as an overlay could make them, each found by what should find it.
+
+- `API` are caught by the schemas of the API and of CRDs, all others by the rules for pods, network
+  policies and roles, which look at nothing that a schema refuses.
+- A finding names object, field and remedy. What is put into a good object is its only fault.
+"""
+
+import copy
+from typing import Any
+
+import pytest
+
+from tests.fixtures import chart
+
+D = "Deployment/regreen-judge"
+FRONT = "Deployment/regreen-sandbox"
+S = "Service/regreen-judge"
+SGLANG = "StatefulSet/regreen-sglang"
+BUDGET = "PodDisruptionBudget/regreen-judge"
+WALL = "NetworkPolicy/regreen-judge"
+DATA = "NetworkPolicy/regreen-dataset"
+WORKERS = "NetworkPolicy/regreen-workers"
+ROLE = "Role/regreen-sandbox"
+BINDING = "RoleBinding/regreen-sandbox"
+DATABASE = "Cluster/regreen-postgres"
+HOST = {"name": "home", "hostPath": {"path": "/"}}
+TOKEN = {"name": "home", "projected": {"sources": [{"serviceAccountToken": {"path": "token"}}]}}
+NOBODY = {"matchLabels": {"a": "b"}}
+LINK_LOCAL = {"cidr": "0.0.0.0/0", "except": ["169.254.0.0/16"]}
+ADMIN = {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "cluster-admin"}
+ALL = {"apiGroups": ["*"], "resources": ["*"], "verbs": ["*"]}
+POD = "spec.template.spec"
+SEC = f"{POD}.securityContext"
+C = f"{POD}.containers.0"
+CSEC = f"{C}.securityContext"
+SHM = f"{POD}.volumes.4.emptyDir.sizeLimit"
+RANK = "spec.replicatedJobs.0.template.spec.template.spec.containers.0"
+
+
+def name(key: str, operator: str, *values: str) -> dict[str, Any]:
+    return {"matchExpressions": [{"key": key, "operator": operator} | {"values": [*values]}]}
+
+
+def into(*peers: Any) -> list[dict[str, Any]]:
+    """Ingress from these."""
+    return [{"from": [*peers], "ports": [{"port": 50054, "protocol": "TCP"}]}]
+
+
+def out(peer: Any, *ports: Any) -> list[dict[str, Any]]:
+    """Egress to a peer; ports by number, or as they are."""
+    found = [one if isinstance(one, dict) else {"port": one, "protocol": "TCP"} for one in ports]
+    return [{"to": [peer]} | ({"ports": found} if found else {})]
+
+
+API = [
+    ("string replicas", D, "spec.replicas", "two", "is not of type"),
+    ("unknown field", D, f"{POD}.hostNetwrk", True, "hostNetwrk"),
+    ("unknown field of a JobSet", "JobSet/regreen-learner", "spec.maxRestarts", 1, "maxR"),
+    ("no such probe", D, f"{C}.readinessProbe", {"grcp": {}}, "grcp"),
+    ("unknown kind", D, "kind", "Deploiment", "no schema"),
+    ("old API", BUDGET, "apiVersion", "policy/v1beta1", "no sc"),
+]
+PODS = [
+    ("privileged pod", D, f"{CSEC}.privileged", True, "judge: securityContext.privileged"),
+    ("privileged rank", "JobSet/regreen-learner", f"{RANK}.securityContext.privileged", True,
+     "learner: securityContext.privileged"),
+    ("root", D, f"{SEC}.runAsUser", 0, "securityContext.runAsUser is 0"),
+    ("perhaps root", D, f"{SEC}.runAsUser", None, "securityContext.runAsUser is missing"),
+    ("root by the container", D, f"{CSEC}.runAsUser", 0, "judge: securityContext.runAsUser is 0"),
+    ("not surely no root", D, f"{SEC}.runAsNonRoot", None, "securityContext.runAsNonRoot"),
+    ("root for all it says", D, f"{CSEC}.runAsNonRoot", False, "judge: securityContext.runAsNonR"),
+    ("group of root", D, f"{SEC}.runAsGroup", 0, "securityContext.runAsGroup is 0"),
+    ("perhaps group of root", D, f"{SEC}.runAsGroup", None, "securityContext.runAsGroup is miss"),
+    ("group by the container", D, f"{CSEC}.runAsGroup", 0, "judge: securityContext.runAsGroup"),
+    ("volumes of root's group", D, f"{SEC}.fsGroup", 0, "securityContext.fsGroup is 0"),
+    ("one more group", D, f"{SEC}.supplementalGroups", [5, 0], "securityContext.supplementalGroup"),
+    ("capability", D, f"{CSEC}.capabilities.add", ["NET_RAW"], "securityContext.capabilities"),
+    ("escalation", D, f"{CSEC}.allowPrivilegeEscalation", True, "allowPrivilegeEscalation"),
+    ("writable root", D, f"{CSEC}.readOnlyRootFilesystem", False, "readOnlyRootFilesystem"),
+    ("no seccomp", D, f"{SEC}.seccompProfile", None, "securityContext.seccompProfile is missing"),
+    ("seccomp off", D, f"{SEC}.seccompProfile", {"type": "Unconfined"}, "seccompProfile is Unconf"),
+    ("seccomp off by the container", D, f"{CSEC}.seccompProfile", {"type": "Unconfined"},
+     "judge: securityContext.seccompProfile is Unconfined"),
+    ("AppArmor off", D, f"{CSEC}.appArmorProfile", {"type": "Unconfined"}, "appArmorProfile is Un"),
+    ("SELinux off", D, f"{CSEC}.seLinuxOptions", {"type": "spc_t"}, "securityContext.seLinuxOpti"),
+    ("process of the host", D, f"{CSEC}.windowsOptions", {"hostProcess": True}, "hostProcess"),
+    ("unmasked /proc", D, f"{CSEC}.procMount", "Unmasked", "procMount does not mask /proc"),
+    ("sysctl of the node", D, f"{SEC}.sysctls", [{"name": "kernel.msgmax", "value": "1"}],
+     "securityContext.sysctls has kernel.msgmax"),
+    ("host network", D, f"{POD}.hostNetwork", True, "hostNetwork"),
+    ("processes of the host", D, f"{POD}.hostPID", True, "hostPID"),
+    ("IPC of the host", D, f"{POD}.hostIPC", True, "hostIPC"),
+    ("processes of each other", D, f"{POD}.shareProcessNamespace", True, "shareProcessNamespace"),
+    ("host port", D, f"{C}.ports.0.hostPort", 50054, "of the host"),
+    ("hostPath", D, f"{POD}.volumes.0", HOST, "volumes[home] is a hostPath"),
+    ("volume that nobody mounts", D, f"{C}.volumeMounts", [], "volumes[home] is not both"),
+    ("token", D, f"{POD}.automountServiceAccountToken", True, "automountServiceAccountToken"),
+    ("token by a volume", D, f"{POD}.volumes.0", TOKEN, "volumes[home] has a serviceAccountToken"),
+    ("links", D, f"{POD}.enableServiceLinks", None, "enableServiceLinks"),
+    ("tag", D, f"{C}.image", "regreen-dataset:latest", "no digest"),
+    ("secret in plain sight", D, f"{C}.env", [{"name": "X_KEY", "value": "s"}], "env X_KEY"),
+    ("missing limit", D, f"{C}.resources.limits.memory", None, "no limit of memory"),
+    ("no resources", D, f"{C}.resources", None, "no request of cpu"),
+    ("limit of nothing", D, f"{C}.resources.limits.memory", "0", "limits.memory is 0: give"),
+    ("limit of nothing, with a unit", D, f"{C}.resources.limits.ephemeral-storage", "0.0Gi",
+     "limits.ephemeral-storage is 0.0Gi: give"),
+    ("limit below nothing", D, f"{C}.resources.limits.cpu", "-1", "limits.cpu is -1"),
+    ("request of nothing", D, f"{C}.resources.requests.cpu", 0, "requests.cpu is 0"),
+    ("no quantity", D, f"{C}.resources.limits.memory", "2GiB", "limits.memory: '2GiB' is no quan"),
+    ("request above its limit", D, f"{C}.resources.requests.memory", "64Gi",
+     "judge: resources.requests.memory is 64Gi, above the limit of 2Gi: raise"),
+    ("request of a pod", D, f"{POD}.resources", {"requests": {"cpu": "2"}, "limits": {"cpu": "1"}},
+     "resources.requests.cpu is 2, above the limit of 1"),
+    ("request of the database", DATABASE, "spec.resources.requests.memory", "1Ti",
+     "resources.requests.memory is 1Ti"),
+    ("claim of nothing", "PersistentVolumeClaim/regreen-shared", "spec.resources.requests.storage",
+     "0", "resources.requests.storage is 0"),
+    ("no shm", SGLANG, SHM, "0", "volumes[shm].emptyDir.sizeLimit is 0"),
+    ("shm without a bound", SGLANG, SHM, None, "volumes[shm] takes memory without a sizeLimit"),
+    ("shm above the limit", SGLANG, SHM, "9Ti", "volumes[shm].emptyDir.sizeLimit is 9Ti, above"),
+    ("no probe", D, f"{C}.livenessProbe", None, "no livenessProbe"),
+    ("probe by gRPC", D, f"{C}.readinessProbe", {"grpc": {"port": 50054}}, "by HTTP"),
+    ("no certificate, probe by HTTP", D, f"{C}.args", [], "by gRPC"),
+    ("probe of no port", D, f"{C}.readinessProbe.httpGet.port", 9999,
+     "judge: readinessProbe.httpGet.port is 9999, which the container does not declare"),
+    ("probe of no such name", D, f"{C}.livenessProbe.httpGet.port", "web",
+     "judge: livenessProbe.httpGet.port is web"),
+    ("start by no port", D, f"{C}.startupProbe", {"tcpSocket": {"port": 1}}, "startupProbe.tcpSo"),
+    ("probe of another host", D, f"{C}.readinessProbe.httpGet.host", "10.0.0.1",
+     "readinessProbe.httpGet.host is 10.0.0.1"),
+    ("end by no port", D, f"{C}.lifecycle", {"preStop": {"httpGet": {"port": 1}}},
+     "lifecycle.preStop.httpGet.port is 1"),
+    ("no account", FRONT, f"{POD}.serviceAccountName", "x", "no ServiceAccount x"),
+    ("service to nowhere", S, "spec.ports.0.targetPort", 1, "nothing listens on 1"),
+    ("virtual address", S, "spec.clusterIP", None, "headless"),
+]  # fmt: skip
+WALLS = [
+    ("no peer", WALL, "spec.ingress", [{}], "ingress[0].from is empty, anybody"),
+    ("list of no peers", WALL, "spec.ingress", into(), "ingress[0].from is empty"),
+    ("any namespace", WALL, "spec.ingress", into({"namespaceSelector": {}}),
+     "ingress[0].from[0].namespaceSelector is {}, anybody: name who"),
+    ("any namespace's pods of a label", WALL, "spec.ingress",
+     into({"namespaceSelector": {}, "podSelector": NOBODY}), "from[0].namespaceSelector"),
+    ("any pod", WALL, "spec.ingress", into({"podSelector": NOBODY}, {"podSelector": {}}),
+     "ingress[0].from[1].podSelector is {}"),
+    ("every namespace has this", WALL, "spec.ingress",
+     into({"namespaceSelector": name("kubernetes.io/metadata.name", "Exists")}), "namespaceSelect"),
+    ("all but one", WALL, "spec.ingress", into({"podSelector": name("a", "NotIn", "b")}),
+     "from[0].podSelector"),
+    ("any address", WALL, "spec.ingress", into({"ipBlock": {"cidr": "0.0.0.0/0"}}),
+     "ingress[0].from[0].ipBlock"),
+    ("any address of version 6", WALL, "spec.ingress", into({"ipBlock": {"cidr": "::/0"}}),
+     "from[0].ipBlock"),
+    ("any but some", WALL, "spec.ingress", into({"ipBlock": LINK_LOCAL}), "from[0].ipBlock"),
+    ("half of all", WALL, "spec.ingress", into({"ipBlock": {"cidr": "128.0.0.0/1"}}), "from[0].ip"),
+    ("out to anybody", WALL, "spec.egress", [{}], "egress[0].to is empty, anybody"),
+    ("out to any namespace", WALL, "spec.egress", out({"namespaceSelector": {}}, 53),
+     "egress[0].to[0].namespaceSelector"),
+    ("a way that is not listed", WALL, "spec.egress", out({"ipBlock": LINK_LOCAL}, 443),
+     "egress[0].to[0].ipBlock"),
+    ("port that is not listed", DATA, "spec.egress", out({"ipBlock": LINK_LOCAL}, 5432, 22),
+     "egress[0].to[0].ipBlock"),
+    ("any port", DATA, "spec.egress", out({"ipBlock": LINK_LOCAL}), "egress[0].to[0].ipBlock"),
+    ("range of ports", DATA, "spec.egress",
+     out({"ipBlock": LINK_LOCAL}, {"port": 5432, "endPort": 6000, "protocol": "TCP"}), "to[0].ip"),
+    ("by UDP", DATA, "spec.egress", out({"ipBlock": LINK_LOCAL}, {"port": 5432, "protocol": "UDP"}),
+     "egress[0].to[0].ipBlock"),
+    ("out to the node's credentials", DATA, "spec.egress",
+     out({"ipBlock": {"cidr": "0.0.0.0/0"}}, 5432), "egress[0].to[0].ipBlock"),
+    ("workers out to private networks", WORKERS, "spec.egress", out({"ipBlock": LINK_LOCAL}, 443),
+     "egress[0].to[0].ipBlock"),
+]  # fmt: skip
+RIGHTS = [
+    ("every verb", ROLE, "rules.0.verbs", ["get", "*"], "rules[0].verbs has the wildcard *"),
+    ("every resource", ROLE, "rules.1.resources", ["*"], "rules[1].resources has the wildcard *"),
+    ("every part", ROLE, "rules.0.resources", ["pods/*"], "resources has the wildcard pods/*"),
+    ("every group", ROLE, "rules.0.apiGroups", ["*"], "rules[0].apiGroups has the wildcard *"),
+    ("secrets", ROLE, "rules.0.resources", ["secrets"], "rules[0].resources has secrets"),
+    ("escalation of rights", ROLE, "rules.0.verbs", ["escalate"], "rules[0].verbs has escalate"),
+    ("role of the cluster", BINDING, "roleRef", ADMIN, "roleRef is cluster-admin"),
+    ("another's account", BINDING, "subjects.0.namespace", "default", "subjects has regreen-sand"),
+    ("everybody's role", BINDING, "subjects",
+     [{"apiGroup": ADMIN["apiGroup"], "kind": "Group", "name": "system:authenticated"}],
+     "subjects has system:authenticated"),
+]  # fmt: skip
+OF_OTHERS = [
+    ("no budget", BUDGET, "spec.selector", NOBODY, f"{D}: has 0 disruption budgets"),
+    ("no wall", "NetworkPolicy/regreen-default", "spec.podSelector", NOBODY, f"{D}: no network"),
+    ("wall around keys", "NetworkPolicy/regreen-default", "spec.podSelector", name("a", "Exists"),
+     f"{D}: no network policy"),
+]  # fmt: skip
+"""Faults of one object that are another's finding."""
+GOOD = [
+    ("probe by name", D, f"{C}.readinessProbe.httpGet.port", "metrics"),
+    ("safe sysctl", D, f"{SEC}.sysctls", [{"name": "net.ipv4.tcp_fin_timeout", "value": "9"}]),
+    ("a request as high as its limit", D, f"{C}.resources.requests.memory", "2097152Ki"),
+    ("a namespace with all its pods", WALL, "spec.ingress",
+     into({"namespaceSelector": NOBODY, "podSelector": {}})),
+    ("one of some", WALL, "spec.ingress", into({"podSelector": name("a", "In", "b")})),
+    ("a private network", WALL, "spec.ingress", into({"ipBlock": {"cidr": "10.0.0.0/8"}})),
+    ("wall around all", "NetworkPolicy/regreen-default", "spec.podSelector", {}),
+]  # fmt: skip
+FOUND = PODS + WALLS + RIGHTS
+
+
+def pod(**faults: Any) -> dict[str, Any]:
+    """A pod's template without a finding, but for what is given of its spec or container."""
+    container = {
+        **{"name": "one", "image": f"one@sha256:{'0' * 64}", "command": ["one"]},
+        "securityContext": {
+            **{"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True},
+            "capabilities": {"drop": ["ALL"]},
+            **({"privileged": True} if faults.pop("privileged", False) else {}),
+        },
+        "resources": {
+            "requests": {"cpu": "1", "memory": "1Gi"},
+            "limits": {"memory": "1Gi", "ephemeral-storage": "1Gi"},
+        },
+        "volumeMounts": [{"name": "home", "mountPath": "/home"}],
+    }
+    spec = {
+        **{"automountServiceAccountToken": False, "enableServiceLinks": False},
+        **{"restartPolicy": "Always", "containers": [container]},
+        "volumes": [{"name": "home", "emptyDir": {}}],
+        "securityContext": {
+            **{"runAsNonRoot": True, "runAsUser": 10001, "runAsGroup": 10001},
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+    }
+    return {"metadata": {"labels": labels()}, "spec": spec | faults}
+
+
+def labels() -> dict[str, str]:
+    name = "app.kubernetes.io"
+    return {f"{name}/name": "regreen", f"{name}/instance": "regreen", f"{name}/component": "extra"}
+
+
+def made(version: str, kind: str, **fields: Any) -> dict[str, Any]:
+    metadata: dict[str, Any] = {"name": "extra"}
+    if kind not in ("ClusterRole", "IngressClass"):
+        metadata["namespace"] = "regreen"
+    return {"apiVersion": version, "kind": kind, "metadata": metadata} | fields
+
+
+def daemons(**faults: Any) -> dict[str, Any]:
+    selector = {"matchLabels": labels()}
+    return made("apps/v1", "DaemonSet", spec={"selector": selector, "template": pod(**faults)})
+
+
+def cron(**faults: Any) -> dict[str, Any]:
+    template = pod(restartPolicy="Never", **faults)
+    spec = {"schedule": "0 0 * * *", "jobTemplate": {"spec": {"template": template}}}
+    return made("batch/v1", "CronJob", spec=spec)
+
+
+def leaders(**faults: Any) -> dict[str, Any]:
+    group = {"size": 2, "workerTemplate": pod(), "leaderTemplate": pod(**faults)}
+    return made(
+        *("leaderworkerset.x-k8s.io/v1", "LeaderWorkerSet"),
+        spec={"replicas": 1, "leaderWorkerTemplate": group},
+    )
+
+
+def alone(**faults: Any) -> dict[str, Any]:
+    return made("v1", "Pod") | pod(**faults) | {"metadata": made("v1", "Pod")["metadata"]}
+
+
+def role(kind: str, **fields: Any) -> dict[str, Any]:
+    return made("rbac.authorization.k8s.io/v1", kind, **fields)
+
+
+WORKLOADS = {"DaemonSet": daemons, "CronJob": cron, "LeaderWorkerSet": leaders, "Pod": alone}
+ADDED = [
+    *(
+        (f"{fault} {kind}", make(**faults), f"{kind}/extra: {says}")
+        for kind, make in WORKLOADS.items()
+        for fault, faults, says in (
+            ("privileged", {"privileged": True}, "one: securityContext.privileged"),
+            ("hostPath in a", {"volumes": [HOST]}, "volumes[home] is a hostPath"),
+            ("host network of a", {"hostNetwork": True}, "hostNetwork is set"),
+        )
+    ),
+    ("role of all", role("Role", rules=[ALL]), "Role/extra: rules[0].verbs has the wildcard"),
+    ("role of all clusters", role("ClusterRole", rules=[ALL]), "ClusterRole/extra: rules[0].verbs"),
+    (
+        "role of all pages",
+        role("ClusterRole", rules=[{"nonResourceURLs": ["/*"], "verbs": ["get"]}]),
+        "ClusterRole/extra: rules[0].nonResourceURLs has the wildcard /*",
+    ),
+    (
+        "role of others' rules",
+        role("ClusterRole", rules=[], aggregationRule={"clusterRoleSelectors": [NOBODY]}),
+        "ClusterRole/extra: aggregationRule",
+    ),
+    (
+        "secret",
+        made("v1", "Secret", stringData={"a": "b"}),
+        "Secret/extra: kind Secret of v1 is kn",
+    ),
+    (
+        "kind that no rule knows",
+        made(
+            *("apps/v1", "ReplicaSet"),
+            spec={"selector": {"matchLabels": labels()}, "template": pod()},
+        ),
+        "ReplicaSet/extra: kind ReplicaSet of apps/v1 is known to no rule",
+    ),
+]
+AMOUNTS = [
+    ("cpu", "1", "1000m", False),
+    ("cpu", "1001m", "1", True),
+    ("cpu", "1.5", 1, True),
+    ("cpu", "999999u", "1", False),
+    ("cpu", "2000000001n", "2", True),
+    ("memory", "2Gi", "2048Mi", False),
+    ("memory", "2147483649", "2Gi", True),
+    ("memory", "3e9", "2Gi", True),
+    ("memory", "3G", "3Gi", False),
+    ("memory", "3Gi", "3G", True),
+    ("memory", "1E", "1Ei", False),
+    ("memory", "1E3", "1k", False),
+    ("memory", "1Pi", "1100T", True),
+    ("ephemeral-storage", "2Ti", "1Ti", True),
+    ("ephemeral-storage", "1.5Ki", "1536", False),
+]
+"""A request, its limit, and whether it is above."""
+
+
+def case(target: str, path: str, value: Any) -> dict[str, Any]:
+    base = "full" if target == DATABASE else "small"
+    return {"values": chart.values(base), "mutate": [[target, path, value]]}
+
+
+def beside(obj: dict[str, Any]) -> dict[str, Any]:
+    budget = made(
+        "policy/v1", "PodDisruptionBudget",
+        spec={"maxUnavailable": 1, "selector": {"matchLabels": labels()}},
+    )  # fmt: skip
+    return {"values": chart.values("small"), "add": [copy.deepcopy(obj), budget]}
+
+
+@pytest.fixture(scope="module")
+def answers(chart_tools: None) -> dict[str, dict]:
+    """What became of every case, by name."""
+    cases = {row[0]: case(*row[1:4]) for row in [*API, *FOUND, *OF_OTHERS, *GOOD]}
+    cases |= {name: beside(obj) for name, obj, _ in ADDED}
+    cases |= {kind: beside(make()) for kind, make in WORKLOADS.items()}
+    for what, least, most, _ in AMOUNTS:
+        sides = {"requests": {"cpu": "1m", "memory": 1}, "limits": {"ephemeral-storage": "1E"}}
+        sides["limits"]["memory"] = "1Ei"
+        sides["requests"][what], sides["limits"][what] = least, most
+        cases[f"{what} {least} {most}"] = case(D, f"{C}.resources", sides)
+    assert len(cases) == len({*cases})
+    return dict(zip(cases, chart.tried(list(cases.values())), strict=True))
+
+
+def of(rows: list) -> list:
+    return [pytest.param(*row, id=row[0]) for row in rows]
+
+
+@pytest.mark.parametrize(("name", "says"), of([(row[0], row[-1]) for row in API]))
+def test_what_the_api_refuses_is_found_by_its_schema(answers, name, says):
+    answer = answers[name]
+    assert not answer["refused"]
+    assert any(says in line for line in answer["schema"]), answer["schema"]
+
+
+ROWS = [(row[0], f"{row[1]}: ", row[-1]) for row in FOUND]
+ROWS += [(row[0], "", row[-1]) for row in [*OF_OTHERS, *ADDED]]
+
+
+@pytest.mark.parametrize(("name", "target", "says"), of(ROWS))
+def test_a_wrong_object_is_found_with_its_field_and_a_remedy(answers, name, target, says):
+    answer = answers[name]
+    assert (answer["refused"], answer["schema"]) == ("", [])
+    found = [line for line in answer["policy"] if line.startswith(target) and says in line]
+    assert found, answer["policy"]
+    for line in answer["policy"]:
+        obj, _, rest = line.partition(": ")
+        assert obj.count("/") == 1
+        assert all(rest.rpartition(": ")[::2]), f"{line} has no remedy"
+
+
+@pytest.mark.parametrize("name", [row[0] for row in GOOD] + list(WORKLOADS))
+def test_what_is_like_it_and_right_has_no_finding(answers, name):
+    answer = answers[name]
+    assert (answer["refused"], answer["schema"], answer["policy"]) == ("", [], [])
+
+
+@pytest.mark.parametrize(("what", "request_", "limit", "above"), AMOUNTS)
+def test_amounts_are_compared_whatever_their_suffix(answers, what, request_, limit, above):
+    found = answers[f"{what} {request_} {limit}"]["policy"]
+    assert [line for line in found if "above" in line] == (found if above else [])
+    assert bool(found) is above
