@@ -8,7 +8,6 @@
 import functools
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +46,18 @@ def _validator(api_version: str, kind: str, version: str) -> Draft202012Validato
     return Draft202012Validator(schema, registry=_registry(version))
 
 
-def problems(obj: dict[str, Any], versions: Sequence[str] = VERSIONS) -> list[str]:
+def problems(obj: dict[str, Any]) -> list[str]:
     """What an API server of these releases would refuse of an object."""
+    return list(_problems(json.dumps(obj, sort_keys=True)))
+
+
+@functools.cache
+def _problems(text: str) -> list[str]:
+    """By its text, as most objects of a case are those of the case before."""
+    obj = json.loads(text)
     found: list[str] = []
     what = f"{obj.get('kind')}/{obj.get('metadata', {}).get('name')}"
-    for version in versions:
+    for version in VERSIONS:
         validator = _validator(str(obj.get("apiVersion")), str(obj.get("kind")), version)
         if validator is None:
             found.append(f"{what}: no schema of {obj.get('apiVersion')} in {version}")

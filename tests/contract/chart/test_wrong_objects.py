@@ -13,6 +13,7 @@ import pytest
 from tests.fixtures import chart
 
 D = "Deployment/regreen-judge"
+ROLLOUT = "Deployment/regreen-rollout"
 FRONT = "Deployment/regreen-sandbox"
 S = "Service/regreen-judge"
 SGLANG = "StatefulSet/regreen-sglang"
@@ -185,9 +186,9 @@ RIGHTS = [
 ]  # fmt: skip
 OF_OTHERS = [
     ("no budget", BUDGET, "spec.selector", NOBODY, f"{D}: has 0 disruption budgets"),
-    ("no wall", "NetworkPolicy/regreen-default", "spec.podSelector", NOBODY, f"{D}: no network"),
+    ("no wall", "NetworkPolicy/regreen-default", "spec.podSelector", NOBODY, f"{ROLLOUT}: no network"),
     ("wall around keys", "NetworkPolicy/regreen-default", "spec.podSelector", name("a", "Exists"),
-     f"{D}: no network policy"),
+     f"{ROLLOUT}: no network"),
 ]  # fmt: skip
 """Faults of one object that are another's finding."""
 GOOD = [
@@ -237,7 +238,7 @@ def labels() -> dict[str, str]:
 
 def made(version: str, kind: str, **fields: Any) -> dict[str, Any]:
     metadata: dict[str, Any] = {"name": "extra"}
-    if kind not in ("ClusterRole", "IngressClass"):
+    if kind != "ClusterRole":
         metadata["namespace"] = "regreen"
     return {"apiVersion": version, "kind": kind, "metadata": metadata} | fields
 
@@ -262,7 +263,9 @@ def leaders(**faults: Any) -> dict[str, Any]:
 
 
 def alone(**faults: Any) -> dict[str, Any]:
-    return made("v1", "Pod") | pod(**faults) | {"metadata": made("v1", "Pod")["metadata"]}
+    found = made("v1", "Pod", spec=pod(**faults)["spec"])
+    found["metadata"]["labels"] = labels()
+    return found
 
 
 def role(kind: str, **fields: Any) -> dict[str, Any]:
@@ -350,7 +353,7 @@ def answers(chart_tools: None) -> dict[str, dict]:
         sides["limits"]["memory"] = "1Ei"
         sides["requests"][what], sides["limits"][what] = least, most
         cases[f"{what} {least} {most}"] = case(D, f"{C}.resources", sides)
-    assert len(cases) == len({*cases})
+    assert len(cases) == len([*API, *FOUND, *OF_OTHERS, *GOOD, *ADDED, *WORKLOADS, *AMOUNTS])
     return dict(zip(cases, chart.tried(list(cases.values())), strict=True))
 
 
