@@ -186,7 +186,7 @@ RIGHTS = [
 ]  # fmt: skip
 OF_OTHERS = [
     ("no budget", BUDGET, "spec.selector", NOBODY, f"{D}: has 0 disruption budgets"),
-    ("no wall", "NetworkPolicy/regreen-default", "spec.podSelector", NOBODY, f"{ROLLOUT}: no network"),
+    ("no wall", "NetworkPolicy/regreen-default", "spec.podSelector", NOBODY, f"{ROLLOUT}: no netw"),
     ("wall around keys", "NetworkPolicy/regreen-default", "spec.podSelector", name("a", "Exists"),
      f"{ROLLOUT}: no network"),
 ]  # fmt: skip
