@@ -61,7 +61,9 @@ def _put(text: str, target: Path) -> None:
 
 def main() -> None:
     """Hand out now, and look again every hour."""
-    parser = argparse.ArgumentParser(prog="python -m regreen.stack.access", description=__doc__)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, prog="python -m regreen.stack.access", description=__doc__
+    )
     parser.add_argument("--home", type=Path, required=True, help="kept here, the authority too")
     parser.add_argument("--handed", type=Path, required=True, help="folders NAME of the services")
     parser.add_argument("--database", required=True, help="URL with {password} in it")

@@ -51,7 +51,9 @@ def leave(layout: Layout) -> None:
 
 def main() -> None:
     """Write the description, or remove it."""
-    parser = argparse.ArgumentParser(prog="python -m regreen.stack.elsewhere", description=__doc__)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, prog="python -m regreen.stack.elsewhere", description=__doc__
+    )
     parser.add_argument("--home", type=Path, default=default_home())
     parser.add_argument("places", nargs="*", metavar="NAME=ADDRESS")
     parser.add_argument("--by", default="somebody else", help="what runs them, for messages")
