@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from made import keep
+
 from regreen.rpc.quotas import NAMES
 from regreen.settings import PLACES
 
@@ -66,17 +68,9 @@ def closed(properties: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> int:
     """Write or check the schema; the exit code."""
-    text = SCHEMA.read_text()
-    schema = json.loads(text)
+    schema = json.loads(SCHEMA.read_text())
     schema["$defs"] |= definitions()
-    new = json.dumps(schema, indent=2) + "\n"
-    if new == text:
-        return 0
-    if "--check" in sys.argv:
-        print("stale: values.schema.json; run infra/scripts/chart_schema.py")
-        return 1
-    SCHEMA.write_text(new)
-    return 0
+    return keep({SCHEMA: json.dumps(schema, indent=2) + "\n"}, "chart_schema")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
+from made import keep
 
 ROOT = Path(__file__).resolve().parents[2]
 VALUES = ROOT / "infra" / "helm" / "regreen" / "values.yaml"
@@ -89,16 +90,8 @@ def table() -> str:
 
 def main() -> int:
     """Write or check the page; the exit code."""
-    text = PAGE.read_text()
-    head, _, rest = text.partition(START)
-    new = head + table() + rest.partition(END)[2]
-    if new == text:
-        return 0
-    if "--check" in sys.argv:
-        print("stale: chart.md; run infra/scripts/chart_values.py")
-        return 1
-    PAGE.write_text(new)
-    return 0
+    head, _, rest = PAGE.read_text().partition(START)
+    return keep({PAGE: head + table() + rest.partition(END)[2]}, "chart_values")
 
 
 if __name__ == "__main__":

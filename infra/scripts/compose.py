@@ -5,11 +5,13 @@
 - Nothing that Compose 1.29 or 2 alone reads: no `name`, `include`, `develop`, `configs`.
 """
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
+from made import keep
 
 from regreen.stack.layout import SERVICES
 
@@ -115,9 +117,41 @@ def health(port: int, start_s: int) -> Tree:
     }
 
 
-def security(security_values: Tree) -> list[str]:
-    """Flags for certificates and tokens, as the chart's pods have them."""
-    words = []
+QUOTED = ("dataset", "sandbox", "policy")
+"""Services that keep quotas of tenants."""
+UNTAKEN = ("secretSettings", "envFrom")
+"""Values of a part that name Secrets of a cluster."""
+
+
+def check(all_values: Tree) -> None:
+    """Refuse values that nothing here would read.
+
+    Raises:
+        SystemExit: names the value and the remedy.
+    """
+    for name, part in all_values.items():
+        for field in UNTAKEN:
+            if isinstance(part, dict) and part.get(field):
+                raise SystemExit(f"{name}.{field}: Compose has no Secrets; set {name}.settings")
+    if all_values["quotas"] and not all_values["security"]["tokens"]["enabled"]:
+        raise SystemExit("quotas: without tokens there are no tenants; set security.tokens.enabled")
+
+
+def quotas(all_values: Tree) -> str:
+    """The file of quotas, as the chart's ConfigMap has it; empty where there are none."""
+    found = all_values["quotas"]
+    tables = {"default": found.get("default") or {}}
+    tables |= {f"tenants.{json.dumps(k)}": v for k, v in (found.get("tenants") or {}).items()}
+    return "".join(
+        "".join((f"[{table}]\n", *(f"{name} = {bound}\n" for name, bound in bounds.items())))
+        for table, bounds in tables.items()
+        if bounds
+    )
+
+
+def security(all_values: Tree, name: str) -> list[str]:
+    """Flags for certificates, tokens and quotas, as the chart's pods have them."""
+    security_values, words = all_values["security"], []
     if security_values["tls"]["enabled"]:
         words += [
             f"--tls-{n}={ACCESS}/tls/{f}"
@@ -125,6 +159,8 @@ def security(security_values: Tree) -> list[str]:
         ]
     if security_values["tokens"]["enabled"]:
         words += [f"--tokens={ACCESS}/tokens/tokens.json", "--audit=/dev/stderr"]
+    if name in QUOTED and quotas(all_values):
+        words.append(f"--quotas={ACCESS}/quotas/quotas.toml")
     return words
 
 
@@ -186,7 +222,7 @@ def service(all_values: Tree, name: str, port: int, metrics: int) -> Tree:
             f"--listen=0.0.0.0:{port}",
             f"--metrics=0.0.0.0:{metrics}",
             "--insecure",
-            *security(all_values["security"]),
+            *security(all_values, name),
             *words,
         ],
         "environment": environment,
@@ -229,6 +265,7 @@ def access(all_values: Tree) -> Tree:
             f"--home={DATA}",
             "--handed=/handed",
             f"--database={DATABASE_URL}",
+            *([f"--quotas={told}"] if (told := quotas(all_values).replace("$", "$$")) else []),
         ],
         "volumes": [f"access:{DATA}", *(f"access-{name}:/handed/{name}" for name in parts)],
         "network_mode": "none",
@@ -332,6 +369,7 @@ def sglang(all_values: Tree) -> Tree:
 def document() -> Tree:
     """The whole file."""
     all_values = values()
+    check(all_values)
     services = {"access": access(all_values), "postgres": postgres()}
     for item in SERVICES:
         services[item.name] = service(all_values, item.name, item.port, item.metrics_port)
@@ -358,14 +396,7 @@ def text() -> str:
 
 def main() -> int:
     """Write or check the file; the exit code."""
-    new = text()
-    if PAGE.exists() and PAGE.read_text() == new:
-        return 0
-    if "--check" in sys.argv:
-        print("stale: compose.yaml; run infra/scripts/compose.py")
-        return 1
-    PAGE.write_text(new)
-    return 0
+    return keep({PAGE: text()}, "compose")
 
 
 if __name__ == "__main__":

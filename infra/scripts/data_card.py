@@ -6,6 +6,8 @@
 import sys
 from pathlib import Path
 
+from made import keep
+
 from regreen.dataset import v1 as pb
 from regreen.tasks.card import card
 from regreen.tasks.jsonl import shipped_distributions, shipped_tasks
@@ -41,15 +43,8 @@ def table() -> str:
 
 def main() -> int:
     """Write or check the page; the exit code."""
-    text = PAGE.read_text()
-    head, _, rest = text.partition(START)
-    new = head + table() + rest.partition(END)[2]
-    if new != text and "--check" in sys.argv:
-        print(f"stale: {PAGE.name}; run infra/scripts/data_card.py")
-        return 1
-    if new != text:
-        PAGE.write_text(new)
-    return 0
+    head, _, rest = PAGE.read_text().partition(START)
+    return keep({PAGE: head + table() + rest.partition(END)[2]}, "data_card")
 
 
 if __name__ == "__main__":

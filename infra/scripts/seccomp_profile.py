@@ -12,6 +12,8 @@ import json
 import sys
 from pathlib import Path
 
+from made import keep
+
 ROOT = Path(__file__).resolve().parents[2]
 PROFILE = ROOT / "infra" / "docker" / "sandbox.seccomp.json"
 LIST = ROOT / "infra" / "docker" / "syscalls.txt"
@@ -52,13 +54,7 @@ def profile() -> str:
 
 def main() -> int:
     """Write or check the profile; the exit code."""
-    text = profile()
-    if "--check" in sys.argv:
-        same = PROFILE.read_text(encoding="ascii") == text
-        print("" if same else "stale: run infra/scripts/seccomp_profile.py", end="")
-        return 0 if same else 1
-    PROFILE.write_text(text, encoding="ascii")
-    return 0
+    return keep({PROFILE: profile()}, "seccomp_profile")
 
 
 if __name__ == "__main__":

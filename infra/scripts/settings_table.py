@@ -7,6 +7,8 @@ import ast
 import sys
 from pathlib import Path
 
+from made import keep
+
 ROOT = Path(__file__).resolve().parents[2]
 SERVICES = ("sandbox", "dataset", "policy", "judge", "learner")
 START, END = (
@@ -54,20 +56,12 @@ def table(service: str) -> str:
 
 def main() -> int:
     """Write or check every page; the exit code."""
-    stale = []
+    pages = {}
     for service in SERVICES:
         page = ROOT / "docs" / "services" / f"{service}.md"
-        text = page.read_text()
-        head, _, rest = text.partition(START)
-        new = head + table(service) + rest.partition(END)[2]
-        if new != text:
-            stale.append(page.name)
-            if "--check" not in sys.argv:
-                page.write_text(new)
-    if stale and "--check" in sys.argv:
-        print(f"stale: {', '.join(stale)}; run infra/scripts/settings_table.py")
-        return 1
-    return 0
+        head, _, rest = page.read_text().partition(START)
+        pages[page] = head + table(service) + rest.partition(END)[2]
+    return keep(pages, "settings_table")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """`python -m regreen.stack.access`: certificates, tokens and a password for services in containers.
 
 - Each service finds in a folder of its own what it alone may read, by the names that the chart
-  mounts: `tls`, `tokens`, for the judge `token`, for the dataset `database`. The authority's key
-  and the tokens themselves stay in the home.
+  mounts: `tls`, `tokens`, `quotas`, for the judge `token`, for the dataset `database`. The
+  authority's key and the tokens themselves stay in the home.
 - Made once and renewed long before it ends, each file replaced whole; services take it up as they
   run. `HOME/ready` is there once all was handed out.
 """
@@ -23,10 +23,11 @@ PASSWORD = "password"
 _LOOK_S = 3600.0
 
 
-def hand_out(layout: Layout, handed: Path, database: str) -> None:
+def hand_out(layout: Layout, handed: Path, database: str, quotas: str = "") -> None:
     """Make what is missing, renew what is due, and give each service its part.
 
-    `database` is a URL with `{password}` in it; the folder `database` is its server's.
+    `database` is a URL with `{password}` in it; the folder `database` is its server's. `quotas` is
+    the file of that name, for each service that keeps some.
     """
     prepare(layout.certs, [service.name for service in SERVICES])
     prepare_tokens(layout)
@@ -35,6 +36,8 @@ def hand_out(layout: Layout, handed: Path, database: str) -> None:
         for name in (CA, CERT, KEY):
             _copy(layout.certs / service.name / name, place / "tls" / name)
         _copy(layout.tokens, place / "tokens" / "tokens.json")
+        if quotas:
+            _put(quotas, place / "quotas" / "quotas.toml")
     _copy(layout.judge_token, handed / "judge" / "token" / "token")
     password = layout.home / PASSWORD
     if not password.exists():
@@ -67,10 +70,11 @@ def main() -> None:
     parser.add_argument("--home", type=Path, required=True, help="kept here, the authority too")
     parser.add_argument("--handed", type=Path, required=True, help="folders NAME of the services")
     parser.add_argument("--database", required=True, help="URL with {password} in it")
+    parser.add_argument("--quotas", default="", help="text of a file of quotas")
     parser.add_argument("--once", action="store_true", help="end after the first time")
     given = parser.parse_args()
     while True:
-        hand_out(Layout(given.home), given.handed, given.database)
+        hand_out(Layout(given.home), given.handed, given.database, given.quotas)
         if given.once:
             return
         time.sleep(_LOOK_S)

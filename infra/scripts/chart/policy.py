@@ -72,6 +72,8 @@ def check_services(objects: list[Object], pods: list[tuple[Object, Object]]) -> 
     services = [obj for obj in objects if obj["kind"] == "Service"]
     for service in services:
         spec = service["spec"]
+        if (kind := spec.get("type", "ClusterIP")) != "ClusterIP" or spec.get("externalIPs"):
+            yield f"{label(service)}: type is {kind}, open beyond the cluster: use ClusterIP alone"
         behind = [
             {port["containerPort"] for c in t["spec"]["containers"] for port in c.get("ports", [])}
             for _, t in pods

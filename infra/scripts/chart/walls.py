@@ -5,7 +5,7 @@
 """
 
 from collections.abc import Iterable, Iterator
-from ipaddress import ip_network
+from ipaddress import IPv4Network, IPv6Network, ip_network
 
 from chart.objects import Object, label, names_some
 
@@ -34,9 +34,11 @@ def check_network(policy: Object) -> Iterator[str]:
     """A network policy lets in, and out to, nobody but those that it names."""
     at, who = label(policy), _selected(policy)
     for number, rule in enumerate(policy["spec"].get("ingress") or []):
+        yield from _unreadable(f"{at}: ingress[{number}].from", rule.get("from"))
         for field, everybody in _open_ends(rule.get("from")):
             yield f"{at}: ingress[{number}].from{field} is {everybody}, anybody: name who may call"
     for number, rule in enumerate(policy["spec"].get("egress") or []):
+        yield from _unreadable(f"{at}: egress[{number}].to", rule.get("to"))
         for field, everybody in _open_ends(rule.get("to")):
             is_block = isinstance(everybody, dict) and "cidr" in everybody
             if not (is_block and _is_listed(who, rule.get("ports") or [], everybody)):
@@ -44,6 +46,15 @@ def check_network(policy: Object) -> Iterator[str]:
                     f"{at}: egress[{number}].to{field} is {everybody}, anybody:"
                     " name what is called, or list this way out in infra/scripts/chart/walls.py"
                 )
+
+
+def _unreadable(at: str, peers: list[Object] | None) -> Iterator[str]:
+    """Blocks that are no networks."""
+    for number, peer in enumerate(peers or []):
+        block = peer.get("ipBlock") or {}
+        for text in [block["cidr"], *(block.get("except") or [])] if block else ():
+            if _network(text) is None:
+                yield f"{at}[{number}].ipBlock has {text}, which is no network: write 10.0.0.0/8"
 
 
 def _open_ends(peers: list[Object] | None) -> Iterator[tuple[str, Object | str]]:
@@ -61,9 +72,16 @@ def _open_ends(peers: list[Object] | None) -> Iterator[tuple[str, Object | str]]
             yield f"[{number}].{selector}", peer[selector] or "{}"
 
 
+def _network(text: str) -> IPv4Network | IPv6Network | None:
+    try:
+        return ip_network(text, strict=False)
+    except ValueError:
+        return None
+
+
 def _is_wide(block: Object) -> bool:
-    net = ip_network(block["cidr"], strict=False)
-    return net.prefixlen < _WIDE[net.version]
+    net = _network(block["cidr"])
+    return net is not None and net.prefixlen < _WIDE[net.version]
 
 
 def _is_listed(who: str, ports: list[Object], block: Object) -> bool:
@@ -80,12 +98,16 @@ def _is_listed(who: str, ports: list[Object], block: Object) -> bool:
 def _leaves_out(block: Object, closed: Iterable[str]) -> bool:
     """Whether a block leaves out all these networks, as far as they are of its kind."""
     version = ip_network(block["cidr"], strict=False).version
-    left_out = [ip_network(one) for one in block.get("except") or []]
+    left_out = [one for one in map(_network, block.get("except") or []) if one]
     return all(
-        any(net.version == one.version and net.subnet_of(one) for one in left_out)
+        any(_covers(one, net) for one in left_out)
         for net in map(ip_network, closed)
         if net.version == version
     )
+
+
+def _covers(wide: IPv4Network | IPv6Network, net: IPv4Network | IPv6Network) -> bool:
+    return wide.version == net.version and net.subnet_of(wide)
 
 
 def _selected(policy: Object) -> str:

@@ -168,6 +168,13 @@ WALLS = [
      "egress[0].to[0].ipBlock"),
     ("out to the node's credentials", DATA, "spec.egress",
      out({"ipBlock": {"cidr": "0.0.0.0/0"}}, 5432), "egress[0].to[0].ipBlock"),
+    ("no network", WALL, "spec.ingress", into({"ipBlock": {"cidr": "10.0.0.0/99"}}),
+     "ingress[0].from[0].ipBlock has 10.0.0.0/99, which is no network"),
+    ("leaves no network out", DATA, "spec.egress",
+     out({"ipBlock": {"cidr": "0.0.0.0/0", "except": ["all"]}}, 5432), "ipBlock has all, which"),
+    ("port of every node", "Service/regreen-judge", "spec.type", "NodePort", "type is NodePort"),
+    ("open to the world", "Service/regreen-judge", "spec.type", "LoadBalancer", "type is LoadBal"),
+    ("address of its own", "Service/regreen-judge", "spec.externalIPs", ["1.2.3.4"], "open beyond"),
     ("workers out to private networks", WORKERS, "spec.egress", out({"ipBlock": LINK_LOCAL}, 443),
      "egress[0].to[0].ipBlock"),
 ]  # fmt: skip

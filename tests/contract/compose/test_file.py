@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from regreen.rpc.quotas import read_quotas
 from regreen.stack.access import hand_out
 from regreen.stack.layout import SERVICES, Layout
 
@@ -143,17 +144,25 @@ def test_prometheus_scrapes_every_service_and_reads_the_alerts():
     assert mounted[f"/etc/prometheus/{rules}"].resolve() == folder / "alerts.yml"
 
 
-def test_a_value_of_the_chart_is_changed_for_both(tmp_path):
-    """What Compose has of `images`, `tracing`, `settings`, `env`, limits and `security`."""
+def with_values(tmp_path, change) -> subprocess.CompletedProcess[str]:
+    """Make a compose.yaml from values of the chart that are changed."""
     scripts, chart = tmp_path / "infra" / "scripts", tmp_path / "infra" / "helm" / "regreen"
     for source, folder in (
         ("infra/scripts/compose.py", scripts),
+        ("infra/scripts/made.py", scripts),
         ("infra/helm/regreen/values.yaml", chart),
         ("infra/compose/values.yaml", tmp_path / "infra" / "compose"),
     ):
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / source, folder)
     values = copy.deepcopy(CHART)
+    change(values)
+    (chart / "values.yaml").write_text(yaml.safe_dump(values))
+    made = [sys.executable, str(scripts / "compose.py")]
+    return subprocess.run(made, capture_output=True, text=True, check=False)
+
+
+def change_much(values):
     values["images"]["judge"] = {"repository": "r.example/judge", "digest": "sha256:abc"}
     values["tracing"] = {"endpoint": "http://collector:4318", "share": 0.25}
     values["judge"]["settings"] = {"drain_s": 33, "max_rpcs": 7}
@@ -161,8 +170,11 @@ def test_a_value_of_the_chart_is_changed_for_both(tmp_path):
     values["judge"]["resources"]["limits"]["memory"] = "3Gi"
     values["sglang"] |= {"gpus": 2, "env": {"NCCL_DEBUG": "INFO"}}
     values["security"]["tokens"]["enabled"] = False
-    (chart / "values.yaml").write_text(yaml.safe_dump(values))
-    subprocess.run([sys.executable, str(scripts / "compose.py")], check=True)
+
+
+def test_a_value_of_the_chart_is_changed_for_both(tmp_path):
+    """What Compose has of `images`, `tracing`, `settings`, `env`, limits and `security`."""
+    assert with_values(tmp_path, change_much).returncode == 0
     services = yaml.safe_load((tmp_path / "compose.yaml").read_text())["services"]
     assert services["sglang"]["command"] == ["--tp-size=2"]
     assert services["sglang"]["environment"]["NCCL_DEBUG"] == "INFO"
@@ -178,6 +190,38 @@ def test_a_value_of_the_chart_is_changed_for_both(tmp_path):
     assert part["mem_limit"] == "3072m"
     assert part["stop_grace_period"] == "53s"
     assert not any(word.startswith("--tokens") for word in part["command"])
+
+
+def test_quotas_of_the_chart_are_those_of_compose(tmp_path):
+    wanted = {"default": {"sandboxes": 3}, "tenants": {"team-a": {"state_bytes": 50_000_000_000}}}
+    assert with_values(tmp_path, lambda v: v.update(quotas=wanted)).returncode == 0
+    services = yaml.safe_load((tmp_path / "compose.yaml").read_text())["services"]
+    (text,) = [w.partition("=")[2] for w in services["access"]["command"] if "--quotas=" in w]
+    hand_out(Layout(tmp_path / "home"), tmp_path / "handed", "postgresql://u:{password}@h/n", text)
+    for name in NAMES:
+        (flag,) = [w for w in services[name]["command"] if w.startswith("--quotas=")] or [""]
+        assert bool(flag) is (name in ("dataset", "sandbox", "policy"))
+        if flag:
+            file = Path(flag.partition("=")[2].replace("/etc/regreen", f"{tmp_path}/handed/{name}"))
+            default, tenants = read_quotas(file)
+            assert (default.sandboxes, tenants["team-a"].state_bytes) == (3, 50_000_000_000)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "told"),
+    [
+        ("judge", {"secretSettings": {"openai_key": {"name": "a", "key": "b"}}}, "judge.secret"),
+        ("policy", {"envFrom": ["proxies"]}, "policy.envFrom: Compose has no Secrets"),
+        ("security", {"tokens": {"enabled": False}}, "quotas: without tokens"),
+    ],
+)
+def test_values_that_nothing_would_read_are_refused(tmp_path, part, value, told):
+    def change(values):
+        values["quotas"] = {"default": {"sandboxes": 3}}
+        values[part] |= value
+
+    done = with_values(tmp_path, change)
+    assert (done.returncode, done.stderr.startswith(told)) == (1, True), done.stderr
 
 
 def test_nothing_sends_traces_unless_asked_to():
