@@ -85,15 +85,20 @@ def published(name: str, port: int) -> str:
     return f"127.0.0.1:${{REGREEN_{name.upper()}_PORT:-{port}}}:{port}"
 
 
+def plain(value: object) -> str:
+    """A value as a variable's, in which Compose replaces nothing."""
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    return text.replace("$", "$$")
+
+
 def settings(name: str, own: Tree) -> Tree:
-    """Settings of a service as environment variables, as the chart gives them."""
-    return {
-        f"REGREEN_{name.upper()}__{key.upper()}": str(value).lower()
-        if isinstance(value, bool)
-        else str(value)
+    """Settings of a service, and variables of libraries, as the chart gives them."""
+    found = {
+        f"REGREEN_{name.upper()}__{key.upper()}": plain(value)
         for key, value in own.get("settings", {}).items()
         if not key.startswith(CLUSTER)
     }
+    return found | {key: plain(value) for key, value in own["env"].items()}
 
 
 def tracing(all_values: Tree) -> Tree:
@@ -119,46 +124,55 @@ def health(port: int, start_s: int) -> Tree:
 
 QUOTED = ("dataset", "sandbox", "policy")
 """Services that keep quotas of tenants."""
-UNTAKEN = ("secretSettings", "envFrom")
-"""Values of a part that name Secrets of a cluster."""
+_OF_PARTS = ("settings", "env", "resources.limits.memory")
+TAKEN = (
+    *("images", "tracing", "quotas", "learner.shm", "sandbox.settings", "sandbox.env"),
+    *(
+        f"{name}.{field}"
+        for name in ("dataset", "policy", "judge", "learner")
+        for field in _OF_PARTS
+    ),
+    *("sglang.gpus", "sglang.args", "sglang.shm", "sglang.env", "sglang.resources.limits.memory"),
+)
+"""Values of the chart that Compose has, and all below them."""
 
 
-def check(all_values: Tree) -> None:
-    """Refuse values that nothing here would read.
+def check(own: Tree, place: str = "") -> None:
+    """Refuse values of infra/compose/values.yaml that nothing here would read.
 
     Raises:
-        SystemExit: names the value and the remedy.
+        SystemExit: names the value.
     """
-    for name, part in all_values.items():
-        for field in UNTAKEN:
-            if isinstance(part, dict) and part.get(field):
-                raise SystemExit(f"{name}.{field}: Compose has no Secrets; set {name}.settings")
-    if all_values["quotas"] and not all_values["security"]["tokens"]["enabled"]:
-        raise SystemExit("quotas: without tokens there are no tenants; set security.tokens.enabled")
+    for name, value in own.items():
+        at = f"{place}{name}"
+        if at in TAKEN:
+            continue
+        if not isinstance(value, dict):
+            raise SystemExit(f"{at}: Compose has nothing of it; it takes {', '.join(TAKEN)}")
+        check(value, f"{at}.")
 
 
 def quotas(all_values: Tree) -> str:
     """The file of quotas, as the chart's ConfigMap has it; empty where there are none."""
     found = all_values["quotas"]
+    if not found:
+        return ""
     tables = {"default": found.get("default") or {}}
     tables |= {f"tenants.{json.dumps(k)}": v for k, v in (found.get("tenants") or {}).items()}
     return "".join(
         "".join((f"[{table}]\n", *(f"{name} = {bound}\n" for name, bound in bounds.items())))
         for table, bounds in tables.items()
-        if bounds
     )
 
 
 def security(all_values: Tree, name: str) -> list[str]:
-    """Flags for certificates, tokens and quotas, as the chart's pods have them."""
-    security_values, words = all_values["security"], []
-    if security_values["tls"]["enabled"]:
-        words += [
-            f"--tls-{n}={ACCESS}/tls/{f}"
-            for n, f in (("ca", "ca.crt"), ("cert", "tls.crt"), ("key", "tls.key"))
-        ]
-    if security_values["tokens"]["enabled"]:
-        words += [f"--tokens={ACCESS}/tokens/tokens.json", "--audit=/dev/stderr"]
+    """Flags for certificates, tokens and quotas, as the chart's pods have them; Compose has the
+    first two always."""
+    words = [
+        f"--tls-{n}={ACCESS}/tls/{f}"
+        for n, f in (("ca", "ca.crt"), ("cert", "tls.crt"), ("key", "tls.key"))
+    ]
+    words += [f"--tokens={ACCESS}/tokens/tokens.json", "--audit=/dev/stderr"]
     if name in QUOTED and quotas(all_values):
         words.append(f"--quotas={ACCESS}/quotas/quotas.toml")
     return words
@@ -206,7 +220,7 @@ def service(all_values: Tree, name: str, port: int, metrics: int) -> Tree:
     memory = mebibytes(own["resources"]["limits"]["memory"])
     if name == "sandbox":
         memory = mebibytes(own["settings"]["kube_memory_bytes"])
-    environment = settings(name, own) | tracing(all_values) | own.get("env", {})
+    environment = settings(name, own) | tracing(all_values)
     environment |= dict.fromkeys(PASSED.get(name, ()))
     if name == "learner":
         environment["HOME"] = "/tmp"  # caches of the kernels that are compiled
@@ -346,7 +360,7 @@ def sglang(all_values: Tree) -> Tree:
         "image": image(all_values, "sglang"),
         "profiles": ["gpu"],
         "command": [*tensor_parallel(own), *own["args"]],
-        "environment": {"HOME": "/home/regreen", **own["env"]},
+        "environment": {"HOME": "/home/regreen"} | settings("sglang", own),
         "volumes": [
             "${REGREEN_MODEL:-model}:/model:ro",
             "shared:/shared:ro",
@@ -369,7 +383,7 @@ def sglang(all_values: Tree) -> Tree:
 def document() -> Tree:
     """The whole file."""
     all_values = values()
-    check(all_values)
+    check(yaml.safe_load((ROOT / FILES[-1]).read_text()))
     services = {"access": access(all_values), "postgres": postgres()}
     for item in SERVICES:
         services[item.name] = service(all_values, item.name, item.port, item.metrics_port)

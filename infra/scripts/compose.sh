@@ -41,7 +41,7 @@ up() {
   fi
   local images
   images=$(missing)
-  [ -z "$images" ] || infra/scripts/images.sh $images
+  [ -z "$images" ] || TAG=${REGREEN_TAG:-latest} infra/scripts/images.sh $images
   compose up --detach --no-build --remove-orphans
   mkdir -p "$shown"
   chmod 700 "$shown"

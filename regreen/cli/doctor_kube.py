@@ -62,6 +62,16 @@ INSTALLS = (
     *(("rbac.authorization.k8s.io", "rolebindings"), ("jobset.x-k8s.io", "jobsets")),
 )
 """What `helm install` creates: groups and resources. Its releases are Secrets."""
+OPTIONS = (
+    ("autoscaling", "horizontalpodautoscalers", "dataset.autoscaling, judge.autoscaling"),
+    ("keda.sh", "scaledobjects", "rollout.keda.enabled"),
+    ("leaderworkerset.x-k8s.io", "leaderworkersets", "sglang.nodes > 1"),
+    ("postgresql.cnpg.io", "clusters", "postgres.cnpg.enabled"),
+    ("monitoring.coreos.com", "servicemonitors", "monitoring.enabled"),
+    ("monitoring.coreos.com", "podmonitors", "monitoring.enabled"),
+    ("monitoring.coreos.com", "prometheusrules", "monitoring.enabled"),
+)
+"""What it creates besides where a value asks for it: groups, resources, values."""
 INSTALLS_FOR_WORKERS = (
     *(("networking.k8s.io", "networkpolicies"), ("policy", "poddisruptionbudgets")),
     *(("rbac.authorization.k8s.io", "roles"), ("rbac.authorization.k8s.io", "rolebindings")),
@@ -161,6 +171,7 @@ async def look(
             ("network policies", lambda: _network(api, space, workers)),
             ("network plugin", lambda: _plugin(api)),
             ("permissions", lambda: _permissions(api, space, INSTALLS)),
+            ("permissions for options", lambda: _options(api, space)),
         ]
         if workers != space:
             apart = (f"namespace {workers}", lambda: _namespace(api, workers, holds_workers=True))
@@ -305,8 +316,26 @@ async def _plugin(api: Api) -> list[Finding]:
 
 async def _permissions(api: Api, space: str, installs: Sequence[tuple[str, str]]) -> list[Finding]:
     """What the user of the configuration may do of what installing the chart takes."""
+    lacking = await _lacking(api, space, installs)
+    told_of = f"may not create {', '.join(lacking)}" if lacking else "may install the chart"
+    remedy = f"in namespace {space}" if lacking else ""
+    name = "permissions" if installs is INSTALLS else _RIGHTS
+    return [Finding(name, not lacking, told_of, remedy)]
+
+
+async def _options(api: Api, space: str) -> list[Finding]:
+    """And of what values ask for that are off by default; lacking it is no fault by itself."""
+    lacking = await _lacking(api, space, [(group, resource) for group, resource, _ in OPTIONS])
+    asked = [v for g, r, v in OPTIONS if f"{r}.{g}" in lacking]
+    told_of = f"may not create {', '.join(lacking)}" if lacking else "may create all"
+    remedy = f"needed in namespace {space} for {', '.join(asked)}" if lacking else ""
+    return [Finding("permissions for options", True, told_of, remedy)]
+
+
+async def _lacking(api: Api, space: str, wanted: Sequence[tuple[str, str]]) -> list[str]:
+    """What of these groups and resources this user may not create."""
     lacking = []
-    for group, resource in installs:
+    for group, resource in wanted:
         asked = {"namespace": space, "verb": "create", "group": group, "resource": resource}
         body = {
             "apiVersion": "authorization.k8s.io/v1",
@@ -316,7 +345,4 @@ async def _permissions(api: Api, space: str, installs: Sequence[tuple[str, str]]
         told = await api.ask("/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", body) or {}
         if not told.get("status", {}).get("allowed"):
             lacking.append(f"{resource}.{group}" if group else resource)
-    told_of = f"may not create {', '.join(lacking)}" if lacking else "may install the chart"
-    remedy = f"in namespace {space}" if lacking else ""
-    name = "permissions" if installs is INSTALLS else _RIGHTS
-    return [Finding(name, not lacking, told_of, remedy)]
+    return lacking

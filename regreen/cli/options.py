@@ -63,9 +63,12 @@ async def open_stack(
                 told = f"what answers at {address} is no sandbox service ({error.message})"
                 raise Unavailable(told) from error
         return
+    from regreen.stack import control  # only here are services looked for
+
     where = home or default_home()
     endpoints = Endpoints.load(where)
-    if not Layout(where).supervised():  # what is gone will not come back
+    # What is gone of a stack of this home's own will not come back; what others run may.
+    if control.describe(Layout(where)) is None:
         patience_s = min(patience_s, _PATIENCE_S)
     async with Stack(endpoints, patience_s=patience_s) as stack:
         yield stack

@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("--quotas", default="", help="text of a file of quotas")
     parser.add_argument("--once", action="store_true", help="end after the first time")
     given = parser.parse_args()
+    (given.home / READY).unlink(missing_ok=True)  # of an earlier start
     while True:
         hand_out(Layout(given.home), given.handed, given.database, given.quotas)
         if given.once:

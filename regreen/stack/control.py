@@ -81,7 +81,7 @@ async def _rows(
 ) -> list[ServiceStatus]:
     if found is None:
         return [ServiceStatus(item.name, "", "", "", "down", 0) for item in wanted]
-    items = [item for item in SERVICES if item.name in found["endpoints"]]
+    items = [item for item in SERVICES if found["endpoints"].get(item.name)]
     return list(await asyncio.gather(*(_ask(layout, found, item) for item in items)))
 
 

@@ -2,10 +2,12 @@
 
 - `enter` puts a program into a namespace of its own, which is the first machine's; as root, or in a
   user namespace where the host permits one. The second is made beside it, and ends with it.
-- Nothing outside the two is touched, and nothing outside can be reached from them.
+- Nothing outside the two is touched, and nothing outside can be reached from them. Without `enter`
+  the first is the network of this process, which gets one end of the cable meanwhile.
 """
 
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -39,6 +41,7 @@ class Network:
     """The namespace of this process, the second machine's, and the cable between them."""
 
     def __enter__(self) -> "Network":
+        self._here = f"rg{secrets.token_hex(4)}"
         # It ends with its standard input, and so with this process, however that ends.
         self._holder = subprocess.Popen(
             ["unshare", "--net", "sh", "-c", "echo; exec cat"],
@@ -56,10 +59,10 @@ class Network:
 
     def _connect(self, pid: int) -> None:
         _run("ip", "link", "set", "lo", "up")
-        _run("ip", "link", "add", "here", "type", "veth", "peer", "name", "there")
-        _run("ip", "link", "set", "there", "netns", str(pid))
-        _run("ip", "address", "add", f"{HERE}/24", "dev", "here")
-        _run("ip", "link", "set", "here", "up")
+        pair = ("type", "veth", "peer", "name", "there", "netns", str(pid))
+        _run("ip", "link", "add", self._here, *pair)
+        _run("ip", "address", "add", f"{HERE}/24", "dev", self._here)
+        _run("ip", "link", "set", self._here, "up")
         _run(*self.there("ip", "link", "set", "lo", "up"))
         _run(*self.there("ip", "address", "add", f"{THERE}/24", "dev", "there"))
         _run(*self.there("ip", "link", "set", "there", "up"))
@@ -70,6 +73,8 @@ class Network:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
+        # At once, not when the kernel comes to it: the next may have the same address.
+        subprocess.run(["ip", "link", "delete", self._here], check=False, capture_output=True)
         self._holder.kill()
         self._holder.wait()
 
@@ -85,11 +90,11 @@ class Network:
 
     def cut(self) -> None:
         """Pull the cable: nothing arrives, and nobody is told."""
-        _run("ip", "link", "set", "here", "down")
+        _run("ip", "link", "set", self._here, "down")
 
     def join(self) -> None:
         """Put it back."""
-        _run("ip", "link", "set", "here", "up")
+        _run("ip", "link", "set", self._here, "up")
 
 
 def _run(*command: str) -> None:

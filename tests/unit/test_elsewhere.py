@@ -1,16 +1,18 @@
 """A home whose commands use services that others run."""
 
 import asyncio
+import json
 import sys
 
 import pytest
 
+from regreen.cli.options import open_stack
 from regreen.client.stack import Endpoints
 from regreen.rpc.errors import FailedPrecondition, InvalidArgument, Unavailable
 from regreen.stack import control
 from regreen.stack.borrow import borrowed_stack
 from regreen.stack.elsewhere import leave, use
-from regreen.stack.layout import Layout
+from regreen.stack.layout import ELSEWHERE, Layout
 
 NOBODY = {"judge": "127.0.0.1:1"}
 
@@ -56,6 +58,19 @@ async def test_the_command_says_who_runs_them(tmp_path, dataset_address):
     assert asked.returncode == 0, said
     assert "these are run by Compose (make down-docker)" in said
     assert "regreen down" not in said
+
+
+@pytest.mark.parametrize("theirs", [True, False])
+async def test_only_what_may_come_back_is_waited_for(tmp_path, theirs):
+    """Services that others run are begun anew by them; those of a stack that is gone by nobody."""
+    layout = Layout(tmp_path)
+    use(layout, "Kubernetes", NOBODY)
+    if not theirs:
+        found = json.loads(layout.description.read_text())
+        del found[ELSEWHERE]
+        layout.description.write_text(json.dumps(found))
+    async with open_stack(tmp_path, patience_s=77.0) as stack:
+        assert stack.judge.patience_s == (77.0 if theirs else 2.0)
 
 
 def test_only_services_that_there_are(tmp_path):

@@ -8,7 +8,12 @@ from tests.contract.chart.reading import environment
 from tests.fixtures import chart
 
 CONTAINERS = {
-    **{"dataset": {"dataset"}, "judge": {"judge"}, "sandbox": {"front"}, "policy": {"policy"}},
+    **{
+        "dataset": {"dataset", "migrate"},
+        "judge": {"judge"},
+        "sandbox": {"front"},
+        "policy": {"policy"},
+    },
     **{"sglang": {"sglang"}, "router": {"router"}, "rollout": {"worker"}},
     "learner": {"learner", "follower"},
 }

@@ -56,6 +56,19 @@ def second() -> Iterator[tuple[str, Callable[..., tuple[str, ...]]]]:
     yield "127.0.0.1", in_place
 
 
+def test_the_second_machine_of_these_tests_has_a_network_of_its_own(
+    second: tuple[str, Callable[..., tuple[str, ...]]],
+) -> None:
+    address, there = second
+    if address != HERE:
+        pytest.skip("no second network namespace can be made: the machines share one")
+    told = [
+        subprocess.run([*run("readlink", "/proc/self/ns/net")], capture_output=True, check=True)
+        for run in (in_place, there)
+    ]
+    assert told[0].stdout != told[1].stdout
+
+
 @asynccontextmanager
 async def follower(
     home: Path, there: Callable[..., tuple[str, ...]]
