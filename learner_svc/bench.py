@@ -43,11 +43,15 @@ class Shape:
     samples: int = 8
     prompt_tokens: int = 400
     completion_tokens: int = 80
+    micro_batch_tokens: int = 2048
+    """Tokens per forward pass on our side."""
+    micro_batch: int = 0
+    """Samples per forward pass on TRL's side; 0: a group's, as `learner_svc.peer` does it."""
 
     @property
-    def micro_batch(self) -> int:
-        """Samples per forward pass on TRL's side: a group's, as `learner_svc.peer` does it."""
-        return self.samples
+    def trl_samples(self) -> int:
+        """Samples per forward pass on TRL's side."""
+        return self.micro_batch or self.samples
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +78,7 @@ class Result:
     dtype: str
     model: str
     threads: int
+    device: str
     rounds: int
     shape: dict[str, int]
 
@@ -103,11 +108,15 @@ def make_batch(shape: Shape, vocab: int, seed: int = 0) -> Batch:
 
 
 def our_round(
-    model: Path, engine: str, dtype: str, home: Path
+    model: Path, engine: str, dtype: str, home: Path, micro_batch_tokens: int
 ) -> Callable[[Batch], tuple[float, float]]:
     """A function that performs one update and gives loss and gradient norm."""
     hyperparameters = Hyperparameters(
-        learning_rate=_RATE, gradient_clip=_CLIP, importance_cap=-1.0, dtype=dtype
+        learning_rate=_RATE,
+        gradient_clip=_CLIP,
+        importance_cap=-1.0,
+        dtype=dtype,
+        micro_batch_tokens=micro_batch_tokens,
     )
     session = Session(RunSpec("bench", RunKind.GRPO, str(model), engine, hyperparameters), home)
 
@@ -141,10 +150,10 @@ def trl_round(
         processing_class=tokenizer,
         args=trl.GRPOConfig(
             output_dir=str(home / "trl"),
-            use_cpu=True,
+            use_cpu=not torch.cuda.is_available(),
             bf16=False,
-            per_device_train_batch_size=shape.micro_batch,
-            gradient_accumulation_steps=shape.groups,
+            per_device_train_batch_size=shape.trl_samples,
+            gradient_accumulation_steps=-(-shape.groups * shape.samples // shape.trl_samples),
             num_generations=shape.samples,
             max_completion_length=shape.completion_tokens,
             beta=0.0,
@@ -155,15 +164,18 @@ def trl_round(
             save_strategy="no",
         ),
     )
-    network.train()
+    device = trainer.accelerator.device
+    network.to(device).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=_RATE, betas=(0.9, 0.95), fused=True)
     optimizer.param_groups[0]["weight_decay"] = 0.0
 
     def run(batch: Batch) -> tuple[float, float]:
-        starts = range(0, len(batch), shape.micro_batch)
+        starts = range(0, len(batch), shape.trl_samples)
+        # Its loss is a share of what was generated together, which is this batch.
         trainer.current_gradient_accumulation_steps = len(starts)
+        trainer.args.steps_per_generation = len(starts)
         total = 0.0
-        for micro in [_trl_inputs(batch, start, shape) for start in starts]:
+        for micro in [_trl_inputs(batch, start, shape, device) for start in starts]:
             loss = trainer._compute_loss(network, micro)
             loss.backward()
             total += float(loss.detach())
@@ -179,11 +191,11 @@ def _import(name: str) -> Any:
     return importlib.import_module(name)
 
 
-def _trl_inputs(batch: Batch, start: int, shape: Shape) -> dict[str, Any]:
-    samples = batch.samples[start : start + shape.micro_batch]
+def _trl_inputs(batch: Batch, start: int, shape: Shape, device: torch.device) -> dict[str, Any]:
+    samples = batch.samples[start : start + shape.trl_samples]
     ids = torch.from_numpy(np.stack([s.token_ids for s in samples]).astype(np.int64))
     prompt, completion = ids[:, : shape.prompt_tokens], ids[:, shape.prompt_tokens :]
-    return {
+    inputs = {
         "prompt_ids": prompt,
         "prompt_mask": torch.ones_like(prompt),
         "completion_ids": completion,
@@ -191,6 +203,7 @@ def _trl_inputs(batch: Batch, start: int, shape: Shape) -> dict[str, Any]:
         "advantages": torch.tensor([s.advantage for s in samples]),
         "num_items_in_batch": torch.tensor(batch.trained_tokens),
     }
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
 def compare(model: Path, engine: str, shape: Shape, rounds: int, dtype: str = "fp32") -> Result:
@@ -208,7 +221,7 @@ def compare(model: Path, engine: str, shape: Shape, rounds: int, dtype: str = "f
         home = Path(name)
         sides = {
             "trl": trl_round(model, shape, dtype, home),
-            "ours": our_round(model, engine, dtype, home / "extensions"),
+            "ours": our_round(model, engine, dtype, home / "extensions", shape.micro_batch_tokens),
         }
         first = {side: run(make_batch(small, vocab, 1)) for side, run in sides.items()}
         check_equal(first["ours"], first["trl"], dtype)
@@ -216,6 +229,8 @@ def compare(model: Path, engine: str, shape: Shape, rounds: int, dtype: str = "f
             for side, run in sides.items():
                 started, used = time.perf_counter(), time.process_time()
                 first[side] = run(batch)
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
                 seconds[side].append(round(time.perf_counter() - started, 3))
                 cpu[side].append(time.process_time() - used)
                 told = f"round {number + 1}/{rounds} {side}: {seconds[side][-1]:.1f} s"
@@ -241,6 +256,7 @@ def compare(model: Path, engine: str, shape: Shape, rounds: int, dtype: str = "f
         dtype=dtype,
         model=model.name,
         threads=torch.get_num_threads(),
+        device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         rounds=rounds,
         shape=asdict(shape),
     )
@@ -272,6 +288,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=8, help="of each group")
     parser.add_argument("--prompt-tokens", type=int, default=400)
     parser.add_argument("--completion-tokens", type=int, default=80)
+    parser.add_argument("--micro-batch-tokens", type=int, default=2048, help="ours, of one pass")
+    parser.add_argument("--micro-batch", type=int, default=0, help="TRL's samples of one pass")
     parser.add_argument("--threads", type=int, default=0, help="0: all processors")
     options = parser.parse_args(argv)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -279,7 +297,14 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
     if not (options.model / "config.json").is_file():
         return _skip(f"no model at {options.model}: run python -m regreen.model_store", options)
-    shape = Shape(options.groups, options.samples, options.prompt_tokens, options.completion_tokens)
+    shape = Shape(
+        options.groups,
+        options.samples,
+        options.prompt_tokens,
+        options.completion_tokens,
+        options.micro_batch_tokens,
+        options.micro_batch,
+    )
     try:
         result = compare(options.model, options.engine, shape, options.rounds, options.dtype)
     except ImportError as error:
@@ -287,8 +312,8 @@ def main(argv: list[str] | None = None) -> int:
     text = json.dumps(asdict(result))
     if not options.json:
         text = (
-            f"GRPO update, {result.tokens} tokens: ours {result.ours_s:.1f} s, "
-            f"TRL {result.trl_s:.1f} s, {result.ratio:.2f} times as fast"
+            f"GRPO update, {result.tokens} tokens: ours {result.ours_s:.2f} s, "
+            f"TRL {result.trl_s:.2f} s, {result.ratio:.2f} times as fast"
         )
     sys.stdout.write(text + "\n")
     return 0

@@ -1,7 +1,7 @@
 """Checkpoints: a directory from which a run continues exactly, and which the policy can load.
 
 Layout: `config.json`, tokenizer files and `model.safetensors` (all weights, f32) at the top,
-`trainer.safetensors` (AdamW moments, random state) or `engine/` (an engine's own format), and
+`trainer.state` (AdamW moments, random state) or `engine/` (an engine's own format), and
 `manifest.json`, which names every file with size and SHA-256, and the run's position.
 
 - A checkpoint exists whole under its name or not at all: written beside it, flushed, renamed.
@@ -27,7 +27,11 @@ from regreen.rpc.errors import DataLoss, DiskFull, NotFound
 FORMAT = "regreen-checkpoint-1"
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
-TRAINER = "trainer.safetensors"
+TRAINER = "trainer.state"
+"""In the format of the weights, by a name that no server takes for weights: SGLang and others load
+every `*.safetensors` of a folder."""
+OLD_TRAINER = "trainer.safetensors"
+"""As releases before named it."""
 ENGINE = "engine"
 SHARDS = ".shards-"
 """Beginning of the name of the directory in which ranks gather their shards."""

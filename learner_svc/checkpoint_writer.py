@@ -1,14 +1,15 @@
 """Writes a checkpoint, and reads its tensors back; `checkpoint` says what one is.
 
-- What is written is hashed in the same pass, one tensor in memory at a time.
+- One tensor is in memory at a time.
+- Files are flushed to the disk and hashed beside each other, and while the next one is written: of
+  a checkpoint's time that is most.
 """
 
-import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ _DTYPES = {
 }
 
 
+_THREADS = 4
+
 Sizes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """Type and shape of every tensor, by name, in the order in which they will be written."""
 
@@ -48,7 +51,9 @@ class CheckpointWriter:
     def __init__(self, root: Path, step: int) -> None:
         self._root, self._step = root, step
         self.directory = root / f".partial-{step:08d}"
-        self._files: dict[str, FileEntry] = {}
+        self._pool = ThreadPoolExecutor(_THREADS, "checkpoint")
+        self._entries: dict[str, Future[FileEntry]] = {}
+        self._synced: list[Future[None]] = []
 
     def __enter__(self) -> "CheckpointWriter":
         with disk_errors(self.directory):
@@ -56,12 +61,14 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def add_tensors(self, name: str, tensors: Iterable[tuple[str, Tensor]], sizes: Sizes) -> None:
         """Write a safetensors file, one tensor in memory at a time."""
         with disk_errors(self.directory):
-            self._files[name] = write_safetensors(self.directory / name, tensors, sizes)
+            write_safetensors(self.directory / name, tensors, sizes)
+            self._note(self.directory / name)
 
     def add_copies(self, source: Path) -> None:
         """Copy the small files of a model folder (configuration, tokenizer)."""
@@ -84,14 +91,18 @@ class CheckpointWriter:
                     self._note(path)
 
     def _note(self, path: Path) -> None:
-        sync_path(path)
+        """Take up a file that is written."""
         name = path.relative_to(self.directory).as_posix()
-        self._files[name] = entry_of(path)
+        self._synced.append(self._pool.submit(sync_path, path))
+        self._entries[name] = self._pool.submit(entry_of, path)
 
     def commit(self, manifest: Manifest) -> Saved:
         """Flush everything and give the checkpoint its name."""
-        complete = replace(manifest, files=dict(self._files))
         with disk_errors(self.directory):
+            for synced in self._synced:
+                synced.result()
+            files = {name: entry.result() for name, entry in self._entries.items()}
+            complete = replace(manifest, files=files)
             target = self.directory / MANIFEST
             target.write_text(json.dumps(asdict(complete), indent=1, sort_keys=True))
             sync_path(target)
@@ -107,8 +118,8 @@ def sizes_of(tensors: dict[str, Tensor]) -> Sizes:
     return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
-def write_safetensors(path: Path, tensors: Iterable[tuple[str, Tensor]], sizes: Sizes) -> FileEntry:
-    """Write and hash in one pass; tensors arrive in the order of `sizes`."""
+def write_safetensors(path: Path, tensors: Iterable[tuple[str, Tensor]], sizes: Sizes) -> None:
+    """Write tensors as they arrive, which is in the order of `sizes`."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (dtype, shape) in sizes.items():
@@ -117,12 +128,9 @@ def write_safetensors(path: Path, tensors: Iterable[tuple[str, Tensor]], sizes: 
         header[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    hasher = hashlib.sha256()
     written = 0
     with path.open("wb") as target:
-        for chunk in (len(text).to_bytes(8, "little"), text):
-            target.write(chunk)
-            hasher.update(chunk)
+        target.write(len(text).to_bytes(8, "little") + text)
         names = iter(sizes)
         for name, tensor in tensors:
             expected = next(names, None)
@@ -131,13 +139,9 @@ def write_safetensors(path: Path, tensors: Iterable[tuple[str, Tensor]], sizes: 
             raw = tensor.detach().to("cpu", sizes[name][0]).contiguous().reshape(-1)
             data = memoryview(raw.view(torch.uint8).numpy())  # type: ignore[arg-type]
             target.write(data)
-            hasher.update(data)
             written += len(data)
         if written != end:
             raise InfraError(f"{path.name}: {written} of {end} bytes of tensors came")
-        target.flush()
-        os.fsync(target.fileno())
-    return FileEntry(hasher.hexdigest(), 8 + len(text) + end)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

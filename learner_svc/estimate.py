@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from learner_svc import gpus
 from learner_svc.dtypes import computes_in_bf16
 from learner_svc.memory import (
     ModelShape,
@@ -19,7 +20,7 @@ from learner_svc.memory import (
 )
 from learner_svc.spec import RunSpec
 from regreen.model_store import DEFAULT_MODEL
-from regreen.rpc.errors import DataLoss, InvalidArgument, NotFound
+from regreen.rpc.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,19 +35,22 @@ class Estimate:
     """Processes of the run on this machine."""
 
 
-def estimate(spec: RunSpec, folders: Sequence[Path], processes: int) -> Estimate:
+def estimate(spec: RunSpec, folders: Sequence[Path], processes: int, nodes: int = 1) -> Estimate:
     """The needs of a run that goes on from the first of `folders` that can be read.
 
     Raises:
         NotFound: none of them holds a model.
-        FailedPrecondition: it does not fit; says by how much and which settings would.
+        FailedPrecondition: it does not fit; says by how much and which settings would. Or there are
+            more processes than GPUs.
     """
-    hyperparameters = spec.hyperparameters
+    hyperparameters, ranks = spec.hyperparameters, processes * nodes
     half = computes_in_bf16(hyperparameters.dtype)
-    masters = half or hyperparameters.zero_stage > 0 or processes > 1
-    shape, available = _shape(folders), available_bytes()
+    masters = half or hyperparameters.zero_stage > 0 or ranks > 1
+    if spec.engine == "plain":
+        ranks = 1  # it divides nothing
+    shape, available = _shape(folders), _available_bytes(processes)
     return Estimate(
-        memory_bytes=check_fits(shape, hyperparameters, masters, available),
+        memory_bytes=check_fits(shape, hyperparameters, masters, available, ranks),
         available_bytes=available,
         parameters=shape.parameters,
         trainable_parameters=trained_parameters(shape, hyperparameters),
@@ -54,7 +58,24 @@ def estimate(spec: RunSpec, folders: Sequence[Path], processes: int) -> Estimate
     )
 
 
-def estimate_new(spec: RunSpec, home: Path, processes: int) -> Estimate:
+def _available_bytes(processes: int) -> int:
+    """What each process of a run on this machine may take: of its GPU, where there are any.
+
+    Raises:
+        FailedPrecondition: there are more processes than GPUs.
+    """
+    if not gpus.has_gpu():
+        return available_bytes()
+    free = gpus.free_bytes()
+    if processes > len(free):
+        raise FailedPrecondition(
+            f"processes: is {processes}, but this machine has {len(free)} GPUs, one for each; "
+            f"give --processes {len(free)} or fewer"
+        )
+    return min(free[:processes])
+
+
+def estimate_new(spec: RunSpec, home: Path, processes: int, nodes: int = 1) -> Estimate:
     """The needs of a run that starts from its base.
 
     Raises:
@@ -72,7 +93,7 @@ def estimate_new(spec: RunSpec, home: Path, processes: int) -> Estimate:
             f"is {wanted}, but the model has {layers} layers",
             f"give 0 (all) to {layers}",
         )
-    return estimate(spec, [folder], processes)
+    return estimate(spec, [folder], processes, nodes)
 
 
 def local_path(uri: str, name: str) -> Path:

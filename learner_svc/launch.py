@@ -22,7 +22,10 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 _COMMANDS: dict[str, Any] = {}
 _WAIT = datetime.timedelta(days=7)
@@ -147,6 +150,20 @@ def how_ended(codes: Mapping[int, int]) -> str:
     return ", ".join(said)
 
 
+def own_device() -> "torch.device":
+    """Where this rank computes: on the GPU of its place among the machine's ranks, else on the CPU.
+
+    NCCL asks for one GPU a rank, and for the rank to have chosen it before the group is made.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
 def world_size() -> int:
     """Ranks of this run."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -159,9 +176,7 @@ def join_ranks() -> None:
     if "group" in _COMMANDS:
         return
     if not dist.is_initialized():
-        import torch
-
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("gloo" if own_device().type == "cpu" else "nccl")
     _COMMANDS["group"] = dist.new_group(backend="gloo", timeout=_WAIT)
 
 

@@ -2,19 +2,27 @@
 
 - The estimate is made before weights are loaded, from the model's configuration and file sizes.
 - A run that will not fit is refused with what would fit; it is never left to the OOM killer.
+- Where runs compute on GPUs, a rank's memory is its GPU's.
 """
 
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from learner_svc.gpus import has_gpu
 from learner_svc.spec import Hyperparameters
 from regreen.rpc.errors import FailedPrecondition, NotFound
 
-LOGIT_ROWS = 256
-"""Rows whose logits are held at once (256 x 49152 x 4 B = 50 MB)."""
+_LOGIT_ROWS, _LOGIT_ROWS_ON_GPU = 256, 4096
+"""256 x 49152 x 4 B = 50 MB; a GPU is idle over so few."""
 _PROCESS_BYTES = 600 << 20
 """Interpreter, torch, transformers and allocator slack."""
+
+
+def logit_rows(*, on_gpu: bool) -> int:
+    """Rows whose logits are held at once."""
+    return _LOGIT_ROWS_ON_GPU if on_gpu else _LOGIT_ROWS
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,19 +67,31 @@ def trained_parameters(shape: ModelShape, hyperparameters: Hyperparameters) -> i
     return layers * shape.layer_parameters if layers else shape.parameters
 
 
-def estimate_bytes(shape: ModelShape, hyperparameters: Hyperparameters, masters: bool) -> int:
-    """Peak memory of one process in bytes; `masters` = fp32 copies are kept beside the weights.
+def estimate_bytes(
+    shape: ModelShape, hyperparameters: Hyperparameters, masters: bool, ranks: int = 1
+) -> int:
+    """Peak memory of one of `ranks` processes in bytes; `masters` = fp32 copies are kept beside the
+    weights. ZeRO divides moments and masters among ranks from stage 1 on, gradients from 2 on;
+    weights are whole in each while they are loaded, whatever the stage.
 
-    Measured against SmolLM2-135M in fp32: 1,040 packed tokens take 3.6 GB, estimated 3.9 GB.
+    Measured against SmolLM2-135M in fp32: 1,040 packed tokens take 3.6 GB, estimated 3.9 GB; on an
+    H200 in bf16: 13,440 take 14.3 GiB, and 131,200 with gradient checkpointing 19.6 GiB, estimated
+    18.9 GiB.
     """
     trained = hyperparameters.trainable_layers or shape.layers
     weights = 4 * shape.parameters
-    optimizer = (4 + 8 + (4 if masters else 0)) * trained_parameters(shape, hyperparameters)
+    stage = hyperparameters.zero_stage if hyperparameters.zero_stage >= 0 else 2 * masters
+    moments, gradients = 8 + (4 if masters else 0), 4
+    per_parameter = moments / (ranks if stage >= 1 else 1) + gradients / (ranks if stage > 1 else 1)
+    optimizer = math.ceil(per_parameter * trained_parameters(shape, hyperparameters))
     reference = weights if hyperparameters.kl_coefficient > 0 else 0
-    per_token = 4 * (14 * shape.hidden + 6 * shape.intermediate)
+    width = 2 if masters and has_gpu() else 4
+    per_token = width * (14 * shape.hidden + 6 * shape.intermediate)
     kept_layers = 2 if hyperparameters.gradient_checkpointing else trained
-    activations = hyperparameters.micro_batch_tokens * per_token * kept_layers
-    logits = 3 * 4 * LOGIT_ROWS * shape.vocab
+    if hyperparameters.gradient_checkpointing:
+        per_token += width * shape.hidden * shape.layers / kept_layers  # what layers begin with
+    activations = math.ceil(hyperparameters.micro_batch_tokens * per_token * kept_layers)
+    logits = 3 * 4 * logit_rows(on_gpu=has_gpu()) * shape.vocab
     return _PROCESS_BYTES + weights + optimizer + reference + activations + logits
 
 
@@ -97,17 +117,21 @@ def available_bytes() -> int:
 
 
 def check_fits(
-    shape: ModelShape, hyperparameters: Hyperparameters, masters: bool, available: int
+    shape: ModelShape,
+    hyperparameters: Hyperparameters,
+    masters: bool,
+    available: int,
+    ranks: int = 1,
 ) -> int:
     """The estimate, if it fits.
 
     Raises:
         FailedPrecondition: it does not; says by how much and which settings would fit.
     """
-    needed = estimate_bytes(shape, hyperparameters, masters)
+    needed = estimate_bytes(shape, hyperparameters, masters, ranks)
     if needed <= available:
         return needed
-    advice = _advice(shape, hyperparameters, masters, available)
+    advice = _advice(shape, hyperparameters, masters, available, ranks)
     raise FailedPrecondition(
         f"the run needs about {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are available; "
         f"{advice}",
@@ -116,7 +140,7 @@ def check_fits(
 
 
 def _advice(
-    shape: ModelShape, hyperparameters: Hyperparameters, masters: bool, available: int
+    shape: ModelShape, hyperparameters: Hyperparameters, masters: bool, available: int, ranks: int
 ) -> str:
     tokens = hyperparameters.micro_batch_tokens
     trials = [
@@ -137,6 +161,6 @@ def _advice(
     together = f"trainable_layers={few} with gradient_checkpointing and micro_batch_tokens=512"
     trials.append((together, small))
     for name, trial in trials:
-        if estimate_bytes(shape, trial, masters) <= available:
+        if estimate_bytes(shape, trial, masters, ranks) <= available:
             return f"it would fit with {name}"
     return "use a smaller model, free memory, or shard over more processes (ZeRO stage 2 or 3)"

@@ -17,14 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
-from transformers.modeling_utils import AttentionInterface
 
 from learner_svc.algo.batch import Pack
-from learner_svc.memory import LOGIT_ROWS
+from learner_svc.attention import TREE_ATTENTION, Tree
+from learner_svc.memory import logit_rows
 from regreen.rpc.errors import InvalidArgument, NotFound
-
-TREE_ATTENTION = "regreen_tree"
 
 
 def load_model(path: Path) -> PreTrainedModel:
@@ -113,7 +110,7 @@ class TrainModel(nn.Module):
     def forward(self, pack: Pack, entropies: bool = False) -> Tensor:
         """f32 [R]: logprob of every target of the pack, or entropy where it was drawn."""
         device = next(self.model.parameters()).device
-        extra: dict[str, Any] = {"tree": pack} if self.packs else {}
+        extra: dict[str, Any] = {"tree": Tree.of(pack, device)} if self.packs else {}
         hidden = self.model.base_model(
             input_ids=pack.token_ids[None].to(device),
             position_ids=pack.position_ids[None].to(device),
@@ -129,8 +126,9 @@ class TrainModel(nn.Module):
 def target_logprobs(hidden: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
     """f32 [R] logprobs of `targets` i64 [R] from `hidden` [R, d], in chunks of rows."""
     parts: list[Tensor] = []
-    for start in range(0, hidden.shape[0], LOGIT_ROWS):
-        rows, wanted = hidden[start : start + LOGIT_ROWS], targets[start : start + LOGIT_ROWS]
+    size = logit_rows(on_gpu=hidden.is_cuda)
+    for start in range(0, hidden.shape[0], size):
+        rows, wanted = hidden[start : start + size], targets[start : start + size]
         if torch.is_grad_enabled() and rows.requires_grad:
             parts.append(checkpoint(_chunk_logprobs, rows, wanted, head, use_reentrant=False))
         else:
@@ -141,56 +139,12 @@ def target_logprobs(hidden: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
 def row_entropies(hidden: Tensor, head: nn.Module) -> Tensor:
     """f32 [R] entropies of the next token after `hidden` [R, d], in chunks of rows."""
     parts: list[Tensor] = []
-    for start in range(0, hidden.shape[0], LOGIT_ROWS):
-        logprobs = F.log_softmax(head(hidden[start : start + LOGIT_ROWS]).float(), -1)
+    size = logit_rows(on_gpu=hidden.is_cuda)
+    for start in range(0, hidden.shape[0], size):
+        logprobs = F.log_softmax(head(hidden[start : start + size]).float(), -1)
         parts.append(-(logprobs.exp() * logprobs).sum(-1))
     return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
 
 
 def _chunk_logprobs(hidden: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
     return -F.cross_entropy(head(hidden).float(), targets, reduction="none")
-
-
-def _tree_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    tree: Pack | None = None,
-    **_: object,
-) -> tuple[Tensor, None]:
-    """Attention over a tree of segments.
-
-    `query` [1, H, N, d], `key` and `value` [1, K, N, d] with K dividing H; gives [1, N, H, d].
-    Query heads that share a key head are folded into the query length, so that keys and values are
-    read once instead of being repeated.
-    """
-    if tree is None:
-        raise InvalidArgument("tree", "is missing", "call the model through TrainModel")
-    heads, kv_heads = query.shape[1], key.shape[1]
-    fold = heads // kv_heads
-    parts: list[Tensor] = []
-    for segment, path in zip(tree.segments, tree.paths(), strict=True):
-        spans = [(tree.segments[i].start, tree.segments[i].end) for i in path]
-        keys = torch.cat([key[:, :, start:end] for start, end in spans], 2)
-        values = torch.cat([value[:, :, start:end] for start, end in spans], 2)
-        size = segment.end - segment.start
-        queries = query[:, :, segment.start : segment.end].reshape(1, kv_heads, fold * size, -1)
-        seen = torch.ones(size, segment.depth + size, dtype=torch.bool, device=query.device)
-        seen = seen.tril(segment.depth).repeat(fold, 1)
-        mixed = F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=seen, dropout_p=dropout, scale=scaling
-        )
-        parts.append(mixed.reshape(1, heads, size, -1))
-    return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
-
-
-def _no_mask(*_: object, **__: object) -> None:
-    """Tree attention builds its own masks."""
-
-
-AttentionInterface.register(TREE_ATTENTION, _tree_attention)
-AttentionMaskInterface.register(TREE_ATTENTION, _no_mask)

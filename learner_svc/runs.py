@@ -105,7 +105,9 @@ class Runs:
     async def estimate(self, spec: RunSpec) -> Estimate:
         """What a run would need; starts nothing and raises as `estimate_new`."""
         check_seen(spec, "", self._folders())
-        return await asyncio.to_thread(estimate_new, spec, self._home, self._config.processes)
+        return await asyncio.to_thread(
+            estimate_new, spec, self._home, self._config.processes, self._config.nodes
+        )
 
     async def start(self, spec: RunSpec, resume_uri: str) -> Run:
         """Start a run or take it up again.
@@ -147,7 +149,9 @@ class Runs:
         files = RunFiles(self._root / "runs" / spec.run_id)
         resumes = _resumes(files, resume_uri)
         folders = [*filter(None, resumes), local_path(spec.base_uri, "base_uri")]
-        found = await asyncio.to_thread(estimate, spec, folders, self._config.processes)
+        found = await asyncio.to_thread(
+            estimate, spec, folders, self._config.processes, self._config.nodes
+        )
         record = RunRecord(
             spec,
             RunState.ACTIVE,

@@ -6,6 +6,7 @@
 - Every rank calls every method in the same order; rank 0 alone writes files.
 """
 
+import resource
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from learner_svc.checkpoint_writer import CheckpointWriter, Sizes, read_tensors,
 from learner_svc.dtypes import computes_in_bf16
 from learner_svc.engines.base import Engine, OptimizerState
 from learner_svc.engines.plain import PlainEngine
-from learner_svc.launch import from_rank_0
+from learner_svc.launch import from_rank_0, own_device
 from learner_svc.model import TrainModel, freeze, load_model
 from learner_svc.spec import RunSpec
 from learner_svc.trainer import Progress, Reference, Trainer
@@ -82,7 +83,7 @@ class Session:
 
     def step(self, batch: Batch, group_ids: Sequence[str], progress: Progress) -> dict[str, float]:
         """Do the next step."""
-        metrics = self._trainer.step(batch, progress)
+        metrics = self._trainer.step(batch, progress) | {"peak_memory_bytes": float(peak_bytes())}
         self.step_done += 1
         groups = [group for group in (group_ids or batch.group_ids) if group]
         self._groups += groups
@@ -199,7 +200,8 @@ class Session:
                 f"{path} holds optimizer state of format {manifest.state_format}, this run writes "
                 f"{engine.state_format}; resume with the same engine, zero_stage and processes"
             )
-        tensors = read_tensors(path / ckpt.TRAINER)
+        old = ckpt.OLD_TRAINER in manifest.files
+        tensors = read_tensors(path / (ckpt.OLD_TRAINER if old else ckpt.TRAINER))
         torch.set_rng_state(tensors.pop(_RANDOM))
         updates = int(tensors.pop(_UPDATES)[0])
         if engine.state_format == "adamw":
@@ -220,6 +222,13 @@ def _move(source: Path, target: Path) -> None:
     source.rename(target)
 
 
+def peak_bytes() -> int:
+    """The most memory this process has held so far: of its GPU, where it computes on one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def _engine(spec: RunSpec, source: Path, extensions: Path) -> Engine:
     hyperparameters = spec.hyperparameters
     dtype = torch.bfloat16 if computes_in_bf16(hyperparameters.dtype) else torch.float32
@@ -230,7 +239,7 @@ def _engine(spec: RunSpec, source: Path, extensions: Path) -> Engine:
             {"use_reentrant": False}
         )
     train = TrainModel(model)
-    train.to("cuda" if torch.cuda.is_available() else "cpu").train()
+    train.to(own_device()).train()
     if spec.engine == "plain":
         return PlainEngine(train, hyperparameters, dtype)
     from learner_svc.engines.deepspeed import DeepSpeedEngine, prepare_environment
@@ -246,7 +255,7 @@ def _reference(spec: RunSpec) -> Reference | None:
     model = load_model(Path(spec.base_uri))
     model.requires_grad_(False)
     module = TrainModel(model)
-    module.to("cuda" if torch.cuda.is_available() else "cpu")
+    module.to(own_device())
 
     def score(pack: Pack) -> Tensor:
         with torch.no_grad():

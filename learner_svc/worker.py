@@ -58,13 +58,24 @@ def _lead(pipe: Pipe) -> int:
         except RegreenError as error:
             pipe.send({"error": error_to_json(error)})
             continue
-        except MemoryError as error:
-            pipe.send({"error": error_to_json(FailedPrecondition(f"out of memory: {error}"))})
+        except (MemoryError, RuntimeError) as error:
+            if not _of_memory(error):
+                raise
+            advice = "set a smaller micro_batch_tokens, or gradient_checkpointing"
+            problem = f"out of memory: {str(error)[:300]}; {advice}"
+            pipe.send({"error": error_to_json(FailedPrecondition(problem))})
             return 1
         pipe.send({"ok": answer})
         if message["op"] == "stop":
             return 0
     return 0
+
+
+def _of_memory(error: Exception) -> bool:
+    """Whether memory ran out, of the host or of a GPU."""
+    import torch
+
+    return isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
 def _follow() -> int:

@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,12 +116,26 @@ def observation(turn: int, sample: int, tokens: int) -> list[int]:
 class Services:
     """A policy and a learner service, and one run on them."""
 
-    def __init__(self, home: Path, model: Path, dtype: str, threads: int) -> None:
+    def __init__(
+        self,
+        home: Path,
+        model: Path,
+        dtype: str,
+        threads: int,
+        *,
+        policy: Sequence[str] = (),
+        hyperparameters: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`policy` are further flags of the policy service; `hyperparameters` are of the run."""
         self._home, self._model, self._dtype, self._threads = home, model, dtype, threads
+        self._flags = tuple(policy)
+        self._hyperparameters = {"learning_rate": 1e-6} | dict(hyperparameters or {})
         self._processes: list[asyncio.subprocess.Process] = []
         self._run_id = f"bench-{dtype}"
         self._seed = 0
         self.learner_step = self.version = 0
+        self.metrics: dict[str, float] = {}
+        """The learner's, of the last step."""
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator["Services"]:
@@ -131,7 +145,7 @@ class Services:
             dtype = "f32" if self._dtype == "fp32" else self._dtype
             threads = ("--threads", str(self._threads))
             policy = await self._start(
-                "policy", "--no-restore", "--http", "", "--dtype", dtype, *threads
+                "policy", "--no-restore", "--http", "", "--dtype", dtype, *threads, *self._flags
             )
             learner = await self._start("learner", "--keep-checkpoints", "1")
             channels = [connect(policy, Access()), connect(learner, Access())]
@@ -142,7 +156,9 @@ class Services:
                 self._run_id,
                 learner_pb.RUN_KIND_GRPO,
                 str(self._model),
-                hyperparameters=learner_pb.Hyperparameters(dtype=self._dtype, learning_rate=1e-6),
+                hyperparameters=learner_pb.Hyperparameters(
+                    dtype=self._dtype, **self._hyperparameters
+                ),
             )
             yield self
         finally:
@@ -231,8 +247,8 @@ class Services:
 
     async def step(self, prompts: Sequence[Sequence[int]], shape: Shape) -> dict[str, float]:
         """A whole step; seconds of its parts."""
-        marks, metrics = await self._parts(prompts, shape)
-        if metrics["skipped"]:
+        marks, self.metrics = await self._parts(prompts, shape)
+        if self.metrics["skipped"]:
             raise RuntimeError("the step taught nothing: all samples of each group are worth alike")
         spans = [end - start for start, end in itertools.pairwise(marks)]
         found = dict(zip(("rollout_s", "update_s", "save_s", "load_s"), spans, strict=True))

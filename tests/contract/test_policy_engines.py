@@ -1,7 +1,12 @@
-"""One suite over every engine: the same promises, whatever samples."""
+"""One suite over every engine: the same promises, whatever samples.
+
+`REGREEN_TEST_SGLANG=URL` adds a real SGLang server that serves the default model, started with
+`--enable-deterministic-inference` (`examples/gpu`).
+"""
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -28,7 +33,8 @@ from tests.fixtures.policy.model import default_model, write_other_weights
 from tests.fixtures.policy.sglang_standin import SglangStandIn
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-ENGINES = ["scripted", "sglang", "openai", *local_engines()]
+SERVER = os.environ.get("REGREEN_TEST_SGLANG", "")
+ENGINES = ["scripted", "sglang", "openai", *local_engines(), *(["sglang-server"] if SERVER else [])]
 STREAMING = {"scripted", "openvino", "torch"}
 
 
@@ -62,6 +68,13 @@ async def engine(request: pytest.FixtureRequest, chat: ChatMl) -> AsyncIterator[
             await found.start()
             yield found
             await found.close()
+        return
+    if name == "sglang-server":
+        found = SglangEngine(SglangOptions((SERVER,), 8192), chat.tokenizer, chat.end_id)
+        await found.start()
+        yield found
+        await found.load(0, model)
+        await found.close()
         return
     if name == "openai":
         async with serving(ChatStandIn().app()) as url:

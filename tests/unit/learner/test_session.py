@@ -259,7 +259,7 @@ def test_damage_is_found_before_it_is_believed(
     train(session, [make_batch()])
     saved = session.save(tmp_path / "checkpoints", 0, 3)
     assert saved is not None
-    for name in ("model.safetensors", "trainer.safetensors"):
+    for name in ("model.safetensors", "trainer.state"):
         whole = (saved.path / name).read_bytes()
         (saved.path / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
         with pytest.raises(DataLoss, match=name):
@@ -272,6 +272,24 @@ def test_damage_is_found_before_it_is_believed(
         Session(spec_of(tiny_model), tmp_path, resume=saved.path)
     with pytest.raises(NotFound):
         Session(spec_of(tiny_model), tmp_path, resume=tmp_path / "nowhere")
+
+
+def test_a_server_finds_weights_alone_and_older_checkpoints_resume(
+    tiny_model: Path, make_batch: Make, tmp_path: Path
+) -> None:
+    session = Session(spec_of(tiny_model), tmp_path)
+    train(session, [make_batch()])
+    saved = session.save(tmp_path / "checkpoints", 0, 3)
+    assert saved is not None
+    weights = [*saved.path.glob("*.safetensors"), *saved.path.glob("*.bin")]
+    assert [path.name for path in weights] == ["model.safetensors"]
+    expected = train(session, [make_batch(seed=1), make_batch(seed=2)])
+    # As releases before wrote it.
+    (saved.path / "trainer.state").rename(saved.path / "trainer.safetensors")
+    manifest = saved.path / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("trainer.state", "trainer.safetensors"))
+    resumed = Session(spec_of(tiny_model), tmp_path, resume=saved.path)
+    assert train(resumed, [make_batch(seed=1), make_batch(seed=2)]) == expected
 
 
 def test_retention_keeps_the_newest(tiny_model: Path, make_batch: Make, tmp_path: Path) -> None:
