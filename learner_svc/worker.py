@@ -10,6 +10,7 @@
 
 import argparse
 import ctypes
+import gc
 import logging
 import os
 import signal
@@ -34,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     _die_with(options.parent)
+    gc.disable()  # until all is loaded: none of that ends, and looking through it takes a second
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ["HF_HUB_OFFLINE"] = "1"
     if options.fd >= 0:
@@ -100,6 +102,8 @@ class Commands:
     def __init__(self, progress: Callable[[int, int], None]) -> None:
         from learner_svc.session import Session
 
+        gc.freeze()
+        gc.enable()
         self._open = Session
         self._session: Session | None = None
         self._progress = progress

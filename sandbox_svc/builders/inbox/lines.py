@@ -18,6 +18,7 @@ class Lines:
     def __init__(self, root: str, skip: list[str]) -> None:
         self.prefix, self.skip = root.rstrip("/") + "/", tuple(skip)
         self.seen: dict[str, set[int]] = {}
+        self.others: set[str] = set()
 
     def wanted(self, filename: str) -> bool:
         if not filename.startswith(self.prefix):
@@ -27,9 +28,12 @@ class Lines:
 
     def trace(self, frame: FrameType, event: str, argument: Any) -> Any:
         name = frame.f_code.co_filename
+        if name in self.others:  # most calls are: those of pytest and of the library
+            return None
         lines = self.seen.get(name)
         if lines is None:
             if not self.wanted(name):
+                self.others.add(name)
                 return None
             lines = self.seen[name] = set()
         lines.add(frame.f_lineno)

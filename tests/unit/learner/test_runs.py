@@ -46,6 +46,11 @@ def workers() -> list[int]:
     return found
 
 
+def left_by_a_dead_writer(checkpoints: Path) -> None:
+    for name in (".partial-00000001", ".partial-00000001-7", ".shards-00000001"):
+        (checkpoints / name).mkdir(parents=True)
+
+
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 24 MiB."""
@@ -66,7 +71,9 @@ async def test_a_step_that_cannot_be_recorded_is_never_trained_twice(
         run = await runs.start(spec_of(tiny_model), "")
         assert REGISTRY.get_sample_value(ACTIVE) == 1
         first, _ = await runs.step("run_r", 1, batches[0], ())
+        left_by_a_dead_writer(run.files.checkpoints)
         await runs.save("run_r", 1)
+        assert [path.name for path in run.files.checkpoints.iterdir()] == ["step-00000001"]
         expected, _ = await runs.step("run_r", 2, batches[1], ())
         await runs.stop("run_r")
         run = await runs.start(spec_of(tiny_model), "")
@@ -197,18 +204,6 @@ async def test_a_damaged_checkpoint_is_passed_over(
         with pytest.raises(DataLoss, match=r"step-00000002.*; .*step-00000001"):
             await runs.start(spec_of(tiny_model), "")
         assert not workers()
-
-
-async def test_what_a_dead_writer_left_is_no_obstacle(
-    tiny_model: Path, make_batch: Make, tmp_path: Path
-) -> None:
-    async with runs_in(tmp_path) as runs:
-        run = await runs.start(spec_of(tiny_model), "")
-        await runs.step("run_r", 1, make_batch().to_bytes(), ())
-        for name in (".partial-00000001", ".partial-00000001-7", ".shards-00000001"):
-            (run.files.checkpoints / name).mkdir(parents=True)
-        await runs.save("run_r", 1)
-        assert [path.name for path in run.files.checkpoints.iterdir()] == ["step-00000001"]
 
 
 @pytest.mark.slow
