@@ -296,6 +296,8 @@ class Rollout(Base):
     seed: Mapped[int] = mapped_column(Unsigned64())
     state: Mapped[str]
     attempt: Mapped[int] = mapped_column(server_default="0")
+    outages: Mapped[int] = mapped_column(server_default="0")
+    """How many of the attempts ended for a reason that says nothing about the rollout."""
     lease_id: Mapped[str | None]
     expire_time: Mapped[datetime | None]
     not_before: Mapped[datetime | None]

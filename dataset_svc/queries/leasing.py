@@ -178,6 +178,7 @@ async def _write(session: AsyncSession, asks: Sequence[Ask], slots: Sequence[_Sl
         .values(
             state="leased",
             lease_id=new.c.lease_id,
+            outages=Rollout.outages + new.c.attempt - Rollout.attempt,
             attempt=new.c.attempt,
             expire_time=new.c.expires,
         )

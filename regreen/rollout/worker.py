@@ -4,7 +4,8 @@
   queue hands it on in the last two cases, so no rollout is lost.
 - A commit is repeated with the same request id until it is answered or the lease is gone, so no
   rollout is stored twice.
-- Trouble of the platform gives the rollout back and is never scored; a defect of our own ends the
+- Trouble of the platform gives the rollout back and is never scored; a service that was away and
+  a sandbox that was ended from outside are given back as outages. A defect of our own ends the
   worker loudly, after its leases were given back. A worker that is stopped releases its leases,
   which uses up no attempt.
 - An idle worker asks as seldom as the queue tells it to.
@@ -43,6 +44,7 @@ from regreen.rpc.errors import (
     NotFound,
     RegreenError,
     ResourceExhausted,
+    SandboxLost,
     Unavailable,
 )
 
@@ -53,6 +55,8 @@ _LOST = "the lease ran out"
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
 _PASSING = (Unavailable, InfraError, DeadlineExceeded, Aborted, ResourceExhausted)
+_OUTAGES = (Unavailable, SandboxLost)
+"""What says nothing about the rollout that it ended."""
 _POLL_S = (0.1, 2.0)
 _BATCH = 1000
 """Most leases that one call may ask for or extend."""
@@ -203,7 +207,8 @@ class Worker:
             trajectory = await self._episode(lease, spec, actor, trajectory_id)
         except RegreenError as error:
             log.warning("rollout failed", rollout_id=lease.rollout_id, error=str(error))
-            await self._give_back(lease, f"{type(error).__name__}: {error}")
+            outage = isinstance(error, _OUTAGES)
+            await self._give_back(lease, f"{type(error).__name__}: {error}", outage=outage)
             failed = error.status
         except asyncio.CancelledError as stop:
             self._tell("expired" if stop.args == (_LOST,) else "stopped", lease)
@@ -245,12 +250,12 @@ class Worker:
             return error.status
         return ""
 
-    async def _give_back(self, lease: pb.Lease, reason: str) -> None:
+    async def _give_back(self, lease: pb.Lease, reason: str, *, outage: bool = False) -> None:
         request_id = new_request_id()
         try:
             await self._persist(
                 lambda: self.stack.queue.fail_rollout(
-                    lease.id, reason[:1000], request_id=request_id
+                    lease.id, reason[:1000], outage=outage, request_id=request_id
                 )
             )
             self.stats.given_back += 1
