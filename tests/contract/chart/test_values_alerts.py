@@ -6,8 +6,6 @@ import subprocess
 import pytest
 import yaml
 
-from tests.fixtures import chart
-
 GONE = "RegreenServiceGone"
 _MINUTES = 36 * 60
 """Longer than Prometheus remembers by itself that a service was there."""

@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 import pytest_asyncio
+from prometheus_client import REGISTRY
 
 from dataset_svc.__main__ import serving
 from dataset_svc.settings import DatasetSettings
@@ -134,6 +135,14 @@ async def test_a_rollout_of_its_own_failure_is_lost_where_one_attempt_is_all(wor
         assert (found.state, found.attempt, found.outages) == ("lost", 1, 0)
 
 
+def generations():
+    """Calls of the policy that have begun in this process."""
+    call = {"grpc_service": "regreen.policy.v1.PolicyService", "grpc_method": "Generate"}
+    return (
+        REGISTRY.get_sample_value("grpc_server_started_total", {"grpc_type": "unary", **call}) or 0
+    )
+
+
 async def delete(stack, sandbox_id):
     await stack.sandbox.delete_sandbox(sandbox_id)
 
@@ -143,6 +152,7 @@ async def test_a_sandbox_that_others_end_uses_up_no_attempt(world, dataset, how)
     slow = [{"text": PIN, "turn": 0, "delay_s": 0.1}, {"text": VALIDATE, "turn": 1}]
     async with world.playing(slow, dataset=dataset) as stack:
         run_id = await enqueue(stack, world, size=1)
+        before = generations()
         known = {box.id for box in (await stack.sandbox.list_sandboxes()).sandboxes}
         async with worker_pool(stack, run_id=run_id, runner=Runner(stack, Knowledge())) as worker:
             mine: list[str] = []
@@ -153,6 +163,11 @@ async def test_a_sandbox_that_others_end_uses_up_no_attempt(world, dataset, how)
                 return bool(mine)
 
             await until(there, within_s=60)
+
+            async def sampling():
+                return generations() > before
+
+            await until(sampling, within_s=60)  # no command runs that its end would end
             ends = {"killed": kill_first_process, "deleted": delete}
             await ends[how](stack, mine[0])
 
