@@ -45,8 +45,6 @@ TENANTS = "tenant <> ''"
 """Rows that are somebody's; where nobody has a tenant, indexes of them cost nothing."""
 _LISTED_BY = ("run_id", "task_id", "policy", "actor", "pipeline", "mode")
 EPISODE_ENDS = ("submitted", "gave_up", "turn_limit", "token_limit", "time_limit", "stuck")
-
-
 TEXT_INDEX = "ix_turns_text_trgm"
 """Index over the text of turns; it needs the extension `pg_trgm`."""
 

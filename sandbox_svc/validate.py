@@ -66,7 +66,6 @@ from sandbox_svc.workers import Proof, Workers
 log = structlog.get_logger(__name__)
 
 __all__ = ["Outcome", "Validation", "ValidationOptions", "Validator", "changes_sha256"]
-
 CACHE_BYTES = 256 << 20
 """Bound on the texts that cached verdicts hold."""
 TRIES = 2

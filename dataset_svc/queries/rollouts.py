@@ -272,6 +272,7 @@ def lease_record(rollout: Rollout, group: GroupRecord) -> LeaseRecord:
         attempt=rollout.attempt,
         seed=rollout.seed,
         expire_time=rollout.expire_time or datetime.min,
+        tenant=rollout.tenant,
     )
 
 

@@ -8,6 +8,7 @@
   a sandbox that was ended from outside are given back as outages. A defect of our own ends the
   worker loudly, after its leases were given back. A worker that is stopped releases its leases,
   which uses up no attempt.
+- What is done for a rollout is charged to the tenant of its run.
 - An idle worker asks as seldom as the queue tells it to.
 - Any service may restart: every wait for one is bounded by `patience_s`, and by a few seconds once
   the worker is stopped.
@@ -35,7 +36,7 @@ from regreen.rollout.context import EpisodeSpec, spec_of_lease
 from regreen.rollout.episode import Runner
 from regreen.rollout.group import SharedStart, shared_start
 from regreen.rollout.knowledge import Knowledge, build
-from regreen.rpc import traces
+from regreen.rpc import tenants, traces
 from regreen.rpc.errors import (
     Aborted,
     DeadlineExceeded,
@@ -174,11 +175,11 @@ class Worker:
         for lease in leases:
             groups[lease.group.id, lease.attempt].append(lease)
         for members in groups.values():
-            start = asyncio.ensure_future(self._shared(members))
-            for lease in members:
-                task = asyncio.create_task(self._traced(lease, start))
-                self._active[lease.id] = task
-                self._tell("leased", lease)
+            with tenants.charging(members[0].tenant):  # a group is of one run
+                start = asyncio.ensure_future(self._shared(members))
+                for lease in members:
+                    self._active[lease.id] = asyncio.create_task(self._traced(lease, start))
+                    self._tell("leased", lease)
 
     async def _shared(self, members: Sequence[pb.Lease]) -> SharedStart | None:
         group = members[0].group
