@@ -20,9 +20,9 @@ SETTINGS = {
 }
 ELSEWHERE = {
     *("HOME", "OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_TRACES_SAMPLER_ARG"),
-    *("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"),
+    *("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "PGSSLMODE", "PGSSLROOTCERT"),
 }
-"""Variables that are no settings of ours: of the system, of torch, of OpenTelemetry."""
+"""Variables that are no settings of ours: of the system, torch, Postgres and OpenTelemetry."""
 ETC = "/etc/regreen"
 
 

@@ -277,7 +277,16 @@ regreen.dev/instance: {{ include "regreen.name" (list . "sandbox") }}
 {{- end }}
 {{- end }}
 
+{{- /* What the client of Postgres is told beside the URL, which CloudNativePG makes without it: to look at the server's certificate and name. */ -}}
+{{- define "regreen.databaseEnv" -}}
+{{- if .Values.postgres.cnpg.enabled }}
+- {name: PGSSLMODE, value: verify-full}
+- {name: PGSSLROOTCERT, value: /etc/regreen/secrets/database_ca.crt}
+{{- end }}
+{{- end }}
+
 {{- define "regreen.secretVolumes" -}}
+{{- $root := index . 0 }}{{ $part := index . 1 }}
 {{- with include "regreen.secretSettings" . | fromJson }}
 - name: secrets
   projected:
@@ -285,6 +294,10 @@ regreen.dev/instance: {{ include "regreen.name" (list . "sandbox") }}
     sources:
       {{- range $name, $ref := . }}
       - secret: {name: {{ $ref.name }}, items: [{key: {{ $ref.key }}, path: {{ $name }}}]}
+      {{- end }}
+      {{- if and (eq $part "dataset") $root.Values.postgres.cnpg.enabled }}
+      # The certificate of its authority alone: the key lies beside it.
+      - secret: {name: {{ include "regreen.name" (list $root "postgres") }}-ca, items: [{key: ca.crt, path: database_ca.crt}]}
       {{- end }}
 {{- end }}
 {{- end }}
