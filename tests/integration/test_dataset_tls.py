@@ -1,4 +1,4 @@
-"""What the chart tells the client of an operator's Postgres beside its URL is kept by the service."""
+"""What the chart tells the client of an operator's Postgres, beside its URL, is kept."""
 
 import os
 import shutil
