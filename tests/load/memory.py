@@ -17,7 +17,7 @@ from tests.load import processes
 GROWN_S = 20.0
 """Age from which on the size of a process counts."""
 _GROWTH, _GROWTH_BYTES = 1 / 6, 10_000_000
-_STEADY_BYTES = 5_000_000
+_STEADY_BYTES = 3_000_000
 """What one process may rise by over the second half of its life."""
 _FEW = 20
 """Samples without which no line is drawn."""

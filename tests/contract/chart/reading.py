@@ -43,6 +43,7 @@ def mounted(objects: list[dict], pod: dict[str, Any], container: dict[str, Any])
     """Paths of the files that Secrets and ConfigMaps put below `ETC`; those of whole Secrets as
     the docs say them."""
     whole = {"tls": ("ca.crt", "tls.crt", "tls.key"), "tokens": ("tokens.json",)}
+    whole["blobs"] = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION")
     maps = {o["metadata"]["name"]: o["data"] for o in objects if o["kind"] == "ConfigMap"}
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
     for mount in container["volumeMounts"]:
