@@ -19,6 +19,8 @@ GROWN_S = 20.0
 _GROWTH, _GROWTH_BYTES = 1 / 6, 10_000_000
 _STEADY_BYTES = 3_000_000
 """What one process may rise by over the second half of its life."""
+POSTGRES_SHARE = 1 / 8
+"""What Postgres may, of its size: each of its processes fills its caches for many minutes."""
 _FEW = 20
 """Samples without which no line is drawn."""
 
@@ -72,27 +74,33 @@ class Steady:
     """Of the second half of its life."""
     risen_bytes: float = 0.0
     """By its line over that time."""
+    most_bytes: float = _STEADY_BYTES
+    """What it may rise by."""
 
     @property
     def flat(self) -> bool:
         """Whether it was looked at, and has kept its size."""
-        return self.seconds > 0 and self.risen_bytes <= _STEADY_BYTES
+        return self.seconds > 0 and self.risen_bytes <= self.most_bytes
 
     @property
     def seen_bytes_per_s(self) -> float:
         """The slowest leak that would have been found."""
-        return _STEADY_BYTES / self.seconds if self.seconds else float("inf")
+        return self.most_bytes / self.seconds if self.seconds else float("inf")
 
 
-def steady(sizes: Sequence[Size]) -> Steady:
-    """The line of the second half of a life; nothing where there were several, or few samples."""
+def steady(sizes: Sequence[Size], share: float = 0.0) -> Steady:
+    """The line of the second half of a life; nothing where there were several, or few samples.
+
+    With `share` it may rise by that much of its size, and no fixed number of bytes.
+    """
     end_s = max((age_s for _, age_s, _ in sizes), default=0.0)
     late = [(age_s, size) for _, age_s, size in sizes if age_s >= end_s / 2]
     if len({who for who, _, _ in sizes}) != 1 or len(late) < _FEW:
         return Steady()
     seconds = late[-1][0] - late[0][0]
     slope = statistics.linear_regression(*zip(*late, strict=True)).slope
-    return Steady(seconds, slope * seconds)
+    most = share * statistics.fmean(size for _, size in late) if share else _STEADY_BYTES
+    return Steady(seconds, slope * seconds, most)
 
 
 def own_bytes(pid: int) -> int:

@@ -80,6 +80,12 @@ def test_what_is_spared_throughout_shows_a_leak_that_others_hide(seed: int) -> N
 
 
 @pytest.mark.parametrize("seed", range(5))
+def test_what_has_many_processes_may_rise_by_a_share_of_its_size(seed: int) -> None:
+    assert steady(life(40e6, seed), 1 / 8).flat
+    assert not steady(life(100e6, seed), 1 / 8).flat
+
+
+@pytest.mark.parametrize("seed", range(5))
 def test_what_fills_up_at_first_is_no_leak(seed: int) -> None:
     assert steady(life(0.0, seed, start=40e6)).flat
 
