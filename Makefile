@@ -94,7 +94,7 @@ ranks: $(STAMP) ## Train on two hosts (network namespaces) while ranks, a machin
 	@.venv/bin/python -m tests.load.ranks || [ $$? = 77 ]
 
 soak-load: $(STAMP) ## Run 24 episodes at a time for MINUTES=30 while any process is killed at random; none lost or doubled, memory flat
-	@.venv/bin/python -m tests.load.episodes --minutes $(or $(MINUTES),30) --seed $(or $(SEED),1)
+	@.venv/bin/python -m tests.load.episodes --minutes $(or $(MINUTES),30) --seed $(or $(SEED),1) $(if $(SPARE),--spare $(SPARE))
 
 fuzz: $(STAMP) ## Send 100,000 random and mutated requests to the sandbox service
 	@.venv/bin/python -m tests.load.fuzz

@@ -58,6 +58,7 @@ async def serving(settings: DatasetSettings, database_url: str) -> AsyncIterator
     transactions = Transactions(database)
     policy = QueuePolicy(
         settings.max_attempts,
+        settings.max_outages,
         settings.lease_s,
         settings.max_lease_s,
         settings.retry_s,

@@ -45,8 +45,6 @@ TENANTS = "tenant <> ''"
 """Rows that are somebody's; where nobody has a tenant, indexes of them cost nothing."""
 _LISTED_BY = ("run_id", "task_id", "policy", "actor", "pipeline", "mode")
 EPISODE_ENDS = ("submitted", "gave_up", "turn_limit", "token_limit", "time_limit", "stuck")
-
-
 TEXT_INDEX = "ix_turns_text_trgm"
 """Index over the text of turns; it needs the extension `pg_trgm`."""
 
@@ -296,6 +294,8 @@ class Rollout(Base):
     seed: Mapped[int] = mapped_column(Unsigned64())
     state: Mapped[str]
     attempt: Mapped[int] = mapped_column(server_default="0")
+    outages: Mapped[int] = mapped_column(server_default="0")
+    """How many of the attempts ended for a reason that says nothing about the rollout."""
     lease_id: Mapped[str | None]
     expire_time: Mapped[datetime | None]
     not_before: Mapped[datetime | None]

@@ -214,6 +214,8 @@ class LeaseRecord:
     attempt: int
     seed: int
     expire_time: datetime
+    tenant: str = ""
+    """The run's."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,7 +41,9 @@ class DatasetSettings(ServiceSettings):
     max_lease_s: float = Field(default=21600.0, gt=0)
     """Longest rollout lease that may be asked for."""
     max_attempts: int = Field(default=4, ge=1)
-    """Tries of a rollout before it counts as lost to infrastructure."""
+    """Failures of a rollout after which it counts as lost to infrastructure, outages left out."""
+    max_outages: int = Field(default=50, ge=1)
+    """Outages (a service away, its sandbox or worker killed) after which a rollout is lost."""
     retry_s: float = Field(default=2.0, ge=0, le=60.0)
     """Pause before a rollout that failed is tried again; doubles each time, up to a minute."""
     park_after: int = Field(default=3, ge=0)

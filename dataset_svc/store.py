@@ -88,11 +88,12 @@ class TrajectoryStore:
         """Those that are still to be stored, and would be now: no token is written before."""
 
         async def admit(session: AsyncSession) -> list[Packed]:
-            new = [item.packed for item in await trajectories.to_store(session, packed)]
-            room = Room(self.quotas, await trajectories.kept_bytes(session))
+            new = await trajectories.to_store(session, packed)
+            tenants = {item.tenant for item in new}
+            room = Room(self.quotas, await trajectories.kept_bytes(session, tenants))
             for item in new:
                 room.take(item)
-            return new
+            return [item.packed for item in new]
 
         return await self.database.run(admit)
 

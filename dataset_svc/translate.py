@@ -312,6 +312,7 @@ def lease_message(record: LeaseRecord) -> pb.Lease:
         attempt=record.attempt,
         seed=record.seed,
         expire_time=timestamp(record.expire_time),
+        tenant=record.tenant,
     )
 
 

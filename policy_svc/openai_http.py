@@ -28,6 +28,7 @@ from policy_svc.policy import Policy
 from policy_svc.sessions import Prompt, Session, Sessions
 from regreen.ids import new_id
 from regreen.rpc.errors import DeadlineExceeded, InvalidArgument, RegreenError, Unauthenticated
+from regreen.rpc.tenants import CHARGED
 from regreen.rpc.tokens import Guard, caller
 
 _STATUS = {
@@ -216,7 +217,7 @@ class OpenAiHttp:
     def _authenticate(self, http: HttpRequest) -> None:
         header = http.headers.get("authorization", "")
         if self._guard is not None:
-            self._guard.admit(_METHOD, header)
+            self._guard.admit(_METHOD, header, http.headers.get(CHARGED, ""))
             return
         given = header.removeprefix("Bearer ")
         if self._key and not secrets.compare_digest(given.encode(), self._key.encode()):

@@ -22,7 +22,7 @@ from pathlib import Path
 from regreen.rpc.errors import ResourceExhausted
 from regreen.rpc.logging import get
 from regreen.rpc.quotas import Quotas
-from regreen.rpc.tenants import own
+from regreen.rpc.tenants import charged
 
 _WRITE_S = 2.0
 _ENDS_S = 1.0
@@ -55,7 +55,7 @@ class Usage:
                 are held by its other generations.
         """
         self._admit(most)
-        hold = Hold(self, own(), most)
+        hold = Hold(self, charged(), most)
         self._held[hold.tenant] += most
         try:
             yield hold
@@ -64,11 +64,11 @@ class Usage:
 
     def _admit(self, most: int) -> None:
         now, bound = self._turn(), self._quotas.mine().tokens_per_day
-        used, held = self._tokens[own()], self._held[own()]
+        used, held = self._tokens[charged()], self._held[charged()]
         if bound is None or used + held + most <= bound:
             return
         left, metadata = max(0, bound - used), {"quota": "tokens_per_day", "limit": str(bound)}
-        told = f"quota tokens_per_day of tenant {own()} is {bound}; "
+        told = f"quota tokens_per_day of tenant {charged()} is {bound}; "
         if most <= left:
             raise ResourceExhausted(
                 f"{told}{held} of the {left} that are left are held by its running generations, "

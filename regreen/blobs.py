@@ -24,8 +24,9 @@ from urllib.parse import unquote, urlsplit
 
 import zstandard
 from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError
-from obstore.store import LocalStore, MemoryStore, ObjectStore, S3Store
+from obstore.store import LocalStore, MemoryStore, ObjectStore
 
+from regreen.bucket import open_bucket
 from regreen.rpc.errors import DataLoss, DiskFull, InvalidArgument, NotFound, Unavailable
 
 CHUNK_BYTES = 4 << 20
@@ -134,10 +135,11 @@ class BlobStore(Protocol):
 def open_blobs(url: str | Path, *, fsync: bool = True) -> "ObjectBlobs":
     """The store at `url`: a directory path, `file:///dir`, `memory://` or `s3://bucket/prefix`.
 
-    S3 credentials, region and endpoint come from the usual `AWS_*` environment variables.
+    S3 credentials, region and endpoint come from the folder that `?secrets=/folder` names, one a
+    file, from the usual `AWS_*` environment variables, or from the machine's identity (`bucket`).
 
     Raises:
-        InvalidArgument: the scheme is not one of these.
+        InvalidArgument: the scheme is not one of these, or the folder cannot be used.
     """
     text = str(url)
     parts = urlsplit(text)
@@ -148,7 +150,7 @@ def open_blobs(url: str | Path, *, fsync: bool = True) -> "ObjectBlobs":
     if parts.scheme == "memory":
         return ObjectBlobs(MemoryStore())
     if parts.scheme == "s3":
-        return ObjectBlobs(S3Store.from_url(text))
+        return ObjectBlobs(open_bucket(text))
     raise InvalidArgument(
         "blobs.url",
         f"has the unknown scheme {parts.scheme!r}",

@@ -28,7 +28,7 @@ from pathlib import Path
 import structlog
 
 from regreen.rpc.errors import DiskFull, RegreenError, ResourceExhausted
-from regreen.rpc.tenants import own, sees
+from regreen.rpc.tenants import charged, sees
 from sandbox_svc import metrics
 from sandbox_svc.action_store import ActionStore, Outcome, Quarantined
 from sandbox_svc.backends.base import (
@@ -259,7 +259,7 @@ class Actions:
             detail = "the files that it left differ from those of an earlier run"
         if detail and not self._store.is_quarantined(key):
             argv = action.command.argv
-            item = Quarantined(key, action.state_id, argv, self._clock(), detail, own())
+            item = Quarantined(key, action.state_id, argv, self._clock(), detail, charged())
             self._store.quarantine(item)
             metrics.ACTIONS_QUARANTINED.inc()
             log.warning("action quarantined", key=key, state_id=action.state_id, detail=detail)

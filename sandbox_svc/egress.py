@@ -18,7 +18,7 @@ import structlog
 
 from regreen.allowlist import AllowList
 from regreen.rpc.errors import FailedPrecondition
-from regreen.rpc.tenants import own
+from regreen.rpc.tenants import charged
 from sandbox_svc import metrics
 from sandbox_svc.backends.base import PROXY_PORT
 from sandbox_svc.egress_exchange import Bounds, Exchange
@@ -112,7 +112,7 @@ class Door:
     """The way out of one sandbox; see `backends.base.Door` and `egress_exchange.Account`."""
 
     def __init__(self, egress: Egress, sandbox_id: str, allow: AllowList) -> None:
-        self.sandbox_id, self.allow, self._tenant = sandbox_id, allow, own()
+        self.sandbox_id, self.allow, self._tenant = sandbox_id, allow, charged()
         self.bounds, self.route = egress.bounds, egress.route
         self.environment = ENVIRONMENT
         self._egress = egress

@@ -18,7 +18,7 @@ from typing import Any
 
 from regreen.rpc import logging
 from regreen.rpc.errors import NotFound
-from regreen.rpc.tenants import own, sees_any
+from regreen.rpc.tenants import charged, sees_any
 from sandbox_svc import metrics
 
 _FIRST, _LAST = 500, 500
@@ -145,7 +145,7 @@ class Ledger:
     def share(self, subject_id: str) -> None:
         """Have the records that are kept of a subject be the caller's too."""
         if (kept := self._kept.get(subject_id)) is not None:
-            kept.tenants.add(own())
+            kept.tenants.add(charged())
 
     def end(self, record: Record) -> None:
         """Count and log a request that has ended."""

@@ -18,7 +18,7 @@ import httpx
 from regreen.allowlist import AllowList, normal_host
 from regreen.pkgindex import PackageIndex, place_of
 from regreen.rpc.errors import MissingDependency
-from regreen.rpc.tenants import own
+from regreen.rpc.tenants import charged
 from sandbox_svc.egress_log import Decision, Ledger, Record, cut
 
 METADATA = "egress"
@@ -32,7 +32,7 @@ class Fetches:
 
     def __init__(self, ledger: Ledger, state_id: str, allow: AllowList) -> None:
         self._ledger, self._state_id, self._allow = ledger, state_id, allow
-        self._tenant = own()
+        self._tenant = charged()
         self._records: list[Record] = []
         self._open: dict[int, Record] = {}
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from regreen.rpc.errors import (
     FailedPrecondition,
-    InfraError,
     InvalidArgument,
     NoSuchFile,
     ResourceExhausted,
+    SandboxLost,
     Unavailable,
 )
 from sandbox_svc.backends.base import (
@@ -83,7 +83,7 @@ async def _tool(box: Box, argv: Sequence[str], root: str, output_bytes: int) -> 
     if result.reason in _TOO_MUCH and (result.exit_code < 0 or result.exit_code == 126):
         raise ResourceExhausted(f"looking through {root} went over a limit ({result.reason.value})")
     if result.reason is EndReason.INFRA:
-        raise InfraError(f"the sandbox has lost its processes while {root} was looked through")
+        raise SandboxLost(f"the sandbox has lost its processes while {root} was looked through")
     if result.reason is EndReason.EXIT and result.exit_code in (126, 127):
         raise FailedPrecondition(
             f"the sandbox has no {argv[0]} (its image brings none); list files with a command"

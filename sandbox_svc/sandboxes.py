@@ -33,7 +33,7 @@ from regreen.allowlist import AllowList
 from regreen.ids import new_id
 from regreen.rpc.errors import NotFound, RegreenError, ResourceExhausted, Unavailable
 from regreen.rpc.quotas import Quotas
-from regreen.rpc.tenants import own, sees
+from regreen.rpc.tenants import charged, sees
 from sandbox_svc import metrics
 from sandbox_svc.backends.base import Box, Limits, Runtime, check_kept, kept
 from sandbox_svc.egress import Door, Egress
@@ -199,7 +199,7 @@ class Manager:
             layers=state.layers,
             limits=kept(box.limits, self.runtime.unkept()),
             labels=dict(labels),
-            tenant=own(),
+            tenant=charged(),
             ttl_s=ttl_s,
             created_s=now,
             expires_s=now + ttl_s,
@@ -247,7 +247,7 @@ class Manager:
     @contextlib.contextmanager
     def _reserve(self, count: int) -> Iterator[Callable[[], None]]:
         """Places for sandboxes to come; what it gives is called for each that has come."""
-        mine, starting = own(), self._reserved.total()
+        mine, starting = charged(), self._reserved.total()
         if mine:
             held = sum(sandbox.tenant == mine for sandbox in self._sandboxes.values())
             would_be = held + self._reserved[mine] + count

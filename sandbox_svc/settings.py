@@ -113,8 +113,8 @@ class SandboxSettings(ServiceSettings):
     kube_apparmor: str = ""
     """AppArmor of the workers: `unconfined` or a localhost profile; empty is the node's default."""
     kube_secret: str = ""
-    """Secret whose entries become environment variables of the workers, for example `AWS_*` for
-    `blobs`; no sandbox sees them."""
+    """Secret with `AWS_*` for `blobs`: files of the workers in the folder that `?secrets=` of it
+    names, else environment variables; no sandbox sees them."""
     kube_tls_secret: str = ""
     """Secret in the workers' namespace with `ca.crt`, `tls.crt` and `tls.key` of a service named
     `sandbox-worker`: workers serve with it, and the front calls them with its own certificate."""

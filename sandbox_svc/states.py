@@ -30,7 +30,7 @@ import structlog
 
 from regreen.rpc.errors import FailedPrecondition, RegreenError
 from regreen.rpc.quotas import Quotas
-from regreen.rpc.tenants import own, sees_all, sees_any
+from regreen.rpc.tenants import charged, sees_all, sees_any
 from sandbox_svc.backends.base import HOST_BASE, Runtime
 from sandbox_svc.backends.fds import writing
 from sandbox_svc.builders.base import RUNNER, Prepared, Progress
@@ -258,7 +258,7 @@ class StateStore:
             host=self._host,
             boot=self._boot,
             labels=dict(labels or {}),
-            tenants=(own(),),
+            tenants=(charged(),),
         )
         if prepared is not None:
             python = str(prepared.metadata.get("python", ""))

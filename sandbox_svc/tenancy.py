@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Protocol, TypeVar
 
 from regreen.rpc.quotas import Quotas
-from regreen.rpc.tenants import own, sees_all, sees_any
+from regreen.rpc.tenants import charged, own, sees_all, sees_any
 from sandbox_svc.state_records import State, state_id
 from sandbox_svc.unknown import no_state
 
@@ -82,7 +82,7 @@ class Owners:
         Raises:
             ResourceExhausted: its quota is used up.
         """
-        self._quotas.check("state_bytes", self._states.bytes_of(own()) + size_bytes)
+        self._quotas.check("state_bytes", self._states.bytes_of(charged()) + size_bytes)
 
     def admit_share(self, state: State) -> None:
         """Refuse a call whose tenant may not have a State that is there.
@@ -90,7 +90,7 @@ class Owners:
         Raises:
             ResourceExhausted: its quota is used up.
         """
-        if own() not in state.tenants:
+        if charged() not in state.tenants:
             self.admit(state.size_bytes)
 
     async def share(self, state: State, tenants: Sequence[str] = ()) -> State:
@@ -99,7 +99,7 @@ class Owners:
         Raises:
             NotFound: it was deleted meanwhile.
         """
-        new = tuple(tenants) or (own(),)
+        new = tuple(tenants) or (charged(),)
         if set(new) <= set(state.tenants):
             return state
         return await self._hand(state.id, lambda old: together(old, new))

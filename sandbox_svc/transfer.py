@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, Protocol, TypeVar, cast
 
 from regreen.rpc.errors import FailedPrecondition, InvalidArgument
-from regreen.rpc.tenants import own
+from regreen.rpc.tenants import charged, own
 from sandbox_svc import pace
 from sandbox_svc.backends.base import HOST_BASE, Mount, Runtime
 from sandbox_svc.backends.fds import writing
@@ -243,7 +243,7 @@ class Transfer:
                 raise InvalidArgument("archive", "its id is not that of its image", _RESEND)
         mounts = tuple(_local(mount, roots) for mount in state.mounts)
         fresh = self.states.stamp(state)
-        tenants = (own(),) if own() else state.tenants or ("",)
+        tenants = (charged(),) if charged() else state.tenants or ("",)
         return replace(fresh, mounts=mounts, layers=tuple(layers), tenants=tenants)
 
 

@@ -33,6 +33,7 @@ from regreen.rpc.errors import (
     InvalidArgument,
     NotFound,
     RegreenError,
+    SandboxLost,
 )
 from sandbox_svc import metrics
 from sandbox_svc.backends import base
@@ -65,7 +66,6 @@ from sandbox_svc.workers import Proof, Workers
 log = structlog.get_logger(__name__)
 
 __all__ = ["Outcome", "Validation", "ValidationOptions", "Validator", "changes_sha256"]
-
 CACHE_BYTES = 256 << 20
 """Bound on the texts that cached verdicts hold."""
 TRIES = 2
@@ -379,7 +379,7 @@ class Validator:
             except _SandboxEnded as ended:
                 ends.append(ended)
         if not all(ended.itself for ended in ends):
-            raise InfraError("the sandbox of the tests was ended from outside; validate again")
+            raise SandboxLost("the sandbox of the tests was ended from outside; validate again")
         text, log = "the run ended its sandbox, twice", ends[-1].log
         return verdict_without_run(plan, Outcome.FAILED, text, log=log, lasting=False)
 

@@ -64,7 +64,7 @@ class Admission:
     same_id_sha256: str = ""
     """Content that is stored under the id that the trajectory brings along; empty if none is."""
     kept_bytes: int = 0
-    """What is kept of the tenant's trajectories."""
+    """What is kept of the trajectories of the run's tenant."""
 
     def check(self, lease_id: str, packed: Packed, quotas: Quotas) -> None:
         """Refuse what a commit would refuse now.
@@ -78,7 +78,8 @@ class Admission:
             return
         _check_id(packed, self.same_id_sha256)
         if not self.same_id_sha256:
-            Room(quotas, self.kept_bytes).take(packed)
+            new = New(packed, lease_id, self.slot.tenant)
+            Room(quotas, {new.tenant: self.kept_bytes}).take(new)
 
 
 async def admissions(
@@ -133,7 +134,7 @@ async def commit_many(
     """Store trajectories of leased rollouts and close their slots; where each went, or why not."""
     slots = await _locked(session, {lease_id for lease_id, _ in commits})
     same = await fingerprints(session, [packed.record.id for _, packed in commits])
-    room = await prepare(session, quotas)
+    room = await prepare(session, quotas, (slot.tenant for slot in slots.values()))
     found: list[tuple[Slot, str] | RegreenError] = []
     closed: list[Slot] = []
     new: list[New] = []
@@ -146,8 +147,9 @@ async def commit_many(
             if not _committed_before(slot, lease_id, packed):
                 _check_id(packed, same.get(packed.record.id, ""))
                 if packed.record.id not in same:
-                    room.take(packed)
-                    new.append(New(packed, lease_id, slot.tenant))
+                    stored = New(packed, lease_id, slot.tenant)
+                    room.take(stored)
+                    new.append(stored)
                 closed.append(slot)
                 _close(slot, lease_id, packed)
                 same[packed.record.id] = packed.fingerprint

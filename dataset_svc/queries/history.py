@@ -40,6 +40,7 @@ class RolloutRecord:
     final_time: datetime | None
     trajectory_id: str
     attempts: tuple[Attempt, ...]
+    outages: int
 
 
 async def list_rollouts(
@@ -74,6 +75,7 @@ async def list_rollouts(
             rollout.final_time,
             rollout.trajectory_id or "",
             tuple(attempts.get(rollout.id, ())),
+            rollout.outages,
         )
         for rollout, task in rows
     ]

@@ -42,6 +42,7 @@ class _Slot:
     attempt: int
     seed: int
     lease_id: str
+    tenant: str
     ran_out: str
     """Lease that held it until it ran out; empty if none did."""
     ask: int = 0
@@ -102,6 +103,7 @@ async def lease_many(
                     slot.attempt,
                     slot.seed,
                     slot.expires,
+                    slot.tenant,
                 )
             )
     return given
@@ -132,7 +134,7 @@ async def _free(session: AsyncSession, policy: QueuePolicy, run_id: str, count: 
         and_(Rollout.state == "leased", Rollout.expire_time < now),
     )
     columns = (Rollout.id, Rollout.group_id, Rollout.group_index, Rollout.attempt, Rollout.seed)
-    wanted = select(*columns, Rollout.state, Rollout.lease_id).where(available)
+    wanted = select(*columns, Rollout.state, Rollout.lease_id, Rollout.tenant).where(available)
     if run_id:
         wanted = wanted.where(Rollout.run_id == run_id)
     wanted = wanted.order_by(Rollout.step, Rollout.group_seq, Rollout.group_index).limit(count)
@@ -143,7 +145,16 @@ async def _free(session: AsyncSession, policy: QueuePolicy, run_id: str, count: 
         attempt = row.attempt + (1 if ran_out else 0)
         held = row.lease_id or "" if ran_out else ""
         found.append(
-            _Slot(row.id, row.group_id, row.group_index, attempt, row.seed, new_id("lse"), held)
+            _Slot(
+                row.id,
+                row.group_id,
+                row.group_index,
+                attempt,
+                row.seed,
+                new_id("lse"),
+                row.tenant,
+                held,
+            )
         )
     return found
 
@@ -178,6 +189,7 @@ async def _write(session: AsyncSession, asks: Sequence[Ask], slots: Sequence[_Sl
         .values(
             state="leased",
             lease_id=new.c.lease_id,
+            outages=Rollout.outages + new.c.attempt - Rollout.attempt,
             attempt=new.c.attempt,
             expire_time=new.c.expires,
         )

@@ -108,6 +108,7 @@ async def release(session: AsyncSession, run_id: str, task_id: str) -> int:
 REOPENED: dict[str, Any] = {
     "state": "waiting",
     "attempt": 0,
+    "outages": 0,
     "not_before": None,
     "lease_id": None,
     "expire_time": None,

@@ -5,17 +5,19 @@ A rollout is one slot of a group:
 
     waiting ──lease──▶ leased ──commit──▶ committed
        ▲                 │
-       ├──────fail───────┤  (attempts left)
+       ├──────fail───────┤  (attempts and outages left)
        └─lease runs out──┤
-                         └──fail or run out, no attempt left──▶ lost
+                         └──fail or run out, none left──▶ lost
 
 - `committed` is final; exactly the committed slots have exactly one trajectory.
 - A slot has at most one lease that may commit: the one named in its row. Giving a new lease
   replaces it, and that is the only way to lose one: a lease that ran out but was not given to
   another may still be extended or committed.
 - A trajectory under the wrong lease is refused, unless it is the very one already committed.
-- Infrastructure failures and leases that run out use up attempts; they are never scored. A slot
-  that failed waits before it may be leased again, longer each time. A released slot does neither.
+- What fails is never scored. A failure uses up one of few attempts; an outage, which says nothing
+  about the slot, and a lease that runs out use up one of many outages, so that what kills its
+  worker each time comes to an end too. `attempt` numbers both. A slot that failed waits before it
+  may be leased again, longer each time. A released slot does neither.
 - `lost` is final but for a rewind, which opens the lost slots of unconsumed groups anew.
 - A group is `complete` from the moment that its last slot becomes final (`pending` reaches 0).
 - Workers never block each other: leasing skips locked rows.
@@ -64,7 +66,9 @@ class QueuePolicy:
     """The rules of the queue."""
 
     max_attempts: int = 4
-    """Times that a slot is tried before it counts as lost to infrastructure."""
+    """Failures after which a slot counts as lost to infrastructure, outages left out."""
+    max_outages: int = 50
+    """Outages after which it does, leases that ran out among them."""
     lease_s: float = 120.0
     """Length of a lease whose request names none."""
     max_lease_s: float = 6 * 3600.0
@@ -157,11 +161,18 @@ async def heartbeat(
 
 
 async def fail(
-    session: AsyncSession, policy: QueuePolicy, lease_id: str, error: str, *, release: bool = False
+    session: AsyncSession,
+    policy: QueuePolicy,
+    lease_id: str,
+    error: str,
+    *,
+    release: bool = False,
+    outage: bool = False,
 ) -> bool:
     """Give a rollout back after an infrastructure failure; whether it will be tried again.
 
-    With `release` nothing failed: no attempt is used up and there is no pause.
+    With `release` nothing failed: no attempt is used up and there is no pause. With `outage` the
+    failure says nothing about the rollout.
 
     Raises:
         LeaseExpired: the slot belongs to another lease.
@@ -177,7 +188,9 @@ async def fail(
         await session.flush()
         return True
     rollout.attempt += 1
-    retried = rollout.attempt < policy.max_attempts
+    rollout.outages += 1 if outage else 0
+    failures = rollout.attempt - rollout.outages
+    retried = failures < policy.max_attempts and rollout.outages < policy.max_outages
     rollout.state = "waiting" if retried else "lost"
     if retried:
         until = select(policy.clock() + policy.pause(rollout.attempt))
@@ -194,13 +207,13 @@ async def fail(
 
 
 async def sweep(session: AsyncSession, policy: QueuePolicy) -> int:
-    """Count as lost what ran out on its last attempt; how many rollouts that were."""
+    """Count as lost what ran out on its last outage; how many rollouts that were."""
     ran_out = (
         select(Rollout.id)
         .where(
             Rollout.state == "leased",
             Rollout.expire_time < policy.clock(),
-            Rollout.attempt >= policy.max_attempts - 1,
+            Rollout.outages >= policy.max_outages - 1,
         )
         .with_for_update(skip_locked=True)
     )
@@ -208,7 +221,11 @@ async def sweep(session: AsyncSession, policy: QueuePolicy) -> int:
         update(Rollout)
         .where(Rollout.id.in_(ran_out))
         .values(
-            state="lost", attempt=Rollout.attempt + 1, error=LAST_RAN_OUT, final_time=func.now()
+            state="lost",
+            attempt=Rollout.attempt + 1,
+            outages=Rollout.outages + 1,
+            error=LAST_RAN_OUT,
+            final_time=func.now(),
         )
         .returning(Rollout.group_id, Rollout.lease_id)
         .execution_options(synchronize_session=False)
@@ -255,6 +272,7 @@ def lease_record(rollout: Rollout, group: GroupRecord) -> LeaseRecord:
         attempt=rollout.attempt,
         seed=rollout.seed,
         expire_time=rollout.expire_time or datetime.min,
+        tenant=rollout.tenant,
     )
 
 

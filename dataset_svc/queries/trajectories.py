@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from sqlalchemy import ColumnElement, Select, bindparam, select, text
+from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import undefer
 
@@ -44,13 +45,16 @@ _ANOTHERS = "another tenant's"
 """In place of a fingerprint: nothing equals it, so an id that is taken is refused as such."""
 
 _PREPARE = text(
-    "WITH held AS (INSERT INTO tenant_use AS u (tenant) SELECT :tenant WHERE :tenant <> '' "
+    "WITH held AS (INSERT INTO tenant_use AS u (tenant) "
+    "SELECT t FROM unnest(CAST(:tenants AS text[])) AS t ORDER BY t "
     "ON CONFLICT (tenant) DO UPDATE SET trajectory_bytes = u.trajectory_bytes "
-    "RETURNING trajectory_bytes) SELECT set_config('gin_pending_list_limit', '131072', true), "
-    "coalesce((SELECT trajectory_bytes FROM held), 0)"
-).bindparams(bindparam("tenant", type_=AnyText()))
+    "RETURNING tenant, trajectory_bytes) "
+    "SELECT set_config('gin_pending_list_limit', '131072', true), "
+    "(SELECT json_object_agg(tenant, trajectory_bytes) FROM held)"
+).bindparams(bindparam("tenants", type_=ARRAY(AnyText())))
 """No commit merges what the index over text has pending: `merge_text_index` does, in bulk. What is
-kept of the tenant's is held, so that commits of one tenant cannot go over its bound together."""
+kept of a tenant's is held, so that commits of one tenant cannot go over its bound together; of
+several in the order of their names, as the table's triggers do."""
 _MERGE = text(
     "SELECT sum(gin_clean_pending_list(c.oid)) FROM pg_class c WHERE c.relname = :name "
     "AND c.relnamespace = current_schema()::regnamespace AND pg_has_role(c.relowner, 'USAGE')"
@@ -162,36 +166,42 @@ async def insert_checked(session: AsyncSession, packed: Sequence[Packed], quotas
         ResourceExhausted: more would be kept of the tenant's than it may have.
     """
     new = await to_store(session, packed)
-    room = await prepare(session, quotas)
+    room = await prepare(session, quotas, (item.tenant for item in new))
     for item in new:
-        room.take(item.packed)
+        room.take(item)
     await insert_trajectories(session, new)
 
 
 @dataclass(slots=True)
 class Room:
-    """What is kept of a tenant's trajectories, held until the transaction ends, and its bound."""
+    """What is kept of each tenant's trajectories, and their bounds; whoever stores them."""
 
     quotas: Quotas
-    kept_bytes: int
+    kept_bytes: dict[str, int]
 
-    def take(self, packed: Packed) -> None:
+    def take(self, new: New) -> None:
         """Count what is about to be stored. Raises: ResourceExhausted, and counts nothing."""
-        would_be = self.kept_bytes + packed.record.wire_bytes
-        self.quotas.check("trajectory_bytes", would_be)
-        self.kept_bytes = would_be
+        would_be = self.kept_bytes.get(new.tenant, 0) + new.packed.record.wire_bytes
+        self.quotas.check("trajectory_bytes", would_be, tenant=new.tenant)
+        self.kept_bytes[new.tenant] = would_be
 
 
-async def prepare(session: AsyncSession, quotas: Quotas) -> Room:
-    """What must come before `insert_trajectories`: settings of the transaction, and the room."""
-    row = (await session.execute(_PREPARE, {"tenant": tenant_of(session)})).one()
-    return Room(quotas, int(row[1]))
+async def prepare(session: AsyncSession, quotas: Quotas, tenants: Iterable[str]) -> Room:
+    """What must come before `insert_trajectories`: settings of the transaction, and the room.
+
+    What is kept of these tenants is held until the transaction ends.
+    """
+    held = {"tenants": sorted(set(tenants) - {""})}
+    row = (await session.execute(_PREPARE, held)).one()
+    return Room(quotas, dict(row[1] or {}))
 
 
-async def kept_bytes(session: AsyncSession) -> int:
-    """What is kept of the tenant's trajectories, as it is now; 0 for who sees everything."""
-    mine = select(TenantUse.trajectory_bytes).where(TenantUse.tenant == tenant_of(session))
-    return int((await session.execute(mine)).scalar_one_or_none() or 0)
+async def kept_bytes(session: AsyncSession, tenants: Iterable[str]) -> dict[str, int]:
+    """What is kept of these tenants' trajectories, as it is now."""
+    theirs = select(TenantUse.tenant, TenantUse.trajectory_bytes).where(
+        TenantUse.tenant.in_(set(tenants))
+    )
+    return {row.tenant: row.trajectory_bytes for row in await session.execute(theirs)}
 
 
 async def insert_trajectories(session: AsyncSession, new: Sequence[New]) -> None:

@@ -74,7 +74,7 @@ class ParkingServicer(pb.ParkingServiceServicer):
 
 
 def _message(record: history.RolloutRecord) -> pb.Rollout:
-    same = ("id", "group_id", "group_index", "task_id", "state", "attempt", "error")
+    same = ("id", "group_id", "group_index", "task_id", "state", "attempt", "error", "outages")
     return pb.Rollout(
         **{name: getattr(record, name) for name in same},
         trajectory_id=record.trajectory_id,

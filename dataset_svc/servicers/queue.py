@@ -138,7 +138,12 @@ class RolloutQueueServicer(pb.RolloutQueueServiceServicer):
 
         async def work(session: AsyncSession) -> pb.FailRolloutResponse:
             retried = await rollouts.fail(
-                session, self._policy, request.lease_id, error, release=request.release
+                session,
+                self._policy,
+                request.lease_id,
+                error,
+                release=request.release,
+                outage=request.outage,
             )
             return pb.FailRolloutResponse(retried=retried)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from regreen.client.policy import PolicyClient
 from regreen.policy import v1 as pb
+from regreen.rpc import tenants
 from regreen.rpc.certificates import Tls
 from regreen.rpc.channels import BearerFile, open_channel
 from regreen.rpc.errors import RegreenError, Unavailable
@@ -44,8 +45,10 @@ class PolicyModel:
     async def complete(self, system: str, user: str, *, timeout_s: float) -> str:
         """See `Model.complete`."""
         try:
+            # What is judged for a tenant is sampled for it.
             async with asyncio.timeout(timeout_s):
-                return await self._complete(system, user, timeout_s)
+                with tenants.charging(tenants.charged()):
+                    return await self._complete(system, user, timeout_s)
         except TimeoutError as error:
             raise Unavailable(f"the policy did not answer within {timeout_s:g} s") from error
         except Unavailable:

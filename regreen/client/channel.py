@@ -28,6 +28,7 @@ from regreen.rpc.channels import BearerFile, open_channel
 from regreen.rpc.errors import RegreenError, ResourceExhausted, Unavailable
 from regreen.rpc.logging import TRACE_HEADER, TRAJECTORY_HEADER
 from regreen.rpc.spans import SAMPLED
+from regreen.rpc.tenants import named
 from regreen.rpc.traces import root_of, trace_of
 from regreen.rpc.wire import NOBODY, from_rpc_error
 
@@ -195,14 +196,14 @@ def _retryable(error: RegreenError) -> bool:
 
 
 def call_metadata() -> tuple[tuple[str, str], ...]:
-    """What every call says of its context: the trajectory that it is for, and the trace.
+    """What every call says of its context: the trajectory, whom it is charged to, and the trace.
 
     A trace that a caller began goes on; else a trajectory is a trace of its own.
     """
     bound = structlog.contextvars.get_contextvars()
     trajectory_id = str(bound.get("trajectory_id", ""))
     trace_id = str(bound.get("trace_id", "")) or trace_of(trajectory_id)
-    found = []
+    found = [*named()]
     if trajectory_id:
         found.append((TRAJECTORY_HEADER, trajectory_id))
     if _TRACE_ID.fullmatch(trace_id):

@@ -248,7 +248,13 @@ class RolloutQueueClient(Caller):
         return response
 
     async def fail_rollout(
-        self, lease_id: str, error: str, *, release: bool = False, request_id: str = ""
+        self,
+        lease_id: str,
+        error: str,
+        *,
+        release: bool = False,
+        outage: bool = False,
+        request_id: str = "",
     ) -> bool:
         """Give a rollout back; whether it will be tried again."""
         request = pb.FailRolloutRequest(
@@ -256,6 +262,7 @@ class RolloutQueueClient(Caller):
             lease_id=lease_id,
             error=error,
             release=release,
+            outage=outage,
         )
         retried: bool = (await self._call(self._stub.FailRollout, request, WRITE_S)).retried
         return retried

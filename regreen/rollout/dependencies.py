@@ -18,7 +18,7 @@ from packaging.version import InvalidVersion, Version
 from regreen.client.sandbox import succeeded
 from regreen.lockfile import Lock, format_lock, lock_change, normalize, parse_lock
 from regreen.rollout.facts import LOCK, PYTHON, Facts
-from regreen.rpc.errors import InfraError, InvalidArgument, NoSuchFile
+from regreen.rpc.errors import InvalidArgument, NoSuchFile, SandboxLost
 from regreen.sandbox import v1 as sandbox_pb
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ class Dependencies:
             self.sandbox_id, argv, timeout_s=self.timeout_s, output_bytes=64 << 10
         )
         if result.reason == sandbox_pb.END_REASON_INFRA:
-            raise InfraError("the sandbox could not run the command")
+            raise SandboxLost("the sandbox could not run the command")
         return result
 
     def _check_held(self, name: str, wanted: str) -> None:

@@ -21,7 +21,14 @@ from packaging.version import InvalidVersion, Version
 from regreen.dataset import v1 as pb
 from regreen.lockfile import Lock, normalize, parse_lock
 from regreen.rollout.logs import PrimaryError, analyse, suspects
-from regreen.rpc.errors import FailedPrecondition, InfraError, InvalidArgument, NoSuchFile, NotFound
+from regreen.rpc.errors import (
+    FailedPrecondition,
+    InfraError,
+    InvalidArgument,
+    NoSuchFile,
+    NotFound,
+    SandboxLost,
+)
 from regreen.sandbox import v1 as sandbox_pb
 
 if TYPE_CHECKING:
@@ -86,7 +93,7 @@ async def standing(stack: "Stack", sandbox_id: str) -> AsyncIterator[None]:
     """Work that needs a sandbox; one that is gone is trouble of the platform.
 
     Raises:
-        InfraError: the sandbox is gone.
+        SandboxLost: it is gone.
     """
     try:
         yield
@@ -94,7 +101,7 @@ async def standing(stack: "Stack", sandbox_id: str) -> AsyncIterator[None]:
         try:
             await stack.sandbox.get_sandbox(sandbox_id)
         except NotFound:
-            raise InfraError(f"sandbox {sandbox_id} is gone") from error
+            raise SandboxLost(f"sandbox {sandbox_id} is gone") from error
         raise
 
 
@@ -181,7 +188,10 @@ async def _probe(
     )
     if result.reason != sandbox_pb.END_REASON_EXIT:
         how = sandbox_pb.EndReason.Name(result.reason)[11:].lower()
-        raise InfraError(f"sandbox {sandbox_id} could not be looked at ({how})")
+        lost = result.reason == sandbox_pb.END_REASON_INFRA
+        raise (SandboxLost if lost else InfraError)(
+            f"sandbox {sandbox_id} could not be looked at ({how})"
+        )
     try:
         found = json.loads(result.stdout.head + result.stdout.tail)
         declared = tuple(str(item)[:200] for item in found["requires"])

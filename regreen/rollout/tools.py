@@ -31,6 +31,7 @@ from regreen.rpc.errors import (
     InvalidArgument,
     NoSuchFile,
     ResourceExhausted,
+    SandboxLost,
 )
 from regreen.sandbox import v1 as sandbox_pb
 
@@ -266,7 +267,7 @@ async def _run_sh(bench: Workbench, call: Call) -> Observation:
         output_bytes=16 << 10,
     )
     if result.reason == sandbox_pb.END_REASON_INFRA:
-        raise InfraError("the sandbox could not run the command")
+        raise SandboxLost("the sandbox could not run the command")
     output = "\n".join(t for t in (_output(result.stdout), _output(result.stderr)) if t)
     if result.reason == sandbox_pb.END_REASON_EXIT:
         head = f"exit {result.exit_code}"

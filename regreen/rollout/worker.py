@@ -4,9 +4,11 @@
   queue hands it on in the last two cases, so no rollout is lost.
 - A commit is repeated with the same request id until it is answered or the lease is gone, so no
   rollout is stored twice.
-- Trouble of the platform gives the rollout back and is never scored; a defect of our own ends the
+- Trouble of the platform gives the rollout back and is never scored; a service that was away and
+  a sandbox that was ended from outside are given back as outages. A defect of our own ends the
   worker loudly, after its leases were given back. A worker that is stopped releases its leases,
   which uses up no attempt.
+- What is done for a rollout is charged to the tenant of its run.
 - An idle worker asks as seldom as the queue tells it to.
 - Any service may restart: every wait for one is bounded by `patience_s`, and by a few seconds once
   the worker is stopped.
@@ -34,7 +36,7 @@ from regreen.rollout.context import EpisodeSpec, spec_of_lease
 from regreen.rollout.episode import Runner
 from regreen.rollout.group import SharedStart, shared_start
 from regreen.rollout.knowledge import Knowledge, build
-from regreen.rpc import traces
+from regreen.rpc import tenants, traces
 from regreen.rpc.errors import (
     Aborted,
     DeadlineExceeded,
@@ -43,6 +45,7 @@ from regreen.rpc.errors import (
     NotFound,
     RegreenError,
     ResourceExhausted,
+    SandboxLost,
     Unavailable,
 )
 
@@ -53,6 +56,8 @@ _LOST = "the lease ran out"
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
 _PASSING = (Unavailable, InfraError, DeadlineExceeded, Aborted, ResourceExhausted)
+_OUTAGES = (Unavailable, SandboxLost)
+"""What says nothing about the rollout that it ended."""
 _POLL_S = (0.1, 2.0)
 _BATCH = 1000
 """Most leases that one call may ask for or extend."""
@@ -170,11 +175,11 @@ class Worker:
         for lease in leases:
             groups[lease.group.id, lease.attempt].append(lease)
         for members in groups.values():
-            start = asyncio.ensure_future(self._shared(members))
-            for lease in members:
-                task = asyncio.create_task(self._traced(lease, start))
-                self._active[lease.id] = task
-                self._tell("leased", lease)
+            with tenants.charging(members[0].tenant):  # a group is of one run
+                start = asyncio.ensure_future(self._shared(members))
+                for lease in members:
+                    self._active[lease.id] = asyncio.create_task(self._traced(lease, start))
+                    self._tell("leased", lease)
 
     async def _shared(self, members: Sequence[pb.Lease]) -> SharedStart | None:
         group = members[0].group
@@ -203,7 +208,8 @@ class Worker:
             trajectory = await self._episode(lease, spec, actor, trajectory_id)
         except RegreenError as error:
             log.warning("rollout failed", rollout_id=lease.rollout_id, error=str(error))
-            await self._give_back(lease, f"{type(error).__name__}: {error}")
+            outage = isinstance(error, _OUTAGES)
+            await self._give_back(lease, f"{type(error).__name__}: {error}", outage=outage)
             failed = error.status
         except asyncio.CancelledError as stop:
             self._tell("expired" if stop.args == (_LOST,) else "stopped", lease)
@@ -245,12 +251,12 @@ class Worker:
             return error.status
         return ""
 
-    async def _give_back(self, lease: pb.Lease, reason: str) -> None:
+    async def _give_back(self, lease: pb.Lease, reason: str, *, outage: bool = False) -> None:
         request_id = new_request_id()
         try:
             await self._persist(
                 lambda: self.stack.queue.fail_rollout(
-                    lease.id, reason[:1000], request_id=request_id
+                    lease.id, reason[:1000], outage=outage, request_id=request_id
                 )
             )
             self.stats.given_back += 1

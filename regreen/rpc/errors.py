@@ -17,6 +17,7 @@
     ├── Unavailable          the service cannot answer now; retry
     ├── DataLoss             stored bytes do not match their digest
     └── InfraError           our own trouble: never scored, always retried
+        └── SandboxLost      a sandbox was ended from outside: by no limit and no request
 
 - Each class owns its gRPC status name and `ErrorInfo.reason`; nothing else decides them.
 - This module imports no grpc: domain code raises these, the server toolkit translates them.
@@ -162,6 +163,12 @@ class InfraError(RegreenError):
     """Our own trouble, not the task's or the policy's: never scored, retried."""
 
     status, reason = "INTERNAL", "INFRA"
+
+
+class SandboxLost(InfraError):
+    """A sandbox is gone or has lost its processes, and neither a limit nor a request ended it."""
+
+    reason = "SANDBOX_LOST"
 
 
 def error_classes() -> dict[tuple[str, str], type[RegreenError]]:

@@ -43,8 +43,8 @@ from regreen.rpc.idempotency import Idempotency, Leaving
 from regreen.rpc.logging import TRACE_HEADER, TRAJECTORY_HEADER, get
 from regreen.rpc.scopes import SCOPES
 from regreen.rpc.spans import SAMPLED, Span
+from regreen.rpc.tenants import CHARGED, believe
 from regreen.rpc.tenants import HEADER as TENANT_HEADER
-from regreen.rpc.tenants import believe
 from regreen.rpc.tokens import HEADER, Guard, caller
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -108,11 +108,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if self._guard is not None:
             name = handler_call_details.method.lstrip("/")
             try:
-                self._guard.admit(name, _header(handler_call_details, HEADER))
+                named = _header(handler_call_details, CHARGED)
+                self._guard.admit(name, _header(handler_call_details, HEADER), named)
             except (Unauthenticated, PermissionDenied) as error:
                 return self._refusing(name, handler, error)
         elif self._behind_front:
-            believe(_header(handler_call_details, TENANT_HEADER))
+            believe(*(_header(handler_call_details, name) for name in (TENANT_HEADER, CHARGED)))
         found = self._wrapped.get(handler_call_details.method)
         if found is None or found[0] is not handler:
             found = handler, self._wrap(handler_call_details.method, handler)
@@ -320,6 +321,7 @@ class _Observed:
                 "method": call._name,
                 "tenant": who.tenant if who else "",
                 "token": who.token_id if who else "",
+                **({"charged": who.charged} if who and who.charged else {}),
                 "peer": _peer(context),
                 "request_id": str(getattr(request, "request_id", ""))[:_MAX_ID_CHARS],
                 "span_id": self.span.span_id,
@@ -455,7 +457,8 @@ def own_id(given: str) -> str:
     who = caller()
     if who is None or not given:
         return given
-    text = f"{who.tenant}\n{given}".encode("utf-8", "surrogatepass")
+    whose = f"{who.tenant}\n{who.charged}" if who.charged else who.tenant
+    text = f"{whose}\n{given}".encode("utf-8", "surrogatepass")
     return hashlib.sha256(text).hexdigest()[:_OWN_ID_CHARS]
 
 

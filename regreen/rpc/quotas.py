@@ -1,7 +1,7 @@
 """What each tenant may have at most: a file that services read, and read anew when it changes.
 
 - A bound that is not named is none; a tenant that is not named has the bounds of `default`.
-- Callers without tokens and the platform's own have no bounds.
+- Callers without tokens have no bounds, nor have the platform's own where they name no tenant.
 - A file that cannot be read any more leaves the former bounds in use.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from regreen.rpc.errors import FailedPrecondition, ResourceExhausted
 from regreen.rpc.logging import get
-from regreen.rpc.tenants import own
+from regreen.rpc.tenants import charged
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,21 +85,34 @@ class Quotas:
         self._default, self._tenants = read_quotas(path) if path else (Quota(), {})
 
     def mine(self) -> Quota:
-        """Bounds of the present call."""
+        """Bounds of whom the present call is charged to."""
+        return self.of(charged())
+
+    def of(self, tenant: str) -> Quota:
+        """Bounds of a tenant; nobody has none."""
         self._renew()
-        tenant = own()
         return self._tenants.get(tenant, self._default) if tenant else Quota()
 
-    def check(self, name: str, would_be: int, *, retry_after_s: float | None = None) -> None:
-        """Refuse a call after which its tenant would have `would_be` of what `name` bounds.
+    def check(
+        self,
+        name: str,
+        would_be: int,
+        *,
+        tenant: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        """Refuse a call after which a tenant would have `would_be` of what `name` bounds.
+
+        Without `tenant`, it is whom the call is charged to.
 
         Raises:
             ResourceExhausted: that is over the bound, which is named.
         """
-        bound = getattr(self.mine(), name)
+        tenant = charged() if tenant is None else tenant
+        bound = getattr(self.of(tenant), name)
         if bound is not None and would_be > bound:
             raise ResourceExhausted(
-                f"quota {name} of tenant {own()} is {bound}; this would make {would_be}",
+                f"quota {name} of tenant {tenant} is {bound}; this would make {would_be}",
                 metadata={"quota": name, "limit": str(bound)},
                 retry_after_s=retry_after_s,
             )

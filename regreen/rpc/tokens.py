@@ -4,6 +4,8 @@
 - A call is checked from memory: no other service is asked.
 - A file that cannot be read leaves the former one in use; without any, every token is refused.
 - No message and no log holds a token; it is named by its id.
+- A call may name a tenant that it is charged to; only a token whose tenant covers that one is
+  believed.
 """
 
 import contextlib
@@ -23,6 +25,8 @@ from regreen.rpc.logging import get
 
 PREFIX = "rgt"
 HEADER = "authorization"
+EVERY = "*"
+"""Tenant of the platform's own tokens: of services that act for all, and of operators."""
 _BEARER = "Bearer "
 _VERSION = 1
 
@@ -55,6 +59,8 @@ class Caller:
 
     tenant: str
     token_id: str
+    charged: str = ""
+    """Tenant that the call is charged to; empty where it is the caller's own."""
 
 
 _CALLER: ContextVar[Caller | None] = ContextVar("caller", default=None)
@@ -130,12 +136,14 @@ class Guard:
         self._seen = self._stamp()
         self._tokens = read_tokens(path)
 
-    def admit(self, method: str, header: str) -> Caller | None:
+    def admit(self, method: str, header: str, charged: str = "") -> Caller | None:
         """Who makes a call of `package.Service/Method` with this header; None where it is open.
+
+        `charged` is the tenant that the call names to be charged, if it does.
 
         Raises:
             Unauthenticated: there is no token, or none that holds.
-            PermissionDenied: its scopes do not cover the method.
+            PermissionDenied: its scopes do not cover the method, or its tenant the one named.
         """
         service = method.partition("/")[0]
         if service in scopes.OPEN:
@@ -151,7 +159,11 @@ class Guard:
                     "`regreen tokens create --scope` makes one that has it",
                     metadata={"scope": wanted},
                 )
-        found = Caller(token.tenant, token.id)
+        if charged and token.tenant not in (EVERY, charged):
+            raise PermissionDenied(
+                f"token {token.id} ({token.name}) is of one tenant, and may charge no other"
+            )
+        found = Caller(token.tenant, token.id, "" if charged == token.tenant else charged)
         act_as(found)
         return found
 

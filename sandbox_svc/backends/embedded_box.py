@@ -21,6 +21,7 @@ from regreen.rpc.errors import (
     NotFound,
     RegreenError,
     ResourceExhausted,
+    SandboxLost,
 )
 from sandbox_svc import metrics
 from sandbox_svc.backends import jobs, wire
@@ -114,7 +115,7 @@ class EmbeddedBox(BoxFiles):
                 if self._door is not None:
                     self._gate = self._door.open(await self._listener(self._link))
         except LinkClosed as error:
-            raise InfraError("a warm sandbox process died") from error
+            raise SandboxLost("a warm sandbox process died") from error
         except TimeoutError as error:
             raise InfraError("the sandbox did not get ready in time") from error
 

@@ -18,6 +18,7 @@ from regreen.rpc.errors import (
     InfraError,
     InvalidArgument,
     RegreenError,
+    SandboxLost,
     Unavailable,
 )
 from sandbox_svc.backends import fds, wire
@@ -185,7 +186,7 @@ def lost(overrun: EndReason | None, *, passing: bool) -> RegreenError:
             f"the sandbox was ended: it went over a limit ({overrun.value}); {remedy}",
             metadata={"overrun": overrun.value},
         )
-    return InfraError(f"the sandbox has lost its processes; {remedy}")
+    return SandboxLost(f"the sandbox has lost its processes; {remedy}")
 
 
 def name_end(jobs: Iterable[Job]) -> None:

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import structlog
 
-from regreen.rpc.errors import InfraError, RegreenError
+from regreen.rpc.errors import InfraError, RegreenError, SandboxLost
 from sandbox_svc.backends import cgroups, seccomp, wire
 from sandbox_svc.backends.base import Limits
 from sandbox_svc.backends.cgroups import CgroupV1, CgroupV2, NoCgroup
@@ -214,7 +214,7 @@ class Seats:
         try:
             reply, fds = await link.request("seat", *request, fds=given, timeout_s=None)
         except LinkClosed as error:
-            raise InfraError("the spawner has ended") from error
+            raise SandboxLost("the spawner has ended") from error
         finally:
             close_all(given)
         if len(fds) != 2:

@@ -13,7 +13,7 @@ from typing import Any
 
 from regreen.rpc.errors import Unavailable
 from regreen.rpc.quotas import Quotas
-from regreen.rpc.tenants import own
+from regreen.rpc.tenants import charged
 from sandbox_svc.fleet.registry import Registry, pages
 
 _RETRY_S = 2.0
@@ -40,7 +40,7 @@ class Bounds:
         Raises:
             ResourceExhausted: what it makes is more than its tenant may have.
         """
-        mine = own()
+        mine = charged()
         if name in _MAKE_STATES or getattr(request, "keep_state", False):
             self._quotas.check("state_bytes", self._registry.bytes_of(mine) + 1)
         count = 1 if name == "SandboxService/CreateSandbox" else 0

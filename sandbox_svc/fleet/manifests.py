@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+from regreen.bucket import secrets_folder
 from regreen.rpc.certificates import CA, CERT, KEY
 from regreen.settings import PLACES
 from sandbox_svc.settings import SandboxSettings
@@ -168,16 +169,27 @@ class Plan:
             "volumes": [
                 {"name": "home", "emptyDir": {"sizeLimit": str(settings.kube_disk_bytes)}},
                 {"name": "tmp", "emptyDir": {"sizeLimit": str(1 << 30)}},
-                *self._tls_volumes(),
+                *self._secret_volumes(),
             ],
         }
         if settings.kube_runtime_class:
             spec["runtimeClassName"] = settings.kube_runtime_class
         return spec
 
-    def _tls_volumes(self) -> list[Manifest]:
-        secret = {"secretName": self.settings.kube_tls_secret, "defaultMode": 0o440}
-        return [{"name": "tls", "secret": secret}] if self.settings.kube_tls_secret else []
+    def _secret_volumes(self) -> list[Manifest]:
+        named = {"tls": self.settings.kube_tls_secret}
+        if self._blob_folder:
+            named["blobs"] = self.settings.kube_secret
+        return [
+            {"name": name, "secret": {"secretName": secret, "defaultMode": 0o440}}
+            for name, secret in named.items()
+            if secret
+        ]
+
+    @property
+    def _blob_folder(self) -> str:
+        """Where workers find the credentials of `blobs` in files."""
+        return secrets_folder(self.settings.blobs) if "://" in self.settings.blobs else ""
 
     def _container(self) -> Manifest:
         settings = self.settings
@@ -209,7 +221,9 @@ class Plan:
                 else {"type": "Localhost", "localhostProfile": settings.kube_apparmor}
             )
         given: Manifest = {}
-        if settings.kube_secret:
+        if settings.kube_secret and self._blob_folder:
+            mounts.append({"name": "blobs", "mountPath": self._blob_folder, "readOnly": True})
+        elif settings.kube_secret:
             given = {"envFrom": [{"secretRef": {"name": settings.kube_secret}}]}
         return given | {
             "name": CONTAINER,

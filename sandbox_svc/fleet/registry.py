@@ -23,7 +23,7 @@ from typing import Any
 from regreen.rpc.certificates import Tls
 from regreen.rpc.errors import NotFound, RegreenError, Unavailable
 from regreen.rpc.logging import get
-from regreen.rpc.tenants import own, sees_any
+from regreen.rpc.tenants import charged, sees_any
 from regreen.sandbox import v1 as pb
 from sandbox_svc.fleet.calls import ASK_S, METHODS, Endpoint, Worker
 from sandbox_svc.fleet.ring import ranked
@@ -218,7 +218,7 @@ class Registry:
     def learn_state(self, worker: Worker, state: pb.State) -> None:
         """A worker holds a state, which is the caller's if it was not told whose."""
         known = self._holders.get(state.id, {}).get(worker.name)
-        tenants = tuple(state.tenants) or together(known.tenants if known else (), (own(),))
+        tenants = tuple(state.tenants) or together(known.tenants if known else (), (charged(),))
         if not self._is_current(worker, process=False):
             if state.id not in self._holders:
                 self._remember_loss(state.id, Place(worker.name, tenants))
@@ -273,7 +273,7 @@ class Registry:
     def learn_sandbox(self, worker: Worker, sandbox: pb.Sandbox) -> None:
         """A sandbox lives on a worker; it is the caller's if it was not told whose."""
         known = self._sandboxes.get(sandbox.id)
-        place = Place(worker.name, (sandbox.tenant or own(),))
+        place = Place(worker.name, (sandbox.tenant or charged(),))
         if known is not None and known.worker == worker.name and not sandbox.tenant:
             place = known
         if not self._is_current(worker, process=True):

@@ -33,7 +33,7 @@ from regreen.rpc.errors import (
     Unavailable,
 )
 from regreen.rpc.logging import get
-from regreen.rpc.tenants import for_all, own, sees, sees_any
+from regreen.rpc.tenants import charged, for_all, own, sees, sees_any
 from regreen.sandbox import v1 as pb
 from sandbox_svc import metrics
 from sandbox_svc.fleet.archive import Archive, Archived
@@ -464,14 +464,14 @@ class Router:
         wanted = self._keep == "all" or (self._keep == "prepared" and not state.parent_id)
         if wanted and not self._is_deleting(state.id):
             self._fly(
-                ("later", state.id, "anew" if replace else "", own()),
+                ("later", state.id, "anew" if replace else "", charged()),
                 lambda: self._keep_later(worker, state.id, replace),
             )
 
     async def _keep_later(self, worker: Worker, state_id: str, replace: bool) -> None:
         try:
             stored = await self._stored(state_id)
-            if replace or stored is None or own() not in stored.tenants:
+            if replace or stored is None or charged() not in stored.tenants:
                 await self.keep(worker, state_id, replace=replace or stored is not None)
         except (RegreenError, OSError) as error:
             self._log.warning("state not kept", state=state_id, why=str(error))

@@ -32,7 +32,7 @@ from regreen.rpc.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from regreen.rpc.tenants import own
+from regreen.rpc.tenants import charged
 from sandbox_svc import pace
 from sandbox_svc.backends.base import HOST_BASE, Runtime
 from sandbox_svc.backends.fds import writing
@@ -232,7 +232,7 @@ class Images:
                 host=platform_name(),
                 base=f"image:sha256:{taken.image.config_sha256}",
                 metadata={"image": {"config": dict(taken.image.config), "counts": counts}},
-                tenants=(own(),),
+                tenants=(charged(),),
             )
         )
         return self.states.record(state)

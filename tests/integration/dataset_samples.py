@@ -205,6 +205,7 @@ class Clients:
     """The four clients on one channel."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
+        self.channel = channel
         self.tasks = TaskClient(channel, patience_s=2.0)
         self.trajectories = TrajectoryClient(channel, patience_s=2.0)
         self.queue = RolloutQueueClient(channel, patience_s=2.0)

@@ -43,7 +43,6 @@ class Service:
                 "--metrics=127.0.0.1:0",
                 f"--home={self.home}",
                 "--lease-s=3",
-                "--max-attempts=100",
                 "--upkeep-s=0.5",
             ],
             stdin=subprocess.DEVNULL,

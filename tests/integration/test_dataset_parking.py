@@ -28,7 +28,8 @@ class All(Clients):
 async def clients(database_url: str, tmp_path: Path) -> AsyncIterator[All]:
     settings = DatasetSettings(
         listen="127.0.0.1:0", metrics="127.0.0.1:0", home=tmp_path, drain_s=1.0, fsync=False,
-        max_attempts=1, park_after=2, max_waiting=6, idle_asks_per_s=2.0, lease_s=0.2,
+        max_attempts=1, max_outages=1, park_after=2, max_waiting=6, idle_asks_per_s=2.0,
+        lease_s=0.2,
     )  # fmt: skip
     async with serving(settings, database_url) as server, connect(server.address) as channel:
         yield All(channel)

@@ -1,5 +1,6 @@
 """The rollout queue over the wire: from enqueue to checkpoint, and what is refused on the way."""
 
+import asyncio
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from prometheus_client import REGISTRY
 from dataset_svc.__main__ import serving
 from dataset_svc.settings import DatasetSettings
 from regreen.client.channel import connect
+from regreen.client.parking import ParkingClient
 from regreen.dataset import v1 as pb
 from regreen.rpc.errors import (
     Aborted,
@@ -185,6 +187,39 @@ async def test_infrastructure_failures_are_retried_then_lost_and_counted(hasty: 
     (taken,) = await hasty.queue.take_groups(run_id, 1)
     assert (taken.lost, taken.lost_error) == (1, "sandbox died \x00")
     assert [t.group_index for t in taken.trajectories] == [1]
+
+
+async def outcome_of(clients: Clients, run_id: str) -> pb.Rollout:
+    """The one rollout of a run."""
+    (found,) = (await ParkingClient(clients.channel).list_rollouts(run_id)).rollouts
+    return found
+
+
+async def test_outages_use_up_no_attempt_and_have_a_bound_of_their_own(hasty: Clients):
+    (task_id,) = await imported(hasty)
+    run_id = await new_run(hasty)
+    await hasty.queue.enqueue_groups([samples.group(run_id, task_id, 1)])
+    for attempt in range(4 + 49):
+        (lease,) = await hasty.queue.lease_rollouts("w", 1, run_id=run_id)
+        assert lease.attempt == attempt  # no attempt has the seeds of another
+        own = attempt % 17 == 16  # 3 failures of the rollout's own among 50 outages
+        retried = await hasty.queue.fail_rollout(lease.id, "policy away", outage=not own)
+        assert retried == (attempt < 52)
+    lost = await outcome_of(hasty, run_id)
+    assert (lost.state, lost.attempt, lost.outages) == ("lost", 53, 50)
+
+
+async def test_what_kills_its_worker_each_time_comes_to_an_end(hasty: Clients):
+    (task_id,) = await imported(hasty)
+    run_id = await new_run(hasty)
+    await hasty.queue.enqueue_groups([samples.group(run_id, task_id, 1)])
+    given = 0
+    async with asyncio.timeout(60):
+        while (rollout := await outcome_of(hasty, run_id)).state != "lost":
+            given += len(await hasty.queue.lease_rollouts("w", 1, run_id=run_id, duration_s=0.01))
+            await hasty.queue.get_queue(run_id)  # counts as lost what ran out for the last time
+    assert (rollout.attempt, rollout.outages, given) == (50, 50, 50)
+    assert rollout.error == "the last lease ran out"
 
 
 async def test_a_failed_rollout_rests_and_a_released_one_does_not(clients: Clients):

@@ -26,8 +26,8 @@ from regreen.ids import new_id
 from regreen.rpc.errors import FailedPrecondition, LeaseExpired
 
 LEASE_S = 60.0
-MAX_ATTEMPTS = 3
-RETRY_S = 30.0
+MAX_ATTEMPTS, MAX_OUTAGES = 3, 4
+RETRY_S, MAX_RETRY_S = 30.0, 60.0
 
 
 @dataclass
@@ -35,6 +35,7 @@ class Slot:
     """What the model knows of one rollout."""
 
     attempt: int = 0
+    outages: int = 0
     state: str = "waiting"
     lease_id: str = ""
     expires: datetime | None = None
@@ -70,9 +71,9 @@ class Model:
                 if (
                     slot.state == "leased"
                     and slot.expires < now
-                    and slot.attempt >= MAX_ATTEMPTS - 1
+                    and slot.outages >= MAX_OUTAGES - 1
                 ):
-                    slot.state = "lost"
+                    slot.state, slot.outages = "lost", MAX_OUTAGES
             if group.state == "open" and all(s.state in ("committed", "lost") for s in group.slots):
                 group.state = "complete"
 
@@ -88,8 +89,10 @@ class Queue:
         clock_type = DateTime(timezone=True)
         self.policy = QueuePolicy(
             MAX_ATTEMPTS,
+            MAX_OUTAGES,
             LEASE_S,
             retry_s=RETRY_S,
+            max_retry_s=MAX_RETRY_S,
             clock=lambda: literal(self.now, clock_type),
         )
         self.model = Model()
@@ -153,6 +156,7 @@ class Queue:
         ]
         for lease, (slot, group_id, index) in zip(leases, free, strict=False):
             slot.attempt += slot.state == "leased"
+            slot.outages += slot.state == "leased"
             slot.state, slot.lease_id = "leased", lease.id
             slot.expires = self.now + timedelta(seconds=LEASE_S)
             assert (lease.attempt, lease.expire_time) == (slot.attempt, slot.expires)
@@ -200,16 +204,21 @@ class Queue:
         if not (lease_id := self.some_lease(pick)):
             return
         slot = self.model.slot(lease_id)
-        release = pick // 64 % 4 == 0
+        release, outage = pick // 64 % 4 == 0, pick // 64 % 4 == 1
         if slot.state == "leased" and slot.lease_id == lease_id:
             retried = self.run(
-                lambda s: rollouts.fail(s, self.policy, lease_id, "?", release=release)
+                lambda s: rollouts.fail(
+                    s, self.policy, lease_id, "?", release=release, outage=outage
+                )
             )
             slot.attempt += not release
-            assert retried == (slot.attempt < MAX_ATTEMPTS)
+            slot.outages += outage
+            assert retried == (
+                slot.attempt - slot.outages < MAX_ATTEMPTS and slot.outages < MAX_OUTAGES
+            )
             slot.state, slot.lease_id = ("waiting" if retried else "lost"), ""
-            pause = timedelta(seconds=0 if release else RETRY_S * 2 ** (slot.attempt - 1))
-            slot.not_before = self.now + pause
+            rests_s = 0 if release else min(RETRY_S * 2 ** (slot.attempt - 1), MAX_RETRY_S)
+            slot.not_before = self.now + timedelta(seconds=rests_s)
         else:
             with pytest.raises(LeaseExpired):
                 self.run(lambda s: rollouts.fail(s, self.policy, lease_id, "?"))
@@ -272,6 +281,7 @@ class Queue:
             for slot in group.slots:
                 if slot.state == "lost":
                     group.state, slot.state, slot.attempt = "open", "waiting", 0
+                    slot.outages = 0
                     slot.not_before = None
         assert back == expected
         del self.model.checkpoints[kept:]
@@ -287,6 +297,7 @@ class Queue:
                     models.Rollout.group_index,
                     models.Rollout.state,
                     models.Rollout.trajectory_id,
+                    models.Rollout.outages,
                     models.Group.state,
                     models.Group.pending,
                 )
@@ -300,10 +311,11 @@ class Queue:
 
         slots, trajectories = self.run(read)
         committed = 0
-        for group_id, index, state, trajectory_id, group_state, pending in slots:
+        for group_id, index, state, trajectory_id, outages, group_state, pending in slots:
             group = self.model.groups[group_id]
             slot = group.slots[index]
             assert (state, group_state) == (slot.state, group.state)
+            assert outages == slot.outages
             assert (trajectory_id or "") == (slot.trajectory.split() or ["", "", ""])[-1]
             assert pending == sum(s.state in ("waiting", "leased") for s in group.slots)
             committed += state == "committed"

@@ -9,9 +9,8 @@ from regreen.client.stack import Endpoints, Stack
 from regreen.rollout.episode import Runner
 from regreen.rollout.worker import Worker
 
-_PATIENCE_S = 90.0
-_LEASE_S = 5.0
-"""What a killed worker held is another's so soon."""
+_PATIENCE_S = 120.0
+"""That of `regreen rollout worker`."""
 
 
 async def drive(job: Path) -> None:
@@ -23,7 +22,6 @@ async def drive(job: Path) -> None:
             Runner(stack),
             run_id=given["run_id"],
             concurrency=given["at_once"],
-            lease_s=_LEASE_S,
         )
         await worker.run()
 

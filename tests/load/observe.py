@@ -71,7 +71,17 @@ def prometheus(
     """Prometheus over these addresses, with the configuration that ships; a client of it."""
     found = yaml.safe_load((FOLDER / "prometheus.yml").read_text())
     found["global"] = {"scrape_interval": "1s", "evaluation_interval": "5s"}
-    found["rule_files"] = [str(FOLDER / "alerts.yml")]
+    expected = [
+        {
+            "record": "regreen_component_expected",
+            "expr": "vector(1)",
+            "labels": {"job": "regreen", "component": entry["labels"]["component"]},
+        }
+        for entry in found["scrape_configs"][0]["static_configs"]
+    ]  # as the chart records them
+    rules = home / "expected.yml"
+    rules.write_text(yaml.safe_dump({"groups": [{"name": "expected", "rules": expected}]}))
+    found["rule_files"] = [str(FOLDER / "alerts.yml"), str(rules)]
     for entry in found["scrape_configs"][0]["static_configs"]:
         entry["targets"] = [
             address.removeprefix("http://").removesuffix("/metrics")

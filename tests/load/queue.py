@@ -248,7 +248,7 @@ class Run:
                     sys.executable, "-m", "dataset_svc", f"--listen={self.address}",
                     "--metrics=127.0.0.1:0", f"--home={self.home}", "--log-level=warning",
                     f"--database-url={self.postgres.url}", f"--lease-s={self.plan.lease_s}",
-                    "--max-attempts=1000", "--retry-s=0.2", "--upkeep-s=1", "--max-rpcs=1000",
+                    "--retry-s=0.2", "--upkeep-s=1", "--max-rpcs=1000",
                     "--blob-grace-s=0",
                 ],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
@@ -419,7 +419,7 @@ async def _one(
     try:
         if luck < _GIVES_UP:
             with contextlib.suppress(*_LATE):
-                await queue.fail_rollout(lease.id, _REASON)
+                await queue.fail_rollout(lease.id, _REASON, outage=True)
                 note(f"gave-up {lease.rollout_id}")
             return
         if luck < _GIVES_UP + _SILENT:

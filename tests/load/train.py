@@ -213,11 +213,7 @@ class Load:
         policy = ["--model", str(model), "--http", ""]
         policy += ["--engine", "torch", "--threads", "1"] if real else self._scripted
         return {
-            # So often no rollout of a real fleet is struck; being lost is another matter.
-            "dataset": [
-                *("--database-url", self.postgres.url_of(name)),
-                *("--max-attempts", "1000", "--retry-s", "0.2", "--upkeep-s", "1"),
-            ],
+            "dataset": ["--database-url", self.postgres.url_of(name)],
             "sandbox": ["--home", str(self._shared), "--warm-seats", "1"],
             "policy": policy,
             "judge": [],

@@ -57,6 +57,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The platform's own trouble: never scored, retried."""
     ERROR_REASON_NO_SUCH_FILE: _ErrorReason.ValueType  # 16
     """The sandbox is there, the path in it is not."""
+    ERROR_REASON_SANDBOX_LOST: _ErrorReason.ValueType  # 17
+    """A sandbox is gone, or has lost its processes, and neither a limit nor a request ended it."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Machine-readable cause carried in `google.rpc.ErrorInfo.reason` (without the enum prefix), domain "regreen"."""
@@ -95,6 +97,8 @@ ERROR_REASON_INFRA: ErrorReason.ValueType  # 15
 """The platform's own trouble: never scored, retried."""
 ERROR_REASON_NO_SUCH_FILE: ErrorReason.ValueType  # 16
 """The sandbox is there, the path in it is not."""
+ERROR_REASON_SANDBOX_LOST: ErrorReason.ValueType  # 17
+"""A sandbox is gone, or has lost its processes, and neither a limit nor a request ended it."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 class _Mode:

@@ -1035,6 +1035,7 @@ class Lease(_message.Message):
     ATTEMPT_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Opaque id, prefixed "lse_"."""
     rollout_id: _builtins.str
@@ -1045,6 +1046,8 @@ class Lease(_message.Message):
     """Attempt, from 0."""
     seed: _builtins.int
     """Seed of this rollout."""
+    tenant: _builtins.str
+    """Tenant of the run, for whom the work is done and whom calls for it are charged to; empty where it is nobody's."""
     @_builtins.property
     def group(self) -> Global___Group:
         """Its group."""
@@ -1063,10 +1066,11 @@ class Lease(_message.Message):
         attempt: _builtins.int = ...,
         seed: _builtins.int = ...,
         expire_time: _timestamp_pb2.Timestamp | None = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time", "group", b"group"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "expire_time", b"expire_time", "group", b"group", "group_index", b"group_index", "id", b"id", "rollout_id", b"rollout_id", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "expire_time", b"expire_time", "group", b"group", "group_index", b"group_index", "id", b"id", "rollout_id", b"rollout_id", "seed", b"seed", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

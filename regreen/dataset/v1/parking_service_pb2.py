@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(regreen/dataset/v1/parking_service.proto\x12\x12regreen.dataset.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"|\n\x07\x41ttempt\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x05\x12\r\n\x05\x65rror\x18\x04 \x01(\t\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xa2\x02\n\x07Rollout\x12\n\n\x02id\x18\x01 \x01(\t\x12\x10\n\x08group_id\x18\x02 \x01(\t\x12\x13\n\x0bgroup_index\x18\x03 \x01(\x05\x12\x0f\n\x07task_id\x18\x04 \x01(\t\x12\r\n\x05state\x18\x05 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x06 \x01(\x05\x12\r\n\x05\x65rror\x18\x07 \x01(\t\x12.\n\nnot_before\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nfinal_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rtrajectory_id\x18\n \x01(\t\x12-\n\x08\x61ttempts\x18\x0b \x03(\x0b\x32\x1b.regreen.dataset.v1.Attempt\"l\n\x13ListRolloutsRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0f\n\x07task_id\x18\x03 \x01(\t\x12\x11\n\tpage_size\x18\x04 \x01(\x05\x12\x12\n\npage_token\x18\x05 \x01(\t\"^\n\x14ListRolloutsResponse\x12-\n\x08rollouts\x18\x01 \x03(\x0b\x32\x1b.regreen.dataset.v1.Rollout\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"z\n\nParkedTask\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0c\n\x04lost\x18\x04 \x01(\x05\x12-\n\tpark_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"O\n\x16ListParkedTasksRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"a\n\x17ListParkedTasksResponse\x12-\n\x05tasks\x18\x01 \x03(\x0b\x32\x1e.regreen.dataset.v1.ParkedTask\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"I\n\x12ReleaseTaskRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x0f\n\x07task_id\x18\x03 \x01(\t\"\'\n\x13ReleaseTaskResponse\x12\x10\n\x08rollouts\x18\x01 \x01(\x05\x32\xbf\x02\n\x0eParkingService\x12\x61\n\x0cListRollouts\x12\'.regreen.dataset.v1.ListRolloutsRequest\x1a(.regreen.dataset.v1.ListRolloutsResponse\x12j\n\x0fListParkedTasks\x12*.regreen.dataset.v1.ListParkedTasksRequest\x1a+.regreen.dataset.v1.ListParkedTasksResponse\x12^\n\x0bReleaseTask\x12&.regreen.dataset.v1.ReleaseTaskRequest\x1a\'.regreen.dataset.v1.ReleaseTaskResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(regreen/dataset/v1/parking_service.proto\x12\x12regreen.dataset.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"|\n\x07\x41ttempt\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x05\x12\r\n\x05\x65rror\x18\x04 \x01(\t\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xb3\x02\n\x07Rollout\x12\n\n\x02id\x18\x01 \x01(\t\x12\x10\n\x08group_id\x18\x02 \x01(\t\x12\x13\n\x0bgroup_index\x18\x03 \x01(\x05\x12\x0f\n\x07task_id\x18\x04 \x01(\t\x12\r\n\x05state\x18\x05 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x06 \x01(\x05\x12\r\n\x05\x65rror\x18\x07 \x01(\t\x12.\n\nnot_before\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nfinal_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rtrajectory_id\x18\n \x01(\t\x12-\n\x08\x61ttempts\x18\x0b \x03(\x0b\x32\x1b.regreen.dataset.v1.Attempt\x12\x0f\n\x07outages\x18\x0c \x01(\x05\"l\n\x13ListRolloutsRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0f\n\x07task_id\x18\x03 \x01(\t\x12\x11\n\tpage_size\x18\x04 \x01(\x05\x12\x12\n\npage_token\x18\x05 \x01(\t\"^\n\x14ListRolloutsResponse\x12-\n\x08rollouts\x18\x01 \x03(\x0b\x32\x1b.regreen.dataset.v1.Rollout\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"z\n\nParkedTask\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0c\n\x04lost\x18\x04 \x01(\x05\x12-\n\tpark_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"O\n\x16ListParkedTasksRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"a\n\x17ListParkedTasksResponse\x12-\n\x05tasks\x18\x01 \x03(\x0b\x32\x1e.regreen.dataset.v1.ParkedTask\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"I\n\x12ReleaseTaskRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x0f\n\x07task_id\x18\x03 \x01(\t\"\'\n\x13ReleaseTaskResponse\x12\x10\n\x08rollouts\x18\x01 \x01(\x05\x32\xbf\x02\n\x0eParkingService\x12\x61\n\x0cListRollouts\x12\'.regreen.dataset.v1.ListRolloutsRequest\x1a(.regreen.dataset.v1.ListRolloutsResponse\x12j\n\x0fListParkedTasks\x12*.regreen.dataset.v1.ListParkedTasksRequest\x1a+.regreen.dataset.v1.ListParkedTasksResponse\x12^\n\x0bReleaseTask\x12&.regreen.dataset.v1.ReleaseTaskRequest\x1a\'.regreen.dataset.v1.ReleaseTaskResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,21 +35,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ATTEMPT']._serialized_start=97
   _globals['_ATTEMPT']._serialized_end=221
   _globals['_ROLLOUT']._serialized_start=224
-  _globals['_ROLLOUT']._serialized_end=514
-  _globals['_LISTROLLOUTSREQUEST']._serialized_start=516
-  _globals['_LISTROLLOUTSREQUEST']._serialized_end=624
-  _globals['_LISTROLLOUTSRESPONSE']._serialized_start=626
-  _globals['_LISTROLLOUTSRESPONSE']._serialized_end=720
-  _globals['_PARKEDTASK']._serialized_start=722
-  _globals['_PARKEDTASK']._serialized_end=844
-  _globals['_LISTPARKEDTASKSREQUEST']._serialized_start=846
-  _globals['_LISTPARKEDTASKSREQUEST']._serialized_end=925
-  _globals['_LISTPARKEDTASKSRESPONSE']._serialized_start=927
-  _globals['_LISTPARKEDTASKSRESPONSE']._serialized_end=1024
-  _globals['_RELEASETASKREQUEST']._serialized_start=1026
-  _globals['_RELEASETASKREQUEST']._serialized_end=1099
-  _globals['_RELEASETASKRESPONSE']._serialized_start=1101
-  _globals['_RELEASETASKRESPONSE']._serialized_end=1140
-  _globals['_PARKINGSERVICE']._serialized_start=1143
-  _globals['_PARKINGSERVICE']._serialized_end=1462
+  _globals['_ROLLOUT']._serialized_end=531
+  _globals['_LISTROLLOUTSREQUEST']._serialized_start=533
+  _globals['_LISTROLLOUTSREQUEST']._serialized_end=641
+  _globals['_LISTROLLOUTSRESPONSE']._serialized_start=643
+  _globals['_LISTROLLOUTSRESPONSE']._serialized_end=737
+  _globals['_PARKEDTASK']._serialized_start=739
+  _globals['_PARKEDTASK']._serialized_end=861
+  _globals['_LISTPARKEDTASKSREQUEST']._serialized_start=863
+  _globals['_LISTPARKEDTASKSREQUEST']._serialized_end=942
+  _globals['_LISTPARKEDTASKSRESPONSE']._serialized_start=944
+  _globals['_LISTPARKEDTASKSRESPONSE']._serialized_end=1041
+  _globals['_RELEASETASKREQUEST']._serialized_start=1043
+  _globals['_RELEASETASKREQUEST']._serialized_end=1116
+  _globals['_RELEASETASKRESPONSE']._serialized_start=1118
+  _globals['_RELEASETASKRESPONSE']._serialized_end=1157
+  _globals['_PARKINGSERVICE']._serialized_start=1160
+  _globals['_PARKINGSERVICE']._serialized_end=1479
 # @@protoc_insertion_point(module_scope)

@@ -76,6 +76,7 @@ class Rollout(_message.Message):
     FINAL_TIME_FIELD_NUMBER: _builtins.int
     TRAJECTORY_ID_FIELD_NUMBER: _builtins.int
     ATTEMPTS_FIELD_NUMBER: _builtins.int
+    OUTAGES_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Opaque id, prefixed "rol_"."""
     group_id: _builtins.str
@@ -92,6 +93,8 @@ class Rollout(_message.Message):
     """Last thing that went wrong."""
     trajectory_id: _builtins.str
     """Its trajectory once it is committed."""
+    outages: _builtins.int
+    """Outages so far: tries that ended for a reason which says nothing about the rollout."""
     @_builtins.property
     def not_before(self) -> _timestamp_pb2.Timestamp:
         """Not leased before this."""
@@ -118,10 +121,11 @@ class Rollout(_message.Message):
         final_time: _timestamp_pb2.Timestamp | None = ...,
         trajectory_id: _builtins.str = ...,
         attempts: _abc.Iterable[Global___Attempt] | None = ...,
+        outages: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["final_time", b"final_time", "not_before", b"not_before"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "attempts", b"attempts", "error", b"error", "final_time", b"final_time", "group_id", b"group_id", "group_index", b"group_index", "id", b"id", "not_before", b"not_before", "state", b"state", "task_id", b"task_id", "trajectory_id", b"trajectory_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "attempts", b"attempts", "error", b"error", "final_time", b"final_time", "group_id", b"group_id", "group_index", b"group_index", "id", b"id", "not_before", b"not_before", "outages", b"outages", "state", b"state", "task_id", b"task_id", "trajectory_id", b"trajectory_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -26,7 +26,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from regreen.dataset.v1 import dataset_pb2 as regreen_dot_dataset_dot_v1_dot_dataset__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n.regreen/dataset/v1/rollout_queue_service.proto\x12\x12regreen.dataset.v1\x1a\x1egoogle/protobuf/duration.proto\x1a regreen/dataset/v1/dataset.proto\"U\n\x14\x45nqueueGroupsRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12)\n\x06groups\x18\x02 \x03(\x0b\x32\x19.regreen.dataset.v1.Group\"*\n\x15\x45nqueueGroupsResponse\x12\x11\n\tgroup_ids\x18\x01 \x03(\t\"\x86\x01\n\x14LeaseRolloutsRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12\r\n\x05\x63ount\x18\x03 \x01(\x05\x12\x0e\n\x06run_id\x18\x04 \x01(\t\x12+\n\x08\x64uration\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"q\n\x15LeaseRolloutsResponse\x12)\n\x06leases\x18\x01 \x03(\x0b\x32\x19.regreen.dataset.v1.Lease\x12-\n\npoll_after\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"f\n\x10HeartbeatRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\tlease_ids\x18\x02 \x03(\t\x12+\n\x08\x64uration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\">\n\x11HeartbeatResponse\x12)\n\x06leases\x18\x01 \x03(\x0b\x32\x19.regreen.dataset.v1.Lease\"p\n\x14\x43ommitRolloutRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08lease_id\x18\x02 \x01(\t\x12\x32\n\ntrajectory\x18\x03 \x01(\x0b\x32\x1e.regreen.dataset.v1.Trajectory\"F\n\x15\x43ommitRolloutResponse\x12\x15\n\rtrajectory_id\x18\x01 \x01(\t\x12\x16\n\x0egroup_complete\x18\x02 \x01(\x08\"Z\n\x12\x46\x61ilRolloutRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08lease_id\x18\x02 \x01(\t\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x0f\n\x07release\x18\x04 \x01(\x08\"&\n\x13\x46\x61ilRolloutResponse\x12\x0f\n\x07retried\x18\x01 \x01(\x08\"c\n\x11TakeGroupsRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\r\n\x05\x63ount\x18\x03 \x01(\x05\x12\x0c\n\x04step\x18\x04 \x01(\x03\x12\r\n\x05\x65poch\x18\x05 \x01(\x03\"\x91\x01\n\rCompleteGroup\x12(\n\x05group\x18\x01 \x01(\x0b\x32\x19.regreen.dataset.v1.Group\x12\x34\n\x0ctrajectories\x18\x02 \x03(\x0b\x32\x1e.regreen.dataset.v1.Trajectory\x12\x0c\n\x04lost\x18\x03 \x01(\x05\x12\x12\n\nlost_error\x18\x04 \x01(\t\"G\n\x12TakeGroupsResponse\x12\x31\n\x06groups\x18\x01 \x03(\x0b\x32!.regreen.dataset.v1.CompleteGroup\"g\n\x18\x41\x63knowledgeGroupsRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\tgroup_ids\x18\x02 \x03(\t\x12\x15\n\rcheckpoint_id\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x03\"\x1b\n\x19\x41\x63knowledgeGroupsResponse\"M\n\x10RewindRunRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x15\n\rcheckpoint_id\x18\x03 \x01(\t\"2\n\x11RewindRunResponse\x12\x0e\n\x06groups\x18\x01 \x01(\x05\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\"/\n\x0fGetQueueRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\"\xfa\x01\n\x10GetQueueResponse\x12\x44\n\x08rollouts\x18\x01 \x03(\x0b\x32\x32.regreen.dataset.v1.GetQueueResponse.RolloutsEntry\x12@\n\x06groups\x18\x02 \x03(\x0b\x32\x30.regreen.dataset.v1.GetQueueResponse.GroupsEntry\x1a/\n\rRolloutsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\x1a-\n\x0bGroupsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\x32\x81\x07\n\x13RolloutQueueService\x12\x64\n\rEnqueueGroups\x12(.regreen.dataset.v1.EnqueueGroupsRequest\x1a).regreen.dataset.v1.EnqueueGroupsResponse\x12\x64\n\rLeaseRollouts\x12(.regreen.dataset.v1.LeaseRolloutsRequest\x1a).regreen.dataset.v1.LeaseRolloutsResponse\x12X\n\tHeartbeat\x12$.regreen.dataset.v1.HeartbeatRequest\x1a%.regreen.dataset.v1.HeartbeatResponse\x12\x64\n\rCommitRollout\x12(.regreen.dataset.v1.CommitRolloutRequest\x1a).regreen.dataset.v1.CommitRolloutResponse\x12^\n\x0b\x46\x61ilRollout\x12&.regreen.dataset.v1.FailRolloutRequest\x1a\'.regreen.dataset.v1.FailRolloutResponse\x12[\n\nTakeGroups\x12%.regreen.dataset.v1.TakeGroupsRequest\x1a&.regreen.dataset.v1.TakeGroupsResponse\x12p\n\x11\x41\x63knowledgeGroups\x12,.regreen.dataset.v1.AcknowledgeGroupsRequest\x1a-.regreen.dataset.v1.AcknowledgeGroupsResponse\x12X\n\tRewindRun\x12$.regreen.dataset.v1.RewindRunRequest\x1a%.regreen.dataset.v1.RewindRunResponse\x12U\n\x08GetQueue\x12#.regreen.dataset.v1.GetQueueRequest\x1a$.regreen.dataset.v1.GetQueueResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n.regreen/dataset/v1/rollout_queue_service.proto\x12\x12regreen.dataset.v1\x1a\x1egoogle/protobuf/duration.proto\x1a regreen/dataset/v1/dataset.proto\"U\n\x14\x45nqueueGroupsRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12)\n\x06groups\x18\x02 \x03(\x0b\x32\x19.regreen.dataset.v1.Group\"*\n\x15\x45nqueueGroupsResponse\x12\x11\n\tgroup_ids\x18\x01 \x03(\t\"\x86\x01\n\x14LeaseRolloutsRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12\r\n\x05\x63ount\x18\x03 \x01(\x05\x12\x0e\n\x06run_id\x18\x04 \x01(\t\x12+\n\x08\x64uration\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"q\n\x15LeaseRolloutsResponse\x12)\n\x06leases\x18\x01 \x03(\x0b\x32\x19.regreen.dataset.v1.Lease\x12-\n\npoll_after\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"f\n\x10HeartbeatRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\tlease_ids\x18\x02 \x03(\t\x12+\n\x08\x64uration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\">\n\x11HeartbeatResponse\x12)\n\x06leases\x18\x01 \x03(\x0b\x32\x19.regreen.dataset.v1.Lease\"p\n\x14\x43ommitRolloutRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08lease_id\x18\x02 \x01(\t\x12\x32\n\ntrajectory\x18\x03 \x01(\x0b\x32\x1e.regreen.dataset.v1.Trajectory\"F\n\x15\x43ommitRolloutResponse\x12\x15\n\rtrajectory_id\x18\x01 \x01(\t\x12\x16\n\x0egroup_complete\x18\x02 \x01(\x08\"j\n\x12\x46\x61ilRolloutRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08lease_id\x18\x02 \x01(\t\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x0f\n\x07release\x18\x04 \x01(\x08\x12\x0e\n\x06outage\x18\x05 \x01(\x08\"&\n\x13\x46\x61ilRolloutResponse\x12\x0f\n\x07retried\x18\x01 \x01(\x08\"c\n\x11TakeGroupsRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\r\n\x05\x63ount\x18\x03 \x01(\x05\x12\x0c\n\x04step\x18\x04 \x01(\x03\x12\r\n\x05\x65poch\x18\x05 \x01(\x03\"\x91\x01\n\rCompleteGroup\x12(\n\x05group\x18\x01 \x01(\x0b\x32\x19.regreen.dataset.v1.Group\x12\x34\n\x0ctrajectories\x18\x02 \x03(\x0b\x32\x1e.regreen.dataset.v1.Trajectory\x12\x0c\n\x04lost\x18\x03 \x01(\x05\x12\x12\n\nlost_error\x18\x04 \x01(\t\"G\n\x12TakeGroupsResponse\x12\x31\n\x06groups\x18\x01 \x03(\x0b\x32!.regreen.dataset.v1.CompleteGroup\"g\n\x18\x41\x63knowledgeGroupsRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\tgroup_ids\x18\x02 \x03(\t\x12\x15\n\rcheckpoint_id\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x03\"\x1b\n\x19\x41\x63knowledgeGroupsResponse\"M\n\x10RewindRunRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x15\n\rcheckpoint_id\x18\x03 \x01(\t\"2\n\x11RewindRunResponse\x12\x0e\n\x06groups\x18\x01 \x01(\x05\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\"/\n\x0fGetQueueRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\"\xfa\x01\n\x10GetQueueResponse\x12\x44\n\x08rollouts\x18\x01 \x03(\x0b\x32\x32.regreen.dataset.v1.GetQueueResponse.RolloutsEntry\x12@\n\x06groups\x18\x02 \x03(\x0b\x32\x30.regreen.dataset.v1.GetQueueResponse.GroupsEntry\x1a/\n\rRolloutsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\x1a-\n\x0bGroupsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\x32\x81\x07\n\x13RolloutQueueService\x12\x64\n\rEnqueueGroups\x12(.regreen.dataset.v1.EnqueueGroupsRequest\x1a).regreen.dataset.v1.EnqueueGroupsResponse\x12\x64\n\rLeaseRollouts\x12(.regreen.dataset.v1.LeaseRolloutsRequest\x1a).regreen.dataset.v1.LeaseRolloutsResponse\x12X\n\tHeartbeat\x12$.regreen.dataset.v1.HeartbeatRequest\x1a%.regreen.dataset.v1.HeartbeatResponse\x12\x64\n\rCommitRollout\x12(.regreen.dataset.v1.CommitRolloutRequest\x1a).regreen.dataset.v1.CommitRolloutResponse\x12^\n\x0b\x46\x61ilRollout\x12&.regreen.dataset.v1.FailRolloutRequest\x1a\'.regreen.dataset.v1.FailRolloutResponse\x12[\n\nTakeGroups\x12%.regreen.dataset.v1.TakeGroupsRequest\x1a&.regreen.dataset.v1.TakeGroupsResponse\x12p\n\x11\x41\x63knowledgeGroups\x12,.regreen.dataset.v1.AcknowledgeGroupsRequest\x1a-.regreen.dataset.v1.AcknowledgeGroupsResponse\x12X\n\tRewindRun\x12$.regreen.dataset.v1.RewindRunRequest\x1a%.regreen.dataset.v1.RewindRunResponse\x12U\n\x08GetQueue\x12#.regreen.dataset.v1.GetQueueRequest\x1a$.regreen.dataset.v1.GetQueueResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -54,31 +54,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_COMMITROLLOUTRESPONSE']._serialized_start=801
   _globals['_COMMITROLLOUTRESPONSE']._serialized_end=871
   _globals['_FAILROLLOUTREQUEST']._serialized_start=873
-  _globals['_FAILROLLOUTREQUEST']._serialized_end=963
-  _globals['_FAILROLLOUTRESPONSE']._serialized_start=965
-  _globals['_FAILROLLOUTRESPONSE']._serialized_end=1003
-  _globals['_TAKEGROUPSREQUEST']._serialized_start=1005
-  _globals['_TAKEGROUPSREQUEST']._serialized_end=1104
-  _globals['_COMPLETEGROUP']._serialized_start=1107
-  _globals['_COMPLETEGROUP']._serialized_end=1252
-  _globals['_TAKEGROUPSRESPONSE']._serialized_start=1254
-  _globals['_TAKEGROUPSRESPONSE']._serialized_end=1325
-  _globals['_ACKNOWLEDGEGROUPSREQUEST']._serialized_start=1327
-  _globals['_ACKNOWLEDGEGROUPSREQUEST']._serialized_end=1430
-  _globals['_ACKNOWLEDGEGROUPSRESPONSE']._serialized_start=1432
-  _globals['_ACKNOWLEDGEGROUPSRESPONSE']._serialized_end=1459
-  _globals['_REWINDRUNREQUEST']._serialized_start=1461
-  _globals['_REWINDRUNREQUEST']._serialized_end=1538
-  _globals['_REWINDRUNRESPONSE']._serialized_start=1540
-  _globals['_REWINDRUNRESPONSE']._serialized_end=1590
-  _globals['_GETQUEUEREQUEST']._serialized_start=1592
-  _globals['_GETQUEUEREQUEST']._serialized_end=1639
-  _globals['_GETQUEUERESPONSE']._serialized_start=1642
-  _globals['_GETQUEUERESPONSE']._serialized_end=1892
-  _globals['_GETQUEUERESPONSE_ROLLOUTSENTRY']._serialized_start=1798
-  _globals['_GETQUEUERESPONSE_ROLLOUTSENTRY']._serialized_end=1845
-  _globals['_GETQUEUERESPONSE_GROUPSENTRY']._serialized_start=1847
-  _globals['_GETQUEUERESPONSE_GROUPSENTRY']._serialized_end=1892
-  _globals['_ROLLOUTQUEUESERVICE']._serialized_start=1895
-  _globals['_ROLLOUTQUEUESERVICE']._serialized_end=2792
+  _globals['_FAILROLLOUTREQUEST']._serialized_end=979
+  _globals['_FAILROLLOUTRESPONSE']._serialized_start=981
+  _globals['_FAILROLLOUTRESPONSE']._serialized_end=1019
+  _globals['_TAKEGROUPSREQUEST']._serialized_start=1021
+  _globals['_TAKEGROUPSREQUEST']._serialized_end=1120
+  _globals['_COMPLETEGROUP']._serialized_start=1123
+  _globals['_COMPLETEGROUP']._serialized_end=1268
+  _globals['_TAKEGROUPSRESPONSE']._serialized_start=1270
+  _globals['_TAKEGROUPSRESPONSE']._serialized_end=1341
+  _globals['_ACKNOWLEDGEGROUPSREQUEST']._serialized_start=1343
+  _globals['_ACKNOWLEDGEGROUPSREQUEST']._serialized_end=1446
+  _globals['_ACKNOWLEDGEGROUPSRESPONSE']._serialized_start=1448
+  _globals['_ACKNOWLEDGEGROUPSRESPONSE']._serialized_end=1475
+  _globals['_REWINDRUNREQUEST']._serialized_start=1477
+  _globals['_REWINDRUNREQUEST']._serialized_end=1554
+  _globals['_REWINDRUNRESPONSE']._serialized_start=1556
+  _globals['_REWINDRUNRESPONSE']._serialized_end=1606
+  _globals['_GETQUEUEREQUEST']._serialized_start=1608
+  _globals['_GETQUEUEREQUEST']._serialized_end=1655
+  _globals['_GETQUEUERESPONSE']._serialized_start=1658
+  _globals['_GETQUEUERESPONSE']._serialized_end=1908
+  _globals['_GETQUEUERESPONSE_ROLLOUTSENTRY']._serialized_start=1814
+  _globals['_GETQUEUERESPONSE_ROLLOUTSENTRY']._serialized_end=1861
+  _globals['_GETQUEUERESPONSE_GROUPSENTRY']._serialized_start=1863
+  _globals['_GETQUEUERESPONSE_GROUPSENTRY']._serialized_end=1908
+  _globals['_ROLLOUTQUEUESERVICE']._serialized_start=1911
+  _globals['_ROLLOUTQUEUESERVICE']._serialized_end=2808
 # @@protoc_insertion_point(module_scope)

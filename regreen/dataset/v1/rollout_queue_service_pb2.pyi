@@ -268,6 +268,7 @@ class FailRolloutRequest(_message.Message):
     LEASE_ID_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     RELEASE_FIELD_NUMBER: _builtins.int
+    OUTAGE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Client-chosen id of this request."""
     lease_id: _builtins.str
@@ -276,6 +277,10 @@ class FailRolloutRequest(_message.Message):
     """What went wrong."""
     release: _builtins.bool
     """The worker leaves and nothing went wrong: no attempt is used up and the rollout may be leased at once."""
+    outage: _builtins.bool
+    """What went wrong says nothing about the rollout: a service was away, or a sandbox was ended from outside. An outage
+    is counted in place of an attempt. A lease that runs out is one too. Means nothing where `release` is set.
+    """
     def __init__(
         self,
         *,
@@ -283,10 +288,11 @@ class FailRolloutRequest(_message.Message):
         lease_id: _builtins.str = ...,
         error: _builtins.str = ...,
         release: _builtins.bool = ...,
+        outage: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "lease_id", b"lease_id", "release", b"release", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "lease_id", b"lease_id", "outage", b"outage", "release", b"release", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

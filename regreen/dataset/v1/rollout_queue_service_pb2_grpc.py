@@ -140,7 +140,8 @@ class RolloutQueueServiceServicer:
 
     def FailRollout(self, request, context):
         """Gives a rollout back after an infrastructure failure; it is tried again a bounded number of times, after a pause
-        that grows with each, and is never scored. Idempotent by request_id.
+        that grows with each, and is never scored. Outages have a bound of their own, many times as high. Idempotent by
+        request_id.
 
         Errors:
         - FAILED_PRECONDITION with reason LEASE_EXPIRED: the rollout belongs to another lease.

@@ -71,7 +71,8 @@ class RolloutQueueServiceStub:
     """
     FailRollout: _grpc.UnaryUnaryMultiCallable[_rollout_queue_service_pb2.FailRolloutRequest, _rollout_queue_service_pb2.FailRolloutResponse]
     """Gives a rollout back after an infrastructure failure; it is tried again a bounded number of times, after a pause
-    that grows with each, and is never scored. Idempotent by request_id.
+    that grows with each, and is never scored. Outages have a bound of their own, many times as high. Idempotent by
+    request_id.
 
     Errors:
     - FAILED_PRECONDITION with reason LEASE_EXPIRED: the rollout belongs to another lease.
@@ -157,7 +158,8 @@ class RolloutQueueServiceAsyncStub(RolloutQueueServiceStub):
     """
     FailRollout: _aio.UnaryUnaryMultiCallable[_rollout_queue_service_pb2.FailRolloutRequest, _rollout_queue_service_pb2.FailRolloutResponse]  # type: ignore[assignment]
     """Gives a rollout back after an infrastructure failure; it is tried again a bounded number of times, after a pause
-    that grows with each, and is never scored. Idempotent by request_id.
+    that grows with each, and is never scored. Outages have a bound of their own, many times as high. Idempotent by
+    request_id.
 
     Errors:
     - FAILED_PRECONDITION with reason LEASE_EXPIRED: the rollout belongs to another lease.
@@ -270,7 +272,8 @@ class RolloutQueueServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_rollout_queue_service_pb2.FailRolloutResponse, _abc.Awaitable[_rollout_queue_service_pb2.FailRolloutResponse]]:
         """Gives a rollout back after an infrastructure failure; it is tried again a bounded number of times, after a pause
-        that grows with each, and is never scored. Idempotent by request_id.
+        that grows with each, and is never scored. Outages have a bound of their own, many times as high. Idempotent by
+        request_id.
 
         Errors:
         - FAILED_PRECONDITION with reason LEASE_EXPIRED: the rollout belongs to another lease.

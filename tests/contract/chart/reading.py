@@ -20,9 +20,9 @@ SETTINGS = {
 }
 ELSEWHERE = {
     *("HOME", "OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_TRACES_SAMPLER_ARG"),
-    *("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"),
+    *("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "PGSSLMODE", "PGSSLROOTCERT"),
 }
-"""Variables that are no settings of ours: of the system, of torch, of OpenTelemetry."""
+"""Variables that are no settings of ours: of the system, torch, Postgres and OpenTelemetry."""
 ETC = "/etc/regreen"
 
 
@@ -43,6 +43,7 @@ def mounted(objects: list[dict], pod: dict[str, Any], container: dict[str, Any])
     """Paths of the files that Secrets and ConfigMaps put below `ETC`; those of whole Secrets as
     the docs say them."""
     whole = {"tls": ("ca.crt", "tls.crt", "tls.key"), "tokens": ("tokens.json",)}
+    whole["blobs"] = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION")
     maps = {o["metadata"]["name"]: o["data"] for o in objects if o["kind"] == "ConfigMap"}
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
     for mount in container["volumeMounts"]:

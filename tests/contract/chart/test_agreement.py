@@ -67,7 +67,7 @@ def test_every_service_shows_a_certificate_and_asks_for_tokens(rendered, setting
     front = [c for c in chart.containers(rendered[name]) if c["name"] == "front"]
     (pod,) = [Plan(settings_of(one)).pod_spec() for one in front]
     volumes = [v["secret"]["secretName"] for v in pod["volumes"] if "secret" in v]
-    assert volumes == (["regreen-sandbox-worker-tls"] if on else [])
+    assert volumes == [*(["regreen-sandbox-worker-tls"] if on else []), "regreen-blobs"]
 
 
 def test_large_numbers_reach_the_service_as_they_were_written(rendered, settings_of):

@@ -6,9 +6,10 @@ import pytest
 import yaml
 
 from dataset_svc.settings import DatasetSettings
-from tests.contract.chart.reading import service_of
+from tests.contract.chart.reading import environment, mounted, service_of
 from tests.fixtures import chart
 
+SECRETS = "/etc/regreen/secrets"
 LARGE = yaml.safe_load((chart.ROOT / "infra/k8s/overlays/rl-large/values.yaml").read_text())
 POOL = DatasetSettings.model_fields["pool_size"].default
 
@@ -37,3 +38,25 @@ def test_processes_without_a_scaler_count_with_the_default_pool(
     values = chart.over(chart.values("full"), "dataset.autoscaling.enabled", False)
     values = chart.over(values, "dataset.settings", {})
     assert sized(chart.over(values, "dataset.replicas", processes))[0] == connections
+
+
+@pytest.mark.parametrize("part", ["dataset", "migrate"])
+def test_the_certificate_of_an_operators_database_is_looked_at(rendered, part):
+    (pod,) = [
+        p for o in rendered["full"] for p in chart.pods(o) if p["containers"][0]["name"] == part
+    ]
+    (container,) = pod["containers"]
+    told = environment(container)
+    assert told["PGSSLMODE"] == "verify-full"
+    (mount,) = [m for m in container["volumeMounts"] if m["mountPath"] == SECRETS]
+    assert "subPath" not in mount  # a new authority is read at the next connection
+    assert told["PGSSLROOTCERT"].rpartition("/")[0] == SECRETS
+    assert told["PGSSLROOTCERT"] in mounted(rendered["full"], pod, container)
+    (volume,) = [v for v in pod["volumes"] if v["name"] == mount["name"]]
+    keys = [i["key"] for s in volume["projected"]["sources"] for i in s["secret"]["items"]]
+    assert sorted(keys) == ["ca.crt", "uri"]  # and not the authority's key
+
+
+def test_a_database_by_url_is_looked_at_as_its_url_says(rendered):
+    for container in chart.containers(rendered["small"]):
+        assert not [name for name in environment(container) if name.startswith("PGSSL")]

@@ -15,7 +15,9 @@ from regreen.client.access import Access
 from regreen.client.channel import connect
 from regreen.client.policy import PolicyClient
 from regreen.policy import v1 as pb
-from regreen.rpc.errors import ResourceExhausted, Unavailable
+from regreen.rpc import tenants
+from regreen.rpc.errors import PermissionDenied, ResourceExhausted, Unavailable
+from regreen.rpc.tokens import Caller, acting_as
 from regreen.tokens import TokenFile
 from tests.fixtures.certs import Certs
 from tests.integration.policy.test_policy_service import HELLO, http_client, service
@@ -116,6 +118,63 @@ async def main():
 
 asyncio.run(main())
 """
+
+
+async def test_what_is_sampled_for_a_tenant_is_charged_to_it_by_who_may(tmp_path: Path) -> None:
+    file, quotas = TokenFile(tmp_path / "tokens.json"), tmp_path / "quotas.toml"
+    quotas.write_text("[default]\n[tenants.a]\ntokens_per_day = 8\n")
+    for tenant in ("*", "a", "b"):
+        (tmp_path / f"of-{tenant}").write_text(token(file, "policy:write", tenant))
+    asked = pb.Sampling(max_new_tokens=6)
+    async with service(tmp_path, tokens=file.path, quotas=quotas) as found:
+
+        async def sample(tenant: str, charged: str) -> int:
+            access = Access(token_file=tmp_path / f"of-{tenant}")
+            async with connect(found.server.address, access) as channel:
+                client = PolicyClient(channel, patience_s=0.0)
+                with tenants.charging(charged):
+                    (made,) = (await client.generate([1], sampling=asked)).completions
+                return len(made.token_ids)
+
+        for nobody in ("", "b"):
+            assert await sample("*", nobody)
+        used = await sample("*", "a")
+        assert found.policy.usage._tokens["a"] == used > 2
+        for who in ("*", "a"):  # what is sampled for it and by it is one sum
+            with pytest.raises(ResourceExhausted, match="tokens_per_day of tenant a is 8"):
+                await sample(who, "a")
+        for who, other in (("a", "b"), ("b", "a"), ("a", "*")):
+            with pytest.raises(PermissionDenied, match="may charge no other"):
+                await sample(who, other)
+        bearer = {"authorization": f"Bearer {(tmp_path / 'of-b').read_text()}"}
+        async with http_client(found, **bearer, **{tenants.CHARGED: "a"}) as http:
+            assert (await http.post("chat/completions", json=CHAT)).status_code == 403
+        bearer = {"authorization": f"Bearer {(tmp_path / 'of-*').read_text()}"}
+        async with http_client(found, **bearer, **{tenants.CHARGED: "a"}) as http:
+            assert (await http.post("chat/completions", json=CHAT)).status_code == 429
+        async with http_client(found, **bearer) as http:
+            assert (await http.post("chat/completions", json=CHAT)).status_code == 200
+
+
+async def test_the_judge_samples_for_whom_it_judges(tmp_path: Path) -> None:
+    file, quotas = TokenFile(tmp_path / "tokens.json"), tmp_path / "quotas.toml"
+    quotas.write_text("[tenants.a]\ntokens_per_day = 4\n")
+    (tmp_path / "judge").write_text(token(file, "policy:write", "*"))
+    async with service(tmp_path, tokens=file.path, quotas=quotas) as found:
+        model = PolicyModel(
+            found.server.address, token_file=tmp_path / "judge", max_tokens=5, patience_s=0.0
+        )
+        try:
+            for tenant in ("", "b"):
+                with acting_as(Caller("*", "0123456789ab", tenant)):
+                    assert await model.complete("be brief", "hello", timeout_s=30)
+            with (
+                acting_as(Caller("*", "0123456789ab", "a")),
+                pytest.raises(Unavailable, match="tokens_per_day of tenant a is 4"),
+            ):
+                await model.complete("be brief", "hello", timeout_s=30)
+        finally:
+            await model.close()
 
 
 async def test_generations_at_a_time_have_one_quota_together(tmp_path: Path) -> None:

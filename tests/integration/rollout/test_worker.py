@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 import pytest_asyncio
+from prometheus_client import REGISTRY
 
 from dataset_svc.__main__ import serving
 from dataset_svc.settings import DatasetSettings
@@ -16,7 +17,7 @@ from regreen.rollout.knowledge import Knowledge
 from regreen.rollout.worker import Worker, knowledge_of, worker_pool
 from regreen.rpc.errors import Unavailable
 from tests.integration import dataset_samples as samples
-from tests.integration.rollout.world import PIN, VALIDATE, says
+from tests.integration.rollout.world import PIN, VALIDATE, kill_first_process, says
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -31,6 +32,7 @@ async def dataset(database_url, tmp_path):
         drain_s=0.5,
         fsync=False,
         retry_s=0.05,
+        max_attempts=1,
     )
     async with serving(settings, database_url) as server:
         yield server.address
@@ -118,6 +120,83 @@ async def test_trouble_gives_the_rollout_back_and_scores_nothing(world, dataset)
         assert stats.committed == 0
         assert stats.given_back >= 1
         assert (await counts(stack, run_id)).get("committed", 0) == 0
+
+
+async def rollouts_of(stack, run_id):
+    return list((await stack.parking.list_rollouts(run_id)).rollouts)
+
+
+async def test_a_rollout_of_its_own_failure_is_lost_where_one_attempt_is_all(world, dataset):
+    async with world.playing([], dataset=dataset) as stack:
+        run_id = await enqueue(stack, world, size=1, state_id="st_" + "0" * 32)
+        worker = Worker(stack, Runner(stack, Knowledge()), run_id=run_id)
+        assert (await worker.run(until_idle=True)).given_back == 1
+        (found,) = await rollouts_of(stack, run_id)
+        assert (found.state, found.attempt, found.outages) == ("lost", 1, 0)
+
+
+def generations():
+    """Calls of the policy that have begun in this process."""
+    call = {"grpc_service": "regreen.policy.v1.PolicyService", "grpc_method": "Generate"}
+    return (
+        REGISTRY.get_sample_value("grpc_server_started_total", {"grpc_type": "unary", **call}) or 0
+    )
+
+
+async def delete(stack, sandbox_id):
+    await stack.sandbox.delete_sandbox(sandbox_id)
+
+
+@pytest.mark.parametrize("how", ["killed", "deleted"])
+async def test_a_sandbox_that_others_end_uses_up_no_attempt(world, dataset, how):
+    slow = [{"text": PIN, "turn": 0, "delay_s": 0.1}, {"text": VALIDATE, "turn": 1}]
+    async with world.playing(slow, dataset=dataset) as stack:
+        run_id = await enqueue(stack, world, size=1)
+        before = generations()
+        known = {box.id for box in (await stack.sandbox.list_sandboxes()).sandboxes}
+        async with worker_pool(stack, run_id=run_id, runner=Runner(stack, Knowledge())) as worker:
+            mine: list[str] = []
+
+            async def there():
+                boxes = (await stack.sandbox.list_sandboxes()).sandboxes
+                mine[:] = [box.id for box in boxes if box.id not in known]
+                return bool(mine)
+
+            await until(there, within_s=60)
+
+            async def sampling():
+                return generations() > before
+
+            await until(sampling, within_s=60)  # no command runs that its end would end
+            ends = {"killed": kill_first_process, "deleted": delete}
+            await ends[how](stack, mine[0])
+
+            async def done():
+                return worker.stats.committed == 1
+
+            await until(done, within_s=60)
+        (found,) = await rollouts_of(stack, run_id)
+        assert (found.state, found.attempt, found.outages) == ("committed", 1, 1)
+        assert found.attempts[0].error.startswith("SandboxLost: ")
+
+
+async def test_a_policy_that_is_away_uses_up_no_attempt(world, dataset):
+    async with world.playing(says(PIN, VALIDATE), dataset=dataset) as stack:
+        run_id = await enqueue(stack, world, size=1)
+        found = {**world.endpoints, "policy": "127.0.0.1:1", "dataset": dataset}
+        async with Stack(Endpoints(**found), patience_s=0.2) as without:
+            runner = Runner(without, Knowledge())
+            async with worker_pool(without, run_id=run_id, runner=runner) as worker:
+
+                async def tried():
+                    return worker.stats.given_back >= 3
+
+                await until(tried, within_s=60)
+        stats = await Worker(stack, Runner(stack, Knowledge()), run_id=run_id).run(until_idle=True)
+        assert stats.committed == 1
+        (found,) = await rollouts_of(stack, run_id)
+        assert found.state == "committed"
+        assert found.outages == found.attempt >= 3
 
 
 async def test_a_killed_worker_leaves_its_rollouts_to_another(world, dataset):

@@ -228,6 +228,20 @@ def test_nothing_in_a_setting_is_expanded_and_a_secret_is_only_named():
     assert container["envFrom"] == [{"secretRef": {"name": "aws"}}]
 
 
+def test_credentials_of_a_bucket_that_names_a_folder_are_files_there_and_no_variables():
+    plan = Plan(SandboxSettings(blobs="s3://b/p?secrets=/etc/keys", kube_secret="aws"))
+    spec = plan.pod_spec()
+    (container,) = spec["containers"]
+    assert "envFrom" not in container
+    assert {"name": "blobs", "mountPath": "/etc/keys", "readOnly": True} in container[
+        "volumeMounts"
+    ]
+    volume = {"name": "blobs", "secret": {"secretName": "aws", "defaultMode": 0o440}}
+    assert volume in spec["volumes"]
+    plain = Plan(SandboxSettings(blobs="s3://b/p?secrets=/etc/keys")).pod_spec()
+    assert not [v for v in plain["volumes"] if v["name"] == "blobs"]
+
+
 def test_every_field_of_a_pod_is_one_that_the_client_library_knows():
     core = pytest.importorskip("lightkube.models.core_v1")
     settings = SandboxSettings(

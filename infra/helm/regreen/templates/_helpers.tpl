@@ -110,14 +110,11 @@ resources:
 {{- end }}
 {{- end }}
 
-{{- /* Secrets that are a part's environment: those of its values, then the blob store's, which count where both have a name. */ -}}
+{{- /* Secrets that are a part's environment, of libraries: those of its values. */ -}}
 {{- define "regreen.envFrom" -}}
 {{- $root := index . 0 }}{{ $values := index . 1 }}
 {{- range $values.envFrom }}
 - secretRef: {name: {{ . }}}
-{{- end }}
-{{- if has "blobs" (slice . 2) }}
-{{ include "regreen.blobSecret" $root }}
 {{- end }}
 {{- end }}
 
@@ -229,12 +226,21 @@ livenessProbe:
 {{ default (include "regreen.fullname" $root) $root.Values.security.tls.secretPrefix }}-{{ index . 1 }}-tls
 {{- end }}
 
+{{- /* Credentials of the bucket are files, each named as its variable, that are read anew when they change. */ -}}
 {{- define "regreen.blobSecret" -}}
-- secretRef: {name: {{ required "blobs.secret: name a Secret with the credentials of the blob store" .Values.blobs.secret }}}
+{{ required "blobs.secret: name a Secret with the credentials of the blob store" .Values.blobs.secret }}
 {{- end }}
 
 {{- define "regreen.blobUrl" -}}
-{{ required "blobs.url: give s3://bucket/prefix" .Values.blobs.url }}
+{{ required "blobs.url: give s3://bucket/prefix" .Values.blobs.url }}?secrets=/etc/regreen/blobs
+{{- end }}
+
+{{- define "regreen.blobMounts" -}}
+- {name: blobs, mountPath: /etc/regreen/blobs, readOnly: true}
+{{- end }}
+
+{{- define "regreen.blobVolumes" -}}
+- {name: blobs, secret: {secretName: {{ include "regreen.blobSecret" . }}, defaultMode: 288}}
 {{- end }}
 
 {{- define "regreen.workersNamespace" -}}
@@ -277,7 +283,16 @@ regreen.dev/instance: {{ include "regreen.name" (list . "sandbox") }}
 {{- end }}
 {{- end }}
 
+{{- /* What the client of Postgres is told beside the URL, which CloudNativePG makes without it: to look at the server's certificate and name. */ -}}
+{{- define "regreen.databaseEnv" -}}
+{{- if .Values.postgres.cnpg.enabled }}
+- {name: PGSSLMODE, value: verify-full}
+- {name: PGSSLROOTCERT, value: /etc/regreen/secrets/database_ca.crt}
+{{- end }}
+{{- end }}
+
 {{- define "regreen.secretVolumes" -}}
+{{- $root := index . 0 }}{{ $part := index . 1 }}
 {{- with include "regreen.secretSettings" . | fromJson }}
 - name: secrets
   projected:
@@ -285,6 +300,10 @@ regreen.dev/instance: {{ include "regreen.name" (list . "sandbox") }}
     sources:
       {{- range $name, $ref := . }}
       - secret: {name: {{ $ref.name }}, items: [{key: {{ $ref.key }}, path: {{ $name }}}]}
+      {{- end }}
+      {{- if and (eq $part "dataset") $root.Values.postgres.cnpg.enabled }}
+      # The certificate of its authority alone: the key lies beside it.
+      - secret: {name: {{ include "regreen.name" (list $root "postgres") }}-ca, items: [{key: ca.crt, path: database_ca.crt}]}
       {{- end }}
 {{- end }}
 {{- end }}
