@@ -86,7 +86,7 @@ def estimate_bytes(
     optimizer = math.ceil(per_parameter * trained_parameters(shape, hyperparameters))
     reference = weights if hyperparameters.kl_coefficient > 0 else 0
     width = 2 if masters and has_gpu() else 4
-    per_token = width * (14 * shape.hidden + 6 * shape.intermediate)
+    per_token: float = width * (14 * shape.hidden + 6 * shape.intermediate)
     kept_layers = 2 if hyperparameters.gradient_checkpointing else trained
     if hyperparameters.gradient_checkpointing:
         per_token += width * shape.hidden * shape.layers / kept_layers  # what layers begin with
