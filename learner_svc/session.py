@@ -195,16 +195,17 @@ class Session:
 
     def _restore(self, path: Path, manifest: ckpt.Manifest) -> None:
         engine = self._engine
-        if manifest.state_format != engine.state_format:
+        if manifest.state_format not in engine.reads:
             raise FailedPrecondition(
-                f"{path} holds optimizer state of format {manifest.state_format}, this run writes "
-                f"{engine.state_format}; resume with the same engine, zero_stage and processes"
+                f"{path} holds optimizer state of format {manifest.state_format}, this run reads "
+                f"{' and '.join(engine.reads)}; resume with the same engine, zero_stage and "
+                "processes"
             )
         old = ckpt.OLD_TRAINER in manifest.files
         tensors = read_tensors(path / (ckpt.OLD_TRAINER if old else ckpt.TRAINER))
         torch.set_rng_state(tensors.pop(_RANDOM))
         updates = int(tensors.pop(_UPDATES)[0])
-        if engine.state_format == "adamw":
+        if manifest.state_format == "adamw":
             engine.load_optimizer_state(OptimizerState(updates, tensors))
         else:
             engine.load_state(path / ckpt.ENGINE)

@@ -7,15 +7,20 @@
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from learner_svc.algo.batch import Pack
 from learner_svc.spec import Hyperparameters
+from regreen.rpc.errors import DataLoss
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Of AdamW, by torch's names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +30,19 @@ class OptimizerState:
     updates: int
     tensors: dict[str, Tensor]
     """`exp_avg.<parameter>` and `exp_avg_sq.<parameter>`, f32."""
+
+    def moment(self, kind: str, name: str, shape: Sequence[int]) -> Tensor:
+        """One moment of a parameter, f32.
+
+        Raises:
+            DataLoss: it is missing or has another shape than its parameter.
+        """
+        tensor = self.tensors.get(f"{kind}.{name}")
+        if tensor is None or tensor.shape != torch.Size(shape):
+            raise DataLoss(
+                f"checkpoint has no {kind} for {name}; resume with the same trainable_layers"
+            )
+        return tensor.float()
 
 
 class Engine(Protocol):
@@ -37,6 +55,8 @@ class Engine(Protocol):
     """Whether samples may share prefixes and rows."""
     state_format: str
     """`adamw` = `optimizer_state` is complete; anything else is a format of `save_state`."""
+    reads: tuple[str, ...]
+    """Formats that it goes on from."""
 
     def logprobs(self, pack: Pack) -> Tensor:
         """f32 [R] with gradient."""

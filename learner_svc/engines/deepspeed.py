@@ -1,7 +1,9 @@
 """DeepSpeed: ZeRO 0-3 over any number of processes, on CPU (gloo) and GPU.
 
-- Stage 0 in fp32 keeps an ordinary AdamW, so its checkpoints are the same as the plain engine's;
-  other stages write sharded state in DeepSpeed's own format.
+- Stage 0 in fp32 keeps an ordinary AdamW, and a rank alone has all of stages 1 and 2, so that their
+  checkpoints are the same as the plain engine's, which any number of ranks can go on from. Several
+  ranks, and stage 3, write sharded state in DeepSpeed's own format.
+- Masters are the fp32 weights that were loaded, not what bf16 leaves of them.
 - Losses are shares of a global loss; DeepSpeed averages over ranks, so they are multiplied back.
 - Nothing is compiled unless asked for: torch's AdamW, gloo instead of the shared-memory op. Where
   something is compiled, it lives in a directory of ours, cleared of locks whose owner is gone: a
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor
 
 from learner_svc.algo.batch import Pack
-from learner_svc.engines.base import OptimizerState
+from learner_svc.engines.base import MOMENTS, OptimizerState
 from learner_svc.engines.plain import adamw_state, load_adamw_state
 from learner_svc.model import TrainModel
 from learner_svc.spec import Hyperparameters
@@ -96,17 +98,25 @@ class DeepSpeedEngine:
             self.world_size = int(os.environ["WORLD_SIZE"])
             self._stage = choose_stage(hyperparameters.zero_stage, self.world_size, dtype)
             config = config_for(hyperparameters, dtype, self._stage)
-            trained = [p for p in model.parameters() if p.requires_grad]
+            self._trained = {n: p for n, p in model.model.named_parameters() if p.requires_grad}
+            loaded = {n: p.detach().to("cpu", copy=True) for n, p in self._trained.items()}
             self._engine, *_ = self._deepspeed.initialize(
-                model=model, model_parameters=trained, config=config
+                model=model, model_parameters=list(self._trained.values()), config=config
             )
         self._model = model
         self.packs = model.packs
-        self._trained = {n: p for n, p in model.model.named_parameters() if p.requires_grad}
-        ordinary = self._stage == 0 and dtype == torch.float32
-        self.state_format = (
-            "adamw" if ordinary else f"deepspeed-zero{self._stage}-world{self.world_size}"
+        self._ordinary = self._stage == 0 and dtype == torch.float32
+        own = f"deepspeed-zero{self._stage}-world{self.world_size}"
+        divided = self._stage in (1, 2)
+        whole = self._ordinary or (divided and self.world_size == 1)
+        self.state_format = "adamw" if whole else own
+        self.reads: tuple[str, ...] = (
+            ("adamw",) if self._ordinary else ("adamw", own) if divided else (own,)
         )
+        if divided:
+            for name, parameter in self._trained.items():
+                value = loaded.pop(name).to(parameter.device)
+                self._deepspeed.utils.safe_set_full_fp32_param(parameter, value)
 
     def logprobs(self, pack: Pack) -> Tensor:
         logprobs: Tensor = self._engine(pack)
@@ -131,7 +141,7 @@ class DeepSpeedEngine:
             group["lr"] = learning_rate
         # DeepSpeed reports no norm for an ordinary optimizer; its gradients are whole here.
         grads = [p.grad for p in self._trained.values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads) if self.state_format == "adamw" else None
+        norm = torch.nn.utils.get_total_norm(grads) if self._ordinary else None
         self._engine.step()
         reported = self._engine.get_global_grad_norm() if norm is None else norm
         return float("nan") if reported is None else float(reported)
@@ -151,18 +161,37 @@ class DeepSpeedEngine:
         return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in named}
 
     def optimizer_state(self) -> OptimizerState:
-        self._need_ordinary()
-        return adamw_state(self._engine.optimizer, dict(self._trained))
-
-    def load_optimizer_state(self, state: OptimizerState) -> None:
-        self._need_ordinary()
-        load_adamw_state(self._engine.optimizer, dict(self._trained), state)
-
-    def _need_ordinary(self) -> None:
         if self.state_format != "adamw":
             raise FailedPrecondition(
                 f"the optimizer state of {self.state_format} is sharded; use save_state"
             )
+        if self._ordinary:
+            return adamw_state(self._engine.optimizer, dict(self._trained))
+        states = [state for state in self._engine.optimizer.optimizer.state.values() if state]
+        tensors = {
+            f"{kind}.{name}": parameter._hp_mapping.get_hp_fragment(kind).view(parameter.shape)  # type: ignore[attr-defined]
+            for name, parameter in self._trained.items()
+            for kind in (MOMENTS if states else ())
+        }
+        return OptimizerState(int(states[0]["step"]) if states else 0, tensors)
+
+    def load_optimizer_state(self, state: OptimizerState) -> None:
+        if self._ordinary:
+            load_adamw_state(self._engine.optimizer, dict(self._trained), state)
+            return
+        if not state.updates:
+            return
+        optimizer = self._engine.optimizer
+        for group in optimizer.optimizer.param_groups:
+            for flat in group["params"]:
+                moments = {kind: torch.zeros_like(flat) for kind in MOMENTS}
+                step = torch.tensor(float(state.updates))
+                optimizer.optimizer.state[flat] = {"step": step} | moments
+        optimizer._lazy_init_hp_params_optimizer_state()
+        for name, parameter in self._trained.items():
+            for kind in MOMENTS:
+                value = state.moment(kind, name, parameter.shape).to(parameter.device)
+                self._deepspeed.utils.safe_set_full_optimizer_state(parameter, value, kind)
 
     def save_state(self, directory: Path) -> None:
         with contextlib.redirect_stdout(sys.stderr):

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from learner_svc.algo.batch import Pack
-from learner_svc.engines.base import OptimizerState
+from learner_svc.engines.base import MOMENTS, OptimizerState
 from learner_svc.model import TrainModel
 from learner_svc.spec import Hyperparameters
-from regreen.rpc.errors import DataLoss, FailedPrecondition
+from regreen.rpc.errors import FailedPrecondition
 
 
 class PlainEngine:
@@ -21,6 +21,7 @@ class PlainEngine:
 
     name = "plain"
     state_format = "adamw"
+    reads: tuple[str, ...] = ("adamw",)
     rank = 0
     world_size = 1
 
@@ -138,11 +139,6 @@ def load_adamw_state(
         return
     for name, parameter in parameters.items():
         moments: dict[str, Tensor] = {"step": torch.tensor(float(state.updates))}
-        for kind in ("exp_avg", "exp_avg_sq"):
-            tensor = state.tensors.get(f"{kind}.{name}")
-            if tensor is None or tensor.shape != parameter.shape:
-                raise DataLoss(
-                    f"checkpoint has no {kind} for {name}; resume with the same trainable_layers"
-                )
-            moments[kind] = tensor.to(parameter.device, torch.float32).clone()
+        for kind in MOMENTS:
+            moments[kind] = state.moment(kind, name, parameter.shape).to(parameter.device).clone()
         optimizer.state[parameter] = moments

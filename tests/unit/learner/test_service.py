@@ -172,7 +172,12 @@ async def test_two_ranks_of_deepspeed_match_one_process(
     hyperparameters = Hyperparameters(learning_rate=1e-3, micro_batch_tokens=150)
     spec = RunSpec("run_f", RunKind.GRPO, str(tiny_model), "plain", hyperparameters)
     session = Session(spec, tmp_path / "extensions")
-    expected = [session.step(batch, (), lambda done, total: None)["loss"] for batch in batches]
+    expected = [session.step(batch, (), lambda done, total: None)["loss"] for batch in batches[:2]]
+    alone = session.save(tmp_path / "alone", 0, 1)
+    assert alone is not None
+    last = session.step(batches[2], (), lambda done, total: None)
+    expected.append(last["loss"])
+    norm = last["grad_norm"]
     message = pb.Hyperparameters(learning_rate=1e-3, micro_batch_tokens=150)
     async with learner(tmp_path, processes=2) as (client, _):
         await client.start_run(
@@ -191,6 +196,19 @@ async def test_two_ranks_of_deepspeed_match_one_process(
         manifest = load_manifest(Path(saved.uri))
         assert manifest.state_format == "deepspeed-zero2-world2"
         assert sum(name.startswith("engine/") for name in manifest.files) >= 2
+        await client.stop_run("run_f")
+        grown = await client.start_run(
+            "run_g",
+            pb.RUN_KIND_GRPO,
+            str(tiny_model),
+            engine="deepspeed",
+            hyperparameters=message,
+            resume_uri=str(alone.path),
+        )
+        assert grown.step == 2
+        third = await client.step("run_g", 3, batch=batches[2].to_bytes())
+        assert third.metrics["loss"] == pytest.approx(expected[2], rel=1e-3, abs=1e-6)
+        assert third.metrics["grad_norm"] == pytest.approx(norm, rel=1e-3)
 
 
 async def test_an_estimate_starts_nothing_and_refuses_what_a_start_would(

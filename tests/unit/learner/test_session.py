@@ -107,6 +107,34 @@ def test_zero_stages_train_alike_and_resume(
     resumed = Session(spec, tmp_path / "ext", resume=saved.path)
     assert train(resumed, batches[2:]) == results[2:]
     resumed.close()
+    if stage == 3:  # sharded, in a format of its own
+        return
+    [after] = train(Session(spec_of(tiny_model, "plain"), tmp_path, resume=saved.path), batches[2:])
+    assert after == pytest.approx(results[2], rel=1e-4)
+    halfway = Session(spec_of(tiny_model, "plain"), tmp_path)
+    train(halfway, batches[:2])
+    crossed = halfway.save(tmp_path / "crossed", 0, 3)
+    assert crossed is not None
+    taken_up = Session(spec, tmp_path / "ext", resume=crossed.path)
+    assert train(taken_up, batches[2:]) == [pytest.approx(results[2], rel=1e-4)]
+    taken_up.close()
+
+
+def test_state_that_one_rank_wrote_in_deepspeeds_format_resumes(
+    tiny_model: Path, make_batch: Make, tmp_path: Path
+) -> None:
+    spec = spec_of(tiny_model, "deepspeed", zero_stage=2)
+    session = Session(spec, tmp_path / "ext")
+    train(session, [make_batch()])
+    session._engine.state_format = "deepspeed-zero2-world1"  # as releases before did
+    saved = session.save(tmp_path / "checkpoints", 0, 3)
+    assert saved is not None
+    assert any(name.startswith("engine/") for name in saved.manifest.files)
+    expected = train(session, [make_batch(seed=1), make_batch(seed=2)])
+    session.close()
+    resumed = Session(spec, tmp_path / "ext", resume=saved.path)
+    assert train(resumed, [make_batch(seed=1), make_batch(seed=2)]) == expected
+    resumed.close()
 
 
 def test_the_loss_does_not_depend_on_micro_batches_or_sharing(
@@ -252,6 +280,7 @@ def test_a_batch_of_another_kind_or_vocabulary_is_refused(
         train(session, [bad])
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch, raised inside DeepSpeed
 def test_damage_is_found_before_it_is_believed(
     tiny_model: Path, make_batch: Make, tmp_path: Path
 ) -> None:
@@ -265,8 +294,8 @@ def test_damage_is_found_before_it_is_believed(
         with pytest.raises(DataLoss, match=name):
             Session(spec_of(tiny_model), tmp_path, resume=saved.path)
         (saved.path / name).write_bytes(whole)
-    with pytest.raises(FailedPrecondition, match="deepspeed-zero2"):
-        Session(spec_of(tiny_model, "deepspeed", zero_stage=2), tmp_path, resume=saved.path)
+    with pytest.raises(FailedPrecondition, match="deepspeed-zero3"):
+        Session(spec_of(tiny_model, "deepspeed", zero_stage=3), tmp_path, resume=saved.path)
     (saved.path / "manifest.json").write_text("{")
     with pytest.raises(DataLoss, match=r"manifest\.json"):
         Session(spec_of(tiny_model), tmp_path, resume=saved.path)
