@@ -12,6 +12,7 @@ from pathlib import Path
 from learner_svc import gpus
 from learner_svc.dtypes import computes_in_bf16
 from learner_svc.memory import (
+    Layout,
     ModelShape,
     available_bytes,
     check_fits,
@@ -45,12 +46,15 @@ def estimate(spec: RunSpec, folders: Sequence[Path], processes: int, nodes: int 
     """
     hyperparameters, ranks = spec.hyperparameters, processes * nodes
     half = computes_in_bf16(hyperparameters.dtype)
-    masters = half or hyperparameters.zero_stage > 0 or ranks > 1
-    if spec.engine == "plain":
-        ranks = 1  # it divides nothing
+    layout = Layout(
+        masters=half or hyperparameters.zero_stage > 0 or ranks > 1,
+        ranks=1 if spec.engine == "plain" else ranks,  # it divides nothing
+        on_gpu=gpus.has_gpu(),
+        half=half,
+    )
     shape, available = _shape(folders), _available_bytes(processes)
     return Estimate(
-        memory_bytes=check_fits(shape, hyperparameters, masters, available, ranks),
+        memory_bytes=check_fits(shape, hyperparameters, layout, available),
         available_bytes=available,
         parameters=shape.parameters,
         trainable_parameters=trained_parameters(shape, hyperparameters),

@@ -10,7 +10,6 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from learner_svc.gpus import has_gpu
 from learner_svc.spec import Hyperparameters
 from regreen.rpc.errors import FailedPrecondition, NotFound
 
@@ -67,12 +66,24 @@ def trained_parameters(shape: ModelShape, hyperparameters: Hyperparameters) -> i
     return layers * shape.layer_parameters if layers else shape.parameters
 
 
-def estimate_bytes(
-    shape: ModelShape, hyperparameters: Hyperparameters, masters: bool, ranks: int = 1
-) -> int:
-    """Peak memory of one of `ranks` processes in bytes; `masters` = fp32 copies are kept beside the
-    weights. ZeRO divides moments and masters among ranks from stage 1 on, gradients from 2 on;
-    weights are whole in each while they are loaded, whatever the stage.
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What the ranks of a run keep, and where."""
+
+    masters: bool = False
+    """Whether fp32 copies are kept beside the weights."""
+    ranks: int = 1
+    """How many divide what ZeRO divides."""
+    on_gpu: bool = False
+    half: bool = False
+    """Whether activations are bf16, which counts on a GPU alone."""
+
+
+def estimate_bytes(shape: ModelShape, hyperparameters: Hyperparameters, layout: Layout) -> int:
+    """Peak memory of one rank in bytes.
+
+    ZeRO divides moments and masters among ranks from stage 1 on, gradients from 2 on; weights are
+    whole in each while they are loaded, whatever the stage.
 
     Measured against SmolLM2-135M in fp32: 1,040 packed tokens take 3.6 GB, estimated 3.9 GB; on an
     H200 in bf16: 13,440 take 14.3 GiB, and 131,200 with gradient checkpointing 19.6 GiB, estimated
@@ -80,18 +91,18 @@ def estimate_bytes(
     """
     trained = hyperparameters.trainable_layers or shape.layers
     weights = 4 * shape.parameters
-    stage = hyperparameters.zero_stage if hyperparameters.zero_stage >= 0 else 2 * masters
-    moments, gradients = 8 + (4 if masters else 0), 4
+    stage = hyperparameters.zero_stage if hyperparameters.zero_stage >= 0 else 2 * layout.masters
+    moments, gradients, ranks = 8 + (4 if layout.masters else 0), 4, layout.ranks
     per_parameter = moments / (ranks if stage >= 1 else 1) + gradients / (ranks if stage > 1 else 1)
     optimizer = math.ceil(per_parameter * trained_parameters(shape, hyperparameters))
     reference = weights if hyperparameters.kl_coefficient > 0 else 0
-    width = 2 if masters and has_gpu() else 4
+    width = 2 if layout.on_gpu and layout.half else 4
     per_token: float = width * (14 * shape.hidden + 6 * shape.intermediate)
     kept_layers = 2 if hyperparameters.gradient_checkpointing else trained
     if hyperparameters.gradient_checkpointing:
         per_token += width * shape.hidden * shape.layers / kept_layers  # what layers begin with
     activations = math.ceil(hyperparameters.micro_batch_tokens * per_token * kept_layers)
-    logits = 3 * 4 * logit_rows(on_gpu=has_gpu()) * shape.vocab
+    logits = 3 * 4 * logit_rows(on_gpu=layout.on_gpu) * shape.vocab
     return _PROCESS_BYTES + weights + optimizer + reference + activations + logits
 
 
@@ -117,21 +128,17 @@ def available_bytes() -> int:
 
 
 def check_fits(
-    shape: ModelShape,
-    hyperparameters: Hyperparameters,
-    masters: bool,
-    available: int,
-    ranks: int = 1,
+    shape: ModelShape, hyperparameters: Hyperparameters, layout: Layout, available: int
 ) -> int:
     """The estimate, if it fits.
 
     Raises:
         FailedPrecondition: it does not; says by how much and which settings would fit.
     """
-    needed = estimate_bytes(shape, hyperparameters, masters, ranks)
+    needed = estimate_bytes(shape, hyperparameters, layout)
     if needed <= available:
         return needed
-    advice = _advice(shape, hyperparameters, masters, available, ranks)
+    advice = _advice(shape, hyperparameters, layout, available)
     raise FailedPrecondition(
         f"the run needs about {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are available; "
         f"{advice}",
@@ -140,7 +147,7 @@ def check_fits(
 
 
 def _advice(
-    shape: ModelShape, hyperparameters: Hyperparameters, masters: bool, available: int, ranks: int
+    shape: ModelShape, hyperparameters: Hyperparameters, layout: Layout, available: int
 ) -> str:
     tokens = hyperparameters.micro_batch_tokens
     trials = [
@@ -161,6 +168,6 @@ def _advice(
     together = f"trainable_layers={few} with gradient_checkpointing and micro_batch_tokens=512"
     trials.append((together, small))
     for name, trial in trials:
-        if estimate_bytes(shape, trial, masters, ranks) <= available:
+        if estimate_bytes(shape, trial, layout) <= available:
             return f"it would fit with {name}"
     return "use a smaller model, free memory, or shard over more processes (ZeRO stage 2 or 3)"

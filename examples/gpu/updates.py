@@ -22,11 +22,12 @@ from typing import Any
 import torch
 
 from learner_svc.bench import Shape, make_batch
-from learner_svc.memory import estimate_bytes, model_shape
+from learner_svc.memory import Layout, estimate_bytes, model_shape
 from learner_svc.session import Session
 from learner_svc.spec import Hyperparameters, RunKind, RunSpec
 
 _ROUNDS = 4
+_LAYOUT = Layout(masters=True, on_gpu=True, half=True)
 _SHAPES = (
     *(Shape(1, samples, 400, 80) for samples in (4, 8, 16, 32)),
     *(Shape(1, 8, tokens, 80) for tokens in (1000, 2000, 4000, 8000)),
@@ -60,7 +61,7 @@ def measured(model: Path, home: Path, shape: Shape, **settings: Any) -> dict[str
         "computed": int(metrics["tokens_computed"]),
         "tokens_per_s": round(metrics["tokens"] / statistics.median(seconds[1:])),
         "taken_gb": round(metrics["peak_memory_bytes"] / 2**30, 2),
-        "estimated_gb": round(estimate_bytes(model_shape(model), parameters, True) / 2**30, 2),
+        "estimated_gb": round(estimate_bytes(model_shape(model), parameters, _LAYOUT) / 2**30, 2),
     }
 
 

@@ -99,7 +99,9 @@ class DeepSpeedEngine:
             self._stage = choose_stage(hyperparameters.zero_stage, self.world_size, dtype)
             config = config_for(hyperparameters, dtype, self._stage)
             self._trained = {n: p for n, p in model.model.named_parameters() if p.requires_grad}
-            loaded = {n: p.detach().to("cpu", copy=True) for n, p in self._trained.items()}
+            divided = self._stage in (1, 2)
+            rounded = self._trained if divided and dtype == torch.bfloat16 else {}
+            loaded = {n: p.detach().to("cpu", copy=True) for n, p in rounded.items()}
             self._engine, *_ = self._deepspeed.initialize(
                 model=model, model_parameters=list(self._trained.values()), config=config
             )
@@ -107,16 +109,14 @@ class DeepSpeedEngine:
         self.packs = model.packs
         self._ordinary = self._stage == 0 and dtype == torch.float32
         own = f"deepspeed-zero{self._stage}-world{self.world_size}"
-        divided = self._stage in (1, 2)
         whole = self._ordinary or (divided and self.world_size == 1)
         self.state_format = "adamw" if whole else own
         self.reads: tuple[str, ...] = (
             ("adamw",) if self._ordinary else ("adamw", own) if divided else (own,)
         )
-        if divided:
-            for name, parameter in self._trained.items():
-                value = loaded.pop(name).to(parameter.device)
-                self._deepspeed.utils.safe_set_full_fp32_param(parameter, value)
+        for name, parameter in rounded.items():
+            value = loaded.pop(name).to(parameter.device)
+            self._deepspeed.utils.safe_set_full_fp32_param(parameter, value)
 
     def logprobs(self, pack: Pack) -> Tensor:
         logprobs: Tensor = self._engine(pack)

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from learner_svc.memory import ModelShape, estimate_bytes
+from learner_svc.memory import Layout, ModelShape, estimate_bytes
 from learner_svc.spec import Hyperparameters
 
 SHAPE = ModelShape(
@@ -17,7 +17,8 @@ USUAL = Hyperparameters()
 
 
 def needed(ranks: int, stage: int) -> int:
-    return estimate_bytes(SHAPE, replace(USUAL, zero_stage=stage), masters=True, ranks=ranks)
+    layout = Layout(masters=True, ranks=ranks)
+    return estimate_bytes(SHAPE, replace(USUAL, zero_stage=stage), layout)
 
 
 def test_ranks_divide_what_their_stage_says() -> None:
@@ -33,8 +34,20 @@ def test_checkpointing_keeps_what_each_layer_begins_with() -> None:
     tokens = 100_000
     long = replace(USUAL, micro_batch_tokens=tokens, gradient_checkpointing=True)
     longer = replace(long, micro_batch_tokens=2 * tokens)
-    grown = estimate_bytes(SHAPE, longer, True) - estimate_bytes(SHAPE, long, True)
+    grown = estimate_bytes(SHAPE, longer, Layout()) - estimate_bytes(SHAPE, long, Layout())
     begins = 4 * SHAPE.hidden * SHAPE.layers * tokens
     assert begins < grown < begins + 3 * tokens * 4 * (14 * SHAPE.hidden + 6 * SHAPE.intermediate)
     kept = replace(long, gradient_checkpointing=False)
-    assert estimate_bytes(SHAPE, kept, True) > 3 * estimate_bytes(SHAPE, long, True)
+    assert estimate_bytes(SHAPE, kept, Layout()) > 3 * estimate_bytes(SHAPE, long, Layout())
+
+
+def test_activations_are_halved_by_bf16_on_a_gpu_alone() -> None:
+    many = replace(USUAL, micro_batch_tokens=100_000)
+    on_gpu = Layout(masters=True, ranks=2, on_gpu=True)
+    full, half = (estimate_bytes(SHAPE, many, replace(on_gpu, half=half)) for half in (False, True))
+    activations = 100_000 * 4 * (14 * SHAPE.hidden + 6 * SHAPE.intermediate) * SHAPE.layers
+    assert full - half == activations // 2
+    on_cpu = replace(on_gpu, on_gpu=False)
+    assert estimate_bytes(SHAPE, many, on_cpu) == estimate_bytes(
+        SHAPE, many, replace(on_cpu, half=True)
+    )

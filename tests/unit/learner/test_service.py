@@ -13,7 +13,7 @@ import grpc
 import pytest
 
 from learner_svc.checkpoint import load_manifest
-from learner_svc.memory import check_fits, estimate_bytes, model_shape
+from learner_svc.memory import Layout, check_fits, estimate_bytes, model_shape
 from learner_svc.run import RunsConfig
 from learner_svc.runs import Runs
 from learner_svc.servicer import LearnerServicer
@@ -220,7 +220,7 @@ async def test_an_estimate_starts_nothing_and_refuses_what_a_start_would(
         found = await client.estimate_run(pb.RUN_KIND_GRPO, str(tiny_model), hyperparameters=small)
         shape = model_shape(tiny_model)
         settings = Hyperparameters(trainable_layers=1, micro_batch_tokens=256)
-        assert found.estimated_memory_bytes == estimate_bytes(shape, settings, masters=True)
+        assert found.estimated_memory_bytes == estimate_bytes(shape, settings, Layout(masters=True))
         assert found.available_memory_bytes > found.estimated_memory_bytes
         assert found.parameters == shape.parameters
         assert found.trainable_parameters == shape.layer_parameters
@@ -250,12 +250,12 @@ async def test_an_estimate_starts_nothing_and_refuses_what_a_start_would(
 def test_a_run_that_will_not_fit_is_refused_with_advice(tiny_model: Path) -> None:
     shape = model_shape(tiny_model)
     big = Hyperparameters(micro_batch_tokens=10**6)
-    needed = estimate_bytes(shape, big, masters=False)
+    needed = estimate_bytes(shape, big, Layout())
     with pytest.raises(FailedPrecondition, match="it would fit with micro_batch_tokens=500000"):
-        check_fits(shape, big, False, int(needed * 0.8))
+        check_fits(shape, big, Layout(), int(needed * 0.8))
     with pytest.raises(FailedPrecondition, match="smaller model"):
-        check_fits(shape, big, False, 1 << 20)
-    assert check_fits(shape, big, False, needed) == needed
+        check_fits(shape, big, Layout(), 1 << 20)
+    assert check_fits(shape, big, Layout(), needed) == needed
 
 
 def test_the_service_itself_loads_no_tensor_library():
