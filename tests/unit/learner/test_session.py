@@ -40,6 +40,14 @@ def train(session: Session, batches: list[Batch]) -> list[tuple[float, float]]:
     return done
 
 
+def saved_after(session: Session, root: Path, batches: list[Batch]) -> ckpt.Saved:
+    """Its checkpoint once it has trained on them."""
+    train(session, batches)
+    saved = session.save(root, 0, 3)
+    assert saved is not None
+    return saved
+
+
 def test_progress_counts_the_tokens_of_all_updates_of_a_step(
     tiny_model: Path, make_batch: Make, tmp_path: Path
 ) -> None:
@@ -285,9 +293,7 @@ def test_damage_is_found_before_it_is_believed(
     tiny_model: Path, make_batch: Make, tmp_path: Path
 ) -> None:
     session = Session(spec_of(tiny_model), tmp_path)
-    train(session, [make_batch()])
-    saved = session.save(tmp_path / "checkpoints", 0, 3)
-    assert saved is not None
+    saved = saved_after(session, tmp_path / "checkpoints", [make_batch()])
     for name in ("model.safetensors", "trainer.state"):
         whole = (saved.path / name).read_bytes()
         (saved.path / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
@@ -307,9 +313,7 @@ def test_a_server_finds_weights_alone_and_older_checkpoints_resume(
     tiny_model: Path, make_batch: Make, tmp_path: Path
 ) -> None:
     session = Session(spec_of(tiny_model), tmp_path)
-    train(session, [make_batch()])
-    saved = session.save(tmp_path / "checkpoints", 0, 3)
-    assert saved is not None
+    saved = saved_after(session, tmp_path / "checkpoints", [make_batch()])
     weights = [*saved.path.glob("*.safetensors"), *saved.path.glob("*.bin")]
     assert [path.name for path in weights] == ["model.safetensors"]
     expected = train(session, [make_batch(seed=1), make_batch(seed=2)])

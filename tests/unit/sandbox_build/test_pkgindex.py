@@ -6,9 +6,8 @@ import hashlib
 import json
 import os
 import ssl
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -26,6 +25,7 @@ from regreen.pkgindex import (
 from regreen.rpc.errors import DataLoss, MissingDependency, NotFound, Unavailable
 from sandbox_svc.builders.base import DistFile, Pin
 from sandbox_svc.wheelhouse import DistStore, Wheel, pick
+from tests.fixtures.loopback import listening
 
 BODY = b"wheel bytes"
 SHA = hashlib.sha256(BODY).hexdigest()
@@ -75,15 +75,8 @@ class _Index(BaseHTTPRequestHandler):
 def server() -> Iterator[str]:
     _Index.hits.clear()
     _Index.signed.clear()
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), _Index)
-    thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{httpd.server_port}"
-    finally:
-        httpd.shutdown()
-        thread.join()
-        httpd.server_close()
+    with listening(_Index) as url:
+        yield url
 
 
 @pytest.mark.parametrize("kind", ["json", "html"])
