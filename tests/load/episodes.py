@@ -13,7 +13,7 @@
   drawn within lives, since kills keep the ages of a kind the same throughout. A kind that was not
   seen for half of a third of the time says nothing, which is a fault.
 - The one that was spared throughout may rise by 3 MB over the second half of the run, Postgres by
-  an eighth of its size (`memory`).
+  a sixteenth of its size (`memory`).
 - Of Postgres all processes are weighed, without what they share; it is judged where it is spared,
   since the process of a new connection fills its caches for minutes.
 """

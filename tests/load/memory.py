@@ -19,7 +19,7 @@ GROWN_S = 20.0
 _GROWTH, _GROWTH_BYTES = 1 / 6, 10_000_000
 _STEADY_BYTES = 3_000_000
 """What one process may rise by over the second half of its life."""
-POSTGRES_SHARE = 1 / 8
+POSTGRES_SHARE = 1 / 16
 """What Postgres may, of its size: each of its processes fills its caches for many minutes."""
 _FEW = 20
 """Samples without which no line is drawn."""
