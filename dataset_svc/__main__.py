@@ -24,7 +24,7 @@ from dataset_svc.servicers.trajectories import TrajectoryServicer
 from dataset_svc.servicers.transactions import Transactions
 from dataset_svc.settings import DatasetSettings
 from dataset_svc.store import TrajectoryStore
-from regreen.blobs import open_blobs
+from regreen.blobs import ready_blobs
 from regreen.dataset import v1 as pb
 from regreen.rpc import logging
 from regreen.rpc.errors import InfraError, RegreenError
@@ -52,7 +52,7 @@ SERVICES = tuple(
 async def serving(settings: DatasetSettings, database_url: str) -> AsyncIterator[Server]:
     """The running server over a database whose schema is the newest."""
     database = Database(database_url, pool_size=settings.pool_size)
-    blobs = open_blobs(settings.blobs or settings.home / "blobs", fsync=settings.fsync)
+    blobs = await ready_blobs(settings.blobs or settings.home / "blobs", fsync=settings.fsync)
     wire_bytes = settings.max_message_bytes - _RESPONSE_SLACK_BYTES
     store = TrajectoryStore(database, blobs, wire_bytes, Quotas(settings.quotas))
     transactions = Transactions(database)

@@ -10,7 +10,7 @@ from learner_svc.run import RunsConfig
 from learner_svc.runs import Runs
 from learner_svc.servicer import LearnerServicer
 from learner_svc.settings import LearnerSettings
-from regreen.blobs import open_blobs
+from regreen.blobs import ready_blobs
 from regreen.learner import v1 as pb
 from regreen.rpc import logging
 from regreen.rpc.errors import RegreenError
@@ -32,7 +32,8 @@ async def serve(settings: LearnerSettings) -> None:
         max_restarts=settings.max_restarts,
         silence_s=settings.silence_s,
     )
-    runs = Runs(settings.home, open_blobs(settings.blobs or settings.home / "blobs"), config)
+    blobs = await ready_blobs(settings.blobs or settings.home / "blobs")
+    runs = Runs(settings.home, blobs, config)
     server = Server(settings, (SERVICE,), remember=False)  # its servicer knows what to remember
     servicer = LearnerServicer(runs, settings.engine)
     pb.add_LearnerServiceServicer_to_server(servicer, server.grpc)

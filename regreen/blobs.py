@@ -23,11 +23,25 @@ from typing import Literal, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import zstandard
-from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError
+from obstore.exceptions import (
+    AlreadyExistsError,
+    BaseError,
+    NotFoundError,
+    PermissionDeniedError,
+    UnauthenticatedError,
+)
 from obstore.store import LocalStore, MemoryStore, ObjectStore
 
 from regreen.bucket import open_bucket
-from regreen.rpc.errors import DataLoss, DiskFull, InvalidArgument, NotFound, Unavailable
+from regreen.rpc.errors import (
+    DataLoss,
+    DiskFull,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    Unavailable,
+)
+from regreen.rpc.logging import get
 
 CHUNK_BYTES = 4 << 20
 """Size of the pieces in which blobs are streamed."""
@@ -38,6 +52,9 @@ _PUTS = 64
 """Contents of one `put_many` that are written at once."""
 _COMPRESSORS = threading.local()
 """One for each level and thread: making one takes as long as a small content does."""
+_FIRST_S = 10.0
+"""How long the start of a service waits for the first answer of a bucket."""
+_REFUSALS = (PermissionDeniedError, UnauthenticatedError)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[a-z0-9_-]{1,128}")
 
@@ -158,6 +175,33 @@ def open_blobs(url: str | Path, *, fsync: bool = True) -> "ObjectBlobs":
     )
 
 
+async def ready_blobs(url: str | Path, *, fsync: bool = True) -> "ObjectBlobs":
+    """The store at `url` for a service that starts; a bucket has let it write an empty blob.
+
+    A bucket that does not answer now is waited for by the calls that need it.
+
+    Raises:
+        InvalidArgument: as `open_blobs`.
+        FailedPrecondition: the bucket refuses the credentials, or there is none of that name.
+    """
+    blobs = open_blobs(url, fsync=fsync)
+    if urlsplit(str(url)).scheme != "s3":
+        return blobs
+    try:
+        async with asyncio.timeout(_FIRST_S):
+            await blobs.put(b"")
+    except (NotFound, Unavailable, TimeoutError) as error:
+        cause = error.__cause__
+        if isinstance(error, NotFound) or isinstance(cause, _REFUSALS):
+            bucket = urlsplit(str(url))._replace(query="").geturl()
+            raise FailedPrecondition(
+                f"blobs: {bucket} cannot be written: {_first_line(cause)}; give the name of a "
+                "bucket that is there, and keys that may read, write and list it"
+            ) from error
+        get().warning("the bucket does not answer yet", problem=str(error) or "no answer in time")
+    return blobs
+
+
 def _local(root: Path, fsync: bool) -> "ObjectBlobs":
     root.mkdir(parents=True, exist_ok=True)
     return ObjectBlobs(LocalStore(root.resolve()), sync_root=root.resolve() if fsync else None)
@@ -195,7 +239,7 @@ class ObjectBlobs:
             if await self.exists(digest):
                 return False
             await _translated(self._store.put_async(_key(digest), content), digest)
-        except BaseError as error:
+        except (BaseError, OSError) as error:
             raise _error(error, digest) from error
         return True
 
@@ -296,7 +340,7 @@ class ObjectBlobs:
         except (NotFoundError, FileNotFoundError, ValueError, InvalidArgument):
             return None
         except BaseError as error:
-            raise Unavailable(f"blob store: {error}", retry_after_s=1.0) from error
+            raise _unavailable(error) from error
 
     async def unname(self, name: str) -> None:
         """Have a name stand for nothing; the blob stays."""
@@ -305,7 +349,7 @@ class ObjectBlobs:
         except (NotFoundError, FileNotFoundError):
             return
         except BaseError as error:
-            raise Unavailable(f"blob store: {error}", retry_after_s=1.0) from error
+            raise _unavailable(error) from error
 
     async def _sync(self, digest: Digest) -> None:
         if self._sync_root is not None:
@@ -389,4 +433,15 @@ def _error(error: Exception, digest: Digest) -> Exception:
         return NotFound(f"blob {digest} is not stored")
     if getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error):
         return DiskFull(f"no space left to store blob {digest}", retry_after_s=30.0)
-    return Unavailable(f"blob store: {error}", retry_after_s=1.0)
+    return _unavailable(error)
+
+
+def _unavailable(error: Exception) -> Unavailable:
+    """Refused keys are an outage, too: they are renewed by hand, and no work may be lost till then."""
+    refused = "refuses the credentials: " if isinstance(error, _REFUSALS) else ""
+    return Unavailable(f"blob store: {refused}{_first_line(error)}", retry_after_s=1.0)
+
+
+def _first_line(error: object) -> str:
+    """What obstore says of an error, without the program's structures that follow."""
+    return str(error).partition("\n")[0]

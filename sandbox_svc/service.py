@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
-from regreen.blobs import open_blobs
+from regreen.blobs import ready_blobs
 from regreen.rpc.errors import InvalidArgument, NotFound, RegreenError
 from regreen.rpc.logging import get
 from regreen.rpc.quotas import Quotas
@@ -133,7 +133,7 @@ class SandboxHost:
         parts.push_async_callback(self.egress.close)
         await self.manager.start()
         parts.push_async_callback(self.manager.close)
-        blobs = open_blobs(self.settings.blobs or self.settings.home / "blobs")
+        blobs = await ready_blobs(self.settings.blobs or self.settings.home / "blobs")
         python = PythonBuilder(DistStore(self._dists), self._tools, blobs)
         for builder in (python, SystemBuilder()):
             self._builders.setdefault(builder.name, builder)

@@ -9,7 +9,7 @@ import functools
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
-from regreen.blobs import open_blobs
+from regreen.blobs import ready_blobs
 from regreen.rpc.errors import InvalidArgument, MissingDependency
 from regreen.rpc.quotas import Quotas
 from regreen.rpc.server import Server
@@ -58,7 +58,7 @@ async def serving(settings: SandboxSettings) -> AsyncIterator[Server]:
                 f"no worker was ready within {settings.kube_start_s:.0f} s ({workers.explain()}); "
                 "look at the pods, or wait longer with kube_start_s"
             )
-        blobs = open_blobs(settings.blobs or settings.home / "blobs")
+        blobs = await ready_blobs(settings.blobs or settings.home / "blobs")
         router = Router(
             registry,
             Archive(blobs, home / "moving"),

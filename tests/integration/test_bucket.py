@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from regreen.blobs import open_blobs
+from regreen import blobs as blobs_module
+from regreen.blobs import open_blobs, ready_blobs
 from regreen.bucket import secrets_folder
-from regreen.rpc.errors import InvalidArgument, Unavailable
+from regreen.rpc.errors import FailedPrecondition, InvalidArgument, Unavailable
 from tests.fixtures.bucket import Bucket, bucket
 
 
@@ -50,8 +51,9 @@ async def test_keys_are_read_from_files_and_renewed(server: Bucket, tmp_path: Pa
     assert path.startswith("/regreen/tokens/")
     assert "secrets" not in path
     server.known = {"second"}
-    with pytest.raises(Unavailable):
+    with pytest.raises(Unavailable, match="refuses the credentials") as refused:
         await blobs.get(digest)
+    assert "\n" not in refused.value.message
     (tmp_path / "..data" / "AWS_ACCESS_KEY_ID").write_text("second\n")
     async with asyncio.timeout(10):
         while True:  # keys that were read a moment ago are used once more
@@ -101,3 +103,28 @@ def test_half_a_key_is_refused(server: Bucket, tmp_path: Path) -> None:
         open_blobs(url)
     assert secrets_folder(url) == str(tmp_path)
     assert secrets_folder("s3://regreen/tokens") == ""
+
+
+async def test_a_service_does_not_start_on_a_bucket_that_refuses_it(
+    server: Bucket, tmp_path: Path
+) -> None:
+    url = mounted(tmp_path, server, **KEYS)
+    await ready_blobs(url)
+    server.known = {"second"}
+    with pytest.raises(FailedPrecondition, match="cannot be written.*Forbidden.*give the name"):
+        await ready_blobs(url)
+    server.known, server.absent = {"first"}, {"regreen"}
+    with pytest.raises(FailedPrecondition, match="s3://regreen/tokens cannot.*give the name"):
+        await ready_blobs(url)
+
+
+async def test_a_bucket_that_is_silent_at_the_start_is_asked_again_later(
+    server: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blobs_module, "_FIRST_S", 1.0)
+    url = mounted(tmp_path, server, **KEYS)
+    server.silent = True
+    blobs = await ready_blobs(url)
+    server.silent = False
+    digest = await blobs.put(b"tokens")
+    assert await blobs.get(digest) == b"tokens"
