@@ -437,7 +437,7 @@ def _error(error: Exception, digest: Digest) -> Exception:
 
 
 def _unavailable(error: Exception) -> Unavailable:
-    """Refused keys are an outage, too: they are renewed by hand, and no work may be lost till then."""
+    """Refused keys are an outage, too: work waits until somebody renews them."""
     refused = "refuses the credentials: " if isinstance(error, _REFUSALS) else ""
     return Unavailable(f"blob store: {refused}{_first_line(error)}", retry_after_s=1.0)
 

@@ -111,10 +111,10 @@ async def test_a_service_does_not_start_on_a_bucket_that_refuses_it(
     url = mounted(tmp_path, server, **KEYS)
     await ready_blobs(url)
     server.known = {"second"}
-    with pytest.raises(FailedPrecondition, match="cannot be written.*Forbidden.*give the name"):
+    with pytest.raises(FailedPrecondition, match=r"cannot be written.*Forbidden.*give the name"):
         await ready_blobs(url)
     server.known, server.absent = {"first"}, {"regreen"}
-    with pytest.raises(FailedPrecondition, match="s3://regreen/tokens cannot.*give the name"):
+    with pytest.raises(FailedPrecondition, match=r"s3://regreen/tokens cannot.*give the name"):
         await ready_blobs(url)
 
 
