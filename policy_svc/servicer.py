@@ -57,6 +57,12 @@ class PolicyServicer(pb.PolicyServiceServicer):
             duration=_duration(answer.duration_s),
         )
 
+    async def ListQuotas(
+        self, request: pb.ListQuotasRequest, context: Context
+    ) -> pb.ListQuotasResponse:
+        """List the tokens of today by tenant, and their bounds."""
+        return pb.ListQuotasResponse(quotas=self._policy.usage.uses())
+
     async def RenderChat(
         self, request: pb.RenderChatRequest, context: Context
     ) -> pb.RenderChatResponse:

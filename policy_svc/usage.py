@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, time, timedelta
 from pathlib import Path
 
+from regreen.common.v1 import QuotaUse
 from regreen.rpc.errors import ResourceExhausted
 from regreen.rpc.logging import get
 from regreen.rpc.quotas import Quotas
@@ -61,6 +62,11 @@ class Usage:
             yield hold
         finally:
             self._release(hold, hold.left)
+
+    def uses(self) -> list[QuotaUse]:
+        """What each tenant has had and holds today, and its bound, as the present call sees it."""
+        self._turn()
+        return self._quotas.uses(tokens_per_day=self._tokens + self._held)
 
     def _admit(self, most: int) -> None:
         now, bound = self._turn(), self._quotas.mine().tokens_per_day

@@ -5,7 +5,7 @@
 
 from dataclasses import dataclass
 
-from regreen.rpc.errors import InvalidArgument
+from regreen.rpc.errors import InvalidArgument, ResourceExhausted
 
 _MAX_FORKS = 256
 
@@ -47,4 +47,18 @@ class PoolLimits:
                 f"is {count}, and the service holds {self.max_sandboxes} sandboxes at once, the "
                 "forked one among them",
                 f"give at most {self.max_sandboxes - 1}, or raise the service's max_sandboxes",
+            )
+
+    def check_room(self, live: int, starting: int, count: int) -> None:
+        """Refuse sandboxes that there is no room for now.
+
+        Raises:
+            ResourceExhausted: says when to come again.
+        """
+        if live + starting + count > self.max_sandboxes:
+            raise ResourceExhausted(
+                f"{live} of {self.max_sandboxes} sandboxes are in use and {starting} are starting; "
+                f"there is no room for {count} more",
+                metadata={"limit": str(self.max_sandboxes)},
+                retry_after_s=self.retry_after_s,
             )

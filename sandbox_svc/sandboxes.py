@@ -31,7 +31,7 @@ import structlog
 
 from regreen.allowlist import AllowList
 from regreen.ids import new_id
-from regreen.rpc.errors import NotFound, RegreenError, ResourceExhausted, Unavailable
+from regreen.rpc.errors import NotFound, RegreenError, Unavailable
 from regreen.rpc.quotas import Quotas
 from regreen.rpc.tenants import charged, sees
 from sandbox_svc import metrics
@@ -244,21 +244,18 @@ class Manager:
             self.states.release(state.layers)
             raise
 
+    def by_tenant(self) -> Counter[str]:
+        """How many each tenant has, those that are starting among them."""
+        return Counter(sandbox.tenant for sandbox in self._sandboxes.values()) + self._reserved
+
     @contextlib.contextmanager
     def _reserve(self, count: int) -> Iterator[Callable[[], None]]:
         """Places for sandboxes to come; what it gives is called for each that has come."""
         mine, starting = charged(), self._reserved.total()
         if mine:
-            held = sum(sandbox.tenant == mine for sandbox in self._sandboxes.values())
-            would_be = held + self._reserved[mine] + count
+            would_be = self.by_tenant()[mine] + count
             self._quotas.check("sandboxes", would_be, retry_after_s=self.pool.retry_after_s)
-        if len(self._sandboxes) + starting + count > self.pool.max_sandboxes:
-            raise ResourceExhausted(
-                f"{len(self._sandboxes)} of {self.pool.max_sandboxes} sandboxes are in use and "
-                f"{starting} are starting; there is no room for {count} more",
-                metadata={"limit": str(self.pool.max_sandboxes)},
-                retry_after_s=self.pool.retry_after_s,
-            )
+        self.pool.check_room(len(self._sandboxes), starting, count)
         self._reserved[mine] += count
         open_places = count
 

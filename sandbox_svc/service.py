@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from regreen.blobs import ready_blobs
+from regreen.common.v1 import QuotaUse
 from regreen.rpc.errors import InvalidArgument, NotFound, RegreenError
 from regreen.rpc.logging import get
 from regreen.rpc.quotas import Quotas
@@ -74,7 +75,7 @@ class SandboxHost:
         self.settings = settings
         self.runtime = runtime or make_runtime(settings)
         home = settings.home / "sandbox"
-        quotas = Quotas(settings.quotas)
+        quotas = self._quotas = Quotas(settings.quotas)
         self.states = StateStore(home, self.runtime, quotas=quotas)
         self.egress = egress or settings.make_egress()
         self.manager = Manager(
@@ -158,6 +159,11 @@ class SandboxHost:
         await self.upkeep.start()
         metrics.ACTIVE.set_function(self.manager.count)
         metrics.STATES.set_function(lambda: len(self.states.every()))
+
+    def uses(self) -> list[QuotaUse]:
+        """What tenants have of what their quotas bound, as the present call sees it."""
+        has, state_bytes = self.manager.by_tenant(), self.states.owners.bytes_by_tenant()
+        return self._quotas.uses(sandboxes=has, state_bytes=state_bytes)
 
     def _workers(self) -> Workers | None:
         """What shares the tests of a validation among forks, if that is asked for."""

@@ -401,6 +401,12 @@ class SandboxServicer(_Servicer, pb.SandboxServiceServicer):
             interpreters=await asyncio.to_thread(self._host.interpreters),
         )
 
+    async def ListQuotas(
+        self, request: pb.ListQuotasRequest, context: Context
+    ) -> pb.ListQuotasResponse:
+        """List sandboxes and bytes of States by tenant, and their bounds."""
+        return pb.ListQuotasResponse(quotas=self._host.uses())
+
 
 def _ended(result: ExecResult) -> pb.CommandResult:
     metrics.EXEC_SECONDS.labels(result.reason.value).observe(result.wall_s)

@@ -61,6 +61,10 @@ class Holdings(UserDict[str, T]):
             if not self._bytes[tenant]:
                 del self._bytes[tenant]
 
+    def bytes_by_tenant(self) -> Mapping[str, int]:
+        """What each tenant holds in all."""
+        return self._bytes
+
     def bytes_of(self, tenant: str) -> int:
         """What a tenant holds in all."""
         return self._bytes[tenant]
@@ -75,6 +79,10 @@ class Owners:
         """`rewrite` puts a record in the place of another, under the lock."""
         self._states, self._quotas = states, quotas
         self._rewriting, self._rewrite = rewriting, rewrite
+
+    def bytes_by_tenant(self) -> Mapping[str, int]:
+        """Bytes of the States of each tenant."""
+        return self._states.bytes_by_tenant()
 
     def admit(self, size_bytes: int = 1) -> None:
         """Refuse a call whose tenant may not have so much more.

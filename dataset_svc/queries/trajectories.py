@@ -196,11 +196,11 @@ async def prepare(session: AsyncSession, quotas: Quotas, tenants: Iterable[str])
     return Room(quotas, dict(row[1] or {}))
 
 
-async def kept_bytes(session: AsyncSession, tenants: Iterable[str]) -> dict[str, int]:
-    """What is kept of these tenants' trajectories, as it is now."""
-    theirs = select(TenantUse.tenant, TenantUse.trajectory_bytes).where(
-        TenantUse.tenant.in_(set(tenants))
-    )
+async def kept_bytes(session: AsyncSession, tenants: Iterable[str] | None = None) -> dict[str, int]:
+    """What is kept of these tenants' trajectories, or of all that have some, as it is now."""
+    theirs = select(TenantUse.tenant, TenantUse.trajectory_bytes)
+    if tenants is not None:
+        theirs = theirs.where(TenantUse.tenant.in_(set(tenants)))
     return {row.tenant: row.trajectory_bytes for row in await session.execute(theirs)}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dataset_svc import measures, translate
-from dataset_svc.queries import retention
+from dataset_svc.queries import retention, trajectories
 from dataset_svc.queries.retention import PruneRule
 from dataset_svc.records import TrajectoryRecord
 from dataset_svc.servicers.transactions import Transactions
@@ -77,6 +77,11 @@ class ArchiveServicer(pb.ArchiveServiceServicer):
         if not request.dry_run:
             measures.PRUNED.inc(answer.pruned)
         return answer
+
+    async def ListQuotas(self, request: pb.ListQuotasRequest, context: Any) -> Any:
+        """List what is kept of each tenant's trajectories, and its bound."""
+        kept = await self._transactions.read("ListQuotas", trajectories.kept_bytes)
+        return pb.ListQuotasResponse(quotas=self._store.quotas.uses(trajectory_bytes=kept))
 
     async def GetTrajectoryStats(self, request: pb.GetTrajectoryStatsRequest, context: Any) -> Any:
         """Count trajectories."""

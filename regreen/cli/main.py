@@ -34,6 +34,7 @@ GROUPS = {
     "train": "Train a policy.",
     "runs": "Look at runs and resume them.",
     "traj": "Look at trajectories.",
+    "quotas": "Look at what tenants have of what their quotas bound.",
     "tokens": "Make, list and revoke the tokens of callers.",
     "certs": "Make and renew certificates of services and clients.",
 }

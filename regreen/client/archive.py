@@ -9,6 +9,7 @@ import grpc
 
 from regreen.client.channel import READ_S, WRITE_S, Caller, call_metadata, new_request_id
 from regreen.client.sandbox import duration
+from regreen.common.v1 import QuotaUse
 from regreen.dataset import v1 as pb
 from regreen.rpc.wire import from_rpc_error
 
@@ -73,3 +74,10 @@ class ArchiveClient(Caller):
             self._stub.GetTrajectoryStats, pb.GetTrajectoryStatsRequest(run_id=run_id), READ_S
         )
         return answer
+
+    async def list_quotas(self) -> list[QuotaUse]:
+        """What tenants have of what their quotas bound there, and the bounds."""
+        response: pb.ListQuotasResponse = await self._call(
+            self._stub.ListQuotas, pb.ListQuotasRequest(), READ_S
+        )
+        return list(response.quotas)

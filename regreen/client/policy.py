@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import grpc
 
 from regreen.client.channel import READ_S, WRITE_S, Caller, new_request_id
+from regreen.common.v1 import QuotaUse
 from regreen.policy import v1 as pb
 
 
@@ -99,6 +100,13 @@ class PolicyClient(Caller):
             self._stub.GetPolicy, pb.GetPolicyRequest(), READ_S
         )
         return response
+
+    async def list_quotas(self) -> list[QuotaUse]:
+        """What tenants have of what their quotas bound there, and the bounds."""
+        response: pb.ListQuotasResponse = await self._call(
+            self._stub.ListQuotas, pb.ListQuotasRequest(), READ_S
+        )
+        return list(response.quotas)
 
     async def abort_generation(
         self, generate_request_id: str = "", *, all: bool = False, request_id: str = ""

@@ -10,7 +10,7 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 
 from regreen.client.channel import READ_S, WRITE_S, Caller, call_metadata, new_request_id, stream
-from regreen.common.v1 import FileChange
+from regreen.common.v1 import FileChange, QuotaUse
 from regreen.sandbox import v1 as pb
 
 _SLACK_S = 30.0
@@ -368,3 +368,10 @@ class SandboxClient(Caller):
             self._stub.GetCapabilities, pb.GetCapabilitiesRequest(), WRITE_S
         )
         return response
+
+    async def list_quotas(self) -> list[QuotaUse]:
+        """What tenants have of what their quotas bound there, and the bounds."""
+        response: pb.ListQuotasResponse = await self._call(
+            self._stub.ListQuotas, pb.ListQuotasRequest(), READ_S
+        )
+        return list(response.quotas)

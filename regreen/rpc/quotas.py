@@ -11,9 +11,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from regreen.common.v1 import QuotaUse
 from regreen.rpc.errors import FailedPrecondition, ResourceExhausted
 from regreen.rpc.logging import get
-from regreen.rpc.tenants import charged
+from regreen.rpc.tenants import charged, own
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +117,20 @@ class Quotas:
                 metadata={"quota": name, "limit": str(bound)},
                 retry_after_s=retry_after_s,
             )
+
+    def uses(self, **used: Mapping[str, int]) -> list[QuotaUse]:
+        """What each tenant has that the present call sees, and its bounds.
+
+        `used` is by the names of `Quota`, and by tenant.
+        """
+        self._renew()
+        known = {own()} if own() else self._tenants.keys() | set().union(*used.values())
+        return [
+            QuotaUse(tenant=tenant, quota=name, used=has.get(tenant, 0), bound=bound)
+            for tenant in sorted(known - {""})
+            for name, has in used.items()
+            for bound in (getattr(self.of(tenant), name),)
+        ]
 
     def _renew(self) -> None:
         stamp = self._stamp()

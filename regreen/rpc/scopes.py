@@ -20,7 +20,8 @@ _TABLE = {
         "admin": "DeleteState",
     },
     "sandbox.v1.SandboxService": {
-        "read": "GetSandbox ListSandboxes ReadFile ListFiles FindText Diff GetCapabilities",
+        "read": "GetSandbox ListSandboxes ReadFile ListFiles FindText Diff GetCapabilities "
+        "ListQuotas",
         "write": "CreateSandbox DeleteSandbox ForkSandbox SnapshotSandbox RestoreSandbox KeepAlive "
         "Exec Run WriteFile Validate",
     },
@@ -40,7 +41,7 @@ _TABLE = {
         "write": "CommitTrajectory",
     },
     "dataset.v1.ArchiveService": {
-        "read": "GetTrajectoryStats",
+        "read": "GetTrajectoryStats ListQuotas",
         "write": "CommitTrajectories",
         "admin": "PruneTrajectories",
     },
@@ -62,7 +63,7 @@ _TABLE = {
         "write": "CreateRun UpdateRun RecordMetrics RecordCheckpoint",
     },
     "policy.v1.PolicyService": {
-        "read": "RenderChat Tokenize GetPolicy",
+        "read": "RenderChat Tokenize GetPolicy ListQuotas",
         "write": "Generate AbortGeneration",
         "admin": "LoadVersion Pause Resume",
     },

@@ -11,9 +11,10 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
 
+from regreen.common.v1 import QuotaUse
 from regreen.rpc.errors import Unavailable
 from regreen.rpc.quotas import Quotas
-from regreen.rpc.tenants import charged
+from regreen.rpc.tenants import charged, own
 from sandbox_svc.fleet.registry import Registry, pages
 
 _RETRY_S = 2.0
@@ -50,7 +51,7 @@ class Bounds:
             yield
             return
         if self._has(mine) + count > bound:
-            await self._look(mine)
+            await self._look(self._registry.sandboxes_of(mine))
         self._quotas.check("sandboxes", self._has(mine) + count, retry_after_s=_RETRY_S)
         self._starting[mine] += count
         try:
@@ -58,12 +59,17 @@ class Bounds:
         finally:
             self._starting[mine] -= count
 
+    async def uses(self) -> list[QuotaUse]:
+        """What tenants have, and their bounds, as the present call sees it."""
+        await self._look(self._registry.sandboxes_of(own()))
+        has = self._registry.sandboxes_by_tenant() + self._starting
+        return self._quotas.uses(sandboxes=has, state_bytes=self._registry.bytes_by_tenant())
+
     def _has(self, tenant: str) -> int:
         return len(self._registry.sandboxes_of(tenant)) + self._starting[tenant]
 
-    async def _look(self, tenant: str) -> None:
-        """Forget the caller's sandboxes that have ended on workers that can be asked."""
-        known = self._registry.sandboxes_of(tenant)
+    async def _look(self, known: set[str]) -> None:
+        """Forget those of the caller's sandboxes that have ended on workers that can be asked."""
         for worker in list(self._registry.ready.values()):
             with contextlib.suppress(Unavailable):
                 listed = pages(worker, "SandboxService/ListSandboxes", "sandboxes")

@@ -70,6 +70,7 @@ class Front:
             "StateService/DeleteState": self._delete_state,
             "SandboxService/DeleteSandbox": self._delete_sandbox,
             "SandboxService/GetCapabilities": self._capabilities,
+            "SandboxService/ListQuotas": self._list_quotas,
             "EgressService/ListEgress": self._list_egress,
         }
 
@@ -344,6 +345,12 @@ class Front:
         if not answers:
             raise self._registry.none_ready()
         return merged_capabilities([answer for _, answer in answers])
+
+    async def _list_quotas(
+        self, request: pb.ListQuotasRequest, context: Context
+    ) -> pb.ListQuotasResponse:
+        """What tenants have in the whole fleet, and their bounds."""
+        return pb.ListQuotasResponse(quotas=await self._bounds.uses())
 
     def _learn(self, worker: Worker, response: Any) -> None:
         """Take note of the states and sandboxes in an answer."""

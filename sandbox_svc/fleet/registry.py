@@ -15,8 +15,8 @@
 import asyncio
 import contextlib
 import time
-from collections import OrderedDict
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -261,9 +261,21 @@ class Registry:
         """Bytes of the states that a tenant has on workers."""
         return self._held.bytes_of(tenant)
 
+    def bytes_by_tenant(self) -> Mapping[str, int]:
+        """Bytes of the states that each tenant has on workers."""
+        return self._held.bytes_by_tenant()
+
     def sandboxes_of(self, tenant: str) -> set[str]:
-        """Sandboxes that a tenant is known to have; some may have ended."""
-        return {id_ for id_, place in self._sandboxes.items() if place.tenants == (tenant,)}
+        """Sandboxes that a tenant is known to have; all where it is empty. Some may have ended."""
+        return {
+            id_
+            for id_, place in self._sandboxes.items()
+            if not tenant or place.tenants == (tenant,)
+        }
+
+    def sandboxes_by_tenant(self) -> Counter[str]:
+        """How many sandboxes each tenant is known to have."""
+        return Counter(tenant for place in self._sandboxes.values() for tenant in place.tenants)
 
     def placed_on(self, worker: str, sandboxes: Iterable[str]) -> set[str]:
         """Those sandboxes that live on a worker."""

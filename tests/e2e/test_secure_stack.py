@@ -47,6 +47,8 @@ def test_the_commands_of_the_home_are_let_in(secure: Local) -> None:
         ("commands", "holds"),
         ("judge", "holds"),
     ]
+    quotas = secure.cli("quotas", "list", "--json")
+    assert (quotas.returncode, quotas.stdout, quotas.stderr) == (0, "", ""), "no tenant has any"
     text = (secure.home / "client.token").read_text().strip().split("_", 2)[2]
     for path in [*(secure.home / "logs").iterdir(), secure.home / "run" / "stack.json"]:
         assert text not in path.read_text(errors="replace")

@@ -21,6 +21,7 @@ from dataset_svc.__main__ import serving
 from dataset_svc.settings import DatasetSettings
 from dataset_svc.walls import WALLED
 from regreen.client.access import Access
+from regreen.client.archive import ArchiveClient
 from regreen.client.channel import connect
 from regreen.dataset import v1 as pb
 from regreen.ids import new_id
@@ -217,6 +218,7 @@ UNNAMED: dict[str, Any] = {
     ),
     "TrajectoryService/ExportTrajectories": pb.ExportTrajectoriesRequest(),
     "ArchiveService/GetTrajectoryStats": pb.GetTrajectoryStatsRequest(),
+    "ArchiveService/ListQuotas": pb.ListQuotasRequest(),
     "KnowledgeService/SearchKnowledge": asked(),
     "ArchiveService/PruneTrajectories": pb.PruneTrajectoriesRequest(older_than=Duration(seconds=0)),
 }
@@ -266,6 +268,10 @@ async def test_another_tenants_is_as_if_it_were_not_there(walled):
         if method.endswith("Stats"):
             assert not any(counted.values for counted in answer.counts.values())
             answer.ClearField("counts")
+        if method.endswith("ListQuotas"):
+            (use,) = answer.quotas
+            assert (use.tenant.partition("-")[0], use.used) == ("theirs", 0)
+            answer.ClearField("quotas")
         assert not answer or not answer.ByteSize(), (method, answer)
     assert rows(walled.url) == before, "nothing was changed, and nothing removed"
     for method, request in UNNAMED.items():
@@ -363,6 +369,10 @@ async def test_what_is_kept_is_bounded_and_pruning_gives_it_back(database_url, t
         with pytest.raises(ResourceExhausted, match="quota trajectory_bytes of tenant ours") as no:
             await ours.queue.commit_rollout(second.id, large)
         assert no.value.metadata["quota"] == "trajectory_bytes"
+        (mine,) = await ArchiveClient(channels["ours"]).list_quotas()
+        assert mine.tenant.startswith("ours")
+        assert (mine.quota, mine.bound) == ("trajectory_bytes", 100000)
+        assert 0 < mine.used < 100000
         for method, request in (
             ("TrajectoryService/CommitTrajectory", pb.CommitTrajectoryRequest(trajectory=large)),
             ("ArchiveService/CommitTrajectories", pb.CommitTrajectoriesRequest(trajectory=large)),

@@ -308,3 +308,41 @@ class FileChange(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FileChange: _TypeAlias = FileChange  # noqa: Y015
+
+@_typing.final
+class QuotaUse(_message.Message):
+    """What a tenant has of what a quota bounds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    QUOTA_FIELD_NUMBER: _builtins.int
+    USED_FIELD_NUMBER: _builtins.int
+    BOUND_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    """Whose it is."""
+    quota: _builtins.str
+    """`sandboxes`, `state_bytes`, `trajectory_bytes` or `tokens_per_day`."""
+    used: _builtins.int
+    """What it has now: sandboxes that run and start; bytes; tokens since midnight, UTC, with those that running
+    generations may still sample.
+    """
+    bound: _builtins.int
+    """What it may have at most; not set where there is no bound."""
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        quota: _builtins.str = ...,
+        used: _builtins.int = ...,
+        bound: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_bound", b"_bound", "bound", b"bound"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bound", b"_bound", "bound", b"bound", "quota", b"quota", "tenant", b"tenant", "used", b"used"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__bound: _TypeAlias = _typing.Literal["bound"]  # noqa: Y015
+    _WhichOneofArgType__bound: _TypeAlias = _typing.Literal["_bound", b"_bound"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__bound) -> _WhichOneofReturnType__bound | None: ...
+
+Global___QuotaUse: _TypeAlias = QuotaUse  # noqa: Y015

@@ -23,10 +23,11 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
+from regreen.common.v1 import common_pb2 as regreen_dot_common_dot_v1_dot_common__pb2
 from regreen.dataset.v1 import dataset_pb2 as regreen_dot_dataset_dot_v1_dot_dataset__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(regreen/dataset/v1/archive_service.proto\x12\x12regreen.dataset.v1\x1a\x1egoogle/protobuf/duration.proto\x1a regreen/dataset/v1/dataset.proto\"O\n\x19\x43ommitTrajectoriesRequest\x12\x32\n\ntrajectory\x18\x01 \x01(\x0b\x32\x1e.regreen.dataset.v1.Trajectory\"?\n\x1a\x43ommitTrajectoriesResponse\x12\x0e\n\x06stored\x18\x01 \x01(\x03\x12\x11\n\tunchanged\x18\x02 \x01(\x03\"\xce\x01\n\x18PruneTrajectoriesRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12-\n\nolder_than\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06run_id\x18\x03 \x01(\t\x12\x13\n\x0bkeep_solved\x18\x04 \x01(\x08\x12\x14\n\x0ckeep_flagged\x18\x05 \x01(\x08\x12\x14\n\x0ckeep_experts\x18\x06 \x01(\x08\x12\r\n\x05limit\x18\x07 \x01(\x05\x12\x0f\n\x07\x64ry_run\x18\x08 \x01(\x08\"N\n\x19PruneTrajectoriesResponse\x12\x0e\n\x06pruned\x18\x01 \x01(\x03\x12\x13\n\x0btoken_bytes\x18\x02 \x01(\x03\x12\x0c\n\x04more\x18\x03 \x01(\x08\"+\n\x19GetTrajectoryStatsRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"\xcc\x01\n\x1aGetTrajectoryStatsResponse\x12\r\n\x05total\x18\x01 \x01(\x03\x12J\n\x06\x63ounts\x18\x02 \x03(\x0b\x32:.regreen.dataset.v1.GetTrajectoryStatsResponse.CountsEntry\x1aS\n\x0b\x43ountsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x33\n\x05value\x18\x02 \x01(\x0b\x32$.regreen.dataset.v1.TrajectoryCounts:\x02\x38\x01\"\x83\x01\n\x10TrajectoryCounts\x12@\n\x06values\x18\x01 \x03(\x0b\x32\x30.regreen.dataset.v1.TrajectoryCounts.ValuesEntry\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x32\xee\x02\n\x0e\x41rchiveService\x12u\n\x12\x43ommitTrajectories\x12-.regreen.dataset.v1.CommitTrajectoriesRequest\x1a..regreen.dataset.v1.CommitTrajectoriesResponse(\x01\x12p\n\x11PruneTrajectories\x12,.regreen.dataset.v1.PruneTrajectoriesRequest\x1a-.regreen.dataset.v1.PruneTrajectoriesResponse\x12s\n\x12GetTrajectoryStats\x12-.regreen.dataset.v1.GetTrajectoryStatsRequest\x1a..regreen.dataset.v1.GetTrajectoryStatsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(regreen/dataset/v1/archive_service.proto\x12\x12regreen.dataset.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1eregreen/common/v1/common.proto\x1a regreen/dataset/v1/dataset.proto\"O\n\x19\x43ommitTrajectoriesRequest\x12\x32\n\ntrajectory\x18\x01 \x01(\x0b\x32\x1e.regreen.dataset.v1.Trajectory\"?\n\x1a\x43ommitTrajectoriesResponse\x12\x0e\n\x06stored\x18\x01 \x01(\x03\x12\x11\n\tunchanged\x18\x02 \x01(\x03\"\xce\x01\n\x18PruneTrajectoriesRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12-\n\nolder_than\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06run_id\x18\x03 \x01(\t\x12\x13\n\x0bkeep_solved\x18\x04 \x01(\x08\x12\x14\n\x0ckeep_flagged\x18\x05 \x01(\x08\x12\x14\n\x0ckeep_experts\x18\x06 \x01(\x08\x12\r\n\x05limit\x18\x07 \x01(\x05\x12\x0f\n\x07\x64ry_run\x18\x08 \x01(\x08\"N\n\x19PruneTrajectoriesResponse\x12\x0e\n\x06pruned\x18\x01 \x01(\x03\x12\x13\n\x0btoken_bytes\x18\x02 \x01(\x03\x12\x0c\n\x04more\x18\x03 \x01(\x08\"+\n\x19GetTrajectoryStatsRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"\xcc\x01\n\x1aGetTrajectoryStatsResponse\x12\r\n\x05total\x18\x01 \x01(\x03\x12J\n\x06\x63ounts\x18\x02 \x03(\x0b\x32:.regreen.dataset.v1.GetTrajectoryStatsResponse.CountsEntry\x1aS\n\x0b\x43ountsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x33\n\x05value\x18\x02 \x01(\x0b\x32$.regreen.dataset.v1.TrajectoryCounts:\x02\x38\x01\"\x83\x01\n\x10TrajectoryCounts\x12@\n\x06values\x18\x01 \x03(\x0b\x32\x30.regreen.dataset.v1.TrajectoryCounts.ValuesEntry\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"\x13\n\x11ListQuotasRequest\"A\n\x12ListQuotasResponse\x12+\n\x06quotas\x18\x01 \x03(\x0b\x32\x1b.regreen.common.v1.QuotaUse2\xcb\x03\n\x0e\x41rchiveService\x12u\n\x12\x43ommitTrajectories\x12-.regreen.dataset.v1.CommitTrajectoriesRequest\x1a..regreen.dataset.v1.CommitTrajectoriesResponse(\x01\x12p\n\x11PruneTrajectories\x12,.regreen.dataset.v1.PruneTrajectoriesRequest\x1a-.regreen.dataset.v1.PruneTrajectoriesResponse\x12s\n\x12GetTrajectoryStats\x12-.regreen.dataset.v1.GetTrajectoryStatsRequest\x1a..regreen.dataset.v1.GetTrajectoryStatsResponse\x12[\n\nListQuotas\x12%.regreen.dataset.v1.ListQuotasRequest\x1a&.regreen.dataset.v1.ListQuotasResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,24 +38,28 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETTRAJECTORYSTATSRESPONSE_COUNTSENTRY']._serialized_options = b'8\001'
   _globals['_TRAJECTORYCOUNTS_VALUESENTRY']._loaded_options = None
   _globals['_TRAJECTORYCOUNTS_VALUESENTRY']._serialized_options = b'8\001'
-  _globals['_COMMITTRAJECTORIESREQUEST']._serialized_start=130
-  _globals['_COMMITTRAJECTORIESREQUEST']._serialized_end=209
-  _globals['_COMMITTRAJECTORIESRESPONSE']._serialized_start=211
-  _globals['_COMMITTRAJECTORIESRESPONSE']._serialized_end=274
-  _globals['_PRUNETRAJECTORIESREQUEST']._serialized_start=277
-  _globals['_PRUNETRAJECTORIESREQUEST']._serialized_end=483
-  _globals['_PRUNETRAJECTORIESRESPONSE']._serialized_start=485
-  _globals['_PRUNETRAJECTORIESRESPONSE']._serialized_end=563
-  _globals['_GETTRAJECTORYSTATSREQUEST']._serialized_start=565
-  _globals['_GETTRAJECTORYSTATSREQUEST']._serialized_end=608
-  _globals['_GETTRAJECTORYSTATSRESPONSE']._serialized_start=611
-  _globals['_GETTRAJECTORYSTATSRESPONSE']._serialized_end=815
-  _globals['_GETTRAJECTORYSTATSRESPONSE_COUNTSENTRY']._serialized_start=732
-  _globals['_GETTRAJECTORYSTATSRESPONSE_COUNTSENTRY']._serialized_end=815
-  _globals['_TRAJECTORYCOUNTS']._serialized_start=818
-  _globals['_TRAJECTORYCOUNTS']._serialized_end=949
-  _globals['_TRAJECTORYCOUNTS_VALUESENTRY']._serialized_start=904
-  _globals['_TRAJECTORYCOUNTS_VALUESENTRY']._serialized_end=949
-  _globals['_ARCHIVESERVICE']._serialized_start=952
-  _globals['_ARCHIVESERVICE']._serialized_end=1318
+  _globals['_COMMITTRAJECTORIESREQUEST']._serialized_start=162
+  _globals['_COMMITTRAJECTORIESREQUEST']._serialized_end=241
+  _globals['_COMMITTRAJECTORIESRESPONSE']._serialized_start=243
+  _globals['_COMMITTRAJECTORIESRESPONSE']._serialized_end=306
+  _globals['_PRUNETRAJECTORIESREQUEST']._serialized_start=309
+  _globals['_PRUNETRAJECTORIESREQUEST']._serialized_end=515
+  _globals['_PRUNETRAJECTORIESRESPONSE']._serialized_start=517
+  _globals['_PRUNETRAJECTORIESRESPONSE']._serialized_end=595
+  _globals['_GETTRAJECTORYSTATSREQUEST']._serialized_start=597
+  _globals['_GETTRAJECTORYSTATSREQUEST']._serialized_end=640
+  _globals['_GETTRAJECTORYSTATSRESPONSE']._serialized_start=643
+  _globals['_GETTRAJECTORYSTATSRESPONSE']._serialized_end=847
+  _globals['_GETTRAJECTORYSTATSRESPONSE_COUNTSENTRY']._serialized_start=764
+  _globals['_GETTRAJECTORYSTATSRESPONSE_COUNTSENTRY']._serialized_end=847
+  _globals['_TRAJECTORYCOUNTS']._serialized_start=850
+  _globals['_TRAJECTORYCOUNTS']._serialized_end=981
+  _globals['_TRAJECTORYCOUNTS_VALUESENTRY']._serialized_start=936
+  _globals['_TRAJECTORYCOUNTS_VALUESENTRY']._serialized_end=981
+  _globals['_LISTQUOTASREQUEST']._serialized_start=983
+  _globals['_LISTQUOTASREQUEST']._serialized_end=1002
+  _globals['_LISTQUOTASRESPONSE']._serialized_start=1004
+  _globals['_LISTQUOTASRESPONSE']._serialized_end=1069
+  _globals['_ARCHIVESERVICE']._serialized_start=1072
+  _globals['_ARCHIVESERVICE']._serialized_end=1531
 # @@protoc_insertion_point(module_scope)

@@ -50,6 +50,11 @@ class ArchiveServiceStub:
                 request_serializer=regreen_dot_dataset_dot_v1_dot_archive__service__pb2.GetTrajectoryStatsRequest.SerializeToString,
                 response_deserializer=regreen_dot_dataset_dot_v1_dot_archive__service__pb2.GetTrajectoryStatsResponse.FromString,
                 _registered_method=True)
+        self.ListQuotas = channel.unary_unary(
+                '/regreen.dataset.v1.ArchiveService/ListQuotas',
+                request_serializer=regreen_dot_dataset_dot_v1_dot_archive__service__pb2.ListQuotasRequest.SerializeToString,
+                response_deserializer=regreen_dot_dataset_dot_v1_dot_archive__service__pb2.ListQuotasResponse.FromString,
+                _registered_method=True)
 
 
 class ArchiveServiceServicer:
@@ -94,6 +99,14 @@ class ArchiveServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListQuotas(self, request, context):
+        """Lists what tenants have of what their quotas bound here: bytes of trajectories. A tenant sees its own; the
+        platform's own tokens see every tenant that has something or is named in the file of quotas.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ArchiveServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -111,6 +124,11 @@ def add_ArchiveServiceServicer_to_server(servicer, server):
                     servicer.GetTrajectoryStats,
                     request_deserializer=regreen_dot_dataset_dot_v1_dot_archive__service__pb2.GetTrajectoryStatsRequest.FromString,
                     response_serializer=regreen_dot_dataset_dot_v1_dot_archive__service__pb2.GetTrajectoryStatsResponse.SerializeToString,
+            ),
+            'ListQuotas': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListQuotas,
+                    request_deserializer=regreen_dot_dataset_dot_v1_dot_archive__service__pb2.ListQuotasRequest.FromString,
+                    response_serializer=regreen_dot_dataset_dot_v1_dot_archive__service__pb2.ListQuotasResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -195,6 +213,33 @@ class ArchiveService:
             '/regreen.dataset.v1.ArchiveService/GetTrajectoryStats',
             regreen_dot_dataset_dot_v1_dot_archive__service__pb2.GetTrajectoryStatsRequest.SerializeToString,
             regreen_dot_dataset_dot_v1_dot_archive__service__pb2.GetTrajectoryStatsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListQuotas(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/regreen.dataset.v1.ArchiveService/ListQuotas',
+            regreen_dot_dataset_dot_v1_dot_archive__service__pb2.ListQuotasRequest.SerializeToString,
+            regreen_dot_dataset_dot_v1_dot_archive__service__pb2.ListQuotasResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -59,6 +59,10 @@ class ArchiveServiceStub:
     Errors:
     - INVALID_ARGUMENT: a bad run id.
     """
+    ListQuotas: _grpc.UnaryUnaryMultiCallable[_archive_service_pb2.ListQuotasRequest, _archive_service_pb2.ListQuotasResponse]
+    """Lists what tenants have of what their quotas bound here: bytes of trajectories. A tenant sees its own; the
+    platform's own tokens see every tenant that has something or is named in the file of quotas.
+    """
 
 @_typing.type_check_only
 class ArchiveServiceAsyncStub(ArchiveServiceStub):
@@ -90,6 +94,10 @@ class ArchiveServiceAsyncStub(ArchiveServiceStub):
 
     Errors:
     - INVALID_ARGUMENT: a bad run id.
+    """
+    ListQuotas: _aio.UnaryUnaryMultiCallable[_archive_service_pb2.ListQuotasRequest, _archive_service_pb2.ListQuotasResponse]  # type: ignore[assignment]
+    """Lists what tenants have of what their quotas bound here: bytes of trajectories. A tenant sees its own; the
+    platform's own tokens see every tenant that has something or is named in the file of quotas.
     """
 
 class ArchiveServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -137,6 +145,16 @@ class ArchiveServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors:
         - INVALID_ARGUMENT: a bad run id.
+        """
+
+    @_abc_1.abstractmethod
+    def ListQuotas(
+        self,
+        request: _archive_service_pb2.ListQuotasRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_archive_service_pb2.ListQuotasResponse, _abc.Awaitable[_archive_service_pb2.ListQuotasResponse]]:
+        """Lists what tenants have of what their quotas bound here: bytes of trajectories. A tenant sees its own; the
+        platform's own tokens see every tenant that has something or is named in the file of quotas.
         """
 
 def add_ArchiveServiceServicer_to_server(servicer: ArchiveServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

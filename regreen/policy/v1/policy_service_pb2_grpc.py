@@ -75,6 +75,11 @@ class PolicyServiceStub:
                 request_serializer=regreen_dot_policy_dot_v1_dot_policy__service__pb2.AbortGenerationRequest.SerializeToString,
                 response_deserializer=regreen_dot_policy_dot_v1_dot_policy__service__pb2.AbortGenerationResponse.FromString,
                 _registered_method=True)
+        self.ListQuotas = channel.unary_unary(
+                '/regreen.policy.v1.PolicyService/ListQuotas',
+                request_serializer=regreen_dot_policy_dot_v1_dot_policy__service__pb2.ListQuotasRequest.SerializeToString,
+                response_deserializer=regreen_dot_policy_dot_v1_dot_policy__service__pb2.ListQuotasResponse.FromString,
+                _registered_method=True)
 
 
 class PolicyServiceServicer:
@@ -169,6 +174,14 @@ class PolicyServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListQuotas(self, request, context):
+        """Lists what tenants have of what their quotas bound here: this replica's tokens of today. A tenant sees its own; the
+        platform's own tokens see every tenant that has something or is named in the file of quotas.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PolicyServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -211,6 +224,11 @@ def add_PolicyServiceServicer_to_server(servicer, server):
                     servicer.AbortGeneration,
                     request_deserializer=regreen_dot_policy_dot_v1_dot_policy__service__pb2.AbortGenerationRequest.FromString,
                     response_serializer=regreen_dot_policy_dot_v1_dot_policy__service__pb2.AbortGenerationResponse.SerializeToString,
+            ),
+            'ListQuotas': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListQuotas,
+                    request_deserializer=regreen_dot_policy_dot_v1_dot_policy__service__pb2.ListQuotasRequest.FromString,
+                    response_serializer=regreen_dot_policy_dot_v1_dot_policy__service__pb2.ListQuotasResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -430,6 +448,33 @@ class PolicyService:
             '/regreen.policy.v1.PolicyService/AbortGeneration',
             regreen_dot_policy_dot_v1_dot_policy__service__pb2.AbortGenerationRequest.SerializeToString,
             regreen_dot_policy_dot_v1_dot_policy__service__pb2.AbortGenerationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListQuotas(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/regreen.policy.v1.PolicyService/ListQuotas',
+            regreen_dot_policy_dot_v1_dot_policy__service__pb2.ListQuotasRequest.SerializeToString,
+            regreen_dot_policy_dot_v1_dot_policy__service__pb2.ListQuotasResponse.FromString,
             options,
             channel_credentials,
             insecure,

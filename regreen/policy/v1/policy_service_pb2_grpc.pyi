@@ -89,6 +89,10 @@ class PolicyServiceStub:
     Errors:
     - NOT_FOUND: no such request is running.
     """
+    ListQuotas: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.ListQuotasRequest, _policy_service_pb2.ListQuotasResponse]
+    """Lists what tenants have of what their quotas bound here: this replica's tokens of today. A tenant sees its own; the
+    platform's own tokens see every tenant that has something or is named in the file of quotas.
+    """
 
 @_typing.type_check_only
 class PolicyServiceAsyncStub(PolicyServiceStub):
@@ -150,6 +154,10 @@ class PolicyServiceAsyncStub(PolicyServiceStub):
 
     Errors:
     - NOT_FOUND: no such request is running.
+    """
+    ListQuotas: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.ListQuotasRequest, _policy_service_pb2.ListQuotasResponse]  # type: ignore[assignment]
+    """Lists what tenants have of what their quotas bound here: this replica's tokens of today. A tenant sees its own; the
+    platform's own tokens see every tenant that has something or is named in the file of quotas.
     """
 
 class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -257,6 +265,16 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors:
         - NOT_FOUND: no such request is running.
+        """
+
+    @_abc_1.abstractmethod
+    def ListQuotas(
+        self,
+        request: _policy_service_pb2.ListQuotasRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_policy_service_pb2.ListQuotasResponse, _abc.Awaitable[_policy_service_pb2.ListQuotasResponse]]:
+        """Lists what tenants have of what their quotas bound here: this replica's tokens of today. A tenant sees its own; the
+        platform's own tokens see every tenant that has something or is named in the file of quotas.
         """
 
 def add_PolicyServiceServicer_to_server(servicer: PolicyServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -120,6 +120,11 @@ class SandboxServiceStub:
                 request_serializer=regreen_dot_sandbox_dot_v1_dot_sandbox__service__pb2.GetCapabilitiesRequest.SerializeToString,
                 response_deserializer=regreen_dot_sandbox_dot_v1_dot_sandbox__service__pb2.GetCapabilitiesResponse.FromString,
                 _registered_method=True)
+        self.ListQuotas = channel.unary_unary(
+                '/regreen.sandbox.v1.SandboxService/ListQuotas',
+                request_serializer=regreen_dot_sandbox_dot_v1_dot_sandbox__service__pb2.ListQuotasRequest.SerializeToString,
+                response_deserializer=regreen_dot_sandbox_dot_v1_dot_sandbox__service__pb2.ListQuotasResponse.FromString,
+                _registered_method=True)
 
 
 class SandboxServiceServicer:
@@ -321,6 +326,14 @@ class SandboxServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListQuotas(self, request, context):
+        """Lists what tenants have of what their quotas bound here: sandboxes and bytes of States. A tenant sees its own; the
+        platform's own tokens see every tenant that has something or is named in the file of quotas.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SandboxServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -408,6 +421,11 @@ def add_SandboxServiceServicer_to_server(servicer, server):
                     servicer.GetCapabilities,
                     request_deserializer=regreen_dot_sandbox_dot_v1_dot_sandbox__service__pb2.GetCapabilitiesRequest.FromString,
                     response_serializer=regreen_dot_sandbox_dot_v1_dot_sandbox__service__pb2.GetCapabilitiesResponse.SerializeToString,
+            ),
+            'ListQuotas': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListQuotas,
+                    request_deserializer=regreen_dot_sandbox_dot_v1_dot_sandbox__service__pb2.ListQuotasRequest.FromString,
+                    response_serializer=regreen_dot_sandbox_dot_v1_dot_sandbox__service__pb2.ListQuotasResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -870,6 +888,33 @@ class SandboxService:
             '/regreen.sandbox.v1.SandboxService/GetCapabilities',
             regreen_dot_sandbox_dot_v1_dot_sandbox__service__pb2.GetCapabilitiesRequest.SerializeToString,
             regreen_dot_sandbox_dot_v1_dot_sandbox__service__pb2.GetCapabilitiesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListQuotas(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/regreen.sandbox.v1.SandboxService/ListQuotas',
+            regreen_dot_sandbox_dot_v1_dot_sandbox__service__pb2.ListQuotasRequest.SerializeToString,
+            regreen_dot_sandbox_dot_v1_dot_sandbox__service__pb2.ListQuotasResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -160,6 +160,10 @@ class SandboxServiceStub:
     Errors:
     - none.
     """
+    ListQuotas: _grpc.UnaryUnaryMultiCallable[_sandbox_service_pb2.ListQuotasRequest, _sandbox_service_pb2.ListQuotasResponse]
+    """Lists what tenants have of what their quotas bound here: sandboxes and bytes of States. A tenant sees its own; the
+    platform's own tokens see every tenant that has something or is named in the file of quotas.
+    """
 
 @_typing.type_check_only
 class SandboxServiceAsyncStub(SandboxServiceStub):
@@ -292,6 +296,10 @@ class SandboxServiceAsyncStub(SandboxServiceStub):
 
     Errors:
     - none.
+    """
+    ListQuotas: _aio.UnaryUnaryMultiCallable[_sandbox_service_pb2.ListQuotasRequest, _sandbox_service_pb2.ListQuotasResponse]  # type: ignore[assignment]
+    """Lists what tenants have of what their quotas bound here: sandboxes and bytes of States. A tenant sees its own; the
+    platform's own tokens see every tenant that has something or is named in the file of quotas.
     """
 
 class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -524,6 +532,16 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors:
         - none.
+        """
+
+    @_abc_1.abstractmethod
+    def ListQuotas(
+        self,
+        request: _sandbox_service_pb2.ListQuotasRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_sandbox_service_pb2.ListQuotasResponse, _abc.Awaitable[_sandbox_service_pb2.ListQuotasResponse]]:
+        """Lists what tenants have of what their quotas bound here: sandboxes and bytes of States. A tenant sees its own; the
+        platform's own tokens see every tenant that has something or is named in the file of quotas.
         """
 
 def add_SandboxServiceServicer_to_server(servicer: SandboxServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

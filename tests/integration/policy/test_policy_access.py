@@ -136,10 +136,18 @@ async def test_what_is_sampled_for_a_tenant_is_charged_to_it_by_who_may(tmp_path
                     (made,) = (await client.generate([1], sampling=asked)).completions
                 return len(made.token_ids)
 
+        async def seen(tenant: str) -> dict[str, tuple[int, int]]:
+            access = Access(token_file=tmp_path / f"of-{tenant}")
+            async with connect(found.server.address, access) as channel:
+                listed = await PolicyClient(channel, patience_s=0.0).list_quotas()
+                return {use.tenant: (use.used, use.bound) for use in listed}
+
         for nobody in ("", "b"):
             assert await sample("*", nobody)
         used = await sample("*", "a")
         assert found.policy.usage._tokens["a"] == used > 2
+        assert await seen("a") == {"a": (used, 8)}
+        assert (await seen("*")).keys() == {"a", "b"}
         for who in ("*", "a"):  # what is sampled for it and by it is one sum
             with pytest.raises(ResourceExhausted, match="tokens_per_day of tenant a is 8"):
                 await sample(who, "a")

@@ -75,8 +75,8 @@ LISTS = {
 """Methods guarded by the list that they read from: it holds the caller's own."""
 MAKES = {"StateService/PrepareState", "StateService/ImportState", "ImageService/ImportImage"}
 """Methods that name nothing; what they make is the caller's, see the tests of each."""
-OPEN = {"SandboxService/GetCapabilities"}
-"""Methods that tell of the service alone."""
+OPEN = {"SandboxService/GetCapabilities", "SandboxService/ListQuotas"}
+"""Methods that tell of the service or the caller's tenant alone."""
 
 
 @dataclass
@@ -179,3 +179,12 @@ async def attack(attacker: Person, victim: Person) -> None:
     for name, entries in LISTS.items():
         listed = getattr(await attacker.call(name, {}), entries)
         assert not {item.id for item in listed} & set(victim.named.values()), name
+
+
+async def uses(asker: Any, quota: str) -> dict[str, tuple[int, int | None]]:
+    """What tenants have of what a quota bounds, and the bound, as `asker` sees it."""
+    return {
+        use.tenant: (use.used, use.bound if use.HasField("bound") else None)
+        for use in await asker.sandboxes.list_quotas()
+        if use.quota == quota
+    }

@@ -13,7 +13,7 @@ from regreen.rpc.tenants import HEADER
 from regreen.sandbox import v1 as pb
 from sandbox_svc.fleet.calls import METHODS
 from tests.integration.sandbox import attacking
-from tests.integration.sandbox.attacking import People, attack, service, settle
+from tests.integration.sandbox.attacking import People, attack, service, settle, uses
 from tests.integration.sandbox.overlay import OverlayBuilder, prepared
 
 QUOTAS = "[default]\n[tenants.a]\n{}\n"
@@ -185,7 +185,12 @@ async def test_a_tenant_has_no_more_sandboxes_than_its_quota(world):
         await a.sandboxes.create_sandbox(state.id)
     for _ in range(3):
         await b.sandboxes.create_sandbox(state.id)
+    assert await uses(a, "sandboxes") == {"a": (2, 2)}
+    assert await uses(b, "sandboxes") == {"b": (3, None)}
+    assert await uses(people["all"], "sandboxes") == {"a": (2, 2), "b": (3, None)}
+    assert (await uses(b, "state_bytes"))["b"][0] > 0
     await a.sandboxes.delete_sandbox(first.id)
+    assert await uses(a, "sandboxes") == {"a": (1, 2)}
     await a.sandboxes.create_sandbox(state.id)
 
 

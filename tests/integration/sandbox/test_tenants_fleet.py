@@ -21,7 +21,7 @@ from sandbox_svc.fleet.front import Front
 from sandbox_svc.fleet.registry import Registry
 from sandbox_svc.fleet.router import Router
 from sandbox_svc.settings import SandboxSettings
-from tests.integration.sandbox.attacking import People, attack, service, settle
+from tests.integration.sandbox.attacking import People, attack, service, settle, uses
 from tests.integration.sandbox.overlay import OverlayBuilder, prepared
 
 QUOTAS = "[tenants.a]\nsandboxes = 2\nstate_bytes = 100_000_000\n"
@@ -138,6 +138,9 @@ async def test_a_front_keeps_quotas_over_all_workers(world):
         boxes = [box for box in made if not isinstance(box, BaseException)]
         refused = [error for error in made if isinstance(error, ResourceExhausted)]
         assert (len(boxes), len(refused)) == (2, 2)
+        assert await uses(a, "sandboxes") == {"a": (2, 2)}
+        assert await uses(b, "sandboxes") == {"b": (0, None)}
+        assert (await uses(people["all"], "state_bytes")).keys() == {"a", "b"}
         assert "quota sandboxes of tenant a is 2" in str(refused[0])
         with pytest.raises(ResourceExhausted, match="quota sandboxes"):
             await a.sandboxes.fork_sandbox(boxes[0].id, 1)

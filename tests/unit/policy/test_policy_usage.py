@@ -57,6 +57,8 @@ def test_what_runs_at_a_time_is_bounded_together(tmp_path, quotas):
         with pytest.raises(ResourceExhausted, match=r"6 of the 10 .* are held") as caught:
             generate(usage, 5)
         assert caught.value.retry_after_s == 1.0
+        (use,) = usage.uses()
+        assert (use.tenant, use.quota, use.used, use.bound) == ("a", "tokens_per_day", 6, 10)
         first.count(2)  # counted as it is shown: 4 are held now
         with usage.held(4), pytest.raises(ResourceExhausted):
             generate(usage, 1)

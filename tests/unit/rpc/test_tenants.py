@@ -86,6 +86,29 @@ def test_a_bad_file_is_refused_by_the_key(tmp_path, text, said):
     assert said in caught.value.message
 
 
+def test_uses_are_of_what_a_call_sees(as_tenant, tmp_path):
+    path = tmp_path / "quotas.toml"
+    path.write_text(FILE)
+    quotas = Quotas(path)
+    has = {"": 7, "small": 2, "other": 1}
+
+    def seen(who):
+        as_tenant(who)
+        uses = quotas.uses(sandboxes=has, tokens_per_day={"large": 5})
+        return [
+            (use.tenant, use.quota, use.used, use.bound if use.HasField("bound") else None)
+            for use in uses
+        ]
+
+    small = [("small", "sandboxes", 2, 2), ("small", "tokens_per_day", 0, None)]
+    large = [("large", "sandboxes", 0, 64), ("large", "tokens_per_day", 5, 1000)]
+    other = [("other", "sandboxes", 1, 2), ("other", "tokens_per_day", 0, None)]
+    assert seen(tenants.EVERY) == large + other + small
+    assert seen("small") == small
+    assert seen("large") == large
+    assert seen("new") == [("new", "sandboxes", 0, 2), ("new", "tokens_per_day", 0, None)]
+
+
 def test_bytes_that_are_no_text_are_refused(tmp_path):
     path = tmp_path / "quotas.toml"
     path.write_bytes(b"\xff\xfe")
