@@ -1,7 +1,7 @@
 # One SGLang replica for `python -m policy_svc --engine sglang` (docs/services/policy.md). Needs an NVIDIA GPU.
 # SGLang has an image of its own because its pins of torch and transformers fit no other environment (docs/decisions/0010).
 #
-#   docker build -t regreen-sglang -f infra/docker/sglang.Dockerfile infra/docker
+#   make images NAMES=sglang
 #   docker run --gpus all --shm-size 16g -p 30000:30000 -v "$MODEL":/model:ro -v "$HOME_OF_REGREEN":"$HOME_OF_REGREEN":ro regreen-sglang
 #
 # /model holds the weights of the folder that the policy's `model` names. The learner's home is mounted under its own path, since
@@ -13,7 +13,9 @@ ARG BASE_IMAGE=lmsysorg/sglang:v0.5.23
 FROM ${BASE_IMAGE}
 
 # The base runs as root; the server needs only a user with a name and a home for the caches of compiled kernels.
-RUN useradd --create-home --uid 10001 regreen
+COPY infra/docker/sbom.py /tmp/
+RUN useradd --create-home --uid 10001 regreen && mkdir -p /opt/regreen \
+  && python3 /tmp/sbom.py regreen-sglang >/opt/regreen/sbom.json && rm /tmp/sbom.py
 USER regreen
 ENV HOME=/home/regreen
 WORKDIR /home/regreen

@@ -22,7 +22,7 @@ build() { # NAME BASE FILE...
 }
 if [ "${names[*]}" != sglang ]; then build base "${BASE_IMAGE:-debian:bookworm-slim}"; fi
 for name in "${names[@]}"; do
-  if [ "$name" = sglang ]; then build sglang "${SGLANG_IMAGE:-lmsysorg/sglang:v0.5.23}"; continue; fi
+  if [ "$name" = sglang ]; then build sglang "${SGLANG_IMAGE:-lmsysorg/sglang:v0.5.23}" infra/docker/sbom.py; continue; fi
   files=$(.venv/bin/python infra/scripts/wheelhouse.py "$name")
   mapfile -t wheels <<<"$files"
   source=("${name}_svc"); [ "$name" != rollout ] || source=()
