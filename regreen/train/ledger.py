@@ -62,8 +62,6 @@ class Position:
     """Optimizer steps that the learner has done."""
     weights: Weights
     """Those of that step."""
-    ahead: Weights | None = None
-    """What the policy should serve instead: of a later step, published and not in a checkpoint."""
 
 
 @dataclass(slots=True)
@@ -83,8 +81,8 @@ class Ledger:
     _extra: int = field(default=0, init=False)
     """Version numbers that were left to other weights."""
 
-    async def resume(self) -> Position:
-        """Bring queue and learner to the last checkpoint.
+    async def resume(self, *, serve: bool = False) -> Position:
+        """Bring queue and learner to the last checkpoint, and the policy too if it is to `serve`.
 
         Raises:
             FailedPrecondition: the learner is busy with another run, or does not give back the
@@ -94,23 +92,33 @@ class Ledger:
         with stage(self.listener, "start learner"):
             record, started = await self._start(await last_checkpoint(self.stack, self.run_id))
             record = await self._roll_forward(record, started)
-        checkpoint_id = record.id if record else ""
-        rewound = await self.stack.queue.rewind_run(self.run_id, checkpoint_id=checkpoint_id)
-        self.epoch = rewound.epoch
         weights = weights_of(record) if record else self.base
         step = record.step if record else 0
         self._extra = weights.version - self.base.version - step
-        return Position(step, started.step, weights, await self._ahead(started, step))
+        if serve:  # before the rewind gives out again what was lost
+            await self._serve_from(started, step, weights)
+        checkpoint_id = record.id if record else ""
+        rewound = await self.stack.queue.rewind_run(self.run_id, checkpoint_id=checkpoint_id)
+        self.epoch = rewound.epoch
+        return Position(step, started.step, weights)
 
-    async def _ahead(self, started: learner_pb.LearnerRun, step: int) -> Weights | None:
-        """Weights of a later step, if all that is rolled out now is wanted under them."""
-        if started.published.driver_step <= step:
-            return None
-        for behind in range(step + 1, started.published.driver_step + 1):
-            rollouts = (await self.stack.queue.get_queue(self.run_id, step=behind)).rollouts
-            if sum(rollouts.values()) > rollouts["committed"] + rollouts["lost"]:
-                return None
-        return weights_published(started.published)
+    async def _serve_from(
+        self, started: learner_pb.LearnerRun, step: int, weights: Weights
+    ) -> None:
+        """Have the policy serve what a run that stands at `step` is rolled out with."""
+        if await self._is_in(step + 1, started.published.driver_step):
+            with contextlib.suppress(NotFound, DataLoss):  # they had not reached the disk
+                await self.serve(weights_published(started.published))
+                return
+        await self.serve(weights)
+
+    async def _is_in(self, first: int, last: int) -> bool:
+        """Whether there are such steps, and every rollout of theirs is there."""
+        for step in range(first, last + 1):
+            rollouts = (await self.stack.queue.get_queue(self.run_id, step=step)).rollouts
+            if sum(rollouts.values()) > rollouts["committed"]:
+                return False
+        return first <= last
 
     async def check_sole(self) -> None:
         """Make sure that no other driver has taken the run over since `resume`.
@@ -220,16 +228,6 @@ class Ledger:
         """Have the policy service serve `weights`; seconds for which no token was sampled."""
         response = await self.stack.policy.load_version(weights.to_policy(), allow_older=True)
         return response.pause.seconds + response.pause.nanos * 1e-9
-
-    async def serve_at(self, position: Position) -> None:
-        """Have the policy service serve what it should at a position."""
-        if position.ahead is not None:
-            try:
-                await self.serve(position.ahead)
-                return
-            except (NotFound, DataLoss):
-                pass  # they had not reached the disk
-        await self.serve(position.weights)
 
     async def stop(self) -> None:
         """Free the learner; the run can be resumed from its last checkpoint."""

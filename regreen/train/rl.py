@@ -177,8 +177,7 @@ class _Driver:
         try:
             while True:
                 try:
-                    position = await self.ledger.resume()
-                    await self.ledger.serve_at(position)
+                    position = await self.ledger.resume(serve=True)
                     life = await _Life.begin(self, position)
                     await life.finish()
                     return await result_of(self.stack, self.run)
