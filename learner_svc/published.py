@@ -31,7 +31,6 @@ KEPT = 2
 """What is served, and what is about to be."""
 _ABOUT = "weights.json"
 _GIVEN = "given.jsonl"
-_PARTIAL = ".partial-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +75,7 @@ def publish(
     Raises:
         DiskFull: no space; what was published before is intact.
     """
-    partial = root / f"{_PARTIAL}{position.step:08d}"
+    partial = root / f".partial-{position.step:08d}"
     try:
         with disk_errors(partial):
             partial.mkdir(parents=True)
@@ -116,7 +115,8 @@ def give(root: Path, wanted: int, entry: FileEntry) -> int:
     version = version_for(given, wanted, entry.sha256)
     if version not in given:
         with disk_errors(root / _GIVEN), (root / _GIVEN).open("a") as target:
-            target.write(json.dumps({"version": version, "sha256": entry.sha256}) + "\n")
+            # On a line of its own: the one before may have been cut short.
+            target.write("\n" + json.dumps({"version": version, "sha256": entry.sha256}) + "\n")
             target.flush()
             os.fsync(target.fileno())
         sync_path(root)
@@ -152,12 +152,6 @@ def newest(checkpoints: Path) -> Published | None:
     """What the run whose checkpoints lie there published last, if it is still there."""
     found = _published(beside(checkpoints))
     return found[-1] if found else None
-
-
-def sweep(root: Path) -> None:
-    """Remove what dead writers left behind; the caller is the only writer under `root`."""
-    for left in root.glob(f"{_PARTIAL}*"):
-        shutil.rmtree(left, ignore_errors=True)
 
 
 def _given(root: Path) -> dict[int, str]:

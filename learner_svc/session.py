@@ -176,7 +176,6 @@ class Session:
         """
         problem = ""
         if self.rank == 0:
-            published.sweep(root)
             ckpt.sweep(root)
             try:
                 ckpt.need_space(root, size_bytes + _SPARE_BYTES)

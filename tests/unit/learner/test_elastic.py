@@ -1,159 +1,42 @@
 """Checkpoints of several ranks: whole, and any number of ranks goes on from them."""
 
+import json
 import os
-import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
-from learner_svc.checkpoint import load_manifest
+from learner_svc import checkpoint as ckpt
 from learner_svc.checkpoint_writer import Tensors
 from learner_svc.launch import Call, environment
 from learner_svc.session import Session
-from learner_svc.spec import Hyperparameters, RunKind, RunSpec
 from regreen.batch import Batch
-from regreen.client.learner import LearnerClient
-from regreen.learner import v1 as pb
-from regreen.rpc.errors import FailedPrecondition, InfraError
-from tests.unit.learner.test_service import learner
+from tests.fixtures.learner_ranks import STAGES, spec_of, stepped
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 Make = Callable[..., Batch]
-Figures = list[tuple[float, float]]
+Figures = dict[str, dict[str, list[list[float]]]]
 
 
-async def opened(client: LearnerClient, run: str, model: Path, stage: int, uri: str = "") -> None:
-    hyperparameters = pb.Hyperparameters(
-        learning_rate=1e-3, micro_batch_tokens=150, zero_stage=stage
-    )
-    await client.start_run(
-        run,
-        pb.RUN_KIND_GRPO,
-        str(model),
-        engine="deepspeed",
-        hyperparameters=hyperparameters,
-        resume_uri=uri,
-    )
-
-
-async def stepped(client: LearnerClient, run: str, batches: list[bytes], first: int) -> Figures:
-    found = []
-    for number, batch in enumerate(batches, first):
-        metrics = (await client.step(run, number, batch=batch)).metrics
-        found.append((metrics["loss"], metrics["grad_norm"]))
-    return found
-
-
-@pytest.mark.parametrize(("stage", "others"), [(1, (3,)), (2, (1, 3))])
-async def test_a_run_goes_on_with_fewer_or_more_ranks_after_one_was_killed(
-    tiny_model: Path, make_batch: Make, tmp_path: Path, stage: int, others: tuple[int, ...]
-) -> None:
-    batches = [make_batch(seed=seed).to_bytes() for seed in range(4)]
-    async with learner(tmp_path / "calm", processes=2) as (client, _):
-        await opened(client, "run_l", tiny_model, stage)
-        expected = await stepped(client, "run_l", batches, 1)
-        last = await client.save_checkpoint("run_l", policy_version=4)
-    async with learner(tmp_path / "lossy", processes=2, max_restarts=0) as (client, runs):
-        await opened(client, "run_l", tiny_model, stage)
-        assert await stepped(client, "run_l", batches[:2], 1) == expected[:2]
-        published = await client.publish_weights("run_l", policy_version=2)
-        saved = await client.save_checkpoint("run_l", policy_version=2)
-        assert saved.digest == published.digest
-        await stepped(client, "run_l", batches[2:3], 3)
-        worker = runs.get("run_l").worker
-        assert worker is not None
-        os.kill(worker.pids[1], signal.SIGKILL)
-        with pytest.raises((InfraError, FailedPrecondition), match="SIGKILL"):
-            await stepped(client, "run_l", batches[3:], 4)
-    manifest = load_manifest(Path(saved.uri))
-    assert manifest.state_format == "adamw"
-    moments = Tensors(Path(saved.uri) / "trainer.state")
-    assert any(moments[name].any() for name in moments if name.startswith("exp_avg_sq."))
-    async with learner(tmp_path / "lossy", processes=2) as (client, _):
-        await opened(client, "run_l", tiny_model, stage)
-        assert await stepped(client, "run_l", batches[2:], 3) == expected[2:]
-        again = await client.save_checkpoint("run_l", policy_version=4)
-        assert again.digest == last.digest  # bit for bit
-        await client.stop_run("run_l")
-    for ranks in others:
-        async with learner(tmp_path / "lossy", processes=ranks) as (client, _):
-            await opened(client, f"run_{ranks}", tiny_model, stage, saved.uri)
-            found = await stepped(client, f"run_{ranks}", batches[2:], 3)
-            assert found == [pytest.approx(pair, rel=1e-3, abs=1e-6) for pair in expected[2:]]
-            await client.stop_run(f"run_{ranks}")
-    hyperparameters = Hyperparameters(learning_rate=1e-3, micro_batch_tokens=150)
-    spec = RunSpec("run_p", RunKind.GRPO, str(tiny_model), "plain", hyperparameters)
-    plain = Session(spec, tmp_path, resume=Path(saved.uri))
-    metrics = plain.step(Batch.from_bytes(batches[2]), (), lambda done, total: None)
-    assert metrics["loss"] == pytest.approx(expected[2][0], rel=1e-3, abs=1e-6)
-
-
-_RANK = """
-import sys
-from pathlib import Path
-
-import numpy as np
-import torch
-
-from learner_svc.algo.batch import pack_samples
-from learner_svc.engines.base import OptimizerState
-from learner_svc.engines.deepspeed import DeepSpeedEngine, prepare_environment
-from learner_svc.model import TrainModel, load_model
-from learner_svc.spec import Hyperparameters
-
-model, extensions = Path(sys.argv[1]), Path(sys.argv[2])
-prepare_environment(extensions)
-[pack] = pack_samples([np.arange(2, 40)], [np.r_[0, np.ones(37)].astype(np.uint8)], max_tokens=99)
-for dtype in (torch.float32, torch.bfloat16):
-    for stage in (1, 2):
-        def opened():
-            loaded = TrainModel(load_model(model)).train()
-            return DeepSpeedEngine(loaded, Hyperparameters(zero_stage=stage), dtype)
-
-        engine = opened()
-        assert engine.world_size == 2 and engine.state_format == "adamw"
-        assert engine.optimizer_state().updates == 0 and not engine.optimizer_state().shapes
-        for _ in range(2):
-            engine.backward(-engine.logprobs(pack).sum(), last=True)
-            engine.step(1e-3)
-        state = engine.optimizer_state()
-        kept = {name: tensor.clone() for name, tensor in state.tensors.items()}
-        masters = {name: tensor.clone() for name, tensor in engine.weights()}
-        assert {n: tuple(t.shape) for n, t in kept.items()} == dict(state.shapes)
-        assert len(kept) == 2 * len(masters)
-        if dtype == torch.bfloat16:
-            assert any((t.bfloat16().float() != t).any() for t in masters.values())
-        gathered = engine._deepspeed.utils.safe_get_full_fp32_param
-        for name, parameter in engine._model.model.named_parameters():
-            assert torch.equal(gathered(parameter), masters[name]), name
-            for kind in ("exp_avg", "exp_avg_sq"):
-                part = parameter._hp_mapping
-                if part is not None:  # this rank has a part of it
-                    at = part.lp_fragment_address
-                    whole = kept[f"{kind}.{name}"].flatten()[at.start : at.start + at.numel]
-                    assert torch.equal(whole, part.get_hp_fragment(kind)), (kind, name)
-        engine.close()
-        other = opened()
-        other.load_optimizer_state(OptimizerState(state.updates, kept))
-        again = other.optimizer_state()
-        assert again.updates == 2
-        for name, tensor in again.tensors.items():
-            assert torch.equal(tensor, kept[name]), name
-        other.close()
-print("whole")
-"""
-
-
-def test_what_ranks_gather_is_what_they_have(tiny_model: Path, tmp_path: Path) -> None:
-    call = Call.make("127.0.0.1", _free_port(), processes=2, nodes=1)
-    command = [sys.executable, "-c", _RANK, str(tiny_model), str(tmp_path / "extensions")]
+def run_ranks(count: int, model: Path, home: Path, batches: Sequence[Path], begin: bool) -> Figures:
+    """What rank 0 of so many printed."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    plan = {
+        "model": str(model),
+        "home": str(home),
+        "batches": [str(path) for path in batches],
+        "begin": begin,
+    }
+    call = Call.make("127.0.0.1", port, processes=count, nodes=1)
     ranks = [
         subprocess.Popen(
-            command,
+            [sys.executable, "-m", "tests.fixtures.learner_ranks", json.dumps(plan)],
             env=environment(os.environ, call, rank),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -162,12 +45,44 @@ def test_what_ranks_gather_is_what_they_have(tiny_model: Path, tmp_path: Path) -
         for rank in call.ranks(0)
     ]
     told = [rank.communicate() for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], told[0][1][-2000:] + told[1][1][-2000:]
-    assert all(out.endswith("whole\n") for out, _ in told)
+    ends = "\n".join(err[-1500:] for _, err in told)
+    assert [rank.returncode for rank in ranks] == [0] * count, ends
+    found: Figures = json.loads(told[0][0].strip().splitlines()[-1])
+    return found
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def saved_at(home: Path, stage: int, name: str) -> ckpt.Saved:
+    path = home / f"zero{stage}" / "checkpoints" / name
+    manifest = ckpt.load_manifest(path)
+    ckpt.verify(path, manifest)
+    return ckpt.Saved(path, manifest)
+
+
+def test_fewer_and_more_ranks_go_on_from_what_two_wrote(
+    tiny_model: Path, make_batch: Make, tmp_path: Path
+) -> None:
+    batches = [make_batch(seed=seed) for seed in range(4)]
+    files = [tmp_path / f"batch-{number}" for number in range(len(batches))]
+    for path, batch in zip(files, batches, strict=True):
+        path.write_bytes(batch.to_bytes())
+    two = run_ranks(2, tiny_model, tmp_path, files, begin=True)
+    three = run_ranks(3, tiny_model, tmp_path, files, begin=False)
+    for stage in STAGES:
+        begun = two[str(stage)]["begun"]
+        assert two[str(stage)]["resumed"] == begun[2:], "as many ranks: bit for bit"
+        first, last = (saved_at(tmp_path, stage, f"step-0000000{step}") for step in (2, 4))
+        again = saved_at(tmp_path, stage, "step-00000004.2")
+        assert again.manifest.files["model.safetensors"] == last.manifest.weights
+        assert again.manifest.files["trainer.state"] == last.manifest.files["trainer.state"]
+        assert first.manifest.state_format == "adamw"
+        assert not [name for name in first.manifest.files if name.startswith("engine/")]
+        moments = Tensors(first.path / "trainer.state")
+        assert sum(moments[name].numel() for name in moments if name.startswith("exp_")) > 0
+        expected = [pytest.approx(pair, rel=1e-3, abs=1e-6) for pair in begun[2:]]
+        assert three[str(stage)]["resumed"] == expected
+        for engine in ("plain", "deepspeed"):
+            spec = spec_of(str(tiny_model), engine, stage if engine == "deepspeed" else -1)
+            alone = Session(spec, tmp_path / "extensions", resume=first.path)
+            assert [list(pair) for pair in stepped(alone, batches[2:])] == expected
+            alone.close()
+    assert three["1"]["resumed"] != [[0.0, 0.0]] * 2

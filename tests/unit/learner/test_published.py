@@ -132,6 +132,11 @@ def test_the_newest_stay_and_their_numbers_are_remembered(tmp_path: Path) -> Non
     back = make(10, "weights 10")  # a run that goes on from an older checkpoint
     assert back.position.policy_version == 10
     assert published.newest(tmp_path / "checkpoints") == back
+    with (root / "given.jsonl").open("a") as lines:
+        lines.write('{"version": 14, "sha')
+    assert make(14, "weights 14").position.policy_version == 14
+    assert make(14, "others again").position.policy_version == 15
+    back = make(10, "weights 10")
     back.file.write_text("cut")
     assert published.newest(tmp_path / "checkpoints") != back
     with pytest.raises(NotFound):
@@ -144,7 +149,7 @@ _WRITER = """
 import os, signal, sys
 from pathlib import Path
 from learner_svc import published
-from learner_svc.checkpoint import entry_of
+from learner_svc.checkpoint import entry_of, sweep
 
 root, source, at = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 calls = 0
@@ -161,7 +166,7 @@ def write(path):
     return entry_of(path)
 
 position = published.Position("run_1", 1, 10, 3)
-published.sweep(root)
+sweep(root)
 sys.addaudithook(count)
 published.publish(root, position, source, write)
 print(calls)
@@ -196,7 +201,8 @@ def test_a_kill_at_any_call_leaves_it_whole_or_not_at_all(tmp_path: Path, again:
         after = published.newest(checkpoints)
         assert after is not None
         assert after.position.policy_version == 10
-        given = [json.loads(line) for line in (root / "given.jsonl").read_text().splitlines()]
+        lines = (root / "given.jsonl").read_text().split("\n")
+        given = [json.loads(line) for line in lines if line]
         assert {line["version"] for line in given} == {10}
         at += 1
     assert code == 0
