@@ -62,6 +62,8 @@ class Manifest:
     """Groups consumed since the previous checkpoint."""
     consumed_groups: int
     """Groups consumed since the run began."""
+    driver_step: int = 0
+    """Step of the driver; 0 if it did not say, or before it could."""
     files: dict[str, FileEntry] = field(default_factory=dict)
     format: str = FORMAT
 
@@ -174,6 +176,19 @@ def need_space(root: Path, size_bytes: int) -> None:
 def now() -> str:
     """The time as the manifest writes it."""
     return datetime.now(UTC).isoformat()
+
+
+def copies_of(source: Path) -> list[Path]:
+    """The small files of a model folder (configuration, tokenizer) that go with weights."""
+    return [
+        path
+        for path in sorted(source.iterdir())
+        if path.is_file()
+        and path.suffix in (".json", ".jinja", ".txt", ".model")
+        and path.name not in (MANIFEST, "MANIFEST.json", "weights.json")
+        and "index.json" not in path.name
+        and not path.name.startswith("gguf_header")
+    ]
 
 
 def entry_of(path: Path) -> FileEntry:

@@ -1,18 +1,21 @@
 """Writes a checkpoint, and reads its tensors back; `checkpoint` says what one is.
 
-- One tensor is in memory at a time.
-- Files are flushed to the disk and hashed beside each other, and while the next one is written: of
-  a checkpoint's time that is most.
+- One tensor is in memory at a time, two while one is hashed.
+- A tensor is hashed while it is written, and files are flushed to the disk while the next one is
+  written: of a checkpoint's time that is most.
+- Weights that were published are not written again: their file gets one more name.
 """
 
+import hashlib
 import json
 import math
+import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import safe_open
@@ -23,6 +26,7 @@ from learner_svc.checkpoint import (
     FileEntry,
     Manifest,
     Saved,
+    copies_of,
     disk_errors,
     entry_of,
     free_directory,
@@ -67,20 +71,25 @@ class CheckpointWriter:
     def add_tensors(self, name: str, tensors: Iterable[tuple[str, Tensor]], sizes: Sizes) -> None:
         """Write a safetensors file, one tensor in memory at a time."""
         with disk_errors(self.directory):
-            write_safetensors(self.directory / name, tensors, sizes)
-            self._note(self.directory / name)
+            entry = write_safetensors(self.directory / name, tensors, sizes)
+            self._note(self.directory / name, entry)
+
+    def add_link(self, name: str, source: Path, entry: FileEntry) -> None:
+        """Take up a file that is written, under one more name; a copy where there are no links."""
+        with disk_errors(self.directory):
+            try:
+                os.link(source, self.directory / name)
+                self._note(self.directory / name, entry)
+            except OSError:
+                shutil.copyfile(source, self.directory / name)
+                self._note(self.directory / name)
 
     def add_copies(self, source: Path) -> None:
         """Copy the small files of a model folder (configuration, tokenizer)."""
         with disk_errors(self.directory):
-            for path in sorted(source.iterdir()):
-                if path.is_file() and path.suffix in (".json", ".jinja", ".txt", ".model"):
-                    if path.name in (MANIFEST, "MANIFEST.json") or "index.json" in path.name:
-                        continue
-                    if path.name.startswith("gguf_header"):
-                        continue
-                    shutil.copyfile(path, self.directory / path.name)
-                    self._note(self.directory / path.name)
+            for path in copies_of(source):
+                shutil.copyfile(path, self.directory / path.name)
+                self._note(self.directory / path.name)
 
     def add_directory(self, name: str, write: Callable[[Path], None]) -> None:
         """Let an engine write a sub-directory."""
@@ -90,11 +99,16 @@ class CheckpointWriter:
                 if path.is_file():
                     self._note(path)
 
-    def _note(self, path: Path) -> None:
-        """Take up a file that is written."""
+    def _note(self, path: Path, entry: FileEntry | None = None) -> None:
+        """Take up a file that is written; it is hashed where its entry is not known."""
         name = path.relative_to(self.directory).as_posix()
         self._synced.append(self._pool.submit(sync_path, path))
-        self._entries[name] = self._pool.submit(entry_of, path)
+        known = (lambda: entry) if entry is not None else (lambda: entry_of(path))
+        self._entries[name] = self._pool.submit(known)
+
+    def entry(self, name: str) -> FileEntry:
+        """Size and digest of a file that was taken up."""
+        return self._entries[name].result()
 
     def commit(self, manifest: Manifest) -> Saved:
         """Flush everything and give the checkpoint its name."""
@@ -113,13 +127,8 @@ class CheckpointWriter:
         return Saved(final, complete)
 
 
-def sizes_of(tensors: dict[str, Tensor]) -> Sizes:
-    """Types and shapes of tensors at hand."""
-    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-
-
-def write_safetensors(path: Path, tensors: Iterable[tuple[str, Tensor]], sizes: Sizes) -> None:
-    """Write tensors as they arrive, which is in the order of `sizes`."""
+def write_safetensors(path: Path, tensors: Iterable[tuple[str, Tensor]], sizes: Sizes) -> FileEntry:
+    """Write tensors as they arrive, which is in the order of `sizes`; size and digest."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (dtype, shape) in sizes.items():
@@ -128,23 +137,68 @@ def write_safetensors(path: Path, tensors: Iterable[tuple[str, Tensor]], sizes: 
         header[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    written = 0
-    with path.open("wb") as target:
-        target.write(len(text).to_bytes(8, "little") + text)
+    with path.open("wb") as target, _Hashing(target) as hashing:
+        hashing.write(len(text).to_bytes(8, "little") + text)
         names = iter(sizes)
         for name, tensor in tensors:
             expected = next(names, None)
             if name != expected or tensor.shape != sizes[name][1]:
                 raise InfraError(f"tensor {name} came where {expected} was announced")
             raw = tensor.detach().to("cpu", sizes[name][0]).contiguous().reshape(-1)
-            data = memoryview(raw.view(torch.uint8).numpy())  # type: ignore[arg-type]
-            target.write(data)
-            written += len(data)
+            hashing.write(memoryview(raw.view(torch.uint8).numpy()))  # type: ignore[arg-type]
+        written = hashing.size_bytes - len(text) - 8
         if written != end:
             raise InfraError(f"{path.name}: {written} of {end} bytes of tensors came")
+        return hashing.entry()
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file."""
-    with safe_open(path, framework="pt") as source:
-        return {name: source.get_tensor(name) for name in source.keys()}  # noqa: SIM118
+class _Hashing:
+    """Writes a file and hashes, in a thread of its own, what is written."""
+
+    def __init__(self, target: BinaryIO) -> None:
+        self._target, self._digest = target, hashlib.sha256()
+        self._thread = ThreadPoolExecutor(1, "hash")
+        self._last: Future[None] | None = None
+        self.size_bytes = 0
+
+    def __enter__(self) -> "_Hashing":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._thread.shutdown()
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Write, while the bytes before these may still be hashed."""
+        before, self._last = self._last, self._thread.submit(self._digest.update, data)
+        self._target.write(data)
+        self.size_bytes += len(data)
+        if before is not None:
+            before.result()
+
+    def entry(self) -> FileEntry:
+        """Size and digest of what was written."""
+        if self._last is not None:
+            self._last.result()
+        return FileEntry(self._digest.hexdigest(), self.size_bytes)
+
+
+class Tensors(Mapping[str, Tensor]):
+    """The tensors of a safetensors file, each read when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with safe_open(path, framework="pt") as source:
+            self._names: list[str] = [*source.keys()]
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        with safe_open(self._path, framework="pt") as source:
+            tensor: Tensor = source.get_tensor(name)
+            return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

@@ -17,6 +17,11 @@ STEP_SECONDS = Histogram(
 CHECKPOINT_SECONDS = Histogram(
     "regreen_learner_checkpoint_seconds", "Time to write a checkpoint.", buckets=_BUCKETS
 )
+PUBLISH_SECONDS = Histogram(
+    "regreen_learner_publish_seconds",
+    "Time to write weights where a policy can load them.",
+    buckets=_BUCKETS,
+)
 RESTARTS = Counter(
     "regreen_learner_restarts",
     "Times that a run's ranks were begun anew from its last checkpoint after some were lost.",

@@ -6,6 +6,7 @@ from typing import Any
 
 from learner_svc import checkpoint as ckpt
 from learner_svc.process import WorkerProcess
+from learner_svc.published import Published
 from learner_svc.record import RunFiles, RunRecord, StepRecord
 
 
@@ -65,6 +66,8 @@ class Run:
     step: int = 0
     checkpoint: ckpt.Saved | None = None
     """What the weights at hand go back to: written by this run, or what it was started from."""
+    published: Published | None = None
+    """What was published last, if it is still there; it may be ahead of `checkpoint`."""
     restarts: int = 0
     restarts_in_row: int = 0
     """Since the run was last further than ever."""

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from learner_svc import checkpoint as ckpt
-from learner_svc import metrics
+from learner_svc import metrics, published
 from learner_svc.estimate import Estimate, estimate, estimate_new, local_path
 from learner_svc.process import WorkerProcess
 from learner_svc.record import RunFiles, RunRecord, RunState, StepRecord
@@ -78,7 +78,8 @@ class Runs:
                 record = replace(record, state=RunState.STOPPED)
             saved = ckpt.checkpoints(files.checkpoints)
             latest = saved[-1] if saved else None
-            run = Run(record, files, checkpoint=latest)
+            newest = published.newest(files.checkpoints)
+            run = Run(record, files, checkpoint=latest, published=newest)
             run.step = latest.manifest.step if latest else 0
             run.events = [*files.steps]
             self._runs[record.spec.run_id] = run
@@ -163,7 +164,8 @@ class Runs:
             record = replace(record, created=known.record.created, tenant=known.record.tenant)
             files.steps = known.files.steps
         files.drop_batches()
-        run = Run(record, files, self._opener.worker(files))
+        newest = published.newest(files.checkpoints)
+        run = Run(record, files, self._opener.worker(files), published=newest)
         try:
             await self._open(run, spec, resumes)
         except BaseException as error:
@@ -333,7 +335,33 @@ class Runs:
         active = [run for run in self._runs.values() if run.record.state is RunState.ACTIVE]
         metrics.show_active([run.record.spec.kind.value for run in active])
 
-    async def save(self, run_id: str, policy_version: int) -> ckpt.Saved:
+    async def publish(
+        self, run_id: str, policy_version: int, driver_step: int = 0
+    ) -> published.Published:
+        """Write the weights at hand for policies.
+
+        Raises:
+            NotFound: no such run.
+            DiskFull: no space; what was published before is intact.
+        """
+        run = self.get(run_id)
+        return await self._finish(self._publish(run, policy_version, driver_step))
+
+    async def _publish(
+        self, run: Run, policy_version: int, driver_step: int
+    ) -> published.Published:
+        async with run.lock:
+            message = {
+                "op": "publish",
+                "policy_version": policy_version,
+                "driver_step": driver_step,
+            }
+            with metrics.PUBLISH_SECONDS.time():
+                answer = await self._call(run, message, self._config.save_timeout_s)
+            run.published = published.at(Path(answer["path"]))
+            return run.published
+
+    async def save(self, run_id: str, policy_version: int, driver_step: int = 0) -> ckpt.Saved:
         """Write a checkpoint.
 
         Raises:
@@ -341,13 +369,14 @@ class Runs:
             DiskFull: no space; the previous checkpoint is intact.
         """
         run = self.get(run_id)
-        return await self._finish(self._save(run, policy_version))
+        return await self._finish(self._save(run, policy_version, driver_step))
 
-    async def _save(self, run: Run, policy_version: int) -> ckpt.Saved:
+    async def _save(self, run: Run, policy_version: int, driver_step: int) -> ckpt.Saved:
         async with run.lock:
             message = {
                 "op": "save",
                 "policy_version": policy_version,
+                "driver_step": driver_step,
                 "keep": self._config.keep_checkpoints,
             }
             known = {saved.path for saved in ckpt.checkpoints(run.files.checkpoints)}

@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 
 from learner_svc.checkpoint import Saved
+from learner_svc.published import Published
 from learner_svc.record import RunState, StepRecord
 from learner_svc.run import Event, Restart, Run, StepProgress
 from learner_svc.runs import Runs
@@ -107,14 +108,33 @@ class LearnerServicer(pb.LearnerServiceServicer):
         async for event in self._runs.watch(request.run_id, request.from_step):
             yield event_message(event)
 
+    async def PublishWeights(
+        self, request: pb.PublishWeightsRequest, context: Context
+    ) -> pb.PublishWeightsResponse:
+        _check_stamps(request)
+
+        async def work() -> pb.PublishWeightsResponse:
+            made = await self._runs.publish(
+                request.run_id, request.policy_version, request.driver_step
+            )
+            return pb.PublishWeightsResponse(weights=published_message(made))
+
+        response: pb.PublishWeightsResponse = (
+            await self._once.once("PublishWeights", request.request_id, request, work)
+            if request.request_id
+            else await work()
+        )
+        return response
+
     async def SaveCheckpoint(
         self, request: pb.SaveCheckpointRequest, context: Context
     ) -> pb.SaveCheckpointResponse:
-        if request.policy_version < 0:
-            raise InvalidArgument("policy_version", "is negative", "give 0 or more")
+        _check_stamps(request)
 
         async def work() -> pb.SaveCheckpointResponse:
-            saved = await self._runs.save(request.run_id, request.policy_version)
+            saved = await self._runs.save(
+                request.run_id, request.policy_version, request.driver_step
+            )
             return pb.SaveCheckpointResponse(checkpoint=checkpoint_message(saved))
 
         response: pb.SaveCheckpointResponse = (
@@ -147,6 +167,15 @@ class LearnerServicer(pb.LearnerServiceServicer):
             runs=[run_message(run) for run in page],
             next_page_token=page[-1].record.spec.run_id if more else "",
         )
+
+
+def _check_stamps(request: pb.PublishWeightsRequest | pb.SaveCheckpointRequest) -> None:
+    for field, value in (
+        ("policy_version", request.policy_version),
+        ("driver_step", request.driver_step),
+    ):
+        if value < 0:
+            raise InvalidArgument(field, "is negative", "give 0 or more")
 
 
 def hyperparameters_of(message: pb.Hyperparameters, kind: RunKind) -> Hyperparameters:
@@ -193,6 +222,7 @@ def run_message(run: Run) -> pb.LearnerRun:
         error=record.error,
         estimated_memory_bytes=record.estimated_memory_bytes,
         restarts=run.restarts,
+        published=published_message(run.published) if run.published else None,
     )
 
 
@@ -206,8 +236,24 @@ def checkpoint_message(saved: Saved) -> pb.Checkpoint:
         policy_version=manifest.policy_version,
         run_id=manifest.run_id,
         group_ids=manifest.group_ids,
+        driver_step=manifest.driver_step,
     )
     message.create_time.FromDatetime(datetime.fromisoformat(manifest.created))
+    return message
+
+
+def published_message(published: Published) -> pb.PublishedWeights:
+    """The message of published weights."""
+    position = published.position
+    message = pb.PublishedWeights(
+        uri=str(published.path),
+        digest=DigestMessage(**asdict(published.entry)),
+        step=position.step,
+        policy_version=position.policy_version,
+        run_id=position.run_id,
+        driver_step=position.driver_step,
+    )
+    message.create_time.FromDatetime(datetime.fromisoformat(published.created))
     return message
 
 

@@ -4,19 +4,24 @@
 - A session opened from a checkpoint continues as if it had never stopped, bit for bit, with the
   same engine and as many ranks.
 - Every rank calls every method in the same order; rank 0 alone writes files.
+- Weights that were published are those of the checkpoint that is saved before the next step.
 """
 
+import itertools
+import math
 import resource
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from learner_svc import checkpoint as ckpt
+from learner_svc import published
 from learner_svc.algo.batch import Pack
-from learner_svc.checkpoint_writer import CheckpointWriter, Sizes, read_tensors, sizes_of
+from learner_svc.checkpoint_writer import CheckpointWriter, Sizes, Tensors, write_safetensors
 from learner_svc.dtypes import computes_in_bf16
 from learner_svc.engines.base import Engine, OptimizerState
 from learner_svc.engines.plain import PlainEngine
@@ -29,6 +34,7 @@ from regreen.rpc.errors import DiskFull, FailedPrecondition
 
 _RANDOM = "random_state"
 _UPDATES = "updates"
+_SPARE_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +67,7 @@ class Session:
         self._engine = _engine(spec, self._source, extensions)
         self._trainer = Trainer(spec, self._engine, _reference(spec))
         self.step_done = 0
+        self._published: published.Published | None = None
         self._groups: list[str] = []
         self._consumed = 0
         if resume is not None and manifest is not None:
@@ -85,28 +92,84 @@ class Session:
         """Do the next step."""
         metrics = self._trainer.step(batch, progress) | {"peak_memory_bytes": float(peak_bytes())}
         self.step_done += 1
+        self._published = None
         groups = [group for group in (group_ids or batch.group_ids) if group]
         self._groups += groups
         self._consumed += len(groups)
         return metrics
 
-    def save(self, root: Path, policy_version: int, keep: int) -> ckpt.Saved | None:
+    def publish(
+        self, checkpoints: Path, policy_version: int, driver_step: int = 0
+    ) -> published.Published | None:
+        """Write the weights at hand for policies; None on ranks other than 0.
+
+        Raises:
+            DiskFull: no space; what was published before is intact.
+        """
+        self._trainer.policy_version = policy_version
+        root = published.beside(checkpoints)
+        self._make_room(root, self._weight_bytes())
+        weights = self._engine.weights()
+        try:
+            if self.rank:
+                return None
+            position = published.Position(
+                self.spec.run_id, self.step_done, policy_version, driver_step
+            )
+            sizes = self._weight_sizes()
+            made = published.publish(
+                root, position, self._source, lambda path: write_safetensors(path, weights, sizes)
+            )
+            self._trainer.policy_version = made.position.policy_version
+            self._published = made
+            return made
+        finally:
+            _take_rest(weights)
+
+    def save(
+        self, root: Path, policy_version: int, keep: int, driver_step: int = 0
+    ) -> ckpt.Saved | None:
         """Write a checkpoint; None on ranks other than 0.
 
         Raises:
             DiskFull: no space; the previous checkpoint is intact.
         """
         self._trainer.policy_version = policy_version
-        self._make_room(root)
-        if self._engine.state_format != "adamw" and self.world_size > 1:
-            return self._save_sharded(root, policy_version, keep)
-        if self.rank:
-            self._follow_weights()
-            return None
-        return self._write(root, policy_version, keep, None)
+        there = self._published is not None and self._published.file.is_file()
+        shared = bool(from_rank_0("shared" if there else ""))
+        sizes, state = self._state()
+        own = 0 if self._engine.state_format == "adamw" else 16 * self._engine.parameters()[0]
+        written = 0 if shared else self._weight_bytes()
+        self._make_room(root, written + own + _bytes(sizes))
+        spool = self._spool(root)
+        weights = iter(()) if shared else self._engine.weights()
+        try:
+            if self.rank:
+                return None
+            with CheckpointWriter(root, self.step_done) as writer:
+                writer.add_copies(self._source)
+                if shared and self._published is not None:
+                    writer.add_link(ckpt.WEIGHTS, self._published.file, self._published.entry)
+                else:
+                    writer.add_tensors(ckpt.WEIGHTS, weights, self._weight_sizes())
+                writer.add_tensors(ckpt.TRAINER, state, sizes)
+                if spool is not None:
+                    writer.add_directory(ckpt.ENGINE, lambda path: _move(spool, path))
+                elif self._engine.state_format != "adamw":
+                    writer.add_directory(ckpt.ENGINE, self._engine.save_state)
+                entry = writer.entry(ckpt.WEIGHTS)
+                version = published.named(published.beside(root), policy_version, entry)
+                saved = writer.commit(self._manifest(version, driver_step))
+        finally:
+            _take_rest(weights, state)
+        self._trainer.policy_version = version
+        self._groups = []
+        self._source = saved.path  # the one that a run was resumed from may be pruned
+        ckpt.retain(root, keep)
+        return saved
 
-    def _make_room(self, root: Path) -> None:
-        """Clear what dead writers left and see that a checkpoint fits; all ranks agree on it.
+    def _make_room(self, root: Path, size_bytes: int) -> None:
+        """Clear what dead writers left and see that so much fits; all ranks agree on it.
 
         Raises:
             DiskFull: on every rank, before any of them writes or waits for another.
@@ -115,72 +178,44 @@ class Session:
         if self.rank == 0:
             ckpt.sweep(root)
             try:
-                ckpt.need_space(root, self._size_bytes())
+                ckpt.need_space(root, size_bytes + _SPARE_BYTES)
             except DiskFull as error:
                 problem = error.message
         problem = from_rank_0(problem)
         if problem:
             raise DiskFull(problem, retry_after_s=30.0)
 
-    def _size_bytes(self) -> int:
-        """What a checkpoint takes, about: an engine's own format has 16 bytes per parameter."""
-        shapes = self._engine.weight_shapes().values()
-        weights = sum(4 * torch.Size(shape).numel() for shape in shapes)
-        state = sum(tensor.nbytes for tensor in self._tensors().values())
-        own = 0 if self._engine.state_format == "adamw" else 16 * self._engine.parameters()[0]
-        return weights + state + own + (8 << 20)
+    def _weight_sizes(self) -> Sizes:
+        shapes = self._engine.weight_shapes()
+        return {name: (torch.float32, shape) for name, shape in shapes.items()}
 
-    def _save_sharded(self, root: Path, policy_version: int, keep: int) -> ckpt.Saved | None:
-        """Every rank writes its shard into a spool that rank 0 then moves into the checkpoint."""
+    def _weight_bytes(self) -> int:
+        return _bytes(self._weight_sizes())
+
+    def _spool(self, root: Path) -> Path | None:
+        """Where every rank has written its shard of an engine's own state, for rank 0 to move into
+        the checkpoint; None where there are no shards."""
+        if self._engine.state_format == "adamw" or self.world_size == 1:
+            return None
         spool = root / f"{ckpt.SHARDS}{self.step_done:08d}"
         self._engine.save_state(spool)
         torch.distributed.barrier()
-        if self.rank:
-            self._follow_weights()
-            return None
-        return self._write(root, policy_version, keep, spool)
+        return spool
 
-    def _follow_weights(self) -> None:
-        """Take part in gathering the weights that rank 0 writes."""
-        for _ in self._engine.weights():
-            pass
-
-    def _write(self, root: Path, policy_version: int, keep: int, spool: Path | None) -> ckpt.Saved:
-        sizes: Sizes = {
-            name: (torch.float32, shape) for name, shape in self._engine.weight_shapes().items()
-        }
-        state = self._tensors()
-        weights = self._engine.weights()
-        with CheckpointWriter(root, self.step_done) as writer:
-            try:
-                writer.add_copies(self._source)
-                writer.add_tensors(ckpt.WEIGHTS, weights, sizes)
-            finally:
-                # After a failure the other ranks still wait to gather the rest.
-                for _ in weights:
-                    pass
-            writer.add_tensors(ckpt.TRAINER, state.items(), sizes_of(state))
-            if spool is not None:
-                writer.add_directory(ckpt.ENGINE, lambda path: _move(spool, path))
-            elif self._engine.state_format != "adamw":
-                writer.add_directory(ckpt.ENGINE, self._engine.save_state)
-            saved = writer.commit(self._manifest(policy_version))
-        self._groups = []
-        self._source = saved.path  # the one that a run was resumed from may be pruned
-        ckpt.retain(root, keep)
-        return saved
-
-    def _tensors(self) -> dict[str, Tensor]:
-        """Moments and random state."""
-        tensors = {_RANDOM: torch.get_rng_state()}
-        updates = 0
+    def _state(self) -> tuple[Sizes, Iterator[tuple[str, Tensor]]]:
+        """Moments and random state; they are gathered as they are taken, by every rank."""
+        random = torch.get_rng_state()
+        state = OptimizerState(0, {})
         if self._engine.state_format == "adamw":
             state = self._engine.optimizer_state()
-            tensors |= state.tensors
-            updates = state.updates
-        return tensors | {_UPDATES: torch.tensor([updates, self._trainer.updates])}
+        updates = torch.tensor([state.updates, self._trainer.updates])
+        sizes: Sizes = {_RANDOM: (random.dtype, tuple(random.shape))}
+        sizes |= {name: (torch.float32, shape) for name, shape in state.shapes.items()}
+        sizes[_UPDATES] = (updates.dtype, tuple(updates.shape))
+        ends = ((_RANDOM, random),), ((_UPDATES, updates),)
+        return sizes, itertools.chain(ends[0], state.tensors.items(), ends[1])
 
-    def _manifest(self, policy_version: int) -> ckpt.Manifest:
+    def _manifest(self, policy_version: int, driver_step: int) -> ckpt.Manifest:
         return ckpt.Manifest(
             run_id=self.spec.run_id,
             step=self.step_done,
@@ -191,6 +226,7 @@ class Session:
             state_format=self._engine.state_format,
             group_ids=tuple(self._groups),
             consumed_groups=self._consumed,
+            driver_step=driver_step,
         )
 
     def _restore(self, path: Path, manifest: ckpt.Manifest) -> None:
@@ -202,9 +238,9 @@ class Session:
                 "processes"
             )
         old = ckpt.OLD_TRAINER in manifest.files
-        tensors = read_tensors(path / (ckpt.OLD_TRAINER if old else ckpt.TRAINER))
-        torch.set_rng_state(tensors.pop(_RANDOM))
-        updates = int(tensors.pop(_UPDATES)[0])
+        tensors = Tensors(path / (ckpt.OLD_TRAINER if old else ckpt.TRAINER))
+        torch.set_rng_state(tensors[_RANDOM])
+        updates = int(tensors[_UPDATES][0])
         if manifest.state_format == "adamw":
             engine.load_optimizer_state(OptimizerState(updates, tensors))
         else:
@@ -217,6 +253,16 @@ class Session:
     def close(self) -> None:
         """Free the engine."""
         self._engine.close()
+
+
+def _take_rest(*parts: Iterator[Any]) -> None:
+    """After a failure of rank 0, and on the others: all ranks gather what there is to the end."""
+    for _ in itertools.chain(*parts):
+        pass
+
+
+def _bytes(sizes: Sizes) -> int:
+    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in sizes.values())
 
 
 def _move(source: Path, target: Path) -> None:

@@ -116,7 +116,13 @@ class Commands:
             RegreenError: the command could not be carried out; the session is as before.
         """
         self._announce(message)
-        handler = {"start": self._start, "step": self._step, "save": self._save, "stop": self._stop}
+        handler = {
+            "start": self._start,
+            "step": self._step,
+            "publish": self._publish,
+            "save": self._save,
+            "stop": self._stop,
+        }
         return handler[message["op"]](message)
 
     def _announce(self, message: dict[str, Any]) -> None:
@@ -164,8 +170,14 @@ class Commands:
             ) from error
         return {"metrics": session.step(batch, message["group_ids"], self._progress)}
 
+    def _publish(self, message: dict[str, Any]) -> dict[str, Any]:
+        made = self._need().publish(self._root, message["policy_version"], message["driver_step"])
+        return {"path": str(made.path) if made else ""}
+
     def _save(self, message: dict[str, Any]) -> dict[str, Any]:
-        saved = self._need().save(self._root, message["policy_version"], message["keep"])
+        saved = self._need().save(
+            self._root, message["policy_version"], message["keep"], message["driver_step"]
+        )
         return {"path": str(saved.path) if saved else ""}
 
     def _stop(self, message: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,14 @@ from policy_svc.limits import Limits
 from policy_svc.policy import Policy
 from policy_svc.settings import PolicySettings
 from policy_svc.usage import Usage
-from policy_svc.versions import PolicyVersion, Serving, Versions, WeightSource, read_record
+from policy_svc.versions import (
+    PolicyVersion,
+    Serving,
+    Versions,
+    WeightSource,
+    is_whole,
+    read_record,
+)
 from regreen.model_store import HEADER, ensure_default_model
 from regreen.rpc.errors import FailedPrecondition, MissingDependency, NotFound
 from regreen.rpc.logging import get
@@ -42,7 +49,8 @@ async def open_policy(settings: PolicySettings) -> Policy:
         raise NotFound(f"model: {model} is no model folder (it has no tokenizer.json)")
     chat = ChatMl.from_folder(model)
     record = settings.home / "policy" / "serving.json"
-    serving = _last(settings, record) or Serving(_base(settings, model), model, time.time())
+    last = await asyncio.to_thread(_last, settings, record)
+    serving = last or Serving(_base(settings, model), model, time.time())
     engine = _engine(settings, model.resolve(), chat, serving)
     await engine.start()
     if engine.version != serving.policy.version:
@@ -64,7 +72,11 @@ def _base(settings: PolicySettings, model: Path) -> PolicyVersion:
 def _last(settings: PolicySettings, record: Path) -> Serving | None:
     if not settings.restore or settings.engine == "openai":
         return None
-    return read_record(record)
+    last = read_record(record)
+    if last is not None and not is_whole(last):
+        get().warning("the last version is damaged and not served", uri=last.policy.uri)
+        return None
+    return last
 
 
 async def _put_back(engine: Engine, serving: Serving, model: Path) -> Serving:

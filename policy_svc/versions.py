@@ -1,10 +1,12 @@
 """Which weights serve: loads versions by reference and remembers the current one.
 
-- A load that fails leaves the old version serving; a load that was asked for twice is done once.
+- A load that fails leaves the old version serving; a load that was asked for twice is done once,
+  also from another place: the same version of the same bytes is not loaded, only looked for there.
 - Versions of one run only go up, unless the caller says `allow_older`; another run may start low.
-- The bytes are hashed before they are used when the caller gives a digest.
+- The bytes are hashed before they are used when the caller gives a digest; those that serve are not
+  hashed again under another name of their file.
 - The current version is written down (atomically) after each switch, so that a service that was
-  killed serves the same version when it comes back.
+  killed serves the same version when it comes back, if its bytes are still those.
 """
 
 import asyncio
@@ -58,8 +60,10 @@ class WeightSource:
     def __init__(self, base: Path, folder: Path) -> None:
         self._base, self._folder = base, folder
 
-    async def path_of(self, policy: PolicyVersion) -> Path:
+    async def path_of(self, policy: PolicyVersion, known: Path | None = None) -> Path:
         """Return a safetensors file, or a folder with one, whose digest was checked.
+
+        The file of `known` has been.
 
         Raises:
             NotFound: nothing is there.
@@ -78,14 +82,15 @@ class WeightSource:
                     "policy.uri", f"{policy.uri!r} is relative", "make it absolute"
                 )
             if path.is_file() or _is_checkpoint(path):
-                await self._verify(path, policy)
+                if known is None or not _one_file(path, known):
+                    await self._verify(path, policy)
                 return path
         return await self._fetch(policy)
 
     async def _verify(self, path: Path, policy: PolicyVersion) -> None:
         if not policy.sha256:
             return
-        file = path if path.is_file() else path / SINGLE
+        file = _file(path)
         if not file.is_file():
             raise InvalidArgument(
                 "policy.digest", "cannot be checked for sharded weights", "omit it"
@@ -150,6 +155,8 @@ class Versions:
             current = self._serving.policy
             if _same(policy, current):
                 return current, 0.0
+            if _same(replace(policy, uri=""), replace(current, uri="")) and policy.sha256:
+                return await self._move(policy), 0.0
             _check_order(policy, current, allow_older)
             start_s = time.monotonic()
             try:
@@ -165,6 +172,14 @@ class Versions:
             metrics.VERSION.set(policy.version)
             get().info("policy version", version=policy.version, uri=policy.uri)
             return policy, pause_s
+
+    async def _move(self, policy: PolicyVersion) -> PolicyVersion:
+        """What serves is to be found at another place from now on."""
+        path = await self._source.path_of(policy, known=self._serving.path)
+        self._engine.moved(path)
+        self._serving = Serving(policy, path, self._serving.since_s)
+        await asyncio.to_thread(write_record, self._record, self._serving)
+        return policy
 
 
 def _same(asked: PolicyVersion, current: PolicyVersion) -> bool:
@@ -205,6 +220,24 @@ def read_record(path: Path) -> Serving | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return serving if weights.is_file() or _is_checkpoint(weights) else None
+
+
+def _file(path: Path) -> Path:
+    return path if path.is_file() else path / SINGLE
+
+
+def _one_file(path: Path, other: Path) -> bool:
+    """Whether both are names of one file."""
+    try:
+        return _file(path).samefile(_file(other))
+    except OSError:
+        return False
+
+
+def is_whole(serving: Serving) -> bool:
+    """Whether weights with a digest still match it: they may not have reached the disk."""
+    expected, file = serving.policy.sha256, _file(serving.path)
+    return not expected or (file.is_file() and _digest(file).sha256 == expected)
 
 
 def _is_checkpoint(path: Path) -> bool:

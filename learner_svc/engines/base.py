@@ -7,8 +7,8 @@
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -28,8 +28,11 @@ class OptimizerState:
     """AdamW moments by parameter name, and the number of updates; the same for every engine."""
 
     updates: int
-    tensors: dict[str, Tensor]
-    """`exp_avg.<parameter>` and `exp_avg_sq.<parameter>`, f32."""
+    tensors: Mapping[str, Tensor]
+    """`exp_avg.<parameter>` and `exp_avg_sq.<parameter>`, f32. They may be made as they are asked
+    for: of several ranks each asks for all, in their order."""
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Of the tensors of an engine, in their order."""
 
     def moment(self, kind: str, name: str, shape: Sequence[int]) -> Tensor:
         """One moment of a parameter, f32.

@@ -1,8 +1,8 @@
 """DeepSpeed: ZeRO 0-3 over any number of processes, on CPU (gloo) and GPU.
 
-- Stage 0 in fp32 keeps an ordinary AdamW, and a rank alone has all of stages 1 and 2, so that their
-  checkpoints are the same as the plain engine's, which any number of ranks can go on from. Several
-  ranks, and stage 3, write sharded state in DeepSpeed's own format.
+- The state of stage 0 in fp32, an ordinary AdamW, and of stages 1 and 2, gathered from the ranks
+  one tensor at a time, is the same as the plain engine's: any number of ranks goes on from it.
+  Stage 3, and stage 0 in bf16, write sharded state in DeepSpeed's own format.
 - Masters are the fp32 weights that were loaded, not what bf16 leaves of them.
 - Losses are shares of a global loss; DeepSpeed averages over ranks, so they are multiplied back.
 - Nothing is compiled unless asked for: torch's AdamW, gloo instead of the shared-memory op. Where
@@ -15,7 +15,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -108,9 +108,9 @@ class DeepSpeedEngine:
         self._model = model
         self.packs = model.packs
         self._ordinary = self._stage == 0 and dtype == torch.float32
+        self._gathers = self._stage == 3 or bool(rounded) or (self._stage > 0 and not divided)
         own = f"deepspeed-zero{self._stage}-world{self.world_size}"
-        whole = self._ordinary or (divided and self.world_size == 1)
-        self.state_format = "adamw" if whole else own
+        self.state_format = "adamw" if self._ordinary or divided else own
         self.reads: tuple[str, ...] = (
             ("adamw",) if self._ordinary else ("adamw", own) if divided else (own,)
         )
@@ -149,7 +149,8 @@ class DeepSpeedEngine:
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         get = self._deepspeed.utils.safe_get_full_fp32_param
         for name, parameter in self._model.model.named_parameters():
-            master = get(parameter) if parameter.requires_grad and self._stage else None
+            # In fp32, and with stages that divide only the optimizer, each rank has them all.
+            master = get(parameter) if parameter.requires_grad and self._gathers else None
             if master is not None:
                 yield name, master
                 continue
@@ -168,12 +169,19 @@ class DeepSpeedEngine:
         if self._ordinary:
             return adamw_state(self._engine.optimizer, dict(self._trained))
         states = [state for state in self._engine.optimizer.optimizer.state.values() if state]
-        tensors = {
-            f"{kind}.{name}": parameter._hp_mapping.get_hp_fragment(kind).view(parameter.shape)  # type: ignore[attr-defined]
-            for name, parameter in self._trained.items()
-            for kind in (MOMENTS if states else ())
-        }
-        return OptimizerState(int(states[0]["step"]) if states else 0, tensors)
+        kinds = MOMENTS if states else ()
+        moments = {f"{kind}.{n}": (p, kind) for n, p in self._trained.items() for kind in kinds}
+        shapes = {name: tuple(p.shape) for name, (p, _) in moments.items()}
+        updates = int(states[0]["step"]) if states else 0
+        tensors: Mapping[str, Tensor] = _Gathered(
+            moments, self._deepspeed.utils.safe_get_full_optimizer_state
+        )
+        if self.world_size == 1:  # all is here, and nothing is copied
+            tensors = {
+                name: parameter._hp_mapping.get_hp_fragment(kind).view(parameter.shape)  # type: ignore[attr-defined]
+                for name, (parameter, kind) in moments.items()
+            }
+        return OptimizerState(updates, tensors, shapes)
 
     def load_optimizer_state(self, state: OptimizerState) -> None:
         if self._ordinary:
@@ -220,6 +228,24 @@ class DeepSpeedEngine:
     def close(self) -> None:
         # The process group stays: DeepSpeed keeps references to it, and it ends with the process.
         self._engine.destroy()
+
+
+class _Gathered(Mapping[str, Tensor]):
+    """Moments by name, each gathered from the ranks when it is asked for."""
+
+    def __init__(
+        self, places: dict[str, tuple[Tensor, str]], gather: Callable[[Tensor, str], Tensor]
+    ) -> None:
+        self._places, self._gather = places, gather
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._gather(*self._places[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def _import(model: TrainModel) -> Any:

@@ -122,7 +122,8 @@ def adamw_state(
         updates = int(state["step"])
         tensors[f"exp_avg.{name}"] = state["exp_avg"]
         tensors[f"exp_avg_sq.{name}"] = state["exp_avg_sq"]
-    return OptimizerState(updates, tensors)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return OptimizerState(updates, tensors, shapes)
 
 
 def load_adamw_state(

@@ -145,6 +145,10 @@ class Engine(Protocol):
         """
         ...
 
+    def moved(self, path: Path) -> None:
+        """The weights that serve lie at `path` from now on: another name of the same bytes."""
+        ...
+
     async def pause(self, mode: PauseMode) -> int:
         """Stop sampling (`in_place`, `abort`); the number of requests that were running."""
         ...

@@ -128,6 +128,9 @@ class OpenAiEngine:
         """Refuse: the endpoint's weights are not ours."""
         raise FailedPrecondition("the openai engine serves a remote model and loads no weights")
 
+    def moved(self, path: Path) -> None:
+        """Nothing is read again."""
+
     async def pause(self, mode: PauseMode) -> int:
         """End running requests on abort; nothing can be frozen."""
         running = len(self._running)

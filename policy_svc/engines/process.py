@@ -174,6 +174,10 @@ class ProcessEngine:
         self._version, self._weights = version, path
         return float(answer["pause_s"])
 
+    def moved(self, path: Path) -> None:
+        """Start the worker, should it die, with the weights at another place."""
+        self._weights = path
+
     async def pause(self, mode: PauseMode) -> int:
         """Freeze running requests (in_place) or end them (abort); draining is the caller's."""
         running = len(self._calls)

@@ -148,6 +148,9 @@ class ScriptedEngine:
         self._wake_all()
         return 0.0
 
+    def moved(self, path: Path) -> None:
+        """Nothing is read again."""
+
     async def pause(self, mode: PauseMode) -> int:
         """Freeze or end what plays."""
         running = len(self._running)

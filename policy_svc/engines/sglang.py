@@ -203,6 +203,10 @@ class SglangEngine:
             self._open.set()
         return self._clock() - began_s
 
+    def moved(self, path: Path) -> None:
+        """Push the weights from another place, should a replica need them again."""
+        self._weights = self._remote(path)
+
     async def pause(self, mode: PauseMode) -> int:
         """Freeze or end running requests on every replica."""
         running = sum(len(replica.running) for replica in self._replicas)

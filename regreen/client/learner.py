@@ -95,14 +95,30 @@ class LearnerClient(Caller):
             async for event in events:
                 yield event
 
+    async def publish_weights(
+        self, run_id: str, *, policy_version: int = 0, driver_step: int = 0, request_id: str = ""
+    ) -> pb.PublishedWeights:
+        """Write the weights at hand where a policy can load them."""
+        request = pb.PublishWeightsRequest(
+            request_id=request_id or new_request_id(),
+            run_id=run_id,
+            policy_version=policy_version,
+            driver_step=driver_step,
+        )
+        weights: pb.PublishedWeights = (
+            await self._call(self._stub.PublishWeights, request, _START_S)
+        ).weights
+        return weights
+
     async def save_checkpoint(
-        self, run_id: str, *, policy_version: int = 0, request_id: str = ""
+        self, run_id: str, *, policy_version: int = 0, driver_step: int = 0, request_id: str = ""
     ) -> pb.Checkpoint:
         """Write a checkpoint."""
         request = pb.SaveCheckpointRequest(
             request_id=request_id or new_request_id(),
             run_id=run_id,
             policy_version=policy_version,
+            driver_step=driver_step,
         )
         checkpoint: pb.Checkpoint = (
             await self._call(self._stub.SaveCheckpoint, request, _START_S)

@@ -60,6 +60,8 @@ class Plan:
     shape: Shape = field(default_factory=Shape)
     rounds: int = 2
     sizes: Sizes = field(default_factory=Sizes)
+    only_live: bool = False
+    """Measure only how long new weights take to serve."""
     began_s: float = field(default_factory=time.monotonic)
     limit_s: float = 2400.0
     """After it no size begins; rounds end within `_ROUNDS_SHARE` of it, but for the first."""
@@ -122,6 +124,36 @@ async def whole_steps(plan: Plan, dtype: str) -> dict[str, Any]:
         "seconds": {side: spreads(rows) for side, rows in sides.items() if rows},
         "peak_mb": {side: peak >> 20 for side, peak in peaks.items()},
         "growth": growth,
+    }
+
+
+async def live(plan: Plan) -> dict[str, Any]:
+    """Only how long new weights take to serve: published ahead of their checkpoint, and with it."""
+    found: dict[str, Any] = {}
+    shape = Shape(prompts=1, samples=2, prompt_tokens=48, new_tokens=8)
+    for dtype in plan.dtypes:
+        sides: dict[str, Samples] = {"published": {}, "with_checkpoint": {}}
+        with tempfile.TemporaryDirectory(prefix="regreen-bench-") as folder:
+            ours = Services(Path(folder), plan.model, dtype, plan.threads)
+            async with ours.running():
+                await ours.warm_up()
+                groups = await ours.rollout(prompts_of(shape), shape)
+                for number in range(1, plan.rounds + 1):
+                    for side, measured in (
+                        ("published", ours.live),
+                        ("with_checkpoint", ours.live_when_whole),
+                    ):
+                        await ours.update(groups)
+                        values = await measured()
+                        say(f"{dtype} round {number}/{plan.rounds} {side}: {_short(values)}")
+                        for name, value in values.items():
+                            sides[side].setdefault(name, []).append(value)
+                engine = ours.served.engine
+        seconds = {side: spreads(rows) for side, rows in sides.items()}
+        within = target(seconds["published"]["live_s"]["median"], "at most", 2.0)
+        found[dtype] = {"engine": engine, "seconds": seconds, "live": within}
+    return {"bench": "live", "threads": plan.threads, "cpus": os.cpu_count(), "live": found} | {
+        "load_1m": round(os.getloadavg()[0], 2)
     }
 
 
@@ -261,6 +293,8 @@ async def measure(plan: Plan) -> dict[str, Any]:
 
 def table(report: Mapping[str, Any]) -> str:
     """The report as lines."""
+    if report["bench"] == "live":
+        return _live_table(report)
     shape = report["shape"]
     lines = [
         "{prompts} prompts x {samples} samples x ({prompt_tokens} + {new_tokens}) tokens, ".format(
@@ -287,6 +321,21 @@ def table(report: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _live_table(report: Mapping[str, Any]) -> str:
+    lines = [f"{report['threads']} threads, load {report['load_1m']}"]
+    for dtype, one in report["live"].items():
+        for side, rows in one["seconds"].items():
+            for name, row in rows.items():
+                spread = f"({row['lowest']:.1f} to {row['highest']:.1f})"
+                lines.append(f"{dtype} {side:15} {name:9} {row['median']:8.1f} s  {spread}")
+        verdict = "met" if one["live"]["met"] else "missed"
+        lines.append(
+            f"seconds until new weights serve, {dtype}, {one['engine']}: "
+            f"{one['live']['ratio']}, {one['live']['target']}: {verdict}"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def _short(values: Mapping[str, Any]) -> str:
     told = {
         name: f"{value:.1f}" if isinstance(value, float) else str(value)
@@ -310,6 +359,9 @@ def plan_of(argv: Sequence[str] | None) -> tuple[Plan, bool]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--live", action="store_true", help="measure only how long new weights take to serve"
+    )
     parser.add_argument("--quick", action="store_true", help="a small shape, for smoke tests")
     parser.add_argument("--prompts", type=int, default=Shape().prompts, help="groups of a step")
     parser.add_argument("--rounds", type=int, default=2, help="rounds that count")
@@ -337,6 +389,7 @@ def plan_of(argv: Sequence[str] | None) -> tuple[Plan, bool]:
         rounds=1 if options.quick else options.rounds,
         sizes=quick if options.quick else Sizes(**chosen),
         limit_s=60 * options.minutes,
+        only_live=options.live,
     )
     return plan, options.json
 
@@ -344,7 +397,7 @@ def plan_of(argv: Sequence[str] | None) -> tuple[Plan, bool]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; the exit code."""
     plan, as_json = plan_of(argv)
-    report = asyncio.run(measure(plan))
+    report = asyncio.run(live(plan) if plan.only_live else measure(plan))
     sys.stdout.write(json.dumps(report, indent=1) + "\n" if as_json else table(report))
     return 0
 

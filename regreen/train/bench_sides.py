@@ -9,7 +9,6 @@
 
 import asyncio
 import contextlib
-import itertools
 import json
 import os
 import re
@@ -28,7 +27,7 @@ from regreen.client.policy import PolicyClient
 from regreen.learner import v1 as learner_pb
 from regreen.policy import v1 as policy_pb
 from regreen.stack.follow import following
-from regreen.train.weights import Weights
+from regreen.train.weights import Weights, weights_published
 
 _START_S = 120.0
 _LINE_BYTES = 8 << 20
@@ -227,18 +226,39 @@ class Services:
         answer = await self.learner.step(self._run_id, self.learner_step, batch=batch.to_bytes())
         return dict(answer.metrics)
 
-    async def save(self) -> Weights:
-        """Write a checkpoint; its weights by reference."""
+    async def publish(self) -> Weights:
+        """Have the learner write its weights where the policy finds them."""
+        self.version += 1
+        made = await self.learner.publish_weights(
+            self._run_id, policy_version=self.version, driver_step=self.learner_step
+        )
+        return weights_published(made)
+
+    async def load(self, weights: Weights) -> float:
+        """Have the policy serve them; seconds."""
+        began_s = time.perf_counter()
+        await self.policy.load_version(weights.to_policy())
+        return time.perf_counter() - began_s
+
+    async def save(self) -> float:
+        """Write the checkpoint that holds what was published; seconds."""
+        began_s = time.perf_counter()
+        await self.learner.save_checkpoint(
+            self._run_id, policy_version=self.version, driver_step=self.learner_step
+        )
+        return time.perf_counter() - began_s
+
+    async def live_when_whole(self) -> dict[str, float]:
+        """The same by way of a checkpoint: its weights are served once all of it is written."""
+        began_s = time.perf_counter()
         self.version += 1
         made = await self.learner.save_checkpoint(self._run_id, policy_version=self.version)
+        save_s = time.perf_counter() - began_s
         digest = made.digest
-        return Weights(
-            made.uri, made.policy_version, digest.sha256, digest.size_bytes, made.run_id, made.step
+        load_s = await self.load(
+            Weights(made.uri, made.policy_version, digest.sha256, digest.size_bytes, made.run_id)
         )
-
-    async def load(self, weights: Weights) -> None:
-        """Have the policy serve them."""
-        await self.policy.load_version(weights.to_policy())
+        return {"save_s": save_s, "load_s": load_s, "live_s": save_s + load_s}
 
     async def warm_up(self) -> None:
         """A whole step of two short samples."""
@@ -247,27 +267,41 @@ class Services:
 
     async def step(self, prompts: Sequence[Sequence[int]], shape: Shape) -> dict[str, float]:
         """A whole step; seconds of its parts."""
-        marks, self.metrics = await self._parts(prompts, shape)
+        found, self.metrics = await self._parts(prompts, shape)
         if self.metrics["skipped"]:
             raise RuntimeError("the step taught nothing: all samples of each group are worth alike")
-        spans = [end - start for start, end in itertools.pairwise(marks)]
-        found = dict(zip(("rollout_s", "update_s", "save_s", "load_s"), spans, strict=True))
-        return found | {"live_s": spans[2] + spans[3], "step_s": marks[-1] - marks[0]}
+        return found
 
     async def _parts(
         self, prompts: Sequence[Sequence[int]], shape: Shape
-    ) -> tuple[list[float], dict[str, float]]:
-        """Times between the parts of a whole step, and the learner's metrics."""
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Seconds of the parts of a whole step, and the learner's metrics.
+
+        As a driver does it: the policy loads the weights while the rest of the checkpoint is
+        written, and the step ends when both are done.
+        """
         marks = [time.perf_counter()]
         groups = await self.rollout(prompts, shape)
         marks.append(time.perf_counter())
         metrics = await self.update(groups)
         marks.append(time.perf_counter())
-        weights = await self.save()
-        marks.append(time.perf_counter())
-        await self.load(weights)
-        marks.append(time.perf_counter())
-        return marks, metrics
+        found = await self.live()
+        ended_s = time.perf_counter()
+        found |= {"rollout_s": marks[1] - marks[0], "update_s": marks[2] - marks[1]}
+        return found | {"step_s": ended_s - marks[0]}, metrics
+
+    async def live(self) -> dict[str, float]:
+        """Have the weights at hand served and saved; seconds of both, and until they served."""
+        began_s = time.perf_counter()
+        weights = await self.publish()
+        publish_s = time.perf_counter() - began_s
+        load_s, save_s = await asyncio.gather(self.load(weights), self.save())
+        return {
+            "publish_s": publish_s,
+            "load_s": load_s,
+            "live_s": publish_s + load_s,
+            "save_s": save_s,
+        }
 
     def peak_bytes(self) -> int:
         """The sum of the largest resident sets of all processes so far."""

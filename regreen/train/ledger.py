@@ -5,8 +5,14 @@
   consumed group is consumed again.
 - After `resume`, queue, learner and policy stand at the same step: groups taken after the
   checkpoint are takeable again and steps after it are forgotten.
-- `policy_version = base_version + driver step`, so a checkpoint tells its driver step by itself;
-  the learner's own step number only counts optimizer steps (a step may have nothing to learn).
+- A version number names one set of weights for ever. It is `base_version + driver step`, and higher
+  by one for each number before it that a crash left with weights of its own: published, and then
+  made again as others. Checkpoints and published weights therefore say their driver step; the
+  learner's own step number only counts optimizer steps (a step may have nothing to learn).
+- Weights may be served before their checkpoint is whole, never before all groups of their step are
+  in. After a crash between the two the policy goes on with them, as what is being rolled out is
+  wanted under them, while the learner makes them again from the checkpoint before; unless rollouts
+  of the steps that are made again are still out, which are wanted under that one.
 - A driver that another one has replaced is told so at its next mutation (the run's epoch), and
   never resumes.
 - Recording a checkpoint and acknowledging its groups is one transaction of the dataset service.
@@ -19,7 +25,7 @@
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -37,7 +43,7 @@ from regreen.rpc.errors import (
 )
 from regreen.train.progress import Listener, Progress, ignore, stage
 from regreen.train.rows import all_checkpoints, last_checkpoint
-from regreen.train.weights import Weights, weights_of
+from regreen.train.weights import Weights, weights_of, weights_published
 
 TokenReport = Callable[[int, int], None]
 """Called with tokens done and tokens in all, as the learner counts them."""
@@ -55,7 +61,7 @@ class Position:
     learner_step: int
     """Optimizer steps that the learner has done."""
     weights: Weights
-    """What the policy should serve."""
+    """Those of that step."""
 
 
 @dataclass(slots=True)
@@ -72,9 +78,11 @@ class Ledger:
     listener: Listener = ignore
     epoch: int = field(default=0, init=False)
     """Epoch of the run since the last `resume`; 0 before it."""
+    _extra: int = field(default=0, init=False)
+    """Version numbers that were left to other weights."""
 
-    async def resume(self) -> Position:
-        """Bring queue and learner to the last checkpoint.
+    async def resume(self, *, serve: bool = False) -> Position:
+        """Bring queue and learner to the last checkpoint, and the policy too if it is to `serve`.
 
         Raises:
             FailedPrecondition: the learner is busy with another run, or does not give back the
@@ -84,11 +92,33 @@ class Ledger:
         with stage(self.listener, "start learner"):
             record, started = await self._start(await last_checkpoint(self.stack, self.run_id))
             record = await self._roll_forward(record, started)
+        weights = weights_of(record) if record else self.base
+        step = record.step if record else 0
+        self._extra = weights.version - self.base.version - step
+        if serve:  # before the rewind gives out again what was lost
+            await self._serve_from(started, step, weights)
         checkpoint_id = record.id if record else ""
         rewound = await self.stack.queue.rewind_run(self.run_id, checkpoint_id=checkpoint_id)
         self.epoch = rewound.epoch
-        weights = weights_of(record) if record else self.base
-        return Position(weights.version - self.base.version, started.step, weights)
+        return Position(step, started.step, weights)
+
+    async def _serve_from(
+        self, started: learner_pb.LearnerRun, step: int, weights: Weights
+    ) -> None:
+        """Have the policy serve what a run that stands at `step` is rolled out with."""
+        if await self._is_in(step + 1, started.published.driver_step):
+            with contextlib.suppress(NotFound, DataLoss):  # they had not reached the disk
+                await self.serve(weights_published(started.published))
+                return
+        await self.serve(weights)
+
+    async def _is_in(self, first: int, last: int) -> bool:
+        """Whether there are such steps, and every rollout of theirs is there."""
+        for step in range(first, last + 1):
+            rollouts = (await self.stack.queue.get_queue(self.run_id, step=step)).rollouts
+            if sum(rollouts.values()) > rollouts["committed"]:
+                return False
+        return first <= last
 
     async def check_sole(self) -> None:
         """Make sure that no other driver has taken the run over since `resume`.
@@ -166,17 +196,35 @@ class Ledger:
                 Progress("recover", restart.number, restart.limit, None, f"the learner {how}")
             )
 
+    async def publish(self, step: int) -> Weights:
+        """Have the learner write the weights after driver step `step` for the policy."""
+        with self._lost_run():
+            made = await self.stack.learner.publish_weights(
+                self.run_id, policy_version=self._wanted(step), driver_step=step
+            )
+        self._extra = made.policy_version - self.base.version - step
+        return weights_published(made)
+
     async def save(self, step: int, group_ids: Sequence[str]) -> dataset_pb.CheckpointRecord:
         """Checkpoint after driver step `step`, with all groups consumed since the last one."""
-        try:
+        with self._lost_run():
             checkpoint = await self.stack.learner.save_checkpoint(
-                self.run_id, policy_version=self.base.version + step
+                self.run_id, policy_version=self._wanted(step), driver_step=step
             )
-        except (NotFound, FailedPrecondition) as error:
-            raise Unavailable(f"the learner lost run {self.run_id}: {error}") from error
+        self._extra = checkpoint.policy_version - self.base.version - step
         return await self._record(checkpoint, group_ids)
 
-    async def publish(self, weights: Weights) -> float:
+    def _wanted(self, step: int) -> int:
+        return self.base.version + step + self._extra
+
+    @contextlib.contextmanager
+    def _lost_run(self) -> Iterator[None]:
+        try:
+            yield
+        except (NotFound, FailedPrecondition) as error:
+            raise Unavailable(f"the learner lost run {self.run_id}: {error}") from error
+
+    async def serve(self, weights: Weights) -> float:
         """Have the policy service serve `weights`; seconds for which no token was sampled."""
         response = await self.stack.policy.load_version(weights.to_policy(), allow_older=True)
         return response.pause.seconds + response.pause.nanos * 1e-9
@@ -270,9 +318,11 @@ class Ledger:
         *,
         acknowledge_taken: bool = False,
     ) -> dataset_pb.CheckpointRecord:
+        # Learners of earlier releases did not say it; then no number is left out.
+        step = checkpoint.driver_step or checkpoint.policy_version - self.base.version
         record = dataset_pb.CheckpointRecord(
             run_id=self.run_id,
-            step=checkpoint.policy_version - self.base.version,
+            step=step,
             uri=checkpoint.uri,
             digest=checkpoint.digest,
             policy_version=checkpoint.policy_version,

@@ -8,18 +8,22 @@ refill of groups that do not teach, a curriculum by running pass rates.
   fate, and is acknowledged by exactly one checkpoint.
 - One way in: a fresh start, a restart after kill -9 and the return of a service all go through
   `Ledger.resume`; the queue is put back to the checkpoint that the learner continues from.
-- A checkpoint is recorded and its groups acknowledged in one transaction, before the policy serves
-  it; metrics of a step are stored before the checkpoint that contains it.
+- A checkpoint is recorded and its groups acknowledged in one transaction, before a group of the
+  next step is taken; metrics of a step are stored before the checkpoint that contains it.
+- Its weights serve before that, and the rollouts of the next step begin on them, while moments are
+  written; `Ledger` says what becomes of that in a crash.
 - The tasks of a step depend on recorded outcomes of earlier steps only, so a resumed run asks for
   the groups that it had asked for.
 - A step whose groups teach nothing takes no optimizer step; it is counted, not repeated.
 - Token ids, logprobs and versions go from trajectory to batch unchanged; weights go by reference.
 """
 
+import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from regreen.client.stack import Stack
 from regreen.dataset import v1 as dataset_pb
@@ -53,6 +57,7 @@ from regreen.train.weights import (
     weights_of,
 )
 
+_A, _B = TypeVar("_A"), TypeVar("_B")
 Workers = Callable[[Stack, str, int], AbstractAsyncContextManager[object]]
 """Rollout workers of a run (stack, run id, rollouts at a time) while the context is open."""
 
@@ -75,7 +80,7 @@ async def train_grpo(
         result = await result_of(stack, driver.run)
         weights = await resolve_weights(stack, config.name)
         if (await stack.policy.get_policy()).policy.version != weights.version:
-            await driver.ledger.publish(weights)  # something else was served since
+            await driver.ledger.serve(weights)  # something else was served since
         return result
     if config.concurrency == 0:
         return await driver.drive()
@@ -172,8 +177,7 @@ class _Driver:
         try:
             while True:
                 try:
-                    position = await self.ledger.resume()
-                    await self.ledger.publish(position.weights)
+                    position = await self.ledger.resume(serve=True)
                     life = await _Life.begin(self, position)
                     await life.finish()
                     return await result_of(self.stack, self.run)
@@ -314,14 +318,32 @@ class _Life:
 
     async def _save(self) -> dataset_pb.CheckpointRecord:
         began_s = time.monotonic()
+        ledger = self.driver.ledger
         with stage(self.driver.listener, "checkpoint", f"step {self.step}"):
-            record = await self.driver.ledger.save(self.step, self.pending)
+            published = await ledger.publish(self.step)
+            record, (pause_s, live_at_s) = await _both(
+                ledger.save(self.step, self.pending), self._go_on(published)
+            )
             self.pending, self.sent, self.dirty = [], 0, False
             self.version = record.policy_version
-            pause_s = await self.driver.ledger.publish(weights_of(record))
-        seconds = {"seconds/checkpoint": _since(began_s), "seconds/policy_pause": pause_s}
+            # The same weights, by the name that stays, are not loaded again.
+            pause_s += await ledger.serve(weights_of(record))
+        seconds = {
+            "seconds/checkpoint": _since(began_s),
+            "seconds/weights_live": live_at_s - began_s,
+            "seconds/policy_pause": pause_s,
+        }
         await self.driver.stack.runs.record_metrics(self.driver.run.id, self.step, seconds)
         return record
+
+    async def _go_on(self, published: Weights) -> tuple[float, float]:
+        """Serve weights and have the next step rolled out on them; seconds without sampling, and
+        when they served."""
+        pause_s = await self.driver.ledger.serve(published)
+        live_at_s = time.monotonic()
+        if self.step < self.driver.config.steps:
+            await self.gatherer.enqueue(self.step + 1, self.history)
+        return pause_s, live_at_s
 
     def _absorb(self, collected: Collected) -> None:
         for group in collected.groups:
@@ -370,6 +392,15 @@ async def _recorded_outcomes(
         candidate = Candidate(rows[0].task_id, rows[0].mode)
         found.setdefault(step, []).append((candidate, [row.reward.solved for row in rows]))
     return found
+
+
+async def _both(one: Awaitable[_A], other: Awaitable[_B]) -> tuple[_A, _B]:
+    """What both give, beside each other; if one fails, after the other has ended too."""
+    found = await asyncio.gather(one, other, return_exceptions=True)
+    for result in found:
+        if isinstance(result, BaseException):
+            raise result
+    return found  # type: ignore[return-value]
 
 
 def _since(began_s: float) -> float:

@@ -14,6 +14,7 @@ from google.protobuf.json_format import MessageToDict
 from regreen.client.stack import Stack
 from regreen.common import v1 as common_pb
 from regreen.dataset import v1 as dataset_pb
+from regreen.learner import v1 as learner_pb
 from regreen.policy import v1 as policy_pb
 from regreen.rpc.errors import DataLoss, InvalidArgument
 from regreen.train.rows import all_runs, find_run, last_checkpoint
@@ -90,6 +91,18 @@ def weights_of(record: dataset_pb.CheckpointRecord) -> Weights:
         size_bytes=record.digest.size_bytes,
         run_id=record.run_id,
         step=record.step,
+    )
+
+
+def weights_published(published: learner_pb.PublishedWeights) -> Weights:
+    """The weights that a learner has published."""
+    return Weights(
+        uri=published.uri,
+        version=published.policy_version,
+        sha256=published.digest.sha256,
+        size_bytes=published.digest.size_bytes,
+        run_id=published.run_id,
+        step=published.driver_step,
     )
 
 

@@ -46,6 +46,8 @@ class LearnerState:
     lineage: list[dict] = field(default_factory=list)
     fresh_groups: list[str] = field(default_factory=list)
     checkpoint: dict | None = None
+    salt: str = ""
+    """What makes the next steps other ones, as a GPU may do."""
 
 
 class HashLearner(learner_pb.LearnerServiceServicer):
@@ -55,6 +57,11 @@ class HashLearner(learner_pb.LearnerServiceServicer):
         self.root, self.runs = root, dict[str, LearnerState]()
         self.hold_at, self.held = 0, asyncio.Event()
         """A step that is begun and never ends, and whether it was."""
+        self.saving, self.may_save = asyncio.Event(), asyncio.Event()
+        """A checkpoint is begun; checkpoints may end."""
+        self.may_save.set()
+        self.salt = ""
+        """What makes the steps of runs that are started now other ones."""
 
     def forget(self) -> None:
         """Lose everything that is not on disk."""
@@ -76,6 +83,7 @@ class HashLearner(learner_pb.LearnerServiceServicer):
                 continue  # damaged: the one before it
             state = LearnerState(saved["weights"], saved["step"], saved["lineage"], [], saved)
             break
+        state.salt = self.salt
         self.runs[request.run_id] = state
         return learner_pb.StartRunResponse(run=self._run(request.run_id))
 
@@ -89,23 +97,50 @@ class HashLearner(learner_pb.LearnerServiceServicer):
         if request.step != state.step + 1:
             raise InvalidArgument("step", f"is {request.step}, next is {state.step + 1}")
         batch = Batch.from_bytes(request.batch)
-        state.weights = hashlib.sha256((state.weights + batch.digest).encode()).hexdigest()
+        # What a driver reports with a batch, such as seconds, is no lesson.
+        chained = state.weights + Batch(batch.samples).digest + state.salt
+        state.weights = hashlib.sha256(chained.encode()).hexdigest()
         state.step += 1
         state.lineage.append({"batch": batch.digest, "groups": list(request.group_ids)})
         state.fresh_groups += request.group_ids
         return learner_pb.StepResponse(step=state.step, metrics={"loss": 1.0 / state.step})
 
+    async def PublishWeights(self, request, context):
+        state = self._state(request.run_id)
+        version = self._version(request, state)
+        path = self._published(request.run_id) / f"{version:012d}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made = {"weights": state.weights, "version": version, "driver_step": request.driver_step}
+        path.write_text(json.dumps(made))
+        return learner_pb.PublishWeightsResponse(weights=self._run(request.run_id).published)
+
+    def _published(self, run_id: str) -> Path:
+        return self.root / run_id / "weights"
+
+    def _version(self, request, state: LearnerState) -> int:
+        """The one asked for, or the next that was not given to others."""
+        version, folder = request.policy_version, self._published(request.run_id)
+        given = {int(path.stem): json.loads(path.read_text()) for path in folder.glob("*.json")}
+        while version in given and given[version]["weights"] != state.weights:
+            version += 1
+        return version
+
     async def SaveCheckpoint(self, request, context):
         state = self._state(request.run_id)
+        self.saving.set()
+        await self.may_save.wait()
+        self._state(request.run_id)
         folder = self.root / request.run_id
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"step-{request.policy_version:012d}.json"
+        version = self._version(request, state)
+        path = folder / f"step-{version:012d}.json"
         saved = {
             "uri": str(path),
             "weights": state.weights,
             "step": state.step,
             "lineage": state.lineage,
-            "version": request.policy_version,
+            "version": version,
+            "driver_step": request.driver_step,
             "groups": state.fresh_groups,
         }
         path.with_suffix(".tmp").write_text(json.dumps(saved))
@@ -134,18 +169,36 @@ class HashLearner(learner_pb.LearnerServiceServicer):
         run = learner_pb.LearnerRun(id=run_id, step=state.step, state=learner_pb.RUN_STATE_ACTIVE)
         if state.checkpoint is not None:
             saved = state.checkpoint
-            sha256 = hashlib.sha256(saved["weights"].encode()).hexdigest()
             run.checkpoint.CopyFrom(
                 learner_pb.Checkpoint(
                     uri=saved["uri"],
-                    digest=common_pb.Digest(sha256=sha256, size_bytes=64),
+                    digest=digest_of(saved["weights"]),
                     step=saved["step"],
                     policy_version=saved["version"],
                     run_id=run_id,
                     group_ids=saved["groups"],
+                    driver_step=saved["driver_step"],
+                )
+            )
+        published = [*self._published(run_id).glob("*.json")]
+        if published:
+            newest = max(published, key=lambda path: path.stat().st_mtime_ns)
+            made = json.loads(newest.read_text())
+            run.published.CopyFrom(
+                learner_pb.PublishedWeights(
+                    uri=str(newest),
+                    digest=digest_of(made["weights"]),
+                    policy_version=made["version"],
+                    run_id=run_id,
+                    driver_step=made["driver_step"],
                 )
             )
         return run
+
+
+def digest_of(weights: str) -> common_pb.Digest:
+    """The digest of weights of the small learner."""
+    return common_pb.Digest(sha256=hashlib.sha256(weights.encode()).hexdigest(), size_bytes=64)
 
 
 class RememberingPolicy(policy_pb.PolicyServiceServicer):
@@ -154,10 +207,19 @@ class RememberingPolicy(policy_pb.PolicyServiceServicer):
     def __init__(self) -> None:
         self.serving = policy_pb.PolicyVersion(version=0, uri="/models/base")
         self.loaded: list[int] = []
+        self.served: dict[int, set[str]] = {}
+        """Digests by version."""
+        self.lost = set[str]()
+        """URIs at which nothing is any more."""
 
     async def LoadVersion(self, request, context):
+        if request.policy.uri in self.lost:
+            raise NotFound(f"no weights at {request.policy.uri}")
+        if request.policy.version != self.serving.version:
+            self.loaded.append(request.policy.version)
         self.serving = request.policy
-        self.loaded.append(request.policy.version)
+        digests = self.served.setdefault(request.policy.version, set())
+        digests.add(request.policy.digest.sha256)
         return policy_pb.LoadVersionResponse(policy=self.serving)
 
     async def GetPolicy(self, request, context):

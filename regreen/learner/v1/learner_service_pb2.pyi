@@ -426,6 +426,7 @@ class LearnerRun(_message.Message):
     ERROR_FIELD_NUMBER: _builtins.int
     ESTIMATED_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     RESTARTS_FIELD_NUMBER: _builtins.int
+    PUBLISHED_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Run id."""
     kind: Global___RunKind.ValueType
@@ -454,6 +455,10 @@ class LearnerRun(_message.Message):
     def hyperparameters(self) -> Global___Hyperparameters:
         """Hyperparameters in force."""
 
+    @_builtins.property
+    def published(self) -> Global___PublishedWeights:
+        """Weights that were published last and are still there; they may be ahead of `checkpoint`."""
+
     def __init__(
         self,
         *,
@@ -469,10 +474,11 @@ class LearnerRun(_message.Message):
         error: _builtins.str = ...,
         estimated_memory_bytes: _builtins.int = ...,
         restarts: _builtins.int = ...,
+        published: Global___PublishedWeights | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "hyperparameters", b"hyperparameters"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "hyperparameters", b"hyperparameters", "published", b"published"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "engine", b"engine", "error", b"error", "estimated_memory_bytes", b"estimated_memory_bytes", "hyperparameters", b"hyperparameters", "id", b"id", "kind", b"kind", "parameters", b"parameters", "restarts", b"restarts", "state", b"state", "step", b"step", "trainable_parameters", b"trainable_parameters"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "engine", b"engine", "error", b"error", "estimated_memory_bytes", b"estimated_memory_bytes", "hyperparameters", b"hyperparameters", "id", b"id", "kind", b"kind", "parameters", b"parameters", "published", b"published", "restarts", b"restarts", "state", b"state", "step", b"step", "trainable_parameters", b"trainable_parameters"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -491,6 +497,7 @@ class Checkpoint(_message.Message):
     RUN_ID_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     GROUP_IDS_FIELD_NUMBER: _builtins.int
+    DRIVER_STEP_FIELD_NUMBER: _builtins.int
     uri: _builtins.str
     """Directory or blob URI."""
     step: _builtins.int
@@ -499,6 +506,8 @@ class Checkpoint(_message.Message):
     """Policy version that it becomes when published."""
     run_id: _builtins.str
     """Run."""
+    driver_step: _builtins.int
+    """Step of the driver that it was taken after, as SaveCheckpoint was told; 0 if it was not."""
     @_builtins.property
     def digest(self) -> _common_pb2.Digest:
         """Digest of the weights file."""
@@ -521,14 +530,65 @@ class Checkpoint(_message.Message):
         run_id: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         group_ids: _abc.Iterable[_builtins.str] | None = ...,
+        driver_step: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "digest", b"digest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "digest", b"digest", "group_ids", b"group_ids", "policy_version", b"policy_version", "run_id", b"run_id", "step", b"step", "uri", b"uri"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "digest", b"digest", "driver_step", b"driver_step", "group_ids", b"group_ids", "policy_version", b"policy_version", "run_id", b"run_id", "step", b"step", "uri", b"uri"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Checkpoint: _TypeAlias = Checkpoint  # noqa: Y015
+
+@_typing.final
+class PublishedWeights(_message.Message):
+    """Weights of a run by reference, as a policy loads them; no checkpoint."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    URI_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    POLICY_VERSION_FIELD_NUMBER: _builtins.int
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    DRIVER_STEP_FIELD_NUMBER: _builtins.int
+    uri: _builtins.str
+    """Directory with the weights file, configuration and tokenizer."""
+    step: _builtins.int
+    """Step after which they were taken."""
+    policy_version: _builtins.int
+    """Policy version that names them."""
+    run_id: _builtins.str
+    """Run."""
+    driver_step: _builtins.int
+    """Step of the driver that they were taken after, as PublishWeights was told; 0 if it was not."""
+    @_builtins.property
+    def digest(self) -> _common_pb2.Digest:
+        """Digest of the weights file."""
+
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When they were complete."""
+
+    def __init__(
+        self,
+        *,
+        uri: _builtins.str = ...,
+        digest: _common_pb2.Digest | None = ...,
+        step: _builtins.int = ...,
+        policy_version: _builtins.int = ...,
+        run_id: _builtins.str = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        driver_step: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "digest", b"digest"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "digest", b"digest", "driver_step", b"driver_step", "policy_version", b"policy_version", "run_id", b"run_id", "step", b"step", "uri", b"uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PublishedWeights: _TypeAlias = PublishedWeights  # noqa: Y015
 
 @_typing.final
 class StepRequest(_message.Message):
@@ -777,6 +837,64 @@ class StepProgress(_message.Message):
 Global___StepProgress: _TypeAlias = StepProgress  # noqa: Y015
 
 @_typing.final
+class PublishWeightsRequest(_message.Message):
+    """Request of PublishWeights."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    POLICY_VERSION_FIELD_NUMBER: _builtins.int
+    DRIVER_STEP_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Client-chosen id of this request."""
+    run_id: _builtins.str
+    """Run id."""
+    policy_version: _builtins.int
+    """Policy version wanted for them."""
+    driver_step: _builtins.int
+    """Step of the driver, where it counts steps of its own."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        run_id: _builtins.str = ...,
+        policy_version: _builtins.int = ...,
+        driver_step: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["driver_step", b"driver_step", "policy_version", b"policy_version", "request_id", b"request_id", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PublishWeightsRequest: _TypeAlias = PublishWeightsRequest  # noqa: Y015
+
+@_typing.final
+class PublishWeightsResponse(_message.Message):
+    """Response of PublishWeights."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WEIGHTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def weights(self) -> Global___PublishedWeights:
+        """The weights."""
+
+    def __init__(
+        self,
+        *,
+        weights: Global___PublishedWeights | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["weights", b"weights"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["weights", b"weights"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PublishWeightsResponse: _TypeAlias = PublishWeightsResponse  # noqa: Y015
+
+@_typing.final
 class SaveCheckpointRequest(_message.Message):
     """Request of SaveCheckpoint."""
 
@@ -785,22 +903,26 @@ class SaveCheckpointRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     RUN_ID_FIELD_NUMBER: _builtins.int
     POLICY_VERSION_FIELD_NUMBER: _builtins.int
+    DRIVER_STEP_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Client-chosen id of this request."""
     run_id: _builtins.str
     """Run id."""
     policy_version: _builtins.int
     """Policy version to stamp on it."""
+    driver_step: _builtins.int
+    """Step of the driver, where it counts steps of its own."""
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         run_id: _builtins.str = ...,
         policy_version: _builtins.int = ...,
+        driver_step: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy_version", b"policy_version", "request_id", b"request_id", "run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["driver_step", b"driver_step", "policy_version", b"policy_version", "request_id", b"request_id", "run_id", b"run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -55,6 +55,11 @@ class LearnerServiceStub:
                 request_serializer=regreen_dot_learner_dot_v1_dot_learner__service__pb2.WatchRunRequest.SerializeToString,
                 response_deserializer=regreen_dot_learner_dot_v1_dot_learner__service__pb2.WatchRunResponse.FromString,
                 _registered_method=True)
+        self.PublishWeights = channel.unary_unary(
+                '/regreen.learner.v1.LearnerService/PublishWeights',
+                request_serializer=regreen_dot_learner_dot_v1_dot_learner__service__pb2.PublishWeightsRequest.SerializeToString,
+                response_deserializer=regreen_dot_learner_dot_v1_dot_learner__service__pb2.PublishWeightsResponse.FromString,
+                _registered_method=True)
         self.SaveCheckpoint = channel.unary_unary(
                 '/regreen.learner.v1.LearnerService/SaveCheckpoint',
                 request_serializer=regreen_dot_learner_dot_v1_dot_learner__service__pb2.SaveCheckpointRequest.SerializeToString,
@@ -139,9 +144,27 @@ class LearnerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PublishWeights(self, request, context):
+        """Writes the weights at hand where a policy can load them, ahead of the checkpoint that will hold them; SaveCheckpoint
+        then shares their file. All or nothing. Idempotent by request_id. Nothing resumes from them: until that checkpoint is
+        whole, a run that is started again goes on from the one before it and does its steps again. A version number names
+        one set of weights for ever: if `policy_version` was given to other weights of this run, the answer has the next
+        number that was not. The newest few are kept. Where ranks are lost meanwhile, as for Step.
+
+        Errors:
+        - NOT_FOUND: no such run.
+        - INVALID_ARGUMENT: `policy_version` or `driver_step` is negative.
+        - INTERNAL with reason INFRA: as for Step.
+        - RESOURCE_EXHAUSTED with reason DISK_FULL: no space; what was published before is intact.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def SaveCheckpoint(self, request, context):
-        """Writes a checkpoint from which the run continues exactly. All or nothing. Idempotent by request_id. Where ranks are lost
-        meanwhile, as for Step.
+        """Writes a checkpoint from which the run continues exactly. All or nothing. Idempotent by request_id. If its weights are
+        not those that were published under `policy_version`, it carries the next number that was not given. Where ranks are
+        lost meanwhile, as for Step.
 
         Errors:
         - NOT_FOUND: no such run.
@@ -204,6 +227,11 @@ def add_LearnerServiceServicer_to_server(servicer, server):
                     servicer.WatchRun,
                     request_deserializer=regreen_dot_learner_dot_v1_dot_learner__service__pb2.WatchRunRequest.FromString,
                     response_serializer=regreen_dot_learner_dot_v1_dot_learner__service__pb2.WatchRunResponse.SerializeToString,
+            ),
+            'PublishWeights': grpc.unary_unary_rpc_method_handler(
+                    servicer.PublishWeights,
+                    request_deserializer=regreen_dot_learner_dot_v1_dot_learner__service__pb2.PublishWeightsRequest.FromString,
+                    response_serializer=regreen_dot_learner_dot_v1_dot_learner__service__pb2.PublishWeightsResponse.SerializeToString,
             ),
             'SaveCheckpoint': grpc.unary_unary_rpc_method_handler(
                     servicer.SaveCheckpoint,
@@ -335,6 +363,33 @@ class LearnerService:
             '/regreen.learner.v1.LearnerService/WatchRun',
             regreen_dot_learner_dot_v1_dot_learner__service__pb2.WatchRunRequest.SerializeToString,
             regreen_dot_learner_dot_v1_dot_learner__service__pb2.WatchRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PublishWeights(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/regreen.learner.v1.LearnerService/PublishWeights',
+            regreen_dot_learner_dot_v1_dot_learner__service__pb2.PublishWeightsRequest.SerializeToString,
+            regreen_dot_learner_dot_v1_dot_learner__service__pb2.PublishWeightsResponse.FromString,
             options,
             channel_credentials,
             insecure,

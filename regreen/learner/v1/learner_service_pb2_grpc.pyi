@@ -75,9 +75,23 @@ class LearnerServiceStub:
     Errors:
     - NOT_FOUND: no such run.
     """
+    PublishWeights: _grpc.UnaryUnaryMultiCallable[_learner_service_pb2.PublishWeightsRequest, _learner_service_pb2.PublishWeightsResponse]
+    """Writes the weights at hand where a policy can load them, ahead of the checkpoint that will hold them; SaveCheckpoint
+    then shares their file. All or nothing. Idempotent by request_id. Nothing resumes from them: until that checkpoint is
+    whole, a run that is started again goes on from the one before it and does its steps again. A version number names
+    one set of weights for ever: if `policy_version` was given to other weights of this run, the answer has the next
+    number that was not. The newest few are kept. Where ranks are lost meanwhile, as for Step.
+
+    Errors:
+    - NOT_FOUND: no such run.
+    - INVALID_ARGUMENT: `policy_version` or `driver_step` is negative.
+    - INTERNAL with reason INFRA: as for Step.
+    - RESOURCE_EXHAUSTED with reason DISK_FULL: no space; what was published before is intact.
+    """
     SaveCheckpoint: _grpc.UnaryUnaryMultiCallable[_learner_service_pb2.SaveCheckpointRequest, _learner_service_pb2.SaveCheckpointResponse]
-    """Writes a checkpoint from which the run continues exactly. All or nothing. Idempotent by request_id. Where ranks are lost
-    meanwhile, as for Step.
+    """Writes a checkpoint from which the run continues exactly. All or nothing. Idempotent by request_id. If its weights are
+    not those that were published under `policy_version`, it carries the next number that was not given. Where ranks are
+    lost meanwhile, as for Step.
 
     Errors:
     - NOT_FOUND: no such run.
@@ -150,9 +164,23 @@ class LearnerServiceAsyncStub(LearnerServiceStub):
     Errors:
     - NOT_FOUND: no such run.
     """
+    PublishWeights: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.PublishWeightsRequest, _learner_service_pb2.PublishWeightsResponse]  # type: ignore[assignment]
+    """Writes the weights at hand where a policy can load them, ahead of the checkpoint that will hold them; SaveCheckpoint
+    then shares their file. All or nothing. Idempotent by request_id. Nothing resumes from them: until that checkpoint is
+    whole, a run that is started again goes on from the one before it and does its steps again. A version number names
+    one set of weights for ever: if `policy_version` was given to other weights of this run, the answer has the next
+    number that was not. The newest few are kept. Where ranks are lost meanwhile, as for Step.
+
+    Errors:
+    - NOT_FOUND: no such run.
+    - INVALID_ARGUMENT: `policy_version` or `driver_step` is negative.
+    - INTERNAL with reason INFRA: as for Step.
+    - RESOURCE_EXHAUSTED with reason DISK_FULL: no space; what was published before is intact.
+    """
     SaveCheckpoint: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.SaveCheckpointRequest, _learner_service_pb2.SaveCheckpointResponse]  # type: ignore[assignment]
-    """Writes a checkpoint from which the run continues exactly. All or nothing. Idempotent by request_id. Where ranks are lost
-    meanwhile, as for Step.
+    """Writes a checkpoint from which the run continues exactly. All or nothing. Idempotent by request_id. If its weights are
+    not those that were published under `policy_version`, it carries the next number that was not given. Where ranks are
+    lost meanwhile, as for Step.
 
     Errors:
     - NOT_FOUND: no such run.
@@ -248,13 +276,33 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def PublishWeights(
+        self,
+        request: _learner_service_pb2.PublishWeightsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_learner_service_pb2.PublishWeightsResponse, _abc.Awaitable[_learner_service_pb2.PublishWeightsResponse]]:
+        """Writes the weights at hand where a policy can load them, ahead of the checkpoint that will hold them; SaveCheckpoint
+        then shares their file. All or nothing. Idempotent by request_id. Nothing resumes from them: until that checkpoint is
+        whole, a run that is started again goes on from the one before it and does its steps again. A version number names
+        one set of weights for ever: if `policy_version` was given to other weights of this run, the answer has the next
+        number that was not. The newest few are kept. Where ranks are lost meanwhile, as for Step.
+
+        Errors:
+        - NOT_FOUND: no such run.
+        - INVALID_ARGUMENT: `policy_version` or `driver_step` is negative.
+        - INTERNAL with reason INFRA: as for Step.
+        - RESOURCE_EXHAUSTED with reason DISK_FULL: no space; what was published before is intact.
+        """
+
+    @_abc_1.abstractmethod
     def SaveCheckpoint(
         self,
         request: _learner_service_pb2.SaveCheckpointRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_learner_service_pb2.SaveCheckpointResponse, _abc.Awaitable[_learner_service_pb2.SaveCheckpointResponse]]:
-        """Writes a checkpoint from which the run continues exactly. All or nothing. Idempotent by request_id. Where ranks are lost
-        meanwhile, as for Step.
+        """Writes a checkpoint from which the run continues exactly. All or nothing. Idempotent by request_id. If its weights are
+        not those that were published under `policy_version`, it carries the next number that was not given. Where ranks are
+        lost meanwhile, as for Step.
 
         Errors:
         - NOT_FOUND: no such run.

@@ -122,10 +122,11 @@ class PolicyServiceServicer:
 
     def LoadVersion(self, request, context):
         """Loads weights by reference and switches to them; the old version serves until the new one is ready.
-        Idempotent by request_id. All or nothing.
+        Idempotent by request_id. All or nothing. What serves already, by version and digest, is not loaded again when it is
+        named at another place; it is looked for there from then on.
 
         Errors:
-        - NOT_FOUND: no checkpoint at that place.
+        - NOT_FOUND: no weights at that place.
         - DATA_LOSS: its bytes do not match the digest.
         - FAILED_PRECONDITION: the version is older than the current one.
         """

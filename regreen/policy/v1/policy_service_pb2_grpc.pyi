@@ -57,10 +57,11 @@ class PolicyServiceStub:
     """
     LoadVersion: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.LoadVersionRequest, _policy_service_pb2.LoadVersionResponse]
     """Loads weights by reference and switches to them; the old version serves until the new one is ready.
-    Idempotent by request_id. All or nothing.
+    Idempotent by request_id. All or nothing. What serves already, by version and digest, is not loaded again when it is
+    named at another place; it is looked for there from then on.
 
     Errors:
-    - NOT_FOUND: no checkpoint at that place.
+    - NOT_FOUND: no weights at that place.
     - DATA_LOSS: its bytes do not match the digest.
     - FAILED_PRECONDITION: the version is older than the current one.
     """
@@ -123,10 +124,11 @@ class PolicyServiceAsyncStub(PolicyServiceStub):
     """
     LoadVersion: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.LoadVersionRequest, _policy_service_pb2.LoadVersionResponse]  # type: ignore[assignment]
     """Loads weights by reference and switches to them; the old version serves until the new one is ready.
-    Idempotent by request_id. All or nothing.
+    Idempotent by request_id. All or nothing. What serves already, by version and digest, is not loaded again when it is
+    named at another place; it is looked for there from then on.
 
     Errors:
-    - NOT_FOUND: no checkpoint at that place.
+    - NOT_FOUND: no weights at that place.
     - DATA_LOSS: its bytes do not match the digest.
     - FAILED_PRECONDITION: the version is older than the current one.
     """
@@ -210,10 +212,11 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_policy_service_pb2.LoadVersionResponse, _abc.Awaitable[_policy_service_pb2.LoadVersionResponse]]:
         """Loads weights by reference and switches to them; the old version serves until the new one is ready.
-        Idempotent by request_id. All or nothing.
+        Idempotent by request_id. All or nothing. What serves already, by version and digest, is not loaded again when it is
+        named at another place; it is looked for there from then on.
 
         Errors:
-        - NOT_FOUND: no checkpoint at that place.
+        - NOT_FOUND: no weights at that place.
         - DATA_LOSS: its bytes do not match the digest.
         - FAILED_PRECONDITION: the version is older than the current one.
         """

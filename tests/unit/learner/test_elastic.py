@@ -1,0 +1,88 @@
+"""Checkpoints of several ranks: whole, and any number of ranks goes on from them."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from learner_svc import checkpoint as ckpt
+from learner_svc.checkpoint_writer import Tensors
+from learner_svc.launch import Call, environment
+from learner_svc.session import Session
+from regreen.batch import Batch
+from tests.fixtures.learner_ranks import STAGES, spec_of, stepped
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+Make = Callable[..., Batch]
+Figures = dict[str, dict[str, list[list[float]]]]
+
+
+def run_ranks(count: int, model: Path, home: Path, batches: Sequence[Path], begin: bool) -> Figures:
+    """What rank 0 of so many printed."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    plan = {
+        "model": str(model),
+        "home": str(home),
+        "batches": [str(path) for path in batches],
+        "begin": begin,
+    }
+    call = Call.make("127.0.0.1", port, processes=count, nodes=1)
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.fixtures.learner_ranks", json.dumps(plan)],
+            env=environment(os.environ, call, rank),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in call.ranks(0)
+    ]
+    told = [rank.communicate() for rank in ranks]
+    ends = "\n".join(err[-1500:] for _, err in told)
+    assert [rank.returncode for rank in ranks] == [0] * count, ends
+    found: Figures = json.loads(told[0][0].strip().splitlines()[-1])
+    return found
+
+
+def saved_at(home: Path, stage: int, name: str) -> ckpt.Saved:
+    path = home / f"zero{stage}" / "checkpoints" / name
+    manifest = ckpt.load_manifest(path)
+    ckpt.verify(path, manifest)
+    return ckpt.Saved(path, manifest)
+
+
+def test_fewer_and_more_ranks_go_on_from_what_two_wrote(
+    tiny_model: Path, make_batch: Make, tmp_path: Path
+) -> None:
+    batches = [make_batch(seed=seed) for seed in range(4)]
+    files = [tmp_path / f"batch-{number}" for number in range(len(batches))]
+    for path, batch in zip(files, batches, strict=True):
+        path.write_bytes(batch.to_bytes())
+    two = run_ranks(2, tiny_model, tmp_path, files, begin=True)
+    three = run_ranks(3, tiny_model, tmp_path, files, begin=False)
+    for stage in STAGES:
+        begun = two[str(stage)]["begun"]
+        assert two[str(stage)]["resumed"] == begun[2:], "as many ranks: bit for bit"
+        first, last = (saved_at(tmp_path, stage, f"step-0000000{step}") for step in (2, 4))
+        again = saved_at(tmp_path, stage, "step-00000004.2")
+        assert again.manifest.files["model.safetensors"] == last.manifest.weights
+        assert again.manifest.files["trainer.state"] == last.manifest.files["trainer.state"]
+        assert first.manifest.state_format == "adamw"
+        assert not [name for name in first.manifest.files if name.startswith("engine/")]
+        moments = Tensors(first.path / "trainer.state")
+        assert sum(moments[name].numel() for name in moments if name.startswith("exp_")) > 0
+        expected = [pytest.approx(pair, rel=1e-3, abs=1e-6) for pair in begun[2:]]
+        assert three[str(stage)]["resumed"] == expected
+        for engine in ("plain", "deepspeed"):
+            spec = spec_of(str(tiny_model), engine, stage if engine == "deepspeed" else -1)
+            alone = Session(spec, tmp_path / "extensions", resume=first.path)
+            assert [list(pair) for pair in stepped(alone, batches[2:])] == expected
+            alone.close()
+    assert three["1"]["resumed"] != [[0.0, 0.0]] * 2
