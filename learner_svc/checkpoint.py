@@ -1,7 +1,8 @@
 """Checkpoints: a directory from which a run continues exactly, and which the policy can load.
 
 Layout: `config.json`, tokenizer files and `model.safetensors` (all weights, f32) at the top,
-`trainer.state` (AdamW moments, random state) or `engine/` (an engine's own format), and
+`trainer.state` (AdamW moments, random state) or `engine/` (an engine's own format), of a run with
+adapters `adapter/` (they alone, in PEFT's format; the weights are whole nevertheless), and
 `manifest.json`, which names every file with size and SHA-256, and the run's position.
 
 - A checkpoint exists whole under its name or not at all: written beside it, flushed, renamed.
@@ -33,6 +34,8 @@ every `*.safetensors` of a folder."""
 OLD_TRAINER = "trainer.safetensors"
 """As releases before named it."""
 ENGINE = "engine"
+ADAPTER = "adapter"
+"""Directory of the adapters, in PEFT's format."""
 SHARDS = ".shards-"
 """Beginning of the name of the directory in which ranks gather their shards."""
 _NAME = re.compile(r"step-(\d{8})(?:\.(\d+))?")

@@ -31,6 +31,8 @@ class ModelShape:
     parameters: int
     layers: int
     layer_parameters: int
+    layer_widths: int
+    """Inputs and outputs of a layer's linear maps, added up: an adapter's parameters by rank."""
     hidden: int
     intermediate: int
     vocab: int
@@ -54,15 +56,18 @@ def model_shape(path: Path) -> ModelShape:
     kv_heads = int(config.get("num_key_value_heads") or heads)
     attention = hidden * head_size * (2 * heads + 2 * kv_heads)
     per_layer = attention + 3 * hidden * intermediate + 2 * hidden
+    widths = 4 * hidden + head_size * (2 * heads + 2 * kv_heads) + 3 * (hidden + intermediate)
     embeddings = vocab * hidden * (1 if config.get("tie_word_embeddings") else 2)
     return ModelShape(
-        embeddings + layers * per_layer, layers, per_layer, hidden, intermediate, vocab
+        embeddings + layers * per_layer, layers, per_layer, widths, hidden, intermediate, vocab
     )
 
 
 def trained_parameters(shape: ModelShape, hyperparameters: Hyperparameters) -> int:
     """Parameters that have a gradient and optimizer state."""
-    layers = hyperparameters.trainable_layers
+    layers, rank = hyperparameters.trainable_layers, hyperparameters.lora_rank
+    if rank:
+        return (layers or shape.layers) * rank * shape.layer_widths
     return layers * shape.layer_parameters if layers else shape.parameters
 
 
@@ -95,7 +100,8 @@ def estimate_bytes(shape: ModelShape, hyperparameters: Hyperparameters, layout: 
     moments, gradients, ranks = 8 + (4 if layout.masters else 0), 4, layout.ranks
     per_parameter = moments / (ranks if stage >= 1 else 1) + gradients / (ranks if stage > 1 else 1)
     optimizer = math.ceil(per_parameter * trained_parameters(shape, hyperparameters))
-    reference = weights if hyperparameters.kl_coefficient > 0 else 0
+    apart = hyperparameters.kl_coefficient > 0 and not hyperparameters.lora_rank
+    reference = weights if apart else 0
     width = 2 if layout.on_gpu and layout.half else 4
     per_token: float = width * (14 * shape.hidden + 6 * shape.intermediate)
     kept_layers = 2 if hyperparameters.gradient_checkpointing else trained
@@ -158,6 +164,9 @@ def _advice(
     trials.append(
         ("gradient_checkpointing=true", replace(hyperparameters, gradient_checkpointing=True))
     )
+    adapted = replace(hyperparameters, lora_rank=16, gradient_checkpointing=True)
+    if not hyperparameters.lora_rank:
+        trials.append(("lora_rank=16 with gradient_checkpointing", adapted))
     few = max(1, shape.layers // 4)
     small = replace(
         hyperparameters,

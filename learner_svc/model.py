@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from learner_svc import lora
 from learner_svc.algo.batch import Pack
 from learner_svc.attention import TREE_ATTENTION, Tree
 from learner_svc.memory import logit_rows
+from learner_svc.spec import Hyperparameters
 from regreen.rpc.errors import InvalidArgument, NotFound
 
 
@@ -62,24 +64,28 @@ def shares_prefixes(model: PreTrainedModel) -> bool:
     return plain and bool(getattr(model, "_supports_attention_backend", False))
 
 
-def freeze(model: PreTrainedModel, trainable_layers: int) -> None:
+def freeze(model: PreTrainedModel, hyperparameters: Hyperparameters) -> None:
     """Train only the top `trainable_layers` layers and the final norm; 0 trains everything.
+
+    With a `lora_rank` adapters of these layers train, and nothing else.
 
     Raises:
         InvalidArgument: the model has fewer layers.
     """
-    layers = _layers(model)
+    layers, trainable_layers = _layers(model), hyperparameters.trainable_layers
     if not 0 <= trainable_layers <= len(layers):
         raise InvalidArgument(
             "hyperparameters.trainable_layers",
             f"is {trainable_layers}, but the model has {len(layers)} layers",
             f"give 0 (all) to {len(layers)}",
         )
+    trained = list(layers[len(layers) - (trainable_layers or len(layers)) :])
+    if hyperparameters.lora_rank:
+        lora.adapt(model, trained, hyperparameters.lora_rank, hyperparameters.lora_alpha)
+        return
     if trainable_layers == 0:
         return
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    trained: list[nn.Module] = list(layers[len(layers) - trainable_layers :])
+    model.requires_grad_(False)
     norm = getattr(model.base_model, "norm", None)
     if isinstance(norm, nn.Module):
         trained.append(norm)

@@ -8,18 +8,21 @@
 """
 
 import itertools
+import json
 import math
 import resource
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from learner_svc import checkpoint as ckpt
-from learner_svc import published
+from learner_svc import lora, published
 from learner_svc.algo.batch import Pack
 from learner_svc.checkpoint_writer import CheckpointWriter, Sizes, Tensors, write_safetensors
 from learner_svc.dtypes import computes_in_bf16
@@ -35,6 +38,8 @@ from regreen.rpc.errors import DiskFull, FailedPrecondition
 _RANDOM = "random_state"
 _UPDATES = "updates"
 _SPARE_BYTES = 8 << 20
+_ROUNDING = 1e-5
+"""By how much two sums of the same products may differ, of the largest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +69,10 @@ class Session:
             ckpt.verify(resume, manifest)
         self._source = resume or Path(spec.base_uri)
         torch.manual_seed(spec.hyperparameters.seed)
-        self._engine = _engine(spec, self._source, extensions)
-        self._trainer = Trainer(spec, self._engine, _reference(spec))
+        model = _model(spec, resume)
+        self._engine = _engine(spec, model, extensions)
+        self._trainer = Trainer(spec, self._engine, _reference(spec, model, self._engine))
+        self._adapter = lora.config(model, spec.hyperparameters, spec.base_uri)
         self.step_done = 0
         self._published: published.Published | None = None
         self._groups: list[str] = []
@@ -141,7 +148,7 @@ class Session:
         own = 0 if self._engine.state_format == "adamw" else 16 * self._engine.parameters()[0]
         written = 0 if shared else self._weight_bytes()
         self._make_room(root, written + own + _bytes(sizes))
-        spool = self._spool(root)
+        spool, adapters = self._spool(root), self._engine.adapters()
         weights = iter(()) if shared else self._engine.weights()
         try:
             if self.rank:
@@ -152,6 +159,8 @@ class Session:
                     writer.add_link(ckpt.WEIGHTS, self._published.file, self._published.entry)
                 else:
                     writer.add_tensors(ckpt.WEIGHTS, weights, self._weight_sizes())
+                if adapters:
+                    writer.add_directory(ckpt.ADAPTER, lambda path: self._adapt(path, adapters))
                 writer.add_tensors(ckpt.TRAINER, state, sizes)
                 if spool is not None:
                     writer.add_directory(ckpt.ENGINE, lambda path: _move(spool, path))
@@ -202,6 +211,32 @@ class Session:
         torch.distributed.barrier()
         return spool
 
+    def _adapt(self, path: Path, adapters: Mapping[str, Tensor]) -> None:
+        """Write adapters in PEFT's format."""
+        path.mkdir()
+        (path / lora.CONFIG).write_text(json.dumps(self._adapter, indent=1))
+        sizes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in adapters.items()}
+        write_safetensors(path / lora.WEIGHTS, adapters.items(), sizes)
+
+    def _check_base(self, path: Path) -> None:
+        """See that adapters stand on the base that they were trained on.
+
+        Raises:
+            FailedPrecondition: they do not give the checkpoint's weights; on every rank.
+        """
+        changed = ""
+        with safe_open(path / ckpt.WEIGHTS, framework="pt") as saved:
+            for name, value in self._engine.weights():
+                then = saved.get_tensor(name)
+                apart = (value.float().cpu() - then).abs().max()
+                if not changed and apart > _ROUNDING * then.abs().max():
+                    changed = name
+        if changed:
+            raise FailedPrecondition(
+                f"{self.spec.base_uri} has another {changed} than the model whose adapters {path} "
+                "holds; put that model back, or begin a run from the checkpoint itself"
+            )
+
     def _state(self) -> tuple[Sizes, Iterator[tuple[str, Tensor]]]:
         """Moments and random state; they are gathered as they are taken, by every rank."""
         random = torch.get_rng_state()
@@ -245,6 +280,8 @@ class Session:
             engine.load_optimizer_state(OptimizerState(updates, tensors))
         else:
             engine.load_state(path / ckpt.ENGINE)
+        if self.spec.hyperparameters.lora_rank:
+            self._check_base(path)
         self._trainer.updates = manifest.updates
         self._trainer.policy_version = manifest.policy_version
         self.step_done = manifest.step
@@ -276,11 +313,20 @@ def peak_bytes() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def _engine(spec: RunSpec, source: Path, extensions: Path) -> Engine:
+def _model(spec: RunSpec, resume: Path | None) -> PreTrainedModel:
+    """The model in fp32; that of adapters is their base, with theirs of the checkpoint."""
+    hyperparameters = spec.hyperparameters
+    adapted = hyperparameters.lora_rank > 0
+    model = load_model(Path(spec.base_uri) if resume is None or adapted else resume)
+    freeze(model, hyperparameters)
+    if adapted and resume is not None:
+        lora.load_adapters(model, Tensors(resume / ckpt.ADAPTER / lora.WEIGHTS))
+    return model
+
+
+def _engine(spec: RunSpec, model: PreTrainedModel, extensions: Path) -> Engine:
     hyperparameters = spec.hyperparameters
     dtype = torch.bfloat16 if computes_in_bf16(hyperparameters.dtype) else torch.float32
-    model = load_model(source)
-    freeze(model, hyperparameters.trainable_layers)
     if hyperparameters.gradient_checkpointing:
         model.activation_checkpointing_enable(  # type: ignore[no-untyped-call]
             {"use_reentrant": False}
@@ -295,10 +341,17 @@ def _engine(spec: RunSpec, source: Path, extensions: Path) -> Engine:
     return DeepSpeedEngine(train, hyperparameters, dtype)
 
 
-def _reference(spec: RunSpec) -> Reference | None:
+def _reference(spec: RunSpec, trained: PreTrainedModel, engine: Engine) -> Reference | None:
     """The base model as the KL term's reference; None without such a term."""
     if spec.hyperparameters.kl_coefficient <= 0:
         return None
+    if spec.hyperparameters.lora_rank:
+
+        def base(pack: Pack) -> Tensor:
+            with lora.switched_off(trained):
+                return engine.score(pack)
+
+        return base
     model = load_model(Path(spec.base_uri))
     model.requires_grad_(False)
     module = TrainModel(model)

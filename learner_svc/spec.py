@@ -102,6 +102,10 @@ class Hyperparameters:
     """Most tokens of one forward pass."""
     trainable_layers: int = 0
     """Number of top layers that train; 0 trains everything."""
+    lora_rank: int = 0
+    """Rank of adapters of a frozen model (arXiv:2106.09685); 0 trains the weights themselves."""
+    lora_alpha: float = 32.0
+    """Adapters count alpha / rank times."""
     no_prefix_sharing: bool = False
     """Compute every sample on its own."""
     gradient_checkpointing: bool = False
@@ -229,6 +233,8 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "updates_per_step": (1, 1000),
     "micro_batch_tokens": (16, 10**7),
     "trainable_layers": (0, 10**5),
+    "lora_rank": (0, 1024),
+    "lora_alpha": (1e-3, 1e4),
     "zero_stage": (-1, 3),
     "seed": (0, 2**63 - 1),
 }

@@ -89,6 +89,10 @@ class Engine(Protocol):
         """Names and shapes of the full weights, in the order of `weights`."""
         ...
 
+    def adapters(self) -> dict[str, Tensor]:
+        """Adapters by PEFT's names, f32; empty in a run without them."""
+        ...
+
     def optimizer_state(self) -> OptimizerState:
         """The moments, where `state_format` is `adamw`."""
         ...

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from learner_svc import lora
 from learner_svc.algo.batch import Pack
 from learner_svc.engines.base import MOMENTS, OptimizerState
 from learner_svc.engines.plain import adamw_state, load_adamw_state
@@ -147,19 +148,27 @@ class DeepSpeedEngine:
         return float("nan") if reported is None else float(reported)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        get = self._deepspeed.utils.safe_get_full_fp32_param
-        for name, parameter in self._model.model.named_parameters():
-            # In fp32, and with stages that divide only the optimizer, each rank has them all.
-            master = get(parameter) if parameter.requires_grad and self._gathers else None
-            if master is not None:
-                yield name, master
-                continue
-            with self._deepspeed.zero.GatheredParameters([parameter], enabled=self._stage == 3):
-                yield name, parameter.detach()
+        return lora.whole_weights(self._model.model, self._whole)
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         named = self._model.model.named_parameters()
-        return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in named}
+        shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in named}
+        return lora.whole_shapes(shapes)
+
+    def adapters(self) -> dict[str, Tensor]:
+        return lora.adapters(self._model.model, self._whole)
+
+    def _whole(self, _: str, parameter: torch.nn.Parameter) -> Tensor:
+        """A parameter, or its fp32 master; every rank takes part."""
+        # In fp32, and with stages that divide only the optimizer, each rank has them all.
+        if parameter.requires_grad and self._gathers:
+            master: Tensor | None = self._deepspeed.utils.safe_get_full_fp32_param(parameter)
+            if master is not None:
+                return master
+        if self._stage < 3:
+            return parameter
+        with self._deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
 
     def optimizer_state(self) -> OptimizerState:
         if self.state_format != "adamw":

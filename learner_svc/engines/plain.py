@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from learner_svc import lora
 from learner_svc.algo.batch import Pack
 from learner_svc.engines.base import MOMENTS, OptimizerState
 from learner_svc.model import TrainModel
@@ -80,11 +81,17 @@ class PlainEngine:
         return float(norm)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self._model.model.named_parameters():
-            yield name, self._masters.get(name, parameter).detach()
+        return lora.whole_weights(self._model.model, self._whole)
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(p.shape) for name, p in self._model.model.named_parameters()}
+        named = self._model.model.named_parameters()
+        return lora.whole_shapes({name: tuple(p.shape) for name, p in named})
+
+    def adapters(self) -> dict[str, Tensor]:
+        return lora.adapters(self._model.model, self._whole)
+
+    def _whole(self, name: str, parameter: torch.nn.Parameter) -> Tensor:
+        return self._masters.get(name, parameter)
 
     def optimizer_state(self) -> OptimizerState:
         return adamw_state(self._optimizer, self._masters)
