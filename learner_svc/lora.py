@@ -8,19 +8,24 @@
 """
 
 import contextlib
+import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from learner_svc.checkpoint_writer import write_safetensors
 from learner_svc.spec import Hyperparameters
 from regreen.rpc.errors import DataLoss, InvalidArgument
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ABOUT = "adapter.json"
 _PREFIX = "base_model.model."
 _ADAPTER = re.compile(r"(.*)\.lora_([ab])")
 
@@ -132,6 +137,15 @@ def config(model: nn.Module, hyperparameters: Hyperparameters, base: str) -> dic
         "inference_mode": True,
         "target_modules": places,
     }
+
+
+def write(path: Path, told: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write a folder with adapters in PEFT's format, and with their digest."""
+    path.mkdir()
+    (path / CONFIG).write_text(json.dumps(told, indent=1))
+    sizes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    entry = write_safetensors(path / WEIGHTS, tensors.items(), sizes)
+    (path / ABOUT).write_text(json.dumps(asdict(entry)))
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Published weights: what a policy serves before the checkpoint that will hold them is whole.
 
 Layout of `weights/` of a run: a folder for each publication, with the weights file, configuration
-and tokenizer, and `weights.json`, which names it; and `given.jsonl`.
+tokenizer and adapters, and `weights.json`, which names it; and `given.jsonl`.
 
 - A folder is whole under its name or not there: written beside it, renamed. It is no checkpoint: it
   has no manifest, nothing goes on from it, and it lies where no checkpoint is looked for.
@@ -101,8 +101,9 @@ def _put(partial: Path, path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
         partial.rename(path)
         return
-    for file in sorted(partial.iterdir(), key=lambda file: file.name == _ABOUT):
-        file.replace(path / file.name)
+    files = [file for file in partial.rglob("*") if file.is_file()]
+    for file in sorted(files, key=lambda file: file.name == _ABOUT):
+        file.replace(path / file.relative_to(partial))
 
 
 def give(root: Path, wanted: int, entry: FileEntry) -> int:

@@ -8,10 +8,9 @@
 """
 
 import itertools
-import json
 import math
 import resource
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,17 +115,20 @@ class Session:
         self._trainer.policy_version = policy_version
         root = published.beside(checkpoints)
         self._make_room(root, self._weight_bytes())
-        weights = self._engine.weights()
+        adapters, weights = self._engine.adapters(), self._engine.weights()
+
+        def write(path: Path) -> ckpt.FileEntry:
+            if adapters:
+                lora.write(path.parent / ckpt.ADAPTER, self._adapter, adapters)
+            return write_safetensors(path, weights, self._weight_sizes())
+
         try:
             if self.rank:
                 return None
             position = published.Position(
                 self.spec.run_id, self.step_done, policy_version, driver_step
             )
-            sizes = self._weight_sizes()
-            made = published.publish(
-                root, position, self._source, lambda path: write_safetensors(path, weights, sizes)
-            )
+            made = published.publish(root, position, self._source, write)
             self._trainer.policy_version = made.position.policy_version
             self._published = made
             return made
@@ -160,7 +162,9 @@ class Session:
                 else:
                     writer.add_tensors(ckpt.WEIGHTS, weights, self._weight_sizes())
                 if adapters:
-                    writer.add_directory(ckpt.ADAPTER, lambda path: self._adapt(path, adapters))
+                    writer.add_directory(
+                        ckpt.ADAPTER, lambda path: lora.write(path, self._adapter, adapters)
+                    )
                 writer.add_tensors(ckpt.TRAINER, state, sizes)
                 if spool is not None:
                     writer.add_directory(ckpt.ENGINE, lambda path: _move(spool, path))
@@ -210,13 +214,6 @@ class Session:
         self._engine.save_state(spool)
         torch.distributed.barrier()
         return spool
-
-    def _adapt(self, path: Path, adapters: Mapping[str, Tensor]) -> None:
-        """Write adapters in PEFT's format."""
-        path.mkdir()
-        (path / lora.CONFIG).write_text(json.dumps(self._adapter, indent=1))
-        sizes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in adapters.items()}
-        write_safetensors(path / lora.WEIGHTS, adapters.items(), sizes)
 
     def _check_base(self, path: Path) -> None:
         """See that adapters stand on the base that they were trained on.

@@ -140,6 +140,7 @@ def _sglang_options(settings: PolicySettings, context_length: int) -> SglangOpti
         context_length=context_length,
         api_key=settings.sglang_key.get_secret_value(),
         path_map=(local, remote) if local else None,
+        base=settings.model if settings.sglang_adapters else None,
         start_s=settings.sglang_wait_s,
     )
 

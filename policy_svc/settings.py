@@ -48,6 +48,9 @@ class PolicySettings(ServiceSettings):
     """Wait so long, at the start, for replicas that load their model."""
     sglang_path_map: str = ""
     """`LOCAL=REMOTE`: how the replicas call a local directory that holds checkpoints."""
+    sglang_adapters: bool = False
+    """Load a run's adapters in place of whole weights, where it trains adapters of `model`; the
+    replicas serve that model with `--enable-lora`."""
     openai_url: str = ""
     """Base URL of a chat endpoint, ending before `/chat/completions`."""
     openai_model: str = ""

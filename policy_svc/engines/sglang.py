@@ -7,6 +7,8 @@
 - Version spans are the server's own where it reports them (0.5.23). Where it does not (0.5.16),
   a push waits for running requests and holds new ones, so that each has one version, stamped here;
   one that still saw two (a push by someone else) is refused as `Aborted`, never mis-stamped.
+- With `base` a version's adapter is loaded in place of its weights, by a name of its content:
+  running requests go on with theirs, which is unloaded when nobody samples from it.
 - Servers whose tokenizer is not the model folder's are refused at the start, where they can be
   asked (`/tokenize`): ids that mean something else would be sampled, recorded and trained on.
 - Logprobs are the server's: after the temperature, unless it runs with
@@ -37,11 +39,12 @@ from policy_svc.engines.base import (
     Generation,
     PauseMode,
     Request,
-    Sampling,
     TokenSink,
     VersionSpan,
     spans,
 )
+from policy_svc.engines.sglang_adapters import Adapter, adapter_of
+from policy_svc.engines.sglang_wire import object_of, release_of, sampling_params
 from regreen.rpc.errors import Aborted, FailedPrecondition, InvalidArgument, Unavailable
 from regreen.rpc.logging import get
 
@@ -67,6 +70,8 @@ class SglangOptions:
     request_timeout_s: float = 600.0
     control_timeout_s: float = 300.0
     retry_s: float = 30.0
+    base: Path | None = None
+    """Model that the servers serve, started with `--enable-lora`; none: no adapters are loaded."""
     start_s: float = 1800.0
     """Wait for servers that load their model, all of them together."""
 
@@ -95,6 +100,12 @@ class SglangEngine:
         self._model: dict[str, Any] = {}
         self._server: dict[str, Any] = {}
         self._weights = ""
+        self._base_weights = ""
+        self._adapter: Adapter | None = None
+        """What is sampled from; none: the weights themselves."""
+        self._loaded: dict[Adapter, int] = {}
+        """Adapters on the replicas, and how many requests sample from each."""
+        self._unloading: set[asyncio.Task[None]] = set()
         self._native_spans = False
         self._order = itertools.count()
         self._base_version = version
@@ -142,11 +153,12 @@ class SglangEngine:
         first = self._replicas[0]
         self._model = await self._json(first, "GET", "/model_info")
         self._server = await self._json(first, "GET", "/server_info")
-        self._weights = str(self._model.get("model_path", ""))
-        self._native_spans = _release(self._server.get("version", "")) >= (0, 5, 23)
+        self._weights = self._base_weights = str(self._model.get("model_path", ""))
+        self._native_spans = release_of(self._server.get("version", "")) >= (0, 5, 23)
 
     async def close(self) -> None:
         """Close connections."""
+        await asyncio.gather(*self._unloading)
         for replica in self._replicas:
             await replica.client.aclose()
 
@@ -157,9 +169,12 @@ class SglangEngine:
         rids = [f"{request.request_id}/{index}" for index in range(request.n)]
         replica.running.update(rids)
         self._idle.clear()
-        began = self._version
+        began, adapter = self._version, self._adapter
+        if adapter:
+            self._loaded[adapter] += 1
         samples = [
-            asyncio.create_task(self._sample(replica, request, index)) for index in range(request.n)
+            asyncio.create_task(self._sample(replica, request, index, adapter))
+            for index in range(request.n)
         ]
         try:
             answers = await asyncio.gather(*samples)
@@ -174,7 +189,10 @@ class SglangEngine:
             replica.running.difference_update(rids)
             if not any(one.running for one in self._replicas):
                 self._idle.set()
-        completions = tuple(self._completion(answer, began) for answer in answers)
+            if adapter:
+                self._loaded[adapter] -= 1
+                self._retire()
+        completions = tuple(self._completion(answer, began, adapter) for answer in answers)
         if on_tokens:
             for index, completion in enumerate(completions):
                 on_tokens(index, completion.token_ids, completion.logprobs)
@@ -183,11 +201,17 @@ class SglangEngine:
 
     async def load(self, version: int, path: Path) -> float:
         """Push a version to every replica; all or none have it afterwards."""
+        if adapter := self._adapter_of(path):
+            await self._load_adapter(adapter)
+            self._version, self._adapter = version, adapter
+            self._retire()
+            return 0.0
         target = self._remote(path)
         began_s = self._clock()
         pushed: list[_Replica] = []
         try:
-            if not self._native_spans:
+            # What an adapter adds fits the weights that it stands on alone.
+            if self._adapter or not self._native_spans:
                 self._open.clear()
                 await self._idle.wait()
             for replica in self._replicas:
@@ -198,14 +222,16 @@ class SglangEngine:
                 await self._push(replica, self._weights, self._version)
             raise
         else:
-            self._version, self._weights = version, target
+            self._version, self._weights, self._adapter = version, target, None
+            self._retire()
         finally:
             self._open.set()
         return self._clock() - began_s
 
     def moved(self, path: Path) -> None:
         """Push the weights from another place, should a replica need them again."""
-        self._weights = self._remote(path)
+        if not self._adapter:
+            self._weights = self._remote(path)
 
     async def pause(self, mode: PauseMode) -> int:
         """Freeze or end running requests on every replica."""
@@ -229,8 +255,10 @@ class SglangEngine:
                     ended.add(owner)
         return len(ended)
 
-    async def _sample(self, replica: _Replica, request: Request, index: int) -> dict[str, Any]:
-        body = {
+    async def _sample(
+        self, replica: _Replica, request: Request, index: int, adapter: Adapter | None
+    ) -> dict[str, Any]:
+        body: dict[str, Any] = {
             "rid": f"{request.request_id}/{index}",
             "input_ids": list(request.prompt_token_ids),
             "sampling_params": sampling_params(request.sampling, self._end_id, index),
@@ -239,11 +267,19 @@ class SglangEngine:
             "top_logprobs_num": 0,
             "stream": False,
         }
-        return await self._json(
-            replica, "POST", "/generate", body, timeout_s=self._options.request_timeout_s
-        )
+        bound_s = self._options.request_timeout_s
+        if adapter is None:
+            return await self._json(replica, "POST", "/generate", body, timeout_s=bound_s)
+        body["lora_path"] = adapter.name
+        try:
+            return await self._json(replica, "POST", "/generate", body, timeout_s=bound_s)
+        except InvalidArgument:  # a server that was begun anew knows of none
+            await self._put_adapter(replica, adapter)
+            return await self._json(replica, "POST", "/generate", body, timeout_s=bound_s)
 
-    def _completion(self, answer: dict[str, Any], began: int) -> Completion:
+    def _completion(
+        self, answer: dict[str, Any], began: int, adapter: Adapter | None
+    ) -> Completion:
         meta = answer["meta_info"]
         triples = meta["output_token_logprobs"]
         ids = tuple(int(triple[1]) for triple in triples)
@@ -253,7 +289,7 @@ class SglangEngine:
         return Completion(
             ids,
             tuple(float(triple[0]) for triple in triples),
-            self._spans(meta, len(ids), began),
+            spans([began] * len(ids)) if adapter else self._spans(meta, len(ids), began),
             _OPENERS[finish["type"]],
             self._tokenizer.decode(ids),
         )
@@ -295,6 +331,48 @@ class SglangEngine:
             raise FailedPrecondition(f"weights were not loaded: {error.message}") from error
         if not answer.get("success"):
             raise FailedPrecondition(f"weights were not loaded: {answer.get('message')}")
+
+    def _adapter_of(self, path: Path) -> Adapter | None:
+        base = self._options.base
+        if base is None or self._weights != self._base_weights:
+            return None
+        return adapter_of(path, base)
+
+    async def _load_adapter(self, adapter: Adapter) -> None:
+        """Load an adapter on every replica, or on none."""
+        if adapter in self._loaded:
+            return
+        self._loaded[adapter] = 0
+        try:
+            for replica in self._replicas:
+                await self._put_adapter(replica, adapter)
+        except BaseException:
+            self._retire()
+            raise
+
+    async def _put_adapter(self, replica: _Replica, adapter: Adapter) -> None:
+        body = {"lora_name": adapter.name, "lora_path": self._remote(adapter.path)}
+        try:
+            await self._json(replica, "POST", "/load_lora_adapter", body)
+        except InvalidArgument as error:
+            if "already" not in error.message:
+                raise FailedPrecondition(f"the adapter was not loaded: {error.message}") from error
+
+    def _retire(self) -> None:
+        """Unload adapters that nobody samples from; callers do not wait for it."""
+        for adapter in [one for one, users in self._loaded.items() if not users]:
+            if adapter != self._adapter:
+                del self._loaded[adapter]
+                task = asyncio.create_task(self._unload(adapter))
+                self._unloading.add(task)
+                task.add_done_callback(self._unloading.discard)
+
+    async def _unload(self, adapter: Adapter) -> None:
+        calls = (
+            self._json(r, "POST", "/unload_lora_adapter", {"lora_name": adapter.name})
+            for r in self._replicas
+        )
+        await asyncio.gather(*calls, return_exceptions=True)
 
     async def _control_all(self, route: str, body: dict[str, Any]) -> None:
         await asyncio.gather(*(self._json(r, "POST", route, body) for r in self._replicas))
@@ -375,7 +453,7 @@ class SglangEngine:
                 problem, again = f"{type(error).__name__}: {error}", False
             else:
                 if answer.is_success:
-                    return _object(answer)
+                    return object_of(answer)
                 problem = f"{route} answered {answer.status_code}: {answer.text[:500]}"
                 if 400 <= answer.status_code < 500 and answer.status_code != 429:
                     raise InvalidArgument("request", problem, "send what the engine takes")
@@ -391,37 +469,3 @@ class SglangEngine:
             local, remote = self._options.path_map
             return remote + text[len(local) :]
         return text
-
-
-def sampling_params(sampling: Sampling, end_id: int, index: int) -> dict[str, Any]:
-    """Return `sampling_params` of `/generate` for one sample, with no key that SGLang lacks."""
-    params: dict[str, Any] = {
-        "max_new_tokens": sampling.max_new_tokens,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k or -1,
-        "stop_token_ids": sorted({end_id, *sampling.stop_token_ids}),
-        "skip_special_tokens": False,
-        "no_stop_trim": True,
-        "sampling_seed": (sampling.seed + 0x9E3779B97F4A7C15 * index) & 0x7FFFFFFF,
-    }
-    if sampling.stop:
-        params["stop"] = list(sampling.stop)
-    if sampling.regex:
-        params["regex"] = sampling.regex
-    return params
-
-
-def _object(answer: httpx.Response) -> dict[str, Any]:
-    if "json" not in answer.headers.get("content-type", ""):
-        return {}
-    value = answer.json()
-    return value if isinstance(value, dict) else {}
-
-
-def _release(version: str) -> tuple[int, ...]:
-    parts = []
-    for part in version.split(".")[:3]:
-        digits = "".join(itertools.takewhile(str.isdigit, part))
-        parts.append(int(digits or 0))
-    return tuple(parts)
