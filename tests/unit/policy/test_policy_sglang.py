@@ -12,7 +12,8 @@ import pytest
 
 from policy_svc.chat import Tokenizer
 from policy_svc.engines.base import FinishReason, PauseMode, Request, Sampling
-from policy_svc.engines.sglang import SglangEngine, SglangOptions, sampling_params
+from policy_svc.engines.sglang import SglangEngine, SglangOptions
+from policy_svc.engines.sglang_wire import sampling_params
 from policy_svc.settings import PolicySettings
 from regreen.rpc.errors import FailedPrecondition, InvalidArgument, Unavailable
 from tests.fixtures.policy.http import serving
