@@ -109,7 +109,7 @@ class DeepSpeedEngine:
         self._model = model
         self.packs = model.packs
         self._ordinary = self._stage == 0 and dtype == torch.float32
-        self._gathers = self._stage == 3 or bool(rounded) or (self._stage > 0 and not divided)
+        self._gathers = self._stage == 3 or bool(rounded)
         own = f"deepspeed-zero{self._stage}-world{self.world_size}"
         self.state_format = "adamw" if self._ordinary or divided else own
         self.reads: tuple[str, ...] = (

@@ -246,7 +246,10 @@ async def test_weights_over_the_wire_and_a_rank_lost_before_their_checkpoint(
         await client.step("run_l", 3, batch=make_batch(seed=3).to_bytes())
         ahead = await client.publish_weights("run_l", policy_version=13, driver_step=3)
     async with learner(tmp_path) as (client, _):
-        run = await start(client, tiny_model)
-        assert (run.step, run.checkpoint.policy_version) == (2, 12)
+        run = await client.get_run("run_l")
+        assert (run.state, run.step, run.checkpoint.policy_version) == (
+            pb.RUN_STATE_STOPPED,
+            2,
+            12,
+        )
         assert run.published == ahead  # known, and nothing goes on from it
-        assert run.state == pb.RUN_STATE_ACTIVE
