@@ -2,7 +2,7 @@
 
 - Asked are the sandbox, dataset and policy services, those that are run; of several replicas of the
   policy, and of several fronts of a fleet, the one that answers.
-- What a token does not cover is said on standard error, and left out.
+- What a token does not cover is said on standard error and left out; the exit code is 1 then.
 """
 
 from pathlib import Path
@@ -30,16 +30,19 @@ def list_quotas(
     json_output: Json = False,
 ) -> None:
     """List what each tenant has and may have; a tenant's token shows that tenant's alone."""
-    found = output.run(_list(home))
+    found, left_out = output.run(_list(home))
     rows = [_row(use) for use in found if tenant in ("", use.tenant)]
     if json_output:
         output.print_json_lines(rows)
-        return
-    output.print_table(
-        "",
-        ["tenant", "quota", "has", "bound", "share"],
-        [_cells(**row) for row in rows],
-    )
+    elif rows:
+        names = ["tenant", "quota", "has", "bound", "share"]
+        output.print_table("", names, [_cells(**row) for row in rows])
+    else:
+        typer.echo("No tenant has anything, and none is named in a file of quotas.")
+    for problem in left_out:
+        typer.echo(problem, err=True)
+    if left_out:
+        raise typer.Exit(1)
 
 
 def _row(use: QuotaUse) -> dict[str, Any]:
@@ -52,8 +55,10 @@ def _cells(tenant: str, quota: str, used: int, bound: int | None) -> list[object
     return [tenant, quota, used, "none" if bound is None else bound, share]
 
 
-async def _list(home: Path | None) -> list[QuotaUse]:
+async def _list(home: Path | None) -> tuple[list[QuotaUse], list[str]]:
+    """What was found, and which services did not say and why."""
     found: list[QuotaUse] = []
+    left_out: list[str] = []
     async with open_stack(home) as stack:
         asked = {
             "sandbox": stack.sandbox.list_quotas,
@@ -66,5 +71,5 @@ async def _list(home: Path | None) -> list[QuotaUse]:
             try:
                 found += await ask()
             except PermissionDenied as error:
-                typer.echo(f"{name}: {error.message}", err=True)
-    return sorted(found, key=lambda use: use.tenant)
+                left_out.append(f"{name}: {error.message}")
+    return sorted(found, key=lambda use: use.tenant), left_out

@@ -5,6 +5,7 @@
 - `/healthz` answers 200 while the service serves and 503 before and while it drains.
 """
 
+import contextlib
 import socket
 import threading
 from collections.abc import Callable, Iterable
@@ -51,26 +52,53 @@ class _Quiet(WSGIRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         """Say nothing; scrapes are not worth a log line."""
 
+    def get_environ(self) -> dict[str, Any]:
+        """What was asked, which is whole now."""
+        if isinstance(self.server, _Server):
+            self.server.note_whole(self.connection)
+        return super().get_environ()
+
 
 class _Server(ThreadingWSGIServer):
-    """Closes connections beyond a number: each takes a thread."""
+    """Keeps a number of connections, of which each takes a thread.
+
+    One too many has the oldest shut that has not yet asked for anything: a flood of silent ones
+    drives itself out, and whoever asks is answered.
+    """
 
     request_queue_size = _CONNECTIONS
-    _places = threading.BoundedSemaphore(_CONNECTIONS)
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self._lock = threading.Lock()
+        self._open: dict[socket.socket, bool] = {}
+        """Connections, oldest first, and whether their request is whole."""
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Serve a connection, if there is a place for it."""
-        if not self._places.acquire(blocking=False):
-            self.shutdown_request(request)
-            return
+        """Serve a connection."""
+        with self._lock:
+            if len(self._open) >= _CONNECTIONS:
+                silent = (one for one, whole in self._open.items() if not whole)
+                oldest = next(silent, None) or next(iter(self._open))
+                del self._open[oldest]
+                with contextlib.suppress(OSError):
+                    oldest.shutdown(socket.SHUT_RDWR)  # its thread reads the end, and ends
+            self._open[request] = False
         super().process_request(request, client_address)
 
+    def note_whole(self, request: socket.socket) -> None:
+        """A connection has said all that it asks for."""
+        with self._lock:
+            if request in self._open:
+                self._open[request] = True
+
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Serve a connection, and give its place back."""
+        """Serve a connection to its end."""
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._places.release()
+            with self._lock:
+                self._open.pop(request, None)
 
 
 class _Server6(_Server):

@@ -146,7 +146,8 @@ class Layout:
         """
         try:
             for path in (self.home, self.run, self.logs):
-                path.mkdir(parents=True, exist_ok=True)
+                # What is logged is for who runs the stack alone.
+                path.mkdir(mode=0o700 if path == self.logs else 0o777, parents=True, exist_ok=True)
                 if not os.access(path, os.W_OK | os.X_OK):
                     raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         except OSError as error:

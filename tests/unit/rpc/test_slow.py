@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import socket
 import struct
+import threading
 
 import grpc
 import httpx
@@ -126,20 +127,34 @@ async def test_messages_over_the_limit_are_refused_and_the_service_goes_on(monke
         writer.close()
 
 
-async def test_the_metrics_page_takes_no_more_than_it_has_places_for(monkeypatch):
+async def test_the_metrics_page_answers_amid_more_silence_than_it_has_places_for():
+    """Each that asks is answered, though every place is taken by those that say less than all."""
+    async with serving() as made, httpx.AsyncClient(timeout=20) as http:
+        silent: list[socket.socket] = []
+        for number in range(20):
+            for _ in range(metrics._CONNECTIONS // 4 if number else 3 * metrics._CONNECTIONS):
+                silent.append(socket.create_connection(("127.0.0.1", made.metrics_port)))
+                silent[-1].sendall(b"GET /met" if len(silent) % 2 else b"")
+            page = await http.get(f"http://127.0.0.1:{made.metrics_port}/healthz")
+            assert page.text == "ok\n"
+        first = [await asyncio.open_connection(sock=one) for one in silent[: metrics._CONNECTIONS]]
+        async with asyncio.timeout(5):  # long before a read has waited for too long
+            await asyncio.gather(*(ends(reader) for reader, _ in first))
+        threads = [one for one in threading.enumerate() if "process_request_thread" in one.name]
+        assert len(threads) <= metrics._CONNECTIONS + 1
+        for _, writer in first:
+            writer.close()
+        for one in silent[metrics._CONNECTIONS :]:
+            one.close()
+
+
+async def test_silent_connections_to_the_metrics_page_end(monkeypatch):
     monkeypatch.setattr(metrics._Quiet, "timeout", 1.0)
     async with serving() as made:
-        silent = []
-        for _ in range(3 * metrics._CONNECTIONS):
-            silent.append(socket.create_connection(("127.0.0.1", made.metrics_port)))
-        readers = [await asyncio.open_connection(sock=one) for one in silent]
-        async with asyncio.timeout(60):
-            await asyncio.gather(*(ends(reader) for reader, _ in readers))
-        async with httpx.AsyncClient() as http:
-            page = await http.get(f"http://127.0.0.1:{made.metrics_port}/healthz")
-        assert page.text == "ok\n"
-        for _, writer in readers:
-            writer.close()
+        reader, writer = await asyncio.open_connection("127.0.0.1", made.metrics_port)
+        async with asyncio.timeout(20):
+            await ends(reader)
+        writer.close()
 
 
 async def test_requests_that_never_arrive_whole_give_their_places_back(monkeypatch):
