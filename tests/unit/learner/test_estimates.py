@@ -9,6 +9,7 @@ SHAPE = ModelShape(
     parameters=10**9,
     layers=32,
     layer_parameters=25 * 10**6,
+    layer_widths=50_000,
     hidden=2048,
     intermediate=8192,
     vocab=50_000,
