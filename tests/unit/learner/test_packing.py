@@ -12,6 +12,7 @@ from torch import Tensor
 
 from learner_svc.algo.batch import Pack, pack_samples
 from learner_svc.model import TrainModel, freeze, load_model
+from learner_svc.spec import Hyperparameters
 from regreen.batch import Batch
 from regreen.rpc.errors import InvalidArgument
 
@@ -78,7 +79,7 @@ def run(
     path: Path, packs: list[Pack], coefficients: Tensor, layers: int = 0
 ) -> tuple[Tensor, dict[str, Tensor]]:
     model = load_model(path)
-    freeze(model, layers)
+    freeze(model, Hyperparameters(trainable_layers=layers))
     module = TrainModel(model)
     scores = torch.zeros_like(coefficients)
     for pack in packs:
@@ -130,7 +131,7 @@ def test_frozen_layers_get_no_gradient(tiny_model: Path, make_batch: Callable[..
 
 def test_too_many_trainable_layers_are_refused(tiny_model: Path) -> None:
     with pytest.raises(InvalidArgument, match="the model has 2 layers"):
-        freeze(load_model(tiny_model), 3)
+        freeze(load_model(tiny_model), Hyperparameters(trainable_layers=3))
 
 
 def test_gradient_checkpointing_changes_nothing(
