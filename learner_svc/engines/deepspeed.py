@@ -243,7 +243,7 @@ class _Gathered(Mapping[str, Tensor]):
     """Moments by name, each gathered from the ranks when it is asked for."""
 
     def __init__(
-        self, places: dict[str, tuple[Tensor, str]], gather: Callable[[Tensor, str], Tensor]
+        self, places: Mapping[str, tuple[Tensor, str]], gather: Callable[[Tensor, str], Tensor]
     ) -> None:
         self._places, self._gather = places, gather
 

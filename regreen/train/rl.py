@@ -57,7 +57,8 @@ from regreen.train.weights import (
     weights_of,
 )
 
-_A, _B = TypeVar("_A"), TypeVar("_B")
+_A = TypeVar("_A")
+_B = TypeVar("_B")
 Workers = Callable[[Stack, str, int], AbstractAsyncContextManager[object]]
 """Rollout workers of a run (stack, run id, rollouts at a time) while the context is open."""
 

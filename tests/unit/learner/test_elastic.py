@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,7 +16,11 @@ from learner_svc.checkpoint_writer import Tensors
 from learner_svc.launch import Call, environment
 from learner_svc.session import Session
 from regreen.batch import Batch
+from regreen.client.learner import LearnerClient
+from regreen.learner import v1 as pb
+from regreen.rpc.errors import FailedPrecondition, InfraError
 from tests.fixtures.learner_ranks import STAGES, spec_of, stepped
+from tests.unit.learner.test_service import learner
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 Make = Callable[..., Batch]
@@ -86,3 +91,37 @@ def test_fewer_and_more_ranks_go_on_from_what_two_wrote(
             assert [list(pair) for pair in stepped(alone, batches[2:])] == expected
             alone.close()
     assert three["1"]["resumed"] != [[0.0, 0.0]] * 2
+
+
+async def test_a_run_goes_on_with_a_rank_less_after_one_was_killed(
+    tiny_model: Path, make_batch: Make, tmp_path: Path
+) -> None:
+    batches = [make_batch(seed=seed) for seed in range(2)]
+    session = Session(spec_of(str(tiny_model), "plain"), tmp_path / "extensions")
+    expected = stepped(session, batches)
+
+    async def opened(client: LearnerClient) -> pb.LearnerRun:
+        return await client.start_run(
+            "run_1",
+            pb.RUN_KIND_GRPO,
+            str(tiny_model),
+            engine="deepspeed",
+            hyperparameters=pb.Hyperparameters(
+                learning_rate=1e-3, micro_batch_tokens=150, weight_decay=0.01, zero_stage=2
+            ),
+        )
+
+    async with learner(tmp_path, processes=2, max_restarts=0) as (client, runs):
+        await opened(client)
+        await client.step("run_1", 1, batch=batches[0].to_bytes())
+        saved = await client.save_checkpoint("run_1", policy_version=1)
+        worker = runs.get("run_1").worker
+        assert worker is not None
+        os.kill(worker.pids[1], signal.SIGKILL)
+        with pytest.raises((InfraError, FailedPrecondition), match="SIGKILL"):
+            await client.step("run_1", 2, batch=batches[1].to_bytes())
+    async with learner(tmp_path) as (client, _):
+        run = await opened(client)
+        assert (run.step, run.checkpoint.uri) == (1, saved.uri)
+        done = await client.step("run_1", 2, batch=batches[1].to_bytes())
+        assert done.metrics["loss"] == pytest.approx(expected[1][0], rel=1e-3, abs=1e-6)
