@@ -54,6 +54,27 @@ def test_sizes_that_do_not_fit_are_refused(chart_tools, own, says):
     assert "give sizes that fit, or none" in answer["refused"]
 
 
+@pytest.mark.parametrize("place", ["judge.autoscaling", "dataset.autoscaling", "rollout.keda"])
+def test_numbers_of_set_are_compared_with_those_of_a_file(chart_tools, place):
+    """`helm --set` makes other types of numbers than a file of values."""
+    base = chart.over(chart.values("full"), f"{place}.enabled", True)
+    cases = [
+        {"values": chart.over(base, f"{place}.minReplicas", least)}
+        | {"set": chart.over({}, f"{place}.minReplicas", least)}
+        for least in (2, 100)
+    ]
+    fine, wrong = chart.tried(cases)
+    assert (fine["refused"], fine["schema"], fine["policy"]) == ("", [], [])
+    assert f"{place}: minReplicas is above maxReplicas" in wrong["refused"]
+
+
+def test_numbers_of_set_make_what_those_of_a_file_make(chart_tools):
+    full = chart.values("full")
+    file, by_set = chart.tried([{"values": full}, {"values": full, "set": full}])
+    assert file == by_set
+    assert file["objects"]
+
+
 def test_nothing_that_needs_the_policy_runs_without_it(chart_tools):
     small = chart.over(chart.values("small"), "policy.enabled", False)
     idle = chart.over(small, "rollout.enabled", False)

@@ -45,14 +45,21 @@ VALUES = [
     ("host's volume by scheduling", "judge.scheduling.volumes", [], "schema", "'volumes'"),
     ("tokens in plain text", "security.tls.enabled", False, "template", "in plain text"),
     ("no hashes", "security.tokens.secret", "", "schema", "does not match"),
-    ("more least than most", "judge.autoscaling.minReplicas", 9, "template", "minReplicas"),
+    ("more least than most", "judge.autoscaling.minReplicas", 9, "template", "is above"),
+    (
+        "more by KEDA",
+        "rollout.keda.minReplicas",
+        65,
+        "template",
+        "rollout.keda: minReplicas is above",
+    ),
 ]
 
 
 def given(name: str, path: str, value: Any) -> dict[str, Any]:
     base = chart.values("small")
-    if name == "more least than most":
-        base = chart.over(base, "judge.autoscaling.enabled", True)
+    if path.endswith(".minReplicas"):
+        base = chart.over(base, path.replace("minReplicas", "enabled"), True)
     return {"values": chart.over(base, path, value)}
 
 
