@@ -53,6 +53,10 @@ def out(peer: Any, *ports: Any) -> list[dict[str, Any]]:
     return [{"to": [peer]} | ({"ports": found} if found else {})]
 
 
+def by_reference(name: str) -> list[dict[str, Any]]:
+    return [{"name": name, "valueFrom": {"secretKeyRef": {"name": "a", "key": "b"}}}]
+
+
 API = [
     ("string replicas", D, "spec.replicas", "two", "is not of type"),
     ("unknown field", D, f"{POD}.hostNetwrk", True, "hostNetwrk"),
@@ -99,7 +103,14 @@ PODS = [
     ("token by a volume", D, f"{POD}.volumes.0", TOKEN, "volumes[home] has a serviceAccountToken"),
     ("links", D, f"{POD}.enableServiceLinks", None, "enableServiceLinks"),
     ("tag", D, f"{C}.image", "regreen-dataset:latest", "no digest"),
-    ("secret in plain sight", D, f"{C}.env", [{"name": "X_KEY", "value": "s"}], "env X_KEY"),
+    ("secret in plain sight", D, f"{C}.env", [{"name": "X_KEY", "value": "s"}],
+     "env X_KEY is in plain sight: use a mounted file"),
+    ("credentials in plain sight", D, f"{C}.env", [{"name": "my_creds", "value": "s"}], "my_creds"),
+    ("secret in a URL", D, f"{C}.env", [{"name": "PROXY", "value": "http://me:word@proxy"}],
+     "env PROXY is in plain sight"),
+    ("secret setting by reference", D, f"{C}.env", by_reference("REGREEN_JUDGE__X"),
+     "env REGREEN_JUDGE__X is a secret by secretKeyRef: use a mounted file"),
+    ("secret by reference", D, f"{C}.env", by_reference("API_PASS"), "env API_PASS is a secret by"),
     ("missing limit", D, f"{C}.resources.limits.memory", None, "no limit of memory"),
     ("no resources", D, f"{C}.resources", None, "no request of cpu"),
     ("limit of nothing", D, f"{C}.resources.limits.memory", "0", "limits.memory is 0: give"),
@@ -199,6 +210,7 @@ OF_OTHERS = [
 ]  # fmt: skip
 """Faults of one object that are another's finding."""
 GOOD = [
+    ("word by reference", D, f"{C}.env", by_reference("MODEL_NAME")),
     ("probe by name", D, f"{C}.readinessProbe.httpGet.port", "metrics"),
     ("safe sysctl", D, f"{SEC}.sysctls", [{"name": "net.ipv4.tcp_fin_timeout", "value": "9"}]),
     ("a request as high as its limit", D, f"{C}.resources.requests.memory", "2097152Ki"),
