@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from chart import policy, schemas
+from chart import alerts, policy, schemas
 from chart.objects import label
 from chart.render import (
     CHART,
@@ -88,6 +88,8 @@ def check(kubectl: str) -> int:
     print("\n".join(rows))
     for line in wrong:
         print(f"FAIL  {line}")
+    if why := alerts.missing():
+        print(f"  expressions of alerts: skipped: {why}")
     kubes = " and ".join(schemas.VERSIONS)
     print(f"chart: {count} objects against the API of {kubes}, CRDs and policy: {len(wrong)} wrong")
     return 1 if wrong else 0

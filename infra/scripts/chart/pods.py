@@ -21,7 +21,7 @@ _SECRET = re.compile(
 _IN_URL = re.compile(r"://[^/@]*:[^/@]*@")
 """As the chart refuses both in `env` (templates/checks.yaml)."""
 _VOLUMES = {
-    *("configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim"),
+    *("configMap", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim"),
     *("projected", "secret"),
 }
 _PROFILES = {"RuntimeDefault", "Localhost"}

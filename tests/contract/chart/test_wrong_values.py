@@ -62,6 +62,13 @@ VALUES = [
         "does not match",
     ),
     ("class of two words", "storage.shared.storageClass", "a #b", "schema", "does not match"),
+    (
+        "credentials of the node",
+        "networkPolicy.egress.packages.to",
+        [{"ipBlock": {"cidr": "169.254.169.254/32"}}],
+        "template",
+        "get their credentials",
+    ),
     ("more least than most", "judge.autoscaling.minReplicas", 9, "template", "is above"),
     (
         "more by KEDA",
