@@ -107,8 +107,8 @@ def check_budget(budget: Object) -> Iterator[str]:
     most = str(spec.get("maxUnavailable", "1")).strip()
     if re.fullmatch("0+%?", most):
         yield f"{at}: maxUnavailable is {most}, so that no node is ever drained: give 1"
-    elif most.endswith("%") and int(most[:-1]) >= 100:
-        yield f"{at}: maxUnavailable is {most}, all at once: give 1"
+    elif not re.fullmatch(r"\d+|\d{1,2}%", most):
+        yield f"{at}: maxUnavailable is {most}, all at once or no share: give 1"
     if spec.get("minAvailable") == "100%":
         yield f"{at}: minAvailable is 100%, so that no node is ever drained: give fewer"
 
