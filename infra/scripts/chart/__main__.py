@@ -2,7 +2,8 @@
 
 - A case has `values` to render, or `objects` to check as they are; `mutate` changes what was
   rendered: `[["Deployment/regreen-judge", "spec.replicas", "two"]]`; null takes a field away.
-  `add` puts objects beside them. With `only_digest` nothing is checked.
+  `add` puts objects beside them. With `only_digest` nothing is checked. Whole numbers of `set` lie
+  over the values, of the type that `helm --set` gives them.
 - An answer has `refused` (by Helm), `schema`, `policy` (findings), `objects`, and `digest`, that of
   what was rendered.
 """
@@ -14,9 +15,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from chart import policy, schemas
+from chart import alerts, policy, schemas
 from chart.objects import label
-from chart.render import CHART, Chart, Refused, kustomized, lint, parse, read_values
+from chart.render import (
+    CHART,
+    Chart,
+    Refused,
+    as_set,
+    kustomized,
+    lint,
+    parse,
+    read_values,
+)
 
 ROOT = Path(__file__).resolve().parents[3]
 OVERLAYS = ROOT / "infra" / "k8s" / "overlays"
@@ -41,6 +51,8 @@ def changed(objects: list[dict[str, Any]], changes: list[list[Any]]) -> list[dic
 def tried(chart: Chart, case: dict[str, Any]) -> dict[str, Any]:
     """What becomes of a case."""
     answer: dict[str, Any] = {"refused": "", "schema": [], "policy": [], "objects": []}
+    if given := case.get("set"):
+        chart = as_set(given)
     options = {key: case[key] for key in ("name", "upgrade") if key in case}
     try:
         if case.get("only_digest"):
@@ -76,6 +88,8 @@ def check(kubectl: str) -> int:
     print("\n".join(rows))
     for line in wrong:
         print(f"FAIL  {line}")
+    if why := alerts.missing():
+        print(f"  expressions of alerts: skipped: {why}")
     kubes = " and ".join(schemas.VERSIONS)
     print(f"chart: {count} objects against the API of {kubes}, CRDs and policy: {len(wrong)} wrong")
     return 1 if wrong else 0

@@ -13,9 +13,15 @@ from chart.amounts import check_amounts, quantity
 from chart.objects import Object, labels_of
 
 _DIGEST = re.compile(r".+@sha256:[0-9a-f]{64}")
-_SECRET = re.compile(r"(KEY|TOKEN|PASSWORD|SECRET|DATABASE_URL)$")
+_SECRET = re.compile(
+    r"(KEYS?|KEY_ID|TOKEN|PASSWORD|PASSWD|PASSPHRASE|SECRETS?|CREDENTIALS?|CREDS|HEADERS"
+    r"|DATABASE_URL|(^|_)PASS|(^|_)AUTH)$",
+    re.IGNORECASE,
+)
+_IN_URL = re.compile(r"://[^/@]*:[^/@]*@")
+"""As the chart refuses both in `env` (templates/checks.yaml)."""
 _VOLUMES = {
-    *("configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim"),
+    *("configMap", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim"),
     *("projected", "secret"),
 }
 _PROFILES = {"RuntimeDefault", "Localhost"}
@@ -160,9 +166,18 @@ def check_container(at: str, container: Object, fleet_worker: bool) -> Iterator[
         if "hostPort" in port:
             yield f"{at}: ports has {port['hostPort']} of the host: leave hostPort out"
     for entry in container.get("env") or []:
-        if _SECRET.search(entry["name"]) and "value" in entry:
-            yield f"{at}: env {entry['name']} is in plain sight: use a secretKeyRef"
+        yield from check_variable(f"{at}: env {entry['name']}", entry)
     yield from check_probes(at, container)
+
+
+def check_variable(at: str, entry: Object) -> Iterator[str]:
+    """A variable holds no secret: other processes of the user read it, and children inherit it."""
+    secret = _SECRET.search(entry["name"])
+    if "value" in entry and (secret or _IN_URL.search(str(entry["value"]))):
+        yield f"{at} is in plain sight: use a mounted file"
+    by_reference = "secretKeyRef" in (entry.get("valueFrom") or {})
+    if by_reference and (secret or entry["name"].startswith("REGREEN_")):
+        yield f"{at} is a secret by secretKeyRef: use a mounted file"
 
 
 def check_probes(at: str, container: Object) -> Iterator[str]:

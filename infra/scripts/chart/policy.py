@@ -5,17 +5,22 @@
   each other.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 
+from chart.alerts import check_expressions
 from chart.amounts import check_amounts
 from chart.objects import Object, check_kind, label, labels_of, matches, pods_of
 from chart.pods import check_pod
 from chart.rights import check_rights
+from chart.tokens import check_tokens
 from chart.walls import check_network
 
 _OF_CLUSTERS = ("ClusterRole", "ClusterRoleBinding", "Namespace", "PriorityClass")
 _UNCOUNTED = ("CronJob", "DaemonSet", "Job", "Pod")
 """Kinds whose pods no budget for disruptions keeps up."""
+_WORKERS = {"app.kubernetes.io/name": "regreen-sandbox", "app.kubernetes.io/managed-by": "regreen"}
+"""Labels that a front gives its workers, beside that of itself."""
 
 
 def check_fleet(objects: list[Object]) -> Iterator[str]:
@@ -41,9 +46,12 @@ def check_release(objects: list[Object]) -> Iterator[str]:
         yield from check_guarded(obj, labels_of(template), objects)
     yield from check_services(objects, pods)
     yield from check_references(objects, pods)
+    yield from check_workers(objects, pods)
+    yield from check_tokens(pods)
     yield from check_rights(objects)
-    for policy in (obj for obj in objects if obj["kind"] == "NetworkPolicy"):
-        yield from check_network(policy)
+    for kind, check in _OF_KINDS.items():
+        for obj in (obj for obj in objects if obj["kind"] == kind):
+            yield from check(obj)
 
 
 def check_guarded(obj: Object, labels: Object, objects: list[Object]) -> Iterator[str]:
@@ -59,12 +67,50 @@ def check_guarded(obj: Object, labels: Object, objects: list[Object]) -> Iterato
             and matches(one["spec"].get(field), labels)
         ]
 
-    walls = selecting("NetworkPolicy", "podSelector")
-    if not any(set(w["spec"].get("policyTypes", ())) == {"Ingress", "Egress"} for w in walls):
+    if not any(shuts_off(wall) for wall in selecting("NetworkPolicy", "podSelector")):
         yield f"{label(obj)}: no network policy shuts it off: let one of both policyTypes do so"
     budgets = len(selecting("PodDisruptionBudget", "selector"))
     if obj["kind"] not in _UNCOUNTED and budgets != 1:
         yield f"{label(obj)}: has {budgets} disruption budgets: let one select its pods"
+
+
+def shuts_off(wall: Object) -> bool:
+    """Whether a network policy closes both directions."""
+    return set(wall["spec"].get("policyTypes") or ()) == {"Ingress", "Egress"}
+
+
+def check_workers(objects: list[Object], pods: list[tuple[Object, Object]]) -> Iterator[str]:
+    """Workers, which a front makes and no release holds, are shut off where they will be."""
+    for obj, template in pods:
+        for container in template["spec"]["containers"]:
+            words = [str(word).partition("=") for word in container.get("args") or ()]
+            said = {flag: value for flag, _, value in words if flag.startswith("--kube-")}
+            if "--kube-name" not in said:
+                continue
+            labels = {"regreen.dev/instance": said["--kube-name"]} | _WORKERS
+            if not any(
+                shuts_off(one)
+                for one in objects
+                if one["kind"] == "NetworkPolicy"
+                and one["metadata"].get("namespace") == said.get("--kube-namespace")
+                and matches(one["spec"].get("podSelector"), labels)
+            ):
+                yield (
+                    f"{label(obj)}: no network policy shuts its workers off:"
+                    " let one of both policyTypes do so in their namespace"
+                )
+
+
+def check_budget(budget: Object) -> Iterator[str]:
+    """A budget lets pods be taken away, one by one: nodes are drained, and parts stay up."""
+    spec, at = budget["spec"], label(budget)
+    most = str(spec.get("maxUnavailable", "1")).strip()
+    if re.fullmatch("0+%?", most):
+        yield f"{at}: maxUnavailable is {most}, so that no node is ever drained: give 1"
+    elif not re.fullmatch(r"\d+|\d{1,2}%", most):
+        yield f"{at}: maxUnavailable is {most}, all at once or no share: give 1"
+    if spec.get("minAvailable") == "100%":
+        yield f"{at}: minAvailable is 100%, so that no node is ever drained: give fewer"
 
 
 def check_services(objects: list[Object], pods: list[tuple[Object, Object]]) -> Iterator[str]:
@@ -118,3 +164,11 @@ def check_references(objects: list[Object], pods: list[tuple[Object, Object]]) -
         if target and target["name"] not in own:
             at = f"{label(obj)}: scaleTargetRef is {target['name']}"
             yield f"{at}, which is not there: name an object of the release"
+
+
+_OF_KINDS: dict[str, Callable[[Object], Iterator[str]]] = {
+    "NetworkPolicy": check_network,
+    "PodDisruptionBudget": check_budget,
+    "PrometheusRule": check_expressions,
+}
+"""Rules for one object of a kind."""

@@ -4,7 +4,11 @@
 - Values given lie over those of values.yaml, key by key, as with `helm --values`.
 """
 
+import json
+import shutil
 import subprocess
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +53,33 @@ class Chart:
         """
         texts = self.texts(values, **options)
         return [obj for path, text in texts.items() for obj in parse(text, path)]
+
+
+def as_set(values: dict[str, Any]) -> Chart:
+    """The chart with the whole numbers of these values of the type that `helm --set` gives them.
+
+    - Those of a file, and all that this SDK takes, are float64 in templates; of `--set`, int64.
+    """
+    lines = []
+    for path, number in _whole(values):
+        *parents, last = map(json.dumps, path)
+        place = f"(index .Values {' '.join(parents)})"
+        lines.append(f"{{{{- $_ := set {place} {last} (int64 {number}) }}}}")
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "regreen"
+        shutil.copytree(CHART, copy)
+        first = copy / "templates" / "set" / "numbers.tpl"  # deeper ones are rendered first
+        first.parent.mkdir()
+        first.write_text("".join(lines))
+        return Chart(copy)
+
+
+def _whole(at: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], int]]:
+    if isinstance(at, dict):
+        for key, value in at.items():
+            yield from _whole(value, (*path, key))
+    elif isinstance(at, int) and not isinstance(at, bool):
+        yield path, at
 
 
 def parse(text: str, path: str) -> list[dict[str, Any]]:

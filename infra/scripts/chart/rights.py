@@ -12,6 +12,16 @@ _POWERS = {
     "resources": {"secrets", "serviceaccounts/token", "nodes/proxy", "pods/exec", "pods/attach"},
 }
 """Rights that lead to all others, or into other pods."""
+_AGENTS = "extensions.agents.x-k8s.io"
+_NEEDED = {
+    ("", "pods"): {"get", "list", "watch", "create", "delete"},
+    ("", "configmaps"): {"get", "create", "update", "delete"},
+    **{
+        (_AGENTS, kind): {"get", "list", "create", "delete"}
+        for kind in ("sandboxtemplates", "sandboxwarmpools", "sandboxclaims")
+    },
+}
+"""What the front does with which objects (sandbox_svc/fleet/kube.py); nothing else has rights."""
 
 
 def check_rights(objects: list[Object]) -> Iterator[str]:
@@ -46,6 +56,21 @@ def check_role(role: Object) -> Iterator[str]:
                     yield f"{at} has the wildcard {word}: name each that is needed"
                 elif word in _POWERS.get(field, ()):
                     yield f"{at} has {word}, which gives more than it says: leave it out"
+        yield from check_needed(f"{label(role)}: rules[{number}]", rule)
+
+
+def check_needed(at: str, rule: Object) -> Iterator[str]:
+    """A rule gives what the front needs, of these objects, and no other verb."""
+    for group in rule.get("apiGroups") or [""]:
+        for resource in rule.get("resources") or []:
+            if "*" in group + resource or resource in _POWERS["resources"]:
+                continue  # told already
+            if (needed := _NEEDED.get((group, resource))) is None:
+                yield f"{at}.resources has {resource}, which the front does not need: leave it out"
+                continue
+            known = needed | _POWERS["verbs"]
+            for verb in (one for one in rule["verbs"] if "*" not in one and one not in known):
+                yield f"{at}.verbs has {verb} of {resource}, which the front does not need: drop it"
 
 
 def _name(subject: Object) -> tuple[str | None, str]:

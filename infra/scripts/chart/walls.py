@@ -11,7 +11,7 @@ from chart.objects import Object, label, names_some
 
 _WIDE = {4: 8, 6: 7}
 """Shorter prefixes than those of the widest private networks, 10.0.0.0/8 and fc00::/7."""
-_METADATA = ("169.254.0.0/16", "fe80::/10", "fd00:ec2::/32")
+_METADATA = ("169.254.0.0/16", "fe80::/10", "fd00:ec2::/32", "fd20:ce::254/128")
 """Where clouds hand out credentials of the node."""
 _PRIVATE = (
     "10.0.0.0/8",
@@ -24,21 +24,32 @@ _PRIVATE = (
 _WAYS_OUT = {
     **{(who, 443): _PRIVATE for who in ("dataset", "policy", "learner", "workers")},
     **{(who, 5432): _METADATA for who in ("dataset", "migrate")},
-    **{("sandbox", port): () for port in (443, 6443)},
+    **{("sandbox", port): _METADATA for port in (443, 6443)},
 }
 """Blob store and package index, a database by URL, and the front's way to the Kubernetes API,
 whose address no chart knows."""
 
 
+_DNS = 53
+"""The one port on which such an address may be called: caches of names on the node have one."""
+_OPERATORS = "cnpg.io/cluster"
+"""Of pods whose way out is their operator's affair: they speak to the API and to their backups."""
+
+
 def check_network(policy: Object) -> Iterator[str]:
     """A network policy lets in, and out to, nobody but those that it names."""
     at, who = label(policy), _selected(policy)
+    types = set(policy["spec"].get("policyTypes") or ())
+    needed = {"Ingress"} if _is_operators(policy) else {"Ingress", "Egress"}
+    if missing := sorted(needed - types):
+        yield f"{at}: policyTypes has no {', '.join(missing)}, so that is open: add what is missing"
     for number, rule in enumerate(policy["spec"].get("ingress") or []):
         yield from _unreadable(f"{at}: ingress[{number}].from", rule.get("from"))
         for field, everybody in _open_ends(rule.get("from")):
             yield f"{at}: ingress[{number}].from{field} is {everybody}, anybody: name who may call"
     for number, rule in enumerate(policy["spec"].get("egress") or []):
         yield from _unreadable(f"{at}: egress[{number}].to", rule.get("to"))
+        yield from _credentials(f"{at}: egress[{number}].to", rule)
         for field, everybody in _open_ends(rule.get("to")):
             is_block = isinstance(everybody, dict) and "cidr" in everybody
             if not (is_block and _is_listed(who, rule.get("ports") or [], everybody)):
@@ -55,6 +66,26 @@ def _unreadable(at: str, peers: list[Object] | None) -> Iterator[str]:
         for text in [block["cidr"], *(block.get("except") or [])] if block else ():
             if _network(text) is None:
                 yield f"{at}[{number}].ipBlock has {text}, which is no network: write 10.0.0.0/8"
+
+
+def _credentials(at: str, rule: Object) -> Iterator[str]:
+    """Blocks that hold addresses where clouds hand out credentials, and do not leave them out."""
+    ports = rule.get("ports") or []
+    if ports and all(port.get("port") == _DNS and "endPort" not in port for port in ports):
+        return
+    for number, peer in enumerate(rule.get("to") or []):
+        block = peer.get("ipBlock") or {}
+        net = _network(block["cidr"]) if block else None
+        left_out = [one for one in map(_network, block.get("except") or []) if one]
+        for closed in map(ip_network, _METADATA):
+            if net is None or net.version != closed.version or not net.overlaps(closed):
+                continue
+            common = max(net, closed, key=lambda one: one.prefixlen)
+            if not any(_covers(one, common) for one in left_out):
+                yield (
+                    f"{at}[{number}].ipBlock is {block}, with {common}, where clouds hand out"
+                    " credentials: leave it out, by except"
+                )
 
 
 def _open_ends(peers: list[Object] | None) -> Iterator[tuple[str, Object | str]]:
@@ -108,6 +139,11 @@ def _leaves_out(block: Object, closed: Iterable[str]) -> bool:
 
 def _covers(wide: IPv4Network | IPv6Network, net: IPv4Network | IPv6Network) -> bool:
     return wide.version == net.version and net.subnet_of(wide)
+
+
+def _is_operators(policy: Object) -> bool:
+    labels = (policy["spec"].get("podSelector") or {}).get("matchLabels") or {}
+    return set(labels) == {_OPERATORS}
 
 
 def _selected(policy: Object) -> str:

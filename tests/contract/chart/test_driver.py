@@ -14,6 +14,7 @@ from tests.fixtures import chart
 sys.path.insert(0, str(chart.ROOT / "infra" / "scripts"))
 from chart.objects import matches
 from chart.pods import check_pod
+from chart.tokens import check_tokens
 
 JOB = yaml.safe_load((chart.ROOT / "infra" / "k8s" / "driver.yaml").read_text())
 POD: dict[str, Any] = JOB["spec"]["template"]
@@ -27,6 +28,16 @@ def test_it_keeps_to_the_rules_of_pods() -> None:
     bad = json.loads(json.dumps(POD))
     bad["spec"]["hostNetwork"] = True
     assert list(check_pod("Job/driver", bad)) == ["Job/driver: hostNetwork is set: leave it out"]
+
+
+def test_it_has_a_drivers_token_alone() -> None:
+    named = {"kind": "Job", "metadata": {"name": "driver"}}
+    assert list(check_tokens([(named, POD)])) == []
+    bad = json.loads(json.dumps(POD))
+    (volume,) = [one for one in bad["spec"]["volumes"] if one["name"] == "token"]
+    volume["secret"]["items"][0]["key"] = "rollout"
+    (found,) = check_tokens([(named, bad)])
+    assert found.startswith("Job/driver: volumes[token] has the tokens ['rollout'], not")
 
 
 def test_it_stands_where_the_chart_lets_callers_in(rendered: dict[str, list[dict]]) -> None:

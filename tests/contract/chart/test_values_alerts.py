@@ -6,6 +6,8 @@ import subprocess
 import pytest
 import yaml
 
+from tests.fixtures import chart
+
 GONE = "RegreenServiceGone"
 _MINUTES = 36 * 60
 """Longer than Prometheus remembers by itself that a service was there."""
@@ -59,6 +61,24 @@ def test_what_is_scraped_is_expected(rendered):
         # How many workers a front has is the front's affair, and may be none.
         assert expected(objects) == scraped - {"worker"}
     assert "learner" in expected(rendered["full"])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("expr", "sum((", "parse error"),
+        ("expr", "rate(up)", "expected type range vector"),
+        ("annotations", {"summary": "{{ $labels.x"}, "template"),
+    ],
+)
+def test_a_rule_that_prometheus_does_not_read_is_found(chart_tools, field, value, says):
+    if shutil.which("promtool") is None:
+        pytest.skip("no program `promtool` here: Debian's package `prometheus` has it")
+    change = ["PrometheusRule/regreen-alerts", f"spec.groups.0.rules.0.{field}", value]
+    (answer,) = chart.tried([{"values": chart.values("full"), "mutate": [change]}])
+    (line, *_) = answer["policy"]
+    assert line.startswith("PrometheusRule/regreen-alerts: spec.groups: ")
+    assert says in " ".join(answer["policy"])
 
 
 @pytest.mark.parametrize("gone", ["learner", "judge", "sglang"])

@@ -54,6 +54,63 @@ def test_sizes_that_do_not_fit_are_refused(chart_tools, own, says):
     assert "give sizes that fit, or none" in answer["refused"]
 
 
+@pytest.mark.parametrize("place", ["judge.autoscaling", "dataset.autoscaling", "rollout.keda"])
+def test_numbers_of_set_are_compared_with_those_of_a_file(chart_tools, place):
+    """`helm --set` makes other types of numbers than a file of values."""
+    base = chart.over(chart.values("full"), f"{place}.enabled", True)
+    cases = [
+        {"values": chart.over(base, f"{place}.minReplicas", least)}
+        | {"set": chart.over({}, f"{place}.minReplicas", least)}
+        for least in (2, 100)
+    ]
+    fine, wrong = chart.tried(cases)
+    assert (fine["refused"], fine["schema"], fine["policy"]) == ("", [], [])
+    assert f"{place}: minReplicas is above maxReplicas" in wrong["refused"]
+
+
+def test_numbers_of_set_make_what_those_of_a_file_make(chart_tools):
+    full = chart.values("full")
+    file, by_set = chart.tried([{"values": full}, {"values": full, "set": full}])
+    assert file == by_set
+    assert file["objects"]
+
+
+def test_numbers_and_words_are_written_whole(chart_tools):
+    """Go writes a million as 1e+06, and YAML takes many a word for something else."""
+    words = {
+        "rollout.run": "1e3",
+        "rollout.env": {"NO": "yes"},
+        "rollout.envFrom": ["0x1"],
+        "sandbox.workersNamespace": "123",
+        "blobs.secret": "1e3",
+        "storage.model.existingClaim": "0",
+        "storage.shared": {"existingClaim": "", "size": "100", "storageClass": "on"},
+        "security.tokens": {"enabled": True, "secret": "null", "clientSecret": "true"},
+        "judge.secretSettings.openai_key": {"name": "12", "key": "no"},
+        "images.judge.repository": "host.example:5000/x/judge",
+    }
+    numbers = {
+        "rollout.concurrency": 1_000_000,
+        "rollout.keda.cooldownSeconds": 1_000_000,
+        "learner.maxRestarts": 1_000_000,
+    }
+    values = chart.values("full")
+    for path, value in (words | numbers).items():
+        values = chart.over(values, path, value)
+    (answer,) = chart.tried([{"values": values}])
+    assert (answer["refused"], answer["schema"], answer["policy"]) == ("", [], [])
+    found = {chart.label(obj): obj["spec"] for obj in answer["objects"] if "spec" in obj}
+    assert found["JobSet/regreen-learner"]["failurePolicy"]["maxRestarts"] == 1_000_000
+    scaled = found["ScaledObject/regreen-rollout"]
+    assert scaled["cooldownPeriod"] == 1_000_000
+    assert scaled["advanced"]["scalingModifiers"]["target"] == "1000000"
+    containers = {one["name"]: one for one in chart.containers(answer["objects"])}
+    assert {"--concurrency=1000000", "--run=1e3"} <= set(containers["worker"]["args"])
+    assert {"name": "NO", "value": "yes"} in containers["worker"]["env"]
+    assert {"--kube-namespace=123", "--kube-secret=1e3"} <= set(containers["front"]["args"])
+    assert containers["judge"]["image"].startswith("host.example:5000/x/judge@sha256:")
+
+
 def test_nothing_that_needs_the_policy_runs_without_it(chart_tools):
     small = chart.over(chart.values("small"), "policy.enabled", False)
     idle = chart.over(small, "rollout.enabled", False)

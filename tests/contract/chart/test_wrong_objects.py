@@ -21,11 +21,19 @@ BUDGET = "PodDisruptionBudget/regreen-judge"
 WALL = "NetworkPolicy/regreen-judge"
 DATA = "NetworkPolicy/regreen-dataset"
 WORKERS = "NetworkPolicy/regreen-workers"
+DEFAULT = "NetworkPolicy/regreen-default"
+FRONTS = "NetworkPolicy/regreen-sandbox"
 ROLE = "Role/regreen-sandbox"
 BINDING = "RoleBinding/regreen-sandbox"
 DATABASE = "Cluster/regreen-postgres"
 HOST = {"name": "home", "hostPath": {"path": "/"}}
 TOKEN = {"name": "home", "projected": {"sources": [{"serviceAccountToken": {"path": "token"}}]}}
+DRIVER = {"name": "home", "csi": {"driver": "hostpath.csi.k8s.io"}}
+TOKENS = {"name": "home", "secret": {"secretName": "regreen-client-tokens"}}
+PROJECTED = {
+    "name": "home",
+    "projected": {"sources": [{"secret": {"name": "regreen-client-tokens"}}]},
+}
 NOBODY = {"matchLabels": {"a": "b"}}
 LINK_LOCAL = {"cidr": "0.0.0.0/0", "except": ["169.254.0.0/16"]}
 ADMIN = {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "cluster-admin"}
@@ -51,6 +59,10 @@ def out(peer: Any, *ports: Any) -> list[dict[str, Any]]:
     """Egress to a peer; ports by number, or as they are."""
     found = [one if isinstance(one, dict) else {"port": one, "protocol": "TCP"} for one in ports]
     return [{"to": [peer]} | ({"ports": found} if found else {})]
+
+
+def by_reference(name: str) -> list[dict[str, Any]]:
+    return [{"name": name, "valueFrom": {"secretKeyRef": {"name": "a", "key": "b"}}}]
 
 
 API = [
@@ -94,12 +106,31 @@ PODS = [
     ("processes of each other", D, f"{POD}.shareProcessNamespace", True, "shareProcessNamespace"),
     ("host port", D, f"{C}.ports.0.hostPort", 50054, "of the host"),
     ("hostPath", D, f"{POD}.volumes.0", HOST, "volumes[home] is a hostPath"),
+    ("driver of the node", D, f"{POD}.volumes.0", DRIVER, "volumes[home] is a csi"),
+    ("tokens of all", D, f"{POD}.volumes.4.secret.items", None,
+     "volumes[token] has the tokens of all parts: give items with this part's own"),
+    ("token of another", D, f"{POD}.volumes.4.secret.items", [{"key": "driver", "path": "token"}],
+     "volumes[token] has the tokens ['driver'], not this part's own"),
+    ("one token more", D, f"{POD}.volumes.4.secret.items",
+     [{"key": "judge", "path": "token"}, {"key": "operator", "path": "operator"}],
+     "volumes[token] has the tokens ['judge', 'operator']"),
+    ("tokens of all elsewhere", FRONT, f"{POD}.volumes.0", TOKENS, "volumes[home] has the tokens"),
+    ("tokens of all, projected", FRONT, f"{POD}.volumes.0", PROJECTED, "volumes[home] has the tok"),
+    ("tokens by variables", D, f"{C}.envFrom", [{"secretRef": {"name": "regreen-client-tokens"}}],
+     "judge: env has tokens: mount the part's own"),
     ("volume that nobody mounts", D, f"{C}.volumeMounts", [], "volumes[home] is not both"),
     ("token", D, f"{POD}.automountServiceAccountToken", True, "automountServiceAccountToken"),
     ("token by a volume", D, f"{POD}.volumes.0", TOKEN, "volumes[home] has a serviceAccountToken"),
     ("links", D, f"{POD}.enableServiceLinks", None, "enableServiceLinks"),
     ("tag", D, f"{C}.image", "regreen-dataset:latest", "no digest"),
-    ("secret in plain sight", D, f"{C}.env", [{"name": "X_KEY", "value": "s"}], "env X_KEY"),
+    ("secret in plain sight", D, f"{C}.env", [{"name": "X_KEY", "value": "s"}],
+     "env X_KEY is in plain sight: use a mounted file"),
+    ("credentials in plain sight", D, f"{C}.env", [{"name": "my_creds", "value": "s"}], "my_creds"),
+    ("secret in a URL", D, f"{C}.env", [{"name": "PROXY", "value": "http://me:word@proxy"}],
+     "env PROXY is in plain sight"),
+    ("secret setting by reference", D, f"{C}.env", by_reference("REGREEN_JUDGE__X"),
+     "env REGREEN_JUDGE__X is a secret by secretKeyRef: use a mounted file"),
+    ("secret by reference", D, f"{C}.env", by_reference("API_PASS"), "env API_PASS is a secret by"),
     ("missing limit", D, f"{C}.resources.limits.memory", None, "no limit of memory"),
     ("no resources", D, f"{C}.resources", None, "no request of cpu"),
     ("limit of nothing", D, f"{C}.resources.limits.memory", "0", "limits.memory is 0: give"),
@@ -132,6 +163,9 @@ PODS = [
     ("end by no port", D, f"{C}.lifecycle", {"preStop": {"httpGet": {"port": 1}}},
      "lifecycle.preStop.httpGet.port is 1"),
     ("no account", FRONT, f"{POD}.serviceAccountName", "x", "no ServiceAccount x"),
+    ("no node is drained", BUDGET, "spec.maxUnavailable", 0, "maxUnavailable is 0, so that no nod"),
+    ("no node is drained, in percent", BUDGET, "spec.maxUnavailable", "0%", "maxUnavailable is 0%"),
+    ("all at once", BUDGET, "spec.maxUnavailable", "100%", "maxUnavailable is 100%, all at once"),
     ("service to nowhere", S, "spec.ports.0.targetPort", 1, "nothing listens on 1"),
     ("virtual address", S, "spec.clusterIP", None, "headless"),
 ]  # fmt: skip
@@ -172,6 +206,24 @@ WALLS = [
      "ingress[0].from[0].ipBlock has 10.0.0.0/99, which is no network"),
     ("leaves no network out", DATA, "spec.egress",
      out({"ipBlock": {"cidr": "0.0.0.0/0", "except": ["all"]}}, 5432), "ipBlock has all, which"),
+    ("way out left open", WORKERS, "spec.policyTypes", ["Ingress"],
+     "policyTypes has no Egress, so that is open: add"),
+    ("way in left open", DATA, "spec.policyTypes", ["Egress"], "policyTypes has no Ingress"),
+    ("types left out", WALL, "spec.policyTypes", None, "policyTypes has no Egress, Ingress"),
+    ("workers to the node's credentials", WORKERS, "spec.egress",
+     out({"ipBlock": {"cidr": "169.254.169.254/32"}}, 443),
+     "with 169.254.169.254/32, where clouds hand out credentials: leave it out"),
+    ("to them by version 6", WORKERS, "spec.egress",
+     out({"ipBlock": {"cidr": "fd00:ec2::254/128"}}, 443), "with fd00:ec2::254/128, where"),
+    ("network around them", WORKERS, "spec.egress", out({"ipBlock": {"cidr": "169.0.0.0/8"}}, 443),
+     "with 169.254.0.0/16, where clouds"),
+    ("half of them left out", DATA, "spec.egress",
+     out({"ipBlock": {"cidr": "169.0.0.0/8", "except": ["169.254.0.0/17"]}}, 443),
+     "with 169.254.0.0/16, where clouds"),
+    ("names and more from them", DATA, "spec.egress",
+     out({"ipBlock": {"cidr": "169.254.169.254/32"}}, 53, 80), "with 169.254.169.254/32, where"),
+    ("front to the node's credentials", FRONTS, "spec.egress",
+     out({"ipBlock": {"cidr": "0.0.0.0/0"}}, 6443), "egress[0].to[0].ipBlock is"),
     ("port of every node", "Service/regreen-judge", "spec.type", "NodePort", "type is NodePort"),
     ("open to the world", "Service/regreen-judge", "spec.type", "LoadBalancer", "type is LoadBal"),
     ("address of its own", "Service/regreen-judge", "spec.externalIPs", ["1.2.3.4"], "open beyond"),
@@ -185,6 +237,11 @@ RIGHTS = [
     ("every group", ROLE, "rules.0.apiGroups", ["*"], "rules[0].apiGroups has the wildcard *"),
     ("secrets", ROLE, "rules.0.resources", ["secrets"], "rules[0].resources has secrets"),
     ("escalation of rights", ROLE, "rules.0.verbs", ["escalate"], "rules[0].verbs has escalate"),
+    ("another verb", ROLE, "rules.0.verbs", ["get", "patch"],
+     "rules[0].verbs has patch of pods, which the front does not need"),
+    ("all at a time", ROLE, "rules.0.verbs", ["deletecollection"], "has deletecollection of pods"),
+    ("list of settings", ROLE, "rules.1.verbs", ["list"], "rules[1].verbs has list of configmaps"),
+    ("another resource", ROLE, "rules.1.resources", ["services"], "rules[1].resources has serv"),
     ("role of the cluster", BINDING, "roleRef", ADMIN, "roleRef is cluster-admin"),
     ("another's account", BINDING, "subjects.0.namespace", "default", "subjects has regreen-sand"),
     ("everybody's role", BINDING, "subjects",
@@ -193,12 +250,16 @@ RIGHTS = [
 ]  # fmt: skip
 OF_OTHERS = [
     ("no budget", BUDGET, "spec.selector", NOBODY, f"{D}: has 0 disruption budgets"),
-    ("no wall", "NetworkPolicy/regreen-default", "spec.podSelector", NOBODY, f"{ROLLOUT}: no netw"),
-    ("wall around keys", "NetworkPolicy/regreen-default", "spec.podSelector", name("a", "Exists"),
+    ("no wall", DEFAULT, "spec.podSelector", NOBODY, f"{ROLLOUT}: no netw"),
+    ("no wall of workers", WORKERS, "spec.podSelector", NOBODY, f"{FRONT}: no network polic"),
+    ("half a wall of workers", WORKERS, "spec.policyTypes", ["Ingress"], f"{FRONT}: no network po"),
+    ("their wall elsewhere", WORKERS, "metadata.namespace", "default", f"{FRONT}: no network poli"),
+    ("wall around keys", DEFAULT, "spec.podSelector", name("a", "Exists"),
      f"{ROLLOUT}: no network"),
 ]  # fmt: skip
 """Faults of one object that are another's finding."""
 GOOD = [
+    ("word by reference", D, f"{C}.env", by_reference("MODEL_NAME")),
     ("probe by name", D, f"{C}.readinessProbe.httpGet.port", "metrics"),
     ("safe sysctl", D, f"{SEC}.sysctls", [{"name": "net.ipv4.tcp_fin_timeout", "value": "9"}]),
     ("a request as high as its limit", D, f"{C}.resources.requests.memory", "2097152Ki"),
@@ -206,7 +267,14 @@ GOOD = [
      into({"namespaceSelector": NOBODY, "podSelector": {}})),
     ("one of some", WALL, "spec.ingress", into({"podSelector": name("a", "In", "b")})),
     ("a private network", WALL, "spec.ingress", into({"ipBlock": {"cidr": "10.0.0.0/8"}})),
-    ("wall around all", "NetworkPolicy/regreen-default", "spec.podSelector", {}),
+    ("the workers' bucket in the cluster", WORKERS, "spec.egress",
+     out({"ipBlock": {"cidr": "10.0.0.0/8"}}, 443)),
+    ("names from the node", WORKERS, "spec.egress",
+     out({"ipBlock": {"cidr": "169.254.20.10/32"}}, 53)),
+    ("network around them without them", WORKERS, "spec.egress",
+     out({"ipBlock": {"cidr": "169.0.0.0/8", "except": ["169.254.0.0/16"]}}, 443)),
+    ("a third at a time", BUDGET, "spec.maxUnavailable", "30%"),
+    ("wall around all", DEFAULT, "spec.podSelector", {}),
 ]  # fmt: skip
 FOUND = PODS + WALLS + RIGHTS
 
@@ -338,7 +406,10 @@ AMOUNTS = [
 
 def case(target: str, path: str, value: Any) -> dict[str, Any]:
     base = "full" if target == DATABASE else "small"
-    return {"values": chart.values(base), "mutate": [[target, path, value]]}
+    changes = [[target, path, value]]
+    if target == DEFAULT:  # beside it a part has a wall of its own
+        changes.append(["NetworkPolicy/regreen-rollout", "spec.podSelector", NOBODY])
+    return {"values": chart.values(base), "mutate": changes}
 
 
 def beside(obj: dict[str, Any]) -> dict[str, Any]:

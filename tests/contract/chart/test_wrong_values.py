@@ -26,6 +26,8 @@ VALUES = [
     ("bad quantity", "judge.resources.limits.memory", "2 GB", "schema", "does not match"),
     ("image of a former release", "images.services", {}, "schema", "properties 'services'"),
     ("tag for a digest", "images.dataset.digest", "v1.2", "schema", "does not match"),
+    ("tag in a repository", "images.judge.repository", "r/x:latest", "schema", "does not match"),
+    ("tag of digits", "images.judge.repository", "r:5000", "schema", "does not match"),
     ("no digest", "images.dataset.digest", "", "template", "images.dataset.digest"),
     ("blobs on a disk", "blobs.url", "/data", "schema", "does not match"),
     ("no blobs", "blobs.url", "", "template", "blobs.url"),
@@ -45,14 +47,43 @@ VALUES = [
     ("host's volume by scheduling", "judge.scheduling.volumes", [], "schema", "'volumes'"),
     ("tokens in plain text", "security.tls.enabled", False, "template", "in plain text"),
     ("no hashes", "security.tokens.secret", "", "schema", "does not match"),
-    ("more least than most", "judge.autoscaling.minReplicas", 9, "template", "minReplicas"),
+    ("comment in a name", "rollout.run", "a #b", "schema", "does not match"),
+    ("one more option", "rollout.run", "a\n- --until-idle", "schema", "does not match"),
+    ("variable in a name", "rollout.run", "$(HOME)", "schema", "does not match"),
+    ("far too many", "rollout.concurrency", 5_000_000, "schema", "maximum"),
+    ("far too many servers", "sglang.replicas", 2_000, "schema", "maximum"),
+    ("comment in a URL", "blobs.url", "s3://bucket/a #b", "schema", "does not match"),
+    ("option in a URL", "blobs.url", "s3://bucket/a?secrets=/x", "schema", "does not match"),
+    (
+        "more in a key",
+        "judge.secretSettings.openai_key",
+        {"name": "a", "key": "b, path: c"},
+        "schema",
+        "does not match",
+    ),
+    ("class of two words", "storage.shared.storageClass", "a #b", "schema", "does not match"),
+    (
+        "credentials of the node",
+        "networkPolicy.egress.packages.to",
+        [{"ipBlock": {"cidr": "169.254.169.254/32"}}],
+        "template",
+        "get their credentials",
+    ),
+    ("more least than most", "judge.autoscaling.minReplicas", 9, "template", "is above"),
+    (
+        "more by KEDA",
+        "rollout.keda.minReplicas",
+        65,
+        "template",
+        "rollout.keda: minReplicas is above",
+    ),
 ]
 
 
 def given(name: str, path: str, value: Any) -> dict[str, Any]:
     base = chart.values("small")
-    if name == "more least than most":
-        base = chart.over(base, "judge.autoscaling.enabled", True)
+    if path.endswith(".minReplicas"):
+        base = chart.over(base, path.replace("minReplicas", "enabled"), True)
     return {"values": chart.over(base, path, value)}
 
 

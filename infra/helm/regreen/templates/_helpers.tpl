@@ -23,7 +23,7 @@ Names, labels and what every pod has in common. Helpers take a list: the root, t
 
 {{- define "regreen.release" -}}
 app.kubernetes.io/name: regreen
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/instance: {{ quote .Release.Name }}
 {{- end }}
 
 {{- define "regreen.selector" -}}
@@ -33,7 +33,7 @@ app.kubernetes.io/component: {{ index . 1 }}
 
 {{- define "regreen.metadata" -}}
 name: {{ include "regreen.name" . }}
-namespace: {{ (index . 0).Release.Namespace }}
+namespace: {{ quote (index . 0).Release.Namespace }}
 labels:
   {{- include "regreen.selector" . | nindent 2 }}
   app.kubernetes.io/managed-by: {{ (index . 0).Release.Service }}
@@ -75,7 +75,7 @@ imagePullSecrets:
 
 {{- define "regreen.container" -}}
 {{- $root := index . 0 }}{{ $values := index . 1 -}}
-image: {{ include "regreen.image" (list $root (index . 2)) }}
+image: {{ include "regreen.image" (list $root (index . 2)) | quote }}
 securityContext:
   allowPrivilegeEscalation: false
   readOnlyRootFilesystem: true
@@ -85,8 +85,8 @@ securityContext:
 {{- define "regreen.resources" -}}
 {{- $resources := deepCopy (index . 0).resources }}{{ $gpus := index . 1 -}}
 {{- if $gpus }}
-{{- $_ := set $resources.limits "nvidia.com/gpu" (toString $gpus) }}
-{{- $_ := set $resources.requests "nvidia.com/gpu" (toString $gpus) }}
+{{- $_ := set $resources.limits "nvidia.com/gpu" (int64 $gpus | toString) }}
+{{- $_ := set $resources.requests "nvidia.com/gpu" (int64 $gpus | toString) }}
 {{- end -}}
 resources:
   {{- toYaml $resources | nindent 2 }}
@@ -106,7 +106,7 @@ resources:
 {{- /* Variables of `env`, of a part's values: of libraries, none of ours (checks.yaml). */ -}}
 {{- define "regreen.env" -}}
 {{- range $name, $value := .env }}
-- {name: {{ $name }}, value: {{ quote $value }}}
+- {name: {{ quote $name }}, value: {{ quote $value }}}
 {{- end }}
 {{- end }}
 
@@ -114,7 +114,7 @@ resources:
 {{- define "regreen.envFrom" -}}
 {{- $root := index . 0 }}{{ $values := index . 1 }}
 {{- range $values.envFrom }}
-- secretRef: {name: {{ . }}}
+- secretRef: {name: {{ quote . }}}
 {{- end }}
 {{- end }}
 
@@ -205,15 +205,15 @@ livenessProbe:
 {{- $root := index . 0 }}{{ $part := index . 1 }}{{ $has := slice . 2 }}{{ $security := $root.Values.security }}
 {{- if $security.tls.enabled -}}
 - name: tls
-  secret: {secretName: {{ include "regreen.tlsSecret" (list $root $part) }}, defaultMode: 288}
+  secret: {secretName: {{ include "regreen.tlsSecret" (list $root $part) | quote }}, defaultMode: 288}
 {{ end }}
 {{- if and $security.tokens.enabled (has "service" $has) -}}
 - name: tokens
-  secret: {secretName: {{ $security.tokens.secret }}, defaultMode: 288}
+  secret: {secretName: {{ quote $security.tokens.secret }}, defaultMode: 288}
 {{ end }}
 {{- if and $security.tokens.enabled (has "token" $has) -}}
 - name: token
-  secret: {secretName: {{ $security.tokens.clientSecret }}, defaultMode: 288, items: [{key: {{ $part }}, path: token}]}
+  secret: {secretName: {{ quote $security.tokens.clientSecret }}, defaultMode: 288, items: [{key: {{ $part }}, path: token}]}
 {{ end }}
 {{- if and $root.Values.quotas (has "quotas" $has) -}}
 - name: quotas
@@ -240,7 +240,7 @@ livenessProbe:
 {{- end }}
 
 {{- define "regreen.blobVolumes" -}}
-- {name: blobs, secret: {secretName: {{ include "regreen.blobSecret" . }}, defaultMode: 288}}
+- {name: blobs, secret: {secretName: {{ include "regreen.blobSecret" . | quote }}, defaultMode: 288}}
 {{- end }}
 
 {{- define "regreen.workersNamespace" -}}
@@ -299,7 +299,7 @@ regreen.dev/instance: {{ include "regreen.name" (list . "sandbox") }}
     defaultMode: 288
     sources:
       {{- range $name, $ref := . }}
-      - secret: {name: {{ $ref.name }}, items: [{key: {{ $ref.key }}, path: {{ $name }}}]}
+      - secret: {name: {{ quote $ref.name }}, items: [{key: {{ quote $ref.key }}, path: {{ $name }}}]}
       {{- end }}
       {{- if and (eq $part "dataset") $root.Values.postgres.cnpg.enabled }}
       # The certificate of its authority alone: the key lies beside it.
