@@ -263,9 +263,11 @@ class PythonBuilder:
         progress(Stage("install", 0, 2, f"{len(spec.pins)} packages"))
         await _must(box, (inputs.python, "-I", f"{TOOLS}/lib/sync_env.py"), "install the pins")
         progress(Stage("compile", 1, 2))
-        byte_code = (f"{ENV}/bin/python", f"{TOOLS}/lib/byte_code.py")
+        environment = box_environment()
+        prefix = environment.pop("PYTHONPYCACHEPREFIX")
+        byte_code = (f"{ENV}/bin/python", "-S", f"{TOOLS}/lib/byte_code.py", "--prefix", prefix)
         folders = (f"{ENV}/lib", REPO, f"{TOOLS}/lib")
-        await box.run(Command((*byte_code, *folders), env=box_environment()))
+        await box.run(Command((*byte_code, *folders), env=environment))
         caches = "/work/home/.cache /work/repo/.pytest_cache /work/.cache /work/pycache/tmp"
         await box.run(Command(("sh", "-c", f"rm -rf /tmp/* {caches}"), cwd="/"))
 
