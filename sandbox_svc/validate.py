@@ -478,7 +478,7 @@ class Validator:
         interpreter = plan.facts["interpreters"][plan.facts["python"]]
         done = await box.run(
             Command(
-                (interpreter, "-I", f"{TOOLS}/lib/sync_env.py"),
+                (interpreter, "-I", "-S", f"{TOOLS}/lib/sync_env.py"),
                 env=plan.state.env,
                 cwd="/work",
                 timeout_s=SYNC_TIMEOUT_S,

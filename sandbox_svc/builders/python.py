@@ -237,7 +237,7 @@ class PythonBuilder:
     ) -> None:
         """Source, overlay, environment, project, lock file and byte code."""
         await box.write_file(f"{HOME}/.keep", b"")
-        unpack = (inputs.python, "-I", f"{TOOLS}/lib/unpack.py")
+        unpack = (inputs.python, "-I", "-S", f"{TOOLS}/lib/unpack.py")
         archive = spec.source.filename if spec.source else "source-tree.tar"
         keep = () if spec.source else ("--keep-top",)
         await _must(box, (*unpack, f"{DISTS}/{archive}", REPO, *keep), "unpack the source")
@@ -261,11 +261,14 @@ class PythonBuilder:
         await box.write_file(FACTS, json.dumps(facts, indent=1).encode())
         await box.write_file(f"{REPO}/{LOCK}", _lock_text(spec).encode())
         progress(Stage("install", 0, 2, f"{len(spec.pins)} packages"))
-        await _must(box, (inputs.python, "-I", f"{TOOLS}/lib/sync_env.py"), "install the pins")
+        sync = (inputs.python, "-I", "-S", f"{TOOLS}/lib/sync_env.py")
+        await _must(box, sync, "install the pins")
         progress(Stage("compile", 1, 2))
-        byte_code = (f"{ENV}/bin/python", f"{TOOLS}/lib/byte_code.py")
+        environment = box_environment()
+        prefix = environment.pop("PYTHONPYCACHEPREFIX")
+        byte_code = (f"{ENV}/bin/python", "-S", f"{TOOLS}/lib/byte_code.py", "--prefix", prefix)
         folders = (f"{ENV}/lib", REPO, f"{TOOLS}/lib")
-        await box.run(Command((*byte_code, *folders), env=box_environment()))
+        await box.run(Command((*byte_code, *folders), env=environment))
         caches = "/work/home/.cache /work/repo/.pytest_cache /work/.cache /work/pycache/tmp"
         await box.run(Command(("sh", "-c", f"rm -rf /tmp/* {caches}"), cwd="/"))
 
@@ -441,7 +444,7 @@ async def _foreign_modules(
     script, own = f"{TOOLS}/lib/list_modules.py", own_names(files)
     shared = json.dumps(sorted({name.partition(".")[0] for name in own if "." in name})).encode()
     for interpreter in inputs.interpreters.values():
-        argv = (str(interpreter.executable), "-I", script, ENV, project)
+        argv = (str(interpreter.executable), "-I", "-S", script, ENV, project)
         listing = Command(
             argv, env=_build_environment(), cwd="/work", stdin=shared, output_bytes=_LISTING_BYTES
         )

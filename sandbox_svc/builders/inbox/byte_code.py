@@ -1,8 +1,10 @@
-"""Byte code for all that runs of a State import: `byte_code.py DIRECTORY...`.
+"""Byte code for all that runs of a State import: `byte_code.py --prefix FOLDER DIRECTORY...`.
 
-- Standard library only, Python 3.7 and newer; runs nothing of the environment or the repository.
+- Standard library only, Python 3.7 and newer; started with `-S` it runs nothing of the environment
+  or the repository.
 - With a prefix of its own Python looks for the byte code of its library there too, and not where it
-  came with it: what came is copied, and what pytest always needs is compiled where none came.
+  came with it: what came is copied, and what pytest always needs is compiled where none came. So
+  this program is started without one, which spares it to compile what it imports itself.
 """
 
 from __future__ import annotations
@@ -13,14 +15,13 @@ import importlib
 import importlib.util
 import os
 import re
-import shutil
 import sys
 
 ALWAYS = (
     *("argparse", "ast", "asyncio", "bdb", "contextvars", "csv", "dataclasses", "decimal"),
     *("difflib", "doctest", "email.message", "gettext", "hmac", "html", "http.client"),
     *("importlib.metadata", "inspect", "json", "logging.handlers", "pdb", "platform", "pprint"),
-    *("secrets", "ssl", "tempfile", "typing", "unittest.mock", "urllib.request", "uuid"),
+    *("secrets", "site", "ssl", "tempfile", "typing", "unittest.mock", "urllib.request", "uuid"),
     *("xml.etree.ElementTree", "zipfile"),
 )
 SELDOM = frozenset(
@@ -47,9 +48,11 @@ def copy_own(library: str) -> int:
             if name.endswith(".py") and name not in SELDOM:
                 target = importlib.util.cache_from_source(source)
                 own = os.path.join(folder, "__pycache__", os.path.basename(target))
-                if not os.path.exists(target) and is_of(own, source):
+                code = b"" if os.path.exists(target) else code_of(own, source)
+                if code:
                     os.makedirs(os.path.dirname(target), exist_ok=True)
-                    shutil.copyfile(own, target)
+                    with open(target, "wb") as kept:
+                        kept.write(code)
                     copied += 1
     return copied
 
@@ -58,17 +61,17 @@ def sources(directory: str) -> int:
     return sum(name.endswith(".py") for _, _, files in os.walk(directory) for name in files)
 
 
-def is_of(code: str, source: str) -> bool:
-    """Whether byte code says that it was made of a file as it is, by this interpreter."""
+def code_of(path: str, source: str) -> bytes:
+    """Byte code, if it says that it was made of a file as it is, by this interpreter."""
     try:
-        with open(code, "rb") as file:
-            head = file.read(16)
+        with open(path, "rb") as file:
+            code = file.read()
         known = os.stat(source)
     except OSError:
-        return False
+        return b""
     stamp = int(known.st_mtime) & 0xFFFFFFFF, known.st_size & 0xFFFFFFFF
     stamps = b"".join(number.to_bytes(4, "little") for number in (0, *stamp))
-    return head == importlib.util.MAGIC_NUMBER + stamps
+    return code if code[:16] == importlib.util.MAGIC_NUMBER + stamps else b""
 
 
 def import_always(library: str) -> None:
@@ -79,13 +82,23 @@ def import_always(library: str) -> None:
         with contextlib.suppress(ImportError):  # an interpreter without it
             importlib.import_module(name)
     sys.path[:] = path
+    for module in list(sys.modules.values()):  # some came before there was a prefix
+        source = getattr(module, "__file__", None) or ""
+        if source.startswith(library) and source.endswith(".py"):
+            compileall.compile_file(source, quiet=1)
 
 
-if __name__ == "__main__":
-    if getattr(sys, "pycache_prefix", None):  # Python 3.7 has none
+def main(prefix: str, *directories: str) -> None:
+    if hasattr(sys, "pycache_prefix"):  # Python 3.7 has none
+        sys.pycache_prefix = prefix
+        os.environ["PYTHONPYCACHEPREFIX"] = prefix  # of a second process
         library = os.path.dirname(os.__file__)
         if not copy_own(library):
             import_always(library)
-    for directory in sys.argv[1:]:
+    for directory in directories:
         workers = 2 if sources(directory) > MANY else 1
         compileall.compile_dir(directory, quiet=1, rx=UNUSED, workers=workers)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[2:])

@@ -144,7 +144,7 @@ def main() -> None:
         # The environment may be replaced below: go on under its base interpreter.
         # (`sys._base_executable` is the environment's own before Python 3.11.)
         base = os.path.realpath(sys.executable)
-        os.execv(base, [base, "-I", os.path.abspath(__file__), *sys.argv[1:]])
+        os.execv(base, [base, "-I", "-S", os.path.abspath(__file__), *sys.argv[1:]])
     with open(FACTS, encoding="utf-8") as source:
         facts = json.load(source)
     parser = argparse.ArgumentParser(prog="sync-env")

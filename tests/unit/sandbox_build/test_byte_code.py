@@ -54,14 +54,16 @@ def test_a_run_of_pytest_compiles_nothing(tmp_path: Path, own: bool) -> None:
     """With the byte code that Python came with, and where it came with none."""
     kept = str(tmp_path / "kept")
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-    env["PYTHONPYCACHEPREFIX"] = kept
-    argv = [sys.executable, str(INBOX / "byte_code.py"), str(PACKAGES / "_pytest")]
+    python = [sys.executable, "-S"]
+    argv = [*python, str(INBOX / "byte_code.py"), "--prefix", kept, str(PACKAGES / "_pytest")]
     if not own:
         code = f"import sys; sys.path.insert(0, {str(INBOX)!r}); import byte_code as b, os"
-        code += "; b.import_always(os.path.dirname(os.__file__))"
-        subprocess.run([sys.executable, "-c", code], check=True, env=env, timeout=120)
+        code += f"; sys.pycache_prefix = {kept!r}; b.import_always(os.path.dirname(os.__file__))"
+        subprocess.run([*python, "-c", code], check=True, env=env, timeout=120)
+        env["PYTHONPYCACHEPREFIX"] = kept
         argv = [sys.executable, "-m", "compileall", "-q", str(PACKAGES / "_pytest")]
     subprocess.run(argv, check=True, env=env, timeout=120)
+    env["PYTHONPYCACHEPREFIX"] = kept
     run = [sys.executable, "-v", "-c", "import _pytest.pytester, _pytest.unittest, unittest.mock"]
     told = subprocess.run(run, capture_output=True, text=True, check=True, env=env, timeout=60)
     compiled = [line for line in told.stderr.splitlines() if line.startswith("# code object from ")]

@@ -19,7 +19,8 @@ INBOX = Path(sync_env.__file__).parent
 
 
 def unpack(archive: Path, target: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-I", str(INBOX / "unpack.py"), str(archive), str(target), *more]
+    python = [sys.executable, "-I", "-S"]
+    command = [*python, str(INBOX / "unpack.py"), str(archive), str(target), *more]
     return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
 
 
