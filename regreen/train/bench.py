@@ -293,7 +293,7 @@ async def measure(plan: Plan) -> dict[str, Any]:
 
 def table(report: Mapping[str, Any]) -> str:
     """The report as lines."""
-    if report["bench"] == "live":
+    if report.get("bench") == "live":
         return _live_table(report)
     shape = report["shape"]
     lines = [

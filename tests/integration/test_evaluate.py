@@ -211,7 +211,7 @@ async def test_a_policy_that_another_client_switches_is_noticed(place: World):
         tasks = await admitted(stack, 1)
         config = config_of(tasks, subjects=("base",), concurrency=1)
         runner = ScriptedRunner(place)
-        place.policy.loaded = Stuck(place)
+        place.policy.asked = Stuck(place)
         with pytest.raises(FailedPrecondition, match="stop the client that switches"):
             await evaluate(stack, config, runner=runner)
 

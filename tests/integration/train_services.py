@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -98,7 +98,7 @@ class HashLearner(learner_pb.LearnerServiceServicer):
             raise InvalidArgument("step", f"is {request.step}, next is {state.step + 1}")
         batch = Batch.from_bytes(request.batch)
         # What a driver reports with a batch, such as seconds, is no lesson.
-        chained = state.weights + Batch(batch.samples).digest + state.salt
+        chained = state.weights + replace(batch, metrics={}).digest + state.salt
         state.weights = hashlib.sha256(chained.encode()).hexdigest()
         state.step += 1
         state.lineage.append({"batch": batch.digest, "groups": list(request.group_ids)})
@@ -207,6 +207,8 @@ class RememberingPolicy(policy_pb.PolicyServiceServicer):
     def __init__(self) -> None:
         self.serving = policy_pb.PolicyVersion(version=0, uri="/models/base")
         self.loaded: list[int] = []
+        self.asked: list[int] = []
+        """As `loaded`, and what served already."""
         self.served: dict[int, set[str]] = {}
         """Digests by version."""
         self.lost = set[str]()
@@ -218,6 +220,7 @@ class RememberingPolicy(policy_pb.PolicyServiceServicer):
         if request.policy.version != self.serving.version:
             self.loaded.append(request.policy.version)
         self.serving = request.policy
+        self.asked.append(request.policy.version)
         digests = self.served.setdefault(request.policy.version, set())
         digests.add(request.policy.digest.sha256)
         return policy_pb.LoadVersionResponse(policy=self.serving)

@@ -229,6 +229,7 @@ def _of_sandboxes(scene: Scene) -> dict[str, Iterable[Message]]:
                 egress=pb.Egress(allow=["index.test:8443", "*.example.test"]),
             )
         ],
+        "ListQuotas": [pb.ListQuotasRequest()],
         "GetSandbox": [pb.GetSandboxRequest(id=box)],
         "ListSandboxes": [pb.ListSandboxesRequest(page_size=2, labels={"a": "b"})],
         "DeleteSandbox": [pb.DeleteSandboxRequest(id=scene.doomed_box)],
