@@ -24,8 +24,7 @@ longer = pb.KeepAliveRequest(id=box.id, ttl=Duration(seconds=600))
 until = sandboxes.KeepAlive(longer, timeout=15).sandbox.expire_time
 same = sandboxes.GetSandbox(pb.GetSandboxRequest(id=box.id), timeout=15).sandbox
 print("lives until", until.ToJsonString(), until == same.expire_time)
-for use in sandboxes.ListQuotas(pb.ListQuotasRequest(), timeout=15).quotas:
-    print(f"{use.tenant} has {use.used} of {use.quota}")
+print(sandboxes.ListQuotas(pb.ListQuotasRequest(), timeout=15).quotas or "no tenants")
 mine = pb.ListSandboxesRequest(labels={"example": "limits"})
 for box in sandboxes.ListSandboxes(mine, timeout=15).sandboxes:
     sandboxes.DeleteSandbox(pb.DeleteSandboxRequest(id=box.id), timeout=30)
