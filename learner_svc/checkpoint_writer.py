@@ -68,10 +68,16 @@ class CheckpointWriter:
         self._pool.shutdown(cancel_futures=True)
         shutil.rmtree(self.directory, ignore_errors=True)
 
-    def add_tensors(self, name: str, tensors: Iterable[tuple[str, Tensor]], sizes: Sizes) -> None:
+    def add_tensors(
+        self,
+        name: str,
+        tensors: Iterable[tuple[str, Tensor]],
+        sizes: Sizes,
+        notes: Mapping[str, str] | None = None,
+    ) -> None:
         """Write a safetensors file, one tensor in memory at a time."""
         with disk_errors(self.directory):
-            entry = write_safetensors(self.directory / name, tensors, sizes)
+            entry = write_safetensors(self.directory / name, tensors, sizes, notes)
             self._note(self.directory / name, entry)
 
     def add_link(self, name: str, source: Path, entry: FileEntry) -> None:
@@ -91,7 +97,7 @@ class CheckpointWriter:
                 shutil.copyfile(path, self.directory / path.name)
                 self._note(self.directory / path.name)
 
-    def add_directory(self, name: str, write: Callable[[Path], None]) -> None:
+    def add_directory(self, name: str, write: Callable[[Path], object]) -> None:
         """Let an engine write a sub-directory."""
         with disk_errors(self.directory):
             write(self.directory / name)
@@ -127,9 +133,17 @@ class CheckpointWriter:
         return Saved(final, complete)
 
 
-def write_safetensors(path: Path, tensors: Iterable[tuple[str, Tensor]], sizes: Sizes) -> FileEntry:
-    """Write tensors as they arrive, which is in the order of `sizes`; size and digest."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def write_safetensors(
+    path: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    sizes: Sizes,
+    notes: Mapping[str, str] | None = None,
+) -> FileEntry:
+    """Write tensors as they arrive, which is in the order of `sizes`; size and digest.
+
+    `notes` stand in the file's metadata.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(notes or {})}}
     end = 0
     for name, (dtype, shape) in sizes.items():
         start = end

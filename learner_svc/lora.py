@@ -5,6 +5,7 @@
 - What a policy loads is the whole model, W + (alpha / rank) B A under the names of the base.
 - The adapters alone are in PEFT's format as well (`adapter_config.json` and
   `adapter_model.safetensors`), which other programs load; a run goes on from these and its base.
+  Their digest stands in the metadata of the whole weights, whose own digest so names both.
 """
 
 import contextlib
@@ -12,7 +13,6 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,12 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from learner_svc.checkpoint import FileEntry
 from learner_svc.checkpoint_writer import write_safetensors
 from learner_svc.spec import Hyperparameters
 from regreen.rpc.errors import DataLoss, InvalidArgument
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-ABOUT = "adapter.json"
+NOTE = "adapter_sha256"
+"""Name of their digest in the metadata of the whole weights."""
 _PREFIX = "base_model.model."
 _ADAPTER = re.compile(r"(.*)\.lora_([ab])")
 
@@ -139,13 +141,12 @@ def config(model: nn.Module, hyperparameters: Hyperparameters, base: str) -> dic
     }
 
 
-def write(path: Path, told: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write a folder with adapters in PEFT's format, and with their digest."""
+def write(path: Path, told: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> FileEntry:
+    """Write a folder with adapters in PEFT's format; size and digest of their tensors."""
     path.mkdir()
     (path / CONFIG).write_text(json.dumps(told, indent=1))
     sizes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    entry = write_safetensors(path / WEIGHTS, tensors.items(), sizes)
-    (path / ABOUT).write_text(json.dumps(asdict(entry)))
+    return write_safetensors(path / WEIGHTS, tensors.items(), sizes)
 
 
 @contextlib.contextmanager

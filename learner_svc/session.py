@@ -10,7 +10,7 @@
 import itertools
 import math
 import resource
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,13 +114,16 @@ class Session:
         """
         self._trainer.policy_version = policy_version
         root = published.beside(checkpoints)
-        self._make_room(root, self._weight_bytes())
-        adapters, weights = self._engine.adapters(), self._engine.weights()
+        adapters = self._engine.adapters()
+        self._make_room(root, self._weight_bytes() + _bytes_of(adapters))
+        weights = self._engine.weights()
 
         def write(path: Path) -> ckpt.FileEntry:
+            notes = {}
             if adapters:
-                lora.write(path.parent / ckpt.ADAPTER, self._adapter, adapters)
-            return write_safetensors(path, weights, self._weight_sizes())
+                entry = lora.write(path.parent / ckpt.ADAPTER, self._adapter, adapters)
+                notes = {lora.NOTE: entry.sha256}
+            return write_safetensors(path, weights, self._weight_sizes(), notes)
 
         try:
             if self.rank:
@@ -148,23 +151,26 @@ class Session:
         shared = bool(from_rank_0("shared" if there else ""))
         sizes, state = self._state()
         own = 0 if self._engine.state_format == "adamw" else 16 * self._engine.parameters()[0]
-        written = 0 if shared else self._weight_bytes()
+        adapters = self._engine.adapters()
+        written = (0 if shared else self._weight_bytes()) + _bytes_of(adapters)
         self._make_room(root, written + own + _bytes(sizes))
-        spool, adapters = self._spool(root), self._engine.adapters()
+        spool = self._spool(root)
         weights = iter(()) if shared else self._engine.weights()
         try:
             if self.rank:
                 return None
             with CheckpointWriter(root, self.step_done) as writer:
                 writer.add_copies(self._source)
-                if shared and self._published is not None:
-                    writer.add_link(ckpt.WEIGHTS, self._published.file, self._published.entry)
-                else:
-                    writer.add_tensors(ckpt.WEIGHTS, weights, self._weight_sizes())
+                notes: dict[str, str] = {}
                 if adapters:
                     writer.add_directory(
                         ckpt.ADAPTER, lambda path: lora.write(path, self._adapter, adapters)
                     )
+                    notes[lora.NOTE] = writer.entry(f"{ckpt.ADAPTER}/{lora.WEIGHTS}").sha256
+                if shared and self._published is not None:
+                    writer.add_link(ckpt.WEIGHTS, self._published.file, self._published.entry)
+                else:
+                    writer.add_tensors(ckpt.WEIGHTS, weights, self._weight_sizes(), notes)
                 writer.add_tensors(ckpt.TRAINER, state, sizes)
                 if spool is not None:
                     writer.add_directory(ckpt.ENGINE, lambda path: _move(spool, path))
@@ -295,6 +301,10 @@ def _take_rest(*parts: Iterator[Any]) -> None:
         pass
 
 
+def _bytes_of(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
 def _bytes(sizes: Sizes) -> int:
     return sum(dtype.itemsize * math.prod(shape) for dtype, shape in sizes.values())
 
@@ -317,7 +327,13 @@ def _model(spec: RunSpec, resume: Path | None) -> PreTrainedModel:
     model = load_model(Path(spec.base_uri) if resume is None or adapted else resume)
     freeze(model, hyperparameters)
     if adapted and resume is not None:
-        lora.load_adapters(model, Tensors(resume / ckpt.ADAPTER / lora.WEIGHTS))
+        kept = resume / ckpt.ADAPTER / lora.WEIGHTS
+        if not kept.is_file():
+            raise FailedPrecondition(
+                f"{resume} holds no adapters, this run trains some; resume without lora_rank, or "
+                "begin a run from the checkpoint's weights"
+            )
+        lora.load_adapters(model, Tensors(kept))
     return model
 
 

@@ -25,6 +25,8 @@ from learner_svc.algo.choices import (
 )
 from regreen.rpc.errors import DataLoss, InvalidArgument
 
+_LORA_ALPHA = 32.0
+
 
 class RunKind(StrEnum):
     """What a run learns from."""
@@ -104,7 +106,7 @@ class Hyperparameters:
     """Number of top layers that train; 0 trains everything."""
     lora_rank: int = 0
     """Rank of adapters of a frozen model (arXiv:2106.09685); 0 trains the weights themselves."""
-    lora_alpha: float = 32.0
+    lora_alpha: float = _LORA_ALPHA
     """Adapters count alpha / rank times."""
     no_prefix_sharing: bool = False
     """Compute every sample on its own."""
@@ -139,6 +141,8 @@ class Hyperparameters:
             value = getattr(self, name)
             if value not in allowed:
                 raise _bad(name, f"is {value!r}", f"give one of {', '.join(filter(None, allowed))}")
+        if self.lora_alpha != _LORA_ALPHA and not self.lora_rank:
+            raise _bad("lora_alpha", "is given without lora_rank", "give both, or neither")
         if self.ratio_delta and self.ratio_delta <= 1 + self.clip_high:
             raise _bad(
                 "ratio_delta", f"is {self.ratio_delta}", "must exceed 1 + clip_high, or be 0"

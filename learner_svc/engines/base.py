@@ -43,7 +43,8 @@ class OptimizerState:
         tensor = self.tensors.get(f"{kind}.{name}")
         if tensor is None or tensor.shape != torch.Size(shape):
             raise DataLoss(
-                f"checkpoint has no {kind} for {name}; resume with the same trainable_layers"
+                f"checkpoint has no {kind} for {name}; resume with the same trainable_layers "
+                "and lora_rank"
             )
         return tensor.float()
 

@@ -100,11 +100,12 @@ class SglangEngine:
         self._model: dict[str, Any] = {}
         self._server: dict[str, Any] = {}
         self._weights = ""
-        self._base_weights = ""
+        self._base_weights: str | None = None
+        """What adapters stand on, if the servers hold that since they began."""
         self._adapter: Adapter | None = None
         """What is sampled from; none: the weights themselves."""
         self._loaded: dict[Adapter, int] = {}
-        """Adapters on the replicas, and how many requests sample from each."""
+        """Adapters on the replicas, and how many requests and loads need each."""
         self._unloading: set[asyncio.Task[None]] = set()
         self._native_spans = False
         self._order = itertools.count()
@@ -151,9 +152,13 @@ class SglangEngine:
             await self._healthy(replica, deadline_s)
             await self._check_tokenizer(replica)
         first = self._replicas[0]
-        self._model = await self._json(first, "GET", "/model_info")
+        models = [await self._json(one, "GET", "/model_info") for one in self._replicas]
+        self._model = models[0]
         self._server = await self._json(first, "GET", "/server_info")
-        self._weights = self._base_weights = str(self._model.get("model_path", ""))
+        self._weights = str(self._model.get("model_path", ""))
+        # What was pushed before has a number for its name, and is no longer the base.
+        pushed = any(str(model.get("weight_version")).isdecimal() for model in models)
+        self._base_weights = None if pushed else self._weights
         self._native_spans = release_of(self._server.get("version", "")) >= (0, 5, 23)
 
     async def close(self) -> None:
@@ -170,8 +175,7 @@ class SglangEngine:
         replica.running.update(rids)
         self._idle.clear()
         began, adapter = self._version, self._adapter
-        if adapter:
-            self._loaded[adapter] += 1
+        self._hold(adapter)
         samples = [
             asyncio.create_task(self._sample(replica, request, index, adapter))
             for index in range(request.n)
@@ -189,9 +193,7 @@ class SglangEngine:
             replica.running.difference_update(rids)
             if not any(one.running for one in self._replicas):
                 self._idle.set()
-            if adapter:
-                self._loaded[adapter] -= 1
-                self._retire()
+            self._release(adapter)
         completions = tuple(self._completion(answer, began, adapter) for answer in answers)
         if on_tokens:
             for index, completion in enumerate(completions):
@@ -202,9 +204,13 @@ class SglangEngine:
     async def load(self, version: int, path: Path) -> float:
         """Push a version to every replica; all or none have it afterwards."""
         if adapter := self._adapter_of(path):
-            await self._load_adapter(adapter)
-            self._version, self._adapter = version, adapter
-            self._retire()
+            self._hold(adapter)
+            try:
+                for replica in self._replicas:
+                    await self._put_adapter(replica, adapter)
+                self._version, self._adapter = version, adapter
+            finally:
+                self._release(adapter)
             return 0.0
         target = self._remote(path)
         began_s = self._clock()
@@ -334,21 +340,19 @@ class SglangEngine:
 
     def _adapter_of(self, path: Path) -> Adapter | None:
         base = self._options.base
-        if base is None or self._weights != self._base_weights:
+        if base is None or self._weights != self._base_weights:  # none, or pushed over
             return None
         return adapter_of(path, base)
 
-    async def _load_adapter(self, adapter: Adapter) -> None:
-        """Load an adapter on every replica, or on none."""
-        if adapter in self._loaded:
-            return
-        self._loaded[adapter] = 0
-        try:
-            for replica in self._replicas:
-                await self._put_adapter(replica, adapter)
-        except BaseException:
+    def _hold(self, adapter: Adapter | None) -> None:
+        """Have an adapter stay loaded until it is released."""
+        if adapter:
+            self._loaded[adapter] = self._loaded.get(adapter, 0) + 1
+
+    def _release(self, adapter: Adapter | None) -> None:
+        if adapter:
+            self._loaded[adapter] -= 1
             self._retire()
-            raise
 
     async def _put_adapter(self, replica: _Replica, adapter: Adapter) -> None:
         body = {"lora_name": adapter.name, "lora_path": self._remote(adapter.path)}

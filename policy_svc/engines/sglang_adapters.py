@@ -1,6 +1,7 @@
 """Adapters of versions, as the learner leaves them beside whole weights, for SGLang to load.
 
-- `adapter/` in a version's folder is PEFT's format, and `adapter.json` its digest.
+- `adapter/` in a version's folder is PEFT's format; its digest stands in the metadata of the whole
+  weights beside it, whose own digest the version names.
 - One is used where it stands on the very model that the servers serve; else whole weights are.
 """
 
@@ -9,6 +10,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from policy_svc.engines.stepper import WeightsError
+from policy_svc.engines.weights import SINGLE, metadata_of
 from regreen.rpc.errors import DataLoss
 
 _FOLDER = "adapter"
@@ -33,15 +36,13 @@ def adapter_of(version: Path, base: Path) -> Adapter | None:
     if not path.is_dir():
         return None
     try:
-        stands_on = json.loads((path / "adapter_config.json").read_bytes())[
-            "base_model_name_or_path"
-        ]
-        if Path(stands_on).resolve() != base.resolve():
+        told = json.loads((path / "adapter_config.json").read_bytes())
+        if Path(told["base_model_name_or_path"]).resolve() != base.resolve():
             return None
-        sha256 = json.loads((path / "adapter.json").read_bytes())["sha256"]
+        sha256 = metadata_of(version / SINGLE).get("adapter_sha256")
         with (path / "adapter_model.safetensors").open("rb") as source:
             found = hashlib.file_digest(source, "sha256").hexdigest()
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, WeightsError) as error:
         raise DataLoss(f"the adapter in {path} cannot be read: {error}") from error
     if found != sha256:
         raise DataLoss(f"the adapter in {path} has the digest {found}, not {sha256}")

@@ -67,6 +67,22 @@ class Checkpoint:
         return array.reshape(entry.shape)
 
 
+def metadata_of(file: Path) -> dict[str, str]:
+    """The notes in the header of a safetensors file.
+
+    Raises:
+        WeightsError: it is none.
+    """
+    try:
+        with file.open("rb") as handle:
+            (length,) = struct.unpack("<Q", handle.read(8))
+            if not 2 <= length <= _MAX_HEADER_BYTES:
+                raise ValueError(f"{file.name} is no safetensors file")
+            return {**json.loads(handle.read(length)).get("__metadata__", {})}
+    except (OSError, ValueError, TypeError, AttributeError, struct.error) as error:
+        raise WeightsError(f"{file}: {error}") from error
+
+
 def _read_header(file: Path) -> dict[str, _Entry]:
     with file.open("rb") as handle:
         data = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)

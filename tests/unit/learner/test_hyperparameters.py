@@ -47,6 +47,8 @@ def step(model: Path, batches: list[Batch], home: Path, **changes: object) -> di
         ("ratio_delta", {"ratio_delta": 9.0, "loss": "cispo"}),
         ("ratio_delta", {"ratio_delta": 9.0, "loss": "sapo"}),
         ("top_entropy_share", {"top_entropy_share": 1.5}),
+        ("lora_rank", {"lora_rank": -1}),
+        ("lora_alpha", {"lora_alpha": 8.0}),
         ("pass_at_k", {"pass_at_k": 0}),
         ("turn_score_coefficient", {"turn_score_coefficient": -1.0}),
         ("turn_score_coefficient", {"turn_score_coefficient": 0.5, "loss": "gspo"}),

@@ -1,5 +1,6 @@
 """Adapters: their mathematics, what a checkpoint holds of them, and how a run goes on."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -20,6 +22,8 @@ from learner_svc.memory import Layout, estimate_bytes, model_shape, trained_para
 from learner_svc.model import TrainModel, freeze, load_model
 from learner_svc.session import Session
 from learner_svc.spec import Hyperparameters
+from policy_svc.engines.sglang_adapters import adapter_of
+from policy_svc.engines.weights import metadata_of
 from regreen.batch import Batch
 from regreen.rpc.errors import DataLoss, FailedPrecondition, InvalidArgument
 from tests.unit.learner.test_session import saved_after, spec_of, train
@@ -190,6 +194,11 @@ def test_another_base_or_other_adapters_are_refused(
     model.save_pretrained(base)
     with pytest.raises(FailedPrecondition, match=r"another model.layers.1.mlp.up_proj.weight than"):
         Session(spec, tmp_path / "ext", resume=saved.path)
+    whole = Session(spec_of(base), tmp_path / "ext")
+    kept = saved_after(whole, tmp_path / "whole", [make_batch()])
+    whole.close()
+    with pytest.raises(FailedPrecondition, match="holds no adapters"):
+        Session(spec_of(base, **RANK), tmp_path / "ext", resume=kept.path)
     # What it holds is a whole model, for a run of its own.
     session = Session(spec_of(saved.path, **RANK), tmp_path / "ext")
     train(session, [make_batch()])
@@ -228,7 +237,34 @@ def test_what_peft_needs_to_know_is_written(
     kept = load_file(folder / lora.WEIGHTS)
     assert kept.keys() == names
     assert len(names) == 14, "both sides of the seven maps of the one layer that trains"
-    assert f"{ckpt.ADAPTER}/{lora.WEIGHTS}" in saved.manifest.files
+    entry = saved.manifest.files[f"{ckpt.ADAPTER}/{lora.WEIGHTS}"]
+    with safe_open(saved.path / ckpt.WEIGHTS, framework="pt") as weights:
+        assert weights.metadata()[lora.NOTE] == entry.sha256
+
+
+def test_what_is_published_has_the_adapter_that_the_checkpoint_has(
+    tiny_model: Path, make_batch: Make, tmp_path: Path
+) -> None:
+    session = Session(spec_of(tiny_model, **RANK), tmp_path / "ext")
+    train(session, [make_batch()])
+    root = tmp_path / "checkpoints"
+    made = [session.publish(root, 1), session.publish(root, 1)]  # the second finds the first
+    saved = session.save(root, 1, 3)
+    session.close()
+    assert saved is not None
+    assert made[0] is not None
+    assert made[0].file.samefile(saved.path / ckpt.WEIGHTS)
+    for name in (lora.WEIGHTS, lora.CONFIG):
+        published = (made[0].path / ckpt.ADAPTER / name).read_bytes()
+        assert published == (saved.path / ckpt.ADAPTER / name).read_bytes()
+    note = metadata_of(saved.path / ckpt.WEIGHTS)[lora.NOTE]
+    assert (
+        note
+        == hashlib.sha256((made[0].path / ckpt.ADAPTER / lora.WEIGHTS).read_bytes()).hexdigest()
+    )
+    found = adapter_of(made[0].path, tiny_model)
+    assert found is not None
+    assert note.startswith(found.name.removeprefix("regreen-"))
 
 
 @pytest.mark.parametrize("layers", [0, 1])

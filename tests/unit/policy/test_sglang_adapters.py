@@ -43,13 +43,14 @@ def version(place: Path, content: bytes, base: Path | None = None) -> Path:
     folder = place / hashlib.sha256(content).hexdigest()[:8]
     adapter = folder / "adapter"
     adapter.mkdir(parents=True)
-    (folder / "model.safetensors").write_bytes(b"whole")
     (adapter / "adapter_model.safetensors").write_bytes(content)
     told = {"peft_type": "LORA", "r": 4, "lora_alpha": 8.0, "target_modules": ["q_proj"]}
     told["base_model_name_or_path"] = str(base or default_model())
     (adapter / "adapter_config.json").write_text(json.dumps(told))
-    digest = {"sha256": hashlib.sha256(content).hexdigest(), "size_bytes": len(content)}
-    (adapter / "adapter.json").write_text(json.dumps(digest))
+    notes = {"format": "pt", "adapter_sha256": hashlib.sha256(content).hexdigest()}
+    header = json.dumps({"__metadata__": notes}).encode()
+    whole = len(header).to_bytes(8, "little") + header
+    (folder / "model.safetensors").write_bytes(whole)
     return folder
 
 
@@ -116,6 +117,34 @@ async def test_a_server_that_was_begun_anew_is_told_again(tmp_path: Path) -> Non
             await engine.generate(wrong)
 
 
+async def test_an_adapter_that_is_being_loaded_is_not_unloaded(tmp_path: Path) -> None:
+    """A request that ends while a version is loaded retires what is old alone."""
+    async with replicas() as (engine, servers):
+        await engine.load(1, version(tmp_path, b"one"))
+        servers[1].hold_loads.clear()
+        loading = asyncio.create_task(engine.load(2, version(tmp_path, b"two")))
+        while len(servers[0].adapters) < 2:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+        assert [s.version for s in (await sample(engine, "a")).versions] == [1]
+        servers[1].hold_loads.set()
+        await loading
+        await unloaded(servers, 1)
+        assert [s.version for s in (await sample(engine, "b")).versions] == [2]
+        assert all(len(server.adapters) == 1 for server in servers)
+
+
+async def test_adapters_do_not_stand_on_what_was_pushed_before(tmp_path: Path) -> None:
+    async with replicas() as (engine, servers):
+        servers[1].version = "7"  # of a policy that ran before this one
+        options = SglangOptions(engine._options.urls, 4096, base=default_model())
+        again = SglangEngine(options, TOKENIZER, 2)
+        await again.start()
+        await again.load(8, version(tmp_path, b"one"))
+        assert [server.version for server in servers] == ["8", "8"]
+        assert not servers[0].adapters
+        await again.close()
+
+
 async def test_a_policy_that_was_begun_anew_finds_its_adapter_loaded(tmp_path: Path) -> None:
     async with replicas() as (engine, (server, _)):
         folder = version(tmp_path, b"one")
@@ -162,7 +191,7 @@ async def test_a_damaged_adapter_is_refused(tmp_path: Path) -> None:
         (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"onf")
         with pytest.raises(DataLoss, match="has the digest"):
             await engine.load(1, folder)
-        (folder / "adapter" / "adapter.json").write_text("{")
+        (folder / "model.safetensors").write_bytes(b"{")
         with pytest.raises(DataLoss, match="cannot be read"):
             await engine.load(1, folder)
         assert not servers[0].adapters
