@@ -5,15 +5,14 @@
 
 import asyncio
 import contextlib
-import socket
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-import uvicorn
 from starlette.applications import Starlette
 
 from policy_svc.assemble import open_policy
+from policy_svc.http_server import served
 from policy_svc.openai_http import OpenAiHttp
 from policy_svc.policy import Policy
 from policy_svc.servicer import PolicyServicer
@@ -21,7 +20,7 @@ from policy_svc.sessions import Sessions
 from policy_svc.settings import PolicySettings
 from regreen.policy import v1 as pb
 from regreen.rpc import logging
-from regreen.rpc.errors import FailedPrecondition, RegreenError
+from regreen.rpc.errors import RegreenError
 from regreen.rpc.idempotency import Leaving
 from regreen.rpc.server import Server
 from regreen.rpc.tokens import Guard
@@ -38,15 +37,6 @@ class Running:
     http_port: int
 
 
-class _Uvicorn(uvicorn.Server):
-    """Leaves signals to the gRPC server."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Capture none."""
-        yield
-
-
 @contextlib.asynccontextmanager
 async def running(settings: PolicySettings) -> AsyncIterator[Running]:
     """A started service; drained and closed on the way out."""
@@ -55,44 +45,23 @@ async def running(settings: PolicySettings) -> AsyncIterator[Running]:
         sessions = Sessions(settings.home / "policy" / "sessions", settings.max_sessions)
         sessions.prune(settings.session_keep_days * 86400)
         guard = Guard(settings.tokens) if settings.tokens else None
-        app = OpenAiHttp(policy, sessions, settings.http_key.get_secret_value(), guard).app()
         server = Server(settings, [SERVICE], leaving={f"{SERVICE}/Generate": Leaving.ENDS})
         pb.add_PolicyServiceServicer_to_server(PolicyServicer(policy), server.grpc)
-        http = _http(settings.http, app, settings.drain_s)
-        async with policy.usage.kept(), http as http_port, server:
+        key = settings.http_key.get_secret_value()
+        app = OpenAiHttp(policy, sessions, key, guard, server.audit).app()
+        async with policy.usage.kept(), _http(settings, app) as http_port, server:
             yield Running(server, policy, http_port)
     finally:
         await policy.engine.close()
 
 
 @contextlib.asynccontextmanager
-async def _http(address: str, app: Starlette, drain_s: float) -> AsyncIterator[int]:
-    if not address:
+async def _http(settings: PolicySettings, app: Starlette) -> AsyncIterator[int]:
+    if not settings.http:
         yield 0
         return
-    host, _, port = address.rpartition(":")
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host.strip("[]"), int(port)))
-    except OSError as error:
-        listener.close()
-        raise FailedPrecondition(f"http: cannot bind {address} ({error})") from error
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        lifespan="off",
-        timeout_graceful_shutdown=max(1, round(drain_s)),
-    )
-    server = _Uvicorn(config)
-    task = asyncio.create_task(server.serve(sockets=[listener]), name="http")
-    try:
-        yield listener.getsockname()[1]
-    finally:
-        server.should_exit = True
-        await task
-        listener.close()
+    async with served(settings.http, app, settings.drain_s) as port:
+        yield port
 
 
 async def main(settings: PolicySettings) -> None:

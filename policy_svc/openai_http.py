@@ -5,6 +5,7 @@
 - Without a session the answer is the same and nothing is recorded.
 - Requests of one session run one after another; a branch holds only ids that were really shown.
 - A client that goes away ends its request in the engine.
+- What changes something is written to the service's audit, before it begins and when it has ended.
 """
 
 import asyncio
@@ -13,7 +14,7 @@ import hashlib
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,6 +28,7 @@ from policy_svc.openai_body import MAX_BODY_BYTES, Asked, parse
 from policy_svc.policy import Policy
 from policy_svc.sessions import Prompt, Session, Sessions
 from regreen.ids import new_id
+from regreen.rpc.audit import Audit
 from regreen.rpc.errors import DeadlineExceeded, InvalidArgument, RegreenError, Unauthenticated
 from regreen.rpc.tenants import CHARGED
 from regreen.rpc.tokens import Guard, caller
@@ -43,6 +45,7 @@ _STATUS = {
     "DEADLINE_EXCEEDED": 504,
 }
 
+_CHAT, _SESSIONS = "/v1/chat/completions", "/v1/sessions/{session_id:path}"
 _BODY_S = 60.0
 _METHOD = "regreen.policy.v1.PolicyService/Generate"
 """What a token must cover here."""
@@ -60,18 +63,24 @@ class OpenAiHttp:
     """The application's handlers."""
 
     def __init__(
-        self, policy: Policy, sessions: Sessions, key: str, guard: Guard | None = None
+        self,
+        policy: Policy,
+        sessions: Sessions,
+        key: str,
+        guard: Guard | None = None,
+        audit: Audit | None = None,
     ) -> None:
-        self._policy, self._sessions, self._key, self._guard = policy, sessions, key, guard
+        self._policy, self._sessions, self._key = policy, sessions, key
+        self._guard, self._audit = guard, audit
         self._locks: dict[str, _SessionLock] = {}
 
     def app(self) -> Starlette:
         """Return the ASGI application."""
         return Starlette(
             routes=[
-                Route("/v1/chat/completions", self.chat, methods=["POST"]),
+                Route(_CHAT, self.chat, methods=["POST"]),
                 Route("/v1/models", self.models),
-                Route("/v1/sessions/{session_id:path}", self.session, methods=["GET", "DELETE"]),
+                Route(_SESSIONS, self.session, methods=["GET", "DELETE"]),
                 Route("/healthz", self.health),
             ],
             exception_handlers={RegreenError: _on_error},
@@ -92,7 +101,8 @@ class OpenAiHttp:
         self._authenticate(http)
         session_id = _own_session(http.path_params["session_id"])
         if http.method == "DELETE":
-            self._sessions.delete(session_id)
+            with self._audited(http, _SESSIONS, session_id=session_id):
+                self._sessions.delete(session_id)
             return Response(status_code=204)
         record = self._sessions.find(session_id).to_json()
         return JSONResponse({**record, "session_id": http.path_params["session_id"]})
@@ -103,16 +113,51 @@ class OpenAiHttp:
         session_id = http.headers.get("x-regreen-session", "")
         asked = parse(await _body(http), session_id, self._policy.limits.max_samples)
         asked = replace(asked, session_id=_own_session(asked.session_id))
-        identity = {
+        identity: dict[str, Any] = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "created": int(time.time()),
             "model": self._model(),
         }
+        audited = self._audited(http, _CHAT, request_id=identity["id"], session_id=asked.session_id)
         if asked.stream:
-            stream = self._stream(asked, identity)
+            stream = _within(audited, self._stream(asked, identity))
             first = await anext(stream)
             return StreamingResponse(_prepend(first, stream), media_type="text/event-stream")
-        return JSONResponse(await _unless_gone(http, self._whole(asked, identity)))
+        with audited:
+            return JSONResponse(await _unless_gone(http, self._whole(asked, identity)))
+
+    @contextlib.contextmanager
+    def _audited(self, http: HttpRequest, route: str, **ids: str) -> Iterator[None]:
+        """Two lines in the audit around a mutation.
+
+        Raises:
+            ResourceExhausted: the first cannot be written; nothing was done.
+        """
+        if self._audit is None:
+            yield
+            return
+        who = caller()
+        facts = {
+            "method": f"{http.method} {route}",
+            "tenant": who.tenant if who else "",
+            "token": who.token_id if who else "",
+            **({"charged": who.charged} if who and who.charged else {}),
+            "peer": http.client.host if http.client else "",
+            **{name: value for name, value in ids.items() if value},
+        }
+        self._audit.begin(**facts)
+        code = "INTERNAL"
+        try:
+            yield
+            code = "OK"
+        except RegreenError as error:
+            code = error.status
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            code = "CANCELLED"
+            raise
+        finally:
+            self._audit.end(**facts, code=code)
 
     async def _whole(self, asked: Asked, identity: dict[str, Any]) -> dict[str, Any]:
         async with self._session(asked.session_id) as session:
@@ -279,6 +324,14 @@ def _event(
 ) -> str:
     choice = {"index": index, "delta": delta, "finish_reason": reason}
     return f"data: {json.dumps({**head, 'choices': [choice]})}\n\n"
+
+
+async def _within(
+    around: contextlib.AbstractContextManager[None], stream: AsyncIterator[str]
+) -> AsyncIterator[str]:
+    with around:
+        async for event in stream:
+            yield event
 
 
 async def _prepend(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:

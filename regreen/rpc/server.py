@@ -69,6 +69,8 @@ class Server:
         self._settings, self._services = settings, tuple(services)
         self._log = get()
         traces.prepare()
+        self.audit = Audit(settings.audit) if settings.audit else None
+        """Where mutations are written down, for those too that come by another way than gRPC."""
         self._calls = CallInterceptor(
             settings.call_timeout_s,
             stream_timeout_s=settings.stream_timeout_s,
@@ -77,7 +79,7 @@ class Server:
             leaving=leaving,
             idle_s=idle_s,
             guard=Guard(settings.tokens) if settings.tokens else None,
-            audit=Audit(settings.audit) if settings.audit else None,
+            audit=self.audit,
             receive_s=None if is_local(settings.listen) else _RECEIVE_S,
             behind_front=behind_front,
         )

@@ -51,6 +51,45 @@ async def test_http_takes_tokens_and_keeps_tenants_sessions_apart(tmp_path: Path
             assert (await http.get("sessions/build-1")).status_code == 200
 
 
+async def test_what_changes_something_over_http_is_told_before_and_after(tmp_path: Path) -> None:
+    file, audit = TokenFile(tmp_path / "tokens.json"), tmp_path / "audit.jsonl"
+    ours = token(file, "policy:write")
+    async with service(tmp_path, tokens=file.path, audit=audit) as found:
+        headers = {"authorization": f"Bearer {ours}", "x-regreen-session": "build-1"}
+        async with http_client(found, **headers) as http:
+            assert (await http.get("sessions/build-1")).status_code == 404
+            assert audit.read_text() == "", "what only reads has no line"
+            made = await http.post("chat/completions", json=CHAT)
+            streamed = await http.post("chat/completions", json={**CHAT, "stream": True})
+            assert (made.status_code, streamed.status_code) == (200, 200)
+            assert (await http.post("chat/completions", json={"messages": 1})).status_code == 400
+            assert (await http.delete("sessions/build-1")).status_code == 204
+    lines = [json.loads(line) for line in audit.read_text().splitlines()]
+    chat, delete = "POST /v1/chat/completions", "DELETE /v1/sessions/{session_id:path}"
+    told = [(line["audit"], line["method"], line.get("code")) for line in lines]
+    assert told == [
+        ("begun", chat, None),
+        ("ended", chat, "OK"),
+        ("begun", chat, None),
+        ("ended", chat, "OK"),
+        ("begun", delete, None),
+        ("ended", delete, "OK"),
+    ]
+    assert {(line["tenant"], line["peer"]) for line in lines} == {("a", "127.0.0.1")}
+    assert lines[0]["request_id"] == made.json()["id"]
+    assert ours not in audit.read_text()
+
+
+async def test_over_http_nothing_is_done_that_cannot_be_told(tmp_path: Path) -> None:
+    async with service(tmp_path, audit=Path("/dev/full")) as found, http_client(found) as http:
+        for body in (CHAT, {**CHAT, "stream": True}):
+            refused = await http.post("chat/completions", json={**body, "user": "build-1"})
+            assert refused.status_code == 429, refused.text
+            assert "audit: /dev/full cannot be written" in refused.text
+        assert (await http.delete("sessions/build-1")).status_code == 429
+        assert (await http.get("sessions/build-1")).status_code == 404
+
+
 async def test_the_judges_model_shows_certificate_and_token(tmp_path: Path) -> None:
     certs, file = Certs.make(tmp_path / "certs"), TokenFile(tmp_path / "tokens.json")
     certs.service("judge")
