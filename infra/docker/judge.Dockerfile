@@ -1,7 +1,7 @@
 # The judge service. docs/operations/compose.md says how images are built.
 ARG BASE_IMAGE=regreen-base
 FROM ${BASE_IMAGE} AS packages
-COPY infra/docker/packages.sh infra/docker/sbom.py /tmp/
+COPY infra/docker/packages.sh infra/docker/sbom.py regreen/__init__.py /tmp/
 COPY build/wheelhouse /wheelhouse
 RUN sh /tmp/packages.sh judge
 

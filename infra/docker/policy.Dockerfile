@@ -1,7 +1,7 @@
 # The policy service with an engine of its own, or in front of SGLang (sglang.Dockerfile). docs/operations/compose.md says how images are built.
 ARG BASE_IMAGE=regreen-base
 FROM ${BASE_IMAGE} AS packages
-COPY infra/docker/packages.sh infra/docker/sbom.py /tmp/
+COPY infra/docker/packages.sh infra/docker/sbom.py regreen/__init__.py /tmp/
 COPY build/wheelhouse /wheelhouse
 RUN sh /tmp/packages.sh policy
 

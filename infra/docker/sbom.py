@@ -1,12 +1,15 @@
-"""`sbom.py NAME`: what the image that this runs in holds, as CycloneDX: Python and system packages.
+"""`sbom.py NAME [FILE]`: what the image that this runs in holds, as CycloneDX: Python and system
+packages, and Regreen in the version that its `__init__.py`, FILE, has.
 
 - The same packages give the same bytes: nothing of the time or the machine is in it.
 """
 
 import json
+import re
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -46,9 +49,22 @@ def system_packages() -> list[dict[str, Any]]:
     ]
 
 
+def regreen(source: Path) -> dict[str, Any]:
+    """The platform's own code.
+
+    Raises:
+        SystemExit: the file has no version.
+    """
+    found = re.search(r'^__version__ = "([^"]+)"$', source.read_text(), re.MULTILINE)
+    if found is None:
+        raise SystemExit(f"sbom: {source} has no __version__")
+    return {**component("generic", "regreen", found[1]), "type": "application"}
+
+
 def main() -> None:
     """Print the bill of materials."""
-    parts = {one["bom-ref"]: one for one in (*python_packages(), *system_packages())}
+    own = [regreen(Path(file)) for file in sys.argv[2:]]
+    parts = {one["bom-ref"]: one for one in (*own, *python_packages(), *system_packages())}
     bill = {
         "$schema": "http://cyclonedx.org/schema/bom-1.5.schema.json",
         **{"bomFormat": "CycloneDX", "specVersion": "1.5", "version": 1},

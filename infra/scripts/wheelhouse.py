@@ -2,8 +2,9 @@
 
 - `build/wheelhouse` holds wheels, and for every service NAME.txt: name, version and the SHA-256 of
   the file that is there. Images install from these alone. The paths of all are printed.
-- Each file was checked by the hashes of requirements/NAME.txt. torch is taken by its version, as
-  its index has it, with the libraries that only its CUDA build needs; deepspeed is built here.
+- Each file was checked by the hashes of requirements/NAME.txt; torch by those of torch.txt, which
+  has PyPI's builds and the CPU build, and what PyPI's needs by those of cuda.txt.
+- deepspeed has no wheel and is built here, of a source that was checked.
 """
 
 import hashlib
@@ -11,16 +12,18 @@ import re
 import subprocess
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 
+from packaging.metadata import Metadata
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
 ROOT = Path(__file__).resolve().parents[2]
 WHEELS = ROOT / "build" / "wheelhouse"
+REQUIREMENTS = ROOT / "requirements"
 PIN = re.compile(r"^([A-Za-z0-9._-]+==[^\\\n]+)", re.ASCII | re.MULTILINE)
-TORCH = re.compile(r"\btorch==([0-9.]+)", re.ASCII)
-"""As infra/scripts/setup.sh names it."""
+BY_HASH = ("--no-deps", "--require-hashes", "--requirement")
 NEEDS_TORCH = "learner"
 
 
@@ -48,18 +51,44 @@ def pins(text: str) -> dict[str, str]:
 
 
 def torch(listed: dict[str, str]) -> list[Path]:
-    """torch, and what it needs that is not listed."""
-    found = TORCH.search((ROOT / "infra" / "scripts" / "setup.sh").read_text())
-    assert found, "setup.sh installs torch"
-    with tempfile.TemporaryDirectory(dir=WHEELS) as place:
-        bounds = Path(place) / "bounds.txt"
-        bounds.write_text("".join(f"{name}=={version}\n" for name, version in listed.items()))
-        collect(Path(place), "--constraint", str(bounds), f"torch=={found[1]}")
-        return [
-            wheel.replace(WHEELS / wheel.name)
-            for wheel in sorted(Path(place).glob("*.whl"))
-            if parse_wheel_filename(wheel.name)[0] not in listed
-        ]
+    """torch as the index at hand has it, and the libraries of CUDA where that build needs them.
+
+    pip is not asked for one of several hashes: it prefers PyPI's build to one from a folder.
+
+    Raises:
+        SystemExit: it is none of the builds of torch.txt.
+    """
+    known = (REQUIREMENTS / "torch.txt").read_text()
+    with tempfile.TemporaryDirectory(dir=WHEELS) as folder:
+        place = Path(folder)
+        collect(place, "--no-deps", *PIN.findall(known))
+        (wheel,) = place.glob("*.whl")
+        if digest(wheel) not in known:
+            raise SystemExit(
+                f"wheelhouse: {wheel.name} (sha256:{digest(wheel)}) is no build of "
+                "requirements/torch.txt; add its hash there if you trust it"
+            )
+        if needs(wheel) - set(listed):
+            collect(place, *BY_HASH, str(REQUIREMENTS / "cuda.txt"))
+        return [one.replace(WHEELS / one.name) for one in sorted(place.glob("*.whl"))]
+
+
+def digest(wheel: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with wheel.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def needs(wheel: Path) -> set[str]:
+    """Names of the packages that a wheel requires on this machine."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (one for one in archive.namelist() if one.endswith(".dist-info/METADATA"))
+        said = Metadata.from_email(archive.read(name), validate=False)
+    return {
+        canonicalize_name(one.name)
+        for one in said.requires_dist or []
+        if one.marker is None or one.marker.evaluate({"extra": ""})
+    }
 
 
 def wheel_of(name: str, version: str) -> Path:
@@ -79,8 +108,8 @@ def main() -> None:
     """Make the wheels and lists of the services that are named."""
     WHEELS.mkdir(parents=True, exist_ok=True)
     for service in sys.argv[1:]:
-        requirements = ROOT / "requirements" / f"{service}.txt"
-        collect(WHEELS, "--no-deps", "--require-hashes", "--requirement", str(requirements))
+        requirements = REQUIREMENTS / f"{service}.txt"
+        collect(WHEELS, *BY_HASH, str(requirements))
         listed = pins(requirements.read_text())
         wheels = [wheel_of(name, version) for name, version in listed.items()]
         if service == NEEDS_TORCH:
@@ -88,8 +117,7 @@ def main() -> None:
         lines = []
         for wheel in wheels:
             name, version, _, _ = parse_wheel_filename(wheel.name)
-            digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-            lines.append(f"{name}=={version} --hash=sha256:{digest}\n")
+            lines.append(f"{name}=={version} --hash=sha256:{digest(wheel)}\n")
         (WHEELS / f"{service}.txt").write_text("".join(lines))
         for path in (WHEELS / f"{service}.txt", *wheels):
             print(path.relative_to(ROOT))

@@ -85,6 +85,20 @@ def test_everything_is_healthy(stack: Composed) -> None:
     )
 
 
+def test_every_image_lists_what_it_holds(stack: Composed) -> None:
+    ask = (
+        "import json; from importlib import metadata as m; "
+        "bill = json.load(open('/opt/regreen/sbom.json')); "
+        "print(json.dumps([[c['name'] for c in bill['components']], "
+        "[d.metadata['Name'] for d in m.distributions()]]))"
+    )
+    for service in ("dataset", "sandbox", "policy", "judge", "learner"):
+        code, said = stack.run(service, ["python3", "-c", ask], USER)
+        assert code == 0, said
+        listed, held = json.loads(said)
+        assert {"regreen", *held} <= set(listed)
+
+
 async def test_who_has_certificates_and_a_token_is_let_in(stack: Composed) -> None:
     async with Stack(stack.endpoints) as clients:
         await clients.tasks.get_task_stats()
