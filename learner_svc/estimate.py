@@ -41,6 +41,7 @@ def estimate(spec: RunSpec, folders: Sequence[Path], processes: int, nodes: int 
 
     Raises:
         NotFound: none of them holds a model.
+        InvalidArgument: ranks or heads cannot be divided as `sequence_parallel` says.
         FailedPrecondition: it does not fit; says by how much and which settings would. Or there are
             more processes than GPUs.
     """
@@ -52,7 +53,9 @@ def estimate(spec: RunSpec, folders: Sequence[Path], processes: int, nodes: int 
         on_gpu=gpus.has_gpu(),
         half=half,
     )
-    shape, available = _shape(folders), _available_bytes(processes)
+    shape = _shape(folders)
+    _check_divisible(shape, hyperparameters.sequence_parallel, ranks)
+    available = _available_bytes(processes)
     return Estimate(
         memory_bytes=check_fits(shape, hyperparameters, layout, available),
         available_bytes=available,
@@ -60,6 +63,22 @@ def estimate(spec: RunSpec, folders: Sequence[Path], processes: int, nodes: int 
         trainable_parameters=trained_parameters(shape, hyperparameters),
         processes=processes,
     )
+
+
+def _check_divisible(shape: ModelShape, sequence_ranks: int, ranks: int) -> None:
+    name = "hyperparameters.sequence_parallel"
+    if ranks % sequence_ranks:
+        raise InvalidArgument(
+            name,
+            f"is {sequence_ranks}, which does not divide the {ranks} ranks of a run",
+            "give a divisor, or start the service with other --processes or --nodes",
+        )
+    if shape.heads % sequence_ranks:
+        raise InvalidArgument(
+            name,
+            f"is {sequence_ranks}, which does not divide the model's {shape.heads} heads",
+            "give a divisor of both heads and ranks",
+        )
 
 
 def _available_bytes(processes: int) -> int:
@@ -83,7 +102,7 @@ def estimate_new(spec: RunSpec, home: Path, processes: int, nodes: int = 1) -> E
     """The needs of a run that starts from its base.
 
     Raises:
-        InvalidArgument: a setting is out of range, or the model has fewer layers.
+        InvalidArgument: a setting is out of range, the model has fewer layers, or as `estimate`.
         NotFound: no model is there; the default one is not made.
         FailedPrecondition: as `estimate`.
     """

@@ -114,6 +114,8 @@ class Hyperparameters:
     """Recompute activations in the backward pass: less memory, a third slower."""
     zero_stage: int = -1
     """ZeRO stage; -1 lets the engine choose."""
+    sequence_parallel: int = 1
+    """Ranks that divide the tokens of each pack among them (arXiv:2309.14509)."""
     dtype: str = ""
     """fp32 or bf16; empty probes the host."""
     seed: int = 0
@@ -240,6 +242,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "lora_rank": (0, 1024),
     "lora_alpha": (1e-3, 1e4),
     "zero_stage": (-1, 3),
+    "sequence_parallel": (1, 1024),
     "seed": (0, 2**63 - 1),
 }
 
@@ -285,6 +288,8 @@ class RunSpec:
         if self.engine not in ("deepspeed", "plain"):
             raise InvalidArgument("engine", f"is {self.engine!r}", "give deepspeed or plain")
         self.hyperparameters.check(self.kind)
+        if self.engine == "plain" and self.hyperparameters.sequence_parallel > 1:
+            raise _bad("sequence_parallel", "is above 1, but the engine is plain", "take deepspeed")
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a JSON file."""

@@ -97,6 +97,7 @@ class DeepSpeedEngine:
             self._deepspeed = _import(model)
             self.rank = int(os.environ["RANK"])
             self.world_size = int(os.environ["WORLD_SIZE"])
+            self.sequence_ranks = hyperparameters.sequence_parallel
             self._stage = choose_stage(hyperparameters.zero_stage, self.world_size, dtype)
             config = config_for(hyperparameters, dtype, self._stage)
             self._trained = {n: p for n, p in model.model.named_parameters() if p.requires_grad}

@@ -13,6 +13,7 @@ SHAPE = ModelShape(
     hidden=2048,
     intermediate=8192,
     vocab=50_000,
+    heads=16,
 )
 USUAL = Hyperparameters()
 
