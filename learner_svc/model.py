@@ -171,9 +171,8 @@ class TrainModel(nn.Module):
 def target_logprobs(hidden: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
     """f32 [R] logprobs of `targets` i64 [R] from `hidden` [R, d], in chunks of rows."""
     parts: list[Tensor] = []
-    size = logit_rows(on_gpu=hidden.is_cuda)
-    for start in range(0, hidden.shape[0], size):
-        rows, wanted = hidden[start : start + size], targets[start : start + size]
+    for chunk in _chunks(hidden, head):
+        rows, wanted = hidden[chunk], targets[chunk]
         if torch.is_grad_enabled() and rows.requires_grad:
             parts.append(checkpoint(_chunk_logprobs, rows, wanted, head, use_reentrant=False))
         else:
@@ -184,11 +183,24 @@ def target_logprobs(hidden: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
 def row_entropies(hidden: Tensor, head: nn.Module) -> Tensor:
     """f32 [R] entropies of the next token after `hidden` [R, d], in chunks of rows."""
     parts: list[Tensor] = []
-    size = logit_rows(on_gpu=hidden.is_cuda)
-    for start in range(0, hidden.shape[0], size):
-        logprobs = F.log_softmax(head(hidden[start : start + size]).float(), -1)
+    for chunk in _chunks(hidden, head):
+        logprobs = F.log_softmax(head(hidden[chunk]).float(), -1)
         parts.append(-(logprobs.exp() * logprobs).sum(-1))
     return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
+
+
+def _chunks(hidden: Tensor, head: nn.Module) -> list[slice]:
+    """Of rows, the last ones empty where other ranks have more.
+
+    Under ZeRO 3 each call of the head gathers it from all ranks, so that all make as many.
+    """
+    size = logit_rows(on_gpu=hidden.is_cuda)
+    count = -(-hidden.shape[0] // size)
+    if any(hasattr(parameter, "ds_shape") for parameter in head.parameters()):
+        most = torch.tensor(count, device=hidden.device)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        count = int(most)
+    return [slice(start, start + size) for start in range(0, count * size, size)]
 
 
 def _chunk_logprobs(hidden: Tensor, targets: Tensor, head: nn.Module) -> Tensor:

@@ -56,7 +56,7 @@ async def scene(dataset_address: str, tmp_path: Path) -> AsyncIterator[Scene]:
     model, at = tmp_path / "model", tmp_path / "learner-home"
     model.mkdir()
     (model / "config.json").write_text(json.dumps(SHAPE))
-    runs = Runs(at, open_blobs(at / "blobs"), RunsConfig())
+    runs = Runs(at, open_blobs(at / "blobs"), RunsConfig(processes=2))
     settings = ServiceSettings(listen="127.0.0.1:0", metrics="127.0.0.1:0", home=at, drain_s=0.1)
     server = Server(settings, [])
     learner_pb.add_LearnerServiceServicer_to_server(LearnerServicer(runs, "plain"), server.grpc)
@@ -111,6 +111,10 @@ async def test_a_grpo_plan_says_what_would_be_done_and_leaves_nothing(scene: Sce
     assert code == 0, err
     assert "no earlier run was measured" in out
     assert "GiB available" in out
+    divided = ["--hyper", "sequence_parallel=2", "--set", "engine=deepspeed"]
+    code, out, err = await regreen(scene.home, *words, *divided)
+    assert code == 0, err
+    assert "2 ranks divide each sequence" in " ".join(out.split())
     assert await scene.left() == before
     assert scene.world.policy.loaded == []
 
@@ -189,6 +193,7 @@ async def only_checkpoint_config(stack: Stack, run_id: str, model: Path) -> None
         (("--hyper", "learning_rate=7"), 2, "hyperparameters.learning_rate"),
         (("--hyper", "micro_batch_tokens=10000000"), 1, "GiB are available; it would fit with"),
         (("--hyper", "loss=nope"), 2, "hyperparameters.loss"),
+        (("--hyper", "sequence_parallel=2"), 2, "sequence_parallel: is above 1, but the engine"),
         (("--grader", "nope"), 2, "grader: 'nope' is unknown"),
         (("--name", "base"), 2, "name: 'base' means the untrained model"),
         (("--set", "budgt.turns=8"), 2, "budgt.turns"),

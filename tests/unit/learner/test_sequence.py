@@ -14,8 +14,10 @@ from learner_svc import checkpoint as ckpt
 from learner_svc.algo.batch import pack_samples
 from learner_svc.algo.choices import LossKind
 from learner_svc.checkpoint_writer import Tensors
+from learner_svc.model import check_divisible, load_model
 from learner_svc.sequence import Shard, owned
 from regreen.batch import Batch
+from regreen.rpc.errors import InvalidArgument
 from tests.fixtures.ranks import told_by_ranks
 from tests.fixtures.sequence_ranks import Case, carried_out
 
@@ -41,6 +43,8 @@ SETTINGS: dict[str, Case] = {
     "sequence weight": {"importance_correction": "sequence_truncate", "loss": "gspo"},
     "entropies": {"top_entropy_share": 0.3},
     "off policy": {"off_policy_threshold": 0.1},
+    "stage 3 in parts": {"zero_stage": 3, "parts": True},
+    "stage 3 in parts, undivided": {"zero_stage": 3, "sequence_parallel": 1, "parts": True},
 }
 OF_TIME = ("seconds", "per_second", "memory")
 
@@ -66,6 +70,24 @@ def test_shards_are_the_pack_cut_and_score_each_row_once(ranks: int, seed: int) 
         assert torch.equal(shard.rows + rank * size, pack.rows[place])
         assert torch.equal(shard.targets, pack.targets[place])
         assert not shard.rows.numel() or 0 <= shard.rows.min() <= shard.rows.max() < size
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "plain causal"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "depend on the length"),
+    ],
+)
+def test_models_whose_layers_need_all_of_a_pack_are_refused(
+    tiny_model: Path, changes: dict[str, Any], said: str
+) -> None:
+    model = load_model(tiny_model)
+    check_divisible(model)
+    for name, value in changes.items():
+        setattr(model.config, name, value)
+    with pytest.raises(InvalidArgument, match=said):
+        check_divisible(model)
 
 
 def plan_of(model: Path, home: Path, make_batch: Make) -> dict[str, Any]:
