@@ -108,6 +108,8 @@ def estimate_bytes(shape: ModelShape, hyperparameters: Hyperparameters, layout: 
     weights = 4 * shape.parameters
     stage = hyperparameters.zero_stage if hyperparameters.zero_stage >= 0 else 2 * layout.masters
     moments, gradients, ranks = 8 + (4 if layout.masters else 0), 4, layout.ranks
+    if hyperparameters.offload != "none":
+        moments = 0
     per_parameter = moments / (ranks if stage >= 1 else 1) + gradients / (ranks if stage > 1 else 1)
     optimizer = math.ceil(per_parameter * trained_parameters(shape, hyperparameters))
     apart = hyperparameters.kl_coefficient > 0 and not hyperparameters.lora_rank
@@ -121,6 +123,17 @@ def estimate_bytes(shape: ModelShape, hyperparameters: Hyperparameters, layout: 
     activations = math.ceil(tokens * per_token * kept_layers)
     logits = 3 * 4 * logit_rows(on_gpu=layout.on_gpu) * shape.vocab
     return _PROCESS_BYTES + weights + optimizer + reference + activations + logits
+
+
+def offloaded_bytes(shape: ModelShape, hyperparameters: Hyperparameters, layout: Layout) -> int:
+    """What one rank keeps in the host's memory instead: moments, masters and their gradients, and
+    from `parameters` on the weights."""
+    if hyperparameters.offload == "none":
+        return 0
+    kept = 16 * trained_parameters(shape, hyperparameters)
+    if hyperparameters.offload == "parameters":
+        kept += (2 if layout.half else 4) * shape.parameters
+    return math.ceil(kept / layout.ranks)
 
 
 def available_bytes() -> int:
