@@ -22,6 +22,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from learner_svc.algo.batch import Pack, Segment
+from learner_svc.sequence import SequenceGroup
 from regreen.rpc.errors import InvalidArgument
 
 TREE_ATTENTION = "regreen_tree"
@@ -36,11 +37,13 @@ class Tree:
     pack: Pack
     mask: BlockMask | None
     """Which blocks are computed; None where segments are taken one by one."""
+    group: SequenceGroup | None = None
+    """The ranks that divide the pack; None where this one has all of it."""
 
     @classmethod
-    def of(cls, pack: Pack, device: torch.device) -> "Tree":
+    def of(cls, pack: Pack, device: torch.device, group: SequenceGroup | None = None) -> "Tree":
         """For a model on that device."""
-        return cls(pack, block_mask(pack, device) if device.type == "cuda" else None)
+        return cls(pack, block_mask(pack, device) if device.type == "cuda" else None, group)
 
 
 def block_mask(pack: Pack, device: torch.device, block: int = _BLOCK) -> BlockMask:
@@ -143,15 +146,22 @@ def tree_attention(
 ) -> tuple[Tensor, None]:
     """`query` [1, H, N, d], `key` and `value` [1, K, N, d] with K dividing H; gives [1, N, H, d].
 
+    Where a group divides the pack, N are a rank's own tokens.
+
     Raises:
         InvalidArgument: there is no tree.
     """
     if tree is None:
         raise InvalidArgument("tree", "is missing", "call the model through TrainModel")
+    if tree.group is not None:
+        count = tree.pack.tokens
+        query, key, value = (tree.group.heads_of(part, count) for part in (query, key, value))
     if tree.mask is None:
         mixed = by_segments(query, key, value, tree.pack, scaling, dropout)
     else:
         mixed = _kernel()(query, key, value, block_mask=tree.mask, scale=scaling, enable_gqa=True)
+    if tree.group is not None:
+        mixed = tree.group.tokens_of(mixed)
     return mixed.transpose(1, 2).contiguous(), None
 
 

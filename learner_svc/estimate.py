@@ -17,9 +17,10 @@ from learner_svc.memory import (
     available_bytes,
     check_fits,
     model_shape,
+    offloaded_bytes,
     trained_parameters,
 )
-from learner_svc.spec import RunSpec
+from learner_svc.spec import Hyperparameters, RunSpec
 from regreen.model_store import DEFAULT_MODEL
 from regreen.rpc.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound
 
@@ -34,6 +35,8 @@ class Estimate:
     trainable_parameters: int
     processes: int
     """Processes of the run on this machine."""
+    host_bytes: int = 0
+    """What each process that computes on a GPU keeps in the host's memory."""
 
 
 def estimate(spec: RunSpec, folders: Sequence[Path], processes: int, nodes: int = 1) -> Estimate:
@@ -41,6 +44,7 @@ def estimate(spec: RunSpec, folders: Sequence[Path], processes: int, nodes: int 
 
     Raises:
         NotFound: none of them holds a model.
+        InvalidArgument: ranks or heads cannot be divided as `sequence_parallel` says.
         FailedPrecondition: it does not fit; says by how much and which settings would. Or there are
             more processes than GPUs.
     """
@@ -52,14 +56,60 @@ def estimate(spec: RunSpec, folders: Sequence[Path], processes: int, nodes: int 
         on_gpu=gpus.has_gpu(),
         half=half,
     )
-    shape, available = _shape(folders), _available_bytes(processes)
+    shape = _shape(folders)
+    _check_divisible(shape, hyperparameters.sequence_parallel, ranks)
+    host = _host_bytes(shape, hyperparameters, layout, processes)
+    available = _available_bytes(processes)
     return Estimate(
         memory_bytes=check_fits(shape, hyperparameters, layout, available),
         available_bytes=available,
         parameters=shape.parameters,
         trainable_parameters=trained_parameters(shape, hyperparameters),
         processes=processes,
+        host_bytes=host,
     )
+
+
+def _host_bytes(
+    shape: ModelShape, hyperparameters: Hyperparameters, layout: Layout, processes: int
+) -> int:
+    """What each process is to keep in the host's memory.
+
+    Raises:
+        InvalidArgument: it computes there already.
+        FailedPrecondition: the host has not as much.
+    """
+    offload = hyperparameters.offload
+    if offload != "none" and not layout.on_gpu:
+        raise InvalidArgument(
+            "hyperparameters.offload",
+            f"is {offload}, but runs compute on this machine's processor, in the same memory",
+            "leave it out",
+        )
+    needed, available = offloaded_bytes(shape, hyperparameters, layout), available_bytes()
+    if needed * processes > available:
+        raise FailedPrecondition(
+            f"offload: {processes} processes would keep {needed * processes / 2**30:.1f} GiB in "
+            f"the host's memory, of which {available / 2**30:.1f} GiB are available; use more "
+            "machines, or leave it out"
+        )
+    return needed
+
+
+def _check_divisible(shape: ModelShape, sequence_ranks: int, ranks: int) -> None:
+    name = "hyperparameters.sequence_parallel"
+    if ranks % sequence_ranks:
+        raise InvalidArgument(
+            name,
+            f"is {sequence_ranks}, which does not divide the {ranks} ranks of a run",
+            "give a divisor, or start the service with other --processes or --nodes",
+        )
+    if shape.heads % sequence_ranks:
+        raise InvalidArgument(
+            name,
+            f"is {sequence_ranks}, which does not divide the model's {shape.heads} heads",
+            "give a divisor of both heads and ranks",
+        )
 
 
 def _available_bytes(processes: int) -> int:
@@ -83,7 +133,7 @@ def estimate_new(spec: RunSpec, home: Path, processes: int, nodes: int = 1) -> E
     """The needs of a run that starts from its base.
 
     Raises:
-        InvalidArgument: a setting is out of range, or the model has fewer layers.
+        InvalidArgument: a setting is out of range, the model has fewer layers, or as `estimate`.
         NotFound: no model is there; the default one is not made.
         FailedPrecondition: as `estimate`.
     """

@@ -36,6 +36,8 @@ class ModelShape:
     hidden: int
     intermediate: int
     vocab: int
+    heads: int
+    """Of attention, for queries."""
 
 
 def model_shape(path: Path) -> ModelShape:
@@ -59,7 +61,14 @@ def model_shape(path: Path) -> ModelShape:
     widths = 4 * hidden + head_size * (2 * heads + 2 * kv_heads) + 3 * (hidden + intermediate)
     embeddings = vocab * hidden * (1 if config.get("tie_word_embeddings") else 2)
     return ModelShape(
-        embeddings + layers * per_layer, layers, per_layer, widths, hidden, intermediate, vocab
+        parameters=embeddings + layers * per_layer,
+        layers=layers,
+        layer_parameters=per_layer,
+        layer_widths=widths,
+        hidden=hidden,
+        intermediate=intermediate,
+        vocab=vocab,
+        heads=heads,
     )
 
 
@@ -88,7 +97,8 @@ def estimate_bytes(shape: ModelShape, hyperparameters: Hyperparameters, layout: 
     """Peak memory of one rank in bytes.
 
     ZeRO divides moments and masters among ranks from stage 1 on, gradients from 2 on; weights are
-    whole in each while they are loaded, whatever the stage.
+    whole in each while they are loaded, whatever the stage. Ranks that divide packs divide their
+    activations.
 
     Measured against SmolLM2-135M in fp32: 1,040 packed tokens take 3.6 GB, estimated 3.9 GB; on an
     H200 in bf16: 13,440 take 14.3 GiB, and 131,200 with gradient checkpointing 19.6 GiB, estimated
@@ -98,6 +108,8 @@ def estimate_bytes(shape: ModelShape, hyperparameters: Hyperparameters, layout: 
     weights = 4 * shape.parameters
     stage = hyperparameters.zero_stage if hyperparameters.zero_stage >= 0 else 2 * layout.masters
     moments, gradients, ranks = 8 + (4 if layout.masters else 0), 4, layout.ranks
+    if hyperparameters.offload != "none":
+        moments = 0
     per_parameter = moments / (ranks if stage >= 1 else 1) + gradients / (ranks if stage > 1 else 1)
     optimizer = math.ceil(per_parameter * trained_parameters(shape, hyperparameters))
     apart = hyperparameters.kl_coefficient > 0 and not hyperparameters.lora_rank
@@ -107,9 +119,21 @@ def estimate_bytes(shape: ModelShape, hyperparameters: Hyperparameters, layout: 
     kept_layers = 2 if hyperparameters.gradient_checkpointing else trained
     if hyperparameters.gradient_checkpointing:
         per_token += width * shape.hidden * shape.layers / kept_layers  # what layers begin with
-    activations = math.ceil(hyperparameters.micro_batch_tokens * per_token * kept_layers)
+    tokens = math.ceil(hyperparameters.micro_batch_tokens / hyperparameters.sequence_parallel)
+    activations = math.ceil(tokens * per_token * kept_layers)
     logits = 3 * 4 * logit_rows(on_gpu=layout.on_gpu) * shape.vocab
     return _PROCESS_BYTES + weights + optimizer + reference + activations + logits
+
+
+def offloaded_bytes(shape: ModelShape, hyperparameters: Hyperparameters, layout: Layout) -> int:
+    """What one rank keeps in the host's memory instead: moments, masters and their gradients, and
+    from `parameters` on the weights."""
+    if hyperparameters.offload == "none":
+        return 0
+    kept = 16 * trained_parameters(shape, hyperparameters)
+    if hyperparameters.offload == "parameters":
+        kept += (2 if layout.half else 4) * shape.parameters
+    return math.ceil(kept / layout.ranks)
 
 
 def available_bytes() -> int:
@@ -164,6 +188,11 @@ def _advice(
     trials.append(
         ("gradient_checkpointing=true", replace(hyperparameters, gradient_checkpointing=True))
     )
+    trials += [
+        (f"sequence_parallel={ranks}", replace(hyperparameters, sequence_parallel=ranks))
+        for ranks in range(hyperparameters.sequence_parallel + 1, layout.ranks + 1)
+        if layout.ranks % ranks == 0 and shape.heads % ranks == 0
+    ]
     adapted = replace(hyperparameters, lora_rank=16, gradient_checkpointing=True)
     if not hyperparameters.lora_rank:
         trials.append(("lora_rank=16 with gradient_checkpointing", adapted))

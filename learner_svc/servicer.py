@@ -67,6 +67,7 @@ class LearnerServicer(pb.LearnerServiceServicer):
             hyperparameters=hyperparameters_message(spec.hyperparameters),
             engine=spec.engine,
             processes=found.processes,
+            host_memory_bytes=found.host_bytes,
         )
 
     def _spec(self, request: pb.StartRunRequest) -> RunSpec:

@@ -29,6 +29,7 @@ from learner_svc.engines.base import Engine, OptimizerState
 from learner_svc.engines.plain import PlainEngine
 from learner_svc.launch import from_rank_0, own_device
 from learner_svc.model import TrainModel, freeze, load_model
+from learner_svc.sequence import join
 from learner_svc.spec import RunSpec
 from learner_svc.trainer import Progress, Reference, Trainer
 from regreen.batch import Batch
@@ -344,7 +345,7 @@ def _engine(spec: RunSpec, model: PreTrainedModel, extensions: Path) -> Engine:
         model.activation_checkpointing_enable(  # type: ignore[no-untyped-call]
             {"use_reentrant": False}
         )
-    train = TrainModel(model)
+    train = TrainModel(model, join(hyperparameters.sequence_parallel))
     train.to(own_device()).train()
     if spec.engine == "plain":
         return PlainEngine(train, hyperparameters, dtype)
@@ -367,7 +368,7 @@ def _reference(spec: RunSpec, trained: PreTrainedModel, engine: Engine) -> Refer
         return base
     model = load_model(Path(spec.base_uri))
     model.requires_grad_(False)
-    module = TrainModel(model)
+    module = TrainModel(model, join(spec.hyperparameters.sequence_parallel))
     module.to(own_device())
 
     def score(pack: Pack) -> Tensor:

@@ -114,6 +114,11 @@ class Hyperparameters:
     """Recompute activations in the backward pass: less memory, a third slower."""
     zero_stage: int = -1
     """ZeRO stage; -1 lets the engine choose."""
+    sequence_parallel: int = 1
+    """Ranks that divide the tokens of each pack among them (arXiv:2309.14509)."""
+    offload: str = "none"
+    """What ranks that compute on GPUs keep in the host's memory: none; optimizer: moments and
+    masters, and the update; parameters: weights between their uses, too (ZeRO 3)."""
     dtype: str = ""
     """fp32 or bf16; empty probes the host."""
     seed: int = 0
@@ -135,6 +140,7 @@ class Hyperparameters:
             "importance_correction": [item.value for item in Correction],
             "kl_estimator": [item.value for item in KlEstimator],
             "kl_place": [item.value for item in KlPlace],
+            "offload": ["none", "optimizer", "parameters"],
             "dtype": ["", "fp32", "bf16"],
         }
         for name, allowed in choices.items():
@@ -143,6 +149,10 @@ class Hyperparameters:
                 raise _bad(name, f"is {value!r}", f"give one of {', '.join(filter(None, allowed))}")
         if self.lora_alpha != _LORA_ALPHA and not self.lora_rank:
             raise _bad("lora_alpha", "is given without lora_rank", "give both, or neither")
+        if self.offload != "none" and self.zero_stage == 0:
+            raise _bad("offload", "is given for ZeRO 0, which divides nothing", "give 1, 2 or 3")
+        if self.offload == "parameters" and self.zero_stage != 3:
+            raise _bad("offload", "is parameters, which ZeRO 3 divides", "set zero_stage to 3")
         if self.ratio_delta and self.ratio_delta <= 1 + self.clip_high:
             raise _bad(
                 "ratio_delta", f"is {self.ratio_delta}", "must exceed 1 + clip_high, or be 0"
@@ -240,6 +250,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "lora_rank": (0, 1024),
     "lora_alpha": (1e-3, 1e4),
     "zero_stage": (-1, 3),
+    "sequence_parallel": (1, 1024),
     "seed": (0, 2**63 - 1),
 }
 
@@ -285,6 +296,12 @@ class RunSpec:
         if self.engine not in ("deepspeed", "plain"):
             raise InvalidArgument("engine", f"is {self.engine!r}", "give deepspeed or plain")
         self.hyperparameters.check(self.kind)
+        if self.engine == "deepspeed":
+            return
+        if self.hyperparameters.sequence_parallel > 1:
+            raise _bad("sequence_parallel", "is above 1, but the engine is plain", "take deepspeed")
+        if self.hyperparameters.offload != "none":
+            raise _bad("offload", "is given, but the engine is plain", "take deepspeed")
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a JSON file."""

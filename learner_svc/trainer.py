@@ -331,8 +331,7 @@ class Trainer:
 
     def _counted(self, packed: list[list[Pack]], progress: Progress) -> Callable[[int], None]:
         """Takes tokens as they are done, and tells them with those of all updates of this rank."""
-        rank, ranks = self._engine.rank, self._engine.world_size
-        total = sum(pack.tokens for packs in packed for pack in packs[rank::ranks])
+        total = sum(pack.tokens for packs in packed for pack in self._mine(packs))
         done = 0
 
         def advance(tokens: int) -> None:
@@ -354,8 +353,9 @@ class Trainer:
         terms = replace(self._terms(packs, rows), proximal=proximal)
         if self._reference and self._kl_in(KlPlace.LOSS):
             terms = replace(terms, reference=_score_all(packs, rows, self._reference))
-        mine = packs[engine.rank :: engine.world_size]
-        rounds = -(-len(packs) // engine.world_size)
+        mine = self._mine(packs)
+        rounds = -(-len(packs) * engine.sequence_ranks // engine.world_size)
+        counts = engine.rank % engine.sequence_ranks == 0  # each of them has the whole pack's sums
         sums: dict[str, float] = {"loss": 0.0}
         for index in range(rounds):
             # A rank that ran out of packs joins in with a weightless one, or the others would hang.
@@ -363,7 +363,7 @@ class Trainer:
             pack = packs[0] if idle else mine[index]
             output = self._pack_loss(pack, terms)
             engine.backward(output.loss * (0.0 if idle else 1.0), last=index == rounds - 1)
-            if not idle:
+            if not idle and counts:
                 sums["loss"] += float(output.loss.detach())
                 for name, value in output.sums.items():
                     sums[name] = sums.get(name, 0.0) + float(value)
@@ -371,6 +371,12 @@ class Trainer:
         self.updates += 1
         rate = learning_rate_at(self.updates, self._spec.hyperparameters)
         return _over_ranks(sums) | {"grad_norm": engine.step(rate), "updates": 1.0}
+
+    def _mine(self, packs: list[Pack]) -> list[Pack]:
+        """Those that this rank computes, alone or with the others of its group."""
+        engine = self._engine
+        place = engine.rank // engine.sequence_ranks
+        return packs[place :: engine.world_size // engine.sequence_ranks]
 
     def _pack_loss(self, pack: Pack, terms: TokenTerms) -> LossOutput:
         logprobs = self._engine.logprobs(pack)

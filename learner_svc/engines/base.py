@@ -55,6 +55,8 @@ class Engine(Protocol):
     name: str
     rank: int
     world_size: int
+    sequence_ranks: int
+    """Ranks that divide each pack among them; they follow one another."""
     packs: bool
     """Whether samples may share prefixes and rows."""
     state_format: str

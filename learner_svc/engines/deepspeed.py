@@ -5,9 +5,10 @@
   Stage 3, and stage 0 in bf16, write sharded state in DeepSpeed's own format.
 - Masters are the fp32 weights that were loaded, not what bf16 leaves of them.
 - Losses are shares of a global loss; DeepSpeed averages over ranks, so they are multiplied back.
-- Nothing is compiled unless asked for: torch's AdamW, gloo instead of the shared-memory op. Where
-  something is compiled, it lives in a directory of ours, cleared of locks whose owner is gone: a
-  stale lock would hang every later start in silence.
+- Nothing is compiled unless asked for: torch's AdamW, gloo instead of the shared-memory op. What
+  keeps the optimizer in the host's memory takes DeepSpeed's AdamW for processors, compiled at the
+  first start by the first rank of each machine. It lives in a directory of ours, cleared of locks
+  whose owner is gone: a stale lock would hang every later start in silence.
 """
 
 import contextlib
@@ -74,6 +75,11 @@ def config_for(hyperparameters: Hyperparameters, dtype: torch.dtype, stage: int)
         "betas": [hyperparameters.beta1, hyperparameters.beta2],
         "weight_decay": hyperparameters.weight_decay,
     }
+    if hyperparameters.offload != "none":
+        config["optimizer"]["params"]["torch_adam"] = False
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    if hyperparameters.offload == "parameters":
+        config["zero_optimization"]["offload_param"] = {"device": "cpu"}
     return config
 
 
@@ -97,7 +103,14 @@ class DeepSpeedEngine:
             self._deepspeed = _import(model)
             self.rank = int(os.environ["RANK"])
             self.world_size = int(os.environ["WORLD_SIZE"])
-            self._stage = choose_stage(hyperparameters.zero_stage, self.world_size, dtype)
+            self.sequence_ranks = hyperparameters.sequence_parallel
+            self._offloads = hyperparameters.offload != "none"
+            asked = hyperparameters.zero_stage
+            if self._offloads and asked < 0:
+                asked = 2
+            self._stage = choose_stage(asked, self.world_size, dtype)
+            if self._offloads:
+                _build_adam(self._deepspeed)
             config = config_for(hyperparameters, dtype, self._stage)
             self._trained = {n: p for n, p in model.model.named_parameters() if p.requires_grad}
             divided = self._stage in (1, 2)
@@ -202,8 +215,8 @@ class DeepSpeedEngine:
         for group in optimizer.optimizer.param_groups:
             for flat in group["params"]:
                 moments = {kind: torch.zeros_like(flat) for kind in MOMENTS}
-                step = torch.tensor(float(state.updates))
-                optimizer.optimizer.state[flat] = {"step": step} | moments
+                count = state.updates if self._offloads else torch.tensor(float(state.updates))
+                optimizer.optimizer.state[flat] = {"step": count} | moments
         optimizer._lazy_init_hp_params_optimizer_state()
         for name, parameter in self._trained.items():
             for kind in MOMENTS:
@@ -255,6 +268,32 @@ class _Gathered(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._places)
+
+
+def _build_adam(deepspeed: Any) -> None:
+    """Compile AdamW for processors, once on each machine, where it is not there yet.
+
+    Raises:
+        FailedPrecondition: it cannot be compiled on a machine; on every rank.
+    """
+    from deepspeed.ops.op_builder.builder import CUDAMismatchException, MissingCUDAException
+
+    cannot = (RuntimeError, ImportError, OSError, CUDAMismatchException, MissingCUDAException)
+    builder, problem = deepspeed.ops.op_builder.CPUAdamBuilder(), ""
+    torch.distributed.barrier()  # stale locks are cleared
+    if os.environ["LOCAL_RANK"] == "0":
+        try:
+            builder.load(verbose=False)
+        except cannot as error:
+            problem = f"{type(error).__name__}: {str(error).strip()[-500:]}"
+    told: list[str] = [""] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(told, problem)
+    if any(told):
+        raise FailedPrecondition(
+            f"offload: DeepSpeed's AdamW for processors cannot be compiled ({max(told)}); install "
+            "a C++ compiler and ninja on every machine, or leave offload out"
+        )
+    builder.load(verbose=False)
 
 
 def _import(model: TrainModel) -> Any:

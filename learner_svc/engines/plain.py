@@ -25,6 +25,7 @@ class PlainEngine:
     reads: tuple[str, ...] = ("adamw",)
     rank = 0
     world_size = 1
+    sequence_ranks = 1
 
     def __init__(
         self, model: TrainModel, hyperparameters: Hyperparameters, dtype: torch.dtype

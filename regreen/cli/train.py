@@ -15,6 +15,7 @@ from regreen.cli import output
 from regreen.cli.listen import listener
 from regreen.cli.options import Home, Json, open_stack, parse_numbers, parse_settings
 from regreen.client.stack import Stack
+from regreen.learner import v1 as learner_pb
 from regreen.train.config import GrpoConfig, SftConfig
 from regreen.train.plan import SERVE, Plan, plan_grpo, plan_sft
 from regreen.train.progress import Listener
@@ -159,11 +160,11 @@ def _print_plan(plan: Plan, json_output: bool) -> None:
         *((name.replace("_", " "), count) for name, count in plan.amounts.items()),
     ]
     if plan.learner is not None:
-        needed, there = plan.learner.estimated_memory_bytes, plan.learner.available_memory_bytes
         rows += [
             ("engine", plan.learner.engine),
+            ("processes", _processes(plan.learner)),
             ("parameters", f"{plan.learner.trainable_parameters} of {plan.learner.parameters}"),
-            ("memory", f"about {needed / 2**30:.1f} GiB of {there / 2**30:.1f} GiB available"),
+            ("memory", _memory(plan.learner)),
         ]
     left = plan.steps > plan.steps_done and plan.action != SERVE
     time = "no earlier run was measured" if left else "no step is left"
@@ -172,6 +173,19 @@ def _print_plan(plan: Plan, json_output: bool) -> None:
     rows.append(("time", time))
     rows += [("note", note) for note in plan.notes]
     output.print_table(f"{plan.kind} {plan.name}", ["field", "value"], rows)
+
+
+def _processes(learner: learner_pb.EstimateRunResponse) -> str:
+    divided = learner.hyperparameters.sequence_parallel
+    said = f"{learner.processes} on the learner's machine"
+    return f"{said}; {divided} ranks divide each sequence" if divided > 1 else said
+
+
+def _memory(learner: learner_pb.EstimateRunResponse) -> str:
+    needed, there = learner.estimated_memory_bytes, learner.available_memory_bytes
+    said = f"about {needed / 2**30:.1f} GiB of {there / 2**30:.1f} GiB available"
+    kept = learner.host_memory_bytes / 2**30
+    return f"{said}, and {kept:.1f} GiB of the host's" if kept else said
 
 
 def _plan_json(plan: Plan) -> dict[str, Any]:

@@ -56,10 +56,10 @@ async def scene(dataset_address: str, tmp_path: Path) -> AsyncIterator[Scene]:
     model, at = tmp_path / "model", tmp_path / "learner-home"
     model.mkdir()
     (model / "config.json").write_text(json.dumps(SHAPE))
-    runs = Runs(at, open_blobs(at / "blobs"), RunsConfig())
+    runs = Runs(at, open_blobs(at / "blobs"), RunsConfig(processes=2))
     settings = ServiceSettings(listen="127.0.0.1:0", metrics="127.0.0.1:0", home=at, drain_s=0.1)
     server = Server(settings, [])
-    learner_pb.add_LearnerServiceServicer_to_server(LearnerServicer(runs, "plain"), server.grpc)
+    learner_pb.add_LearnerServiceServicer_to_server(LearnerServicer(runs, "deepspeed"), server.grpc)
     try:
         async with server, world(dataset_address, tmp_path) as place:
             place.policy.serving.uri = str(model)
@@ -106,11 +106,14 @@ async def test_a_grpo_plan_says_what_would_be_done_and_leaves_nothing(scene: Sce
     assert int(learner["available_memory_bytes"]) > int(learner["estimated_memory_bytes"])
     assert learner["hyperparameters"]["micro_batch_tokens"] == 512
     assert learner["hyperparameters"]["clip_high"] == pytest.approx(0.28)
-    assert (learner["engine"], plan["time"]) == ("plain", None)
+    assert (learner["engine"], plan["time"]) == ("deepspeed", None)
     code, out, err = await regreen(scene.home, *words)
     assert code == 0, err
     assert "no earlier run was measured" in out
     assert "GiB available" in out
+    code, out, err = await regreen(scene.home, *words, "--hyper", "sequence_parallel=2")
+    assert code == 0, err
+    assert "2 ranks divide each sequence" in " ".join(out.split())
     assert await scene.left() == before
     assert scene.world.policy.loaded == []
 
@@ -189,6 +192,7 @@ async def only_checkpoint_config(stack: Stack, run_id: str, model: Path) -> None
         (("--hyper", "learning_rate=7"), 2, "hyperparameters.learning_rate"),
         (("--hyper", "micro_batch_tokens=10000000"), 1, "GiB are available; it would fit with"),
         (("--hyper", "loss=nope"), 2, "hyperparameters.loss"),
+        (("--hyper", "sequence_parallel=4"), 2, "is 4, which does not divide the 2 ranks"),
         (("--grader", "nope"), 2, "grader: 'nope' is unknown"),
         (("--name", "base"), 2, "name: 'base' means the untrained model"),
         (("--set", "budgt.turns=8"), 2, "budgt.turns"),

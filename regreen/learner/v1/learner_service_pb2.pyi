@@ -119,6 +119,8 @@ class Hyperparameters(_message.Message):
     TURN_SCORE_COEFFICIENT_FIELD_NUMBER: _builtins.int
     LORA_RANK_FIELD_NUMBER: _builtins.int
     LORA_ALPHA_FIELD_NUMBER: _builtins.int
+    SEQUENCE_PARALLEL_FIELD_NUMBER: _builtins.int
+    OFFLOAD_FIELD_NUMBER: _builtins.int
     learning_rate: _builtins.float
     """Peak learning rate."""
     warmup_steps: _builtins.int
@@ -207,6 +209,12 @@ class Hyperparameters(_message.Message):
     """Rank of low-rank adapters beside a frozen model; 0 trains the weights themselves."""
     lora_alpha: _builtins.float
     """Adapters count alpha / rank times; 0 is 32."""
+    sequence_parallel: _builtins.int
+    """Ranks that divide the tokens of each micro-batch among them; divides ranks and attention heads. 0 is 1."""
+    offload: _builtins.str
+    """What ranks that compute on GPUs keep in the host's memory: "none", "optimizer" (moments and masters, and the update),
+    "parameters" (weights too; needs `zero_stage` 3); empty is "none".
+    """
     def __init__(
         self,
         *,
@@ -249,10 +257,12 @@ class Hyperparameters(_message.Message):
         turn_score_coefficient: _builtins.float = ...,
         lora_rank: _builtins.int = ...,
         lora_alpha: _builtins.float = ...,
+        sequence_parallel: _builtins.int = ...,
+        offload: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["advantage_scale", b"advantage_scale", "baseline", b"baseline", "beta1", b"beta1", "beta2", b"beta2", "clip_high", b"clip_high", "clip_low", b"clip_low", "dtype", b"dtype", "gradient_checkpointing", b"gradient_checkpointing", "gradient_clip", b"gradient_clip", "importance_cap", b"importance_cap", "importance_correction", b"importance_correction", "importance_floor", b"importance_floor", "keep_flat_groups", b"keep_flat_groups", "kl_coefficient", b"kl_coefficient", "kl_correction", b"kl_correction", "kl_estimator", b"kl_estimator", "kl_place", b"kl_place", "learning_rate", b"learning_rate", "lora_alpha", b"lora_alpha", "lora_rank", b"lora_rank", "loss", b"loss", "max_completion_tokens", b"max_completion_tokens", "micro_batch_tokens", b"micro_batch_tokens", "no_prefix_sharing", b"no_prefix_sharing", "off_policy_threshold", b"off_policy_threshold", "pass_at_k", b"pass_at_k", "ratio_delta", b"ratio_delta", "sapo_temperature_bad", b"sapo_temperature_bad", "sapo_temperature_good", b"sapo_temperature_good", "seed", b"seed", "top_entropy_share", b"top_entropy_share", "total_steps", b"total_steps", "trainable_layers", b"trainable_layers", "truncated", b"truncated", "turn_score_coefficient", b"turn_score_coefficient", "updates_per_step", b"updates_per_step", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay", "zero_stage", b"zero_stage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advantage_scale", b"advantage_scale", "baseline", b"baseline", "beta1", b"beta1", "beta2", b"beta2", "clip_high", b"clip_high", "clip_low", b"clip_low", "dtype", b"dtype", "gradient_checkpointing", b"gradient_checkpointing", "gradient_clip", b"gradient_clip", "importance_cap", b"importance_cap", "importance_correction", b"importance_correction", "importance_floor", b"importance_floor", "keep_flat_groups", b"keep_flat_groups", "kl_coefficient", b"kl_coefficient", "kl_correction", b"kl_correction", "kl_estimator", b"kl_estimator", "kl_place", b"kl_place", "learning_rate", b"learning_rate", "lora_alpha", b"lora_alpha", "lora_rank", b"lora_rank", "loss", b"loss", "max_completion_tokens", b"max_completion_tokens", "micro_batch_tokens", b"micro_batch_tokens", "no_prefix_sharing", b"no_prefix_sharing", "off_policy_threshold", b"off_policy_threshold", "offload", b"offload", "pass_at_k", b"pass_at_k", "ratio_delta", b"ratio_delta", "sapo_temperature_bad", b"sapo_temperature_bad", "sapo_temperature_good", b"sapo_temperature_good", "seed", b"seed", "sequence_parallel", b"sequence_parallel", "top_entropy_share", b"top_entropy_share", "total_steps", b"total_steps", "trainable_layers", b"trainable_layers", "truncated", b"truncated", "turn_score_coefficient", b"turn_score_coefficient", "updates_per_step", b"updates_per_step", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay", "zero_stage", b"zero_stage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -381,6 +391,7 @@ class EstimateRunResponse(_message.Message):
     HYPERPARAMETERS_FIELD_NUMBER: _builtins.int
     ENGINE_FIELD_NUMBER: _builtins.int
     PROCESSES_FIELD_NUMBER: _builtins.int
+    HOST_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     estimated_memory_bytes: _builtins.int
     """Estimated peak memory of one process."""
     available_memory_bytes: _builtins.int
@@ -393,6 +404,8 @@ class EstimateRunResponse(_message.Message):
     """Engine that would be used."""
     processes: _builtins.int
     """Processes of the run on this machine, each with its own memory."""
+    host_memory_bytes: _builtins.int
+    """Estimated memory of the host that each process keeps `offload` in."""
     @_builtins.property
     def hyperparameters(self) -> Global___Hyperparameters:
         """Hyperparameters that would be in force."""
@@ -407,10 +420,11 @@ class EstimateRunResponse(_message.Message):
         hyperparameters: Global___Hyperparameters | None = ...,
         engine: _builtins.str = ...,
         processes: _builtins.int = ...,
+        host_memory_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hyperparameters", b"hyperparameters"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["available_memory_bytes", b"available_memory_bytes", "engine", b"engine", "estimated_memory_bytes", b"estimated_memory_bytes", "hyperparameters", b"hyperparameters", "parameters", b"parameters", "processes", b"processes", "trainable_parameters", b"trainable_parameters"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["available_memory_bytes", b"available_memory_bytes", "engine", b"engine", "estimated_memory_bytes", b"estimated_memory_bytes", "host_memory_bytes", b"host_memory_bytes", "hyperparameters", b"hyperparameters", "parameters", b"parameters", "processes", b"processes", "trainable_parameters", b"trainable_parameters"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,11 +1,7 @@
 """Checkpoints of several ranks: whole, and any number of ranks goes on from them."""
 
-import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,13 +9,13 @@ import pytest
 
 from learner_svc import checkpoint as ckpt
 from learner_svc.checkpoint_writer import Tensors
-from learner_svc.launch import Call, environment
 from learner_svc.session import Session
 from regreen.batch import Batch
 from regreen.client.learner import LearnerClient
 from regreen.learner import v1 as pb
 from regreen.rpc.errors import FailedPrecondition, InfraError
 from tests.fixtures.learner_ranks import STAGES, spec_of, stepped
+from tests.fixtures.ranks import told_by_ranks
 from tests.unit.learner.test_service import learner
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -29,30 +25,13 @@ Figures = dict[str, dict[str, list[list[float]]]]
 
 def run_ranks(count: int, model: Path, home: Path, batches: Sequence[Path], begin: bool) -> Figures:
     """What rank 0 of so many printed."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     plan = {
         "model": str(model),
         "home": str(home),
         "batches": [str(path) for path in batches],
         "begin": begin,
     }
-    call = Call.make("127.0.0.1", port, processes=count, nodes=1)
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.fixtures.learner_ranks", json.dumps(plan)],
-            env=environment(os.environ, call, rank),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in call.ranks(0)
-    ]
-    told = [rank.communicate() for rank in ranks]
-    ends = "\n".join(err[-1500:] for _, err in told)
-    assert [rank.returncode for rank in ranks] == [0] * count, ends
-    found: Figures = json.loads(told[0][0].strip().splitlines()[-1])
+    found: Figures = told_by_ranks("tests.fixtures.learner_ranks", count, plan)
     return found
 
 

@@ -238,6 +238,19 @@ async def test_an_estimate_starts_nothing_and_refuses_what_a_start_would(
                 "has 2 layers",
                 {"hyperparameters": pb.Hyperparameters(trainable_layers=3)},
             ),
+            (
+                InvalidArgument,
+                "the engine is plain",
+                {"hyperparameters": pb.Hyperparameters(sequence_parallel=2)},
+            ),
+            (
+                InvalidArgument,
+                "does not divide the 2 ranks",
+                {
+                    "hyperparameters": pb.Hyperparameters(sequence_parallel=4),
+                    "engine": "deepspeed",
+                },
+            ),
         ]
         for error, said, changes in refused:
             asked = {"kind": pb.RUN_KIND_SFT, "base_uri": str(tiny_model)} | changes
