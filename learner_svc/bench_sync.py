@@ -6,8 +6,8 @@
   number, and few leave it in the first steps; `settled` has them spread evenly over it, as they are
   once a run has gone on for long. The second is what a run sees, the first flatters.
 - A delta is compared with what it stands in for: the bytes of the whole file in bf16, and the
-  processor time (which holds when the machine is shared) to copy and hash it. Beside it are what packs the file without a base (zstd), and the difference
-  of all bits, packed (as others send it).
+  processor time (which holds when the machine is shared) to copy and hash it. Beside it are what
+  packs the file without a base (zstd), and the XOR of all bits, packed, as others send it.
 - Every delta is applied, and has to give the file bit for bit, or there is no figure.
 - fp32 is measured as well, to show why a delta of it is refused.
 """

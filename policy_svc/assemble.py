@@ -29,7 +29,7 @@ from policy_svc.versions import (
     is_whole,
     read_record,
 )
-from regreen.blobs import ready_blobs
+from regreen.blobs import open_blobs
 from regreen.model_store import HEADER, ensure_default_model
 from regreen.rpc.errors import FailedPrecondition, MissingDependency, NotFound
 from regreen.rpc.logging import get
@@ -60,7 +60,8 @@ async def open_policy(settings: PolicySettings) -> Policy:
     folder = settings.home / "policy" / "weights"
     offered = None
     if settings.blobs:
-        offered = OfferedWeights(await ready_blobs(settings.blobs), folder / "offered")
+        # Not asked whether it may be written, as services that do ask: this one only reads.
+        offered = OfferedWeights(open_blobs(settings.blobs), folder / "offered")
     source = WeightSource(model.resolve(), folder, offered)
     limits = Limits(
         settings.max_running, settings.max_waiting, settings.max_samples, settings.max_new_tokens

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from learner_svc import published
-from learner_svc.checkpoint import FileEntry, entry_of
+from learner_svc.checkpoint import FileEntry, Manifest, Saved, entry_of
 from learner_svc.published import Position, Published
 from learner_svc.settings import LearnerSettings
 from learner_svc.sync import SyncConfig, WeightSync
@@ -294,9 +294,17 @@ async def test_a_store_that_does_not_take_them_is_told_and_asked_again(
     real.write_text("no folder")
     with pytest.raises(RegreenError):
         await run.sync.offer(run.folder, made)
+    # A checkpoint is whole all the same.
+    files = {"model.safetensors": made.entry}
+    manifest = Manifest(run.folder.name, 1, 1, 1, "", {}, "adamw", (), 0, files=files)
+    saved = Saved(made.path, manifest)
+    await run.sync.offer_saved(run.folder, saved)
     real.unlink()
     real.mkdir()
-    assert await run.sync.offer(run.folder, made) is not None
+    await run.sync.offer_saved(run.folder, saved)
+    again = await run.sync.offer(run.folder, made)
+    assert again is not None
+    assert again.digest == await store.named(name_of(made.entry.sha256))
     policy = OfferedWeights(store, tmp_path / "policy")
     assert same_as_served(await policy.path_of(made.entry.sha256, ()), made)
 
