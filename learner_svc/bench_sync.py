@@ -2,9 +2,10 @@
 
 - The steps are real: the model samples answers to prompts, those with more of one letter are
   rewarded, and the learner's own session does the updates, with AdamW at the rate of GRPO runs.
-- Steps are taken twice. In the model as it comes masters lie in the middle of what rounds to a bf16
-  number, and few leave it in the first steps; `settled` has them spread evenly over it, as they are
-  once a run has gone on for long. The second is what a run sees, the first flatters.
+- Steps are taken twice. In the model as it comes masters lie where its own number type put them: of
+  F16 an eighth lie on the border of two bf16 numbers, and fall to one or the other with the first
+  step; bf16 ones lie in the middle, and few move at first. `settled` has them spread evenly over
+  all that rounds to the same, as once a run has gone on for long: that is what a run sees.
 - A delta is compared with what it stands in for: the bytes of the whole file in bf16, and the
   processor time (which holds when the machine is shared) to copy and hash it. Beside it are what
   packs the file without a base (zstd), and the XOR of all bits, packed, as others send it.
