@@ -10,6 +10,7 @@ from learner_svc.run import RunsConfig
 from learner_svc.runs import Runs
 from learner_svc.servicer import LearnerServicer
 from learner_svc.settings import LearnerSettings
+from learner_svc.sync import SyncConfig
 from regreen.blobs import ready_blobs
 from regreen.learner import v1 as pb
 from regreen.rpc import logging
@@ -31,6 +32,7 @@ async def serve(settings: LearnerSettings) -> None:
         save_timeout_s=settings.save_timeout_s,
         max_restarts=settings.max_restarts,
         silence_s=settings.silence_s,
+        sync=SyncConfig(settings.weight_sync, settings.sync_dtype, settings.snapshot_every),
     )
     blobs = await ready_blobs(settings.blobs or settings.home / "blobs")
     runs = Runs(settings.home, blobs, config)

@@ -22,6 +22,20 @@ PUBLISH_SECONDS = Histogram(
     "Time to write weights where a policy can load them.",
     buckets=_BUCKETS,
 )
+SYNC_SECONDS = Histogram(
+    "regreen_learner_weight_sync_seconds",
+    "Time to offer weights through the blob store.",
+    buckets=_BUCKETS,
+)
+SYNCS = Counter(
+    "regreen_learner_weight_syncs", "Weights offered, by what was put: delta, snapshot.", ["kind"]
+)
+SYNC_BYTES = Counter(
+    "regreen_learner_weight_sync_bytes", "Bytes of weights put, by kind.", ["kind"]
+)
+for _put in ("delta", "snapshot"):
+    SYNCS.labels(_put)
+    SYNC_BYTES.labels(_put)
 RESTARTS = Counter(
     "regreen_learner_restarts",
     "Times that a run's ranks were begun anew from its last checkpoint after some were lost.",

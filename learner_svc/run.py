@@ -8,6 +8,7 @@ from learner_svc import checkpoint as ckpt
 from learner_svc.process import WorkerProcess
 from learner_svc.published import Published
 from learner_svc.record import RunFiles, RunRecord, StepRecord
+from learner_svc.sync import SyncConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,8 @@ class RunsConfig:
     """In a row; one more step than ever done begins a new row."""
     silence_s: float = 30.0
     """Time without a sign of life of another machine after which it is lost."""
+    sync: SyncConfig = field(default_factory=SyncConfig)
+    """How weights are offered to policies that do not share this disk."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,8 +32,9 @@ from learner_svc.record import RunFiles, RunRecord, RunState, StepRecord
 from learner_svc.restart import MOST_REPLAYED, Opener, step_message
 from learner_svc.run import Event, Run, RunsConfig, StepProgress
 from learner_svc.spec import RunSpec
+from learner_svc.sync import WeightSync
 from learner_svc.walls import check_seen
-from regreen.blobs import BlobStore, Digest
+from regreen.blobs import Digest, ObjectBlobs
 from regreen.model_store import ensure_default_model
 from regreen.rpc import tenants
 from regreen.rpc.errors import (
@@ -50,7 +51,7 @@ T = TypeVar("T")
 class Runs:
     """All runs of a learner."""
 
-    def __init__(self, home: Path, blobs: BlobStore, config: RunsConfig) -> None:
+    def __init__(self, home: Path, blobs: ObjectBlobs, config: RunsConfig) -> None:
         self._home, self._root = home, home / "learner"
         self._root.mkdir(parents=True, exist_ok=True)
         self._lock_file = (self._root / "lock").open("w")
@@ -61,6 +62,7 @@ class Runs:
                 f"another learner works in {self._root}; stop it or set another home"
             ) from None
         self._blobs, self._config = blobs, config
+        self._sync = WeightSync(blobs, config.sync)
         self._opener = Opener(self._root, config)
         self._runs: dict[str, Run] = {}
         self._starting = asyncio.Lock()
@@ -359,6 +361,7 @@ class Runs:
             with metrics.PUBLISH_SECONDS.time():
                 answer = await self._call(run, message, self._config.save_timeout_s)
             run.published = published.at(Path(answer["path"]))
+            await self._sync.offer(run.files.directory, run.published)
             return run.published
 
     async def save(self, run_id: str, policy_version: int, driver_step: int = 0) -> ckpt.Saved:
@@ -395,6 +398,7 @@ class Runs:
             saved = ckpt.Saved(path, ckpt.load_manifest(path))
             run.checkpoint = saved
             run.files.drop_batches(saved.manifest.step)
+            await self._sync.offer_saved(run.files.directory, saved)
             await run.publish(saved)
             return saved
 

@@ -29,6 +29,13 @@ class LearnerSettings(ServiceSettings):
     """URL of the blob store that batches come from; empty is `<home>/blobs`."""
     keep_checkpoints: int = Field(default=3, ge=1)
     """Newest checkpoints kept per run."""
+    weight_sync: Literal["path", "full", "delta"] = "path"
+    """How policies get weights: by path alone, from a disk that they share; or through `blobs` as
+    well, whole each time or as deltas, for policies that do not."""
+    sync_dtype: Literal["bf16", "fp32"] = "bf16"
+    """Number type of weights in the blob store; deltas need bf16."""
+    snapshot_every: int = Field(default=20, ge=1, le=1000)
+    """With deltas, versions from one that is whole to the next."""
     start_timeout_s: float = Field(default=600.0, gt=0)
     """Time a worker gets to load model and engine before it is ended."""
     step_timeout_s: float = Field(default=3600.0, gt=0)
@@ -46,5 +53,14 @@ class LearnerSettings(ServiceSettings):
         if self.nodes > 1 and not self.address:
             raise ValueError(
                 "address: is needed with nodes above 1: a name of this machine that the others know"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_sync(self) -> Self:
+        if self.weight_sync == "delta" and self.sync_dtype == "fp32":
+            raise ValueError(
+                "weight_sync: is delta with sync_dtype fp32, of which a step changes nearly every "
+                "element; take bf16, of which it changes few, or full"
             )
         return self

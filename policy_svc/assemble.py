@@ -17,6 +17,7 @@ from policy_svc.engines.process import LocalOptions, ProcessEngine, local_engine
 from policy_svc.engines.scripted import Script, ScriptedEngine
 from policy_svc.engines.sglang import SglangEngine, SglangOptions
 from policy_svc.limits import Limits
+from policy_svc.offered import OfferedWeights
 from policy_svc.policy import Policy
 from policy_svc.settings import PolicySettings
 from policy_svc.usage import Usage
@@ -28,6 +29,7 @@ from policy_svc.versions import (
     is_whole,
     read_record,
 )
+from regreen.blobs import open_blobs
 from regreen.model_store import HEADER, ensure_default_model
 from regreen.rpc.errors import FailedPrecondition, MissingDependency, NotFound
 from regreen.rpc.logging import get
@@ -55,7 +57,12 @@ async def open_policy(settings: PolicySettings) -> Policy:
     await engine.start()
     if engine.version != serving.policy.version:
         serving = await _put_back(engine, serving, model)
-    source = WeightSource(model.resolve(), settings.home / "policy" / "weights")
+    folder = settings.home / "policy" / "weights"
+    offered = None
+    if settings.blobs:
+        # Not asked whether it may be written, as services that do ask: this one only reads.
+        offered = OfferedWeights(open_blobs(settings.blobs), folder / "offered")
+    source = WeightSource(model.resolve(), folder, offered)
     limits = Limits(
         settings.max_running, settings.max_waiting, settings.max_samples, settings.max_new_tokens
     )

@@ -28,6 +28,22 @@ LOAD_SECONDS = Histogram(
     "Time from the call to serving a new version.",
     buckets=(0.3, 1, 3, 10, 30, 100, 300),
 )
+FETCHES = Counter(
+    "regreen_policy_weight_fetches",
+    "Weights fetched from the blob store, by what they came as: delta, snapshot.",
+    ["kind"],
+)
+FETCH_BYTES = Counter("regreen_policy_weight_fetch_bytes", "Their bytes, by kind.", ["kind"])
+for _kind in ("delta", "snapshot"):
+    FETCHES.labels(_kind)
+    FETCH_BYTES.labels(_kind)
+FALLBACKS = Counter(
+    "regreen_policy_weight_fallbacks",
+    "Weights taken whole in place of deltas, by reason: no_base, damaged, missing.",
+    ["reason"],
+)
+for _reason in ("no_base", "damaged", "missing"):
+    FALLBACKS.labels(_reason)
 ENGINE_DEATHS = Counter(
     "regreen_policy_engine_deaths", "Times that the engine's process ended on its own."
 )

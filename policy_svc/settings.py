@@ -38,6 +38,9 @@ class PolicySettings(ServiceSettings):
     """CPU threads of a local engine; 0 takes all that the process may use."""
     kv_cache_gib: int = Field(default=1, ge=1)
     """Key/value cache of the openvino engine; twice that while a version is switched."""
+    blobs: str = ""
+    """URL of the blob store that the learner offers weights through (its `weight_sync`), where its
+    folders are not mounted here; empty: weights come by path alone."""
     restore: bool = True
     """Serve the version that served last when the service starts again."""
     sglang_urls: str = ""

@@ -21,6 +21,7 @@ from urllib.parse import unquote, urlsplit
 from policy_svc import metrics
 from policy_svc.engines.base import Engine
 from policy_svc.engines.weights import INDEX, SINGLE
+from policy_svc.offered import OfferedWeights, form_at
 from regreen.blobs import Digest, check_digest, open_blobs
 from regreen.rpc.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound
 from regreen.rpc.logging import get
@@ -57,13 +58,15 @@ class Serving:
 class WeightSource:
     """Finds the local path of weights; fetches blobs into `folder`."""
 
-    def __init__(self, base: Path, folder: Path) -> None:
-        self._base, self._folder = base, folder
+    def __init__(self, base: Path, folder: Path, offered: OfferedWeights | None = None) -> None:
+        self._base, self._folder, self._offered = base, folder, offered
 
-    async def path_of(self, policy: PolicyVersion, known: Path | None = None) -> Path:
+    async def path_of(
+        self, policy: PolicyVersion, serving: Path, known: Path | None = None
+    ) -> Path:
         """Return a safetensors file, or a folder with one, whose digest was checked.
 
-        The file of `known` has been.
+        What is at `serving` is not removed. The file of `known` has been checked.
 
         Raises:
             NotFound: nothing is there.
@@ -85,6 +88,8 @@ class WeightSource:
                 if known is None or not _one_file(path, known):
                     await self._verify(path, policy)
                 return path
+            if self._offered is not None and policy.sha256 and not path.is_dir():
+                return await self._offered.path_of(policy.sha256, {serving})
         return await self._fetch(policy)
 
     async def _verify(self, path: Path, policy: PolicyVersion) -> None:
@@ -160,7 +165,7 @@ class Versions:
             _check_order(policy, current, allow_older)
             start_s = time.monotonic()
             try:
-                path = await self._source.path_of(policy)
+                path = await self._source.path_of(policy, self._serving.path)
                 pause_s = await self._engine.load(policy.version, path)
             except BaseException:
                 metrics.LOADS.labels("failed").inc()
@@ -175,7 +180,8 @@ class Versions:
 
     async def _move(self, policy: PolicyVersion) -> PolicyVersion:
         """What serves is to be found at another place from now on."""
-        path = await self._source.path_of(policy, known=self._serving.path)
+        serving = self._serving.path
+        path = await self._source.path_of(policy, serving, known=serving)
         self._engine.moved(path)
         self._serving = Serving(policy, path, self._serving.since_s)
         await asyncio.to_thread(write_record, self._record, self._serving)
@@ -237,6 +243,9 @@ def _one_file(path: Path, other: Path) -> bool:
 def is_whole(serving: Serving) -> bool:
     """Whether weights with a digest still match it: they may not have reached the disk."""
     expected, file = serving.policy.sha256, _file(serving.path)
+    form = form_at(serving.path)
+    if form is not None and form.sha256 == expected:
+        expected = form.weights.sha256
     return not expected or (file.is_file() and _digest(file).sha256 == expected)
 
 

@@ -23,7 +23,7 @@ OWN = {
     "dataset": ("database_url", "blobs", "pg_bin", "pg_user", "fsync"),
     "judge": ("policy_address", "policy_tls_ca", "policy_token_file"),
     "learner": ("blobs", "processes", "nodes", "address"),
-    "policy": ("http", "sglang_urls", "sglang_path_map", "script"),
+    "policy": ("blobs", "http", "sglang_urls", "sglang_path_map", "script"),
     "sandbox": (
         *("backend", "blobs", "egress_upstream", "docker_image", "docker_runtime", "docker_pool"),
         *("docker_pool_total", "kube_name", "kube_config", "kube_namespace", "kube_image"),

@@ -26,6 +26,7 @@ BENCHMARKS = {
     "sandbox": "sandbox_svc.bench",
     "policy": "policy_svc.bench",
     "learner": "learner_svc.bench",
+    "weight-sync": "learner_svc.bench_sync",
     "sandbox-service": "sandbox_svc.bench_service",
     "sandbox-warm": "sandbox_svc.bench_warm",
     "sandbox-tasks": "sandbox_svc.bench_tasks",
@@ -70,7 +71,7 @@ def bench(
         output.fail(InvalidArgument("names", f"{unknown[0]!r} is unknown", f"give one of {known}"))
     of_load = _of_load(chosen, builds, levels)
     _make_folder(out)
-    if {"policy", "learner", "rl", "load"} & set(chosen):
+    if {"policy", "learner", "weight-sync", "rl", "load"} & set(chosen):
         _make_model()
     results: dict[str, Any] = {}
     failed = []

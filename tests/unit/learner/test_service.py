@@ -8,6 +8,7 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -33,7 +34,7 @@ RATE = pb.Hyperparameters(learning_rate=1e-3)
 
 
 @asynccontextmanager
-async def learner(home: Path, **config: int) -> AsyncIterator[tuple[LearnerClient, Runs]]:
+async def learner(home: Path, **config: Any) -> AsyncIterator[tuple[LearnerClient, Runs]]:
     settings = LearnerSettings(listen="127.0.0.1:0", metrics="127.0.0.1:0", home=home, drain_s=0)
     runs = Runs(home, open_blobs(home / "blobs"), RunsConfig(**config))
     server = Server(settings, ("regreen.learner.v1.LearnerService",))
