@@ -115,7 +115,7 @@ async def test_a_bare_cluster_is_told_what_it_lacks(tmp_path):
     assert code == 1
     assert {name for name, row in found.items() if not row["ok"]} == {
         *("kubernetes version", "kind: JobSet", "nodes", "namespace elsewhere", "permissions"),
-        "permissions for workers",
+        *("permissions for workers", "secrets of workers"),
     }
     workers = found["permissions for workers"]["found"]
     assert workers == "may not create roles.rbac.authorization.k8s.io"
