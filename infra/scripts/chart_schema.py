@@ -34,6 +34,8 @@ OWN = {
 }
 """Said by the chart, or of no use in a cluster."""
 _URL = r"^https?://[^\s/@?#]+(/[^\s@]*)?$"
+_HOST = r"(\*\.)?[^\s/@,*]+"
+_HOSTS = rf"^({_HOST}(, ?{_HOST})*)?$"
 _BYTE = "(25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
 _IPV4 = rf"({_BYTE}\.){{3}}{_BYTE}"
 _IPV6 = r"[0-9a-f:]*:[0-9a-f:]+(/(12[0-8]|1[01][0-9]|[1-9]?[0-9]))?"
@@ -43,6 +45,8 @@ NARROWER: dict[tuple[str, str], dict[str, Any]] = {
     ("policy", "engine"): {"enum": ["auto", "openvino", "torch", "openai"]},
     ("policy", "openai_url"): {"pattern": _URL},
     ("judge", "openai_url"): {"pattern": _URL},
+    ("sandbox", "egress_hosts"): {"pattern": _HOSTS},
+    ("sandbox", "prepare_hosts"): {"pattern": _HOSTS},
     ("sandbox", "egress_private"): {"pattern": rf"^({_NETWORK}(, ?{_NETWORK})*)?$"},
 }
 """What a service takes, and could not start with in this chart, or refuses by more than a type."""

@@ -9,12 +9,10 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from chart.objects import Object, label, labels_of, matches, pods_of
+from chart.objects import Object, fronts, label, labels_of, matches, pods_of
 
 _NEVER = ("learner", "follower")
 """Components that end well when they are asked to, and are not begun anew."""
-_WORKERS = "KUBE_WORKERS"
-_DEFAULT_WORKERS = 2
 
 
 def check_budgets(objects: list[Object]) -> Iterator[str]:
@@ -51,9 +49,10 @@ def _count(objects: list[Object], budget: Object) -> int:
         if obj["metadata"].get("namespace") == space:
             pods = [one for one in pods_of(obj) if matches(selector, labels_of(one))]
             found += _replicas(objects, obj) if pods else 0
-        for said in _fronts(obj):
-            if matches(selector, said["labels"]) and space == said["namespace"]:
-                found += said["workers"]
+        for template in pods_of(obj):
+            for workers in fronts(template):
+                if space == workers.namespace and matches(selector, workers.labels):
+                    found += workers.number
     return found
 
 
@@ -69,27 +68,3 @@ def _replicas(objects: list[Object], obj: Object) -> int:
             return int(of.get("minReplicas", of.get("minReplicaCount", 1)))
     size = (spec.get("leaderWorkerTemplate") or {}).get("size", 1)
     return int(spec.get("replicas", 1)) * int(size)
-
-
-def _fronts(obj: Object) -> Iterator[dict[str, Any]]:
-    """Workers that a front makes: labels, namespace and number."""
-    for template in pods_of(obj):
-        for container in template["spec"]["containers"]:
-            words = [str(word).partition("=") for word in container.get("args") or ()]
-            said = {flag: value for flag, _, value in words if flag.startswith("--kube-")}
-            if "--kube-name" not in said:
-                continue
-            given = [
-                entry["value"]
-                for entry in container.get("env") or ()
-                if entry["name"].endswith(f"__{_WORKERS}")
-            ]
-            yield {
-                "labels": {
-                    "app.kubernetes.io/name": "regreen-sandbox",
-                    "app.kubernetes.io/managed-by": "regreen",
-                    "regreen.dev/instance": said["--kube-name"],
-                },
-                "namespace": said.get("--kube-namespace"),
-                "workers": int(given[0]) if given else _DEFAULT_WORKERS,
-            }

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from chart.alerts import check_expressions
 from chart.amounts import check_amounts
 from chart.budgets import check_budgets
-from chart.objects import Object, check_kind, label, labels_of, matches, pods_of
+from chart.objects import Object, check_kind, fronts, label, labels_of, matches, pods_of
 from chart.pods import check_pod
 from chart.rights import check_rights
 from chart.tokens import check_certificates, check_tokens
@@ -20,8 +20,6 @@ _OF_CLUSTERS = ("ClusterRole", "ClusterRoleBinding", "Namespace", "PriorityClass
 _SELECTING = ("DaemonSet", "Deployment", "StatefulSet")
 _UNCOUNTED = ("CronJob", "DaemonSet", "Job", "Pod")
 """Kinds whose pods no budget for disruptions keeps up."""
-_WORKERS = {"app.kubernetes.io/name": "regreen-sandbox", "app.kubernetes.io/managed-by": "regreen"}
-"""Labels that a front gives its workers, beside that of itself."""
 
 
 def check_fleet(objects: list[Object]) -> Iterator[str]:
@@ -86,18 +84,13 @@ def shuts_off(wall: Object) -> bool:
 def check_workers(objects: list[Object], pods: list[tuple[Object, Object]]) -> Iterator[str]:
     """Workers, which a front makes and no release holds, are shut off where they will be."""
     for obj, template in pods:
-        for container in template["spec"]["containers"]:
-            words = [str(word).partition("=") for word in container.get("args") or ()]
-            said = {flag: value for flag, _, value in words if flag.startswith("--kube-")}
-            if "--kube-name" not in said:
-                continue
-            labels = {"regreen.dev/instance": said["--kube-name"]} | _WORKERS
+        for workers in fronts(template):
             if not any(
                 shuts_off(one)
                 for one in objects
                 if one["kind"] == "NetworkPolicy"
-                and one["metadata"].get("namespace") == said.get("--kube-namespace")
-                and matches(one["spec"].get("podSelector"), labels)
+                and one["metadata"].get("namespace") == workers.namespace
+                and matches(one["spec"].get("podSelector"), workers.labels)
             ):
                 yield (
                     f"{label(obj)}: no network policy shuts its workers off:"

@@ -147,6 +147,14 @@ def test_networks_that_the_chart_takes_the_service_takes(chart_tools, networks):
     assert SandboxSettings(egress_private=networks).egress_private == networks
 
 
+@pytest.mark.parametrize("hosts", ["pypi.org,*.example.org:8443, [::1]", "bücher.example", "a_b."])
+def test_hosts_that_the_chart_takes_the_service_takes(chart_tools, hosts):
+    values = chart.over(chart.values("small"), "sandbox.settings.egress_hosts", hosts)
+    (answer,) = chart.tried([{"values": values}])
+    assert (answer["refused"], answer["schema"], answer["policy"]) == ("", [], [])
+    assert SandboxSettings(egress_hosts=hosts).egress_hosts == hosts
+
+
 @pytest.mark.parametrize(("name", "http"), [("small", False), ("full", True)])
 def test_the_policy_is_reached_where_it_serves_and_reaches_no_bucket(rendered, name, http):
     (policy,) = [c for c in chart.containers(rendered[name]) if c["name"] == "policy"]
