@@ -19,6 +19,7 @@ from sandbox_svc.egress_exchange import Bounds
 from sandbox_svc.egress_log import Ledger
 from sandbox_svc.egress_route import Upstream
 from sandbox_svc.egress_rules import parse_networks
+from sandbox_svc.fleet import placement
 from sandbox_svc.pool import PoolLimits
 from sandbox_svc.upkeep import UpkeepLimits
 from sandbox_svc.warm import WarmSettings
@@ -118,6 +119,20 @@ class SandboxSettings(ServiceSettings):
     kube_tls_secret: str = ""
     """Secret in the workers' namespace with `ca.crt`, `tls.crt` and `tls.key` of a service named
     `sandbox-worker`: workers serve with it, and the front calls them with its own certificate."""
+    kube_index_url: str = ""
+    """Package index of the workers, without a password; empty is uv's default."""
+    kube_env_secrets: str = ""
+    """Secrets in the workers' namespace whose entries become variables of the workers, by comma: an
+    index with a password (`REGREEN_INDEX_URL`), a proxy (`HTTPS_PROXY`, and for sandboxes
+    `REGREEN_SANDBOX__EGRESS_UPSTREAM`). No sandbox sees them."""
+    kube_pull_secrets: str = ""
+    """Secrets in the workers' namespace with which their image is pulled, by comma."""
+    kube_node_selector: str = ""
+    """Labels of the nodes that take workers: `name=value`, by comma."""
+    kube_tolerations: str = ""
+    """Tolerations of the workers, as JSON."""
+    kube_priority_class: str = ""
+    """PriorityClass of the workers."""
     kube_cpus: float = Field(default=4.0, gt=0)
     """Cores of one worker."""
     kube_memory_bytes: int = Field(default=16 << 30, ge=256 << 20)
@@ -171,6 +186,24 @@ class SandboxSettings(ServiceSettings):
                 "kube_tls_secret: the front shows its workers a certificate of its own; "
                 "set tls_cert, tls_key and tls_ca too"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_placement(self) -> Self:
+        for name, read in (
+            ("kube_index_url", placement.index_url),
+            ("kube_env_secrets", placement.names),
+            ("kube_pull_secrets", placement.names),
+            ("kube_node_selector", placement.labels),
+            ("kube_tolerations", placement.tolerations),
+            ("kube_priority_class", placement.names),
+        ):
+            try:
+                read(getattr(self, name))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        if "," in self.kube_priority_class:
+            raise ValueError("kube_priority_class: names several; give one")
         return self
 
     @model_validator(mode="after")

@@ -25,12 +25,33 @@ OWN = {
     "learner": ("blobs", "processes", "nodes", "address"),
     "policy": ("blobs", "http", "sglang_urls", "sglang_path_map", "script"),
     "sandbox": (
-        *("backend", "blobs", "egress_upstream", "docker_image", "docker_runtime", "docker_pool"),
-        *("docker_pool_total", "kube_name", "kube_config", "kube_namespace", "kube_image"),
-        *("kube_secret", "kube_tls_secret", "kube_keep_workers"),
+        *("backend", "behind_front", "blobs", "egress_upstream", "docker_image", "docker_runtime"),
+        *("docker_pool", "docker_pool_total", "kube_name", "kube_config", "kube_namespace"),
+        *("kube_image", "kube_secret", "kube_tls_secret", "kube_keep_workers", "kube_index_url"),
+        *("kube_env_secrets", "kube_pull_secrets", "kube_node_selector", "kube_tolerations"),
+        "kube_priority_class",
     ),
 }
 """Said by the chart, or of no use in a cluster."""
+_URL = r"^https?://[^\s/@?#]+(/[^\s@]*)?$"
+_HOST = r"(\*\.)?[^\s/@,*]+"
+_HOSTS = rf"^({_HOST}(, ?{_HOST})*)?$"
+_BYTE = "(25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
+_IPV4 = rf"({_BYTE}\.){{3}}{_BYTE}"
+_IPV6 = r"[0-9a-f:]*:[0-9a-f:]+(/(12[0-8]|1[01][0-9]|[1-9]?[0-9]))?"
+_NETWORK = rf"({_IPV4}(/(3[0-2]|[12]?[0-9]))?|{_IPV6})"
+NARROWER: dict[tuple[str, str], dict[str, Any]] = {
+    # sglang follows from sglang.enabled; scripted needs a file that no pod has.
+    ("policy", "engine"): {"enum": ["auto", "openvino", "torch", "openai"]},
+    ("policy", "openai_url"): {"pattern": _URL},
+    ("judge", "openai_url"): {"pattern": _URL},
+    ("sandbox", "egress_hosts"): {"pattern": _HOSTS},
+    ("sandbox", "prepare_hosts"): {"pattern": _HOSTS},
+    ("sandbox", "egress_private"): {"pattern": rf"^({_NETWORK}(, ?{_NETWORK})*)?$"},
+}
+"""What a service takes, and could not start with in this chart, or refuses by more than a type."""
+_MOST = 1 << 53
+"""Whole numbers beyond are no longer exact in values, which Helm reads as floats."""
 
 
 def setting(described: dict[str, Any]) -> dict[str, Any]:
@@ -38,6 +59,8 @@ def setting(described: dict[str, Any]) -> dict[str, Any]:
     for option in described.get("anyOf", ()):
         if option.get("type") != "null":
             described = {**described, **option}
+    if described.get("type") == "integer":
+        described = {"maximum": _MOST} | described
     left_out = ("title", "default", "anyOf", "format", "writeOnly")
     return {key: value for key, value in described.items() if key not in left_out}
 
@@ -53,11 +76,11 @@ def definitions() -> dict[str, Any]:
             if described.get("writeOnly"):
                 secret[name] = {"$ref": "#/$defs/secretKey"}
             elif name not in (*PLACES, *own):
-                plain[name] = setting(described)
+                plain[name] = setting(described) | NARROWER.get((service, name), {})
         found[f"{service}Settings"] = closed(plain)
         if secret:
             found[f"{service}SecretSettings"] = closed(secret)
-    bound = {"type": "integer", "minimum": 0}
+    bound = {"type": "integer", "minimum": 0, "maximum": _MOST}
     return found | {"quota": closed(dict.fromkeys(NAMES, bound))}
 
 

@@ -65,7 +65,7 @@ class Finding:
 
     name: str
     ok: bool | None
-    """None where it could not be looked at."""
+    """None where it could not be looked at, or is a fault for some alone."""
     found: str
     remedy: str = ""
 
@@ -114,7 +114,7 @@ def doctor(
         )
     unknown = [item.name for item in findings if item.ok is None]
     if unknown:
-        typer.echo(f"doctor: not looked at: {', '.join(unknown)}", err=True)
+        typer.echo(f"doctor: not known: {', '.join(unknown)}", err=True)
     if any(item.ok is False for item in findings):
         raise typer.Exit(output.FAILED)
 

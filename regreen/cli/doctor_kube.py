@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from regreen import kube_config
+from regreen.cli import doctor_kube_needs as needs
 from regreen.cli.doctor import Finding
 from regreen.rpc.errors import MissingDependency, RegreenError
 
@@ -26,6 +27,8 @@ _PLUGINS = ("cilium", "calico", "antrea", "kube-router", "canal", "ovnkube", "we
 _WALLS = ("gvisor", "runsc", "kata")
 _REFUSING = ("baseline", "restricted")
 _RIGHTS = "permissions for workers"
+_METADATA = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
+"""What is asked for where nothing but names and labels is needed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +109,9 @@ class Api:
         """End the connections."""
         await self._http.aclose()
 
-    async def ask(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+    async def ask(
+        self, path: str, body: Mapping[str, Any] | None = None, *, accept: str = "application/json"
+    ) -> dict[str, Any] | None:
         """What is at a path; None if nothing is.
 
         Raises:
@@ -115,7 +120,7 @@ class Api:
         """
         try:
             if body is None:
-                answer = await self._http.get(path)
+                answer = await self._http.get(path, headers={"Accept": accept})
             else:
                 answer = await self._http.post(path, json=body)
         except self._error as error:
@@ -132,8 +137,8 @@ class Api:
             raise RegreenError(f"{self.server}{path} answers no JSON") from error
         return found
 
-    async def items(self, path: str) -> list[dict[str, Any]]:
-        """The entries of a list, all pages of it.
+    async def items(self, path: str, *, metadata_alone: bool = False) -> list[dict[str, Any]]:
+        """The entries of a list, all pages of it; with `metadata_alone` nothing else of them.
 
         Raises:
             As `ask`.
@@ -141,7 +146,8 @@ class Api:
         found: list[dict[str, Any]] = []
         more = ""
         while True:
-            page = await self.ask(f"{path}?limit=500{more}") or {}
+            accept = _METADATA if metadata_alone else "application/json"
+            page = await self.ask(f"{path}?limit=500{more}", accept=accept) or {}
             found += page.get("items") or []
             token = (page.get("metadata") or {}).get("continue")
             if not token:
@@ -168,6 +174,14 @@ async def look(
             ("runtime classes", lambda: _runtime_classes(api)),
             ("nodes", lambda: _nodes(api)),
             (f"namespace {space}", lambda: _namespace(api, space, holds_workers=space == workers)),
+            ("secrets", lambda: needs.secrets(api, space, needs.SECRETS, "secrets")),
+            (
+                "secrets of workers",
+                lambda: needs.secrets(api, workers, needs.SECRETS_OF_WORKERS, "secrets of workers"),
+            ),
+            ("shared storage", lambda: needs.storage(api)),
+            ("claims", lambda: needs.claims(api, space)),
+            ("queue", lambda: needs.queue(api, space)),
             ("network policies", lambda: _network(api, space, workers)),
             ("network plugin", lambda: _plugin(api)),
             ("permissions", lambda: _permissions(api, space, INSTALLS)),

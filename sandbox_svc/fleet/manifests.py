@@ -22,6 +22,7 @@ from typing import Any
 from regreen.bucket import secrets_folder
 from regreen.rpc.certificates import CA, CERT, KEY
 from regreen.settings import PLACES
+from sandbox_svc.fleet import placement
 from sandbox_svc.settings import SandboxSettings
 
 GRPC_PORT = 50052
@@ -174,7 +175,19 @@ class Plan:
         }
         if settings.kube_runtime_class:
             spec["runtimeClassName"] = settings.kube_runtime_class
-        return spec
+        return spec | self._placement()
+
+    def _placement(self) -> Manifest:
+        """Where the pod may run, before whom, and how its image is pulled."""
+        settings = self.settings
+        pull = [{"name": name} for name in placement.names(settings.kube_pull_secrets)]
+        asked: Manifest = {
+            "imagePullSecrets": pull,
+            "nodeSelector": placement.labels(settings.kube_node_selector),
+            "tolerations": placement.tolerations(settings.kube_tolerations),
+            "priorityClassName": settings.kube_priority_class,
+        }
+        return {name: value for name, value in asked.items() if value}
 
     def _secret_volumes(self) -> list[Manifest]:
         named = {"tls": self.settings.kube_tls_secret}
@@ -220,12 +233,13 @@ class Plan:
                 if settings.kube_apparmor == "unconfined"
                 else {"type": "Localhost", "localhostProfile": settings.kube_apparmor}
             )
-        given: Manifest = {}
+        variables = placement.names(settings.kube_env_secrets)
         if settings.kube_secret and self._blob_folder:
             mounts.append({"name": "blobs", "mountPath": self._blob_folder, "readOnly": True})
         elif settings.kube_secret:
-            given = {"envFrom": [{"secretRef": {"name": settings.kube_secret}}]}
-        return given | {
+            variables.insert(0, settings.kube_secret)
+        given: Manifest = {"envFrom": [{"secretRef": {"name": name}} for name in variables]}
+        return (given if variables else {}) | {
             "name": CONTAINER,
             "image": settings.kube_image,
             "command": ["python3", "-m", "sandbox_svc"],
@@ -233,6 +247,7 @@ class Plan:
             "env": [
                 {"name": "POD_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}},
                 {"name": "HOME", "value": "/home/regreen"},
+                *self._index(),
             ],
             "ports": [
                 {"name": "grpc", "containerPort": GRPC_PORT},
@@ -245,6 +260,11 @@ class Plan:
             | {"periodSeconds": 10, "failureThreshold": 6, "initialDelaySeconds": 60},
             "volumeMounts": mounts,
         }
+
+    def _index(self) -> list[Manifest]:
+        """Where preparations have packages from, if it is said."""
+        url = self.settings.kube_index_url
+        return [{"name": "REGREEN_INDEX_URL", "value": _literal(url)}] if url else []
 
     def _arguments(self) -> list[str]:
         settings = self.settings

@@ -36,7 +36,7 @@ async def serving(settings: SandboxSettings) -> AsyncIterator[Server]:
         raise InvalidArgument(
             "egress_upstream",
             "would stand in the pods' specs with its password",
-            "leave it out; give workers a way out by the cluster's network",
+            "leave it out; name a Secret with REGREEN_SANDBOX__EGRESS_UPSTREAM in kube_env_secrets",
         )
     home = settings.home / "sandbox"
     home.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 Object = dict[str, Any]
@@ -58,6 +59,32 @@ def pods_of(at: Any) -> Iterator[Object]:
         else:
             for one in at.values():
                 yield from pods_of(one)
+
+
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """Pods that a front makes and no release holds."""
+
+    namespace: str
+    labels: Object
+    number: int
+
+
+def fronts(template: Object) -> Iterator[Workers]:
+    """What the fronts in a pod make, by their arguments and settings."""
+    for container in template["spec"]["containers"]:
+        words = [str(word).partition("=") for word in container.get("args") or ()]
+        said = {flag: value for flag, _, value in words if flag.startswith("--kube-")}
+        if "--kube-name" not in said:
+            continue
+        env = {entry["name"]: entry.get("value") for entry in container.get("env") or ()}
+        labels = {
+            "app.kubernetes.io/name": "regreen-sandbox",
+            "app.kubernetes.io/managed-by": "regreen",
+            "regreen.dev/instance": said["--kube-name"],
+        }
+        number = int(env.get("REGREEN_SANDBOX__KUBE_WORKERS") or 2)  # the setting's default
+        yield Workers(said.get("--kube-namespace", ""), labels, number)
 
 
 def labels_of(template: Object) -> Object:

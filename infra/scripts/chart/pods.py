@@ -19,7 +19,14 @@ _SECRET = re.compile(
     re.IGNORECASE,
 )
 _IN_URL = re.compile(r"://[^/@]*:[^/@]*@")
-"""As the chart refuses both in `env` (templates/checks.yaml)."""
+_WORD = r"[a-z.]*(([a-z]+-)*api[_-]?key|(access[_-])?token|passw(or)?d|secret)"
+_IN_VALUE = re.compile(rf"(^|[\s,;&?])(-{{0,2}}{_WORD}=|--{_WORD}\s+)\S", re.IGNORECASE)
+"""As the chart refuses them in `env` (templates/checks.yaml)."""
+_LAUNCHERS = {
+    *("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
+    "SSLKEYLOGFILE",
+}
+"""Variables that say who else there is, which a launcher does, or write keys down."""
 _VOLUMES = {
     *("configMap", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim"),
     *("projected", "secret"),
@@ -173,7 +180,10 @@ def check_container(at: str, container: Object, fleet_worker: bool) -> Iterator[
 def check_variable(at: str, entry: Object) -> Iterator[str]:
     """A variable holds no secret: other processes of the user read it, and children inherit it."""
     secret = _SECRET.search(entry["name"])
-    if "value" in entry and (secret or _IN_URL.search(str(entry["value"]))):
+    if entry["name"] in _LAUNCHERS:
+        yield f"{at} is for a launcher or a debugger to set: leave it out"
+    value = str(entry.get("value", ""))
+    if "value" in entry and (secret or _IN_URL.search(value) or _IN_VALUE.search(value)):
         yield f"{at} is in plain sight: use a mounted file"
     by_reference = "secretKeyRef" in (entry.get("valueFrom") or {})
     if by_reference and (secret or entry["name"].startswith("REGREEN_")):

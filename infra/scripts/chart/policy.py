@@ -5,22 +5,21 @@
   each other.
 """
 
-import re
 from collections.abc import Callable, Iterator
 
 from chart.alerts import check_expressions
 from chart.amounts import check_amounts
-from chart.objects import Object, check_kind, label, labels_of, matches, pods_of
+from chart.budgets import check_budgets
+from chart.objects import Object, check_kind, fronts, label, labels_of, matches, pods_of
 from chart.pods import check_pod
 from chart.rights import check_rights
-from chart.tokens import check_tokens
+from chart.tokens import check_certificates, check_tokens
 from chart.walls import check_network
 
 _OF_CLUSTERS = ("ClusterRole", "ClusterRoleBinding", "Namespace", "PriorityClass")
+_SELECTING = ("DaemonSet", "Deployment", "StatefulSet")
 _UNCOUNTED = ("CronJob", "DaemonSet", "Job", "Pod")
 """Kinds whose pods no budget for disruptions keeps up."""
-_WORKERS = {"app.kubernetes.io/name": "regreen-sandbox", "app.kubernetes.io/managed-by": "regreen"}
-"""Labels that a front gives its workers, beside that of itself."""
 
 
 def check_fleet(objects: list[Object]) -> Iterator[str]:
@@ -44,10 +43,13 @@ def check_release(objects: list[Object]) -> Iterator[str]:
             pods.append((obj, template))
     for obj, template in pods:
         yield from check_guarded(obj, labels_of(template), objects)
+    yield from check_selectors(objects)
+    yield from check_budgets(objects)
     yield from check_services(objects, pods)
     yield from check_references(objects, pods)
     yield from check_workers(objects, pods)
     yield from check_tokens(pods)
+    yield from check_certificates(pods)
     yield from check_rights(objects)
     for kind, check in _OF_KINDS.items():
         for obj in (obj for obj in objects if obj["kind"] == kind):
@@ -82,18 +84,13 @@ def shuts_off(wall: Object) -> bool:
 def check_workers(objects: list[Object], pods: list[tuple[Object, Object]]) -> Iterator[str]:
     """Workers, which a front makes and no release holds, are shut off where they will be."""
     for obj, template in pods:
-        for container in template["spec"]["containers"]:
-            words = [str(word).partition("=") for word in container.get("args") or ()]
-            said = {flag: value for flag, _, value in words if flag.startswith("--kube-")}
-            if "--kube-name" not in said:
-                continue
-            labels = {"regreen.dev/instance": said["--kube-name"]} | _WORKERS
+        for workers in fronts(template):
             if not any(
                 shuts_off(one)
                 for one in objects
                 if one["kind"] == "NetworkPolicy"
-                and one["metadata"].get("namespace") == said.get("--kube-namespace")
-                and matches(one["spec"].get("podSelector"), labels)
+                and one["metadata"].get("namespace") == workers.namespace
+                and matches(one["spec"].get("podSelector"), workers.labels)
             ):
                 yield (
                     f"{label(obj)}: no network policy shuts its workers off:"
@@ -101,16 +98,14 @@ def check_workers(objects: list[Object], pods: list[tuple[Object, Object]]) -> I
                 )
 
 
-def check_budget(budget: Object) -> Iterator[str]:
-    """A budget lets pods be taken away, one by one: nodes are drained, and parts stay up."""
-    spec, at = budget["spec"], label(budget)
-    most = str(spec.get("maxUnavailable", "1")).strip()
-    if re.fullmatch("0+%?", most):
-        yield f"{at}: maxUnavailable is {most}, so that no node is ever drained: give 1"
-    elif not re.fullmatch(r"\d+|\d{1,2}%", most):
-        yield f"{at}: maxUnavailable is {most}, all at once or no share: give 1"
-    if spec.get("minAvailable") == "100%":
-        yield f"{at}: minAvailable is 100%, so that no node is ever drained: give fewer"
+def check_selectors(objects: list[Object]) -> Iterator[str]:
+    """What makes pods selects those that it makes."""
+    for obj in objects:
+        spec = obj.get("spec") or {}
+        if obj["kind"] in _SELECTING and not matches(
+            spec["selector"], spec["template"]["metadata"].get("labels") or {}
+        ):
+            yield f"{label(obj)}: selector does not select its own pods: name their labels"
 
 
 def check_services(objects: list[Object], pods: list[tuple[Object, Object]]) -> Iterator[str]:
@@ -148,7 +143,6 @@ def check_services(objects: list[Object], pods: list[tuple[Object, Object]]) -> 
 def check_references(objects: list[Object], pods: list[tuple[Object, Object]]) -> Iterator[str]:
     """What pods and scalers name of the release is in it."""
     there = {(obj["kind"], obj["metadata"]["name"]) for obj in objects}
-    own = {obj["metadata"]["name"] for obj in objects}
     for obj, template in pods:
         spec = template["spec"]
         wanted = [("ServiceAccount", spec.get("serviceAccountName"))]
@@ -160,15 +154,20 @@ def check_references(objects: list[Object], pods: list[tuple[Object, Object]]) -
             if name and (kind, name) not in there:
                 yield f"{label(obj)}: there is no {kind} {name}: name one of the release"
     for obj in objects:
-        target = (obj.get("spec") or {}).get("scaleTargetRef")
-        if target and target["name"] not in own:
-            at = f"{label(obj)}: scaleTargetRef is {target['name']}"
+        spec = obj.get("spec") or {}
+        if not (target := spec.get("scaleTargetRef")):
+            continue
+        named = (target.get("kind", "Deployment"), target["name"])
+        if named not in there:
+            at = f"{label(obj)}: scaleTargetRef is {'/'.join(named)}"
             yield f"{at}, which is not there: name an object of the release"
+        for least, most in (("minReplicas", "maxReplicas"), ("minReplicaCount", "maxReplicaCount")):
+            if spec.get(least, 0) > spec.get(most, spec.get(least, 0)):
+                yield f"{label(obj)}: {least} is above {most}: raise the latter"
 
 
 _OF_KINDS: dict[str, Callable[[Object], Iterator[str]]] = {
     "NetworkPolicy": check_network,
-    "PodDisruptionBudget": check_budget,
     "PrometheusRule": check_expressions,
 }
 """Rules for one object of a kind."""

@@ -23,6 +23,23 @@ class Refused(Exception):
     """Helm refuses values or cannot render them."""
 
 
+class _Loader(yaml.CSafeLoader):
+    """Refuses a mapping with one key twice, of which YAML's readers take either."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping.
+
+        Raises:
+            ConstructorError: a key is there twice.
+        """
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+        if twice:
+            said = f"{', '.join(twice)} is there twice"
+            raise yaml.constructor.ConstructorError(None, None, said, node.start_mark)
+        return dict(super().construct_mapping(node, deep=deep))
+
+
 class Chart:
     """The chart, loaded once."""
 
@@ -89,7 +106,7 @@ def parse(text: str, path: str) -> list[dict[str, Any]]:
         Refused: it is no YAML.
     """
     try:
-        return [obj for obj in yaml.load_all(text, Loader=yaml.CSafeLoader) if obj]
+        return [obj for obj in yaml.load_all(text, Loader=_Loader) if obj]
     except yaml.YAMLError as error:
         raise Refused(f"{path}: {error}") from error
 

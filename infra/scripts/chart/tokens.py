@@ -1,16 +1,21 @@
-"""Which pod may have which token of the platform's own.
+"""Which pod may have which token and which certificate of the platform's own.
 
 - One Secret holds the tokens of all parts, each an entry named as its part: a pod mounts its own
   entry, and never the whole.
 - The Secret is known by where tokens are mounted, whatever its name is.
+- A certificate is a Secret PREFIX-PART-tls, which the pods of that part mount and no others.
 """
 
+import re
 from collections.abc import Iterator
 
 from chart.objects import Object, label, labels_of
 
 _PLACE = "/etc/regreen/token"
 _DEFAULT = "regreen-client-tokens"
+_CERTIFICATES = re.compile(
+    r"(?:.*-)?(dataset|sandbox|sandbox-worker|policy|judge|learner|rollout|driver|operator)-tls"
+)
 _DRIVERS = {"driver", "operator"}
 """Entries for pods that are no part of the release; one of them at a time."""
 
@@ -33,6 +38,29 @@ def check_tokens(pods: list[tuple[Object, Object]]) -> Iterator[str]:
             ]
             if any(ref and ref["name"] in names for ref in refs):
                 yield f"{label(obj)}: {container['name']}: env has tokens: mount the part's own"
+
+
+def check_certificates(pods: list[tuple[Object, Object]]) -> Iterator[str]:
+    """Each pod has no certificate but its own."""
+    for obj, template in pods:
+        own = _own(labels_of(template))
+        own = own | {"rollout"} if own == _DRIVERS else own
+        named = [
+            (f"volumes[{volume['name']}]", name)
+            for volume in template["spec"].get("volumes") or []
+            for name, _ in _secrets(volume)
+        ]
+        for container in template["spec"]["containers"]:
+            refs = [one.get("secretRef") for one in container.get("envFrom") or []]
+            refs += [
+                (one.get("valueFrom") or {}).get("secretKeyRef")
+                for one in container.get("env") or []
+            ]
+            named += [(f"{container['name']}: env", ref["name"]) for ref in refs if ref]
+        for at, name in named:
+            part = _CERTIFICATES.fullmatch(name)
+            if part and part[1] not in own:
+                yield f"{label(obj)}: {at} has the certificate {name}: mount this part's own"
 
 
 def _check(at: str, source: Object, own: set[str]) -> Iterator[str]:

@@ -22,7 +22,7 @@ _PRIVATE = (
     *_METADATA,
 )
 _WAYS_OUT = {
-    **{(who, 443): _PRIVATE for who in ("dataset", "policy", "learner", "workers")},
+    **{(who, 443): _PRIVATE for who in ("dataset", "learner", "workers")},
     **{(who, 5432): _METADATA for who in ("dataset", "migrate")},
     **{("sandbox", port): _METADATA for port in (443, 6443)},
 }
@@ -60,12 +60,21 @@ def check_network(policy: Object) -> Iterator[str]:
 
 
 def _unreadable(at: str, peers: list[Object] | None) -> Iterator[str]:
-    """Blocks that are no networks."""
+    """Peers that no API server takes: blocks that are no networks, or not in each other."""
     for number, peer in enumerate(peers or []):
         block = peer.get("ipBlock") or {}
-        for text in [block["cidr"], *(block.get("except") or [])] if block else ():
+        if block and len(peer) > 1:
+            beside = ", ".join(sorted(set(peer) - {"ipBlock"}))
+            yield f"{at}[{number}] has {beside} beside an ipBlock: make two peers of it"
+        left_out = block.get("except") or []
+        for text in [block["cidr"], *left_out] if block else ():
             if _network(text) is None:
                 yield f"{at}[{number}].ipBlock has {text}, which is no network: write 10.0.0.0/8"
+        whole = _network(block["cidr"]) if block else None
+        for text in left_out if whole else ():
+            net = _network(text)
+            if net and whole and (net == whole or not _covers(whole, net)):
+                yield f"{at}[{number}].ipBlock leaves {text} out, which is not in it: drop that"
 
 
 def _credentials(at: str, rule: Object) -> Iterator[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from dataset_svc.measures import ROLLOUTS
 from dataset_svc.models import ROLLOUT_STATES
@@ -120,6 +121,62 @@ def test_workers_are_those_that_the_chart_makes_room_for(rendered, settings_of, 
     opened = {port["port"] for rule in wall["spec"]["ingress"] for port in rule["ports"]}
     assert opened == ports
     assert pod["spec"]["containers"][0]["name"] == CONTAINER
+
+
+def test_workers_have_the_index_the_nodes_and_the_secrets_of_the_values(rendered, settings_of):
+    spec = front_plan(rendered["full"], settings_of).pod_spec()
+    (container,) = spec["containers"]
+    given = chart.values("full")["sandbox"]["workers"]
+    index = {"name": "REGREEN_INDEX_URL", "value": given["indexUrl"]}
+    assert index in container["env"]
+    assert [one["secretRef"]["name"] for one in container["envFrom"]] == given["envFrom"]
+    assert spec["imagePullSecrets"] == chart.values("full")["imagePullSecrets"]
+    placed = {key: spec[key] for key in ("nodeSelector", "tolerations", "priorityClassName")}
+    assert placed == given["scheduling"]
+    plain = front_plan(rendered["small"], settings_of).pod_spec()
+    assert not {*placed, "imagePullSecrets"} & set(plain)
+
+
+@pytest.mark.parametrize(
+    "networks", ["10.0.0.0/8", "10.96.0.0/12, fd00::/8,192.0.2.7", "0.0.0.0/0,::/0", "10.1.2.4/30"]
+)
+def test_networks_that_the_chart_takes_the_service_takes(chart_tools, networks):
+    values = chart.over(chart.values("small"), "sandbox.settings.egress_private", networks)
+    (answer,) = chart.tried([{"values": values}])
+    assert (answer["refused"], answer["schema"], answer["policy"]) == ("", [], [])
+    assert SandboxSettings(egress_private=networks).egress_private == networks
+
+
+@pytest.mark.parametrize("hosts", ["pypi.org,*.example.org:8443, [::1]", "bücher.example", "a_b."])
+def test_hosts_that_the_chart_takes_the_service_takes(chart_tools, hosts):
+    values = chart.over(chart.values("small"), "sandbox.settings.egress_hosts", hosts)
+    (answer,) = chart.tried([{"values": values}])
+    assert (answer["refused"], answer["schema"], answer["policy"]) == ("", [], [])
+    assert SandboxSettings(egress_hosts=hosts).egress_hosts == hosts
+
+
+@pytest.mark.parametrize(("name", "http"), [("small", False), ("full", True)])
+def test_the_policy_is_reached_where_it_serves_and_reaches_no_bucket(rendered, name, http):
+    (policy,) = [c for c in chart.containers(rendered[name]) if c["name"] == "policy"]
+    serves = {port["name"]: port["containerPort"] for port in policy["ports"]}
+    assert ("http" in serves) is http
+    walls = {chart.label(o): o["spec"] for o in rendered[name] if o["kind"] == "NetworkPolicy"}
+    opened = {
+        port["port"]
+        for rule in walls["NetworkPolicy/regreen-policy"]["ingress"]
+        for port in rule["ports"]
+    }
+    assert opened == set(serves.values())
+    (judges,) = [
+        {port["port"] for port in rule["ports"]}
+        for rule in walls["NetworkPolicy/regreen-judge"]["egress"]
+        if "policy" in str(rule["to"])
+    ]
+    assert judges == set(serves.values()) - {serves["metrics"]}
+    bucket = yaml.safe_load((chart.CHART / "values.yaml").read_text())["networkPolicy"]["egress"]
+    ways = [rule["to"] for rule in walls["NetworkPolicy/regreen-policy"]["egress"]]
+    assert bucket["blobs"]["to"] not in ways
+    assert not [m for m in policy["volumeMounts"] if m["name"] == "blobs"]
 
 
 def test_what_the_front_makes_is_what_the_cluster_takes(rendered, settings_of):

@@ -17,6 +17,8 @@ SAMPLES: dict[str, Any] = {
     "sglang.args": ["--another"],
     "router.policy": "random",
     "monitoring.interval": "7s",
+    "monitoring.runbooks": "https://git.example/main/",
+    "sandbox.workers.indexUrl": "https://another/simple/",
     "tracing.endpoint": "http://another:4318",
     "tracing.share": 0.5,
     "quotas": {"default": {"sandboxes": 3}},

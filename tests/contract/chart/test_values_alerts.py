@@ -63,6 +63,24 @@ def test_what_is_scraped_is_expected(rendered):
     assert "learner" in expected(rendered["full"])
 
 
+def test_runbooks_are_where_the_values_say(chart_tools, rendered):
+    base = "https://git.example/regreen/blob/main"
+    values = chart.over(chart.values("full"), "monitoring.runbooks", f"{base}/")
+    (answer,) = chart.tried([{"values": values}])
+    assert (answer["refused"], answer["schema"], answer["policy"]) == ("", [], [])
+    plain, given = (annotations(objects) for objects in (rendered["full"], answer["objects"]))
+    assert len(plain) > 10
+    assert [one["runbook_url"] for one in given] == [f"{base}/{one['runbook']}" for one in plain]
+    assert not any("runbook" in one for one in given)
+
+
+def annotations(objects: list[dict]) -> list[dict]:
+    """Of every alert."""
+    (rule,) = [one for one in objects if one["kind"] == "PrometheusRule"]
+    rules_ = [one for group in rule["spec"]["groups"] for one in group["rules"]]
+    return [one["annotations"] for one in rules_ if "alert" in one]
+
+
 @pytest.mark.parametrize(
     ("field", "value", "says"),
     [

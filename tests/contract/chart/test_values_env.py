@@ -66,6 +66,12 @@ WRONG = [
     ("policy.env.https_proxy", "http://me:word@proxy:3128", "name that in policy.envFrom"),
     ("dataset.env.AWS_ACCESS_KEY_ID", "x", "the Secret that blobs.secret names"),
     ("dataset.env.AWS_SESSION_TOKEN", "x", "the Secret that blobs.secret names"),
+    ("learner.env.MASTER_ADDR", "host", "which its launcher does"),
+    ("learner.env.RANK", "0", "which its launcher does"),
+    ("judge.env.SSLKEYLOGFILE", "/tmp/keys", "would write the keys of every connection down"),
+    ("sglang.env.EXTRA_ARGS", "--log-level=info --api-key=abc", "name that in sglang.envFrom"),
+    ("sglang.env.EXTRA_ARGS", "--admin-api-key abc", "name that in sglang.envFrom"),
+    ("judge.env.OPTIONS", "a=b,password=x", "name that in judge.envFrom"),
     ("sglang.args", ["--api-key", "--x"], "--api-key would be in plain sight"),
     ("sglang.args", ["--api-key=abc"], "--api-key would be in plain sight; leave it out"),
     ("sglang.args", ["--admin-api-key=abc"], "--admin-api-key would be in plain sight"),
@@ -101,6 +107,8 @@ FINE = {
     "NO_PROXY": "a@b,c://d",
     "HF_HUB_OFFLINE": "1",
     "KEY_OF_CACHE": "1",
+    "LIMITS": "--max-new-token=5 --tokenizer=x --no-password",
+    "NCCL_RANKS": "1",
 }
 FINE_ARGS = ["--skip-tokenizer-init", "--port-range=1", "--model-impl=auto", "--log-level=info"]
 

@@ -87,7 +87,8 @@ def test_a_front_gives_its_workers_the_buckets_keys_as_files(rendered, reader):
     (front,) = [c for c in chart.containers(rendered["full"]) if c["name"] == "front"]
     spec = Plan(reader.settings(rendered["full"], front)).pod_spec()
     (container,) = spec["containers"]
-    assert "envFrom" not in container
+    variables = [one["secretRef"]["name"] for one in container["envFrom"]]
+    assert variables == chart.values("full")["sandbox"]["workers"]["envFrom"]
     (mount,) = [m for m in container["volumeMounts"] if m["name"] == "blobs"]
     (url,) = [a for a in container["args"] if a.startswith("--blobs=")]
     assert secrets_folder(url.partition("=")[2]) == mount["mountPath"]

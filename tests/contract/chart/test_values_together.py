@@ -78,13 +78,12 @@ def test_numbers_of_set_make_what_those_of_a_file_make(chart_tools):
 def test_numbers_and_words_are_written_whole(chart_tools):
     """Go writes a million as 1e+06, and YAML takes many a word for something else."""
     words = {
-        "rollout.run": "1e3",
         "rollout.env": {"NO": "yes"},
         "rollout.envFrom": ["0x1"],
         "sandbox.workersNamespace": "123",
         "blobs.secret": "1e3",
         "storage.model.existingClaim": "0",
-        "storage.shared": {"existingClaim": "", "size": "100", "storageClass": "on"},
+        "storage.shared": {"existingClaim": "", "size": "100000000", "storageClass": "on"},
         "security.tokens": {"enabled": True, "secret": "null", "clientSecret": "true"},
         "judge.secretSettings.openai_key": {"name": "12", "key": "no"},
         "images.judge.repository": "host.example:5000/x/judge",
@@ -97,18 +96,35 @@ def test_numbers_and_words_are_written_whole(chart_tools):
     values = chart.values("full")
     for path, value in (words | numbers).items():
         values = chart.over(values, path, value)
-    (answer,) = chart.tried([{"values": values}])
-    assert (answer["refused"], answer["schema"], answer["policy"]) == ("", [], [])
+    alone = chart.over(chart.over(values, "rollout.keda.enabled", False), "rollout.run", "1e3")
+    answer, by_run = chart.tried([{"values": values}, {"values": alone}])
+    for one in (answer, by_run):
+        assert (one["refused"], one["schema"], one["policy"]) == ("", [], [])
+    (worker,) = [c for c in chart.containers(by_run["objects"]) if c["name"] == "worker"]
+    assert "--run=1e3" in worker["args"]
     found = {chart.label(obj): obj["spec"] for obj in answer["objects"] if "spec" in obj}
     assert found["JobSet/regreen-learner"]["failurePolicy"]["maxRestarts"] == 1_000_000
     scaled = found["ScaledObject/regreen-rollout"]
     assert scaled["cooldownPeriod"] == 1_000_000
     assert scaled["advanced"]["scalingModifiers"]["target"] == "1000000"
     containers = {one["name"]: one for one in chart.containers(answer["objects"])}
-    assert {"--concurrency=1000000", "--run=1e3"} <= set(containers["worker"]["args"])
+    assert "--concurrency=1000000" in containers["worker"]["args"]
     assert {"name": "NO", "value": "yes"} in containers["worker"]["env"]
     assert {"--kube-namespace=123", "--kube-secret=1e3"} <= set(containers["front"]["args"])
     assert containers["judge"]["image"].startswith("host.example:5000/x/judge@sha256:")
+
+
+def test_an_engine_of_others_is_told_where_they_are(chart_tools):
+    base = chart.values("small")
+    for name in ("sglang", "router"):
+        base = chart.over(base, f"{name}.enabled", False)
+    lacking = chart.over(base, "policy.settings.engine", "openai")
+    half = chart.over(lacking, "policy.settings.openai_url", "https://models.example/v1")
+    whole = chart.over(half, "policy.settings.openai_model", "one")
+    *wrong, fine = chart.tried([{"values": values} for values in (lacking, half, whole)])
+    for answer in wrong:
+        assert "engine openai needs openai_url and openai_model" in answer["refused"]
+    assert (fine["refused"], fine["schema"], fine["policy"]) == ("", [], [])
 
 
 def test_nothing_that_needs_the_policy_runs_without_it(chart_tools):

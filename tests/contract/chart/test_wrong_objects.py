@@ -10,6 +10,17 @@ from typing import Any
 
 import pytest
 
+from tests.contract.chart.wrong_walls import (
+    DEFAULT,
+    NOBODY,
+    RIGHTS,
+    WALL,
+    WALLS,
+    WORKERS,
+    into,
+    name,
+    out,
+)
 from tests.fixtures import chart
 
 D = "Deployment/regreen-judge"
@@ -18,14 +29,12 @@ FRONT = "Deployment/regreen-sandbox"
 S = "Service/regreen-judge"
 SGLANG = "StatefulSet/regreen-sglang"
 BUDGET = "PodDisruptionBudget/regreen-judge"
-WALL = "NetworkPolicy/regreen-judge"
-DATA = "NetworkPolicy/regreen-dataset"
-WORKERS = "NetworkPolicy/regreen-workers"
-DEFAULT = "NetworkPolicy/regreen-default"
-FRONTS = "NetworkPolicy/regreen-sandbox"
-ROLE = "Role/regreen-sandbox"
-BINDING = "RoleBinding/regreen-sandbox"
+
+
 DATABASE = "Cluster/regreen-postgres"
+SCALER = "HorizontalPodAutoscaler/regreen-judge"
+KEDA = "ScaledObject/regreen-rollout"
+BUDGET_OF_WORKERS = "PodDisruptionBudget/regreen-workers"
 HOST = {"name": "home", "hostPath": {"path": "/"}}
 TOKEN = {"name": "home", "projected": {"sources": [{"serviceAccountToken": {"path": "token"}}]}}
 DRIVER = {"name": "home", "csi": {"driver": "hostpath.csi.k8s.io"}}
@@ -34,31 +43,24 @@ PROJECTED = {
     "name": "home",
     "projected": {"sources": [{"secret": {"name": "regreen-client-tokens"}}]},
 }
-NOBODY = {"matchLabels": {"a": "b"}}
-LINK_LOCAL = {"cidr": "0.0.0.0/0", "except": ["169.254.0.0/16"]}
-ADMIN = {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "cluster-admin"}
+OF_JUDGE = {
+    "matchLabels": {
+        **{"app.kubernetes.io/name": "regreen", "app.kubernetes.io/instance": "regreen"},
+        "app.kubernetes.io/component": "judge",
+    }
+}
+
+
 ALL = {"apiGroups": ["*"], "resources": ["*"], "verbs": ["*"]}
 POD = "spec.template.spec"
 SEC = f"{POD}.securityContext"
 C = f"{POD}.containers.0"
 CSEC = f"{C}.securityContext"
 SHM = f"{POD}.volumes.4.emptyDir.sizeLimit"
+TLS = {"name": "home", "secret": {"secretName": "regreen-policy-tls"}}
+OWN_TLS = {"name": "home", "secret": {"secretName": "another-judge-tls"}}
+ONE_TLS = {"name": "home", "projected": {"sources": [{"secret": {"name": "regreen-policy-tls"}}]}}
 RANK = "spec.replicatedJobs.0.template.spec.template.spec.containers.0"
-
-
-def name(key: str, operator: str, *values: str) -> dict[str, Any]:
-    return {"matchExpressions": [{"key": key, "operator": operator} | {"values": [*values]}]}
-
-
-def into(*peers: Any) -> list[dict[str, Any]]:
-    """Ingress from these."""
-    return [{"from": [*peers], "ports": [{"port": 50054, "protocol": "TCP"}]}]
-
-
-def out(peer: Any, *ports: Any) -> list[dict[str, Any]]:
-    """Egress to a peer; ports by number, or as they are."""
-    found = [one if isinstance(one, dict) else {"port": one, "protocol": "TCP"} for one in ports]
-    return [{"to": [peer]} | ({"ports": found} if found else {})]
 
 
 def by_reference(name: str) -> list[dict[str, Any]]:
@@ -118,6 +120,12 @@ PODS = [
     ("tokens of all, projected", FRONT, f"{POD}.volumes.0", PROJECTED, "volumes[home] has the tok"),
     ("tokens by variables", D, f"{C}.envFrom", [{"secretRef": {"name": "regreen-client-tokens"}}],
      "judge: env has tokens: mount the part's own"),
+    ("another's certificate", D, f"{POD}.volumes.0", TLS,
+     "volumes[home] has the certificate regreen-policy-tls: mount this part's own"),
+    ("another's certificate, projected", FRONT, f"{POD}.volumes.0", ONE_TLS,
+     "volumes[home] has the certificate regreen-policy-tls"),
+    ("certificate by variables", ROLLOUT, f"{C}.envFrom",
+     [{"secretRef": {"name": "regreen-sandbox-worker-tls"}}], "worker: env has the certificate"),
     ("volume that nobody mounts", D, f"{C}.volumeMounts", [], "volumes[home] is not both"),
     ("token", D, f"{POD}.automountServiceAccountToken", True, "automountServiceAccountToken"),
     ("token by a volume", D, f"{POD}.volumes.0", TOKEN, "volumes[home] has a serviceAccountToken"),
@@ -128,6 +136,12 @@ PODS = [
     ("credentials in plain sight", D, f"{C}.env", [{"name": "my_creds", "value": "s"}], "my_creds"),
     ("secret in a URL", D, f"{C}.env", [{"name": "PROXY", "value": "http://me:word@proxy"}],
      "env PROXY is in plain sight"),
+    ("secret among options", D, f"{C}.env", [{"name": "OPTS", "value": "-v --api-key=s"}],
+     "env OPTS is in plain sight"),
+    ("rank of another", D, f"{C}.env", [{"name": "MASTER_ADDR", "value": "x"}],
+     "env MASTER_ADDR is for a launcher"),
+    ("keys written down", D, f"{C}.env", [{"name": "SSLKEYLOGFILE", "value": "/tmp/x"}],
+     "env SSLKEYLOGFILE is for a launcher or a debugger"),
     ("secret setting by reference", D, f"{C}.env", by_reference("REGREEN_JUDGE__X"),
      "env REGREEN_JUDGE__X is a secret by secretKeyRef: use a mounted file"),
     ("secret by reference", D, f"{C}.env", by_reference("API_PASS"), "env API_PASS is a secret by"),
@@ -138,6 +152,16 @@ PODS = [
      "limits.ephemeral-storage is 0.0Gi: give"),
     ("limit below nothing", D, f"{C}.resources.limits.cpu", "-1", "limits.cpu is -1"),
     ("request of nothing", D, f"{C}.resources.requests.cpu", 0, "requests.cpu is 0"),
+    ("thousandths of a byte", D, f"{C}.resources.requests.memory", "512m",
+     "requests.memory is 512m, not a whole number"),
+    ("bytes for a program", D, f"{C}.resources", {"requests": {"cpu": 1, "memory": 8},
+     "limits": {"memory": 8, "ephemeral-storage": "1Gi"}}, "limits.memory is 8, too little"),
+    ("no such resource", D, f"{C}.resources.limits.cpus", 2, "limits.cpus is nothing that a node"),
+    ("half a device", D, f"{C}.resources.limits",
+     {"memory": "2Gi", "ephemeral-storage": "2Gi", "example.org/fpga": "0.5"},
+     "limits.example.org/fpga is 0.5, not a whole number"),
+    ("more devices than asked for", SGLANG, f"{C}.resources.requests",
+     {"cpu": 1, "memory": "1Gi", "nvidia.com/gpu": "2"}, "nvidia.com/gpu is not its limit"),
     ("no quantity", D, f"{C}.resources.limits.memory", "2GiB", "limits.memory: '2GiB' is no quan"),
     ("request above its limit", D, f"{C}.resources.requests.memory", "64Gi",
      "judge: resources.requests.memory is 64Gi, above the limit of 2Gi: raise"),
@@ -166,87 +190,20 @@ PODS = [
     ("no node is drained", BUDGET, "spec.maxUnavailable", 0, "maxUnavailable is 0, so that no nod"),
     ("no node is drained, in percent", BUDGET, "spec.maxUnavailable", "0%", "maxUnavailable is 0%"),
     ("all at once", BUDGET, "spec.maxUnavailable", "100%", "maxUnavailable is 100%, all at once"),
+    ("all of them stay", BUDGET, "spec", {"minAvailable": 2, "selector": OF_JUDGE},
+     "minAvailable is 2 of 2, so no node is ever drained: give fewer"),
+    ("nearly all of them stay", BUDGET, "spec", {"minAvailable": "51%", "selector": OF_JUDGE},
+     "minAvailable is 51% of 2"),
+    ("all workers stay", BUDGET_OF_WORKERS, "spec.minAvailable", 2, "minAvailable is 2 of 2"),
+    ("pods of another", D, "spec.selector", NOBODY, "selector does not select its own pods"),
+    ("more least than most", SCALER, "spec.minReplicas", 9, "minReplicas is above maxReplicas"),
+    ("more least by KEDA", KEDA, "spec.minReplicaCount", 65, "minReplicaCount is above maxRepl"),
+    ("scale of no such kind", SCALER, "spec.scaleTargetRef.kind", "StatefulSet",
+     "scaleTargetRef is StatefulSet/regreen-judge, which is not there"),
+    ("scale of another kind", KEDA, "spec.scaleTargetRef.kind", "StatefulSet",
+     "scaleTargetRef is StatefulSet/regreen-rollout, which is not there"),
     ("service to nowhere", S, "spec.ports.0.targetPort", 1, "nothing listens on 1"),
     ("virtual address", S, "spec.clusterIP", None, "headless"),
-]  # fmt: skip
-WALLS = [
-    ("no peer", WALL, "spec.ingress", [{}], "ingress[0].from is empty, anybody"),
-    ("list of no peers", WALL, "spec.ingress", into(), "ingress[0].from is empty"),
-    ("any namespace", WALL, "spec.ingress", into({"namespaceSelector": {}}),
-     "ingress[0].from[0].namespaceSelector is {}, anybody: name who"),
-    ("any namespace's pods of a label", WALL, "spec.ingress",
-     into({"namespaceSelector": {}, "podSelector": NOBODY}), "from[0].namespaceSelector"),
-    ("any pod", WALL, "spec.ingress", into({"podSelector": NOBODY}, {"podSelector": {}}),
-     "ingress[0].from[1].podSelector is {}"),
-    ("every namespace has this", WALL, "spec.ingress",
-     into({"namespaceSelector": name("kubernetes.io/metadata.name", "Exists")}), "namespaceSelect"),
-    ("all but one", WALL, "spec.ingress", into({"podSelector": name("a", "NotIn", "b")}),
-     "from[0].podSelector"),
-    ("any address", WALL, "spec.ingress", into({"ipBlock": {"cidr": "0.0.0.0/0"}}),
-     "ingress[0].from[0].ipBlock"),
-    ("any address of version 6", WALL, "spec.ingress", into({"ipBlock": {"cidr": "::/0"}}),
-     "from[0].ipBlock"),
-    ("any but some", WALL, "spec.ingress", into({"ipBlock": LINK_LOCAL}), "from[0].ipBlock"),
-    ("half of all", WALL, "spec.ingress", into({"ipBlock": {"cidr": "128.0.0.0/1"}}), "from[0].ip"),
-    ("out to anybody", WALL, "spec.egress", [{}], "egress[0].to is empty, anybody"),
-    ("out to any namespace", WALL, "spec.egress", out({"namespaceSelector": {}}, 53),
-     "egress[0].to[0].namespaceSelector"),
-    ("a way that is not listed", WALL, "spec.egress", out({"ipBlock": LINK_LOCAL}, 443),
-     "egress[0].to[0].ipBlock"),
-    ("port that is not listed", DATA, "spec.egress", out({"ipBlock": LINK_LOCAL}, 5432, 22),
-     "egress[0].to[0].ipBlock"),
-    ("any port", DATA, "spec.egress", out({"ipBlock": LINK_LOCAL}), "egress[0].to[0].ipBlock"),
-    ("range of ports", DATA, "spec.egress",
-     out({"ipBlock": LINK_LOCAL}, {"port": 5432, "endPort": 6000, "protocol": "TCP"}), "to[0].ip"),
-    ("by UDP", DATA, "spec.egress", out({"ipBlock": LINK_LOCAL}, {"port": 5432, "protocol": "UDP"}),
-     "egress[0].to[0].ipBlock"),
-    ("out to the node's credentials", DATA, "spec.egress",
-     out({"ipBlock": {"cidr": "0.0.0.0/0"}}, 5432), "egress[0].to[0].ipBlock"),
-    ("no network", WALL, "spec.ingress", into({"ipBlock": {"cidr": "10.0.0.0/99"}}),
-     "ingress[0].from[0].ipBlock has 10.0.0.0/99, which is no network"),
-    ("leaves no network out", DATA, "spec.egress",
-     out({"ipBlock": {"cidr": "0.0.0.0/0", "except": ["all"]}}, 5432), "ipBlock has all, which"),
-    ("way out left open", WORKERS, "spec.policyTypes", ["Ingress"],
-     "policyTypes has no Egress, so that is open: add"),
-    ("way in left open", DATA, "spec.policyTypes", ["Egress"], "policyTypes has no Ingress"),
-    ("types left out", WALL, "spec.policyTypes", None, "policyTypes has no Egress, Ingress"),
-    ("workers to the node's credentials", WORKERS, "spec.egress",
-     out({"ipBlock": {"cidr": "169.254.169.254/32"}}, 443),
-     "with 169.254.169.254/32, where clouds hand out credentials: leave it out"),
-    ("to them by version 6", WORKERS, "spec.egress",
-     out({"ipBlock": {"cidr": "fd00:ec2::254/128"}}, 443), "with fd00:ec2::254/128, where"),
-    ("network around them", WORKERS, "spec.egress", out({"ipBlock": {"cidr": "169.0.0.0/8"}}, 443),
-     "with 169.254.0.0/16, where clouds"),
-    ("half of them left out", DATA, "spec.egress",
-     out({"ipBlock": {"cidr": "169.0.0.0/8", "except": ["169.254.0.0/17"]}}, 443),
-     "with 169.254.0.0/16, where clouds"),
-    ("names and more from them", DATA, "spec.egress",
-     out({"ipBlock": {"cidr": "169.254.169.254/32"}}, 53, 80), "with 169.254.169.254/32, where"),
-    ("front to the node's credentials", FRONTS, "spec.egress",
-     out({"ipBlock": {"cidr": "0.0.0.0/0"}}, 6443), "egress[0].to[0].ipBlock is"),
-    ("port of every node", "Service/regreen-judge", "spec.type", "NodePort", "type is NodePort"),
-    ("open to the world", "Service/regreen-judge", "spec.type", "LoadBalancer", "type is LoadBal"),
-    ("address of its own", "Service/regreen-judge", "spec.externalIPs", ["1.2.3.4"], "open beyond"),
-    ("workers out to private networks", WORKERS, "spec.egress", out({"ipBlock": LINK_LOCAL}, 443),
-     "egress[0].to[0].ipBlock"),
-]  # fmt: skip
-RIGHTS = [
-    ("every verb", ROLE, "rules.0.verbs", ["get", "*"], "rules[0].verbs has the wildcard *"),
-    ("every resource", ROLE, "rules.1.resources", ["*"], "rules[1].resources has the wildcard *"),
-    ("every part", ROLE, "rules.0.resources", ["pods/*"], "resources has the wildcard pods/*"),
-    ("every group", ROLE, "rules.0.apiGroups", ["*"], "rules[0].apiGroups has the wildcard *"),
-    ("secrets", ROLE, "rules.0.resources", ["secrets"], "rules[0].resources has secrets"),
-    ("escalation of rights", ROLE, "rules.0.verbs", ["escalate"], "rules[0].verbs has escalate"),
-    ("another verb", ROLE, "rules.0.verbs", ["get", "patch"],
-     "rules[0].verbs has patch of pods, which the front does not need"),
-    ("all at a time", ROLE, "rules.0.verbs", ["deletecollection"], "has deletecollection of pods"),
-    ("list of settings", ROLE, "rules.1.verbs", ["list"], "rules[1].verbs has list of configmaps"),
-    ("another resource", ROLE, "rules.1.resources", ["services"], "rules[1].resources has serv"),
-    ("role of the cluster", BINDING, "roleRef", ADMIN, "roleRef is cluster-admin"),
-    ("another's account", BINDING, "subjects.0.namespace", "default", "subjects has regreen-sand"),
-    ("everybody's role", BINDING, "subjects",
-     [{"apiGroup": ADMIN["apiGroup"], "kind": "Group", "name": "system:authenticated"}],
-     "subjects has system:authenticated"),
 ]  # fmt: skip
 OF_OTHERS = [
     ("no budget", BUDGET, "spec.selector", NOBODY, f"{D}: has 0 disruption budgets"),
@@ -273,6 +230,13 @@ GOOD = [
      out({"ipBlock": {"cidr": "169.254.20.10/32"}}, 53)),
     ("network around them without them", WORKERS, "spec.egress",
      out({"ipBlock": {"cidr": "169.0.0.0/8", "except": ["169.254.0.0/16"]}}, 443)),
+    ("one of two stays", BUDGET, "spec", {"minAvailable": 1, "selector": OF_JUDGE}),
+    ("half of them stay", BUDGET, "spec", {"minAvailable": "50%", "selector": OF_JUDGE}),
+    ("its own certificate", D, f"{POD}.volumes.0", OWN_TLS),
+    ("a device", D, f"{C}.resources.limits",
+     {"memory": "2Gi", "ephemeral-storage": "2Gi", "example.org/fpga": "1"}),
+    ("part of a block left out", WALL, "spec.ingress",
+     into({"ipBlock": {"cidr": "10.0.0.0/8", "except": ["10.1.0.0/16"]}})),
     ("a third at a time", BUDGET, "spec.maxUnavailable", "30%"),
     ("wall around all", DEFAULT, "spec.podSelector", {}),
 ]  # fmt: skip
@@ -396,7 +360,7 @@ AMOUNTS = [
     ("memory", "3G", "3Gi", False),
     ("memory", "3Gi", "3G", True),
     ("memory", "1E", "1Ei", False),
-    ("memory", "1E3", "1k", False),
+    ("ephemeral-storage", "1E3", "1k", False),
     ("memory", "1Pi", "1100T", True),
     ("ephemeral-storage", "2Ti", "1Ti", True),
     ("ephemeral-storage", "1.5Ki", "1536", False),
@@ -405,7 +369,7 @@ AMOUNTS = [
 
 
 def case(target: str, path: str, value: Any) -> dict[str, Any]:
-    base = "full" if target == DATABASE else "small"
+    base = "full" if target in (DATABASE, SCALER, KEDA) else "small"
     changes = [[target, path, value]]
     if target == DEFAULT:  # beside it a part has a wall of its own
         changes.append(["NetworkPolicy/regreen-rollout", "spec.podSelector", NOBODY])

@@ -10,6 +10,7 @@ import pytest
 
 from tests.fixtures import chart
 
+PEER = {"podSelector": {"matchLabels": {"a": "b"}}}
 VALUES = [
     ("string replicas", "judge.replicas", "two", "schema", "got string, want integer"),
     ("no replicas", "judge.replicas", 0, "schema", "minimum"),
@@ -77,11 +78,63 @@ VALUES = [
         "template",
         "rollout.keda: minReplicas is above",
     ),
-]
+    ("worker's word of a front", "sandbox.settings.behind_front", True, "schema", "'behind_front'"),
+    ("engine without its script", "policy.settings.engine", "scripted", "schema", "one of"),
+    ("engine of no servers", "policy.settings.engine", "sglang", "schema", "one of"),
+    ("word for a network", "sandbox.settings.egress_private", "nonsense", "schema", "not match"),
+    ("networks out of range", "sandbox.settings.egress_private", "10.0.0.0/33", "schema", "match"),
+    ("address for a network", "sandbox.settings.egress_private", "fd00::/8, 10.0.0.1/8", "template",
+     "10.0.0.1/8 is an address in a network"),
+    ("URL for a host", "sandbox.settings.prepare_hosts", "https://h/", "schema", "does not match"),
+    ("word for hosts", "sandbox.settings.egress_hosts", "a b", "schema", "does not match"),
+    ("any host", "sandbox.settings.egress_hosts", "*", "schema", "does not match"),
+    ("judge of nowhere", "judge.settings.model", "openai", "template", "needs openai_url"),
+    ("password in a URL", "judge.settings.openai_url", "http://u:p@h/v1", "schema", "not match"),
+    ("user of an index", "sandbox.workers.indexUrl", "https://me@h/simple/", "schema", "not match"),
+    ("password of a collector", "tracing.endpoint", "http://u:p@h:4318", "schema", "not match"),
+    ("index of the front", "sandbox.settings.kube_index_url", "https://h/", "schema", "properties"),
+    ("node of two words", "sandbox.workers.scheduling.nodeSelector", {"a": "b c"}, "schema",
+     "does not match"),
+    ("affinity of workers", "sandbox.workers.scheduling.affinity", {}, "schema", "'affinity'"),
+    ("no toleration", "sandbox.workers.scheduling.tolerations", [{"kye": "a"}], "schema", "'kye'"),
+    ("thousandths of a byte", "judge.resources.limits.memory", "512m", "schema", "does not match"),
+    ("eight bytes", "judge.resources.limits.memory", "8", "schema", "does not match"),
+    ("memory to start nothing", "judge.resources.requests.memory", "15Mi", "schema", "not match"),
+    ("thousandths of a disk", "storage.shared.size", "500m", "schema", "does not match"),
+    ("no shared memory", "learner.shm", "1k", "schema", "does not match"),
+    ("no such resource", "judge.resources.limits.cpus", "2", "schema", "properties 'cpus'"),
+    ("half a device", "judge.resources.limits", {"example.org/fpga": "0.5"}, "schema", "not match"),
+    ("GPUs in two places", "sglang.resources.limits", {"nvidia.com/gpu": "3"}, "template",
+     "nvidia.com/gpu is said by sglang.gpus"),
+    ("GPUs of a learner", "learner.resources.requests", {"nvidia.com/gpu": "3"}, "template",
+     "learner.resources.requests: nvidia.com/gpu is said by learner.gpus"),
+    ("quota beyond all", "quotas.default.sandboxes", 1e30, "schema", "maximum"),
+    ("setting beyond all", "dataset.settings.max_waiting", 1e30, "schema", "maximum"),
+    ("two names of a namespace", "sandbox.workersNamespace", "a.b", "schema", "does not match"),
+    ("far too long a namespace", "sandbox.workersNamespace", "a" * 200, "schema", "does not match"),
+    ("block and pods", "networkPolicy.clients", [PEER | {"ipBlock": {"cidr": "10.0.0.0/8"}}],
+     "schema", "maxProperties"),
+    ("names from everybody", "networkPolicy.egress.dns.to", [], "schema", "minItems"),
+    ("collector out of reach", "networkPolicy.egress.traces.to", [], "template", "egress.traces"),
+    ("scraped by nobody", "networkPolicy.monitoring", [], "template", "nobody could scrape"),
+    ("operator of databases", "networkPolicy.cnpg", [], "template", "would be everybody"),
+    ("operator of scalers", "networkPolicy.keda", [], "template", "would be everybody"),
+    ("workers of one run by all", "rollout.run", "mine", "template", "counts the rollouts of all"),
+    ("label of the chart", "monitoring.labels", {"app.kubernetes.io/name": "x"}, "schema", "'not'"),
+    ("no label", "monitoring.labels", {"a b": "x"}, "schema", "does not match"),
+    ("scraped all the time", "monitoring.interval", "0s", "schema", "does not match"),
+    ("scraped never", "monitoring.interval", "9999m", "schema", "does not match"),
+    ("path for runbooks", "monitoring.runbooks", "docs", "schema", "does not match"),
+]  # fmt: skip
+FULL = {
+    *("scraped by nobody", "operator of databases", "operator of scalers"),
+    *("collector out of reach", "workers of one run by all"),
+}
+"""Those whose fault shows where everything is on."""
 
 
 def given(name: str, path: str, value: Any) -> dict[str, Any]:
-    base = chart.values("small")
+    base = chart.values("full" if name in FULL else "small")
     if path.endswith(".minReplicas"):
         base = chart.over(base, path.replace("minReplicas", "enabled"), True)
     return {"values": chart.over(base, path, value)}

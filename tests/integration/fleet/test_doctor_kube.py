@@ -9,11 +9,16 @@ from typing import Any
 import pytest
 
 from regreen.cli.doctor_kube import KINDS
+from regreen.cli.doctor_kube_needs import SECRETS, SECRETS_OF_WORKERS
 from tests.fixtures import kube
 
 pytest.importorskip("lightkube", reason="regreen[kubernetes] is not installed")
 SPACE = kube.NAMESPACE
 DENY = {"policyTypes": ["Ingress", "Egress"]}
+OF_SECRETS = f"/api/v1/namespaces/{SPACE}/secrets"
+OF_CLAIMS = f"/api/v1/namespaces/{SPACE}/persistentvolumeclaims"
+OF_CLASSES = "/apis/storage.k8s.io/v1/storageclasses"
+KUEUE = "kueue.x-k8s.io/v1beta1"
 
 
 def node(name: str, gpus: int = 0, ready: str = "True", cordoned: bool = False) -> dict[str, Any]:
@@ -44,7 +49,25 @@ def whole() -> kube.Cluster:
     }
     for kind in KINDS:
         cluster.pages[f"/apis/{kind.path}"] = {"resources": [{"name": kind.plural}]}
+    cluster.pages[OF_SECRETS] = [
+        named(name, data={"key": "c2VjcmV0"}) for name in {**SECRETS, **SECRETS_OF_WORKERS}
+    ]
+    cluster.pages[OF_CLAIMS] = [
+        claim("base-model", "ReadOnlyMany"),
+        claim("regreen-shared", "ReadWriteMany"),
+        claim("data-0", "ReadWriteOnce"),
+    ]
+    cluster.pages[OF_CLASSES] = [
+        named("fast", provisioner="ebs.csi.aws.com"),
+        named("shared", provisioner="efs.csi.aws.com"),
+    ]
+    cluster.pages["/apis/kueue.x-k8s.io"] = {"preferredVersion": {"groupVersion": KUEUE}}
+    cluster.pages[f"/apis/{KUEUE}/namespaces/{SPACE}/localqueues"] = [named("regreen")]
     return cluster
+
+
+def claim(name: str, mode: str) -> dict[str, Any]:
+    return named(name, spec={"accessModes": [mode]})
 
 
 async def told(cluster: kube.Cluster, tmp_path: Path, *options: str) -> tuple[int, dict[str, dict]]:
@@ -70,6 +93,12 @@ async def test_a_cluster_that_lacks_nothing(tmp_path):
     assert found["gpus"]["found"] == "8 on 1 nodes"
     assert found["kind: JobSet"]["found"] == "jobset.x-k8s.io/v1alpha2"
     assert found["permissions"]["found"] == "may install the chart"
+    assert found["secrets"]["found"] == f"all 10 are in {SPACE}"
+    assert found["shared storage"]["found"] == "shared"
+    assert found["shared claim"]["found"] == "regreen-shared"
+    assert found["model claim"]["found"] == "base-model"
+    assert found["queue"]["found"] == "LocalQueue regreen"
+    assert "PartialObjectMetadataList" in cluster.accepted[OF_SECRETS], "no content is asked for"
     assert cluster.objects == {}
     assert {verb for verb, _, _ in cluster.seen} <= {"GET"}
 
@@ -86,7 +115,7 @@ async def test_a_bare_cluster_is_told_what_it_lacks(tmp_path):
     assert code == 1
     assert {name for name, row in found.items() if not row["ok"]} == {
         *("kubernetes version", "kind: JobSet", "nodes", "namespace elsewhere", "permissions"),
-        "permissions for workers",
+        *("permissions for workers", "secrets of workers"),
     }
     workers = found["permissions for workers"]["found"]
     assert workers == "may not create roles.rbac.authorization.k8s.io"
@@ -138,6 +167,36 @@ async def test_what_may_not_be_looked_at_is_neither_well_nor_a_fault(tmp_path):
     assert "may not look" in found["nodes"]["found"]
     assert "may not look" in found["network plugin"]["found"]
     assert found["permissions"]["ok"] is True
+
+
+async def test_what_the_values_name_and_is_not_there_is_told(tmp_path):
+    cluster = whole()
+    cluster.pages[OF_SECRETS] = [named(name) for name in SECRETS if name != "regreen-judge-tls"]
+    cluster.pages[OF_CLAIMS] = [claim("data-0", "ReadWriteOnce")]
+    cluster.pages[OF_CLASSES] = [named("fast", provisioner="ebs.csi.aws.com")]
+    cluster.pages[f"/apis/{KUEUE}/namespaces/{SPACE}/localqueues"] = [named("others")]
+    code, found = await told(cluster, tmp_path)
+    assert code == 0, "values may say other names"
+    unknown = ("secrets", "secrets of workers", "model claim", "shared storage")
+    assert [found[name]["ok"] for name in unknown] == [None] * 4
+    assert found["secrets"]["found"] == f"not in {SPACE}: regreen-judge-tls"
+    assert "security.tls.secretPrefix" in found["secrets"]["remedy"]
+    lacking = found["secrets of workers"]["found"]
+    assert lacking == f"not in {SPACE}: regreen-sandbox-worker-tls"
+    assert found["shared storage"]["found"] == "none that is known for it (classes: fast)"
+    assert "storage.model.existingClaim" in found["model claim"]["remedy"]
+    assert found["queue"]["found"] == f"no LocalQueue regreen in {SPACE}"
+    assert "rl-large" in found["queue"]["remedy"]
+
+
+async def test_names_that_may_not_be_listed_are_unknown(tmp_path):
+    cluster = whole()
+    cluster.forbidden = {OF_SECRETS, OF_CLAIMS, OF_CLASSES}
+    code, found = await told(cluster, tmp_path)
+    assert code == 0
+    for name in ("secrets", "secrets of workers", "shared storage", "claims"):
+        assert found[name]["ok"] is None
+        assert "may not look" in found[name]["found"]
 
 
 async def test_a_cluster_that_does_not_answer_is_one_line(tmp_path):

@@ -117,6 +117,31 @@ async def test_a_setting_that_would_show_a_password_is_refused(plain, tmp_path):
     assert "pw" not in str(caught.value)
 
 
+async def test_workers_are_given_an_index_a_proxy_and_their_place(plain):
+    plain.kubelet.secrets["proxy"] = {"REGREEN_SANDBOX__EGRESS_UPSTREAM": "http://u:h1dden@p:3128"}
+    options = {
+        **{"kube_name": "placed", "kube_workers": 1, "kube_env_secrets": "proxy"},
+        **{"kube_index_url": "https://index.example/simple/", "kube_pull_secrets": "registry"},
+        **{"kube_node_selector": "pool=sandboxes", "kube_priority_class": "low"},
+        "kube_tolerations": '[{"key": "pool", "operator": "Exists"}]',
+    }
+    async with plain.front(**options) as front:
+        ((name, pod),) = [item for item in pods(plain).items() if item[0].startswith("placed")]
+        assert pod["spec"]["imagePullSecrets"] == [{"name": "registry"}]
+        assert pod["spec"]["nodeSelector"] == {"pool": "sandboxes"}
+        assert pod["spec"]["tolerations"] == [{"key": "pool", "operator": "Exists"}]
+        assert pod["spec"]["priorityClassName"] == "low"
+        assert "h1dden" not in str(pod)
+        environ = Path(f"/proc/{plain.kubelet.processes[name].pid}/environ").read_bytes()
+        assert b"REGREEN_INDEX_URL=https://index.example/simple/" in environ.split(b"\0")
+        assert b"h1dden" in environ
+        state = await prepared(front, "placed\n")
+        box = await front.sandboxes.create_sandbox(state.id)
+        look = "env; cat /proc/*/environ 2>/dev/null"
+        ran = await front.sandboxes.run(box.id, ["sh", "-c", look])
+        assert b"h1dden" not in ran.stdout.head
+
+
 async def test_a_secret_reaches_workers_and_no_sandbox(plain):
     plain.kubelet.secrets["aws"] = {"AWS_SECRET_ACCESS_KEY": "s3cr3t-key"}
     options = {"kube_name": "trusted", "kube_workers": 1, "kube_secret": "aws"}
