@@ -21,6 +21,8 @@ from regreen.evals.report import write_report
 from regreen.loop import EPISODE, Loop, Plan, Show, digest, report_folder, stack_alone
 from regreen.tasks.jsonl import shipped_tasks
 from regreen.train.progress import Listener
+from regreen.train.record import resolved_of
+from regreen.train.rows import find_run
 from regreen.train.weights import BASE
 
 T = TypeVar("T")
@@ -210,7 +212,9 @@ class _Demo:
         await clock.time("evaluate sft", loop.evaluate(f"{name}-eval-sft", sft, test))
         await clock.time("grpo", loop.grpo(grpo, sft, train))
         await clock.time("evaluate grpo", loop.evaluate(f"{name}-eval-grpo", grpo, test))
-        return await self._report(name, _notes(train, test))
+        kept = await find_run(self._stack, sft)
+        learned = len(resolved_of(kept)["train_ids"]) if kept is not None else 0
+        return await self._report(name, _notes(train, test, learned))
 
     async def _report(self, name: str, notes: Sequence[str]) -> DemoResult:
         self._show("report", 0, 1, "")
@@ -235,14 +239,15 @@ class _Demo:
         return DemoResult(files.html, files.json, files.headline, self._clock.seconds)
 
 
-def _notes(train: Sequence[str], test: Sequence[str]) -> list[str]:
-    """What a reader must know of the choice of tasks."""
+def _notes(train: Sequence[str], test: Sequence[str], learned: int) -> list[str]:
+    """What a reader must know of the choice of tasks; `learned` of them had experts for SFT."""
     records = {record.id: record for record in shipped_tasks()}
     broke = {culprit.name for id in train if (culprit := records[id].culprit)}
     shared = sum(bool((culprit := records[id].culprit) and culprit.name in broke) for id in test)
     count = f"{shared} held-out tasks were" if shared > 1 else f"{shared or 'No'} held-out task was"
     told = [
-        f"{len(train)} tasks were trained on, {len(test)} held out; no package is in both. "
+        f"{len(train)} tasks were there to train on, of which {learned} had expert trajectories "
+        f"for SFT; {len(test)} were held out; no package is in both. "
         f"{count} broken by a package that also broke a training task."
     ]
     if len(test) < _TELLING:

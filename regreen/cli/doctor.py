@@ -114,7 +114,7 @@ def doctor(
         )
     unknown = [item.name for item in findings if item.ok is None]
     if unknown:
-        typer.echo(f"doctor: not known: {', '.join(unknown)}", err=True)
+        typer.echo(f"doctor: not known, or not in force: {', '.join(unknown)}", err=True)
     if any(item.ok is False for item in findings):
         raise typer.Exit(output.FAILED)
 
@@ -245,7 +245,7 @@ async def _stack(home: Path) -> list[Finding]:
     rows = [
         Finding(
             f"limit: {item.name}",
-            True,
+            True if item.proven else None,
             f"proven ({item.driver})"
             if item.proven
             else f"not in force ({item.driver}): {item.detail}",
