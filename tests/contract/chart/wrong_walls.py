@@ -14,6 +14,8 @@ FRONTS = "NetworkPolicy/regreen-sandbox"
 ROLE = "Role/regreen-sandbox"
 BINDING = "RoleBinding/regreen-sandbox"
 LINK_LOCAL = {"cidr": "0.0.0.0/0", "except": ["169.254.0.0/16"]}
+PRIVATE = ["10.0.0.0/8", "100.64.0.0/10", "169.254.0.0/16", "172.16.0.0/12", "192.168.0.0/16"]
+BUCKET = {"cidr": "0.0.0.0/0", "except": PRIVATE}
 ADMIN = {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "cluster-admin"}
 
 
@@ -78,7 +80,7 @@ WALLS = [
     ("leaves all of it out", WALL, "spec.ingress",
      into({"ipBlock": {"cidr": "10.0.0.0/8", "except": ["10.0.0.0/8"]}}), "leaves 10.0.0.0/8 out"),
     ("policy out to a bucket", "NetworkPolicy/regreen-policy", "spec.egress",
-     out({"ipBlock": LINK_LOCAL}, 443), "egress[0].to[0].ipBlock"),
+     out({"ipBlock": BUCKET}, 443), "egress[0].to[0].ipBlock"),
     ("way out left open", WORKERS, "spec.policyTypes", ["Ingress"],
      "policyTypes has no Egress, so that is open: add"),
     ("way in left open", DATA, "spec.policyTypes", ["Egress"], "policyTypes has no Ingress"),
