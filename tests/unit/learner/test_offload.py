@@ -1,15 +1,21 @@
 """What ranks keep in the host's memory: refusals, estimates, and DeepSpeed's configuration."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from learner_svc import estimate as estimates
 from learner_svc import gpus
-from learner_svc.engines.deepspeed import config_for
+from learner_svc.algo.batch import pack_samples
+from learner_svc.engines.base import OptimizerState
+from learner_svc.engines.deepspeed import DeepSpeedEngine, config_for, prepare_environment
+from learner_svc.engines.plain import PlainEngine
 from learner_svc.memory import Layout, estimate_bytes, model_shape, offloaded_bytes
+from learner_svc.model import TrainModel, load_model
 from learner_svc.spec import Hyperparameters, RunKind, RunSpec
 from regreen.rpc.errors import FailedPrecondition, InvalidArgument
 
@@ -80,3 +86,45 @@ def test_deepspeed_reads_its_configuration_as_meant(offload: str, stage: int) ->
         assert (kept is not None and kept.device == "cpu") == (offload in places)
     # torch's AdamW is what DeepSpeed refuses to run beside weights that are elsewhere.
     assert config["optimizer"]["params"]["torch_adam"] == (offload == "none")
+
+
+def trained(engine: DeepSpeedEngine | PlainEngine, updates: int) -> list[float]:
+    """Gradient norms of so many updates on one sample."""
+    mask = np.r_[0, np.ones(37)].astype(np.uint8)
+    [pack] = pack_samples([np.arange(2, 40)], [mask], max_tokens=99)
+    norms = []
+    for _ in range(updates):
+        engine.backward(-engine.logprobs(pack).mean(), last=True)
+        norms.append(engine.step(1e-3))
+    return norms
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # it compiles
+@pytest.mark.skipif(not shutil.which("c++"), reason="there is no C++ compiler")
+def test_deepspeeds_adamw_for_processors_does_as_torchs(tiny_model: Path, tmp_path: Path) -> None:
+    """On a CPU the host's memory is where all is already, but the code is that of GPUs."""
+    prepare_environment(tmp_path / "extensions")
+
+    def opened() -> DeepSpeedEngine:
+        return DeepSpeedEngine(TrainModel(load_model(tiny_model)).train(), OFF, torch.float32)
+
+    plain = PlainEngine(TrainModel(load_model(tiny_model)).train(), OFF, torch.float32)
+    expected = trained(plain, 4)
+    engine = opened()
+    assert engine.state_format == "adamw"
+    assert trained(engine, 2) == pytest.approx(expected[:2], rel=1e-4)
+    state = engine.optimizer_state()
+    kept = {name: tensor.clone() for name, tensor in state.tensors.items()}
+    weights = {name: tensor.clone() for name, tensor in engine.weights()}
+    assert trained(engine, 2) == pytest.approx(expected[2:], rel=1e-4)
+    engine.close()
+    other = opened()
+    with torch.no_grad():
+        for name, parameter in other._model.model.named_parameters():
+            other._deepspeed.utils.safe_set_full_fp32_param(parameter, weights[name])
+            parameter.copy_(weights[name])
+    other.load_optimizer_state(OptimizerState(state.updates, kept))
+    assert other.optimizer_state().updates == 2
+    assert trained(other, 2) == pytest.approx(expected[2:], rel=1e-4)
+    other.close()
