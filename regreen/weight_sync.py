@@ -5,7 +5,7 @@
 - An offer is complete in itself: a chain from a snapshot, which is a weights file, over the deltas
   since (`regreen.weight_delta`). Who has any weights of the chain goes on from there, who has none
   takes the snapshot; nobody has to ask the learner.
-- A form names its run in its notes, so that no two runs share a blob, and each removes its own.
+- A form names its run in its notes, so that no two runs share one, and each removes its own.
 """
 
 import json
