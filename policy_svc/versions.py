@@ -146,8 +146,7 @@ class Versions:
             InvalidArgument, NotFound, DataLoss: see `WeightSource.path_of`.
             FailedPrecondition: the version is older, or the weights do not fit.
         """
-        if policy.version < 0:
-            raise InvalidArgument("policy.version", f"is {policy.version}", "use 0 or more")
+        _check_number(policy)
         return await asyncio.shield(self._load(policy, allow_older))
 
     async def _load(self, policy: PolicyVersion, allow_older: bool) -> tuple[PolicyVersion, float]:
@@ -165,13 +164,57 @@ class Versions:
             except BaseException:
                 metrics.LOADS.labels("failed").inc()
                 raise
-            self._serving = Serving(policy, path, time.time())
-            await asyncio.to_thread(write_record, self._record, self._serving)
-            metrics.LOADS.labels("loaded").inc()
-            metrics.LOAD_SECONDS.observe(time.monotonic() - start_s)
-            metrics.VERSION.set(policy.version)
-            get().info("policy version", version=policy.version, uri=policy.uri)
+            await self._serve(policy, path, time.monotonic() - start_s)
             return policy, pause_s
+
+    async def sleep(self) -> None:
+        """Have the engine sleep, after a load that is under way. Raises: see `Engine.sleep`."""
+        async with self._lock:
+            await self._engine.sleep()
+
+    async def wake(
+        self, policy: PolicyVersion | None = None, *, allow_older: bool = False
+    ) -> PolicyVersion:
+        """Have the engine awake with a version, or with that which serves; what serves now.
+
+        Raises:
+            InvalidArgument, NotFound, DataLoss, FailedPrecondition: as `load`; it sleeps on.
+            Unavailable: the engine cannot wake now.
+        """
+        if policy:
+            _check_number(policy)
+        async with self._lock:
+            current = self._serving.policy
+            new = policy or current
+            if policy and not _same(policy, current):
+                if _same(replace(policy, uri=""), replace(current, uri="")) and policy.sha256:
+                    new = await self._move(policy)
+                else:
+                    return await self._wake_with(policy, allow_older)
+            held = self._engine.version == new.version  # unless the service was begun anew
+            await self._engine.wake(new.version, None if held else self._serving.path)
+            return new
+
+    async def _wake_with(self, policy: PolicyVersion, allow_older: bool) -> PolicyVersion:
+        _check_order(policy, self._serving.policy, allow_older)
+        start_s = time.monotonic()
+        try:
+            path = await self._source.path_of(policy)
+            await self._engine.wake(policy.version, path)
+        except BaseException:
+            metrics.LOADS.labels("failed").inc()
+            raise
+        await self._serve(policy, path, time.monotonic() - start_s)
+        return policy
+
+    async def _serve(self, policy: PolicyVersion, path: Path, took_s: float) -> None:
+        """Write down what serves from now on."""
+        self._serving = Serving(policy, path, time.time())
+        await asyncio.to_thread(write_record, self._record, self._serving)
+        metrics.LOADS.labels("loaded").inc()
+        metrics.LOAD_SECONDS.observe(took_s)
+        metrics.VERSION.set(policy.version)
+        get().info("policy version", version=policy.version, uri=policy.uri)
 
     async def _move(self, policy: PolicyVersion) -> PolicyVersion:
         """What serves is to be found at another place from now on."""
@@ -184,6 +227,11 @@ class Versions:
 
 def _same(asked: PolicyVersion, current: PolicyVersion) -> bool:
     return replace(asked, step=0) == replace(current, step=0)
+
+
+def _check_number(asked: PolicyVersion) -> None:
+    if asked.version < 0:
+        raise InvalidArgument("policy.version", f"is {asked.version}", "use 0 or more")
 
 
 def _check_order(asked: PolicyVersion, current: PolicyVersion, allow_older: bool) -> None:

@@ -14,6 +14,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
+from regreen.rpc.errors import FailedPrecondition
+
 TokenSink = Callable[[int, Sequence[int], Sequence[float]], None]
 """Called with (sample index, new token ids, their logprobs) as tokens are sampled."""
 
@@ -102,6 +104,8 @@ class EngineInfo:
     """Whether `Sampling.regex` is honoured."""
     swaps_weights: bool = True
     """Whether `load` works."""
+    sleeps: bool = False
+    """Whether `sleep` gives memory back."""
 
 
 class Engine(Protocol):
@@ -160,6 +164,53 @@ class Engine(Protocol):
     async def abort(self, request_id: str | None) -> int:
         """End one request, or all for None; the number that ended."""
         ...
+
+    @property
+    def asleep(self) -> bool:
+        """Whether its memory is given back, as `start` may find it."""
+        ...
+
+    async def sleep(self) -> None:
+        """Give the accelerator's memory back until `wake`; all of it or none.
+
+        Nothing runs when it is called, and nothing is loaded or sampled before `wake`.
+
+        Raises:
+            FailedPrecondition: there is none to give back, or others are using it.
+            Unavailable: it cannot be given back now; `asleep` says what came of it.
+        """
+        ...
+
+    async def wake(self, version: int, path: Path | None) -> None:
+        """Take the memory back and serve these weights as `version`; sleeps on when it raises.
+
+        Without a path they are those that it slept with.
+
+        Raises:
+            FailedPrecondition: the weights do not fit the model.
+            DataLoss: the files cannot be read.
+            Unavailable: the memory cannot be had now.
+        """
+        ...
+
+
+class Wakeful:
+    """An engine without an accelerator's memory that it could give back."""
+
+    @property
+    def asleep(self) -> bool:
+        """Never."""
+        return False
+
+    async def sleep(self) -> None:
+        """Refuse."""
+        raise FailedPrecondition(
+            "this engine has no accelerator's memory to give back; only sglang has"
+        )
+
+    async def wake(self, version: int, path: Path | None) -> None:
+        """Refuse: it never slept."""
+        raise FailedPrecondition("this engine does not sleep")
 
 
 def spans(versions: Sequence[int]) -> tuple[VersionSpan, ...]:

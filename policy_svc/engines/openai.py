@@ -29,6 +29,7 @@ from policy_svc.engines.base import (
     PauseMode,
     Request,
     TokenSink,
+    Wakeful,
     spans,
 )
 from regreen.rpc.errors import (
@@ -57,7 +58,7 @@ class OpenAiOptions:
     retry_s: float = 60.0
 
 
-class OpenAiEngine:
+class OpenAiEngine(Wakeful):
     """An `Engine` over chat completions; it serves one version, 0."""
 
     def __init__(

@@ -28,6 +28,7 @@ from policy_svc.engines.base import (
     PauseMode,
     Request,
     TokenSink,
+    Wakeful,
     spans,
 )
 from regreen.cpu import cpu_count
@@ -74,7 +75,7 @@ def local_engines() -> list[str]:
     return [name for name, package in packages.items() if importlib.util.find_spec(package)]
 
 
-class ProcessEngine:
+class ProcessEngine(Wakeful):
     """An `Engine` behind a worker process."""
 
     def __init__(self, options: LocalOptions, end_id: int) -> None:

@@ -29,6 +29,7 @@ from policy_svc.engines.base import (
     PauseMode,
     Request,
     TokenSink,
+    Wakeful,
     spans,
 )
 from policy_svc.engines.stepper import WeightsError
@@ -95,7 +96,7 @@ class _Running:
             event.set()
 
 
-class ScriptedEngine:
+class ScriptedEngine(Wakeful):
     """An `Engine` that reads its answers from a `Script`."""
 
     def __init__(self, script: Script, tokenizer: Tokenizer, end_id: int, context: int) -> None:

@@ -65,7 +65,7 @@ _TABLE = {
     "policy.v1.PolicyService": {
         "read": "RenderChat Tokenize GetPolicy ListQuotas",
         "write": "Generate AbortGeneration",
-        "admin": "LoadVersion Pause Resume",
+        "admin": "LoadVersion Pause Resume Sleep Wake",
     },
     "judge.v1.JudgeService": {"write": "Judge JudgeGroup", "admin": "Calibrate"},
     "learner.v1.LearnerService": {
