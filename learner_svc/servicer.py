@@ -98,7 +98,11 @@ class LearnerServicer(pb.LearnerServiceServicer):
             digest = request.batch_digest
             batch = check_digest(Digest(digest.sha256, digest.size_bytes), "batch_digest")
         record, repeated = await self._runs.step(
-            request.run_id, request.step, batch, tuple(request.group_ids)
+            request.run_id,
+            request.step,
+            batch,
+            tuple(request.group_ids),
+            lend_memory=request.lend_memory,
         )
         return step_message(record, repeated=repeated)
 

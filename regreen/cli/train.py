@@ -94,6 +94,9 @@ def grpo(
     concurrency: Annotated[
         int, typer.Option(min=0, help="Rollouts at a time here; 0 leaves them to other workers.")
     ] = 4,
+    colocate: Annotated[
+        bool, typer.Option("--colocate", help="The policy sleeps while the learner steps.")
+    ] = False,
     hyper: Hyper = [],  # noqa: B006
     set: Annotated[
         list[str], typer.Option("--set", help="Episode setting, for example budget.turns=8.")
@@ -116,6 +119,7 @@ def grpo(
             groups_per_step=groups,
             group_size=group_size,
             concurrency=concurrency,
+            colocate=colocate,
             hyperparameters=parse_numbers(hyper),
             labels=parse_settings(set),
             seed=seed,

@@ -70,6 +70,7 @@ class LearnerClient(Caller):
         batch: bytes = b"",
         batch_digest: Digest | None = None,
         group_ids: Sequence[str] = (),
+        lend_memory: bool = False,
         request_id: str = "",
     ) -> pb.StepResponse:
         """One optimizer step."""
@@ -80,6 +81,7 @@ class LearnerClient(Caller):
             batch=batch,
             batch_digest=batch_digest,
             group_ids=group_ids,
+            lend_memory=lend_memory,
         )
         response: pb.StepResponse = await self._call(self._stub.Step, request, _STEP_S)
         return response

@@ -94,6 +94,26 @@ class PolicyClient(Caller):
         request = pb.ResumeRequest(request_id=request_id or new_request_id())
         await self._call(self._stub.Resume, request, WRITE_S)
 
+    async def sleep(self, *, request_id: str = "", timeout_s: float = 600.0) -> None:
+        """Have the policy give its memory back, once what runs has ended."""
+        request = pb.SleepRequest(request_id=request_id or new_request_id())
+        await self._call(self._stub.Sleep, request, timeout_s)
+
+    async def wake(
+        self,
+        policy: pb.PolicyVersion | None = None,
+        *,
+        allow_older: bool = False,
+        request_id: str = "",
+        timeout_s: float = 600.0,
+    ) -> pb.WakeResponse:
+        """Have the policy take its memory back, with other weights or those that served."""
+        request = pb.WakeRequest(
+            request_id=request_id or new_request_id(), policy=policy, allow_older=allow_older
+        )
+        response: pb.WakeResponse = await self._call(self._stub.Wake, request, timeout_s)
+        return response
+
     async def get_policy(self) -> pb.GetPolicyResponse:
         """What is being served."""
         response: pb.GetPolicyResponse = await self._call(

@@ -15,6 +15,8 @@ refill of groups that do not teach, a curriculum by running pass rates.
 - The tasks of a step depend on recorded outcomes of earlier steps only, so a resumed run asks for
   the groups that it had asked for.
 - A step whose groups teach nothing takes no optimizer step; it is counted, not repeated.
+- With `colocate` the policy sleeps from the optimizer step on, and is awake with the weights that
+  the next step is rolled out on, or those that it had, before rollouts are asked for.
 - Token ids, logprobs and versions go from trajectory to batch unchanged; weights go by reference.
 """
 
@@ -29,7 +31,7 @@ from regreen.client.stack import Stack
 from regreen.dataset import v1 as dataset_pb
 from regreen.learner import v1 as learner_pb
 from regreen.rollout.worker import worker_pool
-from regreen.rpc.errors import RegreenError
+from regreen.rpc.errors import InvalidArgument, RegreenError
 from regreen.train.batches import grpo_batch
 from regreen.train.config import GrpoConfig
 from regreen.train.gather import Collected, Gatherer, GatherSettings, group_id
@@ -112,7 +114,21 @@ async def resolve_start(stack: Stack, config: GrpoConfig) -> GrpoStart:
     return GrpoStart(candidates, weights)
 
 
+async def check_colocate(stack: Stack, config: GrpoConfig) -> None:
+    """Raises: InvalidArgument: the policy is to sleep, and has no memory to give back."""
+    if not config.colocate:
+        return
+    policy = await stack.policy.get_policy()
+    if not policy.can_sleep:
+        raise InvalidArgument(
+            "colocate",
+            f"the policy's engine ({policy.engine}) has no memory to give back",
+            "leave it out, or serve with SGLang, started with --enable-memory-saver",
+        )
+
+
 async def _prepare(stack: Stack, config: GrpoConfig, progress: Listener) -> "_Driver":
+    await check_colocate(stack, config)
     resolved: Mapping[str, object] = {}
     if await find_run(stack, config.name) is None:
         start = await resolve_start(stack, config)
@@ -155,6 +171,7 @@ async def _prepare(stack: Stack, config: GrpoConfig, progress: Listener) -> "_Dr
             hyperparameters(config.hyperparameters),
             config.engine,
             progress,
+            config.colocate,
         ),
         recovery=Recovery(config.recovery_deadline_s, progress),
     )
@@ -197,11 +214,12 @@ class _Driver:
                 raise
 
     async def _release(self) -> None:
-        try:
-            await self.ledger.stop()
-        except RegreenError as error:
-            # The learner is gone or busy; the next start stops the run itself.
-            self.listener(Progress("stopped", 0, 0, None, str(error)))
+        for undo in (self.ledger.stop, self.ledger.wake):
+            try:
+                await undo()
+            except RegreenError as error:
+                # A service is gone or busy; the next start stops the run, and wakes the policy.
+                self.listener(Progress("stopped", 0, 0, None, str(error)))
 
 
 @dataclass(slots=True)
@@ -288,6 +306,8 @@ class _Life:
         await driver.stack.runs.record_metrics(driver.run.id, step, metrics)
         if self.dirty and (step % config.checkpoint_every == 0 or step == config.steps):
             await self._save()
+        else:
+            await driver.ledger.wake()
         self.meter.report(step, _headline(metrics), due=True)
 
     async def _learn(self, collected: Collected, metrics: dict[str, float]) -> dict[str, float]:

@@ -60,6 +60,10 @@ class HashLearner(learner_pb.LearnerServiceServicer):
         self.saving, self.may_save = asyncio.Event(), asyncio.Event()
         """A checkpoint is begun; checkpoints may end."""
         self.may_save.set()
+        self.watch: Callable[[], None] = lambda: None
+        """Called at each step."""
+        self.lent: list[bool] = []
+        """Whether each step was to lend its memory."""
         self.salt = ""
         """What makes the steps of runs that are started now other ones."""
 
@@ -89,6 +93,8 @@ class HashLearner(learner_pb.LearnerServiceServicer):
 
     async def Step(self, request, context):
         state = self._state(request.run_id)
+        self.watch()
+        self.lent.append(request.lend_memory)
         if request.step == self.hold_at:
             self.held.set()
             await asyncio.Event().wait()
@@ -213,20 +219,41 @@ class RememberingPolicy(policy_pb.PolicyServiceServicer):
         """Digests by version."""
         self.lost = set[str]()
         """URIs at which nothing is any more."""
+        self.can_sleep, self.asleep = False, False
+        self.slept = 0
+
+    async def Sleep(self, request, context):
+        if not self.can_sleep:
+            raise FailedPrecondition("nothing to give back")
+        self.slept += not self.asleep
+        self.asleep = True
+        return policy_pb.SleepResponse()
+
+    async def Wake(self, request, context):
+        if request.HasField("policy"):
+            self._load(request.policy)
+        self.asleep = False
+        return policy_pb.WakeResponse(policy=self.serving)
 
     async def LoadVersion(self, request, context):
-        if request.policy.uri in self.lost:
-            raise NotFound(f"no weights at {request.policy.uri}")
-        if request.policy.version != self.serving.version:
-            self.loaded.append(request.policy.version)
-        self.serving = request.policy
-        self.asked.append(request.policy.version)
-        digests = self.served.setdefault(request.policy.version, set())
-        digests.add(request.policy.digest.sha256)
+        if self.asleep:
+            raise FailedPrecondition("asleep")
+        self._load(request.policy)
         return policy_pb.LoadVersionResponse(policy=self.serving)
 
+    def _load(self, policy: policy_pb.PolicyVersion) -> None:
+        if policy.uri in self.lost:
+            raise NotFound(f"no weights at {policy.uri}")
+        if policy.version != self.serving.version:
+            self.loaded.append(policy.version)
+        self.serving = policy
+        self.asked.append(policy.version)
+        self.served.setdefault(policy.version, set()).add(policy.digest.sha256)
+
     async def GetPolicy(self, request, context):
-        return policy_pb.GetPolicyResponse(policy=self.serving, engine="scripted", model="none")
+        return policy_pb.GetPolicyResponse(
+            policy=self.serving, engine="scripted", model="none", can_sleep=self.can_sleep
+        )
 
 
 @dataclass

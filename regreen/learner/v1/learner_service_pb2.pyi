@@ -610,6 +610,7 @@ class StepRequest(_message.Message):
     BATCH_FIELD_NUMBER: _builtins.int
     BATCH_DIGEST_FIELD_NUMBER: _builtins.int
     GROUP_IDS_FIELD_NUMBER: _builtins.int
+    LEND_MEMORY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Client-chosen id of this request."""
     run_id: _builtins.str
@@ -618,6 +619,8 @@ class StepRequest(_message.Message):
     """Number of this step, from 1."""
     batch: _builtins.bytes
     """The batch itself, in the format of `regreen.batch`; or empty."""
+    lend_memory: _builtins.bool
+    """Give accelerator memory that is only kept for the next step back after this one: a policy on the same takes it."""
     @_builtins.property
     def batch_digest(self) -> _common_pb2.Digest:
         """Digest of the batch in the blob store, when it is not inline."""
@@ -635,10 +638,11 @@ class StepRequest(_message.Message):
         batch: _builtins.bytes = ...,
         batch_digest: _common_pb2.Digest | None = ...,
         group_ids: _abc.Iterable[_builtins.str] | None = ...,
+        lend_memory: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["batch_digest", b"batch_digest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "batch_digest", b"batch_digest", "group_ids", b"group_ids", "request_id", b"request_id", "run_id", b"run_id", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "batch_digest", b"batch_digest", "group_ids", b"group_ids", "lend_memory", b"lend_memory", "request_id", b"request_id", "run_id", b"run_id", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
