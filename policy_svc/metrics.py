@@ -24,6 +24,13 @@ GENERATE_SECONDS = Histogram(
 LOADS = Counter("regreen_policy_loads", "Weight loads by outcome: loaded, failed.", ["outcome"])
 for _outcome in ("loaded", "failed"):
     LOADS.labels(_outcome)
+RECEIVED = Counter(
+    "regreen_policy_weights_received",
+    "Versions that servers took from a sender, by outcome: received, failed (and read instead).",
+    ["outcome"],
+)
+for _outcome in ("received", "failed"):
+    RECEIVED.labels(_outcome)
 LOAD_SECONDS = Histogram(
     "regreen_policy_load_seconds",
     "Time from the call to serving a new version.",

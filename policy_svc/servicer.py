@@ -10,10 +10,10 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from policy_svc.chat import Message
-from policy_svc.engines.base import Completion, FinishReason, PauseMode, Request, Sampling
+from policy_svc.engines.base import Completion, FinishReason, Offer, PauseMode, Request, Sampling
 from policy_svc.policy import Policy, Rest
 from policy_svc.versions import PolicyVersion
-from regreen.common.v1 import Digest
+from regreen.common.v1 import Digest, WeightOffer
 from regreen.ids import new_id
 from regreen.policy import v1 as pb
 from regreen.rpc.errors import InvalidArgument
@@ -107,7 +107,9 @@ class PolicyServicer(pb.PolicyServiceServicer):
         if not request.HasField("policy"):
             raise InvalidArgument("policy", "is missing", "say what to load")
         policy, pause_s = await self._policy.versions.load(
-            _version(request.policy), allow_older=request.allow_older
+            _version(request.policy),
+            allow_older=request.allow_older,
+            offer=_offer(request.offer) if request.HasField("offer") else None,
         )
         return pb.LoadVersionResponse(policy=_policy(policy), pause=_duration(pause_s))
 
@@ -156,6 +158,7 @@ class PolicyServicer(pb.PolicyServiceServicer):
             token_exact=info.token_exact,
             sleep=_RESTS[self._policy.rest],
             can_sleep=info.sleeps,
+            receivers=info.receivers,
         )
 
     async def AbortGeneration(
@@ -204,6 +207,20 @@ def _version(asked: pb.PolicyVersion) -> PolicyVersion:
         size_bytes=asked.digest.size_bytes,
         run_id=asked.run_id,
         step=asked.step,
+    )
+
+
+def _offer(asked: WeightOffer) -> Offer:
+    if not asked.tensors:
+        raise InvalidArgument("offer.tensors", "is empty", "say what is sent")
+    return Offer(
+        address=asked.address,
+        port=asked.port,
+        group=asked.group,
+        backend=asked.backend,
+        receivers=asked.receivers,
+        tensors=tuple((one.name, one.dtype, tuple(one.shape)) for one in asked.tensors),
+        sha256=asked.digest.sha256,
     )
 
 

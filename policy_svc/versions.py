@@ -19,10 +19,16 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from policy_svc import metrics
-from policy_svc.engines.base import Engine
+from policy_svc.engines.base import Engine, Offer
 from policy_svc.engines.weights import INDEX, SINGLE
 from regreen.blobs import Digest, check_digest, open_blobs
-from regreen.rpc.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound
+from regreen.rpc.errors import (
+    DataLoss,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    RegreenError,
+)
 from regreen.rpc.logging import get
 
 _KEPT_DOWNLOADS = 2
@@ -136,9 +142,11 @@ class Versions:
         return self._serving
 
     async def load(
-        self, policy: PolicyVersion, *, allow_older: bool = False
+        self, policy: PolicyVersion, *, allow_older: bool = False, offer: Offer | None = None
     ) -> tuple[PolicyVersion, float]:
         """Switch to a version; what serves now, and the seconds without sampling.
+
+        What is offered is received in place of being read, and read where that fails.
 
         The switch goes on when the caller leaves, so that engine and record never differ.
 
@@ -147,9 +155,15 @@ class Versions:
             FailedPrecondition: the version is older, or the weights do not fit.
         """
         _check_number(policy)
-        return await asyncio.shield(self._load(policy, allow_older))
+        if offer and offer.sha256 != policy.sha256:
+            raise InvalidArgument(
+                "offer.digest", "is not that of the policy", "offer what is to be loaded"
+            )
+        return await asyncio.shield(self._load(policy, allow_older, offer))
 
-    async def _load(self, policy: PolicyVersion, allow_older: bool) -> tuple[PolicyVersion, float]:
+    async def _load(
+        self, policy: PolicyVersion, allow_older: bool, offer: Offer | None
+    ) -> tuple[PolicyVersion, float]:
         async with self._lock:
             current = self._serving.policy
             if _same(policy, current):
@@ -158,6 +172,11 @@ class Versions:
                 return await self._move(policy), 0.0
             _check_order(policy, current, allow_older)
             start_s = time.monotonic()
+            received = await self._received(policy, offer) if offer else None
+            if received:
+                path, pause_s = received
+                await self._serve(policy, path, time.monotonic() - start_s)
+                return policy, pause_s
             try:
                 path = await self._source.path_of(policy)
                 pause_s = await self._engine.load(policy.version, path)
@@ -166,6 +185,19 @@ class Versions:
                 raise
             await self._serve(policy, path, time.monotonic() - start_s)
             return policy, pause_s
+
+    async def _received(self, policy: PolicyVersion, offer: Offer) -> tuple[Path, float] | None:
+        """Where the weights lie that were received, and the seconds without sampling; None: not."""
+        try:
+            # What lies there is read only if servers fail later; then its digest is looked at.
+            path = await self._source.path_of(replace(policy, sha256=""))
+            pause_s = await self._engine.receive(policy.version, path, offer)
+        except RegreenError as error:
+            metrics.RECEIVED.labels("failed").inc()
+            get().warning("not received, to be read", version=policy.version, error=error.message)
+            return None
+        metrics.RECEIVED.labels("received").inc()
+        return path, pause_s
 
     async def sleep(self) -> None:
         """Have the engine sleep, after a load that is under way. Raises: see `Engine.sleep`."""

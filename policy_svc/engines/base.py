@@ -106,6 +106,23 @@ class EngineInfo:
     """Whether `load` works."""
     sleeps: bool = False
     """Whether `sleep` gives memory back."""
+    receivers: int = 0
+    """Ranks that `receive` has join a group; 0: it receives nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """Weights that a process waits to send to the other ranks of its group."""
+
+    address: str
+    port: int
+    group: str
+    backend: str
+    receivers: int
+    tensors: tuple[tuple[str, str, tuple[int, ...]], ...]
+    """Name, type and shape, in the order of sending."""
+    sha256: str
+    """Of the weights file."""
 
 
 class Engine(Protocol):
@@ -165,6 +182,17 @@ class Engine(Protocol):
         """End one request, or all for None; the number that ended."""
         ...
 
+    async def receive(self, version: int, path: Path, offer: Offer) -> float:
+        """Serve what is offered, the weights that lie at `path`, as `version`.
+
+        Returns the seconds in which no token was sampled. When it raises, the old weights serve.
+
+        Raises:
+            FailedPrecondition: the engine receives nothing, or not from so many.
+            Unavailable: not all of it came to all.
+        """
+        ...
+
     @property
     def asleep(self) -> bool:
         """Whether its memory is given back, as `start` may find it."""
@@ -194,8 +222,12 @@ class Engine(Protocol):
         ...
 
 
-class Wakeful:
-    """An engine without an accelerator's memory that it could give back."""
+class Apart:
+    """An engine that shares nothing with a learner: neither memory nor a process group."""
+
+    async def receive(self, version: int, path: Path, offer: Offer) -> float:
+        """Refuse."""
+        raise FailedPrecondition("this engine receives no weights; only sglang does")
 
     @property
     def asleep(self) -> bool:

@@ -38,6 +38,7 @@ from policy_svc.engines.base import (
     EngineInfo,
     FinishReason,
     Generation,
+    Offer,
     PauseMode,
     Request,
     TokenSink,
@@ -45,7 +46,8 @@ from policy_svc.engines.base import (
     spans,
 )
 from policy_svc.engines.sglang_adapters import Adapter, adapter_of
-from policy_svc.engines.sglang_replica import Exchanges, Replica
+from policy_svc.engines.sglang_receive import join, leave, ranks_of, take
+from policy_svc.engines.sglang_replica import Exchanges, Replica, push_all
 from policy_svc.engines.sglang_sleep import Held, StillAsleep, gives_back, sleep_all, wake_all
 from policy_svc.engines.sglang_wire import own_label, release_of, sampling_params, sleeps
 from regreen.rpc.errors import Aborted, FailedPrecondition, InvalidArgument, Unavailable
@@ -106,6 +108,7 @@ class SglangEngine:
         self._label = ""
         """Name of the version of `_weights`, which is not an adapter's."""
         self._asleep = self._sleeps = False
+        self._receivers = 0
         self._order = itertools.count()
         self._base_version = version
         self._open, self._idle = asyncio.Event(), asyncio.Event()
@@ -124,6 +127,7 @@ class SglangEngine:
             end_of_turn_id=self._end_id,
             regex=True,
             sleeps=self._sleeps,
+            receivers=self._receivers,
         )
 
     @property
@@ -163,8 +167,10 @@ class SglangEngine:
         self._base_weights = None if pushed else self._weights
         self._sleeps = all(map(gives_back, servers))
         self._native_spans = release_of(self._server.get("version", "")) >= (0, 5, 23)
-        for replica in self._replicas:
-            replica.native_spans = self._native_spans
+        for replica, server in zip(self._replicas, servers, strict=True):
+            replica.native_spans, replica.ranks = self._native_spans, ranks_of(server)
+        ranks = [replica.ranks for replica in self._replicas]
+        self._receivers = sum(ranks) if all(ranks) else 0
 
     async def close(self) -> None:
         """Close connections."""
@@ -242,6 +248,30 @@ class SglangEngine:
             self._label = str(version)
             self._retire()
         finally:
+            self._open.set()
+        return self._clock() - began_s
+
+    async def receive(self, version: int, path: Path, offer: Offer) -> float:
+        """Take a version from a sender on every replica; all or none have it afterwards."""
+        if self._asleep or offer.receivers != self._receivers:
+            raise FailedPrecondition(f"{self._receivers} ranks can receive now, if awake")
+        began_s, joined = self._clock(), False
+        self._open.clear()
+        try:
+            await self._idle.wait()  # tensors change one by one
+            await join(self._replicas, offer)
+            joined = True
+            await take(self._replicas, offer, str(version))
+        except Unavailable:
+            if joined:  # some may have other weights, or parts of them
+                await push_all(self._replicas, self._weights, self._label)
+            raise
+        else:
+            self._version, self._weights, self._adapter = version, self._remote(path), None
+            self._label = str(version)
+            self._retire()
+        finally:
+            await leave(self._replicas, offer)
             self._open.set()
         return self._clock() - began_s
 

@@ -5,7 +5,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,8 @@ class Replica:
     client: httpx.AsyncClient
     exchanges: Exchanges
     running: set[str] = field(default_factory=set)
+    ranks: int = 0
+    """Of its own that join a group."""
     native_spans: bool = False
     """Whether it tells the version of each token, and knows `keep_pause`."""
 
@@ -153,3 +155,15 @@ class Replica:
                 left_s = round(deadline_s - now_s)
                 get().info("waiting for SGLang", url=self.url, problem=problem, left_s=left_s)
             await asyncio.sleep(0.2)
+
+
+async def push_all(replicas: Sequence[Replica], path: str, label: str) -> None:
+    """Have every server load weights, also where others fail.
+
+    Raises:
+        FailedPrecondition, Unavailable: the first that one failed with.
+    """
+    calls = (replica.push(path, label) for replica in replicas)
+    for problem in await asyncio.gather(*calls, return_exceptions=True):
+        if problem:
+            raise problem

@@ -97,6 +97,9 @@ def grpo(
     colocate: Annotated[
         bool, typer.Option("--colocate", help="The policy sleeps while the learner steps.")
     ] = False,
+    broadcast: Annotated[
+        bool, typer.Option("--broadcast", help="Servers take weights from the learner, not disk.")
+    ] = False,
     hyper: Hyper = [],  # noqa: B006
     set: Annotated[
         list[str], typer.Option("--set", help="Episode setting, for example budget.turns=8.")
@@ -120,6 +123,7 @@ def grpo(
             group_size=group_size,
             concurrency=concurrency,
             colocate=colocate,
+            broadcast=broadcast,
             hyperparameters=parse_numbers(hyper),
             labels=parse_settings(set),
             seed=seed,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import grpc
 
 from regreen.client.channel import READ_S, WRITE_S, Caller, new_request_id
-from regreen.common.v1 import QuotaUse
+from regreen.common.v1 import QuotaUse, WeightOffer
 from regreen.policy import v1 as pb
 
 
@@ -69,12 +69,16 @@ class PolicyClient(Caller):
         policy: pb.PolicyVersion,
         *,
         allow_older: bool = False,
+        offer: WeightOffer | None = None,
         request_id: str = "",
         timeout_s: float = 600.0,
     ) -> pb.LoadVersionResponse:
-        """Switch to other weights, by reference."""
+        """Switch to other weights, by reference, or through an offer of them."""
         request = pb.LoadVersionRequest(
-            request_id=request_id or new_request_id(), policy=policy, allow_older=allow_older
+            request_id=request_id or new_request_id(),
+            policy=policy,
+            allow_older=allow_older,
+            offer=offer,
         )
         response: pb.LoadVersionResponse = await self._call(
             self._stub.LoadVersion, request, timeout_s

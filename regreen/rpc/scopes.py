@@ -70,7 +70,7 @@ _TABLE = {
     "judge.v1.JudgeService": {"write": "Judge JudgeGroup", "admin": "Calibrate"},
     "learner.v1.LearnerService": {
         "read": "EstimateRun WatchRun GetRun ListRuns",
-        "write": "StartRun Step PublishWeights SaveCheckpoint StopRun",
+        "write": "StartRun Step PublishWeights OfferWeights SaveCheckpoint StopRun",
     },
 }
 SCOPES: Mapping[str, str] = {

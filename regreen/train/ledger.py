@@ -37,6 +37,7 @@ from regreen.rpc import traces
 from regreen.rpc.errors import (
     DataLoss,
     FailedPrecondition,
+    InfraError,
     InvalidArgument,
     NotFound,
     RegreenError,
@@ -79,6 +80,8 @@ class Ledger:
     listener: Listener = ignore
     colocate: bool = False
     """Whether the policy sleeps during steps, on the learner's GPUs."""
+    broadcast: bool = False
+    """Whether the policy's servers take published weights from the learner."""
     epoch: int = field(default=0, init=False)
     """Epoch of the run since the last `resume`; 0 before it."""
     _extra: int = field(default=0, init=False)
@@ -242,6 +245,21 @@ class Ledger:
             response = await self.stack.policy.wake(weights.to_policy(), allow_older=True)
         else:
             response = await self.stack.policy.load_version(weights.to_policy(), allow_older=True)
+        return response.pause.seconds + response.pause.nanos * 1e-9
+
+    async def serve_published(self, weights: Weights) -> float:
+        """As `serve`, of what the learner has just published; sent to servers with `broadcast`."""
+        if not self.broadcast:
+            return await self.serve(weights)
+        receivers = (await self.stack.policy.get_policy()).receivers
+        try:
+            offer = await self.stack.learner.offer_weights(self.run_id, receivers)
+        except (InvalidArgument, NotFound, InfraError) as error:
+            self.listener(Progress("broadcast", 0, 0, None, f"weights are read: {error}"))
+            return await self.serve(weights)
+        response = await self.stack.policy.load_version(
+            weights.to_policy(), allow_older=True, offer=offer
+        )
         return response.pause.seconds + response.pause.nanos * 1e-9
 
     async def wake(self) -> None:

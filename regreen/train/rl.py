@@ -114,12 +114,18 @@ async def resolve_start(stack: Stack, config: GrpoConfig) -> GrpoStart:
     return GrpoStart(candidates, weights)
 
 
-async def check_colocate(stack: Stack, config: GrpoConfig) -> None:
-    """Raises: InvalidArgument: the policy is to sleep, and has no memory to give back."""
-    if not config.colocate:
+async def check_policy(stack: Stack, config: GrpoConfig) -> None:
+    """Raises: InvalidArgument: the policy cannot do what the settings ask of it."""
+    if not config.colocate and not config.broadcast:
         return
     policy = await stack.policy.get_policy()
-    if not policy.can_sleep:
+    if config.broadcast and not policy.receivers:
+        raise InvalidArgument(
+            "broadcast",
+            f"the policy's engine ({policy.engine}) receives no weights",
+            "leave it out, or serve with SGLang, without data or pipeline parallelism",
+        )
+    if config.colocate and not policy.can_sleep:
         raise InvalidArgument(
             "colocate",
             f"the policy's engine ({policy.engine}) has no memory to give back",
@@ -128,7 +134,7 @@ async def check_colocate(stack: Stack, config: GrpoConfig) -> None:
 
 
 async def _prepare(stack: Stack, config: GrpoConfig, progress: Listener) -> "_Driver":
-    await check_colocate(stack, config)
+    await check_policy(stack, config)
     resolved: Mapping[str, object] = {}
     if await find_run(stack, config.name) is None:
         start = await resolve_start(stack, config)
@@ -172,6 +178,7 @@ async def _prepare(stack: Stack, config: GrpoConfig, progress: Listener) -> "_Dr
             config.engine,
             progress,
             config.colocate,
+            config.broadcast,
         ),
         recovery=Recovery(config.recovery_deadline_s, progress),
     )
@@ -360,7 +367,7 @@ class _Life:
     async def _go_on(self, published: Weights) -> tuple[float, float]:
         """Serve weights and have the next step rolled out on them; seconds without sampling, and
         when they served."""
-        pause_s = await self.driver.ledger.serve(published)
+        pause_s = await self.driver.ledger.serve_published(published)
         live_at_s = time.monotonic()
         if self.step < self.driver.config.steps:
             await self.gatherer.enqueue(self.step + 1, self.history)

@@ -1,4 +1,4 @@
-"""A policy that sleeps while the learner steps: when, and what becomes of it after failures."""
+"""A policy that sleeps while the learner steps, or is sent weights: when, and after failures."""
 
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -99,3 +99,19 @@ async def test_a_policy_that_cannot_sleep_is_refused_before_anything_starts(plac
     assert not place.learner.runs
     with pytest.raises(InvalidArgument, match=r"^prefetch"):
         replace(config, prefetch=True)
+
+
+async def test_weights_are_offered_when_they_are_published(place: World):
+    place.policy.receivers = 2
+    async with place.stack() as stack:
+        config = config_of(await admitted(stack), broadcast=True)
+        await train_grpo(stack, config, workers=external(place))
+        await check_exactly_once(place, config)
+        assert place.policy.offered
+        assert set(place.policy.offered) == set(place.policy.loaded[1:])
+        place.policy.receivers = 0
+        other = config_of(await admitted(stack), broadcast=True)
+        with pytest.raises(InvalidArgument, match=r"^broadcast: .*scripted.*receives no weights"):
+            await train_grpo(stack, other)
+        with pytest.raises(InvalidArgument, match=r"^broadcast"):
+            replace(config, colocate=True)

@@ -120,6 +120,14 @@ class HashLearner(learner_pb.LearnerServiceServicer):
         path.write_text(json.dumps(made))
         return learner_pb.PublishWeightsResponse(weights=self._run(request.run_id).published)
 
+    async def OfferWeights(self, request, context):
+        published = self._run(request.run_id).published
+        if not published.uri:
+            raise NotFound("nothing is published")
+        offer = common_pb.WeightOffer(group=published.uri, receivers=request.receivers)
+        offer.digest.CopyFrom(published.digest)
+        return learner_pb.OfferWeightsResponse(offer=offer)
+
     def _published(self, run_id: str) -> Path:
         return self.root / run_id / "weights"
 
@@ -219,6 +227,9 @@ class RememberingPolicy(policy_pb.PolicyServiceServicer):
         """Digests by version."""
         self.lost = set[str]()
         """URIs at which nothing is any more."""
+        self.receivers = 0
+        self.offered: list[int] = []
+        """Versions that came with an offer of their weights."""
         self.can_sleep, self.asleep = False, False
         self.slept = 0
 
@@ -238,6 +249,10 @@ class RememberingPolicy(policy_pb.PolicyServiceServicer):
     async def LoadVersion(self, request, context):
         if self.asleep:
             raise FailedPrecondition("asleep")
+        if request.HasField("offer"):
+            assert request.offer.digest == request.policy.digest
+            assert request.offer.receivers == self.receivers
+            self.offered.append(request.policy.version)
         self._load(request.policy)
         return policy_pb.LoadVersionResponse(policy=self.serving)
 
@@ -252,7 +267,11 @@ class RememberingPolicy(policy_pb.PolicyServiceServicer):
 
     async def GetPolicy(self, request, context):
         return policy_pb.GetPolicyResponse(
-            policy=self.serving, engine="scripted", model="none", can_sleep=self.can_sleep
+            policy=self.serving,
+            engine="scripted",
+            model="none",
+            can_sleep=self.can_sleep,
+            receivers=self.receivers,
         )
 
 

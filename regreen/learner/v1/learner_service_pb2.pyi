@@ -907,6 +907,60 @@ class PublishWeightsResponse(_message.Message):
 Global___PublishWeightsResponse: _TypeAlias = PublishWeightsResponse  # noqa: Y015
 
 @_typing.final
+class OfferWeightsRequest(_message.Message):
+    """Request of OfferWeights."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    RECEIVERS_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Client-chosen id of this request."""
+    run_id: _builtins.str
+    """Run id."""
+    receivers: _builtins.int
+    """Ranks that will receive."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        run_id: _builtins.str = ...,
+        receivers: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["receivers", b"receivers", "request_id", b"request_id", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OfferWeightsRequest: _TypeAlias = OfferWeightsRequest  # noqa: Y015
+
+@_typing.final
+class OfferWeightsResponse(_message.Message):
+    """Response of OfferWeights."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OFFER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def offer(self) -> _common_pb2.WeightOffer:
+        """Where to join, and what is sent."""
+
+    def __init__(
+        self,
+        *,
+        offer: _common_pb2.WeightOffer | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["offer", b"offer"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["offer", b"offer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OfferWeightsResponse: _TypeAlias = OfferWeightsResponse  # noqa: Y015
+
+@_typing.final
 class SaveCheckpointRequest(_message.Message):
     """Request of SaveCheckpoint."""
 

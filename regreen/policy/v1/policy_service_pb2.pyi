@@ -513,6 +513,7 @@ class LoadVersionRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
     ALLOW_OLDER_FIELD_NUMBER: _builtins.int
+    OFFER_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Client-chosen id of this request."""
     allow_older: _builtins.bool
@@ -521,16 +522,21 @@ class LoadVersionRequest(_message.Message):
     def policy(self) -> Global___PolicyVersion:
         """What to load."""
 
+    @_builtins.property
+    def offer(self) -> _common_pb2.WeightOffer:
+        """Where an engine that can receives the weights, in place of reading them; they are read where that fails."""
+
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         policy: Global___PolicyVersion | None = ...,
         allow_older: _builtins.bool = ...,
+        offer: _common_pb2.WeightOffer | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["offer", b"offer", "policy", b"policy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_older", b"allow_older", "policy", b"policy", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_older", b"allow_older", "offer", b"offer", "policy", b"policy", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -789,6 +795,7 @@ class GetPolicyResponse(_message.Message):
     TOKEN_EXACT_FIELD_NUMBER: _builtins.int
     SLEEP_FIELD_NUMBER: _builtins.int
     CAN_SLEEP_FIELD_NUMBER: _builtins.int
+    RECEIVERS_FIELD_NUMBER: _builtins.int
     engine: _builtins.str
     """Engine: "openvino", "torch", "sglang", "openai" or "scripted"."""
     model: _builtins.str
@@ -809,6 +816,8 @@ class GetPolicyResponse(_message.Message):
     """Whether the engine has its memory."""
     can_sleep: _builtins.bool
     """Whether Sleep gives memory back."""
+    receivers: _builtins.int
+    """Ranks of its servers that can receive weights; 0: none can."""
     @_builtins.property
     def policy(self) -> Global___PolicyVersion:
         """What serves now."""
@@ -832,10 +841,11 @@ class GetPolicyResponse(_message.Message):
         token_exact: _builtins.bool = ...,
         sleep: Global___SleepState.ValueType = ...,
         can_sleep: _builtins.bool = ...,
+        receivers: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load_time", b"load_time", "policy", b"policy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["can_sleep", b"can_sleep", "context_length", b"context_length", "dtype", b"dtype", "end_of_turn_id", b"end_of_turn_id", "engine", b"engine", "load_time", b"load_time", "model", b"model", "paused", b"paused", "policy", b"policy", "sleep", b"sleep", "token_exact", b"token_exact", "vocabulary", b"vocabulary"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["can_sleep", b"can_sleep", "context_length", b"context_length", "dtype", b"dtype", "end_of_turn_id", b"end_of_turn_id", "engine", b"engine", "load_time", b"load_time", "model", b"model", "paused", b"paused", "policy", b"policy", "receivers", b"receivers", "sleep", b"sleep", "token_exact", b"token_exact", "vocabulary", b"vocabulary"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

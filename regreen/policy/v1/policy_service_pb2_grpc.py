@@ -138,6 +138,7 @@ class PolicyServiceServicer:
         Errors:
         - NOT_FOUND: no weights at that place.
         - DATA_LOSS: its bytes do not match the digest.
+        - INVALID_ARGUMENT: `offer` is of other weights.
         - FAILED_PRECONDITION: the version is older than the current one, or the policy sleeps: wake it with that version.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -63,6 +63,7 @@ class PolicyServiceStub:
     Errors:
     - NOT_FOUND: no weights at that place.
     - DATA_LOSS: its bytes do not match the digest.
+    - INVALID_ARGUMENT: `offer` is of other weights.
     - FAILED_PRECONDITION: the version is older than the current one, or the policy sleeps: wake it with that version.
     """
     Pause: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.PauseRequest, _policy_service_pb2.PauseResponse]
@@ -149,6 +150,7 @@ class PolicyServiceAsyncStub(PolicyServiceStub):
     Errors:
     - NOT_FOUND: no weights at that place.
     - DATA_LOSS: its bytes do not match the digest.
+    - INVALID_ARGUMENT: `offer` is of other weights.
     - FAILED_PRECONDITION: the version is older than the current one, or the policy sleeps: wake it with that version.
     """
     Pause: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.PauseRequest, _policy_service_pb2.PauseResponse]  # type: ignore[assignment]
@@ -256,6 +258,7 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         Errors:
         - NOT_FOUND: no weights at that place.
         - DATA_LOSS: its bytes do not match the digest.
+        - INVALID_ARGUMENT: `offer` is of other weights.
         - FAILED_PRECONDITION: the version is older than the current one, or the policy sleeps: wake it with that version.
         """
 
