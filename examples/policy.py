@@ -16,3 +16,4 @@ for sample in policy.Generate(request, timeout=300).completions:
     spans = [(span.version, span.start, span.end) for span in sample.versions]
     print(repr(sample.text), len(sample.token_ids), "ids, versions", spans)
     print("  mean logprob", round(sum(sample.logprobs) / len(sample.logprobs), 3))
+print(pb.SleepState.Name(policy.GetPolicy(pb.GetPolicyRequest(), timeout=30).sleep))

@@ -37,7 +37,7 @@ async def serve(settings: LearnerSettings) -> None:
     blobs = await ready_blobs(settings.blobs or settings.home / "blobs")
     runs = Runs(settings.home, blobs, config)
     server = Server(settings, (SERVICE,), remember=False)  # its servicer knows what to remember
-    servicer = LearnerServicer(runs, settings.engine)
+    servicer = LearnerServicer(runs, settings.engine, config.address)
     pb.add_LearnerServiceServicer_to_server(servicer, server.grpc)
     try:
         async with server:

@@ -148,13 +148,16 @@ class Opener:
             )
 
 
-def step_message(files: RunFiles, step: int, group_ids: Sequence[str]) -> dict[str, Any]:
+def step_message(
+    files: RunFiles, step: int, group_ids: Sequence[str], lend_memory: bool = False
+) -> dict[str, Any]:
     """The command to do a step whose batch lies with the run."""
     return {
         "op": "step",
         "step": step,
         "batch": str(files.batch(step)),
         "group_ids": list(group_ids),
+        "lend_memory": lend_memory,
     }
 
 

@@ -225,7 +225,13 @@ class Runs:
         self._watch_ranks(run)
 
     async def step(
-        self, run_id: str, step: int, batch: bytes | Digest, group_ids: tuple[str, ...]
+        self,
+        run_id: str,
+        step: int,
+        batch: bytes | Digest,
+        group_ids: tuple[str, ...],
+        *,
+        lend_memory: bool = False,
     ) -> tuple[StepRecord, bool]:
         """Do a step, or find that it was done (then the second value is True).
 
@@ -235,10 +241,10 @@ class Runs:
             InfraError: ranks were lost and could not be begun anew; start the run again.
         """
         run = self.get(run_id)
-        return await self._finish(self._step(run, step, batch, group_ids))
+        return await self._finish(self._step(run, step, batch, group_ids, lend_memory))
 
     async def _step(
-        self, run: Run, step: int, batch: bytes | Digest, group_ids: tuple[str, ...]
+        self, run: Run, step: int, batch: bytes | Digest, group_ids: tuple[str, ...], lend: bool
     ) -> tuple[StepRecord, bool]:
         async with run.lock:
             digest = batch.sha256 if isinstance(batch, Digest) else _sha256(batch)
@@ -249,7 +255,7 @@ class Runs:
             started = time.monotonic()
             try:
                 await self._spool(run, step, batch)
-                message = step_message(run.files, step, group_ids)
+                message = step_message(run.files, step, group_ids, lend)
                 answer = await self._call(run, message, self._config.step_timeout_s)
             except BaseException:
                 run.files.batch(step).unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 
 from learner_svc.checkpoint import Saved
+from learner_svc.offers import Offers
 from learner_svc.published import Published
 from learner_svc.record import RunState, StepRecord
 from learner_svc.run import Event, Restart, Run, StepProgress
@@ -20,8 +21,9 @@ from learner_svc.runs import Runs
 from learner_svc.spec import Hyperparameters, RunKind, RunSpec, defaults
 from regreen.blobs import Digest, check_digest
 from regreen.common.v1 import Digest as DigestMessage
+from regreen.common.v1 import WeightOffer
 from regreen.learner import v1 as pb
-from regreen.rpc.errors import InvalidArgument
+from regreen.rpc.errors import InvalidArgument, NotFound
 from regreen.rpc.idempotency import Idempotency
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -40,14 +42,16 @@ _MAX_PAGE = 1000
 class LearnerServicer(pb.LearnerServiceServicer):
     """Translates; `Runs` does the work."""
 
-    def __init__(self, runs: Runs, default_engine: str) -> None:
+    def __init__(self, runs: Runs, default_engine: str, address: str = "127.0.0.1") -> None:
         self._runs, self._engine = runs, default_engine
+        self._offers = Offers(address)
         self._once: Idempotency[Any] = Idempotency()
 
     async def close(self) -> None:
         """Break off what still goes on; forget what was answered."""
         await self._once.finish(0.0)
         self._once.close()
+        await self._offers.close()
 
     async def StartRun(self, request: pb.StartRunRequest, context: Context) -> pb.StartRunResponse:
         # Not remembered: after a crash the same request must start the run again.
@@ -99,7 +103,11 @@ class LearnerServicer(pb.LearnerServiceServicer):
             digest = request.batch_digest
             batch = check_digest(Digest(digest.sha256, digest.size_bytes), "batch_digest")
         record, repeated = await self._runs.step(
-            request.run_id, request.step, batch, tuple(request.group_ids)
+            request.run_id,
+            request.step,
+            batch,
+            tuple(request.group_ids),
+            lend_memory=request.lend_memory,
         )
         return step_message(record, repeated=repeated)
 
@@ -126,6 +134,27 @@ class LearnerServicer(pb.LearnerServiceServicer):
             else await work()
         )
         return response
+
+    async def OfferWeights(
+        self, request: pb.OfferWeightsRequest, context: Context
+    ) -> pb.OfferWeightsResponse:
+        # Not remembered: a process that was ended waits nowhere.
+        published = self._runs.get(request.run_id).published
+        if published is None:
+            raise NotFound(f"run {request.run_id} has published nothing")
+        made = await self._offers.make(published, request.receivers)
+        entry = published.entry
+        offer = WeightOffer(
+            address=made.host,
+            port=made.waiting.port,
+            group=made.group,
+            backend=made.waiting.backend,
+            receivers=made.receivers,
+            digest=DigestMessage(sha256=entry.sha256, size_bytes=entry.size_bytes),
+        )
+        for name, dtype, shape in made.waiting.tensors:
+            offer.tensors.add(name=name, dtype=dtype, shape=shape)
+        return pb.OfferWeightsResponse(offer=offer)
 
     async def SaveCheckpoint(
         self, request: pb.SaveCheckpointRequest, context: Context

@@ -321,6 +321,12 @@ def peak_bytes() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def lend_memory() -> None:
+    """Give the GPU back what is only kept for the next step; what a run holds stays."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def _model(spec: RunSpec, resume: Path | None) -> PreTrainedModel:
     """The model in fp32; that of adapters is their base, with theirs of the checkpoint."""
     hyperparameters = spec.hyperparameters

@@ -151,6 +151,7 @@ class Commands:
         }
 
     def _step(self, message: dict[str, Any]) -> dict[str, Any]:
+        from learner_svc.session import lend_memory
         from regreen.batch import Batch, BatchError
         from regreen.rpc.errors import InvalidArgument
 
@@ -168,7 +169,10 @@ class Commands:
                 error.problem,
                 "write the batch with regreen.batch",
             ) from error
-        return {"metrics": session.step(batch, message["group_ids"], self._progress)}
+        metrics = session.step(batch, message["group_ids"], self._progress)
+        if message["lend_memory"]:
+            lend_memory()
+        return {"metrics": metrics}
 
     def _publish(self, message: dict[str, Any]) -> dict[str, Any]:
         made = self._need().publish(self._root, message["policy_version"], message["driver_step"])

@@ -31,7 +31,7 @@ from policy_svc.versions import (
 )
 from regreen.blobs import open_blobs
 from regreen.model_store import HEADER, ensure_default_model
-from regreen.rpc.errors import FailedPrecondition, MissingDependency, NotFound
+from regreen.rpc.errors import FailedPrecondition, MissingDependency, NotFound, RegreenError
 from regreen.rpc.logging import get
 from regreen.rpc.quotas import Quotas
 
@@ -55,7 +55,7 @@ async def open_policy(settings: PolicySettings) -> Policy:
     serving = last or Serving(_base(settings, model), model, time.time())
     engine = _engine(settings, model.resolve(), chat, serving)
     await engine.start()
-    if engine.version != serving.policy.version:
+    if engine.version != serving.policy.version and not engine.asleep:
         serving = await _put_back(engine, serving, model)
     folder = settings.home / "policy" / "weights"
     offered = None
@@ -67,7 +67,18 @@ async def open_policy(settings: PolicySettings) -> Policy:
         settings.max_running, settings.max_waiting, settings.max_samples, settings.max_new_tokens
     )
     usage = Usage(settings.home / "policy" / "usage.json", Quotas(settings.quotas))
-    return Policy(engine, chat, Versions(engine, source, record, serving), limits, usage)
+    policy = Policy(engine, chat, Versions(engine, source, record, serving), limits, usage)
+    if engine.asleep:
+        await _woken(policy)
+    return policy
+
+
+async def _woken(policy: Policy) -> None:
+    """Wake servers that slept when the service ended; where they cannot, it begins asleep."""
+    try:
+        await policy.wake()
+    except RegreenError as error:
+        get().warning("the servers sleep, and were not woken", error=error.message)
 
 
 def _base(settings: PolicySettings, model: Path) -> PolicyVersion:

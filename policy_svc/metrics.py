@@ -15,6 +15,7 @@ WAITING = Gauge("regreen_policy_requests_waiting", "Requests that wait for a pla
 REFUSED = Counter("regreen_policy_requests_refused", "Requests refused since the queue was full.")
 VERSION = Gauge("regreen_policy_version", "Policy version that serves.")
 PAUSED = Gauge("regreen_policy_paused", "1 while paused.")
+ASLEEP = Gauge("regreen_policy_asleep", "1 while its memory is given back, or on its way.")
 GENERATE_SECONDS = Histogram(
     "regreen_policy_generate_seconds",
     "Time of requests in the engine.",
@@ -23,6 +24,13 @@ GENERATE_SECONDS = Histogram(
 LOADS = Counter("regreen_policy_loads", "Weight loads by outcome: loaded, failed.", ["outcome"])
 for _outcome in ("loaded", "failed"):
     LOADS.labels(_outcome)
+RECEIVED = Counter(
+    "regreen_policy_weights_received",
+    "Versions that servers took from a sender, by outcome: received, failed (and read instead).",
+    ["outcome"],
+)
+for _outcome in ("received", "failed"):
+    RECEIVED.labels(_outcome)
 LOAD_SECONDS = Histogram(
     "regreen_policy_load_seconds",
     "Time from the call to serving a new version.",

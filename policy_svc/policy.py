@@ -2,6 +2,8 @@
 
 - A request is checked, waits for the gate and for a place, then runs; each wait obeys a deadline.
 - While paused nothing new starts; a pause that drains returns when nothing runs.
+- While asleep what comes is refused at once, with a delay, and does not wait: a sleep is as long as
+  a learner's step, and calls that wait would take the places that a call to wake it needs.
 - Greedy samples of one prompt are equal: they are computed once and repeated.
 """
 
@@ -10,17 +12,29 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from enum import StrEnum
 
 from policy_svc import metrics
 from policy_svc.chat import ChatMl
 from policy_svc.engines.base import Engine, Generation, PauseMode, Request, TokenSink
 from policy_svc.limits import Admission, Limits, check
 from policy_svc.usage import Hold, Usage
-from policy_svc.versions import Versions
+from policy_svc.versions import PolicyVersion, Versions
 from regreen.rpc import tenants
 from regreen.rpc.errors import Aborted, FailedPrecondition, NotFound, Unavailable
+from regreen.rpc.logging import get
 
 _ANSWER_MARGIN_S = 0.25
+_ASLEEP_RETRY_S = 5.0
+
+
+class Rest(StrEnum):
+    """Whether the engine has its memory."""
+
+    AWAKE = "awake"
+    FALLING_ASLEEP = "falling_asleep"
+    ASLEEP = "asleep"
+    WAKING = "waking"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +57,10 @@ class Policy:
         """Whose each request in the engine is."""
         self._paused: PauseMode | None = None
         self._open = asyncio.Event()
-        self._open.set()
+        self._sleeping = asyncio.Lock()
+        """One goes to sleep or wakes at a time."""
+        self.rest, self._slept_s = Rest.AWAKE, time.monotonic()
+        self._set_rest(Rest.ASLEEP if engine.asleep else Rest.AWAKE)
 
     @property
     def paused(self) -> bool:
@@ -62,7 +79,7 @@ class Policy:
 
         Raises:
             InvalidArgument, ResourceExhausted: see `limits` and `usage`.
-            Unavailable: paused for longer than the caller's patience, or the engine is down.
+            Unavailable: asleep, paused for longer than the caller waits, or the engine is down.
             Aborted: the policy is below `min_version`.
         """
         request = check(request, self.engine.info, self.limits)
@@ -94,13 +111,15 @@ class Policy:
         """Stop taking work; the number of requests that were running.
 
         Raises:
-            FailedPrecondition: already paused in another mode.
+            FailedPrecondition: already paused in another mode, or not awake.
         """
+        if self.rest is not Rest.AWAKE:
+            raise FailedPrecondition("the policy sleeps, and nothing runs; wake it first")
         if self._paused not in (None, mode):
             raise FailedPrecondition(f"already paused in mode {self._paused}; resume first")
         running = self._admission.running
         self._paused = mode
-        self._open.clear()
+        self._gate()
         metrics.PAUSED.set(1)
         await self.engine.pause(mode)
         if mode is not PauseMode.IN_PLACE:
@@ -111,10 +130,103 @@ class Policy:
         """Take work again; does nothing when not paused."""
         if self._paused is None:
             return
-        await self.engine.resume()
+        if self.rest is Rest.AWAKE:  # servers that sleep go on when they wake
+            await self.engine.resume()
         self._paused = None
-        self._open.set()
+        self._gate()
         metrics.PAUSED.set(0)
+
+    async def sleep(self, patience_s: float | None = None) -> None:
+        """Give the engine's memory back, once what runs has ended; does nothing when asleep.
+
+        Goes on when the caller leaves.
+
+        Raises:
+            FailedPrecondition: there is none to give back, or requests are frozen in it.
+            Unavailable: requests run longer than the caller's patience, or a server is down.
+        """
+        await asyncio.shield(self._sleep(patience_s))
+
+    async def wake(
+        self, policy: PolicyVersion | None = None, *, allow_older: bool = False
+    ) -> tuple[PolicyVersion, float]:
+        """Take the memory back, with a version's weights or those that served; when awake, `load`.
+
+        What serves now, and the seconds without sampling. Goes on when the caller leaves.
+
+        Raises:
+            RegreenError: see `Versions.wake`; it sleeps on.
+        """
+        return await asyncio.shield(self._wake(policy, allow_older))
+
+    async def _sleep(self, patience_s: float | None) -> None:
+        async with self._sleeping:
+            if self.rest is Rest.ASLEEP:
+                return
+            if not self.engine.info.sleeps:
+                raise FailedPrecondition(
+                    f"the {self.engine.info.name} engine has no accelerator's memory to give back; "
+                    "SGLang servers have, started with --enable-memory-saver"
+                )
+            if self._paused is PauseMode.IN_PLACE:
+                raise FailedPrecondition("paused in mode in_place, requests are frozen; resume")
+            self._set_rest(Rest.FALLING_ASLEEP)
+            try:
+                await self._drained(patience_s)
+                await self.versions.sleep()
+            finally:
+                self._set_rest(Rest.ASLEEP if self.engine.asleep else Rest.AWAKE)
+            get().info("asleep")
+
+    async def _drained(self, patience_s: float | None) -> None:
+        limit_s = None if patience_s is None else max(0.0, patience_s - _ANSWER_MARGIN_S)
+        try:
+            async with asyncio.timeout(limit_s):
+                await self._admission.idle()
+        except TimeoutError as error:
+            raise Unavailable(
+                f"{self._admission.running} requests still run; sleep later, or abort them",
+                retry_after_s=_ASLEEP_RETRY_S,
+            ) from error
+
+    async def _wake(
+        self, policy: PolicyVersion | None, allow_older: bool
+    ) -> tuple[PolicyVersion, float]:
+        async with self._sleeping:
+            if self.rest is Rest.AWAKE:
+                if policy is None:
+                    return self.versions.serving.policy, 0.0
+                return await self.versions.load(policy, allow_older=allow_older)
+            self._set_rest(Rest.WAKING)
+            try:
+                serving = await self.versions.wake(policy, allow_older=allow_older)
+            finally:
+                self._set_rest(Rest.ASLEEP if self.engine.asleep else Rest.AWAKE)
+            slept_s = time.monotonic() - self._slept_s
+            get().info("awake", version=serving.version, slept_s=round(slept_s, 1))
+            return serving, slept_s
+
+    def _check_awake(self) -> None:
+        if self.rest is not Rest.AWAKE:
+            raise Unavailable(
+                f"the policy is {self.rest.replace('_', ' ')}: its memory is lent to a learner; "
+                "retry later",
+                retry_after_s=_ASLEEP_RETRY_S,
+            )
+
+    def _set_rest(self, rest: Rest) -> None:
+        if rest is Rest.FALLING_ASLEEP:
+            self._slept_s = time.monotonic()
+        self.rest = rest
+        metrics.ASLEEP.set(rest is not Rest.AWAKE)
+        self._gate()
+
+    def _gate(self) -> None:
+        """Have requests wait, or go on: to be refused, while asleep."""
+        if self._paused is None or self.rest is not Rest.AWAKE:
+            self._open.set()
+        else:
+            self._open.clear()
 
     async def abort(self, request_id: str | None) -> int:
         """End one request, or all for None, of those that the caller sees.
@@ -140,8 +252,10 @@ class Policy:
                     await self._open.wait()
             except TimeoutError as error:
                 raise Unavailable("the policy is paused; retry later", retry_after_s=1.0) from error
+            self._check_awake()
             async with self._admission.place():
-                if self._open.is_set():
+                self._check_awake()
+                if self._paused is None:
                     yield
                     return
 

@@ -10,10 +10,10 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from policy_svc.chat import Message
-from policy_svc.engines.base import Completion, FinishReason, PauseMode, Request, Sampling
-from policy_svc.policy import Policy
+from policy_svc.engines.base import Completion, FinishReason, Offer, PauseMode, Request, Sampling
+from policy_svc.policy import Policy, Rest
 from policy_svc.versions import PolicyVersion
-from regreen.common.v1 import Digest
+from regreen.common.v1 import Digest, WeightOffer
 from regreen.ids import new_id
 from regreen.policy import v1 as pb
 from regreen.rpc.errors import InvalidArgument
@@ -31,6 +31,12 @@ _MODES = {
     pb.PAUSE_MODE_DRAIN: PauseMode.DRAIN,
     pb.PAUSE_MODE_IN_PLACE: PauseMode.IN_PLACE,
     pb.PAUSE_MODE_ABORT: PauseMode.ABORT,
+}
+_RESTS = {
+    Rest.AWAKE: pb.SLEEP_STATE_AWAKE,
+    Rest.FALLING_ASLEEP: pb.SLEEP_STATE_FALLING_ASLEEP,
+    Rest.ASLEEP: pb.SLEEP_STATE_ASLEEP,
+    Rest.WAKING: pb.SLEEP_STATE_WAKING,
 }
 
 
@@ -100,17 +106,10 @@ class PolicyServicer(pb.PolicyServiceServicer):
         """Switch weights."""
         if not request.HasField("policy"):
             raise InvalidArgument("policy", "is missing", "say what to load")
-        asked = request.policy
         policy, pause_s = await self._policy.versions.load(
-            PolicyVersion(
-                version=asked.version,
-                uri=asked.uri,
-                sha256=asked.digest.sha256,
-                size_bytes=asked.digest.size_bytes,
-                run_id=asked.run_id,
-                step=asked.step,
-            ),
+            _version(request.policy),
             allow_older=request.allow_older,
+            offer=_offer(request.offer) if request.HasField("offer") else None,
         )
         return pb.LoadVersionResponse(policy=_policy(policy), pause=_duration(pause_s))
 
@@ -127,6 +126,17 @@ class PolicyServicer(pb.PolicyServiceServicer):
         """Take work again."""
         await self._policy.resume()
         return pb.ResumeResponse()
+
+    async def Sleep(self, request: pb.SleepRequest, context: Context) -> pb.SleepResponse:
+        """Give memory back."""
+        await self._policy.sleep(context.time_remaining())
+        return pb.SleepResponse()
+
+    async def Wake(self, request: pb.WakeRequest, context: Context) -> pb.WakeResponse:
+        """Take memory back."""
+        asked = _version(request.policy) if request.HasField("policy") else None
+        policy, pause_s = await self._policy.wake(asked, allow_older=request.allow_older)
+        return pb.WakeResponse(policy=_policy(policy), pause=_duration(pause_s))
 
     async def GetPolicy(
         self, request: pb.GetPolicyRequest, context: Context
@@ -146,6 +156,9 @@ class PolicyServicer(pb.PolicyServiceServicer):
             paused=self._policy.paused,
             load_time=since,
             token_exact=info.token_exact,
+            sleep=_RESTS[self._policy.rest],
+            can_sleep=info.sleeps,
+            receivers=info.receivers,
         )
 
     async def AbortGeneration(
@@ -183,6 +196,31 @@ def _completion(completion: Completion) -> pb.Completion:
         finish_reason=_REASONS[completion.finish_reason],
         text=completion.text,
         token_exact=completion.token_exact,
+    )
+
+
+def _version(asked: pb.PolicyVersion) -> PolicyVersion:
+    return PolicyVersion(
+        version=asked.version,
+        uri=asked.uri,
+        sha256=asked.digest.sha256,
+        size_bytes=asked.digest.size_bytes,
+        run_id=asked.run_id,
+        step=asked.step,
+    )
+
+
+def _offer(asked: WeightOffer) -> Offer:
+    if not asked.tensors:
+        raise InvalidArgument("offer.tensors", "is empty", "say what is sent")
+    return Offer(
+        address=asked.address,
+        port=asked.port,
+        group=asked.group,
+        backend=asked.backend,
+        receivers=asked.receivers,
+        tensors=tuple((one.name, one.dtype, tuple(one.shape)) for one in asked.tensors),
+        sha256=asked.digest.sha256,
     )
 
 

@@ -19,11 +19,17 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from policy_svc import metrics
-from policy_svc.engines.base import Engine
+from policy_svc.engines.base import Engine, Offer
 from policy_svc.engines.weights import INDEX, SINGLE
 from policy_svc.offered import OfferedWeights, form_at
 from regreen.blobs import Digest, check_digest, open_blobs
-from regreen.rpc.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound
+from regreen.rpc.errors import (
+    DataLoss,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    RegreenError,
+)
 from regreen.rpc.logging import get
 
 _KEPT_DOWNLOADS = 2
@@ -141,9 +147,11 @@ class Versions:
         return self._serving
 
     async def load(
-        self, policy: PolicyVersion, *, allow_older: bool = False
+        self, policy: PolicyVersion, *, allow_older: bool = False, offer: Offer | None = None
     ) -> tuple[PolicyVersion, float]:
         """Switch to a version; what serves now, and the seconds without sampling.
+
+        What is offered is received in place of being read, and read where that fails.
 
         The switch goes on when the caller leaves, so that engine and record never differ.
 
@@ -151,11 +159,16 @@ class Versions:
             InvalidArgument, NotFound, DataLoss: see `WeightSource.path_of`.
             FailedPrecondition: the version is older, or the weights do not fit.
         """
-        if policy.version < 0:
-            raise InvalidArgument("policy.version", f"is {policy.version}", "use 0 or more")
-        return await asyncio.shield(self._load(policy, allow_older))
+        _check_number(policy)
+        if offer and offer.sha256 != policy.sha256:
+            raise InvalidArgument(
+                "offer.digest", "is not that of the policy", "offer what is to be loaded"
+            )
+        return await asyncio.shield(self._load(policy, allow_older, offer))
 
-    async def _load(self, policy: PolicyVersion, allow_older: bool) -> tuple[PolicyVersion, float]:
+    async def _load(
+        self, policy: PolicyVersion, allow_older: bool, offer: Offer | None
+    ) -> tuple[PolicyVersion, float]:
         async with self._lock:
             current = self._serving.policy
             if _same(policy, current):
@@ -164,19 +177,81 @@ class Versions:
                 return await self._move(policy), 0.0
             _check_order(policy, current, allow_older)
             start_s = time.monotonic()
+            received = await self._received(policy, offer) if offer else None
+            if received:
+                path, pause_s = received
+                await self._serve(policy, path, time.monotonic() - start_s)
+                return policy, pause_s
             try:
                 path = await self._source.path_of(policy, self._serving.path)
                 pause_s = await self._engine.load(policy.version, path)
             except BaseException:
                 metrics.LOADS.labels("failed").inc()
                 raise
-            self._serving = Serving(policy, path, time.time())
-            await asyncio.to_thread(write_record, self._record, self._serving)
-            metrics.LOADS.labels("loaded").inc()
-            metrics.LOAD_SECONDS.observe(time.monotonic() - start_s)
-            metrics.VERSION.set(policy.version)
-            get().info("policy version", version=policy.version, uri=policy.uri)
+            await self._serve(policy, path, time.monotonic() - start_s)
             return policy, pause_s
+
+    async def _received(self, policy: PolicyVersion, offer: Offer) -> tuple[Path, float] | None:
+        """Where the weights lie that were received, and the seconds without sampling; None: not."""
+        try:
+            # What lies there is read only if servers fail later; then its digest is looked at.
+            path = await self._source.path_of(replace(policy, sha256=""))
+            pause_s = await self._engine.receive(policy.version, path, offer)
+        except RegreenError as error:
+            metrics.RECEIVED.labels("failed").inc()
+            get().warning("not received, to be read", version=policy.version, error=error.message)
+            return None
+        metrics.RECEIVED.labels("received").inc()
+        return path, pause_s
+
+    async def sleep(self) -> None:
+        """Have the engine sleep, after a load that is under way. Raises: see `Engine.sleep`."""
+        async with self._lock:
+            await self._engine.sleep()
+
+    async def wake(
+        self, policy: PolicyVersion | None = None, *, allow_older: bool = False
+    ) -> PolicyVersion:
+        """Have the engine awake with a version, or with that which serves; what serves now.
+
+        Raises:
+            InvalidArgument, NotFound, DataLoss, FailedPrecondition: as `load`; it sleeps on.
+            Unavailable: the engine cannot wake now.
+        """
+        if policy:
+            _check_number(policy)
+        async with self._lock:
+            current = self._serving.policy
+            new = policy or current
+            if policy and not _same(policy, current):
+                if _same(replace(policy, uri=""), replace(current, uri="")) and policy.sha256:
+                    new = await self._move(policy)
+                else:
+                    return await self._wake_with(policy, allow_older)
+            held = self._engine.version == new.version  # unless the service was begun anew
+            await self._engine.wake(new.version, None if held else self._serving.path)
+            return new
+
+    async def _wake_with(self, policy: PolicyVersion, allow_older: bool) -> PolicyVersion:
+        _check_order(policy, self._serving.policy, allow_older)
+        start_s = time.monotonic()
+        try:
+            path = await self._source.path_of(policy)
+            await self._engine.wake(policy.version, path)
+        except BaseException:
+            metrics.LOADS.labels("failed").inc()
+            raise
+        await self._serve(policy, path, time.monotonic() - start_s)
+        return policy
+
+    async def _serve(self, policy: PolicyVersion, path: Path, took_s: float) -> None:
+        """Write down what serves from now on."""
+        self._serving = Serving(policy, path, time.time())
+        await asyncio.to_thread(write_record, self._record, self._serving)
+        metrics.LOADS.labels("loaded").inc()
+        metrics.LOAD_SECONDS.observe(took_s)
+        metrics.VERSION.set(policy.version)
+        get().info("policy version", version=policy.version, uri=policy.uri)
 
     async def _move(self, policy: PolicyVersion) -> PolicyVersion:
         """What serves is to be found at another place from now on."""
@@ -190,6 +265,11 @@ class Versions:
 
 def _same(asked: PolicyVersion, current: PolicyVersion) -> bool:
     return replace(asked, step=0) == replace(current, step=0)
+
+
+def _check_number(asked: PolicyVersion) -> None:
+    if asked.version < 0:
+        raise InvalidArgument("policy.version", f"is {asked.version}", "use 0 or more")
 
 
 def _check_order(asked: PolicyVersion, current: PolicyVersion, allow_older: bool) -> None:

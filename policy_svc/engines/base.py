@@ -14,6 +14,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
+from regreen.rpc.errors import FailedPrecondition
+
 TokenSink = Callable[[int, Sequence[int], Sequence[float]], None]
 """Called with (sample index, new token ids, their logprobs) as tokens are sampled."""
 
@@ -102,6 +104,25 @@ class EngineInfo:
     """Whether `Sampling.regex` is honoured."""
     swaps_weights: bool = True
     """Whether `load` works."""
+    sleeps: bool = False
+    """Whether `sleep` gives memory back."""
+    receivers: int = 0
+    """Ranks that `receive` has join a group; 0: it receives nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """Weights that a process waits to send to the other ranks of its group."""
+
+    address: str
+    port: int
+    group: str
+    backend: str
+    receivers: int
+    tensors: tuple[tuple[str, str, tuple[int, ...]], ...]
+    """Name, type and shape, in the order of sending."""
+    sha256: str
+    """Of the weights file."""
 
 
 class Engine(Protocol):
@@ -160,6 +181,68 @@ class Engine(Protocol):
     async def abort(self, request_id: str | None) -> int:
         """End one request, or all for None; the number that ended."""
         ...
+
+    async def receive(self, version: int, path: Path, offer: Offer) -> float:
+        """Serve what is offered, the weights that lie at `path`, as `version`.
+
+        Returns the seconds in which no token was sampled. When it raises, the old weights serve.
+
+        Raises:
+            FailedPrecondition: the engine receives nothing, or not from so many.
+            Unavailable: not all of it came to all.
+        """
+        ...
+
+    @property
+    def asleep(self) -> bool:
+        """Whether its memory is given back, as `start` may find it."""
+        ...
+
+    async def sleep(self) -> None:
+        """Give the accelerator's memory back until `wake`; all of it or none.
+
+        Nothing runs when it is called, and nothing is loaded or sampled before `wake`.
+
+        Raises:
+            FailedPrecondition: there is none to give back, or others are using it.
+            Unavailable: it cannot be given back now; `asleep` says what came of it.
+        """
+        ...
+
+    async def wake(self, version: int, path: Path | None) -> None:
+        """Take the memory back and serve these weights as `version`; sleeps on when it raises.
+
+        Without a path they are those that it slept with.
+
+        Raises:
+            FailedPrecondition: the weights do not fit the model.
+            DataLoss: the files cannot be read.
+            Unavailable: the memory cannot be had now.
+        """
+        ...
+
+
+class Apart:
+    """An engine that shares nothing with a learner: neither memory nor a process group."""
+
+    async def receive(self, version: int, path: Path, offer: Offer) -> float:
+        """Refuse."""
+        raise FailedPrecondition("this engine receives no weights; only sglang does")
+
+    @property
+    def asleep(self) -> bool:
+        """Never."""
+        return False
+
+    async def sleep(self) -> None:
+        """Refuse."""
+        raise FailedPrecondition(
+            "this engine has no accelerator's memory to give back; only sglang has"
+        )
+
+    async def wake(self, version: int, path: Path | None) -> None:
+        """Refuse: it never slept."""
+        raise FailedPrecondition("this engine does not sleep")
 
 
 def spans(versions: Sequence[int]) -> tuple[VersionSpan, ...]:

@@ -22,6 +22,7 @@ import httpx
 
 from policy_svc.chat import Tokenizer
 from policy_svc.engines.base import (
+    Apart,
     Completion,
     EngineInfo,
     FinishReason,
@@ -57,7 +58,7 @@ class OpenAiOptions:
     retry_s: float = 60.0
 
 
-class OpenAiEngine:
+class OpenAiEngine(Apart):
     """An `Engine` over chat completions; it serves one version, 0."""
 
     def __init__(

@@ -21,6 +21,7 @@ from typing import Any
 from policy_svc import metrics
 from policy_svc.chat import Tokenizer
 from policy_svc.engines.base import (
+    Apart,
     Completion,
     EngineInfo,
     FinishReason,
@@ -74,7 +75,7 @@ def local_engines() -> list[str]:
     return [name for name, package in packages.items() if importlib.util.find_spec(package)]
 
 
-class ProcessEngine:
+class ProcessEngine(Apart):
     """An `Engine` behind a worker process."""
 
     def __init__(self, options: LocalOptions, end_id: int) -> None:

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from policy_svc.chat import Tokenizer
 from policy_svc.engines.base import (
+    Apart,
     Completion,
     EngineInfo,
     FinishReason,
@@ -95,7 +96,7 @@ class _Running:
             event.set()
 
 
-class ScriptedEngine:
+class ScriptedEngine(Apart):
     """An `Engine` that reads its answers from a `Script`."""
 
     def __init__(self, script: Script, tokenizer: Tokenizer, end_id: int, context: int) -> None:

@@ -16,6 +16,7 @@
 - Seeds are sent, but a server honours them only with `--enable-deterministic-inference`.
 - A request ends whole: when one of its samples fails, the server is told to end the others.
 - A start waits `start_s` for servers that load their model: minutes, for a large one.
+- While asleep the servers have neither weights nor cache; what is asked then is refused.
 - Retries are bounded by `retry_s` and happen before a first answer only: never after a 4xx.
 
 Source: sglang 0.5.16 and 0.5.23, `srt/entrypoints/http_server.py`, `srt/managers/io_struct.py`.
@@ -25,7 +26,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from policy_svc.engines.base import (
     EngineInfo,
     FinishReason,
     Generation,
+    Offer,
     PauseMode,
     Request,
     TokenSink,
@@ -44,9 +46,11 @@ from policy_svc.engines.base import (
     spans,
 )
 from policy_svc.engines.sglang_adapters import Adapter, adapter_of
-from policy_svc.engines.sglang_wire import object_of, release_of, sampling_params
+from policy_svc.engines.sglang_receive import join, leave, ranks_of, take
+from policy_svc.engines.sglang_replica import Exchanges, Replica, push_all
+from policy_svc.engines.sglang_sleep import Held, StillAsleep, gives_back, sleep_all, wake_all
+from policy_svc.engines.sglang_wire import own_label, release_of, sampling_params, sleeps
 from regreen.rpc.errors import Aborted, FailedPrecondition, InvalidArgument, Unavailable
-from regreen.rpc.logging import get
 
 _MODES = {PauseMode.IN_PLACE: "in_place", PauseMode.ABORT: "abort"}
 _OPENERS = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "abort": FinishReason.ABORT}
@@ -54,7 +58,6 @@ _OPENERS = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "abort": F
 
 _PROBE = "<|im_start|>user\nwerkzeug==2.0.13 def f(x): \u00e9 \u4e2d\u6587\t\U0001f600<|im_end|>\n"
 """Text on which tokenizers of different models differ."""
-_TELL_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +79,6 @@ class SglangOptions:
     """Wait for servers that load their model, all of them together."""
 
 
-@dataclass(slots=True)
-class _Replica:
-    client: httpx.AsyncClient
-    running: set[str] = field(default_factory=set)
-
-
 class SglangEngine:
     """An `Engine` in front of SGLang replicas; requests go to the least busy one."""
 
@@ -96,7 +93,7 @@ class SglangEngine:
     ) -> None:
         self._options, self._tokenizer, self._end_id = options, tokenizer, end_id
         self._version, self._clock = version, clock
-        self._replicas: list[_Replica] = []
+        self._replicas: list[Replica] = []
         self._model: dict[str, Any] = {}
         self._server: dict[str, Any] = {}
         self._weights = ""
@@ -108,6 +105,10 @@ class SglangEngine:
         """Adapters on the replicas, and how many requests and loads need each."""
         self._unloading: set[asyncio.Task[None]] = set()
         self._native_spans = False
+        self._label = ""
+        """Name of the version of `_weights`, which is not an adapter's."""
+        self._asleep = self._sleeps = False
+        self._receivers = 0
         self._order = itertools.count()
         self._base_version = version
         self._open, self._idle = asyncio.Event(), asyncio.Event()
@@ -125,6 +126,8 @@ class SglangEngine:
             context_length=int(self._server.get("context_length") or self._options.context_length),
             end_of_turn_id=self._end_id,
             regex=True,
+            sleeps=self._sleeps,
+            receivers=self._receivers,
         )
 
     @property
@@ -139,6 +142,8 @@ class SglangEngine:
             FailedPrecondition: a replica serves a model with another tokenizer.
             Unavailable: one is not healthy by then; names it and what it said last.
         """
+        options = self._options
+        exchanges = Exchanges(options.control_timeout_s, options.retry_s, self._clock)
         headers = (
             {"Authorization": f"Bearer {self._options.api_key}"} if self._options.api_key else {}
         )
@@ -146,20 +151,26 @@ class SglangEngine:
             client = httpx.AsyncClient(
                 base_url=url, headers=headers, timeout=self._options.control_timeout_s
             )
-            self._replicas.append(_Replica(client))
+            self._replicas.append(Replica(client, exchanges))
         deadline_s = self._clock() + self._options.start_s
         for replica in self._replicas:
-            await self._healthy(replica, deadline_s)
+            await replica.healthy(deadline_s, self._options.start_s)
             await self._check_tokenizer(replica)
-        first = self._replicas[0]
-        models = [await self._json(one, "GET", "/model_info") for one in self._replicas]
-        self._model = models[0]
-        self._server = await self._json(first, "GET", "/server_info")
+        models = [await one.json("GET", "/model_info") for one in self._replicas]
+        servers = [await one.json("GET", "/server_info") for one in self._replicas]
+        self._model, self._server = models[0], servers[0]
         self._weights = str(self._model.get("model_path", ""))
+        labels = [str(model.get("weight_version", "")) for model in models]
+        self._label, self._asleep = own_label(labels[0]), any(map(sleeps, labels))
         # What was pushed before has a number for its name, and is no longer the base.
-        pushed = any(str(model.get("weight_version")).isdecimal() for model in models)
+        pushed = any(own_label(label).isdecimal() for label in labels)
         self._base_weights = None if pushed else self._weights
+        self._sleeps = all(map(gives_back, servers))
         self._native_spans = release_of(self._server.get("version", "")) >= (0, 5, 23)
+        for replica, server in zip(self._replicas, servers, strict=True):
+            replica.native_spans, replica.ranks = self._native_spans, ranks_of(server)
+        ranks = [replica.ranks for replica in self._replicas]
+        self._receivers = sum(ranks) if all(ranks) else 0
 
     async def close(self) -> None:
         """Close connections."""
@@ -170,6 +181,8 @@ class SglangEngine:
     async def generate(self, request: Request, on_tokens: TokenSink | None = None) -> Generation:
         """Sample on one replica, so that the samples share their prompt's cache."""
         await self._open.wait()
+        if self._asleep:
+            raise Unavailable("the servers sleep: their memory is lent", retry_after_s=5.0)
         replica = min(self._replicas, key=lambda r: (len(r.running), next(self._order)))
         rids = [f"{request.request_id}/{index}" for index in range(request.n)]
         replica.running.update(rids)
@@ -203,34 +216,62 @@ class SglangEngine:
 
     async def load(self, version: int, path: Path) -> float:
         """Push a version to every replica; all or none have it afterwards."""
+        if self._asleep:
+            raise FailedPrecondition("the servers sleep; wake them with that version")
         if adapter := self._adapter_of(path):
             self._hold(adapter)
             try:
                 for replica in self._replicas:
-                    await self._put_adapter(replica, adapter)
+                    await replica.put_adapter(*self._named(adapter))
                 self._version, self._adapter = version, adapter
             finally:
                 self._release(adapter)
             return 0.0
         target = self._remote(path)
         began_s = self._clock()
-        pushed: list[_Replica] = []
+        pushed: list[Replica] = []
         try:
             # What an adapter adds fits the weights that it stands on alone.
             if self._adapter or not self._native_spans:
                 self._open.clear()
                 await self._idle.wait()
             for replica in self._replicas:
-                await self._push(replica, target, version)
+                await replica.push(target, str(version))
                 pushed.append(replica)
         except (FailedPrecondition, Unavailable):
             for replica in pushed:
-                await self._push(replica, self._weights, self._version)
+                await replica.push(self._weights, str(self._version))
+                self._label = str(self._version)
             raise
         else:
             self._version, self._weights, self._adapter = version, target, None
+            self._label = str(version)
             self._retire()
         finally:
+            self._open.set()
+        return self._clock() - began_s
+
+    async def receive(self, version: int, path: Path, offer: Offer) -> float:
+        """Take a version from a sender on every replica; all or none have it afterwards."""
+        if self._asleep or offer.receivers != self._receivers:
+            raise FailedPrecondition(f"{self._receivers} ranks can receive now, if awake")
+        began_s, joined = self._clock(), False
+        self._open.clear()
+        try:
+            await self._idle.wait()  # tensors change one by one
+            await join(self._replicas, offer)
+            joined = True
+            await take(self._replicas, offer, str(version))
+        except Unavailable:
+            if joined:  # some may have other weights, or parts of them
+                await push_all(self._replicas, self._weights, self._label)
+            raise
+        else:
+            self._version, self._weights, self._adapter = version, self._remote(path), None
+            self._label = str(version)
+            self._retire()
+        finally:
+            await leave(self._replicas, offer)
             self._open.set()
         return self._clock() - began_s
 
@@ -261,8 +302,42 @@ class SglangEngine:
                     ended.add(owner)
         return len(ended)
 
+    @property
+    def asleep(self) -> bool:
+        """Whether servers sleep."""
+        return self._asleep
+
+    async def sleep(self) -> None:
+        """Release weights and cache on every replica, or on none."""
+        if self._asleep:
+            return
+        self._open.clear()
+        try:
+            await self._idle.wait()
+            await self._unload_all()
+            await sleep_all(self._replicas, self._held())
+            self._asleep = True
+        except StillAsleep:
+            self._asleep = True
+            raise
+        finally:
+            self._open.set()  # what comes is refused from now on, or runs
+
+    async def wake(self, version: int, path: Path | None) -> None:
+        """Have every replica serve that version, or none."""
+        weights, label, adapter = self._weights, self._label, self._adapter
+        if path:
+            adapter = self._adapter_of(path)
+            if adapter is None:
+                weights, label = self._remote(path), str(version)
+        named = self._named(adapter) if adapter else None
+        await wake_all(self._replicas, Held(weights, label, named))
+        self._version, self._adapter = version, adapter
+        self._weights, self._label, self._asleep = weights, label, False
+        self._loaded = {adapter: 0} if adapter else {}
+
     async def _sample(
-        self, replica: _Replica, request: Request, index: int, adapter: Adapter | None
+        self, replica: Replica, request: Request, index: int, adapter: Adapter | None
     ) -> dict[str, Any]:
         body: dict[str, Any] = {
             "rid": f"{request.request_id}/{index}",
@@ -275,13 +350,13 @@ class SglangEngine:
         }
         bound_s = self._options.request_timeout_s
         if adapter is None:
-            return await self._json(replica, "POST", "/generate", body, timeout_s=bound_s)
+            return await replica.json("POST", "/generate", body, timeout_s=bound_s)
         body["lora_path"] = adapter.name
         try:
-            return await self._json(replica, "POST", "/generate", body, timeout_s=bound_s)
+            return await replica.json("POST", "/generate", body, timeout_s=bound_s)
         except InvalidArgument:  # a server that was begun anew knows of none
-            await self._put_adapter(replica, adapter)
-            return await self._json(replica, "POST", "/generate", body, timeout_s=bound_s)
+            await replica.put_adapter(*self._named(adapter))
+            return await replica.json("POST", "/generate", body, timeout_s=bound_s)
 
     def _completion(
         self, answer: dict[str, Any], began: int, adapter: Adapter | None
@@ -321,23 +396,6 @@ class SglangEngine:
         text = str(weight_version)
         return int(text) if text.isdecimal() else self._base_version
 
-    async def _push(self, replica: _Replica, path: str, version: int) -> None:
-        body = {
-            "model_path": path,
-            "weight_version": str(version),
-            "abort_all_requests": False,
-            "flush_cache": True,
-            "keep_pause": False,
-        }
-        if not self._native_spans:
-            del body["keep_pause"]
-        try:
-            answer = await self._json(replica, "POST", "/update_weights_from_disk", body)
-        except InvalidArgument as error:
-            raise FailedPrecondition(f"weights were not loaded: {error.message}") from error
-        if not answer.get("success"):
-            raise FailedPrecondition(f"weights were not loaded: {answer.get('message')}")
-
     def _adapter_of(self, path: Path) -> Adapter | None:
         base = self._options.base
         if base is None or self._weights != self._base_weights:  # none, or pushed over
@@ -354,13 +412,9 @@ class SglangEngine:
             self._loaded[adapter] -= 1
             self._retire()
 
-    async def _put_adapter(self, replica: _Replica, adapter: Adapter) -> None:
-        body = {"lora_name": adapter.name, "lora_path": self._remote(adapter.path)}
-        try:
-            await self._json(replica, "POST", "/load_lora_adapter", body)
-        except InvalidArgument as error:
-            if "already" not in error.message:
-                raise FailedPrecondition(f"the adapter was not loaded: {error.message}") from error
+    def _named(self, adapter: Adapter) -> tuple[str, str]:
+        """Name and place of an adapter, as servers know them."""
+        return adapter.name, self._remote(adapter.path)
 
     def _retire(self) -> None:
         """Unload adapters that nobody samples from; callers do not wait for it."""
@@ -373,99 +427,42 @@ class SglangEngine:
 
     async def _unload(self, adapter: Adapter) -> None:
         calls = (
-            self._json(r, "POST", "/unload_lora_adapter", {"lora_name": adapter.name})
+            r.json("POST", "/unload_lora_adapter", {"lora_name": adapter.name})
             for r in self._replicas
         )
         await asyncio.gather(*calls, return_exceptions=True)
 
+    def _held(self) -> Held:
+        named = self._named(self._adapter) if self._adapter else None
+        return Held(self._weights, self._label, named)
+
+    async def _unload_all(self) -> None:
+        """Unload every adapter: servers that wake load what is sampled from anew."""
+        await asyncio.gather(*self._unloading, *(self._unload(one) for one in self._loaded))
+        self._loaded.clear()
+
     async def _control_all(self, route: str, body: dict[str, Any]) -> None:
-        await asyncio.gather(*(self._json(r, "POST", route, body) for r in self._replicas))
+        await asyncio.gather(*(r.json("POST", route, body) for r in self._replicas))
 
-    async def _abort_one(self, replica: _Replica, rid: str) -> None:
-        await self._json(replica, "POST", "/abort_request", {"rid": rid})
+    async def _abort_one(self, replica: Replica, rid: str) -> None:
+        await replica.json("POST", "/abort_request", {"rid": rid})
 
-    async def _abort_quietly(self, replica: _Replica, rids: Sequence[str]) -> None:
+    async def _abort_quietly(self, replica: Replica, rids: Sequence[str]) -> None:
         """End samples nobody waits for; a server that cannot be told has ended them, or will."""
-        calls = (
-            self._json(replica, "POST", "/abort_request", {"rid": rid}, retry_s=0.0) for rid in rids
-        )
+        calls = (replica.json("POST", "/abort_request", {"rid": rid}, retry_s=0.0) for rid in rids)
         await asyncio.gather(*calls, return_exceptions=True)
 
-    async def _check_tokenizer(self, replica: _Replica) -> None:
+    async def _check_tokenizer(self, replica: Replica) -> None:
         try:
             body = {"prompt": _PROBE, "add_special_tokens": False}
-            told = (await self._json(replica, "POST", "/tokenize", body)).get("tokens")
+            told = (await replica.json("POST", "/tokenize", body)).get("tokens")
         except InvalidArgument:
             return  # a release without this route cannot be asked
         if told is not None and told != self._tokenizer.encode(_PROBE, control=True):
             raise FailedPrecondition(
-                f"{replica.client.base_url} tokenizes otherwise than the model folder; set model "
+                f"{replica.url} tokenizes otherwise than the model folder; set model "
                 "to a folder with the tokenizer of the model that it serves"
             )
-
-    async def _healthy(self, replica: _Replica, deadline_s: float) -> None:
-        """Wait until a replica is healthy, and say now and then why it is not."""
-        tell_s = self._clock()
-        while True:
-            try:
-                answer = await replica.client.get("/health", timeout=5.0)
-                if answer.status_code == 200:
-                    return
-                problem = f"health says {answer.status_code}"
-            except httpx.TransportError as error:
-                problem = str(error) or type(error).__name__
-            now_s, url = self._clock(), replica.client.base_url
-            if now_s >= deadline_s:
-                raise Unavailable(
-                    f"sglang_urls: {url} is not healthy after {self._options.start_s:g} s "
-                    f"({problem}); look at its log, or give it longer by sglang_wait_s",
-                    retry_after_s=5.0,
-                )
-            if now_s >= tell_s:
-                tell_s = now_s + _TELL_S
-                left_s = round(deadline_s - now_s)
-                get().info("waiting for SGLang", url=str(url), problem=problem, left_s=left_s)
-            await asyncio.sleep(0.2)
-
-    async def _json(
-        self,
-        replica: _Replica,
-        method: str,
-        route: str,
-        body: dict[str, Any] | None = None,
-        *,
-        timeout_s: float | None = None,
-        retry_s: float | None = None,
-    ) -> dict[str, Any]:
-        """One exchange; 429, 503 and refused connections are tried again until `retry_s`.
-
-        Raises:
-            InvalidArgument: the server refused the body (4xx).
-            Unavailable: it cannot be reached, or answered 5xx.
-        """
-        patience_s = self._options.retry_s if retry_s is None else retry_s
-        deadline_s = self._clock() + patience_s
-        wait_s = 0.05
-        while True:
-            try:
-                answer = await replica.client.request(
-                    method, route, json=body, timeout=timeout_s or self._options.control_timeout_s
-                )
-            except httpx.ConnectError as error:
-                problem, again = f"cannot connect: {error}", True
-            except httpx.HTTPError as error:
-                problem, again = f"{type(error).__name__}: {error}", False
-            else:
-                if answer.is_success:
-                    return object_of(answer)
-                problem = f"{route} answered {answer.status_code}: {answer.text[:500]}"
-                if 400 <= answer.status_code < 500 and answer.status_code != 429:
-                    raise InvalidArgument("request", problem, "send what the engine takes")
-                again = answer.status_code in (429, 503)
-            if not again or self._clock() + wait_s > deadline_s:
-                raise Unavailable(f"{replica.client.base_url}: {problem}", retry_after_s=1.0)
-            await asyncio.sleep(wait_s)
-            wait_s = min(2 * wait_s, 2.0)
 
     def _remote(self, path: Path) -> str:
         text = str(path)

@@ -10,6 +10,9 @@ import httpx
 
 from policy_svc.engines.base import Sampling
 
+_ASLEEP = "asleep:"
+"""What the name of a version begins with while a server sleeps; its own name follows."""
+
 
 def sampling_params(sampling: Sampling, end_id: int, index: int) -> dict[str, Any]:
     """Return `sampling_params` of `/generate` for one sample, with no key that SGLang lacks."""
@@ -45,3 +48,18 @@ def release_of(version: str) -> tuple[int, ...]:
         digits = "".join(itertools.takewhile(str.isdigit, part))
         parts.append(int(digits or 0))
     return tuple(parts)
+
+
+def asleep(label: str) -> str:
+    """The name of a version while its server sleeps."""
+    return _ASLEEP + label
+
+
+def sleeps(label: object) -> bool:
+    """Whether a server of that version's name sleeps."""
+    return str(label).startswith(_ASLEEP)
+
+
+def own_label(label: object) -> str:
+    """The name of a version, asleep or not."""
+    return str(label).removeprefix(_ASLEEP)

@@ -95,6 +95,12 @@ def grpo(
     concurrency: Annotated[
         int, typer.Option(min=0, help="Rollouts at a time here; 0 leaves them to other workers.")
     ] = 4,
+    colocate: Annotated[
+        bool, typer.Option("--colocate", help="The policy sleeps while the learner steps.")
+    ] = False,
+    broadcast: Annotated[
+        bool, typer.Option("--broadcast", help="Servers take weights from the learner, not disk.")
+    ] = False,
     hyper: Hyper = [],  # noqa: B006
     set: Annotated[
         list[str], typer.Option("--set", help="Episode setting, for example budget.turns=8.")
@@ -117,6 +123,8 @@ def grpo(
             groups_per_step=groups,
             group_size=group_size,
             concurrency=concurrency,
+            colocate=colocate,
+            broadcast=broadcast,
             hyperparameters=parse_numbers(hyper),
             labels=parse_settings(set),
             seed=seed,

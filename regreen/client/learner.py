@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 import grpc
 
 from regreen.client.channel import READ_S, WRITE_S, Caller, call_metadata, new_request_id, stream
-from regreen.common.v1 import Digest
+from regreen.common.v1 import Digest, WeightOffer
 from regreen.learner import v1 as pb
 
 _START_S = 900.0
@@ -70,6 +70,7 @@ class LearnerClient(Caller):
         batch: bytes = b"",
         batch_digest: Digest | None = None,
         group_ids: Sequence[str] = (),
+        lend_memory: bool = False,
         request_id: str = "",
     ) -> pb.StepResponse:
         """One optimizer step."""
@@ -80,6 +81,7 @@ class LearnerClient(Caller):
             batch=batch,
             batch_digest=batch_digest,
             group_ids=group_ids,
+            lend_memory=lend_memory,
         )
         response: pb.StepResponse = await self._call(self._stub.Step, request, _STEP_S)
         return response
@@ -94,6 +96,18 @@ class LearnerClient(Caller):
         ) as events:
             async for event in events:
                 yield event
+
+    async def offer_weights(
+        self, run_id: str, receivers: int, *, request_id: str = ""
+    ) -> WeightOffer:
+        """Have the weights that were published last wait for so many ranks."""
+        request = pb.OfferWeightsRequest(
+            request_id=request_id or new_request_id(), run_id=run_id, receivers=receivers
+        )
+        response: pb.OfferWeightsResponse = await self._call(
+            self._stub.OfferWeights, request, _START_S
+        )
+        return response.offer
 
     async def publish_weights(
         self, run_id: str, *, policy_version: int = 0, driver_step: int = 0, request_id: str = ""

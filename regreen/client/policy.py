@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import grpc
 
 from regreen.client.channel import READ_S, WRITE_S, Caller, new_request_id
-from regreen.common.v1 import QuotaUse
+from regreen.common.v1 import QuotaUse, WeightOffer
 from regreen.policy import v1 as pb
 
 
@@ -69,12 +69,16 @@ class PolicyClient(Caller):
         policy: pb.PolicyVersion,
         *,
         allow_older: bool = False,
+        offer: WeightOffer | None = None,
         request_id: str = "",
         timeout_s: float = 600.0,
     ) -> pb.LoadVersionResponse:
-        """Switch to other weights, by reference."""
+        """Switch to other weights, by reference, or through an offer of them."""
         request = pb.LoadVersionRequest(
-            request_id=request_id or new_request_id(), policy=policy, allow_older=allow_older
+            request_id=request_id or new_request_id(),
+            policy=policy,
+            allow_older=allow_older,
+            offer=offer,
         )
         response: pb.LoadVersionResponse = await self._call(
             self._stub.LoadVersion, request, timeout_s
@@ -93,6 +97,26 @@ class PolicyClient(Caller):
         """Take work again."""
         request = pb.ResumeRequest(request_id=request_id or new_request_id())
         await self._call(self._stub.Resume, request, WRITE_S)
+
+    async def sleep(self, *, request_id: str = "", timeout_s: float = 600.0) -> None:
+        """Have the policy give its memory back, once what runs has ended."""
+        request = pb.SleepRequest(request_id=request_id or new_request_id())
+        await self._call(self._stub.Sleep, request, timeout_s)
+
+    async def wake(
+        self,
+        policy: pb.PolicyVersion | None = None,
+        *,
+        allow_older: bool = False,
+        request_id: str = "",
+        timeout_s: float = 600.0,
+    ) -> pb.WakeResponse:
+        """Have the policy take its memory back, with other weights or those that served."""
+        request = pb.WakeRequest(
+            request_id=request_id or new_request_id(), policy=policy, allow_older=allow_older
+        )
+        response: pb.WakeResponse = await self._call(self._stub.Wake, request, timeout_s)
+        return response
 
     async def get_policy(self) -> pb.GetPolicyResponse:
         """What is being served."""

@@ -65,12 +65,12 @@ _TABLE = {
     "policy.v1.PolicyService": {
         "read": "RenderChat Tokenize GetPolicy ListQuotas",
         "write": "Generate AbortGeneration",
-        "admin": "LoadVersion Pause Resume",
+        "admin": "LoadVersion Pause Resume Sleep Wake",
     },
     "judge.v1.JudgeService": {"write": "Judge JudgeGroup", "admin": "Calibrate"},
     "learner.v1.LearnerService": {
         "read": "EstimateRun WatchRun GetRun ListRuns",
-        "write": "StartRun Step PublishWeights SaveCheckpoint StopRun",
+        "write": "StartRun Step PublishWeights OfferWeights SaveCheckpoint StopRun",
     },
 }
 SCOPES: Mapping[str, str] = {

@@ -20,7 +20,15 @@ from regreen.train.signals import KEEP_BASELINE, TRUNCATED_POLICIES
 MAX_GROUP = 64
 """Samples that the policy service gives for one prompt, by its default limits."""
 OPERATIONAL = frozenset(
-    {"name", "concurrency", "idle_deadline_s", "recovery_deadline_s", "publish"}
+    {
+        "name",
+        "concurrency",
+        "colocate",
+        "broadcast",
+        "idle_deadline_s",
+        "recovery_deadline_s",
+        "publish",
+    }
 )
 """Settings that only say how a process works on a run."""
 _PLAIN_SAMPLING = {"sampling.temperature": "1", "sampling.top_p": "1", "sampling.top_k": "0"}
@@ -140,6 +148,10 @@ class GrpoConfig:
 
     concurrency: int = 4
     """Rollouts at a time in this process; 0 leaves all of them to other workers."""
+    colocate: bool = False
+    """Have the policy give its memory back while the learner steps: both use the same GPUs."""
+    broadcast: bool = False
+    """Have the policy's servers take weights from the learner by a process group, not from disk."""
     idle_deadline_s: float = 3600.0
     """Longest wait without any rollout being committed."""
     recovery_deadline_s: float = 900.0
@@ -167,6 +179,14 @@ class GrpoConfig:
                 f"use one of {', '.join(TRUNCATED_POLICIES)}",
             )
         _check_sampling(self.labels)
+        if self.colocate and self.broadcast:
+            raise InvalidArgument(
+                "broadcast", "needs GPUs of its own on each side, unlike colocate", "give one"
+            )
+        if self.colocate and self.prefetch:
+            raise InvalidArgument(
+                "prefetch", "samples while the learner steps, which colocate rules out", "give one"
+            )
 
     @property
     def truncated(self) -> str:

@@ -32,10 +32,12 @@ from dataclasses import dataclass, field
 from regreen.client.stack import Stack
 from regreen.dataset import v1 as dataset_pb
 from regreen.learner import v1 as learner_pb
+from regreen.policy import v1 as policy_pb
 from regreen.rpc import traces
 from regreen.rpc.errors import (
     DataLoss,
     FailedPrecondition,
+    InfraError,
     InvalidArgument,
     NotFound,
     RegreenError,
@@ -76,6 +78,10 @@ class Ledger:
     hyperparameters: learner_pb.Hyperparameters
     engine: str = ""
     listener: Listener = ignore
+    colocate: bool = False
+    """Whether the policy sleeps during steps, on the learner's GPUs."""
+    broadcast: bool = False
+    """Whether the policy's servers take published weights from the learner."""
     epoch: int = field(default=0, init=False)
     """Epoch of the run since the last `resume`; 0 before it."""
     _extra: int = field(default=0, init=False)
@@ -142,11 +148,15 @@ class Ledger:
     ) -> learner_pb.StepResponse:
         """One optimizer step; `report` is told how far it is while it runs.
 
+        With `colocate` the policy sleeps from then on, until `serve` or `wake`.
+
         The trace of each trajectory that is in the batch is told of it.
 
         Raises:
             Unavailable: the learner no longer knows the run or the position; resume.
         """
+        if self.colocate:
+            await self.stack.policy.sleep()
         with traces.span("learn", run_id=self.run_id, step=learner_step) as link:
             done = await self._step(learner_step, batch, group_ids, report)
         traces.joined("learn", link, trajectory_ids, run_id=self.run_id, step=learner_step)
@@ -158,7 +168,11 @@ class Ledger:
         try:
             async with self._watched(learner_step, report):
                 return await self.stack.learner.step(
-                    self.run_id, learner_step, batch=batch, group_ids=group_ids
+                    self.run_id,
+                    learner_step,
+                    batch=batch,
+                    group_ids=group_ids,
+                    lend_memory=self.colocate,
                 )
         except (NotFound, FailedPrecondition) as error:
             raise Unavailable(f"the learner lost run {self.run_id}: {error}") from error
@@ -226,8 +240,32 @@ class Ledger:
 
     async def serve(self, weights: Weights) -> float:
         """Have the policy service serve `weights`; seconds for which no token was sampled."""
-        response = await self.stack.policy.load_version(weights.to_policy(), allow_older=True)
+        response: policy_pb.LoadVersionResponse | policy_pb.WakeResponse
+        if self.colocate:  # asleep or not
+            response = await self.stack.policy.wake(weights.to_policy(), allow_older=True)
+        else:
+            response = await self.stack.policy.load_version(weights.to_policy(), allow_older=True)
         return response.pause.seconds + response.pause.nanos * 1e-9
+
+    async def serve_published(self, weights: Weights) -> float:
+        """As `serve`, of what the learner has just published; sent to servers with `broadcast`."""
+        if not self.broadcast:
+            return await self.serve(weights)
+        receivers = (await self.stack.policy.get_policy()).receivers
+        try:
+            offer = await self.stack.learner.offer_weights(self.run_id, receivers)
+        except (InvalidArgument, NotFound, InfraError) as error:
+            self.listener(Progress("broadcast", 0, 0, None, f"weights are read: {error}"))
+            return await self.serve(weights)
+        response = await self.stack.policy.load_version(
+            weights.to_policy(), allow_older=True, offer=offer
+        )
+        return response.pause.seconds + response.pause.nanos * 1e-9
+
+    async def wake(self) -> None:
+        """Have the policy awake with what it served, if it may sleep at all."""
+        if self.colocate:
+            await self.stack.policy.wake()
 
     async def stop(self) -> None:
         """Free the learner; the run can be resumed from its last checkpoint."""

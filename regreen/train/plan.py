@@ -19,7 +19,7 @@ from regreen.train.experts import stored_experts
 from regreen.train.ledger import finished_runs, hyperparameters
 from regreen.train.names import mode_name
 from regreen.train.record import resolved_of, settings_of
-from regreen.train.rl import resolve_start
+from regreen.train.rl import check_policy, resolve_start
 from regreen.train.rows import all_runs, check_same, find_run, last_checkpoint, training_tasks
 from regreen.train.sft import check_learnable, learnable
 from regreen.train.weights import Weights, resolve_weights, started_from, weights_of
@@ -116,6 +116,7 @@ async def plan_sft(stack: Stack, config: SftConfig) -> Plan:
 
 async def plan_grpo(stack: Stack, config: GrpoConfig) -> Plan:
     """The plan of `train_grpo`; raises what it would raise before its first step."""
+    await check_policy(stack, config)
     run = await find_run(stack, config.name)
     if run is not None:
         check_same(run, "grpo", config.settings())

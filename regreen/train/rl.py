@@ -15,6 +15,8 @@ refill of groups that do not teach, a curriculum by running pass rates.
 - The tasks of a step depend on recorded outcomes of earlier steps only, so a resumed run asks for
   the groups that it had asked for.
 - A step whose groups teach nothing takes no optimizer step; it is counted, not repeated.
+- With `colocate` the policy sleeps from the optimizer step on, and is awake with the weights that
+  the next step is rolled out on, or those that it had, before rollouts are asked for.
 - Token ids, logprobs and versions go from trajectory to batch unchanged; weights go by reference.
 """
 
@@ -29,7 +31,7 @@ from regreen.client.stack import Stack
 from regreen.dataset import v1 as dataset_pb
 from regreen.learner import v1 as learner_pb
 from regreen.rollout.worker import worker_pool
-from regreen.rpc.errors import RegreenError
+from regreen.rpc.errors import InvalidArgument, RegreenError
 from regreen.train.batches import grpo_batch
 from regreen.train.config import GrpoConfig
 from regreen.train.gather import Collected, Gatherer, GatherSettings, group_id
@@ -112,7 +114,27 @@ async def resolve_start(stack: Stack, config: GrpoConfig) -> GrpoStart:
     return GrpoStart(candidates, weights)
 
 
+async def check_policy(stack: Stack, config: GrpoConfig) -> None:
+    """Raises: InvalidArgument: the policy cannot do what the settings ask of it."""
+    if not config.colocate and not config.broadcast:
+        return
+    policy = await stack.policy.get_policy()
+    if config.broadcast and not policy.receivers:
+        raise InvalidArgument(
+            "broadcast",
+            f"the policy's engine ({policy.engine}) receives no weights",
+            "leave it out, or serve with SGLang, without data or pipeline parallelism",
+        )
+    if config.colocate and not policy.can_sleep:
+        raise InvalidArgument(
+            "colocate",
+            f"the policy's engine ({policy.engine}) has no memory to give back",
+            "leave it out, or serve with SGLang, started with --enable-memory-saver",
+        )
+
+
 async def _prepare(stack: Stack, config: GrpoConfig, progress: Listener) -> "_Driver":
+    await check_policy(stack, config)
     resolved: Mapping[str, object] = {}
     if await find_run(stack, config.name) is None:
         start = await resolve_start(stack, config)
@@ -155,6 +177,8 @@ async def _prepare(stack: Stack, config: GrpoConfig, progress: Listener) -> "_Dr
             hyperparameters(config.hyperparameters),
             config.engine,
             progress,
+            config.colocate,
+            config.broadcast,
         ),
         recovery=Recovery(config.recovery_deadline_s, progress),
     )
@@ -197,11 +221,12 @@ class _Driver:
                 raise
 
     async def _release(self) -> None:
-        try:
-            await self.ledger.stop()
-        except RegreenError as error:
-            # The learner is gone or busy; the next start stops the run itself.
-            self.listener(Progress("stopped", 0, 0, None, str(error)))
+        for undo in (self.ledger.stop, self.ledger.wake):
+            try:
+                await undo()
+            except RegreenError as error:
+                # A service is gone or busy; the next start stops the run, and wakes the policy.
+                self.listener(Progress("stopped", 0, 0, None, str(error)))
 
 
 @dataclass(slots=True)
@@ -288,6 +313,8 @@ class _Life:
         await driver.stack.runs.record_metrics(driver.run.id, step, metrics)
         if self.dirty and (step % config.checkpoint_every == 0 or step == config.steps):
             await self._save()
+        else:
+            await driver.ledger.wake()
         self.meter.report(step, _headline(metrics), due=True)
 
     async def _learn(self, collected: Collected, metrics: dict[str, float]) -> dict[str, float]:
@@ -340,7 +367,7 @@ class _Life:
     async def _go_on(self, published: Weights) -> tuple[float, float]:
         """Serve weights and have the next step rolled out on them; seconds without sampling, and
         when they served."""
-        pause_s = await self.driver.ledger.serve(published)
+        pause_s = await self.driver.ledger.serve_published(published)
         live_at_s = time.monotonic()
         if self.step < self.driver.config.steps:
             await self.gatherer.enqueue(self.step + 1, self.history)

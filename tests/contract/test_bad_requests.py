@@ -120,6 +120,9 @@ async def test_policy(tmp_path: Path) -> None:
         "LoadVersion": policy_pb.LoadVersionRequest(
             policy=policy_pb.PolicyVersion(version=1, uri="/nowhere"), allow_older=True
         ),
+        "Wake": policy_pb.WakeRequest(
+            policy=policy_pb.PolicyVersion(version=1, uri="/nowhere"), allow_older=True
+        ),
     }
     async with policy_running(settings) as found, connect(found.server.address) as channel:
         stub = policy_pb.PolicyServiceStub(channel)

@@ -60,6 +60,10 @@ class HashLearner(learner_pb.LearnerServiceServicer):
         self.saving, self.may_save = asyncio.Event(), asyncio.Event()
         """A checkpoint is begun; checkpoints may end."""
         self.may_save.set()
+        self.watch: Callable[[], None] = lambda: None
+        """Called at each step."""
+        self.lent: list[bool] = []
+        """Whether each step was to lend its memory."""
         self.salt = ""
         """What makes the steps of runs that are started now other ones."""
 
@@ -89,6 +93,8 @@ class HashLearner(learner_pb.LearnerServiceServicer):
 
     async def Step(self, request, context):
         state = self._state(request.run_id)
+        self.watch()
+        self.lent.append(request.lend_memory)
         if request.step == self.hold_at:
             self.held.set()
             await asyncio.Event().wait()
@@ -113,6 +119,14 @@ class HashLearner(learner_pb.LearnerServiceServicer):
         made = {"weights": state.weights, "version": version, "driver_step": request.driver_step}
         path.write_text(json.dumps(made))
         return learner_pb.PublishWeightsResponse(weights=self._run(request.run_id).published)
+
+    async def OfferWeights(self, request, context):
+        published = self._run(request.run_id).published
+        if not published.uri:
+            raise NotFound("nothing is published")
+        offer = common_pb.WeightOffer(group=published.uri, receivers=request.receivers)
+        offer.digest.CopyFrom(published.digest)
+        return learner_pb.OfferWeightsResponse(offer=offer)
 
     def _published(self, run_id: str) -> Path:
         return self.root / run_id / "weights"
@@ -213,20 +227,52 @@ class RememberingPolicy(policy_pb.PolicyServiceServicer):
         """Digests by version."""
         self.lost = set[str]()
         """URIs at which nothing is any more."""
+        self.receivers = 0
+        self.offered: list[int] = []
+        """Versions that came with an offer of their weights."""
+        self.can_sleep, self.asleep = False, False
+        self.slept = 0
+
+    async def Sleep(self, request, context):
+        if not self.can_sleep:
+            raise FailedPrecondition("nothing to give back")
+        self.slept += not self.asleep
+        self.asleep = True
+        return policy_pb.SleepResponse()
+
+    async def Wake(self, request, context):
+        if request.HasField("policy"):
+            self._load(request.policy)
+        self.asleep = False
+        return policy_pb.WakeResponse(policy=self.serving)
 
     async def LoadVersion(self, request, context):
-        if request.policy.uri in self.lost:
-            raise NotFound(f"no weights at {request.policy.uri}")
-        if request.policy.version != self.serving.version:
-            self.loaded.append(request.policy.version)
-        self.serving = request.policy
-        self.asked.append(request.policy.version)
-        digests = self.served.setdefault(request.policy.version, set())
-        digests.add(request.policy.digest.sha256)
+        if self.asleep:
+            raise FailedPrecondition("asleep")
+        if request.HasField("offer"):
+            assert request.offer.digest == request.policy.digest
+            assert request.offer.receivers == self.receivers
+            self.offered.append(request.policy.version)
+        self._load(request.policy)
         return policy_pb.LoadVersionResponse(policy=self.serving)
 
+    def _load(self, policy: policy_pb.PolicyVersion) -> None:
+        if policy.uri in self.lost:
+            raise NotFound(f"no weights at {policy.uri}")
+        if policy.version != self.serving.version:
+            self.loaded.append(policy.version)
+        self.serving = policy
+        self.asked.append(policy.version)
+        self.served.setdefault(policy.version, set()).add(policy.digest.sha256)
+
     async def GetPolicy(self, request, context):
-        return policy_pb.GetPolicyResponse(policy=self.serving, engine="scripted", model="none")
+        return policy_pb.GetPolicyResponse(
+            policy=self.serving,
+            engine="scripted",
+            model="none",
+            can_sleep=self.can_sleep,
+            receivers=self.receivers,
+        )
 
 
 @dataclass

@@ -49,7 +49,9 @@ from regreen.common.v1.common_pb2 import (
     TEST_OUTCOME_UNSPECIFIED,
     TEST_OUTCOME_XFAILED,
     TEST_OUTCOME_XPASSED,
+    TensorShape,
     TestOutcome,
+    WeightOffer,
 )
 
 __all__ = [
@@ -101,5 +103,7 @@ __all__ = [
     "TEST_OUTCOME_UNSPECIFIED",
     "TEST_OUTCOME_XFAILED",
     "TEST_OUTCOME_XPASSED",
+    "TensorShape",
     "TestOutcome",
+    "WeightOffer",
 ]

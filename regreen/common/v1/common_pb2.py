@@ -24,29 +24,33 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eregreen/common/v1/common.proto\x12\x11regreen.common.v1\",\n\x06\x44igest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\"f\n\nFileChange\x12\x0c\n\x04path\x18\x01 \x01(\t\x12+\n\x04kind\x18\x02 \x01(\x0e\x32\x1d.regreen.common.v1.ChangeKind\x12\x0f\n\x07\x63ontent\x18\x03 \x01(\x0c\x12\x0c\n\x04mode\x18\x04 \x01(\r\"U\n\x08QuotaUse\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\r\n\x05quota\x18\x02 \x01(\t\x12\x0c\n\x04used\x18\x03 \x01(\x03\x12\x12\n\x05\x62ound\x18\x04 \x01(\x03H\x00\x88\x01\x01\x42\x08\n\x06_bound*\xcb\x04\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12!\n\x1d\x45RROR_REASON_INVALID_ARGUMENT\x10\x01\x12\x1a\n\x16\x45RROR_REASON_NOT_FOUND\x10\x02\x12\x1f\n\x1b\x45RROR_REASON_ALREADY_EXISTS\x10\x03\x12$\n ERROR_REASON_FAILED_PRECONDITION\x10\x04\x12\x1e\n\x1a\x45RROR_REASON_LEASE_EXPIRED\x10\x05\x12#\n\x1f\x45RROR_REASON_MISSING_DEPENDENCY\x10\x06\x12\"\n\x1e\x45RROR_REASON_PERMISSION_DENIED\x10\x07\x12 \n\x1c\x45RROR_REASON_UNAUTHENTICATED\x10\x08\x12#\n\x1f\x45RROR_REASON_RESOURCE_EXHAUSTED\x10\t\x12\x1a\n\x16\x45RROR_REASON_DISK_FULL\x10\n\x12\x18\n\x14\x45RROR_REASON_ABORTED\x10\x0b\x12\"\n\x1e\x45RROR_REASON_DEADLINE_EXCEEDED\x10\x0c\x12\x1c\n\x18\x45RROR_REASON_UNAVAILABLE\x10\r\x12\x1a\n\x16\x45RROR_REASON_DATA_LOSS\x10\x0e\x12\x16\n\x12\x45RROR_REASON_INFRA\x10\x0f\x12\x1d\n\x19\x45RROR_REASON_NO_SUCH_FILE\x10\x10\x12\x1d\n\x19\x45RROR_REASON_SANDBOX_LOST\x10\x11*A\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\x10\n\x0cMODE_ANY_FIX\x10\x01\x12\x11\n\rMODE_KEEP_NEW\x10\x02*P\n\x08Pipeline\x12\x18\n\x14PIPELINE_UNSPECIFIED\x10\x00\x12\x17\n\x13PIPELINE_SIMPLIFIED\x10\x01\x12\x11\n\rPIPELINE_FULL\x10\x02*h\n\x06Grader\x12\x16\n\x12GRADER_UNSPECIFIED\x10\x00\x12\x10\n\x0cGRADER_BUILD\x10\x01\x12\x16\n\x12GRADER_BUILD_GATES\x10\x02\x12\x1c\n\x18GRADER_BUILD_GATES_JUDGE\x10\x03*n\n\nChangeKind\x12\x1b\n\x17\x43HANGE_KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x43HANGE_KIND_ADD\x10\x01\x12\x16\n\x12\x43HANGE_KIND_MODIFY\x10\x02\x12\x16\n\x12\x43HANGE_KIND_DELETE\x10\x03*\xdd\x01\n\x0bTestOutcome\x12\x1c\n\x18TEST_OUTCOME_UNSPECIFIED\x10\x00\x12\x17\n\x13TEST_OUTCOME_PASSED\x10\x01\x12\x17\n\x13TEST_OUTCOME_FAILED\x10\x02\x12\x16\n\x12TEST_OUTCOME_ERROR\x10\x03\x12\x18\n\x14TEST_OUTCOME_SKIPPED\x10\x04\x12\x18\n\x14TEST_OUTCOME_XFAILED\x10\x05\x12\x18\n\x14TEST_OUTCOME_XPASSED\x10\x06\x12\x18\n\x14TEST_OUTCOME_MISSING\x10\x07\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eregreen/common/v1/common.proto\x12\x11regreen.common.v1\",\n\x06\x44igest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\"f\n\nFileChange\x12\x0c\n\x04path\x18\x01 \x01(\t\x12+\n\x04kind\x18\x02 \x01(\x0e\x32\x1d.regreen.common.v1.ChangeKind\x12\x0f\n\x07\x63ontent\x18\x03 \x01(\x0c\x12\x0c\n\x04mode\x18\x04 \x01(\r\"U\n\x08QuotaUse\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\r\n\x05quota\x18\x02 \x01(\t\x12\x0c\n\x04used\x18\x03 \x01(\x03\x12\x12\n\x05\x62ound\x18\x04 \x01(\x03H\x00\x88\x01\x01\x42\x08\n\x06_bound\"9\n\x0bTensorShape\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\"\xbb\x01\n\x0bWeightOffer\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x0c\n\x04port\x18\x02 \x01(\x05\x12\r\n\x05group\x18\x03 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x04 \x01(\t\x12\x11\n\treceivers\x18\x05 \x01(\x05\x12/\n\x07tensors\x18\x06 \x03(\x0b\x32\x1e.regreen.common.v1.TensorShape\x12)\n\x06\x64igest\x18\x07 \x01(\x0b\x32\x19.regreen.common.v1.Digest*\xcb\x04\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12!\n\x1d\x45RROR_REASON_INVALID_ARGUMENT\x10\x01\x12\x1a\n\x16\x45RROR_REASON_NOT_FOUND\x10\x02\x12\x1f\n\x1b\x45RROR_REASON_ALREADY_EXISTS\x10\x03\x12$\n ERROR_REASON_FAILED_PRECONDITION\x10\x04\x12\x1e\n\x1a\x45RROR_REASON_LEASE_EXPIRED\x10\x05\x12#\n\x1f\x45RROR_REASON_MISSING_DEPENDENCY\x10\x06\x12\"\n\x1e\x45RROR_REASON_PERMISSION_DENIED\x10\x07\x12 \n\x1c\x45RROR_REASON_UNAUTHENTICATED\x10\x08\x12#\n\x1f\x45RROR_REASON_RESOURCE_EXHAUSTED\x10\t\x12\x1a\n\x16\x45RROR_REASON_DISK_FULL\x10\n\x12\x18\n\x14\x45RROR_REASON_ABORTED\x10\x0b\x12\"\n\x1e\x45RROR_REASON_DEADLINE_EXCEEDED\x10\x0c\x12\x1c\n\x18\x45RROR_REASON_UNAVAILABLE\x10\r\x12\x1a\n\x16\x45RROR_REASON_DATA_LOSS\x10\x0e\x12\x16\n\x12\x45RROR_REASON_INFRA\x10\x0f\x12\x1d\n\x19\x45RROR_REASON_NO_SUCH_FILE\x10\x10\x12\x1d\n\x19\x45RROR_REASON_SANDBOX_LOST\x10\x11*A\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\x10\n\x0cMODE_ANY_FIX\x10\x01\x12\x11\n\rMODE_KEEP_NEW\x10\x02*P\n\x08Pipeline\x12\x18\n\x14PIPELINE_UNSPECIFIED\x10\x00\x12\x17\n\x13PIPELINE_SIMPLIFIED\x10\x01\x12\x11\n\rPIPELINE_FULL\x10\x02*h\n\x06Grader\x12\x16\n\x12GRADER_UNSPECIFIED\x10\x00\x12\x10\n\x0cGRADER_BUILD\x10\x01\x12\x16\n\x12GRADER_BUILD_GATES\x10\x02\x12\x1c\n\x18GRADER_BUILD_GATES_JUDGE\x10\x03*n\n\nChangeKind\x12\x1b\n\x17\x43HANGE_KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x43HANGE_KIND_ADD\x10\x01\x12\x16\n\x12\x43HANGE_KIND_MODIFY\x10\x02\x12\x16\n\x12\x43HANGE_KIND_DELETE\x10\x03*\xdd\x01\n\x0bTestOutcome\x12\x1c\n\x18TEST_OUTCOME_UNSPECIFIED\x10\x00\x12\x17\n\x13TEST_OUTCOME_PASSED\x10\x01\x12\x17\n\x13TEST_OUTCOME_FAILED\x10\x02\x12\x16\n\x12TEST_OUTCOME_ERROR\x10\x03\x12\x18\n\x14TEST_OUTCOME_SKIPPED\x10\x04\x12\x18\n\x14TEST_OUTCOME_XFAILED\x10\x05\x12\x18\n\x14TEST_OUTCOME_XPASSED\x10\x06\x12\x18\n\x14TEST_OUTCOME_MISSING\x10\x07\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'regreen.common.v1.common_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ERRORREASON']._serialized_start=291
-  _globals['_ERRORREASON']._serialized_end=878
-  _globals['_MODE']._serialized_start=880
-  _globals['_MODE']._serialized_end=945
-  _globals['_PIPELINE']._serialized_start=947
-  _globals['_PIPELINE']._serialized_end=1027
-  _globals['_GRADER']._serialized_start=1029
-  _globals['_GRADER']._serialized_end=1133
-  _globals['_CHANGEKIND']._serialized_start=1135
-  _globals['_CHANGEKIND']._serialized_end=1245
-  _globals['_TESTOUTCOME']._serialized_start=1248
-  _globals['_TESTOUTCOME']._serialized_end=1469
+  _globals['_ERRORREASON']._serialized_start=540
+  _globals['_ERRORREASON']._serialized_end=1127
+  _globals['_MODE']._serialized_start=1129
+  _globals['_MODE']._serialized_end=1194
+  _globals['_PIPELINE']._serialized_start=1196
+  _globals['_PIPELINE']._serialized_end=1276
+  _globals['_GRADER']._serialized_start=1278
+  _globals['_GRADER']._serialized_end=1382
+  _globals['_CHANGEKIND']._serialized_start=1384
+  _globals['_CHANGEKIND']._serialized_end=1494
+  _globals['_TESTOUTCOME']._serialized_start=1497
+  _globals['_TESTOUTCOME']._serialized_end=1718
   _globals['_DIGEST']._serialized_start=53
   _globals['_DIGEST']._serialized_end=97
   _globals['_FILECHANGE']._serialized_start=99
   _globals['_FILECHANGE']._serialized_end=201
   _globals['_QUOTAUSE']._serialized_start=203
   _globals['_QUOTAUSE']._serialized_end=288
+  _globals['_TENSORSHAPE']._serialized_start=290
+  _globals['_TENSORSHAPE']._serialized_end=347
+  _globals['_WEIGHTOFFER']._serialized_start=350
+  _globals['_WEIGHTOFFER']._serialized_end=537
 # @@protoc_insertion_point(module_scope)

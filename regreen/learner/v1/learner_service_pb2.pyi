@@ -624,6 +624,7 @@ class StepRequest(_message.Message):
     BATCH_FIELD_NUMBER: _builtins.int
     BATCH_DIGEST_FIELD_NUMBER: _builtins.int
     GROUP_IDS_FIELD_NUMBER: _builtins.int
+    LEND_MEMORY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Client-chosen id of this request."""
     run_id: _builtins.str
@@ -632,6 +633,8 @@ class StepRequest(_message.Message):
     """Number of this step, from 1."""
     batch: _builtins.bytes
     """The batch itself, in the format of `regreen.batch`; or empty."""
+    lend_memory: _builtins.bool
+    """Give accelerator memory that is only kept for the next step back after this one: a policy on the same takes it."""
     @_builtins.property
     def batch_digest(self) -> _common_pb2.Digest:
         """Digest of the batch in the blob store, when it is not inline."""
@@ -649,10 +652,11 @@ class StepRequest(_message.Message):
         batch: _builtins.bytes = ...,
         batch_digest: _common_pb2.Digest | None = ...,
         group_ids: _abc.Iterable[_builtins.str] | None = ...,
+        lend_memory: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["batch_digest", b"batch_digest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "batch_digest", b"batch_digest", "group_ids", b"group_ids", "request_id", b"request_id", "run_id", b"run_id", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "batch_digest", b"batch_digest", "group_ids", b"group_ids", "lend_memory", b"lend_memory", "request_id", b"request_id", "run_id", b"run_id", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -915,6 +919,60 @@ class PublishWeightsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PublishWeightsResponse: _TypeAlias = PublishWeightsResponse  # noqa: Y015
+
+@_typing.final
+class OfferWeightsRequest(_message.Message):
+    """Request of OfferWeights."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    RECEIVERS_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Client-chosen id of this request."""
+    run_id: _builtins.str
+    """Run id."""
+    receivers: _builtins.int
+    """Ranks that will receive."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        run_id: _builtins.str = ...,
+        receivers: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["receivers", b"receivers", "request_id", b"request_id", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OfferWeightsRequest: _TypeAlias = OfferWeightsRequest  # noqa: Y015
+
+@_typing.final
+class OfferWeightsResponse(_message.Message):
+    """Response of OfferWeights."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OFFER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def offer(self) -> _common_pb2.WeightOffer:
+        """Where to join, and what is sent."""
+
+    def __init__(
+        self,
+        *,
+        offer: _common_pb2.WeightOffer | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["offer", b"offer"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["offer", b"offer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OfferWeightsResponse: _TypeAlias = OfferWeightsResponse  # noqa: Y015
 
 @_typing.final
 class SaveCheckpointRequest(_message.Message):

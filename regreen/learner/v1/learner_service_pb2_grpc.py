@@ -60,6 +60,11 @@ class LearnerServiceStub:
                 request_serializer=regreen_dot_learner_dot_v1_dot_learner__service__pb2.PublishWeightsRequest.SerializeToString,
                 response_deserializer=regreen_dot_learner_dot_v1_dot_learner__service__pb2.PublishWeightsResponse.FromString,
                 _registered_method=True)
+        self.OfferWeights = channel.unary_unary(
+                '/regreen.learner.v1.LearnerService/OfferWeights',
+                request_serializer=regreen_dot_learner_dot_v1_dot_learner__service__pb2.OfferWeightsRequest.SerializeToString,
+                response_deserializer=regreen_dot_learner_dot_v1_dot_learner__service__pb2.OfferWeightsResponse.FromString,
+                _registered_method=True)
         self.SaveCheckpoint = channel.unary_unary(
                 '/regreen.learner.v1.LearnerService/SaveCheckpoint',
                 request_serializer=regreen_dot_learner_dot_v1_dot_learner__service__pb2.SaveCheckpointRequest.SerializeToString,
@@ -161,6 +166,20 @@ class LearnerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def OfferWeights(self, request, context):
+        """Offers the weights that were published last to a process group: a process waits until its other ranks are there, and
+        broadcasts each tensor to them. It answers when it waits. The process ends once all was sent, or nobody came; the
+        next offer takes its place. What it sends is plain, to whoever joins: for private networks.
+
+        Errors:
+        - NOT_FOUND: no such run, or it has published nothing.
+        - INVALID_ARGUMENT: `receivers` is below 1.
+        - INTERNAL with reason INFRA: the process did not start.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def SaveCheckpoint(self, request, context):
         """Writes a checkpoint from which the run continues exactly. All or nothing. Idempotent by request_id. If its weights are
         not those that were published under `policy_version`, it carries the next number that was not given. Where ranks are
@@ -232,6 +251,11 @@ def add_LearnerServiceServicer_to_server(servicer, server):
                     servicer.PublishWeights,
                     request_deserializer=regreen_dot_learner_dot_v1_dot_learner__service__pb2.PublishWeightsRequest.FromString,
                     response_serializer=regreen_dot_learner_dot_v1_dot_learner__service__pb2.PublishWeightsResponse.SerializeToString,
+            ),
+            'OfferWeights': grpc.unary_unary_rpc_method_handler(
+                    servicer.OfferWeights,
+                    request_deserializer=regreen_dot_learner_dot_v1_dot_learner__service__pb2.OfferWeightsRequest.FromString,
+                    response_serializer=regreen_dot_learner_dot_v1_dot_learner__service__pb2.OfferWeightsResponse.SerializeToString,
             ),
             'SaveCheckpoint': grpc.unary_unary_rpc_method_handler(
                     servicer.SaveCheckpoint,
@@ -390,6 +414,33 @@ class LearnerService:
             '/regreen.learner.v1.LearnerService/PublishWeights',
             regreen_dot_learner_dot_v1_dot_learner__service__pb2.PublishWeightsRequest.SerializeToString,
             regreen_dot_learner_dot_v1_dot_learner__service__pb2.PublishWeightsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OfferWeights(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/regreen.learner.v1.LearnerService/OfferWeights',
+            regreen_dot_learner_dot_v1_dot_learner__service__pb2.OfferWeightsRequest.SerializeToString,
+            regreen_dot_learner_dot_v1_dot_learner__service__pb2.OfferWeightsResponse.FromString,
             options,
             channel_credentials,
             insecure,

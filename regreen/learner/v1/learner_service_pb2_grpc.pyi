@@ -88,6 +88,16 @@ class LearnerServiceStub:
     - INTERNAL with reason INFRA: as for Step.
     - RESOURCE_EXHAUSTED with reason DISK_FULL: no space; what was published before is intact.
     """
+    OfferWeights: _grpc.UnaryUnaryMultiCallable[_learner_service_pb2.OfferWeightsRequest, _learner_service_pb2.OfferWeightsResponse]
+    """Offers the weights that were published last to a process group: a process waits until its other ranks are there, and
+    broadcasts each tensor to them. It answers when it waits. The process ends once all was sent, or nobody came; the
+    next offer takes its place. What it sends is plain, to whoever joins: for private networks.
+
+    Errors:
+    - NOT_FOUND: no such run, or it has published nothing.
+    - INVALID_ARGUMENT: `receivers` is below 1.
+    - INTERNAL with reason INFRA: the process did not start.
+    """
     SaveCheckpoint: _grpc.UnaryUnaryMultiCallable[_learner_service_pb2.SaveCheckpointRequest, _learner_service_pb2.SaveCheckpointResponse]
     """Writes a checkpoint from which the run continues exactly. All or nothing. Idempotent by request_id. If its weights are
     not those that were published under `policy_version`, it carries the next number that was not given. Where ranks are
@@ -176,6 +186,16 @@ class LearnerServiceAsyncStub(LearnerServiceStub):
     - INVALID_ARGUMENT: `policy_version` or `driver_step` is negative.
     - INTERNAL with reason INFRA: as for Step.
     - RESOURCE_EXHAUSTED with reason DISK_FULL: no space; what was published before is intact.
+    """
+    OfferWeights: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.OfferWeightsRequest, _learner_service_pb2.OfferWeightsResponse]  # type: ignore[assignment]
+    """Offers the weights that were published last to a process group: a process waits until its other ranks are there, and
+    broadcasts each tensor to them. It answers when it waits. The process ends once all was sent, or nobody came; the
+    next offer takes its place. What it sends is plain, to whoever joins: for private networks.
+
+    Errors:
+    - NOT_FOUND: no such run, or it has published nothing.
+    - INVALID_ARGUMENT: `receivers` is below 1.
+    - INTERNAL with reason INFRA: the process did not start.
     """
     SaveCheckpoint: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.SaveCheckpointRequest, _learner_service_pb2.SaveCheckpointResponse]  # type: ignore[assignment]
     """Writes a checkpoint from which the run continues exactly. All or nothing. Idempotent by request_id. If its weights are
@@ -292,6 +312,22 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
         - INVALID_ARGUMENT: `policy_version` or `driver_step` is negative.
         - INTERNAL with reason INFRA: as for Step.
         - RESOURCE_EXHAUSTED with reason DISK_FULL: no space; what was published before is intact.
+        """
+
+    @_abc_1.abstractmethod
+    def OfferWeights(
+        self,
+        request: _learner_service_pb2.OfferWeightsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_learner_service_pb2.OfferWeightsResponse, _abc.Awaitable[_learner_service_pb2.OfferWeightsResponse]]:
+        """Offers the weights that were published last to a process group: a process waits until its other ranks are there, and
+        broadcasts each tensor to them. It answers when it waits. The process ends once all was sent, or nobody came; the
+        next offer takes its place. What it sends is plain, to whoever joins: for private networks.
+
+        Errors:
+        - NOT_FOUND: no such run, or it has published nothing.
+        - INVALID_ARGUMENT: `receivers` is below 1.
+        - INTERNAL with reason INFRA: the process did not start.
         """
 
     @_abc_1.abstractmethod

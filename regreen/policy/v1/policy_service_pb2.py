@@ -27,17 +27,19 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from regreen.common.v1 import common_pb2 as regreen_dot_common_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&regreen/policy/v1/policy_service.proto\x12\x11regreen.policy.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1eregreen/common/v1/common.proto\"\x98\x01\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_p\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\x05\x12\x16\n\x0emax_new_tokens\x18\x04 \x01(\x05\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\x05\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\r\n\x05regex\x18\x08 \x01(\t\"\xa5\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\x05\x12\t\n\x01n\x18\x03 \x01(\x05\x12-\n\x08sampling\x18\x04 \x01(\x0b\x32\x1b.regreen.policy.v1.Sampling\x12\x15\n\rtrajectory_id\x18\x05 \x01(\t\x12\x13\n\x0bmin_version\x18\x06 \x01(\x03\":\n\x0bVersionSpan\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\r\n\x05start\x18\x02 \x01(\x05\x12\x0b\n\x03\x65nd\x18\x03 \x01(\x05\"\xbe\x01\n\nCompletion\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\x12\x30\n\x08versions\x18\x03 \x03(\x0b\x32\x1e.regreen.policy.v1.VersionSpan\x12\x36\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x1f.regreen.policy.v1.FinishReason\x12\x0c\n\x04text\x18\x05 \x01(\t\x12\x13\n\x0btoken_exact\x18\x06 \x01(\x08\"\x8a\x01\n\x10GenerateResponse\x12\x32\n\x0b\x63ompletions\x18\x01 \x03(\x0b\x32\x1d.regreen.policy.v1.Completion\x12\x15\n\rcached_tokens\x18\x02 \x01(\x05\x12+\n\x08\x64uration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"o\n\x11RenderChatRequest\x12\x30\n\x08messages\x18\x01 \x03(\x0b\x32\x1e.regreen.policy.v1.ChatMessage\x12\x11\n\tcontinues\x18\x02 \x01(\x08\x12\x15\n\rlast_token_id\x18\x03 \x01(\x05\"5\n\x12RenderChatResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\"2\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\"3\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\"v\n\rPolicyVersion\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\x0b\n\x03uri\x18\x02 \x01(\t\x12)\n\x06\x64igest\x18\x03 \x01(\x0b\x32\x19.regreen.common.v1.Digest\x12\x0e\n\x06run_id\x18\x04 \x01(\t\x12\x0c\n\x04step\x18\x05 \x01(\x03\"o\n\x12LoadVersionRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x30\n\x06policy\x18\x02 \x01(\x0b\x32 .regreen.policy.v1.PolicyVersion\x12\x13\n\x0b\x61llow_older\x18\x03 \x01(\x08\"q\n\x13LoadVersionResponse\x12\x30\n\x06policy\x18\x01 \x01(\x0b\x32 .regreen.policy.v1.PolicyVersion\x12(\n\x05pause\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"N\n\x0cPauseRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12*\n\x04mode\x18\x02 \x01(\x0e\x32\x1c.regreen.policy.v1.PauseMode\" \n\rPauseResponse\x12\x0f\n\x07running\x18\x01 \x01(\x05\"#\n\rResumeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x10\n\x0eResumeResponse\"\x12\n\x10GetPolicyRequest\"\x8b\x02\n\x11GetPolicyResponse\x12\x30\n\x06policy\x18\x01 \x01(\x0b\x32 .regreen.policy.v1.PolicyVersion\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x12\n\nvocabulary\x18\x04 \x01(\x05\x12\x16\n\x0e\x63ontext_length\x18\x05 \x01(\x05\x12\x16\n\x0e\x65nd_of_turn_id\x18\x06 \x01(\x05\x12\r\n\x05\x64type\x18\x07 \x01(\t\x12\x0e\n\x06paused\x18\x08 \x01(\x08\x12-\n\tload_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0btoken_exact\x18\n \x01(\x08\"V\n\x16\x41\x62ortGenerationRequest\x12\x1b\n\x13generate_request_id\x18\x01 \x01(\t\x12\x0b\n\x03\x61ll\x18\x02 \x01(\x08\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"*\n\x17\x41\x62ortGenerationResponse\x12\x0f\n\x07\x61\x62orted\x18\x01 \x01(\x05\"\x13\n\x11ListQuotasRequest\"A\n\x12ListQuotasResponse\x12+\n\x06quotas\x18\x01 \x03(\x0b\x32\x1b.regreen.common.v1.QuotaUse*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03*l\n\tPauseMode\x12\x1a\n\x16PAUSE_MODE_UNSPECIFIED\x10\x00\x12\x14\n\x10PAUSE_MODE_DRAIN\x10\x01\x12\x17\n\x13PAUSE_MODE_IN_PLACE\x10\x02\x12\x14\n\x10PAUSE_MODE_ABORT\x10\x03\x32\xaa\x06\n\rPolicyService\x12S\n\x08Generate\x12\".regreen.policy.v1.GenerateRequest\x1a#.regreen.policy.v1.GenerateResponse\x12Y\n\nRenderChat\x12$.regreen.policy.v1.RenderChatRequest\x1a%.regreen.policy.v1.RenderChatResponse\x12S\n\x08Tokenize\x12\".regreen.policy.v1.TokenizeRequest\x1a#.regreen.policy.v1.TokenizeResponse\x12\\\n\x0bLoadVersion\x12%.regreen.policy.v1.LoadVersionRequest\x1a&.regreen.policy.v1.LoadVersionResponse\x12J\n\x05Pause\x12\x1f.regreen.policy.v1.PauseRequest\x1a .regreen.policy.v1.PauseResponse\x12M\n\x06Resume\x12 .regreen.policy.v1.ResumeRequest\x1a!.regreen.policy.v1.ResumeResponse\x12V\n\tGetPolicy\x12#.regreen.policy.v1.GetPolicyRequest\x1a$.regreen.policy.v1.GetPolicyResponse\x12h\n\x0f\x41\x62ortGeneration\x12).regreen.policy.v1.AbortGenerationRequest\x1a*.regreen.policy.v1.AbortGenerationResponse\x12Y\n\nListQuotas\x12$.regreen.policy.v1.ListQuotasRequest\x1a%.regreen.policy.v1.ListQuotasResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&regreen/policy/v1/policy_service.proto\x12\x11regreen.policy.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1eregreen/common/v1/common.proto\"\x98\x01\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_p\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\x05\x12\x16\n\x0emax_new_tokens\x18\x04 \x01(\x05\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\x05\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\r\n\x05regex\x18\x08 \x01(\t\"\xa5\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\x05\x12\t\n\x01n\x18\x03 \x01(\x05\x12-\n\x08sampling\x18\x04 \x01(\x0b\x32\x1b.regreen.policy.v1.Sampling\x12\x15\n\rtrajectory_id\x18\x05 \x01(\t\x12\x13\n\x0bmin_version\x18\x06 \x01(\x03\":\n\x0bVersionSpan\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\r\n\x05start\x18\x02 \x01(\x05\x12\x0b\n\x03\x65nd\x18\x03 \x01(\x05\"\xbe\x01\n\nCompletion\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\x12\x30\n\x08versions\x18\x03 \x03(\x0b\x32\x1e.regreen.policy.v1.VersionSpan\x12\x36\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x1f.regreen.policy.v1.FinishReason\x12\x0c\n\x04text\x18\x05 \x01(\t\x12\x13\n\x0btoken_exact\x18\x06 \x01(\x08\"\x8a\x01\n\x10GenerateResponse\x12\x32\n\x0b\x63ompletions\x18\x01 \x03(\x0b\x32\x1d.regreen.policy.v1.Completion\x12\x15\n\rcached_tokens\x18\x02 \x01(\x05\x12+\n\x08\x64uration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"o\n\x11RenderChatRequest\x12\x30\n\x08messages\x18\x01 \x03(\x0b\x32\x1e.regreen.policy.v1.ChatMessage\x12\x11\n\tcontinues\x18\x02 \x01(\x08\x12\x15\n\rlast_token_id\x18\x03 \x01(\x05\"5\n\x12RenderChatResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\"2\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\"3\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\"v\n\rPolicyVersion\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\x0b\n\x03uri\x18\x02 \x01(\t\x12)\n\x06\x64igest\x18\x03 \x01(\x0b\x32\x19.regreen.common.v1.Digest\x12\x0e\n\x06run_id\x18\x04 \x01(\t\x12\x0c\n\x04step\x18\x05 \x01(\x03\"\x9e\x01\n\x12LoadVersionRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x30\n\x06policy\x18\x02 \x01(\x0b\x32 .regreen.policy.v1.PolicyVersion\x12\x13\n\x0b\x61llow_older\x18\x03 \x01(\x08\x12-\n\x05offer\x18\x04 \x01(\x0b\x32\x1e.regreen.common.v1.WeightOffer\"q\n\x13LoadVersionResponse\x12\x30\n\x06policy\x18\x01 \x01(\x0b\x32 .regreen.policy.v1.PolicyVersion\x12(\n\x05pause\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"N\n\x0cPauseRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12*\n\x04mode\x18\x02 \x01(\x0e\x32\x1c.regreen.policy.v1.PauseMode\" \n\rPauseResponse\x12\x0f\n\x07running\x18\x01 \x01(\x05\"#\n\rResumeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x10\n\x0eResumeResponse\"\"\n\x0cSleepRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x0f\n\rSleepResponse\"h\n\x0bWakeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x30\n\x06policy\x18\x02 \x01(\x0b\x32 .regreen.policy.v1.PolicyVersion\x12\x13\n\x0b\x61llow_older\x18\x03 \x01(\x08\"j\n\x0cWakeResponse\x12\x30\n\x06policy\x18\x01 \x01(\x0b\x32 .regreen.policy.v1.PolicyVersion\x12(\n\x05pause\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x12\n\x10GetPolicyRequest\"\xdf\x02\n\x11GetPolicyResponse\x12\x30\n\x06policy\x18\x01 \x01(\x0b\x32 .regreen.policy.v1.PolicyVersion\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x12\n\nvocabulary\x18\x04 \x01(\x05\x12\x16\n\x0e\x63ontext_length\x18\x05 \x01(\x05\x12\x16\n\x0e\x65nd_of_turn_id\x18\x06 \x01(\x05\x12\r\n\x05\x64type\x18\x07 \x01(\t\x12\x0e\n\x06paused\x18\x08 \x01(\x08\x12-\n\tload_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0btoken_exact\x18\n \x01(\x08\x12,\n\x05sleep\x18\x0b \x01(\x0e\x32\x1d.regreen.policy.v1.SleepState\x12\x11\n\tcan_sleep\x18\x0c \x01(\x08\x12\x11\n\treceivers\x18\r \x01(\x05\"V\n\x16\x41\x62ortGenerationRequest\x12\x1b\n\x13generate_request_id\x18\x01 \x01(\t\x12\x0b\n\x03\x61ll\x18\x02 \x01(\x08\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"*\n\x17\x41\x62ortGenerationResponse\x12\x0f\n\x07\x61\x62orted\x18\x01 \x01(\x05\"\x13\n\x11ListQuotasRequest\"A\n\x12ListQuotasResponse\x12+\n\x06quotas\x18\x01 \x03(\x0b\x32\x1b.regreen.common.v1.QuotaUse*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03*l\n\tPauseMode\x12\x1a\n\x16PAUSE_MODE_UNSPECIFIED\x10\x00\x12\x14\n\x10PAUSE_MODE_DRAIN\x10\x01\x12\x17\n\x13PAUSE_MODE_IN_PLACE\x10\x02\x12\x14\n\x10PAUSE_MODE_ABORT\x10\x03*\x90\x01\n\nSleepState\x12\x1b\n\x17SLEEP_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11SLEEP_STATE_AWAKE\x10\x01\x12\x1e\n\x1aSLEEP_STATE_FALLING_ASLEEP\x10\x02\x12\x16\n\x12SLEEP_STATE_ASLEEP\x10\x03\x12\x16\n\x12SLEEP_STATE_WAKING\x10\x04\x32\xbf\x07\n\rPolicyService\x12S\n\x08Generate\x12\".regreen.policy.v1.GenerateRequest\x1a#.regreen.policy.v1.GenerateResponse\x12Y\n\nRenderChat\x12$.regreen.policy.v1.RenderChatRequest\x1a%.regreen.policy.v1.RenderChatResponse\x12S\n\x08Tokenize\x12\".regreen.policy.v1.TokenizeRequest\x1a#.regreen.policy.v1.TokenizeResponse\x12\\\n\x0bLoadVersion\x12%.regreen.policy.v1.LoadVersionRequest\x1a&.regreen.policy.v1.LoadVersionResponse\x12J\n\x05Pause\x12\x1f.regreen.policy.v1.PauseRequest\x1a .regreen.policy.v1.PauseResponse\x12M\n\x06Resume\x12 .regreen.policy.v1.ResumeRequest\x1a!.regreen.policy.v1.ResumeResponse\x12J\n\x05Sleep\x12\x1f.regreen.policy.v1.SleepRequest\x1a .regreen.policy.v1.SleepResponse\x12G\n\x04Wake\x12\x1e.regreen.policy.v1.WakeRequest\x1a\x1f.regreen.policy.v1.WakeResponse\x12V\n\tGetPolicy\x12#.regreen.policy.v1.GetPolicyRequest\x1a$.regreen.policy.v1.GetPolicyResponse\x12h\n\x0f\x41\x62ortGeneration\x12).regreen.policy.v1.AbortGenerationRequest\x1a*.regreen.policy.v1.AbortGenerationResponse\x12Y\n\nListQuotas\x12$.regreen.policy.v1.ListQuotasRequest\x1a%.regreen.policy.v1.ListQuotasResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'regreen.policy.v1.policy_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=2221
-  _globals['_FINISHREASON']._serialized_end=2341
-  _globals['_PAUSEMODE']._serialized_start=2343
-  _globals['_PAUSEMODE']._serialized_end=2451
+  _globals['_FINISHREASON']._serialized_start=2620
+  _globals['_FINISHREASON']._serialized_end=2740
+  _globals['_PAUSEMODE']._serialized_start=2742
+  _globals['_PAUSEMODE']._serialized_end=2850
+  _globals['_SLEEPSTATE']._serialized_start=2853
+  _globals['_SLEEPSTATE']._serialized_end=2997
   _globals['_SAMPLING']._serialized_start=159
   _globals['_SAMPLING']._serialized_end=311
   _globals['_GENERATEREQUEST']._serialized_start=314
@@ -60,30 +62,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENIZERESPONSE']._serialized_end=1192
   _globals['_POLICYVERSION']._serialized_start=1194
   _globals['_POLICYVERSION']._serialized_end=1312
-  _globals['_LOADVERSIONREQUEST']._serialized_start=1314
-  _globals['_LOADVERSIONREQUEST']._serialized_end=1425
-  _globals['_LOADVERSIONRESPONSE']._serialized_start=1427
-  _globals['_LOADVERSIONRESPONSE']._serialized_end=1540
-  _globals['_PAUSEREQUEST']._serialized_start=1542
-  _globals['_PAUSEREQUEST']._serialized_end=1620
-  _globals['_PAUSERESPONSE']._serialized_start=1622
-  _globals['_PAUSERESPONSE']._serialized_end=1654
-  _globals['_RESUMEREQUEST']._serialized_start=1656
-  _globals['_RESUMEREQUEST']._serialized_end=1691
-  _globals['_RESUMERESPONSE']._serialized_start=1693
-  _globals['_RESUMERESPONSE']._serialized_end=1709
-  _globals['_GETPOLICYREQUEST']._serialized_start=1711
-  _globals['_GETPOLICYREQUEST']._serialized_end=1729
-  _globals['_GETPOLICYRESPONSE']._serialized_start=1732
-  _globals['_GETPOLICYRESPONSE']._serialized_end=1999
-  _globals['_ABORTGENERATIONREQUEST']._serialized_start=2001
-  _globals['_ABORTGENERATIONREQUEST']._serialized_end=2087
-  _globals['_ABORTGENERATIONRESPONSE']._serialized_start=2089
-  _globals['_ABORTGENERATIONRESPONSE']._serialized_end=2131
-  _globals['_LISTQUOTASREQUEST']._serialized_start=2133
-  _globals['_LISTQUOTASREQUEST']._serialized_end=2152
-  _globals['_LISTQUOTASRESPONSE']._serialized_start=2154
-  _globals['_LISTQUOTASRESPONSE']._serialized_end=2219
-  _globals['_POLICYSERVICE']._serialized_start=2454
-  _globals['_POLICYSERVICE']._serialized_end=3264
+  _globals['_LOADVERSIONREQUEST']._serialized_start=1315
+  _globals['_LOADVERSIONREQUEST']._serialized_end=1473
+  _globals['_LOADVERSIONRESPONSE']._serialized_start=1475
+  _globals['_LOADVERSIONRESPONSE']._serialized_end=1588
+  _globals['_PAUSEREQUEST']._serialized_start=1590
+  _globals['_PAUSEREQUEST']._serialized_end=1668
+  _globals['_PAUSERESPONSE']._serialized_start=1670
+  _globals['_PAUSERESPONSE']._serialized_end=1702
+  _globals['_RESUMEREQUEST']._serialized_start=1704
+  _globals['_RESUMEREQUEST']._serialized_end=1739
+  _globals['_RESUMERESPONSE']._serialized_start=1741
+  _globals['_RESUMERESPONSE']._serialized_end=1757
+  _globals['_SLEEPREQUEST']._serialized_start=1759
+  _globals['_SLEEPREQUEST']._serialized_end=1793
+  _globals['_SLEEPRESPONSE']._serialized_start=1795
+  _globals['_SLEEPRESPONSE']._serialized_end=1810
+  _globals['_WAKEREQUEST']._serialized_start=1812
+  _globals['_WAKEREQUEST']._serialized_end=1916
+  _globals['_WAKERESPONSE']._serialized_start=1918
+  _globals['_WAKERESPONSE']._serialized_end=2024
+  _globals['_GETPOLICYREQUEST']._serialized_start=2026
+  _globals['_GETPOLICYREQUEST']._serialized_end=2044
+  _globals['_GETPOLICYRESPONSE']._serialized_start=2047
+  _globals['_GETPOLICYRESPONSE']._serialized_end=2398
+  _globals['_ABORTGENERATIONREQUEST']._serialized_start=2400
+  _globals['_ABORTGENERATIONREQUEST']._serialized_end=2486
+  _globals['_ABORTGENERATIONRESPONSE']._serialized_start=2488
+  _globals['_ABORTGENERATIONRESPONSE']._serialized_end=2530
+  _globals['_LISTQUOTASREQUEST']._serialized_start=2532
+  _globals['_LISTQUOTASREQUEST']._serialized_end=2551
+  _globals['_LISTQUOTASRESPONSE']._serialized_start=2553
+  _globals['_LISTQUOTASRESPONSE']._serialized_end=2618
+  _globals['_POLICYSERVICE']._serialized_start=3000
+  _globals['_POLICYSERVICE']._serialized_end=3959
 # @@protoc_insertion_point(module_scope)

@@ -78,6 +78,38 @@ PAUSE_MODE_ABORT: PauseMode.ValueType  # 3
 """They end now with what they have."""
 Global___PauseMode: _TypeAlias = PauseMode  # noqa: Y015
 
+class _SleepState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SleepStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SleepState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SLEEP_STATE_UNSPECIFIED: _SleepState.ValueType  # 0
+    """Not said: a service that does not know of sleep, and is awake."""
+    SLEEP_STATE_AWAKE: _SleepState.ValueType  # 1
+    """It has it, and samples."""
+    SLEEP_STATE_FALLING_ASLEEP: _SleepState.ValueType  # 2
+    """It gives it back when what runs has ended; new requests are refused."""
+    SLEEP_STATE_ASLEEP: _SleepState.ValueType  # 3
+    """It has given it back."""
+    SLEEP_STATE_WAKING: _SleepState.ValueType  # 4
+    """It takes it back and loads weights."""
+
+class SleepState(_SleepState, metaclass=_SleepStateEnumTypeWrapper):
+    """Whether the engine has its memory."""
+
+SLEEP_STATE_UNSPECIFIED: SleepState.ValueType  # 0
+"""Not said: a service that does not know of sleep, and is awake."""
+SLEEP_STATE_AWAKE: SleepState.ValueType  # 1
+"""It has it, and samples."""
+SLEEP_STATE_FALLING_ASLEEP: SleepState.ValueType  # 2
+"""It gives it back when what runs has ended; new requests are refused."""
+SLEEP_STATE_ASLEEP: SleepState.ValueType  # 3
+"""It has given it back."""
+SLEEP_STATE_WAKING: SleepState.ValueType  # 4
+"""It takes it back and loads weights."""
+Global___SleepState: _TypeAlias = SleepState  # noqa: Y015
+
 @_typing.final
 class Sampling(_message.Message):
     """How tokens are drawn."""
@@ -481,6 +513,7 @@ class LoadVersionRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
     ALLOW_OLDER_FIELD_NUMBER: _builtins.int
+    OFFER_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Client-chosen id of this request."""
     allow_older: _builtins.bool
@@ -489,16 +522,21 @@ class LoadVersionRequest(_message.Message):
     def policy(self) -> Global___PolicyVersion:
         """What to load."""
 
+    @_builtins.property
+    def offer(self) -> _common_pb2.WeightOffer:
+        """Where an engine that can receives the weights, in place of reading them; they are read where that fails."""
+
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         policy: Global___PolicyVersion | None = ...,
         allow_older: _builtins.bool = ...,
+        offer: _common_pb2.WeightOffer | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["offer", b"offer", "policy", b"policy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_older", b"allow_older", "policy", b"policy", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_older", b"allow_older", "offer", b"offer", "policy", b"policy", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -622,6 +660,107 @@ class ResumeResponse(_message.Message):
 Global___ResumeResponse: _TypeAlias = ResumeResponse  # noqa: Y015
 
 @_typing.final
+class SleepRequest(_message.Message):
+    """Request of Sleep."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Client-chosen id of this request."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SleepRequest: _TypeAlias = SleepRequest  # noqa: Y015
+
+@_typing.final
+class SleepResponse(_message.Message):
+    """Response of Sleep."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SleepResponse: _TypeAlias = SleepResponse  # noqa: Y015
+
+@_typing.final
+class WakeRequest(_message.Message):
+    """Request of Wake."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
+    ALLOW_OLDER_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Client-chosen id of this request."""
+    allow_older: _builtins.bool
+    """Allow going to a lower version number, for evaluations."""
+    @_builtins.property
+    def policy(self) -> Global___PolicyVersion:
+        """What to load; none takes what served when it went to sleep."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        policy: Global___PolicyVersion | None = ...,
+        allow_older: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_older", b"allow_older", "policy", b"policy", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WakeRequest: _TypeAlias = WakeRequest  # noqa: Y015
+
+@_typing.final
+class WakeResponse(_message.Message):
+    """Response of Wake."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICY_FIELD_NUMBER: _builtins.int
+    PAUSE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def policy(self) -> Global___PolicyVersion:
+        """What serves now."""
+
+    @_builtins.property
+    def pause(self) -> _duration_pb2.Duration:
+        """Time that no token was sampled: since it was told to sleep, or while weights were switched."""
+
+    def __init__(
+        self,
+        *,
+        policy: Global___PolicyVersion | None = ...,
+        pause: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["pause", b"pause", "policy", b"policy"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pause", b"pause", "policy", b"policy"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WakeResponse: _TypeAlias = WakeResponse  # noqa: Y015
+
+@_typing.final
 class GetPolicyRequest(_message.Message):
     """Request of GetPolicy."""
 
@@ -654,6 +793,9 @@ class GetPolicyResponse(_message.Message):
     PAUSED_FIELD_NUMBER: _builtins.int
     LOAD_TIME_FIELD_NUMBER: _builtins.int
     TOKEN_EXACT_FIELD_NUMBER: _builtins.int
+    SLEEP_FIELD_NUMBER: _builtins.int
+    CAN_SLEEP_FIELD_NUMBER: _builtins.int
+    RECEIVERS_FIELD_NUMBER: _builtins.int
     engine: _builtins.str
     """Engine: "openvino", "torch", "sglang", "openai" or "scripted"."""
     model: _builtins.str
@@ -670,6 +812,12 @@ class GetPolicyResponse(_message.Message):
     """Whether it is paused."""
     token_exact: _builtins.bool
     """Whether sampled ids are exact, so that they can be trained on."""
+    sleep: Global___SleepState.ValueType
+    """Whether the engine has its memory."""
+    can_sleep: _builtins.bool
+    """Whether Sleep gives memory back."""
+    receivers: _builtins.int
+    """Ranks of its servers that can receive weights; 0: none can."""
     @_builtins.property
     def policy(self) -> Global___PolicyVersion:
         """What serves now."""
@@ -691,10 +839,13 @@ class GetPolicyResponse(_message.Message):
         paused: _builtins.bool = ...,
         load_time: _timestamp_pb2.Timestamp | None = ...,
         token_exact: _builtins.bool = ...,
+        sleep: Global___SleepState.ValueType = ...,
+        can_sleep: _builtins.bool = ...,
+        receivers: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load_time", b"load_time", "policy", b"policy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_length", b"context_length", "dtype", b"dtype", "end_of_turn_id", b"end_of_turn_id", "engine", b"engine", "load_time", b"load_time", "model", b"model", "paused", b"paused", "policy", b"policy", "token_exact", b"token_exact", "vocabulary", b"vocabulary"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["can_sleep", b"can_sleep", "context_length", b"context_length", "dtype", b"dtype", "end_of_turn_id", b"end_of_turn_id", "engine", b"engine", "load_time", b"load_time", "model", b"model", "paused", b"paused", "policy", b"policy", "receivers", b"receivers", "sleep", b"sleep", "token_exact", b"token_exact", "vocabulary", b"vocabulary"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -65,6 +65,16 @@ class PolicyServiceStub:
                 request_serializer=regreen_dot_policy_dot_v1_dot_policy__service__pb2.ResumeRequest.SerializeToString,
                 response_deserializer=regreen_dot_policy_dot_v1_dot_policy__service__pb2.ResumeResponse.FromString,
                 _registered_method=True)
+        self.Sleep = channel.unary_unary(
+                '/regreen.policy.v1.PolicyService/Sleep',
+                request_serializer=regreen_dot_policy_dot_v1_dot_policy__service__pb2.SleepRequest.SerializeToString,
+                response_deserializer=regreen_dot_policy_dot_v1_dot_policy__service__pb2.SleepResponse.FromString,
+                _registered_method=True)
+        self.Wake = channel.unary_unary(
+                '/regreen.policy.v1.PolicyService/Wake',
+                request_serializer=regreen_dot_policy_dot_v1_dot_policy__service__pb2.WakeRequest.SerializeToString,
+                response_deserializer=regreen_dot_policy_dot_v1_dot_policy__service__pb2.WakeResponse.FromString,
+                _registered_method=True)
         self.GetPolicy = channel.unary_unary(
                 '/regreen.policy.v1.PolicyService/GetPolicy',
                 request_serializer=regreen_dot_policy_dot_v1_dot_policy__service__pb2.GetPolicyRequest.SerializeToString,
@@ -93,7 +103,7 @@ class PolicyServiceServicer:
         Errors:
         - INVALID_ARGUMENT: no prompt, an id outside the vocabulary, or prompt and budget over the context length.
         - RESOURCE_EXHAUSTED: the queue is full; retry after the delay given.
-        - UNAVAILABLE: the engine is down or paused longer than the deadline allows.
+        - UNAVAILABLE: the engine is down, asleep, or paused longer than the deadline allows.
         - ABORTED: the policy version moved below `min_version`, or the request was aborted.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -128,7 +138,8 @@ class PolicyServiceServicer:
         Errors:
         - NOT_FOUND: no weights at that place.
         - DATA_LOSS: its bytes do not match the digest.
-        - FAILED_PRECONDITION: the version is older than the current one.
+        - INVALID_ARGUMENT: `offer` is of other weights.
+        - FAILED_PRECONDITION: the version is older than the current one, or the policy sleeps: wake it with that version.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -138,7 +149,7 @@ class PolicyServiceServicer:
         """Stops taking new work. Idempotent: pausing again in the same mode changes nothing.
 
         Errors:
-        - FAILED_PRECONDITION: already paused in another mode.
+        - FAILED_PRECONDITION: already paused in another mode, or asleep.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -149,6 +160,33 @@ class PolicyServiceServicer:
 
         Errors:
         - none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Sleep(self, request, context):
+        """Gives the memory of accelerators back, of weights and key/value cache, so that a learner on them has it until Wake.
+        Requests that run end first; new ones are refused with UNAVAILABLE and a delay, whatever their deadline. Every
+        replica sleeps, or none. Idempotent: it does nothing when asleep.
+
+        Errors:
+        - FAILED_PRECONDITION: the engine has no memory to give back, others use its servers, or it is paused in place.
+        - UNAVAILABLE: requests still run at the deadline, or a server cannot be reached; GetPolicy says what came of it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Wake(self, request, context):
+        """Takes the memory back, and loads weights: those of `policy`, else those that served. Every replica wakes, or none.
+        Idempotent by request_id; when awake it does what LoadVersion does, and nothing without `policy`.
+
+        Errors:
+        - NOT_FOUND: no weights at that place; it sleeps on.
+        - DATA_LOSS: their bytes do not match the digest; it sleeps on.
+        - FAILED_PRECONDITION: the version is older than the current one, or does not fit the model; it sleeps on.
+        - UNAVAILABLE: a server cannot be reached, or does not get its memory; it sleeps on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -215,6 +253,16 @@ def add_PolicyServiceServicer_to_server(servicer, server):
                     servicer.Resume,
                     request_deserializer=regreen_dot_policy_dot_v1_dot_policy__service__pb2.ResumeRequest.FromString,
                     response_serializer=regreen_dot_policy_dot_v1_dot_policy__service__pb2.ResumeResponse.SerializeToString,
+            ),
+            'Sleep': grpc.unary_unary_rpc_method_handler(
+                    servicer.Sleep,
+                    request_deserializer=regreen_dot_policy_dot_v1_dot_policy__service__pb2.SleepRequest.FromString,
+                    response_serializer=regreen_dot_policy_dot_v1_dot_policy__service__pb2.SleepResponse.SerializeToString,
+            ),
+            'Wake': grpc.unary_unary_rpc_method_handler(
+                    servicer.Wake,
+                    request_deserializer=regreen_dot_policy_dot_v1_dot_policy__service__pb2.WakeRequest.FromString,
+                    response_serializer=regreen_dot_policy_dot_v1_dot_policy__service__pb2.WakeResponse.SerializeToString,
             ),
             'GetPolicy': grpc.unary_unary_rpc_method_handler(
                     servicer.GetPolicy,
@@ -395,6 +443,60 @@ class PolicyService:
             '/regreen.policy.v1.PolicyService/Resume',
             regreen_dot_policy_dot_v1_dot_policy__service__pb2.ResumeRequest.SerializeToString,
             regreen_dot_policy_dot_v1_dot_policy__service__pb2.ResumeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Sleep(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/regreen.policy.v1.PolicyService/Sleep',
+            regreen_dot_policy_dot_v1_dot_policy__service__pb2.SleepRequest.SerializeToString,
+            regreen_dot_policy_dot_v1_dot_policy__service__pb2.SleepResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Wake(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/regreen.policy.v1.PolicyService/Wake',
+            regreen_dot_policy_dot_v1_dot_policy__service__pb2.WakeRequest.SerializeToString,
+            regreen_dot_policy_dot_v1_dot_policy__service__pb2.WakeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -40,7 +40,7 @@ class PolicyServiceStub:
     Errors:
     - INVALID_ARGUMENT: no prompt, an id outside the vocabulary, or prompt and budget over the context length.
     - RESOURCE_EXHAUSTED: the queue is full; retry after the delay given.
-    - UNAVAILABLE: the engine is down or paused longer than the deadline allows.
+    - UNAVAILABLE: the engine is down, asleep, or paused longer than the deadline allows.
     - ABORTED: the policy version moved below `min_version`, or the request was aborted.
     """
     RenderChat: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.RenderChatRequest, _policy_service_pb2.RenderChatResponse]
@@ -63,19 +63,39 @@ class PolicyServiceStub:
     Errors:
     - NOT_FOUND: no weights at that place.
     - DATA_LOSS: its bytes do not match the digest.
-    - FAILED_PRECONDITION: the version is older than the current one.
+    - INVALID_ARGUMENT: `offer` is of other weights.
+    - FAILED_PRECONDITION: the version is older than the current one, or the policy sleeps: wake it with that version.
     """
     Pause: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.PauseRequest, _policy_service_pb2.PauseResponse]
     """Stops taking new work. Idempotent: pausing again in the same mode changes nothing.
 
     Errors:
-    - FAILED_PRECONDITION: already paused in another mode.
+    - FAILED_PRECONDITION: already paused in another mode, or asleep.
     """
     Resume: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.ResumeRequest, _policy_service_pb2.ResumeResponse]
     """Takes work again. Idempotent: it does nothing when not paused.
 
     Errors:
     - none.
+    """
+    Sleep: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.SleepRequest, _policy_service_pb2.SleepResponse]
+    """Gives the memory of accelerators back, of weights and key/value cache, so that a learner on them has it until Wake.
+    Requests that run end first; new ones are refused with UNAVAILABLE and a delay, whatever their deadline. Every
+    replica sleeps, or none. Idempotent: it does nothing when asleep.
+
+    Errors:
+    - FAILED_PRECONDITION: the engine has no memory to give back, others use its servers, or it is paused in place.
+    - UNAVAILABLE: requests still run at the deadline, or a server cannot be reached; GetPolicy says what came of it.
+    """
+    Wake: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.WakeRequest, _policy_service_pb2.WakeResponse]
+    """Takes the memory back, and loads weights: those of `policy`, else those that served. Every replica wakes, or none.
+    Idempotent by request_id; when awake it does what LoadVersion does, and nothing without `policy`.
+
+    Errors:
+    - NOT_FOUND: no weights at that place; it sleeps on.
+    - DATA_LOSS: their bytes do not match the digest; it sleeps on.
+    - FAILED_PRECONDITION: the version is older than the current one, or does not fit the model; it sleeps on.
+    - UNAVAILABLE: a server cannot be reached, or does not get its memory; it sleeps on.
     """
     GetPolicy: _grpc.UnaryUnaryMultiCallable[_policy_service_pb2.GetPolicyRequest, _policy_service_pb2.GetPolicyResponse]
     """Tells what is being served.
@@ -107,7 +127,7 @@ class PolicyServiceAsyncStub(PolicyServiceStub):
     Errors:
     - INVALID_ARGUMENT: no prompt, an id outside the vocabulary, or prompt and budget over the context length.
     - RESOURCE_EXHAUSTED: the queue is full; retry after the delay given.
-    - UNAVAILABLE: the engine is down or paused longer than the deadline allows.
+    - UNAVAILABLE: the engine is down, asleep, or paused longer than the deadline allows.
     - ABORTED: the policy version moved below `min_version`, or the request was aborted.
     """
     RenderChat: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.RenderChatRequest, _policy_service_pb2.RenderChatResponse]  # type: ignore[assignment]
@@ -130,19 +150,39 @@ class PolicyServiceAsyncStub(PolicyServiceStub):
     Errors:
     - NOT_FOUND: no weights at that place.
     - DATA_LOSS: its bytes do not match the digest.
-    - FAILED_PRECONDITION: the version is older than the current one.
+    - INVALID_ARGUMENT: `offer` is of other weights.
+    - FAILED_PRECONDITION: the version is older than the current one, or the policy sleeps: wake it with that version.
     """
     Pause: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.PauseRequest, _policy_service_pb2.PauseResponse]  # type: ignore[assignment]
     """Stops taking new work. Idempotent: pausing again in the same mode changes nothing.
 
     Errors:
-    - FAILED_PRECONDITION: already paused in another mode.
+    - FAILED_PRECONDITION: already paused in another mode, or asleep.
     """
     Resume: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.ResumeRequest, _policy_service_pb2.ResumeResponse]  # type: ignore[assignment]
     """Takes work again. Idempotent: it does nothing when not paused.
 
     Errors:
     - none.
+    """
+    Sleep: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.SleepRequest, _policy_service_pb2.SleepResponse]  # type: ignore[assignment]
+    """Gives the memory of accelerators back, of weights and key/value cache, so that a learner on them has it until Wake.
+    Requests that run end first; new ones are refused with UNAVAILABLE and a delay, whatever their deadline. Every
+    replica sleeps, or none. Idempotent: it does nothing when asleep.
+
+    Errors:
+    - FAILED_PRECONDITION: the engine has no memory to give back, others use its servers, or it is paused in place.
+    - UNAVAILABLE: requests still run at the deadline, or a server cannot be reached; GetPolicy says what came of it.
+    """
+    Wake: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.WakeRequest, _policy_service_pb2.WakeResponse]  # type: ignore[assignment]
+    """Takes the memory back, and loads weights: those of `policy`, else those that served. Every replica wakes, or none.
+    Idempotent by request_id; when awake it does what LoadVersion does, and nothing without `policy`.
+
+    Errors:
+    - NOT_FOUND: no weights at that place; it sleeps on.
+    - DATA_LOSS: their bytes do not match the digest; it sleeps on.
+    - FAILED_PRECONDITION: the version is older than the current one, or does not fit the model; it sleeps on.
+    - UNAVAILABLE: a server cannot be reached, or does not get its memory; it sleeps on.
     """
     GetPolicy: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.GetPolicyRequest, _policy_service_pb2.GetPolicyResponse]  # type: ignore[assignment]
     """Tells what is being served.
@@ -177,7 +217,7 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         Errors:
         - INVALID_ARGUMENT: no prompt, an id outside the vocabulary, or prompt and budget over the context length.
         - RESOURCE_EXHAUSTED: the queue is full; retry after the delay given.
-        - UNAVAILABLE: the engine is down or paused longer than the deadline allows.
+        - UNAVAILABLE: the engine is down, asleep, or paused longer than the deadline allows.
         - ABORTED: the policy version moved below `min_version`, or the request was aborted.
         """
 
@@ -218,7 +258,8 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         Errors:
         - NOT_FOUND: no weights at that place.
         - DATA_LOSS: its bytes do not match the digest.
-        - FAILED_PRECONDITION: the version is older than the current one.
+        - INVALID_ARGUMENT: `offer` is of other weights.
+        - FAILED_PRECONDITION: the version is older than the current one, or the policy sleeps: wake it with that version.
         """
 
     @_abc_1.abstractmethod
@@ -230,7 +271,7 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         """Stops taking new work. Idempotent: pausing again in the same mode changes nothing.
 
         Errors:
-        - FAILED_PRECONDITION: already paused in another mode.
+        - FAILED_PRECONDITION: already paused in another mode, or asleep.
         """
 
     @_abc_1.abstractmethod
@@ -243,6 +284,37 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors:
         - none.
+        """
+
+    @_abc_1.abstractmethod
+    def Sleep(
+        self,
+        request: _policy_service_pb2.SleepRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_policy_service_pb2.SleepResponse, _abc.Awaitable[_policy_service_pb2.SleepResponse]]:
+        """Gives the memory of accelerators back, of weights and key/value cache, so that a learner on them has it until Wake.
+        Requests that run end first; new ones are refused with UNAVAILABLE and a delay, whatever their deadline. Every
+        replica sleeps, or none. Idempotent: it does nothing when asleep.
+
+        Errors:
+        - FAILED_PRECONDITION: the engine has no memory to give back, others use its servers, or it is paused in place.
+        - UNAVAILABLE: requests still run at the deadline, or a server cannot be reached; GetPolicy says what came of it.
+        """
+
+    @_abc_1.abstractmethod
+    def Wake(
+        self,
+        request: _policy_service_pb2.WakeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_policy_service_pb2.WakeResponse, _abc.Awaitable[_policy_service_pb2.WakeResponse]]:
+        """Takes the memory back, and loads weights: those of `policy`, else those that served. Every replica wakes, or none.
+        Idempotent by request_id; when awake it does what LoadVersion does, and nothing without `policy`.
+
+        Errors:
+        - NOT_FOUND: no weights at that place; it sleeps on.
+        - DATA_LOSS: their bytes do not match the digest; it sleeps on.
+        - FAILED_PRECONDITION: the version is older than the current one, or does not fit the model; it sleeps on.
+        - UNAVAILABLE: a server cannot be reached, or does not get its memory; it sleeps on.
         """
 
     @_abc_1.abstractmethod

@@ -38,11 +38,13 @@ async def learner(home: Path, **config: Any) -> AsyncIterator[tuple[LearnerClien
     settings = LearnerSettings(listen="127.0.0.1:0", metrics="127.0.0.1:0", home=home, drain_s=0)
     runs = Runs(home, open_blobs(home / "blobs"), RunsConfig(**config))
     server = Server(settings, ("regreen.learner.v1.LearnerService",))
-    pb.add_LearnerServiceServicer_to_server(LearnerServicer(runs, "plain"), server.grpc)
+    servicer = LearnerServicer(runs, "plain")
+    pb.add_LearnerServiceServicer_to_server(servicer, server.grpc)
     try:
         async with server, grpc.aio.insecure_channel(server.address) as channel:
             yield LearnerClient(channel, patience_s=0.5), runs
     finally:
+        await servicer.close()
         await runs.close()
 
 

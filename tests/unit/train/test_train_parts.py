@@ -213,7 +213,7 @@ class TellingLearner:
     def __init__(self) -> None:
         self.told = asyncio.Event()
 
-    async def step(self, run_id, step, *, batch, group_ids):
+    async def step(self, run_id, step, *, batch, group_ids, lend_memory):
         await self.told.wait()
         return learner_pb.StepResponse(step=step)
 
