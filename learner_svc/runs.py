@@ -359,11 +359,8 @@ class Runs:
         self, run: Run, policy_version: int, driver_step: int
     ) -> published.Published:
         async with run.lock:
-            message = {
-                "op": "publish",
-                "policy_version": policy_version,
-                "driver_step": driver_step,
-            }
+            place = {"policy_version": policy_version, "driver_step": driver_step}
+            message: dict[str, Any] = {"op": "publish", **place}
             with metrics.PUBLISH_SECONDS.time():
                 answer = await self._call(run, message, self._config.save_timeout_s)
             run.published = published.at(Path(answer["path"]))
@@ -382,12 +379,8 @@ class Runs:
 
     async def _save(self, run: Run, policy_version: int, driver_step: int) -> ckpt.Saved:
         async with run.lock:
-            message = {
-                "op": "save",
-                "policy_version": policy_version,
-                "driver_step": driver_step,
-                "keep": self._config.keep_checkpoints,
-            }
+            place = {"policy_version": policy_version, "driver_step": driver_step}
+            message = {"op": "save", **place, "keep": self._config.keep_checkpoints}
             known = {saved.path for saved in ckpt.checkpoints(run.files.checkpoints)}
 
             def left() -> dict[str, Any] | None:

@@ -195,7 +195,7 @@ class Versions:
         """Where the weights lie that were received, and the seconds without sampling; None: not."""
         try:
             # What lies there is read only if servers fail later; then its digest is looked at.
-            path = await self._source.path_of(replace(policy, sha256=""))
+            path = await self._source.path_of(replace(policy, sha256=""), self._serving.path)
             pause_s = await self._engine.receive(policy.version, path, offer)
         except RegreenError as error:
             metrics.RECEIVED.labels("failed").inc()
@@ -236,7 +236,7 @@ class Versions:
         _check_order(policy, self._serving.policy, allow_older)
         start_s = time.monotonic()
         try:
-            path = await self._source.path_of(policy)
+            path = await self._source.path_of(policy, self._serving.path)
             await self._engine.wake(policy.version, path)
         except BaseException:
             metrics.LOADS.labels("failed").inc()

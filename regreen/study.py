@@ -226,8 +226,8 @@ def markdown(found: Json) -> str:
         "",
         f"Made by `{found['command']}` on {found['created']}; run it again and it goes on. "
         f"{found['environment'].get('processor', '')}.",
-        f"{len(found['train_tasks'])} tasks were there to train on and {len(found['tasks'])} held out, "
-        f"{len(seeds)} seeds; simplified pipeline, every fair mode, {plan['eval_samples']} "
+        f"{len(found['train_tasks'])} tasks were there to train on, {len(found['tasks'])} held "
+        f"out; {len(seeds)} seeds; simplified pipeline, every fair mode, {plan['eval_samples']} "
         f"attempts of each; {plan['grpo_steps']} steps of GRPO with {plan['groups_per_step']} "
         f"groups of {plan['group_size']}. Attempts lost to the platform: {found['lost']}.",
         "",
