@@ -31,7 +31,7 @@ from policy_svc.versions import (
 )
 from regreen.blobs import open_blobs
 from regreen.model_store import HEADER, ensure_default_model
-from regreen.rpc.errors import FailedPrecondition, MissingDependency, NotFound, RegreenError
+from regreen.rpc.errors import FailedPrecondition, MissingDependency, NotFound
 from regreen.rpc.logging import get
 from regreen.rpc.quotas import Quotas
 
@@ -67,18 +67,9 @@ async def open_policy(settings: PolicySettings) -> Policy:
         settings.max_running, settings.max_waiting, settings.max_samples, settings.max_new_tokens
     )
     usage = Usage(settings.home / "policy" / "usage.json", Quotas(settings.quotas))
-    policy = Policy(engine, chat, Versions(engine, source, record, serving), limits, usage)
-    if engine.asleep:
-        await _woken(policy)
-    return policy
-
-
-async def _woken(policy: Policy) -> None:
-    """Wake servers that slept when the service ended; where they cannot, it begins asleep."""
-    try:
-        await policy.wake()
-    except RegreenError as error:
-        get().warning("the servers sleep, and were not woken", error=error.message)
+    if engine.asleep:  # a learner may have their memory; who had them sleep wakes them
+        get().warning("the servers sleep, until Wake", version=serving.policy.version)
+    return Policy(engine, chat, Versions(engine, source, record, serving), limits, usage)
 
 
 def _base(settings: PolicySettings, model: Path) -> PolicyVersion:
