@@ -106,6 +106,7 @@ def test_a_worker_refuses_a_step_that_its_weights_hold(
     start = {"spec": spec_of(tiny_model).to_json(), "resume": "", "checkpoints": str(tmp_path)}
     commands.run({"op": "start", "extensions": str(tmp_path), **start})
     step = {"op": "step", "step": 1, "batch": str(path), "group_ids": []}
+    step["lend_memory"] = False
     commands.run(step)
     with pytest.raises(FailedPrecondition, match="step 1 is not the next one"):
         commands.run(step)
