@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 
 from learner_svc.broadcast import Job, Waiting
 from learner_svc.published import Published
-from regreen.rpc.errors import InfraError, InvalidArgument
+from regreen.rpc.errors import InfraError, InvalidArgument, NotFound
 
 _START_S = 120.0
 """It loads torch."""
@@ -38,13 +38,16 @@ class Offers:
         self._process: asyncio.subprocess.Process | None = None
         self._lock = asyncio.Lock()
 
-    async def make(self, published: Published, receivers: int) -> Offer:
-        """Have a process wait with these weights.
+    async def make(self, published: Published | None, receivers: int) -> Offer:
+        """Have a process wait with the weights that a run published last.
 
         Raises:
+            NotFound: it has published none.
             InvalidArgument: nobody would receive.
             InfraError: it did not start.
         """
+        if published is None:
+            raise NotFound("the run has published no weights")
         if receivers < 1:
             raise InvalidArgument("receivers", f"is {receivers}", "give 1 or more")
         async with self._lock:

@@ -23,7 +23,7 @@ from regreen.blobs import Digest, check_digest
 from regreen.common.v1 import Digest as DigestMessage
 from regreen.common.v1 import WeightOffer
 from regreen.learner import v1 as pb
-from regreen.rpc.errors import InvalidArgument, NotFound
+from regreen.rpc.errors import InvalidArgument
 from regreen.rpc.idempotency import Idempotency
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -140,10 +140,8 @@ class LearnerServicer(pb.LearnerServiceServicer):
     ) -> pb.OfferWeightsResponse:
         # Not remembered: a process that was ended waits nowhere.
         published = self._runs.get(request.run_id).published
-        if published is None:
-            raise NotFound(f"run {request.run_id} has published nothing")
         made = await self._offers.make(published, request.receivers)
-        entry = published.entry
+        entry = made.published.entry
         offer = WeightOffer(
             address=made.host,
             port=made.waiting.port,

@@ -137,7 +137,7 @@ class Policy:
         metrics.PAUSED.set(0)
 
     async def sleep(self, patience_s: float | None = None) -> None:
-        """Give the engine's memory back, once what runs has ended; does nothing when asleep.
+        """Give the engine's memory back, once what runs has ended; of all that have any.
 
         Goes on when the caller leaves.
 
@@ -161,7 +161,8 @@ class Policy:
 
     async def _sleep(self, patience_s: float | None) -> None:
         async with self._sleeping:
-            if self.rest is Rest.ASLEEP:
+            if self.rest is Rest.ASLEEP:  # the servers themselves may not be, all of them
+                await self.versions.sleep()
                 return
             if not self.engine.info.sleeps:
                 raise FailedPrecondition(

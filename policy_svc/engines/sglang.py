@@ -48,7 +48,14 @@ from policy_svc.engines.base import (
 from policy_svc.engines.sglang_adapters import Adapter, adapter_of
 from policy_svc.engines.sglang_receive import join, leave, ranks_of, take
 from policy_svc.engines.sglang_replica import Exchanges, Replica, push_all
-from policy_svc.engines.sglang_sleep import Held, StillAsleep, gives_back, sleep_all, wake_all
+from policy_svc.engines.sglang_sleep import (
+    Held,
+    StillAsleep,
+    gives_back,
+    sleep_all,
+    sleep_too,
+    wake_all,
+)
 from policy_svc.engines.sglang_wire import own_label, release_of, sampling_params, sleeps
 from regreen.rpc.errors import Aborted, FailedPrecondition, InvalidArgument, Unavailable
 
@@ -310,6 +317,7 @@ class SglangEngine:
     async def sleep(self) -> None:
         """Release weights and cache on every replica, or on none."""
         if self._asleep:
+            await sleep_too(self._replicas)
             return
         self._open.clear()
         try:

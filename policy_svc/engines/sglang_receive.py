@@ -12,12 +12,12 @@ Source: sglang 0.5.16, `srt/model_executor/model_runner_components/weight_update
 
 import asyncio
 import math
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from policy_svc.engines.base import Offer
-from policy_svc.engines.sglang_replica import Replica
-from regreen.rpc.errors import InvalidArgument, RegreenError, Unavailable
+from policy_svc.engines.sglang_replica import Replica, all_of
+from regreen.rpc.errors import InvalidArgument, Unavailable
 
 _PART_BYTES = 512 << 20
 _ITEM_BYTES = 8
@@ -46,7 +46,7 @@ async def join(replicas: Sequence[Replica], offer: Offer) -> None:
         }
         calls.append(_ask(replica, "/init_weights_update_group", body))
         rank += replica.ranks
-    await _all(calls)
+    await all_of(calls)
 
 
 async def take(replicas: Sequence[Replica], offer: Offer, label: str) -> None:
@@ -64,7 +64,7 @@ async def take(replicas: Sequence[Replica], offer: Offer, label: str) -> None:
         }
         if last:
             body["weight_version"] = label
-        await _all([_ask(one, "/update_weights_from_distributed", body) for one in replicas])
+        await all_of([_ask(one, "/update_weights_from_distributed", body) for one in replicas])
     if len({replica.ranks for replica in replicas}) == 1:
         sums = await asyncio.gather(*(_checksum(replica) for replica in replicas))
         if len(set(sums)) > 1:
@@ -110,12 +110,3 @@ async def _ask(replica: Replica, route: str, body: dict[str, Any]) -> None:
         raise Unavailable(f"{replica.url}: {error.message}", retry_after_s=1.0) from error
     if not answer.get("success"):
         raise Unavailable(f"{replica.url}: {answer.get('message')}", retry_after_s=1.0)
-
-
-async def _all(calls: Sequence[Awaitable[None]]) -> None:
-    """The first problem, after all calls have ended."""
-    for found in await asyncio.gather(*calls, return_exceptions=True):
-        if isinstance(found, RegreenError):
-            raise found
-        if found:
-            raise found

@@ -5,7 +5,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -163,7 +163,16 @@ async def push_all(replicas: Sequence[Replica], path: str, label: str) -> None:
     Raises:
         FailedPrecondition, Unavailable: the first that one failed with.
     """
-    calls = (replica.push(path, label) for replica in replicas)
-    for problem in await asyncio.gather(*calls, return_exceptions=True):
+    await all_of([replica.push(path, label) for replica in replicas])
+
+
+async def problems(calls: Sequence[Awaitable[None]]) -> list[BaseException | None]:
+    """What each call raised, after all have ended."""
+    return list(await asyncio.gather(*calls, return_exceptions=True))
+
+
+async def all_of(calls: Sequence[Awaitable[None]]) -> None:
+    """Make calls beside each other; the first problem, after all have ended."""
+    for problem in await problems(calls):
         if problem:
             raise problem

@@ -11,12 +11,12 @@ Source: sglang 0.5.16, `srt/managers/scheduler_components/weight_updater.py`, `h
 """
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from policy_svc.engines.sglang_replica import Replica, Unanswered
+from policy_svc.engines.sglang_replica import Replica, Unanswered, all_of, problems
 from policy_svc.engines.sglang_wire import asleep, sleeps
 from regreen.rpc.errors import FailedPrecondition, InvalidArgument, RegreenError, Unavailable
 from regreen.rpc.logging import get
@@ -56,7 +56,7 @@ async def sleep_all(replicas: Sequence[Replica], held: Held) -> None:
     """
     await asyncio.gather(*(_check(replica) for replica in replicas))
     try:
-        await _all([_fall_asleep(replica) for replica in replicas])
+        await sleep_too(replicas)
     except RegreenError as problem:
         try:
             await wake_all(replicas, held)
@@ -69,6 +69,15 @@ async def sleep_all(replicas: Sequence[Replica], held: Held) -> None:
         raise
 
 
+async def sleep_too(replicas: Sequence[Replica]) -> None:
+    """Have those sleep that do not: one that was begun anew while others slept.
+
+    Raises:
+        FailedPrecondition, Unavailable: as `sleep_all`; others sleep.
+    """
+    await all_of([_fall_asleep(replica) for replica in replicas])
+
+
 async def wake_all(replicas: Sequence[Replica], held: Held) -> None:
     """Have every server awake with `held`; all sleep when it raises.
 
@@ -77,10 +86,10 @@ async def wake_all(replicas: Sequence[Replica], held: Held) -> None:
         Unavailable: a server cannot be reached, or has no room.
     """
     try:
-        await _all([_wake(replica, held) for replica in replicas])
+        await all_of([_wake(replica, held) for replica in replicas])
     except RegreenError:
         again = [_fall_asleep(replica) for replica in replicas]
-        for replica, problem in zip(replicas, await _problems(again), strict=True):
+        for replica, problem in zip(replicas, await problems(again), strict=True):
             if problem:
                 get().warning("not put to sleep again", url=replica.url, problem=str(problem))
         raise
@@ -189,15 +198,3 @@ async def _name(replica: Replica, label: str) -> None:
 
 async def _label(replica: Replica) -> str:
     return str((await replica.json("GET", "/model_info")).get("weight_version"))
-
-
-async def _problems(calls: Sequence[Awaitable[None]]) -> list[BaseException | None]:
-    """What each call raised, after all have ended."""
-    return list(await asyncio.gather(*calls, return_exceptions=True))
-
-
-async def _all(calls: Sequence[Awaitable[None]]) -> None:
-    """Make calls beside each other; the first problem, after all have ended."""
-    for problem in await _problems(calls):
-        if problem:
-            raise problem

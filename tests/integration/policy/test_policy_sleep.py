@@ -168,6 +168,25 @@ async def test_a_service_that_begins_anew_lets_its_servers_sleep(
         assert [span.version for span in (await sample(policy)).versions] == [7]
 
 
+async def test_a_sleep_reaches_servers_that_were_begun_anew_meanwhile(
+    tmp_path: Path, servers: list[tuple[SglangStandIn, str]], other: Path
+) -> None:
+    async with service(tmp_path, servers) as (_, policy):
+        await policy.load_version(pb.PolicyVersion(version=7, uri=str(other)))
+        await policy.sleep()
+        servers[1][0].restart()
+        await policy.sleep()
+        assert [server.version.startswith("asleep") for server, _ in servers] == [True, True]
+        servers[0][0].restart()
+    async with service(tmp_path, servers) as (_, policy):  # of a service that was killed, too
+        assert (await policy.get_policy()).sleep == pb.SLEEP_STATE_ASLEEP
+        await policy.sleep()
+        assert [server.version.startswith("asleep") for server, _ in servers] == [True, True]
+        await policy.wake()
+        assert [(s.weights, s.version) for s, _ in servers] == [(str(other), "7")] * 2
+        assert [span.version for span in (await sample(policy)).versions] == [7]
+
+
 async def test_engines_with_nothing_to_give_back_say_so(
     tmp_path: Path, servers: list[tuple[SglangStandIn, str]]
 ) -> None:
