@@ -19,7 +19,7 @@ async def test_what_was_published_is_offered(
         with pytest.raises(NotFound):
             await client.offer_weights("run_l", 2)
         await start(client, tiny_model)
-        with pytest.raises(NotFound, match="published nothing"):
+        with pytest.raises(NotFound, match="published no weights"):
             await client.offer_weights("run_l", 2)
         await client.step("run_l", 1, batch=make_batch(seed=1).to_bytes(), lend_memory=True)
         made = await client.publish_weights("run_l", policy_version=12, driver_step=1)
