@@ -190,7 +190,6 @@ def copies_of(source: Path) -> list[Path]:
         and path.suffix in (".json", ".jinja", ".txt", ".model")
         and path.name not in (MANIFEST, "MANIFEST.json", "weights.json")
         and "index.json" not in path.name
-        and not path.name.startswith("gguf_header")
     ]
 
 

@@ -30,7 +30,7 @@ from policy_svc.versions import (
     read_record,
 )
 from regreen.blobs import open_blobs
-from regreen.model_store import HEADER, ensure_default_model
+from regreen.model_store import ensure_default_model
 from regreen.rpc.errors import FailedPrecondition, MissingDependency, NotFound
 from regreen.rpc.logging import get
 from regreen.rpc.quotas import Quotas
@@ -102,7 +102,7 @@ def _engine(settings: PolicySettings, model: Path, chat: ChatMl, serving: Servin
     name: str = settings.engine
     config = json.loads((model / "config.json").read_bytes())
     if name == "auto":
-        name = _best_local(config, model)
+        name = _best_local(config)
     if name == "scripted":
         assert settings.script is not None
         script = Script.read(settings.script)
@@ -154,12 +154,10 @@ def _sglang_options(settings: PolicySettings, context_length: int) -> SglangOpti
     )
 
 
-def _best_local(config: dict[str, object], model: Path) -> str:
-    installed = local_engines()
-    if "openvino" in installed and (model / HEADER).is_file():
-        return "openvino"
-    if "torch" in installed and config.get("model_type") == "llama":
-        return "torch"
+def _best_local(config: dict[str, object]) -> str:
+    if config.get("model_type") == "llama":
+        for name in local_engines():
+            return name
     raise MissingDependency(
         "no local engine can serve this model; install openvino-genai or torch, "
         "or set engine to sglang or openai"

@@ -1,20 +1,15 @@
-"""Reads GGUF v3 files and writes F16 ones from a cached header, with numpy alone.
+"""Reads GGUF v3 files, with numpy alone.
 
-- Nothing is copied twice: tensors are read through a memory map, and a file is written as header
-  bytes plus tensor bytes.
+- Nothing is copied twice: tensors are read through a memory map.
 - Names and rotary layout are llama's: `attn_q`/`attn_k` rows are interleaved in GGUF and half-split
   in Hugging Face folders.
-- A header fixes every tensor's name, type, shape and offset, so that files written from it differ
-  in tensor bytes only.
-- Values that F16 cannot hold are refused, never saturated.
 
 Source: the GGUF specification (ggml-org/ggml, docs/gguf.md); ggml's blocks of Q4_1 and Q8_0.
 """
 
 import mmap
-import os
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,40 +37,28 @@ _F32, _F16, _Q4_1, _Q8_0 = 0, 1, 3, 8
 _BLOCK_VALUES = 32
 _BYTES_PER_BLOCK = {_F32: 4 * 32, _F16: 2 * 32, _Q4_1: 20, _Q8_0: 34}
 
-_STUB_TOKENS = 300
-_REPLACED = {
-    "general.file_type",
-    "general.quantization_version",
-    "general.alignment",
-    "tokenizer.ggml.tokens",
-    "tokenizer.ggml.token_type",
-    "tokenizer.ggml.merges",
-}
-
 _LAYER_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
 }
 _TOP_NAMES = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
 }
-_LAYER_NAMES_BACK = {gguf: hf for hf, gguf in _LAYER_NAMES.items()}
-_TOP_NAMES_BACK = {gguf: hf for hf, gguf in _TOP_NAMES.items()}
 
 FloatArray = npt.NDArray[np.floating[Any]]
 
 
 class GgufError(ValueError):
-    """A GGUF file or a set of weights does not have the form that is needed here."""
+    """A GGUF file does not have the form that is needed here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,19 +78,10 @@ class TensorInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class GgufHeader:
-    """What precedes the tensor data: header bytes, padded, and the tensors in file order."""
-
-    raw: bytes
-    tensors: tuple[TensorInfo, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class GgufFile:
-    """A parsed file: metadata values, the raw bytes of each metadata entry, tensors, memory map."""
+    """A parsed file: metadata values, tensors, memory map."""
 
     metadata: dict[str, Any]
-    raw_metadata: dict[str, bytes]
     tensors: dict[str, TensorInfo]
     data_offset: int
     data: mmap.mmap
@@ -207,12 +181,9 @@ def _parse(data: mmap.mmap) -> GgufFile:
     if version != 3:
         raise GgufError(f"GGUF version {version} is not read here; version 3 is")
     metadata: dict[str, Any] = {}
-    raw_metadata: dict[str, bytes] = {}
     for _ in range(kv_count):
-        start = cursor.at
         key = cursor.string()
         metadata[key] = cursor.value(cursor.scalar("<I"))
-        raw_metadata[key] = data[start : cursor.at]
     tensors: dict[str, TensorInfo] = {}
     for _ in range(tensor_count):
         name = cursor.string()
@@ -226,63 +197,16 @@ def _parse(data: mmap.mmap) -> GgufFile:
     last = max(data_offset + t.offset + t.size_bytes for t in tensors.values())
     if last > len(data):
         raise GgufError("the tensor data is cut short")
-    return GgufFile(metadata, raw_metadata, tensors, data_offset, data)
-
-
-def f16_header(source: GgufFile) -> GgufHeader:
-    """Return a header with the source's metadata and tensors, matrices as F16 and vectors as F32.
-
-    The vocabulary is cut to `_STUB_TOKENS` entries: engines are fed token ids, and building a whole
-    tokenizer from a GGUF file takes OpenVINO 5-7 s of the 10-12 s that a load would last.
-    """
-    entries = [raw for key, raw in source.raw_metadata.items() if key not in _REPLACED]
-    entries.append(_string(b"general.file_type") + struct.pack("<II", 4, 1))
-    tokens = source.metadata["tokenizer.ggml.tokens"][:_STUB_TOKENS]
-    kinds = source.metadata["tokenizer.ggml.token_type"][:_STUB_TOKENS]
-    known = set(tokens)
-    merges = [
-        merge
-        for merge in source.metadata["tokenizer.ggml.merges"][:_STUB_TOKENS]
-        if merge.replace(" ", "") in known and known.issuperset(merge.split(" "))
-    ]
-    entries.append(_string_array(b"tokenizer.ggml.tokens", tokens))
-    entries.append(_string_array(b"tokenizer.ggml.merges", merges))
-    entries.append(
-        _string(b"tokenizer.ggml.token_type")
-        + struct.pack(f"<IIQ{len(kinds)}i", _ARRAY, 5, len(kinds), *kinds)
-    )
-    out = bytearray(MAGIC + struct.pack("<IQQ", 3, len(source.tensors), len(entries)))
-    out += b"".join(entries)
-    offset = 0
-    tensors: list[TensorInfo] = []
-    for info in source.tensors.values():
-        kind = _F16 if len(info.shape) > 1 else _F32
-        tensor = TensorInfo(info.name, info.shape, kind, offset)
-        tensors.append(tensor)
-        out += _string(info.name.encode()) + struct.pack("<I", len(info.shape))
-        out += struct.pack(f"<{len(info.shape)}Q", *reversed(info.shape))
-        out += struct.pack("<IQ", kind, offset)
-        offset += -(-tensor.size_bytes // ALIGNMENT) * ALIGNMENT
-    out += b"\0" * (-len(out) % ALIGNMENT)
-    return GgufHeader(bytes(out), tuple(tensors))
-
-
-def _string(value: bytes) -> bytes:
-    return struct.pack("<Q", len(value)) + value
-
-
-def _string_array(key: bytes, items: list[str]) -> bytes:
-    body = b"".join(_string(item.encode()) for item in items)
-    return _string(key) + struct.pack("<IIQ", _ARRAY, _STRING, len(items)) + body
+    return GgufFile(metadata, tensors, data_offset, data)
 
 
 def hf_name(gguf_name: str) -> str:
     """Return the Hugging Face name of a llama tensor. Raises: GgufError for an unknown name."""
-    if gguf_name in _TOP_NAMES_BACK:
-        return _TOP_NAMES_BACK[gguf_name]
+    if gguf_name in _TOP_NAMES:
+        return _TOP_NAMES[gguf_name]
     parts = gguf_name.split(".")
-    if len(parts) == 4 and parts[0] == "blk" and parts[2] in _LAYER_NAMES_BACK:
-        return f"model.layers.{parts[1]}.{_LAYER_NAMES_BACK[parts[2]]}.weight"
+    if len(parts) == 4 and parts[0] == "blk" and parts[2] in _LAYER_NAMES:
+        return f"model.layers.{parts[1]}.{_LAYER_NAMES[parts[2]]}.weight"
     raise GgufError(f"no Hugging Face name is known for the tensor {gguf_name}")
 
 
@@ -292,84 +216,8 @@ def to_half_split(rows: FloatArray, heads: int) -> FloatArray:
     return rows.reshape(heads, d // 2, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
-def to_interleaved(rows: FloatArray, heads: int) -> FloatArray:
-    """Turn Hugging Face's half-split rotary rows [heads*d, ...] into GGUF's interleaved order."""
-    d = rows.shape[0] // heads
-    return rows.reshape(heads, 2, d // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
-
-
 def heads_of(gguf_name: str, heads: int, kv_heads: int) -> int | None:
     """Return how many heads a tensor's rotary rows have, or None when it has none."""
     if gguf_name.endswith(".attn_q.weight"):
         return heads
     return kv_heads if gguf_name.endswith(".attn_k.weight") else None
-
-
-def write_from_header(
-    header: GgufHeader,
-    weights: Callable[[str], FloatArray],
-    heads: tuple[int, int],
-    path: Path,
-) -> None:
-    """Write a GGUF file: the header, then each tensor taken from `weights` by Hugging Face name.
-
-    `heads` is (query heads, key/value heads). The file appears whole: it is written beside `path`
-    and renamed.
-
-    Raises: GgufError when a shape differs from the header's or a value does not fit F16.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as out:
-        out.write(header.raw)
-        for chunk in _tensor_chunks(header.tensors, weights, heads):
-            out.write(chunk)
-    partial.replace(path)
-
-
-def _tensor_chunks(
-    tensors: Iterable[TensorInfo],
-    weights: Callable[[str], FloatArray],
-    heads: tuple[int, int],
-) -> Iterable[bytes | memoryview]:
-    for info in tensors:
-        array = weights(hf_name(info.name))
-        if array.shape != info.shape:
-            raise GgufError(
-                f"weight {hf_name(info.name)} has shape {array.shape}; this model's is {info.shape}"
-            )
-        rotary = heads_of(info.name, *heads)
-        if rotary:
-            array = to_interleaved(array, rotary)
-        form = np.dtype("<f2" if info.kind == _F16 else "<f4")
-        with np.errstate(over="ignore"):
-            cast = np.ascontiguousarray(array, form)
-        if not _all_finite(cast):
-            raise GgufError(f"weight {hf_name(info.name)} holds a value that F16 cannot represent")
-        yield cast.reshape(-1).view(np.uint8).data
-        yield b"\0" * (-cast.nbytes % ALIGNMENT)
-
-
-def _all_finite(array: FloatArray) -> bool:
-    """Whether no value is infinite or NaN; for F16 by exponent bits, since numpy is slow there."""
-    if array.dtype.itemsize != 2:
-        return bool(np.isfinite(array).all())
-    exponent = array.view(np.uint16) & np.uint16(0x7C00)
-    return int(exponent.max()) != 0x7C00
-
-
-def header_to_json(header: GgufHeader) -> dict[str, Any]:
-    """Return the tensor table of a header for a JSON file."""
-    return {
-        "tensors": [
-            {"name": t.name, "shape": list(t.shape), "kind": t.kind, "offset": t.offset}
-            for t in header.tensors
-        ]
-    }
-
-
-def header_from_json(raw: bytes, table: Mapping[str, Any]) -> GgufHeader:
-    """Join header bytes and the table that `header_to_json` made."""
-    tensors = tuple(
-        TensorInfo(t["name"], tuple(t["shape"]), t["kind"], t["offset"]) for t in table["tensors"]
-    )
-    return GgufHeader(raw, tensors)

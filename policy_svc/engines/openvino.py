@@ -10,8 +10,6 @@
 """
 
 import json
-import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,11 +19,11 @@ import openvino
 import openvino_genai
 
 from policy_svc.engines.base import Request
-from policy_svc.engines.stepper import REFUSED, Chunk, WeightsError
+from policy_svc.engines.llama_config import LlamaConfig
+from policy_svc.engines.openvino_graph import LlamaGraph
+from policy_svc.engines.stepper import REFUSED, Chunk
 from policy_svc.engines.weights import Checkpoint
-from regreen import gguf_file
 from regreen.cpu import has_fast_bf16
-from regreen.model_store import HEADER, HEADER_TABLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +57,8 @@ class OpenVinoStepper:
     """A `Stepper` over one pipeline, or two while requests finish on the older one."""
 
     def __init__(self, model: Path, weights: Path, version: int, options: OpenVinoOptions) -> None:
-        if not (model / HEADER).is_file():
-            raise WeightsError(
-                f"{model} has no {HEADER}; this engine serves the default model or its fine-tunes"
-            )
-        table = json.loads((model / HEADER_TABLE).read_bytes())
-        self._header = gguf_file.header_from_json((model / HEADER).read_bytes(), table)
+        self._graph = LlamaGraph(LlamaConfig.read(model))
         config = json.loads((model / "config.json").read_bytes())
-        self._heads = (config["num_attention_heads"], config["num_key_value_heads"])
         self._end_id: int = config["eos_token_id"]
         self._options = options
         wanted = options.dtype
@@ -145,7 +137,7 @@ class OpenVinoStepper:
         return chunks
 
     def prepare(self, version: int, path: Path) -> object:
-        """Build a pipeline from a checkpoint by way of a temporary F16 GGUF file."""
+        """Build a pipeline from a checkpoint."""
         checkpoint = Checkpoint(path)
         scheduler = openvino_genai.SchedulerConfig()
         scheduler.cache_size = self._options.kv_cache_gib
@@ -158,15 +150,8 @@ class OpenVinoStepper:
             "INFERENCE_PRECISION_HINT": self.dtype,
             "KV_CACHE_PRECISION": self.dtype,
         }
-        with tempfile.TemporaryDirectory(prefix=f"regreen-policy-{os.getpid()}-") as folder:
-            file = Path(folder) / "model.gguf"
-            try:
-                gguf_file.write_from_header(self._header, checkpoint.tensor, self._heads, file)
-            except gguf_file.GgufError as error:
-                raise WeightsError(f"{path}: {error}") from error
-            return openvino_genai.ContinuousBatchingPipeline(
-                str(file), scheduler, "CPU", properties
-            )
+        with self._graph.with_weights(checkpoint, self._options.threads) as folder:
+            return openvino_genai.ContinuousBatchingPipeline(folder, scheduler, "CPU", properties)
 
     def switch(self, version: int, prepared: object) -> None:
         """Send new requests to the prepared pipeline."""

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from policy_svc.engines.base import Request, Sampling
+from policy_svc.engines.llama_config import LlamaConfig
 from policy_svc.engines.stepper import Chunk
-from policy_svc.engines.torch_llama import Branches, Llama, LlamaConfig, Prefix
+from policy_svc.engines.torch_llama import Branches, Llama, Prefix
 
 
 @dataclass(slots=True)

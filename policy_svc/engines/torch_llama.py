@@ -8,7 +8,6 @@
 Source: transformers `modeling_llama.py` (RMSNorm, half-split rotary embedding, grouped heads).
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,52 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from policy_svc.engines.stepper import WeightsError
+from policy_svc.engines.llama_config import LlamaConfig
 from policy_svc.engines.weights import Checkpoint
 
 _PREFILL_ROWS = 512
-
-
-@dataclass(frozen=True, slots=True)
-class LlamaConfig:
-    """The numbers of `config.json` that matter here."""
-
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    inner: int
-    vocabulary: int
-    context: int
-    rope_theta: float
-    epsilon: float
-    tied: bool
-
-    @classmethod
-    def read(cls, folder: Path) -> "LlamaConfig":
-        """Read a model folder. Raises: WeightsError when the architecture is another one."""
-        raw = json.loads((folder / "config.json").read_bytes())
-        if raw.get("model_type") != "llama":
-            raise WeightsError(f"model_type is {raw.get('model_type')!r}; 'llama' is served here")
-        rope = raw.get("rope_parameters") or {}
-        if rope.get("rope_type", "default") != "default" or raw.get("rope_scaling"):
-            raise WeightsError("scaled rotary embeddings are not served by this engine")
-        theta = rope.get("rope_theta") or raw.get("rope_theta", 10000.0)
-        heads = raw["num_attention_heads"]
-        return cls(
-            layers=raw["num_hidden_layers"],
-            hidden=raw["hidden_size"],
-            heads=heads,
-            kv_heads=raw.get("num_key_value_heads", heads),
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-            inner=raw["intermediate_size"],
-            vocabulary=raw["vocab_size"],
-            context=raw["max_position_embeddings"],
-            rope_theta=float(theta),
-            epsilon=raw["rms_norm_eps"],
-            tied=raw.get("tie_word_embeddings", False),
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +84,7 @@ class Llama:
         self._sin = torch.cat((angles, angles), -1).sin()
 
     def read(self, path: Path) -> dict[str, Tensor]:
-        """Read a checkpoint as views or float32 tensors, every shape checked.
+        """Read a checkpoint as float32 tensors, every shape checked.
 
         Raises:
             WeightsError: a tensor is missing, has another shape, or holds a non-finite value.
@@ -135,13 +92,9 @@ class Llama:
         checkpoint = Checkpoint(path)
         found: dict[str, Tensor] = {}
         for name, places in self._places().items():
-            array = checkpoint.tensor(name)
-            if array.shape != tuple(places.shape):
-                raise WeightsError(f"{name} has shape {array.shape}, not {tuple(places.shape)}")
-            tensor = torch.from_numpy(array.astype("float32"))
-            if not torch.isfinite(tensor).all():
-                raise WeightsError(f"{name} holds a value that is not finite")
-            found[name] = tensor
+            shape = tuple(places.shape)
+            parts = [torch.from_numpy(part.copy()) for part in checkpoint.float32(name, shape)]
+            found[name] = torch.cat(parts).view(shape)
         return found
 
     def load(self, weights: dict[str, Tensor]) -> None:

@@ -9,6 +9,7 @@ Source: the safetensors format (huggingface/safetensors, README "Format").
 import json
 import mmap
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
 _MAX_HEADER_BYTES = 100 << 20
+_PART = 1 << 20
+"""Values that are cast at once: they stay in the processor's cache until they are taken."""
 
 Array = npt.NDArray[Any]
 
@@ -56,15 +59,46 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Array:
         """Return a tensor as F16, F32 or F64. Raises: WeightsError when it is missing."""
+        values, entry = self._values(name)
+        return _widened(values, entry.dtype).reshape(entry.shape)
+
+    def float32(self, name: str, shape: tuple[int, ...]) -> Iterator[Array]:
+        """A tensor's values in order as float32, some MB at a time; an array lasts till the next.
+
+        Raises:
+            WeightsError: it is missing, has another shape, or holds a value that is not finite.
+        """
+        values, entry = self._values(name)
+        if entry.shape != shape:
+            raise WeightsError(f"{name} has shape {entry.shape}, not {shape}")
+        room = np.empty(min(_PART, len(values)), np.float32)
+        for start in range(0, len(values), _PART):
+            part = values[start : start + _PART]
+            out = room[: len(part)]
+            with np.errstate(over="ignore"):
+                np.copyto(out, _widened(part, entry.dtype), casting="same_kind")
+            if not _all_finite(out):
+                raise WeightsError(f"{name} holds a value that is not finite in float32")
+            yield out
+
+    def _values(self, name: str) -> tuple[Array, _Entry]:
         entry = self._entries.get(name)
         if entry is None:
             raise WeightsError(f"{self._path} has no tensor {name}")
         form = np.dtype(_DTYPES[entry.dtype])
         count = (entry.end - entry.start) // form.itemsize
-        array: Array = np.frombuffer(entry.data, form, count, entry.start)
-        if entry.dtype == "BF16":
-            array = (array.astype("<u4") << 16).view("<f4")
-        return array.reshape(entry.shape)
+        return np.frombuffer(entry.data, form, count, entry.start), entry
+
+
+def _widened(values: Array, dtype: str) -> Array:
+    """BF16, which numpy lacks, as float32; others as they are."""
+    return (values.astype("<u4") << 16).view("<f4") if dtype == "BF16" else values
+
+
+def _all_finite(values: Array) -> bool:
+    """Whether none is infinite or NaN: their sum tells at once, unless it overflows."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(values.sum()) or np.isfinite(values).all())
 
 
 def metadata_of(file: Path) -> dict[str, str]:

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from policy_svc.engines.llama_config import LlamaConfig
 from policy_svc.engines.stepper import WeightsError
-from policy_svc.engines.weights import Checkpoint
+from policy_svc.engines.weights import SINGLE, Checkpoint
 from regreen import gguf_file, model_store
 from regreen.rpc.errors import DataLoss
 from tests.fixtures.policy.model import default_model
@@ -52,30 +53,6 @@ def test_half_a_folder_is_rebuilt_not_served(tmp_path: Path) -> None:
     assert size == (whole / "model.safetensors").stat().st_size
 
 
-def test_gguf_written_from_a_header_reads_back(tmp_path: Path) -> None:
-    model = default_model()
-    table = json.loads((model / model_store.HEADER_TABLE).read_bytes())
-    header = gguf_file.header_from_json((model / model_store.HEADER).read_bytes(), table)
-    checkpoint = Checkpoint(model)
-    path = tmp_path / "m.gguf"
-    gguf_file.write_from_header(header, checkpoint.tensor, (9, 3), path)
-    parsed = gguf_file.read(path)
-    assert len(parsed.tensors) == 272
-    for name, heads in (("blk.7.attn_q.weight", 9), ("blk.7.attn_k.weight", 3)):
-        array = gguf_file.to_half_split(parsed.read_tensor(name), heads)
-        assert np.array_equal(array, checkpoint.tensor(gguf_file.hf_name(name)))
-    assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
-
-
-@pytest.mark.parametrize("value", [1e6, float("nan"), float("inf")])
-def test_values_beyond_f16_are_refused(tmp_path: Path, value: float) -> None:
-    tensor = gguf_file.TensorInfo("output_norm.weight", (2, 2), 1, 0)
-    header = gguf_file.GgufHeader(b"", (tensor,))
-    weights = np.full((2, 2), value, np.float32)
-    with pytest.raises(gguf_file.GgufError, match="F16"):
-        gguf_file.write_from_header(header, lambda _: weights, (1, 1), tmp_path / "m")
-
-
 @pytest.mark.parametrize("content", [b"GGUF", b"GGUF" + b"\xff" * 60, b"nothing of the kind"])
 def test_damaged_gguf_is_a_typed_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "m.gguf").write_bytes(content)
@@ -83,11 +60,9 @@ def test_damaged_gguf_is_a_typed_error(tmp_path: Path, content: bytes) -> None:
         gguf_file.read(tmp_path / "m.gguf")
 
 
-def test_rotary_orders_are_inverse() -> None:
-    rows = np.arange(4 * 8 * 3, dtype=np.float32).reshape(32, 3)
-    there = gguf_file.to_interleaved(rows, 4)
-    assert not np.array_equal(there, rows)
-    assert np.array_equal(gguf_file.to_half_split(there, 4), rows)
+def test_rotary_rows_are_put_in_halves() -> None:
+    rows = np.arange(8, dtype=np.float32).reshape(8, 1)
+    assert gguf_file.to_half_split(rows, 2).ravel().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
 def test_bf16_and_shards_are_read(tmp_path: Path) -> None:
@@ -103,6 +78,57 @@ def test_bf16_and_shards_are_read(tmp_path: Path) -> None:
     assert np.array_equal(checkpoint.tensor("b"), values)
     with pytest.raises(WeightsError, match="no tensor c"):
         checkpoint.tensor("c")
+
+
+@pytest.mark.parametrize("form", ["F16", "F32", "F64", "BF16"])
+def test_values_of_any_form_come_as_float32(tmp_path: Path, form: str) -> None:
+    values = np.linspace(-2, 2, (3 << 20) + 5, dtype=np.float32).astype(np.float16)
+    held: object = values.astype({"F16": np.float16, "F64": np.float64}.get(form, np.float32))
+    expected = np.asarray(held, np.float32)
+    if form == "BF16":
+        held = expected.view("<u4") >> 16
+        expected = (held << 16).view("<f4")
+        held = held.astype("<u2")
+    raw = np.asarray(held).tobytes()
+    head = {"a": {"dtype": form, "shape": [values.size], "data_offsets": [0, len(raw)]}}
+    header = json.dumps(head).encode()
+    (tmp_path / SINGLE).write_bytes(struct.pack("<Q", len(header)) + header + raw)
+    parts = [part.copy() for part in Checkpoint(tmp_path).float32("a", values.shape)]
+    assert len(parts) > 1
+    assert np.array_equal(np.concatenate(parts), expected)
+
+
+@pytest.mark.parametrize("value", [1e300, float("nan"), float("inf")])
+def test_values_that_are_no_numbers_are_refused(tmp_path: Path, value: float) -> None:
+    save_file({"a": np.array([1.0, value, 2.0])}, tmp_path / SINGLE)
+    with pytest.raises(WeightsError, match="a holds a value"):
+        list(Checkpoint(tmp_path).float32("a", (3,)))
+
+
+def test_a_sum_that_overflows_is_not_taken_for_infinity(tmp_path: Path) -> None:
+    save_file({"a": np.full(4, 3e38, np.float32)}, tmp_path / SINGLE)
+    assert next(Checkpoint(tmp_path).float32("a", (4,))).tolist() == [np.float32(3e38)] * 4
+    with pytest.raises(WeightsError, match=r"shape \(4,\), not \(2, 2\)"):
+        list(Checkpoint(tmp_path).float32("a", (2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model_type": "gpt2"}, "model_type is 'gpt2'"),
+        ({"rope_scaling": {"factor": 2.0}}, "scaled rotary"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+    ],
+)
+def test_what_local_engines_would_get_wrong_is_refused(
+    tmp_path: Path, change: dict[str, object], said: str
+) -> None:
+    raw = json.loads((default_model() / "config.json").read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps(raw | change))
+    with pytest.raises(WeightsError, match=said):
+        LlamaConfig.read(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 4, b"\xff" * 64, b"\x02\0\0\0\0\0\0\0[]"])
