@@ -3,8 +3,8 @@
 - A load that fails leaves the old version serving; a load that was asked for twice is done once,
   also from another place: the same version of the same bytes is not loaded, only looked for there.
 - Versions of one run only go up, unless the caller says `allow_older`; another run may start low.
-- The bytes are hashed before they are used when the caller gives a digest; those that serve are not
-  hashed again under another name of their file.
+- The bytes are hashed before they serve when the caller gives a digest, while an engine may read
+  them; those that serve are not hashed again under another name of their file.
 - The current version is written down (atomically) after each switch, so that a service that was
   killed serves the same version when it comes back, if its bytes are still those.
 """
@@ -79,8 +79,18 @@ class WeightSource:
             DataLoss: its bytes do not match the digest.
             InvalidArgument: the URI is no path and no blob with a digest.
         """
+        path, checked = await self.find(policy, serving)
+        if not checked and (known is None or not _one_file(path, known)):
+            await self.verify(path, policy)
+        return path
+
+    async def find(self, policy: PolicyVersion, serving: Path) -> tuple[Path, bool]:
+        """The same, and whether the digest was checked, or there is none: what is fetched, is.
+
+        Raises: as `path_of`.
+        """
         if not policy.uri:
-            return self._base
+            return self._base, True
         if policy.digest is not None:
             check_digest(policy.digest, "policy.digest")
         parts = urlsplit(policy.uri)
@@ -91,16 +101,13 @@ class WeightSource:
                     "policy.uri", f"{policy.uri!r} is relative", "make it absolute"
                 )
             if path.is_file() or _is_checkpoint(path):
-                if known is None or not _one_file(path, known):
-                    await self._verify(path, policy)
-                return path
+                return path, not policy.sha256
             if self._offered is not None and policy.sha256 and not path.is_dir():
-                return await self._offered.path_of(policy.sha256, {serving})
-        return await self._fetch(policy)
+                return await self._offered.path_of(policy.sha256, {serving}), True
+        return await self._fetch(policy), True
 
-    async def _verify(self, path: Path, policy: PolicyVersion) -> None:
-        if not policy.sha256:
-            return
+    async def verify(self, path: Path, policy: PolicyVersion) -> None:
+        """See that a file at hand has the digest. Raises: as `path_of`."""
         file = _file(path)
         if not file.is_file():
             raise InvalidArgument(
@@ -183,13 +190,24 @@ class Versions:
                 await self._serve(policy, path, time.monotonic() - start_s)
                 return policy, pause_s
             try:
-                path = await self._source.path_of(policy, self._serving.path)
-                pause_s = await self._engine.load(policy.version, path)
+                path, pause_s = await self._read(policy)
             except BaseException:
                 metrics.LOADS.labels("failed").inc()
                 raise
             await self._serve(policy, path, time.monotonic() - start_s)
             return policy, pause_s
+
+    async def _read(self, policy: PolicyVersion) -> tuple[Path, float]:
+        """Where the weights lie that the engine loaded, and the seconds without sampling."""
+        path, checked = await self._source.find(policy, self._serving.path)
+        if checked:
+            return path, await self._engine.load(policy.version, path)
+        check = asyncio.create_task(self._source.verify(path, policy))
+        try:
+            return path, await self._engine.load(policy.version, path, check)
+        finally:
+            check.cancel()
+            await asyncio.gather(check, return_exceptions=True)
 
     async def _received(self, policy: PolicyVersion, offer: Offer) -> tuple[Path, float] | None:
         """Where the weights lie that were received, and the seconds without sampling; None: not."""

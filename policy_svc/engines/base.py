@@ -8,7 +8,7 @@
 - `load` is all or nothing: when it raises, the old weights serve on.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -155,10 +155,12 @@ class Engine(Protocol):
         """
         ...
 
-    async def load(self, version: int, path: Path) -> float:
+    async def load(self, version: int, path: Path, checked: Awaitable[None] | None = None) -> float:
         """Serve the weights at `path` (a folder or file of safetensors) as `version`.
 
-        Returns the seconds in which no token was sampled.
+        `checked` ends when the bytes are known to be those that were asked for; it is awaited
+        before they serve, and what it raises is raised. Returns the seconds in which no token was
+        sampled.
 
         Raises:
             FailedPrecondition: the engine cannot swap weights, or they do not fit the model.

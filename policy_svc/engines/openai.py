@@ -13,7 +13,7 @@
 import asyncio
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,8 +125,10 @@ class OpenAiEngine(Apart):
                 on_tokens(index, completion.token_ids, completion.logprobs)
         return Generation(tuple(completions))
 
-    async def load(self, version: int, path: Path) -> float:
+    async def load(self, version: int, path: Path, checked: Awaitable[None] | None = None) -> float:
         """Refuse: the endpoint's weights are not ours."""
+        if checked:
+            await checked
         raise FailedPrecondition("the openai engine serves a remote model and loads no weights")
 
     def moved(self, path: Path) -> None:

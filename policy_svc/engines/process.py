@@ -13,6 +13,7 @@ import json
 import os
 import socket
 import sys
+from collections.abc import Awaitable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -159,7 +160,7 @@ class ProcessEngine(Apart):
         completions = tuple(self._completion(sample) for sample in call.samples)
         return Generation(completions, call.cached)
 
-    async def load(self, version: int, path: Path) -> float:
+    async def load(self, version: int, path: Path, checked: Awaitable[None] | None = None) -> float:
         """Prepare weights beside the running ones, then switch."""
         if self._loading:
             raise FailedPrecondition("another version is being loaded; retry when it is done")
@@ -167,6 +168,14 @@ class ProcessEngine(Apart):
         self._loading = loading
         try:
             await self._send(do="load", version=version, path=str(path))
+            try:
+                if checked:
+                    await checked
+            except BaseException:
+                await self._send(do="decide", use=False)
+                await loading
+                raise
+            await self._send(do="decide", use=True)
             answer = await loading
         finally:
             self._loading = None

@@ -15,6 +15,7 @@ a group the i-th text (modulo their number), offset by the seed when `rotate` is
 import asyncio
 import bisect
 import re
+from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -139,8 +140,10 @@ class ScriptedEngine(Apart):
         finally:
             self._running.pop(request.request_id, None)
 
-    async def load(self, version: int, path: Path) -> float:
+    async def load(self, version: int, path: Path, checked: Awaitable[None] | None = None) -> float:
         """Change the version; the weights are opened, so that a bad checkpoint is refused."""
+        if checked:
+            await checked
         try:
             Checkpoint(path)
         except WeightsError as error:

@@ -25,7 +25,7 @@ Source: sglang 0.5.16 and 0.5.23, `srt/entrypoints/http_server.py`, `srt/manager
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -221,10 +221,12 @@ class SglangEngine:
         cached = max(int(a["meta_info"].get("cached_tokens") or 0) for a in answers)
         return Generation(completions, cached)
 
-    async def load(self, version: int, path: Path) -> float:
+    async def load(self, version: int, path: Path, checked: Awaitable[None] | None = None) -> float:
         """Push a version to every replica; all or none have it afterwards."""
         if self._asleep:
             raise FailedPrecondition("the servers sleep; wake them with that version")
+        if checked:
+            await checked
         if adapter := self._adapter_of(path):
             self._hold(adapter)
             try:

@@ -1,10 +1,12 @@
 """The worker process: drives one stepper and talks JSON lines over an inherited socket.
 
-- One thread steps and answers; only the reading of new weights runs beside it.
+- One thread steps and answers; only the reading of new weights runs beside it. They serve once they
+  are read and the service has decided so: it may find meanwhile that they are not what it wanted.
 - The process ends when its parent does: end of file on the socket is the end of work.
 - Standard output is never used, so that nothing a library prints can be taken for an answer.
 
-Commands: generate, abort, load, pause, resume. Events: ready, tokens, done, failed, loaded, paused.
+Commands: generate, abort, load, decide, pause, resume. Events: ready, tokens, done, failed, loaded,
+paused.
 """
 
 import argparse
@@ -39,6 +41,8 @@ class _Load:
     thread: threading.Thread
     prepared: object = None
     error: str = ""
+    use: bool | None = None
+    """What the service decided; it has not yet: None."""
 
 
 class Worker:
@@ -54,7 +58,10 @@ class Worker:
 
     def idle(self) -> bool:
         """Whether there is nothing to do until a command comes."""
-        return self._load is None and (self._paused or not self._stepper.busy())
+        load = self._load
+        if load and (load.thread.is_alive() or load.use is not None):
+            return False
+        return self._paused or not self._stepper.busy()
 
     def handle(self, command: dict[str, Any]) -> None:
         """Act on one command."""
@@ -65,6 +72,9 @@ class Worker:
                 self._abort(command["request_id"])
             case "load":
                 self._begin_load(command["version"], Path(command["path"]))
+            case "decide":
+                if self._load:
+                    self._load.use = command["use"]
             case "pause":
                 self._paused = True
                 self._send({"event": "paused"})
@@ -174,12 +184,12 @@ class Worker:
 
     def _finish_load(self) -> None:
         load = self._load
-        if load is None or load.thread.is_alive():
+        if load is None or load.thread.is_alive() or load.use is None:
             return
         load.thread.join()
         self._load = None
         start_s = time.monotonic()
-        if not load.error:
+        if load.use and not load.error:
             self._stepper.switch(load.version, load.prepared)
         self._send(
             {

@@ -26,7 +26,7 @@ from policy_svc.engines.openai import OpenAiEngine, OpenAiOptions
 from policy_svc.engines.process import LocalOptions, ProcessEngine, local_engines
 from policy_svc.engines.scripted import Script, ScriptedEngine
 from policy_svc.engines.sglang import SglangEngine, SglangOptions
-from regreen.rpc.errors import FailedPrecondition
+from regreen.rpc.errors import DataLoss, FailedPrecondition
 from tests.fixtures.policy.chat_standin import ChatStandIn
 from tests.fixtures.policy.http import serving
 from tests.fixtures.policy.model import default_model, write_other_weights
@@ -221,6 +221,31 @@ async def test_a_new_version_stamps_its_tokens(
     assert [span.version for span in after.versions] == [3]
     if engine.info.name in ("torch", "openvino"):
         assert abs(before.logprobs[0] - after.logprobs[0]) > 0.01
+
+
+async def test_weights_that_were_not_asked_for_never_serve(
+    engine: Engine, prompt: tuple[int, ...], other_weights: Path
+) -> None:
+    if not engine.info.swaps_weights:
+        return
+    began, found = engine.version, asyncio.Event()
+
+    async def check() -> None:
+        await found.wait()
+        raise DataLoss("other bytes")
+
+    checked = asyncio.create_task(check())
+    load = asyncio.create_task(engine.load(began + 1, other_weights, checked))
+    (meanwhile,) = await sample(engine, prompt, rid="meanwhile", temperature=0.0)
+    found.set()
+    with pytest.raises(DataLoss):
+        await load
+    assert engine.version == began
+    (after,) = await sample(engine, prompt, rid="after", temperature=0.0)
+    assert {span.version for span in after.versions} == {began}
+    assert after.token_ids == meanwhile.token_ids
+    await engine.load(began + 1, other_weights, asyncio.create_task(asyncio.sleep(0)))
+    assert engine.version == began + 1
 
 
 async def test_a_switch_amid_a_request_keeps_spans_right(
