@@ -20,8 +20,9 @@ $(STAMP): $(wildcard requirements/*.txt) pyproject.toml infra/scripts/setup.sh
 demo: $(STAMP) ## Run the whole loop on real broken builds and write a report (QUICK=1: shorter)
 	@$(BIN)/regreen demo $(if $(filter-out 0 no false,$(QUICK)),--quick)
 
+SEEDS ?= 1,2,3
 study: $(STAMP) ## Train and measure with three seeds on held-out tasks; hours, resumable; writes docs/results (SEEDS=1,2,3)
-	@$(BIN)/regreen study --seeds $(or $(SEEDS),1,2,3) --out docs/results
+	@$(BIN)/regreen study --seeds $(SEEDS) --out docs/results
 
 up: $(STAMP) ## Start the local stack; it stays up (TLS=1, TOKENS=1: callers show certificates, tokens)
 	@$(BIN)/regreen up $(if $(TLS),--tls) $(if $(TOKENS),--tokens)

@@ -130,6 +130,7 @@ def _engine(settings: PolicySettings, model: Path, chat: ChatMl, serving: Servin
         threads=settings.threads,
         kv_cache_gib=settings.kv_cache_gib,
         dtype=settings.dtype,
+        tokenizers=settings.home / "policy" / "tokenizers",
     )
     return ProcessEngine(local, chat.end_id)
 

@@ -16,6 +16,7 @@ from policy_svc.engines.base import EngineInfo, Request, Sampling
 from regreen.rpc.errors import InvalidArgument, ResourceExhausted
 
 _MAX_STOPS = 16
+_MAX_REGEX_CHARACTERS = 8192
 _MAX_STOP_CHARACTERS = 256
 
 
@@ -98,6 +99,10 @@ def _check_regex(regex: str, info: EngineInfo) -> None:
     if not info.regex:
         raise InvalidArgument(
             "sampling.regex", f"the {info.name} engine cannot follow one", "leave it empty"
+        )
+    if len(regex) > _MAX_REGEX_CHARACTERS:
+        raise InvalidArgument(
+            "sampling.regex", f"has {len(regex)} characters", f"use up to {_MAX_REGEX_CHARACTERS}"
         )
     try:
         re.compile(regex)

@@ -6,7 +6,10 @@
 - The number type is f32 unless the CPU has `amx_bf16`; key/value cache entries have the same type.
 - `step` holds the interpreter lock for as long as it computes, which is why this runs in a
   worker process (`engines/worker.py`).
-- Logprobs of the pipeline are those of the raw model, whatever temperature or top-p did.
+- Logprobs of the pipeline are those of the raw model, whatever temperature, top-p or a regular
+  expression did.
+- Samples that an expression binds are requests of their own: those of one request would share the
+  state of its grammar, and each other's tokens with it. The prefix cache still computes them once.
 """
 
 import json
@@ -21,7 +24,8 @@ import openvino_genai
 from policy_svc.engines.base import Request
 from policy_svc.engines.llama_config import LlamaConfig
 from policy_svc.engines.openvino_graph import LlamaGraph
-from policy_svc.engines.stepper import REFUSED, Chunk
+from policy_svc.engines.openvino_regex import Probe, bound_by, tokenizer_of
+from policy_svc.engines.stepper import REFUSED, Chunk, RegexError
 from policy_svc.engines.weights import Checkpoint
 from regreen.cpu import has_fast_bf16
 
@@ -35,12 +39,15 @@ class OpenVinoOptions:
     dtype: str = "auto"
     max_batch_tokens: int = 2048
     max_sequences: int = 256
+    tokenizers: Path | None = None
+    """Where tokenizers of OpenVINO's form are kept; without, no expression is followed."""
 
 
 @dataclass(slots=True)
 class _Running:
     request: Request
-    handle: Any
+    handles: list[Any]
+    """One of all samples, or one of each."""
     pipeline: "_Pipeline"
     reported: dict[int, int] = field(default_factory=dict)
     ended: set[int] = field(default_factory=set)
@@ -57,9 +64,17 @@ class OpenVinoStepper:
     """A `Stepper` over one pipeline, or two while requests finish on the older one."""
 
     def __init__(self, model: Path, weights: Path, version: int, options: OpenVinoOptions) -> None:
-        self._graph = LlamaGraph(LlamaConfig.read(model))
-        config = json.loads((model / "config.json").read_bytes())
-        self._end_id: int = config["eos_token_id"]
+        llama = LlamaConfig.read(model)
+        self._end_id: int = json.loads((model / "config.json").read_bytes())["eos_token_id"]
+        self._graph = LlamaGraph(llama)
+        self._tokenizer, self._probe, self.warning = None, None, ""
+        if options.tokenizers:
+            try:
+                self._tokenizer = tokenizer_of(model, options.tokenizers)
+                self._probe = Probe(self._tokenizer, llama.vocabulary, self._end_id)
+            except RegexError as error:
+                self.warning = str(error)
+        self.regex = self._probe is not None
         self._options = options
         wanted = options.dtype
         self.dtype = ("bf16" if has_fast_bf16() else "f32") if wanted == "auto" else wanted
@@ -69,8 +84,16 @@ class OpenVinoStepper:
         self._current = _Pipeline(version, self.prepare(version, weights))
 
     def add(self, request: Request) -> int:
-        """Take a request; cached prompt tokens are not told by the pipeline."""
+        """Take a request; cached prompt tokens are not told by the pipeline.
+
+        Raises:
+            RegexError: its expression cannot be followed.
+        """
         sampling = request.sampling
+        if sampling.regex:
+            if self._probe is None:
+                raise RegexError("this engine follows none")
+            self._probe.check(sampling.regex)
         config = openvino_genai.GenerationConfig()
         config.max_new_tokens = sampling.max_new_tokens
         config.num_return_sequences = request.n
@@ -86,15 +109,18 @@ class OpenVinoStepper:
                 config.top_k = sampling.top_k
         else:
             config.num_return_sequences = 1
-        if sampling.regex:
-            structured = openvino_genai.StructuredOutputConfig()
-            structured.regex = sampling.regex
-            config.structured_output_config = structured
-        self._ids += 1
         ids = np.array([request.prompt_token_ids], np.int64)
         prompt = openvino.Tensor(ids)  # type: ignore[attr-defined]
-        handle = self._current.genai.add_request(self._ids, prompt, config)
-        running = _Running(request, handle, self._current)
+        running = _Running(request, [], self._current)
+        requests = 1
+        if sampling.regex:
+            config.structured_output_config = bound_by(sampling.regex)
+            requests, config.num_return_sequences = config.num_return_sequences, 1
+        for sample in range(requests):
+            if sample:
+                config.rng_seed = _seed_of(sampling.seed, sample)
+            self._ids += 1
+            running.handles.append(self._current.genai.add_request(self._ids, prompt, config))
         self._current.running[request.request_id] = running
         return 0
 
@@ -128,7 +154,8 @@ class OpenVinoStepper:
         running = self._find(request_id)
         if running is None:
             return []
-        running.handle.stop()
+        for handle in running.handles:
+            handle.stop()
         if running.pipeline.genai.has_non_finished_requests():
             running.pipeline.genai.step()
         chunks = self._read(running, final=True)
@@ -151,7 +178,12 @@ class OpenVinoStepper:
             "KV_CACHE_PRECISION": self.dtype,
         }
         with self._graph.with_weights(checkpoint, self._options.threads) as folder:
-            return openvino_genai.ContinuousBatchingPipeline(folder, scheduler, "CPU", properties)
+            if self._tokenizer is None:
+                make = openvino_genai.ContinuousBatchingPipeline
+                return make(folder, scheduler, "CPU", properties)
+            return openvino_genai.ContinuousBatchingPipeline(
+                folder, self._tokenizer, scheduler, "CPU", **properties
+            )
 
     def switch(self, version: int, prepared: object) -> None:
         """Send new requests to the prepared pipeline."""
@@ -167,10 +199,8 @@ class OpenVinoStepper:
         return None
 
     def _collect(self, running: _Running) -> list[Chunk]:
-        status = running.handle.get_status()
-        over = status != openvino_genai.GenerationStatus.RUNNING
-        chunks = self._read(running, final=over)
-        if over:
+        chunks = self._read(running)
+        if all(_over(handle) for handle in running.handles):
             request = running.request
             running.pipeline.running.pop(request.request_id, None)
             finished = {chunk.sample for chunk in chunks if chunk.finish}
@@ -178,11 +208,14 @@ class OpenVinoStepper:
                 chunks.append(Chunk(request.request_id, sample, (), (), self.version, REFUSED))
         return chunks
 
-    def _read(self, running: _Running, *, final: bool) -> list[Chunk]:
-        if not running.handle.can_read():
-            return []
-        outputs = running.handle.read_all() if final else list(running.handle.read().values())
-        return [self._chunk(running, at, output) for at, output in enumerate(outputs)]
+    def _read(self, running: _Running, *, final: bool = False) -> list[Chunk]:
+        chunks = []
+        for at, handle in enumerate(running.handles):
+            if handle.can_read():
+                whole = final or _over(handle)
+                outputs = handle.read_all() if whole else list(handle.read().values())
+                chunks += [self._chunk(running, at + n, one) for n, one in enumerate(outputs)]
+        return chunks
 
     def _chunk(self, running: _Running, sample: int, output: Any) -> Chunk:
         reasons = openvino_genai.GenerationFinishReason
@@ -195,3 +228,12 @@ class OpenVinoStepper:
             running.pipeline.version,
             finish,
         )
+
+
+def _over(handle: Any) -> bool:
+    return bool(handle.get_status() != openvino_genai.GenerationStatus.RUNNING)
+
+
+def _seed_of(seed: int, sample: int) -> int:
+    """A seed of its own for each sample after the first."""
+    return int(np.random.SeedSequence([seed, sample]).generate_state(1, np.uint64)[0] >> 1)

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from xml.etree import ElementTree
 
 import numpy as np
@@ -27,13 +27,21 @@ from openvino import opset13
 from openvino.op import util as op_util
 
 from policy_svc.engines.llama_config import LlamaConfig
-from policy_svc.engines.weights import Checkpoint
+from policy_svc.engines.weights import Array
 
 ov: Any = openvino
 op: Any = opset13
 util: Any = op_util
 _ALIGNMENT = 64
 _XML, _BIN = "openvino_model.xml", "openvino_model.bin"
+
+
+class Tensors(Protocol):
+    """What weights come from: a `Checkpoint`, as a rule."""
+
+    def float32(self, name: str, shape: tuple[int, ...]) -> Iterator[Array]:
+        """A tensor's values in order; an array lasts till the next."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +86,7 @@ class LlamaGraph:
         self._size_bytes = end
 
     @contextlib.contextmanager
-    def with_weights(self, checkpoint: Checkpoint, threads: int) -> Iterator[Path]:
+    def with_weights(self, tensors: Tensors, threads: int) -> Iterator[Path]:
         """A folder as OpenVINO reads models, for as long as it is read; so many threads cast.
 
         Raises:
@@ -89,7 +97,7 @@ class LlamaGraph:
             os.ftruncate(memory, self._size_bytes)
             os.pwrite(memory, self._constants, 0)
             with ThreadPoolExecutor(threads, "weights") as pool:
-                list(pool.map(lambda place: _copy(checkpoint, place, memory), self._places))
+                list(pool.map(lambda place: _copy(tensors, place, memory), self._places))
             with tempfile.TemporaryDirectory(prefix=f"regreen-policy-{os.getpid()}-") as folder:
                 Path(folder, _XML).write_bytes(self._xml)
                 Path(folder, "config.json").write_text("{}")
@@ -99,9 +107,9 @@ class LlamaGraph:
             os.close(memory)
 
 
-def _copy(checkpoint: Checkpoint, place: _Place, memory: int) -> None:
+def _copy(tensors: Tensors, place: _Place, memory: int) -> None:
     offset = place.offset
-    for part in checkpoint.float32(place.tensor, place.shape):
+    for part in tensors.float32(place.tensor, place.shape):
         offset += os.pwrite(memory, part.data, offset)
 
 

@@ -50,6 +50,8 @@ class LocalOptions:
     threads: int = 0
     kv_cache_gib: int = 1
     dtype: str = "auto"
+    tokenizers: Path | None = None
+    """Where OpenVINO's forms of tokenizers are kept: without, it follows no expression."""
     start_timeout_s: float = 300.0
 
 
@@ -130,12 +132,6 @@ class ProcessEngine(Apart):
         """Sample in the worker; cancelling the call aborts the request there."""
         if request.request_id in self._calls:
             raise AlreadyExists(f"request_id {request.request_id!r} is running")
-        if request.sampling.regex:
-            raise InvalidArgument(
-                "sampling.regex",
-                f"the {self._options.engine} engine cannot follow an expression",
-                "leave it empty, or serve with sglang",
-            )
         loop = asyncio.get_running_loop()
         call = _Call(
             request, [_Sample() for _ in range(request.n)], loop.create_future(), on_tokens
@@ -235,6 +231,7 @@ class ProcessEngine(Apart):
             "kv_cache_gib": self._options.kv_cache_gib,
             "dtype": self._options.dtype,
             "end_id": self._end_id,
+            "tokenizers": str(self._options.tokenizers or ""),
         }
         arguments = ["--link", str(theirs.fileno()), "--options", json.dumps(options)]
         threads = str(self._options.threads)
@@ -259,11 +256,15 @@ class ProcessEngine(Apart):
         except TimeoutError as error:
             await self._end_process()
             raise Unavailable("the engine did not become ready in time") from error
-        ready = json.loads(line) if line else {"error": "its process ended while it started"}
+        ready: dict[str, Any] = (
+            json.loads(line) if line else {"error": "its process ended while it started"}
+        )
         if ready["error"]:
             await self._end_process()
             raise FailedPrecondition(f"engine {self._options.engine}: {ready['error']}")
-        self._info = replace(self._info, dtype=ready["dtype"])
+        self._info = replace(self._info, dtype=ready["dtype"], regex=ready["regex"])
+        if ready["warning"]:
+            get().warning("no sampling.regex", why=ready["warning"])
         self._pump = asyncio.create_task(self._read_events(reader), name="engine events")
         if self._paused:
             await self._send(do="pause")
@@ -317,9 +318,8 @@ class ProcessEngine(Apart):
             call.cached = event["tokens"]
         elif kind == "failed":
             if not call.done.done():
-                call.done.set_exception(
-                    InvalidArgument("prompt_token_ids", event["message"], "send another prompt")
-                )
+                problem = InvalidArgument(event["field"], event["message"], event["remedy"])
+                call.done.set_exception(problem)
         elif kind == "tokens":
             sample = call.samples[event["sample"]]
             sample.ids += event["ids"]

@@ -33,14 +33,25 @@ class WeightsError(ValueError):
     """Weights cannot be read or do not fit the model."""
 
 
+class RegexError(ValueError):
+    """A regular expression cannot be followed."""
+
+
 class Stepper(Protocol):
     """Computes next tokens for all running samples."""
 
     version: int
     dtype: str
+    regex: bool
+    """Whether samples can be bound by a regular expression."""
+    warning: str
+    """What it does without, and why."""
 
     def add(self, request: Request) -> int:
-        """Take a request; its cached prompt tokens where known, else 0."""
+        """Take a request; its cached prompt tokens where known, else 0.
+
+        Raises: RegexError, where it is asked for an expression that it cannot follow.
+        """
         ...
 
     def step(self) -> list[Chunk]:

@@ -22,7 +22,7 @@ from typing import Any
 
 from policy_svc.chat import Tokenizer
 from policy_svc.engines.base import Request, Sampling
-from policy_svc.engines.stepper import REFUSED, Chunk, Stepper, WeightsError
+from policy_svc.engines.stepper import REFUSED, Chunk, RegexError, Stepper, WeightsError
 
 _TAIL_TOKENS = 48
 """Tokens decoded to look for a stop text; longer stop texts are found by their length."""
@@ -100,6 +100,10 @@ class Worker:
         )
         try:
             cached = self._stepper.add(request)
+        except RegexError as error:
+            problem = f"cannot be followed: {error}"
+            self._fail(request.request_id, problem, "sampling.regex", "write it in other words")
+            return
         except (RuntimeError, ValueError) as error:
             self._fail(request.request_id, f"{type(error).__name__}: {error}")
             return
@@ -163,8 +167,15 @@ class Worker:
         if len(job.finished) == job.request.n:
             self._jobs.pop(request_id, None)
 
-    def _fail(self, request_id: str, message: str) -> None:
-        self._send({"event": "failed", "request_id": request_id, "message": message[:2000]})
+    def _fail(
+        self,
+        request_id: str,
+        message: str,
+        field: str = "prompt_token_ids",
+        remedy: str = "send another prompt",
+    ) -> None:
+        event = {"event": "failed", "request_id": request_id, "message": message[:2000]}
+        self._send({**event, "field": field, "remedy": remedy})
 
     def _begin_load(self, version: int, path: Path) -> None:
         if self._load:
@@ -212,7 +223,8 @@ def serve(link: socket.socket, build: Callable[[], tuple[Stepper, Tokenizer]]) -
     except (WeightsError, OSError, RuntimeError, ImportError, ValueError) as error:
         send({"event": "ready", "error": f"{type(error).__name__}: {error}"})
         return
-    send({"event": "ready", "error": "", "dtype": stepper.dtype})
+    ready = {"dtype": stepper.dtype, "regex": stepper.regex, "warning": stepper.warning}
+    send({"event": "ready", "error": "", **ready})
     worker = Worker(stepper, tokenizer, send)
     pending = b""
     while True:
@@ -234,7 +246,13 @@ def _build(options: dict[str, Any]) -> tuple[Stepper, Tokenizer]:
     if options["engine"] == "openvino":
         from policy_svc.engines.openvino import OpenVinoOptions, OpenVinoStepper
 
-        settings = OpenVinoOptions(threads, options["kv_cache_gib"], options["dtype"])
+        kept = options["tokenizers"]
+        settings = OpenVinoOptions(
+            threads,
+            options["kv_cache_gib"],
+            options["dtype"],
+            tokenizers=Path(kept) if kept else None,
+        )
         return OpenVinoStepper(model, weights, version, settings), tokenizer
     from policy_svc.engines.torch_exact import TorchStepper
 

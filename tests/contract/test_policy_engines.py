@@ -7,6 +7,7 @@
 import asyncio
 import json
 import os
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from policy_svc.engines.openai import OpenAiEngine, OpenAiOptions
 from policy_svc.engines.process import LocalOptions, ProcessEngine, local_engines
 from policy_svc.engines.scripted import Script, ScriptedEngine
 from policy_svc.engines.sglang import SglangEngine, SglangOptions
-from regreen.rpc.errors import DataLoss, FailedPrecondition
+from regreen.rpc.errors import DataLoss, FailedPrecondition, InvalidArgument
 from tests.fixtures.policy.chat_standin import ChatStandIn
 from tests.fixtures.policy.http import serving
 from tests.fixtures.policy.model import default_model, write_other_weights
@@ -83,7 +84,9 @@ async def engine(request: pytest.FixtureRequest, chat: ChatMl) -> AsyncIterator[
             yield found
             await found.close()
         return
-    found = ProcessEngine(LocalOptions(name, model, model, threads=1), chat.end_id)
+    kept = model.parents[1] / "policy" / "tokenizers"
+    options = LocalOptions(name, model, model, threads=1, tokenizers=kept)
+    found = ProcessEngine(options, chat.end_id)
     await found.start()
     yield found
     await found.close()
@@ -193,6 +196,47 @@ async def test_pause_in_place_holds_and_goes_on(engine: Engine, prompt: tuple[in
     await engine.resume()
     (completion,) = await call
     assert len(completion.token_ids) == 3
+
+
+NAMES = r'\{"name": "[a-z]{3,8}", "age": [1-9][0-9]?\}|none|ja+\.'
+
+
+async def test_every_sample_matches_an_expression(engine: Engine, prompt: tuple[int, ...]) -> None:
+    if engine.info.name not in ("torch", "openvino"):
+        return
+    bound = Sampling(max_new_tokens=40, seed=4, regex=NAMES, temperature=1.0)
+    if not engine.info.regex:
+        assert engine.info.name == "torch"
+        with pytest.raises(InvalidArgument, match=r"sampling\.regex"):
+            await engine.generate(Request("bound", prompt, 1, bound))
+        return
+    free = asyncio.create_task(sample(engine, prompt, rid="free", n=2, max_new_tokens=20))
+    found = (await engine.generate(Request("bound", prompt, 4, bound))).completions
+    assert all(re.fullmatch(NAMES, completion.text) for completion in found)
+    assert len({completion.text for completion in found}) > 1, "each sample has draws of its own"
+    assert {completion.finish_reason for completion in found} == {FinishReason.STOP}
+    assert all(len(one.logprobs) == len(one.token_ids) for one in found)
+    again = (await engine.generate(Request("again", prompt, 4, bound))).completions
+    assert [one.token_ids for one in again] == [one.token_ids for one in found]
+    assert [len(one.token_ids) for one in await free] == [20, 20]
+
+
+async def test_an_expression_that_cannot_be_followed_harms_no_other(
+    engine: Engine, prompt: tuple[int, ...]
+) -> None:
+    if not engine.info.regex or engine.info.name != "openvino":
+        return
+    began = asyncio.Event()
+    wanted = Request("long", prompt, 1, Sampling(max_new_tokens=60, seed=1))
+    running = asyncio.create_task(engine.generate(wanted, lambda *_: began.set()))
+    await began.wait()
+    for turn, regex in enumerate((r"(?=a)b", r"(?i)abc", r"(?=a)b", r"\bfoo")):
+        with pytest.raises(InvalidArgument, match=r"regex cannot be followed: .*position"):
+            await sample(engine, prompt, rid=f"bad-{turn}", regex=regex)
+    (after,) = await sample(engine, prompt, rid="good", regex="yes|no", max_new_tokens=20)
+    assert after.text in ("yes", "no")
+    (completion,) = (await running).completions
+    assert len(completion.token_ids) == 60 or completion.finish_reason == FinishReason.STOP
 
 
 async def test_a_bad_checkpoint_changes_nothing(
