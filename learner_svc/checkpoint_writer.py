@@ -3,6 +3,7 @@
 - One tensor is in memory at a time, two while one is hashed.
 - A tensor is hashed while it is written, and files are flushed to the disk while the next one is
   written: of a checkpoint's time that is most.
+- The threads of a checkpoint give way to others: beside it a policy builds what will serve.
 - Weights that were published are not written again: their file gets one more name.
 """
 
@@ -11,6 +12,7 @@ import json
 import math
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -44,6 +46,7 @@ _DTYPES = {
 
 
 _THREADS = 4
+_NICE = 10
 
 Sizes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """Type and shape of every tensor, by name, in the order in which they will be written."""
@@ -55,7 +58,7 @@ class CheckpointWriter:
     def __init__(self, root: Path, step: int) -> None:
         self._root, self._step = root, step
         self.directory = root / f".partial-{step:08d}"
-        self._pool = ThreadPoolExecutor(_THREADS, "checkpoint")
+        self._pool = ThreadPoolExecutor(_THREADS, "checkpoint", _give_way)
         self._entries: dict[str, Future[FileEntry]] = {}
         self._synced: list[Future[None]] = []
 
@@ -77,8 +80,9 @@ class CheckpointWriter:
     ) -> None:
         """Write a safetensors file, one tensor in memory at a time."""
         with disk_errors(self.directory):
-            entry = write_safetensors(self.directory / name, tensors, sizes, notes)
-            self._note(self.directory / name, entry)
+            path = self.directory / name
+            written = self._pool.submit(write_safetensors, path, tensors, sizes, notes, _give_way)
+            self._note(path, written.result())
 
     def add_link(self, name: str, source: Path, entry: FileEntry) -> None:
         """Take up a file that is written, under one more name; a copy where there are no links."""
@@ -138,10 +142,11 @@ def write_safetensors(
     tensors: Iterable[tuple[str, Tensor]],
     sizes: Sizes,
     notes: Mapping[str, str] | None = None,
+    begin: Callable[[], None] = lambda: None,
 ) -> FileEntry:
     """Write tensors as they arrive, which is in the order of `sizes`; size and digest.
 
-    `notes` stand in the file's metadata.
+    `notes` stand in the file's metadata; the thread that hashes calls `begin` first.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(notes or {})}}
     end = 0
@@ -151,7 +156,7 @@ def write_safetensors(
         header[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as target, _Hashing(target) as hashing:
+    with path.open("wb") as target, _Hashing(target, begin) as hashing:
         hashing.write(len(text).to_bytes(8, "little") + text)
         names = iter(sizes)
         for name, tensor in tensors:
@@ -166,12 +171,17 @@ def write_safetensors(
         return hashing.entry()
 
 
+def _give_way() -> None:
+    """Have this thread run when others need not."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+
+
 class _Hashing:
     """Writes a file and hashes, in a thread of its own, what is written."""
 
-    def __init__(self, target: BinaryIO) -> None:
+    def __init__(self, target: BinaryIO, begin: Callable[[], None]) -> None:
         self._target, self._digest = target, hashlib.sha256()
-        self._thread = ThreadPoolExecutor(1, "hash")
+        self._thread = ThreadPoolExecutor(1, "hash", begin)
         self._last: Future[None] | None = None
         self.size_bytes = 0
 

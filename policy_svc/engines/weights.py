@@ -73,10 +73,11 @@ class Checkpoint:
             raise WeightsError(f"{name} has shape {entry.shape}, not {shape}")
         room = np.empty(min(_PART, len(values)), np.float32)
         for start in range(0, len(values), _PART):
-            part = values[start : start + _PART]
-            out = room[: len(part)]
-            with np.errstate(over="ignore"):
-                np.copyto(out, _widened(part, entry.dtype), casting="same_kind")
+            out = values[start : start + _PART]
+            if entry.dtype != "F32":
+                part, out = out, room[: len(out)]
+                with np.errstate(over="ignore"):
+                    np.copyto(out, _widened(part, entry.dtype), casting="same_kind")
             if not _all_finite(out):
                 raise WeightsError(f"{name} holds a value that is not finite in float32")
             yield out
