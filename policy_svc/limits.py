@@ -6,17 +6,17 @@
 """
 
 import asyncio
-import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
 from policy_svc import metrics
 from policy_svc.engines.base import EngineInfo, Request, Sampling
+from policy_svc.regex import check_regex
 from regreen.rpc.errors import InvalidArgument, ResourceExhausted
 
 _MAX_STOPS = 16
-_MAX_REGEX_CHARACTERS = 8192
+_MAX_REGEX_CHARACTERS, _MAX_REGEX_PLACES = 8192, 20_000
 _MAX_STOP_CHARACTERS = 256
 
 
@@ -100,18 +100,7 @@ def _check_regex(regex: str, info: EngineInfo) -> None:
         raise InvalidArgument(
             "sampling.regex", f"the {info.name} engine cannot follow one", "leave it empty"
         )
-    if len(regex) > _MAX_REGEX_CHARACTERS:
-        raise InvalidArgument(
-            "sampling.regex", f"has {len(regex)} characters", f"use up to {_MAX_REGEX_CHARACTERS}"
-        )
-    try:
-        re.compile(regex)
-    except re.error as error:
-        raise InvalidArgument(
-            "sampling.regex",
-            f"is no regular expression: {error}",
-            "give one that Python's re compiles",
-        ) from error
+    check_regex(regex, _MAX_REGEX_CHARACTERS, _MAX_REGEX_PLACES)
 
 
 class Admission:

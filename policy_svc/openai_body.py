@@ -65,6 +65,7 @@ def parse(body: dict[str, Any], header_session: str, max_samples: int) -> Asked:
             max_new_tokens=budget,
             seed=secrets.randbits(31) if seed is None else seed % _SEEDS,
             stop=_stops(body.get("stop")),
+            regex=_text(body.get("regex") or "", "regex"),
         ),
         n=_whole(body, "n", 1, max_samples) or 1,
         stream=stream,

@@ -2,6 +2,7 @@
 
 - Its grammar library (xgrammar) reads the vocabulary from a tokenizer of OpenVINO's own. That is
   made once for each `tokenizer.json`, in a process of its own, and kept, whole or not at all.
+- It is prepared where tokens are sampled, which waits for it: expressions are small here.
 - An expression that the library cannot read fails a step, and with it all that its pipeline runs.
   So each new one is tried first on a model of one layer and the same vocabulary; where that
   fails, only that model is lost, and made anew in a tenth of a second.
@@ -27,9 +28,12 @@ from policy_svc.engines.llama_config import LlamaConfig
 from policy_svc.engines.openvino_graph import LlamaGraph
 from policy_svc.engines.stepper import RegexError
 from policy_svc.engines.weights import Array
+from policy_svc.regex import check_regex
+from regreen.rpc.errors import InvalidArgument
 
 _MADE = "openvino_detokenizer.xml"
 _KNOWN = 256
+_CHARACTERS, _PLACES = 1024, 2000
 _MAKE_S = 200.0
 
 
@@ -87,6 +91,10 @@ class Probe:
 
     def check(self, regex: str) -> None:
         """Follow an expression for one token. Raises: RegexError when it cannot be followed."""
+        try:
+            check_regex(regex, _CHARACTERS, _PLACES)
+        except InvalidArgument as error:
+            raise RegexError(f"it {error.problem}; {error.remedy}") from error
         if regex not in self._known:
             if len(self._known) == _KNOWN:
                 self._known.pop(next(iter(self._known)))

@@ -231,8 +231,10 @@ async def test_an_expression_that_cannot_be_followed_harms_no_other(
     running = asyncio.create_task(engine.generate(wanted, lambda *_: began.set()))
     await began.wait()
     for turn, regex in enumerate((r"(?=a)b", r"(?i)abc", r"(?=a)b", r"\bfoo")):
-        with pytest.raises(InvalidArgument, match=r"regex cannot be followed: .*position"):
+        with pytest.raises(InvalidArgument, match=r"regex: cannot be followed: .*position"):
             await sample(engine, prompt, rid=f"bad-{turn}", regex=regex)
+    with pytest.raises(InvalidArgument, match="3000 places"):
+        await sample(engine, prompt, rid="large", regex="(ab{1,29}){100}")
     (after,) = await sample(engine, prompt, rid="good", regex="yes|no", max_new_tokens=20)
     assert after.text in ("yes", "no")
     (completion,) = (await running).completions

@@ -44,8 +44,27 @@ def test_bad_fields_are_named(request_: Request, field: str) -> None:
 
 
 def test_a_broken_expression_is_named() -> None:
-    with pytest.raises(InvalidArgument, match="no regular expression"):
-        check(bad(regex="("), replace(INFO, regex=True), Limits())
+    for regex in ("(", "[b-a]", "(" * 900 + "a" + ")" * 900):
+        with pytest.raises(InvalidArgument, match="no regular expression"):
+            check(bad(regex=regex), replace(INFO, regex=True), Limits())
+
+
+@pytest.mark.parametrize(
+    ("regex", "problem"),
+    [
+        ("a" * 8193, "has 8193 characters"),
+        (r"(.{1,500}\n){1,500}", "has 250500 places"),
+        ("((a{1,999}){1,999}){1,999}", "has 997002999 places"),
+        ("(?:(?=a{200})b|c{99}?){101}", "has 30300 places"),
+        ("(x)?(?(1)a{30000}|b)", "has 30002 places"),
+        ("(?>a{30000})+", "has 60000 places"),
+    ],
+)
+def test_what_takes_minutes_to_follow_is_refused(regex: str, problem: str) -> None:
+    with pytest.raises(InvalidArgument, match=problem):
+        check(bad(regex=regex), replace(INFO, regex=True), Limits())
+    small = bad(regex="(?:(?=a)b|c{99}?){3}[^x]*(?P<y>z+)?")
+    assert check(small, replace(INFO, regex=True), Limits()).sampling.regex
 
 
 def test_zero_top_p_is_off() -> None:
