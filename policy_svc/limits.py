@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 
 from policy_svc import metrics
 from policy_svc.engines.base import EngineInfo, Request, Sampling
-from policy_svc.regex import check_regex
 from regreen.rpc.errors import InvalidArgument, ResourceExhausted
 
 _MAX_STOPS = 16
-_MAX_REGEX_CHARACTERS, _MAX_REGEX_PLACES = 8192, 20_000
 _MAX_STOP_CHARACTERS = 256
+_MAX_STRUCTURE = 16384, 20_000
+"""Characters and places of an expression or a schema."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,17 +90,15 @@ def _check_sampling(sampling: Sampling, info: EngineInfo, limits: Limits) -> Sam
             raise InvalidArgument(
                 f"sampling.stop[{at}]", f"has {len(text)} characters", "use 1 to 256"
             )
-    if sampling.regex:
-        _check_regex(sampling.regex, info)
+    if sampling.regex and sampling.json_schema:
+        raise InvalidArgument("sampling.json_schema", "is given beside regex", "give one of them")
+    if structure := sampling.structure:
+        if not info.structures:
+            raise InvalidArgument(
+                structure.field, f"the {info.name} engine cannot follow one", "leave it empty"
+            )
+        structure.check(*_MAX_STRUCTURE)
     return replace(sampling, top_p=sampling.top_p or 1.0)
-
-
-def _check_regex(regex: str, info: EngineInfo) -> None:
-    if not info.regex:
-        raise InvalidArgument(
-            "sampling.regex", f"the {info.name} engine cannot follow one", "leave it empty"
-        )
-    check_regex(regex, _MAX_REGEX_CHARACTERS, _MAX_REGEX_PLACES)
 
 
 class Admission:

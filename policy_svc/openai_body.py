@@ -3,9 +3,10 @@
 - Every value has its type and a bound, or `InvalidArgument` names the field: no body of a client
   makes the endpoint fail, or work out of proportion to the body's size.
 - Unknown fields are ignored, as OpenAI clients expect; fields that would change the answer and
-  cannot be honoured (`tools`, `response_format`, penalties) are refused by name.
+  cannot be honoured (`tools`, penalties) are refused by name.
 """
 
+import json
 import secrets
 from dataclasses import dataclass
 from typing import Any
@@ -50,8 +51,6 @@ def parse(body: dict[str, Any], header_session: str, max_samples: int) -> Asked:
     for name, problem in _REFUSED.items():
         if body.get(name):
             raise InvalidArgument(name, problem, "leave it out")
-    if _object(body, "response_format").get("type", "text") != "text":
-        raise InvalidArgument("response_format", "is not enforced here", "leave it out")
     stream, logprobs = _flag(body, "stream"), _flag(body, "logprobs")
     if stream and logprobs:
         raise InvalidArgument("logprobs", "are not sent in a stream", "leave one of them out")
@@ -66,12 +65,32 @@ def parse(body: dict[str, Any], header_session: str, max_samples: int) -> Asked:
             seed=secrets.randbits(31) if seed is None else seed % _SEEDS,
             stop=_stops(body.get("stop")),
             regex=_text(body.get("regex") or "", "regex"),
+            json_schema=_json_schema(_object(body, "response_format")),
         ),
         n=_whole(body, "n", 1, max_samples) or 1,
         stream=stream,
         usage_in_stream=_flag(_object(body, "stream_options"), "include_usage"),
         logprobs=logprobs,
         session_id=_session(body, header_session),
+    )
+
+
+def _json_schema(response_format: dict[str, Any]) -> str:
+    """The schema that answers have to be instances of; empty where any text will do."""
+    match response_format.get("type", "text"):
+        case "text":
+            return ""
+        case "json_object":
+            return '{"type": "object"}'
+        case "json_schema":
+            asked = _object(response_format, "json_schema", "response_format.")
+            schema = asked.get("schema")
+            if isinstance(schema, dict):
+                return json.dumps(schema)
+            field = "response_format.json_schema.schema"
+            raise InvalidArgument(field, "is no object", "give a JSON Schema")
+    raise InvalidArgument(
+        "response_format.type", "is unknown", "use text, json_object or json_schema"
     )
 
 
@@ -129,12 +148,12 @@ def _text(value: Any, name: str) -> str:
     return value
 
 
-def _object(body: dict[str, Any], name: str) -> dict[str, Any]:
+def _object(body: dict[str, Any], name: str, within: str = "") -> dict[str, Any]:
     value = body.get(name)
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise InvalidArgument(name, "is no object", "give an object, or leave it out")
+        raise InvalidArgument(f"{within}{name}", "is no object", "give an object, or leave it out")
     return value
 
 

@@ -183,6 +183,7 @@ def _sampling(asked: pb.Sampling) -> Sampling:
         stop_token_ids=tuple(asked.stop_token_ids),
         stop=tuple(asked.stop),
         regex=asked.regex,
+        json_schema=asked.json_schema,
     )
 
 

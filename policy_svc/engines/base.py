@@ -1,7 +1,7 @@
 """What an engine is: token ids in, sampled token ids with logprobs and policy versions out.
 
 - `logprobs` are natural logs under the raw policy: softmax at temperature 1, before top-p, top-k
-  or a regex cut it. Sample at temperature 1 and top_p 1 and they are the behaviour policy's too.
+  or a structure cut it. At temperature 1 and top_p 1 they are the behaviour policy's too.
 - Version spans cover every sampled token of a completion exactly once, in order, without gaps.
 - The stop token that ended a completion is its last id; stop texts stay in the output.
 - An aborted request is answered with what it sampled so far, marked ABORT, never lost.
@@ -14,6 +14,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
+from policy_svc.structure import Kind, Structure
 from regreen.rpc.errors import FailedPrecondition
 
 TokenSink = Callable[[int, Sequence[int], Sequence[float]], None]
@@ -48,6 +49,14 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
     regex: str = ""
+    json_schema: str = ""
+
+    @property
+    def structure(self) -> Structure | None:
+        """What samples have to be, if anything."""
+        if self.regex:
+            return Structure(Kind.REGEX, self.regex)
+        return Structure(Kind.JSON_SCHEMA, self.json_schema) if self.json_schema else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +109,8 @@ class EngineInfo:
     context_length: int
     end_of_turn_id: int
     token_exact: bool = True
-    regex: bool = False
-    """Whether `Sampling.regex` is honoured."""
+    structures: bool = False
+    """Whether `Sampling.regex` and `json_schema` are honoured."""
     swaps_weights: bool = True
     """Whether `load` works."""
     sleeps: bool = False

@@ -109,8 +109,8 @@ class OpenAiEngine(Apart):
 
     async def generate(self, request: Request, on_tokens: TokenSink | None = None) -> Generation:
         """Ask for each sample; samples are independent calls, since many endpoints ignore `n`."""
-        if request.sampling.regex:
-            raise InvalidArgument("sampling.regex", "is not offered by chat endpoints", "empty it")
+        if structure := request.sampling.structure:
+            raise InvalidArgument(structure.field, "is not offered by chat endpoints", "empty it")
         aborted = self._running[request.request_id] = asyncio.Event()
         messages = parse_turns(self._tokenizer.decode(request.prompt_token_ids, control=True))
         try:

@@ -6,9 +6,9 @@
 - The number type is f32 unless the CPU has `amx_bf16`; key/value cache entries have the same type.
 - `step` holds the interpreter lock for as long as it computes, which is why this runs in a
   worker process (`engines/worker.py`).
-- Logprobs of the pipeline are those of the raw model, whatever temperature, top-p or a regular
-  expression did.
-- Samples that an expression binds are requests of their own: those of one request would share the
+- Logprobs of the pipeline are those of the raw model, whatever temperature, top-p or a structure
+  did.
+- Samples that a structure binds are requests of their own: those of one request would share the
   state of its grammar, and each other's tokens with it. The prefix cache still computes them once.
 """
 
@@ -24,8 +24,8 @@ import openvino_genai
 from policy_svc.engines.base import Request
 from policy_svc.engines.llama_config import LlamaConfig
 from policy_svc.engines.openvino_graph import LlamaGraph
-from policy_svc.engines.openvino_regex import Probe, bound_by, tokenizer_of
-from policy_svc.engines.stepper import REFUSED, Chunk, RegexError
+from policy_svc.engines.openvino_structure import Probe, bound_by, tokenizer_of
+from policy_svc.engines.stepper import REFUSED, Chunk, StructureError
 from policy_svc.engines.weights import Checkpoint
 from regreen.cpu import has_fast_bf16
 
@@ -40,7 +40,7 @@ class OpenVinoOptions:
     max_batch_tokens: int = 2048
     max_sequences: int = 256
     tokenizers: Path | None = None
-    """Where tokenizers of OpenVINO's form are kept; without, no expression is followed."""
+    """Where tokenizers of OpenVINO's form are kept; without, no structure is followed."""
 
 
 @dataclass(slots=True)
@@ -72,9 +72,9 @@ class OpenVinoStepper:
             try:
                 self._tokenizer = tokenizer_of(model, options.tokenizers)
                 self._probe = Probe(self._tokenizer, llama.vocabulary, self._end_id)
-            except RegexError as error:
+            except StructureError as error:
                 self.warning = str(error)
-        self.regex = self._probe is not None
+        self.structures = self._probe is not None
         self._options = options
         wanted = options.dtype
         self.dtype = ("bf16" if has_fast_bf16() else "f32") if wanted == "auto" else wanted
@@ -87,13 +87,14 @@ class OpenVinoStepper:
         """Take a request; cached prompt tokens are not told by the pipeline.
 
         Raises:
-            RegexError: its expression cannot be followed.
+            StructureError: what its samples have to be cannot be followed.
         """
         sampling = request.sampling
-        if sampling.regex:
+        structure = sampling.structure
+        if structure:
             if self._probe is None:
-                raise RegexError("this engine follows none")
-            self._probe.check(sampling.regex)
+                raise StructureError("this engine follows none")
+            self._probe.check(structure)
         config = openvino_genai.GenerationConfig()
         config.max_new_tokens = sampling.max_new_tokens
         config.num_return_sequences = request.n
@@ -113,8 +114,8 @@ class OpenVinoStepper:
         prompt = openvino.Tensor(ids)  # type: ignore[attr-defined]
         running = _Running(request, [], self._current)
         requests = 1
-        if sampling.regex:
-            config.structured_output_config = bound_by(sampling.regex)
+        if structure:
+            config.structured_output_config = bound_by(structure)
             requests, config.num_return_sequences = config.num_return_sequences, 1
         for sample in range(requests):
             if sample:

@@ -51,7 +51,7 @@ class LocalOptions:
     kv_cache_gib: int = 1
     dtype: str = "auto"
     tokenizers: Path | None = None
-    """Where OpenVINO's forms of tokenizers are kept: without, it follows no expression."""
+    """Where OpenVINO's forms of tokenizers are kept: without, it follows no structure."""
     start_timeout_s: float = 300.0
 
 
@@ -262,9 +262,9 @@ class ProcessEngine(Apart):
         if ready["error"]:
             await self._end_process()
             raise FailedPrecondition(f"engine {self._options.engine}: {ready['error']}")
-        self._info = replace(self._info, dtype=ready["dtype"], regex=ready["regex"])
+        self._info = replace(self._info, dtype=ready["dtype"], structures=ready["structures"])
         if ready["warning"]:
-            get().warning("no sampling.regex", why=ready["warning"])
+            get().warning("no sampling.regex, no sampling.json_schema", why=ready["warning"])
         self._pump = asyncio.create_task(self._read_events(reader), name="engine events")
         if self._paused:
             await self._send(do="pause")

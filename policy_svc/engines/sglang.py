@@ -132,7 +132,7 @@ class SglangEngine:
             vocabulary=self._tokenizer.size,
             context_length=int(self._server.get("context_length") or self._options.context_length),
             end_of_turn_id=self._end_id,
-            regex=True,
+            structures=True,
             sleeps=self._sleeps,
             receivers=self._receivers,
         )

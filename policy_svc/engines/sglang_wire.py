@@ -28,8 +28,8 @@ def sampling_params(sampling: Sampling, end_id: int, index: int) -> dict[str, An
     }
     if sampling.stop:
         params["stop"] = list(sampling.stop)
-    if sampling.regex:
-        params["regex"] = sampling.regex
+    if structure := sampling.structure:
+        params[structure.kind.value] = structure.text
     return params
 
 

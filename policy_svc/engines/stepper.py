@@ -33,8 +33,8 @@ class WeightsError(ValueError):
     """Weights cannot be read or do not fit the model."""
 
 
-class RegexError(ValueError):
-    """A regular expression cannot be followed."""
+class StructureError(ValueError):
+    """What samples have to be cannot be followed."""
 
 
 class Stepper(Protocol):
@@ -42,15 +42,15 @@ class Stepper(Protocol):
 
     version: int
     dtype: str
-    regex: bool
-    """Whether samples can be bound by a regular expression."""
+    structures: bool
+    """Whether samples can be bound by a regular expression or a schema."""
     warning: str
     """What it does without, and why."""
 
     def add(self, request: Request) -> int:
         """Take a request; its cached prompt tokens where known, else 0.
 
-        Raises: RegexError, where it is asked for an expression that it cannot follow.
+        Raises: StructureError, where it is asked for one that it cannot follow.
         """
         ...
 

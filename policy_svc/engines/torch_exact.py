@@ -17,7 +17,7 @@ from torch import Tensor
 
 from policy_svc.engines.base import Request, Sampling
 from policy_svc.engines.llama_config import LlamaConfig
-from policy_svc.engines.stepper import Chunk, RegexError
+from policy_svc.engines.stepper import Chunk, StructureError
 from policy_svc.engines.torch_llama import Branches, Llama, Prefix
 
 
@@ -98,13 +98,13 @@ class TorchStepper:
         self._groups: dict[str, _Group] = {}
         self._cache = PrefixCache(cache_tokens)
         self.version = version
-        self.regex, self.warning = False, ""
+        self.structures, self.warning = False, ""
 
     @torch.inference_mode()
     def add(self, request: Request) -> int:
         """Compute the prompt; the number of its tokens that the cache held."""
-        if request.sampling.regex:
-            raise RegexError("this engine follows none")
+        if request.sampling.structure:
+            raise StructureError("this engine follows none")
         ids = request.prompt_token_ids
         cached = self._cache.longest(ids)
         prefix, logits = self._llama.prefill(ids, cached)

@@ -22,7 +22,7 @@ from typing import Any
 
 from policy_svc.chat import Tokenizer
 from policy_svc.engines.base import Request, Sampling
-from policy_svc.engines.stepper import REFUSED, Chunk, RegexError, Stepper, WeightsError
+from policy_svc.engines.stepper import REFUSED, Chunk, Stepper, StructureError, WeightsError
 
 _TAIL_TOKENS = 48
 """Tokens decoded to look for a stop text; longer stop texts are found by their length."""
@@ -100,9 +100,10 @@ class Worker:
         )
         try:
             cached = self._stepper.add(request)
-        except RegexError as error:
+        except StructureError as error:
+            field = request.sampling.structure.field if request.sampling.structure else ""
             problem = f"cannot be followed: {error}"
-            self._fail(request.request_id, problem, "sampling.regex", "write it in other words")
+            self._fail(request.request_id, problem, field, "write it in other words")
             return
         except (RuntimeError, ValueError) as error:
             self._fail(request.request_id, f"{type(error).__name__}: {error}")
@@ -223,7 +224,7 @@ def serve(link: socket.socket, build: Callable[[], tuple[Stepper, Tokenizer]]) -
     except (WeightsError, OSError, RuntimeError, ImportError, ValueError) as error:
         send({"event": "ready", "error": f"{type(error).__name__}: {error}"})
         return
-    ready = {"dtype": stepper.dtype, "regex": stepper.regex, "warning": stepper.warning}
+    ready = {"dtype": stepper.dtype, "structures": stepper.structures, "warning": stepper.warning}
     send({"event": "ready", "error": "", **ready})
     worker = Worker(stepper, tokenizer, send)
     pending = b""

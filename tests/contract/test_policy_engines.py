@@ -205,7 +205,7 @@ async def test_every_sample_matches_an_expression(engine: Engine, prompt: tuple[
     if engine.info.name not in ("torch", "openvino"):
         return
     bound = Sampling(max_new_tokens=40, seed=4, regex=NAMES, temperature=1.0)
-    if not engine.info.regex:
+    if not engine.info.structures:
         assert engine.info.name == "torch"
         with pytest.raises(InvalidArgument, match=r"sampling\.regex"):
             await engine.generate(Request("bound", prompt, 1, bound))
@@ -221,10 +221,36 @@ async def test_every_sample_matches_an_expression(engine: Engine, prompt: tuple[
     assert [len(one.token_ids) for one in await free] == [20, 20]
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {"verdict": {"enum": ["green", "broken"]}, "tests": {"type": "integer"}},
+    "required": ["verdict", "tests"],
+    "additionalProperties": False,
+}
+
+
+async def test_every_sample_is_an_instance_of_a_schema(
+    engine: Engine, prompt: tuple[int, ...]
+) -> None:
+    if engine.info.name != "openvino":
+        return
+    bound = Sampling(max_new_tokens=80, seed=2, json_schema=json.dumps(SCHEMA))
+    found = (await engine.generate(Request("schema", prompt, 3, bound))).completions
+    assert {one.finish_reason for one in found} == {FinishReason.STOP}
+    for one in found:
+        value = json.loads(one.text)
+        assert value["verdict"] in ("green", "broken")
+        assert set(value) == {"verdict", "tests"}
+        assert isinstance(value["tests"], int)
+    for schema in ({"type": "nothing"}, {"$ref": "#/nowhere"}):
+        with pytest.raises(InvalidArgument, match=r"^sampling\.json_schema: cannot be followed"):
+            await sample(engine, prompt, rid="bad", json_schema=json.dumps(schema))
+
+
 async def test_an_expression_that_cannot_be_followed_harms_no_other(
     engine: Engine, prompt: tuple[int, ...]
 ) -> None:
-    if not engine.info.regex or engine.info.name != "openvino":
+    if not engine.info.structures or engine.info.name != "openvino":
         return
     began = asyncio.Event()
     wanted = Request("long", prompt, 1, Sampling(max_new_tokens=60, seed=1))

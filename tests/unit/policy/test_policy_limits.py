@@ -35,6 +35,8 @@ def bad(**sampling: object) -> Request:
         (bad(stop=("",)), "sampling.stop[0]"),
         (bad(stop=("x",) * 17), "sampling.stop"),
         (bad(regex="a+"), "sampling.regex"),
+        (bad(json_schema="{}"), "sampling.json_schema"),
+        (bad(regex="a+", json_schema="{}"), "sampling.json_schema"),
     ],
 )
 def test_bad_fields_are_named(request_: Request, field: str) -> None:
@@ -46,13 +48,13 @@ def test_bad_fields_are_named(request_: Request, field: str) -> None:
 def test_a_broken_expression_is_named() -> None:
     for regex in ("(", "[b-a]", "(" * 900 + "a" + ")" * 900):
         with pytest.raises(InvalidArgument, match="no regular expression"):
-            check(bad(regex=regex), replace(INFO, regex=True), Limits())
+            check(bad(regex=regex), replace(INFO, structures=True), Limits())
 
 
 @pytest.mark.parametrize(
     ("regex", "problem"),
     [
-        ("a" * 8193, "has 8193 characters"),
+        ("a" * 16385, "has 16385 characters"),
         (r"(.{1,500}\n){1,500}", "has 250500 places"),
         ("((a{1,999}){1,999}){1,999}", "has 997002999 places"),
         ("(?:(?=a{200})b|c{99}?){101}", "has 30300 places"),
@@ -62,9 +64,29 @@ def test_a_broken_expression_is_named() -> None:
 )
 def test_what_takes_minutes_to_follow_is_refused(regex: str, problem: str) -> None:
     with pytest.raises(InvalidArgument, match=problem):
-        check(bad(regex=regex), replace(INFO, regex=True), Limits())
+        check(bad(regex=regex), replace(INFO, structures=True), Limits())
     small = bad(regex="(?:(?=a)b|c{99}?){3}[^x]*(?P<y>z+)?")
-    assert check(small, replace(INFO, regex=True), Limits()).sampling.regex
+    assert check(small, replace(INFO, structures=True), Limits()).sampling.regex
+
+
+@pytest.mark.parametrize(
+    ("schema", "problem"),
+    [
+        ("[]", "it is no object"),
+        ('{"maximum": NaN}', "NaN is no number"),
+        ('{"a": ' * 2000 + "1" + "}" * 2000, "is no JSON Schema"),
+        ('{"pattern": "(a{1,300}){300}"}', "has 90001 places"),
+        ('{"maxItems": 300, "items": {"maxItems": 300, "items": {}}}', "has 180300 places"),
+        ('{"anyOf": [{"maxLength": 20001}, {"minProperties": 99999999}]}', "places"),
+        ('{"patternProperties": {"a{20001}": {}}}', "has 20004 places"),
+    ],
+)
+def test_schemas_are_read_and_bounded(schema: str, problem: str) -> None:
+    with pytest.raises(InvalidArgument, match=problem) as caught:
+        check(bad(json_schema=schema), replace(INFO, structures=True), Limits())
+    assert caught.value.field == "sampling.json_schema"
+    small = bad(json_schema='{"type": "array", "maxItems": 99, "items": {"maxLength": 99}}')
+    assert check(small, replace(INFO, structures=True), Limits()).sampling.json_schema
 
 
 def test_zero_top_p_is_off() -> None:

@@ -56,6 +56,10 @@ def test_only_known_sampling_keys_are_sent() -> None:
     params = sampling_params(sampling, 2, 1)
     assert set(params) <= SAMPLING_KEYS
     assert params["stop_token_ids"] == [2, 7]
+    assert params["regex"] == "b"
+    other = sampling_params(Sampling(json_schema="{}"), 2, 0)
+    assert set(other) <= SAMPLING_KEYS
+    assert other["json_schema"] == "{}"
     assert sampling_params(Sampling(), 2, 0)["top_k"] == -1
 
 

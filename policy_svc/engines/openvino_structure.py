@@ -1,13 +1,13 @@
-"""What OpenVINO needs to let a sample be bound by a regular expression.
+"""What OpenVINO needs to let a sample be bound by a regular expression or a JSON Schema.
 
 - Its grammar library (xgrammar) reads the vocabulary from a tokenizer of OpenVINO's own. That is
   made once for each `tokenizer.json`, in a process of its own, and kept, whole or not at all.
-- It is prepared where tokens are sampled, which waits for it: expressions are small here.
-- An expression that the library cannot read fails a step, and with it all that its pipeline runs.
-  So each new one is tried first on a model of one layer and the same vocabulary; where that
-  fails, only that model is lost, and made anew in a tenth of a second.
+- A structure is prepared where tokens are sampled, which waits for it: they are small here.
+- One that the library cannot read fails a step, and with it all that its pipeline runs. So each new
+  one is tried first on a model of one layer and the same vocabulary; where that fails, only that
+  model is lost, and made anew in a tenth of a second.
 
-`python -m policy_svc.engines.openvino_regex MODEL FOLDER` makes a tokenizer.
+`python -m policy_svc.engines.openvino_structure MODEL FOLDER` makes a tokenizer.
 """
 
 import contextlib
@@ -26,14 +26,15 @@ import openvino_genai
 
 from policy_svc.engines.llama_config import LlamaConfig
 from policy_svc.engines.openvino_graph import LlamaGraph
-from policy_svc.engines.stepper import RegexError
+from policy_svc.engines.stepper import StructureError
 from policy_svc.engines.weights import Array
-from policy_svc.regex import check_regex
+from policy_svc.structure import Kind, Structure
 from regreen.rpc.errors import InvalidArgument
 
 _MADE = "openvino_detokenizer.xml"
 _KNOWN = 256
-_CHARACTERS, _PLACES = 1024, 2000
+_SIZES = {Kind.REGEX: (1024, 2000), Kind.JSON_SCHEMA: (8192, 2000)}
+"""Characters and places."""
 _MAKE_S = 200.0
 
 
@@ -41,7 +42,7 @@ def tokenizer_of(model: Path, kept: Path) -> Any:
     """OpenVINO's form of a model folder's tokenizer, from `kept` or made there.
 
     Raises:
-        RegexError: it cannot be made; says why.
+        StructureError: it cannot be made; says why.
     """
     digest = hashlib.sha256((model / "tokenizer.json").read_bytes()).hexdigest()
     folder = kept / f"{digest[:32]}-{openvino_genai.get_version().split('-')[0]}"
@@ -59,11 +60,11 @@ def _make(model: Path, folder: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_MAKE_S, check=False)
         if done.returncode:
             last = done.stderr.strip().splitlines()[-1:] or ["its process was ended"]
-            raise RegexError(f"no tokenizer of OpenVINO can be made: {last[0][:500]}")
+            raise StructureError(f"no tokenizer of OpenVINO can be made: {last[0][:500]}")
         with contextlib.suppress(OSError):  # another engine may have made it meanwhile
             partial.rename(folder)
     except (OSError, subprocess.SubprocessError) as error:
-        raise RegexError(f"no tokenizer of OpenVINO can be made: {error}") from error
+        raise StructureError(f"no tokenizer of OpenVINO can be made: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -85,24 +86,24 @@ class Probe:
     def __init__(self, tokenizer: Any, vocabulary: int, end_id: int) -> None:
         self._tokenizer, self._end_id = tokenizer, end_id
         self._graph = LlamaGraph(_least(vocabulary))
-        self._known: dict[str, str] = {}
+        self._known: dict[Structure, str] = {}
         self._ids = 0
         self._genai: Any = None
 
-    def check(self, regex: str) -> None:
-        """Follow an expression for one token. Raises: RegexError when it cannot be followed."""
+    def check(self, structure: Structure) -> None:
+        """Follow one for a token. Raises: StructureError when it cannot be followed."""
         try:
-            check_regex(regex, _CHARACTERS, _PLACES)
+            structure.check(*_SIZES[structure.kind])
         except InvalidArgument as error:
-            raise RegexError(f"it {error.problem}; {error.remedy}") from error
-        if regex not in self._known:
+            raise StructureError(f"it {error.problem}; {error.remedy}") from error
+        if structure not in self._known:
             if len(self._known) == _KNOWN:
                 self._known.pop(next(iter(self._known)))
-            self._known[regex] = self._tried(regex)
-        if problem := self._known[regex]:
-            raise RegexError(problem)
+            self._known[structure] = self._tried(structure)
+        if problem := self._known[structure]:
+            raise StructureError(problem)
 
-    def _tried(self, regex: str) -> str:
+    def _tried(self, structure: Structure) -> str:
         genai = self._genai or self._begun()
         self._genai = None
         self._ids += 1
@@ -110,7 +111,7 @@ class Probe:
         config = openvino_genai.GenerationConfig()
         config.max_new_tokens = 1
         config.eos_token_id, config.stop_token_ids = self._end_id, {self._end_id}
-        config.structured_output_config = bound_by(regex)
+        config.structured_output_config = bound_by(structure)
         try:
             handle = genai.add_request(self._ids, prompt, config)  # one without a handle is dropped
             while genai.has_non_finished_requests():
@@ -130,11 +131,11 @@ class Probe:
             )
 
 
-def bound_by(regex: str) -> Any:
-    """What a request says that has to match an expression."""
-    structure = openvino_genai.StructuredOutputConfig()
-    structure.regex = regex
-    return structure
+def bound_by(structure: Structure) -> Any:
+    """What a request says whose samples have to be so."""
+    config = openvino_genai.StructuredOutputConfig()
+    setattr(config, structure.kind.value, structure.text)
+    return config
 
 
 def _least(vocabulary: int) -> LlamaConfig:
