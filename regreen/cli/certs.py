@@ -3,6 +3,7 @@
 - Nothing that runs is restarted: services and clients take new files up by themselves.
 """
 
+import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any
@@ -94,6 +95,14 @@ def renew(
         _print(found, json_output)
         return
     renewed = _try(lambda: found.renew(names or [], life, _now()))
+    if not renewed and not json_output:
+        first = min(found.entries(), key=lambda entry: entry.end, default=None)
+        told = "there are no certificates yet: `regreen certs issue NAME` makes one"
+        if first:
+            left = (first.end - _now()).total_seconds() / 86_400
+            told = f"nothing is due; {first.name} ends first, in {left:.1f} days"
+        sys.stdout.write(f"{told}\n")
+        return
     _print(found, json_output, only=[entry.name for entry in renewed])
 
 

@@ -229,3 +229,13 @@ def test_the_commands_show_what_they_made(tmp_path):
     ended = cli("show", *place)
     assert ended.exit_code == 1
     assert '"state": "ended"' in ended.stdout
+
+
+def test_a_renewal_says_that_nothing_is_due(tmp_path):
+    place = ["--dir", str(tmp_path / "c")]
+    cli("init", *place)
+    assert "there are no certificates yet" in cli("renew", *place).stdout
+    cli("issue", "me", "--client", "--days", "9", *place)
+    cli("issue", "policy", *place)
+    assert cli("renew", *place).stdout == "nothing is due; me ends first, in 9.0 days\n"
+    assert cli("renew", *place, "--json").stdout == ""
