@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 
 from policy_svc import metrics
 from policy_svc.engines.base import Engine, Offer
-from policy_svc.engines.weights import INDEX, SINGLE
+from policy_svc.engines.weights import INDEX, SINGLE, identity_of
 from policy_svc.offered import OfferedWeights, form_at
 from regreen.blobs import Digest, check_digest, open_blobs
 from regreen.rpc.errors import (
@@ -106,16 +106,20 @@ class WeightSource:
                 return await self._offered.path_of(policy.sha256, {serving}), True
         return await self._fetch(policy), True
 
-    async def verify(self, path: Path, policy: PolicyVersion) -> None:
-        """See that a file at hand has the digest. Raises: as `path_of`."""
+    async def verify(self, path: Path, policy: PolicyVersion) -> tuple[int, ...]:
+        """See that a file at hand has the digest; its `identity_of`. Raises: as `path_of`."""
         file = _file(path)
         if not file.is_file():
             raise InvalidArgument(
                 "policy.digest", "cannot be checked for sharded weights", "omit it"
             )
+        before = identity_of(path)
         found = await asyncio.to_thread(_digest, file)
         if found.sha256 != policy.sha256:
             raise DataLoss(f"{file} has the digest {found}, not {policy.digest}")
+        if identity_of(path) != before:
+            raise DataLoss(f"{file} was changed while it was read")
+        return before
 
     async def _fetch(self, policy: PolicyVersion) -> Path:
         digest = policy.digest

@@ -37,6 +37,10 @@ class PauseMode(StrEnum):
     ABORT = "abort"
 
 
+Check = Awaitable[tuple[int, ...]]
+"""Ends when weights are known to be those asked for, with the `weights.identity_of` their files."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How tokens are drawn; 0 switches `top_k` and `temperature` (greedy) off."""
@@ -164,12 +168,11 @@ class Engine(Protocol):
         """
         ...
 
-    async def load(self, version: int, path: Path, checked: Awaitable[None] | None = None) -> float:
+    async def load(self, version: int, path: Path, checked: Check | None = None) -> float:
         """Serve the weights at `path` (a folder or file of safetensors) as `version`.
 
-        `checked` ends when the bytes are known to be those that were asked for; it is awaited
-        before they serve, and what it raises is raised. Returns the seconds in which no token was
-        sampled.
+        `checked` is awaited before they serve, and what it raises is raised. Returns the seconds in
+        which no token was sampled.
 
         Raises:
             FailedPrecondition: the engine cannot swap weights, or they do not fit the model.

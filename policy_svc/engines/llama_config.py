@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from policy_svc.engines.stepper import WeightsError
 
@@ -26,7 +27,16 @@ class LlamaConfig:
     @classmethod
     def read(cls, folder: Path) -> "LlamaConfig":
         """Read a model folder. Raises: WeightsError when the architecture is another one."""
-        raw = json.loads((folder / "config.json").read_bytes())
+        try:
+            return cls._of(json.loads((folder / "config.json").read_bytes()))
+        except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+            if isinstance(error, WeightsError):
+                raise
+            told = f"{type(error).__name__}: {error}"
+            raise WeightsError(f"config.json of {folder} describes no model ({told})") from error
+
+    @classmethod
+    def _of(cls, raw: dict[str, Any]) -> "LlamaConfig":
         if raw.get("model_type") != "llama":
             raise WeightsError(f"model_type is {raw.get('model_type')!r}; 'llama' is served here")
         rope = raw.get("rope_parameters") or {}
@@ -39,7 +49,7 @@ class LlamaConfig:
             raise WeightsError(f"hidden_act is {raw['hidden_act']!r}; 'silu' is served here")
         theta = rope.get("rope_theta") or raw.get("rope_theta", 10000.0)
         heads = raw["num_attention_heads"]
-        return cls(
+        found = cls(
             layers=raw["num_hidden_layers"],
             hidden=raw["hidden_size"],
             heads=heads,
@@ -49,9 +59,18 @@ class LlamaConfig:
             vocabulary=raw["vocab_size"],
             context=raw["max_position_embeddings"],
             rope_theta=float(theta),
-            epsilon=raw["rms_norm_eps"],
-            tied=raw.get("tie_word_embeddings", False),
+            epsilon=float(raw.get("rms_norm_eps", 1e-6)),
+            tied=bool(raw.get("tie_word_embeddings", False)),
         )
+        for name in ("layers", "hidden", "heads", "kv_heads", "head_dim", "inner", "vocabulary"):
+            value = getattr(found, name)
+            if type(value) is not int or not 0 < value < 1 << 31:
+                raise WeightsError(f"config.json has {value!r} {name}; a positive number is needed")
+        if found.heads % found.kv_heads or found.head_dim % 2:
+            raise WeightsError(
+                f"{found.heads} heads of {found.head_dim} cannot share {found.kv_heads} of keys"
+            )
+        return found
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of all tensors, by Hugging Face name; inputs of one product follow each other."""

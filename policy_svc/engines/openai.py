@@ -13,7 +13,7 @@
 import asyncio
 import re
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import httpx
 from policy_svc.chat import Tokenizer
 from policy_svc.engines.base import (
     Apart,
+    Check,
     Completion,
     EngineInfo,
     FinishReason,
@@ -125,7 +126,7 @@ class OpenAiEngine(Apart):
                 on_tokens(index, completion.token_ids, completion.logprobs)
         return Generation(tuple(completions))
 
-    async def load(self, version: int, path: Path, checked: Awaitable[None] | None = None) -> float:
+    async def load(self, version: int, path: Path, checked: Check | None = None) -> float:
         """Refuse: the endpoint's weights are not ours."""
         if checked:
             await checked

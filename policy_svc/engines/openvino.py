@@ -39,6 +39,8 @@ class OpenVinoOptions:
     dtype: str = "auto"
     max_batch_tokens: int = 2048
     max_sequences: int = 256
+    end_id: int = 2
+    """Token that ends a turn."""
     tokenizers: Path | None = None
     """Where tokenizers of OpenVINO's form are kept; without, no structure is followed."""
 
@@ -65,13 +67,14 @@ class OpenVinoStepper:
 
     def __init__(self, model: Path, weights: Path, version: int, options: OpenVinoOptions) -> None:
         llama = LlamaConfig.read(model)
-        self._end_id: int = json.loads((model / "config.json").read_bytes())["eos_token_id"]
+        self._end_ids = _end_ids(model, options.end_id)
+        self._end_id = options.end_id
         self._graph = LlamaGraph(llama)
         self._tokenizer, self._probe, self.warning = None, None, ""
         if options.tokenizers:
             try:
-                self._tokenizer = tokenizer_of(model, options.tokenizers)
-                self._probe = Probe(self._tokenizer, llama.vocabulary, self._end_id)
+                self._tokenizer, folder = tokenizer_of(model, options.tokenizers)
+                self._probe = Probe(folder, llama.vocabulary, self._end_id)
             except StructureError as error:
                 self.warning = str(error)
         self.structures = self._probe is not None
@@ -83,24 +86,22 @@ class OpenVinoStepper:
         self.version = version
         self._current = _Pipeline(version, self.prepare(version, weights))
 
-    def add(self, request: Request) -> int:
-        """Take a request; cached prompt tokens are not told by the pipeline.
-
-        Raises:
-            StructureError: what its samples have to be cannot be followed.
-        """
-        sampling = request.sampling
-        structure = sampling.structure
-        if structure:
+    def check(self, request: Request) -> None:
+        """Follow what samples have to be elsewhere first. Raises: StructureError."""
+        if structure := request.sampling.structure:
             if self._probe is None:
                 raise StructureError("this engine follows none")
             self._probe.check(structure)
+
+    def add(self, request: Request) -> int:
+        """Take a request; cached prompt tokens are not told by the pipeline."""
+        sampling = request.sampling
         config = openvino_genai.GenerationConfig()
         config.max_new_tokens = sampling.max_new_tokens
         config.num_return_sequences = request.n
         config.logprobs = 1
         config.eos_token_id = self._end_id
-        config.stop_token_ids = {self._end_id, *sampling.stop_token_ids}
+        config.stop_token_ids = {*self._end_ids, *sampling.stop_token_ids}
         config.do_sample = sampling.temperature > 0
         config.rng_seed = sampling.seed & 0x7FFFFFFFFFFFFFFF
         if config.do_sample:
@@ -114,7 +115,7 @@ class OpenVinoStepper:
         prompt = openvino.Tensor(ids)  # type: ignore[attr-defined]
         running = _Running(request, [], self._current)
         requests = 1
-        if structure:
+        if structure := sampling.structure:
             config.structured_output_config = bound_by(structure)
             requests, config.num_return_sequences = config.num_return_sequences, 1
         for sample in range(requests):
@@ -138,17 +139,22 @@ class OpenVinoStepper:
             if pipeline.genai.has_non_finished_requests():
                 pipeline.genai.step()
             for running in list(pipeline.running.values()):
-                chunks += self._collect(running)
+                found = self._collect(running)
+                running.ended |= {chunk.sample for chunk in found if chunk.finish}
+                chunks += found
         self._old = [pipeline for pipeline in self._old if pipeline.running]
         return chunks
 
     def end_sample(self, request_id: str, sample: int) -> None:
-        """Stop the request's computation once all its samples have ended."""
+        """Stop a sample's computation; of those of one handle once all of them have ended."""
         running = self._find(request_id)
-        if running:
-            running.ended.add(sample)
-            if len(running.ended) == running.request.n:
-                self.cancel(request_id)
+        if running is None:
+            return
+        if len(running.handles) > 1:
+            running.handles[sample].stop()
+        running.ended.add(sample)
+        if len(running.ended) == running.request.n:
+            self.cancel(request_id)
 
     def cancel(self, request_id: str) -> list[Chunk]:
         """Drop a request and give the tokens it had."""
@@ -229,6 +235,13 @@ class OpenVinoStepper:
             running.pipeline.version,
             finish,
         )
+
+
+def _end_ids(model: Path, end_id: int) -> set[int]:
+    """The end of a turn, and what `config.json` ends with: a token or a list of them."""
+    named = json.loads((model / "config.json").read_bytes()).get("eos_token_id")
+    found = named if isinstance(named, list) else [named]
+    return {end_id, *(token for token in found if type(token) is int)}
 
 
 def _over(handle: Any) -> bool:

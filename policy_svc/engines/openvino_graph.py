@@ -95,7 +95,7 @@ class LlamaGraph:
         memory = os.memfd_create("regreen-weights", os.MFD_CLOEXEC)
         try:
             os.ftruncate(memory, self._size_bytes)
-            os.pwrite(memory, self._constants, 0)
+            _write(memory, memoryview(self._constants), 0)
             with ThreadPoolExecutor(threads, "weights") as pool:
                 list(pool.map(lambda place: _copy(tensors, place, memory), self._places))
             with tempfile.TemporaryDirectory(prefix=f"regreen-policy-{os.getpid()}-") as folder:
@@ -110,7 +110,13 @@ class LlamaGraph:
 def _copy(tensors: Tensors, place: _Place, memory: int) -> None:
     offset = place.offset
     for part in tensors.float32(place.tensor, place.shape):
-        offset += os.pwrite(memory, part.data, offset)
+        _write(memory, part.data, offset)
+        offset += part.nbytes
+
+
+def _write(memory: int, data: memoryview, offset: int) -> None:
+    if os.pwrite(memory, data, offset) != data.nbytes:
+        raise OSError(f"no memory for {data.nbytes} bytes of weights")
 
 
 class _Maker:

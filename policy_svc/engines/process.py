@@ -13,7 +13,6 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Awaitable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from policy_svc import metrics
 from policy_svc.chat import Tokenizer
 from policy_svc.engines.base import (
     Apart,
+    Check,
     Completion,
     EngineInfo,
     FinishReason,
@@ -156,7 +156,7 @@ class ProcessEngine(Apart):
         completions = tuple(self._completion(sample) for sample in call.samples)
         return Generation(completions, call.cached)
 
-    async def load(self, version: int, path: Path, checked: Awaitable[None] | None = None) -> float:
+    async def load(self, version: int, path: Path, checked: Check | None = None) -> float:
         """Prepare weights beside the running ones, then switch."""
         if self._loading:
             raise FailedPrecondition("another version is being loaded; retry when it is done")
@@ -164,14 +164,16 @@ class ProcessEngine(Apart):
         self._loading = loading
         try:
             await self._send(do="load", version=version, path=str(path))
+            identity: tuple[int, ...] = ()
             try:
                 if checked:
-                    await checked
+                    identity = await checked
             except BaseException:
-                await self._send(do="decide", use=False)
-                await loading
+                with suppress(Unavailable):  # it has ended, and its load with it
+                    await self._send(do="decide", version=version, use=False)
+                    await loading
                 raise
-            await self._send(do="decide", use=True)
+            await self._send(do="decide", version=version, use=True, identity=identity)
             answer = await loading
         finally:
             self._loading = None

@@ -15,7 +15,6 @@ a group the i-th text (modulo their number), offset by the seed when `rotate` is
 import asyncio
 import bisect
 import re
-from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from policy_svc.chat import Tokenizer
 from policy_svc.engines.base import (
     Apart,
+    Check,
     Completion,
     EngineInfo,
     FinishReason,
@@ -140,7 +140,7 @@ class ScriptedEngine(Apart):
         finally:
             self._running.pop(request.request_id, None)
 
-    async def load(self, version: int, path: Path, checked: Awaitable[None] | None = None) -> float:
+    async def load(self, version: int, path: Path, checked: Check | None = None) -> float:
         """Change the version; the weights are opened, so that a bad checkpoint is refused."""
         if checked:
             await checked

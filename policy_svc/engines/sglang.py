@@ -25,7 +25,7 @@ Source: sglang 0.5.16 and 0.5.23, `srt/entrypoints/http_server.py`, `srt/manager
 import asyncio
 import itertools
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ import httpx
 
 from policy_svc.chat import Tokenizer
 from policy_svc.engines.base import (
+    Check,
     Completion,
     EngineInfo,
     FinishReason,
@@ -221,7 +222,7 @@ class SglangEngine:
         cached = max(int(a["meta_info"].get("cached_tokens") or 0) for a in answers)
         return Generation(completions, cached)
 
-    async def load(self, version: int, path: Path, checked: Awaitable[None] | None = None) -> float:
+    async def load(self, version: int, path: Path, checked: Check | None = None) -> float:
         """Push a version to every replica; all or none have it afterwards."""
         if self._asleep:
             raise FailedPrecondition("the servers sleep; wake them with that version")

@@ -1,6 +1,6 @@
 """The seam between a worker process and what computes: a batch of samples moved on step by step.
 
-- A stepper is used by one thread only; only `prepare` may run on another one.
+- A stepper is used by one thread only; only `prepare` and `check` may run on others, one each.
 - `step` moves every running sample on by at most one token and reports what came out.
 - Weights change in two halves: `prepare` reads and builds without touching what runs,
   `switch` puts it to use; a failed `prepare` changes nothing.
@@ -47,11 +47,15 @@ class Stepper(Protocol):
     warning: str
     """What it does without, and why."""
 
-    def add(self, request: Request) -> int:
-        """Take a request; its cached prompt tokens where known, else 0.
+    def check(self, request: Request) -> None:
+        """See that what a request's samples have to be can be followed; may take seconds.
 
-        Raises: StructureError, where it is asked for one that it cannot follow.
+        Raises: StructureError.
         """
+        ...
+
+    def add(self, request: Request) -> int:
+        """Take a request; its cached prompt tokens where known, else 0."""
         ...
 
     def step(self) -> list[Chunk]:

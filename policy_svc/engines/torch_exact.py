@@ -100,11 +100,14 @@ class TorchStepper:
         self.version = version
         self.structures, self.warning = False, ""
 
+    def check(self, request: Request) -> None:
+        """Refuse what samples would have to be."""
+        if request.sampling.structure:
+            raise StructureError("this engine follows none")
+
     @torch.inference_mode()
     def add(self, request: Request) -> int:
         """Compute the prompt; the number of its tokens that the cache held."""
-        if request.sampling.structure:
-            raise StructureError("this engine follows none")
         ids = request.prompt_token_ids
         cached = self._cache.longest(ids)
         prefix, logits = self._llama.prefill(ids, cached)

@@ -7,6 +7,7 @@ Source: the safetensors format (huggingface/safetensors, README "Format").
 """
 
 import json
+import math
 import mmap
 import struct
 from collections.abc import Iterator
@@ -51,7 +52,10 @@ class Checkpoint:
         try:
             for file in _files(path):
                 self._entries |= _read_header(file)
-        except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+        except (
+            *(OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError),
+            struct.error,
+        ) as error:
             raise WeightsError(f"{path}: {error}") from error
 
     def __contains__(self, name: str) -> bool:
@@ -102,6 +106,16 @@ def _all_finite(values: Array) -> bool:
         return bool(np.isfinite(values.sum()) or np.isfinite(values).all())
 
 
+def identity_of(path: Path) -> tuple[int, ...]:
+    """What tells the files of a checkpoint from others in their place, or from themselves changed.
+
+    Raises:
+        OSError, ValueError: they cannot be looked at.
+    """
+    found = [file.stat() for file in _files(path)]
+    return tuple(n for one in found for n in (one.st_dev, one.st_ino, one.st_size, one.st_mtime_ns))
+
+
 def metadata_of(file: Path) -> dict[str, str]:
     """The notes in the header of a safetensors file.
 
@@ -132,8 +146,10 @@ def _read_header(file: Path) -> dict[str, _Entry]:
         shape, dtype = tuple(item["shape"]), item["dtype"]
         if dtype not in _DTYPES:
             continue
-        size_bytes = int(np.prod(shape)) * np.dtype(_DTYPES[dtype]).itemsize
-        if end - start != size_bytes or end > len(data):
+        if not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
+            raise ValueError(f"{file.name} has no numbers where those of {name} are")
+        size_bytes = math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize
+        if end - start != size_bytes or not 8 + length <= start <= end <= len(data):
             raise ValueError(f"{file.name} is cut short at {name}")
         entries[name] = _Entry(data, dtype, shape, start, end)
     return entries

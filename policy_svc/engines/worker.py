@@ -2,6 +2,7 @@
 
 - One thread steps and answers; only the reading of new weights runs beside it. They serve once they
   are read and the service has decided so: it may find meanwhile that they are not what it wanted.
+- What samples have to be is tried on a thread of its own; others are sampled meanwhile.
 - The process ends when its parent does: end of file on the socket is the end of work.
 - Standard output is never used, so that nothing a library prints can be taken for an answer.
 
@@ -16,13 +17,15 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from policy_svc.chat import Tokenizer
 from policy_svc.engines.base import Request, Sampling
-from policy_svc.engines.stepper import REFUSED, Chunk, Stepper, StructureError, WeightsError
+from policy_svc.engines.stepper import REFUSED, Chunk, Stepper, WeightsError
+from policy_svc.engines.weights import identity_of
 
 _TAIL_TOKENS = 48
 """Tokens decoded to look for a stop text; longer stop texts are found by their length."""
@@ -40,7 +43,12 @@ class _Load:
     version: int
     thread: threading.Thread
     prepared: object = None
-    error: str = ""
+    error: str = "their preparation failed; the engine's log says more"
+    """Nothing once they are prepared, whatever else may end it."""
+    identity: tuple[int, ...] = ()
+    """Of the files, while they were read."""
+    wanted: tuple[int, ...] = ()
+    """Of those that the service has hashed, if it did."""
     use: bool | None = None
     """What the service decided; it has not yet: None."""
 
@@ -53,13 +61,15 @@ class Worker:
     ) -> None:
         self._stepper, self._tokenizer, self._send = stepper, tokenizer, send
         self._jobs: dict[str, _Job] = {}
+        self._checks: dict[str, tuple[Request, Future[None]]] = {}
+        self._checker = ThreadPoolExecutor(1, "structures")
         self._load: _Load | None = None
         self._paused = False
 
     def idle(self) -> bool:
         """Whether there is nothing to do until a command comes."""
         load = self._load
-        if load and (load.thread.is_alive() or load.use is not None):
+        if self._checks or (load and (load.thread.is_alive() or load.use is not None)):
             return False
         return self._paused or not self._stepper.busy()
 
@@ -73,8 +83,9 @@ class Worker:
             case "load":
                 self._begin_load(command["version"], Path(command["path"]))
             case "decide":
-                if self._load:
+                if self._load and self._load.version == command["version"]:
                     self._load.use = command["use"]
+                    self._load.wanted = tuple(command.get("identity", ()))
             case "pause":
                 self._paused = True
                 self._send({"event": "paused"})
@@ -84,7 +95,10 @@ class Worker:
     def work(self) -> None:
         """Finish a load that is ready, then step once."""
         self._finish_load()
+        self._finish_checks()
         if self._paused or not self._stepper.busy():
+            if self._checks:
+                wait([check for _, check in self._checks.values()], 0.02, FIRST_COMPLETED)
             if self._load:
                 self._load.thread.join(0.02)
             return
@@ -98,13 +112,29 @@ class Worker:
         request = Request(
             command["request_id"], tuple(command["prompt"]), command["n"], Sampling(**sampling)
         )
+        if request.sampling.structure:
+            check = self._checker.submit(self._stepper.check, request)
+            self._checks[request.request_id] = request, check
+            return
+        self._add(request)
+
+    def _finish_checks(self) -> None:
+        """Take the requests whose structures were tried."""
+        for request, check in list(self._checks.values()):
+            structure = request.sampling.structure
+            if not check.done() or structure is None:
+                continue
+            del self._checks[request.request_id]
+            error = check.exception()
+            if error:
+                problem = f"cannot be followed: {error}"
+                self._fail(request.request_id, problem, structure.field, "write it in other words")
+            else:
+                self._add(request)
+
+    def _add(self, request: Request) -> None:
         try:
             cached = self._stepper.add(request)
-        except StructureError as error:
-            field = request.sampling.structure.field if request.sampling.structure else ""
-            problem = f"cannot be followed: {error}"
-            self._fail(request.request_id, problem, field, "write it in other words")
-            return
         except (RuntimeError, ValueError) as error:
             self._fail(request.request_id, f"{type(error).__name__}: {error}")
             return
@@ -112,6 +142,13 @@ class Worker:
         self._send({"event": "cached", "request_id": request.request_id, "tokens": cached})
 
     def _abort(self, request_id: str) -> None:
+        if request_id in self._checks:
+            request, check = self._checks.pop(request_id)
+            check.cancel()
+            untouched = self._jobs[request_id] = _Job(request, [[] for _ in range(request.n)])
+            for sample in range(request.n):
+                self._end(untouched, sample, "abort")
+            return
         job = self._jobs.get(request_id)
         if job is None:
             return
@@ -179,7 +216,7 @@ class Worker:
         self._send({**event, "field": field, "remedy": remedy})
 
     def _begin_load(self, version: int, path: Path) -> None:
-        if self._load:
+        if self._load and (self._load.thread.is_alive() or self._load.use is not None):
             self._send({"event": "loaded", "version": version, "error": "another load is running"})
             return
         load = _Load(version, threading.Thread(target=self._prepare, name="load", args=(path,)))
@@ -190,8 +227,11 @@ class Worker:
         load = self._load
         assert load is not None
         try:
+            load.identity = identity_of(path)
             load.prepared = self._stepper.prepare(load.version, path)
-        except (WeightsError, OSError, RuntimeError) as error:
+            same = identity_of(path) == load.identity
+            load.error = "" if same else f"{path} was changed while it was read"
+        except (OSError, RuntimeError, ValueError) as error:
             load.error = str(error) or type(error).__name__
 
     def _finish_load(self) -> None:
@@ -201,6 +241,8 @@ class Worker:
         load.thread.join()
         self._load = None
         start_s = time.monotonic()
+        if load.use and load.wanted and load.wanted != load.identity and not load.error:
+            load.error = "what was read is not what was hashed: the file was changed meanwhile"
         if load.use and not load.error:
             self._stepper.switch(load.version, load.prepared)
         self._send(
@@ -252,6 +294,7 @@ def _build(options: dict[str, Any]) -> tuple[Stepper, Tokenizer]:
             threads,
             options["kv_cache_gib"],
             options["dtype"],
+            end_id=options["end_id"],
             tokenizers=Path(kept) if kept else None,
         )
         return OpenVinoStepper(model, weights, version, settings), tokenizer

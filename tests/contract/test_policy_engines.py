@@ -27,6 +27,7 @@ from policy_svc.engines.openai import OpenAiEngine, OpenAiOptions
 from policy_svc.engines.process import LocalOptions, ProcessEngine, local_engines
 from policy_svc.engines.scripted import Script, ScriptedEngine
 from policy_svc.engines.sglang import SglangEngine, SglangOptions
+from policy_svc.engines.weights import identity_of
 from regreen.rpc.errors import DataLoss, FailedPrecondition, InvalidArgument
 from tests.fixtures.policy.chat_standin import ChatStandIn
 from tests.fixtures.policy.http import serving
@@ -256,11 +257,19 @@ async def test_an_expression_that_cannot_be_followed_harms_no_other(
     wanted = Request("long", prompt, 1, Sampling(max_new_tokens=60, seed=1))
     running = asyncio.create_task(engine.generate(wanted, lambda *_: began.set()))
     await began.wait()
-    for turn, regex in enumerate((r"(?=a)b", r"(?i)abc", r"(?=a)b", r"\bfoo")):
-        with pytest.raises(InvalidArgument, match=r"regex: cannot be followed: .*position"):
+    for turn, regex in enumerate((r"(?=a)b", r"(?i)abc", r"(?=a)b")):
+        with pytest.raises(InvalidArgument, match=r"regex: cannot be followed: \w+"):
             await sample(engine, prompt, rid=f"bad-{turn}", regex=regex)
+    for turn, regex in enumerate(("([a-zA-Z]+ ?){1,150}", "(.?){300}")):
+        with pytest.raises(InvalidArgument, match="takes more than 1 s of processor time"):
+            await sample(engine, prompt, rid=f"slow-{turn}", regex=regex)
     with pytest.raises(InvalidArgument, match="3000 places"):
         await sample(engine, prompt, rid="large", regex="(ab{1,29}){100}")
+    tried = Request("tried", prompt, 2, Sampling(max_new_tokens=5, regex="(.?){301}"))
+    waiting = asyncio.create_task(engine.generate(tried))
+    await asyncio.sleep(0.2)
+    assert await engine.abort("tried") == 1
+    assert {c.finish_reason for c in (await waiting).completions} == {FinishReason.ABORT}
     (after,) = await sample(engine, prompt, rid="good", regex="yes|no", max_new_tokens=20)
     assert after.text in ("yes", "no")
     (completion,) = (await running).completions
@@ -302,9 +311,12 @@ async def test_weights_that_were_not_asked_for_never_serve(
         return
     began, found = engine.version, asyncio.Event()
 
-    async def check() -> None:
+    async def check() -> tuple[int, ...]:
         await found.wait()
         raise DataLoss("other bytes")
+
+    async def wrong() -> tuple[int, ...]:
+        return (1, 2, 3, 4)
 
     checked = asyncio.create_task(check())
     load = asyncio.create_task(engine.load(began + 1, other_weights, checked))
@@ -316,7 +328,15 @@ async def test_weights_that_were_not_asked_for_never_serve(
     (after,) = await sample(engine, prompt, rid="after", temperature=0.0)
     assert {span.version for span in after.versions} == {began}
     assert after.token_ids == meanwhile.token_ids
-    await engine.load(began + 1, other_weights, asyncio.create_task(asyncio.sleep(0)))
+    if isinstance(engine, ProcessEngine):
+        with pytest.raises(FailedPrecondition, match="not what was hashed"):
+            await engine.load(began + 1, other_weights, asyncio.create_task(wrong()))
+        assert engine.version == began
+
+    async def right() -> tuple[int, ...]:
+        return identity_of(other_weights)
+
+    await engine.load(began + 1, other_weights, asyncio.create_task(right()))
     assert engine.version == began + 1
 
 

@@ -47,7 +47,7 @@ def test_bad_fields_are_named(request_: Request, field: str) -> None:
 
 def test_a_broken_expression_is_named() -> None:
     for regex in ("(", "[b-a]", "(" * 900 + "a" + ")" * 900):
-        with pytest.raises(InvalidArgument, match="no regular expression"):
+        with pytest.raises(InvalidArgument, match=r"sampling\.regex: cannot be followed"):
             check(bad(regex=regex), replace(INFO, structures=True), Limits())
 
 
@@ -72,21 +72,60 @@ def test_what_takes_minutes_to_follow_is_refused(regex: str, problem: str) -> No
 @pytest.mark.parametrize(
     ("schema", "problem"),
     [
-        ("[]", "it is no object"),
+        ("[]", "it is no JSON object"),
         ('{"maximum": NaN}', "NaN is no number"),
-        ('{"a": ' * 2000 + "1" + "}" * 2000, "is no JSON Schema"),
+        ('{"a": ' * 2000 + "1" + "}" * 2000, "recursion"),
         ('{"pattern": "(a{1,300}){300}"}', "has 90001 places"),
         ('{"maxItems": 300, "items": {"maxItems": 300, "items": {}}}', "has 180300 places"),
         ('{"anyOf": [{"maxLength": 20001}, {"minProperties": 99999999}]}', "places"),
-        ('{"patternProperties": {"a{20001}": {}}}', "has 20004 places"),
+        ('{"patternProperties": {"a{20001}": {}}}', "has 20003 places"),
+        ('{"items": ' * 40 + "{}" + "}" * 40, "nested more than 32 deep"),
+        ('{"patternProperties": 5}', "patternProperties is no dict"),
+        ('{"items": [1]}', r"\[1\] is no schema"),
+        ('{"maxItems": true}', "maxItems is no int"),
+        ('{"$ref": "#"}', "refers to nothing but itself"),
+        ('{"properties": {"a": {"not": {}}}}', "not is not enforced"),
+        ('{"allOf": [{}, {}]}', "allOf of several"),
+        ('{"pattern": "a", "minLength": 3}', "pattern beside a length"),
+        ('{"required": ["a"]}', 'required names "a"'),
     ],
 )
 def test_schemas_are_read_and_bounded(schema: str, problem: str) -> None:
     with pytest.raises(InvalidArgument, match=problem) as caught:
         check(bad(json_schema=schema), replace(INFO, structures=True), Limits())
     assert caught.value.field == "sampling.json_schema"
-    small = bad(json_schema='{"type": "array", "maxItems": 99, "items": {"maxLength": 99}}')
+    small = bad(
+        json_schema='{"properties": {"not": {"enum": [{"not": 1}]}, "patternProperties": {}}, '
+        '"allOf": [{"$ref": "#/$defs/x"}], "$defs": {"x": {"items": {"$ref": "#"}}}}'
+    )
     assert check(small, replace(INFO, structures=True), Limits()).sampling.json_schema
+
+
+@pytest.mark.parametrize(
+    ("regex", "problem"),
+    [
+        (r"\x41b", r"a hex digit follows \\x41"),
+        ("a\0b", "NUL is no text"),
+        ("[\0-a]", None),
+        (r"[^\u0080-\uffff]", "beyond ASCII"),
+        ("[^é]", "beyond ASCII"),
+        (r"[^\s\S]", "holds a negated one"),
+        ("(a|b)$c?", "at the ends alone"),
+        ("a$b|c", "at the ends alone"),
+        (r"a\b", "at the ends alone"),
+    ],
+)
+def test_what_grammars_read_otherwise_is_refused(regex: str, problem: str | None) -> None:
+    if problem is None:
+        assert check(bad(regex=regex), replace(INFO, structures=True), Limits())
+        return
+    with pytest.raises(InvalidArgument, match=problem):
+        check(bad(regex=regex), replace(INFO, structures=True), Limits())
+
+
+@pytest.mark.parametrize("regex", [r"^[^\s]+\.$", r"\x41-\x42", "é|[à-ü]", "", r"\u00e9[^\n]*"])
+def test_what_grammars_read_alike_is_taken(regex: str) -> None:
+    assert check(bad(regex=regex), replace(INFO, structures=True), Limits()).sampling.regex == regex
 
 
 def test_zero_top_p_is_off() -> None:

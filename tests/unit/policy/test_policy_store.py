@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from policy_svc.engines.llama_config import LlamaConfig
 from policy_svc.engines.stepper import WeightsError
-from policy_svc.engines.weights import SINGLE, Checkpoint
+from policy_svc.engines.weights import INDEX, SINGLE, Checkpoint, identity_of
 from regreen import gguf_file, model_store
 from regreen.rpc.errors import DataLoss
 from tests.fixtures.policy.model import default_model
@@ -120,6 +120,14 @@ def test_a_sum_that_overflows_is_not_taken_for_infinity(tmp_path: Path) -> None:
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"num_key_value_heads": 18}, "9 heads of 64 cannot share 18"),
+        ({"num_key_value_heads": 0}, "has 0 kv_heads"),
+        ({"num_key_value_heads": None}, "has None kv_heads"),
+        ({"num_attention_heads": 0, "head_dim": None}, "ZeroDivisionError"),
+        ({"head_dim": 63}, "9 heads of 63"),
+        ({"vocab_size": 1 << 40}, "vocabulary"),
+        ({"num_hidden_layers": "many"}, "has 'many' layers"),
+        ({"rms_norm_eps": []}, "describes no model"),
     ],
 )
 def test_what_local_engines_would_get_wrong_is_refused(
@@ -129,6 +137,46 @@ def test_what_local_engines_would_get_wrong_is_refused(
     (tmp_path / "config.json").write_text(json.dumps(raw | change))
     with pytest.raises(WeightsError, match=said):
         LlamaConfig.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        '""',
+        '[["a", 1]]',
+        '{"a": 5}',
+        '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}',
+        '{"a": {"dtype": "F32", "shape": [1e308, 1e308], "data_offsets": [0, 4]}}',
+        '{"a": {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}}',
+        '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0.0, 4.0]}}',
+        '{"a": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}}',
+    ],
+)
+def test_a_header_of_other_things_is_a_typed_error(tmp_path: Path, entry: str) -> None:
+    header = entry.encode()
+    (tmp_path / SINGLE).write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 4)
+    with pytest.raises(WeightsError):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("index", ['{"weight_map": []}', "[]", '{"weight_map": {"a": 5}}'])
+def test_an_index_of_other_things_is_a_typed_error(tmp_path: Path, index: str) -> None:
+    (tmp_path / INDEX).write_text(index)
+    with pytest.raises(WeightsError):
+        Checkpoint(tmp_path)
+
+
+def test_files_are_told_apart_after_any_change(tmp_path: Path) -> None:
+    file = tmp_path / SINGLE
+    file.write_bytes(b"one")
+    seen = [identity_of(tmp_path)]
+    assert identity_of(file) == seen[0]
+    file.with_suffix(".new").write_bytes(b"one")
+    file.with_suffix(".new").replace(file)
+    seen.append(identity_of(tmp_path))
+    os.utime(file, ns=(0, 1))
+    seen.append(identity_of(tmp_path))
+    assert len(set(seen)) == 3
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 4, b"\xff" * 64, b"\x02\0\0\0\0\0\0\0[]"])
