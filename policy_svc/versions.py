@@ -20,6 +20,7 @@ from urllib.parse import unquote, urlsplit
 
 from policy_svc import metrics
 from policy_svc.engines.base import Engine, Offer
+from policy_svc.engines.stepper import WeightsError
 from policy_svc.engines.weights import INDEX, SINGLE, identity_of
 from policy_svc.offered import OfferedWeights, form_at
 from regreen.blobs import Digest, check_digest, open_blobs
@@ -113,11 +114,11 @@ class WeightSource:
             raise InvalidArgument(
                 "policy.digest", "cannot be checked for sharded weights", "omit it"
             )
-        before = identity_of(path)
+        before = _identity(path)
         found = await asyncio.to_thread(_digest, file)
         if found.sha256 != policy.sha256:
             raise DataLoss(f"{file} has the digest {found}, not {policy.digest}")
-        if identity_of(path) != before:
+        if _identity(path) != before:
             raise DataLoss(f"{file} was changed while it was read")
         return before
 
@@ -332,6 +333,13 @@ def read_record(path: Path) -> Serving | None:
 
 def _file(path: Path) -> Path:
     return path if path.is_file() else path / SINGLE
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    try:
+        return identity_of(path)
+    except WeightsError as error:
+        raise NotFound(f"no weights there any more: {error}") from error
 
 
 def _one_file(path: Path, other: Path) -> bool:

@@ -25,8 +25,8 @@ from policy_svc.engines.base import Request
 from policy_svc.engines.llama_config import LlamaConfig
 from policy_svc.engines.openvino_graph import LlamaGraph
 from policy_svc.engines.openvino_structure import Probe, bound_by, tokenizer_of
-from policy_svc.engines.stepper import REFUSED, Chunk, StructureError
-from policy_svc.engines.weights import Checkpoint
+from policy_svc.engines.stepper import REFUSED, Chunk, StructureError, WeightsError
+from policy_svc.engines.weights import Checkpoint, identity_of
 from regreen.cpu import has_fast_bf16
 
 
@@ -58,7 +58,11 @@ class _Running:
 @dataclass(slots=True)
 class _Pipeline:
     version: int
+    path: Path
+    files: tuple[int, ...]
     genai: Any
+    follows: bool
+    """Whether it has a tokenizer, and so can bind samples by a structure."""
     running: dict[str, _Running] = field(default_factory=dict)
 
 
@@ -70,32 +74,55 @@ class OpenVinoStepper:
         self._end_ids = _end_ids(model, options.end_id)
         self._end_id = options.end_id
         self._graph = LlamaGraph(llama)
-        self._tokenizer, self._probe, self.warning = None, None, ""
-        if options.tokenizers:
-            try:
-                self._tokenizer, folder = tokenizer_of(model, options.tokenizers)
-                self._probe = Probe(folder, llama.vocabulary, self._end_id)
-            except StructureError as error:
-                self.warning = str(error)
-        self.structures = self._probe is not None
+        self._tokenizer: Any = None
+        self._probe: Probe | None = None
+        self._model, self._vocabulary = model, llama.vocabulary
+        self.structures = options.tokenizers is not None
         self._options = options
         wanted = options.dtype
         self.dtype = ("bf16" if has_fast_bf16() else "f32") if wanted == "auto" else wanted
         self._ids = 0
         self._old: list[_Pipeline] = []
         self.version = version
-        self._current = _Pipeline(version, self.prepare(version, weights))
+        self._current = self._prepared(version, weights)
+        self._spare = self._current
 
     def check(self, request: Request) -> None:
-        """Follow what samples have to be elsewhere first. Raises: StructureError."""
-        if structure := request.sampling.structure:
-            if self._probe is None:
-                raise StructureError("this engine follows none")
-            self._probe.check(structure)
+        """Follow what samples have to be elsewhere first. Raises: StructureError.
+
+        With the first one the pipeline is built anew: one that has a tokenizer can follow it.
+        """
+        structure, kept = request.sampling.structure, self._options.tokenizers
+        if structure is None:
+            return
+        if kept is None:
+            raise StructureError("this engine follows none")
+        if self._probe is None:
+            self._tokenizer, folder = tokenizer_of(self._model, kept)
+            self._probe = Probe(folder, self._vocabulary, self._end_id)
+        self._probe.check(structure)
+        serving = self._current
+        if serving.follows or (self._spare.follows and self._spare.files == serving.files):
+            return
+        try:
+            spare = self._prepared(serving.version, serving.path)
+        except (OSError, WeightsError) as error:
+            raise StructureError(f"the weights cannot be read again: {error}") from error
+        if spare.files != serving.files:
+            raise StructureError(f"{serving.path} is not what it was when it was read")
+        self._spare = spare
 
     def add(self, request: Request) -> int:
-        """Take a request; cached prompt tokens are not told by the pipeline."""
+        """Take a request; cached prompt tokens are not told by the pipeline.
+
+        Raises:
+            StructureError: versions were switched while it was checked.
+        """
         sampling = request.sampling
+        if sampling.structure and not self._current.follows:
+            if self._spare.files != self._current.files or not self._spare.follows:
+                raise StructureError("new weights came while it was tried; send it again")
+            self.switch(self.version, self._spare)
         config = openvino_genai.GenerationConfig()
         config.max_new_tokens = sampling.max_new_tokens
         config.num_return_sequences = request.n
@@ -172,6 +199,14 @@ class OpenVinoStepper:
 
     def prepare(self, version: int, path: Path) -> object:
         """Build a pipeline from a checkpoint."""
+        return self._prepared(version, path)
+
+    def _prepared(self, version: int, path: Path) -> "_Pipeline":
+        tokenizer, files = self._tokenizer, identity_of(path)
+        genai = self._genai(path, tokenizer)
+        return _Pipeline(version, path, files, genai, tokenizer is not None)
+
+    def _genai(self, path: Path, tokenizer: Any) -> Any:
         checkpoint = Checkpoint(path)
         scheduler = openvino_genai.SchedulerConfig()
         scheduler.cache_size = self._options.kv_cache_gib
@@ -185,18 +220,19 @@ class OpenVinoStepper:
             "KV_CACHE_PRECISION": self.dtype,
         }
         with self._graph.with_weights(checkpoint, self._options.threads) as folder:
-            if self._tokenizer is None:
+            if tokenizer is None:
                 make = openvino_genai.ContinuousBatchingPipeline
                 return make(folder, scheduler, "CPU", properties)
             return openvino_genai.ContinuousBatchingPipeline(
-                folder, self._tokenizer, scheduler, "CPU", **properties
+                folder, tokenizer, scheduler, "CPU", **properties
             )
 
     def switch(self, version: int, prepared: object) -> None:
         """Send new requests to the prepared pipeline."""
+        assert isinstance(prepared, _Pipeline), "`prepare` has made it"
         if self._current.running:
             self._old.append(self._current)
-        self._current = _Pipeline(version, prepared)
+        self._current = self._spare = prepared
         self.version = version
 
     def _find(self, request_id: str) -> _Running | None:

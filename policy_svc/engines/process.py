@@ -265,8 +265,6 @@ class ProcessEngine(Apart):
             await self._end_process()
             raise FailedPrecondition(f"engine {self._options.engine}: {ready['error']}")
         self._info = replace(self._info, dtype=ready["dtype"], structures=ready["structures"])
-        if ready["warning"]:
-            get().warning("no sampling.regex, no sampling.json_schema", why=ready["warning"])
         self._pump = asyncio.create_task(self._read_events(reader), name="engine events")
         if self._paused:
             await self._send(do="pause")

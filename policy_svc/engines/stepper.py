@@ -44,8 +44,6 @@ class Stepper(Protocol):
     dtype: str
     structures: bool
     """Whether samples can be bound by a regular expression or a schema."""
-    warning: str
-    """What it does without, and why."""
 
     def check(self, request: Request) -> None:
         """See that what a request's samples have to be can be followed; may take seconds.

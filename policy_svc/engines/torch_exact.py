@@ -98,7 +98,7 @@ class TorchStepper:
         self._groups: dict[str, _Group] = {}
         self._cache = PrefixCache(cache_tokens)
         self.version = version
-        self.structures, self.warning = False, ""
+        self.structures = False
 
     def check(self, request: Request) -> None:
         """Refuse what samples would have to be."""

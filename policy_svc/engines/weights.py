@@ -24,6 +24,10 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
 _MAX_HEADER_BYTES = 100 << 20
+_DAMAGED = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError),
+    struct.error,
+)
 _PART = 1 << 20
 """Values that are cast at once: they stay in the processor's cache until they are taken."""
 
@@ -52,10 +56,7 @@ class Checkpoint:
         try:
             for file in _files(path):
                 self._entries |= _read_header(file)
-        except (
-            *(OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError),
-            struct.error,
-        ) as error:
+        except _DAMAGED as error:
             raise WeightsError(f"{path}: {error}") from error
 
     def __contains__(self, name: str) -> bool:
@@ -110,9 +111,12 @@ def identity_of(path: Path) -> tuple[int, ...]:
     """What tells the files of a checkpoint from others in their place, or from themselves changed.
 
     Raises:
-        OSError, ValueError: they cannot be looked at.
+        WeightsError: they cannot be looked at.
     """
-    found = [file.stat() for file in _files(path)]
+    try:
+        found = [file.stat() for file in _files(path)]
+    except _DAMAGED as error:
+        raise WeightsError(f"{path}: {error}") from error
     return tuple(n for one in found for n in (one.st_dev, one.st_ino, one.st_size, one.st_mtime_ns))
 
 

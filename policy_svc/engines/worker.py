@@ -24,7 +24,7 @@ from typing import Any
 
 from policy_svc.chat import Tokenizer
 from policy_svc.engines.base import Request, Sampling
-from policy_svc.engines.stepper import REFUSED, Chunk, Stepper, WeightsError
+from policy_svc.engines.stepper import REFUSED, Chunk, Stepper, StructureError, WeightsError
 from policy_svc.engines.weights import identity_of
 
 _TAIL_TOKENS = 48
@@ -121,20 +121,27 @@ class Worker:
     def _finish_checks(self) -> None:
         """Take the requests whose structures were tried."""
         for request, check in list(self._checks.values()):
-            structure = request.sampling.structure
-            if not check.done() or structure is None:
+            if not check.done():
                 continue
             del self._checks[request.request_id]
             error = check.exception()
             if error:
-                problem = f"cannot be followed: {error}"
-                self._fail(request.request_id, problem, structure.field, "write it in other words")
+                self._refuse(request, error)
             else:
                 self._add(request)
+
+    def _refuse(self, request: Request, error: BaseException) -> None:
+        structure = request.sampling.structure
+        field = structure.field if structure else "sampling"
+        problem = f"cannot be followed: {error}"
+        self._fail(request.request_id, problem, field, "write it in other words")
 
     def _add(self, request: Request) -> None:
         try:
             cached = self._stepper.add(request)
+        except StructureError as error:
+            self._refuse(request, error)
+            return
         except (RuntimeError, ValueError) as error:
             self._fail(request.request_id, f"{type(error).__name__}: {error}")
             return
@@ -266,7 +273,7 @@ def serve(link: socket.socket, build: Callable[[], tuple[Stepper, Tokenizer]]) -
     except (WeightsError, OSError, RuntimeError, ImportError, ValueError) as error:
         send({"event": "ready", "error": f"{type(error).__name__}: {error}"})
         return
-    ready = {"dtype": stepper.dtype, "structures": stepper.structures, "warning": stepper.warning}
+    ready = {"dtype": stepper.dtype, "structures": stepper.structures}
     send({"event": "ready", "error": "", **ready})
     worker = Worker(stepper, tokenizer, send)
     pending = b""
