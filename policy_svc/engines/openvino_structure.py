@@ -110,13 +110,19 @@ class Probe:
         except InvalidArgument as error:
             raise StructureError(f"it {error.problem}; {error.remedy}") from error
         if structure not in self._known:
+            problem = self._tried(structure)
             if len(self._known) == _KNOWN:
                 self._known.pop(next(iter(self._known)))
-            self._known[structure] = self._tried(structure)
+            self._known[structure] = problem
         if problem := self._known[structure]:
             raise StructureError(problem)
 
     def _tried(self, structure: Structure) -> str:
+        """What is wrong with it, if anything.
+
+        Raises:
+            StructureError: this could not be found out, for no fault of its own.
+        """
         process = self._process or self._begun()
         assert process.stdin is not None
         began_s = _processor_s(process.pid)
@@ -126,14 +132,18 @@ class Probe:
             process.stdin.flush()
         give_up_s = time.monotonic() + _WAIT_S
         while not _has_line(process, 0.02):
-            late = time.monotonic() > give_up_s
-            if late or _processor_s(process.pid) - began_s > _BUDGET_S:
+            if _processor_s(process.pid) - began_s > _BUDGET_S:
                 self._end(process)
                 return f"it takes more than {_BUDGET_S:g} s of processor time"
+            if time.monotonic() > give_up_s:
+                self._end(process)
+                raise StructureError("it could not be tried in time; send it again")
         line = _line(process)
         if line.get("problem") or not line:  # its pipeline is lost with it
             self._end(process)
-        return str(line.get("problem", "what follows it has ended"))
+        if not line:
+            raise StructureError("what tried it has ended; send it again")
+        return str(line["problem"])
 
     def _begun(self) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-m", __name__, "--try", *self._words]
