@@ -216,8 +216,9 @@ class ObjectBlobs:
 
     async def put(self, content: bytes) -> Digest:
         digest = digest_of(content)
-        if await self._written(digest, content):
-            await self._sync(digest)
+        while await self._written(digest, content):
+            if await self._sync(digest):
+                break
         return digest
 
     async def put_many(self, contents: Sequence[bytes]) -> list[Digest]:
@@ -245,12 +246,13 @@ class ObjectBlobs:
 
     async def put_file(self, path: Path) -> Digest:
         digest = await asyncio.to_thread(digest_of_file, path)
-        if not await self.exists(digest):
+        while not await self.exists(digest):
             await _translated(self._store.put_async(_key(digest), path), digest)
             if await asyncio.to_thread(digest_of_file, path) != digest:
                 await self.delete(digest)
                 raise DataLoss(f"{path} changed while it was stored")
-            await self._sync(digest)
+            if await self._sync(digest):
+                break
         return digest
 
     async def put_stream(self, chunks: AsyncIterable[bytes]) -> Digest:
@@ -351,9 +353,14 @@ class ObjectBlobs:
         except BaseError as error:
             raise _unavailable(error) from error
 
-    async def _sync(self, digest: Digest) -> None:
+    async def _sync(self, digest: Digest) -> bool:
+        """Whether it is on the disk; a collector may take away at once what nobody names yet."""
         if self._sync_root is not None:
-            await asyncio.to_thread(_sync_file, self._sync_root / _key(digest))
+            try:
+                await asyncio.to_thread(_sync_file, self._sync_root / _key(digest))
+            except FileNotFoundError:
+                return False
+        return True
 
 
 def compress(content: bytes, level: int = 6) -> bytes:

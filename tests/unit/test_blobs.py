@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -128,3 +129,29 @@ def test_compressed_frames_are_bounded_and_checked():
         decompress(frame[:-3], 100_000)
     with pytest.raises(DataLoss):
         decompress(b"not a frame", 100_000)
+
+
+async def test_what_is_taken_away_at_once_is_put_again(tmp_path: Path) -> None:
+    blobs = open_blobs(tmp_path.as_uri())
+    done = threading.Event()
+    removed = 0
+
+    def collect() -> None:
+        nonlocal removed
+        while not done.is_set():
+            for path in tmp_path.glob("*/*"):
+                if len(path.name) == 64:
+                    path.unlink(missing_ok=True)
+                    removed += 1
+
+    collector = threading.Thread(target=collect)
+    collector.start()
+    try:
+        for number in range(300):
+            content = str(number).encode()
+            assert await blobs.put(content) == digest_of(content)
+    finally:
+        done.set()
+        collector.join()
+    assert removed
+    assert await blobs.get(await blobs.put(b"kept")) == b"kept"
