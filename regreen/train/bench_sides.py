@@ -277,8 +277,9 @@ class Services:
     ) -> tuple[dict[str, float], dict[str, float]]:
         """Seconds of the parts of a whole step, and the learner's metrics.
 
-        As a driver does it: the policy loads the weights while the rest of the checkpoint is
-        written, and the step ends when both are done.
+        As a driver does it: the policy loads the weights, then the rest of the checkpoint is
+        written. The step ends when both are done, though a driver's next rollouts wait for the
+        weights alone.
         """
         marks = [time.perf_counter()]
         groups = await self.rollout(prompts, shape)
@@ -295,7 +296,8 @@ class Services:
         began_s = time.perf_counter()
         weights = await self.publish()
         publish_s = time.perf_counter() - began_s
-        load_s, save_s = await asyncio.gather(self.load(weights), self.save())
+        load_s = await self.load(weights)
+        save_s = await self.save()
         return {
             "publish_s": publish_s,
             "load_s": load_s,

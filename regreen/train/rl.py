@@ -10,8 +10,8 @@ refill of groups that do not teach, a curriculum by running pass rates.
   `Ledger.resume`; the queue is put back to the checkpoint that the learner continues from.
 - A checkpoint is recorded and its groups acknowledged in one transaction, before a group of the
   next step is taken; metrics of a step are stored before the checkpoint that contains it.
-- Its weights serve before that, and the rollouts of the next step begin on them, while moments are
-  written; `Ledger` says what becomes of that in a crash.
+- Its weights serve before that, and the rollouts of the next step begin on them; then the rest is
+  written beside. `Ledger` says what becomes of that in a crash.
 - The tasks of a step depend on recorded outcomes of earlier steps only, so a resumed run asks for
   the groups that it had asked for.
 - A step whose groups teach nothing takes no optimizer step; it is counted, not repeated.
@@ -23,7 +23,7 @@ refill of groups that do not teach, a curriculum by running pass rates.
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -59,6 +59,9 @@ from regreen.train.weights import (
     weights_of,
 )
 
+HEAD_START_S = 10.0
+"""How long the rest of a checkpoint waits at most for its weights to serve: both want the same
+processors and disk, rollouts wait for the weights, and nobody for the rest."""
 _A = TypeVar("_A")
 _B = TypeVar("_B")
 Workers = Callable[[Stack, str, int], AbstractAsyncContextManager[object]]
@@ -349,8 +352,9 @@ class _Life:
         ledger = self.driver.ledger
         with stage(self.driver.listener, "checkpoint", f"step {self.step}"):
             published = await ledger.publish(self.step)
+            served = asyncio.Event()
             record, (pause_s, live_at_s) = await _both(
-                ledger.save(self.step, self.pending), self._go_on(published)
+                self._save_after(served), self._go_on(published, served)
             )
             self.pending, self.sent, self.dirty = [], 0, False
             self.version = record.policy_version
@@ -364,10 +368,19 @@ class _Life:
         await self.driver.stack.runs.record_metrics(self.driver.run.id, self.step, seconds)
         return record
 
-    async def _go_on(self, published: Weights) -> tuple[float, float]:
+    async def _save_after(self, served: asyncio.Event) -> dataset_pb.CheckpointRecord:
+        """Write the rest of the checkpoint once its weights serve, or took too long to."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(served.wait(), HEAD_START_S)
+        return await self.driver.ledger.save(self.step, self.pending)
+
+    async def _go_on(self, published: Weights, served: asyncio.Event) -> tuple[float, float]:
         """Serve weights and have the next step rolled out on them; seconds without sampling, and
         when they served."""
-        pause_s = await self.driver.ledger.serve_published(published)
+        try:
+            pause_s = await self.driver.ledger.serve_published(published)
+        finally:
+            served.set()
         live_at_s = time.monotonic()
         if self.step < self.driver.config.steps:
             await self.gatherer.enqueue(self.step + 1, self.history)
