@@ -286,11 +286,13 @@ def import_pytest(root: str, send: Any) -> Any:
 
 
 def own_pytest(root: str, send: Any) -> Any:
-    """pytest, made to pass over byte code of tests, which a run could have left for itself."""
+    """pytest, made to pass over byte code of tests, which a run could have left for itself, and to
+    remember where statements are."""
     pytest = import_pytest(root, send)
     rewrite: Any = sys.modules.get("_pytest.assertion.rewrite")
     if hasattr(rewrite, "_read_pyc"):
         rewrite._read_pyc = no_byte_code
+    beside("statements").remember_statements()
     return pytest
 
 
