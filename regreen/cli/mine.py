@@ -24,6 +24,7 @@ from regreen.mine.culprits import (
     upgrade_candidates,
 )
 from regreen.mine.kinds import MORE_KINDS, more_candidates
+from regreen.mine.miner import MAX_BASE_S
 from regreen.mine.report import lines_of, report
 from regreen.mine.store import Journal, shipped_decisions
 from regreen.mine.work import Bounds, Mine, export
@@ -65,6 +66,9 @@ def mine(
     pause_file: Annotated[
         Path | None, typer.Option(help="While it exists, no candidate is begun.")
     ] = None,
+    suite_seconds: Annotated[
+        float, typer.Option(min=1, max=600, help="Longer test suites are not mined.")
+    ] = MAX_BASE_S,
     debian: Annotated[
         bool, typer.Option("--debian", help="Take sources from Debian where it has a release.")
     ] = False,
@@ -110,7 +114,7 @@ def mine(
             journal.enqueue(candidates)
             if not (packages or anew):
                 journal.adopt(shipped_decisions())
-            bounds = Bounds(limit, hours, workers, requests, repeats, pause_file)
+            bounds = Bounds(limit, hours, workers, requests, repeats, pause_file, suite_seconds)
             keys = [candidate.key for candidate in candidates] if packages else []
             place = output.run(sandbox_place(home, sandbox))
             names = {f.name for f in facts} | {n for f in facts for n in f.dependents}

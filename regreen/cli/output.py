@@ -32,7 +32,7 @@ from regreen.train.progress import Pace
 
 T = TypeVar("T")
 FAILED, USAGE, UNAVAILABLE = script.FAILED, script.USAGE, script.UNAVAILABLE
-STDOUT = Console(soft_wrap=False, width=None if sys.stdout.isatty() else 160)
+STDOUT = Console(emoji=False, soft_wrap=False, width=None if sys.stdout.isatty() else 160)
 _START = (
     "; `regreen up` starts the services, REGREEN_HOME or --home names the directory they keep, "
     "`regreen status` their addresses"
@@ -45,7 +45,7 @@ _LISTS = {
 """How messages of an id that nothing has begin, and the command that lists what there is."""
 _QUIET_S = 10.0
 """Without a terminal, the longest time between two lines of a command at work."""
-STDERR = Console(stderr=True, width=None if sys.stderr.isatty() else 240)
+STDERR = Console(emoji=False, stderr=True, width=None if sys.stderr.isatty() else 240)
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:

@@ -94,7 +94,7 @@ class Release:
     overlay: FileRecord | None = None
     """A later source archive whose tests are laid over."""
     timeout_s: float = 75.0
-    """Longer suites are not mined: the gate runs each about twenty times."""
+    """Seconds after which its tests are ended."""
     added: tuple[Added, ...] = ()
     """Checks of our own; their paths are among `roots`."""
 

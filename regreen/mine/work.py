@@ -24,7 +24,7 @@ from regreen.mine.culprits import Candidate
 from regreen.mine.debian import DebianRegistry
 from regreen.mine.kinds import MORE_KINDS
 from regreen.mine.lab import MiningClient
-from regreen.mine.miner import Miner
+from regreen.mine.miner import MAX_BASE_S, Miner
 from regreen.mine.registry import Registry
 from regreen.mine.resolve import Resolver
 from regreen.mine.store import Journal, Outcome
@@ -60,6 +60,8 @@ class Bounds:
     repeats: int = 2
     """Runs of each check of the gate."""
     pause_file: Path | None = None
+    suite_s: float = MAX_BASE_S
+    """Releases whose tests take longer are not mined."""
 
 
 class Mine:
@@ -103,11 +105,14 @@ class Mine:
         folder = self._folder / "registry"
         registry = self._registry(self._urls, folder, budget=self._bounds.requests)
         async with registry:
-            workers = [
-                self._worker(registry, sorted(found), kinds, keys)
-                for _ in range(self._bounds.workers)
-            ]
-            await asyncio.gather(*workers)
+            # All have ended before what they use is closed, also where one fails or all are
+            # stopped: else a stop would be noted as a failure of what was in work.
+            try:
+                async with asyncio.TaskGroup() as workers:
+                    for _ in range(self._bounds.workers):
+                        workers.create_task(self._worker(registry, sorted(found), kinds, keys))
+            except BaseExceptionGroup as errors:
+                raise errors.exceptions[0] from errors
         return self._stop or "nothing is left"
 
     async def _worker(
@@ -121,7 +126,10 @@ class Mine:
         resolver = Resolver(uv, self._urls[0], self._folder / "cache", registry)
         client = MiningClient(self._states, self._sandboxes, leave=self.paused)
         pinner = Pinner(registry, uv)
-        given = (client, registry, resolver, pinner, interpreters, self._names, self._breaks)
+        given = (
+            client, registry, resolver, pinner, interpreters, self._names, self._breaks,
+            self._bounds.suite_s,
+        )  # fmt: skip
         miners: dict[str, UpgradeMiner | BugfixMiner] = {
             "dependency-upgrade": UpgradeMiner(*given),
             KIND: BugfixMiner(*given),

@@ -177,6 +177,30 @@ async def test_while_the_file_of_pauses_is_there_nothing_is_begun(world: World) 
     await channel.close()
 
 
+async def test_a_run_that_is_stopped_calls_nothing_a_failure(world: World) -> None:
+    channel = connect(world.address)
+    states = StateClient(channel)
+    journal = Journal(world.folder / "stopped.db")
+    hints = (("wordlib", "3.0"),)
+    for name in ("greet", "plain"):
+        journal.enqueue([Candidate("dependency-upgrade", name, DAY, hints)])
+    run = Mine(
+        states, SandboxClient(channel), journal, world.folder, Bounds(workers=2), urls=[world.index]
+    )
+    running = asyncio.create_task(run.run(["dependency-upgrade"]))
+    while {row["status"] for row in journal.rows("candidate")} != {"running"}:  # noqa: ASYNC110
+        await asyncio.sleep(0.05)
+    await asyncio.sleep(0.5)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    await channel.close()
+    assert {row["status"] for row in journal.rows("candidate")} == {"running"}
+    journal.recover()
+    assert {row["status"] for row in journal.rows("candidate")} == {"waiting"}
+    journal.close()
+
+
 async def test_a_budget_that_is_spent_ends_the_run_and_loses_nothing(world: World) -> None:
     (world.folder / "registry" / "bare.json").unlink()
     first = Journal(world.folder / "journal.db")

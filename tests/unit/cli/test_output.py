@@ -208,3 +208,12 @@ def test_brackets_are_text_not_markup(printed):
     text = "\n".join(printed())
     assert "test_x[a/b] [/tmp] [red]" in text
     assert "[foo]" in text
+
+
+def test_words_between_colons_are_no_pictures():
+    with output.STDOUT.capture() as told:
+        output.print_table("t", ["id"], [["dependency-upgrade:icecream:2025-02-28"]])
+    assert "dependency-upgrade:icecream:2025-02-28" in told.get()
+    with output.STDERR.capture() as told:
+        output.ProgressPrinter()("mine", 0, 1, "dependency-upgrade:icecream:2025-02-28: at base")
+    assert ":icecream:" in told.get()
