@@ -69,8 +69,8 @@ fmt: $(STAMP) ## Format code and protos
 bench: $(STAMP) ## Measure against named peers; tables here, JSON under build/bench
 	@$(BIN)/regreen bench
 
-bench-sandbox: $(STAMP) ## Measure the sandbox service: against the kernel, Docker, cold validations; and every task
-	@$(BIN)/regreen bench sandbox sandbox-service sandbox-warm sandbox-tasks
+bench-sandbox: $(STAMP) ## Measure the sandbox service: against the kernel, Docker, cold validations, pytest; and every task
+	@$(BIN)/regreen bench sandbox sandbox-service sandbox-warm sandbox-failures sandbox-tasks
 
 bench-dataset: $(STAMP) ## Measure the dataset service: the queue against bare Postgres, a million trajectories
 	@$(BIN)/regreen bench dataset-queue dataset-store

@@ -37,9 +37,9 @@ from sandbox_svc.verdicts import difference
 from sandbox_svc.warm import WarmPool, WarmSettings
 from sandbox_svc.wheelhouse import DistStore
 
-_RUNNER = {"pytest": "8.3.5", "pluggy": "1.5.0", "iniconfig": "2.0.0", "packaging": "24.2"}
+RUNNER = {"pytest": "8.3.5", "pluggy": "1.5.0", "iniconfig": "2.0.0", "packaging": "24.2"}
 _SCIENCE = {
-    **_RUNNER,
+    **RUNNER,
     "numpy": "2.2.6",
     "pandas": "2.2.3",
     "python-dateutil": "2.9.0.post0",
@@ -64,7 +64,7 @@ _MEANS = {
 }
 CASES: Mapping[str, tuple[dict[str, str], dict[str, str], FileChange]] = {
     "pytest_only": (
-        _RUNNER,
+        RUNNER,
         _SHORT,
         FileChange("short/__init__.py", b"def add(a, b):\n    return a + b\n"),
     ),
@@ -140,13 +140,14 @@ class Bench:
         finally:
             await box.delete()
 
-    async def prepare(self, name: str, python: str) -> State:
-        """The state of one case.
+    async def prepare(
+        self, name: str, python: str, packages: Mapping[str, str], files: Mapping[str, str]
+    ) -> State:
+        """The state of a repository.
 
         Raises:
             RegreenError: its packages cannot be had, or it cannot be built.
         """
-        packages, files, _ = CASES[name]
         source = self.store.adopt(_archive(self.home, name, files))
         spec = EnvironmentSpec(
             "python", name, "1.0", python, source, pins=await _pins(packages, python),
@@ -158,7 +159,8 @@ class Bench:
 
     async def row(self, name: str, python: str, rounds: int) -> dict[str, Any]:
         """Cold and warm validations of one case, by turns."""
-        state, fix = await self.prepare(name, python), CASES[name][2]
+        packages, files, fix = CASES[name]
+        state = await self.prepare(name, python, packages, files)
         began = time.perf_counter()
         self.pool.warm(state)
         await self.pool.settled()
@@ -215,12 +217,17 @@ def _row(
     return row
 
 
+def usual_python() -> str:
+    """3.11, or the newest that this host has."""
+    found = find_all()
+    return "3.11" if "3.11" in found else max(found, key=lambda v: [int(p) for p in v.split(".")])
+
+
 async def measure_warm(rounds: int, home: Path) -> dict[str, Any]:
     """Cold against warm validations; the report."""
     rows: dict[str, Any] = {}
     skipped: dict[str, str] = {}
-    python = max(find_all(), key=lambda v: [int(part) for part in v.split(".")])
-    python = "3.11" if "3.11" in find_all() else python
+    python = usual_python()
     async with Bench(home) as bench:
         for name in CASES:
             try:

@@ -29,6 +29,7 @@ BENCHMARKS = {
     "weight-sync": "learner_svc.bench_sync",
     "sandbox-service": "sandbox_svc.bench_service",
     "sandbox-warm": "sandbox_svc.bench_warm",
+    "sandbox-failures": "sandbox_svc.bench_failures",
     "sandbox-tasks": "sandbox_svc.bench_tasks",
     "mine": "regreen.mine.bench",
     "dataset-queue": "dataset_svc.bench_queue",
