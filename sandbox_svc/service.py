@@ -25,7 +25,14 @@ from sandbox_svc import egress_probe, fetches, metrics
 from sandbox_svc.actions import Actions
 from sandbox_svc.backends.base import Capability, Runtime
 from sandbox_svc.backends.embedded import EmbeddedRuntime
-from sandbox_svc.builders.base import Builder, EnvironmentSpec, FileChange, Prepared, Progress
+from sandbox_svc.builders.base import (
+    Builder,
+    EnvironmentSpec,
+    FileChange,
+    Prepared,
+    Progress,
+    nothing_installed,
+)
 from sandbox_svc.builders.interpreters import find_all
 from sandbox_svc.builders.python import PythonBuilder
 from sandbox_svc.builders.system import SystemBuilder
@@ -213,7 +220,10 @@ class SandboxHost:
             allow, limits = self.settings.prepared_from(), self.settings.limits()
             way = fetches.Fetches(self.egress.ledger, made, allow)
             try:
-                prepared = await builder.prepare(spec, self.runtime, limits, report, way)
+                there = nothing_installed if rebuild else self.states.installed
+                prepared = await builder.prepare(
+                    spec, self.runtime, limits, report, way, installed=there
+                )
             finally:
                 way.close()
             asked = {fetches.METADATA: way.encode()}

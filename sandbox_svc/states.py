@@ -74,6 +74,8 @@ class StateStore:
         self._runtime, self._clock = runtime, clock
         self._states: Holdings[State] = Holdings()
         self._flights: Flights[State] = Flights()
+        self._installed: dict[str, str] = {}
+        """Ids of states that this process prepared, by what is installed in them."""
         self._used: dict[str, int] = {}
         self._growing = 0
         self._collect_later = False
@@ -218,6 +220,15 @@ class StateStore:
         """The prepared state of a spec that this host can run, whoever made it."""
         found = self._states.get(state_id("", spec_sha256))
         return found if found is not None and found.host == self._host else None
+
+    def installed(self, installation: str) -> tuple[str, ...]:
+        """The layers of a state with an installation, if this process has prepared one.
+
+        Nothing is removed while a preparation runs, so that one may begin on them. What a record
+        says of itself counts for nothing here: it may have been imported.
+        """
+        state = self._states.get(self._installed.get(installation, ""))
+        return state.layers if state is not None else ()
 
     def list(self, *, spec_sha256: str = "", parent_id: str = "") -> Sequence[State]:
         """States that the caller sees and that match, oldest first."""
@@ -388,9 +399,12 @@ class StateStore:
             with self.growing():
                 self._collect_later = True
                 prepared = await build(report)
-                return await self.add(
+                state = await self.add(
                     prepared.layers, action=spec_sha256, spec_sha256=spec_sha256, prepared=prepared
                 )
+                if prepared.installation:
+                    self._installed[prepared.installation] = state.id
+                return state
 
         return await self.owners.share(await self._flights.join(spec_sha256, run, progress))
 
@@ -420,6 +434,7 @@ class StateStore:
             raise state_in_use(state_id)
         del self._states[state_id]
         self._touched.pop(state_id, None)
+        self._installed = {k: v for k, v in self._installed.items() if v != state_id}
         (self._directory / f"{state_id}.json").unlink(missing_ok=True)
         self._tell(state_id)
         await self.collect()

@@ -154,8 +154,21 @@ class EnvironmentSpec:
         return hashlib.sha256(b"regreen-env-%d\n" % FORMAT + self.canonical()).hexdigest()
 
     @property
+    def installation(self) -> bytes:
+        """What the files of the State follow from: not what else is on offer or which tests run.
+
+        Specs that have this alike begin on the same layers.
+        """
+        fields = json.loads(self.canonical())
+        return json.dumps({k: v for k, v in fields.items() if k not in _AFTER}).encode()
+
+    @property
     def allowed_pythons(self) -> tuple[str, ...]:
         return self.pythons or (self.python,)
+
+
+_AFTER = frozenset(("wheelhouse", "test", "egress"))
+"""Fields of a spec that leave no trace in the files of its State."""
 
 
 def _hex(value: object) -> str:
@@ -257,6 +270,20 @@ class Prepared:
     env: Mapping[str, str]
     metadata: Mapping[str, Any]
     """JSON-able: `spec`, `python`, `interpreters`, `wheelhouse`, `protected`, `baseline`..."""
+    installation: str = ""
+    """A digest of what the layers' files follow from; empty where no other State may use them."""
+
+
+Installed = Callable[[str], tuple[str, ...]]
+"""The layers of a State that is there with the installation of a digest; empty if there is none.
+
+They stay at least until the preparation that asks has ended.
+"""
+
+
+def nothing_installed(digest: str) -> tuple[str, ...]:
+    """For preparations that begin with nothing."""
+    return ()
 
 
 class Builder(Protocol):
@@ -271,8 +298,11 @@ class Builder(Protocol):
         limits: Limits,
         progress: Progress,
         fetches: Fetches | None = None,
+        installed: Installed = nothing_installed,
     ) -> Prepared:
         """Fetch, build, install, run the tests once, freeze; `fetches` sees to what is fetched.
+
+        What is installed already is not installed again; the tests run all the same.
 
         Raises:
             InvalidArgument: the spec cannot be followed.

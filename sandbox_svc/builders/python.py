@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from regreen.blobs import BlobStore, Digest
-from regreen.lockfile import check_pin, format_lock, lock_of, normalize, parse_lock
+from regreen.lockfile import format_lock, lock_of, normalize
 from regreen.pkgindex import find_uv
 from regreen.rpc.errors import (
     FailedPrecondition,
@@ -41,14 +41,16 @@ from sandbox_svc.builders.base import (
     WHEELHOUSE,
     DistFile,
     EnvironmentSpec,
+    Installed,
     Pin,
     Prepared,
     Progress,
     Stage,
-    check_overlay,
     lay_over,
+    nothing_installed,
 )
-from sandbox_svc.builders.interpreters import Interpreter, check_version, find_interpreter
+from sandbox_svc.builders.checked import check_spec
+from sandbox_svc.builders.interpreters import Interpreter, find_interpreter
 from sandbox_svc.builders.protect import protected_roots, pytest_settings
 from sandbox_svc.builders.standing import module_files, own_modules, own_names
 from sandbox_svc.fetches import Fetches
@@ -57,7 +59,6 @@ from sandbox_svc.wheelhouse import DistStore, Wheel, pick
 INBOX = Path(__file__).parent / "inbox"
 DISTS = "/dists"
 FACTS = "/work/.regreen/env.json"
-MAX_PYTHONS = 8
 MAX_SETTINGS = 2000
 _LISTING_BYTES = 32 << 20
 
@@ -92,6 +93,7 @@ class PythonBuilder:
         limits: Limits,
         progress: Progress,
         fetches: Fetches | None = None,
+        installed: Installed = nothing_installed,
     ) -> Prepared:
         """Fetch, build, install, freeze, then run the broken State's tests."""
         check_spec(spec)
@@ -99,14 +101,20 @@ class PythonBuilder:
         inputs = await self._fetch(spec, interpreters, progress, fetches)
         house = await self._wheelhouse(spec, inputs, runtime, limits, progress)
         inputs = replace(inputs, mounts=(*inputs.mounts, Mount(house, WHEELHOUSE)))
-        box = await runtime.create((), limits=limits, mounts=inputs.mounts)
+        installation = self._installation(spec, interpreters)
+        layers = installed(installation)
+        box = await runtime.create(layers, limits=limits, mounts=inputs.mounts)
         try:
-            await self._install(spec, inputs, box, progress)
+            if layers:
+                progress(Stage("install", 1, 1, "as in a State that is here"))
+            else:
+                await self._install(spec, inputs, box, progress)
             settings = await _read_settings(box)
             files = await module_files(box)
             foreign = await _foreign_modules(box, inputs, normalize(spec.package), files)
-            progress(Stage("snapshot", 0, 1))
-            layer = await box.freeze()
+            if not layers:
+                progress(Stage("snapshot", 0, 1))
+                layers = (await box.freeze(),)
         finally:
             await box.delete()
         kept = tuple(m for m in inputs.mounts if m.target != DISTS)
@@ -125,10 +133,17 @@ class PythonBuilder:
             "runner": RUNNER,
         }
         progress(Stage("baseline", 0, 1))
-        baseline, facts = await testrun.baseline(runtime, (layer,), kept, env, facts, limits, files)
+        baseline, facts = await testrun.baseline(runtime, layers, kept, env, facts, limits, files)
         told = "; ".join((f"{len(baseline.failing)} tests fail", *baseline.notes))
         progress(Stage("baseline", 1, 1, told))
-        return Prepared((layer,), kept, env, {**facts, "baseline": asdict(baseline)})
+        facts |= {"baseline": asdict(baseline)}
+        return Prepared(layers, kept, env, facts, installation)
+
+    def _installation(self, spec: EnvironmentSpec, found: Mapping[str, Interpreter]) -> str:
+        """A digest of all that the files follow from: the spec, and what of this host has part."""
+        parts = [f"{v} {i.full_version} {i.executable}" for v, i in sorted(found.items())]
+        parts += [os.uname().machine, str(self.tools)]
+        return hashlib.sha256(spec.installation + "\n".join(parts).encode()).hexdigest()
 
     async def _fetch(
         self,
@@ -306,71 +321,6 @@ def _lock_text(spec: EnvironmentSpec) -> str:
 
 def _files_for(pin: Pin, pythons: Sequence[str]) -> list[DistFile]:
     return [f for f in {pick(pin, python) for python in pythons} if f is not None]
-
-
-def check_spec(spec: EnvironmentSpec) -> None:
-    """Refuse a spec that cannot be followed.
-
-    Raises:
-        InvalidArgument: names the field.
-    """
-    if (spec.source is None) == (not spec.source_tree):
-        problem = (
-            "is absent, and source_tree too"
-            if spec.source is None
-            else "and source_tree are both given"
-        )
-        raise InvalidArgument("spec.source", problem, "give one of the two")
-    if spec.python not in spec.allowed_pythons:
-        raise InvalidArgument("spec.pythons", f"lacks {spec.python}", "add the spec's own python")
-    if len(spec.allowed_pythons) > MAX_PYTHONS:
-        raise InvalidArgument(
-            "spec.pythons", f"has {len(spec.pythons)} entries", f"give at most {MAX_PYTHONS}"
-        )
-    for version in spec.allowed_pythons:
-        check_version(version)
-    if spec.install_mode not in ("editable", "path", "none"):
-        raise InvalidArgument(
-            "spec.install_mode", f"is {spec.install_mode[:80]!r}", "use editable, path, none"
-        )
-    _check_pins(spec)
-    _check_arguments(spec.test.arguments)
-    check_overlay(spec)
-
-
-def _check_pins(spec: EnvironmentSpec) -> None:
-    """Refuse pins that name no release, and installed ones that cannot be there together.
-
-    Raises:
-        InvalidArgument: names the pin by its place in the request.
-    """
-    for field in ("pins", "wheelhouse", "build_pins"):
-        for number, pin in enumerate(getattr(spec, field)):
-            check_pin(str(pin), f"spec.{field}[{number}]")
-    seen: set[str] = set()
-    for number, pin in enumerate(spec.pins):
-        if not pin.files:
-            raise InvalidArgument(
-                f"spec.pins[{number}].files", f"of {pin} is empty", "name a file with its sha256"
-            )
-        if (name := normalize(pin.name)) in seen:
-            raise InvalidArgument(f"spec.pins[{number}].name", f"pins {name} again", "keep one pin")
-        seen.add(name)
-    parse_lock("\n".join(str(pin) for pin in spec.pins), "spec.pins")
-
-
-def _check_arguments(arguments: Sequence[str]) -> None:
-    """Refuse to spread the tests over processes: the runner sees its own process only.
-
-    Raises:
-        InvalidArgument: names the option.
-    """
-    for argument in arguments:
-        option = argument.partition("=")[0]
-        if option in ("--dist", "--numprocesses", "--tx") or option.startswith("-n"):
-            raise InvalidArgument(
-                "spec.test.arguments", f"has {argument!r}", "leave it out: tests run in one process"
-            )
 
 
 async def _must(box: Box, argv: tuple[str, ...], what: str) -> ExecResult:

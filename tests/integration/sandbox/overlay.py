@@ -12,12 +12,15 @@ from sandbox_svc.backends.base import Limits, Runtime
 from sandbox_svc.backends.embedded import EmbeddedRuntime
 from sandbox_svc.builders.base import (
     EnvironmentSpec,
+    Installed,
     Prepared,
     Progress,
     Stage,
     check_overlay,
     lay_over,
+    nothing_installed,
 )
+from sandbox_svc.fetches import Fetches
 from sandbox_svc.service import SandboxHost
 from sandbox_svc.settings import SandboxSettings
 
@@ -29,7 +32,13 @@ class OverlayBuilder:
     builds = 0
 
     async def prepare(
-        self, spec: EnvironmentSpec, runtime: Runtime, limits: Limits, progress: Progress, fetches
+        self,
+        spec: EnvironmentSpec,
+        runtime: Runtime,
+        limits: Limits,
+        progress: Progress,
+        fetches: Fetches | None = None,
+        installed: Installed = nothing_installed,
     ) -> Prepared:
         check_overlay(spec)
         OverlayBuilder.builds += 1

@@ -10,8 +10,8 @@ from regreen.rpc.errors import InvalidArgument, MissingDependency
 from regreen.sandbox.v1 import sandbox_pb2 as pb
 from regreen.tasks.model import FileRecord
 from sandbox_svc.builders.base import DistFile, EnvironmentSpec, Pin
+from sandbox_svc.builders.checked import MAX_PYTHONS, check_spec
 from sandbox_svc.builders.interpreters import find_interpreter
-from sandbox_svc.builders.python import MAX_PYTHONS, check_spec
 from sandbox_svc.specs import changes_from_proto, spec_from_proto
 from sandbox_svc.wheelhouse import DistStore, Wheel
 
