@@ -1,8 +1,8 @@
 """Measures what failing tests cost: a suite of a hundred, all broken by one change, and mended.
 
 - `python -m sandbox_svc.bench_failures --json` prints one JSON object; without the flag, a table.
-- The peer is pytest as everyone starts it, in a fork of the same State, with the tracebacks that
-  the runner asks for; all take turns within one run, and all count as many failures.
+- The peer is pytest as everyone starts it, with the tracebacks that the runner asks for, in a fork
+  of the same State that is there already; all take turns within one run, and count the same.
 - The failures come out of a framework of usual size, a few calls deep, as after an upgrade.
 """
 
@@ -34,7 +34,7 @@ _PYTEST = ("python", "-m", "pytest", "-q", "--tb=short", "--color=no", "tests")
 
 
 def _framework(works: bool) -> str:
-    """A module of about 1,500 lines through which every test goes."""
+    """A module of about 2,000 lines through which every test goes."""
     many = "".join(
         f"def part_{n}(value):\n"
         f"    '''Part {n} of it.'''\n"

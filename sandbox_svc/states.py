@@ -74,8 +74,8 @@ class StateStore:
         self._runtime, self._clock = runtime, clock
         self._states: Holdings[State] = Holdings()
         self._flights: Flights[State] = Flights()
-        self._installed: dict[str, str] = {}
-        """Ids of states that this process prepared, by what is installed in them."""
+        self._installed: dict[str, list[str]] = {}
+        """Ids of states that this process prepared, by what is installed in them, newest last."""
         self._used: dict[str, int] = {}
         self._growing = 0
         self._collect_later = False
@@ -227,8 +227,9 @@ class StateStore:
         Nothing is removed while a preparation runs, so that one may begin on them. What a record
         says of itself counts for nothing here: it may have been imported.
         """
-        state = self._states.get(self._installed.get(installation, ""))
-        return state.layers if state is not None else ()
+        ids = self._installed.get(installation, ())
+        found = (self._states[id].layers for id in reversed(ids) if id in self._states)
+        return next(found, ())
 
     def list(self, *, spec_sha256: str = "", parent_id: str = "") -> Sequence[State]:
         """States that the caller sees and that match, oldest first."""
@@ -403,7 +404,7 @@ class StateStore:
                     prepared.layers, action=spec_sha256, spec_sha256=spec_sha256, prepared=prepared
                 )
                 if prepared.installation:
-                    self._installed[prepared.installation] = state.id
+                    self._installed.setdefault(prepared.installation, []).append(state.id)
                 return state
 
         return await self.owners.share(await self._flights.join(spec_sha256, run, progress))
@@ -434,7 +435,10 @@ class StateStore:
             raise state_in_use(state_id)
         del self._states[state_id]
         self._touched.pop(state_id, None)
-        self._installed = {k: v for k, v in self._installed.items() if v != state_id}
+        for installation, ids in list(self._installed.items()):
+            self._installed[installation] = [id for id in ids if id != state_id]
+            if not self._installed[installation]:
+                del self._installed[installation]
         (self._directory / f"{state_id}.json").unlink(missing_ok=True)
         self._tell(state_id)
         await self.collect()

@@ -13,6 +13,7 @@
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
@@ -188,16 +189,16 @@ class Upkeep:
     def _victim(self) -> State | None:
         """The state to drop next, if there is one."""
         states = self._states.every()
-        counts: dict[str, int] = {}
-        for state in states:
-            for layer in state.layers:
-                counts[layer] = counts.get(layer, 0) + 1
+        alike: dict[tuple[str, ...], list[State]] = {}
+        for state in states:  # those of one installation: bytes go with the last of them
+            alike.setdefault(state.layers, []).append(state)
+        counts = Counter(layer for layers in alike for layer in layers)
         stood_on, now = self._stood_on(), self._clock()
-        may = [
-            state
-            for state in states
-            if state.id not in stood_on and self._frees(state, counts) and self._is_old(state, now)
-        ]
+
+        def goes(one: State) -> bool:
+            return one.id not in stood_on and self._is_old(one, now)
+
+        may = [s for s in states if self._frees(s, counts) and all(map(goes, alike[s.layers]))]
         order = {"prepared": 0, "snapshot": 1}
         return min(may, key=lambda s: (order[_kind(s)], self._states.used_s(s), s.id), default=None)
 

@@ -61,7 +61,8 @@ from regreen.train.weights import (
 
 HEAD_START_S = 10.0
 """How long the rest of a checkpoint waits at most for its weights to serve: both want the same
-processors and disk, rollouts wait for the weights, and nobody for the rest."""
+processors and disk, and rollouts wait for the weights. For the rest the next step waits only where
+it takes longer than its rollouts."""
 _A = TypeVar("_A")
 _B = TypeVar("_B")
 Workers = Callable[[Stack, str, int], AbstractAsyncContextManager[object]]

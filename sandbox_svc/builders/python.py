@@ -187,7 +187,8 @@ class PythonBuilder:
         """Wheels of every release for every allowed interpreter; sdists are built first."""
         wheels: set[Wheel] = set()
         to_build: list[tuple[Pin, DistFile, str]] = []
-        for pin in {(p.name, p.version): p for p in (*spec.pins, *spec.wheelhouse)}.values():
+        # What is installed is what the pins say, whatever else is on offer under its name.
+        for pin in {(p.name, p.version): p for p in (*spec.wheelhouse, *spec.pins)}.values():
             for python in spec.allowed_pythons:
                 file = pick(pin, python)
                 if file is None:
@@ -213,7 +214,8 @@ class PythonBuilder:
 
     def _build_key(self, spec: EnvironmentSpec, file: DistFile, inputs: Inputs, python: str) -> str:
         parts = [file.sha256, inputs.interpreters[python].full_version, os.uname().machine]
-        parts += sorted(f"{p}" for p in spec.build_pins)
+        tools = [(pin, pick(pin, spec.python)) for pin in spec.build_pins]
+        parts += sorted(f"{pin} {tool.sha256 if tool else ''}" for pin, tool in tools)
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     async def _build_wheel(

@@ -18,6 +18,8 @@ HOME = "_pytest._code.source"
 NAME = "getstatementrange_ast"
 TREES = 16
 """Files whose trees stay: one is larger than its text."""
+TEXTS = 512
+"""Texts whose lines stay."""
 ASKED = frozenset(("body", "orelse", "finalbody", "handlers", "cases", "decorator_list"))
 """Fields of statements that say where others begin."""
 
@@ -43,7 +45,7 @@ def remember_statements() -> None:
         lineno: int, source: Any, assertion: bool = False, astnode: Any = None
     ) -> tuple[Any, int, int]:
         text = tuple(source.lines)
-        ranges = known.setdefault(text, {})
+        ranges = known[text] = known.pop(text, {})
         tree = trees.pop(text, astnode)
         if lineno not in ranges:
             known_tree = tree
@@ -51,9 +53,11 @@ def remember_statements() -> None:
             ranges[lineno] = (start, end)
             if tree is not known_tree:
                 strip(tree)
-        trees[text] = tree
-        while len(trees) > TREES:
-            del trees[next(iter(trees))]
+        if tree is not None:
+            trees[text] = tree
+        for kept, most in ((trees, TREES), (known, TEXTS)):
+            while len(kept) > most:
+                del kept[next(iter(kept))]
         return (tree, *ranges[lineno])
 
     for name in [HOME, *sys.modules]:

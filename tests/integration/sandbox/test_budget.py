@@ -125,3 +125,33 @@ async def test_what_is_shared_with_layers_that_went_counts_in_full_at_once(tmp_p
     assert [state.id for state in states.list()] == [third.id]
     await states.close()
     await runtime.close()
+
+
+async def test_states_of_one_installation_go_together(tmp_path):
+    clock = Clock()
+    runtime = EmbeddedRuntime(tmp_path / "home", run_probes=False, warm_seats=0)
+    await runtime.start()
+    states = StateStore(tmp_path / "home", runtime, clock=clock)
+    await states.open()
+    one = await prepared(states, runtime, 1)
+    clock.now += 100.0
+
+    async def build(progress):
+        return Prepared(one.layers, (), {}, {})
+
+    two = await states.prepare("2" * 64, build)
+    limits = UpkeepLimits(state_bytes=_BIG // 2)
+    await kept_up(Upkeep(states, runtime, set, clock, limits))
+    assert {state.id for state in states.list()} == {one.id, two.id}, "the younger one is in use"
+    clock.now += 100.0
+    box = await runtime.create(two.layers, limits=Limits())
+    states.hold(two.layers)
+    await kept_up(Upkeep(states, runtime, set, clock, limits))
+    assert {state.id for state in states.list()} == {one.id, two.id}, "a sandbox runs on both"
+    await box.delete()
+    states.release(two.layers)
+    await kept_up(Upkeep(states, runtime, set, clock, limits))
+    assert states.list() == []
+    assert await runtime.layers() == []
+    await states.close()
+    await runtime.close()

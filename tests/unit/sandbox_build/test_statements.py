@@ -107,23 +107,46 @@ def test_of_real_files_too(remembered: Any, module: ModuleType) -> None:
     assert [remembered(line, text)[1:] for line in lines] == expected
 
 
-def test_a_text_is_parsed_once(remembered: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    parsed: list[str] = []
+@pytest.fixture
+def parsed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Texts that were parsed."""
+    texts: list[str] = []
     parse = ast.parse
 
     def counted(text: Any, *rest: Any, **more: Any) -> ast.AST:
-        parsed.append(text)
+        texts.append(text)
         tree: ast.AST = parse(text, *rest, **more)
         return tree
 
     monkeypatch.setattr(ast, "parse", counted)
-    texts = [source.Source(f"x = {n}\ny = (\n    2\n)\n") for n in range(3)]
+    return texts
+
+
+def test_a_text_is_parsed_once(remembered: Any, parsed: list[str]) -> None:
+    texts = [f"x = {n}\ny = (\n    2\n)\n" for n in range(3)]
     for _ in range(4):
-        for text in texts:
-            # A text is read anew for each frame.
-            assert remembered(2, source.Source(str(text)))[1:] == (1, 4)
-            assert remembered(0, source.Source(str(text)))[1:] == (0, 1)
+        for text in texts:  # a text is read anew for each frame
+            assert remembered(2, source.Source(text))[1:] == (1, 4)
+            assert remembered(0, source.Source(text))[1:] == (0, 1)
     assert len(parsed) == len(texts)
+
+
+def test_however_many_files_a_traceback_goes_through(remembered: Any, parsed: list[str]) -> None:
+    """The file of the tests is one of them, and each failure is of another line of it."""
+    tests = "".join(f"assert call({n})\n" for n in range(60))
+    others = [f"x = {n}\n" for n in range(3 * statements.TREES)]
+    for line in range(60):
+        assert remembered(line, source.Source(tests))[1:] == (line, line + 1)
+        for other in others:
+            assert remembered(0, source.Source(other))[1:] == (0, 1)
+    assert len(parsed) <= len(others) + 2
+
+
+def test_what_is_remembered_is_bounded(remembered: Any, parsed: list[str]) -> None:
+    for n in range(statements.TEXTS + 1):
+        remembered(0, source.Source(f"y = {n}\n"))
+    remembered(0, source.Source("y = 0\n"))
+    assert len(parsed) == statements.TEXTS + 2
 
 
 def test_a_text_that_changed_is_another(remembered: Any) -> None:
