@@ -59,7 +59,8 @@ class Verdict:
     seconds: float = 0.0
     """Mean wall time of one validation of the reference fix."""
     prepare_s: float = 0.0
-    """Wall time of the preparation; 0 where the State was there."""
+    """Wall time of the preparation; 0 where the State was there, that of the tests where what it
+    installs was."""
     depends_on: tuple[str, ...] = ()
     """What the verdict hangs on beside the code."""
     quarantined: tuple[Quarantined, ...] = ()
