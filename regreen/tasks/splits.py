@@ -6,6 +6,8 @@
   in the test split alone, unless the set learns from one of them already.
 - A record that gives away one of another split goes with that one if its family is new, and is left
   out otherwise; so is a control, and what a held-out culprit broke, if its family is not in test.
+- One break is one task: of a package that a culprit broke over the same release, with a test in
+  common, the second record is left out, whatever version of the package it is of.
 """
 
 import hashlib
@@ -13,7 +15,10 @@ from collections.abc import Sequence
 from datetime import date
 from typing import Literal
 
+from packaging.version import InvalidVersion, Version
+
 from regreen.families import family
+from regreen.lockfile import normalize
 from regreen.mine.culprits import shipped_culprits
 from regreen.rpc.errors import InvalidArgument
 from regreen.tasks.leaks import Facts, facts_of_record, leaks_of
@@ -40,6 +45,20 @@ def late_culprits() -> frozenset[str]:
     )
 
 
+def same_break(one: TaskRecord, other: TaskRecord) -> bool:
+    """Whether one release of one culprit broke a package in both records, seen by a common test."""
+    a, b = one.culprit, other.culprit
+    if a is None or b is None or normalize(one.package) != normalize(other.package):
+        return False
+    if normalize(a.name) != normalize(b.name):
+        return False
+    try:
+        overlap = max(map(Version, (a.good, b.good))) < min(map(Version, (a.bad, b.bad)))
+    except InvalidVersion:
+        overlap = (a.good, a.bad) == (b.good, b.bad)
+    return overlap and not set(one.tests.fail_to_pass).isdisjoint(other.tests.fail_to_pass)
+
+
 class Splits:
     """The splits of a set, which grows."""
 
@@ -50,6 +69,7 @@ class Splits:
             InvalidArgument: a family of packages has two splits.
         """
         self._facts: list[Facts] = []
+        self._records = list(old)
         self._splits: dict[str, Split] = {}
         self.left_out: dict[str, str] = {}
         """Ids of records that are in no split, and why."""
@@ -64,6 +84,10 @@ class Splits:
 
     def place(self, record: TaskRecord) -> Split | None:
         """The split of a new record; None: it is left out, and `left_out` says why."""
+        twin = next((one for one in self._records if same_break(one, record)), None)
+        if twin is not None:
+            self.left_out[record.id] = f"is the break of {twin.id}"
+            return None
         own = facts_of_record(record)
         known = self._splits.get(own.family)
         why = "is a control" if record.control else ""
@@ -79,6 +103,7 @@ class Splits:
             return None
         self._splits[own.family] = split
         self._facts.append(own)
+        self._records.append(record)
         return split
 
     def _beside(self, own: Facts) -> Split | None:

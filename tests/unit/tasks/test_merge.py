@@ -156,6 +156,29 @@ def test_what_would_give_a_task_away_goes_with_it_or_is_left_out() -> None:
     assert "have nearly the same log (1.00)" in splits.left_out["b"]
 
 
+def test_one_break_is_one_task() -> None:
+    def broken(id: str, good: str, bad: str, test: str = "t::a", name: str = "Numpy") -> TaskRecord:
+        one = task(id, "some.Package", culprit=Culprit(name=name, good=good, bad=bad))
+        return one.model_copy(
+            update={"tests": one.tests.model_copy(update={"fail_to_pass": [test]})}
+        )
+
+    there = merged_tasks([], [broken("wide", "1.26", "2.2")])
+    for near in (broken("first", "1.26.4", "2.0", name="numpy"), broken("late", "2.1", "3.0")):
+        splits = Splits(there)
+        assert merged_tasks(there, [near], splits) == there
+        assert splits.left_out == {near.id: "is the break of wide"}
+    others = [
+        broken("before", "1.20", "1.26"),
+        broken("after", "2.2", "2.3"),
+        broken("elsewhere", "1.26", "2.0", test="t::b"),
+        broken("another", "1.26", "2.0", name="pandas"),
+    ]
+    assert len(merged_tasks(there, others)) == 5
+    odd = [broken("x", "old", "new"), broken("y", "old", "new"), broken("z", "new", "newer")]
+    assert [one.id for one in merged_tasks([], odd)] == ["x", "z"]
+
+
 def test_a_family_has_one_split() -> None:
     there = [task("a", "dateutil", split="validation")]
     found = merged_tasks(there, [task("b", "python-dateutil")])
