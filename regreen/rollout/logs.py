@@ -34,6 +34,8 @@ _TYPE = (
     r"(?:Error|Exception|Warning|Exit|Interrupt|Failed|Failure|NotFound|Conflict|Timeout|Invalid)"
 )
 _ERROR = re.compile(rf"({_TYPE}|Failed)(?:: (.*))?$")
+_RAISED = re.compile(r"((?:[a-z_]\w{0,80}\.){1,12}[A-Z]\w{0,80})(?:: (.*))?$")
+"""Where only what was raised stands: a class in a module, however it is called."""
 _ASSERT = re.compile(r"assert (.*)$")
 _FRAME_SHORT = re.compile(
     r"([^\s:'\"][^:'\"]{0,300}\.pyx?|<[\w ]+>):(\d{1,7}):(?: in (.{1,200})| [\w.]+)?$"
@@ -290,7 +292,7 @@ class _Scanner:
         if match := _FRAME_LONG.match(text):
             self._frame(match)
             return False
-        if match := _ERROR.match(text):
+        if match := _ERROR.match(text) or _RAISED.match(text):
             self._event(match[1], match[2] or "")
             return True
         if match := _ASSERT.match(text):

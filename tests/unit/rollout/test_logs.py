@@ -162,6 +162,32 @@ def test_names_the_error_of_every_shipped_task(record):
     assert any(error.message[:30] in " ".join(line.split()) for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("line", "kind", "message"),
+    [
+        (
+            "werkzeug.exceptions.UnsupportedMediaType: 415 Unsupported: no",
+            "UnsupportedMediaType",
+            "415",
+        ),
+        ("twisted.trial.unittest.FailTest: b'' != b'x'", "FailTest", "b''"),
+        ("some_pkg.Stop", "Stop", ""),
+    ],
+)
+def test_what_pytest_says_was_raised_may_have_any_name(line: str, kind: str, message: str) -> None:
+    error = analyse(f"E   {line}")
+    assert error is not None
+    assert error.type.endswith(kind)
+    assert error.message.startswith(message)
+
+
+@pytest.mark.parametrize(
+    "line", ["- a.B: c", "see docs.Example for more", "http.Server is up", "B: c"]
+)
+def test_what_looks_a_little_like_it_is_no_error(line: str) -> None:
+    assert analyse(f"E   {line}") is None
+
+
 def test_import_errors_of_shipped_tasks_point_at_a_package_that_moved():
     checked = 0
     for record in _records():

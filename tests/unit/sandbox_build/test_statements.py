@@ -77,7 +77,7 @@ def remembered() -> Iterator[Any]:
     found = source.getstatementrange_ast
     assert found is not find
     yield found
-    changed = [m for m in sys.modules.values() if vars(m).get(statements.NAME) is found]
+    changed = [m for m in sys.modules.values() if getattr(m, statements.NAME, None) is found]
     assert source in changed
     for module in changed:
         setattr(module, statements.NAME, find)
