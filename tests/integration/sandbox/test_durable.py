@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -27,6 +28,12 @@ _START_S = 60.0
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
+def _listens(path: Path) -> bool:
+    """Whether calls are taken: a socket has its name before it listens."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
+
+
 @contextlib.contextmanager
 def _service(home: Path, place: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """A sandbox service as a process, and its address; it ends by SIGKILL."""
@@ -43,7 +50,7 @@ def _service(home: Path, place: Path) -> Iterator[tuple[subprocess.Popen[bytes],
     )
     until = time.monotonic() + _START_S
     try:
-        while not (place / "s").exists():
+        while not _listens(place / "s"):
             assert child.poll() is None
             assert time.monotonic() < until
             time.sleep(0.05)
