@@ -6,23 +6,17 @@
 - The failures come out of a framework of usual size, a few calls deep, as after an upgrade.
 """
 
-import argparse
-import asyncio
-import json
 import os
 import re
-import shutil
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from regreen.rpc import logging
 from regreen.rpc.errors import InfraError, RegreenError
 from sandbox_svc.backends.base import Command
-from sandbox_svc.bench_warm import RUNNER, Bench, timed, usual_python
+from sandbox_svc.bench_warm import RUNNER, Bench, report_of, timed, usual_python
 from sandbox_svc.builders.base import REPO, FileChange
 from sandbox_svc.builders.python import box_environment
 from sandbox_svc.state_records import State
@@ -110,19 +104,8 @@ async def measure(rounds: int, home: Path) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; the exit code."""
-    parser = argparse.ArgumentParser(prog="sandbox_svc.bench_failures", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each contender")
-    options = parser.parse_args(argv)
-    logging.configure("bench", "warning")
-    home = Path(tempfile.mkdtemp(prefix="regreen-failures-"))
-    home.chmod(0o711)
-    try:
-        report = asyncio.run(measure(max(1, options.rounds), home))
-    finally:
-        shutil.rmtree(home, ignore_errors=True)
-    if options.json:
-        sys.stdout.write(json.dumps(report, indent=1) + "\n")
+    report = report_of("sandbox_svc.bench_failures", __doc__, argv, 5, measure)
+    if report is None:
         return 0
     for name, row in report["rows"].items():
         sys.stdout.write(

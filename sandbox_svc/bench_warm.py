@@ -18,7 +18,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -254,21 +254,35 @@ async def measure_warm(rounds: int, home: Path) -> dict[str, Any]:
     }
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark; the exit code."""
-    parser = argparse.ArgumentParser(prog="sandbox_svc.bench_warm", description=__doc__)
+def report_of(
+    prog: str,
+    about: str | None,
+    argv: list[str] | None,
+    rounds: int,
+    measure: Callable[[int, Path], Coroutine[Any, Any, dict[str, Any]]],
+) -> dict[str, Any] | None:
+    """What a benchmark in a home of its own found; None where it was printed as JSON."""
+    parser = argparse.ArgumentParser(prog=prog, description=about)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--rounds", type=int, default=10, help="turns of each contender")
+    parser.add_argument("--rounds", type=int, default=rounds, help="turns of each contender")
     options = parser.parse_args(argv)
     logging.configure("bench", "warning")
-    home = Path(tempfile.mkdtemp(prefix="regreen-warm-"))
+    home = Path(tempfile.mkdtemp(prefix="regreen-bench-"))
     home.chmod(0o711)
     try:
-        report = asyncio.run(measure_warm(max(3, options.rounds), home))
+        report = asyncio.run(measure(max(3, options.rounds), home))
     finally:
         shutil.rmtree(home, ignore_errors=True)
-    if options.json:
-        sys.stdout.write(json.dumps(report, indent=1) + "\n")
+    if not options.json:
+        return report
+    sys.stdout.write(json.dumps(report, indent=1) + "\n")
+    return None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark; the exit code."""
+    report = report_of("sandbox_svc.bench_warm", __doc__, argv, 10, measure_warm)
+    if report is None:
         return 0
     for name, row in report["rows"].items():
         sys.stdout.write(

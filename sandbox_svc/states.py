@@ -404,7 +404,9 @@ class StateStore:
                     prepared.layers, action=spec_sha256, spec_sha256=spec_sha256, prepared=prepared
                 )
                 if prepared.installation:
-                    self._installed.setdefault(prepared.installation, []).append(state.id)
+                    others = self._installed.get(prepared.installation, [])
+                    others = [other for other in others if other != state.id]
+                    self._installed[prepared.installation] = [*others, state.id]
                 return state
 
         return await self.owners.share(await self._flights.join(spec_sha256, run, progress))
