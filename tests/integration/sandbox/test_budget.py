@@ -2,6 +2,8 @@
 
 import asyncio
 
+import pytest
+
 from sandbox_svc.backends.base import Limits
 from sandbox_svc.backends.embedded import EmbeddedRuntime
 from sandbox_svc.builders.base import Prepared
@@ -40,6 +42,19 @@ async def kept_up(upkeep: Upkeep) -> None:
     await upkeep.start()
     await asyncio.wait_for(upkeep.settled(), 30.0)
     await upkeep.close()
+
+
+@pytest.fixture
+async def opened(tmp_path):
+    """A clock, a runtime, and the store of its states."""
+    clock = Clock()
+    runtime = EmbeddedRuntime(tmp_path / "home", run_probes=False, warm_seats=0)
+    await runtime.start()
+    states = StateStore(tmp_path / "home", runtime, clock=clock)
+    await states.open()
+    yield clock, runtime, states
+    await states.close()
+    await runtime.close()
 
 
 async def test_a_budget_drops_what_was_used_least_recently_and_spares_what_is_in_use(tmp_path):
@@ -104,13 +119,9 @@ async def test_the_time_of_use_survives_a_restart(tmp_path):
     await runtime.close()
 
 
-async def test_what_is_shared_with_layers_that_went_counts_in_full_at_once(tmp_path):
+async def test_what_is_shared_with_layers_that_went_counts_in_full_at_once(opened):
     """Files with several names count in parts: what goes leaves its part to the others."""
-    clock = Clock()
-    runtime = EmbeddedRuntime(tmp_path / "home", run_probes=False, warm_seats=0)
-    await runtime.start()
-    states = StateStore(tmp_path / "home", runtime, clock=clock)
-    await states.open()
+    clock, runtime, states = opened
 
     sizes = (2 * _BIG, 2 * _BIG, _BIG)
     first, second, third = [
@@ -123,16 +134,10 @@ async def test_what_is_shared_with_layers_that_went_counts_in_full_at_once(tmp_p
     limits = UpkeepLimits(state_bytes=2 * _BIG + _BIG // 2)
     await kept_up(Upkeep(states, runtime, set, clock, limits))
     assert [state.id for state in states.list()] == [third.id]
-    await states.close()
-    await runtime.close()
 
 
-async def test_states_of_one_installation_go_together(tmp_path):
-    clock = Clock()
-    runtime = EmbeddedRuntime(tmp_path / "home", run_probes=False, warm_seats=0)
-    await runtime.start()
-    states = StateStore(tmp_path / "home", runtime, clock=clock)
-    await states.open()
+async def test_states_of_one_installation_go_together(opened):
+    clock, runtime, states = opened
     one = await prepared(states, runtime, 1)
     clock.now += 100.0
 
@@ -153,5 +158,3 @@ async def test_states_of_one_installation_go_together(tmp_path):
     await kept_up(Upkeep(states, runtime, set, clock, limits))
     assert states.list() == []
     assert await runtime.layers() == []
-    await states.close()
-    await runtime.close()
