@@ -272,9 +272,12 @@ def export(journal: Journal, out: Path) -> tuple[int, int]:
 
 
 def shortened(task: TaskRecord) -> TaskRecord:
-    """The record with a long list of ids cut; count and digest stay those of all."""
+    """The record with a long list of ids cut; count and digest stay those of all.
+
+    A State whose session does not even start names none of them itself: there they are all kept.
+    """
     ids = task.tests.fail_to_pass
-    if len(ids) <= KEPT_IDS:
+    if len(ids) <= KEPT_IDS or task.stage == "session-start":
         return task
     tests = task.tests.model_copy(update={"fail_to_pass": ids[:KEPT_IDS]})
     return task.model_copy(update={"tests": tests})

@@ -22,7 +22,7 @@ def shape(modules: dict[str, Any]) -> Any:
     """The identity of everything in modules and in the classes that they define."""
     found: dict[tuple[str, str], Any] = {}
     for name, module in modules.items():
-        if name in SHIFTING or not isinstance(module, ModuleType):
+        if name in SHIFTING or not is_module(module):
             continue
         for key, value in list(space(module).items()):
             if key in HOOKS:
@@ -43,7 +43,12 @@ def identity(value: Any) -> Any:
 
 def space(module: Any) -> dict[str, Any]:
     """What a module holds; it cannot answer by itself, which could load others."""
-    return RAW.__get__(module) if isinstance(module, ModuleType) else {}
+    return RAW.__get__(module) if is_module(module) else {}
+
+
+def is_module(thing: Any) -> bool:
+    """Whether it is one, and does not only say so, as proxies of modules do."""
+    return issubclass(type(thing), ModuleType)
 
 
 def places(module: Any) -> list[str]:

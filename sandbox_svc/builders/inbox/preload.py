@@ -112,8 +112,7 @@ class Recorder:
         return [
             (name, told)
             for name, told in self.names.items()
-            if isinstance(sys.modules.get(name), ModuleType)
-            and not inside(sys.modules[name], self.root)
+            if looks.is_module(sys.modules.get(name)) and not inside(sys.modules[name], self.root)
         ]
 
 

@@ -73,7 +73,7 @@ def origin_of(module: Any) -> str:
 
     Neither the module nor what it holds is asked by its own means.
     """
-    if not isinstance(module, ModuleType):
+    if not issubclass(type(module), ModuleType):  # what only says that it is one holds nothing
         return ""
     spec = RAW.__get__(module).get("__spec__")
     origin = spec.__dict__.get("origin") if type(spec) is ModuleSpec else None

@@ -51,6 +51,11 @@ HABITS = {
         "    d = HERE.parent / 'greet.egg-info'\n    d.mkdir()\n"
         "    (d / 'PKG-INFO').write_text('')\n"
     ),
+    "proxies_of_modules": (  # Twisted's, of what it deprecates
+        "    import sys, types\n"
+        "    class Proxy:\n        __class__ = types.ModuleType\n"
+        "    sys.modules['old'] = sys.modules['old.part'] = Proxy()\n"
+    ),
     "tables_beside_a_package": (
         "    (Path(wordlib.__file__).parent / 'parsetab.py').write_text('x = 1')\n"
     ),
