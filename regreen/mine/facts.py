@@ -12,13 +12,22 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from regreen.lockfile import normalize
-from regreen.rollout.logs import PrimaryError, analyse
+from regreen.rollout.logs import Frame, PrimaryError, analyse
 
 _MACHINE = re.compile(
     r"/work/|/tmp/|/root/|/home/|/var/|/usr/|0x[0-9a-f]{6,}|\bat 0x|"
     r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d"
 )
 _RUNNER = frozenset({"_pytest", "pytest", "pluggy", "py", "xdist", "pytest_cov"})
+_OWN_CRASH = re.compile(
+    r"""^(?:INTERNALERROR>[ ])?
+        (?:[ ][ ]File[ ]"/opt/regreen/[^"]+",[ ]line[ ]\d+,[ ]in[ ].*
+        |\S*/opt/regreen/\S+\.py:\d+:[ ]in[ ].*)\n
+        (?:(?:INTERNALERROR>[ ])?[ ]{4}.*\n)*
+        (?:INTERNALERROR>[ ]|E[ ]+)?(?P<error>\w[\w.]*(?::[ ].*)?)$""",
+    re.MULTILINE | re.VERBOSE,
+)
+"""A traceback that ends in the files of the trusted runner."""
 _MODULES = {
     "pyyaml": "yaml", "beautifulsoup4": "bs4", "python-dateutil": "dateutil", "pyjwt": "jwt",
     "markdown": "markdown", "attrs": "attr", "pillow": "pil", "gitpython": "git",
@@ -38,8 +47,6 @@ class Run:
     reported: frozenset[str]
     log: str = ""
     seconds: float = 0.0
-    stopped: str = ""
-    """Why the run is of no use; empty if it is."""
     messages: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -85,13 +92,23 @@ def blame_of(error: PrimaryError | None, culprit: str) -> str:
         if frame.place in ("stdlib", "unknown") or frame.module.lower() in own:
             continue
         if frame.place == "third-party":
-            if frame.module in _RUNNER:
+            if _runs_tests(frame):
                 continue
             return "third-party"
         return frame.place
-    if any(frame.module in _RUNNER for frame in error.frames):
+    if any(_runs_tests(frame) for frame in error.frames):
         return "test-runner"
     return "unclear"
+
+
+def _runs_tests(frame: Frame) -> bool:
+    return frame.module in _RUNNER or "/twisted/trial/" in frame.file
+
+
+def own_crash(log: str) -> str:
+    """The error that our own runner of the tests raised in a run; empty where it raised none."""
+    found = _OWN_CRASH.search(log)
+    return found["error"] if found else ""
 
 
 def category_of(error: PrimaryError | None) -> str:
@@ -107,7 +124,7 @@ def category_of(error: PrimaryError | None) -> str:
         return "type-error"
     if kind.endswith("Warning"):
         return "deprecation-as-error"
-    if kind in ("AssertionError", "Failed"):
+    if kind in ("AssertionError", "Failed", "FailTest"):
         return "behaviour-change"
     return "runtime-error"
 

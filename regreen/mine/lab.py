@@ -19,7 +19,7 @@ from google.protobuf.duration_pb2 import Duration
 from regreen.client.sandbox import SandboxClient, StateClient
 from regreen.common.v1 import common_pb2
 from regreen.lockfile import format_lock, lock_of
-from regreen.mine.facts import Run, stable_ids
+from regreen.mine.facts import Run, own_crash, stable_ids
 from regreen.mine.registry import Registry
 from regreen.pkgindex import usable_files
 from regreen.rpc.errors import FailedPrecondition, InvalidArgument, MissingDependency, NotFound
@@ -174,7 +174,7 @@ class Laboratory:
             raise Unusable(found.summary)
         if not found.lasting:
             raise Unusable(found.summary)
-        return _run_of(found)
+        return _usable(_run_of(found))
 
     async def _prepare(self) -> Run:
         release = self.release
@@ -208,7 +208,7 @@ class Laboratory:
         known = state.baseline
         passed, failed = frozenset(known.passing), frozenset(known.failing)
         seconds = known.duration.ToTimedelta().total_seconds()
-        return Run(passed, failed, passed | failed, known.log, seconds)
+        return _usable(Run(passed, failed, passed | failed, known.log, seconds))
 
     async def _pins(self, pins: Sequence[str], *, must: bool = False) -> list[pb.Pin]:
         found = []
@@ -226,6 +226,13 @@ class Laboratory:
             elif must:
                 raise Unusable(f"{pin} has no file that can be used")
         return found
+
+
+def _usable(run: Run) -> Run:
+    """What is our own fault is no break of the project."""
+    if error := own_crash(run.log):
+        raise Unusable(f"the trusted runner failed: {error[:300]}")
+    return run
 
 
 def _run_of(found: pb.Validation) -> Run:

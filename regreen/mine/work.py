@@ -274,10 +274,11 @@ def export(journal: Journal, out: Path) -> tuple[int, int]:
 def shortened(task: TaskRecord) -> TaskRecord:
     """The record with a long list of ids cut; count and digest stay those of all.
 
-    A State whose session does not even start names none of them itself: there they are all kept.
+    Only where tests run does a State name them itself: they are all kept where a session does not
+    start or a file is not collected.
     """
     ids = task.tests.fail_to_pass
-    if len(ids) <= KEPT_IDS or task.stage == "session-start":
+    if len(ids) <= KEPT_IDS or task.stage != "test-run":
         return task
     tests = task.tests.model_copy(update={"fail_to_pass": ids[:KEPT_IDS]})
     return task.model_copy(update={"tests": tests})

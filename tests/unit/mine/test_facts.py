@@ -2,7 +2,7 @@
 
 import pytest
 
-from regreen.mine.facts import Run, damage, diagnose, lacking, stable_ids
+from regreen.mine.facts import Run, damage, diagnose, lacking, own_crash, stable_ids
 
 A, B = "tests/test_a.py::test_one", "tests/test_a.py::test_two"
 C = "tests/test_b.py::test_three"
@@ -57,6 +57,7 @@ SITE = "/work/env/lib/python3.11/site-packages"
 OWN = "shop/__init__.py:3: in <module>\n    from web import Markup"
 OTHER = f"{SITE}/wrapper/core.py:9: in <module>\n    from web import Markup"
 CALLEE = f"{SITE}/web/__init__.py:5: in __getattr__\n    raise AttributeError(name)"
+TRIAL = f"{SITE}/twisted/trial/_synctest.py:444: in assertEqual\n    super().assertEqual(a, b)"
 
 
 @pytest.mark.parametrize(
@@ -67,6 +68,7 @@ CALLEE = f"{SITE}/web/__init__.py:5: in __getattr__\n    raise AttributeError(na
         (f"{OWN}\n{CALLEE}", "AttributeError: Markup", "source", "attribute-error"),
         ("", "TypeError: greet() takes 1 argument", "tests", "type-error"),
         (OWN, "web.RemovedWarning: gone in 3", "source", "deprecation-as-error"),
+        (TRIAL, "twisted.trial.unittest.FailTest: 1 != 2", "tests", "behaviour-change"),
     ],
 )
 def test_blame_is_the_callers_and_not_the_culprits(frames, error, blame, category) -> None:
@@ -108,3 +110,29 @@ def test_nothing_is_guessed_from_a_modules_name() -> None:
     assert lacking(run(log="fixture 'mocker' not found\nfixture 'thing' not found")) == {
         "pytest-mock"
     }
+
+
+OURS = '''
+  File "/work/env/lib/python3.11/site-packages/pluggy/_callers.py", line 80, in _multicall
+    res = hook_impl.function(*args)
+  File "/opt/regreen/lib/whence.py", line 78, in origin_of
+    spec = RAW.__get__(module).get("__spec__")
+           ^^^^^^^^^^^^^^^^^^^
+'''
+SHORT = "../../opt/regreen/lib/order.py:9: in shuffled\n    return ids[0]\nE   IndexError: none"
+THEIRS = '  File "/work/repo/tests/test_a.py", line 3, in test\n    assert shop()\n'
+
+
+@pytest.mark.parametrize(
+    ("log", "error"),
+    [
+        (f"{OURS}TypeError: no proxy\n", "TypeError: no proxy"),
+        (f"{OURS}KeyError\n", "KeyError"),
+        (f"{OURS}TypeError: no proxy\n".replace("\n", "\nINTERNALERROR> "), "TypeError: no proxy"),
+        (SHORT, "IndexError: none"),
+        (f"{OURS}{THEIRS}TypeError: what the suite raised under our runner\n", ""),
+        (TRACE.format(frames=OTHER, error="ImportError: x"), ""),
+    ],
+)
+def test_a_crash_of_our_own_runner_is_told_from_a_failing_suite(log, error) -> None:
+    assert own_crash(log) == error

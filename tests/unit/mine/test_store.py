@@ -6,7 +6,7 @@ from pathlib import Path
 from regreen.mine.culprits import Candidate
 from regreen.mine.report import lines_of, report
 from regreen.mine.store import Decided, Journal, Outcome, shipped_decisions
-from regreen.mine.work import export
+from regreen.mine.work import KEPT_IDS, export, shortened
 from regreen.tasks.jsonl import load_distributions, load_tasks, parse_lines
 from regreen.tasks.model import Culprit, DistributionRecord, FileRecord, TaskRecord, Tests
 
@@ -30,6 +30,7 @@ def task(id: str, status: str = "admitted", ids: int = 1) -> TaskRecord:
         pins_fail=["web==2.0"],
         culprit=Culprit(name="web", good="1.0", bad="2.0"),
         tests=Tests(arguments=["tests"], fail_to_pass=names, fail_to_pass_count=ids),
+        stage="test-run",
         status=status,
         blame="source",
     )
@@ -144,3 +145,10 @@ def test_the_report_counts_what_the_journal_holds(tmp_path: Path) -> None:
     assert found.stages["single"] == {"seconds": 4.0, "times": 2, "mean_s": 2.0}
     assert found.per_hour == {"candidates": 4.0, "upgrades tried": 4.0, "admitted records": 2.0}
     assert ("rejected screen: no tests", "1") in lines_of(found)
+
+
+def test_a_long_list_is_kept_whole_where_the_tests_do_not_run() -> None:
+    long = task("shop-1.0__web-2.0", ids=KEPT_IDS + 1)
+    for stage, kept in (("session-start", 301), ("collection", 301), ("test-run", 300)):
+        found = shortened(long.model_copy(update={"stage": stage})).tests
+        assert (len(found.fail_to_pass), found.fail_to_pass_count) == (kept, 301)
