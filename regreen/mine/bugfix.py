@@ -31,7 +31,13 @@ from regreen.rpc.errors import InvalidArgument, NotFound
 from regreen.tasks.model import FileRecord, ids_sha256
 
 KIND = "release-bugfix"
-MAX_PAIRS, MAX_RECORDS = 6, 3
+MAX_PAIRS, MAX_RECORDS = 12, 4
+_SAME_FOR_ALL = (
+    "no tests in the source archive", "code to compile", "times out", "too slow", "too many tests"
+)  # fmt: skip
+"""What is not otherwise in the releases before."""
+_BASES = 2
+"""Releases without a base that works, after which those before are not tried."""
 MAX_FILES, MAX_LINES, MAX_TURNED = 6, 200, 40
 _VERSION = re.compile(r"version|__author__|copyright|^\s*#|^\s*$", re.IGNORECASE)
 _SOURCE = re.compile(r"\.(?:py|pyi|json|ya?ml|toml|txt|html|jinja2?|j2|cfg)$")
@@ -63,6 +69,8 @@ class _Pair:
 class BugfixMiner(Miner):
     """Mines bug fixes."""
 
+    needs_dependencies = False
+
     async def mine(self, candidate: Candidate, past: Past) -> list[Found]:
         """The bug fixes among the newest patch releases since that day.
 
@@ -78,19 +86,17 @@ class BugfixMiner(Miner):
         if not pairs:
             raise Rejected("screen", "no patch releases since that day")
         found: list[Found] = []
-        last: Rejected | None = None
+        refused: list[Rejected] = []
         for before, after in pairs:
             try:
                 found.append(await self._pair(candidate, _Pair(before, after)))
             except Rejected as error:
-                last = error
+                refused.append(error)
                 self.notes.append(f"{after.version}: {error.reason}")
-                if error.reason in ("no tests in the source archive", "code to compile"):
-                    break
-            if len(found) == MAX_RECORDS:
+            if len(found) == MAX_RECORDS or hopeless(refused):
                 break
         if not found:
-            assert last is not None
+            last = refused[-1]
             raise Rejected(last.stage, last.reason, "; ".join(self.notes))
         return found
 
@@ -139,6 +145,12 @@ class BugfixMiner(Miner):
             return await lab.attempt_files(files)
         except Unusable as error:
             raise Rejected("fix", "cannot be run", str(error)[-300:]) from error
+
+
+def hopeless(refused: Sequence[Rejected]) -> bool:
+    """Whether the releases before those that were refused need not be tried."""
+    baseless = sum(error.stage == "base" for error in refused)
+    return baseless >= _BASES or any(error.reason in _SAME_FOR_ALL for error in refused)
 
 
 def patch_pairs(files: Sequence[IndexFile], since: str) -> list[tuple[IndexFile, IndexFile]]:

@@ -36,6 +36,9 @@ MAX_BASE_S = 60.0
 class Miner:
     """Works on one candidate at a time."""
 
+    needs_dependencies = True
+    """Whether a release that needs nothing else is of no use."""
+
     def __init__(
         self,
         client: MiningClient,
@@ -132,7 +135,8 @@ class Miner:
                     for name in spoken or set(bounds):
                         del bounds[name]
                     continue
-                if not set(pins) - {"pytest", "pluggy", "iniconfig", "packaging"}:
+                its_own = set(pins) - {"pytest", "pluggy", "iniconfig", "packaging"}
+                if self.needs_dependencies and not its_own:
                     raise Rejected("base", "no dependencies")
                 return pins, wanted
         raise Rejected("base", "does not resolve", " ".join(problem.split())[-500:])

@@ -23,6 +23,7 @@ class Watched(EmbeddedRuntime):
         self.starting = self.most = self.begun = 0
         self.may_start, self.crowded = asyncio.Event(), asyncio.Event()
         self.may_start.set()
+        self.permits = asyncio.Semaphore(1_000_000)
 
     async def create(self, *args, **kwargs):
         self.starting += 1
@@ -32,6 +33,7 @@ class Watched(EmbeddedRuntime):
             self.crowded.set()
         try:
             await self.may_start.wait()
+            await self.permits.acquire()
             return await super().create(*args, **kwargs)
         finally:
             self.starting -= 1
@@ -83,16 +85,17 @@ async def test_who_is_refused_waits_for_nobody_who_starts(parts):
 async def test_one_does_not_wait_for_all_forks_of_another_call(parts):
     runtime, _, manager, state = parts
     trunk = await manager.create(state.id)
-    runtime.may_start.clear()
+    runtime.permits = asyncio.Semaphore(0)
     forks = asyncio.create_task(manager.fork(trunk.id, _MANY))
     async with asyncio.timeout(20):
         await runtime.crowded.wait()
-    single = asyncio.create_task(manager.create(state.id))
-    await asyncio.sleep(0)
-    runtime.may_start.set()
-    await single
+        single = asyncio.create_task(manager.create(state.id))
+        for _ in range(2 * STARTS_AT_ONCE + 1):  # those that start, those in its way, and it
+            runtime.permits.release()
+        await single
     assert not forks.done()
-    assert len(manager.list()) < _MANY // 2 + 2
+    for _ in range(_MANY):
+        runtime.permits.release()
     _, made = await forks
     assert len(made) == _MANY
 

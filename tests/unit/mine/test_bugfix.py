@@ -2,7 +2,7 @@
 
 import pytest
 
-from regreen.mine.bugfix import Change, compare, patch_pairs, turned_green
+from regreen.mine.bugfix import Change, compare, hopeless, patch_pairs, turned_green
 from regreen.mine.candidate import Rejected
 from regreen.mine.culprits import bugfix_candidates, in_turn, parse_culprits
 from regreen.mine.facts import Run
@@ -92,3 +92,18 @@ def test_kinds_come_in_turn() -> None:
         "release-bugfix:b:2022-12-01"
     ]
     assert in_turn(fixes[:1], fixes[1:]) == fixes
+
+
+@pytest.mark.parametrize(
+    ("refused", "ends"),
+    [
+        ([("compare", "too much differs")] * 5, False),
+        ([("base", "too few tests pass")], False),
+        ([("base", "too few tests pass"), ("fix", "no test turns green")], False),
+        ([("base", "too few tests pass"), ("base", "does not resolve")], True),
+        ([("base", "times out")], True),
+        ([("screen", "no tests in the source archive")], True),
+    ],
+)
+def test_older_releases_are_left_alone_where_newer_ones_tell(refused, ends) -> None:
+    assert hopeless([Rejected(*one) for one in refused]) == ends

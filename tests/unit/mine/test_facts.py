@@ -112,13 +112,13 @@ def test_nothing_is_guessed_from_a_modules_name() -> None:
     }
 
 
-OURS = '''
+OURS = """
   File "/work/env/lib/python3.11/site-packages/pluggy/_callers.py", line 80, in _multicall
     res = hook_impl.function(*args)
   File "/opt/regreen/lib/whence.py", line 78, in origin_of
     spec = RAW.__get__(module).get("__spec__")
            ^^^^^^^^^^^^^^^^^^^
-'''
+"""
 SHORT = "../../opt/regreen/lib/order.py:9: in shuffled\n    return ids[0]\nE   IndexError: none"
 THEIRS = '  File "/work/repo/tests/test_a.py", line 3, in test\n    assert shop()\n'
 
