@@ -17,6 +17,7 @@ import os
 import shutil
 import ssl
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping, Sequence
@@ -148,6 +149,7 @@ def _uv_default_index(uv: str) -> str:
     No cache is kept (`-n`), for which a container's home has no place.
     """
     ask = [uv, "pip", "compile", "-", "--emit-index-url", "--no-header", "-q", "-n", "--offline"]
+    ask += ["--python", sys.executable]  # to look for others can take uv long
     try:
         done = subprocess.run(ask, input="", capture_output=True, text=True, timeout=30, cwd="/")
     except (OSError, subprocess.TimeoutExpired) as error:

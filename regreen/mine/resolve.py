@@ -9,6 +9,7 @@ import asyncio
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -142,7 +143,9 @@ class Resolver:
             without.write_text("".join(f"{name} ; python_version < '0'\n" for name in built))
             command = [
                 self.uv, "pip", "compile", "-", "--no-header", "--no-annotate", "--quiet",
-                "--python-version", python, "--only-binary", ":all:", "--no-config",
+                # This interpreter is asked, since to look for others can take uv long.
+                "--python", sys.executable, "--python-version", python,
+                "--only-binary", ":all:", "--no-config",
                 "--python-platform", "x86_64-manylinux_2_28", "--constraint", str(bounds),
                 "--override", str(without), "--output-file", str(out),
                 *(["--exclude-newer", day] if day else []),

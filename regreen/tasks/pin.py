@@ -86,7 +86,8 @@ class Pinner:
         """A consistent set of wheels of the newest releases of `names` and what they need."""
         command = [
             self.uv, "pip", "compile", "-", "--no-header", "--no-annotate", "--quiet",
-            "--python-version", python, "--only-binary", ":all:",
+            # This interpreter is asked, since to look for others can take uv long.
+            "--python", sys.executable, "--python-version", python, "--only-binary", ":all:",
             "--python-platform", "x86_64-manylinux_2_28",
             *(["--exclude-newer", newest] if newest else []), *options,
         ]  # fmt: skip
