@@ -75,6 +75,7 @@ WRONG = [
     ("sglang.args", ["--api-key", "--x"], "--api-key would be in plain sight"),
     ("sglang.args", ["--api-key=abc"], "--api-key would be in plain sight; leave it out"),
     ("sglang.args", ["--admin-api-key=abc"], "--admin-api-key would be in plain sight"),
+    ("sglang.args", ["--config=/x"], "--config reads options that nothing here sees"),
     ("sglang.args", ["--host=::"], "--host is said by the chart or its image; leave it out"),
     ("sglang.args", ["--x", "--port"], "--port is said by the chart"),
     ("sglang.args", ["--model-path=/x"], "storage.model"),
