@@ -34,6 +34,7 @@ from regreen.tasks.jsonl import (
     load_distributions,
     load_tasks,
     shipped_distributions,
+    shipped_evidence,
     shipped_tasks,
 )
 from regreen.tasks.records import FOLDER, RecordStore
@@ -161,9 +162,11 @@ def show(
                 return task, None
 
     task, report = output.run(work())
+    shipped = next((one for one in shipped_evidence() if one.task_id == id), None)
     if json_output:
         gate = output.as_dict(report) if report else None
-        output.print_json({"task": output.as_dict(task), "gate": gate})
+        came = shipped.model_dump() if shipped else None
+        output.print_json({"task": output.as_dict(task), "gate": gate, "shipped": came})
         return
     typer.echo(f"{task.id}  {status_name(task.status)}  {task.category}  blame {task.blame}")
     if report and report.reason:
@@ -178,6 +181,11 @@ def show(
             f" [{check.conditions}]" * bool(check.conditions),
         )
         typer.echo(f"  {mark} {check.name} {check.repeat}{around}: {check.detail}")
+    if shipped and not report:
+        typer.echo(f"not judged here; shipped as judged on {shipped.judged}, {shipped.python}:")
+        for runs in shipped.checks:
+            alike = f"{len(runs.results)} different" if len(runs.results) > 1 else "the same"
+            typer.echo(f"  {runs.runs} runs of {runs.name}, {alike} outcomes: {runs.detail}")
     for held in report.quarantined if report else []:
         typer.echo(f"  quarantined ({' '.join(held.causes)}) {held.id}")
         for line in held.outcomes:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from datetime import date
+from datetime import UTC, date, datetime
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -224,6 +224,15 @@ class Journal:
             (status,),
         )
         return [(TaskRecord.model_validate_json(r["task"]), str(r["releases"])) for r in rows]
+
+    def evidence(self, status: str = "") -> list[tuple[dict[str, Any], date]]:
+        """What the gate said of each record, in the order of `records`, and when."""
+        rows = self._db.execute(
+            "SELECT evidence, updated FROM record WHERE ? IN ('', status) ORDER BY updated",
+            (status,),
+        )
+        days = ((r["evidence"], datetime.fromtimestamp(r["updated"], UTC).date()) for r in rows)
+        return [(json.loads(text), day) for text, day in days]
 
     def note_spent(self, began: float, wall_s: float, worker_s: float, requests: int) -> None:
         """Keep what a run cost; a run has one row, by when it began."""

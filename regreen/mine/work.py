@@ -31,10 +31,12 @@ from regreen.mine.store import Journal, Outcome
 from regreen.mine.upgrade import UpgradeMiner
 from regreen.pkgindex import find_uv, index_urls
 from regreen.rpc.errors import ResourceExhausted
-from regreen.tasks.gate import Gate, Verdict, judge_steadily
+from regreen.tasks.evidence import evidence_of, fitting
+from regreen.tasks.gate import Gate, judge_steadily
 from regreen.tasks.jsonl import parse_lines, write_lines
-from regreen.tasks.model import DistributionRecord, TaskRecord
+from regreen.tasks.model import DistributionRecord, Evidence, TaskRecord
 from regreen.tasks.pin import Pinner, complete
+from regreen.tasks.verdict import Verdict, of_fields
 from regreen.tasks.verify import refreshed
 
 KEPT_IDS = 300
@@ -221,7 +223,7 @@ class Mine:
             )
             judged, verdict = await judge_steadily(gate, task.model_copy(update={"wheelhouse": []}))
         final = refreshed(judged, verdict).model_copy(update={"wheelhouse": task.wheelhouse})
-        self._journal.keep(candidate, final, releases, evidence_of(verdict))
+        self._journal.keep(candidate, final, releases, kept_of(verdict))
         return final
 
     async def _clean_cache(self) -> None:
@@ -238,21 +240,15 @@ def _size(folder: Path) -> int:
     return sum(p.lstat().st_size for p in folder.rglob("*") if p.is_file())
 
 
-def evidence_of(verdict: Verdict) -> dict[str, object]:
-    """What a gate saw, as JSON can hold it."""
-    return {
-        "status": verdict.status,
-        "reason": verdict.reason,
-        "checks": [asdict(check) for check in verdict.checks],
-        "flaky": list(verdict.flaky),
-        "fixes": dict(verdict.fixes),
-        "error_log": verdict.error_log[-4000:],
-    }
+def kept_of(verdict: Verdict) -> dict[str, object]:
+    """What a gate saw, as JSON can hold it; `verdict.of_fields` reads it."""
+    return {**asdict(verdict), "error_log": verdict.error_log[-4000:]}
 
 
 def export(journal: Journal, out: Path) -> tuple[int, int]:
     """Write `tasks.jsonl` and `distributions.jsonl` of what was admitted; how many of each.
 
+    `evidence.jsonl` beside them holds what the gate saw of each.
     `decided.jsonl` beside them holds what need not be tried again, as `shipped_decisions` reads it.
     """
     tasks: list[TaskRecord] = []
@@ -267,6 +263,7 @@ def export(journal: Journal, out: Path) -> tuple[int, int]:
     ordered = sorted(tasks, key=lambda task: (normalize(task.package), task.id))
     write_lines(out / "distributions.jsonl", [releases[pin] for pin in sorted(releases)])
     write_lines(out / "tasks.jsonl", ordered)
+    write_lines(out / "evidence.jsonl", _evidence(journal))
     write_lines(out / "decided.jsonl", journal.decisions())
     return len(tasks), len(releases)
 
@@ -282,3 +279,14 @@ def shortened(task: TaskRecord) -> TaskRecord:
         return task
     tests = task.tests.model_copy(update={"fail_to_pass": ids[:KEPT_IDS]})
     return task.model_copy(update={"tests": tests})
+
+
+def _evidence(journal: Journal) -> list[Evidence]:
+    """That of the admitted, of which a journal of an older version has too little."""
+    records = [task for task, _ in journal.records("admitted")]
+    told = zip(records, journal.evidence("admitted"), strict=True)
+    found = [
+        evidence_of(of_fields(fields), task, day) for task, (fields, day) in told
+        if "repeats" in fields
+    ]  # fmt: skip
+    return fitting(found, records)

@@ -37,6 +37,7 @@ _ERROR = re.compile(rf"({_TYPE}|Failed)(?:: (.*))?$")
 _RAISED = re.compile(r"((?:[a-z_]\w{0,80}\.){1,12}[A-Z]\w{0,80})(?:: (.*))?$")
 """Where only what was raised stands: a class in a module, however it is called."""
 _ASSERT = re.compile(r"assert (.*)$")
+_FIXTURE = re.compile(r"fixture '[^']{1,200}' not found$")
 _FRAME_SHORT = re.compile(
     r"([^\s:'\"][^:'\"]{0,300}\.pyx?|<[\w ]+>):(\d{1,7}):(?: in (.{1,200})| [\w.]+)?$"
 )
@@ -297,6 +298,9 @@ class _Scanner:
             return True
         if match := _ASSERT.match(text):
             self._event("AssertionError", text)
+            return True
+        if _FIXTURE.match(text):
+            self._event("FixtureLookupError", text)
             return True
         return False
 

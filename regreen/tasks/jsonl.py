@@ -15,10 +15,12 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from regreen.rpc.errors import InvalidArgument
-from regreen.tasks.model import DistributionRecord, TaskRecord
+from regreen.tasks.model import DistributionRecord, Evidence, TaskRecord
 
 _Model = TypeVar("_Model", bound=BaseModel)
 MAX_LINE_BYTES = 8 << 20
+SHIPPED = Path(__file__).with_name("data")
+"""The task set that comes with Regreen, where it may be written."""
 
 
 def parse_lines(text: str, model: type[_Model], source: str) -> list[_Model]:
@@ -79,6 +81,17 @@ def load_distributions(path: Path) -> dict[str, DistributionRecord]:
     """Releases of a file by `name==version`."""
     records = parse_lines(_read(path), DistributionRecord, path.name)
     return {record.pin: record for record in records}
+
+
+def load_evidence(path: Path) -> list[Evidence]:
+    """Evidence of a file; none where there is no such file."""
+    return parse_lines(_read(path), Evidence, path.name) if path.exists() else []
+
+
+def shipped_evidence() -> list[Evidence]:
+    """What the gate saw of the shipped tasks."""
+    data = resources.files("regreen.tasks").joinpath("data/evidence.jsonl")
+    return parse_lines(data.read_text("utf-8"), Evidence, "evidence.jsonl")
 
 
 def shipped_tasks() -> list[TaskRecord]:

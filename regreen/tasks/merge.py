@@ -5,6 +5,7 @@
 - What split they come into, and which are left out so that none gives another away, is decided by
   `regreen.tasks.splits`.
 - Releases are merged file by file; a file that is listed with two hashes is refused.
+- Evidence comes along where it is of the record as the set has it.
 """
 
 import argparse
@@ -15,12 +16,18 @@ from typing import get_args
 
 from regreen.lockfile import normalize
 from regreen.rpc.errors import InvalidArgument
-from regreen.tasks.jsonl import load_distributions, load_tasks, write_lines
+from regreen.tasks.evidence import fitting
+from regreen.tasks.jsonl import (
+    SHIPPED,
+    load_distributions,
+    load_evidence,
+    load_tasks,
+    write_lines,
+)
 from regreen.tasks.model import DistributionRecord, ModeName, TaskRecord
 from regreen.tasks.splits import Splits
 
 MODES = get_args(ModeName)
-SHIPPED = Path(__file__).with_name("data")
 
 
 def merged_tasks(
@@ -103,6 +110,8 @@ def merge(mined: Path, into: Path) -> int:
     )
     write_lines(into / "distributions.jsonl", releases)  # first: tasks refer to releases
     write_lines(into / "tasks.jsonl", tasks)
+    seen = [*load_evidence(mined / "evidence.jsonl"), *load_evidence(into / "evidence.jsonl")]
+    write_lines(into / "evidence.jsonl", fitting(seen, tasks))
     return len(tasks) - sum(one in old for one in tasks)
 
 

@@ -7,6 +7,7 @@
 """
 
 import hashlib
+import json
 from collections.abc import Iterable
 from typing import Annotated, Literal
 
@@ -214,6 +215,54 @@ class TaskRecord(_Record):
         except InvalidArgument as error:
             raise ValueError(error.message) from None
         return egress
+
+    @property
+    def judged_sha256(self) -> str:
+        """Digest of what a verdict follows from: the files, how they are installed and tested, and
+        the fixes; not what a verdict found, nor what a fix may install beside."""
+        told = self.model_dump(mode="json", include={*_JUDGED}, exclude_defaults=True)
+        told["tests"] = [self.tests.arguments, self.tests.timeout_s]
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+_JUDGED = (
+    "id", "python", "sdist", "tree", "overlay", "added", "build", "pins_pass", "pins_fail",
+    "good_python", "fixes",
+)  # fmt: skip
+
+
+class CheckEvidence(_Record):
+    """The runs of one check of the gate."""
+
+    name: str
+    runs: int = Field(ge=1)
+    failed: int = 0
+    """Runs that did not show what the check asks for."""
+    results: list[Sha256] = []
+    """Digests of the outcomes of all tests, each once: one, where every run had the same."""
+    conditions: list[str] = []
+    """What was different around some of the runs."""
+    detail: str = ""
+    """What the first run said."""
+
+
+class Evidence(_Record):
+    """What the gate saw of a record of the shipped set."""
+
+    task_id: str
+    record_sha256: Sha256
+    """`TaskRecord.judged_sha256` of what was judged."""
+    judged: str = Field(pattern=r"^\d{4}-\d\d-\d\d$")
+    python: str
+    repeats: int = Field(ge=1)
+    """Runs of each check at the least."""
+    checks: list[CheckEvidence]
+    fail_to_pass_sha256: Sha256
+    pass_to_pass_sha256: Sha256
+    quarantined: dict[str, list[str]] = {}
+    """Tests that are not required, with the causes."""
+    unprobed: dict[str, str] = {}
+    """What could not be varied, and why."""
 
 
 def ids_sha256(ids: Iterable[str]) -> str:

@@ -2,7 +2,8 @@
 
 - `python -m regreen.tasks.verify --sandbox HOST:PORT` judges the shipped set; `--tasks DIR` others.
 - Verdicts are appended to a file as they come; what is in it already is not judged again.
-- `--update DIR` writes the task set with what was seen: counts, digests, status, interpreters.
+- `--update DIR` writes the task set with what was seen: counts, digests, status, interpreters,
+  evidence.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 
 from regreen.client.channel import connect
@@ -21,12 +23,13 @@ from regreen.pkgindex import PackageIndex, index_urls
 from regreen.rpc.errors import RegreenError, Unavailable
 from regreen.sandbox.v1 import sandbox_pb2 as pb
 from regreen.sandbox.v1 import state_service_pb2 as state_pb
+from regreen.tasks.evidence import evidence_of, renewed
 from regreen.tasks.gate import SHIPPED_REPEATS, Gate, judge_steadily
 from regreen.tasks.jsonl import (
+    SHIPPED,
     load_distributions,
+    load_evidence,
     load_tasks,
-    shipped_distributions,
-    shipped_tasks,
     write_lines,
 )
 from regreen.tasks.model import TaskRecord, ids_sha256
@@ -169,12 +172,9 @@ def refreshed(task: TaskRecord, verdict: Verdict) -> TaskRecord:
 
 async def run(options: argparse.Namespace) -> int:
     """Judge, and update the task set if asked to."""
-    tasks = load_tasks(options.tasks / "tasks.jsonl") if options.tasks else shipped_tasks()
-    releases = (
-        load_distributions(options.tasks / "distributions.jsonl")
-        if options.tasks
-        else shipped_distributions()
-    )
+    folder = options.tasks or SHIPPED
+    tasks = load_tasks(folder / "tasks.jsonl")
+    releases = load_distributions(folder / "distributions.jsonl")
     chosen = [task for task in tasks if not options.only or task.id in options.only]
     channel = connect(options.sandbox)
     try:
@@ -190,6 +190,9 @@ async def run(options: argparse.Namespace) -> int:
         verdicts = {verdict.task_id: verdict for verdict in read_verdicts(options.out)}
         new = [refreshed(t, verdicts[t.id]) if t.id in verdicts else t for t in tasks]
         write_lines(options.update / "tasks.jsonl", new)
+        day, before = datetime.now(UTC).date(), load_evidence(folder / "evidence.jsonl")
+        seen = [evidence_of(verdicts[t.id], t, day) for t in new if t.id in verdicts]
+        write_lines(options.update / "evidence.jsonl", renewed(before, seen, new))
     return failed
 
 

@@ -19,7 +19,7 @@ from regreen.mine.store import Journal
 from regreen.mine.work import Bounds, Mine, export
 from regreen.rpc.errors import InvalidArgument
 from regreen.sandbox.v1 import sandbox_pb2 as pb
-from regreen.tasks.jsonl import load_distributions, load_tasks
+from regreen.tasks.jsonl import load_distributions, load_evidence, load_tasks
 from regreen.tasks.pin import TOOLS
 from tests.fixtures.mining import Place, mining_place, write_sdist
 from tests.fixtures.tasks.tiny_task import PYTHON, RUNNER, repack, write_wheel
@@ -131,8 +131,11 @@ async def test_from_a_hint_to_an_admitted_task(world: World, tmp_path: Path) -> 
     assert (task.changed, task.licence) == ({"wordlib": "1.2 2.0"}, "MIT")
     releases = load_distributions(tmp_path / "distributions.jsonl")
     assert set(task.pins_pass) | set(task.pins_fail) <= set(releases)
-    evidence = journal.rows("record")[0]["evidence"]
-    assert evidence.count('"reference-passes any_fix/pins-restored"') == 3  # the last elsewhere
+    (evidence,) = load_evidence(tmp_path / "evidence.jsonl")
+    assert (evidence.task_id, evidence.record_sha256) == (task.id, task.judged_sha256)
+    assert (evidence.repeats, evidence.pass_to_pass_sha256) == (2, task.tests.pass_to_pass_sha256)
+    runs = {check.name: check.runs for check in evidence.checks}
+    assert runs["reference-passes any_fix/pins-restored"] == 3  # the last elsewhere
     found = report(journal)
     assert (found.usable, found.records, found.culprits) == (1, {"admitted": 1}, 1)
     assert found.per_hour["admitted records"] > 0

@@ -1,0 +1,100 @@
+"""The evidence that ships: of every task, of the record as it is, with five repeats."""
+
+from datetime import date
+from pathlib import Path
+
+import pytest
+
+from regreen.tasks.evidence import evidence_of, fitting, renewed
+from regreen.tasks.jsonl import load_evidence, shipped_evidence, shipped_tasks, write_lines
+from regreen.tasks.model import Edit, Fix, Split, TaskRecord
+from regreen.tasks.verdict import Check, Quarantined, Verdict
+from regreen.tasks.verify import refreshed
+
+TODAY = date(2026, 1, 2)
+EDITS = [Edit(path="a.py", old="b", new="c")]
+TASKS = {task.id: task for task in shipped_tasks()}
+
+
+def verdict(task: TaskRecord, *checks: Check, repeats: int = 5) -> Verdict:
+    held = (Quarantined("t.py::clock", ("date",), ("broken-fails 2: passed",)),)
+    return Verdict(
+        task.id, "admitted", "", checks, python="3.11", repeats=repeats, quarantined=held,
+        fail_to_pass=("t.py::a",), fixes={"any_fix/pins-restored": "ok"},
+    )  # fmt: skip
+
+
+def test_every_shipped_task_has_it_and_no_other_does() -> None:
+    assert [one.task_id for one in shipped_evidence()] == sorted(TASKS)
+
+
+@pytest.mark.parametrize("one", shipped_evidence(), ids=lambda one: one.task_id)
+def test_it_is_of_the_record_as_it_ships_and_of_five_repeats_of_every_check(one) -> None:
+    task = TASKS[one.task_id]
+    assert one.record_sha256 == task.judged_sha256
+    assert one.fail_to_pass_sha256 == task.tests.fail_to_pass_sha256
+    assert one.pass_to_pass_sha256 == task.tests.pass_to_pass_sha256
+    assert one.repeats >= 5
+    fixes = [f"reference-passes {fix.mode}/{fix.origin}" for fix in task.fixes]
+    runs = {check.name: check for check in one.checks}
+    assert not {"broken-fails", "noop-fails", *fixes} - set(runs)
+    for name in ("broken-fails", "noop-fails", *fixes):
+        assert (runs[name].runs >= 5, runs[name].failed, bool(runs[name].results)) == (True, 0, 1)
+        assert any("order=" in around for around in runs[name].conditions)
+        assert any("hash_seed=" in around for around in runs[name].conditions)
+
+
+def test_runs_are_counted_and_their_outcomes_told_once() -> None:
+    task = next(iter(TASKS.values()))
+    seen = [
+        Check("noop-fails", 1, True, "1 of 2 fails", "a" * 64),
+        Check("broken-fails", 1, True, "baseline", "a" * 64),
+        Check("noop-fails", 2, False, "passed", "b" * 64, conditions="order=2"),
+        Check("noop-fails", 3, True, "1 of 2 fails", "a" * 64, conditions="order=2"),
+    ]
+    broken, noop = evidence_of(verdict(task, *seen), task, TODAY).checks
+    assert (broken.name, broken.runs, broken.failed, broken.conditions) == (
+        "broken-fails",
+        1,
+        0,
+        [],
+    )
+    assert (noop.runs, noop.failed, noop.detail) == (3, 1, "1 of 2 fails")
+    assert (noop.results, noop.conditions) == (["a" * 64, "b" * 64], ["order=2"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pins_fail": ["web==9.0"]},
+        {"python": "3.12"},
+        {"fixes": [Fix(mode="any_fix", origin="source-edit", edits=EDITS)]},
+    ],
+    ids=lambda change: next(iter(change)),
+)  # fmt: skip
+def test_a_record_that_was_changed_has_none(tmp_path: Path, change) -> None:
+    task = next(iter(TASKS.values()))
+    write_lines(tmp_path / "evidence.jsonl", [evidence_of(verdict(task), task, TODAY)])
+    kept = load_evidence(tmp_path / "evidence.jsonl")
+    assert [one.quarantined for one in fitting(kept, [task])] == [{"t.py::clock": ["date"]}]
+    assert fitting(kept, [task.model_copy(update=change)]) == []
+    assert load_evidence(tmp_path / "none.jsonl") == []
+
+
+def test_what_a_verdict_finds_and_where_a_task_is_used_leave_the_record_what_it_was() -> None:
+    task = next(t for t in TASKS.values() if [f.origin for f in t.fixes] == ["pins-restored"])
+    other: Split = "test" if task.split == "train" else "train"
+    moved = task.model_copy(update={"split": other, "wheelhouse": [], "status": "unjudged"})
+    assert refreshed(moved, verdict(task)).judged_sha256 == task.judged_sha256
+
+
+def test_newer_evidence_takes_the_place_of_older_unless_it_is_of_fewer_repeats() -> None:
+    task, other = list(TASKS.values())[:2]
+    old = evidence_of(verdict(task), task, TODAY)
+    fewer, as_many = (evidence_of(verdict(task, repeats=n), task, date(2026, 2, 3)) for n in (4, 5))
+    also = evidence_of(verdict(other, repeats=1), other, TODAY)
+    ids = sorted([task.id, other.id])
+    assert renewed([old], [fewer], [task]) == [old]
+    assert renewed([old], [as_many], [task]) == [as_many]
+    assert [one.task_id for one in renewed([old], [also], [task, other])] == ids
+    assert renewed([old], [], [task.model_copy(update={"status": "rejected"})]) == []
