@@ -255,7 +255,7 @@ def choose_tasks(records: Sequence[TaskRecord], plan: Plan) -> dict[str, list[Ta
     """
 
     def order(record: TaskRecord) -> tuple[bool, bool, int, float, str]:
-        hard = not any(fix.origin == "pins-restored" for fix in record.fixes)
+        hard = record.pins_pass == record.pins_fail and record.good_python is None
         # of an unstable suite the gate makes many runs, however short one is
         gated = len(record.tests.unstable), record.seconds or 60.0
         return not record.demo, hard, *gated, record.id

@@ -28,6 +28,7 @@ from regreen.dataset import v1 as pb
 from regreen.home import default_home
 from regreen.rpc.errors import FailedPrecondition, InvalidArgument, NotFound
 from regreen.tasks.admit import Admission, ReportingGateClient, import_records, reasons_of
+from regreen.tasks.evidence import fitting
 from regreen.tasks.formats.registry import OURS, only_file
 from regreen.tasks.gate import REPEATS
 from regreen.tasks.jsonl import (
@@ -37,7 +38,8 @@ from regreen.tasks.jsonl import (
     shipped_evidence,
     shipped_tasks,
 )
-from regreen.tasks.records import FOLDER, RecordStore
+from regreen.tasks.model import Evidence
+from regreen.tasks.records import FOLDER, RECORD_LABEL, RecordStore, record_sha256
 from regreen.train.parallel import run_bounded
 
 app = typer.Typer(no_args_is_help=True)
@@ -162,7 +164,7 @@ def show(
                 return task, None
 
     task, report = output.run(work())
-    shipped = next((one for one in shipped_evidence() if one.task_id == id), None)
+    shipped = _shipped(task)
     if json_output:
         gate = output.as_dict(report) if report else None
         came = shipped.model_dump() if shipped else None
@@ -185,7 +187,8 @@ def show(
         typer.echo(f"not judged here; shipped as judged on {shipped.judged}, {shipped.python}:")
         for runs in shipped.checks:
             alike = f"{len(runs.results)} different" if len(runs.results) > 1 else "the same"
-            typer.echo(f"  {runs.runs} runs of {runs.name}, {alike} outcomes: {runs.detail}")
+            bad = f", {runs.failed} BAD" if runs.failed else ""
+            typer.echo(f"  {runs.runs} runs of {runs.name}, {alike} outcomes{bad}: {runs.detail}")
     for held in report.quarantined if report else []:
         typer.echo(f"  quarantined ({' '.join(held.causes)}) {held.id}")
         for line in held.outcomes:
@@ -193,6 +196,13 @@ def show(
     for line in report.drift if report else []:
         typer.echo(f"  changed: {line}")
     typer.echo(task.error_log)
+
+
+def _shipped(task: pb.Task) -> Evidence | None:
+    """What the gate saw of a shipped record before it shipped, if the task is of that record."""
+    known = {record_sha256(record): record for record in shipped_tasks()}
+    record = known.get(task.labels[RECORD_LABEL]) if RECORD_LABEL in task.labels else None
+    return next(iter(fitting(shipped_evidence(), [record])), None) if record else None
 
 
 @app.command()

@@ -19,15 +19,18 @@ _MACHINE = re.compile(
     r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d"
 )
 _RUNNER = frozenset({"_pytest", "pytest", "pluggy", "py", "xdist", "pytest_cov"})
+_LIBRARY = r"<frozen[^\"]*|(?!/opt/regreen/|[^\"]*/site-packages/)[^\"]*/lib/python3\.[^\"]*"
 _OWN_CRASH = re.compile(
-    r"""^(?:INTERNALERROR>[ ])?
+    rf"""^(?:INTERNALERROR>[ ])?
         (?:[ ][ ]File[ ]"/opt/regreen/[^"]+",[ ]line[ ]\d+,[ ]in[ ].*
         |\S*/opt/regreen/\S+\.py:\d+:[ ]in[ ].*)\n
-        (?:(?:INTERNALERROR>[ ])?[ ]{4}.*\n)*
+        (?:(?:INTERNALERROR>[ ])?[ ]{{4}}.*\n
+        |(?:INTERNALERROR>[ ])?[ ][ ]\[Previous[ ]line[ ]repeated.*\n
+        |(?:INTERNALERROR>[ ])?[ ][ ]File[ ]"(?:{_LIBRARY})",.*\n)*
         (?:INTERNALERROR>[ ]|E[ ]+)?(?P<error>\w[\w.]*(?::[ ].*)?)$""",
     re.MULTILINE | re.VERBOSE,
 )
-"""A traceback that ends in the files of the trusted runner."""
+"""A traceback that ends in the files of the trusted runner, or from there in Python's library."""
 _MODULES = {
     "pyyaml": "yaml", "beautifulsoup4": "bs4", "python-dateutil": "dateutil", "pyjwt": "jwt",
     "markdown": "markdown", "attrs": "attr", "pillow": "pil", "gitpython": "git",

@@ -37,6 +37,10 @@ class Unusable(Exception):
     """A set of pins that cannot be installed or whose tests cannot be used."""
 
 
+class RunnerCrashed(Exception):
+    """Our own runner of the tests raised: what a run said tells nothing of the project."""
+
+
 class MiningClient(ServiceGateClient):
     """The gate's client, which remembers what it prepared so that it can be deleted."""
 
@@ -231,7 +235,7 @@ class Laboratory:
 def _usable(run: Run) -> Run:
     """What is our own fault is no break of the project."""
     if error := own_crash(run.log):
-        raise Unusable(f"the trusted runner failed: {error[:300]}")
+        raise RunnerCrashed(error[:300])
     return run
 
 

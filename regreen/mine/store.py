@@ -80,6 +80,18 @@ class Outcome:
     counts: Mapping[str, int] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A record with what came with it."""
+
+    task: TaskRecord
+    releases: str
+    """Those that it names, as JSON Lines."""
+    evidence: Mapping[str, Any]
+    """What the gate said."""
+    day: date
+
+
 class Journal:
     """The candidates and records of one work directory."""
 
@@ -219,20 +231,22 @@ class Journal:
 
     def records(self, status: str = "") -> list[tuple[TaskRecord, str]]:
         """Records, oldest first, each with the releases that it names as JSON Lines."""
-        rows = self._db.execute(
-            "SELECT task, releases FROM record WHERE ? IN ('', status) ORDER BY updated",
-            (status,),
-        )
-        return [(TaskRecord.model_validate_json(r["task"]), str(r["releases"])) for r in rows]
+        return [(kept.task, kept.releases) for kept in self.kept(status)]
 
-    def evidence(self, status: str = "") -> list[tuple[dict[str, Any], date]]:
-        """What the gate said of each record, in the order of `records`, and when."""
+    def kept(self, status: str = "") -> list[Kept]:
+        """Records with what came with them, oldest first."""
         rows = self._db.execute(
-            "SELECT evidence, updated FROM record WHERE ? IN ('', status) ORDER BY updated",
-            (status,),
+            "SELECT * FROM record WHERE ? IN ('', status) ORDER BY updated", (status,)
         )
-        days = ((r["evidence"], datetime.fromtimestamp(r["updated"], UTC).date()) for r in rows)
-        return [(json.loads(text), day) for text, day in days]
+        return [
+            Kept(
+                TaskRecord.model_validate_json(row["task"]),
+                str(row["releases"]),
+                json.loads(row["evidence"]),
+                datetime.fromtimestamp(row["updated"], UTC).date(),
+            )
+            for row in rows
+        ]
 
     def note_spent(self, began: float, wall_s: float, worker_s: float, requests: int) -> None:
         """Keep what a run cost; a run has one row, by when it began."""

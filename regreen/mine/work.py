@@ -253,9 +253,12 @@ def export(journal: Journal, out: Path) -> tuple[int, int]:
     """
     tasks: list[TaskRecord] = []
     releases: dict[str, DistributionRecord] = {}
-    for task, text in journal.records("admitted"):
-        tasks.append(shortened(task))
-        for record in parse_lines(text, DistributionRecord, f"{task.id} releases"):
+    seen: list[Evidence] = []
+    for kept in journal.kept("admitted"):
+        tasks.append(task := shortened(kept.task))
+        if "repeats" in kept.evidence:  # an older version kept too little
+            seen.append(evidence_of(of_fields(kept.evidence), task, kept.day))
+        for record in parse_lines(kept.releases, DistributionRecord, f"{task.id} releases"):
             old = releases.get(record.pin)
             files = {f.filename: f for f in (*(old.files if old else ()), *record.files)}
             ordered = [files[name] for name in sorted(files)]
@@ -263,7 +266,7 @@ def export(journal: Journal, out: Path) -> tuple[int, int]:
     ordered = sorted(tasks, key=lambda task: (normalize(task.package), task.id))
     write_lines(out / "distributions.jsonl", [releases[pin] for pin in sorted(releases)])
     write_lines(out / "tasks.jsonl", ordered)
-    write_lines(out / "evidence.jsonl", _evidence(journal))
+    write_lines(out / "evidence.jsonl", fitting(seen, tasks))
     write_lines(out / "decided.jsonl", journal.decisions())
     return len(tasks), len(releases)
 
@@ -279,14 +282,3 @@ def shortened(task: TaskRecord) -> TaskRecord:
         return task
     tests = task.tests.model_copy(update={"fail_to_pass": ids[:KEPT_IDS]})
     return task.model_copy(update={"tests": tests})
-
-
-def _evidence(journal: Journal) -> list[Evidence]:
-    """That of the admitted, of which a journal of an older version has too little."""
-    records = [task for task, _ in journal.records("admitted")]
-    told = zip(records, journal.evidence("admitted"), strict=True)
-    found = [
-        evidence_of(of_fields(fields), task, day) for task, (fields, day) in told
-        if "repeats" in fields
-    ]  # fmt: skip
-    return fitting(found, records)

@@ -18,7 +18,7 @@ def evidence_of(verdict: Verdict, task: TaskRecord, day: date) -> Evidence:
     named = sorted(verdict.checks, key=lambda check: check.name)
     return Evidence(
         task_id=task.id,
-        record_sha256=task.judged_sha256,
+        judged_sha256=task.judged_sha256,
         judged=day.isoformat(),
         python=verdict.python,
         repeats=verdict.repeats,
@@ -30,10 +30,15 @@ def evidence_of(verdict: Verdict, task: TaskRecord, day: date) -> Evidence:
     )
 
 
+def is_evidence(verdict: Verdict, task: TaskRecord) -> bool:
+    """Whether a verdict shows that a record holds, on the interpreter of the record."""
+    return verdict.admitted and verdict.repeats > 0 and verdict.python == task.python
+
+
 def fitting(evidence: Iterable[Evidence], tasks: Iterable[TaskRecord]) -> list[Evidence]:
     """The evidence of records as they are, by id; the last of each."""
     records = {task.id: task.judged_sha256 for task in tasks}
-    found = {one.task_id: one for one in evidence if records.get(one.task_id) == one.record_sha256}
+    found = {one.task_id: one for one in evidence if records.get(one.task_id) == one.judged_sha256}
     return [found[id] for id in sorted(found)]
 
 
@@ -43,9 +48,11 @@ def renewed(
     """The same with newer evidence in place of older, but for that of fewer repeats."""
     records = [task for task in tasks if task.status == "admitted"]
     kept = {one.task_id: one for one in fitting(old, records)}
-    more = [one for one in new if one.task_id not in kept
-            or one.repeats >= kept[one.task_id].repeats]  # fmt: skip
-    return fitting([*kept.values(), *more], records)
+    for one in fitting(new, records):
+        before = kept.get(one.task_id)
+        if before is None or one.repeats >= before.repeats:
+            kept[one.task_id] = one
+    return [kept[id] for id in sorted(kept)]
 
 
 def _runs(name: str, checks: list[Check]) -> CheckEvidence:

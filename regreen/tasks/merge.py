@@ -16,7 +16,7 @@ from typing import get_args
 
 from regreen.lockfile import normalize
 from regreen.rpc.errors import InvalidArgument
-from regreen.tasks.evidence import fitting
+from regreen.tasks.evidence import renewed
 from regreen.tasks.jsonl import (
     SHIPPED,
     load_distributions,
@@ -110,8 +110,11 @@ def merge(mined: Path, into: Path) -> int:
     )
     write_lines(into / "distributions.jsonl", releases)  # first: tasks refer to releases
     write_lines(into / "tasks.jsonl", tasks)
-    seen = [*load_evidence(mined / "evidence.jsonl"), *load_evidence(into / "evidence.jsonl")]
-    write_lines(into / "evidence.jsonl", fitting(seen, tasks))
+    before = load_evidence(into / "evidence.jsonl")
+    seen = renewed(before, load_evidence(mined / "evidence.jsonl"), tasks)
+    write_lines(into / "evidence.jsonl", seen)
+    for id in sorted({one.task_id for one in before} - {one.task_id for one in seen}):
+        sys.stderr.write(f"{id} has changed: what was seen of it before is no evidence any more\n")
     return len(tasks) - sum(one in old for one in tasks)
 
 

@@ -218,16 +218,17 @@ class TaskRecord(_Record):
 
     @property
     def judged_sha256(self) -> str:
-        """Digest of what a verdict follows from: the files, how they are installed and tested, and
-        the fixes; not what a verdict found, nor what a fix may install beside."""
+        """Digest of what a verdict follows from and this record says: the release and its files,
+        how they are installed and tested, and the fixes; not what a verdict found, nor what a fix
+        may install beside."""
         told = self.model_dump(mode="json", include={*_JUDGED}, exclude_defaults=True)
         told["tests"] = [self.tests.arguments, self.tests.timeout_s]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 _JUDGED = (
-    "id", "python", "sdist", "tree", "overlay", "added", "build", "pins_pass", "pins_fail",
-    "good_python", "fixes",
+    "id", "package", "version", "python", "choices", "sdist", "tree", "overlay", "added", "build",
+    "pins_pass", "pins_fail", "good_python", "fixes", "control",
 )  # fmt: skip
 
 
@@ -250,7 +251,7 @@ class Evidence(_Record):
     """What the gate saw of a record of the shipped set."""
 
     task_id: str
-    record_sha256: Sha256
+    judged_sha256: Sha256
     """`TaskRecord.judged_sha256` of what was judged."""
     judged: str = Field(pattern=r"^\d{4}-\d\d-\d\d$")
     python: str

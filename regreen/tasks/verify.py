@@ -12,8 +12,8 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from datetime import UTC, datetime
+from dataclasses import asdict, dataclass
+from datetime import UTC, date, datetime
 from pathlib import Path
 
 from regreen.client.channel import connect
@@ -23,7 +23,7 @@ from regreen.pkgindex import PackageIndex, index_urls
 from regreen.rpc.errors import RegreenError, Unavailable
 from regreen.sandbox.v1 import sandbox_pb2 as pb
 from regreen.sandbox.v1 import state_service_pb2 as state_pb
-from regreen.tasks.evidence import evidence_of, renewed
+from regreen.tasks.evidence import evidence_of, is_evidence, renewed
 from regreen.tasks.gate import SHIPPED_REPEATS, Gate, judge_steadily
 from regreen.tasks.jsonl import (
     SHIPPED,
@@ -98,21 +98,38 @@ class ServiceGateClient:
             await self.sandboxes.delete_sandbox(box.id)
 
 
-def read_verdicts(path: Path) -> list[Verdict]:
-    """Verdicts that `verify_all` wrote."""
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A verdict, and of what it is."""
+
+    verdict: Verdict
+    judged_sha256: str
+    """`TaskRecord.judged_sha256` of the record; empty in files of older versions."""
+    day: str
+
+    def is_of(self, task: TaskRecord) -> bool:
+        """Whether it is of a record as it is."""
+        known = self.judged_sha256 in ("", task.judged_sha256)
+        return known and self.verdict.task_id == task.id
+
+
+def read_judged(path: Path) -> list[Judged]:
+    """What `verify_all` wrote."""
     if not path.exists():
         return []
     lines = path.read_text("utf-8").splitlines()
-    fields = [json.loads(line) for line in lines if line.strip()]
-    return [of_fields(f) for f in fields]
+    rows = [json.loads(line) for line in lines if line.strip()]
+    told = [(row.pop("judged_sha256", ""), row.pop("judged", "")) for row in rows]
+    return [Judged(of_fields(row), *one) for row, one in zip(rows, told, strict=True)]
 
 
 async def verify_all(
     gate: Gate, tasks: Sequence[TaskRecord], out: Path, *, python: str = "", workers: int = 2
 ) -> int:
     """Judge what is not in `out` yet, shortest first; returns how many could not be judged."""
-    done = {verdict.task_id for verdict in read_verdicts(out) if verdict.status != "waiting"}
-    todo = sorted((t for t in tasks if t.id not in done), key=lambda t: t.tests.timeout_s)
+    done = [one for one in read_judged(out) if one.verdict.status != "waiting"]
+    left = [task for task in tasks if not any(one.is_of(task) for one in done)]
+    todo = sorted(left, key=lambda task: task.tests.timeout_s)
     queue = list(reversed(todo))
     failed = 0
 
@@ -127,11 +144,13 @@ async def verify_all(
                 failed += 1
                 sys.stderr.write(f"{task.id}: could not be judged: {error}\n")
                 continue
+            day = datetime.now(UTC).date().isoformat()
+            row = {**asdict(verdict), "judged_sha256": task.judged_sha256, "judged": day}
             with out.open("a", encoding="utf-8") as sink:
-                sink.write(json.dumps(asdict(verdict)) + "\n")
+                sink.write(json.dumps(row) + "\n")
             took = time.monotonic() - started
-            left = f"{len(queue)} left"
-            sys.stderr.write(f"{verdict.status} {task.id} {took:.0f}s {left}: {verdict.reason}\n")
+            told = f"{took:.0f}s {len(queue)} left: {verdict.reason}"
+            sys.stderr.write(f"{verdict.status} {task.id} {told}\n")
 
     await asyncio.gather(*(work() for _ in range(workers)))
     return failed
@@ -187,13 +206,22 @@ async def run(options: argparse.Namespace) -> int:
     finally:
         await channel.close()
     if options.update:
-        verdicts = {verdict.task_id: verdict for verdict in read_verdicts(options.out)}
-        new = [refreshed(t, verdicts[t.id]) if t.id in verdicts else t for t in tasks]
-        write_lines(options.update / "tasks.jsonl", new)
-        day, before = datetime.now(UTC).date(), load_evidence(folder / "evidence.jsonl")
-        seen = [evidence_of(verdicts[t.id], t, day) for t in new if t.id in verdicts]
-        write_lines(options.update / "evidence.jsonl", renewed(before, seen, new))
+        await asyncio.to_thread(_update, folder, options.update, tasks, read_judged(options.out))
     return failed
+
+
+def _update(folder: Path, out: Path, tasks: Sequence[TaskRecord], judged: Sequence[Judged]) -> None:
+    """Write the set of `folder` with what was seen of its records."""
+    last = {task.id: one for task in tasks for one in judged if one.is_of(task)}
+    new = [refreshed(t, last[t.id].verdict) if t.id in last else t for t in tasks]
+    seen = [
+        evidence_of(one.verdict, task, date.fromisoformat(one.day))
+        for task in new
+        if (one := last.get(task.id)) and one.judged_sha256 and is_evidence(one.verdict, task)
+    ]
+    every = renewed(load_evidence(folder / "evidence.jsonl"), seen, new)
+    write_lines(out / "tasks.jsonl", new)
+    write_lines(out / "evidence.jsonl", every)
 
 
 def main() -> None:

@@ -132,7 +132,7 @@ async def test_from_a_hint_to_an_admitted_task(world: World, tmp_path: Path) -> 
     releases = load_distributions(tmp_path / "distributions.jsonl")
     assert set(task.pins_pass) | set(task.pins_fail) <= set(releases)
     (evidence,) = load_evidence(tmp_path / "evidence.jsonl")
-    assert (evidence.task_id, evidence.record_sha256) == (task.id, task.judged_sha256)
+    assert (evidence.task_id, evidence.judged_sha256) == (task.id, task.judged_sha256)
     assert (evidence.repeats, evidence.pass_to_pass_sha256) == (2, task.tests.pass_to_pass_sha256)
     runs = {check.name: check.runs for check in evidence.checks}
     assert runs["reference-passes any_fix/pins-restored"] == 3  # the last elsewhere

@@ -20,7 +20,7 @@ from regreen.tasks.gate import Gate
 from regreen.tasks.jsonl import dump_lines, load_tasks
 from regreen.tasks.messages import gate_report, task_message
 from regreen.tasks.model import DistributionRecord, Edit, Fix, TaskRecord
-from regreen.tasks.verify import ServiceGateClient, read_verdicts, refreshed, verify_all
+from regreen.tasks.verify import ServiceGateClient, read_judged, refreshed, verify_all
 from sandbox_svc.__main__ import serving
 from sandbox_svc.settings import SandboxSettings
 from sandbox_svc.wheelhouse import DistStore
@@ -147,7 +147,10 @@ async def test_a_set_is_judged_once_and_updated(world: World) -> None:
     size = out.stat().st_size
     assert await verify_all(world.quick, [world.task], out) == 0
     assert out.stat().st_size == size
-    (verdict,) = read_verdicts(out)
+    (judged,) = read_judged(out)
+    verdict = judged.verdict
+    assert judged.is_of(world.task)
+    assert not judged.is_of(world.task.model_copy(update={"version": "9.9"}))
     task = refreshed(world.task, verdict)
     assert (task.status, task.modes, task.pythons) == (
         "admitted",

@@ -120,6 +120,7 @@ OURS = """
            ^^^^^^^^^^^^^^^^^^^
 """
 SHORT = "../../opt/regreen/lib/order.py:9: in shuffled\n    return ids[0]\nE   IndexError: none"
+LIBRARY = '  File "/usr/lib/python3.11/json/decoder.py", line 3, in loads\n    raise error\n'
 THEIRS = '  File "/work/repo/tests/test_a.py", line 3, in test\n    assert shop()\n'
 
 
@@ -130,6 +131,9 @@ THEIRS = '  File "/work/repo/tests/test_a.py", line 3, in test\n    assert shop(
         (f"{OURS}KeyError\n", "KeyError"),
         (f"{OURS}TypeError: no proxy\n".replace("\n", "\nINTERNALERROR> "), "TypeError: no proxy"),
         (SHORT, "IndexError: none"),
+        (f"{OURS}{LIBRARY}ValueError: no JSON\n", "ValueError: no JSON"),
+        (f"{OURS}  [Previous line repeated 9 more times]\nRecursionError\n", "RecursionError"),
+        (f"{OURS}{LIBRARY.replace('json', 'site-packages/pluggy')}ValueError: theirs\n", ""),
         (f"{OURS}{THEIRS}TypeError: what the suite raised under our runner\n", ""),
         (TRACE.format(frames=OTHER, error="ImportError: x"), ""),
     ],

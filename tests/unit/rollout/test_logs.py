@@ -182,7 +182,9 @@ def test_what_pytest_says_was_raised_may_have_any_name(line: str, kind: str, mes
 
 
 def test_a_fixture_that_is_not_there_is_an_error() -> None:
-    log = "file /work/repo/tests/test_a.py, line 14\nE       fixture 'shop' not found\n>   available"
+    log = (
+        "file /work/repo/tests/test_a.py, line 14\nE       fixture 'shop' not found\n>   available"
+    )
     error = analyse(f"____ ERROR at setup of test_a ____\n{log} fixtures: cache, capfd")
     assert error is not None
     assert (error.text, error.stage) == ("FixtureLookupError: fixture 'shop' not found", "test")

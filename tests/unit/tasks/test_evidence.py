@@ -1,15 +1,22 @@
 """The evidence that ships: of every task, of the record as it is, with five repeats."""
 
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
 import pytest
 
-from regreen.tasks.evidence import evidence_of, fitting, renewed
-from regreen.tasks.jsonl import load_evidence, shipped_evidence, shipped_tasks, write_lines
+from regreen.tasks.evidence import evidence_of, fitting, is_evidence, renewed
+from regreen.tasks.jsonl import (
+    load_evidence,
+    load_tasks,
+    shipped_evidence,
+    shipped_tasks,
+    write_lines,
+)
 from regreen.tasks.model import Edit, Fix, Split, TaskRecord
 from regreen.tasks.verdict import Check, Quarantined, Verdict
-from regreen.tasks.verify import refreshed
+from regreen.tasks.verify import Judged, _update, refreshed
 
 TODAY = date(2026, 1, 2)
 EDITS = [Edit(path="a.py", old="b", new="c")]
@@ -31,7 +38,8 @@ def test_every_shipped_task_has_it_and_no_other_does() -> None:
 @pytest.mark.parametrize("one", shipped_evidence(), ids=lambda one: one.task_id)
 def test_it_is_of_the_record_as_it_ships_and_of_five_repeats_of_every_check(one) -> None:
     task = TASKS[one.task_id]
-    assert one.record_sha256 == task.judged_sha256
+    assert (one.judged_sha256, one.python) == (task.judged_sha256, task.python)
+    assert sorted(one.quarantined) == sorted(task.tests.unstable)
     assert one.fail_to_pass_sha256 == task.tests.fail_to_pass_sha256
     assert one.pass_to_pass_sha256 == task.tests.pass_to_pass_sha256
     assert one.repeats >= 5
@@ -68,6 +76,8 @@ def test_runs_are_counted_and_their_outcomes_told_once() -> None:
     [
         {"pins_fail": ["web==9.0"]},
         {"python": "3.12"},
+        {"version": "9.9"},
+        {"control": True},
         {"fixes": [Fix(mode="any_fix", origin="source-edit", edits=EDITS)]},
     ],
     ids=lambda change: next(iter(change)),
@@ -98,3 +108,33 @@ def test_newer_evidence_takes_the_place_of_older_unless_it_is_of_fewer_repeats()
     assert renewed([old], [as_many], [task]) == [as_many]
     assert [one.task_id for one in renewed([old], [also], [task, other])] == ids
     assert renewed([old], [], [task.model_copy(update={"status": "rejected"})]) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "is_one"),
+    [
+        ({}, True),
+        ({"status": "waiting"}, False),
+        ({"status": "rejected", "repeats": 0}, False),
+        ({"repeats": 0}, False),
+        ({"python": "2.7"}, False),
+    ],
+)
+def test_only_an_admission_on_the_records_interpreter_is_evidence(change, is_one) -> None:
+    task = next(t for t in TASKS.values() if t.python == "3.11")
+    assert is_evidence(replace(verdict(task), **change), task) == is_one
+
+
+def test_an_update_writes_what_was_seen_of_the_records_as_they_are(tmp_path: Path) -> None:
+    first, second, third = list(TASKS.values())[:3]
+    seen = [
+        Judged(verdict(first), first.judged_sha256, "2026-02-03"),
+        Judged(replace(verdict(second), status="waiting"), second.judged_sha256, "2026-02-03"),
+        Judged(verdict(third), "0" * 64, "2026-02-03"),
+    ]
+    tasks = [task.model_copy(update={"python": "3.11"}) for task in (first, second, third)]
+    seen[0] = replace(seen[0], judged_sha256=tasks[0].judged_sha256)
+    _update(tmp_path, tmp_path, tasks, seen)
+    written = load_evidence(tmp_path / "evidence.jsonl")
+    assert [(one.task_id, one.judged) for one in written] == [(first.id, "2026-02-03")]
+    assert [task.id for task in load_tasks(tmp_path / "tasks.jsonl")] == [t.id for t in tasks]
