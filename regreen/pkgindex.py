@@ -153,8 +153,7 @@ def _uv_default_index(uv: str) -> str:
     try:
         done = subprocess.run(ask, input="", capture_output=True, text=True, timeout=30, cwd="/")
     except (OSError, subprocess.TimeoutExpired) as error:
-        told = f"no package index is configured and uv cannot be asked ({error})"
-        raise MissingDependency(f"{told}; set REGREEN_INDEX_URL or install uv") from error
+        raise MissingDependency(f"uv cannot run ({error}); set REGREEN_INDEX_URL") from error
     for line in done.stdout.splitlines():
         if line.startswith("--index-url "):
             return line.split(None, 1)[1]
