@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from regreen.lockfile import normalize
-from regreen.rollout.logs import Frame, PrimaryError, analyse
+from regreen.rollout.logs import ASSERTIONS, Frame, PrimaryError, analyse
 
 _MACHINE = re.compile(
     r"/work/|/tmp/|/root/|/home/|/var/|/usr/|0x[0-9a-f]{6,}|\bat 0x|"
@@ -127,7 +127,7 @@ def category_of(error: PrimaryError | None) -> str:
         return "type-error"
     if kind.endswith("Warning"):
         return "deprecation-as-error"
-    if kind in ("AssertionError", "Failed", "FailTest"):
+    if kind in ASSERTIONS:
         return "behaviour-change"
     return "runtime-error"
 

@@ -223,7 +223,7 @@ class Mine:
             )
             judged, verdict = await judge_steadily(gate, task.model_copy(update={"wheelhouse": []}))
         final = refreshed(judged, verdict).model_copy(update={"wheelhouse": task.wheelhouse})
-        self._journal.keep(candidate, final, releases, kept_of(verdict))
+        self._journal.keep(candidate, final, releases, fields_of(verdict))
         return final
 
     async def _clean_cache(self) -> None:
@@ -240,7 +240,7 @@ def _size(folder: Path) -> int:
     return sum(p.lstat().st_size for p in folder.rglob("*") if p.is_file())
 
 
-def kept_of(verdict: Verdict) -> dict[str, object]:
+def fields_of(verdict: Verdict) -> dict[str, object]:
     """What a gate saw, as JSON can hold it; `verdict.of_fields` reads it."""
     return {**asdict(verdict), "error_log": verdict.error_log[-4000:]}
 

@@ -29,6 +29,8 @@ _STAGES: tuple[Stage, ...] = ("build", "session-start", "collection", "test")
 Place = Literal["source", "tests", "third-party", "stdlib", "unknown"]
 
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b[()][0-9A-B]|[\x00-\x08\x0b-\x1f\x7f]")
+ASSERTIONS = ("AssertionError", "Failed", "FailTest")
+"""What tests raise that do not hold: `assert`, pytest, Twisted."""
 _TYPE = (
     r"(?:[A-Za-z_]\w*\.)*\w*"
     r"(?:Error|Exception|Warning|Exit|Interrupt|Failed|Failure|NotFound|Conflict|Timeout|Invalid)"
@@ -204,7 +206,7 @@ def analyse(log: str | bytes) -> PrimaryError | None:
 
     def rank(item: tuple[int, PrimaryError]) -> tuple[bool, int, int]:
         index, event = item
-        assertion = event.type in ("AssertionError", "Failed")
+        assertion = event.type.rpartition(".")[2] in ASSERTIONS
         return assertion, -counts[event.signature], index
 
     _, best = min(here, key=rank)

@@ -9,6 +9,7 @@
 import argparse
 import asyncio
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -114,19 +115,27 @@ class Judged:
 
 
 def read_judged(path: Path) -> list[Judged]:
-    """What `verify_all` wrote."""
+    """What `verify_all` wrote; the part of a line that a killed process left is none."""
     if not path.exists():
         return []
-    lines = path.read_text("utf-8").splitlines()
-    rows = [json.loads(line) for line in lines if line.strip()]
+    whole, _, _ = path.read_text("utf-8", "replace").rpartition("\n")
+    rows = [json.loads(line) for line in whole.splitlines() if line.strip()]
     told = [(row.pop("judged_sha256", ""), row.pop("judged", "")) for row in rows]
     return [Judged(of_fields(row), *one) for row, one in zip(rows, told, strict=True)]
+
+
+def _drop_part(path: Path) -> None:
+    """Take away the part of a line at the end, so that the next begins anew."""
+    content = path.read_bytes() if path.exists() else b""
+    if content and not content.endswith(b"\n"):
+        os.truncate(path, content.rfind(b"\n") + 1)
 
 
 async def verify_all(
     gate: Gate, tasks: Sequence[TaskRecord], out: Path, *, python: str = "", workers: int = 2
 ) -> int:
     """Judge what is not in `out` yet, shortest first; returns how many could not be judged."""
+    _drop_part(out)
     done = [one for one in read_judged(out) if one.verdict.status != "waiting"]
     left = [task for task in tasks if not any(one.is_of(task) for one in done)]
     todo = sorted(left, key=lambda task: task.tests.timeout_s)

@@ -57,12 +57,8 @@ async def opened(tmp_path):
     await runtime.close()
 
 
-async def test_a_budget_drops_what_was_used_least_recently_and_spares_what_is_in_use(tmp_path):
-    clock = Clock()
-    runtime = EmbeddedRuntime(tmp_path / "home", run_probes=False, warm_seats=1)
-    await runtime.start()
-    states = StateStore(tmp_path / "home", runtime, clock=clock)
-    await states.open()
+async def test_a_budget_drops_what_was_used_least_recently_and_spares_what_is_in_use(opened):
+    clock, runtime, states = opened
     manager = Manager(runtime, states, clock=clock)
 
     async def kept(budget: int, grace_s: float) -> set[str]:
@@ -97,16 +93,10 @@ async def test_a_budget_drops_what_was_used_least_recently_and_spares_what_is_in
     assert await kept(1, 10_000.0) == set()
     assert await runtime.layers() == []
     await manager.close()
-    await states.close()
-    await runtime.close()
 
 
-async def test_the_time_of_use_survives_a_restart(tmp_path):
-    clock = Clock()
-    runtime = EmbeddedRuntime(tmp_path / "home", run_probes=False, warm_seats=0)
-    await runtime.start()
-    states = StateStore(tmp_path / "home", runtime, clock=clock)
-    await states.open()
+async def test_the_time_of_use_survives_a_restart(opened, tmp_path):
+    clock, runtime, states = opened
 
     state = await prepared(states, runtime, 1)
     await states.close()
@@ -116,7 +106,6 @@ async def test_the_time_of_use_survives_a_restart(tmp_path):
     await again.open()
     assert abs(again.used_s(again.get(state.id)) - clock.now) < 5.0
     await again.close()
-    await runtime.close()
 
 
 async def test_what_is_shared_with_layers_that_went_counts_in_full_at_once(opened):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from regreen.cli.tasks import _shipped
+from regreen.dataset import v1 as pb
 from regreen.tasks.evidence import evidence_of, fitting, is_evidence, renewed
 from regreen.tasks.jsonl import (
     load_evidence,
@@ -15,8 +17,9 @@ from regreen.tasks.jsonl import (
     write_lines,
 )
 from regreen.tasks.model import Edit, Fix, Split, TaskRecord
+from regreen.tasks.records import RECORD_LABEL, record_sha256
 from regreen.tasks.verdict import Check, Quarantined, Verdict
-from regreen.tasks.verify import Judged, _update, refreshed
+from regreen.tasks.verify import Judged, _drop_part, _update, read_judged, refreshed
 
 TODAY = date(2026, 1, 2)
 EDITS = [Edit(path="a.py", old="b", new="c")]
@@ -138,3 +141,26 @@ def test_an_update_writes_what_was_seen_of_the_records_as_they_are(tmp_path: Pat
     written = load_evidence(tmp_path / "evidence.jsonl")
     assert [(one.task_id, one.judged) for one in written] == [(first.id, "2026-02-03")]
     assert [task.id for task in load_tasks(tmp_path / "tasks.jsonl")] == [t.id for t in tasks]
+
+
+@pytest.mark.parametrize("part", ["", '{"task_id": "b", "chec', "\u00e9"])
+def test_the_part_of_a_line_that_a_killed_process_left_is_none(tmp_path: Path, part) -> None:
+    out = tmp_path / "verdicts.jsonl"
+    whole = '{"task_id": "a", "status": "admitted", "reason": ""}\n'
+    out.write_bytes((whole + part).encode()[: len(whole + part)])  # amid a character too
+    assert [one.verdict.task_id for one in read_judged(out)] == ["a"]
+    _drop_part(out)
+    assert out.read_text("utf-8") == whole
+    _drop_part(tmp_path / "none.jsonl")
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_it_is_shown_of_a_task_that_is_of_the_shipped_record_alone() -> None:
+    task = next(iter(TASKS.values()))
+    other = task.model_copy(update={"version": "9.9"})
+    shown, none = (
+        _shipped(pb.Task(id=task.id, labels={RECORD_LABEL: record_sha256(record)}))
+        for record in (task, other)
+    )
+    assert shown is not None
+    assert (shown.task_id, none, _shipped(pb.Task(id=task.id))) == (task.id, None, None)
