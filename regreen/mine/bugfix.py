@@ -113,7 +113,7 @@ class BugfixMiner(Miner):
         python = self._python(day, pair.after.requires_python)
         with self.clock.at("compare"):
             needs, licence = await asyncio.to_thread(read_needs, later, python, candidate.package)
-            tools = await self.pinner.tools(python, day.isoformat())
+            tools = await self.pinner.tools(python, day.isoformat(), needs.build)
         record = FileRecord(filename=pair.after.filename, sha256=pair.after.sha256)
         tested = Release(
             package=candidate.package,
@@ -132,7 +132,7 @@ class BugfixMiner(Miner):
                 fixed = await self._fixed(lab, _members(later, change.source))
                 turned = turned_green(ground.run, fixed)
                 again = await self._fixed(lab, _members(later, change.source))
-        mined = _mined(lab.release, pair, day, ground.pins, change)
+        mined = _mined(lab.release, pair, ground.pins, change)
         return _found(mined, ground.run, fixed, again, turned, licence)
 
     async def _archive(self, package: str, entry: IndexFile) -> bytes:
@@ -265,7 +265,7 @@ def _members(archive: bytes, wanted: Sequence[str] | None) -> dict[str, bytes]:
 
 
 def _mined(
-    release: Release, pair: _Pair, day: date, pins: Mapping[str, str], change: Change
+    release: Release, pair: _Pair, pins: Mapping[str, str], change: Change
 ) -> dict[str, object]:
     return {
         "kind": KIND,
@@ -275,7 +275,7 @@ def _mined(
         "fixed_version": pair.after.version,
         "sdist": {"filename": pair.after.filename, "sha256": pair.after.sha256},
         "python": release.python,
-        "build": {"mode": release.mode, "exclude_newer": day.isoformat()},
+        "build": {"mode": release.mode, "tools": list(release.tools)},
         "pins_pass": [f"{n}=={v}" for n, v in sorted(pins.items())],
         "test_command": " ".join(["python -m pytest -o addopts=", *release.roots]),
         "reference_patch": {

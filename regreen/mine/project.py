@@ -11,7 +11,7 @@ import io
 import re
 import tarfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from email.parser import HeaderParser
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from regreen.lockfile import normalize
 from regreen.rpc.errors import InvalidArgument
 from regreen.tasks.complete import requires_of_sdist
-from regreen.tasks.declared import Declared, read_declared
+from regreen.tasks.declared import Declared, build_requires, read_declared
 from regreen.tasks.wanted import Requirements
 
 MAX_FILES = 4000
@@ -49,6 +49,8 @@ class Needs:
     runtime: tuple[str, ...]
     tests: tuple[str, ...]
     """Without bounds: the day decides."""
+    build: tuple[str, ...] = ()
+    """What the project's own build asks for."""
 
     def names(self) -> tuple[str, ...]:
         """Every requirement without bounds, its extras kept."""
@@ -56,7 +58,7 @@ class Needs:
 
     def with_tests(self, names: Iterable[str]) -> "Needs":
         """The same with more for the tests."""
-        return Needs(self.runtime, tuple(dict.fromkeys((*self.tests, *names))))
+        return replace(self, tests=tuple(dict.fromkeys((*self.tests, *names))))
 
 
 def unbound(requirement: str) -> str:
@@ -154,7 +156,8 @@ def needs_of(root: Path, archive: bytes, python: str, package: str) -> Needs:
         tests.append("setuptools")
     own = normalize(package)
     needed = tuple(line for line in _unique(runtime) if normalize(Requirement(line).name) != own)
-    return Needs(needed, _for_tests(tests, {own, *map(unbound, needed)}))
+    building = _plain(build_requires(root), root, python)
+    return Needs(needed, _for_tests(tests, {own, *map(unbound, needed)}), tuple(building))
 
 
 def _for_tests(lines: Iterable[str], had: set[str]) -> tuple[str, ...]:

@@ -36,7 +36,7 @@ def record_of(
         "version": release.version,
         "sdist": release.sdist.model_dump(),
         "python": release.python,
-        "build": {"mode": release.mode, "exclude_newer": ground.candidate.day.isoformat()},
+        "build": {"mode": release.mode, "tools": list(release.tools)},
         "culprit": {
             "name": name, "from": good.version, "to": bad.version, "direct": name in direct,
             "last_good": good.version, "first_bad": bad.version,

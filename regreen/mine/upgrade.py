@@ -119,7 +119,7 @@ class UpgradeMiner(Miner):
                 raise Rejected("screen", "code to compile", entry.filename)
             needs, licence = await asyncio.to_thread(read_needs, archive, python, candidate.package)
             day = candidate.day.isoformat()
-            tools = await self.pinner.tools(python, day)
+            tools = await self.pinner.tools(python, day, needs.build)
         sdist = FileRecord(filename=entry.filename, sha256=entry.sha256)
         mode = "editable" if {"setup.py", "pyproject.toml"} & set(names) else "path"
         release = Release(

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from packaging.requirements import InvalidRequirement, Requirement
+
 from regreen.lockfile import normalize
 from regreen.rpc.errors import InvalidArgument
 from regreen.tasks.reading import bounded
@@ -75,6 +77,20 @@ def _read(root: Path) -> Declared:
         return _of_pyproject(own, project, poetry, _groups(document, poetry), tool)
     found = _of_setup_cfg(own, root / "setup.cfg")
     return Declared(**{**found, "groups": _groups(document, {})})
+
+
+def build_requires(root: Path) -> tuple[str, ...]:
+    """What the build of the project in `root` requires (PEP 518), as PEP 508 text.
+
+    Nothing where it does not say, or says what cannot be followed.
+    """
+    path = root / "pyproject.toml"
+    try:
+        system = read_toml(path).get("build-system", {}) if path.exists() else {}
+        lines = system.get("requires", ()) if isinstance(system, Mapping) else ()
+        return tuple(str(Requirement(line)) for line in lines if not Requirement(line).url)
+    except (InvalidArgument, InvalidRequirement, TypeError):
+        return ()
 
 
 def read_text(path: Path) -> str:

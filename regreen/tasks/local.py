@@ -30,7 +30,7 @@ from regreen.pkgindex import PackageIndex, find_uv, index_urls
 from regreen.rpc.errors import InvalidArgument, MissingDependency, NotFound
 from regreen.sandbox import v1 as pb
 from regreen.tasks.complete import complete
-from regreen.tasks.declared import Declared, read_declared, read_text, read_toml
+from regreen.tasks.declared import Declared, build_requires, read_declared, read_text, read_toml
 from regreen.tasks.locks import read_lock
 from regreen.tasks.model import DistributionRecord
 from regreen.tasks.offers import neighbours
@@ -81,6 +81,8 @@ class Project:
     requirements: tuple[Wanted, ...] = ()
     """What must be installed, the pins of requirements files included."""
     constraints: tuple[Wanted, ...] = ()
+    build: tuple[str, ...] = ()
+    """What its build asks for, as PEP 508 text."""
     notes: tuple[str, ...] = ()
     """What is not followed, for people."""
 
@@ -116,6 +118,7 @@ def detect(
         exact=found.exact,
         requirements=found.requirements,
         constraints=found.constraints,
+        build=build_requires(root),
         notes=found.notes,
     )
 
@@ -327,7 +330,7 @@ async def environment_of(project: Project, tree: Digest) -> pb.EnvironmentSpec:
                 exact=project.pins if project.exact else (),
             )
             offered = await _offered(pins, project.python, pinner)
-            tools = await pinner.tools(project.python, today)
+            tools = await pinner.tools(project.python, today, project.build)
             pinner.need([*pins, *offered, *tools], [project.python])
             known = {record.pin: record for record in await pinner.distributions()}
         except NotFound as error:

@@ -51,7 +51,7 @@ MACHINES = ("x86_64", "aarch64")
 DEMO_PYTHON = "3.11"
 TOOLS = (
     "setuptools", "wheel", "poetry-core", "flit-core", "hatchling", "hatch-vcs", "pbr",
-    "hatch-fancy-pypi-readme", "setuptools-scm[toml]", "tomli", "pytest-runner",
+    "hatch-fancy-pypi-readme", "setuptools-scm[toml]", "tomli", "pytest-runner", "editables",
 )  # fmt: skip
 TOOLS_NEWEST = "2023-07-01"
 """Build tools of this day can still build old sdists in place and know PEP 660; a younger
@@ -66,18 +66,27 @@ class Pinner:
     def __init__(self, index: PackageIndex, uv: str) -> None:
         self.index, self.uv = index, uv
         self.pythons: dict[str, set[str]] = {}
-        self._tools: dict[tuple[str, str], list[str]] = {}
+        self._tools: dict[tuple[str, str, tuple[str, ...]], list[str]] = {}
 
     def need(self, pins: Iterable[str], pythons: Iterable[str]) -> None:
         """Remember that `pins` must be installable on `pythons`."""
         for pin in pins:
             self.pythons.setdefault(pin, set()).update(pythons)
 
-    async def tools(self, python: str, day: str) -> list[str]:
-        """Pins of the build tools for an interpreter and a project of that day."""
-        key = (python, max(day, TOOLS_NEWEST))
+    async def tools(self, python: str, day: str, requires: Sequence[str] = ()) -> list[str]:
+        """Pins of the build tools for an interpreter and a project of that day.
+
+        `requires` is what the project's own build asks for; where that does not go with the other
+        tools, or has no wheels, these are offered without it.
+        """
+        key = (python, max(day, TOOLS_NEWEST), tuple(sorted(requires)))
         if key not in self._tools:
-            self._tools[key] = await self._resolve(TOOLS, *key)
+            try:
+                self._tools[key] = await self._resolve((*TOOLS, *key[2]), *key[:2])
+            except NotFound:
+                if not requires:
+                    raise
+                self._tools[key] = await self.tools(python, day)
         return self._tools[key]
 
     async def _resolve(
