@@ -1,11 +1,12 @@
-"""Mines bug fixes of patch releases: a release fails the tests of the next one.
+"""Mines bug fixes of releases: a release fails the tests of the next one.
 
 - Two archives are compared before anything runs: a few lines of source and some tests differ, and
-  nothing else of the package does.
+  nothing else of the package does. Outside a patch series the later one adds no public name.
 - The broken State is the earlier release with the later one's tests; the fix is the later one's
   source files. Every test that passed before must pass with it.
 - It is a fix of a bug by size and by content, not by reading: no test that cannot even be
   collected, since that is a new function and not a repaired one.
+- Where all tests take too long, those modules of tests run that the release changed.
 """
 
 import asyncio
@@ -23,19 +24,24 @@ from packaging.version import InvalidVersion, Version
 from regreen.mine.candidate import Found, Past, Rejected
 from regreen.mine.culprits import Candidate
 from regreen.mine.facts import Run, diagnose, stable_ids
+from regreen.mine.interface import additions
 from regreen.mine.lab import Laboratory, Release, Unusable
-from regreen.mine.miner import MAX_SDIST_BYTES, Miner, read_needs
-from regreen.mine.project import compiled, member_names, test_roots
+from regreen.mine.miner import MAX_SDIST_BYTES, MIN_SHARE, Miner, read_needs
+from regreen.mine.project import compiled, is_test_module, member_names, test_roots
 from regreen.pkgindex import IndexFile
 from regreen.rpc.errors import InvalidArgument, NotFound
 from regreen.tasks.model import FileRecord, ids_sha256
 
 KIND = "release-bugfix"
 MAX_PAIRS, MAX_RECORDS = 12, 4
-_SAME_FOR_ALL = (
-    "no tests in the source archive", "code to compile", "times out", "too slow", "too many tests"
-)  # fmt: skip
+"""Pairs of a turn, and records of a package."""
+OLDEST = "2018-01-01"
+"""Releases before that day are not looked at: Python 3.11 runs hardly any."""
+_LONG = frozenset({"times out", "too slow", "too many tests"})
+"""Where the modules that a release changed may be enough."""
+_SAME_FOR_ALL = _LONG | {"code to compile"}
 """What is not otherwise in the releases before."""
+_SAME_FOR_TURN = "no tests in the source archive"
 _BASES = 2
 """Releases without a base that works, after which those before are not tried."""
 MAX_FILES, MAX_LINES, MAX_TURNED = 6, 200, 40
@@ -61,18 +67,29 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
-class _Pair:
+class Pair:
+    """Two adjacent releases."""
+
     before: IndexFile
     after: IndexFile
+    turn: int
+    """Which are tried first: 0 patch releases, 1 others; 2 and 3 the same of before that day."""
+
+    @property
+    def patch(self) -> bool:
+        """Whether both are of one minor series."""
+        return self.turn in (0, 2)
 
 
 class BugfixMiner(Miner):
     """Mines bug fixes."""
 
     needs_dependencies = False
+    least_share = 0.5
+    """The tests are those of a later release; with its source, most must pass."""
 
     async def mine(self, candidate: Candidate, past: Past) -> list[Found]:
-        """The bug fixes among the newest patch releases since that day.
+        """The bug fixes among the releases, those since that day first.
 
         Raises:
             Rejected: the candidate is of no use; says at which stage, and why.
@@ -82,30 +99,43 @@ class BugfixMiner(Miner):
                 files = await self.registry.files(candidate.package)
             except NotFound as error:
                 raise Rejected("screen", "unknown package") from error
-        pairs = patch_pairs(files, candidate.day.isoformat())[:MAX_PAIRS]
+        pairs = release_pairs(files, candidate.day.isoformat())
         if not pairs:
-            raise Rejected("screen", "no patch releases since that day")
+            raise Rejected("screen", "no adjacent source releases")
         found: list[Found] = []
-        refused: list[Rejected] = []
-        for before, after in pairs:
+        refused: list[tuple[Pair, Rejected]] = []
+        for pair in pairs:
+            if len(found) == MAX_RECORDS or hopeless(pair, refused):
+                continue
             try:
-                found.append(await self._pair(candidate, _Pair(before, after)))
+                found.append(await self._either(candidate, pair, refused))
             except Rejected as error:
-                refused.append(error)
-                self.notes.append(f"{after.version}: {error.reason}")
-            if len(found) == MAX_RECORDS or hopeless(refused):
-                break
+                refused.append((pair, error))
+                self.notes.append(f"{pair.after.version}: {error.reason}")
         if not found:
-            last = refused[-1]
-            raise Rejected(last.stage, last.reason, "; ".join(self.notes))
+            last = refused[-1][1]
+            raise Rejected(last.stage, last.reason, "; ".join(self.notes)[:2000])
         return found
 
-    async def _pair(self, candidate: Candidate, pair: _Pair) -> Found:
+    async def _either(
+        self, candidate: Candidate, pair: Pair, refused: Sequence[tuple[Pair, Rejected]]
+    ) -> Found:
+        """The record of a pair by all tests, or by the modules that it changed."""
+        if not any(error.reason in _LONG for _, error in refused):
+            try:
+                return await self._pair(candidate, pair)
+            except Rejected as error:
+                if error.reason not in _LONG:
+                    raise
+                self.notes.append(f"{pair.after.version}: {error.reason}, as a whole")
+        return await self._pair(candidate, pair, changed_only=True)
+
+    async def _pair(self, candidate: Candidate, pair: Pair, *, changed_only: bool = False) -> Found:
         with self.clock.at("compare"):
             earlier = await self._archive(candidate.package, pair.before)
             later = await self._archive(candidate.package, pair.after)
             try:
-                change, release, roots = await asyncio.to_thread(_compared, earlier, later)
+                change, release, roots = await asyncio.to_thread(_compared, earlier, later, pair)
             except InvalidArgument as error:
                 raise Rejected("screen", "archive too large", str(error)) from error
         self.version = pair.after.version
@@ -115,6 +145,9 @@ class BugfixMiner(Miner):
             needs, licence = await asyncio.to_thread(read_needs, later, python, candidate.package)
             tools = await self.pinner.tools(python, day.isoformat(), needs.build)
         record = FileRecord(filename=pair.after.filename, sha256=pair.after.sha256)
+        modules = [path for path in change.tests if path in release and is_test_module(path)]
+        if changed_only and not modules:
+            raise Rejected("compare", "no module of tests differs")
         tested = Release(
             package=candidate.package,
             version=pair.before.version,
@@ -124,6 +157,7 @@ class BugfixMiner(Miner):
             roots=tuple(roots),
             mode="editable" if release & {"setup.py", "pyproject.toml"} else "path",
             overlay=record,
+            modules=tuple(modules) if changed_only else (),
         )
         async with Laboratory(self.client, self.registry, tested) as lab:
             at = Candidate(KIND, candidate.package, day)
@@ -147,14 +181,20 @@ class BugfixMiner(Miner):
             raise Rejected("fix", "cannot be run", str(error)[-300:]) from error
 
 
-def hopeless(refused: Sequence[Rejected]) -> bool:
-    """Whether the releases before those that were refused need not be tried."""
-    baseless = sum(error.stage == "base" for error in refused)
-    return baseless >= _BASES or any(error.reason in _SAME_FOR_ALL for error in refused)
+def hopeless(pair: Pair, refused: Sequence[tuple[Pair, Rejected]]) -> bool:
+    """Whether a pair need not be tried, after what those before it were refused for."""
+    if any(error.reason in _SAME_FOR_ALL for _, error in refused):
+        return True
+    alike = [error for other, error in refused if other.turn == pair.turn]
+    baseless = sum(error.stage == "base" for error in alike)
+    return baseless >= _BASES or any(error.reason == _SAME_FOR_TURN for error in alike)
 
 
-def patch_pairs(files: Sequence[IndexFile], since: str) -> list[tuple[IndexFile, IndexFile]]:
-    """Adjacent source releases of one minor series, the newest first."""
+def release_pairs(files: Sequence[IndexFile], since: str) -> list[Pair]:
+    """Adjacent source releases: the patch releases since a day, the others, and those before.
+
+    The newest of each turn come first, and of each there are `MAX_PAIRS` at most.
+    """
     found: dict[Version, IndexFile] = {}
     for entry in files:
         if entry.is_wheel or entry.yanked or not entry.filename.endswith(".tar.gz"):
@@ -165,13 +205,14 @@ def patch_pairs(files: Sequence[IndexFile], since: str) -> list[tuple[IndexFile,
             continue
         if not version.is_prerelease and not version.is_postrelease:
             found[version] = entry
-    ordered = sorted(found)
-    pairs = []
-    for before, after in pairwise(ordered):
-        newer = found[after].uploaded[:10] >= since
-        if newer and len(after.release) > 2 and before.release[:2] == after.release[:2]:
-            pairs.append((found[before], found[after]))
-    return pairs[::-1]
+    turns: dict[int, list[Pair]] = {turn: [] for turn in range(4)}
+    for before, after in pairwise(sorted(found)):
+        day = found[after].uploaded[:10]
+        patch = len(after.release) > 2 and before.release[:2] == after.release[:2]
+        turn = (0 if day >= since else 2) + (0 if patch else 1)
+        if day >= OLDEST:
+            turns[turn].append(Pair(found[before], found[after], turn))
+    return [pair for every in turns.values() for pair in every[::-1][:MAX_PAIRS]]
 
 
 def compare(
@@ -237,10 +278,12 @@ def turned_green(broken: Run, fixed: Run) -> frozenset[str]:
     lost = broken.passed - fixed.passed
     if stable_ids(lost):
         raise Rejected("fix", "breaks other tests", ", ".join(sorted(lost)[:3]))
+    if len(fixed.passed) < MIN_SHARE * len(fixed.passed | fixed.failed):
+        raise Rejected("fix", "too many tests fail", f"{len(fixed.failed)} with the fix")
     return turned
 
 
-def _compared(earlier: bytes, later: bytes) -> tuple[Change, set[str], list[str]]:
+def _compared(earlier: bytes, later: bytes, pair: Pair) -> tuple[Change, set[str], list[str]]:
     names = member_names(later)
     roots = test_roots(names)
     if not roots:
@@ -248,7 +291,12 @@ def _compared(earlier: bytes, later: bytes) -> tuple[Change, set[str], list[str]
     if compiled(names):
         raise Rejected("screen", "code to compile")
     old, new = _members(earlier, None), _members(later, None)
-    return compare(old, new, roots), set(names), roots
+    change = compare(old, new, roots)
+    if not pair.patch:
+        sources = ({path: each[path] for path in change.source} for each in (old, new))
+        if added := additions(*sources):
+            raise Rejected("compare", "adds to what modules offer", ", ".join(added[:3]))
+    return change, set(names), roots
 
 
 def _members(archive: bytes, wanted: Sequence[str] | None) -> dict[str, bytes]:
@@ -265,7 +313,7 @@ def _members(archive: bytes, wanted: Sequence[str] | None) -> dict[str, bytes]:
 
 
 def _mined(
-    release: Release, pair: _Pair, pins: Mapping[str, str], change: Change
+    release: Release, pair: Pair, pins: Mapping[str, str], change: Change
 ) -> dict[str, object]:
     return {
         "kind": KIND,
@@ -277,7 +325,8 @@ def _mined(
         "python": release.python,
         "build": {"mode": release.mode, "tools": list(release.tools)},
         "pins_pass": [f"{n}=={v}" for n, v in sorted(pins.items())],
-        "test_command": " ".join(["python -m pytest -o addopts=", *release.roots]),
+        "test_command": " ".join(["python -m pytest -o addopts=", *release.tested]),
+        "overlay_paths": list(release.roots),
         "reference_patch": {
             "files": list(change.source),
             "added": change.added,

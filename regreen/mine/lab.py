@@ -101,6 +101,13 @@ class Release:
     """Seconds after which its tests are ended."""
     added: tuple[Added, ...] = ()
     """Checks of our own; their paths are among `roots`."""
+    modules: tuple[str, ...] = ()
+    """Modules of tests that run in place of all."""
+
+    @property
+    def tested(self) -> tuple[str, ...]:
+        """What the runner of the tests is given."""
+        return self.modules or self.roots
 
 
 @dataclass(slots=True)
@@ -201,7 +208,13 @@ class Laboratory:
         spec.build_pins.extend(await self._pins(release.tools))
         timeout = Duration()
         timeout.FromNanoseconds(int(release.timeout_s * 1e9))
-        spec.test.CopyFrom(pb.TestSpec(arguments=release.roots, timeout=timeout))
+        spec.test.CopyFrom(
+            pb.TestSpec(
+                arguments=release.tested,
+                timeout=timeout,
+                protected_paths=env.further_tests(release.tested, release.roots),
+            )
+        )
         self._offered |= set(base)
         try:
             state = await self.client.prepare(spec)

@@ -103,6 +103,12 @@ def test_roots(names: Sequence[str]) -> list[str]:
     return sorted(loose)[:40]
 
 
+def is_test_module(path: str) -> bool:
+    """Whether a file is a module of tests by its name."""
+    name = path.rpartition("/")[2]
+    return bool(re.fullmatch(r"test_.*\.py|.*_tests?\.py", name))
+
+
 def compiled(names: Sequence[str]) -> bool:
     """Whether the archive holds code that must be compiled."""
     return any(n.endswith(_COMPILED) and "test" not in n and "doc" not in n for n in names)

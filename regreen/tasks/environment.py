@@ -4,7 +4,7 @@
 - The same record and distributions give the same message, byte for byte.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -61,6 +61,7 @@ def environment(
     if task.overlay is not None:
         spec.overlay_source.CopyFrom(_file(task.overlay.sdist))
         spec.overlay_paths.extend(task.overlay.paths)
+    laid_over = task.overlay.paths if task.overlay is not None else ()
     spec.overlay.extend(added_files(task.added))
     spec.test.CopyFrom(
         pb.TestSpec(
@@ -68,9 +69,15 @@ def environment(
             timeout=_seconds(task.tests.timeout_s),
             fail_to_pass=complete_ids(task),
             unstable=task.tests.unstable,
+            protected_paths=further_tests(task.tests.arguments, laid_over),
         )
     )
     return spec
+
+
+def further_tests(arguments: Sequence[str], roots: Sequence[str]) -> list[str]:
+    """Where tests stand that are not run, so that they are protected as those that are."""
+    return [path for path in roots if path not in arguments]
 
 
 def complete_ids(task: TaskRecord) -> list[str]:

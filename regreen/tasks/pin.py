@@ -287,7 +287,8 @@ async def _sdist(mined: dict[str, Any], index: PackageIndex) -> FileRecord:
 async def _overlay(mined: dict[str, Any], index: PackageIndex) -> Overlay:
     """The later release: its tests are laid over, its changed files are the reference fix."""
     sdist = FileRecord(**mined["sdist"])
-    roots = [a for a in _arguments(mined["test_command"]) if not a.startswith("-")]
+    named = [a for a in _arguments(mined["test_command"]) if not a.startswith("-")]
+    roots = mined.get("overlay_paths") or named
     fix = [p for p in mined["reference_patch"]["files"] if not _under(p, roots)]
     with tempfile.TemporaryDirectory() as folder:
         path = await index.download(

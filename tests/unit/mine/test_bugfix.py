@@ -2,7 +2,7 @@
 
 import pytest
 
-from regreen.mine.bugfix import Change, compare, hopeless, patch_pairs, turned_green
+from regreen.mine.bugfix import Change, Pair, compare, hopeless, release_pairs, turned_green
 from regreen.mine.candidate import Rejected
 from regreen.mine.culprits import bugfix_candidates, in_turn, parse_culprits
 from regreen.mine.facts import Run
@@ -63,6 +63,7 @@ def test_what_a_fix_turns_green() -> None:
         (run([A], [B]), run([A], [B]), "no test turns green"),
         (run([A]), run([A, B]), "no test fails before"),
         (run([A], [B]), run([B], [A]), "breaks other tests"),
+        (run([B], [A, C]), run([A, B], [C]), "too many tests fail"),
         (run([], MANY), run(MANY), "too many tests turn green"),
     ],
 )  # fmt: skip
@@ -72,16 +73,30 @@ def test_what_is_no_fix(broken, fixed, reason) -> None:
     assert caught.value.reason == reason
 
 
-def test_patch_releases_the_newest_first() -> None:
-    def sdist(version: str, day: str = "2023-05-01", **more) -> IndexFile:
-        return IndexFile(f"web-{version}.tar.gz", "", "0" * 64, uploaded=f"{day}T1", **more)
+def _sdist(version: str, day: str = "2023-05-01", **more) -> IndexFile:
+    return IndexFile(f"web-{version}.tar.gz", "", "0" * 64, uploaded=f"{day}T1", **more)
 
+
+def test_patch_releases_come_first_and_the_newest_of_them() -> None:
     files = [
-        sdist("1.0.0"), sdist("1.0.1"), sdist("1.1.0"), sdist("1.1.1", "2020-01-01"),
-        sdist("1.1.2rc1"), sdist("1.1.2"), sdist("1.1.3", yanked=True), sdist("2.0"),
+        _sdist("0.9", "2017-01-01"), _sdist("0.9.1", "2017-02-01"), _sdist("1.0.0", "2018-03-01"),
+        _sdist("1.0.1"), _sdist("1.1.0"), _sdist("1.1.1", "2020-01-01"), _sdist("1.1.2rc1"),
+        _sdist("1.1.2"), _sdist("1.1.3", yanked=True), _sdist("2.0"),
     ]  # fmt: skip
-    found = [(a.version, b.version) for a, b in patch_pairs(files, "2022-12-01")]
-    assert found == [("1.1.1", "1.1.2"), ("1.0.0", "1.0.1")]
+    found = [
+        (p.turn, p.before.version, p.after.version) for p in release_pairs(files, "2022-12-01")
+    ]
+    assert found == [
+        (0, "1.1.1", "1.1.2"), (0, "1.0.0", "1.0.1"),
+        (1, "1.1.2", "2.0"), (1, "1.0.1", "1.1.0"),
+        (2, "1.1.0", "1.1.1"),
+        (3, "0.9.1", "1.0.0"),
+    ]  # fmt: skip
+
+
+def test_of_each_turn_no_more_than_some_pairs() -> None:
+    found = release_pairs([_sdist(f"1.0.{n}") for n in range(40)], "2022-12-01")
+    assert [pair.after.version for pair in found] == [f"1.0.{n}" for n in range(39, 27, -1)]
 
 
 def test_kinds_come_in_turn() -> None:
@@ -95,15 +110,21 @@ def test_kinds_come_in_turn() -> None:
 
 
 @pytest.mark.parametrize(
-    ("refused", "ends"),
+    ("refused", "turn", "ends"),
     [
-        ([("compare", "too much differs")] * 5, False),
-        ([("base", "too few tests pass")], False),
-        ([("base", "too few tests pass"), ("fix", "no test turns green")], False),
-        ([("base", "too few tests pass"), ("base", "does not resolve")], True),
-        ([("base", "times out")], True),
-        ([("screen", "no tests in the source archive")], True),
+        ([("compare", "too much differs")] * 5, 0, False),
+        ([("base", "too few tests pass")], 0, False),
+        ([("base", "too few tests pass"), ("fix", "no test turns green")], 0, False),
+        ([("base", "too few tests pass"), ("base", "does not resolve")], 0, True),
+        ([("base", "too few tests pass"), ("base", "does not resolve")], 1, False),
+        ([("base", "times out")], 0, True),
+        ([("base", "times out")], 2, True),
+        ([("screen", "code to compile")], 1, True),
+        ([("screen", "no tests in the source archive")], 0, True),
+        ([("screen", "no tests in the source archive")], 2, False),
     ],
 )
-def test_older_releases_are_left_alone_where_newer_ones_tell(refused, ends) -> None:
-    assert hopeless([Rejected(*one) for one in refused]) == ends
+def test_older_releases_are_left_alone_where_newer_ones_tell(refused, turn, ends) -> None:
+    tried = Pair(_sdist("1.0.1"), _sdist("1.0.2"), 0)
+    pair = Pair(_sdist("1.0.0"), _sdist("1.0.1"), turn)
+    assert hopeless(pair, [(tried, Rejected(*one)) for one in refused]) == ends
