@@ -10,6 +10,7 @@
 import platform
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from time import monotonic
 from types import TracebackType
 from typing import Self
@@ -103,6 +104,8 @@ class Release:
     """Checks of our own; their paths are among `roots`."""
     modules: tuple[str, ...] = ()
     """Modules of tests that run in place of all."""
+    uploaded: date = date.min
+    """The day that it is of."""
 
     @property
     def tested(self) -> tuple[str, ...]:

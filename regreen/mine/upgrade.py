@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from datetime import date, timedelta
 
 from packaging.version import InvalidVersion, Version
 
@@ -40,6 +41,10 @@ MAX_STEPS, MAX_SINGLES, MAX_BREAKS = 3, 6, 3
 MOST_AT_ONCE = 12
 PRELOADED_BYTES = 60 << 20
 _BEYOND = "999999"
+_OF_A_DAY = frozenset({"too few tests pass", "too many tests fail", "does not resolve"})
+"""Why the set of one day may not do where that of another does."""
+_AFTER = timedelta(days=2)
+"""Between a release and the day that its own set is of."""
 _HELD = re.compile(
     r"^(?:pytest.*|pluggy|iniconfig|coverage|hypothesis|mock|nose|py|exceptiongroup|tomli|tox)$"
 )
@@ -123,9 +128,26 @@ class UpgradeMiner(Miner):
         sdist = FileRecord(filename=entry.filename, sha256=entry.sha256)
         mode = "editable" if {"setup.py", "pyproject.toml"} & set(names) else "path"
         release = Release(
-            candidate.package, entry.version, sdist, python, tuple(tools), tuple(roots), mode
-        )
+            candidate.package, entry.version, sdist, python, tuple(tools), tuple(roots), mode,
+            uploaded=date.fromisoformat(entry.uploaded[:10]),
+        )  # fmt: skip
         return release, needs, licence
+
+    async def _base(
+        self, candidate: Candidate, lab: Laboratory, needs: Needs, licence: str
+    ) -> Ground:
+        """The set that works on that day, else on the day of the release itself.
+
+        What came between the two may have broken the release already.
+        """
+        try:
+            return await super()._base(candidate, lab, needs, licence)
+        except Rejected as error:
+            own = lab.release.uploaded + _AFTER
+            if error.reason not in _OF_A_DAY or own >= candidate.day:
+                raise
+            self.notes.append(f"on {candidate.day}: {error.reason}")
+        return await super()._base(replace(candidate, day=own), lab, needs, licence)
 
     async def _breaks(
         self, lab: Laboratory, ground: Ground, known: set[tuple[str, str]]

@@ -69,6 +69,13 @@ def fill(folder: Path) -> dict[str, str]:
         path = write_wheel(folder, "markupsafe", version, {"markupsafe.py": text})
         if version == "2.1.0":
             days[path.name] = "2023-06-01"
+    for version, text in (("1.0", OLD), ("2.0", NEW)):
+        path = write_wheel(folder, "elderlib", version, {"elderlib.py": text})
+        if version == "2.0":
+            days[path.name] = "2022-06-01"
+    aged = {"greet/__init__.py": GREET.replace("wordlib", "elderlib"), "tests/test_aged.py": TESTS}
+    aged["tests/test_aged.py"] = TESTS.replace("def test_sum", "import greet\n\n\ndef test_sum")
+    released(folder, "aged", aged, ("elderlib",))
     files = {f"page/{name}.py": PAGE for name in ("__init__", "unused")}
     tests = TESTS.replace("greet ", "page ").replace("greeting('A')", "greeting('Hello, A!')")
     released(folder, "page", {**files, "tests/test_page.py": tests}, ("markupsafe",))
@@ -227,4 +234,14 @@ async def test_a_rule_of_the_culprit_is_the_fix_that_keeps_it(world: World, tmp_
     (rewrite,) = fix.rewrites  # the module that no test needs was left as it is
     assert (rewrite.path, rewrite.rules) == ("page/__init__.py", ["markupsafe-soft-str"])
     assert "soft_str as soft_unicode" not in (tmp_path / "tasks.jsonl").read_text()
+    journal.close()
+
+
+async def test_what_is_broken_on_the_day_is_tried_as_of_its_own(world: World) -> None:
+    journal = await world.mine("aged")
+    assert reasons(journal)["aged"] == "mined 1 of 1 admitted"
+    (kept,) = [kept for kept in journal.kept("admitted") if kept.task.package == "aged"]
+    assert kept.task.id == "aged-1.0__elderlib-2.0"  # which came before the candidate's day
+    (row,) = [row for row in journal.rows("candidate") if row["package"] == "aged"]
+    assert "on 2023-01-01: too few tests pass" in row["detail"]
     journal.close()
