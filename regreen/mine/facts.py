@@ -72,7 +72,8 @@ def stable_ids(ids: Iterable[str]) -> frozenset[str]:
 def damage(before: frozenset[str], run: Run) -> Damage:
     """What `run` lost of `before`."""
     gone = before - run.passed
-    alive = {i.partition("::")[0] for i in run.reported}
+    # One that could not be collected reports itself, and no test.
+    alive = {i.partition("::")[0] for i in run.reported if "::" in i}
     broken = {i for i in gone if i in run.failed or i.partition("::")[0] not in alive}
     if not run.failed & gone and not re.search(r"\b(?:ERRORS?|Error|error|Interrupted)\b", run.log):
         broken = set()

@@ -3,15 +3,18 @@
 - A kind is a miner and a list of candidates; nothing else has to know it.
 - Conflicts and build failures are looked for in the dependents of the known culprits: what is
   widely depended upon moves, and its dependents declare bounds. Runners in all of them.
+- Interpreters in all of them too, as the index was on the day before each Python was released.
 """
 
 from collections.abc import Iterable, Sequence
 
 from regreen.lockfile import normalize
-from regreen.mine import buildfail, conflict, runner
+from regreen.mine import buildfail, conflict, interpreter, runner
 from regreen.mine.buildfail import BuildMiner
 from regreen.mine.conflict import ConflictMiner
 from regreen.mine.culprits import EARLIEST, Candidate, CulpritFacts, upgrade_candidates
+from regreen.mine.interpreter import InterpreterMiner
+from regreen.mine.pythons import RELEASED
 from regreen.mine.runner import RunnerMiner
 from regreen.mine.signs import RUNNER_BREAKS
 from regreen.mine.upgrade import UpgradeMiner
@@ -20,7 +23,10 @@ MORE_KINDS: dict[str, type[UpgradeMiner]] = {
     conflict.KIND: ConflictMiner,
     buildfail.KIND: BuildMiner,
     runner.KIND: RunnerMiner,
+    interpreter.KIND: InterpreterMiner,
 }
+PYTHONS = ("3.12", "3.13", "3.11", "3.10")
+"""On whose days interpreters are looked at, those first that took away the most."""
 
 
 def more_candidates(
@@ -40,4 +46,7 @@ def more_candidates(
         if one.runner == "pytest"
         for name in names
     ]
-    return [conflicts, builds, runners]
+    interpreters = [
+        Candidate(interpreter.KIND, name, RELEASED[python]) for python in PYTHONS for name in names
+    ]
+    return [conflicts, builds, runners, interpreters]

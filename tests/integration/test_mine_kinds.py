@@ -17,6 +17,7 @@ from regreen.mine.work import Bounds, Mine, export
 from regreen.tasks.jsonl import load_tasks
 from regreen.tasks.model import TaskRecord
 from regreen.tasks.pin import TOOLS
+from sandbox_svc.builders.interpreters import find_all
 from tests.fixtures.mining import Place, mining_place, write_sdist
 from tests.fixtures.tasks.tiny_task import RUNNER, repack, write_wheel
 
@@ -60,10 +61,15 @@ TESTS = (
     "\n\ndef test_product():\n    assert 2 * 2 == 4\n"
 )
 SOURCE = "from wordlib import hello\n\n\ndef word():\n    return hello()\n"
+QUOTING = "from pipes import quote\n\n\ndef word():\n    return quote('hello')\n"
+UNHARMED = f"{SOURCE}\n\ndef old():\n    import pipes\n\n    return pipes\n"
+PYTHONS = ("3.12", "3.13")
 WORDS = {"wordlib.py": b"def hello():\n    return 'hello'\n"}
 
 
-def released(folder: Path, name: str, settings: str, requires: str, tests: str = "") -> None:
+def released(
+    folder: Path, name: str, settings: str, requires: str, tests: str = "", source: str = SOURCE
+) -> None:
     requires = ";".join([*RUNNER, requires])
     lines = [f"Requires-Dist: {line}\n" for line in requires.split(";")]
     head = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\nLicense: MIT\n{''.join(lines)}"
@@ -72,7 +78,7 @@ def released(folder: Path, name: str, settings: str, requires: str, tests: str =
         "PKG-INFO": head,
         "pyproject.toml": PYPROJECT,
         "setup.cfg": facts + settings,
-        f"{name}/__init__.py": SOURCE,
+        f"{name}/__init__.py": source,
         f"tests/test_{name}.py": tests or TESTS.format(name),
         f"{name}.egg-info/top_level.txt": f"{name}\n",
     }
@@ -114,6 +120,8 @@ def fill(folder: Path) -> dict[str, str]:
     more = "\n\ndef test_marked(mark):\n    assert mark == 1\n"
     released(folder, "marked", "", "wordlib;marklib", tests=TESTS.format("marked") + more)
     released(folder, "dashed", "description-file = README\n", "wordlib")
+    released(folder, "quoting", "", "wordlib", source=QUOTING)
+    released(folder, "unharmed", "", "wordlib", source=UNHARMED)
     return dict.fromkeys(late, "2024-06-01")
 
 
@@ -213,4 +221,27 @@ async def test_a_runner_that_takes_something_away_is_a_break(world: World, tmp_p
     assert (task.culprit.good, task.culprit.bad) == ("1.1", "2.0")
     assert task.modes == ["any_fix"]
     assert task.tests.fail_to_pass == ["tests/test_marked.py::test_marked"]
+    journal.close()
+
+
+@pytest.mark.timeout(900)
+async def test_what_a_newer_python_took_away_is_a_break(world: World, tmp_path: Path) -> None:
+    if not set(PYTHONS) <= set(find_all()):
+        pytest.skip(f"needs Python {' and '.join(PYTHONS)}")
+    journal = await world.mine("interpreter-upgrade", "quoting", "unharmed", "bounded")
+    found = ends(journal, "interpreter-upgrade")
+    assert found["quoting"].startswith("mined 1 of 1 admitted"), found
+    assert found["unharmed"].startswith("rejected everything passes"), found
+    assert found["bounded"].startswith("rejected no sign of what a Python took away"), found
+    task = tasks(journal, tmp_path, "interpreter-upgrade")["quoting"]
+    assert task.id == "quoting-1.0__python-3.13"
+    assert (task.good_python, task.python, task.choices) == (*PYTHONS, list(PYTHONS))
+    assert task.pins_pass == task.pins_fail
+    assert task.culprit is not None
+    assert (task.culprit.name, task.culprit.good, task.culprit.bad) == ("python", *PYTHONS)
+    assert (task.category, task.stage, task.blame) == ("import-error", "collection", "source")
+    assert task.error_lines == ["ModuleNotFoundError: No module named 'pipes'"]
+    fixes = [(fix.mode, fix.origin) for fix in task.fixes]
+    assert fixes == [("any_fix", "pins-restored"), ("keep_new", "rules")]
+    assert [one.rules for one in task.fixes[1].rewrites] == [["python-quote"]]
     journal.close()

@@ -36,6 +36,12 @@ def test_a_module_that_reports_nothing_is_broken_if_something_was_an_error() -> 
     assert not damage(BEFORE, run([A, B], [], "2 passed, 1 skipped"))
 
 
+def test_a_module_that_reports_only_itself_is_broken() -> None:
+    log = "ERROR tests/test_b.py - ImportError: cannot import name 'x' from 'y'"
+    found = damage(BEFORE, run([A, B], ["tests/test_b.py"], log))
+    assert (found.broken, found.renamed) == ({C}, frozenset())
+
+
 def test_ids_with_what_is_of_a_machine_are_not_stable() -> None:
     bad = ["t.py::t[/tmp/x]", "t.py::t[<object at 0x7f0012ab]", "t.py::t[2026-01-02 03:04:05]"]
     assert stable_ids([*bad, A, "t.py::t[a/b-0x1]"]) == {A, "t.py::t[a/b-0x1]"}
