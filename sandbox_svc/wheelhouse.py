@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from regreen.pkgindex import PackageIndex, index_urls, interpreter_tags, wheel_fits
@@ -187,7 +187,7 @@ class DistStore:
 
     def house(self, wheels: Iterable[Wheel]) -> Path:
         """A directory with these wheels and an `index.json`; the same set gives the same path."""
-        chosen = sorted(set(wheels), key=lambda w: (w.name, w.version, w.filename))
+        chosen = sorted(set(wheels), key=astuple)
         index: dict[str, dict[str, list[dict[str, str]]]] = {}
         for wheel in chosen:
             files = index.setdefault(wheel.name, {}).setdefault(wheel.version, [])

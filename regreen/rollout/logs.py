@@ -8,6 +8,8 @@
 - `signature` leaves out what differs between equal errors (paths, line numbers, addresses), so
   that equality decides "same error" or "new error" (arXiv 2510.22075: keep or revert).
 - `category` follows the paper's first-matching keyword order.
+- Where only what was raised can stand (marked by pytest, right below a traceback) a class in a
+  module is an error however it is called; elsewhere its name has to tell, or Python has it.
 """
 
 import re
@@ -36,8 +38,63 @@ _TYPE = (
     r"(?:Error|Exception|Warning|Exit|Interrupt|Failed|Failure|NotFound|Conflict|Timeout|Invalid)"
 )
 _ERROR = re.compile(rf"({_TYPE}|Failed)(?:: (.*))?$")
-_RAISED = re.compile(r"((?:[a-z_]\w{0,80}\.){1,12}[A-Z]\w{0,80})(?:: (.*))?$")
+_RAISED = re.compile(r"((?:[a-z_]\w{0,80}\.){1,12}(?:[A-Z]\w{0,80}|error))(?:: (.*))?$")
 """Where only what was raised stands: a class in a module, however it is called."""
+_NAMED = re.compile(r"([A-Za-z_][\w.]{0,80})(?:: (.*))?$")
+_PYTHONS_OWN = frozenset(
+    f"{module}.{name}".lstrip(".")
+    for module, names in {
+        "": "StopIteration StopAsyncIteration ExceptionGroup BaseExceptionGroup",
+        "_curses": "error",
+        "_curses_panel": "error",
+        "_gdbm": "error",
+        "_dbm": "error",
+        "_queue": "Empty",
+        "asyncio.queues": "QueueEmpty QueueFull QueueShutDown",
+        "audioop": "error",
+        "bdb": "BdbQuit",
+        "binascii": "Incomplete",
+        "concurrent.futures._base": "BrokenExecutor",
+        "concurrent.futures.process": "BrokenProcessPool",
+        "concurrent.futures.thread": "BrokenThreadPool",
+        "dbm": "error",
+        "dbm.sqlite3": "error",
+        "decimal": "DivisionByZero FloatOperation Inexact InvalidOperation Overflow Underflow",
+        "ftplib": "error_perm error_proto error_reply error_temp",
+        "gzip": "BadGzipFile",
+        "http.client": "BadStatusLine CannotSendHeader CannotSendRequest ImproperConnectionState"
+        " IncompleteRead InvalidURL LineTooLong NotConnected RemoteDisconnected ResponseNotReady"
+        " UnimplementedFileMode UnknownProtocol UnknownTransferEncoding",
+        "imaplib.IMAP4": "abort error readonly",
+        "io": "UnsupportedOperation",
+        "multiprocessing.context": "BufferTooShort",
+        "nis": "error",
+        "pathlib": "UnsupportedOperation",
+        "pathlib._abc": "UnsupportedOperation",
+        "poplib": "error_proto",
+        "pydoc": "ErrorDuringImport",
+        "queue": "Empty Full ShutDown",
+        "re": "error",
+        "select": "error",
+        "signal": "itimer_error",
+        "smtplib": "SMTPRecipientsRefused SMTPSenderRefused SMTPServerDisconnected",
+        "socket": "error gaierror herror timeout",
+        "sre_constants": "error",
+        "struct": "error",
+        "subprocess": "TimeoutExpired",
+        "termios": "error",
+        "tokenize": "StopTokenizing",
+        "xml.dom": "DomstringSizeErr HierarchyRequestErr IndexSizeErr InuseAttributeErr"
+        " InvalidAccessErr InvalidCharacterErr InvalidModificationErr InvalidStateErr NamespaceErr"
+        " NoDataAllowedErr NoModificationAllowedErr NotFoundErr NotSupportedErr SyntaxErr"
+        " ValidationErr WrongDocumentErr",
+        "xmlrpc.client": "Fault",
+        "zipfile": "BadZipFile LargeZipFile",
+        "zlib": "error",
+    }.items()
+    for name in names.split()
+)
+"""Exceptions of Python and its library, as it prints them, whose names do not tell by their end."""
 _ASSERT = re.compile(r"assert (.*)$")
 _FIXTURE = re.compile(r"fixture '[^']{1,200}' not found$")
 _FRAME_SHORT = re.compile(
@@ -249,6 +306,19 @@ def suspects(
     return tuple(found)
 
 
+def _told(text: str) -> re.Match[str] | None:
+    """An error on a line of any log."""
+    if match := _ERROR.match(text):
+        return match
+    match = _NAMED.match(text)
+    return match if match and match[1] in _PYTHONS_OWN else None
+
+
+def _raised(text: str) -> re.Match[str] | None:
+    """The same, where nothing stands but what was raised."""
+    return _told(text) or _RAISED.match(text)
+
+
 def _clean(log: str | bytes) -> list[str]:
     text = log.decode("utf-8", "replace") if isinstance(log, bytes) else log
     if len(text) > MAX_LOG_CHARS:
@@ -267,6 +337,7 @@ class _Scanner:
         self.frames: list[Frame] = []
         self.stage: Stage = "session-start"
         self.in_report = False
+        self.in_traceback = False
         self.chained = ""
 
     def scan(self) -> list[PrimaryError]:
@@ -295,7 +366,7 @@ class _Scanner:
         if match := _FRAME_LONG.match(text):
             self._frame(match)
             return False
-        if match := _ERROR.match(text) or _RAISED.match(text):
+        if match := _raised(text):
             self._event(match[1], match[2] or "")
             return True
         if match := _ASSERT.match(text):
@@ -307,7 +378,10 @@ class _Scanner:
         return False
 
     def _plain(self, line: str) -> None:
-        if match := _FRAME_LONG.match(line) or _FRAME_SHORT.match(line):
+        if match := _FRAME_LONG.match(line):
+            self._frame(match)
+            self.in_traceback = True
+        elif match := _FRAME_SHORT.match(line):
             self._frame(match)
         elif match := _LOADING.match(line):
             self.stage = "session-start" if match[1].startswith("loading") else "collection"
@@ -318,7 +392,7 @@ class _Scanner:
         elif match := _BANNER.match(line):
             self._banner(match[1])
         elif line.startswith("Traceback (most recent call last)"):
-            self.frames = []
+            self.frames, self.in_traceback = [], True
         elif line.startswith(("During handling of", "The above exception was")):
             self.chained = line
             self.frames = []
@@ -333,6 +407,8 @@ class _Scanner:
             self.in_report = True
 
     def _loose(self, line: str) -> None:
+        shown = not line or line[0].isspace()  # code of a frame, or marks below it
+        below, self.in_traceback = self.in_traceback and not shown, self.in_traceback and shown
         for pattern in _BUILD:
             if match := pattern.match(line):
                 self.stage, kept = "build", self.stage
@@ -340,8 +416,10 @@ class _Scanner:
                 self.stage = kept
                 return
         # Inside pytest's report only E lines count; program output there is noise.
-        if (not self.in_report or self.frames) and (match := _ERROR.match(line)):
-            self._event(match[1], match[2] or "")
+        if not self.in_report or self.frames:
+            match = _raised(line) if below else _told(line)
+            if match:
+                self._event(match[1], match[2] or "")
 
     def _frame(self, match: re.Match[str]) -> None:
         if len(self.frames) < _MAX_FRAMES:
@@ -369,7 +447,7 @@ class _Scanner:
         if match[3] is None:
             return []
         stage: Stage = "collection" if match[1] == "ERROR" else "test"
-        found = _ERROR.match(match[3]) or _ERROR.match(match[3].rstrip("."))
+        found = _raised(match[3]) or _raised(match[3].rstrip("."))
         if found:
             return [PrimaryError(found[1], (found[2] or "")[:_MAX_MESSAGE], stage)]
         kind = "AssertionError" if match[3].startswith("assert") else "Failed"

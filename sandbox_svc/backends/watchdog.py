@@ -2,12 +2,13 @@
 
 - Whatever runs counts: commands, and what commands that have returned left behind.
 - Disk: the upper is measured when the file system's free space says it could be over, and
-  otherwise at intervals that grow with the cost of measuring. What was measured is kept for the
-  sandbox's life, so that many short commands add up.
+  otherwise at intervals that grow with the cost of measuring, and shrink where the sandbox would
+  be over before at the pace at which it grew. What was measured is kept for the sandbox's life, so
+  that many short commands add up.
 - What is written from outside is counted before it is written, against the last measure and what
   came since; the upper is measured where that could be too much, and then the write is refused.
-  What processes wrote meanwhile shows in the free space, unless others give back as much: then it
-  counts from the next interval on.
+  What processes wrote meanwhile shows in the free space, unless others give back as much between
+  two looks at it: then it counts from the next interval on.
 - A tree that cannot be looked at whole is over as soon as free space could say so, and after a
   short while in any case: hiding files is no way around the limit.
 - Each look at the free space is noted for the commands that run: what fails on a host that is
@@ -58,15 +59,23 @@ class _Disk:
         """Bytes and files since it was measured, as far as they were counted."""
         self.free_bytes = 0
         """Room that the host had at the last look."""
-        self._free, self._free_inodes = self.look()
-        self._next = time.monotonic() + _SLOW_S / 4
+        self._free = self._free_inodes = 0
+        self._lost_bytes = self._lost_inodes = 0
+        self._lost_before = self.look()
+        """What the file system had lost when the upper was measured."""
+        self._measured_s = time.monotonic()
+        self._next = self._measured_s + _SLOW_S / 4
         self._hidden_since = 0.0
 
     def look(self) -> tuple[int, int]:
-        """Free bytes and inodes of the file system."""
+        """Bytes and inodes that the file system has lost so far, whatever it was given back."""
         info = os.statvfs(self._path)
         self.free_bytes = free_bytes(info)
-        return info.f_bavail * info.f_frsize, info.f_ffree
+        free, free_inodes = info.f_bavail * info.f_frsize, info.f_ffree
+        self._lost_bytes += max(0, self._free - free)
+        self._lost_inodes += max(0, self._free_inodes - free_inodes)
+        self._free, self._free_inodes = free, free_inodes
+        return self._lost_bytes, self._lost_inodes
 
     def _is_over(self, size_bytes: int, inodes: int) -> bool:
         limits = self._box.limits
@@ -74,11 +83,8 @@ class _Disk:
 
     def _at_worst(self) -> tuple[int, int]:
         """What was measured, and all that the file system has lost since."""
-        free, free_inodes = self.look()
-        return (
-            self._bytes + max(0, self._free - free),
-            self._inodes + max(0, self._free_inodes - free_inodes),
-        )
+        (lost, lost_inodes), (before, inodes_before) = self.look(), self._lost_before
+        return self._bytes + lost - before, self._inodes + lost_inodes - inodes_before
 
     def could_be_over(self, now: float) -> bool:
         return now > self._next or self._is_over(*self._at_worst())
@@ -129,15 +135,27 @@ class _Disk:
             hiding = now - self._hidden_since > _HIDDEN_S
             return hiding or self._is_over(size_bytes, inodes) or self._is_over(*self._at_worst())
         self._hidden_since = 0.0
-        self._bytes, self._inodes = size_bytes, inodes
+        self._next = now + self._interval_s(now, cost_s, size_bytes, inodes)
+        self._bytes, self._inodes, self._measured_s = size_bytes, inodes, now
         largest = max(size_bytes, used.largest_bytes)
         already, self._reached = self._reached, self._is_over(largest + 1, inodes + 1)
         self.reached += self._reached and not already
         self.written_bytes -= written
         self.made -= made
-        self._free, self._free_inodes = before
-        self._next = now + max(_SLOW_S, _COST_FACTOR * cost_s)
+        self._lost_before = before
         return self._is_over(size_bytes, inodes)
+
+    def _interval_s(self, now: float, cost_s: float, size_bytes: int, inodes: int) -> float:
+        """Until the next measure: shorter where, grown on as since the last, it would be over."""
+        interval_s, since_s = max(_SLOW_S, _COST_FACTOR * cost_s), now - self._measured_s
+        limits = self._box.limits
+        for most, last, used in (
+            (limits.disk_bytes, self._bytes, size_bytes),
+            (limits.inodes, self._inodes, inodes),
+        ):
+            if most and used > last:
+                interval_s = min(interval_s, since_s * (most - used) / (used - last))
+        return max(2 * cost_s, interval_s)
 
 
 def _check(path: str, limit: str, most: int, used: int, more: int) -> None:

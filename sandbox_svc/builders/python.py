@@ -18,7 +18,7 @@ from pathlib import Path
 
 from regreen.blobs import BlobStore, Digest
 from regreen.lockfile import format_lock, lock_of, normalize
-from regreen.pkgindex import find_uv
+from regreen.pkgindex import find_uv, interpreter_tags, wheel_fits
 from regreen.rpc.errors import (
     FailedPrecondition,
     InfraError,
@@ -153,9 +153,10 @@ class PythonBuilder:
         fetches: Fetches | None,
     ) -> Inputs:
         wanted: list[tuple[str, DistFile]] = []
+        pythons = spec.allowed_pythons
         for pin in (*spec.pins, *spec.wheelhouse):
-            wanted += [(pin.name, f) for f in _files_for(pin, spec.allowed_pythons)]
-        tools = [(p.name, f) for p in spec.build_pins if (f := pick(p, spec.python)) is not None]
+            wanted += [(pin.name, f) for f in _files_for(pin, pythons)]
+        tools = [(pin.name, f) for pin in spec.build_pins for f in _files_for(pin, pythons)]
         archives = [(spec.package, f) for f in (spec.source, spec.overlay_source) if f is not None]
         await self.store.ensure([*wanted, *tools, *archives], progress, fetches)
         files = [f for _, f in archives]
@@ -184,27 +185,36 @@ class PythonBuilder:
         limits: Limits,
         progress: Progress,
     ) -> Path:
-        """Wheels of every release for every allowed interpreter; sdists are built first."""
+        """Wheels of every release for every allowed interpreter; sdists are built first.
+
+        A wheel that was built for one interpreter serves all that it fits. The State's own comes
+        first, so that what was built before for others changes nothing.
+
+        Raises:
+            MissingDependency: a pin has no wheel that fits the State's own interpreter.
+        """
+        tags = {python: interpreter_tags(python) for python in spec.allowed_pythons}
         wheels: set[Wheel] = set()
-        to_build: list[tuple[Pin, DistFile, str]] = []
-        # What is installed is what the pins say, whatever else is on offer under its name.
-        for pin in {(p.name, p.version): p for p in (*spec.wheelhouse, *spec.pins)}.values():
-            for python in spec.allowed_pythons:
-                file = pick(pin, python)
-                if file is None:
-                    continue
+        for pin in _pins(spec):
+            for file in _files_for(pin, spec.allowed_pythons):
                 if file.filename.endswith(".whl"):
                     wheels.add(Wheel(pin.name, pin.version, file.filename, file.sha256))
-                elif built := self.store.built(self._build_key(spec, file, inputs, python)):
-                    wheels.add(built)
-                elif pin in spec.pins or python == spec.python:
-                    to_build.append((pin, file, python))
-        for number, (pin, file, python) in enumerate(to_build):
-            progress(Stage("build", number, len(to_build), str(pin)))
-            wheel = await self._build_wheel(spec, inputs, runtime, limits, (pin, file, python))
-            if wheel is not None:
-                wheels.add(wheel)
-        have = {(w.name, w.version) for w in wheels}
+        to_build = [(pin, found) for pin in _pins(spec) if (found := _sources(pin, spec))]
+        for number, (pin, sources) in enumerate(to_build):
+            built: list[Wheel] = []
+            for python, file in sources.items():
+                if any(wheel_fits(wheel.filename, tags[python]) for wheel in built):
+                    continue
+                wheel = self.store.built(self._build_key(spec, file, inputs, python))
+                if wheel is None:
+                    progress(Stage("build", number, len(to_build), str(pin)))
+                    job = (pin, file, python)
+                    wheel = await self._build_wheel(spec, inputs, runtime, limits, job)
+                if wheel is not None and wheel_fits(wheel.filename, tags[python]):
+                    built.append(replace(wheel, name=pin.name, version=pin.version))
+            wheels.update(built)
+        own = tags[spec.python]
+        have = {(w.name, w.version) for w in wheels if wheel_fits(w.filename, own)}
         lost = [str(p) for p in spec.pins if (p.name, p.version) not in have]
         if lost:
             raise MissingDependency(
@@ -214,7 +224,7 @@ class PythonBuilder:
 
     def _build_key(self, spec: EnvironmentSpec, file: DistFile, inputs: Inputs, python: str) -> str:
         parts = [file.sha256, inputs.interpreters[python].full_version, os.uname().machine]
-        tools = [(pin, pick(pin, spec.python)) for pin in spec.build_pins]
+        tools = [(pin, pick(pin, python)) for pin in spec.build_pins]
         parts += sorted(f"{pin} {tool.sha256 if tool else ''}" for pin, tool in tools)
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -319,6 +329,19 @@ def _build_environment() -> dict[str, str]:
 
 def _lock_text(spec: EnvironmentSpec) -> str:
     return format_lock(lock_of([str(pin) for pin in spec.pins], spec.python))
+
+
+def _pins(spec: EnvironmentSpec) -> list[Pin]:
+    """Every release that is installed or on offer, once."""
+    # What is installed is what the pins say, whatever else is on offer under its name.
+    return list({(p.name, p.version): p for p in (*spec.wheelhouse, *spec.pins)}.values())
+
+
+def _sources(pin: Pin, spec: EnvironmentSpec) -> dict[str, DistFile]:
+    """Source archives of a release by the interpreter that has no wheel of it, its own first."""
+    pythons = dict.fromkeys((spec.python, *spec.allowed_pythons))
+    files = {python: file for python in pythons if (file := pick(pin, python)) is not None}
+    return {python: f for python, f in files.items() if not f.filename.endswith(".whl")}
 
 
 def _files_for(pin: Pin, pythons: Sequence[str]) -> list[DistFile]:

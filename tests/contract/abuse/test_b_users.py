@@ -1,5 +1,6 @@
 """B: who a sandbox is on the host, read there and not inside; and who it must not be."""
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 
 from sandbox_svc.backends.base import Command
 from sandbox_svc.backends.layers import HOST_ID
-from tests.contract.abuse.walls import IS_ROOT, ORDINARY_ID, needs_root
+from tests.contract.abuse.walls import IS_ROOT, ORDINARY_ID, needs_root, pause
 from tests.contract.runtimes import SMALL
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -32,8 +33,9 @@ async def test_b1_the_host_sees_an_ordinary_user(runtime):
     box = await runtime.create([], limits=SMALL)
     process = await box.start(Command(("sh", "-c", "sleep 60 & sleep 60 & wait"), cwd="/"))
     try:
-        while len(found := _below(box.seat.pid)) < 4:
-            pass
+        async with asyncio.timeout(30):
+            while len(found := _below(box.seat.pid)) < 4:
+                await pause()
         user, group = (HOST_ID, HOST_ID) if IS_ROOT else (os.geteuid(), os.getegid())
         assert user != 0
         for pid in found:

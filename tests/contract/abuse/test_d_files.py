@@ -27,7 +27,7 @@ from regreen.rpc.errors import (
 from sandbox_svc.backends.base import Mount
 from sandbox_svc.backends.tree_archive import Quota, TreeReader
 from sandbox_svc.images.streams import TarStream
-from tests.contract.abuse.walls import WIDE, needs_python, python
+from tests.contract.abuse.walls import WIDE, needs_python, pause, python
 from tests.contract.runtimes import SMALL, sh
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -112,7 +112,7 @@ async def swapping(box, common):
     task = asyncio.create_task(python(box, _SWAP, str(secret), timeout_s=60))
     async with asyncio.timeout(10):
         while (await sh(box, "test -e /work/swapped")).exit_code:
-            pass
+            await pause()
     yield box, secret
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)

@@ -21,7 +21,14 @@ from sandbox_svc.builders.base import Prepared
 from sandbox_svc.pool import PoolLimits
 from sandbox_svc.sandboxes import Manager
 from sandbox_svc.states import StateStore
-from tests.contract.abuse.walls import killed_when_up, needs_python, python, running, until_running
+from tests.contract.abuse.walls import (
+    killed_when_up,
+    needs_python,
+    pause,
+    python,
+    running,
+    until_running,
+)
 from tests.contract.runtimes import SMALL, sh, started
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -140,7 +147,7 @@ async def test_e2_a_snapshot_of_a_busy_sandbox_is_of_one_moment(parts):
         writer = asyncio.create_task(sh(sandbox.box, _COUNT))
         async with asyncio.timeout(10):
             while (await _pair(sandbox.box))[1] < 5:
-                pass
+                await pause()
         state = await manager.snapshot(sandbox.id)
         await writer
         async with manager.fresh(state.id) as fresh:
@@ -156,10 +163,10 @@ async def test_e2_a_copy_of_a_busy_sandbox_is_of_no_moment(parts):
     top = Path(sandbox.box.upper_path) / "work/repo"
     async with asyncio.timeout(10):
         while (await _pair(sandbox.box))[1] < 5:
-            pass
+            await pause()
         a = int((top / "a").read_text())  # a copy comes to one file after the other
         while (await _pair(sandbox.box))[1] < a + 5:
-            pass
+            await pause()
     assert int((top / "b").read_text()) > a + 1
     await manager.delete(sandbox.id)
     await writer
@@ -223,6 +230,7 @@ async def test_e3_a_killed_service_leaves_no_process_and_a_plain_parent_does(tmp
     until = time.monotonic() + 10
     while running(f"sleep {number}"):
         assert time.monotonic() < until
+        await pause()
 
 
 _TORN = """

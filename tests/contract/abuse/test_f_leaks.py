@@ -17,7 +17,7 @@ from regreen.rpc.errors import (
 )
 from sandbox_svc.backends import embedded_box, program
 from sandbox_svc.backends.base import EndReason, Limits, Mount
-from tests.contract.abuse.walls import BREAKS_AT, IS_ROOT, weakened
+from tests.contract.abuse.walls import BREAKS_AT, IS_ROOT, pause, weakened
 from tests.contract.runtimes import SMALL, sh, started
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -138,7 +138,7 @@ async def test_f2_a_command_that_cannot_be_stopped_ends_its_sandbox_which_says_s
     async with started("embedded", tmp_path / "home") as runtime:
         box = await runtime.create([], limits=SMALL)
         running = asyncio.create_task(sh(box, "echo up > /tmp/up; sleep 100", timeout_s=1.0))
-        await sh(box, "until test -s /tmp/up; do :; done")
+        await sh(box, "until test -s /tmp/up; do sleep 0.02; done")
         os.kill(box.seat.pid, signal.SIGSTOP)  # who would end it, and tell of it, does nothing
         assert (await running).reason is EndReason.TIMEOUT
         with pytest.raises(FailedPrecondition, match="it went over a limit") as refused:
@@ -212,7 +212,7 @@ async def test_f2_a_failure_at_each_step_is_told_and_leaves_nothing(tmp_path):
                 await runtime.create([], limits=SMALL)
             async with asyncio.timeout(10):
                 while await _rested(runtime) != before:
-                    pass
+                    await pause()
         where.write_text("")
         again = await runtime.create([], limits=SMALL)
         assert (await sh(again, "echo fine")).stdout.text == "fine\n"

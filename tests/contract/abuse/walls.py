@@ -6,6 +6,7 @@
 - Nothing here writes to /proc/sys, to a device, or outside a directory made for the test.
 """
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -82,6 +83,11 @@ async def python(box: Any, script: str, *arguments: str, **options: Any) -> Exec
     return await box.run(Command(("/usr/bin/python3", "-c", script, *arguments), **options))
 
 
+async def pause() -> None:
+    """Between two looks: who looks without one keeps a small host from what is waited for."""
+    await asyncio.sleep(0.02)
+
+
 def running(marker: str) -> list[int]:
     """Processes of this host whose command line holds `marker`."""
     found = []
@@ -101,6 +107,7 @@ def until_running(marker: str, timeout_s: float = 10.0) -> list[int]:
     until = time.monotonic() + timeout_s
     while not (found := running(marker)):
         assert time.monotonic() < until, f"no process with {marker}"
+        time.sleep(0.02)
     return found
 
 

@@ -197,6 +197,80 @@ def test_what_looks_a_little_like_it_is_no_error(line: str) -> None:
     assert analyse(f"E   {line}") is None
 
 
+_PYTHONS_OWN = [
+    "zlib.error: Error -3 while decompressing data: incorrect header check",
+    "binascii.Error: Incorrect padding",
+    "struct.error: unpack requires a buffer of 4 bytes",
+    "re.error: missing ), unterminated subpattern at position 0",
+    "socket.timeout: timed out",
+    "socket.gaierror: [Errno -2] Name or service not known",
+    "ftplib.error_perm: 550 No such file",
+    "imaplib.IMAP4.error: command SEARCH illegal in state AUTH",
+    "xml.parsers.expat.ExpatError: syntax error: line 1, column 0",
+    "xml.dom.HierarchyRequestErr: two document elements disallowed",
+    "subprocess.TimeoutExpired: Command '['x']' timed out after 1 seconds",
+    "http.client.RemoteDisconnected: Remote end closed connection without response",
+    "io.UnsupportedOperation: fileno",
+    "zipfile.BadZipFile: File is not a zip file",
+    "queue.Empty",
+    "asyncio.exceptions.CancelledError",
+    "StopIteration",
+    "StopAsyncIteration",
+    "ExceptionGroup: two (2 sub-exceptions)",
+    "KeyboardInterrupt",
+    "SystemExit: 2",
+    "pytest.PytestUnraisableExceptionWarning: Exception ignored in: <x>",
+]
+_TRACEBACK = """\
+Traceback (most recent call last):
+  File "/work/repo/mod.py", line 3, in load
+    call()
+    ~~~~^^
+
+"""
+
+
+@pytest.mark.parametrize("line", _PYTHONS_OWN)
+@pytest.mark.parametrize("before", ["E   ", "", _TRACEBACK, "FAILED tests/test_a.py::test - "])
+def test_what_python_itself_raises_is_named_wherever_it_stands(before: str, line: str) -> None:
+    error = analyse(before + line)
+    assert error is not None
+    assert error.text == line
+
+
+@pytest.mark.parametrize("line", ["cv2.error: bad size", "pkg.flow.Stop: at once", "pkg.Stop"])
+@pytest.mark.parametrize("before", ["E   ", _TRACEBACK, "FAILED tests/test_a.py::test - "])
+def test_any_class_counts_where_only_what_was_raised_stands(before: str, line: str) -> None:
+    error = analyse(before + line)
+    assert error is not None
+    assert error.text == line
+    assert analyse(line) is None
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "app.error: could not connect",
+        "django.request.Handler: GET /",
+        "socket.timeout = 30",
+        "re.error is an alias",
+        "queue.Fuller: x",
+        "config.socket.timeout: 30",
+        "StopIterations: 3",
+        "error: no",
+        "timeout: 30",
+        "struct.errors: 3",
+    ],
+)
+def test_ordinary_lines_are_no_errors_also_some_lines_below_a_traceback(line: str) -> None:
+    assert analyse(line) is None
+    error = analyse(f"{_TRACEBACK}Odd: it\n{line}")
+    assert error is None
+    error = analyse(f"{_TRACEBACK}KeyError: 'a'\n{line}")
+    assert error is not None
+    assert (error.text, error.count) == ("KeyError: 'a'", 1)
+
+
 def test_import_errors_of_shipped_tasks_point_at_a_package_that_moved():
     checked = 0
     for record in _records():
