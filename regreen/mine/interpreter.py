@@ -111,12 +111,12 @@ class InterpreterMiner(UpgradeMiner):
         needs, _ = await asyncio.to_thread(read_needs, archive, step.good, name)
         later, _ = await asyncio.to_thread(read_needs, archive, step.bad, name)
         self._newer = (step.bad, later)
-        tools = tuple(await self.pinner.tools(step.good, day))
+        tools = tuple(await self.pinner.tools(step.good, day, needs.build))
         release = replace(release, python=step.good, tools=tools)
         async with Laboratory(self.client, self.registry, release) as lab:
             ground = await self._base(candidate, lab, needs, licence)
             self._whole = not ground.run.failed
-            tools = tuple(await self.pinner.tools(step.bad, day))
+            tools = tuple(await self.pinner.tools(step.bad, day, later.build))
             newer = Laboratory(
                 self.client, self.registry, replace(ground.release, python=step.bad, tools=tools)
             )
