@@ -87,6 +87,8 @@ class BugfixMiner(Miner):
     needs_dependencies = False
     least_share = 0.5
     """The tests are those of a later release; with its source, most must pass."""
+    _long: bool = False
+    """Whether all tests of the package in work take too long."""
 
     async def mine(self, candidate: Candidate, past: Past) -> list[Found]:
         """The bug fixes among the releases, those since that day first.
@@ -99,6 +101,7 @@ class BugfixMiner(Miner):
                 files = await self.registry.files(candidate.package)
             except NotFound as error:
                 raise Rejected("screen", "unknown package") from error
+        self._long = False
         pairs = release_pairs(files, candidate.day.isoformat())
         if not pairs:
             raise Rejected("screen", "no adjacent source releases")
@@ -108,7 +111,7 @@ class BugfixMiner(Miner):
             if len(found) == MAX_RECORDS or hopeless(pair, refused):
                 continue
             try:
-                found.append(await self._either(candidate, pair, refused))
+                found.append(await self._either(candidate, pair))
             except Rejected as error:
                 refused.append((pair, error))
                 self.notes.append(f"{pair.after.version}: {error.reason}")
@@ -117,17 +120,16 @@ class BugfixMiner(Miner):
             raise Rejected(last.stage, last.reason, "; ".join(self.notes)[:2000])
         return found
 
-    async def _either(
-        self, candidate: Candidate, pair: Pair, refused: Sequence[tuple[Pair, Rejected]]
-    ) -> Found:
+    async def _either(self, candidate: Candidate, pair: Pair) -> Found:
         """The record of a pair by all tests, or by the modules that it changed."""
-        if not any(error.reason in _LONG for _, error in refused):
+        if not self._long:
             try:
                 return await self._pair(candidate, pair)
             except Rejected as error:
                 if error.reason not in _LONG:
                     raise
                 self.notes.append(f"{pair.after.version}: {error.reason}, as a whole")
+                self._long = True
         return await self._pair(candidate, pair, changed_only=True)
 
     async def _pair(self, candidate: Candidate, pair: Pair, *, changed_only: bool = False) -> Found:
