@@ -366,7 +366,7 @@ class _Scanner:
         if match := _FRAME_LONG.match(text):
             self._frame(match)
             return False
-        if match := _raised(text):
+        if match := _raised(text.removesuffix(":")):  # a message may begin on a line of its own
             self._event(match[1], match[2] or "")
             return True
         if match := _ASSERT.match(text):

@@ -247,6 +247,13 @@ def test_any_class_counts_where_only_what_was_raised_stands(before: str, line: s
     assert analyse(line) is None
 
 
+def test_a_message_may_begin_on_a_line_of_its_own() -> None:
+    error = analyse("E   shop.CartError: \nE   \nE   the cart is empty\n")
+    assert error is not None
+    assert (error.text, error.count) == ("shop.CartError", 1)
+    assert analyse("shop.CartError:\n") is None
+
+
 @pytest.mark.parametrize(
     "line",
     [
