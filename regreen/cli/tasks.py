@@ -174,6 +174,7 @@ def show(
     if report and report.reason:
         typer.echo(report.reason)
     typer.echo(f"python {task.environment.python}, {len(task.environment.pins)} pins")
+    typer.echo(f"tests {' '.join(task.environment.test.arguments)}")
     if task.environment.egress:
         typer.echo(f"rollouts may reach {', '.join(task.environment.egress)}")
     typer.echo(f"fail to pass {task.fail_to_pass_count}, pass to pass {task.pass_to_pass_count}")

@@ -24,7 +24,9 @@ MAX_BYTES, MAX_FILES = 400_000, 2000
 _SETTINGS = frozenset({"setup.cfg", "tox.ini", "pytest.ini", "pyproject.toml"})
 _METADATA = "PKG-INFO"
 _CLAIM = re.compile(r"^Classifier: Programming Language :: Python :: (3\.\d+)\s*$", re.MULTILINE)
-_STRICT = re.compile(r"""^\s*["']?filterwarnings["']?\s*=\s*\[?\s*["']?error\b""", re.MULTILINE)
+_STRICT = re.compile(
+    r"""^[ \t]*["']?filterwarnings["']?[ \t]*=\s*(?:\[\s*)?["']?error\b""", re.MULTILINE
+)
 _ASIDE = re.compile(
     r"^(?:docs?|examples?|samples?|benchmarks?|scripts?|build|tools|\.[^/]+)/|"
     r"^(?:setup|noxfile|fabfile|tasks|versioneer)\.py$|/_?vendor(?:ed)?/"

@@ -108,6 +108,7 @@ def own(local: Local, tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_tasks_of_ones_own_are_shown_with_their_evidence(local: Local, own: str) -> None:
     shown = local.cli("tasks", "show", own).stdout
     assert "2 tests turn green, 0 unstable" in shown
+    assert "\ntests " in shown
     assert "rollouts may reach docs.example.org" in shown
     assert "ok  reference-passes 2:" in shown
     listed = local.cli("tasks", "list", "--json").stdout.splitlines()

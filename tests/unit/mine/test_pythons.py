@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+import time
 
 import pytest
 
@@ -161,3 +162,10 @@ def test_what_lies_beside_a_project_is_not_read() -> None:
 def test_the_miner_needs_no_dependencies_and_names_python() -> None:
     assert not InterpreterMiner.needs_dependencies
     assert CULPRIT == "python"
+
+
+@pytest.mark.parametrize("text", ["\n" * 200_000, "filterwarnings =" + "\n" * 200_000])
+def test_hostile_settings_take_no_time(text: str) -> None:
+    began = time.process_time()
+    assert signed({"setup.cfg": text, "a.py": "import imp\n"}) != []
+    assert time.process_time() - began < 5  # minutes where the time grows with the square
