@@ -107,13 +107,21 @@ def upgrade_candidates(
 def bugfix_candidates(
     culprits: Sequence[CulpritFacts], *, packages: Iterable[str] = ()
 ) -> list[Candidate]:
-    """Where to look for bug fixes: the culprits themselves, then their dependents in turn."""
-    wanted = set(map(normalize, packages))
+    """Where to look for bug fixes: the culprits themselves, then their dependents in turn.
+
+    `packages` narrows it down; such as are in no list are looked at last.
+    """
     names = dict.fromkeys(culprit.name for culprit in culprits)
     for turn in zip_longest(*(culprit.dependents for culprit in culprits)):
         names.update(dict.fromkeys(name for name in turn if name is not None))
-    chosen = [name for name in names if not wanted or name in wanted]
-    return [Candidate("release-bugfix", name, EARLIEST) for name in chosen]
+    return [Candidate("release-bugfix", name, EARLIEST) for name in narrowed(names, packages)]
+
+
+def narrowed(names: Iterable[str], packages: Iterable[str]) -> list[str]:
+    """Of the names those of `packages`, then such as only `packages` has; all if it is empty."""
+    wanted = dict.fromkeys(map(normalize, packages))
+    known = dict.fromkeys(name for name in names if not wanted or name in wanted)
+    return list(known | wanted)
 
 
 def in_turn(*kinds: Sequence[Candidate]) -> list[Candidate]:

@@ -8,11 +8,16 @@
 
 from collections.abc import Iterable, Sequence
 
-from regreen.lockfile import normalize
 from regreen.mine import buildfail, conflict, interpreter, runner
 from regreen.mine.buildfail import BuildMiner
 from regreen.mine.conflict import ConflictMiner
-from regreen.mine.culprits import EARLIEST, Candidate, CulpritFacts, upgrade_candidates
+from regreen.mine.culprits import (
+    EARLIEST,
+    Candidate,
+    CulpritFacts,
+    narrowed,
+    upgrade_candidates,
+)
 from regreen.mine.interpreter import InterpreterMiner
 from regreen.mine.pythons import RELEASED
 from regreen.mine.runner import RunnerMiner
@@ -32,12 +37,14 @@ PYTHONS = ("3.12", "3.13", "3.11", "3.10")
 def more_candidates(
     culprits: Sequence[CulpritFacts], *, packages: Iterable[str] = ()
 ) -> list[list[Candidate]]:
-    """Where to look for each of these kinds; `packages` narrows it down."""
-    wanted = frozenset(map(normalize, packages))
+    """Where to look for each of these kinds; `packages` narrows it down.
+
+    Such as are in no list are looked at last, by the kinds that need no culprit.
+    """
+    wanted = list(packages)
     upgrades = upgrade_candidates(culprits, packages=wanted)
-    names = list(dict.fromkeys(candidate.package for candidate in upgrades))
-    known = [culprit.name for culprit in culprits if not wanted or culprit.name in wanted]
-    names += [name for name in known if name not in names]
+    listed = dict.fromkeys(candidate.package for candidate in upgrades)
+    names = narrowed(listed | dict.fromkeys(culprit.name for culprit in culprits), wanted)
     conflicts = [Candidate(conflict.KIND, c.package, c.day, c.hints) for c in upgrades]
     builds = [Candidate(buildfail.KIND, name, EARLIEST) for name in names]
     runners = [

@@ -106,6 +106,8 @@ def test_kinds_come_in_turn() -> None:
     assert [c.key for c in bugfix_candidates(parse_culprits(rows), packages=["B"])] == [
         "release-bugfix:b:2022-12-01"
     ]
+    mine = bugfix_candidates(parse_culprits(rows), packages=["of.ours", "A"])
+    assert [c.package for c in mine] == ["a", "of-ours"], "what is in no list comes too, last"
     assert in_turn(fixes[:1], fixes[1:]) == fixes
 
 

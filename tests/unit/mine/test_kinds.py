@@ -104,6 +104,9 @@ def test_every_kind_has_candidates() -> None:
     assert [row[0].kind for row in found] == list(MORE_KINDS)
     assert {c.package for c in found[0]} == {"a", "b"}
     assert {c.package for c in more_candidates(facts, packages=["a"])[1]} == {"a"}
+    conflicts, *others = more_candidates(facts, packages=["Of_Ours"])
+    assert not conflicts, "those need a culprit"
+    assert [{c.package for c in kind} for kind in others] == [{"of-ours"}] * 3
 
 
 def test_the_resolvers_reasons_are_read_as_sentences() -> None:
