@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, Self
 
 import grpc
-import structlog
 from pydantic import BaseModel, ConfigDict, Field
 
 from regreen.client.access import Access
 from regreen.client.channel import connect
 from regreen.client.dataset import TaskClient
+from regreen.client.kept import keep
 from regreen.client.sandbox import SandboxClient, StateClient
 from regreen.client.stack import Endpoints
 from regreen.rpc.certificates import Tls
@@ -24,12 +24,8 @@ from regreen.rpc.errors import (
     FailedPrecondition,
     InfraError,
     InvalidArgument,
-    NotFound,
-    RegreenError,
 )
 from regreen.sandbox import v1 as pb
-
-_log = structlog.get_logger()
 
 
 class SandboxConfig(BaseModel):
@@ -108,7 +104,7 @@ class HeldSandbox:
         """Sandbox id; any client of the service can fork, snapshot or diff it."""
         self._client = SandboxClient(channel, patience_s=config.patience_s)
         self._closed = False
-        self._keeper = asyncio.create_task(self._keep())
+        self._keeper = asyncio.create_task(keep(self._client, id, config.ttl_s))
 
     @classmethod
     async def open(cls, config: SandboxConfig) -> Self:
@@ -152,16 +148,6 @@ class HeldSandbox:
         if self._closed:
             raise FailedPrecondition(f"sandbox {self.id} was closed; make a new one")
         return self._client
-
-    async def _keep(self) -> None:
-        while True:
-            await asyncio.sleep(self.config.ttl_s / 3)
-            try:
-                await self.client.keep_alive(self.id, ttl_s=self.config.ttl_s)
-            except NotFound:
-                return  # the next call says so
-            except RegreenError as error:
-                _log.warning("keep alive failed", sandbox=self.id, error=str(error))
 
     async def close(self) -> None:
         """Delete the sandbox; safe to call again."""

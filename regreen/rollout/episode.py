@@ -2,7 +2,7 @@
 
 - Both pipelines run the same agent, tools, final validation, judge and reward.
 - A trajectory is returned only when it is complete and its token stream proves itself; trouble of
-  the platform raises instead, and the sandbox is deleted either way (or expires).
+  the platform raises instead, and the sandbox is deleted either way.
 - The same task, spec, policy version and sampling engine give the same tokens.
 - An episode's time stands still while a service is away.
 """
@@ -29,9 +29,10 @@ from regreen.rollout.actors import Actor, PolicyActor
 from regreen.rollout.agent import Agent, Stop
 from regreen.rollout.branch import TOOL_SEED, BranchPoint, branch_point
 from regreen.rollout.context import FULL, SIMPLIFIED, Budget, EpisodeSpec, with_labels
-from regreen.rollout.facts import FactsCache, standing
+from regreen.rollout.facts import FactsCache
 from regreen.rollout.full import discard_states, run_full
 from regreen.rollout.grade import Validated, conclude
+from regreen.rollout.held import discard, held_sandbox
 from regreen.rollout.knowledge import Knowledge
 from regreen.rollout.past import SHOWN
 from regreen.rollout.progress import TurnListener, ignore
@@ -40,7 +41,7 @@ from regreen.rollout.simplified import run_simplified
 from regreen.rollout.tools import Workbench
 from regreen.rollout.toolset import ToolSet, load_toolset
 from regreen.rpc import traces
-from regreen.rpc.errors import FailedPrecondition, InvalidArgument, NotFound, RegreenError
+from regreen.rpc.errors import FailedPrecondition, InvalidArgument, NotFound
 
 if TYPE_CHECKING:
     from regreen.client.stack import Stack
@@ -56,7 +57,6 @@ _ENDS: dict[Stop, pb.EpisodeEnd.ValueType] = {
     "token-limit": pb.EPISODE_END_TOKEN_LIMIT,
     "time-limit": pb.EPISODE_END_TIME_LIMIT,
 }
-_SLACK_S = 600.0
 
 
 @dataclass(slots=True)
@@ -100,21 +100,16 @@ class Runner:
             await self._check_branch(task, spec, branch)
         trajectory_id = trajectory_id or new_id("trj")
         with traces.span("episode", trajectory_id, task_id=task.id, run_id=spec.run_id):
-            sandbox = await self.stack.sandbox.create_sandbox(
-                branch.state_id if branch else task.state_id,
-                labels={"trajectory": trajectory_id, "task": task.id},
-                egress=task.environment.egress,
-                ttl_s=spec.budget.wall_s + spec.budget.validation_s * 2 + _SLACK_S,
-            )
-            try:
-                async with standing(self.stack, sandbox.id):
-                    with counting_away() as away:
-                        return await self._in_sandbox(
-                            task, spec, actor or PolicyActor(), trajectory_id, sandbox.id, listener,
-                            lambda: self.clock() - away.seconds, branch,
-                        )  # fmt: skip
-            finally:
-                await self.discard(sandbox.id)
+            state_id = branch.state_id if branch else task.state_id
+            labels = {"trajectory": trajectory_id, "task": task.id}
+            async with held_sandbox(
+                self.stack, state_id, labels, task.environment.egress
+            ) as sandbox_id:
+                with counting_away() as away:
+                    return await self._in_sandbox(
+                        task, spec, actor or PolicyActor(), trajectory_id, sandbox_id, listener,
+                        lambda: self.clock() - away.seconds, branch,
+                    )  # fmt: skip
 
     async def _in_sandbox(
         self,
@@ -158,7 +153,7 @@ class Runner:
             keeps = spec.knobs.keep_states
         finally:
             if bench.kept_states and not keeps:  # no State can go while the sandbox stands on it
-                await self.discard(sandbox_id)
+                await discard(self.stack, sandbox_id)
                 await discard_states(self.stack, bench.kept_states)
         trajectory.stage_seconds.update(bench.stage_s)
         trajectory.start_time.FromNanoseconds(start_ns)
@@ -185,22 +180,8 @@ class Runner:
                 "run the rollout again with knobs.keep_states=true and keep its States"
             ) from error
         if self.facts.peek(task) is None:
-            pristine = await self.stack.sandbox.create_sandbox(
-                task.state_id, labels={"task": task.id}
-            )
-            try:
-                async with standing(self.stack, pristine.id):
-                    await self.facts.get(self.stack, task, pristine.id)
-            finally:
-                await self.discard(pristine.id)
-
-    async def discard(self, sandbox_id: str) -> None:
-        """Delete a sandbox that is not needed any more."""
-        try:
-            await self.stack.sandbox.delete_sandbox(sandbox_id)
-        except RegreenError as error:
-            # It expires by itself; losing a finished rollout over this would be worse.
-            log.warning("sandbox not deleted", sandbox_id=sandbox_id, error=str(error))
+            async with held_sandbox(self.stack, task.state_id, {"task": task.id}) as pristine:
+                await self.facts.get(self.stack, task, pristine)
 
 
 def _record(agent: Agent, stop: Stop, branch: BranchPoint | None) -> pb.Trajectory:

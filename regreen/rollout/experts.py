@@ -26,7 +26,8 @@ from regreen.rollout.actors import ScriptedActor, Slip, View
 from regreen.rollout.context import EpisodeSpec
 from regreen.rollout.dependencies import choices
 from regreen.rollout.episode import Runner
-from regreen.rollout.facts import REPO, standing
+from regreen.rollout.facts import REPO
+from regreen.rollout.held import held_sandbox
 from regreen.rollout.knowledge import LOCK_NAME, Move, reference_moves
 from regreen.rollout.logs import PrimaryError
 from regreen.rpc.errors import InvalidArgument, NoSuchFile
@@ -291,12 +292,8 @@ def _latest(view: View) -> PrimaryError | None:
 
 async def _edits(stack: "Stack", task: pb.Task, fix: pb.ReferenceFix) -> Sequence[LineEdit]:
     """The source edit as short `sed` commands; empty when it is not small enough for that."""
-    sandbox = await stack.sandbox.create_sandbox(task.state_id, labels={"task": task.id})
-    async with standing(stack, sandbox.id):
-        try:
-            edits = await _edits_in(stack, fix, sandbox.id)
-        finally:
-            await stack.sandbox.delete_sandbox(sandbox.id)
+    async with held_sandbox(stack, task.state_id, {"task": task.id}) as sandbox_id:
+        edits = await _edits_in(stack, fix, sandbox_id)
     return edits if sum(len(edit.command) for edit in edits) <= _MOST_EDIT_CHARS else ()
 
 

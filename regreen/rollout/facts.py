@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import json
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import TYPE_CHECKING
@@ -26,7 +26,6 @@ from regreen.rpc.errors import (
     InfraError,
     InvalidArgument,
     NoSuchFile,
-    NotFound,
     SandboxLost,
 )
 from regreen.sandbox import v1 as sandbox_pb
@@ -86,23 +85,6 @@ class Facts:
             with contextlib.suppress(InvalidRequirement):
                 names.setdefault(normalize(Requirement(text).name))
         return tuple(names)
-
-
-@contextlib.asynccontextmanager
-async def standing(stack: "Stack", sandbox_id: str) -> AsyncIterator[None]:
-    """Work that needs a sandbox; one that is gone is trouble of the platform.
-
-    Raises:
-        SandboxLost: it is gone.
-    """
-    try:
-        yield
-    except NotFound as error:
-        try:
-            await stack.sandbox.get_sandbox(sandbox_id)
-        except NotFound:
-            raise SandboxLost(f"sandbox {sandbox_id} is gone") from error
-        raise
 
 
 _Key = tuple[str, str]

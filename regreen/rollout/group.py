@@ -14,8 +14,9 @@ from regreen.ids import derive_seed
 from regreen.rollout.actors import PolicyActor, sample_of, sampling_of
 from regreen.rollout.context import EpisodeSpec
 from regreen.rollout.episode import Runner, check_fair
-from regreen.rollout.facts import Facts, standing
+from regreen.rollout.facts import Facts
 from regreen.rollout.full import first_opening
+from regreen.rollout.held import held_sandbox
 from regreen.rollout.record import Sample
 from regreen.rollout.simplified import opening
 
@@ -65,9 +66,5 @@ async def _facts(runner: Runner, task: pb.Task) -> Facts:
     known = runner.facts.peek(task)
     if known is not None:
         return known
-    sandbox = await runner.stack.sandbox.create_sandbox(task.state_id, labels={"task": task.id})
-    try:
-        async with standing(runner.stack, sandbox.id):
-            return await runner.facts.get(runner.stack, task, sandbox.id)
-    finally:
-        await runner.discard(sandbox.id)
+    async with held_sandbox(runner.stack, task.state_id, {"task": task.id}) as sandbox_id:
+        return await runner.facts.get(runner.stack, task, sandbox_id)

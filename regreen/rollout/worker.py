@@ -208,7 +208,8 @@ class Worker:
             trajectory = await self._episode(lease, spec, actor, trajectory_id)
         except RegreenError as error:
             log.warning("rollout failed", rollout_id=lease.rollout_id, error=str(error))
-            outage = isinstance(error, _OUTAGES)
+            # So does who asks to come back later: a service that is full, a quota until midnight.
+            outage = isinstance(error, _OUTAGES) or error.retry_after_s is not None
             await self._give_back(lease, f"{type(error).__name__}: {error}", outage=outage)
             failed = error.status
         except asyncio.CancelledError as stop:

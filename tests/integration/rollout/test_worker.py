@@ -1,6 +1,7 @@
 """Workers over the real queue: nothing lost, nothing twice, whatever is killed."""
 
 import asyncio
+import time
 
 import pytest
 import pytest_asyncio
@@ -11,13 +12,14 @@ from dataset_svc.settings import DatasetSettings
 from regreen.client.stack import Endpoints, Stack
 from regreen.common.v1 import GRADER_BUILD_GATES, MODE_ANY_FIX, PIPELINE_SIMPLIFIED
 from regreen.dataset import v1 as pb
+from regreen.rollout import held
 from regreen.rollout.context import Budget, Knobs, Sampling, labels_of
 from regreen.rollout.episode import Runner
 from regreen.rollout.knowledge import Knowledge
 from regreen.rollout.worker import Worker, knowledge_of, worker_pool
 from regreen.rpc.errors import Unavailable
 from tests.integration import dataset_samples as samples
-from tests.integration.rollout.world import PIN, VALIDATE, kill_first_process, says
+from tests.integration.rollout.world import PIN, VALIDATE, kill_first_process, open_world, says
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -197,6 +199,57 @@ async def test_a_policy_that_is_away_uses_up_no_attempt(world, dataset):
         (found,) = await rollouts_of(stack, run_id)
         assert found.state == "committed"
         assert found.outages == found.attempt >= 3
+
+
+async def test_a_full_sandbox_service_uses_up_no_attempt(dataset, tmp_path):
+    async with (
+        open_world(tmp_path, max_sandboxes=2) as small,
+        small.playing(says(PIN, VALIDATE), dataset=dataset) as stack,
+    ):
+        run_id = await enqueue(stack, small, size=1)
+        others = [await stack.sandbox.create_sandbox(small.task.state_id) for _ in range(2)]
+        async with Stack(stack.endpoints, patience_s=0.2) as hasty:
+            runner = Runner(hasty, Knowledge())
+            async with worker_pool(hasty, run_id=run_id, runner=runner) as worker:
+
+                async def tried():
+                    return worker.stats.given_back >= 2
+
+                await until(tried, within_s=60)
+        for box in others:
+            await stack.sandbox.delete_sandbox(box.id)
+        stats = await Worker(stack, Runner(stack, Knowledge()), run_id=run_id).run(until_idle=True)
+        assert stats.committed == 1
+        (found,) = await rollouts_of(stack, run_id)
+        assert found.outages >= 2
+        assert "there is no room for 1 more" in found.attempts[0].error
+
+
+async def test_a_sandbox_outlives_its_worker_by_no_more_than_its_lease(world, dataset, monkeypatch):
+    """However long the episode may take; and it lives as long as the episode does."""
+    monkeypatch.setattr(held, "HELD_S", 1.5)
+    slow = [{"text": PIN, "turn": 0, "delay_s": 0.1}, {"text": VALIDATE, "turn": 1}]
+    async with world.playing(slow, dataset=dataset) as stack:
+        known = {box.id for box in (await stack.sandbox.list_sandboxes()).sandboxes}
+
+        async def mine():
+            boxes = (await stack.sandbox.list_sandboxes()).sandboxes
+            return [box for box in boxes if box.id not in known]
+
+        run_id = await enqueue(stack, world, size=1)
+        worker = Worker(stack, Runner(stack, Knowledge()), run_id=run_id)
+        running = asyncio.create_task(worker.run(until_idle=True))
+        await until(mine, within_s=60)
+        left_s = []
+        while not running.done():
+            now = time.time()
+            left_s += [box.expire_time.ToNanoseconds() / 1e9 - now for box in await mine()]
+            await asyncio.sleep(0.1)
+        assert (await running).committed == 1
+        assert len(left_s) > 15, "it outlived its first lease"
+        assert max(left_s) <= 1.5
+        (found,) = await rollouts_of(stack, run_id)
+        assert (found.state, found.attempt) == ("committed", 0), "it was kept alive"
 
 
 async def test_a_killed_worker_leaves_its_rollouts_to_another(world, dataset):
