@@ -25,7 +25,7 @@ import structlog
 
 from regreen.client.access import Access
 from regreen.rpc.channels import BearerFile, open_channel
-from regreen.rpc.errors import RegreenError, ResourceExhausted, Unavailable
+from regreen.rpc.errors import DeadlineExceeded, RegreenError, ResourceExhausted, Unavailable
 from regreen.rpc.logging import TRACE_HEADER, TRAJECTORY_HEADER
 from regreen.rpc.spans import SAMPLED
 from regreen.rpc.tenants import named
@@ -156,7 +156,7 @@ class Caller:
             try:
                 return await method(request, timeout=timeout_s, metadata=call_metadata())
             except grpc.aio.AioRpcError as raw:
-                error = from_rpc_error(raw)
+                error = _named(from_rpc_error(raw), request, timeout_s)
                 wait_s = error.retry_after_s or delay_s * (0.5 + random.random())
                 soonest_s = time.monotonic() + max(wait_s, delay_s)
                 if not _retryable(error) or soonest_s > give_up_s:
@@ -187,6 +187,14 @@ async def stream(call: Any) -> AsyncIterator[AsyncIterator[Any]]:
         raise from_rpc_error(error) from error
     finally:
         call.cancel()
+
+
+def _named(error: RegreenError, request: Any, timeout_s: float) -> RegreenError:
+    """The error, with the call in it where gRPC's own words name nothing."""
+    if not isinstance(error, DeadlineExceeded) or error.message != "Deadline Exceeded":
+        return error
+    call = type(request).__name__.removesuffix("Request")
+    return DeadlineExceeded(f"{call} was not answered within {timeout_s:g} s")
 
 
 def _retryable(error: RegreenError) -> bool:

@@ -1,10 +1,12 @@
-"""A call that takes minutes and tells nothing meanwhile is answered, whatever pings keep it up."""
+"""Calls that take long: answered, whatever pings keep them up, or given up by name."""
 
 import asyncio
 
 import grpc
 import pytest
 
+from regreen.client.sandbox import StateClient
+from regreen.rpc.errors import DeadlineExceeded
 from regreen.rpc.server import Server
 from regreen.sandbox import v1 as pb
 from regreen.settings import ServiceSettings
@@ -29,3 +31,12 @@ async def test_a_long_call_is_not_ended_for_the_pings_of_its_caller() -> None:
     async with server, grpc.aio.insecure_channel(server.address, options=often) as channel:
         stub = pb.StateServiceStub(channel)
         await stub.GetState(pb.GetStateRequest(id="late"), timeout=2 * _CALL_S)
+
+
+async def test_a_call_that_is_given_up_says_which_it_was() -> None:
+    server = Server(ServiceSettings(drain_s=0), [NAME])
+    pb.add_StateServiceServicer_to_server(_Late(), server.grpc)
+    async with server, grpc.aio.insecure_channel(server.address) as channel:
+        late = pb.GetStateRequest(id="late")
+        with pytest.raises(DeadlineExceeded, match=r"^GetState was not answered within 0\.2 s$"):
+            await StateClient(channel)._call(pb.StateServiceStub(channel).GetState, late, 0.2)
