@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -59,7 +59,7 @@ class DistStore:
         self.root = root
         self._open_index = open_index or (lambda: PackageIndex(index_urls()))
         self._fetching: dict[str, asyncio.Task[None]] = {}
-        for name in ("files", "built", "houses"):
+        for name in ("files", "built", "houses", "compiled"):
             (root / name).mkdir(parents=True, exist_ok=True)
 
     def path(self, sha256: str) -> Path:
@@ -185,6 +185,24 @@ class DistStore:
         self._place(json.dumps(fields).encode(), self.root / "built" / f"{key}.json")
         return wheel
 
+    def compiled(self, key: str) -> Path:
+        """Where the byte code of a wheel is or would be.
+
+        Raises:
+            InvalidArgument: the key is no digest.
+        """
+        check_sha256(key)
+        return self.root / "compiled" / key[:2] / key
+
+    def keep_compiled(self, key: str, data: bytes) -> None:
+        """Store byte code that a sandbox made of a wheel."""
+        self._place(data, self.compiled(key))
+
+    def compiled_folder(self, keys: Iterable[str]) -> Path:
+        """A directory with the byte code of these wheels, as far as it is here."""
+        there = {key: self.compiled(key) for key in sorted(keys) if self.compiled(key).is_file()}
+        return self._linked("c", "\n".join(there), there)
+
     def house(self, wheels: Iterable[Wheel]) -> Path:
         """A directory with these wheels and an `index.json`; the same set gives the same path."""
         chosen = sorted(set(wheels), key=astuple)
@@ -212,14 +230,19 @@ class DistStore:
         """A directory that shows stored files under their names; the same set, the same path."""
         chosen = sorted(set(files), key=lambda f: f.filename)
         text = "\n".join(f"{f.sha256} {f.filename}" for f in chosen)
-        final = self.root / "houses" / ("f" + hashlib.sha256(text.encode()).hexdigest()[:31])
+        return self._linked("f", text, {f.filename: self.path(f.sha256) for f in chosen})
+
+    def _linked(self, kind: str, text: str, files: Mapping[str, Path]) -> Path:
+        """A directory of hard links by name, itself named by a text that says what it holds."""
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        final = self.root / "houses" / f"{kind}{digest[:31]}"
         if final.is_dir():
             return final
         building = Path(tempfile.mkdtemp(prefix=".new-", dir=self.root / "houses"))
         try:
-            for file in chosen:
-                check_filename(file.filename)
-                os.link(self.path(file.sha256), building / file.filename)
+            for name, path in files.items():
+                check_filename(name)
+                os.link(path, building / name)
             _settle(building, final)
         finally:
             shutil.rmtree(building, ignore_errors=True)

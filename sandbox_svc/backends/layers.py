@@ -63,6 +63,7 @@ _UNFINISHED = (
     "dists/*/.new-*",
     "dists/*/.part-*",
     "dists/files/*/.part-*",
+    "dists/compiled/*/.part-*",
     "tools/.new-*",
 )
 """Names under which the stores beside the layers write before they rename."""

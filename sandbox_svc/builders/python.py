@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 
 from regreen.blobs import BlobStore, Digest
@@ -50,6 +50,7 @@ from sandbox_svc.builders.base import (
     nothing_installed,
 )
 from sandbox_svc.builders.checked import check_spec
+from sandbox_svc.builders.compiled import COMPILED, ByteCode
 from sandbox_svc.builders.interpreters import Interpreter, find_interpreter
 from sandbox_svc.builders.protect import protected_roots, pytest_settings
 from sandbox_svc.builders.standing import module_files, own_modules, own_names
@@ -85,6 +86,7 @@ class PythonBuilder:
     def __init__(self, store: DistStore, tools: Path, blobs: BlobStore | None = None) -> None:
         self.store, self.blobs = store, blobs
         self.tools = _lay_out_tools(tools)
+        self.byte_code = ByteCode(store)
 
     async def prepare(
         self,
@@ -99,11 +101,15 @@ class PythonBuilder:
         check_spec(spec)
         interpreters = {v: find_interpreter(v) for v in spec.allowed_pythons}
         inputs = await self._fetch(spec, interpreters, progress, fetches)
-        house = await self._wheelhouse(spec, inputs, runtime, limits, progress)
+        house, wheels = await self._wheelhouse(spec, inputs, runtime, limits, progress)
         inputs = replace(inputs, mounts=(*inputs.mounts, Mount(house, WHEELHOUSE)))
         installation = self._installation(spec, interpreters)
         layers = installed(installation)
-        box = await runtime.create(layers, limits=limits, mounts=inputs.mounts)
+        mounts = inputs.mounts
+        if not layers:
+            given = (interpreters[spec.python], mounts, runtime, limits)
+            mounts = (*mounts, await self.byte_code.mount(wheels, *given))
+        box = await runtime.create(layers, limits=limits, mounts=mounts)
         try:
             if layers:
                 progress(Stage("install", 1, 1, "as in a State that is here"))
@@ -184,11 +190,12 @@ class PythonBuilder:
         runtime: Runtime,
         limits: Limits,
         progress: Progress,
-    ) -> Path:
-        """Wheels of every release for every allowed interpreter; sdists are built first.
+    ) -> tuple[Path, list[Wheel]]:
+        """Wheels of every release for every allowed interpreter, and those that are installed.
 
-        A wheel that was built for one interpreter serves all that it fits. The State's own comes
-        first, so that what was built before for others changes nothing.
+        Source archives are built first. A wheel that was built for one interpreter serves all that
+        it fits. The State's own comes first, so that what was built before for others changes
+        nothing.
 
         Raises:
             MissingDependency: a pin has no wheel that fits the State's own interpreter.
@@ -214,13 +221,14 @@ class PythonBuilder:
                     built.append(replace(wheel, name=pin.name, version=pin.version))
             wheels.update(built)
         own = tags[spec.python]
-        have = {(w.name, w.version) for w in wheels if wheel_fits(w.filename, own)}
+        fits = [w for w in sorted(wheels, key=astuple) if wheel_fits(w.filename, own)]
+        have = {(wheel.name, wheel.version): wheel for wheel in fits}
         lost = [str(p) for p in spec.pins if (p.name, p.version) not in have]
         if lost:
             raise MissingDependency(
                 f"no wheel of {', '.join(lost)} for Python {spec.python} can be had or built here"
             )
-        return self.store.house(wheels)
+        return self.store.house(wheels), [have[p.name, p.version] for p in spec.pins]
 
     def _build_key(self, spec: EnvironmentSpec, file: DistFile, inputs: Inputs, python: str) -> str:
         parts = [file.sha256, inputs.interpreters[python].full_version, os.uname().machine]
@@ -293,7 +301,7 @@ class PythonBuilder:
         progress(Stage("compile", 1, 2))
         environment = box_environment()
         prefix = environment.pop("PYTHONPYCACHEPREFIX")
-        byte_code = (f"{ENV}/bin/python", "-S", f"{TOOLS}/lib/byte_code.py", "--prefix", prefix)
+        byte_code = (f"{ENV}/bin/python", "-S", f"{TOOLS}/lib/byte_code.py", prefix, COMPILED)
         folders = (f"{ENV}/lib", REPO, f"{TOOLS}/lib")
         await box.run(Command((*byte_code, *folders), env=environment))
         caches = "/work/home/.cache /work/repo/.pytest_cache /work/.cache /work/pycache/tmp"

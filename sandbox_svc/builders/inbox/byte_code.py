@@ -1,18 +1,21 @@
-"""Byte code for all that runs of a State import: `byte_code.py --prefix FOLDER DIRECTORY...`.
+"""Byte code for all that runs of a State import: `byte_code.py PREFIX READY DIRECTORY...`.
 
 - Standard library only, Python 3.7 and newer; started with `-S` it runs nothing of the environment
   or the repository.
 - With a prefix of its own Python looks for the byte code of its library there too, and not where it
   came with it: what came is copied, and what pytest always needs is compiled where none came. So
   this program is started without one, which spares it to compile what it imports itself.
+- READY holds what `compile_wheel.py` has made of the wheels that are installed, if anything.
 """
 
 from __future__ import annotations
 
 import compileall
 import contextlib
+import hashlib
 import importlib
 import importlib.util
+import marshal
 import os
 import re
 import sys
@@ -66,12 +69,38 @@ def code_of(path: str, source: str) -> bytes:
     try:
         with open(path, "rb") as file:
             code = file.read()
-        known = os.stat(source)
+        return code if code[:16] == head_of(source) else b""
     except OSError:
         return b""
+
+
+def head_of(source: str) -> bytes:
+    """What byte code of a file begins with (PEP 552): of this interpreter, its time and size."""
+    known = os.stat(source)
     stamp = int(known.st_mtime) & 0xFFFFFFFF, known.st_size & 0xFFFFFFFF
     stamps = b"".join(number.to_bytes(4, "little") for number in (0, *stamp))
-    return code if code[:16] == importlib.util.MAGIC_NUMBER + stamps else b""
+    return importlib.util.MAGIC_NUMBER + stamps
+
+
+def copy_ready(folder: str) -> int:
+    """Byte code of installed files whose source is what was compiled; how many files."""
+    copied = 0
+    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
+        with open(os.path.join(folder, name), "rb") as file:
+            ready = marshal.load(file)
+        for source, (digest, code) in ready.items():
+            try:
+                with open(source, "rb") as file:
+                    same = hashlib.sha256(file.read()).digest() == digest
+            except OSError:  # not installed, as where another wheel's file has its place
+                continue
+            if same:
+                target = importlib.util.cache_from_source(source)
+                os.makedirs(os.path.dirname(target), exist_ok=True)
+                with open(target, "wb") as kept:
+                    kept.write(head_of(source) + code)
+                copied += 1
+    return copied
 
 
 def import_always(library: str) -> None:
@@ -88,17 +117,18 @@ def import_always(library: str) -> None:
             compileall.compile_file(source, quiet=1)
 
 
-def main(prefix: str, *directories: str) -> None:
+def main(prefix: str, ready: str, *directories: str) -> None:
     if hasattr(sys, "pycache_prefix"):  # Python 3.7 has none
         sys.pycache_prefix = prefix
         os.environ["PYTHONPYCACHEPREFIX"] = prefix  # of a second process
         library = os.path.dirname(os.__file__)
         if not copy_own(library):
             import_always(library)
+        copy_ready(ready)
     for directory in directories:
         workers = 2 if sources(directory) > MANY else 1
         compileall.compile_dir(directory, quiet=1, rx=UNUSED, workers=workers)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[2:])
+    main(*sys.argv[1:])

@@ -83,7 +83,8 @@ class Shop:
         builder, told = self.workshop.builder, lambda stage: None
         found = {version: find_interpreter(version) for version in spec.allowed_pythons}
         inputs = await builder._fetch(spec, found, told, None)
-        return await builder._wheelhouse(spec, inputs, self.workshop.runtime, Limits(), told)
+        house, _ = await builder._wheelhouse(spec, inputs, self.workshop.runtime, Limits(), told)
+        return house
 
 
 def wheels(house: Path, pin: Pin) -> list[str]:
