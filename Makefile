@@ -70,7 +70,7 @@ bench: $(STAMP) ## Measure against named peers; tables here, JSON under build/be
 	@$(BIN)/regreen bench
 
 bench-sandbox: $(STAMP) ## Measure the sandbox service: against the kernel, Docker, cold validations, pytest; and every task
-	@$(BIN)/regreen bench sandbox sandbox-service sandbox-warm sandbox-failures sandbox-tasks
+	@$(BIN)/regreen bench sandbox sandbox-service sandbox-warm sandbox-failures sandbox-prepare sandbox-tasks
 
 bench-dataset: $(STAMP) ## Measure the dataset service: the queue against bare Postgres, a million trajectories
 	@$(BIN)/regreen bench dataset-queue dataset-store

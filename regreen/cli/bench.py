@@ -30,6 +30,7 @@ BENCHMARKS = {
     "sandbox-service": "sandbox_svc.bench_service",
     "sandbox-warm": "sandbox_svc.bench_warm",
     "sandbox-failures": "sandbox_svc.bench_failures",
+    "sandbox-prepare": "sandbox_svc.bench_prepare",
     "sandbox-tasks": "sandbox_svc.bench_tasks",
     "mine": "regreen.mine.bench",
     "dataset-queue": "dataset_svc.bench_queue",
