@@ -44,15 +44,19 @@ def estimate(spec: RunSpec, folders: Sequence[Path], processes: int, nodes: int 
 
     Raises:
         NotFound: none of them holds a model.
-        InvalidArgument: ranks or heads cannot be divided as `sequence_parallel` says.
+        InvalidArgument: ranks or heads cannot be divided as `sequence_parallel` says, or the engine
+            divides nothing among several ranks.
         FailedPrecondition: it does not fit; says by how much and which settings would. Or there are
             more processes than GPUs.
     """
     hyperparameters, ranks = spec.hyperparameters, processes * nodes
+    if spec.engine == "plain" and ranks > 1:  # each would train on all, and write what all write
+        problem = f"is plain, which is one process, and this learner starts {ranks} of a run"
+        raise InvalidArgument("engine", problem, "take deepspeed, or one process on one machine")
     half = computes_in_bf16(hyperparameters.dtype)
     layout = Layout(
         masters=half or hyperparameters.zero_stage > 0 or ranks > 1,
-        ranks=1 if spec.engine == "plain" else ranks,  # it divides nothing
+        ranks=ranks,
         on_gpu=gpus.has_gpu(),
         half=half,
     )

@@ -19,12 +19,12 @@ missing() {
   done
 }
 
-# Compose 1.29 waits for nothing but what another container depends on.
+# Compose 1.29 waits for nothing but what another container depends on. As long as the longest start_period of compose.yaml: of SGLang, which loads a model.
 await_health() {
-  local states left give_up=$((SECONDS + 180))
+  local states left give_up=$((SECONDS + ${GPU:+1600}+300))
   while states=$(compose ps -q | xargs docker inspect --format '{{.Name}} is {{.State.Health.Status}}'); do
     left=$(grep -v ' is healthy$' <<<"$states") || return 0
-    [ $SECONDS -lt $give_up ] || break
+    if [ $SECONDS -ge $give_up ] || grep -q ' is unhealthy$' <<<"$left"; then break; fi
     sleep 1
   done
   echo "compose: ${left:-no container}; look at infra/scripts/compose.sh logs" >&2
@@ -39,7 +39,12 @@ up() {
   if [ "${PORTS:-}" = any ]; then
     export REGREEN_{DATASET,SANDBOX,POLICY,JUDGE,LEARNER,PROMETHEUS}_PORT=0
   fi
-  local images
+  local images sglang
+  sglang=$(compose config | sed -n 's/^ *image: *//p' | grep '^regreen-sglang' || true)
+  if [ -n "${GPU:-}" ] && ! docker image inspect "$sglang" >/dev/null 2>&1; then
+    echo "compose: there is no image $sglang; make images NAMES=sglang" >&2
+    exit 3
+  fi
   images=$(missing)
   [ -z "$images" ] || TAG=${REGREEN_TAG:-latest} infra/scripts/images.sh $images
   compose up --detach --no-build --remove-orphans
@@ -51,8 +56,8 @@ up() {
     places+=("${name%:*}=$(compose port "${name%:*}" "${name#*:}")")
   done
   elsewhere "${places[@]}" --by "Compose (make down-docker)" --tls "$shown/certs/client" --token-file "$shown/client.token"
-  .venv/bin/regreen up --home "$home"
   await_health
+  .venv/bin/regreen up --home "$home"
 }
 
 case ${1:-} in

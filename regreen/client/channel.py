@@ -34,6 +34,7 @@ from regreen.rpc.wire import NOBODY, from_rpc_error
 
 T = TypeVar("T")
 _TRACE_ID = re.compile(r"(?!0{32})[0-9a-f]{32}")
+_GIVEN_UP = re.compile(r"Deadline Exceeded$|the call took longer than ")
 _MANY = ("dns:", "ipv4:", "ipv6:")
 _IN_TURN = json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})
 READ_S = 15.0
@@ -190,8 +191,8 @@ async def stream(call: Any) -> AsyncIterator[AsyncIterator[Any]]:
 
 
 def _named(error: RegreenError, request: Any, timeout_s: float) -> RegreenError:
-    """The error, with the call in it where gRPC's own words name nothing."""
-    if not isinstance(error, DeadlineExceeded) or error.message != "Deadline Exceeded":
+    """The error, with the call in it where the words of gRPC, or of a server, name nothing."""
+    if not isinstance(error, DeadlineExceeded) or not _GIVEN_UP.match(error.message):
         return error
     call = type(request).__name__.removesuffix("Request")
     return DeadlineExceeded(f"{call} was not answered within {timeout_s:g} s")

@@ -88,6 +88,7 @@ VALUES = [
     ("URL for a host", "sandbox.settings.prepare_hosts", "https://h/", "schema", "does not match"),
     ("word for hosts", "sandbox.settings.egress_hosts", "a b", "schema", "does not match"),
     ("any host", "sandbox.settings.egress_hosts", "*", "schema", "does not match"),
+    ("engine of one process", "learner.settings.engine", "plain", "template", "is one process"),
     ("judge of nowhere", "judge.settings.model", "openai", "template", "needs openai_url"),
     ("password in a URL", "judge.settings.openai_url", "http://u:p@h/v1", "schema", "not match"),
     ("user of an index", "sandbox.workers.indexUrl", "https://me@h/simple/", "schema", "not match"),

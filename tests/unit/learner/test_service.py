@@ -220,14 +220,17 @@ async def test_an_estimate_starts_nothing_and_refuses_what_a_start_would(
     async with learner(tmp_path, processes=2) as (client, runs):
         before = sorted(tmp_path.rglob("*"))
         small = pb.Hyperparameters(trainable_layers=1, micro_batch_tokens=256)
-        found = await client.estimate_run(pb.RUN_KIND_GRPO, str(tiny_model), hyperparameters=small)
+        found = await client.estimate_run(
+            pb.RUN_KIND_GRPO, str(tiny_model), hyperparameters=small, engine="deepspeed"
+        )
         shape = model_shape(tiny_model)
         settings = Hyperparameters(trainable_layers=1, micro_batch_tokens=256)
-        assert found.estimated_memory_bytes == estimate_bytes(shape, settings, Layout(masters=True))
+        layout = Layout(masters=True, ranks=2)
+        assert found.estimated_memory_bytes == estimate_bytes(shape, settings, layout)
         assert found.available_memory_bytes > found.estimated_memory_bytes
         assert found.parameters == shape.parameters
         assert found.trainable_parameters == shape.layer_parameters
-        assert (found.engine, found.processes) == ("plain", 2)
+        assert (found.engine, found.processes) == ("deepspeed", 2)
         assert found.hyperparameters.micro_batch_tokens == 256
         assert found.hyperparameters.clip_high == pytest.approx(0.28)
         refused: list[tuple[type[Exception], str, dict[str, object]]] = [
@@ -244,19 +247,18 @@ async def test_an_estimate_starts_nothing_and_refuses_what_a_start_would(
             (
                 InvalidArgument,
                 "the engine is plain",
-                {"hyperparameters": pb.Hyperparameters(sequence_parallel=2)},
+                {"hyperparameters": pb.Hyperparameters(sequence_parallel=2), "engine": "plain"},
             ),
+            (InvalidArgument, "engine: is plain, .* this learner starts 2", {"engine": "plain"}),
             (
                 InvalidArgument,
                 "does not divide the 2 ranks",
-                {
-                    "hyperparameters": pb.Hyperparameters(sequence_parallel=4),
-                    "engine": "deepspeed",
-                },
+                {"hyperparameters": pb.Hyperparameters(sequence_parallel=4)},
             ),
         ]
         for error, said, changes in refused:
-            asked = {"kind": pb.RUN_KIND_SFT, "base_uri": str(tiny_model)} | changes
+            usual = {"kind": pb.RUN_KIND_SFT, "base_uri": str(tiny_model), "engine": "deepspeed"}
+            asked = usual | changes
             with pytest.raises(error, match=said):
                 await client.estimate_run(**asked)  # type: ignore[arg-type]
         assert runs.all() == []
