@@ -1,7 +1,8 @@
 """Writes compose.yaml from the chart's values and infra/compose/values.yaml: `--check` compares.
 
-- Images, ports, settings, memory and the arguments for certificates are said once, by the chart;
-  what only Compose knows (volumes, networks, Postgres, Prometheus) is said here.
+- Images, settings, memory and quotas come from the chart's values, ports from the layout of
+  the local stack; what only Compose knows (volumes, networks, Postgres, Prometheus, which files
+  certificates are) is said here.
 - Nothing that Compose 1.29 or 2 alone reads: no `name`, `include`, `develop`, `configs`.
 """
 

@@ -92,7 +92,7 @@ def test_every_image_lists_what_it_holds(stack: Composed) -> None:
         "print(json.dumps([[c['name'] for c in bill['components']], "
         "[d.metadata['Name'] for d in m.distributions()]]))"
     )
-    for service in ("dataset", "sandbox", "policy", "judge", "learner"):
+    for service in ("dataset", "sandbox", "policy", "judge", "learner", "access"):
         code, said = stack.run(service, ["python3", "-c", ask], USER)
         assert code == 0, said
         listed, held = json.loads(said)

@@ -61,6 +61,10 @@ class Plan:
         """One without a fault first, and one after the last."""
         return len(self.faults) + 2
 
+    def saved_before(self, step: int) -> int:
+        """The last step before that has a checkpoint; 0 is the model that the run began with."""
+        return (step - 1) // self.checkpoint_every * self.checkpoint_every
+
 
 @dataclass(slots=True)
 class Row:
@@ -74,6 +78,8 @@ class Row:
     fault: str = ""
     restarts: int = 0
     told: list[str] = field(default_factory=list)
+    went_on_from: list[int] = field(default_factory=list)
+    """The step of the checkpoint that each restart began with."""
     failed_after_s: float = 0.0
     """From the fault to the failure of the run, where it was to fail."""
     error: str = ""
@@ -205,7 +211,8 @@ class Training:
     async def _step(self, step: int, fault: str) -> Row:
         began_s, before = time.monotonic(), (await self._client.get_run(_RUN)).restarts
         told: list[str] = []
-        striker = asyncio.create_task(self._disturb(step, fault, told)) if fault else None
+        begun: list[int] = []
+        striker = asyncio.create_task(self._disturb(step, fault, told, begun)) if fault else None
         error, failed_after_s = "", 0.0
         try:
             done = await self._client.step(_RUN, step, batch=self._batches[step])
@@ -227,11 +234,12 @@ class Training:
             fault=fault,
             restarts=after - before if after >= before else after,
             told=told,
+            went_on_from=begun,
             failed_after_s=failed_after_s,
             error=error,
         )
 
-    async def _disturb(self, step: int, fault: str, told: list[str]) -> float:
+    async def _disturb(self, step: int, fault: str, told: list[str], begun: list[int]) -> float:
         """Strike once some tokens of the step are done, and hear what is told; when it was."""
         struck_s = 0.0
         async for event in self._client.watch_run(_RUN, from_step=step):
@@ -242,6 +250,7 @@ class Training:
             if struck_s and event.HasField("restart") and event.restart.to_step == step - 1:
                 restart = event.restart
                 how = "stands" if restart.complete else restart.reason
+                begun.append(restart.from_step)
                 told.append(f"{restart.number} of {restart.limit} from {restart.from_step}: {how}")
             if event.step.step == step:
                 break
@@ -257,7 +266,7 @@ class Training:
         self._both.network.join()
         await self._start()
         position = (await self._client.get_run(_RUN)).step
-        saved = (step - 1) // self._plan.checkpoint_every * self._plan.checkpoint_every
+        saved = self._plan.saved_before(step)
         assert position == saved, f"the run stands at {position}, its checkpoint at {saved}"
         for earlier in range(position + 1, step):
             again = await self._client.step(_RUN, earlier, batch=self._batches[earlier])
@@ -271,8 +280,12 @@ def faults_found(calm: Training, struck: Training, plan: Plan) -> list[str]:
     """What is not as it has to be."""
     found = []
     for expected, row in zip(calm.rows, struck.rows, strict=True):
-        if (expected.loss, expected.grad_norm) != (row.loss, row.grad_norm):
-            found.append(f"step {row.step}: loss {row.loss!r}, undisturbed {expected.loss!r}")
+        for name in ("loss", "grad_norm", "reward"):
+            calm_value, value = getattr(expected, name), getattr(row, name)
+            if calm_value != value:
+                found.append(f"step {row.step}: {name} {value!r}, undisturbed {calm_value!r}")
+        if wrong := set(row.went_on_from) - {plan.saved_before(row.step)}:
+            found.append(f"step {row.step}: went on from {wrong}, not from the last checkpoint")
         if row.fault and row.fault != "network" and not row.restarts:
             found.append(f"step {row.step}: {row.fault}, but nothing was restarted")
         if row.fault == "network":
