@@ -2,6 +2,8 @@
 nobody else is, and no process of the sandbox service reaches the whole /proc that it stands on."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import grpc
@@ -198,3 +200,18 @@ def test_without_the_wall_it_is_there_and_tells_other_services_keys(stack: Compo
         assert json.loads(api.logs(made["Id"])) == {"judge": "-----BEGIN PRIVATE KEY-----"}
     finally:
         api.remove_container(made["Id"], force=True)
+
+
+@pytest.mark.registry
+@pytest.mark.usefixtures("registry")
+def test_the_quick_demo_runs_against_it(stack: Composed) -> None:
+    """What `make demo QUICK=1` runs: all of its attempts are graded, and its report is written."""
+    command = [sys.executable, "-m", "regreen.cli", "demo", "--quick", "--home", str(stack.home)]
+    done = subprocess.run(
+        command, env=stack.env, capture_output=True, text=True, check=False, timeout=1800
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((stack.home / "demo-quick" / "report.json").read_text())
+    assert {"base", "sft", "grpo"} <= {cell["subject"] for cell in found["cells"]}
+    assert found["attempts"] > 0
+    assert found["lost"] == 0

@@ -191,13 +191,13 @@ def check_variable(at: str, entry: Object) -> Iterator[str]:
 
 
 def check_probes(at: str, container: Object) -> Iterator[str]:
-    """What serves a port is probed there; our own services by gRPC, or by HTTP where that shows
-    none of the certificates that they ask for."""
+    """What serves a port is probed there; our own services always, by gRPC, or by HTTP where that
+    shows none of the certificates that they ask for."""
     ours = any(str(word).endswith("_svc") for word in container.get("command") or ())
     tls = any(str(word).startswith("--tls-cert") for word in container.get("args") or ())
     for probe in ("readinessProbe", "livenessProbe"):
         found = container.get(probe)
-        if container.get("ports") and not found:
+        if (container.get("ports") or ours) and not found:
             yield f"{at}: no {probe}: give one, as it serves a port"
         elif ours and found and ("httpGet" if tls else "grpc") not in found:
             yield f"{at}: {probe} is not by {'HTTP' if tls else 'gRPC'}: ask for health by that"

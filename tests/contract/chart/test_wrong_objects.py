@@ -246,7 +246,8 @@ FOUND = PODS + WALLS + RIGHTS
 def pod(**faults: Any) -> dict[str, Any]:
     """A pod's template without a finding, but for what is given of its spec or container."""
     container = {
-        **{"name": "one", "image": f"one@sha256:{'0' * 64}", "command": ["one"]},
+        **{"name": "one", "image": f"one@sha256:{'0' * 64}"},
+        "command": faults.pop("command", ["one"]),
         "securityContext": {
             **{"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True},
             "capabilities": {"drop": ["ALL"]},
@@ -313,6 +314,11 @@ def role(kind: str, **fields: Any) -> dict[str, Any]:
 
 WORKLOADS = {"DaemonSet": daemons, "CronJob": cron, "LeaderWorkerSet": leaders, "Pod": alone}
 ADDED = [
+    (
+        "service that says no port",
+        alone(command=["python3", "-m", "judge_svc"]),
+        "no livenessProbe",
+    ),
     *(
         (f"{fault} {kind}", make(**faults), f"{kind}/extra: {says}")
         for kind, make in WORKLOADS.items()
